@@ -1,0 +1,71 @@
+"""What goes through a model in one piece: typed, ragged where users differ in length."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Int64
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Queries:
+    """A block of users to recommend for, and what each has done, oldest first.
+
+    Shape legend: B users, N events of all their histories, one after the other.
+    """
+
+    user_B: Int64[Tensor, " B"]
+    """user_idx, -1 for somebody whom training never saw."""
+    history_N: Int64[Tensor, " N"]
+    """item_idx of all histories, concatenated."""
+    offsets_B1: Int64[Tensor, " B1"]
+    """History of row b: `history_N[offsets_B1[b] : offsets_B1[b + 1]]`; may be empty."""
+
+    def __len__(self) -> int:
+        return len(self.user_B)
+
+    @staticmethod
+    def of_histories(histories: list[list[int]]) -> "Queries":
+        """Make queries of users unknown to training from their histories alone."""
+        lengths = torch.tensor([len(history) for history in histories], dtype=torch.int64)
+        return Queries(
+            user_B=torch.full((len(histories),), -1, dtype=torch.int64),
+            history_N=torch.tensor([i for h in histories for i in h], dtype=torch.int64),
+            offsets_B1=torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequenceBatch:
+    """Histories of like length side by side, first event first, padding at the end.
+
+    Under causal attention an event sees only what stands before it, so padding at the end is
+    never attended by an event, and no mask is needed.
+
+    Shape legend: B rows, L positions.
+    """
+
+    item_BL: Int64[Tensor, "B L"]
+    """item_idx; 0 under padding."""
+    valid_BL: Bool[Tensor, "B L"]
+    """True = a real event."""
+
+    def __len__(self) -> int:
+        return len(self.item_BL)
+
+
+def last_events(queries: Queries, max_len: int) -> SequenceBatch:
+    """Cut each history to its last `max_len` events and pad to the longest of them.
+
+    A user without history becomes a row of padding; L is at least 1.
+    """
+    end_B = queries.offsets_B1[1:]
+    length_B = (end_B - queries.offsets_B1[:-1]).clamp(max=max_len)
+    width = max(1, int(length_B.max())) if len(queries) else 1
+    position_L = torch.arange(width)
+    valid_BL = position_L < length_B.unsqueeze(1)
+    index_BL = (end_B - length_B).unsqueeze(1) + position_L
+    if len(queries.history_N) == 0:
+        return SequenceBatch(item_BL=torch.zeros_like(index_BL), valid_BL=valid_BL)
+    gathered_BL = queries.history_N[index_BL.clamp(max=len(queries.history_N) - 1)]
+    return SequenceBatch(item_BL=gathered_BL.where(valid_BL, 0), valid_BL=valid_BL)

@@ -1,0 +1,90 @@
+"""Who did what with which item, and when: the one data object of foretaste."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import numpy as np
+import polars as pl
+from jaxtyping import Bool, Int32, Int64, Shaped
+
+from foretaste.data.vocabulary import Vocabulary
+from foretaste.errors import DataError
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Interactions:
+    """Events in columns, sorted by user and, within a user, oldest first (CSR).
+
+    User `u` owns rows `offsets[u]` to `offsets[u + 1]` of every column. Columns may be memory
+    maps. Both vocabularies may hold ids without an event here: the parts of a split share them.
+
+    Shape legend: E events, U users, I items.
+    """
+
+    users: Vocabulary
+    items: Vocabulary
+    offsets: Int64[np.ndarray, " U1"]
+    """U + 1 positions, from 0 to E, never falling."""
+    item_idx: Int32[np.ndarray, " E"]
+    """In [0, I)."""
+    timestamp_s: Int64[np.ndarray, " E"] | None = None
+    """Unix seconds; None where the table has no times and file order stands for time."""
+    columns: Mapping[str, Shaped[np.ndarray, " E"]] = field(default_factory=dict)
+    """Further columns of an event, such as `rating` (float32)."""
+    user_table: pl.DataFrame | None = None
+    """One row per user_idx; the caller's other columns about users."""
+    item_table: pl.DataFrame | None = None
+    """One row per item_idx; the caller's other columns about items (a `title`, say)."""
+    notes: tuple[str, ...] = ()
+    """What reading dropped, merged or assumed, with counts."""
+
+    def __len__(self) -> int:
+        return len(self.item_idx)
+
+    @property
+    def num_users(self) -> int:
+        return len(self.users)
+
+    @property
+    def num_items(self) -> int:
+        return len(self.items)
+
+    @cached_property
+    def user_idx(self) -> Int32[np.ndarray, " E"]:
+        """The user of each event, in [0, U)."""
+        return np.repeat(np.arange(self.num_users, dtype=np.int32), np.diff(self.offsets))
+
+    @cached_property
+    def item_count(self) -> Int64[np.ndarray, " I"]:
+        """How many events each item has here."""
+        return np.bincount(self.item_idx, minlength=self.num_items)
+
+    def select(self, keep: Bool[np.ndarray, " E"]) -> "Interactions":
+        """Return the events where `keep` is true, under the same vocabularies and tables."""
+        if len(keep) != len(self):
+            raise DataError(f"a mask of {len(keep)} for {len(self)} events")
+        kept_before = np.concatenate([[0], np.cumsum(keep, dtype=np.int64)])
+        return replace(
+            self,
+            offsets=kept_before[self.offsets],
+            item_idx=self.item_idx[keep],
+            timestamp_s=None if self.timestamp_s is None else self.timestamp_s[keep],
+            columns={name: column[keep] for name, column in self.columns.items()},
+        )
+
+    def history(self, user_idx: int) -> Int32[np.ndarray, " L"]:
+        """Return one user's items, oldest first."""
+        return self.item_idx[self.offsets[user_idx] : self.offsets[user_idx + 1]]
+
+    def fingerprint(self) -> str:
+        """Return a SHA-256 of ids, order and times: equal for equal events, whatever file they came from."""
+        digest = hashlib.sha256()
+        for ids in (self.users.ids, self.items.ids):
+            digest.update(str(ids.dtype).encode())
+            for value in ids.to_list():
+                digest.update(f"{value}\0".encode())
+        for column in (self.offsets, self.item_idx, self.timestamp_s):
+            digest.update(b"-" if column is None else np.ascontiguousarray(column).data)
+        return digest.hexdigest()

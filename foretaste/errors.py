@@ -1,0 +1,40 @@
+"""Every error that foretaste raises on purpose.
+
+ForetasteError
+├── DataError        the caller's table, ids or file are wrong
+├── ConfigError      a setting is missing, unknown or out of range
+├── NonFiniteError   a loss or a score is NaN or infinite
+├── TooLargeError    what was asked for would not fit, said before it is tried
+├── SourceError      a public data set could not be had, or is not what it should be
+└── BundleError      a bundle or an event store is missing, broken, or was tampered with
+
+A message names the thing, the value and the mend. The command line prints it as one line.
+"""
+
+
+class ForetasteError(Exception):
+    """The root: catch it to catch all that foretaste raises on purpose."""
+
+
+class DataError(ForetasteError):
+    """The caller's table, ids or file are wrong."""
+
+
+class ConfigError(ForetasteError):
+    """A setting is missing, unknown or out of range."""
+
+
+class NonFiniteError(ForetasteError):
+    """A loss or a score is NaN or infinite."""
+
+
+class TooLargeError(ForetasteError):
+    """What was asked for would not fit in memory."""
+
+
+class SourceError(ForetasteError):
+    """A public data set could not be had, or is not what it should be."""
+
+
+class BundleError(ForetasteError):
+    """A bundle or an event store is missing, broken, or was tampered with."""
