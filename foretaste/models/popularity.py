@@ -1,0 +1,71 @@
+"""Popularity, a catalogue scorer: everybody is offered what is done most, of late or ever.
+
+It learns nothing about anybody, and so is the floor that every other model must clear.
+
+Shape legend: B queries, I items.
+"""
+
+from typing import Literal, final
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from pydantic import PositiveFloat
+from torch import Tensor, nn
+
+from foretaste.config import Config
+from foretaste.data.batch import Queries
+from foretaste.data.interactions import Interactions
+from foretaste.errors import ConfigError, DataError
+
+DAY_S = 86_400
+
+
+class PopularityConfig(Config):
+    """What counts as popular."""
+
+    kind: Literal["popularity"] = "popularity"
+    window_days: PositiveFloat | None = None
+    """Count only events within this many days before the newest one; without it, all events."""
+
+
+@final
+class Popularity(nn.Module):
+    """Scores an item by its number of training events, the same for every query."""
+
+    def __init__(self, config: PopularityConfig, *, num_items: int) -> None:
+        super().__init__()
+        self.config = config
+        self.count_I: Tensor
+        self.register_buffer("count_I", torch.zeros(num_items, dtype=torch.int64))
+
+    def learn(self, events: Interactions) -> None:
+        """Count each item's events within the window, repeated ones each time.
+
+        Raises:
+            ConfigError: A window is asked for, and the events have no times.
+            DataError: There is no event, or the catalogue has another size than the model.
+        """
+        if len(events) == 0 or events.num_items != len(self.count_I):
+            raise DataError(
+                f"{len(events)} events over {events.num_items} items cannot teach a model of "
+                f"{len(self.count_I)} items"
+            )
+        self.count_I.copy_(torch.from_numpy(self._counts(events)))
+
+    def _counts(self, events: Interactions) -> np.ndarray:
+        if self.config.window_days is None:
+            return events.item_count
+        if events.timestamp_s is None:
+            raise ConfigError(
+                f"popularity.window_days is {self.config.window_days:g}, but these events have no "
+                "timestamps: read them with a timestamp column, or leave window_days out"
+            )
+        oldest_s = events.timestamp_s.max() - self.config.window_days * DAY_S
+        recent = events.item_idx[events.timestamp_s >= oldest_s]
+        return np.bincount(recent, minlength=events.num_items)
+
+    @torch.no_grad()
+    def score(self, queries: Queries) -> Float[Tensor, "B I"]:
+        """Return each item's number of events, once per query."""
+        return self.count_I.float().expand(len(queries), -1)
