@@ -53,6 +53,10 @@ class SequenceBatch:
     def __len__(self) -> int:
         return len(self.item_BL)
 
+    def to(self, device: torch.device) -> "SequenceBatch":
+        """Return the batch on a device."""
+        return SequenceBatch(item_BL=self.item_BL.to(device), valid_BL=self.valid_BL.to(device))
+
 
 def last_events(queries: Queries, max_len: int) -> SequenceBatch:
     """Cut each history to its last `max_len` events and pad to the longest of them.

@@ -6,9 +6,10 @@ https://arxiv.org/abs/1808.09781
 Departures: padding stands at the end, where causal attention never looks, and positions are
 counted back from the end, so an event's position embedding is the paper's. The "modern" block
 (normalise first, SwiGLU, gated residuals as in LiGR, https://arxiv.org/abs/2502.03417) is an
-option. An empty history is read as one learned "nothing yet" event.
+option. Before the first event stands a learned start, so that the first event too is
+predicted, and a user without history gets an answer.
 
-Shape legend: B rows, L positions, D width, I items.
+Shape legend: B rows, L positions (L1 = L + 1), D width, I items.
 """
 
 from typing import Literal, final
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from foretaste.config import Config
 from foretaste.data.batch import Queries, SequenceBatch, last_events
 from foretaste.models.layers.attention import MultiHeadAttention
+from foretaste.models.layers.dropout import Dropout
 
 
 class SASRecConfig(Config):
@@ -53,25 +55,27 @@ class SASRec(nn.Module):
         width = config.embedding_dim
         self.max_len = config.max_len
         self.items = nn.Embedding(num_items, width)
-        self.positions = nn.Embedding(config.max_len, width)
-        self.nothing = nn.Parameter(torch.zeros(width))
-        self.dropout = nn.Dropout(config.dropout)
+        self.positions = nn.Embedding(config.max_len + 1, width)
+        self.start = nn.Parameter(torch.zeros(width))
+        self.dropout = Dropout(config.dropout)
         block = _OriginalBlock if config.block == "original" else _ModernBlock
         self.blocks = nn.ModuleList(block(config) for _ in range(config.num_blocks))
         self.norm = nn.LayerNorm(width)
         for table in (self.items, self.positions):
             nn.init.normal_(table.weight, std=width**-0.5 / 4)
 
-    def forward(self, batch: SequenceBatch) -> Float[Tensor, "B L D"]:
-        """Return the state after each event; states under padding mean nothing."""
-        valid_BL = batch.valid_BL
-        age_BL = valid_BL.sum(dim=1, keepdim=True) - 1 - torch.arange(
-            valid_BL.shape[1], device=valid_BL.device
+    def forward(self, batch: SequenceBatch) -> Float[Tensor, "B L1 D"]:
+        """Return L + 1 states: before any event, and after each one.
+
+        States under padding mean nothing. The position counts back from the row's last event.
+        """
+        rows, width = batch.item_BL.shape
+        age_BL = batch.valid_BL.sum(dim=1, keepdim=True) - torch.arange(
+            width + 1, device=batch.item_BL.device
         )
-        x_BLD = self.items(batch.item_BL)
-        x_BLD = torch.where(valid_BL.unsqueeze(-1), x_BLD, self.nothing)
-        x_BLD = x_BLD + self.positions(age_BL.clamp(min=0))
-        x_BLD = self.dropout(x_BLD)
+        start_B1D = self.start.expand(rows, 1, -1)
+        x_BLD = torch.cat([start_B1D, self.items(batch.item_BL)], dim=1)
+        x_BLD = self.dropout(x_BLD + self.positions(age_BL.clamp(min=0)))
         for block in self.blocks:
             x_BLD = block(x_BLD)
         state_BLD: Tensor = self.norm(x_BLD)
@@ -80,9 +84,8 @@ class SASRec(nn.Module):
     def encode(self, queries: Queries) -> Float[Tensor, "B D"]:
         """Return the state after the last event of each history."""
         batch = last_events(queries, self.max_len)
-        last_B = (batch.valid_BL.sum(dim=1) - 1).clamp(min=0)
         state_BLD: Tensor = self(batch)
-        return state_BLD[torch.arange(len(last_B)), last_B]
+        return state_BLD[torch.arange(len(batch)), batch.valid_BL.sum(dim=1)]
 
     def item_table(self) -> Float[Tensor, "I D"]:
         """Return the item embeddings, shared by input and output."""
@@ -99,7 +102,7 @@ class _OriginalBlock(nn.Module):
             width, config.num_heads, dropout=config.attention_dropout
         )
         self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, width)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, x_BLD: Tensor) -> Tensor:
         query_BLD = self.attention_norm(x_BLD)
@@ -121,7 +124,7 @@ class _ModernBlock(nn.Module):
         )
         self.attention_gate, self.feed_gate = nn.Linear(width, width), nn.Linear(width, width)
         self.up, self.down = nn.Linear(width, 2 * hidden), nn.Linear(hidden, width)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, x_BLD: Tensor) -> Tensor:
         normal_BLD = self.attention_norm(x_BLD)

@@ -1,6 +1,6 @@
 """What training gives back, and all that evaluation and serving need."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -38,21 +38,38 @@ class Trained:
         """Items with a training event: the catalogue that the model ranks."""
         return torch.from_numpy(self.events.item_count > 0)
 
-    @torch.inference_mode()
     def score(self, queries: Queries) -> Float[Tensor, "B I"]:
         """Score the whole catalogue: higher is better, -inf for items never seen in training.
 
         Raises:
+            ConfigError: The model can neither retrieve nor score.
             NonFiniteError: The model gave NaN or infinity for an item of its catalogue.
         """
-        match self.model:
-            case Retriever():
-                score_BI = self.model.encode(queries).float() @ self.model.item_table().float().T
-            case CatalogueScorer():
-                score_BI = self.model.score(queries).float()
-            case _:
-                raise ConfigError(f"{type(self.model).__name__} can neither retrieve nor score")
-        score_BI = score_BI.masked_fill(~self.known_I, -torch.inf)
-        if not score_BI[:, self.known_I].isfinite().all():
-            raise NonFiniteError("a score is NaN or infinite: the model is broken, train it anew")
-        return score_BI
+        return self.scorer()(queries)
+
+    @torch.inference_mode()
+    def scorer(self) -> Callable[[Queries], Float[Tensor, "B I"]]:
+        """Return `score` for many blocks in a row: the item table is worked out once.
+
+        The weights must not change in between. Each block is a tensor of its own, which an
+        inference-mode caller may write into.
+        """
+        model, unknown_X = self.model, (~self.known_I).nonzero().squeeze(1)
+        table_ID = model.item_table().float() if isinstance(model, Retriever) else None
+
+        @torch.inference_mode()
+        def score(queries: Queries) -> Tensor:
+            if table_ID is not None and isinstance(model, Retriever):
+                score_BI = model.encode(queries).float() @ table_ID.T
+            elif isinstance(model, CatalogueScorer):
+                score_BI = model.score(queries).float().clone()
+            else:
+                raise ConfigError(f"{type(model).__name__} can neither retrieve nor score")
+            score_BI.index_fill_(1, unknown_X.to(score_BI.device), 0.0)
+            if score_BI.numel() and not torch.stack(score_BI.aminmax()).isfinite().all():
+                raise NonFiniteError(
+                    "a score is NaN or infinite: the model is broken, train it anew"
+                )
+            return score_BI.index_fill_(1, unknown_X.to(score_BI.device), -torch.inf)
+
+        return score

@@ -1,0 +1,159 @@
+"""From settings and a split to a trained model: the wiring of every room."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from foretaste.data.interactions import Interactions
+from foretaste.data.sequences import SequencePlan, plan_sequences
+from foretaste.data.splits import Split
+from foretaste.errors import DataError
+from foretaste.evaluation.protocol import evaluate
+from foretaste.models.catalogue import ModelConfig, build_model
+from foretaste.models.interface import ClosedForm
+from foretaste.models.sasrec import SASRecConfig
+from foretaste.training.fit import Epoch, Fit
+from foretaste.training.objectives.catalogue import ObjectiveConfig
+from foretaste.training.objectives.next_item import NextItem, NextItemConfig
+from foretaste.training.progress import ShowProgress
+from foretaste.training.seeding import epoch_generator
+from foretaste.training.settings import TrainingConfig
+from foretaste.training.trained import Trained
+
+STOP_METRIC = "ndcg_at_10"
+"""What early stopping watches, on the validation part, over the full catalogue."""
+
+
+def fit(
+    config: ModelConfig,
+    split: Split,
+    *,
+    seed: int = 0,
+    training: TrainingConfig | None = None,
+    objective: ObjectiveConfig | None = None,
+    folder: Path | None = None,
+    resume: bool = False,
+    show: bool = True,
+    on_epoch: Callable[[Epoch], None] | None = None,
+) -> Trained:
+    """Train a model on a split's training part, stopping by its validation part.
+
+    The test part is never looked at. Models that learn in closed form ignore `training`,
+    `objective` and `folder`.
+
+    Args:
+        config: Which model, and its settings.
+        split: Made by `temporal_split`, `leave_last_split` and their like.
+        seed: Decides first weights, order, dropout and negatives: one seed, one result.
+        training: The loop's settings.
+        objective: What the loss is and how negatives are drawn.
+        folder: Where checkpoints and the log of steps go.
+        resume: Go on from the checkpoint in `folder`, to the same result as without the break.
+        show: Report progress on standard error.
+        on_epoch: Told of each epoch; what it raises ends the run.
+
+    Raises:
+        DataError: The training part is empty.
+        NonFiniteError: Training left the finite numbers.
+        TooLargeError: The model would not fit in memory.
+    """
+    started = time.perf_counter()
+    events = split.train
+    if len(events) == 0:
+        raise DataError("the training part of the split is empty: there is nothing to learn from")
+    torch.manual_seed(seed)
+    model = build_model(config, num_users=events.num_users, num_items=events.num_items)
+    training = training or TrainingConfig()
+    objective = objective or NextItemConfig()
+    settings: dict[str, object] = {"model": config.model_dump(mode="json"), "split": split.kind}
+    log: dict[str, object] = {}
+    if isinstance(model, ClosedForm):
+        model.learn(events)
+    else:
+        settings |= {
+            "training": training.model_dump(mode="json"),
+            "objective": objective.model_dump(mode="json"),
+        }
+        run = Fit(
+            model,
+            training,
+            seed=seed,
+            plan=_plan(config, events, objective, training, seed),
+            objective=NextItem(objective, torch.from_numpy(events.item_count)),
+            validate=_validate(config, events, split, seed),
+            folder=folder,
+        )
+        log = _run(run, training, resume=resume, show=show, on_epoch=on_epoch)
+    return Trained(
+        config=config,
+        model=model.eval(),
+        events=events,
+        seed=seed,
+        train_seconds=time.perf_counter() - started,
+        settings=settings,
+        log=log,
+    )
+
+
+def _run(
+    run: Fit,  # type: ignore[type-arg]  # the batch type is the objective's business
+    training: TrainingConfig,
+    *,
+    resume: bool,
+    show: bool,
+    on_epoch: Callable[[Epoch], None] | None,
+) -> dict[str, object]:
+    with ShowProgress(training.epochs) as display:
+
+        def tell(epoch: Epoch) -> None:
+            if show:
+                display.epoch(epoch)
+            if on_epoch:
+                on_epoch(epoch)
+
+        progress = run.run(resume=resume, on_epoch=tell, on_step=display.step if show else None)
+    return {
+        "epochs": progress.epochs,
+        "best_epoch": progress.best_epoch or progress.epoch,
+        "steps": progress.step,
+        "skipped_steps": progress.skipped,
+        "stopped": progress.done,
+    }
+
+
+def _plan(
+    config: ModelConfig,
+    events: Interactions,
+    objective: ObjectiveConfig,
+    training: TrainingConfig,
+    seed: int,
+) -> Callable[[int], SequencePlan]:
+    max_len = config.max_len if isinstance(config, SASRecConfig) else 1
+
+    def plan(epoch: int) -> SequencePlan:
+        return plan_sequences(
+            events,
+            max_len=max_len,
+            batch_events=training.batch_events,
+            windows=objective.windows,
+            generator=epoch_generator(seed, epoch),
+        )
+
+    return plan
+
+
+def _validate(
+    config: ModelConfig, events: Interactions, split: Split, seed: int
+) -> Callable[[nn.Module], float] | None:
+    if len(split.validation) == 0:
+        return None
+
+    def validate(model: nn.Module) -> float:
+        judged = Trained(config=config, model=model, events=events, seed=seed)
+        report = evaluate(judged, split.validation, k=(10,), resamples=0)
+        return report.metrics[STOP_METRIC]
+
+    return validate

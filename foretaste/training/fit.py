@@ -1,0 +1,350 @@
+"""The training loop, one for all models that learn by gradient descent."""
+
+import copy
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar, final
+
+import torch
+from torch import Tensor, nn, optim
+
+from foretaste.errors import ConfigError, NonFiniteError
+from foretaste.training.checkpoint import read_checkpoint, write_checkpoint
+from foretaste.training.runtime import choose_device, keep_memory
+from foretaste.training.seeding import seed_step
+from foretaste.training.settings import TrainingConfig
+
+Batch = TypeVar("Batch", covariant=True)
+_MOST_BAD_STEPS = 20
+
+
+class Plan(Protocol[Batch]):
+    """An epoch's batches, made one by one when asked for."""
+
+    @property
+    def num_events(self) -> int: ...
+    def __len__(self) -> int: ...
+    def batch(self, index: int) -> Batch: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Epoch:
+    """What one epoch came to."""
+
+    epoch: int
+    """Counted from 1."""
+    loss: float
+    """Mean over its steps."""
+    seconds: float
+    """Of training so far, in this epoch and all before, validations included."""
+    events_per_second: float
+    """Of this epoch, training only."""
+    validation: float | None = None
+    """The validation metric, higher is better; None where it was not taken."""
+
+
+@dataclass(kw_only=True)
+class Progress:
+    """Where a run is; what a checkpoint restores."""
+
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    loss_sum: float = 0.0
+    skipped: int = 0
+    bad_in_a_row: int = 0
+    seconds: float = 0.0
+    best: float = -math.inf
+    best_epoch: int = 0
+    waited: int = 0
+    done: str = ""
+    """Why the run ended; empty while it runs."""
+    epochs: list[dict[str, Any]] = field(default_factory=list)
+
+
+@final
+class Fit(Generic[Batch]):
+    """One run: `run()` trains `model` in place and leaves it with its best weights.
+
+    The state after any step is a function of the settings, the seed and the data alone, so a run
+    that was killed and resumed ends bit-equal (CPU) to one that was not.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: TrainingConfig,
+        *,
+        seed: int,
+        plan: Callable[[int], Plan[Batch]],
+        objective: Callable[[nn.Module, Batch], Tensor],
+        validate: Callable[[nn.Module], float] | None = None,
+        folder: Path | None = None,
+    ) -> None:
+        """Prepare a run.
+
+        Args:
+            model: Changed in place.
+            config: The settings.
+            seed: Decides order, dropout and negatives; the model's first weights are its maker's.
+            plan: From an epoch's number (0, 1, …) to its batches; decided by seed and number.
+            objective: Gives the mean loss of a batch, a scalar, in nats.
+            validate: Gives the metric to stop by, higher is better.
+            folder: Where checkpoints and the log of steps go; none writes neither.
+        """
+        keep_memory()
+        self.device = choose_device(config.device)
+        self.model, self.config, self.seed = model.to(self.device), config, seed
+        self.plan, self.objective, self.validate, self.folder = plan, objective, validate, folder
+        self.progress = Progress()
+        self.average = copy.deepcopy(model) if config.ema_decay else None
+        self.best_weights: dict[str, Tensor] = {}
+        self.optimizer = _optimizer(model, config)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
+
+    def run(
+        self,
+        *,
+        resume: bool = False,
+        on_epoch: Callable[[Epoch], None] | None = None,
+        on_step: Callable[[Progress, int], None] | None = None,
+    ) -> Progress:
+        """Train until the epochs are over or validation stops getting better.
+
+        Args:
+            resume: Go on from the folder's checkpoint, if there is one.
+            on_epoch: Told of each epoch when it ends; what it raises ends the run.
+            on_step: Told of each step and the number of steps in its epoch.
+
+        Raises:
+            NonFiniteError: Twenty steps in a row had no finite loss or gradient.
+            ConfigError: To resume was asked for without a folder.
+        """
+        if resume:
+            self._restore()
+        with _StepLog(self.folder, self.progress.step) as log:
+            while not self.progress.done:
+                self._epoch(log, on_epoch, on_step)
+        if self.best_weights:
+            self.model.load_state_dict(self.best_weights)
+        elif self.average is not None:
+            self.model.load_state_dict(self.average.state_dict())
+        self.model.eval()
+        return self.progress
+
+    def _epoch(
+        self,
+        log: "_StepLog",
+        on_epoch: Callable[[Epoch], None] | None,
+        on_step: Callable[[Progress, int], None] | None,
+    ) -> None:
+        progress, started, seconds_before = (
+            self.progress,
+            time.perf_counter(),
+            self.progress.seconds,
+        )
+        plan, last_checkpoint, first_batch = self.plan(progress.epoch), started, progress.batch
+        self.model.train()
+        while progress.batch < len(plan):
+            seed_step(self.seed, progress.epoch, progress.batch)
+            loss = self._step(plan.batch(progress.batch), len(plan))
+            log.write(progress.step, progress.epoch, loss)
+            if math.isfinite(loss):
+                progress.loss_sum += loss
+            progress.batch += 1
+            progress.step += 1
+            now = time.perf_counter()
+            progress.seconds = seconds_before + now - started
+            if on_step:
+                on_step(progress, len(plan))
+            if now - last_checkpoint >= self.config.checkpoint_seconds:
+                self._checkpoint()
+                last_checkpoint = now
+        trained_share = (progress.batch - first_batch) / len(plan)
+        rate = plan.num_events * trained_share / (time.perf_counter() - started)
+        validation = self._validate()
+        progress.seconds = seconds_before + time.perf_counter() - started
+        epoch = Epoch(
+            epoch=progress.epoch + 1,
+            loss=progress.loss_sum / len(plan),
+            seconds=progress.seconds,
+            events_per_second=rate,
+            validation=validation,
+        )
+        progress.epochs.append(asdict(epoch))
+        progress.epoch, progress.batch, progress.loss_sum = progress.epoch + 1, 0, 0.0
+        progress.done = progress.done or (
+            "all epochs done" if progress.epoch == self.config.epochs else ""
+        )
+        self._checkpoint()
+        if on_epoch:
+            on_epoch(epoch)
+
+    def _step(self, batch: Any, steps_per_epoch: int) -> float:
+        """Take one optimizer step; return the loss. A step that is not finite changes nothing."""
+        progress, config = self.progress, self.config
+        rate = config.learning_rate * self._rate(progress.step, steps_per_epoch)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.zero_grad(set_to_none=True)
+        with self._autocast():
+            loss = self.objective(self.model, batch.to(self.device))
+        value = loss.item()
+        if math.isfinite(value):
+            self.scaler.scale(loss).backward()
+            self.scaler.unscale_(self.optimizer)
+            norm = nn.utils.clip_grad_norm_(
+                self.model.parameters(), config.gradient_clip or math.inf
+            )
+            finite = bool(norm.isfinite())
+            if finite or self.scaler.is_enabled():
+                self.scaler.step(self.optimizer)
+                self.scaler.update()
+        else:
+            finite = False
+        progress.skipped += not finite
+        progress.bad_in_a_row = 0 if finite else progress.bad_in_a_row + 1
+        if progress.bad_in_a_row >= _MOST_BAD_STEPS:
+            raise NonFiniteError(
+                f"{_MOST_BAD_STEPS} steps in a row were not finite (loss {value}, step "
+                f"{progress.step}): lower training.learning_rate or set training.gradient_clip"
+            )
+        if finite and self.average is not None:
+            _move_average(self.average, self.model, config.ema_decay, progress.step)
+        return value
+
+    def _rate(self, step: int, steps_per_epoch: int) -> float:
+        """Return the learning rate's factor: a rise from 0, then the schedule, down to 0.02."""
+        done = step / (steps_per_epoch * self.config.epochs)
+        after = {
+            "constant": 1.0,
+            "cosine": 0.5 * (1 + math.cos(math.pi * min(1.0, done))),
+            "linear": 1 - done,
+        }[self.config.schedule]
+        return min(1.0, (step + 1) / (self.config.warmup_steps + 1)) * max(0.02, after)
+
+    def _autocast(self) -> Any:
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.config.precision)
+        return torch.autocast(self.device.type, dtype) if dtype else nullcontext()
+
+    def _validate(self) -> float | None:
+        progress, config = self.progress, self.config
+        number = progress.epoch + 1
+        if self.validate is None or (number % config.validate_every and number < config.epochs):
+            return None
+        judged = self.average or self.model
+        judged.eval()
+        value = self.validate(judged)
+        if value > progress.best:
+            progress.best, progress.best_epoch, progress.waited = value, number, 0
+            self.best_weights = {
+                name: tensor.detach().clone() for name, tensor in judged.state_dict().items()
+            }
+        else:
+            progress.waited += 1
+            if config.patience is not None and progress.waited >= config.patience:
+                progress.done = (
+                    f"no better validation since epoch {progress.best_epoch} ({progress.best:.5f})"
+                )
+        return value
+
+    def _checkpoint(self) -> None:
+        if self.folder is None:
+            return
+        tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        tensors |= {f"best.{name}": value for name, value in self.best_weights.items()}
+        if self.average is not None:
+            tensors |= {f"average.{n}": value for n, value in self.average.state_dict().items()}
+        state = self.optimizer.state_dict()["state"]
+        for index, values in state.items():
+            tensors |= {f"optimizer.{index}.{name}": value for name, value in values.items()}
+        facts = {
+            "progress": asdict(self.progress),
+            "scaler": self.scaler.state_dict(),
+            "settings": self.config.model_dump(mode="json"),
+            "seed": self.seed,
+        }
+        write_checkpoint(self.folder / "checkpoint.safetensors", tensors, facts)
+
+    def _restore(self) -> None:
+        if self.folder is None:
+            raise ConfigError("to resume, say which folder holds the checkpoint")
+        path = self.folder / "checkpoint.safetensors"
+        if not path.exists():
+            return
+        tensors, facts = read_checkpoint(path)
+        asked = {"settings": self.config.model_dump(mode="json"), "seed": self.seed}
+        for name, value in asked.items():
+            if facts[name] != value:
+                raise ConfigError(
+                    f"{path} was trained with {name} {facts[name]}, not {value}: resume with the "
+                    "settings it was started with, or start anew"
+                )
+        self.model.load_state_dict(_under("model", tensors))
+        self.best_weights = {
+            name: value.to(self.device) for name, value in _under("best", tensors).items()
+        }
+        if self.average is not None:
+            self.average.load_state_dict(_under("average", tensors))
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, value in _under("optimizer", tensors).items():
+            index, key = name.split(".")
+            state.setdefault(int(index), {})[key] = value
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        self.scaler.load_state_dict(facts["scaler"])
+        self.progress = Progress(**facts["progress"])
+
+
+class _StepLog:
+    """A line of JSON a step; on resuming, lines past the checkpoint are cut off."""
+
+    def __init__(self, folder: Path | None, step: int) -> None:
+        self.file = None
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            path = folder / "steps.jsonl"
+            kept = path.read_text().splitlines(keepends=True)[:step] if step else []
+            path.write_text("".join(kept))
+            self.file = path.open("a", buffering=1)
+
+    def __enter__(self) -> "_StepLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.file is not None:
+            self.file.close()
+
+    def write(self, step: int, epoch: int, loss: float) -> None:
+        if self.file is not None:
+            self.file.write(json.dumps({"step": step, "epoch": epoch, "loss": loss}) + "\n")
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    start = prefix + "."
+    return {name[len(start) :]: t for name, t in tensors.items() if name.startswith(start)}
+
+
+def _optimizer(model: nn.Module, config: TrainingConfig) -> optim.AdamW:
+    decayed = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
+    others = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
+    groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+    return optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.learning_rate,
+        betas=(0.9, config.beta2),
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+
+
+@torch.no_grad()
+def _move_average(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
+    """Move the average towards the weights; early on it moves faster, so that it forgets 0."""
+    decay = min(decay, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)

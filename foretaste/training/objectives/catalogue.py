@@ -1,0 +1,5 @@
+"""All ways of learning by name."""
+
+from foretaste.training.objectives.next_item import NextItemConfig
+
+ObjectiveConfig = NextItemConfig

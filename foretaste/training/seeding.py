@@ -1,0 +1,18 @@
+"""Randomness that depends on where a run is, never on what ran before.
+
+Step b of epoch e draws from (seed, e, b), so a run resumed anywhere is the same run.
+"""
+
+import numpy as np
+import torch
+
+
+def epoch_generator(seed: int, epoch: int) -> np.random.Generator:
+    """Return what decides an epoch's windows and order."""
+    return np.random.default_rng([seed, epoch])
+
+
+def seed_step(seed: int, epoch: int, batch: int) -> None:
+    """Set torch's generators (dropout, negatives) for one step."""
+    state = np.random.SeedSequence([seed, epoch, batch + 1]).generate_state(1, np.uint64)
+    torch.manual_seed(int(state[0]))

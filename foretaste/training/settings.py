@@ -1,0 +1,40 @@
+"""How to train: the settings that every gradient-trained model shares."""
+
+from typing import Literal
+
+from pydantic import Field, NonNegativeInt, PositiveInt
+
+from foretaste.config import Config
+
+
+class TrainingConfig(Config):
+    """Settings of the training loop."""
+
+    epochs: PositiveInt = 100
+    """At most so many passes over the training events; the schedule is laid over all of them."""
+    batch_events: PositiveInt = 8192
+    """About how many events a step learns from."""
+    learning_rate: float = Field(default=1e-3, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    """AdamW's decoupled decay, of matrices and tables, not of biases and scales."""
+    beta2: float = Field(default=0.98, gt=0, lt=1)
+    """AdamW's decay of squared gradients; SASRec's authors use 0.98."""
+    warmup_steps: NonNegativeInt = 200
+    """Steps over which the learning rate rises from 0."""
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """How the learning rate goes after the warm-up; all but constant end at 2 % of it."""
+    gradient_clip: float | None = Field(default=None, gt=0)
+    """Largest Euclidean norm of the whole gradient; none clips nothing."""
+    ema_decay: float = Field(default=0.0, ge=0, lt=1)
+    """Above 0, an exponential moving average of the weights is validated and kept."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Of the forward and backward pass; weights and updates stay fp32, fp16 scales its loss.
+    bf16 pays where the processor multiplies it natively (avx512_bf16, amx, a GPU)."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """"auto" takes a GPU where there is one."""
+    validate_every: PositiveInt = 1
+    """Epochs between two validations."""
+    patience: PositiveInt | None = 5
+    """Stop after so many validations without a better one; none never stops early."""
+    checkpoint_seconds: float = Field(default=60.0, ge=0)
+    """Seconds between two checkpoints, where a folder for them is given; 0 writes one a step."""
