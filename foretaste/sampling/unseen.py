@@ -1,0 +1,108 @@
+"""Negatives that a user has certainly not done: draw, and draw again what was seen.
+
+Shape legend: B rows, N negatives a row, E distinct (user, item) pairs, I items.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int64
+from torch import Tensor
+
+from foretaste.data.interactions import Interactions
+from foretaste.errors import DataError
+from foretaste.sampling.sampler import Sampler
+
+_ROUNDS = 8
+_BLOCK_ROWS = 64
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Seen:
+    """Which items each user has done, to be asked in bulk."""
+
+    num_items: int
+    key_E: Int64[Tensor, " E"]
+    """user_idx · num_items + item_idx, rising."""
+    offsets_U1: Int64[Tensor, " U1"]
+    """Where each user's keys begin and end."""
+
+    @staticmethod
+    def of(events: Interactions) -> "Seen":
+        """Collect the distinct pairs of some events."""
+        key_E = np.unique(events.user_idx.astype(np.int64) * events.num_items + events.item_idx)
+        bounds = np.arange(events.num_users + 1) * events.num_items
+        return Seen(
+            num_items=events.num_items,
+            key_E=torch.from_numpy(key_E),
+            offsets_U1=torch.from_numpy(np.searchsorted(key_E, bounds)),
+        )
+
+    def contains(
+        self, user_B: Int64[Tensor, "*B"], item_B: Int64[Tensor, "*B"]
+    ) -> Bool[Tensor, "*B"]:
+        """Return whether each user has done the item beside it."""
+        if len(self.key_E) == 0:
+            return torch.zeros_like(item_B, dtype=torch.bool)
+        key_B = user_B * self.num_items + item_B
+        place_B = torch.searchsorted(self.key_E, key_B).clamp_(max=len(self.key_E) - 1)
+        return self.key_E[place_B] == key_B
+
+
+def draw_unseen(
+    sampler: Sampler,
+    user_B: Int64[Tensor, " B"],
+    num_negatives: int,
+    *,
+    seen: Seen,
+    generator: torch.Generator,
+) -> Int64[Tensor, "B N"]:
+    """Draw for each row items that its user has not done, with the sampler's chances among them.
+
+    A user who has done nearly everything is served by an exact draw over the whole catalogue,
+    so the number of rounds is bounded.
+
+    Args:
+        sampler: Whose distribution is drawn from, less what the user has done.
+        user_B: user_idx of each row.
+        num_negatives: Draws per row, with replacement.
+        seen: What may not be drawn.
+        generator: Source of all randomness.
+
+    Returns:
+        item_idx. Their `log_q` is the sampler's up to one constant per user.
+
+    Raises:
+        DataError: A user has done every item that can be drawn.
+    """
+    item_BN = sampler.draw((len(user_B), num_negatives), generator=generator)
+    row_R, column_R = seen.contains(user_B.unsqueeze(1).expand_as(item_BN), item_BN).nonzero().T
+    for _ in range(_ROUNDS):
+        if len(row_R) == 0:
+            return item_BN
+        item_R = sampler.draw((len(row_R),), generator=generator)
+        item_BN[row_R, column_R] = item_R
+        again_R = seen.contains(user_B[row_R], item_R)
+        row_R, column_R = row_R[again_R], column_R[again_R]
+    for rows, columns in zip(row_R.split(_BLOCK_ROWS), column_R.split(_BLOCK_ROWS), strict=True):
+        item_BN[rows, columns] = _draw_exactly(sampler, user_B[rows], seen, generator)
+    return item_BN
+
+
+def _draw_exactly(
+    sampler: Sampler, user_R: Tensor, seen: Seen, generator: torch.Generator
+) -> Int64[Tensor, " R"]:
+    start_R, end_R = seen.offsets_U1[user_R], seen.offsets_U1[user_R + 1]
+    row_P = torch.repeat_interleave(end_R - start_R)
+    first_R = (end_R - start_R).cumsum(0) - (end_R - start_R)
+    key_P = seen.key_E[torch.arange(len(row_P)) - first_R[row_P] + start_R[row_P]]
+    weight_RI = sampler.probability_I.repeat(len(user_R), 1)
+    weight_RI[row_P, key_P % seen.num_items] = 0
+    if not (weight_RI.sum(dim=1) > 0).all():
+        user_idx = int(user_R[weight_RI.sum(dim=1).argmin()])
+        raise DataError(
+            f"the user in row {user_idx} has done all {int((sampler.probability_I > 0).sum())} "
+            "items that can be drawn: leave such users out, or allow seen items as negatives"
+        )
+    return torch.multinomial(weight_RI, 1, generator=generator).squeeze(1)
