@@ -3,19 +3,19 @@
 Every split gives each event one part; the rest follows from that. A split says what leaks.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Int32, Int64, UInt8
+from jaxtyping import Bool, Int32, Int64, UInt8
 
 from foretaste.data.batch import Queries
 from foretaste.data.interactions import Interactions
+from foretaste.data.leaks import find_leaks
+from foretaste.data.parts import TEST, TRAIN, UNUSED, VALIDATION, SplitKind
 
-TRAIN, VALIDATION, TEST, UNUSED = 0, 1, 2, 3
-"""The values of `Split.part_E`."""
+__all__ = ["TEST", "TRAIN", "UNUSED", "VALIDATION", "Holdout", "PartSize", "Split"]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -40,6 +40,12 @@ class Holdout:
     def __len__(self) -> int:
         return len(self.user_Q)
 
+    @cached_property
+    def has_history_Q(self) -> Bool[np.ndarray, " Q"]:
+        """True where the user did something before: the other queries are counted apart."""
+        begun_Q: Bool[np.ndarray, " Q"] = self.end_Q > self.events.offsets[self.user_Q]
+        return begun_Q
+
     def queries(self, rows: Int64[np.ndarray, " B"]) -> Queries:
         """Return some of the queries as one block."""
         start, end = self.events.offsets[self.user_Q[rows]], self.end_Q[rows]
@@ -52,6 +58,23 @@ class Holdout:
         )
 
 
+@dataclass(frozen=True)
+class PartSize:
+    """How much stands in one part of a split, and how much of it training cannot know."""
+
+    name: str
+    """"train", "validation" or "test"."""
+    events: int
+    users: int
+    users_in_training: int
+    """Users of this part with a training event."""
+    queries: int
+    queries_without_history: int
+    """Nothing is known of their user: counted apart from the rest."""
+    events_of_new_items: int
+    """Targets that no training event has: no trained model can rank them."""
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Split:
     """Events and the part that each belongs to.
@@ -59,7 +82,7 @@ class Split:
     Shape legend: E events.
     """
 
-    kind: Literal["temporal", "leave_last", "ratio", "random", "given"]
+    kind: SplitKind
     events: Interactions
     part_E: UInt8[np.ndarray, " E"]
     rolling: bool
@@ -67,6 +90,8 @@ class Split:
     before it. False: a user's held-out events are predicted together from the parts before."""
     leaks: tuple[str, ...] = ()
     """One sentence for each way in which this split lets the future into training."""
+    notes: tuple[str, ...] = ()
+    """What the split left where it was, with counts, such as users with too few events."""
 
     @cached_property
     def train(self) -> Interactions:
@@ -83,8 +108,24 @@ class Split:
     def refit(self) -> "Split":
         """Return the same split with its validation events moved into training."""
         part_E = np.where(self.part_E == VALIDATION, TRAIN, self.part_E).astype(np.uint8)
-        return Split(
-            kind=self.kind, events=self.events, part_E=part_E, rolling=self.rolling, leaks=self.leaks
+        return replace(self, part_E=part_E, leaks=find_leaks(self.kind, self.events, part_E))
+
+    def sizes(self) -> tuple[PartSize, ...]:
+        """Return what stands in training, validation and test, for a table or a report."""
+        trained_U = np.diff(self.train.offsets) > 0
+        users = int(trained_U.sum())
+        train = PartSize("train", len(self.train), users, users, 0, 0, 0)
+        return (train, *(self._size(part, trained_U) for part in (self.validation, self.test)))
+
+    def _size(self, part: Holdout, trained_U: Bool[np.ndarray, " U"]) -> PartSize:
+        return PartSize(
+            name=part.name,
+            events=len(part.target_item),
+            users=len(np.unique(part.user_Q)),
+            users_in_training=int(trained_U[np.unique(part.user_Q)].sum()),
+            queries=len(part),
+            queries_without_history=int((~part.has_history_Q).sum()),
+            events_of_new_items=int((self.train.item_count[part.target_item] == 0).sum()),
         )
 
     def _holdout(self, part: int, name: str) -> Holdout:

@@ -1,0 +1,116 @@
+"""The settings of a split, as a recipe writes them, and the split that they describe."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from foretaste.config import Config
+from foretaste.data.interactions import Interactions
+from foretaste.data.splits import Split
+from foretaste.data.splitting import (
+    given_split_by_column,
+    leave_last_split,
+    leave_last_within_training,
+    random_split,
+    ratio_split,
+    temporal_split,
+)
+
+Share = Annotated[float, Field(gt=0, lt=1)]
+ShareOrNone = Annotated[float, Field(ge=0, lt=1)]
+
+
+class _Shares(Config):
+    """Two shares of the events that leave something to train on."""
+
+    validation: ShareOrNone = 0.1
+    """Share of the events to choose by; 0 for none."""
+    test: Share = 0.1
+    """Share of the events to report on."""
+
+    @model_validator(mode="after")
+    def _leave_something(self) -> "_Shares":
+        if self.validation + self.test >= 1:
+            raise ValueError(
+                f"validation {self.validation:g} and test {self.test:g} leave nothing to train on"
+            )
+        return self
+
+
+class TemporalSplitConfig(_Shares):
+    """All users are cut at the same moments; the test is rolling."""
+
+    kind: Literal["temporal"] = "temporal"
+    stop_on: Literal["time", "leave_last"] = "time"
+    """What validation is: the events between the cuts, or each user's last event before the
+    test (the events between the cuts are then trained on)."""
+
+
+class LeaveLastSplitConfig(Config):
+    """Each user's last event is the test."""
+
+    kind: Literal["leave_last"] = "leave_last"
+    validation: bool = True
+    """Whether the last but one is held out to choose by."""
+
+
+class RatioSplitConfig(_Shares):
+    """The last share of each user's own events is the test."""
+
+    kind: Literal["ratio"] = "ratio"
+    test: Share = 0.2
+
+
+class RandomSplitConfig(_Shares):
+    """Events are held out whatever their user and time."""
+
+    kind: Literal["random"] = "random"
+    seed: int = 0
+    """Equal seeds give equal splits."""
+
+
+class GivenSplitConfig(Config):
+    """The data say which part an event belongs to."""
+
+    kind: Literal["given"] = "given"
+    column: str = "part"
+    """Holds train, validation, test or unused, or 0, 1, 2 or 3."""
+
+
+SplitConfig = Annotated[
+    TemporalSplitConfig
+    | LeaveLastSplitConfig
+    | RatioSplitConfig
+    | RandomSplitConfig
+    | GivenSplitConfig,
+    Field(discriminator="kind"),
+]
+
+
+def make_split(
+    config: TemporalSplitConfig
+    | LeaveLastSplitConfig
+    | RatioSplitConfig
+    | RandomSplitConfig
+    | GivenSplitConfig,
+    events: Interactions,
+) -> Split:
+    """Cut `events` as `config` describes.
+
+    Raises:
+        DataError: The events cannot be cut so; the message says why.
+    """
+    match config:
+        case TemporalSplitConfig():
+            split = temporal_split(events, validation=config.validation, test=config.test)
+            return split if config.stop_on == "time" else leave_last_within_training(split)
+        case LeaveLastSplitConfig():
+            return leave_last_split(events, validation=config.validation)
+        case RatioSplitConfig():
+            return ratio_split(events, validation=config.validation, test=config.test)
+        case RandomSplitConfig():
+            return random_split(
+                events, validation=config.validation, test=config.test, seed=config.seed
+            )
+        case GivenSplitConfig():
+            return given_split_by_column(events, column=config.column)

@@ -1,0 +1,262 @@
+"""Five ways of cutting events into training, validation and test.
+
+Shape legend: E events, U users.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+from jaxtyping import Int64, UInt8
+
+from foretaste.data.interactions import Interactions
+from foretaste.data.leaks import find_leaks
+from foretaste.data.merging import concatenate
+from foretaste.data.parts import TEST, TRAIN, UNUSED, VALIDATION, SplitKind
+from foretaste.data.splits import Split
+from foretaste.errors import ConfigError, DataError
+
+_ROUNDING = 1e-9  # 0.29 of 100 events is 29, not the 28.999… of floating point
+_NAMES: Mapping[str, int] = {
+    "train": TRAIN,
+    "validation": VALIDATION,
+    "valid": VALIDATION,
+    "val": VALIDATION,
+    "test": TEST,
+    "unused": UNUSED,
+}
+
+
+def temporal_split(events: Interactions, *, validation: float = 0.1, test: float = 0.1) -> Split:
+    """Cut all users at the same two moments: training before, then validation, then test.
+
+    The cuts fall where the shares are met best without parting events of one second. The test
+    is rolling: each event is predicted from everything its user did before it, by weights that
+    saw nothing after the first cut.
+
+    Args:
+        events: With times.
+        validation: Share of the events, in [0, 1).
+        test: Share of the events, in (0, 1).
+
+    Raises:
+        ConfigError: The shares leave nothing to train on.
+        DataError: The events have no times, or too few different ones.
+    """
+    _check_shares(validation, test)
+    if events.timestamp_s is None:
+        raise DataError(
+            "a temporal split needs times and these events have none: name the timestamp column "
+            "when reading, or use leave_last"
+        )
+    part_E = np.full(len(events), TRAIN, dtype=np.uint8)
+    if len(events):
+        part_E[events.timestamp_s >= _cut(events.timestamp_s, 1 - test - validation)] = VALIDATION
+        part_E[events.timestamp_s >= _cut(events.timestamp_s, 1 - test)] = TEST
+    return _checked("temporal", events, part_E, rolling=True, validated=validation > 0)
+
+
+def leave_last_split(events: Interactions, *, validation: bool = True) -> Split:
+    """Hold out each user's last event for the test and the last but one for validation.
+
+    Users with fewer than three events (two without validation) stay in training whole; the
+    split's notes count them.
+
+    Raises:
+        DataError: No user has events enough.
+    """
+    part_E, notes = _leave_last(events, (TEST, VALIDATION) if validation else (TEST,))
+    return _checked("leave_last", events, part_E, validated=validation, notes=notes)
+
+
+def ratio_split(events: Interactions, *, validation: float = 0.1, test: float = 0.2) -> Split:
+    """Hold out the last share of every user's own events, rounded down.
+
+    Args:
+        events: With times, or in an order that stands for time.
+        validation: Share of a user's events, in [0, 1), just before the test's.
+        test: Share of a user's events, in (0, 1), the last ones.
+
+    Raises:
+        ConfigError: The shares leave nothing to train on.
+        DataError: No user has events enough.
+    """
+    _check_shares(validation, test)
+    length_U = np.diff(events.offsets)
+    test_U = np.floor(length_U * test + _ROUNDING).astype(np.int64)
+    validation_U = np.floor(length_U * validation + _ROUNDING).astype(np.int64)
+    from_end_E = _from_end(events)
+    part_E = np.full(len(events), TRAIN, dtype=np.uint8)
+    part_E[from_end_E < (test_U + validation_U)[events.user_idx]] = VALIDATION
+    part_E[from_end_E < test_U[events.user_idx]] = TEST
+    short = int(((test_U == 0) & (length_U > 0)).sum())
+    notes = (f"{short:,} users have too few events for a test share of {test:g}",) if short else ()
+    return _checked("ratio", events, part_E, validated=validation > 0, notes=notes)
+
+
+def random_split(
+    events: Interactions, *, validation: float = 0.1, test: float = 0.1, seed: int = 0
+) -> Split:
+    """Hold out events drawn without regard to user or time.
+
+    Args:
+        events: Any.
+        validation: Share of the events, in [0, 1).
+        test: Share of the events, in (0, 1).
+        seed: Equal seeds give equal splits.
+
+    Raises:
+        ConfigError: The shares leave nothing to train on.
+        DataError: There are too few events.
+    """
+    _check_shares(validation, test)
+    num_test, num_validation = (
+        int(np.floor(len(events) * share + _ROUNDING)) for share in (test, validation)
+    )
+    drawn = np.random.default_rng(seed).permutation(len(events))
+    part_E = np.full(len(events), TRAIN, dtype=np.uint8)
+    part_E[drawn[:num_test]] = TEST
+    part_E[drawn[num_test : num_test + num_validation]] = VALIDATION
+    return _checked("random", events, part_E, validated=validation > 0)
+
+
+def given_split(
+    train: Interactions, *, test: Interactions, validation: Interactions | None = None
+) -> Split:
+    """Take parts as they come, under one vocabulary: training's ids first, then new ones.
+
+    Without times a user's training events stand before the validation and test events.
+
+    Raises:
+        DataError: A part has no event.
+    """
+    parts = {TRAIN: train, VALIDATION: validation, TEST: test}
+    present = {part: events for part, events in parts.items() if events is not None}
+    merged, source_E = concatenate(list(present.values()))
+    part_E = np.array(list(present), dtype=np.uint8)[source_E]
+    return _checked("given", merged, part_E, validated=validation is not None)
+
+
+def given_split_by_column(events: Interactions, *, column: str = "part") -> Split:
+    """Take parts from a column that says of each event where it belongs.
+
+    Args:
+        events: With that column.
+        column: Holds "train", "validation", "test" or "unused", or the codes 0, 1, 2 and 3.
+
+    Raises:
+        DataError: There is no such column, or a value is none of these.
+    """
+    if column not in events.columns:
+        raise DataError(
+            f"no column {column!r} says which part an event belongs to; there are "
+            f"{sorted(events.columns)}: name it among the columns when reading"
+        )
+    values, inverse_E = np.unique(events.columns[column], return_inverse=True)
+    part_E = np.array([_part_code(value, column) for value in values.tolist()], np.uint8)[inverse_E]
+    validated = bool((part_E == VALIDATION).any())
+    return _checked("given", events, part_E, validated=validated)
+
+
+def leave_last_within_training(split: Split) -> Split:
+    """Return the same test, with each user's last event before it as the validation.
+
+    The split's own validation joins training first. For a temporal split with few users on
+    both sides of the cut: there is more to stop early by, and the reported test stays what it
+    was. Users with fewer than three training events are not validated on.
+
+    Raises:
+        DataError: No user has training events enough.
+    """
+    whole = split.refit()
+    inner_E, notes = _leave_last(whole.train, (VALIDATION,), fewest=3)
+    part_E = whole.part_E.copy()
+    part_E[part_E == TRAIN] = inner_E
+    return _checked(
+        split.kind, split.events, part_E, rolling=split.rolling, notes=(*split.notes, *notes)
+    )
+
+
+def _check_shares(validation: float, test: float) -> None:
+    if not (0 < test < 1 and 0 <= validation < 1 and test + validation < 1):
+        raise ConfigError(
+            f"validation={validation:g} and test={test:g} are no shares that leave something to "
+            "train on: test is in (0, 1), validation in [0, 1), their sum below 1"
+        )
+
+
+def _cut(timestamp_E: Int64[np.ndarray, " E"], share_before: float) -> int:
+    """Return the time before which the share of events comes nearest to `share_before`."""
+    wanted = min(round(len(timestamp_E) * share_before), len(timestamp_E) - 1)
+    middle = int(np.partition(timestamp_E, wanted)[wanted])
+    before, until = int((timestamp_E < middle).sum()), int((timestamp_E <= middle).sum())
+    return middle if wanted - before <= until - wanted else middle + 1
+
+
+def _from_end(events: Interactions) -> Int64[np.ndarray, " E"]:
+    """Number each user's events from the last, which is 0."""
+    from_end_E: Int64[np.ndarray, " E"] = (
+        events.offsets[1:][events.user_idx] - 1 - np.arange(len(events))
+    )
+    return from_end_E
+
+
+def _leave_last(
+    events: Interactions, parts: tuple[int, ...], *, fewest: int | None = None
+) -> tuple[UInt8[np.ndarray, " E"], tuple[str, ...]]:
+    """Give the last event to `parts[0]`, the one before it to `parts[1]`, and say who is short."""
+    fewest = fewest or len(parts) + 1
+    length_U = np.diff(events.offsets)
+    long_E = (length_U >= fewest)[events.user_idx]
+    from_end_E = _from_end(events)
+    part_E = np.full(len(events), TRAIN, dtype=np.uint8)
+    for place, part in enumerate(parts):
+        part_E[long_E & (from_end_E == place)] = part
+    short = int(((length_U > 0) & (length_U < fewest)).sum())
+    note = f"{short:,} users have fewer than {fewest} events and stay in training whole"
+    return part_E, (note,) if short else ()
+
+
+def _part_code(value: object, column: str) -> int:
+    if isinstance(value, int) and value in (TRAIN, VALIDATION, TEST, UNUSED):
+        return int(value)
+    if isinstance(value, str) and value.strip().lower() in _NAMES:
+        return _NAMES[value.strip().lower()]
+    raise DataError(
+        f"column {column!r} says {value!r}, which is no part: write one of {sorted(_NAMES)}, or "
+        f"{TRAIN}, {VALIDATION}, {TEST}, {UNUSED}"
+    )
+
+
+def _checked(
+    kind: SplitKind,
+    events: Interactions,
+    part_E: UInt8[np.ndarray, " E"],
+    *,
+    rolling: bool = False,
+    validated: bool = True,
+    notes: tuple[str, ...] = (),
+) -> Split:
+    """Refuse a split with an empty part, and say what leaks."""
+    sizes = np.bincount(part_E, minlength=UNUSED + 1)
+    wanted = {"training": TRAIN, "validation": VALIDATION, "test": TEST}
+    for name, part in wanted.items():
+        if not sizes[part] and (validated or part != VALIDATION):
+            raise DataError(
+                f"the {name} part of this {kind} split is empty: {len(events):,} events of "
+                f"{int((np.diff(events.offsets) > 0).sum()):,} users{_moments(events)} are too "
+                "few for it; give more events, other shares, or another kind of split"
+            )
+    return Split(
+        kind=kind,
+        events=events,
+        part_E=part_E,
+        rolling=rolling,
+        leaks=find_leaks(kind, events, part_E),
+        notes=notes,
+    )
+
+
+def _moments(events: Interactions) -> str:
+    if events.timestamp_s is None:
+        return ""
+    return f" at {len(np.unique(events.timestamp_s)):,} different times"
