@@ -16,7 +16,7 @@ from torch import Tensor
 
 LossGradient = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 """From positive logits (N,) and negative logits (N, M) to the summed loss and its gradient to
-each; it may overwrite the negative logits. A negative of -inf is no candidate: its gradient is 0."""
+each; it may overwrite the negative logits. A negative of -inf is no candidate (gradient 0)."""
 
 _CHUNK_FLOATS = 2**20
 """4 MiB of logits at a time: about what a core's share of cache holds."""
@@ -88,7 +88,7 @@ def chunked_loss(
         column_N: Where among the candidates the row's own positive stands, -1 for nowhere; it
             is hidden there (an accidental hit).
     """
-    loss: Tensor = _Chunked.apply(
+    loss: Tensor = _Chunked.apply(  # type: ignore[no-untyped-call]  # torch leaves it untyped
         query_ND, positive_ND, negative_MD, offset_M, column_N, loss_gradient
     )
     return loss

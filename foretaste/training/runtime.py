@@ -22,7 +22,8 @@ def keep_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except AttributeError:  # musl has none
         return False
-    return all([mallopt(option, size) for option, size in _GLIBC_LIMITS.items()])
+    taken = [mallopt(option, size) for option, size in _GLIBC_LIMITS.items()]
+    return all(taken)
 
 
 def choose_device(name: str) -> torch.device:
