@@ -1,0 +1,159 @@
+"""Building the index that fits: which kind, and how wide it must search to find enough.
+
+Shape legend: I items of the catalogue, N items in the index, Q measured queries, D width.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import faiss
+import torch
+from jaxtyping import Bool, Float
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from torch import Tensor
+
+from foretaste.errors import BundleError, DataError, NonFiniteError
+from foretaste.retrieval.exact import ExactIndex, load_vectors
+from foretaste.retrieval.hnsw import HnswIndex, build_hnsw
+from foretaste.retrieval.index import IndexChoice, IndexFacts, ItemIndex
+from foretaste.retrieval.ivf import FAISS_FILE, IvfIndex, build_ivf
+
+EXACT_BELOW = 200_000
+"""Items up to which "auto" compares everything: about 10 ms a query on one core."""
+RECALL_AT = 100
+MEASURED_QUERIES = 256
+
+
+def build_index(
+    table_ID: Float[Tensor, "I D"],
+    *,
+    kind: IndexChoice = "auto",
+    known_I: Bool[Tensor, " I"],
+    seed: int = 0,
+    recall_target: float = 0.95,
+    query_QD: Float[Tensor, "Q D"] | None = None,
+    exact_below: int = EXACT_BELOW,
+) -> ItemIndex:
+    """Index the items that training knew.
+
+    An approximate index searches as narrowly as recall@100 against the exact one allows. Recall
+    is measured on `query_QD`, or without it on known items' vectors with noise of half their
+    standard deviation; the facts say which, and what was reached.
+
+    Args:
+        table_ID: Every item's vector.
+        kind: "auto" is exact below `exact_below` known items and "ivf_flat" from there on.
+        known_I: The items to index; the others are never answered.
+        seed: Decides IVF's sample and centroids, and the measured queries.
+        recall_target: In (0, 1].
+        query_QD: Vectors of real queries; some hundreds are enough.
+        exact_below: See `kind`.
+
+    Raises:
+        DataError: No item is known, or `recall_target` is out of range.
+        NonFiniteError: A known item's vector is NaN or infinite.
+    """
+    if not 0 < recall_target <= 1:
+        raise DataError(f"recall_target is {recall_target}, not in (0, 1]")
+    exact = _exact(table_ID.detach(), known_I)
+    if kind == "auto":
+        kind = "exact" if exact.facts.num_items < exact_below else "ivf_flat"
+    if kind == "exact":
+        return exact
+    if query_QD is None or len(query_QD) == 0:
+        origin, query_QD = "item vectors with noise", _noisy_items(exact, seed)
+    else:
+        origin, query_QD = "the model's queries", query_QD[:MEASURED_QUERIES]
+    aim = {"recall_target": recall_target, "recall_queries": f"{len(query_QD)} {origin}"}
+    if kind != "hnsw":
+        return _tuned(build_ivf(exact, kind=kind, seed=seed), query_QD, aim)
+    plain = _tuned(build_hnsw(exact, levelled=False), query_QD, aim)
+    if plain.facts.recall_at_100 >= recall_target:
+        return plain
+    levelled = _tuned(build_hnsw(exact, levelled=True), query_QD, aim)
+    return max(plain, levelled, key=lambda index: index.facts.recall_at_100)
+
+
+def _exact(table_ID: Tensor, known_I: Tensor) -> ExactIndex:
+    item_N = known_I.nonzero().flatten()
+    if len(item_N) == 0:
+        raise DataError("no item has a training event: there is nothing to index")
+    vectors_ND = table_ID if len(item_N) == len(table_ID) else table_ID[item_N]
+    if not vectors_ND.isfinite().all():
+        raise NonFiniteError("an item's vector is NaN or infinite: train the model anew")
+    return ExactIndex(vectors_ND, item_N, catalogue_size=len(table_ID))
+
+
+def recall(index: IvfIndex | HnswIndex, query_QD: Float[Tensor, "Q D"]) -> Float[Tensor, " Q"]:
+    """Return for each query the share of its true 100 best that an index finds, in [0, 1].
+
+    The true ones are those of the exact index inside, which lends no hand to the search.
+    """
+    k = min(RECALL_AT, index.facts.num_items)
+    none = torch.full((len(query_QD), 0), -1)
+    true_QK = index.exact.search(query_QD, k, exclude_BX=none).item_BK
+    return _overlap(true_QK, index.candidates(query_QD, k))
+
+
+def _overlap(true_QK: Tensor, found_QK: Tensor) -> Tensor:
+    pairs = zip(true_QK, found_QK, strict=True)
+    return torch.stack([torch.isin(true, found).float().mean() for true, found in pairs])
+
+
+def _noisy_items(exact: ExactIndex, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    row_Q = torch.randint(exact.facts.num_items, (MEASURED_QUERIES,), generator=generator)
+    vectors_QD = exact.vectors_ND[row_Q].float()
+    noise_QD = torch.randn(vectors_QD.shape, generator=generator)
+    return vectors_QD + 0.5 * noise_QD * vectors_QD.std(dim=0, correction=0)
+
+
+def _tuned(
+    index: IvfIndex | HnswIndex, query_QD: Tensor, aim: Mapping[str, object]
+) -> IvfIndex | HnswIndex:
+    """Double the width until both halves of the queries reach the target, then halve the gap."""
+    index = index.with_facts(index.facts.model_copy(update=aim))
+    k = min(RECALL_AT, index.facts.num_items)
+    none = torch.full((len(query_QD), 0), -1)
+    true_QK = index.exact.search(query_QD, k, exclude_BX=none).item_BK
+
+    def at(width: int) -> tuple[float, float]:
+        wider = index.with_facts(index.facts.model_copy(update={"search_width": width}))
+        found_Q = _overlap(true_QK, wider.candidates(query_QD, k))
+        worse = min(float(half.mean()) for half in found_Q.chunk(2))
+        return worse, float(found_Q.mean())
+
+    target = index.facts.recall_target
+    low, width = 0, min(index.facts.search_width, index.widest)
+    while (reached := at(width))[0] < target and width < index.widest:
+        low, width = width, min(2 * width, index.widest)
+    while reached[0] >= target and width - low > max(1, width // 8):
+        middle = (low + width) // 2
+        if (narrower := at(middle))[0] >= target:
+            width, reached = middle, narrower
+        else:
+            low = middle
+    update = {"search_width": width, "recall_at_100": reached[1]}
+    return index.with_facts(index.facts.model_copy(update=update))
+
+
+def load_index(folder: Path) -> ItemIndex:
+    """Read an index that `save` wrote; vectors and IVF's lists are memory-mapped.
+
+    Raises:
+        BundleError: A file is missing or broken.
+    """
+    try:
+        facts = IndexFacts.model_validate_json((folder / "index.json").read_bytes())
+        exact = load_vectors(folder, facts)
+        match facts.kind:
+            case "exact":
+                return exact
+            case "hnsw":
+                return HnswIndex(faiss.read_index(str(folder / FAISS_FILE)), exact, facts)
+            case "ivf_flat" | "ivf_sq8":
+                lists = faiss.read_index(str(folder / FAISS_FILE), faiss.IO_FLAG_MMAP)
+                return IvfIndex(lists, exact, facts)
+    except (OSError, KeyError, ValidationError, SafetensorError, RuntimeError) as error:
+        raise BundleError(f"{folder}: the index cannot be read: {error}: build it anew") from error

@@ -1,0 +1,162 @@
+"""Brute force, in blocks: right by construction, and what every other index is measured by.
+
+Shape legend: B queries, N items in the index, I items of the catalogue, D width, X exclusions,
+A allowed items, K list length.
+"""
+
+from pathlib import Path
+from typing import final
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from foretaste.retrieval.index import IndexFacts, IndexKind, TopK, check_search
+
+ITEM_BLOCK = 2**20
+"""Items compared at a time."""
+SCORE_BLOCK = 2**24
+"""Scores held at a time: 64 MiB."""
+VECTORS_FILE = "vectors.safetensors"
+
+
+def top_k(
+    score_BN: Float[Tensor, "B N"], k: int
+) -> tuple[Float[Tensor, "B K"], Int64[Tensor, "B K"]]:
+    """Return the min(k, N) best scores of each row and where they stand, best first.
+
+    Ties go to the lower position, so a longer list begins with the shorter one.
+    """
+    k = min(k, score_BN.shape[1])
+    value_BK, position_BK = score_BN.topk(k)
+    if 0 < k < score_BN.shape[1]:
+        last_B1 = value_BK[:, -1:]
+        tied_B = ((score_BN >= last_B1).sum(dim=1) > k) & last_B1.squeeze(1).isfinite()
+        for row in tied_B.nonzero().flatten().tolist():
+            above = (score_BN[row] > last_B1[row]).nonzero().flatten()
+            equal = (score_BN[row] == last_B1[row]).nonzero().flatten()[: k - len(above)]
+            position_BK[row] = torch.cat([above, equal])
+            value_BK[row] = score_BN[row, position_BK[row]]
+    return _best_first(value_BK, position_BK)
+
+
+def _best_first(value_BK: Tensor, position_BK: Tensor) -> tuple[Tensor, Tensor]:
+    """Sort rows by value, highest first, and ties by position, lowest first."""
+    position_BK, order_BK = position_BK.sort(dim=1)
+    value_BK, again_BK = value_BK.gather(1, order_BK).sort(dim=1, descending=True, stable=True)
+    return value_BK, position_BK.gather(1, again_BK)
+
+
+@final
+class ExactIndex:
+    """Compares a query with every item."""
+
+    def __init__(
+        self,
+        vectors_ND: Float[Tensor, "N D"],
+        item_N: Int64[Tensor, " N"],
+        *,
+        catalogue_size: int,
+    ) -> None:
+        """Keep vectors by reference; `item_N` says which item each is, rising."""
+        self.vectors_ND = vectors_ND
+        self.item_N = item_N
+        self._is_whole = len(item_N) == catalogue_size
+        self._facts = IndexFacts(
+            kind="exact",
+            num_items=len(item_N),
+            catalogue_size=catalogue_size,
+            embedding_dim=vectors_ND.shape[1],
+        )
+
+    @property
+    def kind(self) -> IndexKind:
+        return "exact"
+
+    @property
+    def facts(self) -> IndexFacts:
+        return self._facts
+
+    def positions(self, item_BX: Int64[Tensor, "B X"]) -> Int64[Tensor, "B X"]:
+        """Return where items stand in the index, -1 for those that do not."""
+        if self._is_whole:
+            return item_BX
+        return _find(self.item_N, item_BX)
+
+    def search(
+        self,
+        query_BD: Float[Tensor, "B D"],
+        k: int,
+        *,
+        exclude_BX: Int64[Tensor, "B X"],
+        allow_I: Bool[Tensor, " I"] | None = None,
+    ) -> TopK:
+        """Return the K best items of each query; see `ItemIndex.search`."""
+        check_search(self._facts, query_BD, k, allow_I)
+        vectors_AD, item_A, exclude_BX = self.vectors_ND, self.item_N, self.positions(exclude_BX)
+        if allow_I is not None:
+            chosen_A = allow_I[self.item_N].nonzero().flatten()
+            vectors_AD, item_A = vectors_AD[chosen_A], item_A[chosen_A]
+            exclude_BX = _find(chosen_A, exclude_BX)
+        query_BD = query_BD.to(vectors_AD.dtype)
+        rows = max(1, SCORE_BLOCK // max(1, min(len(item_A), ITEM_BLOCK)))
+        answers = [
+            _search_block(vectors_AD, query_bD, min(k, len(item_A)), exclude_bX)
+            for query_bD, exclude_bX in zip(
+                query_BD.split(rows), exclude_BX.split(rows), strict=True
+            )
+        ]
+        item_BK = torch.full((len(query_BD), k), -1, dtype=torch.int64)
+        score_BK = torch.full((len(query_BD), k), -torch.inf)
+        found = min(k, len(item_A))
+        if answers and found:
+            score_BK[:, :found] = torch.cat([score for score, _ in answers])
+            position = torch.cat([position for _, position in answers])
+            item_BK[:, :found] = item_A[position].where(score_BK[:, :found] > -torch.inf, -1)
+        return TopK(item_BK=item_BK, score_BK=score_BK)
+
+    def save(self, folder: Path) -> None:
+        """Write `vectors.safetensors` and `index.json`."""
+        save_vectors(self, folder)
+        (folder / "index.json").write_text(self._facts.model_dump_json(indent=2))
+
+
+def save_vectors(exact: ExactIndex, folder: Path) -> None:
+    """Write the vectors and which items they are."""
+    tensors = {"vectors_ND": exact.vectors_ND.contiguous(), "item_N": exact.item_N.contiguous()}
+    save_file(tensors, folder / VECTORS_FILE)
+
+
+def load_vectors(folder: Path, facts: IndexFacts) -> ExactIndex:
+    """Read what `save_vectors` wrote, as a memory map."""
+    tensors = load_file(folder / VECTORS_FILE)
+    return ExactIndex(tensors["vectors_ND"], tensors["item_N"], catalogue_size=facts.catalogue_size)
+
+
+def _find(sorted_N: Tensor, value_BX: Tensor) -> Tensor:
+    """Return where values stand in `sorted_N`, -1 where they do not."""
+    if len(sorted_N) == 0:
+        return torch.full_like(value_BX, -1)
+    at_BX = torch.searchsorted(sorted_N, value_BX.contiguous()).clamp(max=len(sorted_N) - 1)
+    return at_BX.where(sorted_N[at_BX] == value_BX, -1)
+
+
+def _search_block(
+    vectors_ND: Tensor, query_BD: Tensor, k: int, exclude_BX: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the k <= N best positions of each query, excluded ones at -inf."""
+    best: tuple[Tensor, Tensor] | None = None
+    row_BX = torch.arange(len(query_BD)).unsqueeze(1).expand_as(exclude_BX)
+    for start in range(0, len(vectors_ND), ITEM_BLOCK):
+        score_BN = query_BD @ vectors_ND[start : start + ITEM_BLOCK].T
+        inside_BX = (exclude_BX >= start) & (exclude_BX < start + score_BN.shape[1])
+        score_BN[row_BX[inside_BX], exclude_BX[inside_BX] - start] = -torch.inf
+        value_BK, position_BK = top_k(score_BN, k)
+        position_BK = position_BK + start
+        if best is not None:
+            value_BK, position_BK = _best_first(
+                torch.cat([best[0], value_BK], dim=1), torch.cat([best[1], position_BK], dim=1)
+            )
+        best = value_BK[:, :k], position_BK[:, :k]
+    return best if best is not None else top_k(query_BD @ vectors_ND.T, k)

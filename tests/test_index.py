@@ -1,0 +1,333 @@
+"""The item index: brute force against an oracle, and the fast ones against brute force.
+
+Shape legend: I items, N items in the index, B queries, D width, X exclusions, K list length.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from foretaste.errors import BundleError, DataError, NonFiniteError
+from foretaste.retrieval import exact as exact_module
+from foretaste.retrieval.choose import build_index, load_index, recall
+from foretaste.retrieval.exact import top_k
+from foretaste.retrieval.hnsw import HnswIndex
+from foretaste.retrieval.index import IndexChoice, ItemIndex
+from foretaste.retrieval.ivf import IvfIndex
+
+NUM_ITEMS, WIDTH = 4000, 16
+APPROXIMATE: tuple[IndexChoice, ...] = ("ivf_flat", "ivf_sq8", "hnsw")
+
+
+def all_known(table: Tensor) -> Tensor:
+    return torch.ones(len(table), dtype=torch.bool)
+
+
+def nobody(queries: int) -> Tensor:
+    return torch.full((queries, 0), -1)
+
+
+def normal(seed: int, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def clustered(num_items: int = NUM_ITEMS) -> Tensor:
+    centre = normal(1, 40, WIDTH)[torch.arange(num_items) % 40]
+    return 2 * centre + 0.3 * normal(2, num_items, WIDTH)
+
+
+def spread(num_items: int = NUM_ITEMS) -> Tensor:
+    return normal(3, num_items, WIDTH)
+
+
+def argsort_oracle(table: Tensor, query: Tensor, k: int, banned: set[int]) -> list[int]:
+    """The obvious way: score all, sort all, walk down."""
+    order = np.argsort(-(query.double() @ table.double().T).numpy(), kind="stable")
+    return [int(item) for item in order if int(item) not in banned][:k]
+
+
+@pytest.fixture(scope="module", params=APPROXIMATE)
+def fast(request: pytest.FixtureRequest) -> ItemIndex:
+    table = clustered()
+    return build_index(table, kind=request.param, known_I=all_known(table), seed=0)
+
+
+def test_three_items_by_hand() -> None:
+    # Query (1, 2) scores the items 1·1 + 2·0 = 1, 0 + 2 = 2, and 3 - 4 = -1.
+    index = build_index(
+        torch.tensor([[1.0, 0.0], [0.0, 1.0], [3.0, -2.0]]), known_I=torch.ones(3).bool()
+    )
+    answer = index.search(torch.tensor([[1.0, 2.0]]), 2, exclude_BX=nobody(1))
+    assert answer.item_BK.tolist() == [[1, 0]]
+    assert answer.score_BK.tolist() == [[2.0, 1.0]]
+
+
+@settings(deadline=None, derandomize=True, max_examples=60)
+@given(
+    num_items=st.integers(1, 40),
+    k=st.integers(1, 50),
+    share_known=st.floats(0.1, 1.0),
+    excluded=st.integers(0, 45),
+    item_block=st.integers(1, 50),
+    score_block=st.integers(1, 100),
+    seed=st.integers(0, 10**6),
+)
+def test_exact_is_a_sort_of_what_is_allowed(
+    num_items: int,
+    k: int,
+    share_known: float,
+    excluded: int,
+    item_block: int,
+    score_block: int,
+    seed: int,
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    known = torch.rand(num_items, generator=generator) < share_known
+    known[seed % num_items] = True
+    allow = torch.rand(num_items, generator=generator) < 0.6 if seed % 2 else None
+    table, queries = normal(seed, num_items, 4), normal(seed + 1, 3, 4)
+    exclude = torch.randint(-1, num_items, (3, excluded), generator=generator)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exact_module, "ITEM_BLOCK", item_block)
+        patch.setattr(exact_module, "SCORE_BLOCK", score_block)
+        index = build_index(table, kind="exact", known_I=known)
+        answer = index.search(queries, k, exclude_BX=exclude, allow_I=allow)
+    for row in range(3):
+        banned = set(exclude[row].tolist()) | set((~known).nonzero().flatten().tolist())
+        if allow is not None:
+            banned |= set((~allow).nonzero().flatten().tolist())
+        expected = argsort_oracle(table, queries[row], k, banned)
+        assert answer.item_BK[row].tolist() == expected + [-1] * (k - len(expected))
+        assert (answer.score_BK[row, len(expected) :] == -torch.inf).all()
+
+
+def test_ties_go_to_the_lower_row_and_a_longer_list_begins_with_the_shorter() -> None:
+    score = torch.tensor([[1.0, 2.0, 1.0, 2.0, 1.0, 0.0]])
+    lists = [top_k(score, k)[1][0].tolist() for k in range(1, 7)]
+    assert lists[-1] == [1, 3, 0, 2, 4, 5]
+    assert all(shorter == lists[-1][: len(shorter)] for shorter in lists)
+
+
+def test_one_item_and_a_catalogue_that_runs_out() -> None:
+    index = build_index(torch.ones(1, 2), known_I=torch.ones(1).bool())
+    answer = index.search(torch.ones(1, 2), 5, exclude_BX=nobody(1))
+    assert answer.item_BK.tolist() == [[0, -1, -1, -1, -1]]
+    gone = index.search(torch.ones(1, 2), 2, exclude_BX=torch.tensor([[0, -1]]))
+    assert gone.item_BK.tolist() == [[-1, -1]]
+    assert gone.score_BK.tolist() == [[-torch.inf, -torch.inf]]
+
+
+def test_no_query_gets_no_answer() -> None:
+    index = build_index(torch.ones(3, 2), known_I=torch.ones(3).bool())
+    assert index.search(torch.ones(0, 2), 2, exclude_BX=nobody(0)).item_BK.shape == (0, 2)
+
+
+@pytest.mark.parametrize("kind", APPROXIMATE)
+@pytest.mark.parametrize("vectors", [clustered, spread])
+def test_a_fast_index_keeps_its_promise_of_recall(kind: IndexChoice, vectors: object) -> None:
+    # Chance: 100 of 4000 items, 0.025. The queries are not those that it was tuned on.
+    table = clustered() if vectors is clustered else spread()
+    index = build_index(table, kind=kind, known_I=all_known(table), seed=0)
+    queries = table[::41] + 0.1 * normal(9, len(table[::41]), WIDTH)
+    assert index.facts.recall_at_100 >= 0.95
+    assert isinstance(index, IvfIndex | HnswIndex)
+    assert float(recall(index, queries).mean()) >= 0.94
+
+
+def test_spread_vectors_are_searched_wider_than_clustered_ones() -> None:
+    widths = [
+        build_index(table, kind="ivf_flat", known_I=all_known(table)).facts.search_width
+        for table in (clustered(), spread())
+    ]
+    assert widths[0] < widths[1]
+
+
+def test_a_higher_target_costs_width_and_the_facts_say_what_was_measured() -> None:
+    table, queries = spread(), normal(5, 300, WIDTH)
+    low, high = (
+        build_index(
+            table, kind="ivf_flat", known_I=all_known(table), recall_target=target, query_QD=queries
+        ).facts
+        for target in (0.5, 0.99)
+    )
+    assert low.search_width < high.search_width
+    assert 0.5 <= low.recall_at_100 < 0.99 <= high.recall_at_100
+    assert high.recall_queries == "256 the model's queries"
+
+
+def test_auto_turns_approximate_at_the_boundary_and_counts_known_items_only() -> None:
+    table = spread(1000)
+    known = all_known(table)
+    assert build_index(table, known_I=known, exact_below=1001).kind == "exact"
+    assert build_index(table, known_I=known, exact_below=1000).kind == "ivf_flat"
+    known[0] = False
+    assert build_index(table, known_I=known, exact_below=1000).kind == "exact"
+
+
+def test_the_best_items_once_excluded_do_not_come_back(fast: ItemIndex) -> None:
+    queries = clustered()[:5] + 0.01
+    best = fast.search(queries, 20, exclude_BX=nobody(5))
+    for rows in (slice(0, 1), slice(0, 5)):  # one query: by bitmap; five: fetched and dropped
+        rest = fast.search(queries[rows], 20, exclude_BX=best.item_BK[rows])
+        for shown, answer in zip(best.item_BK[rows], rest.item_BK, strict=True):
+            assert not set(shown.tolist()) & set(answer.tolist())
+            assert len(set(answer.tolist()) - {-1}) == 20
+
+
+def test_one_row_and_many_rows_agree(fast: ItemIndex) -> None:
+    queries, exclude = clustered()[:30] + 0.1, torch.randint(-1, NUM_ITEMS, (30, 40))
+    together = fast.search(queries, 10, exclude_BX=exclude)
+    alone = [fast.search(queries[b : b + 1], 10, exclude_BX=exclude[b : b + 1]) for b in range(30)]
+    same = together.item_BK == torch.cat([answer.item_BK for answer in alone])
+    assert same.float().mean() > 0.97  # HNSW walks a little differently for longer lists
+
+
+def test_long_exclusions_go_by_bitmap_for_each_row(fast: ItemIndex) -> None:
+    queries = clustered()[:4]
+    exclude = torch.stack([torch.randperm(NUM_ITEMS)[:1500] for _ in range(4)])
+    answer = fast.search(queries, 10, exclude_BX=exclude)
+    for row in range(4):
+        expected = argsort_oracle(clustered(), queries[row], 10, set(exclude[row].tolist()))
+        assert len(set(expected) & set(answer.item_BK[row].tolist())) >= 8
+
+
+def test_scores_are_dot_products_and_fall(fast: ItemIndex) -> None:
+    queries = spread(3)
+    answer = fast.search(queries, 10, exclude_BX=nobody(3))
+    dots = torch.einsum("bkd,bd->bk", clustered()[answer.item_BK], queries)
+    torch.testing.assert_close(answer.score_BK, dots, rtol=1e-4, atol=1e-4)
+    assert (answer.score_BK.diff(dim=1) <= 0).all()
+
+
+@pytest.mark.parametrize("allowed", [1, 5, 30, 700, 3000])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_an_allow_list_is_honoured_and_filled(fast: ItemIndex, allowed: int, rows: int) -> None:
+    allow = torch.zeros(NUM_ITEMS, dtype=torch.bool)
+    allow[torch.randperm(NUM_ITEMS, generator=torch.Generator().manual_seed(1))[:allowed]] = True
+    exclude = allow.nonzero()[:1].T.expand(rows, 1)
+    answer = fast.search(spread(rows), 20, exclude_BX=exclude, allow_I=allow)
+    for row in answer.item_BK:
+        found = row[row >= 0]
+        assert len(set(found.tolist())) == min(20, allowed - 1)
+        assert allow[found].all()
+        assert int(exclude[0, 0]) not in found.tolist()
+
+
+def test_a_narrow_search_is_completed_by_the_exact_one() -> None:
+    # One list of about 40 is probed, and 300 items are asked for: IVF alone falls short.
+    table = clustered()
+    index = build_index(table, kind="ivf_flat", known_I=all_known(table), recall_target=1e-6)
+    assert index.facts.search_width == 1
+    answer = index.search(table[:2], 300, exclude_BX=nobody(2))
+    for row in range(2):
+        assert answer.item_BK[row].tolist() == argsort_oracle(table, table[row], 300, set())
+
+
+def test_a_list_as_long_as_the_catalogue_holds_every_item_once(fast: ItemIndex) -> None:
+    answer = fast.search(spread(2), NUM_ITEMS + 7, exclude_BX=torch.tensor([[3], [-1]]))
+    counts = [len(set(row[row >= 0].tolist())) for row in answer.item_BK]
+    assert counts == [NUM_ITEMS - 1, NUM_ITEMS]
+
+
+@pytest.mark.parametrize("kind", ["exact", *APPROXIMATE])
+def test_an_item_that_training_never_saw_is_never_answered(kind: IndexChoice) -> None:
+    table = clustered(3000)
+    known = torch.rand(3000, generator=torch.Generator().manual_seed(0)) < 0.5
+    index = build_index(table, kind=kind, known_I=known)
+    assert index.facts.num_items == int(known.sum())
+    exclude = known.nonzero()[:3].T.expand(4, 3)
+    for k in (10, 3000):
+        item = index.search(table[:4], k, exclude_BX=exclude).item_BK
+        assert known[item[item >= 0]].all()
+        assert not torch.isin(item, exclude[0]).any()
+    assert (item >= 0).sum(dim=1).tolist() == [int(known.sum()) - 3] * 4
+
+
+@pytest.mark.parametrize("kind", ["exact", *APPROXIMATE])
+def test_saved_and_loaded_answers_are_equal(kind: IndexChoice, tmp_path: Path) -> None:
+    table = clustered(3000)
+    known = torch.arange(3000) % 7 != 0
+    index = build_index(table, kind=kind, known_I=known)
+    index.save(tmp_path)
+    loaded = load_index(tmp_path)
+    assert loaded.facts == index.facts
+    exclude = torch.randint(-1, 3000, (20, 9))
+    for k in (10, 2000):
+        before, after = (each.search(spread(20), k, exclude_BX=exclude) for each in (index, loaded))
+        assert torch.equal(before.item_BK, after.item_BK)
+        assert torch.equal(before.score_BK, after.score_BK)
+
+
+def test_searches_from_several_threads_do_not_disturb_each_other(fast: ItemIndex) -> None:
+    queries = spread(64)
+    exclude = torch.randint(-1, NUM_ITEMS, (64, 30), generator=torch.Generator().manual_seed(2))
+
+    def one(row: int) -> list[int]:
+        allow = torch.arange(NUM_ITEMS) % 2 == row % 2
+        answer = fast.search(
+            queries[row : row + 1], 10, exclude_BX=exclude[row : row + 1], allow_I=allow
+        )
+        return answer.item_BK[0].tolist()
+
+    expected = [one(row) for row in range(64)]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(one, list(range(64)) * 3)) == expected * 3
+
+
+def test_one_seed_builds_one_index() -> None:
+    table = spread(2000)
+    first, second = (
+        build_index(table, kind="ivf_flat", known_I=all_known(table), seed=4) for _ in range(2)
+    )
+    assert first.facts == second.facts
+    answers = [index.search(table[:50], 20, exclude_BX=nobody(50)) for index in (first, second)]
+    assert torch.equal(answers[0].item_BK, answers[1].item_BK)
+
+
+@pytest.mark.parametrize("kind", ["exact", "ivf_flat", "hnsw"])
+def test_a_wrong_search_says_what_is_wrong(kind: IndexChoice) -> None:
+    index = build_index(spread(900), kind=kind, known_I=torch.ones(900).bool())
+    with pytest.raises(DataError, match="k is 0"):
+        index.search(spread(1), 0, exclude_BX=nobody(1))
+    with pytest.raises(DataError, match="3 wide and the index 16"):
+        index.search(torch.ones(1, 3), 1, exclude_BX=nobody(1))
+    with pytest.raises(DataError, match="allow names 5 items of 900"):
+        index.search(spread(1), 1, exclude_BX=nobody(1), allow_I=torch.ones(5).bool())
+    with pytest.raises(NonFiniteError, match="query"):
+        index.search(torch.full((1, WIDTH), torch.nan), 1, exclude_BX=nobody(1))
+
+
+def test_what_cannot_be_indexed_is_refused() -> None:
+    with pytest.raises(DataError, match="nothing to index"):
+        build_index(spread(3), known_I=torch.zeros(3).bool())
+    with pytest.raises(NonFiniteError, match="item's vector"):
+        build_index(torch.full((2, 2), torch.inf), known_I=torch.ones(2).bool())
+    with pytest.raises(DataError, match="recall_target is 0"):
+        build_index(spread(3), known_I=torch.ones(3).bool(), recall_target=0.0)
+
+
+def test_an_unknown_items_broken_vector_does_not_matter() -> None:
+    table = spread(4)
+    table[2] = torch.nan
+    index = build_index(table, known_I=torch.tensor([True, True, False, True]))
+    assert set(index.search(spread(1), 3, exclude_BX=nobody(1)).item_BK[0].tolist()) == {0, 1, 3}
+
+
+@pytest.mark.parametrize("name", ["index.json", "vectors.safetensors", "index.faiss"])
+@pytest.mark.parametrize("damage", ["missing", "empty", "cut"])
+def test_a_broken_index_is_a_bundle_error(name: str, damage: str, tmp_path: Path) -> None:
+    table = spread(900)
+    build_index(table, kind="ivf_flat", known_I=all_known(table)).save(tmp_path)
+    path = tmp_path / name
+    whole = path.read_bytes()
+    path.unlink()
+    if damage != "missing":
+        path.write_bytes(b"" if damage == "empty" else whole[: len(whole) // 2])
+    with pytest.raises(BundleError, match="build it anew"):
+        load_index(tmp_path)
