@@ -4,17 +4,27 @@ A new model is one more member of the union and one more arm of the `match`; a f
 fails the type check.
 """
 
-from typing import assert_never
+from typing import Annotated, assert_never
 
+from pydantic import Field
 from torch import nn
 
+from foretaste.models.als import ImplicitALS, ImplicitALSConfig
+from foretaste.models.ease import EASE, EASEConfig
+from foretaste.models.item_knn import ItemKNN, ItemKNNConfig
 from foretaste.models.popularity import Popularity, PopularityConfig
+from foretaste.models.sasrec import SASRec, SASRecConfig
 
-ModelConfig = PopularityConfig
+ModelConfig = Annotated[
+    SASRecConfig | PopularityConfig | ItemKNNConfig | EASEConfig | ImplicitALSConfig,
+    Field(discriminator="kind"),
+]
 
 
 def build_model(config: ModelConfig, *, num_users: int, num_items: int) -> nn.Module:
     """Make the untrained network that `config` describes.
+
+    Initial weights come out of torch's global generator: seed it first.
 
     Args:
         config: A model's settings.
@@ -25,7 +35,15 @@ def build_model(config: ModelConfig, *, num_users: int, num_items: int) -> nn.Mo
         TooLargeError: What the model keeps would not fit in memory.
     """
     match config:
+        case SASRecConfig():
+            return SASRec(config, num_items=num_items)
         case PopularityConfig():
             return Popularity(config, num_items=num_items)
+        case ItemKNNConfig():
+            return ItemKNN(config, num_items=num_items)
+        case EASEConfig():
+            return EASE(config, num_items=num_items)
+        case ImplicitALSConfig():
+            return ImplicitALS(config, num_items=num_items)
         case _:
             assert_never(config)

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from foretaste.config import Config
 from foretaste.data.batch import Queries
 from foretaste.data.interactions import Interactions
-from foretaste.errors import ConfigError, DataError
+from foretaste.errors import ConfigError
+from foretaste.models.item_sets import check_events
 
 DAY_S = 86_400
 
@@ -46,11 +47,7 @@ class Popularity(nn.Module):
             ConfigError: A window is asked for, and the events have no times.
             DataError: There is no event, or the catalogue has another size than the model.
         """
-        if len(events) == 0 or events.num_items != len(self.count_I):
-            raise DataError(
-                f"{len(events)} events over {events.num_items} items cannot teach a model of "
-                f"{len(self.count_I)} items"
-            )
+        check_events(events, num_items=len(self.count_I))
         self.count_I.copy_(torch.from_numpy(self._counts(events)))
 
     def _counts(self, events: Interactions) -> np.ndarray:

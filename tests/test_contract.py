@@ -1,0 +1,192 @@
+"""What every model owes, whatever it is: one `Case` each.
+
+A model that learns by gradient descent gives a `learn` that trains it for a moment; whether the
+loss reaches every parameter is asked where the objectives are tested.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from pydantic import TypeAdapter, ValidationError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from foretaste.data.batch import Queries
+from foretaste.data.interactions import Interactions
+from foretaste.data.vocabulary import Vocabulary
+from foretaste.models.als import ImplicitALSConfig
+from foretaste.models.catalogue import ModelConfig, build_model
+from foretaste.models.ease import EASEConfig
+from foretaste.models.interface import ClosedForm
+from foretaste.models.item_knn import ItemKNNConfig
+from foretaste.models.popularity import PopularityConfig
+from foretaste.training.trained import Trained
+
+
+def events_of(histories: list[list[int]], *, num_items: int) -> Interactions:
+    lengths = [len(history) for history in histories]
+    return Interactions(
+        users=Vocabulary(pl.Series(range(len(histories)), dtype=pl.Int64)),
+        items=Vocabulary(pl.Series(range(num_items), dtype=pl.Int64)),
+        offsets=np.cumsum([0, *lengths]),
+        item_idx=np.array([i for h in histories for i in h], dtype=np.int32),
+        timestamp_s=np.arange(sum(lengths), dtype=np.int64),
+    )
+
+
+NUM_GROUPS, GROUP_SIZE = 5, 8
+NUM_ITEMS = NUM_GROUPS * GROUP_SIZE
+
+
+def planted_histories(seed: int = 0, num_users: int = 120) -> list[list[int]]:
+    """Each user does five of the eight items of one group."""
+    rng = np.random.default_rng(seed)
+    return [
+        (user % NUM_GROUPS * GROUP_SIZE + rng.permutation(GROUP_SIZE)[:5]).tolist()
+        for user in range(num_users)
+    ]
+
+
+def learn_at_once(model: nn.Module, events: Interactions) -> None:
+    assert isinstance(model, ClosedForm)
+    model.learn(events)
+
+
+@dataclass(frozen=True)
+class Case:
+    """How to make a trained model of one kind."""
+
+    config: ModelConfig
+    learn: Callable[[nn.Module, Interactions], None] = learn_at_once
+    finds_planted: bool = True
+    """False for popularity, which knows nothing about anybody."""
+    order_matters: bool = False
+    """True for sequence models."""
+
+    def build(self, events: Interactions, seed: int = 0) -> nn.Module:
+        torch.manual_seed(seed)
+        return build_model(self.config, num_users=events.num_users, num_items=events.num_items)
+
+    def trained(self, events: Interactions, seed: int = 0) -> Trained:
+        model = self.build(events, seed)
+        self.learn(model, events)
+        return Trained(config=self.config, model=model.eval(), events=events, seed=seed)
+
+
+CASES = {
+    "popularity": Case(PopularityConfig(), finds_planted=False),
+    "popularity in a window": Case(PopularityConfig(window_days=0.001), finds_planted=False),
+    "item_knn": Case(ItemKNNConfig(neighbours=10)),
+    "ease": Case(EASEConfig(l2=10)),
+    "als": Case(ImplicitALSConfig(factors=8)),
+}
+
+
+@pytest.fixture(params=CASES.values(), ids=CASES)
+def case(request: pytest.FixtureRequest) -> Case:
+    assert isinstance(request.param, Case)
+    return request.param
+
+
+EVENTS = events_of(planted_histories(), num_items=NUM_ITEMS)
+QUERIES = Queries.of_histories([[0, 1, 2], [], [9], list(range(NUM_ITEMS)), [30, 30, 12]])
+
+
+def score(trained: Trained, queries: Queries = QUERIES) -> Tensor:
+    score_BI = trained.score(queries)
+    assert score_BI.shape == (len(queries), trained.events.num_items)
+    return score_BI
+
+
+def test_the_same_seed_gives_the_same_state(case: Case) -> None:
+    first, second = (case.trained(EVENTS).model.state_dict() for _ in range(2))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_saved_and_loaded_scores_agree(case: Case, tmp_path: Path) -> None:
+    trained = case.trained(EVENTS)
+    save_file(trained.model.state_dict(), tmp_path / "weights.safetensors")
+    fresh = case.build(EVENTS, seed=1)
+    fresh.load_state_dict(load_file(tmp_path / "weights.safetensors"))
+    assert torch.equal(score(replace(trained, model=fresh.eval())), score(trained))
+
+
+def test_planted_items_are_found(case: Case) -> None:
+    # of the 35 items a user has not done, 3 are of the user's group: by chance, so is each of
+    # the three best with probability 3 / 35 = .09
+    rng = np.random.default_rng(1)
+    groups = np.arange(200) % NUM_GROUPS
+    done = [(g * GROUP_SIZE + rng.permutation(GROUP_SIZE)[:5]).tolist() for g in groups]
+    score_BI = score(case.trained(EVENTS), Queries.of_histories(done)).clone()
+    score_BI[torch.arange(200).unsqueeze(1), torch.tensor(done)] = -torch.inf
+    best_B3 = score_BI.topk(3).indices
+    found = (best_B3 // GROUP_SIZE == torch.from_numpy(groups).unsqueeze(1)).float().mean().item()
+    assert found > 0.9 if case.finds_planted else found == pytest.approx(3 / 35, abs=0.15)
+
+
+def test_an_unknown_user_without_history_is_answered(case: Case) -> None:
+    assert score(case.trained(EVENTS), Queries.of_histories([[]])).isfinite().all()
+    assert score(case.trained(EVENTS), Queries.of_histories([])).shape == (0, NUM_ITEMS)
+
+
+def test_the_answer_comes_from_the_history_not_from_the_user(case: Case) -> None:
+    known = replace(QUERIES, user_B=torch.arange(len(QUERIES)))
+    trained = case.trained(EVENTS)
+    assert torch.equal(score(trained, known), score(trained))
+
+
+def test_a_neighbour_in_the_block_changes_nothing(case: Case) -> None:
+    trained = case.trained(EVENTS)
+    alone = torch.cat(
+        [
+            score(trained, Queries.of_histories([history]))
+            for history in ([0, 1, 2], [], [9], list(range(NUM_ITEMS)), [30, 30, 12])
+        ]
+    )
+    torch.testing.assert_close(alone, score(trained), rtol=1e-5, atol=1e-6)
+
+
+def test_order_and_repetition_matter_where_they_should(case: Case) -> None:
+    trained = case.trained(EVENTS)
+    forth, back = (score(trained, Queries.of_histories([h])) for h in ([3, 1, 2], [2, 1, 1, 3]))
+    assert torch.equal(forth, back) != case.order_matters
+
+
+def test_another_history_gets_another_answer(case: Case) -> None:
+    trained = case.trained(EVENTS)
+    one, other = (score(trained, Queries.of_histories([h])) for h in ([0, 1], [20, 21]))
+    assert torch.equal(one, other) != case.finds_planted
+
+
+def test_an_item_without_training_events_is_not_offered(case: Case) -> None:
+    events = events_of(planted_histories(), num_items=NUM_ITEMS + 1)
+    score_BI = score(case.trained(events), Queries.of_histories([[0], [NUM_ITEMS], [0, NUM_ITEMS]]))
+    assert score_BI[:, NUM_ITEMS].isneginf().all()
+    assert score_BI[:, :NUM_ITEMS].isfinite().all()
+
+
+@pytest.mark.parametrize("histories", [[[0]], [[0, 0]], [[], [0], []]])
+def test_one_user_and_one_item_are_enough(case: Case, histories: list[list[int]]) -> None:
+    trained = case.trained(events_of(histories, num_items=1))
+    assert score(trained, Queries.of_histories([[0], []])).isfinite().all()
+
+
+def test_the_network_cannot_tell_the_training_flag(case: Case) -> None:
+    trained = case.trained(EVENTS)
+    assert not trained.model.training
+    assert torch.equal(score(trained), score(trained))
+
+
+def test_a_kind_picks_its_settings_and_a_misspelt_one_is_named(case: Case) -> None:
+    adapter: TypeAdapter[ModelConfig] = TypeAdapter(ModelConfig)
+    assert adapter.validate_python(case.config.model_dump()) == case.config
+    with pytest.raises(ValidationError, match="neighbors"):
+        adapter.validate_python({"kind": "item_knn", "neighbors": 10})
+    with pytest.raises(ValidationError, match="eease"):
+        adapter.validate_python({"kind": "eease"})
