@@ -125,7 +125,8 @@ def _tuned(
         return worse, float(found_Q.mean())
 
     target = index.facts.recall_target
-    low, width = 0, min(index.facts.search_width, index.widest)
+    width = min(index.facts.search_width, index.widest)  # it is built at its narrowest
+    low = width - 1
     while (reached := at(width))[0] < target and width < index.widest:
         low, width = width, min(2 * width, index.widest)
     while reached[0] >= target and width - low > max(1, width // 8):
