@@ -1,0 +1,56 @@
+# make quickstart   real data -> a trained, measured, indexed, served recommender
+# make test         everything that CI checks
+# make check        the same without the slow tests
+# make clean        removes the environment and what the checks left behind
+#
+# On a machine with a GPU: make quickstart TORCH_INDEX=   (torch from the default index, with CUDA)
+
+VENV ?= .venv
+ARGS ?=
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+CANDIDATES = python3.11 python3.12 python3.13 python3.14 python3 python
+PYTHON ?= $(shell for p in $(CANDIDATES); do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done)
+PIP = $(VENV)/bin/python -m pip --disable-pip-version-check
+
+.PHONY: quickstart test check clean
+
+quickstart: $(VENV)/.installed
+	$(VENV)/bin/foretaste quickstart $(ARGS)
+
+test: $(VENV)/.installed-dev
+	VENV=$(VENV) scripts/check
+
+check: $(VENV)/.installed-dev
+	VENV=$(VENV) scripts/check --fast
+
+clean:
+	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
+
+$(VENV)/.made:
+	@test -n "$(PYTHON)" || { echo "foretaste needs Python 3.11 or newer: apt install python3" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+		{ echo "Python's venv module is missing: apt install python3-venv" >&2; exit 1; }
+	@echo "making $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# torch first and alone: the default index's Linux build brings 5 GB of CUDA. Where torch's own index
+# cannot be reached, pip goes on with what its other indexes hold; without dependencies, which the
+# next install brings, it asks there once only.
+$(VENV)/.torch: $(VENV)/.made
+	@echo "installing torch for $(if $(TORCH_INDEX),the CPU,a GPU)"
+	@$(PIP) install --quiet --no-deps --timeout 15 --retries 1 \
+		$(if $(TORCH_INDEX),'torch==2.13.*' --extra-index-url $(TORCH_INDEX),torch)
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml
+	@echo "installing foretaste"
+	@$(PIP) install --quiet -e .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.torch pyproject.toml
+	@echo "installing foretaste and what its tests need"
+	@$(PIP) install --quiet -e '.[dev]'
+	@touch $@ $(VENV)/.installed
