@@ -1,0 +1,200 @@
+"""A recipe: one TOML file with everything that decides a run."""
+
+import difflib
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveInt, ValidationError
+
+from foretaste.config import Config
+from foretaste.data.split_config import SplitConfig
+from foretaste.errors import ConfigError
+from foretaste.models.catalogue import ModelConfig
+from foretaste.training.objectives.catalogue import ObjectiveConfig
+from foretaste.training.objectives.next_item import NextItemConfig
+from foretaste.training.settings import TrainingConfig
+
+
+class PublicData(Config):
+    """A public data set by its registry name."""
+
+    kind: Literal["public"] = "public"
+    name: str
+    """As `foretaste data get` knows it, `ml-100k` for one."""
+
+
+class FileData(Config):
+    """Tables of the caller's own."""
+
+    kind: Literal["files"] = "files"
+    files: tuple[str, ...] = Field(min_length=1)
+    """CSV, TSV or Parquet; a path that is not absolute starts at `--data-dir`, or here."""
+    user: str
+    """Column of user ids."""
+    item: str
+    """Column of item ids."""
+    timestamp: str | None = None
+    """Column of times; without one, file order stands for time."""
+    rating: str | None = None
+    """Column of ratings; kept beside the events."""
+
+
+class StoreData(Config):
+    """An event store that `foretaste data import` wrote."""
+
+    kind: Literal["store"] = "store"
+    path: str
+    """Its folder; a path that is not absolute starts at `--data-dir`, or here."""
+
+
+DataConfig = Annotated[PublicData | FileData | StoreData, Field(discriminator="kind")]
+
+
+class EvaluationConfig(Config):
+    """How the test events are reported."""
+
+    k: tuple[PositiveInt, ...] = Field(default=(10, 20), min_length=1)
+    """Lengths of the lists that are measured; the first one leads."""
+    exclude_seen: bool = True
+    """Whether items that the user has had already are left out of the ranking."""
+
+
+class RangeConfig(Config):
+    """A setting that the search draws from a range."""
+
+    low: float
+    high: float
+    log: bool = False
+    """Draw evenly in the logarithm."""
+
+
+class ChoiceConfig(Config):
+    """A setting that the search draws from a list."""
+
+    choices: tuple[bool | int | float | str, ...] = Field(min_length=1)
+
+
+class TuneConfig(Config):
+    """What `foretaste tune` searches."""
+
+    trials: PositiveInt = 20
+    space: dict[str, RangeConfig | ChoiceConfig] = Field(default_factory=dict)
+    """From a setting's dotted name to a range or a list; empty searches the model's usual ones."""
+
+
+class ExperimentConfig(Config):
+    """Everything that decides a run; the bundle stores it beside the numbers."""
+
+    seed: int = Field(default=0, ge=0)
+    data: DataConfig
+    split: SplitConfig
+    model: ModelConfig
+    objective: ObjectiveConfig = Field(default_factory=NextItemConfig)
+    training: TrainingConfig = Field(default_factory=TrainingConfig)
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    refit: bool = False
+    """Train a second time with the validation events, for as many epochs as the first run chose,
+    and report both."""
+    tune: TuneConfig = Field(default_factory=TuneConfig)
+    published: dict[str, float] = Field(default_factory=dict)
+    """Figures in print that the recipe is held against, such as `ndcg_at_10`."""
+    notes: str = ""
+    """What a reader of the result should know."""
+
+
+def read_experiment(path: Path, *, overrides: Sequence[str] = ()) -> ExperimentConfig:
+    """Read the settings of one run from a TOML file.
+
+    Args:
+        path: The recipe.
+        overrides: Each `section.name=value`, the value written as in TOML; a bare word is text.
+
+    Raises:
+        ConfigError: A setting is missing, unknown or out of range; it says which.
+    """
+    try:
+        settings = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}: give the path of a recipe") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not TOML: {error}") from error
+    return parse_experiment(with_overrides(settings, overrides), source=str(path))
+
+
+def parse_experiment(settings: Mapping[str, object], *, source: str) -> ExperimentConfig:
+    """Check plain values, such as a recipe's or a bundle's.
+
+    Args:
+        settings: Sections and their settings.
+        source: Where they came from, for the message.
+
+    Raises:
+        ConfigError: A setting is missing, unknown or out of range; it says which.
+    """
+    try:
+        return ExperimentConfig.model_validate(settings)
+    except ValidationError as error:
+        raise ConfigError(f"{source}: {explain(error, settings)}") from error
+
+
+def with_overrides(settings: Mapping[str, object], overrides: Sequence[str]) -> dict[str, object]:
+    """Return the settings with some of them replaced.
+
+    Raises:
+        ConfigError: An override is not of the form `section.name=value`.
+    """
+    changed = dict(settings)
+    for override in overrides:
+        name, equals, text = override.partition("=")
+        if not equals or not all(name.strip().split(".")):
+            raise ConfigError(f"override {override!r}: write it as section.name=value")
+        changed = with_setting(changed, name.strip(), _value(text.strip()))
+    return changed
+
+
+def with_setting(settings: Mapping[str, object], name: str, value: object) -> dict[str, object]:
+    """Return the settings with the one of this dotted name replaced."""
+    first, _, rest = name.partition(".")
+    inner = settings.get(first)
+    section = inner if isinstance(inner, Mapping) else {}
+    return dict(settings) | {first: with_setting(section, rest, value) if rest else value}
+
+
+def explain(error: ValidationError, settings: Mapping[str, object]) -> str:
+    """Put pydantic's findings into one line, with the names that stand in the file."""
+    found = []
+    for problem in error.errors(include_url=False):
+        name = ".".join(_names(problem["loc"], settings))
+        text = "there is no such setting" if problem["type"] == "extra_forbidden" else problem["msg"]
+        if problem["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(str(problem["loc"][-1]), _all_names(), n=1)
+            text += f"; did you mean {near[0]}?" if near else ""
+        found.append(f"{name}: {text}")
+    return "; ".join(found)
+
+
+def _value(text: str) -> object:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _names(location: tuple[int | str, ...], settings: object) -> list[str]:
+    """Drop from pydantic's path the tags of unions, which no file holds."""
+    names = []
+    for place, part in enumerate(location):
+        inside = isinstance(settings, Mapping)
+        if inside and part not in settings and place < len(location) - 1:
+            continue
+        names.append(str(part))
+        settings = settings.get(part) if inside else None
+    return names
+
+
+def _all_names() -> list[str]:
+    schema = ExperimentConfig.model_json_schema()
+    parts = [schema, *schema.get("$defs", {}).values()]
+    return sorted({name for part in parts for name in part.get("properties", {})})

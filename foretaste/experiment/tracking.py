@@ -1,0 +1,118 @@
+"""One small door to experiment trackers. MLflow and TensorBoard are extras: each is imported
+inside the one class that needs it.
+"""
+
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal, Protocol, final, runtime_checkable
+
+from foretaste.errors import ConfigError
+
+TrackerKind = Literal["mlflow", "tensorboard"]
+
+
+@runtime_checkable
+class Tracker(Protocol):
+    """What a run tells about itself, wherever that is written."""
+
+    def log_settings(self, settings: Mapping[str, object]) -> None:
+        """Write what decided the run; nested settings get dotted names."""
+        ...
+
+    def log_metrics(self, metrics: Mapping[str, float], *, step: int) -> None:
+        """Write numbers by name, as they stood at a step or epoch."""
+        ...
+
+    def close(self) -> None:
+        """Write out what is left; nothing may be logged after."""
+        ...
+
+
+def open_tracker(kind: TrackerKind, *, folder: Path, run: str) -> Tracker:
+    """Open a tracker that writes below `folder`, under the name `run`.
+
+    Raises:
+        ConfigError: The tracker's package is not installed; it names the extra that brings it.
+    """
+    match kind:
+        case "mlflow":
+            return MLflowTracker(folder, run=run)
+        case "tensorboard":
+            return TensorBoardTracker(folder / run)
+
+
+@final
+class TensorBoardTracker:
+    """Writes TensorBoard's event files; read them with `tensorboard --logdir FOLDER`."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open a writer.
+
+        Raises:
+            ConfigError: The extra is not installed.
+        """
+        writer = _extra("torch.utils.tensorboard", needs="tensorboard").SummaryWriter
+        self._writer = writer(log_dir=str(folder))
+
+    def log_settings(self, settings: Mapping[str, object]) -> None:
+        rows = "\n".join(f"| {name} | {value} |" for name, value in flatten(settings).items())
+        self._writer.add_text("settings", f"| setting | value |\n| --- | --- |\n{rows}")
+
+    def log_metrics(self, metrics: Mapping[str, float], *, step: int) -> None:
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, global_step=step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+@final
+class MLflowTracker:
+    """Writes a run to MLflow: to the server of MLFLOW_TRACKING_URI, else to a file in `folder`."""
+
+    def __init__(self, folder: Path, *, run: str) -> None:
+        """Start a run in the experiment `foretaste`.
+
+        Raises:
+            ConfigError: The extra is not installed.
+        """
+        mlflow = _extra("mlflow", needs="mlflow")
+        folder.mkdir(parents=True, exist_ok=True)
+        if not mlflow.is_tracking_uri_set():
+            mlflow.set_tracking_uri(f"sqlite:///{folder.absolute() / 'mlflow.db'}")
+        self._client = mlflow.MlflowClient()
+        known = self._client.get_experiment_by_name("foretaste")
+        experiment = known.experiment_id if known else self._client.create_experiment("foretaste")
+        self._run_id = self._client.create_run(experiment, run_name=run).info.run_id
+
+    def log_settings(self, settings: Mapping[str, object]) -> None:
+        for name, value in flatten(settings).items():
+            self._client.log_param(self._run_id, name, value)
+
+    def log_metrics(self, metrics: Mapping[str, float], *, step: int) -> None:
+        for name, value in metrics.items():
+            self._client.log_metric(self._run_id, name, value, step=step)
+
+    def close(self) -> None:
+        self._client.set_terminated(self._run_id)
+
+
+def flatten(settings: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    """Turn nested settings into one level: `{"model": {"kind": "ease"}}` to `model.kind`."""
+    flat: dict[str, object] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def _extra(module: str, *, needs: str) -> Any:  # noqa: ANN401 - an optional package has no types here
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise ConfigError(
+            f"tracking with {needs} needs an extra: pip install 'foretaste[{needs}]'"
+        ) from error

@@ -1,0 +1,208 @@
+"""Search a recipe's settings: trials in a file that a later run goes on with, hopeless ones cut short."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.samplers import TPESampler
+from optuna.trial import FrozenTrial, TrialState
+
+from foretaste.data.splits import Split
+from foretaste.errors import ConfigError, NonFiniteError, TooLargeError
+from foretaste.evaluation.protocol import evaluate
+from foretaste.experiment.fit import fit
+from foretaste.experiment.recipe import ExperimentConfig, parse_experiment, with_setting
+from foretaste.experiment.search_space import distributions
+from foretaste.experiment.toml_text import to_toml
+from foretaste.training.fit import Epoch
+
+_FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialRow:
+    """One trial of a search."""
+
+    number: int
+    state: str
+    """"complete", "pruned" (cut short as hopeless) or "fail" (its loss broke, or it did not fit)."""
+    value: float | None
+    """The validation metric; None where the trial did not come to its end."""
+    seconds: float
+    settings: Mapping[str, bool | int | float | str]
+    """What was drawn, by dotted name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneResult:
+    """What a search found."""
+
+    metric: str
+    """What was searched for, on validation."""
+    trials: tuple[TrialRow, ...]
+    """In the order in which they began."""
+    best: TrialRow
+    best_recipe: ExperimentConfig
+    """The recipe with the best trial's settings."""
+
+    def to_json(self) -> dict[str, object]:
+        """Return all of it as plain JSON values."""
+        return {
+            "metric": self.metric,
+            "best": asdict(self.best),
+            "trials": [asdict(trial) for trial in self.trials],
+            "recipe": self.best_recipe.model_dump(mode="json", exclude_none=True),
+        }
+
+
+def tune(
+    config: ExperimentConfig,
+    split: Split,
+    *,
+    folder: Path,
+    trials: int | None = None,
+    resume: bool = False,
+    watch: Callable[[TrialRow], None] | None = None,
+) -> TuneResult:
+    """Search a recipe's settings by its validation metric; the test part is never looked at.
+
+    Args:
+        config: The recipe; `[tune]` says what is searched.
+        split: Its data.
+        folder: Keeps the study, and in the end `best.toml` and `trials.json`.
+        trials: How many the study shall hold in the end; without it the recipe's number.
+        resume: Go on with the study in `folder`; a trial that was killed is run again.
+        watch: Called with each trial when it ends.
+
+    Raises:
+        ConfigError: The folder holds a study already, or one of another recipe; a range is wrong;
+            no trial came to its end.
+    """
+    space = distributions(config)
+    study = _open_study(config, folder, resume=resume)
+    for _ in range((trials or config.tune.trials) - len(_finished(study))):
+        row = _run_trial(study, config, split, space)
+        if watch is not None:
+            watch(row)
+    return _result(study, config, folder)
+
+
+def _open_study(config: ExperimentConfig, folder: Path, *, resume: bool) -> optuna.Study:
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    file = folder / "study.db"
+    if file.exists() and not resume:
+        raise ConfigError(f"{folder} holds a study already: resume it, or name another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    study = optuna.create_study(
+        storage=f"sqlite:///{file.absolute()}",
+        study_name="tune",
+        direction="maximize",
+        load_if_exists=True,
+        pruner=optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=2),
+    )
+    recipe = config.model_dump_json(exclude={"tune": {"trials"}, "notes": True})
+    if study.user_attrs.get("recipe", recipe) != recipe:
+        raise ConfigError(f"{file} searches another recipe: name another folder")
+    study.set_user_attr("recipe", recipe)
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        study.enqueue_trial(trial.params)  # it was killed: run it again, under a new number
+        study.set_user_attr("killed", [*study.user_attrs.get("killed", ()), trial.number])
+        study.tell(trial.number, state=TrialState.FAIL)
+    # A seed for this point of the study: a resumed search does not repeat its first draws.
+    study.sampler = TPESampler(seed=config.seed * 1_000_003 + len(study.trials))
+    return study
+
+
+def _finished(study: optuna.Study) -> list[FrozenTrial]:
+    killed = study.user_attrs.get("killed", ())
+    found = study.get_trials(deepcopy=False, states=_FINISHED)
+    return [trial for trial in found if trial.number not in killed]
+
+
+def _run_trial(
+    study: optuna.Study,
+    config: ExperimentConfig,
+    split: Split,
+    space: Mapping[str, BaseDistribution],
+) -> TrialRow:
+    trial = study.ask(dict(space))
+
+    def report(epoch: Epoch) -> None:
+        if epoch.validation is not None:
+            trial.report(epoch.validation, epoch.epoch)
+            if trial.should_prune():
+                raise optuna.TrialPruned
+
+    try:
+        value = _validated(with_drawn(config, trial.params), split, report)
+        study.tell(trial, value)
+    except optuna.TrialPruned:
+        study.tell(trial, state=TrialState.PRUNED)
+    except (NonFiniteError, TooLargeError) as error:
+        trial.set_user_attr("error", str(error))
+        study.tell(trial, state=TrialState.FAIL)
+    return _row(study.trials[trial.number])
+
+
+def _validated(
+    config: ExperimentConfig, split: Split, report: Callable[[Epoch], None]
+) -> float:
+    trained = fit(
+        config.model,
+        split,
+        seed=config.seed,
+        training=config.training,
+        objective=config.objective,
+        show=False,
+        on_epoch=report,
+    )
+    found = evaluate(trained, split.validation, k=config.evaluation.k[:1])
+    return found.metrics[_metric(config)]
+
+
+def with_drawn(config: ExperimentConfig, drawn: Mapping[str, object]) -> ExperimentConfig:
+    """Return the recipe with some settings replaced, by dotted name.
+
+    Raises:
+        ConfigError: A name is no setting, or a value is out of its range.
+    """
+    settings: dict[str, object] = config.model_dump()
+    for name, value in drawn.items():
+        settings = with_setting(settings, name, value)
+    return parse_experiment(settings, source="tune")
+
+
+def _result(study: optuna.Study, config: ExperimentConfig, folder: Path) -> TuneResult:
+    rows = tuple(_row(trial) for trial in _finished(study))
+    complete = [row for row in rows if row.value is not None]
+    if not complete:
+        raise ConfigError(f"none of {len(rows)} trials came to its end: narrow [tune.space]")
+    best = max(complete, key=lambda row: row.value or 0.0)
+    result = TuneResult(
+        metric=_metric(config),
+        trials=rows,
+        best=best,
+        best_recipe=with_drawn(config, best.settings),
+    )
+    settings = result.best_recipe.model_dump(mode="json", exclude_none=True)
+    (folder / "best.toml").write_text(to_toml(settings), encoding="utf-8")
+    (folder / "trials.json").write_text(json.dumps(result.to_json(), indent=2), encoding="utf-8")
+    return result
+
+
+def _metric(config: ExperimentConfig) -> str:
+    return f"ndcg_at_{config.evaluation.k[0]}"
+
+
+def _row(trial: FrozenTrial) -> TrialRow:
+    complete = trial.state is TrialState.COMPLETE
+    return TrialRow(
+        number=trial.number,
+        state=trial.state.name.lower(),
+        value=trial.value if complete else None,
+        seconds=trial.duration.total_seconds() if trial.duration else 0.0,
+        settings=trial.params,
+    )

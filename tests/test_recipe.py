@@ -1,0 +1,126 @@
+"""Recipes: what they say, what overrides change, and how a slip of the pen is named."""
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from foretaste.errors import ConfigError
+from foretaste.experiment.recipe import parse_experiment, read_experiment, with_overrides
+from foretaste.experiment.toml_text import to_toml
+
+RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.toml"))
+SMALL = """
+seed = 3
+[data]
+kind = "files"
+files = ["events.csv"]
+user = "who"
+item = "what"
+[split]
+kind = "leave_last"
+[model]
+kind = "sasrec"
+embedding_dim = 16
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "run.toml"
+    path.write_text(SMALL)
+    return path
+
+
+def test_a_recipe_is_read_as_written_and_the_rest_has_defaults(recipe: Path) -> None:
+    config = read_experiment(recipe)
+    assert (config.seed, config.model.embedding_dim, config.model.num_blocks) == (3, 16, 2)
+    assert config.evaluation.k == (10, 20)
+
+
+def test_an_override_changes_its_setting_and_no_other(recipe: Path) -> None:
+    plain = read_experiment(recipe)
+    changed = read_experiment(
+        recipe, overrides=["model.dropout=0.5", "evaluation.k=[5, 7]", "model.block=modern", "seed=9"]
+    )
+    assert changed.model.dropout == 0.5
+    assert changed.model.block == "modern"  # a bare word is text: the shell eats quotes
+    assert changed.evaluation.k == (5, 7)
+    assert changed.seed == 9
+    back = changed.model_copy(
+        update={"model": plain.model, "evaluation": plain.evaluation, "seed": plain.seed}
+    )
+    assert back == plain
+
+
+@pytest.mark.parametrize("slip", ["model.dropout", "=1", "model..dropout=1", ".=2"])
+def test_an_override_of_another_form_is_refused(recipe: Path, slip: str) -> None:
+    with pytest.raises(ConfigError, match=r"section\.name=value"):
+        read_experiment(recipe, overrides=[slip])
+
+
+def test_a_misspelt_setting_is_named_by_its_place_in_the_file(recipe: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read_experiment(recipe, overrides=["model.embeding_dim=8"])
+    assert str(caught.value) == (
+        f"{recipe}: model.embeding_dim: there is no such setting; did you mean embedding_dim?"
+    )
+
+
+def test_a_value_out_of_range_is_named_in_one_line(recipe: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read_experiment(recipe, overrides=["model.dropout=1.5"])
+    assert "model.dropout: " in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_kind_that_does_not_exist_is_named_with_those_that_do(recipe: Path) -> None:
+    with pytest.raises(ConfigError, match="sasrec") as caught:
+        read_experiment(recipe, overrides=["model.kind=transformer"])
+    assert "transformer" in str(caught.value)
+
+
+def test_a_missing_section_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text("[model]\nkind = 'sasrec'\n")
+    with pytest.raises(ConfigError, match="data: Field required"):
+        read_experiment(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "word"), [(b"seed = ", "not TOML"), (b"\xff\xfe", "not TOML"), (None, "No such file")]
+)
+def test_a_file_that_is_no_recipe_is_refused(
+    tmp_path: Path, content: bytes | None, word: str
+) -> None:
+    path = tmp_path / "run.toml"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ConfigError, match=word):
+        read_experiment(path)
+
+
+def test_settings_written_as_toml_are_read_back_equal(recipe: Path) -> None:
+    config = read_experiment(recipe, overrides=["notes='a \"quote\"\\n and a line'"])
+    text = to_toml(config.model_dump(mode="json", exclude_none=True))
+    assert parse_experiment(tomllib.loads(text), source="text") == config
+
+
+def test_toml_by_hand() -> None:
+    settings = {"seed": 1, "a b": {"x": [1, 2.5, True], "none": None}, "empty": {}, "e": 1e-7}
+    assert to_toml(settings) == (
+        'seed = 1\ne = 1e-07\n\n["a b"]\nx = [1, 2.5, true]\n\n[empty]\n'
+    )
+    with pytest.raises(ConfigError, match="complex"):
+        to_toml({"x": 3 + 0j})
+
+
+def test_overrides_reach_sections_that_the_file_does_not_have() -> None:
+    assert with_overrides({}, ["training.epochs=3"]) == {"training": {"epochs": 3}}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_of_the_repository_is_valid(path: Path) -> None:
+    config = read_experiment(path)
+    assert config.data.kind == "public"
+    assert config.published
