@@ -1,0 +1,186 @@
+"""What an evaluation found, with every choice that could have changed it.
+
+Shape legend: U users that had something to find.
+"""
+
+import io
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+from jaxtyping import Float64, Int64
+from rich.console import Console
+from rich.table import Table
+
+from foretaste.errors import DataError
+from foretaste.evaluation.bootstrap import Interval
+
+_FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slice:
+    """The same metrics over some of the queries or targets."""
+
+    group: str
+    """What was sliced by, such as "history length"."""
+    label: str
+    """Which slice it is, such as "10 to 19 events"."""
+    users: int
+    queries: int
+    targets: int
+    metrics: Mapping[str, float]
+    """Mean over the slice's users, in whose mean only what belongs to the slice is counted."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Report:
+    """The metrics of one model on one holdout. Printed, it is a table."""
+
+    model: str
+    """Name of the model's class."""
+    holdout: str
+    """"validation" or "test"."""
+    holdout_digest: str
+    """SHA-256 of what was to be predicted: only reports of equal ones can be compared."""
+    k: tuple[int, ...]
+    metrics: Mapping[str, float]
+    """Name to mean over users; every name ends in `_at_K`."""
+    intervals: Mapping[str, Interval]
+    """Name to 95 % interval; coverage, which is no mean over users, has none."""
+    user_idx: Int64[np.ndarray, " U"]
+    """The users that had something to find, ascending."""
+    per_user: Mapping[str, Float64[np.ndarray, " U"]]
+    """Name to each user's value, the mean over the user's queries; empty if left out."""
+    counts: Mapping[str, int]
+    """How much was evaluated, and how much was left out, by reason."""
+    notes: tuple[str, ...]
+    """Every choice that could have changed a number, one sentence each."""
+    slices: tuple[Slice, ...] = ()
+    settings: Mapping[str, object] = field(default_factory=dict)
+    """What decided the training run, as plain JSON values."""
+    seed: int = 0
+    """Of the training run."""
+
+    def to_json(self, *, per_user: bool = True) -> str:
+        """Return the whole report as one JSON document, to the last digit.
+
+        Args:
+            per_user: False leaves each user's values out; such a report cannot be compared.
+        """
+        document = {
+            "format": _FORMAT,
+            "model": self.model,
+            "holdout": self.holdout,
+            "holdout_digest": self.holdout_digest,
+            "k": list(self.k),
+            "metrics": dict(self.metrics),
+            "intervals": {name: list(interval) for name, interval in self.intervals.items()},
+            "counts": dict(self.counts),
+            "notes": list(self.notes),
+            "slices": [asdict(part) for part in self.slices],
+            "settings": dict(self.settings),
+            "seed": self.seed,
+            "user_idx": self.user_idx.tolist() if per_user else [],
+            "per_user": {n: v.tolist() for n, v in self.per_user.items()} if per_user else {},
+        }
+        return json.dumps(document, allow_nan=False)
+
+    @staticmethod
+    def from_json(text: str) -> "Report":
+        """Read what `to_json` wrote.
+
+        Raises:
+            DataError: It is no report, or one of a later format.
+        """
+        try:
+            document = json.loads(text)
+            if document["format"] != _FORMAT:
+                raise DataError(
+                    f"a report of format {document['format']}; this foretaste reads {_FORMAT}: "
+                    "update foretaste"
+                )
+            return Report(
+                model=document["model"],
+                holdout=document["holdout"],
+                holdout_digest=document["holdout_digest"],
+                k=tuple(document["k"]),
+                metrics=document["metrics"],
+                intervals={name: Interval(*ends) for name, ends in document["intervals"].items()},
+                user_idx=np.array(document["user_idx"], dtype=np.int64),
+                per_user={n: np.array(v, np.float64) for n, v in document["per_user"].items()},
+                counts=document["counts"],
+                notes=tuple(document["notes"]),
+                slices=tuple(Slice(**part) for part in document["slices"]),
+                settings=document["settings"],
+                seed=document["seed"],
+            )
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise DataError(
+                f"this is not a report: {type(error).__name__}: {error}; evaluate the model again"
+            ) from error
+
+    def to_markdown(self) -> str:
+        """Return the tables and notes as Markdown."""
+        parts = [f"## {self._title()}", _markdown(self._headline())]
+        if self.slices:
+            parts.append(_markdown(self._sliced()))
+        parts.append("\n".join(f"- {line}" for line in (self._counted(), *self.notes)))
+        return "\n\n".join(parts) + "\n"
+
+    def __str__(self) -> str:
+        out = Console(file=io.StringIO(), width=110, color_system=None, force_terminal=False)
+        out.print(_table(self._headline(), title=self._title()), highlight=False)
+        if self.slices:
+            out.print(_table(self._sliced(), title="slices"), highlight=False)
+        for line in (self._counted(), *self.notes):
+            out.print(f"· {line}", highlight=False, markup=False)
+        text: str = out.file.getvalue()  # type: ignore[attr-defined]  # it is the StringIO above
+        return "\n".join(line.rstrip() for line in text.splitlines())
+
+    def _title(self) -> str:
+        users = "1 user" if len(self.user_idx) == 1 else f"{self.counts['users']:,} users"
+        return f"{self.model} on {self.holdout}: {users}, {self.counts['catalogue']:,} items"
+
+    def _counted(self) -> str:
+        return ", ".join(f"{name} {count:,}" for name, count in self.counts.items())
+
+    def _headline(self) -> list[list[str]]:
+        families = list(dict.fromkeys(_family(name) for name in self.metrics))
+        rows = [["metric", *(f"@{k}" for k in self.k)]]
+        rows += [[family, *(self._cell(f"{family}_at_{k}") for k in self.k)] for family in families]
+        return rows
+
+    def _cell(self, name: str) -> str:
+        value = f"{self.metrics[name]:.4f}"
+        if name not in self.intervals:
+            return value
+        return "{} [{:.4f}, {:.4f}]".format(value, *self.intervals[name])
+
+    def _sliced(self) -> list[list[str]]:
+        names = [f"{family}_at_{self.k[0]}" for family in ("hit_rate", "recall", "ndcg")]
+        rows = [["slice", "", "users", "targets", *names]]
+        for part in self.slices:
+            values = (f"{part.metrics[n]:.4f}" if n in part.metrics else "" for n in names)
+            rows.append([part.group, part.label, f"{part.users:,}", f"{part.targets:,}", *values])
+        return rows
+
+
+def _family(name: str) -> str:
+    return name.rpartition("_at_")[0]
+
+
+def _table(rows: list[list[str]], *, title: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    for position, name in enumerate(rows[0]):
+        table.add_column(name, justify="left" if position == 0 else "right")
+    for row in rows[1:]:
+        table.add_row(*row)
+    return table
+
+
+def _markdown(rows: Iterable[list[str]]) -> str:
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    lines.insert(1, f"|{' --- |' * lines[0].count(' | ')} --- |")
+    return "\n".join(lines)

@@ -1,0 +1,117 @@
+"""What is to be found: a holdout with doubles and repeats taken out, in an order of its own.
+
+Shape legend: Q queries, N targets of all queries.
+"""
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Int64
+
+from foretaste.data.splits import Holdout
+
+_BLOCK_ELEMENTS = 2**24
+_MOST_ROWS = 1024
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Task:
+    """The queries that have something to find, by length of history, then user, then time.
+
+    The order depends on nothing else, so neither do the blocks, and no digit depends on how the
+    holdout was put together. Histories of one length stand side by side, which spares sequence
+    models their padding.
+    """
+
+    row_Q: Int64[np.ndarray, " Q"]
+    """Row of each query in the holdout."""
+    user_Q: Int64[np.ndarray, " Q"]
+    length_Q: Int64[np.ndarray, " Q"]
+    """Events in its history."""
+    key_Q: Int64[np.ndarray, " Q"]
+    """A number of its own for each query, the same wherever it stands."""
+    offsets_Q1: Int64[np.ndarray, " Q1"]
+    """Query q has targets `offsets_Q1[q]` to `offsets_Q1[q + 1]`, at least one."""
+    target_N: Int64[np.ndarray, " N"]
+    """item_idx."""
+    doubles: int
+    """Targets that stood twice in one query, left out."""
+    repeats: int
+    """Targets left out because they stand in the query's own history, which is excluded."""
+    idle: int
+    """Queries left out because they had no other target."""
+
+    @property
+    def query_N(self) -> Int64[np.ndarray, " N"]:
+        """The query of each target."""
+        return np.repeat(np.arange(len(self.row_Q)), np.diff(self.offsets_Q1))
+
+
+def block_rows(num_items: int) -> int:
+    """Return how many queries are scored together: a function of the catalogue's size alone."""
+    return max(1, min(_MOST_ROWS, _BLOCK_ELEMENTS // num_items))
+
+
+def make_task(holdout: Holdout, *, without_repeats: bool) -> Task:
+    """Lay out what is to be found.
+
+    Args:
+        holdout: Queries with their histories and targets.
+        without_repeats: Leave out targets that stand in their query's own history.
+    """
+    start_Q = holdout.events.offsets[holdout.user_Q]
+    length_Q = holdout.end_Q - start_Q
+    order = np.lexsort((holdout.end_Q, holdout.user_Q, length_Q))
+    place_Q = np.empty(len(order), dtype=np.int64)
+    place_Q[order] = np.arange(len(order))
+    num_items = holdout.events.num_items
+    target_query = np.repeat(place_Q, np.diff(holdout.target_offsets))
+    pair_N = np.unique(target_query * num_items + holdout.target_item)
+    doubles = len(target_query) - len(pair_N)
+    query_N, target_N = np.divmod(pair_N, num_items)
+    kept_N = np.ones(len(pair_N), dtype=bool)
+    if without_repeats:
+        kept_N = ~_is_repeat(holdout, order, query_N, target_N)
+    counts_Q = np.bincount(query_N[kept_N], minlength=len(order))
+    wanted = np.flatnonzero(counts_Q)
+    row_Q = order[wanted]
+    return Task(
+        row_Q=row_Q,
+        user_Q=holdout.user_Q[row_Q],
+        length_Q=length_Q[row_Q],
+        key_Q=holdout.user_Q[row_Q] * (len(holdout.events) + 1) + holdout.end_Q[row_Q],
+        offsets_Q1=np.concatenate([[0], np.cumsum(counts_Q[wanted])]),
+        target_N=target_N[kept_N],
+        doubles=doubles,
+        repeats=int((~kept_N).sum()),
+        idle=len(order) - len(wanted),
+    )
+
+
+def digest(holdout: Holdout) -> str:
+    """Return a SHA-256 of what a holdout asks, whatever order it asks in."""
+    task = make_task(holdout, without_repeats=False)
+    sha = hashlib.sha256(f"{holdout.events.num_users} {holdout.events.num_items}".encode())
+    for column in (task.user_Q, task.key_Q, task.offsets_Q1, task.target_N):
+        sha.update(np.ascontiguousarray(column).data)
+    return sha.hexdigest()
+
+
+def _is_repeat(
+    holdout: Holdout,
+    order: Int64[np.ndarray, " Q"],
+    query_N: Int64[np.ndarray, " N"],
+    target_N: Int64[np.ndarray, " N"],
+) -> Bool[np.ndarray, " N"]:
+    num_items = holdout.events.num_items
+    step = block_rows(num_items)
+    repeat_N = np.zeros(len(query_N), dtype=bool)
+    for begin in range(0, len(order), step):
+        queries = holdout.queries(order[begin : begin + step])
+        length_B = np.diff(queries.offsets_B1.numpy())
+        seen = np.repeat(np.arange(len(queries)), length_B) * num_items + queries.history_N.numpy()
+        first, last = np.searchsorted(query_N, [begin, begin + step])
+        pair = (query_N[first:last] - begin) * num_items + target_N[first:last]
+        repeat_N[first:last] = np.isin(pair, seen, kind="table" if len(seen) else None)
+    return repeat_N
