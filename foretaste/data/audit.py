@@ -1,0 +1,221 @@
+"""What in a table of events, or in a split of it, would make a measured figure untrue.
+
+Each finding counts what it saw; no finding means that nothing of the kind was seen.
+
+Shape legend: E events.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+from jaxtyping import Bool, Int64
+
+from foretaste.data.audit_features import columns_that_tell, features_of_the_future
+from foretaste.data.audit_ids import ids_in_order, ids_that_tell
+from foretaste.data.finding import Finding, worst_first
+from foretaste.data.interactions import Interactions
+from foretaste.data.leaks import newer_than_own
+from foretaste.data.parts import TEST, TRAIN, VALIDATION
+from foretaste.data.splits import Split
+
+_DAY_S = 86_400
+_CROWD = 100  # events that one second or one day of an item needs to be noticed
+
+
+def audit_events(events: Interactions) -> tuple[Finding, ...]:
+    """Look at a table before it is split; leaks first, then warnings, then notes."""
+    if not len(events):
+        return ()
+    looked = (_repeats, _heavy_user, _times, _spikes, columns_that_tell, features_of_the_future)
+    found = [finding for look in looked for finding in look(events)]
+    return worst_first([*found, *ids_that_tell(events), *ids_in_order(events)])
+
+
+def audit_split(split: Split) -> tuple[Finding, ...]:
+    """Look at what training knows of the test; leaks first, then warnings, then notes.
+
+    That test events are older than training is counted here for every split, also for those
+    that are made so.
+    """
+    if not len(split.events):
+        return ()
+    train_E, test_E = split.part_E == TRAIN, split.part_E == TEST
+    return worst_first(
+        [
+            *_across_parts(split),
+            *_against_time(split.events, train_E, test_E),
+            *features_of_the_future(split.events, train_E),
+            *ids_that_tell(split.events, test_E),
+        ]
+    )
+
+
+def _pairs(events: Interactions) -> Int64[np.ndarray, " E"]:
+    """Return one number for each (user, item)."""
+    pair_E: Int64[np.ndarray, " E"] = (
+        events.user_idx.astype(np.int64) * events.num_items + events.item_idx
+    )
+    return pair_E
+
+
+def _repeats(events: Interactions) -> Iterator[Finding]:
+    pair_E = _pairs(events)
+    order_E = np.argsort(pair_E, kind="stable")  # within a pair, oldest first as before
+    again = np.diff(pair_E[order_E]) == 0
+    same = np.zeros_like(again)
+    if events.timestamp_s is not None:
+        same = again & (np.diff(events.timestamp_s[order_E]) == 0)
+    if same.any():
+        yield Finding(
+            severity="warning",
+            what="repeated_event",
+            count=int(same.sum()),
+            sentence=f"{same.sum():,} events repeat another of the same user, item and second: "
+            "drop them when reading",
+        )
+    if (again & ~same).any():
+        yield Finding(
+            severity="note",
+            what="repeated_pair",
+            count=int((again & ~same).sum()),
+            sentence=f"{(again & ~same).sum():,} events are of an item that their user had "
+            "before: fit for repeated use only, such as visits or plays",
+        )
+
+
+def _heavy_user(events: Interactions) -> Iterator[Finding]:
+    count_U = np.diff(events.offsets)
+    heaviest, share = int(count_U.argmax()), count_U.max() / len(events)
+    active = count_U[count_U > 0]
+    if len(active) > 1 and share > 0.02 and count_U.max() > 20 * np.median(active):
+        yield Finding(
+            severity="warning",
+            what="heavy_user",
+            count=int(count_U.max()),
+            sentence=f"user {events.users.ids[heaviest]!r} has {share:.1%} of all events, "
+            f"{count_U.max() / np.median(active):,.0f} times the median: a robot or a shared "
+            "account? Leave it out of training if so",
+        )
+
+
+def _times(events: Interactions) -> Iterator[Finding]:
+    if events.timestamp_s is None:
+        yield Finding("note", "no_times", len(events), "no times: order stands for time")
+        return
+    second, users_of = _most_crowded_second(events)
+    if users_of >= _CROWD and users_of > 0.01 * (np.diff(events.offsets) > 0).sum():
+        yield Finding(
+            severity="warning",
+            what="one_second",
+            count=users_of,
+            sentence=f"{users_of:,} users have an event in second {second}: a default, or the "
+            "time of an import? Their order cannot be trusted",
+        )
+    same = (np.diff(events.timestamp_s) == 0) & (np.diff(events.user_idx) == 0)
+    if same.sum() > 0.05 * len(events):
+        days = "; times are whole days" if not (events.timestamp_s % _DAY_S).any() else ""
+        yield Finding(
+            severity="note",
+            what="same_second",
+            count=int(same.sum()),
+            sentence=f"{same.mean():.1%} of events share a second with the one before them of "
+            f"their user{days}: which came first is the order of the file",
+        )
+
+
+def _most_crowded_second(events: Interactions) -> tuple[int, int]:
+    """Return the second in which most users did something, and how many they were."""
+    if events.timestamp_s is None:
+        return 0, 0
+    again = np.zeros(len(events), dtype=bool)
+    again[1:] = (np.diff(events.timestamp_s) == 0) & (np.diff(events.user_idx) == 0)
+    seconds, counts = np.unique(events.timestamp_s[~again], return_counts=True)
+    return int(seconds[counts.argmax()]), int(counts.max())
+
+
+def _spikes(events: Interactions) -> Iterator[Finding]:
+    """Find items with most of their events on one day, ten times what the day explains."""
+    if events.timestamp_s is None:
+        return
+    day_E = events.timestamp_s // _DAY_S
+    day_E = day_E - day_E.min()
+    num_days = int(day_E.max()) + 1
+    key, count = np.unique(events.item_idx.astype(np.int64) * num_days + day_E, return_counts=True)
+    item, day = key // num_days, key % num_days
+    total = events.item_count[item]
+    expected = total * np.bincount(day_E, minlength=num_days)[day] / len(events)
+    spike = (count >= _CROWD) & (count > 0.5 * total) & (count > 10 * expected)
+    if spike.any():
+        most = int(item[spike][count[spike].argmax()])
+        yield Finding(
+            severity="warning",
+            what="popularity_spike",
+            count=int(spike.sum()),
+            sentence=f"{spike.sum():,} items have most of their events on one day, as "
+            f"{events.items.ids[most]!r} with {count[spike].max():,}: a campaign or a fault? "
+            "Popularity over a window will follow it",
+        )
+
+
+def _across_parts(split: Split) -> Iterator[Finding]:
+    """Find held-out events whose user and item, or even second, stand in training too."""
+    pair_E, time_E = _pairs(split.events), split.events.timestamp_s
+    train_E = split.part_E == TRAIN
+    held_E = (split.part_E == TEST) | (split.part_E == VALIDATION)
+    both_E = held_E & np.isin(pair_E, pair_E[train_E])
+    same_E = both_E if time_E is None else both_E & _same_time(pair_E, time_E, train_E)
+    untold = time_E is None and split.kind not in ("given", "random")
+    if same_E.any() and not untold:
+        yield Finding(
+            severity="leak",
+            what="event_in_two_parts",
+            count=int(same_E.sum()),
+            sentence=f"{same_E.sum():,} held-out events stand in training too: drop repeated "
+            "events before splitting",
+        )
+        both_E &= ~same_E
+    if both_E.any():
+        yield Finding(
+            severity="warning",
+            what="pair_in_two_parts",
+            count=int(both_E.sum()),
+            sentence=f"{both_E.sum():,} held-out events are of an item that their user has in "
+            "training: they are lost where seen items are excluded, and easy where not",
+        )
+
+
+def _same_time(
+    pair_E: Int64[np.ndarray, " E"],
+    time_E: Int64[np.ndarray, " E"],
+    train_E: Bool[np.ndarray, " E"],
+) -> Bool[np.ndarray, " E"]:
+    """Mark the events whose pair and time are also those of a training event."""
+    _, time_E = np.unique(time_E, return_inverse=True)
+    _, pair_E = np.unique(pair_E, return_inverse=True)
+    both_E = pair_E * (int(time_E.max()) + 1) + time_E
+    return np.isin(both_E, both_E[train_E])
+
+
+def _against_time(
+    events: Interactions, train_E: Bool[np.ndarray, " E"], test_E: Bool[np.ndarray, " E"]
+) -> Iterator[Finding]:
+    own = int(newer_than_own(events, train_E, test_E).sum())
+    if own:
+        yield Finding(
+            severity="leak",
+            what="own_future_in_training",
+            count=own,
+            sentence=f"{own:,} training events came after a test event of the same user: split "
+            "by time, or by each user's order",
+        )
+    if events.timestamp_s is None or not (train_E.any() and test_E.any()):
+        return
+    older = int((events.timestamp_s[test_E] < events.timestamp_s[train_E].max()).sum())
+    if older:
+        yield Finding(
+            severity="leak",
+            what="test_older_than_training",
+            count=older,
+            sentence=f"{older:,} of {test_E.sum():,} test events are older than the newest "
+            "training event: split by time to know what tomorrow will bring",
+        )
