@@ -1,3 +1,247 @@
 """foretaste: deep-learning recommendation, from a table of events to served answers."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from foretaste.config import Config
+    from foretaste.data.audit import audit_events, audit_split
+    from foretaste.data.interactions import Interactions
+    from foretaste.data.reading import read_interactions
+    from foretaste.data.sources.load import Dataset, get_dataset
+    from foretaste.data.split_config import SplitConfig, make_split
+    from foretaste.data.splits import Holdout, Split
+    from foretaste.data.splitting import (
+        given_split,
+        given_split_by_column,
+        leave_last_split,
+        leave_last_within_training,
+        random_split,
+        ratio_split,
+        temporal_split,
+    )
+    from foretaste.data.store import open_store, write_store
+    from foretaste.data.vocabulary import Vocabulary
+    from foretaste.errors import (
+        BundleError,
+        ConfigError,
+        DataError,
+        ForetasteError,
+        NonFiniteError,
+        SourceError,
+        TooLargeError,
+    )
+    from foretaste.evaluation.compare import Comparison, compare
+    from foretaste.evaluation.protocol import evaluate
+    from foretaste.evaluation.report import Report
+    from foretaste.experiment.contents import BundleContents, inspect_bundle
+    from foretaste.experiment.fit import fit
+    from foretaste.experiment.lists import write_lists
+    from foretaste.experiment.quickstart import Quickstart, run_quickstart
+    from foretaste.experiment.recipe import (
+        ExperimentConfig,
+        override,
+        parse_settings,
+        read_experiment,
+        with_overrides,
+    )
+    from foretaste.experiment.record import record_run, write_record
+    from foretaste.experiment.run import (
+        Run,
+        evaluate_split,
+        read_split,
+        recipe_of,
+        run_experiment,
+        run_folder,
+        to_recommender,
+    )
+    from foretaste.experiment.tracking import Tracker, TrackerKind, open_tracker
+    from foretaste.experiment.tune import TuneResult, tune
+    from foretaste.models.als import ImplicitALSConfig
+    from foretaste.models.catalogue import ModelConfig
+    from foretaste.models.ease import EASEConfig
+    from foretaste.models.item_knn import ItemKNNConfig
+    from foretaste.models.popularity import PopularityConfig
+    from foretaste.models.sasrec import SASRecConfig
+    from foretaste.serving.recommender import (
+        Answer,
+        Recommendation,
+        Recommender,
+        build_recommender,
+        load,
+    )
+    from foretaste.serving.server import serve
+    from foretaste.serving.settings import ServerSettings
+    from foretaste.training.objectives.catalogue import ObjectiveConfig
+    from foretaste.training.objectives.next_item import NextItemConfig
+    from foretaste.training.settings import TrainingConfig
+    from foretaste.training.trained import Trained
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "Answer",
+    "BundleContents",
+    "BundleError",
+    "Comparison",
+    "Config",
+    "ConfigError",
+    "DataError",
+    "Dataset",
+    "EASEConfig",
+    "ExperimentConfig",
+    "ForetasteError",
+    "Holdout",
+    "ImplicitALSConfig",
+    "Interactions",
+    "ItemKNNConfig",
+    "ModelConfig",
+    "NextItemConfig",
+    "NonFiniteError",
+    "ObjectiveConfig",
+    "PopularityConfig",
+    "Quickstart",
+    "Recommendation",
+    "Recommender",
+    "Report",
+    "Run",
+    "SASRecConfig",
+    "ServerSettings",
+    "SourceError",
+    "Split",
+    "SplitConfig",
+    "TooLargeError",
+    "Tracker",
+    "TrackerKind",
+    "Trained",
+    "TrainingConfig",
+    "TuneResult",
+    "Vocabulary",
+    "__version__",
+    "audit_events",
+    "audit_split",
+    "build_recommender",
+    "compare",
+    "evaluate",
+    "evaluate_split",
+    "fit",
+    "get_dataset",
+    "given_split",
+    "given_split_by_column",
+    "inspect_bundle",
+    "leave_last_split",
+    "leave_last_within_training",
+    "load",
+    "make_split",
+    "open_store",
+    "open_tracker",
+    "override",
+    "parse_settings",
+    "random_split",
+    "ratio_split",
+    "read_experiment",
+    "read_interactions",
+    "read_split",
+    "recipe_of",
+    "record_run",
+    "run_experiment",
+    "run_folder",
+    "run_quickstart",
+    "serve",
+    "temporal_split",
+    "to_recommender",
+    "tune",
+    "with_overrides",
+    "write_lists",
+    "write_record",
+    "write_store",
+]
+
+_HOME = {
+    "Answer": "serving.recommender",
+    "BundleContents": "experiment.contents",
+    "BundleError": "errors",
+    "Comparison": "evaluation.compare",
+    "Config": "config",
+    "ConfigError": "errors",
+    "DataError": "errors",
+    "Dataset": "data.sources.load",
+    "EASEConfig": "models.ease",
+    "ExperimentConfig": "experiment.recipe",
+    "ForetasteError": "errors",
+    "Holdout": "data.splits",
+    "ImplicitALSConfig": "models.als",
+    "Interactions": "data.interactions",
+    "ItemKNNConfig": "models.item_knn",
+    "ModelConfig": "models.catalogue",
+    "NextItemConfig": "training.objectives.next_item",
+    "NonFiniteError": "errors",
+    "ObjectiveConfig": "training.objectives.catalogue",
+    "PopularityConfig": "models.popularity",
+    "Quickstart": "experiment.quickstart",
+    "Recommendation": "serving.recommender",
+    "Recommender": "serving.recommender",
+    "Report": "evaluation.report",
+    "Run": "experiment.run",
+    "SASRecConfig": "models.sasrec",
+    "ServerSettings": "serving.settings",
+    "SourceError": "errors",
+    "Split": "data.splits",
+    "SplitConfig": "data.split_config",
+    "TooLargeError": "errors",
+    "Tracker": "experiment.tracking",
+    "TrackerKind": "experiment.tracking",
+    "Trained": "training.trained",
+    "TrainingConfig": "training.settings",
+    "TuneResult": "experiment.tune",
+    "Vocabulary": "data.vocabulary",
+    "audit_events": "data.audit",
+    "audit_split": "data.audit",
+    "build_recommender": "serving.recommender",
+    "compare": "evaluation.compare",
+    "evaluate": "evaluation.protocol",
+    "evaluate_split": "experiment.run",
+    "fit": "experiment.fit",
+    "get_dataset": "data.sources.load",
+    "given_split": "data.splitting",
+    "given_split_by_column": "data.splitting",
+    "inspect_bundle": "experiment.contents",
+    "leave_last_split": "data.splitting",
+    "leave_last_within_training": "data.splitting",
+    "load": "serving.recommender",
+    "make_split": "data.split_config",
+    "open_store": "data.store",
+    "open_tracker": "experiment.tracking",
+    "override": "experiment.recipe",
+    "parse_settings": "experiment.recipe",
+    "random_split": "data.splitting",
+    "ratio_split": "data.splitting",
+    "read_experiment": "experiment.recipe",
+    "read_interactions": "data.reading",
+    "read_split": "experiment.run",
+    "recipe_of": "experiment.run",
+    "record_run": "experiment.record",
+    "run_experiment": "experiment.run",
+    "run_folder": "experiment.run",
+    "run_quickstart": "experiment.quickstart",
+    "serve": "serving.server",
+    "temporal_split": "data.splitting",
+    "to_recommender": "experiment.run",
+    "tune": "experiment.tune",
+    "with_overrides": "experiment.recipe",
+    "write_lists": "experiment.lists",
+    "write_record": "experiment.record",
+    "write_store": "data.store",
+}
+"""Where a name lives: its module is imported when the name is first used."""
+
+if not TYPE_CHECKING:  # the type checker reads the imports above
+
+    def __getattr__(name: str) -> object:
+        if name not in _HOME:
+            raise AttributeError(f"module 'foretaste' has no attribute {name!r}")
+        globals()[name] = getattr(import_module(f"foretaste.{_HOME[name]}"), name)
+        return globals()[name]
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

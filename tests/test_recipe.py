@@ -6,7 +6,12 @@ from pathlib import Path
 import pytest
 
 from foretaste.errors import ConfigError
-from foretaste.experiment.recipe import parse_experiment, read_experiment, with_overrides
+from foretaste.experiment.recipe import (
+    ExperimentConfig,
+    parse_settings,
+    read_experiment,
+    with_overrides,
+)
 from foretaste.experiment.toml_text import to_toml
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.toml"))
@@ -41,7 +46,8 @@ def test_a_recipe_is_read_as_written_and_the_rest_has_defaults(recipe: Path) -> 
 def test_an_override_changes_its_setting_and_no_other(recipe: Path) -> None:
     plain = read_experiment(recipe)
     changed = read_experiment(
-        recipe, overrides=["model.dropout=0.5", "evaluation.k=[5, 7]", "model.block=modern", "seed=9"]
+        recipe,
+        overrides=["model.dropout=0.5", "evaluation.k=[5, 7]", "model.block=modern", "seed=9"],
     )
     assert changed.model.dropout == 0.5
     assert changed.model.block == "modern"  # a bare word is text: the shell eats quotes
@@ -88,7 +94,8 @@ def test_a_missing_section_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "word"), [(b"seed = ", "not TOML"), (b"\xff\xfe", "not TOML"), (None, "No such file")]
+    ("content", "word"),
+    [(b"seed = ", "not TOML"), (b"\xff\xfe", "not TOML"), (None, "No such file")],
 )
 def test_a_file_that_is_no_recipe_is_refused(
     tmp_path: Path, content: bytes | None, word: str
@@ -103,14 +110,12 @@ def test_a_file_that_is_no_recipe_is_refused(
 def test_settings_written_as_toml_are_read_back_equal(recipe: Path) -> None:
     config = read_experiment(recipe, overrides=["notes='a \"quote\"\\n and a line'"])
     text = to_toml(config.model_dump(mode="json", exclude_none=True))
-    assert parse_experiment(tomllib.loads(text), source="text") == config
+    assert parse_settings(ExperimentConfig, tomllib.loads(text), source="text") == config
 
 
 def test_toml_by_hand() -> None:
     settings = {"seed": 1, "a b": {"x": [1, 2.5, True], "none": None}, "empty": {}, "e": 1e-7}
-    assert to_toml(settings) == (
-        'seed = 1\ne = 1e-07\n\n["a b"]\nx = [1, 2.5, true]\n\n[empty]\n'
-    )
+    assert to_toml(settings) == ('seed = 1\ne = 1e-07\n\n["a b"]\nx = [1, 2.5, true]\n\n[empty]\n')
     with pytest.raises(ConfigError, match="complex"):
         to_toml({"x": 3 + 0j})
 

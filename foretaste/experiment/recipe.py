@@ -4,17 +4,21 @@ import difflib
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import Field, PositiveInt, ValidationError
 
 from foretaste.config import Config
+from foretaste.data.columns import TimestampUnit
+from foretaste.data.sorting import Duplicates
 from foretaste.data.split_config import SplitConfig
 from foretaste.errors import ConfigError
 from foretaste.models.catalogue import ModelConfig
 from foretaste.training.objectives.catalogue import ObjectiveConfig
 from foretaste.training.objectives.next_item import NextItemConfig
 from foretaste.training.settings import TrainingConfig
+
+C = TypeVar("C", bound=Config)
 
 
 class PublicData(Config):
@@ -30,15 +34,31 @@ class FileData(Config):
 
     kind: Literal["files"] = "files"
     files: tuple[str, ...] = Field(min_length=1)
-    """CSV, TSV or Parquet; a path that is not absolute starts at `--data-dir`, or here."""
-    user: str
-    """Column of user ids."""
-    item: str
+    """Text, Parquet or Arrow; a path that is not absolute starts at `--data-dir`, or here."""
+    user: str = "user_id"
+    """Column of user ids; without a header, columns are named "0", "1" and so on."""
+    item: str = "item_id"
     """Column of item ids."""
     timestamp: str | None = None
     """Column of times; without one, file order stands for time."""
+    timestamp_unit: TimestampUnit = "s"
+    """What numbers in it count, since 1970."""
     rating: str | None = None
     """Column of ratings; kept beside the events."""
+    columns: tuple[str, ...] = ()
+    """Further columns of numbers to keep."""
+    separator: str | None = None
+    """Between the fields of a text file; without it, the first line tells."""
+    header: bool = True
+    """Whether the first line of text files names the columns."""
+    users: str | None = None
+    """A table about users."""
+    items: str | None = None
+    """A table about items: a `title`, say, which the page shows."""
+    duplicates: Duplicates = "keep"
+    """What to do with events that repeat another's user, item and time."""
+    drop_incomplete: bool = False
+    """Leave out rows without a user, item, time or rating, and count them."""
 
 
 class StoreData(Config):
@@ -120,23 +140,34 @@ def read_experiment(path: Path, *, overrides: Sequence[str] = ()) -> ExperimentC
         raise ConfigError(f"{path}: {error.strerror}: give the path of a recipe") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not TOML: {error}") from error
-    return parse_experiment(with_overrides(settings, overrides), source=str(path))
+    return parse_settings(ExperimentConfig, with_overrides(settings, overrides), source=str(path))
 
 
-def parse_experiment(settings: Mapping[str, object], *, source: str) -> ExperimentConfig:
-    """Check plain values, such as a recipe's or a bundle's.
+def override(config: ExperimentConfig, overrides: Sequence[str]) -> ExperimentConfig:
+    """Return a recipe with some of its settings replaced, each `section.name=value`.
+
+    Raises:
+        ConfigError: A setting is unknown or out of range; it says which.
+    """
+    settings = with_overrides(config.model_dump(exclude_none=True), overrides)
+    return parse_settings(ExperimentConfig, settings, source="the recipe") if overrides else config
+
+
+def parse_settings(kind: type[C], settings: Mapping[str, object], *, source: str) -> C:
+    """Check plain values, such as a recipe's, a bundle's or the command line's.
 
     Args:
-        settings: Sections and their settings.
+        kind: The settings' class.
+        settings: Names and values, in sections or flat.
         source: Where they came from, for the message.
 
     Raises:
         ConfigError: A setting is missing, unknown or out of range; it says which.
     """
     try:
-        return ExperimentConfig.model_validate(settings)
+        return kind.model_validate(settings)
     except ValidationError as error:
-        raise ConfigError(f"{source}: {explain(error, settings)}") from error
+        raise ConfigError(f"{source}: {explain(error, kind, settings)}") from error
 
 
 def with_overrides(settings: Mapping[str, object], overrides: Sequence[str]) -> dict[str, object]:
@@ -162,14 +193,16 @@ def with_setting(settings: Mapping[str, object], name: str, value: object) -> di
     return dict(settings) | {first: with_setting(section, rest, value) if rest else value}
 
 
-def explain(error: ValidationError, settings: Mapping[str, object]) -> str:
+def explain(error: ValidationError, kind: type[Config], settings: Mapping[str, object]) -> str:
     """Put pydantic's findings into one line, with the names that stand in the file."""
     found = []
     for problem in error.errors(include_url=False):
         name = ".".join(_names(problem["loc"], settings))
-        text = "there is no such setting" if problem["type"] == "extra_forbidden" else problem["msg"]
+        text = (
+            "there is no such setting" if problem["type"] == "extra_forbidden" else problem["msg"]
+        )
         if problem["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(str(problem["loc"][-1]), _all_names(), n=1)
+            near = difflib.get_close_matches(str(problem["loc"][-1]), _all_names(kind), n=1)
             text += f"; did you mean {near[0]}?" if near else ""
         found.append(f"{name}: {text}")
     return "; ".join(found)
@@ -186,15 +219,17 @@ def _names(location: tuple[int | str, ...], settings: object) -> list[str]:
     """Drop from pydantic's path the tags of unions, which no file holds."""
     names = []
     for place, part in enumerate(location):
-        inside = isinstance(settings, Mapping)
-        if inside and part not in settings and place < len(location) - 1:
-            continue
+        is_last, inner = place == len(location) - 1, None
+        if isinstance(settings, Mapping):
+            if part not in settings and not is_last:
+                continue
+            inner = settings.get(part)
         names.append(str(part))
-        settings = settings.get(part) if inside else None
+        settings = inner
     return names
 
 
-def _all_names() -> list[str]:
-    schema = ExperimentConfig.model_json_schema()
+def _all_names(kind: type[Config]) -> list[str]:
+    schema = kind.model_json_schema()
     parts = [schema, *schema.get("$defs", {}).values()]
     return sorted({name for part in parts for name in part.get("properties", {})})

@@ -1,19 +1,31 @@
 """From a recipe to a trained, measured model: data, split, fit, evaluate, and a refit if asked."""
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from foretaste.data.interactions import Interactions
 from foretaste.data.reading import read_interactions
-from foretaste.data.sources.registry import get_dataset
+from foretaste.data.sources.load import get_dataset
 from foretaste.data.split_config import make_split
 from foretaste.data.splits import Split
 from foretaste.data.store import open_store
+from foretaste.errors import ConfigError
 from foretaste.evaluation.protocol import evaluate
 from foretaste.evaluation.report import Report
 from foretaste.experiment.fit import fit
-from foretaste.experiment.recipe import ExperimentConfig, FileData, PublicData, StoreData
+from foretaste.experiment.recipe import (
+    ExperimentConfig,
+    FileData,
+    PublicData,
+    StoreData,
+    parse_settings,
+)
+from foretaste.experiment.tracking import Tracker, TrackerKind, open_tracker
+from foretaste.serving.recommender import Recommender, build_recommender
 from foretaste.training.fit import Epoch
 from foretaste.training.trained import Trained
 
@@ -53,13 +65,18 @@ def read_split(config: ExperimentConfig, *, data_dir: Path | None = None) -> Spl
     return make_split(config.split, _read_events(config.data, data_dir))
 
 
+def run_folder(bundle: Path) -> Path:
+    """Return where the checkpoints of a bundle in the making lie: beside it."""
+    return bundle.with_name(f"{bundle.name}.run")
+
+
 def run_experiment(
     config: ExperimentConfig,
     split: Split,
     *,
     folder: Path | None = None,
     resume: bool = False,
-    on_epoch: Callable[[Epoch], None] | None = None,
+    track: TrackerKind | None = None,
 ) -> Run:
     """Fit a recipe's model, report it on the test part, and refit it if the recipe says so.
 
@@ -68,27 +85,77 @@ def run_experiment(
         split: Its data, from `read_split`.
         folder: Where checkpoints and the log of steps go; without one there are none.
         resume: Go on from the checkpoint in `folder`.
-        on_epoch: Told of each epoch when it ends.
+        track: Follow the run with MLflow or TensorBoard, in `folder` or here.
+
+    Raises:
+        ConfigError: The tracker's extra is not installed.
+        NonFiniteError: Training left the finite numbers.
     """
-    trained = _fit(config, split, folder=folder, resume=resume, on_epoch=on_epoch)
-    report = _report(config, trained, split)
-    if not config.refit:
-        return Run(trained=trained, report=report)
+    with _tracker(config, folder, track) as tracker:
+        told = None if tracker is None else partial(_tell, tracker)
+        trained = _fit(config, split, folder=folder, resume=resume, on_epoch=told)
+        report = evaluate_split(trained, config, split)
+        if tracker is not None:
+            tracker.log_metrics(report.metrics, step=0)
+        if not config.refit:
+            return Run(trained=trained, report=report)
     training = config.training.model_copy(update={"epochs": _epochs_chosen(trained)})
-    again = config.model_copy(update={"training": training})
     refitted = _fit(
-        again,
+        config.model_copy(update={"training": training}),
         split.refit(),
         folder=None if folder is None else folder / "refit",
         resume=resume,
-        on_epoch=on_epoch,
+        on_epoch=None,
     )
-    return Run(
-        trained=trained,
-        report=report,
-        refitted=refitted,
-        refitted_report=_report(config, refitted, split),
-    )
+    again = evaluate_split(refitted, config, split)
+    return Run(trained=trained, report=report, refitted=refitted, refitted_report=again)
+
+
+def evaluate_split(trained: Trained, config: ExperimentConfig, split: Split) -> Report:
+    """Report a model on the test part of a split, as a recipe says."""
+    evaluation = config.evaluation
+    return evaluate(trained, split.test, k=evaluation.k, exclude_seen=evaluation.exclude_seen)
+
+
+def to_recommender(trained: Trained, report: Report) -> Recommender:
+    """Index a model's items and keep its report, without each user's values, beside it."""
+    return build_recommender(trained, report=json.loads(report.to_json(per_user=False)))
+
+
+def recipe_of(trained: Trained) -> ExperimentConfig:
+    """Return the recipe that a model was made from.
+
+    Raises:
+        ConfigError: It was made in Python, by `fit`, and knows no recipe.
+    """
+    if "data" not in trained.settings:
+        raise ConfigError(
+            "this model was not made from a recipe, so its test data are not known: give a recipe"
+        )
+    return parse_settings(ExperimentConfig, trained.settings, source="the bundle's recipe")
+
+
+@contextmanager
+def _tracker(
+    config: ExperimentConfig, folder: Path | None, kind: TrackerKind | None
+) -> Iterator[Tracker | None]:
+    if kind is None:
+        yield None
+        return
+    place = folder or Path()
+    tracker = open_tracker(kind, folder=place / kind, run=place.stem or config.model.kind)
+    tracker.log_settings(config.model_dump(mode="json", exclude_none=True))
+    try:
+        yield tracker
+    finally:
+        tracker.close()
+
+
+def _tell(tracker: Tracker, epoch: Epoch) -> None:
+    found = {"loss": epoch.loss, "events_per_second": epoch.events_per_second}
+    if epoch.validation is not None:
+        found["validation"] = epoch.validation
+    tracker.log_metrics(found, step=epoch.epoch)
 
 
 def _fit(
@@ -112,11 +179,6 @@ def _fit(
     return replace(trained, settings=config.model_dump(mode="json", exclude_none=True))
 
 
-def _report(config: ExperimentConfig, trained: Trained, split: Split) -> Report:
-    evaluation = config.evaluation
-    return evaluate(trained, split.test, k=evaluation.k, exclude_seen=evaluation.exclude_seen)
-
-
 def _epochs_chosen(trained: Trained) -> int:
     """Return how many epochs validation chose; 1 for a model that learns in closed form."""
     epochs = trained.log.get("best_epoch", 1)
@@ -136,5 +198,13 @@ def _read_events(data: PublicData | FileData | StoreData, data_dir: Path | None)
                 user=data.user,
                 item=data.item,
                 timestamp=data.timestamp,
+                timestamp_unit=data.timestamp_unit,
                 rating=data.rating,
+                columns=data.columns,
+                separator=data.separator,
+                header=data.header,
+                users=None if data.users is None else base / data.users,
+                items=None if data.items is None else base / data.items,
+                duplicates=data.duplicates,
+                drop_incomplete=data.drop_incomplete,
             )

@@ -1,4 +1,4 @@
-"""Search a recipe's settings: trials in a file that a later run goes on with, hopeless ones cut short."""
+"""Search a recipe's settings: hopeless trials are cut short, a broken search goes on later."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -14,7 +14,7 @@ from foretaste.data.splits import Split
 from foretaste.errors import ConfigError, NonFiniteError, TooLargeError
 from foretaste.evaluation.protocol import evaluate
 from foretaste.experiment.fit import fit
-from foretaste.experiment.recipe import ExperimentConfig, parse_experiment, with_setting
+from foretaste.experiment.recipe import ExperimentConfig, parse_settings, with_setting
 from foretaste.experiment.search_space import distributions
 from foretaste.experiment.toml_text import to_toml
 from foretaste.training.fit import Epoch
@@ -28,7 +28,7 @@ class TrialRow:
 
     number: int
     state: str
-    """"complete", "pruned" (cut short as hopeless) or "fail" (its loss broke, or it did not fit)."""
+    """"complete", "pruned" (cut short as hopeless) or "fail" (it broke, or did not fit)."""
     value: float | None
     """The validation metric; None where the trial did not come to its end."""
     seconds: float
@@ -147,9 +147,7 @@ def _run_trial(
     return _row(study.trials[trial.number])
 
 
-def _validated(
-    config: ExperimentConfig, split: Split, report: Callable[[Epoch], None]
-) -> float:
+def _validated(config: ExperimentConfig, split: Split, report: Callable[[Epoch], None]) -> float:
     trained = fit(
         config.model,
         split,
@@ -172,7 +170,7 @@ def with_drawn(config: ExperimentConfig, drawn: Mapping[str, object]) -> Experim
     settings: dict[str, object] = config.model_dump()
     for name, value in drawn.items():
         settings = with_setting(settings, name, value)
-    return parse_experiment(settings, source="tune")
+    return parse_settings(ExperimentConfig, settings, source="tune")
 
 
 def _result(study: optuna.Study, config: ExperimentConfig, folder: Path) -> TuneResult:

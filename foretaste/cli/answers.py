@@ -1,0 +1,63 @@
+"""`foretaste recommend` and `foretaste similar`: answers at the prompt, or lists in a file."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import foretaste as ft
+from foretaste.cli.show import JsonFlag, answer, table
+
+Bundle = Annotated[Path, typer.Argument(help="Folder of a bundle.")]
+ListLength = Annotated[int, typer.Option("-k", "--k", min=1, help="Length of the list.")]
+
+
+def recommend(
+    bundle: Bundle,
+    *,
+    user: Annotated[str | None, typer.Option(help="A user id.")] = None,
+    history: Annotated[
+        str | None, typer.Option(help="Item ids, oldest first, between commas.")
+    ] = None,
+    users: Annotated[
+        Path | None, typer.Option(help="File of user ids: one a line, or the first column.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Parquet of lists, with --users.")] = None,
+    k: ListLength = 10,
+    seen: Annotated[bool, typer.Option("--seen", help="Allow items that the user had.")] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Recommend for a user, for a history, for nobody known, or for a file of users."""
+    if (users is None) != (out is None):
+        raise typer.BadParameter("--users and --out go together")
+    if users is not None and (user is not None or history is not None):
+        raise typer.BadParameter("--users goes without --user and --history")
+    recommender = ft.load(bundle)
+    if users is not None and out is not None:
+        written = ft.write_lists(recommender, users, out, k=k, exclude_seen=not seen)
+        answer(written, f"{written['users']:,} lists in {out}", as_json=as_json)
+        return
+    past = [] if history is None else [item.strip() for item in history.split(",")]
+    found = recommender.recommend(user, history=past, k=k, exclude_seen=not seen)
+    _answer(found, "for " + (user or "this history"), as_json=as_json)
+
+
+def similar(
+    bundle: Bundle,
+    *,
+    item: Annotated[str, typer.Option(help="An item id.")],
+    k: ListLength = 10,
+    as_json: JsonFlag = False,
+) -> None:
+    """Show the items most like one."""
+    _answer(ft.load(bundle).similar(item, k), f"like {item}", as_json=as_json)
+
+
+def _answer(found: "ft.Answer", title: str, *, as_json: bool) -> None:
+    rows = [
+        (place, row.item_id, row.attributes.get("title", ""), row.score, row.source)
+        for place, row in enumerate(found.rows, 1)
+    ]
+    made = table(title, ("", "item", "title", "score", "from"), rows)
+    answer(asdict(found), made, *found.notes, as_json=as_json)

@@ -1,0 +1,67 @@
+"""The command line: each command reads settings, calls one library function and prints.
+
+Importing `foretaste` alone is cheap: a name brings its module when it is first used, so help
+and wrong calls are answered at once.
+"""
+
+import logging
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+import foretaste as ft
+from foretaste.cli import answers, data, fit, inspect, quickstart, serve, tune
+from foretaste.cli.show import fail
+
+app = typer.Typer(
+    help=ft.__doc__,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(quickstart.quickstart)
+app.add_typer(data.app, name="data")
+app.command()(fit.fit)
+app.command()(fit.evaluate)
+app.command()(tune.tune)
+app.command()(answers.recommend)
+app.command()(answers.similar)
+app.command()(inspect.inspect)
+app.command()(serve.serve)
+
+
+def _version(wanted: bool) -> None:  # noqa: FBT001 - typer calls it so
+    if wanted:
+        sys.stdout.write(f"foretaste {ft.__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def _foretaste(
+    *,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+    verbose: Annotated[bool, typer.Option(help="Log more to standard error.")] = False,
+) -> None:
+    level = logging.INFO if verbose else logging.WARNING
+    logging.basicConfig(stream=sys.stderr, level=level, format="%(levelname)s %(message)s")
+
+
+def run(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line: exit code 0, 1 (the work failed: one line says why), 2 (a wrong call).
+
+    Args:
+        arguments: What follows `foretaste`; without them, those of the process.
+    """
+    try:
+        app(arguments)
+    except ft.ForetasteError as error:
+        fail(str(error))
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,42 @@
+"""`foretaste tune`: the search."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import foretaste as ft
+from foretaste.cli.fit import DataDir, Overrides, Resume
+from foretaste.cli.show import JsonFlag, answer, log, table
+
+
+def tune(
+    recipe: Annotated[Path, typer.Argument(help="A recipe; its [tune] says what is searched.")],
+    *,
+    out: Annotated[Path, typer.Option(help="Folder of the study and the best recipe.")] = Path(
+        "tuned"
+    ),
+    trials: Annotated[int | None, typer.Option(min=1, help="In all, resumed ones too.")] = None,
+    resume: Resume = False,
+    overrides: Overrides = None,
+    data_dir: DataDir = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Search a recipe's settings by validation; write the best as a recipe."""
+    config = ft.read_experiment(recipe, overrides=overrides or ())
+    split = ft.read_split(config, data_dir=data_dir)
+    found = ft.tune(
+        config,
+        split,
+        folder=out,
+        trials=trials,
+        resume=resume,
+        watch=lambda row: log(f"trial {row.number}: {row.state} {row.value or ''} {row.settings}"),
+    )
+    names = list(found.best.settings)
+    best_first = sorted(found.trials, key=lambda row: -1.0 if row.value is None else -row.value)
+    rows = [(t.number, t.state, t.value, t.seconds, *t.settings.values()) for t in best_first]
+    made = table(
+        f"{found.metric} on validation, best first", ("trial", "", "value", "s", *names), rows
+    )
+    answer(found.to_json(), made, f"best recipe: {out / 'best.toml'}", as_json=as_json)

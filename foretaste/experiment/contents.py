@@ -1,0 +1,63 @@
+"""What is inside a bundle, for a person or a script."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from foretaste.serving.bundle import read_bundle
+from foretaste.serving.manifest import Manifest, read_manifest
+
+
+@dataclass(frozen=True, kw_only=True)
+class BundleContents:
+    """A bundle that was read whole: every checksum is right."""
+
+    manifest: Manifest
+    parameters: int
+    """Numbers in the network."""
+    size: int
+    """Bytes of all files."""
+    metrics: dict[str, float]
+    """Of the stored report; empty without one."""
+
+    def facts(self) -> dict[str, object]:
+        """Return what a person wants to know first, by name."""
+        manifest, data, index = self.manifest, self.manifest.data, self.manifest.index or {}
+        return {
+            "model": manifest.model["kind"],
+            "written by": f"foretaste {manifest.foretaste}, format {manifest.format_version}",
+            "parameters": self.parameters,
+            "MiB": self.size / 2**20,
+            "users, items, events": f"{data.num_users:,}, {data.num_items:,}, {data.num_events:,}",
+            "data": f"sha256 {data.fingerprint[:16]}…",
+            "seed": manifest.seed,
+            "seconds of training": manifest.train_seconds,
+            "index": ", ".join(f"{name} {value}" for name, value in index.items()) or "none",
+            **self.metrics,
+        }
+
+    def to_json(self) -> dict[str, object]:
+        """Return all of it as plain JSON values."""
+        return {
+            "manifest": self.manifest.model_dump(mode="json"),
+            "parameters": self.parameters,
+            "size": self.size,
+            "metrics": self.metrics,
+        }
+
+
+def inspect_bundle(path: Path) -> BundleContents:
+    """Read a bundle and say what it holds.
+
+    Raises:
+        BundleError: It is missing, broken, tampered with or of a newer format.
+    """
+    bundle = read_bundle(path)
+    manifest = read_manifest(path)
+    report = bundle.report or {}
+    metrics = report.get("metrics")
+    return BundleContents(
+        manifest=manifest,
+        parameters=sum(value.numel() for value in bundle.trained.model.parameters()),
+        size=sum(entry.size for entry in manifest.files.values()),
+        metrics=dict(metrics) if isinstance(metrics, dict) else {},
+    )
