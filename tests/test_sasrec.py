@@ -85,7 +85,7 @@ def test_last_events_by_hand() -> None:
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_attention_equals_the_formula_in_float64(causal: bool) -> None:
+def test_attention_equals_the_formula_in_float64(*, causal: bool) -> None:
     torch.manual_seed(0)
     layer = MultiHeadAttention(12, 3).double().eval()
     x = torch.randn(2, 5, 12, dtype=torch.float64)

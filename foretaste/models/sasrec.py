@@ -54,6 +54,7 @@ class SASRec(nn.Module):
         super().__init__()
         width = config.embedding_dim
         self.max_len = config.max_len
+        self.scale = width**0.5
         self.items = nn.Embedding(num_items, width)
         self.positions = nn.Embedding(config.max_len + 1, width)
         self.start = nn.Parameter(torch.zeros(width))
@@ -62,7 +63,7 @@ class SASRec(nn.Module):
         self.blocks = nn.ModuleList(block(config) for _ in range(config.num_blocks))
         self.norm = nn.LayerNorm(width)
         for table in (self.items, self.positions):
-            nn.init.normal_(table.weight, std=width**-0.5 / 4)
+            nn.init.normal_(table.weight, std=0.02)
 
     def forward(self, batch: SequenceBatch) -> Float[Tensor, "B L1 D"]:
         """Return L + 1 states: before any event, and after each one.
@@ -74,7 +75,7 @@ class SASRec(nn.Module):
             width + 1, device=batch.item_BL.device
         )
         start_B1D = self.start.expand(rows, 1, -1)
-        x_BLD = torch.cat([start_B1D, self.items(batch.item_BL)], dim=1)
+        x_BLD = torch.cat([start_B1D, self.items(batch.item_BL)], dim=1) * self.scale
         x_BLD = self.dropout(x_BLD + self.positions(age_BL.clamp(min=0)))
         for block in self.blocks:
             x_BLD = block(x_BLD)

@@ -1,0 +1,65 @@
+"""Distinct items for a whole batch, each with its chance to be among them.
+
+Shape legend: M items drawn, I items.
+"""
+
+from typing import NamedTuple, final
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from foretaste.errors import DataError
+
+
+class Drawn(NamedTuple):
+    """Items drawn for a batch."""
+
+    item_M: Int64[Tensor, " M"]
+    """No two alike."""
+    log_chance_M: Float[Tensor, " M"]
+    """Log of each item's chance to be drawn, given where the draw ended; in nats, 0 at most."""
+
+
+@final
+class DistinctSampler:
+    r"""Draws M different items, uniformly or in favour of the popular ones.
+
+    Items race: item j arrives after an exponential time of rate :math:`w_j`, the first M are
+    taken. Given the arrival t of the one after them, j is among them with chance exactly
+    :math:`1 - e^{-w_j t}`. So :math:`\sum_{j \in M} x_j / \text{chance}_j` is an unbiased
+    estimate of the sum over all items; with all items drawn it is that sum.
+
+    References:
+        Cohen and Kaplan, "Summarizing Data Using Bottom-k Sketches", PODC 2007,
+        https://doi.org/10.1145/1281100.1281133
+    """
+
+    def __init__(self, count_I: Int64[Tensor, " I"], *, power: float = 0.0) -> None:
+        """Prepare to draw.
+
+        Args:
+            count_I: Training events of each item; items without any are never drawn.
+            power: Rates are count^power: 0 draws uniformly, 0.75 as word2vec does.
+
+        Raises:
+            DataError: No item has a training event.
+        """
+        self.known = count_I.nonzero().squeeze(1)
+        if len(self.known) == 0:
+            raise DataError("no item has a training event: there is nothing to draw from")
+        self.power = power
+        self._rate = count_I[self.known].double().pow(power)
+
+    def draw(self, num: int, *, device: torch.device) -> Drawn:
+        """Return `num` items, or all there are, by torch's generator of the device."""
+        known = self.known.to(device)
+        if num >= len(known):
+            return Drawn(known, torch.zeros(len(known), device=device))
+        if self.power == 0:
+            item_M = known[torch.randperm(len(known), device=device)[:num]]
+            return Drawn(item_M, torch.full((num,), num / len(known), device=device).log())
+        rate = self._rate.to(device)
+        first, order = (torch.empty_like(rate).exponential_() / rate).topk(num + 1, largest=False)
+        chance_M = -torch.expm1(-rate[order[:num]] * first[-1])
+        return Drawn(known[order[:num]], chance_M.log().float())

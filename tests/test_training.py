@@ -1,0 +1,376 @@
+"""The loop: steps by hand, exact resume, early stop, and what is not finite."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from torch import Tensor, nn
+
+from foretaste.data.batch import Queries
+from foretaste.data.interactions import Interactions
+from foretaste.data.sequences import SequencePlan, plan_sequences
+from foretaste.data.vocabulary import Vocabulary
+from foretaste.errors import BundleError, ConfigError, NonFiniteError
+from foretaste.models.sasrec import SASRec, SASRecConfig
+from foretaste.training.checkpoint import read_checkpoint, write_checkpoint
+from foretaste.training.fit import Epoch, Fit
+from foretaste.training.objectives.next_item import NextItem, NextItemConfig
+from foretaste.training.seeding import epoch_generator
+from foretaste.training.settings import TrainingConfig
+
+
+@dataclass
+class Number:
+    value: float
+
+    def to(self, device: torch.device) -> "Number":
+        return self
+
+
+@dataclass
+class Numbers:
+    values: list[float]
+
+    @property
+    def num_events(self) -> int:
+        return len(self.values)
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def batch(self, index: int) -> Number:
+        return Number(self.values[index])
+
+
+class Scalar(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(()))
+
+
+def times(model: nn.Module, batch: Number) -> Tensor:
+    return model.w * batch.value
+
+
+def scalar_fit(values: list[float], config: TrainingConfig, **more) -> tuple[Scalar, Fit]:
+    model = Scalar()
+    run = Fit(model, config, seed=0, plan=lambda _: Numbers(values), objective=times, **more)
+    return model, run
+
+
+def plain(**settings) -> TrainingConfig:
+    return TrainingConfig(
+        **{"learning_rate": 0.1, "warmup_steps": 0, "epochs": 1, "device": "cpu"} | settings
+    )
+
+
+def test_each_batch_takes_its_own_step_and_no_more() -> None:
+    # loss = g w with g = 1, -1: Adam's first step is -lr sign(g). For the second, m = (.9 * .1 -
+    # .1) / .19 = -0.0526 and v = 1, so w = -0.1 + 0.1 * 0.0526. Gradients left over from the
+    # first batch would cancel it to 0, and the step would be another.
+    model, run = scalar_fit([1.0, -1.0], plain())
+    run.run()
+    assert model.w.item() == pytest.approx(-0.1 + 0.1 * 0.01 / 0.19, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "factors"),
+    [
+        ("constant", [1 / 3, 2 / 3, 1, 1]),
+        ("linear", [1 / 3, 2 / 3 * 0.75, 0.5, 0.25]),
+        ("cosine", [1 / 3, 2 / 3 * (1 + math.cos(math.pi / 4)) / 2, 0.5, 0.5 - 0.5 * 0.5**0.5]),
+    ],
+)
+def test_the_rate_rises_then_follows_its_schedule(schedule: str, factors: list[float]) -> None:
+    _, run = scalar_fit([1.0] * 4, plain(warmup_steps=2, schedule=schedule))
+    assert [run._rate(step, 4) for step in range(4)] == pytest.approx(factors)
+
+
+def test_clipping_bounds_the_whole_gradient() -> None:
+    model, run = scalar_fit([100.0], plain(gradient_clip=0.5))
+    run.run()
+    assert model.w.grad is not None
+    assert model.w.grad.item() == pytest.approx(0.5)
+
+
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted() -> None:
+    model, run = scalar_fit([math.nan, 1.0, math.inf], plain())
+    progress = run.run()
+    assert progress.skipped == 2
+    assert model.w.item() == pytest.approx(-0.1)
+
+
+def test_twenty_such_steps_in_a_row_end_the_run() -> None:
+    _, run = scalar_fit([math.nan] * 30, plain())
+    with pytest.raises(NonFiniteError, match=r"20 steps in a row.*learning_rate"):
+        run.run()
+
+
+def test_early_stop_keeps_the_best_weights() -> None:
+    scores, seen = iter([0.1, 0.5, 0.4, 0.3]), []
+
+    def validate(model: nn.Module) -> float:
+        seen.append(model.w.item())
+        return next(scores)
+
+    model, run = scalar_fit([1.0], plain(epochs=10, patience=2), validate=validate)
+    progress = run.run()
+    assert progress.best_epoch == 2
+    assert progress.epoch == 4
+    assert "epoch 2" in progress.done
+    assert model.w.item() == seen[1] != seen[3]
+
+
+def test_the_average_of_weights_is_what_is_kept() -> None:
+    # w goes 0, -0.1, -0.2; the average follows with decay min(.5, 1/10), min(.5, 2/11).
+    model, run = scalar_fit([1.0, 1.0], plain(ema_decay=0.5))
+    run.run()
+    first = -0.1 * 0.9
+    assert model.w.item() == pytest.approx(first + (-0.2 - first) * (1 - 2 / 11), abs=1e-6)
+
+
+def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.safetensors"
+    with pytest.raises(BundleError, match="is not a checkpoint"):
+        read_checkpoint(path)
+    write_checkpoint(path, {"a": torch.ones(2)}, {"x": [1]})
+    tensors, facts = read_checkpoint(path)
+    assert tensors["a"].tolist() == [1, 1]
+    assert facts == {"x": [1]}
+    path.write_bytes(path.read_bytes()[:20])
+    with pytest.raises(BundleError, match="is not a checkpoint"):
+        read_checkpoint(path)
+
+
+def chain_events(num_users: int = 60, num_items: int = 20) -> Interactions:
+    """Users walk round a ring of items: after i comes i + 1."""
+    generator = np.random.default_rng(0)
+    lengths = generator.integers(3, 15, num_users)
+    start = generator.integers(0, num_items, num_users)
+    step = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    return Interactions(
+        users=Vocabulary(pl.Series(range(num_users), dtype=pl.Int64)),
+        items=Vocabulary(pl.Series(range(num_items), dtype=pl.Int64)),
+        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        item_idx=((np.repeat(start, lengths) + step) % num_items).astype(np.int32),
+    )
+
+
+def sasrec_fit(folder: Path | None = None, **settings) -> tuple[SASRec, Fit]:
+    events = chain_events()
+    torch.manual_seed(1)
+    model = SASRec(SASRecConfig(embedding_dim=8, num_heads=1, max_len=6), num_items=20)
+
+    def plan(epoch: int) -> SequencePlan:
+        return plan_sequences(
+            events,
+            max_len=6,
+            batch_events=100,
+            windows="all",
+            generator=epoch_generator(1, epoch),
+        )
+
+    def validate(judged: nn.Module) -> float:
+        return -judged.items.weight.abs().sum().item()
+
+    config = plain(
+        **{"epochs": 4, "ema_decay": 0.9, "learning_rate": 0.01, "patience": None} | settings
+    )
+    objective = NextItemConfig(loss="sampled_softmax", negatives=5, popularity_power=0.5)
+    run = Fit(
+        model,
+        config,
+        seed=1,
+        plan=plan,
+        objective=NextItem(objective, torch.from_numpy(events.item_count)),
+        validate=validate,
+        folder=folder,
+    )
+    return model, run
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stop_after", [1, 5, 9, 14])
+def test_a_run_broken_off_anywhere_resumes_to_the_same_bits(
+    tmp_path: Path, stop_after: int
+) -> None:
+    whole_model, whole = sasrec_fit(tmp_path / "whole")
+    whole.run()
+    steps_left = iter(range(stop_after))
+
+    def kill(*_: object) -> None:
+        if next(steps_left, None) is None:
+            raise Killed
+
+    _, broken = sasrec_fit(tmp_path / "broken", checkpoint_seconds=0)
+    with pytest.raises(Killed):
+        broken.run(on_step=kill)
+    resumed_model, resumed = sasrec_fit(tmp_path / "broken", checkpoint_seconds=0)
+    progress = resumed.run(resume=True)
+    assert progress.step == whole.progress.step
+    for name, value in whole_model.state_dict().items():
+        assert torch.equal(value, resumed_model.state_dict()[name]), name
+    logs = [(tmp_path / n / "steps.jsonl").read_text() for n in ("whole", "broken")]
+    assert logs[0] == logs[1]
+    assert len(logs[0].splitlines()) == whole.progress.step
+
+
+def test_other_settings_are_no_resume(tmp_path: Path) -> None:
+    _, first = sasrec_fit(tmp_path, epochs=1)
+    first.run()
+    _, second = sasrec_fit(tmp_path, epochs=2)
+    with pytest.raises(ConfigError, match="resume with the settings it was started with"):
+        second.run(resume=True)
+
+
+def test_resume_without_a_folder_is_refused() -> None:
+    _, run = sasrec_fit()
+    with pytest.raises(ConfigError, match="which folder"):
+        run.run(resume=True)
+
+
+@pytest.mark.slow
+def test_kill_9_loses_nothing_that_matters(tmp_path: Path) -> None:
+    """A real process, killed by the system in mid-training, then resumed."""
+    program = (
+        "import sys; sys.path.insert(0, sys.argv[2])\n"
+        "from pathlib import Path\n"
+        "from test_training import sasrec_fit\n"
+        "sasrec_fit(Path(sys.argv[1]), epochs=40, checkpoint_seconds=0.02)[1].run(resume=True)\n"
+    )
+    call = [sys.executable, "-c", program, str(tmp_path / "killed"), str(Path(__file__).parent)]
+    process = subprocess.Popen(call, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    log = tmp_path / "killed" / "steps.jsonl"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (
+        log.exists() and len(log.read_text().splitlines()) > 30
+    ):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    resumed_model, resumed = sasrec_fit(tmp_path / "killed", epochs=40, checkpoint_seconds=0.02)
+    resumed._restore()
+    assert 0 < resumed.progress.step < 40 * 10
+    resumed.run(resume=True)
+    whole_model, whole = sasrec_fit(tmp_path / "whole", epochs=40, checkpoint_seconds=1e9)
+    whole.run()
+    assert log.read_text() == (tmp_path / "whole" / "steps.jsonl").read_text()
+    for name, value in whole_model.state_dict().items():
+        assert torch.equal(value, resumed_model.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_learns_the_same(precision: str) -> None:
+    losses = {}
+    for name in ("fp32", precision):
+        seen: list[Epoch] = []
+        _, run = sasrec_fit(precision=name, epochs=6)
+        run.run(on_epoch=seen.append)
+        losses[name] = seen[-1].loss
+    assert losses[precision] == pytest.approx(losses["fp32"], abs=0.05)
+
+
+def losses_of(config: NextItemConfig, *, draws: int) -> tuple[Tensor, Tensor]:
+    """The mean loss and its mean gradient to the item table over many draws of negatives."""
+    events = chain_events()
+    torch.manual_seed(0)
+    model = SASRec(SASRecConfig(embedding_dim=4, num_heads=1, max_len=8), num_items=20).eval()
+    nn.init.normal_(model.items.weight)
+    objective = NextItem(config, torch.from_numpy(events.item_count))
+    batch = plan_sequences(
+        events,
+        max_len=8,
+        batch_events=10_000,
+        windows="last",
+        generator=np.random.default_rng(0),
+    ).batch(0)
+    total, gradient = torch.zeros(()), torch.zeros(20, 4)
+    for _ in range(draws):
+        loss = objective(model, batch)
+        (found,) = torch.autograd.grad(loss, [model.items.weight])
+        total, gradient = total + loss.detach() / draws, gradient + found / draws
+    return total, gradient
+
+
+def test_all_items_as_negatives_are_the_full_softmax() -> None:
+    full, sampled = (
+        losses_of(NextItemConfig(loss=loss, negatives=20), draws=1)
+        for loss in ("softmax", "sampled_softmax")
+    )
+    assert torch.equal(full[1], sampled[1])
+
+
+@pytest.mark.parametrize("power", [0.0, 0.75])
+def test_the_correction_brings_the_sampled_softmax_to_the_full_one(power: float) -> None:
+    full = losses_of(NextItemConfig(loss="softmax"), draws=1)
+
+    def distance(negatives: int, *, log_q: bool) -> float:
+        config = NextItemConfig(
+            loss="sampled_softmax", negatives=negatives, popularity_power=power, log_q=log_q
+        )
+        _, gradient = losses_of(config, draws=300)
+        return float((gradient - full[1]).norm() / full[1].norm())
+
+    # The estimate is of the sum inside the logarithm: what bias the logarithm leaves shrinks
+    # as negatives grow, while without the correction a larger one stays.
+    few, many = distance(8, log_q=True), distance(16, log_q=True)
+    assert many < few
+    assert many < 0.08
+    assert distance(16, log_q=False) > 2 * many
+
+
+def test_the_plain_bce_weighs_all_negatives_as_one() -> None:
+    few, many = (
+        losses_of(NextItemConfig(loss="bce", negatives=n), draws=400)[0].item() for n in (2, 19)
+    )
+    assert few == pytest.approx(many, rel=0.03)
+
+
+@pytest.mark.parametrize("loss", ["softmax", "sampled_softmax", "bce", "gbce"])
+def test_every_loss_learns_the_ring(loss: str) -> None:
+    events = chain_events(num_users=200)
+    torch.manual_seed(0)
+    model = SASRec(SASRecConfig(embedding_dim=16, num_heads=1, max_len=8), num_items=20)
+    run = Fit(
+        model,
+        plain(epochs=30, learning_rate=0.02),
+        seed=0,
+        plan=lambda epoch: plan_sequences(
+            events,
+            max_len=8,
+            batch_events=400,
+            windows="all",
+            generator=epoch_generator(0, epoch),
+        ),
+        objective=NextItem(
+            NextItemConfig(loss=loss, negatives=10), torch.from_numpy(events.item_count)
+        ),
+    )
+    run.run()
+
+    with torch.inference_mode():
+        query = model.encode(Queries.of_histories([[i, (i + 1) % 20] for i in range(20)]))
+        best = (query @ model.item_table().T).argmax(dim=1)
+    hits = (best == (torch.arange(20) + 2) % 20).float().mean().item()
+    assert hits >= 0.7  # chance is 0.05
+
+
+def test_the_log_has_a_line_a_step(tmp_path: Path) -> None:
+    _, run = sasrec_fit(tmp_path)
+    progress = run.run()
+    lines = [json.loads(line) for line in (tmp_path / "steps.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(progress.step))
+    assert all(math.isfinite(line["loss"]) for line in lines)
