@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float64, Int64, UInt64
+from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 _BLOCK_ELEMENTS = 2**20
@@ -166,18 +166,13 @@ def draw_lists(
     step = max(1, _BLOCK_ELEMENTS // score_BI.shape[1])
     for begin in range(0, len(rows), step):
         part = rows[begin : begin + step]
-        here = torch.from_numpy(part).to(score_BI.device)
-        wanted = torch.from_numpy(top.score_BK[part, -1:].copy()).to(score_BI.device)
-        found_P2 = (score_BI[here] == wanted).nonzero().cpu().numpy()
-        row_P, item_P = part[found_P2[:, 0]], found_P2[:, 1]
-        order = np.lexsort((_noise(key_B[row_P], item_P, seed), row_P))
-        row_P, item_P = row_P[order], item_P[order]
-        position_P = np.arange(len(row_P)) - np.searchsorted(row_P, row_P) + top.start_BK[row_P, -1]
-        kept = position_P < width
-        item_BK[row_P[kept], position_P[kept]] = item_P[kept]
+        drawn_RK = _draw(score_BI, part, top.score_BK[part, -1:], key_B[part], width, seed=seed)
+        place_RK = np.arange(width) - top.start_BK[part, -1:]
+        filled_RK = np.take_along_axis(drawn_RK, np.maximum(place_RK, 0), axis=1)
+        item_BK[part] = np.where(place_RK >= 0, filled_RK, item_BK[part])
     rows = np.flatnonzero((top.size_BK > 1).any(axis=1))
     noise_BK = _noise(key_B[rows, None], item_BK[rows], seed)
-    order_BK = np.lexsort((noise_BK, top.start_BK[rows]), axis=1)
+    order_BK = np.lexsort((-noise_BK, top.start_BK[rows]), axis=1)
     item_BK[rows] = np.take_along_axis(item_BK[rows], order_BK, axis=1)
     return item_BK
 
@@ -190,14 +185,32 @@ def chance_within(
     return chance_N
 
 
+def _draw(
+    score_BI: Float[Tensor, "B I"],
+    row_R: Int64[np.ndarray, " R"],
+    score_R1: Float[np.ndarray, "R 1"],
+    key_R: Int64[np.ndarray, " R"],
+    k: int,
+    *,
+    seed: int,
+) -> Int64[np.ndarray, "R K"]:
+    """Draw items of some rows among those of one score, without replacement."""
+    on = score_BI.device
+    wanted_R1 = torch.from_numpy(score_R1.copy()).to(on)
+    pair_P2 = (score_BI[torch.from_numpy(row_R).to(on)] == wanted_R1).nonzero().cpu().numpy()
+    lot_RI = torch.full((len(row_R), score_BI.shape[1]), -1, dtype=torch.int64)
+    lot_RI.numpy()[pair_P2[:, 0], pair_P2[:, 1]] = _noise(key_R[pair_P2[:, 0]], pair_P2[:, 1], seed)
+    return lot_RI.topk(k).indices.numpy()
+
+
 def _noise(
     key: Int64[np.ndarray, "..."], item: Int64[np.ndarray, "*S"], seed: int
-) -> UInt64[np.ndarray, "*S"]:
-    """Return 64 random bits for each (seed, key, item): splitmix64 of their mixture."""
+) -> Int64[np.ndarray, "*S"]:
+    """Return 63 random bits for each (seed, key, item): splitmix64 of their mixture."""
     bits = key.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(seed & (2**64 - 1))
     for part in (item.astype(np.uint64), np.uint64(0)):
         bits = bits + part * np.uint64(0xD1B54A32D192ED03) + np.uint64(0x9E3779B97F4A7C15)
         bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         bits = bits ^ (bits >> np.uint64(31))
-    return bits
+    return (bits >> np.uint64(1)).astype(np.int64)
