@@ -1,0 +1,36 @@
+"""What a person chooses about the server."""
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+
+from foretaste.config import Config
+
+
+class ServerSettings(Config):
+    """Where the server listens, where live events live, and what it refuses."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 for every interface (set a token then)."""
+    port: NonNegativeInt = Field(default=8000, le=65535)
+    """0 takes any free port; the address is printed."""
+    state: str = "beside"
+    """Where live events are kept: `beside` is an SQLite file next to the bundle; or the path of an
+    SQLite file, or a database URL such as postgresql://user:password@host/name."""
+    token: str = Field(default="", repr=False)
+    """If given, every request for data must carry it as `Authorization: Bearer TOKEN`; health and
+    readiness, and the page's own files, are open."""
+    max_body_bytes: PositiveInt = 1_048_576
+    """A larger request body is refused with 413."""
+    max_k: PositiveInt = 1000
+    """The longest list that may be asked for."""
+    max_history: PositiveInt = 2000
+    """The longest history in a request; of live events, the newest this many are used."""
+    max_events: PositiveInt = 1000
+    """The most events in one request."""
+    max_concurrency: PositiveInt = 64
+    """Requests at work or waiting at one time; the next is answered 503 with Retry-After."""
+    num_threads: PositiveInt = 4
+    """Threads that compute answers; torch uses one core in each."""
+    body_timeout_s: PositiveFloat = 20.0
+    """Seconds a client may take to send its body, before 408."""
+    drain_s: PositiveInt = 30
+    """Seconds that requests at work may take to end after SIGTERM."""

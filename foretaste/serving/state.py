@@ -1,0 +1,183 @@
+"""Live events in SQL: on disk before they are acknowledged, read back at the next request.
+
+SQLite by default (write-ahead log, synchronous FULL: a commit has reached the disk), PostgreSQL by
+its URL; both through SQLAlchemy Core and the same statements.
+"""
+
+import sqlite3
+import threading
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import final
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql
+from sqlalchemy.dialects import sqlite as sqlite_dialect
+from sqlalchemy.exc import ArgumentError, IntegrityError, SQLAlchemyError
+
+from foretaste.errors import ConfigError
+
+_TABLES = sa.MetaData()
+_EVENTS = sa.Table(
+    "foretaste_live_events",
+    _TABLES,
+    sa.Column("seq", sa.BigInteger().with_variant(sa.Integer, "sqlite"), primary_key=True),
+    sa.Column("event_id", sa.Text, unique=True),
+    sa.Column("user_id", sa.Text, nullable=False),
+    sa.Column("item_id", sa.Text, nullable=False),
+    sa.Column("timestamp_s", sa.BigInteger, nullable=False),
+    sa.Index("foretaste_live_events_of_user", "user_id", "timestamp_s", "seq"),
+    sqlite_autoincrement=True,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LiveEvent:
+    """Somebody did something with an item, after training."""
+
+    user_id: str
+    item_id: str
+    timestamp_s: int
+    """Unix seconds."""
+    event_id: str | None = None
+    """The sender's own id: the second event that carries it is not stored."""
+
+
+@final
+class LiveEvents:
+    """All live events of all users, shared by every thread and every server on one database."""
+
+    def __init__(self, engine: sa.Engine) -> None:
+        self._engine = engine
+        self._writing = threading.Lock()
+
+    @property
+    def place(self) -> str:
+        """Where the events are kept, without a password."""
+        return self._engine.url.render_as_string(hide_password=True)
+
+    def add(self, events: Sequence[LiveEvent]) -> int:
+        """Store events in the order given, all or none; on return they are on disk.
+
+        Returns:
+            How many were stored: not those whose `event_id` had been stored before.
+        """
+        if not events:
+            return 0
+        insert = (
+            sqlite_dialect.insert if self._engine.dialect.name == "sqlite" else postgresql.insert
+        )
+        statement = (
+            insert(_EVENTS)
+            .values([vars(event) for event in events])
+            .on_conflict_do_nothing(index_elements=["event_id"])
+            .returning(_EVENTS.c.seq)
+        )
+        with self._writing, self._engine.begin() as connection:
+            return len(connection.execute(statement).all())
+
+    def of_user(self, user_id: str, *, limit: int) -> list[LiveEvent]:
+        """Return a user's newest `limit` events, oldest first; those of one second as they came."""
+        c = _EVENTS.c
+        newest = (
+            sa.select(c.user_id, c.item_id, c.timestamp_s, c.event_id)
+            .where(c.user_id == user_id)
+            .order_by(c.timestamp_s.desc(), c.seq.desc())
+            .limit(limit)
+        )
+        with self._engine.connect() as connection:
+            rows = connection.execute(newest).all()
+        return [LiveEvent(**row._mapping) for row in reversed(rows)]
+
+    def forget(self, user_id: str) -> int:
+        """Delete a user's live events and return how many there were."""
+        statement = sa.delete(_EVENTS).where(_EVENTS.c.user_id == user_id)
+        with self._writing, self._engine.begin() as connection:
+            return connection.execute(statement).rowcount
+
+    def count(self) -> int:
+        """Return how many events are stored; it also shows that the database answers."""
+        with self._engine.connect() as connection:
+            return connection.execute(sa.select(sa.func.count()).select_from(_EVENTS)).scalar_one()
+
+    def close(self) -> None:
+        """Give back every connection."""
+        self._engine.dispose()
+
+
+def open_live_events(state: str) -> LiveEvents:
+    """Open the events of a server, and make their table if there is none.
+
+    Args:
+        state: The path of an SQLite file, or a database URL (sqlite://, postgresql://).
+
+    Raises:
+        ConfigError: The place cannot be reached or written, or is something else.
+    """
+    url = _url(state)
+    shown = url.render_as_string(hide_password=True)
+    try:
+        engine = sa.create_engine(url, pool_pre_ping=url.get_backend_name() != "sqlite")
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"live events at {shown} need {error.name}: pip install 'foretaste[postgres]'"
+        ) from error
+    if url.get_backend_name() == "sqlite":
+        sa.event.listen(engine, "connect", _make_durable)
+    try:
+        _make_table(engine)
+        events = LiveEvents(engine)
+        events.count()
+    except SQLAlchemyError as error:
+        engine.dispose()
+        raise ConfigError(
+            f"live events cannot be kept at {shown}: {_first_line(error)}; give another place, a "
+            "path or a URL, as the server's `state`"
+        ) from error
+    return events
+
+
+def state_beside(bundle: Path) -> str:
+    """Return the path of the SQLite file that goes with a bundle and outlives its versions."""
+    folder = bundle.absolute()
+    return str(folder.with_name(f"{folder.name}.events.sqlite"))
+
+
+def _url(state: str) -> sa.URL:
+    if "://" not in state:
+        return sa.URL.create("sqlite", database=state)
+    try:
+        url = sa.make_url(state)
+    except (ArgumentError, ValueError) as error:
+        raise ConfigError(
+            "the server's `state` is no database URL: write it as "
+            "postgresql://user:password@host/name, or give the path of an SQLite file"
+        ) from error
+    if url.drivername in ("postgresql", "postgres"):
+        return url.set(drivername="postgresql+psycopg")
+    if url.get_backend_name() not in ("sqlite", "postgresql"):
+        raise ConfigError(
+            f"live events are kept in SQLite or PostgreSQL, not {url.get_backend_name()}"
+        )
+    return url
+
+
+def _make_durable(connection: sqlite3.Connection, _: object) -> None:
+    with closing(connection.cursor()) as cursor:
+        cursor.execute("PRAGMA busy_timeout = 10000")
+        cursor.execute("PRAGMA journal_mode = WAL")
+        cursor.execute("PRAGMA synchronous = FULL")
+
+
+def _make_table(engine: sa.Engine) -> None:
+    try:
+        _TABLES.create_all(engine)
+    except (IntegrityError, sa.exc.ProgrammingError, sa.exc.OperationalError):
+        _TABLES.create_all(engine)  # another server made it between our look and our step
+
+
+def _first_line(error: SQLAlchemyError) -> str:
+    cause = error.orig if isinstance(error, sa.exc.DBAPIError) and error.orig else error
+    return str(cause).strip().partition("\n")[0]

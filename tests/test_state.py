@@ -1,0 +1,154 @@
+"""Live events: on disk when acknowledged, in order, once each, in both databases."""
+
+import sqlite3
+import threading
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from foretaste.errors import ConfigError
+from foretaste.serving.state import LiveEvent, LiveEvents, open_live_events, state_beside
+
+pytest_plugins = ["postgres_server"]
+
+
+@pytest.fixture
+def events(state: str) -> Iterator[LiveEvents]:
+    opened = open_live_events(state)
+    yield opened
+    opened.close()
+
+
+def did(user: str, item: str, at: int = 100, event_id: str | None = None) -> LiveEvent:
+    return LiveEvent(user_id=user, item_id=item, timestamp_s=at, event_id=event_id)
+
+
+def items(events: LiveEvents, user: str, limit: int = 100) -> list[str]:
+    return [event.item_id for event in events.of_user(user, limit=limit)]
+
+
+def test_what_is_added_is_read_back_oldest_first(events: LiveEvents) -> None:
+    events.add([did("u", "late", 300), did("u", "early", 100), did("v", "other", 50)])
+    events.add([did("u", "middle", 200)])
+    assert items(events, "u") == ["early", "middle", "late"]
+    assert items(events, "v") == ["other"]
+    assert items(events, "nobody") == []
+    assert events.count() == 4
+
+
+def test_events_of_one_second_stay_as_they_came(events: LiveEvents) -> None:
+    events.add([did("u", name) for name in "abc"])
+    events.add([did("u", name) for name in "de"])
+    assert items(events, "u") == list("abcde")
+
+
+def test_a_limit_keeps_the_newest(events: LiveEvents) -> None:
+    events.add([did("u", str(second), second) for second in range(10)])
+    assert items(events, "u", limit=3) == ["7", "8", "9"]
+
+
+def test_an_event_id_is_stored_once_however_often_it_is_sent(events: LiveEvents) -> None:
+    assert events.add([did("u", "a", event_id="e1"), did("u", "b"), did("u", "b")]) == 3
+    assert events.add([did("u", "a", event_id="e1"), did("u", "c", event_id="e2")]) == 1
+    assert events.add([did("u", "d", event_id="e3"), did("u", "d", event_id="e3")]) == 1
+    assert items(events, "u") == ["a", "b", "b", "c", "d"]
+
+
+def test_nothing_added_is_nothing_stored(events: LiveEvents) -> None:
+    assert events.add([]) == 0
+    assert events.count() == 0
+
+
+def test_forgetting_a_user_leaves_the_others(events: LiveEvents) -> None:
+    events.add([did("u", "a"), did("v", "a"), did("u", "b")])
+    assert events.forget("u") == 2
+    assert items(events, "u") == []
+    assert items(events, "v") == ["a"]
+
+
+@pytest.mark.parametrize(
+    "odd", ["'; DROP TABLE foretaste_live_events; --", 'a"\nc', "é😀", "%", ""]
+)
+def test_an_id_is_only_ever_text(events: LiveEvents, odd: str) -> None:
+    events.add([did(odd, odd, event_id=odd), did("u", "a")])
+    assert items(events, odd) == [odd]
+    assert events.count() == 2
+
+
+def test_events_outlive_the_server_that_stored_them(state: str) -> None:
+    with closing(open_live_events(state)) as first:
+        first.add([did("u", "a")])
+    with closing(open_live_events(state)) as second:
+        assert items(second, "u") == ["a"]
+
+
+def test_two_servers_on_one_database_see_each_other(state: str) -> None:
+    with closing(open_live_events(state)) as one, closing(open_live_events(state)) as other:
+        one.add([did("u", "a")])
+        other.add([did("u", "b")])
+        assert items(one, "u") == items(other, "u") == ["a", "b"]
+
+
+def test_many_threads_lose_nothing(events: LiveEvents) -> None:
+    def write(thread: int) -> None:
+        for step in range(20):
+            events.add([did(f"u{thread}", f"i{step}", step)])
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert events.count() == 160
+    assert all(items(events, f"u{n}") == [f"i{step}" for step in range(20)] for n in range(8))
+
+
+def test_sqlite_is_in_the_mode_that_survives_a_crash(tmp_path: Path) -> None:
+    with (
+        closing(open_live_events(str(tmp_path / "e.sqlite"))) as events,
+        events._engine.connect() as connection,
+    ):
+        assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
+        assert connection.exec_driver_sql("PRAGMA synchronous").scalar() == 2  # FULL
+
+
+def test_the_file_beside_a_bundle_is_not_inside_it(tmp_path: Path) -> None:
+    assert Path(state_beside(tmp_path / "films")) == tmp_path / "films.events.sqlite"
+
+
+def test_a_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "notes.txt"
+    file.write_text("not a database, but a longer text than one page header " * 40)
+    with pytest.raises(ConfigError, match=r"notes\.txt: file is not a database; give another"):
+        open_live_events(str(file))
+    assert file.read_text().startswith("not a database")
+
+
+def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="unable to open database file"):
+        open_live_events(str(tmp_path / "nowhere" / "e.sqlite"))
+
+
+def test_a_read_only_database_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "e.sqlite"
+    sqlite3.connect(file).close()
+    with pytest.raises(ConfigError, match="live events cannot be kept at"):
+        open_live_events(f"sqlite:///file:{file}?mode=ro&uri=true")
+
+
+@pytest.mark.parametrize(
+    ("state", "says"),
+    [
+        ("mysql://root@host/x", "SQLite or PostgreSQL, not mysql"),
+        ("postgresql://me:secret@host:port/x", "no database URL"),
+        ("postgresql://me:secret@127.0.0.1:1/x", "cannot be kept at"),
+    ],
+)
+def test_a_wrong_url_is_refused_without_showing_its_password(state: str, says: str) -> None:
+    if "127.0.0.1" in state:
+        pytest.importorskip("psycopg")
+    with pytest.raises(ConfigError, match=says) as caught:
+        open_live_events(state)
+    assert "secret" not in str(caught.value)
