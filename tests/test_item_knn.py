@@ -51,7 +51,7 @@ CONFIGS = [
     ItemKNNConfig(),
     ItemKNNConfig(neighbours=4),
     ItemKNNConfig(neighbours=7, asymmetry=0.5, damping=0, shrinkage=3),
-    ItemKNNConfig(neighbours=1, asymmetry=1, damping=1),
+    ItemKNNConfig(neighbours=1, asymmetry=1, damping=1, shrinkage=0),
 ]
 
 
@@ -82,7 +82,7 @@ def test_scores_are_those_of_a_double_loop(
 def test_the_cosine_by_hand() -> None:
     # items 0 and 1 share 2 users of 2 and 4: 2 / √8. Items 1 and 2 share 1 of 4 and 1: 1 / 2.
     of = [[0, 1], [1, 0, 0], [1, 2], [1]]
-    model = learned(ItemKNNConfig(asymmetry=0.5, damping=0), of, num_items=3)
+    model = learned(ItemKNNConfig(asymmetry=0.5, damping=0, shrinkage=0), of, num_items=3)
     score_BI = model.score(Queries.of_histories([[1], [0, 2]]))
     expected = [[2 / 8**0.5, 0, 0.5], [0, 2 / 8**0.5 + 0.5, 0]]
     torch.testing.assert_close(score_BI, torch.tensor(expected))

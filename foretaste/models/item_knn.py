@@ -39,10 +39,10 @@ class ItemKNNConfig(Config):
     kind: Literal["item_knn"] = "item_knn"
     neighbours: PositiveInt = 100
     """How many items most like it are kept for each item."""
-    asymmetry: float = Field(default=0.7, ge=0, le=1)
+    asymmetry: float = Field(default=0.5, ge=0, le=1)
     """0.5 is the cosine; 1 is the share of an item's users who did the other one too; between
     them, how far popular items are let through."""
-    shrinkage: NonNegativeFloat = 0.0
+    shrinkage: NonNegativeFloat = 10.0
     """Added to the denominator: how many users a likeness must have to be believed."""
     damping: NonNegativeFloat = 0.5
     """How much less users with long histories count: each by length to the power -damping."""

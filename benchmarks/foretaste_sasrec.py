@@ -1,0 +1,75 @@
+"""foretaste's SASRec, one epoch a turn: the same data, sizes and loss as the peers beside it.
+
+An epoch learns from the same events as a peer's: each user's last `max_len`. Departures: a batch
+holds as many events as a peer's batch on average, but users of like length, so that nothing is
+computed for padding; sampled negatives are shared by a batch. `--ours` changes settings, such as
+`{"training": {"precision": "bf16"}}`.
+"""
+
+import math
+from typing import Any
+
+import polars as pl
+import torch
+from turns import read_pairs, say, say_ready, sequence_arguments, wait_for_turn
+
+from foretaste.data.reading import read_interactions
+from foretaste.data.splitting import leave_last_split
+from foretaste.experiment.fit import fit
+from foretaste.models.sasrec import SASRecConfig
+from foretaste.training.fit import Epoch
+from foretaste.training.objectives.next_item import NextItemConfig
+from foretaste.training.settings import TrainingConfig
+
+
+def main() -> None:
+    args = sequence_arguments("foretaste's SASRec, one epoch a turn")
+    torch.set_num_threads(args.threads)
+    users, items = read_pairs(args.data, args.users)
+    events = read_interactions(
+        pl.DataFrame({"user": users, "item": items}), user="user", item="item"
+    )
+    split = leave_last_split(events)
+    lengths = torch.from_numpy(split.train.offsets).diff()
+    events_per_epoch = int(lengths.clamp(max=args.max_len).sum())
+    mean_length = events_per_epoch / int((lengths > 0).sum())
+    model = {"num_blocks": 2, "num_heads": 2, "max_len": args.max_len}
+    training = {
+        "epochs": args.epochs,
+        "batch_events": math.ceil(args.batch_size * mean_length),
+        "validate_every": args.evaluate_every or args.epochs,
+        "patience": None,
+    }
+    objective = {"loss": args.loss, "negatives": args.negatives, "windows": "last"}
+    seconds = [0.0]  # as `Epoch.seconds` counts them: all epochs and validations so far
+
+    def tell(epoch: Epoch) -> None:
+        train_seconds = split_events / epoch.events_per_second
+        message: dict[str, Any] = {"epoch": epoch.epoch, "train_seconds": train_seconds}
+        if epoch.validation is not None:
+            message["ndcg_at_10"] = epoch.validation
+            message["evaluation_seconds"] = epoch.seconds - seconds[-1] - train_seconds
+        seconds.append(epoch.seconds)
+        say(message)
+        wait_for_turn()
+
+    objective_config = NextItemConfig(**objective | args.ours.get("objective", {}))
+    split_events = len(split.train) if objective_config.windows == "all" else events_per_epoch
+    say_ready(
+        ["torch", "numpy"],
+        events=len(split.train),
+        settings={"model": model, "training": training, "objective": objective, **args.ours},
+    )
+    fit(
+        SASRecConfig(**model | args.ours.get("model", {})),
+        split,
+        seed=args.seed,
+        training=TrainingConfig(**training | args.ours.get("training", {})),
+        objective=objective_config,
+        show=False,
+        on_epoch=tell,
+    )
+
+
+if __name__ == "__main__":
+    main()

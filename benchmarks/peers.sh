@@ -1,0 +1,54 @@
+#!/bin/sh
+# Makes the virtual environments of the libraries that foretaste is timed against.
+#
+#   sh benchmarks/peers.sh             # both
+#   sh benchmarks/peers.sh rectools    # one of them
+#
+# They live in .peers/ beside this folder, apart from foretaste's own: each peer pins an older
+# numpy. torch is installed first and alone, so that where pip is told of a CPU build (see the
+# Makefile) the peer's own "torch" is met already. What is there already is checked and left.
+set -eu
+
+cd "$(dirname "$0")/.."
+PYTHON="${PYTHON:-python3.11}"
+PIP="python -m pip --disable-pip-version-check"
+
+say() { printf 'peers: %s\n' "$*"; }
+
+# make NAME "IMPORT CHECK" REQUIREMENT...
+make() {
+  name="$1" check="$2" folder=".peers/$1"
+  shift 2
+  if [ -x "$folder/bin/python" ] && "$folder/bin/python" -W ignore -c "$check" 2>/dev/null; then
+    say "$folder stands already:"
+  else
+    say "making $folder"
+    "$PYTHON" -m venv --clear "$folder"
+    "$folder/bin/"$PIP install --quiet 'torch==2.13.*'
+    "$folder/bin/"$PIP install --quiet "$@"
+    "$folder/bin/python" -W ignore -c "$check"
+    say "made $folder:"
+  fi
+  "$folder/bin/"$PIP list --format=freeze 2>/dev/null |
+    grep -iE '^(torch|numpy|scipy|pandas|rectools|pytorch-lightning|recbole)=' |
+    sed 's/^/  /'
+}
+
+rectools() {
+  # pytorch-lightning is held at the release that RecTools 0.19 was made for: later releases
+  # of that family have been tampered with.
+  make rectools 'from rectools.models import SASRecModel' \
+    'torch==2.13.*' 'rectools[torch]==0.19.*' 'pytorch-lightning==2.5.2'
+}
+
+recbole() {
+  make recbole 'from recbole.quick_start import run_recbole' \
+    'torch==2.13.*' 'recbole==1.2.1' 'numpy<2' 'scipy<1.13' 'pandas<2.3' 'setuptools<81'
+}
+
+for peer in ${*:-rectools recbole}; do
+  case "$peer" in
+    rectools | recbole) "$peer" ;;
+    *) say "no peer is called $peer: rectools or recbole" >&2; exit 2 ;;
+  esac
+done
