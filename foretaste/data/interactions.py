@@ -9,7 +9,7 @@ import numpy as np
 import polars as pl
 from jaxtyping import Bool, Int32, Int64, Shaped
 
-from foretaste.data.vocabulary import Vocabulary
+from foretaste.data.vocabulary import Vocabulary, text_buffers
 from foretaste.errors import DataError
 
 
@@ -79,12 +79,21 @@ class Interactions:
         return self.item_idx[self.offsets[user_idx] : self.offsets[user_idx + 1]]
 
     def fingerprint(self) -> str:
-        """Return a SHA-256 of ids, order and times: equal for equal events, whatever file they came from."""
+        """Return a SHA-256 of ids, order, times and columns: equal for equal events.
+
+        The file that they came from, the tables about users and items, and the notes do not count.
+        """
         digest = hashlib.sha256()
-        for ids in (self.users.ids, self.items.ids):
-            digest.update(str(ids.dtype).encode())
-            for value in ids.to_list():
-                digest.update(f"{value}\0".encode())
+        for vocabulary in (self.users, self.items):
+            digest.update(f"{vocabulary.ids.dtype} {len(vocabulary)}\0".encode())
+            if vocabulary.is_integer:
+                digest.update(np.ascontiguousarray(vocabulary.ids.to_numpy()).data)
+            else:
+                for buffer in text_buffers(vocabulary.ids):
+                    digest.update(buffer.data)
         for column in (self.offsets, self.item_idx, self.timestamp_s):
             digest.update(b"-" if column is None else np.ascontiguousarray(column).data)
+        for name in sorted(self.columns):
+            digest.update(f"{name} {self.columns[name].dtype}\0".encode())
+            digest.update(np.ascontiguousarray(self.columns[name]).data)
         return digest.hexdigest()

@@ -1,0 +1,357 @@
+"""From a table of events to `Interactions`: checked, encoded, sorted by user and time.
+
+Shape legend: E events, U users, I items.
+"""
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import polars as pl
+from jaxtyping import Int32, Int64, Shaped
+
+from foretaste.data.columns import (
+    Times,
+    TimestampUnit,
+    at_row,
+    canonical_ids,
+    canonical_numbers,
+    canonical_times,
+)
+from foretaste.data.interactions import Interactions
+from foretaste.data.sorting import Duplicates, find_repeats, group_events, sort_by_time
+from foretaste.data.tables import Source, find_column, open_source
+from foretaste.data.vocabulary import Vocabulary, number_ids
+from foretaste.errors import DataError
+
+_INTEGER = r"^-?(0|[1-9][0-9]*)$"
+
+
+def read_interactions(
+    source: object,
+    *,
+    user: str | int = "user_id",
+    item: str | int = "item_id",
+    timestamp: str | int | None = None,
+    rating: str | int | None = None,
+    columns: Sequence[str | int] = (),
+    separator: str | None = None,
+    header: bool = True,
+    users: object = None,
+    items: object = None,
+    duplicates: Duplicates = "keep",
+    timestamp_unit: TimestampUnit = "s",
+    drop_incomplete: bool = False,
+) -> Interactions:
+    """Read events from any table, each user's oldest first, ties in the order of the table.
+
+    Integer ids stay integers; every other type becomes text. Rows of the vocabularies go by
+    ascending id. What was dropped, merged or assumed is counted in `notes`.
+
+    Args:
+        source: A path or list of paths of text (CSV and its kin, also gzipped), Parquet or Arrow
+            files; or a pandas, Polars, pyarrow or DuckDB table.
+        user: Column of user ids, by name or, as an integer, by position from 0.
+        item: Column of item ids.
+        timestamp: Column of times: numbers in `timestamp_unit` since 1970, datetimes, dates or
+            ISO 8601 text, kept as whole seconds, though fractions decide the order. None: the
+            order of the table stands for time.
+        rating: Column of ratings, kept as `columns["rating"]`, 32-bit floats.
+        columns: Further columns of numbers to keep; a missing value becomes NaN.
+        separator: Between the fields of a text file, of any length; None finds it in the first
+            line.
+        header: Whether the first line of text files names the columns; without one they are named
+            by position, "0", "1", …
+        users: A table of users, any kind of source; its key is the column named like `user`, or
+            else, and always without a header, its first. Its users without an event join the
+            vocabulary. Of rows with one key the first is taken.
+        items: A table of items, likewise.
+        duplicates: What to do with events that repeat another's user, item and time (user and
+            item where there are no times): "keep" them, or only the "first" or "last" of them.
+        timestamp_unit: What numbers in `timestamp` count.
+        drop_incomplete: Leave out rows without a user, item, time or rating, and count them;
+            otherwise they are an error.
+
+    Raises:
+        DataError: The table cannot be read, lacks a column, holds no event, or holds a value that
+            is missing, infinite, or out of range; the message says which, where, and the mend.
+    """
+    opened = open_source(source, separator=separator, header=header, role="the event table")
+    names = _choose(opened, user=user, item=item, timestamp=timestamp, rating=rating, more=columns)
+    frame, notes = opened.read(names.all, [names.user, names.item])
+    if not frame.height:
+        raise DataError(f"{opened.name} holds no events: it has columns but no rows")
+    events = _check(frame, names, timestamp_unit)
+    del frame
+    events.drop_incomplete(opened.name, allowed=drop_incomplete)
+    sides = [
+        _read_side(table, key, role, header=header, drop_incomplete=drop_incomplete)
+        for table, key, role in ((users, names.user, "users"), (items, names.item, "items"))
+    ]
+    return _arrange(events, sides[0], sides[1], duplicates, [*notes, *events.notes])
+
+
+class _Names(NamedTuple):
+    """Columns of the event table, by their part."""
+
+    user: str
+    item: str
+    timestamp: str | None
+    numbers: Mapping[str, str]
+    """The name a column is kept under, and its name in the table."""
+
+    @property
+    def all(self) -> list[str]:
+        time = () if self.timestamp is None else (self.timestamp,)
+        return list(dict.fromkeys((self.user, self.item, *time, *self.numbers.values())))
+
+
+def _choose(
+    source: Source,
+    *,
+    user: str | int,
+    item: str | int,
+    timestamp: str | int | None,
+    rating: str | int | None,
+    more: Sequence[str | int],
+) -> _Names:
+    numbers = {}
+    for wanted in more:
+        name = find_column(source, wanted, argument="columns")
+        numbers[name] = name
+    if rating is not None:
+        if "rating" in numbers and rating != "rating":
+            raise DataError("two columns would be called 'rating': leave one out, or rename it")
+        numbers["rating"] = find_column(source, rating, argument="rating")
+    names = _Names(
+        user=find_column(source, user, argument="user"),
+        item=find_column(source, item, argument="item"),
+        timestamp=None
+        if timestamp is None
+        else find_column(source, timestamp, argument="timestamp"),
+        numbers=numbers,
+    )
+    if len({names.user, names.item, names.timestamp}) < 3:
+        raise DataError(f"user, item and timestamp must be three columns, not {names[:3]}")
+    return names
+
+
+@dataclass(kw_only=True)
+class _Events:
+    """Columns in the order of the table, checked; emptied as they are used, to spare memory."""
+
+    names: _Names
+    user: pl.Series
+    item: pl.Series
+    times: Times | None
+    numbers: dict[str, pl.Series]
+    notes: list[str] = field(default_factory=list)
+
+    def drop_incomplete(self, source: str, *, allowed: bool) -> None:
+        """Leave out empty rows, and incomplete ones where that is allowed."""
+        needed = self._needed()
+        if not any(column.null_count() for column in needed.values()):
+            return
+        every = [*needed.values(), *self.numbers.values()]
+        empty = pl.select(pl.all_horizontal(c.is_null().alias(str(n)) for n, c in enumerate(every)))
+        empty_E = empty.to_series()
+        for name, column in needed.items():
+            gaps = column.is_null() & ~empty_E
+            if gaps.any() and not allowed:
+                raise DataError(
+                    f"{source}: column {name!r}, {at_row(column, gaps)} is missing or NaN, and so "
+                    f"are {_true(gaps) - 1} more: mend them, or say drop_incomplete=True"
+                )
+        keep = pl.select(pl.all_horizontal(c.is_not_null().alias(n) for n, c in needed.items()))
+        keep_E = keep.to_series()
+        self._filter(keep_E)
+        if num_empty := _true(empty_E):
+            self.notes.append(f"{num_empty} empty rows were left out")
+        if dropped := _true(~keep_E) - num_empty:
+            self.notes.append(f"{dropped} incomplete rows were left out")
+        if not len(self.user):
+            raise DataError(f"{source} holds no events: every row is empty or incomplete")
+
+    def _needed(self) -> dict[str, pl.Series]:
+        """Return the columns that no event may lack."""
+        needed = {self.names.user: self.user, self.names.item: self.item}
+        if self.times is not None and self.names.timestamp is not None:
+            needed[self.names.timestamp] = self.times.ticks
+        if "rating" in self.numbers:
+            needed[self.names.numbers["rating"]] = self.numbers["rating"]
+        return needed
+
+    def _filter(self, keep_E: pl.Series) -> None:
+        self.user, self.item = self.user.filter(keep_E), self.item.filter(keep_E)
+        if self.times is not None:
+            self.times = self.times._replace(ticks=self.times.ticks.filter(keep_E))
+        self.numbers = {name: column.filter(keep_E) for name, column in self.numbers.items()}
+
+
+def _true(mask: pl.Series) -> int:
+    return int(mask.sum() or 0)
+
+
+def _check(frame: pl.DataFrame, names: _Names, unit: TimestampUnit) -> _Events:
+    return _Events(
+        names=names,
+        user=canonical_ids(frame[names.user]),
+        item=canonical_ids(frame[names.item]),
+        times=None if names.timestamp is None else canonical_times(frame[names.timestamp], unit),
+        numbers={
+            kept: _number_column(frame[name], is_rating=kept == "rating")
+            for kept, name in names.numbers.items()
+        },
+    )
+
+
+def _number_column(column: pl.Series, *, is_rating: bool) -> pl.Series:
+    numbers = canonical_numbers(column, what="ratings" if is_rating else "kept columns")
+    return numbers.cast(pl.Float32) if is_rating else numbers
+
+
+class _Side(NamedTuple):
+    """A table about users or items."""
+
+    ids: pl.Series
+    """Distinct."""
+    table: pl.DataFrame | None
+    """The other columns, in the same order; None where there are none."""
+    notes: list[str]
+
+
+def _read_side(
+    source: object, key: str, role: str, *, header: bool, drop_incomplete: bool
+) -> _Side | None:
+    if source is None:
+        return None
+    opened = open_source(source, header=header, role=f"the table of {role}")
+    columns = opened.columns
+    key = key if header and key in columns else columns[0]
+    frame, read_notes = opened.read(columns, [find_column(opened, key, argument=role)])
+    ids, notes = canonical_ids(frame[key]), list(read_notes)
+    if missing := ids.null_count():
+        if not drop_incomplete:
+            raise DataError(
+                f"{opened.name}: column {key!r}, {at_row(ids, ids.is_null())} is missing: mend it, "
+                "or say drop_incomplete=True"
+            )
+        frame, ids = frame.filter(ids.is_not_null()), ids.drop_nulls()
+        notes.append(f"{missing} rows of {opened.name} without an id were left out")
+    first = ids.is_first_distinct()
+    if not first.all():
+        notes.append(f"{_true(~first)} rows of {opened.name} repeat an id: its first row was taken")
+        frame, ids = frame.filter(first), ids.filter(first)
+    others = frame.drop(key)
+    return _Side(ids, others if others.width else None, notes)
+
+
+def _arrange(
+    events: _Events,
+    users: _Side | None,
+    items: _Side | None,
+    duplicates: Duplicates,
+    notes: list[str],
+) -> Interactions:
+    """Number the ids, then sort; users are grouped while items are numbered."""
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(_number_items, events, items)
+        user_ids, also = _one_type(events.user, users)
+        user_vocabulary, user_E = number_ids(user_ids, also)
+        del user_ids
+        events.user = pl.Series()
+        sorting = group_events(user_E, num_users=len(user_vocabulary))
+        del user_E
+        item_vocabulary, row_E, time_E = other.result()
+    if time_E is not None:
+        sorting = sort_by_time(sorting, time_E)
+        del time_E
+    item_E = sorting.apply(row_E)
+    found, repeat_E = find_repeats(sorting, item_E, num_items=len(item_vocabulary), keep=duplicates)
+    if found:
+        what = "user and item" if events.times is None else "user, item and time"
+        fate = "kept" if repeat_E is None else f"left out, the {duplicates} of each kept"
+        notes.append(f"{found} events repeat the {what} of another: {fate}")
+    if found and repeat_E is not None:
+        sorting, item_E = sorting.keep(~repeat_E), item_E[~repeat_E]
+    notes += _about(user_vocabulary, np.diff(sorting.offsets_U1), users, "users")
+    if items is not None:
+        item_count = np.bincount(item_E, minlength=len(item_vocabulary))
+        notes += _about(item_vocabulary, item_count, items, "items")
+    return Interactions(
+        users=user_vocabulary,
+        items=item_vocabulary,
+        offsets=sorting.offsets_U1,
+        item_idx=item_E,
+        timestamp_s=_seconds(sorting.time_E, events.times, notes),
+        columns={name: sorting.apply(_array(column)) for name, column in events.numbers.items()},
+        user_table=_align(user_vocabulary, users),
+        item_table=_align(item_vocabulary, items),
+        notes=tuple(notes),
+    )
+
+
+def _number_items(
+    events: _Events, items: _Side | None
+) -> tuple[Vocabulary, Int32[np.ndarray, " E"], Int64[np.ndarray, " E"] | None]:
+    """Number the items, and bring the times into one piece."""
+    item_ids, also = _one_type(events.item, items)
+    vocabulary, row_E = number_ids(item_ids, also)
+    del item_ids
+    events.item = pl.Series()
+    if events.times is None:
+        return vocabulary, row_E, None
+    time_E = events.times.ticks.to_numpy()
+    events.times = events.times._replace(ticks=pl.Series())
+    return vocabulary, row_E, time_E
+
+
+def _one_type(ids: pl.Series, side: _Side | None) -> tuple[pl.Series, pl.Series | None]:
+    """Bring the ids of events and of a side table to one type: integers if both can be."""
+    if side is None:
+        return ids, None
+    if ids.dtype == side.ids.dtype:
+        return ids, side.ids
+    if ids.dtype == pl.Int64 and side.ids.str.contains(_INTEGER).all():
+        return ids, side.ids.cast(pl.Int64)
+    return ids.cast(pl.String), side.ids.cast(pl.String)
+
+
+def _about(
+    vocabulary: Vocabulary, count: Int64[np.ndarray, " N"], side: _Side | None, role: str
+) -> list[str]:
+    if side is None:
+        return []
+    cold, bare = int((count == 0).sum()), len(vocabulary) - len(side.ids)
+    notes = list(side.notes)
+    if cold:
+        notes.append(f"{cold} {role} of the table of {role} have no event")
+    if bare:
+        notes.append(f"{bare} {role} with events are not in the table of {role}")
+    return notes
+
+
+def _align(vocabulary: Vocabulary, side: _Side | None) -> pl.DataFrame | None:
+    """Put a side table's rows in the order of the vocabulary; a missing one is all null."""
+    if side is None or side.table is None:
+        return None
+    row_of = np.full(len(vocabulary), -1, np.int64)
+    row_of[vocabulary.encode(side.ids)] = np.arange(len(side.ids))
+    rows = pl.Series(row_of)
+    return side.table.select(pl.all().gather(rows.set(rows < 0, None)))
+
+
+def _seconds(
+    time_E: Int64[np.ndarray, " E"] | None, times: Times | None, notes: list[str]
+) -> Int64[np.ndarray, " E"] | None:
+    if time_E is None or times is None or times.per_second == 1:
+        return time_E
+    if fractions := int(np.count_nonzero(time_E % times.per_second)):
+        notes.append(f"{fractions} times had fractions of a second: used for order, not kept")
+    return time_E // times.per_second
+
+
+def _array(column: pl.Series) -> Shaped[np.ndarray, " E"]:
+    return (column.fill_null(np.nan) if column.dtype.is_float() else column).to_numpy()

@@ -1,0 +1,279 @@
+"""The event store: `Interactions` in a folder, opened in milliseconds whatever its size.
+
+Columns are `.npy` files that are mapped, not read; ids and tables are Arrow files that are mapped
+too, and ids become a Polars column when first asked for. `manifest.json` names every file with its
+size and SHA-256. A store is written beside its place and renamed into it: whole or not at all.
+"""
+
+import hashlib
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import IO, Literal
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+from jaxtyping import Shaped
+from pydantic import NonNegativeInt, ValidationError
+
+from foretaste.config import Config
+from foretaste.data.interactions import Interactions
+from foretaste.data.vocabulary import Vocabulary
+from foretaste.errors import BundleError, DataError
+
+_MANIFEST = "manifest.json"
+_BLOCK = 1 << 23
+_PLAIN_NAME = re.compile(r"[a-z0-9_-]+\.(npy|arrow)")
+
+
+class StoredFile(Config):
+    """One file of a store."""
+
+    bytes: NonNegativeInt
+    sha256: str
+
+
+class StoredIds(Config):
+    """One vocabulary of a store."""
+
+    count: NonNegativeInt
+    is_integer: bool
+
+
+class StoreManifest(Config):
+    """What `manifest.json` says."""
+
+    format: Literal["foretaste-event-store"] = "foretaste-event-store"
+    version: Literal[1] = 1
+    events: NonNegativeInt
+    users: StoredIds
+    items: StoredIds
+    columns: Mapping[str, str]
+    """The file of each further column."""
+    notes: tuple[str, ...] = ()
+    files: dict[str, StoredFile]
+
+
+def write_store(events: Interactions, path: str | os.PathLike[str]) -> None:
+    """Write events into a new folder, whole or not at all.
+
+    Args:
+        events: What to write.
+        path: Must not exist yet; its parent folder must.
+
+    Raises:
+        DataError: Something stands at `path` already, or its parent does not exist.
+        BundleError: It cannot be written, because the disk is full for example; nothing is left.
+    """
+    target = Path(path)
+    if target.exists():
+        raise DataError(f"{target} exists: remove it, or choose another place for the store")
+    if not target.absolute().parent.is_dir():
+        raise DataError(f"{target.absolute().parent} is not a folder: make it first")
+    part: Path | None = None
+    try:
+        part = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.absolute().parent))
+        part.chmod(0o777 & ~_umask())
+        _write_files(events, part)
+        part.rename(target)
+        _sync_folder(target.absolute().parent)
+    except (OSError, pl.exceptions.PolarsError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise BundleError(
+            f"the store {target} cannot be written ({reason}): nothing was left there; make room, "
+            "or choose another place"
+        ) from error
+    finally:
+        if part is not None and part.exists():
+            shutil.rmtree(part, ignore_errors=True)
+
+
+def open_store(path: str | os.PathLike[str], *, verify: bool = False) -> Interactions:
+    """Open a store that `write_store` wrote. Its columns are read-only maps of its files.
+
+    Args:
+        path: The folder.
+        verify: Read every file through and compare its checksum; otherwise sizes are compared.
+
+    Raises:
+        BundleError: It is no store, or a file of it is missing, cut short or changed.
+    """
+    folder = Path(path)
+    manifest = read_manifest(folder)
+    for name, stored in manifest.files.items():
+        _check_file(folder, name, stored, verify=verify)
+    has = manifest.files.keys()
+    opened = partial(_map_array, folder, length=manifest.events)
+    return Interactions(
+        users=_open_ids(folder, "users.arrow", manifest.users),
+        items=_open_ids(folder, "items.arrow", manifest.items),
+        offsets=_map_array(folder, "offsets.npy", length=manifest.users.count + 1),
+        item_idx=opened("item_idx.npy"),
+        timestamp_s=opened("timestamp_s.npy") if "timestamp_s.npy" in has else None,
+        columns={name: opened(file) for name, file in manifest.columns.items()},
+        user_table=_read_table(folder / "user_table.arrow") if "user_table.arrow" in has else None,
+        item_table=_read_table(folder / "item_table.arrow") if "item_table.arrow" in has else None,
+        notes=manifest.notes,
+    )
+
+
+def read_manifest(folder: Path) -> StoreManifest:
+    """Read what a store says of itself.
+
+    Raises:
+        BundleError: There is no manifest, or it is broken, or of a later format.
+    """
+    try:
+        text = (folder / _MANIFEST).read_bytes()
+    except OSError as error:
+        raise BundleError(
+            f"{folder} is not an event store: {_MANIFEST} cannot be read ({error.strerror})"
+        ) from error
+    try:
+        manifest = StoreManifest.model_validate_json(text)
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        place = ".".join(map(str, wrong["loc"])) or "it"
+        raise BundleError(
+            f"{folder / _MANIFEST} is broken, or of a later foretaste: {place}: {wrong['msg']}"
+        ) from error
+    needed = {"users.arrow", "items.arrow", "offsets.npy", "item_idx.npy"}
+    for name in needed | set(manifest.columns.values()) | manifest.files.keys():
+        if name not in manifest.files or not _PLAIN_NAME.fullmatch(name):
+            raise BundleError(f"{folder / _MANIFEST} is broken: it does not vouch for {name!r}")
+    return manifest
+
+
+def _write_files(events: Interactions, folder: Path) -> None:
+    columns = {name: f"column-{n}.npy" for n, name in enumerate(sorted(events.columns))}
+    arrays = {"offsets.npy": events.offsets, "item_idx.npy": events.item_idx}
+    if events.timestamp_s is not None:
+        arrays["timestamp_s.npy"] = events.timestamp_s
+    arrays |= {file: events.columns[name] for name, file in columns.items()}
+    tables = {
+        "users.arrow": events.users.ids.to_frame(),
+        "items.arrow": events.items.ids.to_frame(),
+    }
+    if events.user_table is not None:
+        tables["user_table.arrow"] = events.user_table
+    if events.item_table is not None:
+        tables["item_table.arrow"] = events.item_table
+    files = {name: _write_array(folder / name, array) for name, array in arrays.items()}
+    files |= {name: _write_table(folder / name, table) for name, table in tables.items()}
+    manifest = StoreManifest(
+        events=len(events),
+        users=StoredIds(count=len(events.users), is_integer=events.users.is_integer),
+        items=StoredIds(count=len(events.items), is_integer=events.items.is_integer),
+        columns=columns,
+        notes=events.notes,
+        files=files,
+    )
+    with (folder / _MANIFEST).open("wb") as file:
+        file.write(manifest.model_dump_json(indent=2).encode())
+        _sync(file)
+    _sync_folder(folder)
+
+
+def _write_array(path: Path, array: Shaped[np.ndarray, " N"]) -> StoredFile:
+    digest = hashlib.sha256()
+    with path.open("w+b") as file:
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+        file.seek(0)
+        digest.update(file.read())
+        step = _BLOCK // array.itemsize
+        for start in range(0, len(array), step):
+            block = np.ascontiguousarray(array[start : start + step]).data
+            digest.update(block)
+            file.write(block)
+        size = file.tell()
+        _sync(file)
+    return StoredFile(bytes=size, sha256=digest.hexdigest())
+
+
+def _write_table(path: Path, table: pl.DataFrame) -> StoredFile:
+    with path.open("w+b") as file:
+        table.write_ipc(file, compression="uncompressed", compat_level=pl.CompatLevel.oldest())
+        _sync(file)
+    return StoredFile(bytes=path.stat().st_size, sha256=_sha256(path))
+
+
+def _check_file(folder: Path, name: str, stored: StoredFile, *, verify: bool) -> None:
+    path = folder / name
+    try:
+        size = path.stat().st_size
+        if size != stored.bytes:
+            raise BundleError(
+                f"{path} holds {size} bytes, not {stored.bytes}: it was changed or cut short; "
+                "import the events anew"
+            )
+        if verify and _sha256(path) != stored.sha256:
+            raise BundleError(
+                f"{path} was changed: its SHA-256 is not the manifest's; import the events anew"
+            )
+    except OSError as error:
+        raise BundleError(
+            f"{path} cannot be read ({error.strerror}): import the events anew"
+        ) from error
+
+
+def _map_array(folder: Path, name: str, *, length: int) -> Shaped[np.ndarray, " N"]:
+    path = folder / name
+    try:
+        array = np.load(path, mmap_mode="r" if length else None, allow_pickle=False)
+    except ValueError as error:
+        raise BundleError(
+            f"{path} is not a column of numbers ({error}): import the events anew"
+        ) from error
+    if array.shape != (length,):
+        raise BundleError(
+            f"{path} has shape {array.shape}, not ({length},): import the events anew"
+        )
+    return np.asarray(array)  # a plain array over the same map
+
+
+def _open_ids(folder: Path, name: str, stored: StoredIds) -> Vocabulary:
+    return Vocabulary.trusted(
+        partial(_read_ids, folder / name), length=stored.count, is_integer=stored.is_integer
+    )
+
+
+def _read_ids(path: Path) -> pl.Series:
+    return _read_table(path).to_series()
+
+
+def _read_table(path: Path) -> pl.DataFrame:
+    try:
+        with pa.memory_map(str(path)) as source:
+            return pl.DataFrame(pa.ipc.open_file(source).read_all())
+    except (OSError, pa.ArrowException) as error:
+        raise BundleError(f"{path} cannot be read ({error}): import the events anew") from error
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(file: IO[bytes]) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _umask() -> int:
+    """Return the process's umask, which can only be read by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,493 @@
+"""Any table gives the same events, and what is wrong with a table is said by name."""
+
+import datetime as dt
+import gzip
+import uuid
+from pathlib import Path
+
+import duckdb
+import hypothesis.strategies as st
+import numpy as np
+import pandas as pd
+import polars as pl
+import pytest
+from hypothesis import given, settings
+
+from foretaste.data.interactions import Interactions
+from foretaste.data.reading import read_interactions
+from foretaste.data.sorting import find_repeats, group_events, sort_by_time
+from foretaste.errors import DataError
+
+NOW = 1_600_000_000
+ID_4, ID_5 = uuid.UUID(int=4), uuid.UUID(int=5)
+EVENTS = pl.DataFrame(
+    {
+        "user_id": [7, 3, 7, 3, 7],
+        "item_id": ["b", "a", "a", "c", "c"],
+        "timestamp": [NOW + 5, NOW + 1, NOW + 2, NOW, NOW + 5],
+        "rating": [4.0, 3.5, 1.0, 5.0, 2.0],
+        "label": [1, 0, 1, 1, 0],
+    }
+)
+# User 3: c at +0, a at +1. User 7: a at +2, then b and c at +5 in the order of the table.
+
+
+def read(source: object, **more: object) -> Interactions:
+    named = {"timestamp": "timestamp", "rating": "rating", "columns": ["label"]}
+    return read_interactions(source, **(named | more))  # type: ignore[arg-type]
+
+
+def as_rows(events: Interactions) -> list[tuple[object, ...]]:
+    """The events as external ids, in the order kept."""
+    users = events.users.decode(events.user_idx.astype(np.int64))
+    items = events.items.decode(events.item_idx.astype(np.int64))
+    times = [] if events.timestamp_s is None else [events.timestamp_s.tolist()]
+    columns = [events.columns[name].tolist() for name in sorted(events.columns)]
+    return list(zip(users, items, *times, *columns, strict=True))
+
+
+EXPECTED = [
+    (3, "c", NOW, 1, 5.0),
+    (3, "a", NOW + 1, 0, 3.5),
+    (7, "a", NOW + 2, 1, 1.0),
+    (7, "b", NOW + 5, 1, 4.0),
+    (7, "c", NOW + 5, 0, 2.0),
+]
+
+
+def written(path: Path, text: str | bytes) -> Path:
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def sources(folder: Path) -> dict[str, object]:
+    csv = EVENTS.write_csv()
+    EVENTS.write_parquet(folder / "e.parquet")
+    EVENTS.write_ipc(folder / "e.arrow")
+    arrow = EVENTS.to_arrow()
+    return {
+        "csv": written(folder / "e.csv", csv),
+        "csv text path": str(folder / "e.csv"),
+        "tsv": written(folder / "e.tsv", csv.replace(",", "\t")),
+        "semicolons": written(folder / "semi.txt", csv.replace(",", ";")),
+        "double colons": written(folder / "e.dat", csv.replace(",", "::")),
+        "gzip": written(folder / "e.csv.gz", gzip.compress(csv.encode())),
+        "crlf and mark": written(folder / "crlf.csv", "\ufeff" + csv.replace("\n", "\r\n")),
+        "parquet": folder / "e.parquet",
+        "arrow file": folder / "e.arrow",
+        "polars": EVENTS,
+        "polars lazy": EVENTS.lazy(),
+        "arrow": arrow,
+        "arrow batches": arrow.to_reader(max_chunksize=2),
+        "pandas": EVENTS.to_pandas(),
+        "pandas with an index": EVENTS.to_pandas().set_index(pd.Index(list("vwxyz"), name="at")),
+        "duckdb": duckdb.sql("select * from arrow"),
+    }
+
+
+def test_every_source_gives_the_same_events(tmp_path: Path) -> None:
+    prints = set()
+    for name, source in sources(tmp_path).items():
+        events = read(source)
+        assert as_rows(events) == EXPECTED, name
+        assert events.offsets.tolist() == [0, 2, 5], name
+        assert (events.users.is_integer, events.items.is_integer) == (True, False), name
+        assert events.columns["rating"].dtype == np.float32, name
+        prints.add(events.fingerprint())
+    assert len(prints) == 1
+
+
+def test_without_a_header_columns_go_by_position(tmp_path: Path) -> None:
+    text = EVENTS.write_csv(include_header=False)
+    plain, colons = (
+        written(tmp_path / "e.csv", text),
+        written(tmp_path / "e.dat", text.replace(",", "::")),
+    )
+    for path in (plain, colons):
+        by_name = read(
+            path, header=False, user="0", item="1", timestamp="2", rating="3", columns=["4"]
+        )
+        by_place = read(path, header=False, user=0, item=1, timestamp=2, rating=3, columns=[4])
+        assert as_rows(by_name) == as_rows(by_place) == EXPECTED
+
+
+def test_several_files_are_one_table(tmp_path: Path) -> None:
+    first, second = tmp_path / "1.csv", tmp_path / "2.parquet"
+    EVENTS[:2].write_csv(first)
+    EVENTS[2:].write_parquet(second)
+    assert as_rows(read([first, second])) == EXPECTED
+    EVENTS[2:].with_columns(pl.lit("x").alias("user_id")).write_csv(tmp_path / "3.csv")
+    mixed = read([first, tmp_path / "3.csv"])
+    assert mixed.users.ids.to_list() == ["3", "7", "x"]
+
+
+def test_without_times_the_order_of_the_table_stands() -> None:
+    events = read_interactions(EVENTS)
+    assert events.timestamp_s is None
+    assert as_rows(events) == [(3, "a"), (3, "c"), (7, "b"), (7, "a"), (7, "c")]
+
+
+# Ids
+
+
+@pytest.mark.parametrize(
+    ("ids", "kept"),
+    [
+        ([2, 10, 1], [1, 2, 10]),
+        ([2.0, 10.0, 1.0], [1, 2, 10]),
+        (["2", "10", "1"], ["1", "10", "2"]),
+        ([True, False, True], ["false", "true"]),
+        ([dt.date(2024, 5, 1), dt.date(2023, 5, 1), None], ["2023-05-01", "2024-05-01"]),
+        ([ID_5, ID_4, ID_5], [str(ID_4), str(ID_5)]),
+        (pl.Series([2**64 - 1, 3, 3], dtype=pl.UInt64), ["18446744073709551615", "3"]),
+        (pl.Series(["b", "a", "b"], dtype=pl.Categorical), ["a", "b"]),
+        (pl.Series(["12", "7", "12"]).cast(pl.Decimal(10, 0)), [7, 12]),
+        ([-(2**62), 2**62, 0], [-(2**62), 0, 2**62]),
+    ],
+)  # fmt: skip
+def test_ids_of_any_type(ids: object, kept: list[object]) -> None:
+    frame = pl.DataFrame({"user_id": ids, "item_id": [1, 2, 3]})
+    events = read_interactions(frame, drop_incomplete=True)
+    assert events.users.ids.to_list() == kept
+    for value in frame["user_id"].drop_nulls().to_list():
+        assert events.users.find(value) >= 0, value
+
+
+def test_pandas_ids_of_mixed_types_and_uuids_become_text() -> None:
+    ids = [uuid.UUID(int=n) for n in range(3)]
+    frame = pd.DataFrame({"user_id": [1, "b", True], "item_id": ids, "odd": [1, "x", None]})
+    events = read_interactions(frame)
+    assert as_rows(events) == [
+        ("1", str(ids[0])),
+        ("b", str(ids[1])),
+        ("true", str(ids[2])),
+    ]
+    missing = pd.DataFrame({"user_id": [1, "b", None], "item_id": [1, 2, 3]})
+    with pytest.raises(DataError, match="'user_id', row 3"):
+        read_interactions(missing)
+
+
+def test_text_ids_that_look_like_numbers_at_first_stay_whole(tmp_path: Path) -> None:
+    rows = "".join(f"{n},1\n" for n in range(20_000))
+    late = written(tmp_path / "late.csv", f"user_id,item_id\n{rows}x9,1\n")
+    events = read_interactions(late)
+    assert not events.users.is_integer
+    assert events.users.find("19999") >= 0
+    assert events.users.find("x9") >= 0
+    zeros = written(tmp_path / "zeros.csv", "user_id,item_id\n007,1\n7,1\n1e5,1\n")
+    assert read_interactions(zeros).users.ids.to_list() == ["007", "1e5", "7"]
+
+
+def test_quotes_separators_and_line_ends_in_ids(tmp_path: Path) -> None:
+    ids = ['say "hi"', "a,b", "two\nlines", "cr\r\nlf", "ü", " lead", "'", "tab\there"] * 4_000
+    frame = pl.DataFrame({"user_id": ids, "item_id": range(len(ids))})
+    frame.write_csv(tmp_path / "q.csv")
+    events = read_interactions(tmp_path / "q.csv")
+    assert events.users.ids.to_list() == sorted(set(ids))
+    assert as_rows(events) == as_rows(read_interactions(frame))
+
+
+def test_latin_1_is_read_and_said(tmp_path: Path) -> None:
+    path = written(tmp_path / "l.csv", "user_id,item_id\nzoë,1\n".encode("latin-1"))
+    events = read_interactions(path)
+    assert events.users.ids.to_list() == ["zoë"]
+    assert "Latin-1" in events.notes[0]
+
+
+def test_a_fraction_is_no_id() -> None:
+    frame = pl.DataFrame({"user_id": [1.0, 2.5], "item_id": [1, 2]})
+    with pytest.raises(DataError, match=r"'user_id', row 2: 2\.5 is not a whole number"):
+        read_interactions(frame)
+
+
+def test_lists_are_no_ids() -> None:
+    frame = pl.DataFrame({"user_id": [[1], [2]], "item_id": [1, 2]})
+    with pytest.raises(DataError, match="'user_id' holds List"):
+        read_interactions(frame)
+
+
+# Times
+
+
+def timed(times: object, **more: object) -> list[int]:
+    frame = pl.DataFrame({"user_id": 1, "item_id": range(len(times)), "timestamp": times})  # type: ignore[arg-type]
+    events = read_interactions(frame, timestamp="timestamp", **more)  # type: ignore[arg-type]
+    assert events.timestamp_s is not None
+    return events.timestamp_s.tolist()
+
+
+def test_times_of_any_kind() -> None:
+    utc = dt.datetime(2020, 1, 5, 10, 0, 0, tzinfo=dt.UTC)
+    moment = int(utc.timestamp())
+    assert timed([moment, 5]) == [5, moment]
+    assert timed([moment + 0.75, 5.0]) == [5, moment]
+    assert timed([utc]) == timed([utc.replace(tzinfo=None)]) == [moment]
+    assert timed([utc.astimezone(dt.timezone(dt.timedelta(hours=2)))]) == [moment]
+    assert timed([dt.date(1970, 1, 2)]) == [86_400]
+    assert timed([moment * 1_000 + 1], timestamp_unit="ms") == [moment]
+    assert timed([moment * 10**6 + 1], timestamp_unit="us") == [moment]
+    assert timed([moment * 10**9 + 1], timestamp_unit="ns") == [moment]
+    assert timed([f"{moment}", "5"]) == [5, moment]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "2020-01-05T10:00:00Z",
+        "2020-01-05T12:00:00+02:00",
+        "2020-01-05 10:00:00",
+        "2020-01-05 10:00:00.000",
+        "2020-01-05T10:00",
+        "2020-01-05T10:00Z",
+    ],
+)
+def test_iso_text_is_a_time(text: str, tmp_path: Path) -> None:
+    moment = int(dt.datetime(2020, 1, 5, 10, tzinfo=dt.UTC).timestamp())
+    assert timed([text, "1970-01-02"]) == [86_400, moment]
+    path = written(tmp_path / "t.csv", f"user_id,item_id,t\n1,1,{text}\n")
+    events = read_interactions(path, timestamp="t")
+    assert events.timestamp_s is not None
+    assert events.timestamp_s.tolist() == [moment]
+
+
+def test_fractions_of_a_second_decide_the_order() -> None:
+    frame = pl.DataFrame({"user_id": [1, 1], "item_id": [1, 2], "t": [5.9, 5.1]})
+    events = read_interactions(frame, timestamp="t")
+    assert events.items.decode(events.item_idx.astype(np.int64)) == [2, 1]
+    assert "fractions of a second" in events.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("times", "message"),
+    [
+        ([1, -5], r"row 2: -5 is a negative time"),
+        ([1, NOW * 1_000], 'row 2: 1600000000000 is after .* in s, but .* timestamp_unit="ms"'),
+        ([NOW * 10**6], 'timestamp_unit="us"'),
+        ([NOW * 10**9], 'timestamp_unit="ns"'),
+        ([float(NOW * 1_000)], 'timestamp_unit="ms"'),
+        ([8_000_000_000], "row 1: 8000000000 is after the year 2200 in s"),
+        ([1.0, float("inf")], "row 2: inf"),
+        ([1.0, float("-inf")], "row 2: -inf"),
+        ([1.0, float("nan")], "row 2: None is missing or NaN"),
+        ([1, None], "row 2: None is missing"),
+        (["2020-01-05", "yesterday"], "row 2: 'yesterday' is not a time"),
+        (["05/01/2020"], "row 1: '05/01/2020' is not a time"),
+        ([dt.date(1960, 1, 1)], "row 1: .* before 1970 or after 2200"),
+        ([dt.datetime(2300, 1, 1)], "row 1: .* before 1970 or after 2200"),
+        ([[1]], "holds List"),
+    ],
+)  # fmt: skip
+def test_times_that_cannot_be_are_refused(times: list[object], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        timed(times)
+
+
+# Numbers and gaps
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), 1e300, None])
+def test_ratings_that_are_no_numbers_are_refused_by_row(value: float | None) -> None:
+    frame = EVENTS.with_columns(rating=pl.Series([1.0, 2.0, value, 3.0, 3.0]))
+    with pytest.raises(DataError, match="'rating', row 3"):
+        read(frame)
+
+
+@pytest.mark.parametrize(("value", "row"), [("x", 2), ("inf", 2), ("nan", 2), ("", 2), ("1e99", 2)])
+def test_ratings_in_text_that_are_no_numbers_are_refused_by_row(
+    value: str, row: int, tmp_path: Path
+) -> None:
+    path = written(tmp_path / "r.csv", f"user_id,item_id,rating\n1,1,4\n1,2,{value}\n")
+    with pytest.raises(DataError, match=f"'rating', row {row}"):
+        read_interactions(path, rating="rating")
+
+
+def test_incomplete_rows_are_refused_or_dropped_and_counted(tmp_path: Path) -> None:
+    text = "user_id,item_id,timestamp\n1,1,5\n,2,6\n3,,7\n4,4,\n\n5,5,8\n\n"
+    path = written(tmp_path / "gaps.csv", text)
+    with pytest.raises(DataError, match=r"'user_id', row 2: None.*drop_incomplete=True"):
+        read_interactions(path, timestamp="timestamp")
+    events = read_interactions(path, timestamp="timestamp", drop_incomplete=True)
+    assert as_rows(events) == [(1, 1, 5), (5, 5, 8)]
+    assert events.notes == ("2 empty rows were left out", "3 incomplete rows were left out")
+
+
+def test_blank_lines_are_no_error_but_counted(tmp_path: Path) -> None:
+    path = written(tmp_path / "blank.csv", "user_id,item_id\n1,1\n\n2,2\n\n")
+    events = read_interactions(path)
+    assert as_rows(events) == [(1, 1), (2, 2)]
+    assert events.notes == ("2 empty rows were left out",)
+
+
+def test_a_missing_label_is_nan_and_text_is_refused() -> None:
+    events = read(EVENTS.with_columns(label=pl.Series([1, None, 0, 0, 0])))
+    assert np.isnan(events.columns["label"]).sum() == 1
+    with pytest.raises(DataError, match="'label', row 1: 'x' is not a number"):
+        read(EVENTS.with_columns(label=pl.lit("x")))
+
+
+def test_repeated_events_are_counted_and_dropped_on_request() -> None:
+    frame = pl.DataFrame(
+        {
+            "user_id": [1, 1, 1, 1, 2],
+            "item_id": [5, 6, 5, 5, 5],
+            "timestamp": [9, 9, 9, 8, 9],
+            "rating": [1.0, 2.0, 3.0, 4.0, 5.0],
+        }
+    )
+    # User 1 at time 9: item 5 twice, with item 6 between. All else differs in user or time.
+    kept = read(frame, columns=())
+    assert len(kept) == 5
+    assert kept.notes == ("1 events repeat the user, item and time of another: kept",)
+    first = read(frame, columns=(), duplicates="first")
+    assert as_rows(first) == [(1, 5, 8, 4.0), (1, 5, 9, 1.0), (1, 6, 9, 2.0), (2, 5, 9, 5.0)]
+    last = read(frame, columns=(), duplicates="last")
+    assert as_rows(last) == [(1, 5, 8, 4.0), (1, 6, 9, 2.0), (1, 5, 9, 3.0), (2, 5, 9, 5.0)]
+    assert "left out, the last of each kept" in last.notes[0]
+    timeless = read_interactions(frame, duplicates="first")
+    assert as_rows(timeless) == [(1, 5), (1, 6), (2, 5)]
+
+
+# Tables about users and items
+
+
+def test_side_tables_are_aligned_and_cold_ids_join(tmp_path: Path) -> None:
+    items = written(tmp_path / "items.csv", "item_id,title\nc,Sea\nz,Zed\na,Aye\na,Again\n")
+    users = pl.DataFrame({"who": ["7", "9"], "age": [30, 40]})
+    events = read(EVENTS, items=items, users=users)
+    assert events.items.ids.to_list() == ["a", "b", "c", "z"]
+    assert events.item_table is not None
+    assert events.item_table["title"].to_list() == ["Aye", None, "Sea", "Zed"]
+    assert events.users.ids.to_list() == [3, 7, 9]
+    assert events.user_table is not None
+    assert events.user_table["age"].to_list() == [None, 30, 40]
+    assert as_rows(events) == EXPECTED
+    assert "1 rows of" in " ".join(events.notes)
+    assert "1 items of the table of items have no event" in events.notes
+    assert "1 items with events are not in the table of items" in events.notes
+    assert "1 users of the table of users have no event" in events.notes
+    assert events.offsets.tolist() == [0, 2, 5, 5]
+
+
+def test_a_side_table_without_an_id_is_refused() -> None:
+    items = pl.DataFrame({"item_id": ["a", None], "title": ["x", "y"]})
+    with pytest.raises(DataError, match="'item_id', row 2: None is missing"):
+        read(EVENTS, items=items)
+    assert len(read(EVENTS, items=items, drop_incomplete=True).items) == 3
+
+
+def test_movielens_layouts(shared_data: Path, tmp_path: Path) -> None:
+    folder = shared_data / "ml-100k"
+    ratings, titles = next(folder.glob("u.data*")), next(folder.glob("u.item*"))
+    events = read_interactions(
+        ratings, header=False, user=0, item=1, rating=2, timestamp=3, items=titles
+    )
+    assert (len(events), events.num_users, events.num_items) == (100_000, 943, 1_682)
+    assert events.item_table is not None
+    assert events.item_table["1"][events.items.find(1)] == "Toy Story (1995)"
+
+
+# What is no table
+
+
+def test_a_misspelt_column_is_named_with_the_nearest() -> None:
+    with pytest.raises(
+        DataError, match=r"no column 'userid' \(user\).*did you mean user='user_id'"
+    ):
+        read(EVENTS, user="userid")
+    with pytest.raises(
+        DataError, match=r"no column 'price' \(columns\); it has 'user_id', 'item_id'"
+    ):
+        read(EVENTS, columns=["price"])
+    with pytest.raises(DataError, match="no column at position 9"):
+        read(EVENTS, user=9)
+    with pytest.raises(DataError, match="must be three columns"):
+        read(EVENTS, user="item_id")
+
+
+def test_a_missing_header_is_guessed_at(tmp_path: Path) -> None:
+    path = written(tmp_path / "m.csv", "1,2\n3,4\n")
+    with pytest.raises(DataError, match="header=False"):
+        read_interactions(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("e.csv", "", "empty"),
+        ("e.csv", "\n\n", "empty"),
+        ("e.csv", "user_id,item_id\n", "holds no events"),
+        ("e.csv", "user_id,item_id\n\n\n", "holds no events"),
+        ("e.csv", "user_id,item_id\n1,2\n1,2,3\n", "line 3 has 3 fields, the first line 2"),
+        ("e.csv", 'user_id,item_id\n1,"2\n1,2\n', "cannot be read"),
+        ("e.parquet", "", "empty"),
+        ("e.parquet", b"PAR1" + b"x" * 100, "broken or cut short"),
+        ("e.arrow", b"ARROW1" + b"x" * 100, "broken or cut short"),
+        ("e.csv.gz", gzip.compress(b"user_id,item_id\n" + b"1,2\n" * 999)[:-12], "broken gzip"),
+        ("e.csv.gz", gzip.compress(b""), "empty"),
+        ("e.zip", b"PK\x03\x04rest", "is a zip archive: unpack it"),
+    ],
+)
+def test_files_that_are_no_tables(
+    name: str, content: str | bytes, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match=message):
+        read_interactions(written(tmp_path / name, content))
+
+
+def test_a_parquet_file_cut_short_anywhere_is_refused(tmp_path: Path) -> None:
+    EVENTS.write_parquet(tmp_path / "whole.parquet")
+    whole = (tmp_path / "whole.parquet").read_bytes()
+    for length in (0, 1, 5, len(whole) // 2, len(whole) - 1):
+        with pytest.raises(DataError):
+            read(written(tmp_path / "cut.parquet", whole[:length]))
+
+
+def test_what_is_no_table_at_all(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="No such file"):
+        read_interactions(tmp_path / "none.csv")
+    with pytest.raises(DataError, match="is a folder"):
+        read_interactions(tmp_path)
+    with pytest.raises(DataError, match="cannot be a dict"):
+        read_interactions({"user_id": [1]})
+    with pytest.raises(DataError, match="holds no events"):
+        read(EVENTS[:0])
+
+
+def test_one_user_one_item_one_event() -> None:
+    events = read_interactions(pl.DataFrame({"user_id": ["me"], "item_id": ["it"]}))
+    assert (len(events), events.num_users, events.num_items) == (1, 1, 1)
+    assert events.offsets.tolist() == [0, 1]
+
+
+# The sort, against an oracle
+
+
+@settings(deadline=None, derandomize=True, max_examples=60)
+@given(
+    st.lists(st.tuples(st.integers(0, 5), st.integers(0, 3), st.integers(0, 6)), max_size=60),
+    st.sampled_from(["first", "last", "keep"]),
+)
+def test_the_counting_sort_is_pythons_sort(rows: list[tuple[int, int, int]], keep: str) -> None:
+    user, item, time = (np.array([row[n] for row in rows], np.int64) for n in range(3))
+    ordered = sorted(range(len(rows)), key=lambda n: (rows[n][0], rows[n][2]))
+    sorting = sort_by_time(group_events(user.astype(np.int32), num_users=6), time)
+    assert sorting.order_E.tolist() == ordered
+    assert sorting.time_E is not None
+    assert sorting.time_E.tolist() == [rows[n][2] for n in ordered]
+    assert sorting.offsets_U1.tolist() == [sum(r[0] < u for r in rows) for u in range(7)]
+
+    found, repeat = find_repeats(sorting, item[ordered].astype(np.int32), num_items=4, keep=keep)  # type: ignore[arg-type]
+    assert found == len(rows) - len(set(rows))
+    if repeat is not None:
+        survivors = [rows[n] for n, gone in zip(ordered, repeat, strict=True) if not gone]
+        wanted = {rows[n]: n for n in (ordered if keep == "last" else reversed(ordered))}
+        assert survivors == [rows[n] for n in ordered if n in set(wanted.values())]
+
+
+@pytest.mark.parametrize("length", [255, 256, 257, 3_000])
+def test_long_histories_are_sorted_stably_too(length: int) -> None:
+    rng = np.random.default_rng(0)
+    user = rng.integers(0, 2, 2 * length).astype(np.int32)
+    time = rng.integers(0, 50, 2 * length)
+    sorting = sort_by_time(group_events(user, num_users=2), time)
+    assert sorting.order_E.tolist() == np.lexsort((np.arange(2 * length), time, user)).tolist()

@@ -1,0 +1,201 @@
+"""The event store: what is written is what is opened, whole or not at all."""
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+
+from foretaste.data import store
+from foretaste.data.interactions import Interactions
+from foretaste.data.reading import read_interactions
+from foretaste.data.store import open_store, write_store
+from foretaste.errors import BundleError, DataError
+
+
+def events(size: int = 500) -> Interactions:
+    rng = np.random.default_rng(size)
+    frame = pl.DataFrame(
+        {
+            "user_id": [f"ü{n}" for n in rng.integers(0, 40, size)],
+            "item_id": rng.integers(0, 60, size),
+            "timestamp": rng.integers(0, 10**9, size),
+            "rating": rng.random(size),
+            "clicked": rng.random(size) < 0.5,
+        }
+    )
+    items = pl.DataFrame({"item_id": range(70), "title": [f"Title {n}" for n in range(70)]})
+    users = pl.DataFrame({"user_id": ["ü1", "new"], "age": [1, None]})
+    return read_interactions(
+        frame,
+        timestamp="timestamp",
+        rating="rating",
+        columns=["clicked"],
+        items=items,
+        users=users,
+    )
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_store(events(), tmp_path / "store")
+    return tmp_path / "store"
+
+
+def test_what_is_written_is_what_is_opened(folder: Path) -> None:
+    first, second = events(), open_store(folder, verify=True)
+    assert first.fingerprint() == second.fingerprint()
+    for name in ("offsets", "item_idx", "timestamp_s"):
+        one, other = getattr(first, name), getattr(second, name)
+        assert (one.dtype, one.tolist()) == (other.dtype, other.tolist())
+    assert second.columns.keys() == {"rating", "clicked"}
+    for name, column in second.columns.items():
+        assert (column.dtype, column.tolist()) == (
+            first.columns[name].dtype,
+            first.columns[name].tolist(),
+        )
+    assert second.users.ids.to_list() == first.users.ids.to_list()
+    assert second.users.find("ü1") == first.users.find("ü1")
+    assert second.items.ids.to_list() == first.items.ids.to_list()
+    assert second.user_table is not None
+    assert second.item_table is not None
+    assert first.user_table is not None
+    assert first.item_table is not None
+    assert second.user_table.equals(first.user_table)
+    assert second.item_table.equals(first.item_table)
+    assert second.notes == first.notes != ()
+
+
+def test_a_store_without_times_tables_or_events(tmp_path: Path) -> None:
+    plain = read_interactions(pl.DataFrame({"user_id": [1, 2], "item_id": ["a", "b"]}))
+    none = plain.select(np.zeros(2, np.bool_))
+    for name, table in (("plain", plain), ("none", none)):
+        write_store(table, tmp_path / name)
+        opened = open_store(tmp_path / name, verify=True)
+        assert opened.fingerprint() == table.fingerprint()
+        assert (opened.timestamp_s, opened.user_table, opened.item_table) == (None, None, None)
+
+
+def test_columns_are_maps_that_cannot_be_written(folder: Path) -> None:
+    opened = open_store(folder)
+    assert isinstance(opened.item_idx.base, np.memmap)
+    with pytest.raises(ValueError, match="read-only"):
+        opened.item_idx[0] = 1
+
+
+def test_every_changed_file_is_named(folder: Path, tmp_path: Path) -> None:
+    for name in sorted(path.name for path in folder.iterdir() if path.name != "manifest.json"):
+        copy = tmp_path / "copy"
+        shutil.copytree(folder, copy)
+        content = bytearray((copy / name).read_bytes())
+        content[-1] ^= 1
+        (copy / name).write_bytes(content)
+        with pytest.raises(BundleError, match=name):
+            open_store(copy, verify=True)
+        (copy / name).write_bytes(content[:-1])
+        with pytest.raises(BundleError, match=f"{name} holds"):
+            open_store(copy)
+        (copy / name).unlink()
+        with pytest.raises(BundleError, match=f"{name} cannot be read"):
+            open_store(copy)
+        shutil.rmtree(copy)
+
+
+def change_manifest(folder: Path, **fields: object) -> None:
+    path = folder / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"version": 2}, "version"),
+        ({"format": "other"}, "format"),
+        ({"surprise": 1}, "surprise"),
+        ({"events": 499}, "offsets|item_idx|column|timestamp"),
+        ({"columns": {"rating": "../../etc/passwd"}}, "does not vouch"),
+        ({"files": {}}, "does not vouch"),
+    ],
+)
+def test_a_manifest_that_lies_is_refused(
+    folder: Path, fields: dict[str, object], message: str
+) -> None:
+    change_manifest(folder, **fields)
+    with pytest.raises(BundleError, match=message):
+        open_store(folder)
+
+
+def test_what_is_no_store(tmp_path: Path, folder: Path) -> None:
+    with pytest.raises(BundleError, match="not an event store"):
+        open_store(tmp_path / "nowhere")
+    (folder / "manifest.json").write_text("{")
+    with pytest.raises(BundleError, match="broken"):
+        open_store(folder)
+
+
+def test_a_store_is_never_written_over(folder: Path, tmp_path: Path) -> None:
+    before = sorted(os.listdir(folder))
+    with pytest.raises(DataError, match="exists"):
+        write_store(events(), folder)
+    assert sorted(os.listdir(folder)) == before
+    with pytest.raises(DataError, match="not a folder"):
+        write_store(events(), tmp_path / "no" / "where")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 64 KiB, where this process may mount one."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]
+    try:
+        subprocess.run(command, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("a small disk cannot be mounted here: that takes root")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_full_disk_leaves_nothing_behind(small_disk: Path) -> None:
+    with pytest.raises(BundleError, match=r"No space left on device.*nothing was left there"):
+        write_store(events(20_000), small_disk / "store")
+    assert os.listdir(small_disk) == []
+
+
+@pytest.mark.parametrize("broken", ["_sync", "_sync_folder", "_write_table"])
+def test_a_disk_that_fills_at_any_point_leaves_nothing_behind(
+    broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(store, broken, fail)
+    with pytest.raises(BundleError, match="No space left"):
+        write_store(events(), tmp_path / "store")
+    assert os.listdir(tmp_path) == []
+
+
+def test_opening_does_not_grow_with_size(tmp_path: Path) -> None:
+    def seconds_to_open(size: int) -> float:
+        rng = np.random.default_rng(0)
+        ids = [f"user {n}" for n in rng.integers(0, size, size)]
+        write_store(
+            read_interactions(pl.DataFrame({"user_id": ids, "item_id": range(size)})),
+            tmp_path / f"{size}",
+        )
+        taken = []
+        for _ in range(5):
+            start = time.perf_counter()
+            open_store(tmp_path / f"{size}")
+            taken.append(time.perf_counter() - start)
+        return min(taken)
+
+    small, large = seconds_to_open(1_000), seconds_to_open(400_000)
+    assert large < 4 * small + 0.01  # 400 times the events and users
