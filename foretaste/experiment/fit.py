@@ -7,14 +7,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from foretaste.data.batch import SequenceBatch
 from foretaste.data.interactions import Interactions
 from foretaste.data.sequences import SequencePlan, plan_sequences
 from foretaste.data.splits import Split
-from foretaste.errors import DataError
+from foretaste.errors import ConfigError, DataError
 from foretaste.evaluation.protocol import evaluate
 from foretaste.models.catalogue import ModelConfig, build_model
 from foretaste.models.interface import ClosedForm
-from foretaste.models.sasrec import SASRecConfig
+from foretaste.models.sasrec import SASRec
 from foretaste.training.fit import Epoch, Fit
 from foretaste.training.objectives.catalogue import ObjectiveConfig
 from foretaste.training.objectives.next_item import NextItem, NextItemConfig
@@ -72,7 +73,7 @@ def fit(
     log: dict[str, object] = {}
     if isinstance(model, ClosedForm):
         model.learn(events)
-    else:
+    elif isinstance(model, SASRec):
         settings |= {
             "training": training.model_dump(mode="json"),
             "objective": objective.model_dump(mode="json"),
@@ -81,12 +82,14 @@ def fit(
             model,
             training,
             seed=seed,
-            plan=_plan(config, events, objective, training, seed),
+            plan=_plan(model.max_len, events, objective, training, seed),
             objective=NextItem(objective, torch.from_numpy(events.item_count)),
             validate=_validate(config, events, split, seed),
             folder=folder,
         )
         log = _run(run, training, resume=resume, show=show, on_epoch=on_epoch)
+    else:
+        raise ConfigError(f"{type(model).__name__} has no way of learning yet")
     return Trained(
         config=config,
         model=model.eval(),
@@ -99,7 +102,7 @@ def fit(
 
 
 def _run(
-    run: Fit,  # type: ignore[type-arg]  # the batch type is the objective's business
+    run: Fit[SASRec, SequenceBatch],
     training: TrainingConfig,
     *,
     resume: bool,
@@ -125,14 +128,12 @@ def _run(
 
 
 def _plan(
-    config: ModelConfig,
+    max_len: int,
     events: Interactions,
     objective: ObjectiveConfig,
     training: TrainingConfig,
     seed: int,
 ) -> Callable[[int], SequencePlan]:
-    max_len = config.max_len if isinstance(config, SASRecConfig) else 1
-
     def plan(epoch: int) -> SequencePlan:
         return plan_sequences(
             events,

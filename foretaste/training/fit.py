@@ -19,6 +19,7 @@ from foretaste.training.runtime import choose_device, keep_memory
 from foretaste.training.seeding import seed_step
 from foretaste.training.settings import TrainingConfig
 
+Model = TypeVar("Model", bound=nn.Module)
 Batch = TypeVar("Batch", covariant=True)
 _MOST_BAD_STEPS = 20
 
@@ -68,7 +69,7 @@ class Progress:
 
 
 @final
-class Fit(Generic[Batch]):
+class Fit(Generic[Model, Batch]):
     """One run: `run()` trains `model` in place and leaves it with its best weights.
 
     The state after any step is a function of the settings, the seed and the data alone, so a run
@@ -77,12 +78,12 @@ class Fit(Generic[Batch]):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Model,
         config: TrainingConfig,
         *,
         seed: int,
         plan: Callable[[int], Plan[Batch]],
-        objective: Callable[[nn.Module, Batch], Tensor],
+        objective: Callable[[Model, Batch], Tensor],
         validate: Callable[[nn.Module], float] | None = None,
         folder: Path | None = None,
     ) -> None:
