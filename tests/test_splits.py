@@ -207,7 +207,12 @@ def test_side_tables_of_given_parts_are_joined_by_id() -> None:
 
 @pytest.mark.parametrize(
     "parts",
-    [["train", "valid", "test", "unused"], [0, 1, 2, 3], ["Train", "VAL", " test", "unused"]],
+    [
+        ["train", "valid", "test", "unused"],
+        [0, 1, 2, 3],
+        [0.0, 1.0, 2.0, 3.0],
+        ["Train", "VAL", " test", "unused"],
+    ],
 )
 def test_parts_are_read_from_a_column(parts: list[object]) -> None:
     events = interactions([("a", i, t) for t, i in enumerate("pqrs")], part=parts)

@@ -8,14 +8,15 @@ Shape legend: E events.
 from collections.abc import Iterator
 
 import numpy as np
-from jaxtyping import Bool, Int64
+from jaxtyping import Bool
 
 from foretaste.data.audit_features import columns_that_tell, features_of_the_future
 from foretaste.data.audit_ids import ids_in_order, ids_that_tell
+from foretaste.data.audit_pairs import pairs_across_parts, repeats
 from foretaste.data.finding import Finding, worst_first
 from foretaste.data.interactions import Interactions
 from foretaste.data.leaks import newer_than_own
-from foretaste.data.parts import TEST, TRAIN, VALIDATION
+from foretaste.data.parts import TEST, TRAIN
 from foretaste.data.splits import Split
 
 _DAY_S = 86_400
@@ -26,7 +27,7 @@ def audit_events(events: Interactions) -> tuple[Finding, ...]:
     """Look at a table before it is split; leaks first, then warnings, then notes."""
     if not len(events):
         return ()
-    looked = (_repeats, _heavy_user, _times, _spikes, columns_that_tell, features_of_the_future)
+    looked = (repeats, _heavy_user, _times, _spikes, columns_that_tell, features_of_the_future)
     found = [finding for look in looked for finding in look(events)]
     return worst_first([*found, *ids_that_tell(events), *ids_in_order(events)])
 
@@ -42,45 +43,12 @@ def audit_split(split: Split) -> tuple[Finding, ...]:
     train_E, test_E = split.part_E == TRAIN, split.part_E == TEST
     return worst_first(
         [
-            *_across_parts(split),
+            *pairs_across_parts(split),
             *_against_time(split.events, train_E, test_E),
             *features_of_the_future(split.events, train_E),
             *ids_that_tell(split.events, test_E),
         ]
     )
-
-
-def _pairs(events: Interactions) -> Int64[np.ndarray, " E"]:
-    """Return one number for each (user, item)."""
-    pair_E: Int64[np.ndarray, " E"] = (
-        events.user_idx.astype(np.int64) * events.num_items + events.item_idx
-    )
-    return pair_E
-
-
-def _repeats(events: Interactions) -> Iterator[Finding]:
-    pair_E = _pairs(events)
-    order_E = np.argsort(pair_E, kind="stable")  # within a pair, oldest first as before
-    again = np.diff(pair_E[order_E]) == 0
-    same = np.zeros_like(again)
-    if events.timestamp_s is not None:
-        same = again & (np.diff(events.timestamp_s[order_E]) == 0)
-    if same.any():
-        yield Finding(
-            severity="warning",
-            what="repeated_event",
-            count=int(same.sum()),
-            sentence=f"{same.sum():,} events repeat another of the same user, item and second: "
-            "drop them when reading",
-        )
-    if (again & ~same).any():
-        yield Finding(
-            severity="note",
-            what="repeated_pair",
-            count=int((again & ~same).sum()),
-            sentence=f"{(again & ~same).sum():,} events are of an item that their user had "
-            "before: fit for repeated use only, such as visits or plays",
-        )
 
 
 def _heavy_user(events: Interactions) -> Iterator[Finding]:
@@ -155,45 +123,6 @@ def _spikes(events: Interactions) -> Iterator[Finding]:
             f"{events.items.ids[most]!r} with {count[spike].max():,}: a campaign or a fault? "
             "Popularity over a window will follow it",
         )
-
-
-def _across_parts(split: Split) -> Iterator[Finding]:
-    """Find held-out events whose user and item, or even second, stand in training too."""
-    pair_E, time_E = _pairs(split.events), split.events.timestamp_s
-    train_E = split.part_E == TRAIN
-    held_E = (split.part_E == TEST) | (split.part_E == VALIDATION)
-    both_E = held_E & np.isin(pair_E, pair_E[train_E])
-    same_E = both_E if time_E is None else both_E & _same_time(pair_E, time_E, train_E)
-    untold = time_E is None and split.kind not in ("given", "random")
-    if same_E.any() and not untold:
-        yield Finding(
-            severity="leak",
-            what="event_in_two_parts",
-            count=int(same_E.sum()),
-            sentence=f"{same_E.sum():,} held-out events stand in training too: drop repeated "
-            "events before splitting",
-        )
-        both_E &= ~same_E
-    if both_E.any():
-        yield Finding(
-            severity="warning",
-            what="pair_in_two_parts",
-            count=int(both_E.sum()),
-            sentence=f"{both_E.sum():,} held-out events are of an item that their user has in "
-            "training: they are lost where seen items are excluded, and easy where not",
-        )
-
-
-def _same_time(
-    pair_E: Int64[np.ndarray, " E"],
-    time_E: Int64[np.ndarray, " E"],
-    train_E: Bool[np.ndarray, " E"],
-) -> Bool[np.ndarray, " E"]:
-    """Mark the events whose pair and time are also those of a training event."""
-    _, time_E = np.unique(time_E, return_inverse=True)
-    _, pair_E = np.unique(pair_E, return_inverse=True)
-    both_E = pair_E * (int(time_E.max()) + 1) + time_E
-    return np.isin(both_E, both_E[train_E])
 
 
 def _against_time(

@@ -10,7 +10,7 @@ import polars as pl
 from jaxtyping import Bool, Int64, Shaped
 
 from foretaste.data.association import explained_share, rank_correlation
-from foretaste.data.audit_features import labels, mean_of, sides
+from foretaste.data.audit_features import labels, mean_of, sides, some_rows
 from foretaste.data.finding import Finding
 from foretaste.data.interactions import Interactions
 from foretaste.data.vocabulary import Vocabulary
@@ -58,7 +58,8 @@ def ids_in_order(events: Interactions) -> Iterator[Finding]:
     order_R = _order(events.items)
     order_E = order_R[events.item_idx]
     if events.timestamp_s is not None:
-        told = abs(rank_correlation(order_E, events.timestamp_s))
+        rows_N = some_rows(len(events))
+        told = abs(rank_correlation(order_E[rows_N], events.timestamp_s[rows_N]))
         if told >= _IN_ORDER:
             yield Finding(
                 severity="warning",

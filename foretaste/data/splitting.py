@@ -217,7 +217,7 @@ def _leave_last(
 
 
 def _part_code(value: object, column: str) -> int:
-    if isinstance(value, int) and value in (TRAIN, VALIDATION, TEST, UNUSED):
+    if isinstance(value, int | float) and value in (TRAIN, VALIDATION, TEST, UNUSED):
         return int(value)
     if isinstance(value, str) and value.strip().lower() in _NAMES:
         return _NAMES[value.strip().lower()]

@@ -1,0 +1,190 @@
+"""A public data set by its name: from a folder, from the cache, or from where it is published."""
+
+import logging
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import platformdirs
+import polars as pl
+from jaxtyping import UInt8
+
+from foretaste.data.interactions import Interactions
+from foretaste.data.reading import read_interactions
+from foretaste.data.sources.fetch import Address, Wheel
+from foretaste.data.sources.files import Files
+from foretaste.data.sources.registry import Source, find_source
+from foretaste.data.sources.tables import Tables
+from foretaste.errors import SourceError
+
+_ORIGIN = "ORIGIN.txt"
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Dataset:
+    """A public data set, read and checked.
+
+    Shape legend: E events.
+    """
+
+    name: str
+    events: Interactions
+    origin: str
+    """Which folder, address or wheel it came from."""
+    licence: str
+    """What its owner allows, to be shown to whoever gets it."""
+
+    @property
+    def part_E(self) -> UInt8[np.ndarray, " E"] | None:
+        """The published split, which `make_split` with kind "given" follows; None without one."""
+        part_E = self.events.columns.get("part")
+        return None if part_E is None else part_E.astype(np.uint8)
+
+
+def get_dataset(
+    name: str, *, data_dir: Path | str | None = None, cache_dir: Path | str | None = None
+) -> Dataset:
+    """Read a public data set, getting it first if need be.
+
+    Args:
+        name: One of `SOURCES`.
+        data_dir: Where its files lie already: its own folder, or the one above; nothing is
+            fetched then. None: the cache, then where it is published.
+        cache_dir: Where fetched files are kept. None: the platform's cache folder for foretaste.
+
+    Raises:
+        ConfigError: No data set of this name is known.
+        SourceError: It cannot be had, or is not what it should be; the message says of each way
+            why, and what to do.
+    """
+    source = find_source(name)
+    if data_dir is not None:
+        return from_folder(source, Path(data_dir))
+    cache = platformdirs.user_cache_path("foretaste") if cache_dir is None else Path(cache_dir)
+    return from_cache(source, cache)
+
+
+def from_folder(source: Source, data_dir: Path) -> Dataset:
+    """Read a data set whose files lie in `data_dir` or in its own folder there.
+
+    Raises:
+        SourceError: They do not, or are not what they should be.
+    """
+    folders = [data_dir / source.folder, data_dir / source.name, data_dir]
+    for folder in dict.fromkeys(folders):
+        files = Files(folder)
+        if any(files.has(mark) for mark in source.marks):
+            return _read(source, files, origin=str(folder))
+    broken = "".join(f"; {path} is no whole archive" for path in Files(data_dir).broken())
+    raise SourceError(
+        f"{source.name} is not in {data_dir}: neither there nor in {source.folder}/ below it is "
+        f"{' or '.join(source.marks)}, plain, gzipped or in a zip archive{broken}"
+    )
+
+
+def from_cache(source: Source, cache: Path) -> Dataset:
+    """Read a data set from the cache; get it there first, whole or not at all, if need be.
+
+    Files are fetched into a folder of another name, which is read, checked and only then given
+    its own. A cached copy that is no longer what it should be is fetched anew.
+
+    Raises:
+        SourceError: No way led to it, or the cache cannot be written.
+    """
+    kept = cache / source.name
+    if kept.is_dir():
+        try:
+            return _read(source, Files(kept), origin=_origin(kept))
+        except SourceError as error:
+            _log.warning("getting %s again: %s", source.name, error)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache, prefix=f".{source.name}-") as temporary:
+            folder, dataset = _fetch(source, Path(temporary))
+            _keep(folder, kept)
+    except OSError as error:
+        raise SourceError(
+            f"{source.name} cannot be kept in {cache} ({error}): name a folder that can be "
+            "written with --cache-dir"
+        ) from error
+    return dataset
+
+
+def _fetch(source: Source, temporary: Path) -> tuple[Path, Dataset]:
+    """Try each way in turn, and return the first that gives what it should."""
+    failures = []
+    for number, way in enumerate(source.ways):
+        folder = temporary / str(number)
+        folder.mkdir()
+        try:
+            return folder, _fetch_one(source, way, folder)
+        except SourceError as error:
+            _log.warning("%s", error)
+            failures.append(str(error))
+    raise SourceError(
+        f"{source.name} could not be had: {'; '.join(failures)}. Get its files by other means "
+        "and name their folder with --data-dir"
+    )
+
+
+def _fetch_one(source: Source, way: tuple[Address | Wheel, ...], folder: Path) -> Dataset:
+    for file in way:
+        file.fetch(folder)
+    origin = ", ".join(str(file) for file in way)
+    dataset = _read(source, Files(folder), origin=origin)
+    (folder / _ORIGIN).write_text(f"{origin}\n{source.licence}\n", encoding="utf-8")
+    return dataset
+
+
+def _keep(folder: Path, kept: Path) -> None:
+    """Give a checked folder its name; another process may have done so meanwhile."""
+    shutil.rmtree(kept, ignore_errors=True)
+    try:
+        os.replace(folder, kept)
+    except OSError:
+        if not kept.is_dir():
+            raise
+
+
+def _origin(kept: Path) -> str:
+    note = kept / _ORIGIN
+    return note.read_text(encoding="utf-8").splitlines()[0] if note.is_file() else str(kept)
+
+
+def _read(source: Source, files: Files, *, origin: str) -> Dataset:
+    try:
+        tables = source.read(files)
+    except (pl.exceptions.PolarsError, ValueError, KeyError, IndexError) as error:
+        raise SourceError(
+            f"{source.name} from {origin} cannot be read as its files should: {error}"
+        ) from error
+    _check(source, tables, origin)
+    events = read_interactions(
+        tables.events,
+        user="user",
+        item="item",
+        timestamp="timestamp" if tables.has("timestamp") else None,
+        rating="rating" if tables.has("rating") else None,
+        columns=("part",) if tables.has("part") else (),
+        users=tables.users,
+        items=tables.items,
+    )
+    return Dataset(name=source.name, events=events, origin=origin, licence=source.licence)
+
+
+def _check(source: Source, tables: Tables, origin: str) -> None:
+    """Refuse data that are not the published ones."""
+    if source.counts is not None and tables.counts() != source.counts:
+        raise SourceError(
+            f"{source.name} from {origin} has (users, items, events) {tables.counts()}, not "
+            f"{source.counts}: it is another version, or broken"
+        )
+    if source.sha256 is not None and tables.sha256() != source.sha256:
+        raise SourceError(
+            f"{source.name} from {origin} has events of SHA-256 {tables.sha256()}, not "
+            f"{source.sha256}: it is another version, or was changed"
+        )

@@ -1,0 +1,221 @@
+"""The public data sets that foretaste knows by name."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from types import MappingProxyType
+
+from foretaste.data.sources.fetch import Address, Wheel
+from foretaste.data.sources.files import Files
+from foretaste.data.sources.movielens import (
+    read_ml_1m,
+    read_ml_1m_sequences,
+    read_ml_100k,
+    read_ml_csv,
+)
+from foretaste.data.sources.sequences import read_amazon, read_gowalla, read_pairs, read_s3rec
+from foretaste.data.sources.tables import Tables
+from foretaste.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where a data set can be had, how it is read, and how to know that it is the one."""
+
+    name: str
+    folder: str
+    """Its folder where several data sets lie side by side."""
+    ways: tuple[tuple[Address | Wheel, ...], ...]
+    """Tried in order; all files of one way make the data set."""
+    marks: tuple[str, ...]
+    """Files of which a folder that holds the data set has at least one."""
+    read: Callable[[Files], Tables]
+    licence: str
+    counts: tuple[int, int, int] | None
+    """Users, items, events; None where the publisher changes them."""
+    sha256: str | None = None
+    """Of `Tables.sha256`; None where no whole copy could be had to take it from."""
+
+
+_GROUPLENS = (
+    "GroupLens Research, University of Minnesota: for research only; not to be redistributed or "
+    "used commercially without permission. Cite Harper and Konstan, TiiS 2015, "
+    "https://doi.org/10.1145/2827872"
+)
+_AMAZON = (
+    "Amazon review data of McAuley et al., no licence stated: for research. Cite McAuley et al., "
+    "SIGIR 2015, https://arxiv.org/abs/1506.04757"
+)
+_YELP = "Yelp dataset terms of use: academic use only, not to be redistributed"
+_HETREC = "HetRec 2011 (Last.fm), GroupLens: non-commercial use only"
+_SNAP = (
+    "Gowalla check-ins of SNAP, no licence stated: for research. Cite Cho et al., KDD 2011; "
+    "split of He et al., SIGIR 2020"
+)
+_MOVIELENS_URL = "https://files.grouplens.org/datasets/movielens"
+_GITHUB = "https://raw.githubusercontent.com"
+
+
+def _s3rec(name: str, file: str, licence: str, counts: tuple[int, int, int], sha: str) -> Source:
+    base = f"{_GITHUB}/RUCAIBox/CIKM2020-S3Rec/master/data/{file}"
+    return Source(
+        name=name,
+        folder="s3rec",
+        ways=((Address(url=f"{base}.txt"), Address(url=f"{base}_item2attributes.json")),),
+        marks=(f"{file}.txt",),
+        read=partial(read_s3rec, name=file),
+        licence=licence,
+        counts=counts,
+        sha256=sha,
+    )
+
+
+_ALL = (
+    Source(
+        name="ml-100k",
+        folder="ml-100k",
+        ways=(
+            (Address(url=f"{_MOVIELENS_URL}/ml-100k.zip"),),
+            (Wheel(requirement="recbole==1.2.1", prefix="recbole/dataset_example/ml-100k/"),),
+        ),
+        marks=("u.data", "ml-100k.inter"),
+        read=read_ml_100k,
+        licence=_GROUPLENS,
+        counts=(943, 1_682, 100_000),
+        sha256="f78e39dc0cd3dd931deee29c8b18ace574c2f163ce003fd2e2faaaa94e32a47f",
+    ),
+    Source(
+        name="ml-1m",
+        folder="ml-1m",
+        ways=(
+            (Address(url=f"{_MOVIELENS_URL}/ml-1m.zip", md5="c4d9eecfca2ab87c1945afe126590906"),),
+        ),
+        marks=("ratings.dat",),
+        read=read_ml_1m,
+        licence=_GROUPLENS,
+        counts=(6_040, 3_706, 1_000_209),
+    ),
+    Source(
+        name="ml-1m-sequences",
+        folder="ml-1m",
+        ways=((Address(url=f"{_GITHUB}/kang205/SASRec/master/data/ml-1m.txt"),),),
+        marks=("ml-1m.txt",),
+        read=read_ml_1m_sequences,
+        licence=_GROUPLENS,
+        counts=(6_040, 3_416, 999_611),
+        sha256="b126d5cfeaf564b6f2df8d799f36f0d69c73ddd0bc2e93fd176cc686b51684d8",
+    ),
+    Source(
+        name="ml-20m",
+        folder="ml-20m",
+        ways=(
+            (Address(url=f"{_MOVIELENS_URL}/ml-20m.zip", md5="cd245b17a1ae2cc31bb14903e1204af3"),),
+        ),
+        marks=("ratings.csv",),
+        read=read_ml_csv,
+        licence=_GROUPLENS,
+        counts=(138_493, 26_744, 20_000_263),
+    ),
+    Source(
+        name="ml-latest-small",
+        folder="ml-latest-small",
+        ways=((Address(url=f"{_MOVIELENS_URL}/ml-latest-small.zip"),),),
+        marks=("ratings.csv",),
+        read=read_ml_csv,
+        licence=_GROUPLENS,
+        counts=None,
+    ),
+    Source(
+        name="amazon-beauty",
+        folder="amazon-beauty",
+        ways=(
+            (
+                Address(
+                    url="https://snap.stanford.edu/data/amazon/productGraph/categoryFiles/"
+                    "reviews_Beauty_5.json.gz"
+                ),
+            ),
+        ),
+        marks=("reviews_Beauty_5.json",),
+        read=partial(read_amazon, name="reviews_Beauty_5.json"),
+        licence=_AMAZON,
+        counts=(22_363, 12_101, 198_502),
+    ),
+    Source(
+        name="gowalla",
+        folder="gowalla",
+        ways=(
+            tuple(
+                Address(url=f"{_GITHUB}/gusye1234/LightGCN-PyTorch/master/data/gowalla/{file}")
+                for file in ("train.txt", "test.txt")
+            ),
+        ),
+        marks=("train.txt", "train.derived.txt"),
+        read=read_gowalla,
+        licence=_SNAP,
+        counts=(29_858, 40_981, 1_027_370),
+        sha256="caa15e9e87c203e17172ef36683013767fd6dfa82ecb3a1242a02be02090cefa",
+    ),
+    Source(
+        name="sasrec-video",
+        folder="sasrec-video",
+        ways=((Address(url=f"{_GITHUB}/kang205/SASRec/master/data/Video.txt"),),),
+        marks=("Video.txt",),
+        read=partial(read_pairs, name="Video.txt"),
+        licence=_AMAZON,
+        counts=(31_013, 23_715, 287_107),
+        sha256="653b017d588a15f09ccfd5c59c749937e23d040489b9a019e6dee0a584f9c2c2",
+    ),
+    Source(
+        name="bert4rec-beauty",
+        folder="bert4rec-beauty",
+        ways=((Address(url=f"{_GITHUB}/FeiSun/BERT4Rec/master/data/beauty.txt"),),),
+        marks=("beauty.txt",),
+        read=partial(read_pairs, name="beauty.txt"),
+        licence=_AMAZON,
+        counts=(40_226, 54_542, 353_962),
+        sha256="24c3b39c03268fd97bc850b5f84ea0db1c8163c814c638980f8932c257faa6b4",
+    ),
+    _s3rec(
+        "s3rec-beauty",
+        "Beauty",
+        _AMAZON,
+        (22_363, 12_101, 198_502),
+        "498350c29027c3448308d998984aaa589f73c63ec9837609121433b963fbd862",
+    ),
+    _s3rec(
+        "s3rec-sports",
+        "Sports_and_Outdoors",
+        _AMAZON,
+        (35_598, 18_357, 296_337),
+        "690d784e600122bc950e0ac267cbbe7c76fc266d960de421aea8545578168a4b",
+    ),
+    _s3rec(
+        "s3rec-yelp",
+        "Yelp",
+        _YELP,
+        (30_431, 20_033, 316_354),
+        "41d7f422136067f82f929391d60f2aac35db39d9f62c7feec4b729d03594c7aa",
+    ),
+    _s3rec(
+        "s3rec-lastfm",
+        "LastFM",
+        _HETREC,
+        (1_090, 3_646, 52_551),
+        "11e30dded6bea923cbe5fd6a5e489e03a3a834b6f44288865a303d3016f7c622",
+    ),
+)
+
+SOURCES: Mapping[str, Source] = MappingProxyType({source.name: source for source in _ALL})
+"""Every known data set by its name."""
+
+
+def find_source(name: str) -> Source:
+    """Return the source of that name.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    if name not in SOURCES:
+        raise ConfigError(f"no data set {name!r} is known; there are {', '.join(SOURCES)}")
+    return SOURCES[name]
