@@ -42,6 +42,8 @@ rectools() {
 }
 
 recbole() {
+  # RecBole 1.2.1 reads its own checkpoints in a way that torch refuses since 2.6: run it with
+  # TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1, or with saved=False.
   make recbole 'from recbole.quick_start import run_recbole' \
     'torch==2.13.*' 'recbole==1.2.1' 'numpy<2' 'scipy<1.13' 'pandas<2.3' 'setuptools<81'
 }
