@@ -13,10 +13,10 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from torch import Tensor
 
-from foretaste.errors import BundleError, DataError, NonFiniteError
+from foretaste.errors import BundleError, ConfigError, DataError, NonFiniteError
 from foretaste.retrieval.exact import ExactIndex, load_vectors
 from foretaste.retrieval.hnsw import HnswIndex, build_hnsw
-from foretaste.retrieval.index import IndexChoice, IndexFacts, ItemIndex
+from foretaste.retrieval.index import IndexChoice, IndexFacts, IndexKind, ItemIndex
 from foretaste.retrieval.ivf import FAISS_FILE, IvfIndex, build_ivf
 
 EXACT_BELOW = 200_000
@@ -57,8 +57,7 @@ def build_index(
     if not 0 < recall_target <= 1:
         raise DataError(f"recall_target is {recall_target}, not in (0, 1]")
     exact = _exact(table_ID.detach(), known_I)
-    if kind == "auto":
-        kind = "exact" if exact.facts.num_items < exact_below else "ivf_flat"
+    kind = choose_kind(kind, num_items=exact.facts.num_items, exact_below=exact_below)
     if kind == "exact":
         return exact
     if query_QD is None or len(query_QD) == 0:
@@ -73,6 +72,28 @@ def build_index(
         return plain
     levelled = _tuned(build_hnsw(exact, levelled=True), query_QD, aim)
     return max(plain, levelled, key=lambda index: index.facts.recall_at_100)
+
+
+def choose_kind(kind: IndexChoice, *, num_items: int, exact_below: int = EXACT_BELOW) -> IndexKind:
+    """Return what "auto" stands for with so many known items; other kinds as they are."""
+    if kind != "auto":
+        return kind
+    return "exact" if num_items < exact_below else "ivf_flat"
+
+
+def exact_of(index: ItemIndex) -> ExactIndex:
+    """Return the exact index over the same items, which every index carries.
+
+    Raises:
+        ConfigError: The index is of a foreign kind.
+    """
+    match index:
+        case ExactIndex():
+            return index
+        case IvfIndex() | HnswIndex():
+            return index.exact
+        case _:
+            raise ConfigError(f"{type(index).__name__} carries no exact index")
 
 
 def _exact(table_ID: Tensor, known_I: Tensor) -> ExactIndex:

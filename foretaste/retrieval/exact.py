@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import final
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -28,9 +29,13 @@ def top_k(
 
     Ties go to the lower position, so a longer list begins with the shorter one.
     """
-    k = min(k, score_BN.shape[1])
-    value_BK, position_BK = score_BN.topk(k)
-    if 0 < k < score_BN.shape[1]:
+    k, num_items = min(k, score_BN.shape[1]), score_BN.shape[1]
+    value_BK, position_BK = score_BN.topk(min(k + 1, num_items))  # one more shows a tie at the end
+    has_ties = (value_BK[:, 1:] == value_BK[:, :-1]).any()
+    value_BK, position_BK = value_BK[:, :k], position_BK[:, :k]
+    if not has_ties or k == 0:
+        return value_BK, position_BK
+    if k < num_items:
         last_B1 = value_BK[:, -1:]
         tied_B = ((score_BN >= last_B1).sum(dim=1) > k) & last_B1.squeeze(1).isfinite()
         for row in tied_B.nonzero().flatten().tolist():
@@ -46,6 +51,17 @@ def _best_first(value_BK: Tensor, position_BK: Tensor) -> tuple[Tensor, Tensor]:
     position_BK, order_BK = position_BK.sort(dim=1)
     value_BK, again_BK = value_BK.gather(1, order_BK).sort(dim=1, descending=True, stable=True)
     return value_BK, position_BK.gather(1, again_BK)
+
+
+def padded(best: TopK, k: int) -> TopK:
+    """Make answers k long: -1 and -inf where the catalogue ran out."""
+    missing = k - best.item_BK.shape[1]
+    if missing == 0:
+        return best
+    return TopK(
+        item_BK=F.pad(best.item_BK, (0, missing), value=-1),
+        score_BK=F.pad(best.score_BK, (0, missing), value=-torch.inf),
+    )
 
 
 @final
@@ -100,21 +116,19 @@ class ExactIndex:
             vectors_AD, item_A = vectors_AD[chosen_A], item_A[chosen_A]
             exclude_BX = _find(chosen_A, exclude_BX)
         query_BD = query_BD.to(vectors_AD.dtype)
+        found = min(k, len(item_A))
         rows = max(1, SCORE_BLOCK // max(1, min(len(item_A), ITEM_BLOCK)))
         answers = [
-            _search_block(vectors_AD, query_bD, min(k, len(item_A)), exclude_bX)
+            _search_block(vectors_AD, query_bD, found, exclude_bX)
             for query_bD, exclude_bX in zip(
                 query_BD.split(rows), exclude_BX.split(rows), strict=True
             )
         ]
-        item_BK = torch.full((len(query_BD), k), -1, dtype=torch.int64)
-        score_BK = torch.full((len(query_BD), k), -torch.inf)
-        found = min(k, len(item_A))
-        if answers and found:
-            score_BK[:, :found] = torch.cat([score for score, _ in answers])
-            position = torch.cat([position for _, position in answers])
-            item_BK[:, :found] = item_A[position].where(score_BK[:, :found] > -torch.inf, -1)
-        return TopK(item_BK=item_BK, score_BK=score_BK)
+        score_BK = torch.cat([score_bK for score_bK, _ in answers]).float()
+        position_BK = torch.cat([position_bK for _, position_bK in answers])
+        item_BK = position_BK if self._is_whole and allow_I is None else item_A[position_BK]
+        item_BK = item_BK.where(score_BK > -torch.inf, -1)
+        return padded(TopK(item_BK=item_BK, score_BK=score_BK), k)
 
     def save(self, folder: Path) -> None:
         """Write `vectors.safetensors` and `index.json`."""
@@ -146,17 +160,27 @@ def _search_block(
     vectors_ND: Tensor, query_BD: Tensor, k: int, exclude_BX: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return the k <= N best positions of each query, excluded ones at -inf."""
-    best: tuple[Tensor, Tensor] | None = None
-    row_BX = torch.arange(len(query_BD)).unsqueeze(1).expand_as(exclude_BX)
-    for start in range(0, len(vectors_ND), ITEM_BLOCK):
-        score_BN = query_BD @ vectors_ND[start : start + ITEM_BLOCK].T
-        inside_BX = (exclude_BX >= start) & (exclude_BX < start + score_BN.shape[1])
-        score_BN[row_BX[inside_BX], exclude_BX[inside_BX] - start] = -torch.inf
-        value_BK, position_BK = top_k(score_BN, k)
-        position_BK = position_BK + start
-        if best is not None:
-            value_BK, position_BK = _best_first(
-                torch.cat([best[0], value_BK], dim=1), torch.cat([best[1], position_BK], dim=1)
-            )
+    blocks = vectors_ND.split(ITEM_BLOCK)
+    best = _score_block(blocks[0], query_BD, k, exclude_BX, start=0)
+    for number, block_nD in enumerate(blocks[1:], start=1):
+        more = _score_block(block_nD, query_BD, k, exclude_BX, start=number * ITEM_BLOCK)
+        value_BK, position_BK = _best_first(
+            torch.cat([best[0], more[0]], dim=1), torch.cat([best[1], more[1]], dim=1)
+        )
         best = value_BK[:, :k], position_BK[:, :k]
-    return best if best is not None else top_k(query_BD @ vectors_ND.T, k)
+    return best
+
+
+def _score_block(
+    block_ND: Tensor, query_BD: Tensor, k: int, exclude_BX: Tensor, *, start: int
+) -> tuple[Tensor, Tensor]:
+    """Return the best of the items from position `start` on, at most k."""
+    score_BN = query_BD @ block_ND.T
+    width = score_BN.shape[1]
+    if exclude_BX.numel():
+        place_BX = exclude_BX - start
+        inside_BX = (exclude_BX >= start) & (place_BX < width)
+        row_B1 = torch.arange(len(query_BD)).unsqueeze(1) * width
+        score_BN.view(-1)[(place_BX + row_B1)[inside_BX]] = -torch.inf
+    value_BK, position_BK = top_k(score_BN, k)
+    return value_BK, position_BK + start

@@ -1,0 +1,357 @@
+"""The answer for everybody: external ids in, external ids out, and where each row came from.
+
+Shape legend: B users, I items, K list length, C items left out, T explained items.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import final
+
+import numpy as np
+import polars as pl
+import torch
+from jaxtyping import Bool, Int64
+from torch import Tensor
+
+from foretaste.errors import ConfigError, DataError
+from foretaste.models.interface import Retriever
+from foretaste.retrieval.choose import MEASURED_QUERIES, build_index, choose_kind
+from foretaste.retrieval.index import IndexChoice, ItemIndex, TopK
+from foretaste.serving.answer import Answer as Answer
+from foretaste.serving.answer import Recommendation as Recommendation
+from foretaste.serving.answer import Source as Source
+from foretaste.serving.bundle import Bundle, read_bundle, write_bundle
+from foretaste.serving.catalogue_search import CatalogueSearch
+from foretaste.serving.histories import blocks, one_query, training_histories, without_each
+from foretaste.serving.items import KnownItems
+from foretaste.serving.lists import lists_table
+from foretaste.training.trained import Trained
+
+MAX_K = 1_000_000
+EXPLAINED_EVENTS = 50
+"""How many of a history's last events are tried as a reason."""
+_NONE = np.empty(0, dtype=np.int64)
+
+
+@final
+class Recommender:
+    """A trained model with its index and histories. Safe to ask from several threads."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        """Take what a bundle holds; `build_recommender` and `load` make one."""
+        self.bundle = bundle
+        self._items = KnownItems(bundle.trained.events)
+        self._search = CatalogueSearch(
+            bundle.trained, index=bundle.index, popular_I=bundle.popular_I
+        )
+
+    @property
+    def trained(self) -> Trained:
+        """The model, its vocabularies and training events."""
+        return self.bundle.trained
+
+    @property
+    def index(self) -> ItemIndex | None:
+        """The index of a retriever's items; None for a model that scores the whole catalogue."""
+        return self.bundle.index
+
+    @property
+    def report(self) -> Mapping[str, object] | None:
+        """What was measured about the model, as JSON values."""
+        return self.bundle.report
+
+    @torch.inference_mode()
+    def recommend(
+        self,
+        user_id: object = None,
+        *,
+        history: Sequence[object] | None = None,
+        k: int = 10,
+        exclude_seen: bool = True,
+        allow: Sequence[object] | None = None,
+        deny: Sequence[object] | None = None,
+        since: int | None = None,
+    ) -> Answer:
+        """Return the k best items for one user, known or not.
+
+        A user's history is what training saw of them and after it `history`. With a history the
+        model answers; without one, the most popular items do.
+
+        Args:
+            user_id: An id, known or unknown; None for nobody in particular.
+            history: Further item ids, oldest first, such as live events.
+            k: In [1, 10^6]; the catalogue may hold fewer, and then all of it is the answer.
+            exclude_seen: Leave out what stands in the history.
+            allow: Only these item ids may be answered; None allows all.
+            deny: These item ids may not be answered.
+            since: Unix seconds: training events of the user before it are forgotten.
+
+        Raises:
+            DataError: k is out of range, a list of ids is a single text, or `since` is asked of
+                events without times.
+        """
+        _check_k(k)
+        unknown: dict[object, None] = {}
+        user_idx = self._user(user_id)
+        past = self._past(user_idx, since)
+        extra = self._items.rows_of("history", history or (), unknown)
+        history_idx = np.concatenate([past, extra])
+        banned = self._items.rows_of("deny", deny or (), unknown)
+        if exclude_seen:
+            banned = np.concatenate([banned, history_idx])
+        allow_I = None if allow is None else self._mask(allow, unknown)
+        source: Source = "model" if len(past) else "fold-in" if len(extra) else "popular"
+        wanted = min(k, self._items.num_known)
+        if source == "popular":
+            best = self._search.most_popular(wanted, exclude=banned, allow_I=allow_I)
+        else:
+            queries = one_query(user_idx if len(past) else -1, history_idx)
+            exclude_1X = torch.from_numpy(banned).unsqueeze(0)
+            best = self._search.best(queries, wanted, exclude_BX=exclude_1X, allow_I=allow_I)
+        user_known = user_idx >= 0 and self._num_past(user_idx) > 0
+        rows = self._rows(best, source)
+        who = "" if user_id is None or user_known else f"user {user_id!r} is unknown to training"
+        return Answer(
+            rows=rows,
+            source=source,
+            unknown_items=tuple(unknown),
+            user_known=user_known,
+            notes=_notes(who, source, len(rows), k, unknown),
+        )
+
+    @torch.inference_mode()
+    def recommend_many(
+        self, user_ids: Sequence[object] | pl.Series, *, k: int = 10, exclude_seen: bool = True
+    ) -> pl.DataFrame:
+        """Return the k best items of many users, one row each, in the order given.
+
+        Users whom training never saw get the most popular items, and their source says so.
+
+        Returns:
+            Columns `user_id` (integers if all of these ids are, text otherwise), `source`, and
+            the lists `item_id` and `score`, best first.
+
+        Raises:
+            DataError: k is out of range, or the ids are a single text.
+        """
+        _check_k(k)
+        if isinstance(user_ids, str | bytes):
+            raise DataError(f"user_ids is the text {user_ids!r}: give a list of ids")
+        events, width = self.trained.events, min(k, self._items.num_known)
+        user_B = events.users.encode(user_ids)
+        known_B = np.flatnonzero(user_B >= 0)
+        known_B = known_B[np.diff(events.offsets)[user_B[known_B]] > 0]
+        popular = self._search.most_popular(width, exclude=_NONE, allow_I=None)
+        item_BK = popular.item_BK.repeat(len(user_B), 1)
+        score_BK = popular.score_BK.repeat(len(user_B), 1)
+        for block in blocks(events, user_B[known_B], scores_per_user=self._search.scores_per_user):
+            rows = known_B[block]
+            queries, seen_BX = training_histories(events, user_B[rows])
+            exclude_BX = seen_BX if exclude_seen else seen_BX[:, :0]
+            best = self._search.best(queries, width, exclude_BX=exclude_BX, allow_I=None)
+            item_BK[torch.from_numpy(rows)], score_BK[torch.from_numpy(rows)] = best
+        is_model_B = np.isin(np.arange(len(user_B)), known_B)
+        return lists_table(events, user_ids, is_model_B, TopK(item_BK=item_BK, score_BK=score_BK))
+
+    @torch.inference_mode()
+    def similar(self, item_id: object, k: int = 10) -> Answer:
+        """Return the k items most like one.
+
+        By the cosine of their vectors; for a model without vectors, what it offers to somebody
+        who did this item alone. An item that training never saw is reported as unknown, and the
+        most popular items are the answer.
+
+        Raises:
+            DataError: k is out of range.
+        """
+        _check_k(k)
+        unknown: dict[object, None] = {}
+        own = self._items.rows_of("item_id", [item_id], unknown)
+        wanted = min(k, self._items.num_known)
+        source: Source = "model" if len(own) else "popular"
+        if len(own):
+            best = self._search.similar(int(own[0]), wanted)
+        else:
+            best = self._search.most_popular(wanted, exclude=_NONE, allow_I=None)
+        rows = self._rows(best, source)
+        return Answer(
+            rows=rows,
+            source=source,
+            unknown_items=tuple(unknown),
+            notes=_notes("", source, len(rows), k, unknown),
+        )
+
+    def explain(
+        self, history: Sequence[object], item_id: object, *, user_id: object = None
+    ) -> int | str | None:
+        """Return the item of a history whose removal lowers an item's score most.
+
+        `explain_many` answers for a whole list of items in the same time.
+        """
+        return self.explain_many(history, [item_id], user_id=user_id)[0]
+
+    @torch.inference_mode()
+    def explain_many(
+        self, history: Sequence[object], item_ids: Sequence[object], *, user_id: object = None
+    ) -> tuple[int | str | None, ...]:
+        """Say for each item which item of the history speaks for it most ("because you watched").
+
+        One batch of the model: the history as it is, and without each of the distinct items of
+        its last 50 events. None where no removal lowers the score or an id is unknown; an item
+        is no reason for itself.
+
+        Args:
+            history: Item ids, oldest first; they follow what training saw of `user_id`.
+            item_ids: The items to explain.
+            user_id: A user of training, or None.
+        """
+        extra = self._items.rows_of("history", history, {})
+        past = np.concatenate([self._past(self._user(user_id), None), extra])
+        found = [self._items.rows_of("item_ids", [item_id], {}) for item_id in item_ids]
+        item_T = np.concatenate([_NONE, *found])
+        if len(past) == 0 or len(item_T) == 0:
+            return (None,) * len(found)
+        removed_C, without = without_each(past, last=EXPLAINED_EVENTS)
+        score_CT = self._search.scores([past, *without], torch.from_numpy(item_T))
+        drop_CT = (score_CT[0] - score_CT[1:]).numpy()
+        drop_CT[removed_C[:, None] == item_T] = -np.inf
+        ids_C = self._items.ids_of(removed_C.tolist())
+        reasons = iter(
+            ids_C[int(drop_C.argmax())] if drop_C.max() > 0 else None for drop_C in drop_CT.T
+        )
+        return tuple(next(reasons) if len(row) else None for row in found)
+
+    def save(self, path: str | Path) -> None:
+        """Write everything into a bundle, whole or not at all; see `write_bundle`.
+
+        Raises:
+            BundleError: The path is something else than a bundle, or the disk refuses.
+        """
+        write_bundle(self.bundle, Path(path))
+
+    def _user(self, user_id: object) -> int:
+        return -1 if user_id is None else self.trained.events.users.find(user_id)
+
+    def _num_past(self, user_idx: int) -> int:
+        offsets = self.trained.events.offsets
+        return int(offsets[user_idx + 1] - offsets[user_idx])
+
+    def _past(self, user_idx: int, since: int | None) -> Int64[np.ndarray, " L"]:
+        """Return what training saw of a user, oldest first."""
+        events = self.trained.events
+        if since is not None and events.timestamp_s is None:
+            raise DataError(f"since is {since}, but training's events have no times: leave it out")
+        if user_idx < 0:
+            return _NONE
+        past = events.history(user_idx).astype(np.int64)
+        if since is None or events.timestamp_s is None:
+            return past
+        start, end = events.offsets[user_idx], events.offsets[user_idx + 1]
+        return past[events.timestamp_s[start:end] >= since]
+
+    def _mask(self, item_ids: Sequence[object], unknown: dict[object, None]) -> Bool[Tensor, " I"]:
+        allow_I = torch.zeros(self.trained.events.num_items, dtype=torch.bool)
+        allow_I[torch.from_numpy(self._items.rows_of("allow", item_ids, unknown))] = True
+        return allow_I
+
+    def _rows(self, best: TopK, source: Source) -> tuple[Recommendation, ...]:
+        item_idx = [item for item in best.item_BK[0].tolist() if item >= 0]
+        score = best.score_BK[0].tolist()
+        ids, attributes = self._items.ids_of(item_idx), self._items.attributes(item_idx)
+        return tuple(
+            Recommendation(ids[row], score[row], source, attributes[row])
+            for row in range(len(item_idx))
+        )
+
+
+def build_recommender(
+    trained: Trained,
+    *,
+    index: IndexChoice = "auto",
+    report: Mapping[str, object] | None = None,
+    fallback: Trained | None = None,
+) -> Recommender:
+    """Index a trained model's items and make it answer.
+
+    An approximate index is tuned on the vectors of users of training.
+
+    Args:
+        trained: What training gave.
+        index: Which index a retriever's items go into; see `build_index`. A model without
+            vectors has none: "auto" and "exact" score its whole catalogue.
+        report: Measured figures to keep beside it, as JSON values.
+        fallback: What answers somebody of whom nothing is known, such as popularity within a
+            window; its scores for an empty history are kept. Without it, event counts.
+
+    Raises:
+        ConfigError: An index is asked for a model without vectors, or `fallback` has another
+            catalogue.
+        DataError: Training saw no item.
+    """
+    popular_I = _popularity(trained, fallback)
+    if not isinstance(trained.model, Retriever):
+        if index not in ("auto", "exact"):
+            raise ConfigError(
+                f"index is {index!r}, but {type(trained.model).__name__} has no item vectors to "
+                "index: leave it at 'auto'"
+            )
+        return Recommender(Bundle(trained=trained, popular_I=popular_I, report=report))
+    known_I = trained.known_I
+    is_exact = choose_kind(index, num_items=int(known_I.sum())) == "exact"
+    built = build_index(
+        trained.model.item_table().detach(),
+        kind=index,
+        known_I=known_I,
+        seed=trained.seed,
+        query_QD=None if is_exact else _some_queries(trained, trained.model),
+    )
+    bundle = Bundle(trained=trained, index=built, popular_I=popular_I, report=report)
+    return Recommender(bundle)
+
+
+def load(path: str | Path) -> Recommender:
+    """Read a recommender that `save` wrote; every checksum is verified.
+
+    Raises:
+        BundleError: The bundle is missing, broken, tampered with or of a newer format.
+    """
+    return Recommender(read_bundle(Path(path)))
+
+
+def _check_k(k: int) -> None:
+    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= MAX_K:
+        raise DataError(f"k is {k!r}: ask for 1 to {MAX_K} items")
+
+
+def _popularity(trained: Trained, fallback: Trained | None) -> Tensor:
+    events = trained.events
+    if fallback is None:
+        count_I = torch.from_numpy(events.item_count).float()
+    elif not fallback.events.items.ids.equals(events.items.ids):
+        raise ConfigError("the fallback was trained on other items: train it on the same events")
+    else:
+        count_I = fallback.score(one_query(-1, _NONE))[0]
+    return count_I.masked_fill(~trained.known_I, -torch.inf)
+
+
+@torch.inference_mode()
+def _some_queries(trained: Trained, model: Retriever) -> Tensor:
+    """Return the vectors of some users of training, for an index to be tuned on."""
+    user_U = np.flatnonzero(np.diff(trained.events.offsets))
+    chosen = np.random.default_rng(trained.seed).permutation(user_U)[:MEASURED_QUERIES]
+    return model.encode(training_histories(trained.events, chosen)[0]).float()
+
+
+def _notes(
+    who: str, source: Source, found: int, k: int, unknown: Mapping[object, None]
+) -> tuple[str, ...]:
+    notes = [who] if who else []
+    if unknown:
+        some = ", ".join(repr(item_id) for item_id in list(unknown)[:5])
+        more = ", …" if len(unknown) > 5 else ""
+        notes.append(f"{len(unknown)} item ids are unknown to training: {some}{more}")
+    if source == "popular":
+        notes.append("nothing is known to go by: these are the most popular items")
+    if found < k:
+        notes.append(f"{k} were asked for, and {found} are all that may be answered")
+    return tuple(notes)
