@@ -33,7 +33,7 @@ app.command()(inspect.inspect)
 app.command()(serve.serve)
 
 
-def _version(wanted: bool) -> None:  # noqa: FBT001 - typer calls it so
+def _version(wanted: bool | None) -> None:  # noqa: FBT001 - typer calls it so
     if wanted:
         sys.stdout.write(f"foretaste {ft.__version__}\n")
         raise typer.Exit
@@ -43,9 +43,10 @@ def _version(wanted: bool) -> None:  # noqa: FBT001 - typer calls it so
 def _foretaste(
     *,
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
-    ] = False,
-    verbose: Annotated[bool, typer.Option(help="Log more to standard error.")] = False,
+        bool | None,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
+    ] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Log more to standard error.")] = False,
 ) -> None:
     level = logging.INFO if verbose else logging.WARNING
     logging.basicConfig(stream=sys.stderr, level=level, format="%(levelname)s %(message)s")

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import torch
 
+import foretaste
 from foretaste.experiment.recipe import ExperimentConfig
 from foretaste.experiment.run import Run
 
-_PACKAGES = ("foretaste", "torch", "numpy", "numba", "polars", "faiss-cpu", "implicit")
+_PACKAGES = ("torch", "numpy", "numba", "polars", "faiss-cpu", "implicit")
 
 
 def record_run(
@@ -38,7 +39,11 @@ def record_run(
         "seed": config.seed,
         "threads": torch.get_num_threads(),
         "machine": _machine(),
-        "versions": {"python": platform.python_version()} | {p: version(p) for p in _PACKAGES},
+        "versions": {
+            "foretaste": foretaste.__version__,
+            "python": platform.python_version(),
+            **{name: version(name) for name in _PACKAGES},
+        },
         "train_seconds": round(run.trained.train_seconds, 1),
         "epochs": run.trained.log.get("best_epoch", 0),
         "metrics": dict(run.report.metrics),

@@ -1,0 +1,250 @@
+"""The command line: what it prints where, and how it ends."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+
+import foretaste as ft
+from foretaste.cli.main import run
+
+RECIPE = """
+[data]
+kind = "files"
+files = ["events.csv"]
+user = "who"
+item = "what"
+timestamp = "at"
+items = "films.csv"
+[split]
+kind = "leave_last"
+[model]
+kind = "sasrec"
+embedding_dim = 8
+num_blocks = 1
+num_heads = 1
+max_len = 10
+[training]
+epochs = 2
+device = "cpu"
+[evaluation]
+k = [3]
+[published]
+ndcg_at_3 = 0.5
+"""
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a table of events, one of items, and a recipe over both."""
+    folder = tmp_path_factory.mktemp("world")
+    draw = np.random.default_rng(0)
+    rows = [
+        f"u{user},{item},{1_600_000_000 + place}"
+        for user in range(30)
+        for place, item in enumerate(draw.choice(20, size=8, replace=False).tolist())
+    ]
+    (folder / "events.csv").write_text("who,what,at\n" + "\n".join(rows))
+    (folder / "films.csv").write_text(
+        "what,title\n" + "\n".join(f"{item},The {item}th film" for item in range(20))
+    )
+    (folder / "run.toml").write_text(RECIPE)
+    return folder
+
+
+@pytest.fixture
+def foretaste(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run a command line; return its exit code, answer and log."""
+
+    def call(*words: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as ended:
+            run([str(word) for word in words])
+        code = 0 if ended.value.code is None else ended.value.code
+        out, err = capsys.readouterr()
+        return int(code), out, err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def bundle(world: Path) -> Path:
+    folder = world / "bundle"
+    config = ft.read_experiment(world / "run.toml")
+    found = ft.run_experiment(config, ft.read_split(config, data_dir=world))
+    ft.to_recommender(*found.final).save(folder)
+    return folder
+
+
+def test_a_table_becomes_a_store_that_the_audit_reads(
+    foretaste: Run, world: Path, tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+    columns = ("--user", "who", "--item", "what", "--timestamp", "at")
+    code, out, _ = foretaste(
+        "data", "import", world / "events.csv", *columns, "--out", store, "--json"
+    )
+    assert code == 0
+    # 30 users with 8 events each.
+    assert (json.loads(out)["events"], json.loads(out)["users"]) == (240, 30)
+    code, out, _ = foretaste("data", "audit", store, "--json")
+    assert code == 0
+    assert json.loads(out)["store"] == str(store)
+
+
+def test_a_recipe_becomes_a_bundle_with_its_report_and_its_record(
+    foretaste: Run, world: Path, tmp_path: Path
+) -> None:
+    out_folder, record = tmp_path / "bundle", tmp_path / "results" / "run.json"
+    code, out, err = foretaste(
+        "fit",
+        world / "run.toml",
+        "--out",
+        out_folder,
+        "--data-dir",
+        world,
+        "--json",
+        "--set",
+        "training.epochs=1",
+        "--set",
+        "refit=true",
+        "--result",
+        record,
+    )
+    assert (code, "wrote" in err) == (0, True)
+    assert set(json.loads(out)["metrics"]) >= {"ndcg_at_3", "hit_rate_at_3"}
+    written = json.loads(record.read_text())
+    assert written["published"] == {"ndcg_at_3": 0.5}
+    assert written["command"].endswith("--set training.epochs=1 --set refit=true")
+    assert str(world) not in record.read_text()
+    assert set(written) >= {
+        "recipe",
+        "command",
+        "commit",
+        "seed",
+        "threads",
+        "machine",
+        "versions",
+        "train_seconds",
+        "metrics",
+        "intervals",
+        "notes",
+        "refitted",
+    }
+    code, out, _ = foretaste("inspect", out_folder, "--json")
+    assert (code, json.loads(out)["manifest"]["model"]["kind"]) == (0, "sasrec")
+
+
+def test_a_bundle_measured_again_gives_the_figures_it_was_written_with(
+    foretaste: Run, world: Path, bundle: Path
+) -> None:
+    code, out, _ = foretaste("evaluate", bundle, "--data-dir", world, "--json")
+    stored = json.loads((bundle / "report.json").read_text())["metrics"]
+    assert (code, json.loads(out)["metrics"]) == (0, stored)
+
+
+def test_recommendations_say_where_they_came_from(foretaste: Run, bundle: Path) -> None:
+    for words, source in (
+        (["--user", "u3"], "model"),
+        (["--history", "1, 2,3"], "fold-in"),
+        (["--user", "nobody"], "popular"),
+    ):
+        code, out, _ = foretaste("recommend", bundle, *words, "-k", "4", "--json")
+        rows = json.loads(out)["rows"]
+        assert (code, len(rows)) == (0, 4)
+        assert {row["source"] for row in rows} == {source}
+
+
+def test_for_people_an_answer_shows_titles(foretaste: Run, bundle: Path) -> None:
+    code, out, _ = foretaste("similar", bundle, "--item", "7", "-k", "3")
+    assert code == 0
+    assert out.count("th film") == 3
+
+
+def test_a_file_of_users_becomes_a_parquet_of_lists(
+    foretaste: Run, bundle: Path, tmp_path: Path
+) -> None:
+    users, lists = tmp_path / "users.txt", tmp_path / "lists.parquet"
+    users.write_text("u1\nu2\n\nnobody\n")
+    code, out, _ = foretaste(
+        "recommend", bundle, "--users", users, "--out", lists, "-k", "5", "--json"
+    )
+    assert (code, json.loads(out)) == (0, {"users": 3, "unknown": 1})
+    table = pl.read_parquet(lists)
+    assert table["user_id"].to_list() == ["u1", "u2", "nobody"]
+    assert table["source"].to_list() == ["model", "model", "popular"]
+    assert [len(items) for items in table["item_id"].to_list()] == [5, 5, 5]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["data", "import", "missing.csv", "--out", "store"],
+        ["data", "get", "no-such-data"],
+        ["data", "audit", "missing"],
+        ["fit", "missing.toml", "--out", "bundle"],
+        ["evaluate", "missing"],
+        ["tune", "missing.toml"],
+        ["recommend", "missing", "--user", "1"],
+        ["similar", "missing", "--item", "1"],
+        ["inspect", "missing"],
+        ["serve", "missing", "--port", "0"],
+        ["serve", "missing", "--set", "max_kk=3"],
+    ],
+    ids=" ".join,
+)
+def test_work_that_fails_ends_with_one_line_and_exit_code_1(
+    foretaste: Run, words: Sequence[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, err = foretaste(*words)
+    assert (code, out) == (1, "")
+    assert err.startswith("foretaste: ")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["nonsense"],
+        ["fit"],
+        ["fit", "run.toml"],
+        ["recommend", "bundle", "-k", "0"],
+        ["recommend", "bundle", "--users", "a.txt"],
+        ["recommend", "bundle", "--users", "a.txt", "--out", "b", "--user", "1"],
+        ["serve", "bundle", "--port", "70000"],
+        ["data", "import", "a.csv", "--out", "b", "--timestamp-unit", "years"],
+        ["fit", "run.toml", "--out", "b", "--track", "paper"],
+    ],
+    ids=" ".join,
+)
+def test_a_wrong_call_ends_with_exit_code_2(foretaste: Run, words: Sequence[str]) -> None:
+    code, out, err = foretaste(*words)
+    assert (code, out) == (2, "")
+    assert "Usage" in err
+
+
+def test_an_override_that_slips_names_the_setting(foretaste: Run, world: Path) -> None:
+    code, _, err = foretaste(
+        "fit", world / "run.toml", "--out", world / "x", "--set", "model.droput=0.1"
+    )
+    assert code == 1
+    assert "model.droput: there is no such setting; did you mean dropout?" in err
+
+
+def test_help_and_version_are_answered_before_torch_is_loaded() -> None:
+    script = (
+        "import sys\n"
+        "from foretaste.cli.main import run\n"
+        "try:\n    run(['--version'])\nexcept SystemExit as end:\n    assert not end.code\n"
+        "assert not {'torch', 'polars', 'faiss', 'fastapi'} & set(sys.modules)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == f"foretaste {ft.__version__}\n"

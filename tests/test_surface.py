@@ -1,0 +1,102 @@
+"""The public names, imports without effects, and the few lines that show the whole."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import foretaste as ft
+
+PACKAGE = Path(ft.__file__).parent
+MODULES = sorted(
+    ".".join(("foretaste", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(
+        ".__init__"
+    )
+    for path in PACKAGE.rglob("*.py")
+)
+WATCH_EFFECTS = """
+import importlib, os, socket, sys, threading, warnings
+warnings.simplefilter("ignore")
+
+def refuse(event, arguments):
+    opens = event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+")
+    changes = event in ("socket.connect", "os.mkdir", "os.remove", "os.rename")
+    if (opens or changes) and "__pycache__" not in str(arguments):
+        raise AssertionError(f"{name}: {event} {arguments}")
+
+# What stands below us may do as it likes when it is imported.
+import faiss, fastapi, implicit.cpu.als, numba, optuna, polars, prometheus_client, pyarrow, rich
+import safetensors.torch, sqlalchemy, torch, typer, uvicorn
+arguments, environment, random_state = list(sys.argv), dict(os.environ), torch.get_rng_state()
+threads, torch_threads = threading.active_count(), torch.get_num_threads()
+sys.addaudithook(refuse)
+for name in MODULES:
+    if not name.endswith("__main__"):
+        importlib.import_module(name)
+assert (sys.argv, dict(os.environ)) == (arguments, environment)
+assert (threading.active_count(), torch.get_num_threads()) == (threads, torch_threads)
+assert torch.equal(torch.get_rng_state(), random_state)
+"""
+
+
+def test_every_public_name_is_listed_sorted_and_there() -> None:
+    names = [name for name in ft.__all__ if name != "__version__"]
+    assert names == sorted(names)
+    for name in names:
+        assert getattr(ft, name) is not None, name
+    assert set(ft.__all__) <= set(dir(ft))
+
+
+def test_the_type_checker_and_python_see_the_same_names() -> None:
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    (checked,) = (
+        node
+        for node in tree.body
+        if isinstance(node, ast.If) and not node.orelse and isinstance(node.test, ast.Name)
+    )
+    homes = {
+        alias.name: node.module.removeprefix("foretaste.")
+        for node in checked.body
+        if isinstance(node, ast.ImportFrom) and node.module
+        for alias in node.names
+    }
+    assert homes == ft._HOME
+    assert sorted(homes) == [name for name in ft.__all__ if name != "__version__"]
+
+
+def test_a_name_that_does_not_exist_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="sasrec_config"):
+        ft.sasrec_config  # noqa: B018 - looking is the point
+
+
+@pytest.mark.slow
+def test_no_module_does_anything_when_it_is_imported() -> None:
+    script = f"MODULES = {MODULES!r}\n{WATCH_EFFECTS}"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_the_first_snippet_of_the_readme_runs_on_a_small_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    draw = np.random.default_rng(0)
+    rows = [
+        f"{user},{item},{1_600_000_000 + 60 * place + user}"
+        for user in range(60)
+        for place, item in enumerate(draw.choice(40, size=12, replace=False).tolist())
+    ]
+    Path("ratings.csv").write_text("userId,movieId,timestamp\n" + "\n".join(rows))
+    readme = (PACKAGE.parent / "README.md").read_text()
+    snippet = readme.split("```python\n")[1].split("```")[0]
+    # The snippet as it stands, but for its size: two epochs of a narrow model.
+    small = snippet.replace("embedding_dim=64", "embedding_dim=8, num_blocks=1").replace(
+        "seed=0)", "seed=0, training=ft.TrainingConfig(epochs=2))"
+    )
+    assert small.count("epochs=2") == 1
+    scope: dict[str, object] = {}
+    exec(compile(small, "README.md", "exec"), scope)  # noqa: S102 - our own text
+    assert len(ft.load("my-recommender/").recommend(user_id="42", k=10).rows) == 10

@@ -1,0 +1,161 @@
+"""The search: what it draws, what it cuts short, and how it goes on after a kill."""
+
+import json
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import optuna
+import polars as pl
+import pytest
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+import foretaste as ft
+from foretaste.data.interactions import Interactions
+from foretaste.data.vocabulary import Vocabulary
+from foretaste.errors import ConfigError
+from foretaste.experiment.search_space import USUAL, distributions
+from foretaste.experiment.tune import tune, with_drawn
+
+
+def split() -> ft.Split:
+    """Forty users walk round a ring of twelve items: what comes next can be learned."""
+    start = np.arange(40) % 12
+    item_idx = (start[:, None] + np.arange(8)) % 12
+    return ft.leave_last_split(
+        Interactions(
+            users=Vocabulary(pl.Series(range(40))),
+            items=Vocabulary(pl.Series(range(12))),
+            offsets=np.arange(41, dtype=np.int64) * 8,
+            item_idx=item_idx.reshape(-1).astype(np.int32),
+        )
+    )
+
+
+def recipe(
+    *, model: dict[str, object], space: dict[str, object], trials: int = 3
+) -> ft.ExperimentConfig:
+    return ft.parse_settings(
+        ft.ExperimentConfig,
+        {
+            "data": {"kind": "public", "name": "ml-100k"},
+            "split": {"kind": "leave_last"},
+            "model": model,
+            "training": {"epochs": 2, "batch_events": 64},
+            "tune": {"trials": trials, "space": space},
+        },
+        source="test",
+    )
+
+
+EASE = {"model.l2": {"low": 1.0, "high": 100.0, "log": True}}
+
+
+def test_the_best_trial_becomes_a_recipe_that_gives_its_value_again(tmp_path: Path) -> None:
+    config = recipe(model={"kind": "ease"}, space=EASE)
+    found = tune(config, split(), folder=tmp_path)
+    assert len(found.trials) == 3
+    assert found.best.value == max(trial.value or 0.0 for trial in found.trials)
+    written = tomllib.loads((tmp_path / "best.toml").read_text())
+    best = ft.parse_settings(ft.ExperimentConfig, written, source="best.toml")
+    assert best == found.best_recipe
+    assert best.model.l2 == found.best.settings["model.l2"]
+    again = ft.evaluate(ft.fit(best.model, split(), seed=best.seed), split().validation, k=(10,))
+    assert again.metrics["ndcg_at_10"] == found.best.value
+    assert json.loads((tmp_path / "trials.json").read_text()) == json.loads(
+        json.dumps(found.to_json())
+    )
+
+
+def test_a_search_goes_on_where_it_was_stopped_and_repeats_nothing(tmp_path: Path) -> None:
+    config = recipe(model={"kind": "ease"}, space=EASE)
+    first = tune(config, split(), folder=tmp_path, trials=2)
+    assert tune(config, split(), folder=tmp_path, trials=2, resume=True).trials == first.trials
+    both = tune(config, split(), folder=tmp_path, trials=4, resume=True)
+    assert both.trials[:2] == first.trials
+    assert len({trial.settings["model.l2"] for trial in both.trials}) == 4
+
+
+def test_a_trial_that_was_killed_is_run_again_with_its_settings(tmp_path: Path) -> None:
+    config = recipe(model={"kind": "ease"}, space=EASE)
+    tune(config, split(), folder=tmp_path, trials=1)
+    study = optuna.load_study(study_name="tune", storage=f"sqlite:///{tmp_path / 'study.db'}")
+    killed = study.ask(distributions(config)).params  # asked, and never told
+    found = tune(config, split(), folder=tmp_path, trials=2, resume=True)
+    assert [trial.state for trial in found.trials] == ["complete", "complete"]
+    assert found.trials[1].settings == killed
+
+
+def test_a_folder_is_not_searched_into_twice_by_accident(tmp_path: Path) -> None:
+    config = recipe(model={"kind": "ease"}, space=EASE)
+    tune(config, split(), folder=tmp_path, trials=1)
+    with pytest.raises(ConfigError, match="resume it, or name another folder"):
+        tune(config, split(), folder=tmp_path, trials=1)
+    other = config.model_copy(update={"seed": 5})
+    with pytest.raises(ConfigError, match="another recipe"):
+        tune(other, split(), folder=tmp_path, trials=1, resume=True)
+
+
+def test_a_trial_far_below_the_others_is_cut_short(tmp_path: Path) -> None:
+    # Four trials of a learning rate that learns, then some that cannot: the median cuts those.
+    space = {"training.learning_rate": {"choices": [0.03, 1e-9]}}
+    config = recipe(
+        model={"kind": "sasrec", "embedding_dim": 8, "num_blocks": 1, "num_heads": 1, "max_len": 8},
+        space=space,
+    ).model_copy(update={"training": ft.TrainingConfig(epochs=6, warmup_steps=0, patience=None)})
+    tune(config, split(), folder=tmp_path, trials=1)
+    study = optuna.load_study(study_name="tune", storage=f"sqlite:///{tmp_path / 'study.db'}")
+    for rate in (0.03, 0.03, 0.03, 0.03, 1e-9):
+        study.enqueue_trial({"training.learning_rate": rate})
+    found = tune(config, split(), folder=tmp_path, trials=6, resume=True)
+    assert found.trials[-1].settings == {"training.learning_rate": 1e-9}
+    assert (found.trials[-1].state, found.trials[-1].value) == ("pruned", None)
+
+
+def test_a_range_over_whole_numbers_draws_whole_numbers() -> None:
+    config = recipe(
+        model={"kind": "sasrec"},
+        space={
+            "model.max_len": {"low": 10, "high": 100},
+            "model.dropout": {"low": 0, "high": 0.5},
+            "model.block": {"choices": ["original", "modern"]},
+        },
+    )
+    assert distributions(config) == {
+        "model.max_len": IntDistribution(10, 100),
+        "model.dropout": FloatDistribution(0, 0.5),
+        "model.block": CategoricalDistribution(("original", "modern")),
+    }
+
+
+@pytest.mark.parametrize("kind", sorted(USUAL))
+def test_the_usual_ranges_of_every_model_are_settings_it_takes(kind: str) -> None:
+    config = recipe(model={"kind": kind}, space={})
+    for name, part in distributions(config).items():
+        for value in _ends(part):
+            with_drawn(config, {name: value})
+
+
+def _ends(part: object) -> tuple[object, ...]:
+    match part:
+        case CategoricalDistribution(choices=choices):
+            return tuple(choices)
+        case FloatDistribution() | IntDistribution():
+            return part.low, part.high
+    raise AssertionError(part)
+
+
+@pytest.mark.parametrize(
+    ("space", "word"),
+    [
+        ({"model.l3": {"low": 1, "high": 2}}, "model.l3 is not a setting"),
+        ({"nothing": {"low": 1, "high": 2}}, "nothing is not a setting"),
+        ({"model.l2": {"low": 2, "high": 1}}, "low must be below high"),
+        ({"model.l2": {"low": 0, "high": 1, "log": True}}, "above 0"),
+    ],
+)
+def test_a_range_that_cannot_be_is_named(
+    tmp_path: Path, space: dict[str, object], word: str
+) -> None:
+    with pytest.raises(ConfigError, match=word):
+        tune(recipe(model={"kind": "ease"}, space=space), split(), folder=tmp_path)
