@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from foretaste.data.interactions import Interactions
 from foretaste.data.reading import read_interactions
 from foretaste.data.sorting import find_repeats, group_events, sort_by_time
+from foretaste.data.store import write_store
 from foretaste.errors import DataError
 
 NOW = 1_600_000_000
@@ -366,6 +367,22 @@ def test_side_tables_are_aligned_and_cold_ids_join(tmp_path: Path) -> None:
     assert "1 items with events are not in the table of items" in events.notes
     assert "1 users of the table of users have no event" in events.notes
     assert events.offsets.tolist() == [0, 2, 5, 5]
+
+
+def test_a_side_table_keeps_its_numbers_whatever_comes_late(tmp_path: Path) -> None:
+    rows = "".join(f"{n},{n}.5,{n}\n" for n in range(12_000))
+    path = written(tmp_path / "items.csv", f"item_id,price,zip\n{rows}c,1.5,AB1\n")
+    table = read(EVENTS, items=path).item_table
+    assert table is not None
+    assert table.schema == {"price": pl.Float64, "zip": pl.String}
+
+
+def test_a_side_table_of_mixed_values_becomes_text(tmp_path: Path) -> None:
+    items = pl.DataFrame({"item_id": ["a"], "odd": pl.Series([ID_4], dtype=pl.Object)})
+    events = read(EVENTS, items=items)
+    write_store(events, tmp_path / "store")
+    assert events.item_table is not None
+    assert events.item_table["odd"].to_list() == [str(ID_4), None, None]
 
 
 def test_a_side_table_without_an_id_is_refused() -> None:

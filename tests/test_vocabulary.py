@@ -1,11 +1,14 @@
 """Ids and rows, both ways."""
 
+from collections.abc import Sequence
+
 import hypothesis.strategies as st
 import numpy as np
 import polars as pl
 import pytest
 from hypothesis import given, settings
 
+from foretaste.data import vocabulary as vocabulary_module
 from foretaste.data.vocabulary import Vocabulary, number_ids, text_buffers
 from foretaste.errors import DataError
 
@@ -32,17 +35,24 @@ def test_text_and_number_of_an_integer_find_the_same() -> None:
     assert text.find(True) == 1  # noqa: FBT003
 
 
+def finds_as_a_dictionary(known: Vocabulary, ids: Sequence[object], wanted: pl.Series) -> None:
+    """Small or large, one by one or all at once."""
+    rows = {value: row for row, value in enumerate(ids)}
+    expected = [rows.get(value, -1) for value in wanted]
+    assert known.encode(wanted.to_list()).tolist() == expected
+    assert known.encode(wanted).tolist() == expected
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vocabulary_module, "_SMALL", 0)
+        assert known.encode(wanted.to_list()).tolist() == expected
+
+
 @settings(deadline=None, derandomize=True)
 @given(
     st.lists(st.text(st.characters(exclude_categories=["Cs"])), unique=True, min_size=1),
     st.lists(st.text(st.characters(exclude_categories=["Cs"]))),
 )
 def test_any_text_is_found_as_a_dictionary_finds_it(ids: list[str], others: list[str]) -> None:
-    known, rows = vocabulary(*ids), {value: row for row, value in enumerate(ids)}
-    wanted = [*ids, *others]
-    expected = [rows.get(value, -1) for value in wanted]
-    assert known.encode(wanted).tolist() == expected
-    assert known.encode(pl.Series(wanted)).tolist() == expected
+    finds_as_a_dictionary(vocabulary(*ids), ids, pl.Series([*ids, *others]))
 
 
 @settings(deadline=None, derandomize=True)
@@ -52,11 +62,7 @@ def test_any_text_is_found_as_a_dictionary_finds_it(ids: list[str], others: list
 )
 def test_any_integer_is_found_as_a_dictionary_finds_it(ids: list[int], others: list[int]) -> None:
     known = Vocabulary(pl.Series(ids, dtype=pl.Int64))
-    rows = {value: row for row, value in enumerate(ids)}
-    wanted = [*ids, *others]
-    expected = [rows.get(value, -1) for value in wanted]
-    assert known.encode(wanted).tolist() == expected
-    assert known.encode(pl.Series(wanted, dtype=pl.Int64)).tolist() == expected
+    finds_as_a_dictionary(known, ids, pl.Series([*ids, *others], dtype=pl.Int64))
 
 
 def test_many_ids_of_another_type_are_found_too() -> None:

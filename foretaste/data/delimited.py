@@ -71,7 +71,10 @@ class TextFile:
             frame = file._scan(_all_text(columns), None, columns)
         except pl.exceptions.PolarsError as error:
             raise DataError(file.explain(error)) from error
-        return TextTable(frame.with_columns(_narrowed(frame[name]) for name in ids), file.notes)
+        return TextTable(
+            frame.with_columns(_narrowed(frame[name], is_id=name in ids) for name in columns),
+            file.notes,
+        )
 
     @property
     def _inner(self) -> dict[str, str]:
@@ -209,8 +212,13 @@ def _id_kind(head: pl.Series) -> _Kind:
     return "text"
 
 
-def _narrowed(ids: pl.Series) -> pl.Series:
-    if not ids.str.contains(_INTEGER).all():
-        return ids
-    whole = ids.cast(pl.Int64, strict=False)
-    return whole if whole.null_count() == ids.null_count() else ids
+def _narrowed(text: pl.Series, *, is_id: bool) -> pl.Series:
+    """Return text as integers if all of it is such, or, unless it is of ids, as other numbers."""
+    kinds = (pl.Int64,) if is_id else (pl.Int64, pl.Float64)
+    if is_id and not text.str.contains(_INTEGER).all():
+        return text
+    for dtype in kinds:
+        numbers = text.cast(dtype, strict=False)
+        if numbers.null_count() == text.null_count():
+            return numbers
+    return text

@@ -21,7 +21,14 @@ from foretaste.data.columns import (
     canonical_times,
 )
 from foretaste.data.interactions import Interactions
-from foretaste.data.sorting import Duplicates, find_repeats, group_events, sort_by_time
+from foretaste.data.sorting import (
+    Duplicates,
+    compile_loops,
+    find_repeats,
+    frozen,
+    group_events,
+    sort_by_time,
+)
 from foretaste.data.tables import Source, find_column, open_source
 from foretaste.data.vocabulary import Vocabulary, number_ids
 from foretaste.errors import DataError
@@ -56,8 +63,8 @@ def read_interactions(
         user: Column of user ids, by name or, as an integer, by position from 0.
         item: Column of item ids.
         timestamp: Column of times: numbers in `timestamp_unit` since 1970, datetimes, dates or
-            ISO 8601 text, kept as whole seconds, though fractions decide the order. None: the
-            order of the table stands for time.
+            ISO 8601 text, from 1970 to 2200, kept as whole seconds, though fractions decide the
+            order. None: the order of the table stands for time.
         rating: Column of ratings, kept as `columns["rating"]`, 32-bit floats.
         columns: Further columns of numbers to keep; a missing value becomes NaN.
         separator: Between the fields of a text file, of any length; None finds it in the first
@@ -80,7 +87,9 @@ def read_interactions(
     """
     opened = open_source(source, separator=separator, header=header, role="the event table")
     names = _choose(opened, user=user, item=item, timestamp=timestamp, rating=rating, more=columns)
-    frame, notes = opened.read(names.all, [names.user, names.item])
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(compile_loops)
+        frame, notes = opened.read(names.all, [names.user, names.item])
     if not frame.height:
         raise DataError(f"{opened.name} holds no events: it has columns but no rows")
     events = _check(frame, names, timestamp_unit)
@@ -245,6 +254,8 @@ def _read_side(
         notes.append(f"{_true(~first)} rows of {opened.name} repeat an id: its first row was taken")
         frame, ids = frame.filter(first), ids.filter(first)
     others = frame.drop(key)
+    mixed = [name for name, dtype in others.schema.items() if dtype == pl.Object]
+    others = others.with_columns(canonical_ids(others[name]) for name in mixed)
     return _Side(ids, others if others.width else None, notes)
 
 
@@ -303,7 +314,7 @@ def _number_items(
     events.item = pl.Series()
     if events.times is None:
         return vocabulary, row_E, None
-    time_E = events.times.ticks.to_numpy()
+    time_E = frozen(events.times.ticks.to_numpy())
     events.times = events.times._replace(ticks=pl.Series())
     return vocabulary, row_E, time_E
 

@@ -47,6 +47,25 @@ class Sorting:
         )
 
 
+def compile_loops() -> None:
+    """Have the loops that reading needs compiled, or loaded from numba's cache.
+
+    Done beside the reading of a large table, which leaves the interpreter to others.
+    """
+    ids_N, row_N = frozen(np.zeros(1, np.int64)), np.zeros(1, np.int32)
+    csr.mark_present(ids_N, 0, np.zeros(1, np.bool_))
+    csr.look_up(ids_N, 0, np.zeros(1, np.int32), row_N)
+    sorting = sort_by_time(group_events(row_N, num_users=1), ids_N)
+    find_repeats(sorting, sorting.apply(row_N), num_items=1, keep="keep")
+
+
+def frozen(array: Shaped[np.ndarray, " N"]) -> Shaped[np.ndarray, " N"]:
+    """Return a read-only view, as Polars gives most columns: one compilation serves all."""
+    view = array.view()
+    view.flags.writeable = False
+    return view
+
+
 def group_events(user_E: Int32[np.ndarray, " E"], *, num_users: int) -> Sorting:
     """Bring each user's events together, in the order of the file.
 

@@ -17,6 +17,8 @@ from foretaste.errors import DataError
 
 _INTEGER = re.compile(r"[+-]?[0-9]+")
 _INT64 = range(-(2**63), 2**63)
+_SMALL = 2**18
+"""Up to so many ids a dictionary costs little; beyond, ids are bisected."""
 _FEW = 32
 """Fewer ids than a 32nd of the vocabulary are looked up one by one, more of them in one join."""
 
@@ -26,8 +28,8 @@ class Vocabulary:
     """A two-way map between the caller's ids and rows `0 … len - 1`.
 
     Ids are kept as 64-bit integers where every one of them is an integer, and as text
-    otherwise. A look-up accepts either: `42` and `"42"` find the same integer id. It bisects the
-    sorted ids and so needs no dictionary of them, whatever their number.
+    otherwise. A look-up accepts either: `42` and `"42"` find the same integer id. Small
+    vocabularies keep a dictionary; large ones bisect their sorted ids, in place.
     """
 
     def __init__(self, ids: pl.Series) -> None:
@@ -84,11 +86,7 @@ class Vocabulary:
         wanted = self._canonical(external_id)
         if wanted is None or not len(self):
             return -1
-        ordered = self._ordered_text if isinstance(wanted, bytes) else self._ordered_integers
-        at = bisect_left(ordered, wanted)
-        if at == len(ordered) or ordered[at] != wanted:
-            return -1
-        return at if self._order is None else int(self._order[at])
+        return self._row_of.get(wanted, -1) if len(self) <= _SMALL else self._bisect(wanted)
 
     def encode(self, external_ids: Sequence[object] | pl.Series) -> Int64[np.ndarray, " N"]:
         """Return the row of each id, -1 where it is unknown."""
@@ -124,12 +122,22 @@ class Vocabulary:
             return ids.cast(pl.Int64, strict=False)
         return None
 
-    def _canonical(self, external_id: object) -> int | bytes | None:
-        """Return an id as it is bisected for; None for one that cannot be in the vocabulary."""
+    def _bisect(self, wanted: int | str) -> int:
+        if isinstance(wanted, str):
+            at = bisect_left(self._ordered_text, wanted.encode("utf-8", "surrogatepass"))
+        else:
+            at = bisect_left(self._ordered_integers, wanted)
+        if at == len(self):
+            return -1
+        row = at if self._order is None else int(self._order[at])
+        return row if self.ids[row] == wanted else -1
+
+    def _canonical(self, external_id: object) -> int | str | None:
+        """Return an id as the vocabulary would hold it; None for one that it cannot hold."""
         if external_id is None:
             return None
         if not self.is_integer:
-            return id_text(external_id).encode("utf-8", "surrogatepass")
+            return id_text(external_id)
         match external_id:
             case bool():
                 return None
@@ -144,6 +152,10 @@ class Vocabulary:
         return whole if whole is not None and whole in _INT64 else None
 
     @cached_property
+    def _row_of(self) -> dict[int | str, int]:
+        return {value: row for row, value in enumerate(self.ids.to_list())}
+
+    @cached_property
     def _order(self) -> Int64[np.ndarray, " I"] | None:
         """The rows in ascending order of their ids; None where they stand so already."""
         if self.ids.is_sorted():
@@ -155,8 +167,8 @@ class Vocabulary:
         return self.ids if self._order is None else self.ids.gather(self._order)
 
     @cached_property
-    def _ordered_integers(self) -> Int64[np.ndarray, " I"]:
-        return self._ascending.to_numpy()
+    def _ordered_integers(self) -> memoryview:
+        return self._ascending.to_numpy().data
 
     @cached_property
     def _ordered_text(self) -> "_TextRows":
@@ -168,7 +180,7 @@ class _TextRows:
     """Texts one after the other in one buffer, as Arrow keeps them."""
 
     def __init__(self, ends: Int64[np.ndarray, " I1"], text: UInt8[np.ndarray, " bytes"]) -> None:
-        self._ends, self._text = ends, text.data
+        self._ends, self._text = ends.data, text.data  # these give plain integers, and fast
 
     def __len__(self) -> int:
         return len(self._ends) - 1
