@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from foretaste.version import __version__
+
 if TYPE_CHECKING:
     from foretaste.config import Config
     from foretaste.data.audit import audit_events, audit_split
@@ -76,8 +78,6 @@ if TYPE_CHECKING:
     from foretaste.training.objectives.next_item import NextItemConfig
     from foretaste.training.settings import TrainingConfig
     from foretaste.training.trained import Trained
-
-__version__ = "0.1.0"
 
 __all__ = [
     "Answer",

@@ -100,6 +100,10 @@ class ExactIndex:
             return item_BX
         return _find(self.item_N, item_BX)
 
+    def allowed(self, allow_I: Bool[Tensor, " I"]) -> Bool[Tensor, " N"]:
+        """Return which of the index's items are allowed."""
+        return allow_I if self._is_whole else allow_I.index_select(0, self.item_N)
+
     def search(
         self,
         query_BD: Float[Tensor, "B D"],
@@ -112,8 +116,9 @@ class ExactIndex:
         check_search(self._facts, query_BD, k, allow_I)
         vectors_AD, item_A, exclude_BX = self.vectors_ND, self.item_N, self.positions(exclude_BX)
         if allow_I is not None:
-            chosen_A = allow_I[self.item_N].nonzero().flatten()
-            vectors_AD, item_A = vectors_AD[chosen_A], item_A[chosen_A]
+            chosen_A = self.allowed(allow_I).nonzero().flatten()
+            vectors_AD = vectors_AD.index_select(0, chosen_A)  # 10 times as fast as [chosen_A]
+            item_A = item_A.index_select(0, chosen_A)
             exclude_BX = _find(chosen_A, exclude_BX)
         query_BD = query_BD.to(vectors_AD.dtype)
         found = min(k, len(item_A))

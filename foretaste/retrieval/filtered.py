@@ -69,8 +69,8 @@ def search_filtered(
         refine: Candidates fetched per answer, for the exact vectors to choose among; at least 1.
     """
     num_items = len(exact.item_N)
-    allowed_N = None if allow_I is None else allow_I[exact.item_N].numpy()
-    allowed = num_items if allowed_N is None else int(allowed_N.sum())
+    allowed_N = None if allow_I is None else exact.allowed(allow_I).numpy()
+    allowed = num_items if allowed_N is None else int(np.count_nonzero(allowed_N))
     if allowed * FEW < num_items or k * FEW > allowed - exclude_BX.shape[1]:
         return exact.search(query_BD, k, exclude_BX=exclude_BX, allow_I=allow_I)
     query, exclude = _rows(query_BD), exact.positions(exclude_BX).numpy()
@@ -128,7 +128,8 @@ def _best(
 ) -> tuple[Tensor, Tensor]:
     """Score candidates by the whole vectors and return the best k, best first, -1 and -inf last."""
     position = torch.from_numpy(position_BF)
-    vectors_BFD = exact.vectors_ND[position.clamp(min=0)].float()
+    vectors_MD = exact.vectors_ND.index_select(0, position.clamp(min=0).flatten()).float()
+    vectors_BFD = vectors_MD.view(*position.shape, -1)
     score_BF = (vectors_BFD @ torch.from_numpy(query_BD).unsqueeze(2)).squeeze(2)
     score_BF = score_BF.masked_fill(position < 0, -torch.inf)
     score_BK, order_BK = score_BF.sort(dim=1, descending=True, stable=True)

@@ -25,7 +25,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import foretaste
 from foretaste.data.store import open_store, write_store
 from foretaste.errors import BundleError
 from foretaste.models.catalogue import ModelConfig, build_model
@@ -41,6 +40,7 @@ from foretaste.serving.manifest import (
     verify_files,
 )
 from foretaste.training.trained import Trained
+from foretaste.version import __version__
 
 WEIGHTS_FILE = "weights.safetensors"
 POPULAR_FILE = "popular.safetensors"
@@ -177,7 +177,7 @@ def _owned(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _manifest(bundle: Bundle) -> Manifest:
     trained, events = bundle.trained, bundle.trained.events
     return Manifest(
-        foretaste=foretaste.__version__,
+        foretaste=__version__,
         versions={"python": platform.python_version()}
         | {name: version(name) for name in LIBRARIES},
         model=_mapping(trained.config.model_dump(mode="json")),
