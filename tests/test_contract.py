@@ -1,7 +1,6 @@
 """What every model owes, whatever it is: one `Case` each.
 
-A model that learns by gradient descent gives a `learn` that trains it for a moment; whether the
-loss reaches every parameter is asked where the objectives are tested.
+A model that learns by gradient descent gives a `learn` that trains it for a moment.
 """
 
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from foretaste.data.batch import Queries
 from foretaste.data.interactions import Interactions
+from foretaste.data.sequences import plan_sequences
 from foretaste.data.vocabulary import Vocabulary
 from foretaste.models.als import ImplicitALSConfig
 from foretaste.models.catalogue import ModelConfig, build_model
@@ -25,6 +25,11 @@ from foretaste.models.ease import EASEConfig
 from foretaste.models.interface import ClosedForm
 from foretaste.models.item_knn import ItemKNNConfig
 from foretaste.models.popularity import PopularityConfig
+from foretaste.models.sasrec import SASRec, SASRecConfig
+from foretaste.training.fit import Fit
+from foretaste.training.objectives.next_item import NextItem, NextItemConfig
+from foretaste.training.seeding import epoch_generator
+from foretaste.training.settings import TrainingConfig
 from foretaste.training.trained import Trained
 
 
@@ -57,6 +62,23 @@ def learn_at_once(model: nn.Module, events: Interactions) -> None:
     model.learn(events)
 
 
+def learn_next_item(model: nn.Module, events: Interactions, *, epochs: int = 12) -> None:
+    assert isinstance(model, SASRec)
+    Fit(
+        model,
+        TrainingConfig(epochs=epochs, learning_rate=0.01, warmup_steps=10, device="cpu"),
+        seed=0,
+        plan=lambda epoch: plan_sequences(
+            events,
+            max_len=model.max_len,
+            batch_events=100,
+            windows="all",
+            generator=epoch_generator(0, epoch),
+        ),
+        objective=NextItem(NextItemConfig(), torch.from_numpy(events.item_count)),
+    ).run()
+
+
 @dataclass(frozen=True)
 class Case:
     """How to make a trained model of one kind."""
@@ -79,6 +101,14 @@ class Case:
 
 
 CASES = {
+    "sasrec": Case(
+        SASRecConfig(embedding_dim=16, max_len=10), learn=learn_next_item, order_matters=True
+    ),
+    "sasrec, modern": Case(
+        SASRecConfig(embedding_dim=16, max_len=10, block="modern"),
+        learn=learn_next_item,
+        order_matters=True,
+    ),
     "popularity": Case(PopularityConfig(), finds_planted=False),
     "popularity in a window": Case(PopularityConfig(window_days=0.001), finds_planted=False),
     "item_knn": Case(ItemKNNConfig(neighbours=10)),
@@ -107,6 +137,15 @@ def test_the_same_seed_gives_the_same_state(case: Case) -> None:
     first, second = (case.trained(EVENTS).model.state_dict() for _ in range(2))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_the_loss_reaches_every_parameter(case: Case) -> None:
+    model = case.trained(EVENTS).model
+    parameters = dict(model.named_parameters())
+    assert isinstance(model, ClosedForm) != bool(parameters)
+    for name, parameter in parameters.items():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().sum() > 0, name
 
 
 def test_saved_and_loaded_scores_agree(case: Case, tmp_path: Path) -> None:
