@@ -1,7 +1,6 @@
 """The search: what it draws, what it cuts short, and how it goes on after a kill."""
 
 import json
-import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -56,8 +55,7 @@ def test_the_best_trial_becomes_a_recipe_that_gives_its_value_again(tmp_path: Pa
     found = tune(config, split(), folder=tmp_path)
     assert len(found.trials) == 3
     assert found.best.value == max(trial.value or 0.0 for trial in found.trials)
-    written = tomllib.loads((tmp_path / "best.toml").read_text())
-    best = ft.parse_settings(ft.ExperimentConfig, written, source="best.toml")
+    best = ft.read_experiment(tmp_path / "best.toml")
     assert best == found.best_recipe
     assert best.model.l2 == found.best.settings["model.l2"]
     again = ft.evaluate(ft.fit(best.model, split(), seed=best.seed), split().validation, k=(10,))

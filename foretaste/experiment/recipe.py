@@ -127,6 +127,8 @@ class ExperimentConfig(Config):
 def read_experiment(path: Path, *, overrides: Sequence[str] = ()) -> ExperimentConfig:
     """Read the settings of one run from a TOML file.
 
+    TOML has no word for an absent value: in a section, the text "none" stands for it.
+
     Args:
         path: The recipe.
         overrides: Each `section.name=value`, the value written as in TOML; a bare word is text.
@@ -140,7 +142,8 @@ def read_experiment(path: Path, *, overrides: Sequence[str] = ()) -> ExperimentC
         raise ConfigError(f"{path}: {error.strerror}: give the path of a recipe") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not TOML: {error}") from error
-    return parse_settings(ExperimentConfig, with_overrides(settings, overrides), source=str(path))
+    changed = with_overrides(settings, overrides)
+    return parse_settings(ExperimentConfig, _with_absent(changed), source=str(path))
 
 
 def override(config: ExperimentConfig, overrides: Sequence[str]) -> ExperimentConfig:
@@ -149,8 +152,10 @@ def override(config: ExperimentConfig, overrides: Sequence[str]) -> ExperimentCo
     Raises:
         ConfigError: A setting is unknown or out of range; it says which.
     """
-    settings = with_overrides(config.model_dump(exclude_none=True), overrides)
-    return parse_settings(ExperimentConfig, settings, source="the recipe") if overrides else config
+    if not overrides:
+        return config
+    settings = _with_absent(with_overrides(config.model_dump(), overrides))
+    return parse_settings(ExperimentConfig, settings, source="the recipe")
 
 
 def parse_settings(kind: type[C], settings: Mapping[str, object], *, source: str) -> C:
@@ -206,6 +211,15 @@ def explain(error: ValidationError, kind: type[Config], settings: Mapping[str, o
             text += f"; did you mean {near[0]}?" if near else ""
         found.append(f"{name}: {text}")
     return "; ".join(found)
+
+
+def _with_absent(settings: Mapping[str, object]) -> dict[str, object]:
+    return {
+        name: {inner: None if value == "none" else value for inner, value in section.items()}
+        if isinstance(section, Mapping)
+        else section
+        for name, section in settings.items()
+    }
 
 
 def _value(text: str) -> object:

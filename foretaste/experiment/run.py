@@ -144,7 +144,7 @@ def _tracker(
         return
     place = folder or Path()
     tracker = open_tracker(kind, folder=place / kind, run=place.stem or config.model.kind)
-    tracker.log_settings(config.model_dump(mode="json", exclude_none=True))
+    tracker.log_settings(config.model_dump(mode="json"))
     try:
         yield tracker
     finally:
@@ -176,7 +176,7 @@ def _fit(
         resume=resume,
         on_epoch=on_epoch,
     )
-    return replace(trained, settings=config.model_dump(mode="json", exclude_none=True))
+    return replace(trained, settings=config.model_dump(mode="json"))
 
 
 def _epochs_chosen(trained: Trained) -> int:

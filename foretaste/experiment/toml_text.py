@@ -7,7 +7,7 @@ from foretaste.errors import ConfigError
 
 
 def to_toml(settings: Mapping[str, object]) -> str:
-    """Write nested settings as TOML text; settings that are None are left out, as if never set.
+    """Write nested settings as TOML text; None, for which TOML has no form, becomes "none".
 
     Raises:
         ConfigError: A value is of a kind that TOML cannot hold.
@@ -16,7 +16,7 @@ def to_toml(settings: Mapping[str, object]) -> str:
 
 
 def _section(settings: Mapping[str, object], path: tuple[str, ...]) -> list[str]:
-    scalars = {n: v for n, v in settings.items() if not isinstance(v, Mapping) and v is not None}
+    scalars = {name: value for name, value in settings.items() if not isinstance(value, Mapping)}
     lines = [f"{_key(name)} = {_value(name, value)}" for name, value in scalars.items()]
     if path and (lines or not settings):
         lines = ["", f"[{'.'.join(map(_key, path))}]", *lines]
@@ -32,6 +32,8 @@ def _key(name: str) -> str:
 
 def _value(name: str, value: object) -> str:
     match value:
+        case None:
+            return '"none"'
         case bool():
             return str(value).lower()
         case int() | float():

@@ -109,7 +109,7 @@ def flatten(settings: Mapping[str, object], prefix: str = "") -> dict[str, objec
     return flat
 
 
-def _extra(module: str, *, needs: str) -> Any:  # noqa: ANN401 - an optional package has no types here
+def _extra(module: str, *, needs: str) -> Any:
     try:
         return import_module(module)
     except ImportError as error:

@@ -54,7 +54,7 @@ class TuneResult:
             "metric": self.metric,
             "best": asdict(self.best),
             "trials": [asdict(trial) for trial in self.trials],
-            "recipe": self.best_recipe.model_dump(mode="json", exclude_none=True),
+            "recipe": self.best_recipe.model_dump(mode="json"),
         }
 
 
@@ -185,7 +185,7 @@ def _result(study: optuna.Study, config: ExperimentConfig, folder: Path) -> Tune
         best=best,
         best_recipe=with_drawn(config, best.settings),
     )
-    settings = result.best_recipe.model_dump(mode="json", exclude_none=True)
+    settings = result.best_recipe.model_dump(mode="json")
     (folder / "best.toml").write_text(to_toml(settings), encoding="utf-8")
     (folder / "trials.json").write_text(json.dumps(result.to_json(), indent=2), encoding="utf-8")
     return result
