@@ -1,0 +1,217 @@
+"""The HTTP API: each route parses, asks the service, and answers."""
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Annotated
+
+import anyio.to_thread
+from fastapi import Body, FastAPI, Path, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
+from pydantic import Discriminator, Tag
+from sqlalchemy.exc import SQLAlchemyError
+from starlette.exceptions import HTTPException
+
+from foretaste.errors import DataError, ForetasteError
+from foretaste.serving.guard import Guard, refuse
+from foretaste.serving.messages import (
+    ErrorReply,
+    EventRequest,
+    EventsReply,
+    ForgetReply,
+    HealthReply,
+    HistoryReply,
+    ItemsReply,
+    ModelReply,
+    RecommendReply,
+    RecommendRequest,
+    ReloadReply,
+    SimilarReply,
+    UsersReply,
+)
+from foretaste.serving.page import FILES, add_page
+from foretaste.serving.service import Service
+from foretaste.serving.settings import ServerSettings
+
+OneOrMany = Annotated[
+    Annotated[EventRequest, Tag("one")] | Annotated[list[EventRequest], Tag("many")],
+    Discriminator(lambda body: "many" if isinstance(body, list) else "one"),
+    Body(),
+]
+UserId = Annotated[str, Path(max_length=512, pattern=r"^[^\x00]+$", description="A user's id.")]
+ItemId = Annotated[str, Path(max_length=512, pattern=r"^[^\x00]+$", description="An item's id.")]
+Length = Annotated[int, Query(description="Length of the list, from 1.")]
+Limit = Annotated[int, Query(ge=1, le=200, description="At most so many.")]
+Words = Annotated[str, Query(max_length=200, description="Words or the beginning of an id.")]
+
+
+def create_app(
+    service: Service,
+    *,
+    settings: ServerSettings,
+    write_log: Callable[[str], object],
+) -> FastAPI:
+    """Make the application: routes, page, guard.
+
+    Args:
+        service: What answers.
+        settings: Bounds and the token.
+        write_log: Takes one line of JSON per request, its newline included.
+    """
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        anyio.to_thread.current_default_thread_limiter().total_tokens = settings.num_threads
+        yield
+
+    app = FastAPI(
+        title="foretaste",
+        description="Recommendations over HTTP. Ids are the caller's own, in and out.",
+        version="1",
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        responses={
+            status: {"model": ErrorReply, "description": meaning}
+            for status, meaning in {
+                401: "The token is missing or wrong",
+                422: "The request is wrong; the sentence says how",
+                503: "No room: try again after Retry-After seconds",
+            }.items()
+        },
+    )
+    app.add_middleware(
+        Guard, settings=settings, metrics=service.metrics, open_files=FILES, write_log=write_log
+    )
+    _add_errors(app)
+    _add_answers(app, service)
+    _add_people(app, service)
+    _add_operations(app, service)
+    add_page(app)
+    return app
+
+
+def _add_answers(app: FastAPI, service: Service) -> None:
+    def answer(asked: RecommendRequest, request: Request) -> RecommendReply:
+        reply = service.recommend(asked)
+        request.state.log = {"user_known": reply.user_known, "source": reply.source}
+        return reply
+
+    @app.post("/v1/recommend", tags=["answers"])
+    def recommend(asked: RecommendRequest, request: Request) -> RecommendReply:
+        """Recommend for a user, for somebody with a history, or for nobody known."""
+        return answer(asked, request)
+
+    @app.get("/v1/users/{user_id}/recommendations", tags=["answers"])
+    def recommend_for_user(
+        user_id: UserId, request: Request, k: Length = 10, *, explain: bool = False
+    ) -> RecommendReply:
+        """Recommend for a user id; live events count."""
+        asked = RecommendRequest.model_construct(user_id=user_id, k=k, explain=explain)
+        return answer(asked, request)
+
+    @app.get("/v1/items/{item_id}/similar", tags=["answers"])
+    def similar(item_id: ItemId, k: Length = 10) -> SimilarReply:
+        """Items near to this one."""
+        try:
+            return service.similar(item_id, k=k)
+        except KeyError as error:
+            raise HTTPException(404, f"no item has the id {item_id!r}") from error
+
+    @app.get("/v1/items", tags=["catalogue"])
+    def find_items(query: Words = "", limit: Limit = 20) -> ItemsReply:
+        """Search items by words of their title, the most popular first."""
+        return service.find_items(query, limit=limit)
+
+
+def _add_people(app: FastAPI, service: Service) -> None:
+    @app.get("/v1/users", tags=["catalogue"])
+    def find_users(prefix: Words = "", limit: Limit = 20) -> UsersReply:
+        """Users that training saw, by the beginning of their id."""
+        return service.find_users(prefix, limit=limit)
+
+    @app.get("/v1/users/{user_id}/history", tags=["catalogue"])
+    def history(user_id: UserId, limit: Limit = 50) -> HistoryReply:
+        """What a user did, in training and since, newest first."""
+        return service.history(user_id, limit=limit)
+
+    @app.post("/v1/events", status_code=201, tags=["events"])
+    def add_events(asked: OneOrMany, request: Request) -> EventsReply:
+        """Store one event or a list of them: on disk when answered, and in the next answer."""
+        events = asked if isinstance(asked, list) else [asked]
+        reply = service.add_events(events)
+        request.state.log = {"events": len(events), "user_known": not reply.unknown_users}
+        return reply
+
+    @app.delete("/v1/users/{user_id}/events", tags=["events"])
+    def forget(user_id: UserId) -> ForgetReply:
+        """Delete a user's live events."""
+        return service.forget(user_id)
+
+
+def _add_operations(app: FastAPI, service: Service) -> None:
+    @app.get("/v1/model", tags=["model"])
+    def model() -> ModelReply:
+        """The model that serves: its manifest and its report."""
+        return service.model()
+
+    @app.post("/v1/model/reload", tags=["model"], responses={409: {"model": ErrorReply}})
+    def reload() -> ReloadReply:
+        """Read the bundle's folder again; a broken version is refused and the old one serves on."""
+        try:
+            return service.reload()
+        except ForetasteError as error:
+            raise HTTPException(409, f"the old version serves on: {error}") from error
+
+    @app.get("/health", tags=["operations"])
+    async def health() -> HealthReply:
+        """The process runs."""
+        return HealthReply(status="ok")
+
+    @app.get("/ready", tags=["operations"])
+    def ready() -> HealthReply:
+        """A model is loaded and the event store answers."""
+        service.events.count()
+        return HealthReply(status="ready")
+
+    @app.get("/metrics", tags=["operations"], response_class=Response)
+    async def prometheus() -> Response:
+        """Counters in Prometheus' text format."""
+        return Response(service.metrics.exposition(), media_type=service.metrics.content_type)
+
+
+def _add_errors(app: FastAPI) -> None:
+    @app.exception_handler(RequestValidationError)
+    async def wrong_request(_: Request, error: RequestValidationError) -> Response:
+        return refuse(422, "; ".join(_sentence(part) for part in error.errors()[:3]))
+
+    @app.exception_handler(HTTPException)
+    async def refused(request: Request, error: HTTPException) -> Response:
+        sentence = str(error.detail)
+        if sentence in ("Not Found", "Method Not Allowed"):  # the framework's own
+            sentence = f"there is no {request.method} {request.url.path}: /docs lists what there is"
+        return refuse(error.status_code, sentence, error.headers)
+
+    @app.exception_handler(DataError)
+    async def wrong_data(_: Request, error: DataError) -> Response:
+        return refuse(422, str(error))
+
+    @app.exception_handler(SQLAlchemyError)
+    async def no_events(_: Request, __: SQLAlchemyError) -> Response:
+        sentence = "the store of live events does not answer: nothing was stored, try again"
+        return refuse(503, sentence, {"retry-after": "5"})
+
+    @app.exception_handler(Exception)
+    async def broken(_: Request, __: Exception) -> Response:
+        return refuse(500, "the server failed on this request; its log says how")
+
+
+def _sentence(part: dict[str, object]) -> str:
+    location = part["loc"]
+    names = [str(name) for name in location] if isinstance(location, tuple) else []
+    where = ".".join(name for name in names[1:] if name not in ("one", "many"))
+    message = str(part["msg"]).removeprefix("Value error, ")
+    if part["type"] == "json_invalid":
+        return f"the body is not JSON: {message} at character {where}"
+    if part["type"] == "model_attributes_type":
+        message = "send a JSON object, with the header Content-Type: application/json"
+    return f"{where}: {message}" if where else message

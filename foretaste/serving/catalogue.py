@@ -1,0 +1,176 @@
+"""Names and pasts: what a person sees of the users and items that a model was trained on."""
+
+import math
+from collections.abc import Sequence
+from datetime import date, datetime, time, timedelta
+from typing import final
+
+import numpy as np
+import polars as pl
+from pydantic import JsonValue
+
+from foretaste.data.interactions import Interactions
+from foretaste.serving.messages import Item, PastEvent
+from foretaste.serving.state import LiveEvent
+
+TITLE_COLUMNS = ("title", "name", "item_title", "item_name", "movie_title", "product_name")
+"""The first of these that the item table has is the items' title."""
+
+
+@final
+class Catalogue:
+    """Finds users and items by what a person types, and shows them by title."""
+
+    def __init__(self, events: Interactions) -> None:
+        self._events = events
+        self._table = events.item_table
+        columns = [] if self._table is None else self._table.columns
+        by_name = {name.casefold(): name for name in reversed(columns)}
+        self._title = next((by_name[name] for name in TITLE_COLUMNS if name in by_name), None)
+        self._attributes = [
+            name
+            for name in columns
+            if name != self._title and self._can_show(name) and not self._is_id(name)
+        ]
+        self._item_text = self._searchable()
+        has_past = pl.Series(np.diff(events.offsets) > 0)
+        self._user_text = events.users.ids.cast(pl.String).filter(has_past)
+
+    @property
+    def num_users(self) -> int:
+        """Users with a training event."""
+        return len(self._user_text)
+
+    @property
+    def num_items(self) -> int:
+        return self._events.num_items
+
+    def user_id(self, text: str) -> str:
+        """Return the one spelling of a user's id: `042` is `42` where ids are integers."""
+        return _spelled(self._events.users.find(text), self._events.users.ids, text)
+
+    def item_id(self, text: str) -> str:
+        """Return the one spelling of an item's id."""
+        return _spelled(self._events.items.find(text), self._events.items.ids, text)
+
+    def knows_item(self, item_id: object) -> bool:
+        """Whether training saw an event of the item."""
+        idx = self._events.items.find(item_id)
+        return idx >= 0 and bool(self._events.item_count[idx] > 0)
+
+    def knows_user(self, user_id: object) -> bool:
+        """Whether training saw an event of the user."""
+        idx = self._events.users.find(user_id)
+        return idx >= 0 and len(self._events.history(idx)) > 0
+
+    def describe(self, item_id: object) -> Item:
+        """Return an item with its title and attributes; of an unknown one, the id alone."""
+        idx = self._events.items.find(item_id)
+        if idx < 0 or self._table is None:
+            return Item(item_id=str(item_id), title=str(item_id), attributes={})
+        row = self._table.row(idx, named=True)
+        title = row[self._title] if self._title is not None else None
+        return Item(
+            item_id=str(self._events.items.ids[idx]),
+            title=str(item_id) if title is None else str(title),
+            attributes={name: _plain(row[name]) for name in self._attributes},
+        )
+
+    def find_items(self, query: str, *, limit: int) -> list[Item]:
+        """Return items whose title holds every word, or whose id it is; the most popular first."""
+        found = pl.lit(value=True)
+        for word in query.casefold().split():
+            found &= pl.col("text").str.contains(word, literal=True)
+        rows = (
+            self._item_text.filter(found | (pl.col("id") == query.strip()))
+            .sort(pl.col("id") != query.strip(), pl.col("count"), descending=[False, True])
+            .head(limit)
+        )
+        return [self.describe(item_id) for item_id in rows["id"]]
+
+    def find_users(self, prefix: str, *, limit: int) -> list[str]:
+        """Return users with a past whose id begins with `prefix`, an equal one first."""
+        ids = self._user_text.filter(self._user_text.str.starts_with(prefix))
+        exact = [prefix] if (ids == prefix).any() else []
+        return [*exact, *(one for one in ids.head(limit) if one != prefix)][:limit]
+
+    def past(self, user_id: str, live: Sequence[LiveEvent], *, limit: int) -> list[PastEvent]:
+        """Return the newest `limit` events of a user, in training and since, newest first."""
+        events = [
+            self._past_event(event.item_id, event.timestamp_s, live=True)
+            for event in reversed(live[-limit:])
+        ]
+        idx, times = self._events.users.find(user_id), self._events.timestamp_s
+        if idx < 0:
+            return events
+        start, end = self._events.offsets[idx : idx + 2].tolist()
+        for row in range(end - 1, max(start - 1, end - 1 - limit + len(events)), -1):
+            item_id = self._events.items.ids[int(self._events.item_idx[row])]
+            at = None if times is None else int(times[row])
+            events.append(self._past_event(item_id, at, live=False))
+        return events
+
+    def num_past(self, user_id: str) -> int:
+        """Return how many training events a user has."""
+        idx = self._events.users.find(user_id)
+        return 0 if idx < 0 else len(self._events.history(idx))
+
+    def since_training(self, user_id: str, live: Sequence[LiveEvent]) -> list[LiveEvent]:
+        """Leave out the events that training has since taken in: equal item and equal second."""
+        idx = self._events.users.find(user_id)
+        if idx < 0 or self._events.timestamp_s is None:
+            return list(live)
+        start, end = self._events.offsets[idx : idx + 2].tolist()
+        items, times = self._events.item_idx[start:end], self._events.timestamp_s[start:end]
+        trained = set(zip(items.tolist(), times.tolist(), strict=True))
+        return [
+            event
+            for event in live
+            if (self._events.items.find(event.item_id), event.timestamp_s) not in trained
+        ]
+
+    def _can_show(self, column: str) -> bool:
+        """Whether a column is for people: no vector, nothing binary."""
+        dtype = pl.Null() if self._table is None else self._table.schema[column]
+        return dtype == pl.List(pl.String) or not (dtype.is_nested() or dtype == pl.Binary)
+
+    def _is_id(self, column: str) -> bool:
+        """Whether a column of the item table only says the id again."""
+        if self._table is None or self._table.schema[column].is_nested():
+            return False
+        ids = self._events.items.ids.cast(pl.String)
+        return bool((self._table[column].cast(pl.String, strict=False) == ids).all())
+
+    def _past_event(self, item_id: object, timestamp_s: int | None, *, live: bool) -> PastEvent:
+        item = self.describe(item_id)
+        return PastEvent(**dict(item), timestamp_s=timestamp_s, live=live)
+
+    def _searchable(self) -> pl.DataFrame:
+        ids = self._events.items.ids.cast(pl.String)
+        titles = ids
+        if self._table is not None and self._title is not None:
+            titles = self._table[self._title].cast(pl.String).fill_null(ids)
+        return pl.DataFrame(
+            {"id": ids, "text": titles.str.to_lowercase(), "count": self._events.item_count}
+        )
+
+
+def _spelled(idx: int, ids: pl.Series, text: str) -> str:
+    return text if idx < 0 else str(ids[idx])
+
+
+def _plain(value: object) -> JsonValue:
+    """Return a table's cell as JSON can say it."""
+    match value:
+        case None | bool() | int() | str():
+            return value
+        case float():
+            return value if math.isfinite(value) else None
+        case list() | tuple() | pl.Series():
+            return [_plain(part) for part in value]
+        case datetime() | date() | time():
+            return value.isoformat()
+        case timedelta():
+            return value.total_seconds()
+        case _:
+            return str(value)

@@ -1,0 +1,209 @@
+"""What goes over HTTP: the bodies of requests and replies."""
+
+from typing import Annotated
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    StrictInt,
+    StrictStr,
+    model_validator,
+)
+
+MAX_ID_LENGTH = 512
+
+
+def _id_text(value: str | int) -> str:
+    text = str(value)
+    if not text or len(text) > MAX_ID_LENGTH:
+        raise ValueError(f"an id has 1 to {MAX_ID_LENGTH} characters, not {len(text)}")
+    if "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise ValueError("an id is text without NUL and without lone surrogates")
+    return text
+
+
+Id = Annotated[StrictStr | StrictInt, AfterValidator(_id_text)]
+"""An id of the caller's, text or a whole number; within the server it is text."""
+
+
+class _Request(BaseModel):
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, frozen=True)
+
+
+class _Reply(BaseModel):
+    model_config = ConfigDict(use_attribute_docstrings=True, frozen=True)
+
+
+class RecommendRequest(_Request):
+    """Whom to recommend for: a user, somebody with a history, both, or nobody known."""
+
+    user_id: Id | None = None
+    """A user; the events posted since training count."""
+    history: tuple[Id, ...] = ()
+    """Items, oldest first; for a user, what came after all that the server knows."""
+    k: int = Field(default=10, ge=1)
+    """Length of the list."""
+    exclude_seen: bool = True
+    """Leave out what is in the history."""
+    allow: tuple[Id, ...] | None = None
+    """If given, only these items."""
+    deny: tuple[Id, ...] | None = None
+    """Never these items."""
+    explain: bool = False
+    """Also say which item of the history each row rests on most."""
+
+
+class Item(_Reply):
+    """An item as a person would name it."""
+
+    item_id: str
+    title: str
+    """The item's title or name where the catalogue has one, else its id."""
+    attributes: dict[str, JsonValue]
+    """The other columns of the item table."""
+
+
+class Row(Item):
+    """One recommended item."""
+
+    score: float
+    """Higher is better; comparable within one answer only."""
+    source: str
+    """Where it came from: model, fold-in, features or popular."""
+    because: Item | None = None
+    """The item of the history without which this row's score would fall most."""
+
+
+class RecommendReply(_Reply):
+    """A list, best first, and what it was made from."""
+
+    user_id: str | None
+    user_known: bool
+    """Whether training saw the user."""
+    source: str
+    """Where the list came from: model, fold-in, features or popular."""
+    items: list[Row]
+    unknown_items: list[str]
+    """Ids in the request or in live events that the model does not know."""
+    notes: list[str]
+    """What was cut, filled up or left out."""
+    live_events: int
+    """Events posted since training that this answer rests on."""
+    model_version: str
+
+
+class SimilarReply(_Reply):
+    """Items near to one item, nearest first."""
+
+    item: Item
+    items: list[Row]
+    model_version: str
+
+
+class ItemsReply(_Reply):
+    """Items whose title or id holds what was asked for."""
+
+    items: list[Item]
+    total: int
+    """Items of the whole catalogue."""
+
+
+class UsersReply(_Reply):
+    """Some of the users that training saw."""
+
+    users: list[str]
+    total: int
+
+
+class PastEvent(Item):
+    """One event of a user's history."""
+
+    timestamp_s: int | None
+    """Unix seconds, where the event has a time."""
+    live: bool
+    """Posted since training."""
+
+
+class HistoryReply(_Reply):
+    """What a user did, newest first."""
+
+    user_id: str
+    user_known: bool
+    events: list[PastEvent]
+    total: int
+    """Events of this user in training and since."""
+
+
+class EventRequest(_Request):
+    """Somebody did something with an item."""
+
+    user_id: Id
+    item_id: Id
+    timestamp: int | None = None
+    """Unix seconds; without it, the server's clock."""
+    event_id: Id | None = None
+    """The sender's own id: sent again, the event is stored once."""
+
+    @model_validator(mode="after")
+    def _in_seconds(self) -> "EventRequest":
+        at = self.timestamp
+        if at is not None and at < 0:
+            raise ValueError(f"timestamp {at} is before 1970: give Unix seconds")
+        if at is not None and at > 10**11:
+            raise ValueError(f"timestamp {at} looks like milliseconds: give Unix seconds")
+        return self
+
+
+class EventsReply(_Reply):
+    """What is now on disk."""
+
+    stored: int
+    duplicates: int
+    """Events whose `event_id` had been stored before."""
+    unknown_items: list[str]
+    """Stored, but the model that serves does not know them."""
+    unknown_users: list[str]
+    """Stored; training has not seen these users, so their live events are all their history."""
+
+
+class ForgetReply(_Reply):
+    """How many live events of a user were deleted."""
+
+    deleted: int
+
+
+class ModelReply(_Reply):
+    """The model that serves."""
+
+    version: str
+    """Changes whenever any file of the bundle does."""
+    bundle: str
+    loaded_at_s: float
+    users: int
+    items: int
+    manifest: dict[str, JsonValue]
+    report: JsonValue
+    """The evaluation that the bundle carries, null if none."""
+
+
+class ReloadReply(_Reply):
+    """The outcome of reading the bundle again."""
+
+    version: str
+    previous: str
+    changed: bool
+
+
+class ErrorReply(_Reply):
+    """Why a request was refused."""
+
+    error: str
+
+
+class HealthReply(_Reply):
+    """The process runs."""
+
+    status: str

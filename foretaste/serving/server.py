@@ -1,0 +1,129 @@
+"""The server process: load a bundle, listen, answer, drain."""
+
+import json
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+import torch
+import uvicorn
+
+from foretaste.errors import ConfigError, ForetasteError
+from foretaste.serving.api import create_app
+from foretaste.serving.metrics import Metrics
+from foretaste.serving.service import Service
+from foretaste.serving.settings import ServerSettings
+from foretaste.serving.slot import ModelSlot, load_version
+from foretaste.serving.state import open_live_events, state_beside
+
+
+def serve(
+    bundle: Path,
+    *,
+    settings: ServerSettings,
+    announce: Callable[[str], object] = sys.stdout.write,
+    write_log: Callable[[str], object] = sys.stderr.write,
+) -> None:
+    """Serve a bundle over HTTP until SIGTERM or SIGINT; requests at work are ended first.
+
+    SIGHUP reads the bundle again, as `POST /v1/model/reload` does.
+
+    Args:
+        bundle: The bundle's folder.
+        settings: Where to listen, where live events live, and the bounds.
+        announce: Takes the one line that says the address, its newline included.
+        write_log: Takes one line of JSON per request.
+
+    Raises:
+        ForetasteError: The bundle cannot serve, the address is taken, or live events cannot be
+            kept where `settings.state` says.
+    """
+    slot = ModelSlot(lambda: load_version(bundle))
+    events = open_live_events(
+        state_beside(bundle) if settings.state == "beside" else settings.state
+    )
+    try:
+        with _listen(settings) as listener:
+            torch.set_num_threads(1)  # each request's thread computes on one core
+            service = Service(slot, events, settings, bundle=bundle, metrics=Metrics())
+            app = create_app(service, settings=settings, write_log=write_log)
+            config = uvicorn.Config(
+                app,
+                access_log=False,
+                log_config=None,
+                log_level="warning",
+                server_header=False,
+                proxy_headers=False,
+                backlog=settings.max_concurrency,
+                timeout_graceful_shutdown=settings.drain_s,
+            )
+            announce(f"foretaste serves {bundle.name} at {_address(listener)}\n")
+            sys.stdout.flush()
+            with _signals(lambda: _reload(service, write_log)):
+                uvicorn.Server(config).run(sockets=[listener])
+    finally:
+        events.close()
+
+
+@contextmanager
+def _listen(settings: ServerSettings) -> Iterator[socket.socket]:
+    try:
+        family = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0][0]
+        listener = socket.create_server(
+            (settings.host, settings.port), family=family, backlog=settings.max_concurrency
+        )
+    except OSError as error:
+        raise ConfigError(
+            f"cannot listen on port {settings.port} of {settings.host}: {error.strerror}; choose "
+            "another port (0 takes any that is free)"
+        ) from error
+    with listener:
+        yield listener
+
+
+def _address(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    if host in ("0.0.0.0", "::"):
+        host = "127.0.0.1"
+    return f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
+
+
+@contextmanager
+def _signals(reload: Callable[[], None]) -> Iterator[None]:
+    """Reload at SIGHUP; let the process end in peace after uvicorn has drained."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def at_hangup(_: int, __: FrameType | None) -> None:
+        threading.Thread(target=reload, name="reload").start()
+
+    def nothing(_: int, __: FrameType | None) -> None:
+        """Take the signal that uvicorn raises once more when it has drained."""
+
+    handlers = {signal.SIGTERM: nothing, signal.SIGINT: nothing}
+    if sys.platform != "win32":
+        handlers[signal.SIGHUP] = at_hangup
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _reload(service: Service, write_log: Callable[[str], object]) -> None:
+    line: dict[str, object] = {"time": time.time(), "event": "reload"}
+    try:
+        reply = service.reload()
+    except ForetasteError as error:
+        line |= {"result": "refused", "reason": str(error)}
+    else:
+        line |= {"result": "swapped" if reply.changed else "same", "version": reply.version}
+    write_log(json.dumps(line) + "\n")

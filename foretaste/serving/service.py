@@ -1,0 +1,231 @@
+"""What the server answers, without HTTP: requests in, replies out."""
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import final
+
+from foretaste.errors import DataError, ForetasteError
+from foretaste.serving.messages import (
+    EventRequest,
+    EventsReply,
+    ForgetReply,
+    HistoryReply,
+    Item,
+    ItemsReply,
+    ModelReply,
+    RecommendReply,
+    RecommendRequest,
+    ReloadReply,
+    Row,
+    SimilarReply,
+    UsersReply,
+)
+from foretaste.serving.metrics import Metrics
+from foretaste.serving.recommender import Answer, Recommendation
+from foretaste.serving.settings import ServerSettings
+from foretaste.serving.slot import Loaded, ModelSlot
+from foretaste.serving.state import LiveEvent, LiveEvents
+
+FUTURE_S = 86_400
+"""An event may be this much ahead of the server's clock."""
+
+
+@final
+class Service:
+    """Joins the model that serves with the live events. Every method may run in any thread."""
+
+    def __init__(
+        self,
+        slot: ModelSlot,
+        events: LiveEvents,
+        settings: ServerSettings,
+        *,
+        bundle: Path,
+        metrics: Metrics,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.slot = slot
+        self.events = events
+        self.metrics = metrics
+        self._settings = settings
+        self._bundle = bundle
+        self._clock = clock
+        metrics.model.info({"version": slot.current.version})
+
+    def recommend(self, asked: RecommendRequest) -> RecommendReply:
+        """Recommend from all that is known of the user at this moment.
+
+        Raises:
+            DataError: `k` or the history is longer than this server allows.
+        """
+        self._check_k(asked.k)
+        if len(asked.history) > self._settings.max_history:
+            raise DataError(
+                f"the history holds {len(asked.history)} items and this server takes "
+                f"{self._settings.max_history}: send the newest"
+            )
+        loaded = self.slot.current
+        user_id = None if asked.user_id is None else loaded.catalogue.user_id(str(asked.user_id))
+        live = [] if user_id is None else self._live(loaded, user_id)
+        history = [*(event.item_id for event in live), *map(str, asked.history)]
+        answer = loaded.recommender.recommend(
+            user_id,
+            history=history or None,
+            k=asked.k,
+            exclude_seen=asked.exclude_seen,
+            allow=None if asked.allow is None else list(asked.allow),
+            deny=None if asked.deny is None else list(asked.deny),
+        )
+        self.metrics.answers.labels(answer.source).inc()
+        because = self._because(loaded, user_id, history, answer) if asked.explain else {}
+        return RecommendReply(
+            user_id=user_id,
+            user_known=answer.user_known,
+            source=answer.source,
+            items=[_row(loaded, row, because.get(str(row.item_id))) for row in answer.rows],
+            unknown_items=[str(item_id) for item_id in answer.unknown_items],
+            notes=list(answer.notes),
+            live_events=len(live),
+            model_version=loaded.version,
+        )
+
+    def similar(self, item_id: str, *, k: int) -> SimilarReply:
+        """Return the items nearest to one.
+
+        Raises:
+            DataError: `k` is longer than this server allows.
+            KeyError: The model does not know the item.
+        """
+        self._check_k(k)
+        loaded = self.slot.current
+        if not loaded.catalogue.knows_item(item_id):
+            raise KeyError(item_id)
+        answer = loaded.recommender.similar(item_id, k)
+        return SimilarReply(
+            item=loaded.catalogue.describe(item_id),
+            items=[_row(loaded, row, None) for row in answer.rows],
+            model_version=loaded.version,
+        )
+
+    def find_items(self, query: str, *, limit: int) -> ItemsReply:
+        """Return items by words of their title."""
+        catalogue = self.slot.current.catalogue
+        return ItemsReply(items=catalogue.find_items(query, limit=limit), total=catalogue.num_items)
+
+    def find_users(self, prefix: str, *, limit: int) -> UsersReply:
+        """Return users that training saw, by the beginning of their id."""
+        catalogue = self.slot.current.catalogue
+        return UsersReply(
+            users=catalogue.find_users(prefix, limit=limit), total=catalogue.num_users
+        )
+
+    def history(self, user_id: str, *, limit: int) -> HistoryReply:
+        """Return what a user did, newest first."""
+        loaded = self.slot.current
+        user_id = loaded.catalogue.user_id(user_id)
+        live = self._live(loaded, user_id)
+        return HistoryReply(
+            user_id=user_id,
+            user_known=loaded.catalogue.knows_user(user_id),
+            events=loaded.catalogue.past(user_id, live, limit=limit),
+            total=len(live) + loaded.catalogue.num_past(user_id),
+        )
+
+    def add_events(self, asked: Sequence[EventRequest]) -> EventsReply:
+        """Store events; when this returns, they are on disk and in the next answer.
+
+        Raises:
+            DataError: There are more than this server takes at once, or one lies in the future.
+        """
+        if len(asked) > self._settings.max_events:
+            raise DataError(
+                f"{len(asked)} events in one request, and this server takes "
+                f"{self._settings.max_events}: send them in parts"
+            )
+        now_s = int(self._clock())
+        catalogue = self.slot.current.catalogue
+        for position, event in enumerate(asked):
+            if event.timestamp is not None and event.timestamp > now_s + FUTURE_S:
+                raise DataError(
+                    f"event {position} has timestamp {event.timestamp}, more than a day after "
+                    f"the server's clock, {now_s}: nothing of this request was stored"
+                )
+        rows = [
+            LiveEvent(
+                user_id=catalogue.user_id(str(event.user_id)),
+                item_id=catalogue.item_id(str(event.item_id)),
+                timestamp_s=now_s if event.timestamp is None else event.timestamp,
+                event_id=None if event.event_id is None else str(event.event_id),
+            )
+            for event in asked
+        ]
+        stored = self.events.add(rows)
+        self.metrics.events.inc(stored)
+        return EventsReply(
+            stored=stored,
+            duplicates=len(rows) - stored,
+            unknown_items=_distinct(r.item_id for r in rows if not catalogue.knows_item(r.item_id)),
+            unknown_users=_distinct(r.user_id for r in rows if not catalogue.knows_user(r.user_id)),
+        )
+
+    def forget(self, user_id: str) -> ForgetReply:
+        """Delete a user's live events; what training saw stays in the model."""
+        return ForgetReply(deleted=self.events.forget(self.slot.current.catalogue.user_id(user_id)))
+
+    def model(self) -> ModelReply:
+        """Say what serves."""
+        loaded = self.slot.current
+        return ModelReply(
+            version=loaded.version,
+            bundle=self._bundle.name,
+            loaded_at_s=loaded.loaded_at_s,
+            users=loaded.catalogue.num_users,
+            items=loaded.catalogue.num_items,
+            manifest=loaded.manifest,
+            report=loaded.report,
+        )
+
+    def reload(self) -> ReloadReply:
+        """Read the bundle again and swap if it is another version.
+
+        Raises:
+            ForetasteError: It was refused; the old version serves on.
+        """
+        try:
+            old, new = self.slot.reload()
+        except ForetasteError:
+            self.metrics.reloads.labels("refused").inc()
+            raise
+        changed = new.version != old.version
+        self.metrics.reloads.labels("swapped" if changed else "same").inc()
+        self.metrics.model.info({"version": new.version})
+        return ReloadReply(version=new.version, previous=old.version, changed=changed)
+
+    def _check_k(self, k: int) -> None:
+        if not 1 <= k <= self._settings.max_k:
+            raise DataError(f"k is {k}: this server gives lists of 1 to {self._settings.max_k}")
+
+    def _live(self, loaded: Loaded, user_id: str) -> list[LiveEvent]:
+        live = self.events.of_user(user_id, limit=self._settings.max_history)
+        return loaded.catalogue.since_training(user_id, live)
+
+    def _because(
+        self, loaded: Loaded, user_id: str | None, history: list[str], answer: Answer
+    ) -> dict[str, Item]:
+        item_ids = [row.item_id for row in answer.rows]
+        reasons = loaded.recommender.explain_many(history, item_ids, user_id=user_id)
+        return {
+            str(item_id): loaded.catalogue.describe(reason)
+            for item_id, reason in zip(item_ids, reasons, strict=True)
+            if reason is not None
+        }
+
+
+def _row(loaded: Loaded, row: Recommendation, because: Item | None) -> Row:
+    item = loaded.catalogue.describe(row.item_id)
+    return Row(**dict(item), score=row.score, source=row.source, because=because)
+
+
+def _distinct(ids: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(ids))

@@ -1,0 +1,492 @@
+"""The HTTP API in one process: right answers, live events at once, and every bound."""
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+import uvicorn
+from film_world import HOSTILE, is_space, write_film_bundle
+
+from foretaste.errors import BundleError
+from foretaste.serving.api import create_app
+from foretaste.serving.metrics import Metrics
+from foretaste.serving.service import Service
+from foretaste.serving.settings import ServerSettings
+from foretaste.serving.slot import ModelSlot, load_version
+from foretaste.serving.state import open_live_events
+
+pytest_plugins = ["postgres_server"]
+
+NOW_S = 2_000_000_000
+
+
+class Served:
+    """A client, the service behind it, and the lines that were logged."""
+
+    def __init__(self, http: httpx.Client, service: Service, log: list[str]) -> None:
+        self.http, self.service, self.log = http, service, log
+
+    def recommend(self, **asked: object) -> dict:
+        reply = self.http.post("/v1/recommend", json=asked)
+        assert reply.status_code == 200, reply.text
+        return reply.json()
+
+
+@contextmanager
+def served(bundle: Path, state: str, **settings: object) -> Iterator[Served]:
+    """Serve on a free port of this machine, from a thread of this process."""
+    chosen, log = ServerSettings(**settings), []
+    slot, events = ModelSlot(lambda: load_version(bundle)), open_live_events(state)
+    service = Service(slot, events, chosen, bundle=bundle, metrics=Metrics(), clock=lambda: NOW_S)
+    app = create_app(service, settings=chosen, write_log=log.append)
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, log_level="critical"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    address = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    try:
+        with httpx.Client(base_url=address, timeout=30, trust_env=False) as http:
+            yield Served(http, service, log)
+    finally:
+        server.should_exit = True
+        thread.join()
+        events.close()
+
+
+@pytest.fixture(scope="session")
+def film_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_film_bundle(tmp_path_factory.mktemp("api") / "films")
+
+
+@pytest.fixture(scope="session")
+def long_lived(film_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    with served(film_bundle, str(tmp_path_factory.mktemp("api") / "e.sqlite")) as one:
+        yield one
+
+
+@pytest.fixture
+def films(long_lived: Served) -> Iterator[Served]:
+    """One server for many tests, without events and with an empty log."""
+    long_lived.log.clear()
+    yield long_lived
+    with long_lived.service.events._engine.begin() as connection:
+        connection.exec_driver_sql("DELETE FROM foretaste_live_events")
+
+
+@pytest.fixture
+def fresh_films(film_bundle: Path, tmp_path: Path) -> Iterator[Served]:
+    """A server of the test's own."""
+    with served(film_bundle, str(tmp_path / "e.sqlite")) as one:
+        yield one
+
+
+@pytest.fixture
+def films_on(film_bundle: Path, state: str) -> Iterator[Served]:
+    """A server of the test's own, once on SQLite and once on PostgreSQL."""
+    with served(film_bundle, state) as one:
+        yield one
+
+
+def ids(reply: dict) -> list[str]:
+    return [row["item_id"] for row in reply["items"]]
+
+
+# ---- answers -----------------------------------------------------------------------------
+
+
+def test_a_known_user_gets_unseen_films_of_their_kind_from_the_model(films: Served) -> None:
+    seen = {e["item_id"] for e in films.http.get("/v1/users/1/history").json()["events"]}
+    reply = films.recommend(user_id=1, k=4)
+    assert reply["user_known"] is True
+    assert reply["source"] == "model"
+    assert len(seen) == 9
+    assert len(ids(reply)) == 4
+    assert all(is_space(item) and item not in seen for item in ids(reply))
+    scores = [row["score"] for row in reply["items"]]
+    assert scores == sorted(scores, reverse=True)
+
+
+@pytest.mark.parametrize("user_id", [1, "1"])
+def test_an_id_is_the_same_as_number_and_as_text(films: Served, user_id: object) -> None:
+    by_path = films.http.get(f"/v1/users/{user_id}/recommendations?k=5").json()
+    assert ids(films.recommend(user_id=user_id, k=5)) == ids(by_path)
+
+
+def test_a_history_alone_is_folded_in(films: Served) -> None:
+    reply = films.recommend(history=[116, "117"], k=5)
+    assert reply["source"] == "fold-in"
+    assert reply["user_known"] is False
+    assert not any(is_space(item) for item in ids(reply))
+    assert not {"116", "117"} & set(ids(reply))
+
+
+def test_of_whom_nothing_is_known_gets_what_is_popular(films: Served) -> None:
+    for asked in ({}, {"user_id": "never seen"}, {"user_id": 41}):
+        reply = films.recommend(k=2, **asked)
+        assert reply["source"] == "popular"
+        assert set(ids(reply)) == {"101", "116"}
+
+
+def test_the_unknown_is_said(films: Served) -> None:
+    reply = films.recommend(history=["nope", 101], deny=["neither"])
+    assert set(reply["unknown_items"]) == {"nope", "neither"}
+
+
+def test_allow_and_deny_and_seen_are_obeyed(films: Served) -> None:
+    assert set(ids(films.recommend(user_id=1, allow=[120, 121]))) == {"120", "121"}
+    best = ids(films.recommend(user_id=1, k=1))[0]
+    assert best not in ids(films.recommend(user_id=1, k=30, deny=[best]))
+    assert "101" in ids(films.recommend(user_id=1, k=31, exclude_seen=False))
+    assert "101" not in ids(films.recommend(user_id=1, k=31))
+
+
+def test_a_reason_is_an_item_of_the_history_and_of_the_same_kind(films: Served) -> None:
+    reply = films.recommend(history=[101, 103, 116], k=3, explain=True)
+    for row in reply["items"]:
+        assert row["because"]["item_id"] in {"101", "103", "116"}
+        assert is_space(row["because"]["item_id"]) == is_space(row["item_id"])
+    assert films.recommend(history=[101], k=1)["items"][0]["because"] is None
+
+
+def test_an_item_carries_its_title_and_what_people_can_read(films: Served) -> None:
+    row = films.recommend(allow=[102], k=1)["items"][0]
+    assert row["title"] == HOSTILE
+    assert row["attributes"] == {"year": 1981, "genres": ["Space"]}  # not the vector
+
+
+def test_similar_items_are_of_the_same_kind(films: Served) -> None:
+    reply = films.http.get("/v1/items/120/similar?k=5").json()
+    assert reply["item"]["title"] == "Heist 5"
+    assert len(ids(reply)) == 5
+    assert "120" not in ids(reply)
+    assert not any(is_space(item) for item in ids(reply))
+
+
+@pytest.mark.parametrize("item", ["zzz", "131"])
+def test_an_item_without_an_event_has_no_similar_ones(films: Served, item: str) -> None:
+    reply = films.http.get(f"/v1/items/{item}/similar")
+    assert reply.status_code == 404
+    assert item in reply.json()["error"]
+
+
+def test_items_are_found_by_words_and_by_id_the_most_popular_first(films: Served) -> None:
+    def find(query: str) -> list[str]:
+        return ids(films.http.get("/v1/items", params={"query": query}).json())
+
+    assert find("heist")[0] == "116"
+    assert find("HEIST 12") == ["127"]
+    assert find("129") == ["129"]
+    assert find("(.*") == []
+    assert find("script>") == ["102"]
+    assert len(find("")) == 20
+
+
+def test_users_are_found_by_the_beginning_of_their_id(films: Served) -> None:
+    def find(prefix: str) -> list[str]:
+        return films.http.get("/v1/users", params={"prefix": prefix}).json()["users"]
+
+    assert find("4") == ["4", "40"]  # 41 has no event
+    assert find("40") == ["40"]
+    assert find("x") == []
+    assert len(find("")) == 20
+
+
+# ---- live events -------------------------------------------------------------------------
+
+
+def test_a_live_event_is_in_the_next_answer(films_on: Served) -> None:
+    before = ids(films_on.recommend(user_id=1, k=6))
+    posted = films_on.http.post("/v1/events", json={"user_id": 1, "item_id": before[0]})
+    assert posted.status_code == 201
+    assert posted.json() == {
+        "stored": 1,
+        "duplicates": 0,
+        "unknown_items": [],
+        "unknown_users": [],
+    }
+    after = films_on.recommend(user_id="1", k=6)
+    assert before[0] not in ids(after)
+    assert after["live_events"] == 1
+    newest = films_on.http.get("/v1/users/1/history?limit=2").json()
+    assert [e["live"] for e in newest["events"]] == [True, False]
+    assert newest["events"][0]["item_id"] == before[0]
+    assert newest["total"] == 10
+
+
+def test_a_new_user_is_known_by_live_events_alone(films_on: Served) -> None:
+    events = [{"user_id": "new", "item_id": item} for item in (117, 118)]
+    reply = films_on.http.post("/v1/events", json=events).json()
+    assert reply["unknown_users"] == ["new"]
+    after = films_on.recommend(user_id="new", k=5)
+    assert after["source"] == "fold-in"
+    assert not any(is_space(item) for item in ids(after))
+
+
+def test_an_event_of_an_unknown_item_is_stored_and_said(films_on: Served) -> None:
+    posted = films_on.http.post("/v1/events", json={"user_id": 1, "item_id": "new film"})
+    assert posted.json()["unknown_items"] == ["new film"]
+    assert films_on.service.events.count() == 1
+    assert films_on.recommend(user_id=1)["unknown_items"] == ["new film"]
+
+
+def test_the_same_event_id_counts_once(films_on: Served) -> None:
+    event = {"user_id": 1, "item_id": 120, "event_id": "e-1"}
+    first, again = (films_on.http.post("/v1/events", json=event) for _ in range(2))
+    assert (first.json()["stored"], again.json()["stored"]) == (1, 0)
+    assert again.status_code == 201
+    assert again.json()["duplicates"] == 1
+
+
+def test_live_events_can_be_forgotten(films_on: Served) -> None:
+    before = ids(films_on.recommend(user_id=1))
+    films_on.http.post("/v1/events", json={"user_id": 1, "item_id": 120})
+    assert films_on.http.delete("/v1/users/1/events").json() == {"deleted": 1}
+    assert ids(films_on.recommend(user_id=1)) == before
+
+
+def test_events_that_training_has_since_taken_in_do_not_count_twice(films: Served) -> None:
+    trained = films.http.get("/v1/users/1/history?limit=1").json()["events"][0]
+    event = {"user_id": 1, "item_id": trained["item_id"], "timestamp": trained["timestamp_s"]}
+    films.http.post("/v1/events", json=event)
+    assert films.recommend(user_id=1)["live_events"] == 0
+    films.http.post("/v1/events", json=event | {"timestamp": NOW_S})
+    assert films.recommend(user_id=1)["live_events"] == 1
+
+
+@pytest.mark.parametrize(
+    ("event", "says"),
+    [
+        ({"user_id": 1}, "item_id: Field required"),
+        ({"user_id": 1, "item_id": 1, "timestamp": -5}, "before 1970"),
+        ({"user_id": 1, "item_id": 1, "timestamp": NOW_S * 1000}, "looks like milliseconds"),
+        ({"user_id": 1, "item_id": 1, "timestamp": NOW_S + 100_000}, "more than a day after"),
+        ({"user_id": 1, "item_id": ""}, "1 to 512 characters"),
+        ({"user_id": "a\0b", "item_id": 1}, "without NUL"),
+        ({"user_id": 1, "item_id": 1, "extra": 1}, "extra: Extra inputs"),
+        ([{"user_id": 1, "item_id": 1}, {"user_id": 2.5, "item_id": 1}], "1.user_id"),
+        ([{"user_id": 1, "item_id": 1}] * 1001, "1001 events in one request"),
+    ],
+)
+def test_a_wrong_event_stores_nothing_and_says_why(films: Served, event: object, says: str) -> None:
+    reply = films.http.post("/v1/events", json=event)
+    assert reply.status_code == 422
+    assert says in reply.json()["error"]
+    assert films.service.events.count() == 0
+
+
+# ---- bounds ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        ({"k": 0}, "k: Input should be greater than or equal to 1"),
+        ({"k": 1001}, "k is 1001: this server gives lists of 1 to 1000"),
+        ({"k": "many"}, "k: Input should be a valid integer"),
+        ({"history": [1] * 2001}, "the history holds 2001 items and this server takes 2000"),
+        ({"history": "abc"}, "history: Input should be a valid tuple"),
+        ({"history": [None]}, "history.0"),
+        ({"histroy": [1]}, "histroy: Extra inputs are not permitted"),
+        ([1], "send a JSON object"),
+    ],
+)
+def test_a_wrong_question_is_refused_with_a_sentence(
+    films: Served, asked: object, says: str
+) -> None:
+    reply = films.http.post("/v1/recommend", json=asked)
+    assert reply.status_code == 422
+    assert says in reply.json()["error"]
+
+
+def test_the_largest_list_is_given(films: Served) -> None:
+    assert len(ids(films.recommend(k=1000))) == 30
+    assert films.http.get("/v1/users/1/recommendations?k=0").status_code == 422
+
+
+@pytest.mark.parametrize("body", [b"{", b"\xff\xfe", b'{"k": 1e999}', b"[" * 20_000, b""])
+def test_what_is_no_json_is_refused_with_a_sentence(films: Served, body: bytes) -> None:
+    reply = films.http.post(
+        "/v1/recommend", content=body, headers={"content-type": "application/json"}
+    )
+    assert reply.status_code in (400, 422)
+    assert reply.json()["error"]
+
+
+def test_a_wrong_path_is_refused_with_a_sentence(films: Served) -> None:
+    reply = films.http.get("/v1/nothing")
+    assert reply.status_code == 404
+    assert reply.json() == {"error": "there is no GET /v1/nothing: /docs lists what there is"}
+    assert films.http.delete("/v1/recommend").status_code == 405
+    assert films.http.get("/web/../settings.py").status_code == 404
+    assert films.http.get("/web/%2e%2e/settings.py").status_code == 404
+
+
+def test_a_large_body_is_refused_whether_or_not_it_says_its_size(
+    film_bundle: Path, tmp_path: Path
+) -> None:
+    with served(film_bundle, str(tmp_path / "e.sqlite"), max_body_bytes=1000) as films:
+        headers = {"content-type": "application/json"}
+        body = b'{"user_id": "%s"}' % (b"a" * 2000)
+        told = films.http.post("/v1/recommend", content=body, headers=headers)
+        parts = films.http.post("/v1/recommend", content=iter([body]), headers=headers)
+        for reply in (told, parts):
+            assert reply.status_code == 413
+            assert "larger than 1000 bytes" in reply.json()["error"]
+        assert films.http.post("/v1/recommend", json={}).status_code == 200
+
+
+def test_without_the_token_only_health_and_the_empty_page_answer(
+    film_bundle: Path, tmp_path: Path
+) -> None:
+    with served(film_bundle, str(tmp_path / "e.sqlite"), token="päss") as films:
+        for path in ("/health", "/ready", "/", "/web/app.js", "/docs"):
+            assert films.http.get(path).status_code == 200, path
+        wrong = [{}, {"authorization": "Bearer nope"}, {"authorization": b"Basic p\xc3\xa4ss"}]
+        for headers in wrong:
+            for path in ("/metrics", "/v1/model", "/v1/users", "/openapi.json"):
+                reply = films.http.get(path, headers=headers)
+                assert reply.status_code == 401, path
+                assert "token" in reply.json()["error"]
+            refused = films.http.post("/v1/events", json={"user_id": 1, "item_id": 1})
+            assert refused.status_code == 401
+        right = {"authorization": "Bearer päss".encode()}
+        assert films.http.get("/v1/model", headers=right).status_code == 200
+        assert not any("p\u00e4ss" in line or "p\\u00e4ss" in line for line in films.log)
+        assert "päss" not in repr(ServerSettings(token="päss"))
+
+
+def test_overload_is_refused_at_once_and_ends_with_the_load(
+    film_bundle: Path, tmp_path: Path
+) -> None:
+    settings = {"max_concurrency": 2, "num_threads": 2}
+    with served(film_bundle, str(tmp_path / "e.sqlite"), **settings) as films:
+        answers: list[int] = []
+
+        def reload() -> None:
+            answers.append(films.http.post("/v1/model/reload").status_code)
+
+        threads = [threading.Thread(target=reload) for _ in range(2)]
+        with films.service.slot._loading:  # reloads wait for it: two of them fill the server
+            for thread in threads:
+                thread.start()
+            deadline = time.monotonic() + 20
+            while "foretaste_in_flight 2.0" not in films.http.get("/metrics").text:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            refused = films.http.post("/v1/recommend", json={}, timeout=5)
+            assert refused.status_code == 503
+            assert refused.headers["retry-after"] == "1"
+            assert "try again" in refused.json()["error"]
+            assert films.http.get("/health", timeout=5).status_code == 200
+        for thread in threads:
+            thread.join()
+        assert answers == [200, 200]
+        assert films.http.post("/v1/recommend", json={}).status_code == 200
+        assert "foretaste_shed_total 1.0" in films.http.get("/metrics").text
+
+
+def test_a_store_that_fails_is_said_and_nothing_is_acknowledged(fresh_films: Served) -> None:
+    with fresh_films.service.events._engine.begin() as connection:
+        connection.exec_driver_sql("DROP TABLE foretaste_live_events")
+    reply = fresh_films.http.post("/v1/events", json={"user_id": 1, "item_id": 1})
+    assert reply.status_code == 503
+    assert "nothing was stored" in reply.json()["error"]
+    assert fresh_films.http.get("/ready").status_code == 503
+    assert fresh_films.http.get("/health").status_code == 200
+
+
+# ---- a new model, and what is seen from outside ------------------------------------------
+
+
+def test_another_version_takes_over_and_a_broken_one_does_not(tmp_path: Path) -> None:
+    bundle = write_film_bundle(tmp_path / "films")
+    with served(bundle, str(tmp_path / "e.sqlite")) as films:
+        first = films.http.get("/v1/model").json()
+        same = films.http.post("/v1/model/reload").json()
+        assert same == {"version": first["version"], "previous": first["version"], "changed": False}
+        write_film_bundle(bundle, seed=1, popularity=True)
+        swapped = films.http.post("/v1/model/reload").json()
+        assert swapped["changed"] is True
+        assert swapped["previous"] == first["version"]
+        assert films.recommend(user_id=1)["model_version"] == swapped["version"]
+        (weights,) = bundle.glob("weights*")
+        content = bytearray(weights.read_bytes())
+        content[-1] ^= 1
+        weights.write_bytes(content)
+        refused = films.http.post("/v1/model/reload")
+        assert refused.status_code == 409
+        assert "the old version serves on" in refused.json()["error"]
+        assert films.recommend(user_id=1)["model_version"] == swapped["version"]
+        text = films.http.get("/metrics").text
+        assert 'foretaste_reloads_total{result="refused"} 1.0' in text
+        assert f'foretaste_model_info{{version="{swapped["version"]}"}} 1.0' in text
+
+
+def test_a_folder_without_a_bundle_does_not_serve(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match=r"manifest\.json"):
+        ModelSlot(lambda: load_version(tmp_path))
+
+
+def test_the_model_says_what_it_is(films: Served) -> None:
+    model = films.http.get("/v1/model").json()
+    assert (model["users"], model["items"], model["bundle"]) == (40, 31, "films")
+    assert model["manifest"]["model"]["kind"] == "item_knn"
+    assert model["report"]["metrics"]["ndcg_at_10"] == 0.25
+
+
+def test_each_request_is_one_line_of_json_without_ids(films: Served) -> None:
+    films.http.get("/v1/users/17/recommendations")
+    films.http.get("/v1/nobody?token=secret")
+    known, none = (json.loads(line) for line in films.log)
+    assert known.keys() >= {"time", "method", "route", "status", "ms"}
+    assert known["route"] == "/v1/users/{user_id}/recommendations"
+    assert known["user_known"] is True
+    assert (none["route"], none["status"]) == ("none", 404)
+    assert not any("17" in line.partition('"route"')[2][:60] for line in films.log)
+    assert all(line.endswith("\n") and "secret" not in line for line in films.log)
+
+
+def test_prometheus_counts_by_route_and_not_by_id(fresh_films: Served) -> None:
+    for user in range(1, 6):
+        fresh_films.http.get(f"/v1/users/{user}/recommendations")
+    fresh_films.http.post("/v1/events", json={"user_id": 1, "item_id": 120})
+    text = fresh_films.http.get("/metrics").text
+    route = "/v1/users/{user_id}/recommendations"
+    assert f'foretaste_requests_total{{method="GET",route="{route}",status="200"}} 5.0' in text
+    assert f'foretaste_request_seconds_count{{route="{route}"}} 5.0' in text
+    assert "foretaste_events_stored_total 1.0" in text
+    assert 'foretaste_answers_total{source="model"} 5.0' in text
+
+
+def test_openapi_describes_every_route_and_its_errors(films: Served) -> None:
+    api = films.http.get("/openapi.json").json()
+    assert {"/v1/recommend", "/v1/events", "/v1/model/reload", "/health"} <= api["paths"].keys()
+    reply = api["paths"]["/v1/recommend"]["post"]["responses"]["503"]
+    assert reply["content"]["application/json"]["schema"]["$ref"].endswith("ErrorReply")
+
+
+def test_the_page_is_served_under_a_policy_that_allows_no_foreign_code(films: Served) -> None:
+    page = films.http.get("/")
+    policy = page.headers["content-security-policy"]
+    assert "default-src 'none'" in policy
+    assert "unsafe" not in policy
+    assert "http" not in page.text.replace("http-equiv", "")
+    again = films.http.get("/", headers={"if-none-match": page.headers["etag"]})
+    assert (again.status_code, again.content) == (304, b"")
+    assert films.http.get("/v1/model").headers["cache-control"] == "no-store"
+
+
+def test_two_servers_in_one_process_do_not_mix(film_bundle: Path, tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        one, two = (
+            stack.enter_context(served(film_bundle, str(tmp_path / f"{n}.sqlite"))) for n in "ab"
+        )
+        one.http.post("/v1/events", json={"user_id": 1, "item_id": 120})
+        assert two.recommend(user_id=1)["live_events"] == 0
+        assert "foretaste_events_stored_total 0.0" in two.http.get("/metrics").text

@@ -1,0 +1,192 @@
+"""The server as a process of its own: killed, drained, hung up on, and on a port already taken."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+from film_world import write_film_bundle
+
+from foretaste.errors import BundleError, ConfigError
+from foretaste.serving.server import serve
+from foretaste.serving.settings import ServerSettings
+
+pytest_plugins = ["postgres_server"]
+pytestmark = pytest.mark.slow
+
+PROGRAM = """
+import json, sys
+from pathlib import Path
+from foretaste.serving.server import serve
+from foretaste.serving.settings import ServerSettings
+serve(Path(sys.argv[1]), settings=ServerSettings(**json.loads(sys.argv[2])))
+"""
+
+
+class Process:
+    """A server that runs, its address, and a client."""
+
+    def __init__(self, popen: subprocess.Popen[str], address: str, log: Path) -> None:
+        self.popen, self.log = popen, log
+        self.http = httpx.Client(base_url=address, timeout=30, trust_env=False)
+
+    def logged(self) -> list[dict]:
+        return [json.loads(line) for line in self.log.read_text().splitlines()]
+
+
+@contextmanager
+def running(bundle: Path, tmp_path: Path, **settings: object) -> Iterator[Process]:
+    log = tmp_path / f"log{len(list(tmp_path.glob('log*')))}"
+    with log.open("w") as stderr:
+        popen = subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, str(bundle), json.dumps({"port": 0} | settings)],
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+            env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+        )
+    try:
+        line = popen.stdout.readline()
+        assert line.startswith(f"foretaste serves {bundle.name} at http://127.0.0.1:"), (
+            log.read_text()
+        )
+        process = Process(popen, line.split()[-1], log)
+        with process.http:
+            yield process
+    finally:
+        popen.kill()
+        popen.communicate()
+
+
+@pytest.fixture(scope="session")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_film_bundle(tmp_path_factory.mktemp("server") / "films")
+
+
+def post_until_it_dies(address: httpx.URL, sender: int, acknowledged: list[str]) -> None:
+    with httpx.Client(base_url=address, trust_env=False, timeout=10) as http:
+        for number in range(10_000):
+            event_id = f"{sender}-{number}"
+            event = {"user_id": f"u{sender}", "item_id": 101, "event_id": event_id}
+            try:
+                if http.post("/v1/events", json=event).status_code == 201:
+                    acknowledged.append(event_id)
+            except httpx.TransportError:
+                return
+
+
+def test_no_acknowledged_event_is_lost_by_kill_9(bundle: Path, tmp_path: Path, state: str) -> None:
+    acknowledged: list[list[str]] = [[] for _ in range(4)]
+    with running(bundle, tmp_path, state=state) as process:
+        threads = [
+            threading.Thread(target=post_until_it_dies, args=(process.http.base_url, sender, mine))
+            for sender, mine in enumerate(acknowledged)
+        ]
+        for thread in threads:
+            thread.start()
+        deadline = time.monotonic() + 60
+        while sum(map(len, acknowledged)) < 60 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.popen.send_signal(signal.SIGKILL)
+        for thread in threads:
+            thread.join()
+    assert sum(map(len, acknowledged)) >= 60
+    with running(bundle, tmp_path, state=state) as process:
+        for sender, mine in enumerate(acknowledged):
+            again = [
+                {"user_id": f"u{sender}", "item_id": 101, "event_id": event_id}
+                for event_id in mine[:1000]
+            ]
+            reply = process.http.post("/v1/events", json=again).json()
+            assert (reply["stored"], reply["duplicates"]) == (0, len(again))
+            assert process.http.get(f"/v1/users/u{sender}/history").json()["total"] >= len(mine)
+
+
+def test_sigterm_ends_what_is_at_work_and_then_the_process(bundle: Path, tmp_path: Path) -> None:
+    with running(bundle, tmp_path, state=str(tmp_path / "e.sqlite")) as process:
+        address = (process.http.base_url.host, process.http.base_url.port)
+        body = json.dumps({"user_id": 1, "k": 3}).encode()
+        with socket.create_connection(address) as slow:  # half a request is at work
+            slow.sendall(
+                b"POST /v1/recommend HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                b"Content-Length: %d\r\n\r\n%b" % (len(body), body[:5])
+            )
+            time.sleep(0.3)
+            process.popen.send_signal(signal.SIGTERM)
+            time.sleep(0.5)
+            with pytest.raises(httpx.TransportError):
+                httpx.get(f"{process.http.base_url}health", trust_env=False)
+            slow.sendall(body[5:])
+            answer = slow.recv(65536)
+            assert answer.startswith(b"HTTP/1.1 200 OK")
+        assert process.popen.wait(timeout=20) == 0
+        assert [line["status"] for line in process.logged()] == [200]
+
+
+def test_sighup_swaps_the_model_under_load_without_a_failed_request(tmp_path: Path) -> None:
+    bundle = write_film_bundle(tmp_path / "films")
+    with running(bundle, tmp_path, state=str(tmp_path / "e.sqlite")) as process:
+        old = process.http.get("/v1/model").json()["version"]
+        write_film_bundle(bundle, seed=1)
+        process.popen.send_signal(signal.SIGHUP)
+        versions, deadline = [], time.monotonic() + 60
+        while len(set(versions)) < 2:
+            reply = process.http.post("/v1/recommend", json={"user_id": 1, "k": 5})
+            assert reply.status_code == 200
+            versions.append(reply.json()["model_version"])
+            assert time.monotonic() < deadline
+        assert versions[0] == old
+        (bundle / "manifest.json").write_text("{")
+        process.popen.send_signal(signal.SIGHUP)
+        while not any(line.get("result") == "refused" for line in process.logged()):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        reply = process.http.post("/v1/recommend", json={"user_id": 1})
+        assert reply.json()["model_version"] == versions[-1]
+
+
+def test_a_body_that_never_comes_is_given_up(bundle: Path, tmp_path: Path) -> None:
+    settings = {"state": str(tmp_path / "e.sqlite"), "body_timeout_s": 0.3}
+    with running(bundle, tmp_path, **settings) as process:
+        address = (process.http.base_url.host, process.http.base_url.port)
+        with socket.create_connection(address, timeout=10) as idle:
+            idle.sendall(b"POST /v1/events HTTP/1.1\r\nHost: x\r\nContent-Length: 50\r\n\r\n{")
+            assert idle.recv(4096).startswith(b"HTTP/1.1 408")
+
+
+def test_a_body_far_too_large_gets_its_answer_though_it_was_still_sending(
+    bundle: Path, tmp_path: Path
+) -> None:
+    with running(bundle, tmp_path, state=str(tmp_path / "e.sqlite")) as process:
+        reply = process.http.post("/v1/events", content=b"x" * 5_000_000)
+        assert reply.status_code == 413
+
+
+def test_a_port_that_is_taken_is_said_with_the_mend(bundle: Path, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        settings = ServerSettings(port=taken.getsockname()[1], state=str(tmp_path / "e.sqlite"))
+        with pytest.raises(ConfigError, match=r"cannot listen on port \d+ .* choose another"):
+            serve(bundle, settings=settings)
+
+
+def test_a_missing_bundle_is_said_before_anything_is_opened(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="name a bundle's folder"):
+        serve(tmp_path / "nowhere", settings=ServerSettings(port=0))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_live_events_stand_beside_the_bundle_by_default(tmp_path: Path) -> None:
+    bundle = write_film_bundle(tmp_path / "films")
+    with running(bundle, tmp_path) as process:
+        process.http.post("/v1/events", json={"user_id": 1, "item_id": 101})
+        assert (tmp_path / "films.events.sqlite").is_file()
+        assert process.http.post("/v1/model/reload").status_code == 200
