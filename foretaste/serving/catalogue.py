@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from datetime import date, datetime, time, timedelta
+from functools import lru_cache
 from typing import final
 
 import numpy as np
@@ -15,6 +16,9 @@ from foretaste.serving.state import LiveEvent
 
 TITLE_COLUMNS = ("title", "name", "item_title", "item_name", "movie_title", "product_name")
 """The first of these that the item table has is the items' title."""
+
+KEPT_ITEMS = 65_536
+"""So many items are kept as they are shown: most answers name the same ones."""
 
 
 @final
@@ -32,6 +36,7 @@ class Catalogue:
             for name in columns
             if name != self._title and self._can_show(name) and not self._is_id(name)
         ]
+        self._known_item = lru_cache(KEPT_ITEMS)(self._read_item)
         self._item_text = self._searchable()
         has_past = pl.Series(np.diff(events.offsets) > 0)
         self._user_text = events.users.ids.cast(pl.String).filter(has_past)
@@ -66,13 +71,17 @@ class Catalogue:
     def describe(self, item_id: object) -> Item:
         """Return an item with its title and attributes; of an unknown one, the id alone."""
         idx = self._events.items.find(item_id)
-        if idx < 0 or self._table is None:
+        if idx < 0:
             return Item(item_id=str(item_id), title=str(item_id), attributes={})
-        row = self._table.row(idx, named=True)
-        title = row[self._title] if self._title is not None else None
+        return self._known_item(idx)
+
+    def _read_item(self, idx: int) -> Item:
+        item_id = str(self._events.items.ids[idx])
+        row = {} if self._table is None else self._table.row(idx, named=True)
+        title = None if self._title is None else row[self._title]
         return Item(
-            item_id=str(self._events.items.ids[idx]),
-            title=str(item_id) if title is None else str(title),
+            item_id=item_id,
+            title=item_id if title is None else str(title),
             attributes={name: _plain(row[name]) for name in self._attributes},
         )
 
@@ -118,7 +127,7 @@ class Catalogue:
     def since_training(self, user_id: str, live: Sequence[LiveEvent]) -> list[LiveEvent]:
         """Leave out the events that training has since taken in: equal item and equal second."""
         idx = self._events.users.find(user_id)
-        if idx < 0 or self._events.timestamp_s is None:
+        if not live or idx < 0 or self._events.timestamp_s is None:
             return list(live)
         start, end = self._events.offsets[idx : idx + 2].tolist()
         items, times = self._events.item_idx[start:end], self._events.timestamp_s[start:end]

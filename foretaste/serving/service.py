@@ -224,7 +224,9 @@ class Service:
 
 def _row(loaded: Loaded, row: Recommendation, because: Item | None) -> Row:
     item = loaded.catalogue.describe(row.item_id)
-    return Row(**dict(item), score=row.score, source=row.source, because=because)
+    return Row.model_construct(  # each part is valid by itself
+        **dict(item), score=row.score, source=row.source, because=because
+    )
 
 
 def _distinct(ids: Iterable[str]) -> list[str]:
