@@ -9,7 +9,7 @@ import typer
 import foretaste as ft
 from foretaste.cli.fit import DataDir
 from foretaste.cli.serve import announce
-from foretaste.cli.show import JsonFlag, answer, log, table
+from foretaste.cli.show import JsonFlag, answer, heading, log, table
 
 
 def quickstart(
@@ -22,7 +22,10 @@ def quickstart(
 ) -> None:
     """Train, measure and serve a recommender on MovieLens-100K, in a few minutes."""
     found = ft.run_quickstart(out, data_dir=data_dir, say=log)
-    tables = [table(part.title, ("model", *part.columns), part.rows) for part in found.tables]
+    tables = [
+        table(part.title, ("model", *map(heading, part.columns)), part.rows)
+        for part in found.tables
+    ]
     answer(found.to_json(), *tables, *found.sentences, as_json=as_json)
     if serve:
         settings = ft.ServerSettings(port=port)

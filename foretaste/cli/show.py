@@ -47,6 +47,11 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) 
     return made
 
 
+def heading(metric: str) -> str:
+    """Return a metric's name as people write it: `hit_rate_at_10` is "hit rate @10"."""
+    return metric.replace("_at_", " @").replace("_", " ")
+
+
 def pairs(title: str, values: Mapping[str, object]) -> Table:
     """Return names and values, one a line."""
     return table(title, ("", "value"), [(name, _cell(value)) for name, value in values.items()])
@@ -57,7 +62,7 @@ def _cell(value: object) -> str:
         case None:
             return ""
         case float():
-            return f"{value:.4f}" if abs(value) < 1000 else f"{value:,.0f}"
+            return f"{value:.4f}" if abs(value) < 10 else f"{value:,.1f}"
         case bool():
             return "yes" if value else "no"
         case int():

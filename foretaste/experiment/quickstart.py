@@ -25,7 +25,9 @@ from foretaste.training.trained import Trained
 
 DATASET = "ml-100k"
 SASREC = SASRecConfig(embedding_dim=64, max_len=100, dropout=0.3)
-TRAINING = TrainingConfig(epochs=60, batch_events=4096, learning_rate=2e-3, patience=6)
+TRAINING = TrainingConfig(
+    epochs=20, batch_events=2048, learning_rate=5e-3, warmup_steps=50, schedule="cosine"
+)
 OBJECTIVE = NextItemConfig(loss="softmax")
 BASELINES: tuple[ModelConfig, ...] = (
     PopularityConfig(),
