@@ -11,6 +11,7 @@ import pytest
 import uvicorn
 from film_world import HOSTILE, is_space, write_film_bundle
 from selenium import webdriver
+from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver.chrome.service import Service as Driver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
@@ -52,7 +53,10 @@ class Page:
         self.wait(lambda: self.driver.execute_script("return document.body.dataset.ready"))
 
     def wait(self, until: Callable[[], object]) -> object:
-        return WebDriverWait(self.driver, 20, poll_frequency=0.05).until(lambda _: until())
+        """Wait for it; a row that the page has drawn anew in between is looked up again."""
+        redrawn = [StaleElementReferenceException]
+        waiting = WebDriverWait(self.driver, 20, 0.05, ignored_exceptions=redrawn)
+        return waiting.until(lambda _: until())
 
     def find(self, css: str) -> WebElement:
         return self.driver.find_element(By.CSS_SELECTOR, css)
