@@ -40,7 +40,8 @@ def recommend(
         return
     past = [] if history is None else [item.strip() for item in history.split(",")]
     found = recommender.recommend(user, history=past, k=k, exclude_seen=not seen)
-    _answer(found, "for " + (user or "this history"), as_json=as_json)
+    whom = user or ("this history" if past else "nobody known")
+    _answer(found, f"for {whom}", as_json=as_json)
 
 
 def similar(

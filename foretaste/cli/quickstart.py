@@ -27,8 +27,7 @@ def quickstart(
         for part in found.tables
     ]
     answer(found.to_json(), *tables, *found.sentences, as_json=as_json)
+    log(f"to serve it again: foretaste serve {out}")
     if serve:
         settings = ft.ServerSettings(port=port)
         ft.serve(out, settings=settings, announce=partial(announce, as_json=as_json))
-    else:
-        log(f"serve it with: foretaste serve {out}")
