@@ -1,6 +1,7 @@
 """The command line: what it prints where, and how it ends."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -248,3 +249,14 @@ def test_help_and_version_are_answered_before_torch_is_loaded() -> None:
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     )
     assert done.stdout == f"foretaste {ft.__version__}\n"
+
+
+@pytest.mark.parametrize(("given", "then"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_waiting_threads_sleep_unless_told_otherwise(
+    foretaste: Run, monkeypatch: pytest.MonkeyPatch, given: str | None, then: str
+) -> None:
+    monkeypatch.setenv("OMP_WAIT_POLICY", given or "")
+    if given is None:
+        monkeypatch.delenv("OMP_WAIT_POLICY")
+    foretaste("--version")
+    assert os.environ["OMP_WAIT_POLICY"] == then

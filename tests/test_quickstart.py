@@ -20,18 +20,22 @@ def test_the_quickstart_trains_measures_and_serves_a_recommender(
     out = tmp_path / "quickstart"
     words = ["quickstart", "--data-dir", shared_data, "--out", out, "--port", "0", "--json"]
     command = [sys.executable, "-m", "foretaste.cli.main", *map(str, words)]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    ) as run:
+    log = tmp_path / "log.txt"
+    with (
+        log.open("w") as stderr,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True) as run,
+    ):
         assert run.stdout is not None
-        found, address = json.loads(run.stdout.readline()), json.loads(run.stdout.readline())
+        answered = run.stdout.readline()
+        assert answered, log.read_text()
+        found, address = json.loads(answered), json.loads(run.stdout.readline())
         reply = urllib.request.Request(
             f"{address['address']}v1/recommend",
             data=json.dumps({"user_id": "196", "k": 5}).encode(),
             headers={"content-type": "application/json"},
         )
-        with urllib.request.urlopen(reply) as answered:
-            rows = json.load(answered)["items"]
+        with urllib.request.urlopen(reply) as opened:
+            rows = json.load(opened)["items"]
         run.send_signal(signal.SIGTERM)
         assert run.wait(timeout=60) == 0
     assert [row["source"] for row in rows] == ["model"] * 5
