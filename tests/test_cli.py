@@ -251,12 +251,12 @@ def test_help_and_version_are_answered_before_torch_is_loaded() -> None:
     assert done.stdout == f"foretaste {ft.__version__}\n"
 
 
-@pytest.mark.parametrize(("given", "then"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
-def test_waiting_threads_sleep_unless_told_otherwise(
+@pytest.mark.parametrize(("given", "then"), [(None, "100000"), ("5", "5")])
+def test_waiting_threads_spin_shortly_unless_told_otherwise(
     foretaste: Run, monkeypatch: pytest.MonkeyPatch, given: str | None, then: str
 ) -> None:
-    monkeypatch.setenv("OMP_WAIT_POLICY", given or "")
+    monkeypatch.setenv("GOMP_SPINCOUNT", given or "")
     if given is None:
-        monkeypatch.delenv("OMP_WAIT_POLICY")
+        monkeypatch.delenv("GOMP_SPINCOUNT")
     foretaste("--version")
-    assert os.environ["OMP_WAIT_POLICY"] == then
+    assert os.environ["GOMP_SPINCOUNT"] == then

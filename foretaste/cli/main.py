@@ -59,9 +59,10 @@ def run(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: What follows `foretaste`; without them, those of the process.
     """
-    # Read when torch is loaded, later: threads that wait shall sleep, not spin. Beside a busy
-    # neighbour, two spinning threads took 5 to 10 times as long for a SASRec step as two sleeping.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Read when torch is loaded, later: a thread that waits spins for a short while, then sleeps.
+    # Two threads that spin on took 5 to 10 times as long for a SASRec step beside a busy
+    # neighbour; two that sleep at once took 3 times as long on a quiet machine.
+    os.environ.setdefault("GOMP_SPINCOUNT", "100000")
     try:
         app(arguments)
     except ft.ForetasteError as error:
