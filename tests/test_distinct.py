@@ -43,7 +43,9 @@ def test_weighted_sums_are_unbiased(power: float) -> None:
 def test_power_favours_the_popular() -> None:
     torch.manual_seed(0)
     sampler = DistinctSampler(COUNTS, power=1.0)
-    drawn = torch.stack([sampler.draw(1, device=CPU).item_M for _ in range(5000)]).flatten().bincount()
+    drawn = (
+        torch.stack([sampler.draw(1, device=CPU).item_M for _ in range(5000)]).flatten().bincount()
+    )
     # The first to arrive is item j with chance count_j / 127.
     assert (drawn / 5000).tolist() == pytest.approx((COUNTS / 127).tolist(), abs=0.02)
 
