@@ -75,7 +75,7 @@ def learn_next_item(model: nn.Module, events: Interactions, *, epochs: int = 12)
             windows="all",
             generator=epoch_generator(0, epoch),
         ),
-        objective=NextItem(NextItemConfig(), torch.from_numpy(events.item_count)),
+        objective=NextItem(NextItemConfig(), events),
     ).run()
 
 

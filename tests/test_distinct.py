@@ -23,7 +23,7 @@ def test_draws_are_distinct_known_and_as_many_as_asked(power: float) -> None:
 def test_all_items_are_drawn_with_certainty(power: float) -> None:
     drawn = DistinctSampler(COUNTS, power=power).draw(100, device=CPU)
     assert drawn.item_M.tolist() == [1, 2, 3, 4, 5, 6, 7]
-    assert drawn.log_chance_M.tolist() == [0] * 7
+    assert drawn.chance_I.tolist() == [0] + [1] * 7
 
 
 @pytest.mark.parametrize("power", [0.0, 0.75])
@@ -33,7 +33,7 @@ def test_weighted_sums_are_unbiased(power: float) -> None:
     sums = []
     for _ in range(4000):
         drawn = sampler.draw(3, device=CPU)
-        sums.append((value_I[drawn.item_M] / drawn.log_chance_M.exp()).sum())
+        sums.append((value_I[drawn.item_M] / drawn.chance_I[drawn.item_M]).sum())
     found = torch.stack(sums)
     standard_error = found.std().item() / 4000**0.5
     assert found.mean().item() == pytest.approx(28, abs=4 * standard_error)

@@ -29,7 +29,8 @@ def encoder(block: Block) -> SASRec:
 def batch(item_BL: torch.Tensor, valid_BL: torch.Tensor | None = None) -> SequenceBatch:
     if valid_BL is None:
         valid_BL = torch.ones_like(item_BL, dtype=torch.bool)
-    return SequenceBatch(item_BL=item_BL, valid_BL=valid_BL)
+    user_B = torch.full((len(item_BL),), -1)
+    return SequenceBatch(user_B=user_B, item_BL=item_BL, valid_BL=valid_BL)
 
 
 @both_blocks

@@ -192,7 +192,7 @@ def sasrec_fit(folder: Path | None = None, **settings) -> tuple[SASRec, Fit]:
         config,
         seed=1,
         plan=plan,
-        objective=NextItem(objective, torch.from_numpy(events.item_count)),
+        objective=NextItem(objective, events),
         validate=validate,
         folder=folder,
     )
@@ -289,7 +289,7 @@ def losses_of(config: NextItemConfig, *, draws: int) -> tuple[Tensor, Tensor]:
     torch.manual_seed(0)
     model = SASRec(SASRecConfig(embedding_dim=4, num_heads=1, max_len=8), num_items=20).eval()
     nn.init.normal_(model.items.weight, std=0.2)
-    objective = NextItem(config, torch.from_numpy(events.item_count))
+    objective = NextItem(config, events)
     batch = plan_sequences(
         events,
         max_len=8,
@@ -357,9 +357,7 @@ def test_every_loss_learns_the_ring(loss: str) -> None:
             windows="all",
             generator=epoch_generator(0, epoch),
         ),
-        objective=NextItem(
-            NextItemConfig(loss=loss, negatives=10), torch.from_numpy(events.item_count)
-        ),
+        objective=NextItem(NextItemConfig(loss=loss, negatives=10), events),
     )
     run.run()
 

@@ -24,6 +24,14 @@ class Queries:
     def __len__(self) -> int:
         return len(self.user_B)
 
+    def to(self, device: torch.device) -> "Queries":
+        """Return the block on a device."""
+        return Queries(
+            user_B=self.user_B.to(device),
+            history_N=self.history_N.to(device),
+            offsets_B1=self.offsets_B1.to(device),
+        )
+
     @staticmethod
     def of_histories(histories: list[list[int]]) -> "Queries":
         """Make queries of users unknown to training from their histories alone."""
@@ -45,6 +53,8 @@ class SequenceBatch:
     Shape legend: B rows, L positions.
     """
 
+    user_B: Int64[Tensor, " B"]
+    """user_idx of each row, -1 for somebody whom training never saw."""
     item_BL: Int64[Tensor, "B L"]
     """item_idx; 0 under padding."""
     valid_BL: Bool[Tensor, "B L"]
@@ -55,7 +65,38 @@ class SequenceBatch:
 
     def to(self, device: torch.device) -> "SequenceBatch":
         """Return the batch on a device."""
-        return SequenceBatch(item_BL=self.item_BL.to(device), valid_BL=self.valid_BL.to(device))
+        return SequenceBatch(
+            user_B=self.user_B.to(device),
+            item_BL=self.item_BL.to(device),
+            valid_BL=self.valid_BL.to(device),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairBatch:
+    """Observed pairs: users, with what else they have done, and the item that each did.
+
+    Shape legend: B pairs, H hard negatives.
+    """
+
+    queries: Queries
+    """The users; histories never hold the pair's own event, and are empty for models that do
+    not read them."""
+    item_B: Int64[Tensor, " B"]
+    """The observed item_idx."""
+    hard_BH: Int64[Tensor, "B H"]
+    """Hard negatives found beforehand, such as an item's neighbours in the graph; H may be 0."""
+
+    def __len__(self) -> int:
+        return len(self.item_B)
+
+    def to(self, device: torch.device) -> "PairBatch":
+        """Return the batch on a device."""
+        return PairBatch(
+            queries=self.queries.to(device),
+            item_B=self.item_B.to(device),
+            hard_BH=self.hard_BH.to(device),
+        )
 
 
 def last_events(queries: Queries, max_len: int) -> SequenceBatch:
@@ -66,10 +107,11 @@ def last_events(queries: Queries, max_len: int) -> SequenceBatch:
     end_B = queries.offsets_B1[1:]
     length_B = (end_B - queries.offsets_B1[:-1]).clamp(max=max_len)
     width = max(1, int(length_B.max())) if len(queries) else 1
-    position_L = torch.arange(width)
+    position_L = torch.arange(width, device=end_B.device)
     valid_BL = position_L < length_B.unsqueeze(1)
     index_BL = (end_B - length_B).unsqueeze(1) + position_L
-    if len(queries.history_N) == 0:
-        return SequenceBatch(item_BL=torch.zeros_like(index_BL), valid_BL=valid_BL)
-    gathered_BL = queries.history_N[index_BL.clamp(max=len(queries.history_N) - 1)]
-    return SequenceBatch(item_BL=gathered_BL.where(valid_BL, 0), valid_BL=valid_BL)
+    item_BL = torch.zeros_like(index_BL)
+    if len(queries.history_N):
+        gathered_BL = queries.history_N[index_BL.clamp(max=len(queries.history_N) - 1)]
+        item_BL = gathered_BL.where(valid_BL, 0)
+    return SequenceBatch(user_B=queries.user_B, item_BL=item_BL, valid_BL=valid_BL)

@@ -44,6 +44,7 @@ class SequencePlan:
         valid_BL = position_L < length_B1
         item_BL = self.events.item_idx[np.where(valid_BL, start_B1 + position_L, start_B1)]
         return SequenceBatch(
+            user_B=torch.from_numpy(self.events.user_idx[self.start_W[rows]].astype(np.int64)),
             item_BL=torch.from_numpy(np.where(valid_BL, item_BL, 0).astype(np.int64)),
             valid_BL=torch.from_numpy(valid_BL),
         )

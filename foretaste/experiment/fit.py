@@ -3,24 +3,21 @@
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from foretaste.data.batch import SequenceBatch
 from foretaste.data.interactions import Interactions
-from foretaste.data.sequences import SequencePlan, plan_sequences
 from foretaste.data.splits import Split
-from foretaste.errors import ConfigError, DataError
+from foretaste.errors import DataError
 from foretaste.evaluation.protocol import evaluate
+from foretaste.experiment.learning import make_learning, usual_objective
 from foretaste.models.catalogue import ModelConfig, build_model
-from foretaste.models.interface import ClosedForm
-from foretaste.models.sasrec import SASRec
+from foretaste.models.interface import ClosedForm, Finishes
 from foretaste.training.fit import Epoch, Fit
 from foretaste.training.objectives.catalogue import ObjectiveConfig
-from foretaste.training.objectives.next_item import NextItem, NextItemConfig
 from foretaste.training.progress import ShowProgress
-from foretaste.training.seeding import epoch_generator
 from foretaste.training.settings import TrainingConfig
 from foretaste.training.trained import Trained
 
@@ -68,28 +65,31 @@ def fit(
     torch.manual_seed(seed)
     model = build_model(config, num_users=events.num_users, num_items=events.num_items)
     training = training or TrainingConfig()
-    objective = objective or NextItemConfig()
     settings: dict[str, object] = {"model": config.model_dump(mode="json"), "split": split.kind}
     log: dict[str, object] = {}
     if isinstance(model, ClosedForm):
         model.learn(events)
-    elif isinstance(model, SASRec):
+    else:
+        objective = objective or usual_objective(model)
         settings |= {
             "training": training.model_dump(mode="json"),
             "objective": objective.model_dump(mode="json"),
         }
-        run = Fit(
+        learning = make_learning(
+            model, objective, events, batch_events=training.batch_events, seed=seed
+        )
+        run: Fit[Any, Any] = Fit(
             model,
             training,
             seed=seed,
-            plan=_plan(model.max_len, events, objective, training, seed),
-            objective=NextItem(objective, torch.from_numpy(events.item_count)),
+            plan=learning.plan,
+            objective=learning.objective,
             validate=_validate(config, events, split, seed),
             folder=folder,
         )
         log = _run(run, training, resume=resume, show=show, on_epoch=on_epoch)
-    else:
-        raise ConfigError(f"{type(model).__name__} has no way of learning yet")
+    if isinstance(model, Finishes):
+        model.finish(events)
     return Trained(
         config=config,
         model=model.eval(),
@@ -102,7 +102,7 @@ def fit(
 
 
 def _run(
-    run: Fit[SASRec, SequenceBatch],
+    run: Fit[Any, Any],
     training: TrainingConfig,
     *,
     resume: bool,
@@ -125,25 +125,6 @@ def _run(
         "skipped_steps": progress.skipped,
         "stopped": progress.done,
     }
-
-
-def _plan(
-    max_len: int,
-    events: Interactions,
-    objective: ObjectiveConfig,
-    training: TrainingConfig,
-    seed: int,
-) -> Callable[[int], SequencePlan]:
-    def plan(epoch: int) -> SequencePlan:
-        return plan_sequences(
-            events,
-            max_len=max_len,
-            batch_events=training.batch_events,
-            windows=objective.windows,
-            generator=epoch_generator(seed, epoch),
-        )
-
-    return plan
 
 
 def _validate(

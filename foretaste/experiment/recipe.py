@@ -15,7 +15,6 @@ from foretaste.data.split_config import SplitConfig
 from foretaste.errors import ConfigError
 from foretaste.models.catalogue import ModelConfig
 from foretaste.training.objectives.catalogue import ObjectiveConfig
-from foretaste.training.objectives.next_item import NextItemConfig
 from foretaste.training.settings import TrainingConfig
 
 C = TypeVar("C", bound=Config)
@@ -111,7 +110,8 @@ class ExperimentConfig(Config):
     data: DataConfig
     split: SplitConfig
     model: ModelConfig
-    objective: ObjectiveConfig = Field(default_factory=NextItemConfig)
+    objective: ObjectiveConfig | None = None
+    """How it learns; without it, the model's usual way."""
     training: TrainingConfig = Field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     refit: bool = False

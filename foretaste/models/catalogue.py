@@ -12,11 +12,12 @@ from torch import nn
 from foretaste.models.als import ImplicitALS, ImplicitALSConfig
 from foretaste.models.ease import EASE, EASEConfig
 from foretaste.models.item_knn import ItemKNN, ItemKNNConfig
+from foretaste.models.mf import MF, MFConfig
 from foretaste.models.popularity import Popularity, PopularityConfig
 from foretaste.models.sasrec import SASRec, SASRecConfig
 
 ModelConfig = Annotated[
-    SASRecConfig | PopularityConfig | ItemKNNConfig | EASEConfig | ImplicitALSConfig,
+    SASRecConfig | MFConfig | PopularityConfig | ItemKNNConfig | EASEConfig | ImplicitALSConfig,
     Field(discriminator="kind"),
 ]
 
@@ -37,6 +38,8 @@ def build_model(config: ModelConfig, *, num_users: int, num_items: int) -> nn.Mo
     match config:
         case SASRecConfig():
             return SASRec(config, num_items=num_items)
+        case MFConfig():
+            return MF(config, num_users=num_users, num_items=num_items)
         case PopularityConfig():
             return Popularity(config, num_items=num_items)
         case ItemKNNConfig():

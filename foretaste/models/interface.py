@@ -1,12 +1,13 @@
 """What the other rooms may ask of a model. A model's first line says which of these it is."""
 
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from foretaste.data.batch import Queries
+from foretaste.data.batch import Queries, SequenceBatch
 from foretaste.data.interactions import Interactions
+from foretaste.data.pairs import Reads
 
 
 @runtime_checkable
@@ -44,4 +45,64 @@ class ClosedForm(Protocol):
         Raises:
             TooLargeError: What it keeps would not fit in memory; said before it is tried.
         """
+        ...
+
+
+class PairVectors(NamedTuple):
+    """What a model makes of a batch of users and of the items they are compared with.
+
+    Shape legend: B users, V items, D width, R rows.
+    """
+
+    query_BD: Float[Tensor, "B D"]
+    item_VD: Float[Tensor, "V D"]
+    base: tuple[Tensor, ...]
+    """Tables of rows (R, D) whose length `l2` holds down, such as the looked-up embeddings."""
+    views: tuple[tuple[Tensor, Tensor], ...] = ()
+    """Two tables (R, D) that say the same of the same rows in two ways, of users and of items."""
+
+
+@runtime_checkable
+class PairModel(Protocol):
+    """A retriever that learns from pairs of a user and an item."""
+
+    reads: Reads
+    """What of a user's history it reads while it learns."""
+    max_len: int
+    """How many events of it."""
+
+    def __call__(self, queries: Queries, item_V: Int64[Tensor, " V"]) -> PairVectors:
+        """Return the vectors of a batch's users and of some items, to be learned from."""
+        ...
+
+    def encode(self, queries: Queries) -> Float[Tensor, "B D"]: ...
+    def item_table(self) -> Float[Tensor, "I D"]: ...
+
+
+@runtime_checkable
+class SequenceModel(Protocol):
+    """A retriever that learns from histories, with a state for each event."""
+
+    max_len: int
+
+    def __call__(self, batch: SequenceBatch) -> Float[Tensor, "B L1 D"]: ...
+    def encode(self, queries: Queries) -> Float[Tensor, "B D"]: ...
+    def item_table(self) -> Float[Tensor, "I D"]: ...
+
+
+@runtime_checkable
+class Finishes(Protocol):
+    """Works something out once training is over: final tables, answers to new users."""
+
+    def finish(self, events: Interactions) -> None:
+        """Fill what answers need and training does not; `events` are those of training."""
+        ...
+
+
+@runtime_checkable
+class PlacesItems(Protocol):
+    """Knows some items without any event of theirs, by their features or their edges."""
+
+    def placed_I(self) -> Bool[Tensor, " I"]:
+        """Return which items have a vector worth ranking though training saw no event of them."""
         ...

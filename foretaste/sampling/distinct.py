@@ -17,8 +17,8 @@ class Drawn(NamedTuple):
 
     item_M: Int64[Tensor, " M"]
     """No two alike."""
-    log_chance_M: Float[Tensor, " M"]
-    """Log of each item's chance to be drawn, given where the draw ended; in nats, 0 at most."""
+    chance_I: Float[Tensor, " I"]
+    """Each item's chance to be among them, given where the draw ended; drawn or not."""
 
 
 @final
@@ -48,18 +48,19 @@ class DistinctSampler:
         self.known = count_I.nonzero().squeeze(1)
         if len(self.known) == 0:
             raise DataError("no item has a training event: there is nothing to draw from")
-        self.power = power
+        self.power, self.num_items = power, len(count_I)
         self._rate = count_I[self.known].double().pow(power)
 
     def draw(self, num: int, *, device: torch.device) -> Drawn:
         """Return `num` items, or all there are, by torch's generator of the device."""
         known = self.known.to(device)
+        chance_I = torch.zeros(self.num_items, device=device)
         if num >= len(known):
-            return Drawn(known, torch.zeros(len(known), device=device))
+            return Drawn(known, chance_I.index_fill_(0, known, 1.0))
         if self.power == 0:
             item_M = known[torch.randperm(len(known), device=device)[:num]]
-            return Drawn(item_M, torch.full((num,), num / len(known), device=device).log())
+            return Drawn(item_M, chance_I.index_fill_(0, known, num / len(known)))
         rate = self._rate.to(device)
         first, order = (torch.empty_like(rate).exponential_() / rate).topk(num + 1, largest=False)
-        chance_M = -torch.expm1(-rate[order[:num]] * first[-1])
-        return Drawn(known[order[:num]], chance_M.log().float())
+        chance_I[known] = -torch.expm1(-rate * first[-1]).float()
+        return Drawn(known[order[:num]], chance_I)

@@ -1,6 +1,6 @@
 """Negatives that a user has certainly not done: draw, and draw again what was seen.
 
-Shape legend: B rows, N negatives a row, E distinct (user, item) pairs, I items.
+Shape legend: B rows, N negatives a row, E distinct (user, item) pairs, P pairs of a batch, I items.
 """
 
 from dataclasses import dataclass
@@ -49,6 +49,17 @@ class Seen:
         place_B = torch.searchsorted(self.key_E, key_B).clamp_(max=len(self.key_E) - 1)
         return self.key_E[place_B] == key_B
 
+    def items_of(
+        self, user_B: Int64[Tensor, " B"]
+    ) -> tuple[Int64[Tensor, " P"], Int64[Tensor, " P"]]:
+        """Return all pairs of a row and an item that its user has done, row by row."""
+        start_B, end_B = self.offsets_U1[user_B], self.offsets_U1[user_B + 1]
+        length_B = end_B - start_B
+        row_P = torch.repeat_interleave(length_B)
+        first_B = length_B.cumsum(0) - length_B
+        index_P = torch.arange(len(row_P)) + (start_B - first_B)[row_P]
+        return row_P, self.key_E[index_P] - user_B[row_P] * self.num_items
+
 
 def draw_unseen(
     sampler: Sampler,
@@ -93,12 +104,9 @@ def draw_unseen(
 def _draw_exactly(
     sampler: Sampler, user_R: Tensor, seen: Seen, generator: torch.Generator
 ) -> Int64[Tensor, " R"]:
-    start_R, end_R = seen.offsets_U1[user_R], seen.offsets_U1[user_R + 1]
-    row_P = torch.repeat_interleave(end_R - start_R)
-    first_R = (end_R - start_R).cumsum(0) - (end_R - start_R)
-    key_P = seen.key_E[torch.arange(len(row_P)) - first_R[row_P] + start_R[row_P]]
+    row_P, item_P = seen.items_of(user_R)
     weight_RI = sampler.probability_I.repeat(len(user_R), 1)
-    weight_RI[row_P, key_P % seen.num_items] = 0
+    weight_RI[row_P, item_P] = 0
     if not (weight_RI.sum(dim=1) > 0).all():
         user_idx = int(user_R[weight_RI.sum(dim=1).argmin()])
         raise DataError(

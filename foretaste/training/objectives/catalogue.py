@@ -1,5 +1,10 @@
 """All ways of learning by name."""
 
-from foretaste.training.objectives.next_item import NextItemConfig
+from typing import Annotated
 
-ObjectiveConfig = NextItemConfig
+from pydantic import Field
+
+from foretaste.training.objectives.next_item import NextItemConfig
+from foretaste.training.objectives.pairs import PairsConfig
+
+ObjectiveConfig = Annotated[NextItemConfig | PairsConfig, Field(discriminator="kind")]

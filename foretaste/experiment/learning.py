@@ -1,0 +1,86 @@
+"""Which model learns in which way: the objective and the batches that go with it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from foretaste.data.interactions import Interactions
+from foretaste.data.pairs import plan_pairs
+from foretaste.data.sequences import plan_sequences
+from foretaste.errors import ConfigError
+from foretaste.models.interface import PairModel, SequenceModel
+from foretaste.models.sasrec import SASRec
+from foretaste.training.fit import Plan
+from foretaste.training.objectives.catalogue import ObjectiveConfig
+from foretaste.training.objectives.next_item import NextItem, NextItemConfig
+from foretaste.training.objectives.pairs import Pairs, PairsConfig
+from foretaste.training.seeding import epoch_generator
+
+
+def usual_objective(model: nn.Module) -> ObjectiveConfig:
+    """Return how a model learns if nothing else is said.
+
+    Raises:
+        ConfigError: There is no way.
+    """
+    if isinstance(model, PairModel):
+        return PairsConfig()
+    if isinstance(model, SequenceModel):
+        return NextItemConfig()
+    raise ConfigError(f"{type(model).__name__} has no way of learning")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learning:
+    """An objective and an epoch's batches, from the epoch's number."""
+
+    objective: Callable[[Any, Any], Tensor]
+    plan: Callable[[int], Plan[Any]]
+
+
+def make_learning(
+    model: nn.Module,
+    config: ObjectiveConfig,
+    events: Interactions,
+    *,
+    batch_events: int,
+    seed: int,
+) -> Learning:
+    """Return how a model learns from events.
+
+    Raises:
+        ConfigError: The model cannot learn so.
+        DataError: There is no event.
+    """
+    match config:
+        case NextItemConfig() if isinstance(model, SASRec):
+            max_len, windows = model.max_len, config.windows
+            return Learning(
+                objective=NextItem(config, events),
+                plan=lambda epoch: plan_sequences(
+                    events,
+                    max_len=max_len,
+                    batch_events=batch_events,
+                    windows=windows,
+                    generator=epoch_generator(seed, epoch),
+                ),
+            )
+        case PairsConfig() if isinstance(model, PairModel):
+            reads, read_len = model.reads, model.max_len
+            return Learning(
+                objective=Pairs(config, events),
+                plan=lambda epoch: plan_pairs(
+                    events,
+                    batch_events=batch_events,
+                    generator=epoch_generator(seed, epoch),
+                    reads=reads,
+                    max_len=read_len,
+                ),
+            )
+        case _:
+            raise ConfigError(
+                f"objective.kind is {config.kind!r}, but {type(model).__name__} learns by "
+                f"{usual_objective(model).kind!r}: set it so, or leave the objective out"
+            )

@@ -1,0 +1,94 @@
+r"""MF, a retriever: a vector for each user and each item, compared by their dot product.
+
+.. math:: s_{ui} = p_u \cdot q_i + b_i
+
+Koren, Bell and Volinsky, "Matrix Factorization Techniques for Recommender Systems", Computer 2009,
+https://doi.org/10.1109/MC.2009.263
+
+Departures: no bias of users, which changes no ranking; a user whom training never saw is answered
+by regression on their history (`FoldIn`).
+
+Shape legend: B users, V items, I items of the catalogue, D width.
+"""
+
+from typing import Literal, final
+
+import torch
+from jaxtyping import Float, Int64
+from pydantic import Field, PositiveInt
+from torch import Tensor, nn
+
+from foretaste.config import Config
+from foretaste.data.batch import Queries
+from foretaste.data.interactions import Interactions
+from foretaste.data.pairs import Reads
+from foretaste.models.interface import PairVectors
+from foretaste.models.layers.fold_in import FoldIn
+from foretaste.models.layers.similarity import Similarity, as_item, as_query
+
+
+class MFConfig(Config):
+    """Settings of matrix factorisation."""
+
+    kind: Literal["mf"] = "mf"
+    embedding_dim: PositiveInt = 64
+    biases: bool = False
+    """Whether items have a bias; it is one more column of their vectors."""
+    similarity: Similarity = "dot"
+    temperature: float = Field(default=1.0, gt=0)
+    """Divides scores; below 1 for the cosine, whose range is narrow."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the users' coordinates dropped in training."""
+    init_std: float = Field(default=0.05, gt=0)
+
+
+@final
+class MF(nn.Module):
+    """The network: two tables."""
+
+    def __init__(self, config: MFConfig, *, num_users: int, num_items: int) -> None:
+        super().__init__()
+        self.config = config
+        self.reads: Reads = "nothing"
+        self.max_len = 0
+        self.users = nn.Embedding(num_users, config.embedding_dim)
+        self.items = nn.Embedding(num_items, config.embedding_dim)
+        self.bias = nn.Embedding(num_items, 1) if config.biases else None
+        self.dropout = nn.Dropout(config.dropout)
+        self.fold_in = FoldIn(num_users=num_users, embedding_dim=config.embedding_dim)
+        for table in (self.users, self.items):
+            nn.init.normal_(table.weight, std=config.init_std)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias.weight)
+
+    def forward(self, queries: Queries, item_V: Int64[Tensor, " V"]) -> PairVectors:
+        """Return the vectors of known users and of some items."""
+        user_BD, item_VD = self.users(queries.user_B), self.items(item_V)
+        bias_V1 = None if self.bias is None else self.bias(item_V)
+        return PairVectors(
+            query_BD=self._query(self.dropout(user_BD)),
+            item_VD=self._item(item_VD, bias_V1),
+            base=(user_BD, item_VD),
+        )
+
+    def encode(self, queries: Queries) -> Float[Tensor, "B D"]:
+        """Return each user's vector, folded in where training did not learn it."""
+        return self._query(self.fold_in(queries, self.users.weight, self.items.weight))
+
+    def item_table(self) -> Float[Tensor, "I D"]:
+        """Return every item's vector, its bias as a last column."""
+        return self._item(self.items.weight, None if self.bias is None else self.bias.weight)
+
+    def finish(self, events: Interactions) -> None:
+        """Learn how to answer users whom training never saw."""
+        self.fold_in.learn(events, self.users.weight, self.items.weight)
+
+    def _query(self, user_BD: Tensor) -> Tensor:
+        query_BD = as_query(user_BD, self.config.similarity, self.config.temperature)
+        if self.bias is None:
+            return query_BD
+        return torch.cat([query_BD, torch.ones_like(query_BD[:, :1])], dim=1)
+
+    def _item(self, item_VD: Tensor, bias_V1: Tensor | None) -> Tensor:
+        item_VD = as_item(item_VD, self.config.similarity)
+        return item_VD if bias_V1 is None else torch.cat([item_VD, bias_V1], dim=1)

@@ -1,0 +1,228 @@
+"""What an observed item is compared with, and by which loss: the same for every retriever.
+
+A row is a query with its observed item: a user of a pair, or a place in a history. Its negatives
+come from up to three sources: items drawn once for the whole batch, the batch's other positives,
+and items drawn for the row alone. Any of them goes with any loss.
+
+Shape legend: N rows, M shared candidates, H own candidates, V distinct items, D width, I items,
+P pairs.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, final
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int64
+from pydantic import Field, NonNegativeInt, model_validator
+from torch import Tensor
+
+from foretaste.config import Config
+from foretaste.data.interactions import Interactions
+from foretaste.losses.bce import bce_loss_gradient, gbce_power
+from foretaste.losses.bpr import bpr_loss_gradient, margin_loss_gradient
+from foretaste.losses.chunked import LossGradient, chunked_loss
+from foretaste.losses.hardest import hardest
+from foretaste.losses.softmax import softmax_loss_gradient
+from foretaste.sampling.distinct import DistinctSampler
+from foretaste.sampling.in_batch import InBatchSampler
+from foretaste.sampling.popularity import PopularitySampler
+from foretaste.sampling.sampler import Sampler
+from foretaste.sampling.uniform import UniformSampler
+from foretaste.sampling.unseen import Seen, draw_unseen
+
+Loss = Literal["softmax", "sampled_softmax", "bce", "gbce", "bpr", "margin"]
+
+
+class CandidateConfig(Config):
+    """Settings of the loss and of the negatives, shared by all objectives."""
+
+    loss: Loss = "softmax"
+    """"softmax": cross-entropy over the whole catalogue. The others need negatives."""
+    negatives: NonNegativeInt = 512
+    """How many items a batch draws, distinct, shared by all its rows."""
+    row_negatives: NonNegativeInt = 0
+    """How many items are drawn for each row alone, as BPR's authors do."""
+    in_batch: bool = False
+    """Whether the batch's other positives are negatives too; with `negatives`, a mixture."""
+    popularity_power: float = Field(default=0.0, ge=0)
+    """Negatives are drawn with probability ~ count^power; 0 is uniform."""
+    hardest: NonNegativeInt = 0
+    """Only so many negatives of a row count, those scored highest; 0: all do."""
+    exclude_known: bool = False
+    """Never take for a negative what the user has in training; else only the row's own item."""
+    log_q: bool = True
+    """Sampled softmax corrects each negative by its expected number of draws."""
+    calibration: float = Field(default=0.75, ge=0, le=1)
+    """gBCE's t: 0 is BCE, 1 calibrates probabilities fully."""
+    margin: float = Field(default=1.0, gt=0)
+    """How far above a negative the positive should stand, for the margin loss."""
+
+    @model_validator(mode="after")
+    def _has_negatives(self) -> "CandidateConfig":
+        if self.loss != "softmax" and not (self.negatives or self.row_negatives or self.in_batch):
+            raise ValueError(
+                f"the loss {self.loss} needs negatives: set negatives, row_negatives or in_batch"
+            )
+        return self
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Candidates:
+    """What a batch's rows are compared with."""
+
+    item_V: Int64[Tensor, " V"]
+    """All items whose vectors are needed, no two alike."""
+    target_N: Int64[Tensor, " N"]
+    """Row of `item_V` that each row's positive has; likewise the next two."""
+    shared_M: Int64[Tensor, " M"]
+    own_NH: Int64[Tensor, "N H"]
+    hidden_2P: Int64[Tensor, "2 P"]
+    """(row, column) that are no negatives; columns from M on are own ones."""
+    log_count_M: Float[Tensor, " M"]
+    """Log of the expected number of times that each shared candidate is among a row's."""
+    log_count_NH: Float[Tensor, "N H"]
+
+
+@final
+class CandidateLoss:
+    """Draws a batch's candidates, then compares."""
+
+    def __init__(self, config: CandidateConfig, events: Interactions) -> None:
+        """Prepare to draw.
+
+        Args:
+            config: The settings.
+            events: Training events; items without any are no candidates.
+
+        Raises:
+            DataError: There is no event.
+        """
+        count_I = torch.from_numpy(events.item_count)
+        self.config, self.num_items = config, events.num_items
+        self.shared = DistinctSampler(count_I, power=config.popularity_power)
+        self.in_batch = InBatchSampler(count_I) if config.in_batch else None
+        self.own = _row_sampler(config, events) if config.row_negatives else None
+        self.seen = Seen.of(events) if config.exclude_known else None
+        self.num_known = len(self.shared.known)
+
+    def draw(
+        self,
+        user_N: Int64[Tensor, " N"],
+        target_N: Int64[Tensor, " N"],
+        hard_NH: Int64[Tensor, "N H"] | None = None,
+    ) -> Candidates:
+        """Draw what rows are compared with, by torch's global generator.
+
+        Args:
+            user_N: user_idx of each row.
+            target_N: Its observed item_idx.
+            hard_NH: Further negatives of each row, found beforehand; they count in full.
+
+        Raises:
+            DataError: Known items are excluded, and a user has done every item.
+        """
+        config, device = self.config, target_N.device
+        num = self.num_known if config.loss == "softmax" else config.negatives
+        drawn = self.shared.draw(num, device=device)
+        item_M, count_I = drawn.item_M, drawn.chance_I
+        own_NH = target_N.new_empty(len(target_N), 0)
+        if config.loss != "softmax":
+            if self.in_batch is not None:
+                others = self.in_batch.draw(target_N)
+                item_M = torch.cat([item_M, others.item_M]).unique()
+                count_I = 1 - (1 - count_I) * (1 - others.chance_I)
+            if self.own is not None:
+                own_NH = self._draw_own(user_N, target_N)
+                count_I = count_I + own_NH.shape[1] * self.own.probability_I.to(count_I)
+        num_drawn = own_NH.shape[1]
+        if hard_NH is not None and config.loss != "softmax":
+            own_NH = torch.cat([own_NH, hard_NH], dim=1)
+        column_I = torch.full((self.num_items,), -1, device=device)
+        column_I[item_M] = torch.arange(len(item_M), device=device)
+        named = torch.cat([target_N, item_M, own_NH.flatten()])
+        item_V, place = named.unique(return_inverse=True)
+        log_count_I = count_I.log()
+        log_count_NH = log_count_I[own_NH]
+        log_count_NH[:, num_drawn:] = 0
+        return Candidates(
+            item_V=item_V,
+            target_N=place[: len(target_N)],
+            shared_M=place[len(target_N) : len(target_N) + len(item_M)],
+            own_NH=place[len(target_N) + len(item_M) :].view(own_NH.shape),
+            hidden_2P=self._hidden(user_N, target_N, column_I, len(item_M), own_NH),
+            log_count_M=log_count_I[item_M],
+            log_count_NH=log_count_NH,
+        )
+
+    def __call__(
+        self,
+        candidates: Candidates,
+        query_ND: Float[Tensor, "N D"],
+        item_VD: Float[Tensor, "V D"],
+    ) -> Float[Tensor, ""]:
+        """Return the mean loss over rows, given the vectors of `candidates.item_V`."""
+        corrected = self.config.loss == "sampled_softmax" and self.config.log_q
+        has_own = candidates.own_NH.shape[1] > 0
+        loss = chunked_loss(
+            query_ND,
+            F.embedding(candidates.target_N, item_VD),
+            F.embedding(candidates.shared_M, item_VD),
+            self._loss_gradient(len(candidates.shared_M) + candidates.own_NH.shape[1]),
+            hidden_2P=candidates.hidden_2P,
+            offset_M=-candidates.log_count_M if corrected else None,
+            own_NHD=F.embedding(candidates.own_NH, item_VD) if has_own else None,
+            own_offset_NH=-candidates.log_count_NH if corrected and has_own else None,
+        )
+        return loss / len(query_ND)
+
+    def _draw_own(self, user_N: Tensor, target_N: Tensor) -> Tensor:
+        generator, num = torch.default_generator, self.config.row_negatives
+        if self.own is None or self.seen is None:
+            drawn = self.own.draw((len(user_N), num), generator=generator) if self.own else None
+            return target_N.new_empty(len(user_N), 0) if drawn is None else drawn.to(target_N)
+        user_cpu = user_N.cpu()
+        drawn = draw_unseen(self.own, user_cpu, num, seen=self.seen, generator=generator)
+        return drawn.to(target_N)
+
+    def _hidden(
+        self, user_N: Tensor, target_N: Tensor, column_I: Tensor, num_shared: int, own_NH: Tensor
+    ) -> Int64[Tensor, "2 P"]:
+        if self.seen is None:
+            row_P, item_P = torch.arange(len(target_N), device=target_N.device), target_N
+        else:
+            row_P, item_P = self.seen.items_of(user_N.cpu())
+            row_P, item_P = row_P.to(target_N.device), item_P.to(target_N.device)
+        column_P = column_I[item_P]
+        hidden_2P = torch.stack([row_P, column_P])[:, column_P >= 0]
+        if own_NH.shape[1] == 0:
+            return hidden_2P
+        own_2P = (own_NH == target_N.unsqueeze(1)).nonzero().T
+        own_2P[1] += num_shared
+        both_2P = torch.cat([hidden_2P, own_2P], dim=1)
+        return both_2P[:, both_2P[0].argsort(stable=True)]
+
+    def _loss_gradient(self, num_candidates: int) -> LossGradient:
+        config = self.config
+        num = min(num_candidates, config.hardest) if config.hardest else num_candidates
+        match config.loss:
+            case "softmax" | "sampled_softmax":
+                chosen: LossGradient = softmax_loss_gradient
+            case "bce":
+                chosen = partial(bce_loss_gradient, negative_weight=1 / max(1, num))
+            case "gbce":
+                rate = min(1.0, max(1, num) / max(1, self.num_known - 1))
+                power = gbce_power(sampling_rate=rate, calibration=config.calibration)
+                chosen = partial(bce_loss_gradient, positive_power=power)
+            case "bpr":
+                chosen = bpr_loss_gradient
+            case "margin":
+                chosen = partial(margin_loss_gradient, margin=config.margin)
+        return hardest(chosen, config.hardest) if config.hardest else chosen
+
+
+def _row_sampler(config: CandidateConfig, events: Interactions) -> Sampler:
+    if config.popularity_power:
+        return PopularitySampler(events.item_count, alpha=config.popularity_power)
+    return UniformSampler(events.num_items, known_I=torch.from_numpy(events.item_count > 0))
