@@ -147,6 +147,10 @@ def test_a_bundle_measured_again_gives_the_figures_it_was_written_with(
     code, out, _ = foretaste("evaluate", bundle, "--data-dir", world, "--json")
     stored = json.loads((bundle / "report.json").read_text())["metrics"]
     assert (code, json.loads(out)["metrics"]) == (0, stored)
+    code, out, _ = foretaste("evaluate", bundle, "--data-dir", world)
+    assert code == 0
+    assert f"{stored['ndcg_at_10']:.4f} [" in out
+    assert "Report(" not in out
 
 
 def test_recommendations_say_where_they_came_from(foretaste: Run, bundle: Path) -> None:

@@ -21,7 +21,9 @@ def answer(document: object, *people: object, as_json: bool) -> None:
         sys.stdout.write(json.dumps(document, default=str, allow_nan=False) + "\n")
         return
     for part in people:
-        _people.print(part, highlight=False, markup=False, soft_wrap=isinstance(part, str))
+        is_table = isinstance(part, Table)
+        shown = part if is_table else str(part)
+        _people.print(shown, highlight=False, markup=False, soft_wrap=not is_table)
 
 
 def log(line: str) -> None:
