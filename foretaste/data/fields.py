@@ -1,0 +1,163 @@
+"""The columns that describe users and items, typed: what a recipe's `[features]` says.
+
+A field is one column; its kind says how its values become numbers. What is fitted to training data
+stands in `features`, how a schema is found in a table in `features_inspect`.
+"""
+
+import json
+import re
+import tomllib
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveInt, ValidationError, model_validator
+
+from foretaste.config import Config
+from foretaste.errors import ConfigError
+
+
+class CategoricalField(Config):
+    """One of several values: text, whole numbers, truth values, dates. `42` and `"42"` are one."""
+
+    kind: Literal["categorical"] = "categorical"
+    min_count: PositiveInt = 1
+    """Values on fewer training rows share one bucket with values that training never saw."""
+    max_values: PositiveInt = 100_000
+    """Beyond so many, the most frequent are kept and the others join the same bucket."""
+    why: str = ""
+    """Why the column is taken so; nothing reads it but people."""
+
+
+class MultiField(Config):
+    """Several values at once, in no order: a list column, or text cut at a separator."""
+
+    kind: Literal["multi"] = "multi"
+    separator: str | None = Field(default=None, min_length=1)
+    """What stands between the values of a text, "|" in "Action|Comedy"; lists need none."""
+    min_count: PositiveInt = 1
+    """Values that stand in training rows fewer times share one bucket with those never seen."""
+    max_values: PositiveInt = 100_000
+    """Beyond so many, the most frequent are kept and the others join the same bucket."""
+    why: str = ""
+    """Why the column is taken so; nothing reads it but people."""
+
+
+class NumericField(Config):
+    """A number, or a date or time, which counts as days since 1970."""
+
+    kind: Literal["numeric"] = "numeric"
+    transform: Literal["standardise", "bucketise", "log1p_standardise"] = "standardise"
+    """Minus the mean, by the standard deviation; or one of the buckets between quantiles; or the
+    logarithm of 1 plus the absolute number, under the number's sign, then standardised."""
+    num_buckets: int = Field(default=10, ge=2, le=10_000)
+    """Buckets of `bucketise`, with as many training rows each as equal numbers allow."""
+    why: str = ""
+    """Why the column is taken so; nothing reads it but people."""
+
+
+class VectorField(Config):
+    """A list of numbers, as long in every row: an embedding of a text or an image."""
+
+    kind: Literal["vector"] = "vector"
+    normalise: bool = True
+    """Divide each vector by its own length; otherwise all by the root mean square of the lengths
+    in training."""
+    why: str = ""
+    """Why the column is taken so; nothing reads it but people."""
+
+
+class TextField(Config):
+    """Free text, made a vector of length 1 by a sentence encoder on this machine.
+
+    Needs the extra `text` (sentence-transformers), in training and in serving.
+    """
+
+    kind: Literal["text"] = "text"
+    encoder: str
+    """Folder or name of a sentence-transformers model that is on this machine already."""
+    batch_size: PositiveInt = 1
+    """Texts encoded at a time. More is faster; then a vector's last digits may depend on what
+    stood beside its text, and serving may differ from training by them."""
+    why: str = ""
+    """Why the column is taken so; nothing reads it but people."""
+
+
+FieldConfig = Annotated[
+    CategoricalField | MultiField | NumericField | VectorField | TextField,
+    Field(discriminator="kind"),
+]
+
+
+class FeatureSchema(Config):
+    """Which columns of the tables of users and items are features, and of which kind."""
+
+    user: dict[str, FieldConfig] = Field(default_factory=dict)
+    """From a column of the table of users to its kind and settings."""
+    item: dict[str, FieldConfig] = Field(default_factory=dict)
+    """From a column of the table of items to its kind and settings."""
+    left_out: dict[str, str] = Field(default_factory=dict)
+    """Columns that inspection left out, such as `item.title`, and why; nothing reads it."""
+
+    @model_validator(mode="after")
+    def _no_name_is_empty(self) -> "FeatureSchema":
+        if "" in self.user or "" in self.item:
+            raise ValueError("a field has an empty name: it is the name of a column")
+        return self
+
+
+_BARE = re.compile(r"[A-Za-z0-9_-]+")
+_HEAD = """\
+# Which columns of the tables of users and items are features: correct it where it is wrong.
+# A section is a field, named after its side and column; delete one to leave the column out.
+# kind = "categorical"  one of several values; those rarer than min_count share a bucket
+#        "multi"        several values: a list, or text cut at separator
+#        "numeric"      transform = "standardise", "bucketise" (num_buckets) or "log1p_standardise"
+#        "vector"       numbers, as many in every row; normalise = true gives all the same length
+#        "text"         free text; encoder = the folder of a sentence-transformers model
+"""
+
+
+def schema_to_toml(schema: FeatureSchema) -> str:
+    """Write a schema as commented TOML that a person corrects; it parses back to the same."""
+    lines = [_HEAD]
+    for side, fields in (("user", schema.user), ("item", schema.item)):
+        for name, field in fields.items():
+            lines.append(f"[{side}.{_key(name)}]")
+            settings = field.model_dump(exclude_none=True)
+            if not field.why:
+                del settings["why"]
+            lines += [f"{key} = {_value(value)}" for key, value in settings.items()]
+            lines.append("")
+    if schema.left_out:
+        lines += ["[left_out]", "# Nothing reads these: to use a column, give it a section above."]
+        lines += [f"{_key(name)} = {_text(why)}" for name, why in schema.left_out.items()]
+    return "\n".join(lines).strip() + "\n"
+
+
+def schema_from_toml(text: str) -> FeatureSchema:
+    """Read a schema that `schema_to_toml` or a person wrote.
+
+    Raises:
+        ConfigError: It is not TOML, or a setting is missing, unknown or out of range.
+    """
+    try:
+        return FeatureSchema.model_validate(tomllib.loads(text))
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"the schema is not TOML: {error}") from error
+    except ValidationError as error:
+        found = [
+            f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
+            for problem in error.errors(include_url=False)
+        ]
+        raise ConfigError(f"the schema: {'; '.join(found)}") from error
+
+
+def _key(name: str) -> str:
+    return name if _BARE.fullmatch(name) else _text(name)
+
+
+def _value(value: str | int) -> str:
+    return _text(value) if isinstance(value, str) else json.dumps(value)
+
+
+def _text(value: str) -> str:
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
