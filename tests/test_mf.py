@@ -1,0 +1,169 @@
+"""MF and its answers to users whom training never saw."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+from test_contract import events_of, planted_histories
+from torch import Tensor
+
+from foretaste.data.batch import Queries
+from foretaste.data.pairs import Reads, plan_pairs
+from foretaste.models.layers.fold_in import FoldIn
+from foretaste.models.mf import MF, MFConfig
+from foretaste.training.seeding import epoch_generator
+
+EVENTS = events_of(planted_histories(), num_items=40)
+
+
+def made(config: MFConfig | None = None) -> MF:
+    torch.manual_seed(0)
+    config = config or MFConfig(embedding_dim=8)
+    return MF(config, num_users=EVENTS.num_users, num_items=EVENTS.num_items)
+
+
+def known(users: list[int], histories: list[list[int]]) -> Queries:
+    return replace(Queries.of_histories(histories), user_B=torch.tensor(users))
+
+
+def test_a_score_is_the_dot_product_plus_the_items_bias() -> None:
+    model = made(MFConfig(embedding_dim=3, biases=True))
+    model.users.weight.data[7] = torch.tensor([1.0, 2.0, 3.0])
+    model.items.weight.data[4] = torch.tensor([4.0, 5.0, 6.0])
+    assert model.bias is not None
+    model.bias.weight.data[4] = 10
+    queries = known([7], [EVENTS.history(7).tolist()])
+    score_BI = model.encode(queries) @ model.item_table().T
+    assert score_BI[0, 4].item() == pytest.approx(4 + 10 + 18 + 10)
+    vectors = model(queries, torch.tensor([4]))
+    assert (vectors.query_BD @ vectors.item_VD.T).item() == pytest.approx(42)
+
+
+def test_the_cosine_does_not_see_length() -> None:
+    model = made(MFConfig(embedding_dim=4, similarity="cosine", temperature=0.1))
+    before = model.item_table().clone()
+    model.items.weight.data[3] *= 7
+    torch.testing.assert_close(model.item_table(), before)
+    length_B = model.encode(known([0], [[]])).norm(dim=1)
+    assert length_B.tolist() == pytest.approx([10.0])
+
+
+def linear_world(model: MF) -> Tensor:
+    """Make each user's vector a known linear function of their history."""
+    weight_DD, bias_D = torch.randn(8, 8), torch.randn(8)
+    for user in range(EVENTS.num_users):
+        items = torch.from_numpy(EVENTS.history(user)).long()
+        bag_D = model.items.weight[items].sum(dim=0) / len(items) ** 0.5
+        model.users.weight.data[user] = bag_D.detach() @ weight_DD + bias_D
+    return weight_DD
+
+
+def test_the_regression_finds_the_function_that_users_follow() -> None:
+    model = made()
+    with torch.no_grad():
+        weight_DD = linear_world(model)
+        model.finish(EVENTS)
+        torch.testing.assert_close(model.fold_in.weight_DD, weight_DD, rtol=0.03, atol=0.03)
+        histories = [EVENTS.history(user).tolist() for user in range(5)]
+        strangers = model.encode(Queries.of_histories(histories))
+        torch.testing.assert_close(strangers, model.users.weight[:5], rtol=0.05, atol=0.05)
+
+
+def test_a_known_user_is_their_own_vector_until_they_do_more() -> None:
+    model = made()
+    model.finish(EVENTS)
+    history = EVENTS.history(3).tolist()
+    same, more = model.encode(known([3, 3], [history, [*history, 30]]))
+    assert torch.equal(same, model.users.weight[3])
+    fold_in = model.fold_in
+    folded = model.encode(Queries.of_histories([history, [*history, 30]]))
+    torch.testing.assert_close(more - same, folded[1] - folded[0], rtol=1e-4, atol=1e-5)
+    assert not torch.equal(more, same)
+    assert fold_in.num_events_U[3] == len(history)
+
+
+def test_a_user_whose_past_is_forgotten_is_answered_by_what_is_left() -> None:
+    model = made()
+    model.finish(EVENTS)
+    left = EVENTS.history(3).tolist()[-1:]
+    assert torch.equal(model.encode(known([3], [left])), model.encode(Queries.of_histories([left])))
+
+
+def test_users_without_training_events_are_strangers() -> None:
+    events = events_of([*planted_histories(num_users=20), []], num_items=40)
+    torch.manual_seed(0)
+    model = MF(MFConfig(embedding_dim=8), num_users=21, num_items=40)
+    model.finish(events)
+    for history in ([], [1, 2]):
+        stranger = model.encode(Queries.of_histories([history]))
+        assert torch.equal(model.encode(known([20], [history])), stranger)
+
+
+def test_fold_in_without_users_or_with_one_is_finite() -> None:
+    fold_in = FoldIn(num_users=1, embedding_dim=4)
+    item_ID = torch.randn(3, 4)
+    fold_in.learn(events_of([[0, 1]], num_items=3), torch.randn(1, 4), item_ID)
+    answer = fold_in(Queries.of_histories([[2], []]), torch.randn(1, 4), item_ID)
+    assert answer.isfinite().all()
+    nobody = FoldIn(num_users=0, embedding_dim=4)
+    assert nobody(Queries.of_histories([[2], []]), torch.empty(0, 4), item_ID).isfinite().all()
+
+
+@pytest.mark.parametrize("reads", ["nothing", "before", "others"])
+def test_an_epoch_holds_every_event_once(reads: Reads) -> None:
+    plan = plan_pairs(EVENTS, batch_events=70, generator=epoch_generator(0, 0), reads=reads)
+    batches = [plan.batch(index) for index in range(len(plan))]
+    pairs = [
+        pair
+        for batch in batches
+        for pair in zip(batch.queries.user_B.tolist(), batch.item_B.tolist(), strict=True)
+    ]
+    assert sorted(pairs) == sorted(
+        zip(EVENTS.user_idx.tolist(), EVENTS.item_idx.tolist(), strict=True)
+    )
+    assert pairs != sorted(pairs)
+    assert plan.num_events == len(EVENTS)
+
+
+@pytest.mark.parametrize("max_len", [2, 50])
+def test_what_is_read_along_never_holds_the_pairs_own_event(max_len: int) -> None:
+    for reads in ("before", "others"):
+        plan = plan_pairs(
+            EVENTS, batch_events=70, generator=epoch_generator(0, 0), reads=reads, max_len=max_len
+        )
+        for index in range(len(plan)):
+            batch = plan.batch(index)
+            offsets = batch.queries.offsets_B1.tolist()
+            for b, (user, item) in enumerate(
+                zip(batch.queries.user_B.tolist(), batch.item_B.tolist(), strict=True)
+            ):
+                read = batch.queries.history_N[offsets[b] : offsets[b + 1]].tolist()
+                history = EVENTS.history(user).tolist()  # its items are all different
+                place = history.index(item)
+                if reads == "before":
+                    assert read == history[max(0, place - max_len) : place]
+                else:
+                    assert set(read) <= set(history) - {item}
+                    assert len(read) == len(set(read)) == min(max_len, len(history) - 1)
+
+
+def test_the_same_epoch_and_batch_are_the_same_whenever_they_are_made() -> None:
+    def plan() -> object:
+        return plan_pairs(
+            EVENTS, batch_events=70, generator=epoch_generator(1, 2), reads="others", max_len=3
+        )
+
+    first, second = plan(), plan()
+    second.batch(0)
+    for name in ("user_B", "history_N", "offsets_B1"):
+        assert torch.equal(
+            getattr(first.batch(3).queries, name), getattr(second.batch(3).queries, name)
+        )
+    assert not np.array_equal(first.order_E, np.sort(first.order_E))
+
+
+def test_settings_out_of_range_are_refused() -> None:
+    with pytest.raises(ValidationError, match="temperature"):
+        MFConfig(temperature=0)
