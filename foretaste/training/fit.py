@@ -94,7 +94,8 @@ class Fit(Generic[Model, Batch]):
             config: The settings.
             seed: Decides order, dropout and negatives; the model's first weights are its maker's.
             plan: From an epoch's number (0, 1, …) to its batches; decided by seed and number.
-            objective: Gives the mean loss of a batch, a scalar, in nats.
+            objective: Gives the mean loss of a batch, a scalar, in nats. If it is a module, its
+                state is the run's too, and stands in the checkpoint.
             validate: Gives the metric to stop by, higher is better.
             folder: Where checkpoints and the log of steps go; none writes neither.
         """
@@ -102,6 +103,8 @@ class Fit(Generic[Model, Batch]):
         self.device = choose_device(config.device)
         self.model, self.config, self.seed = model.to(self.device), config, seed
         self.plan, self.objective, self.validate, self.folder = plan, objective, validate, folder
+        if isinstance(objective, nn.Module):
+            objective.to(self.device)
         self.progress = Progress()
         self.average = copy.deepcopy(model) if config.ema_decay else None
         self.best_weights: dict[str, Tensor] = {}
@@ -261,6 +264,8 @@ class Fit(Generic[Model, Batch]):
         tensors |= {f"best.{name}": value for name, value in self.best_weights.items()}
         if self.average is not None:
             tensors |= {f"average.{n}": value for n, value in self.average.state_dict().items()}
+        if isinstance(self.objective, nn.Module):
+            tensors |= {f"objective.{n}": value for n, value in self.objective.state_dict().items()}
         state = self.optimizer.state_dict()["state"]
         for index, values in state.items():
             tensors |= {f"optimizer.{index}.{name}": value for name, value in values.items()}
@@ -292,6 +297,8 @@ class Fit(Generic[Model, Batch]):
         }
         if self.average is not None:
             self.average.load_state_dict(_under("average", tensors))
+        if isinstance(self.objective, nn.Module):
+            self.objective.load_state_dict(_under("objective", tensors))
         state: dict[int, dict[str, Tensor]] = {}
         for name, value in _under("optimizer", tensors).items():
             index, key = name.split(".")

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from pydantic import Field, NonNegativeInt, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 
 from foretaste.config import Config
 from foretaste.data.interactions import Interactions
@@ -29,6 +29,7 @@ from foretaste.sampling.distinct import DistinctSampler
 from foretaste.sampling.in_batch import InBatchSampler
 from foretaste.sampling.popularity import PopularitySampler
 from foretaste.sampling.sampler import Sampler
+from foretaste.sampling.streaming import StreamedFrequency
 from foretaste.sampling.uniform import UniformSampler
 from foretaste.sampling.unseen import Seen, draw_unseen
 
@@ -46,6 +47,9 @@ class CandidateConfig(Config):
     """How many items are drawn for each row alone, as BPR's authors do."""
     in_batch: bool = False
     """Whether the batch's other positives are negatives too; with `negatives`, a mixture."""
+    frequency: Literal["counted", "streamed"] = "counted"
+    """How often an item is in a batch: exactly, from its training events, or estimated from the
+    batches that went by, as for a stream."""
     popularity_power: float = Field(default=0.0, ge=0)
     """Negatives are drawn with probability ~ count^power; 0 is uniform."""
     hardest: NonNegativeInt = 0
@@ -86,8 +90,11 @@ class Candidates:
 
 
 @final
-class CandidateLoss:
-    """Draws a batch's candidates, then compares."""
+class CandidateLoss(nn.Module):
+    """Draws a batch's candidates, then compares.
+
+    It is a module because what it learns of a stream is part of a run's state.
+    """
 
     def __init__(self, config: CandidateConfig, events: Interactions) -> None:
         """Prepare to draw.
@@ -99,10 +106,11 @@ class CandidateLoss:
         Raises:
             DataError: There is no event.
         """
+        super().__init__()
         count_I = torch.from_numpy(events.item_count)
         self.config, self.num_items = config, events.num_items
         self.shared = DistinctSampler(count_I, power=config.popularity_power)
-        self.in_batch = InBatchSampler(count_I) if config.in_batch else None
+        self.in_batch = _in_batch_sampler(config, count_I) if config.in_batch else None
         self.own = _row_sampler(config, events) if config.row_negatives else None
         self.seen = Seen.of(events) if config.exclude_known else None
         self.num_known = len(self.shared.known)
@@ -156,7 +164,7 @@ class CandidateLoss:
             log_count_NH=log_count_NH,
         )
 
-    def __call__(
+    def forward(
         self,
         candidates: Candidates,
         query_ND: Float[Tensor, "N D"],
@@ -220,6 +228,14 @@ class CandidateLoss:
             case "margin":
                 chosen = partial(margin_loss_gradient, margin=config.margin)
         return hardest(chosen, config.hardest) if config.hardest else chosen
+
+
+def _in_batch_sampler(
+    config: CandidateConfig, count_I: Int64[Tensor, " I"]
+) -> InBatchSampler | StreamedFrequency:
+    if config.frequency == "counted":
+        return InBatchSampler(count_I)
+    return StreamedFrequency(len(count_I), num_cells=len(count_I))
 
 
 def _row_sampler(config: CandidateConfig, events: Interactions) -> Sampler:

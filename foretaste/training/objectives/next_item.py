@@ -7,7 +7,7 @@ from typing import Literal, final
 
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from foretaste.data.batch import SequenceBatch
 from foretaste.data.interactions import Interactions
@@ -25,7 +25,7 @@ class NextItemConfig(CandidateConfig):
 
 
 @final
-class NextItem:
+class NextItem(nn.Module):
     """The objective: call it with a model and a batch for the mean loss over the events.
 
     Each event of a history is predicted from the state before it. Negatives are shared by the
@@ -39,11 +39,13 @@ class NextItem:
         Raises:
             DataError: No item has a training event.
         """
+        super().__init__()
         self.loss = CandidateLoss(config, events)
 
-    def __call__(self, model: SASRec, batch: SequenceBatch) -> Float[Tensor, ""]:
+    def forward(self, model: SASRec, batch: SequenceBatch) -> Float[Tensor, ""]:
         state_BLD: Tensor = model(batch)
         user_N = batch.user_B.unsqueeze(1).expand_as(batch.item_BL)[batch.valid_BL]
         candidates = self.loss.draw(user_N, batch.item_BL[batch.valid_BL])
         item_VD = F.embedding(candidates.item_V, model.item_table())
-        return self.loss(candidates, state_BLD[:, :-1][batch.valid_BL], item_VD)
+        loss: Tensor = self.loss(candidates, state_BLD[:, :-1][batch.valid_BL], item_VD)
+        return loss

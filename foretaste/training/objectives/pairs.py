@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from foretaste.data.batch import PairBatch
 from foretaste.data.interactions import Interactions
@@ -31,7 +31,7 @@ class PairsConfig(CandidateConfig):
 
 
 @final
-class Pairs:
+class Pairs(nn.Module):
     """The objective: call it with a model and a batch for the mean loss over the pairs."""
 
     def __init__(self, config: PairsConfig, events: Interactions) -> None:
@@ -40,12 +40,13 @@ class Pairs:
         Raises:
             DataError: There is no event.
         """
+        super().__init__()
         self.config, self.loss = config, CandidateLoss(config, events)
 
-    def __call__(self, model: PairModel, batch: PairBatch) -> Float[Tensor, ""]:
+    def forward(self, model: PairModel, batch: PairBatch) -> Float[Tensor, ""]:
         candidates = self.loss.draw(batch.queries.user_B, batch.item_B, batch.hard_BH)
         vectors = model(batch.queries, candidates.item_V)
-        loss = self.loss(candidates, vectors.query_BD, vectors.item_VD)
+        loss: Tensor = self.loss(candidates, vectors.query_BD, vectors.item_VD)
         if self.config.l2:
             squares = [_half_square(base_RD) for base_RD in vectors.base]
             loss = loss + self.config.l2 * torch.stack(squares).sum()
