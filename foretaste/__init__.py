@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from foretaste.experiment.tracking import Tracker, TrackerKind, open_tracker
     from foretaste.experiment.tune import TuneResult, tune
     from foretaste.models.als import ImplicitALSConfig
+    from foretaste.models.bert4rec import BERT4RecConfig
     from foretaste.models.catalogue import ModelConfig
     from foretaste.models.ease import EASEConfig
     from foretaste.models.item_knn import ItemKNNConfig
@@ -75,12 +76,14 @@ if TYPE_CHECKING:
     from foretaste.serving.server import serve
     from foretaste.serving.settings import ServerSettings
     from foretaste.training.objectives.catalogue import ObjectiveConfig
+    from foretaste.training.objectives.masked_item import MaskedItemConfig
     from foretaste.training.objectives.next_item import NextItemConfig
     from foretaste.training.settings import TrainingConfig
     from foretaste.training.trained import Trained
 
 __all__ = [
     "Answer",
+    "BERT4RecConfig",
     "BundleContents",
     "BundleError",
     "Comparison",
@@ -95,6 +98,7 @@ __all__ = [
     "ImplicitALSConfig",
     "Interactions",
     "ItemKNNConfig",
+    "MaskedItemConfig",
     "ModelConfig",
     "NextItemConfig",
     "NonFiniteError",
@@ -159,6 +163,7 @@ __all__ = [
 
 _HOME = {
     "Answer": "serving.recommender",
+    "BERT4RecConfig": "models.bert4rec",
     "BundleContents": "experiment.contents",
     "BundleError": "errors",
     "Comparison": "evaluation.compare",
@@ -173,6 +178,7 @@ _HOME = {
     "ImplicitALSConfig": "models.als",
     "Interactions": "data.interactions",
     "ItemKNNConfig": "models.item_knn",
+    "MaskedItemConfig": "training.objectives.masked_item",
     "ModelConfig": "models.catalogue",
     "NextItemConfig": "training.objectives.next_item",
     "NonFiniteError": "errors",

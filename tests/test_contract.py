@@ -20,6 +20,7 @@ from foretaste.data.interactions import Interactions
 from foretaste.data.sequences import plan_sequences
 from foretaste.data.vocabulary import Vocabulary
 from foretaste.models.als import ImplicitALSConfig
+from foretaste.models.bert4rec import BERT4Rec, BERT4RecConfig
 from foretaste.models.catalogue import ModelConfig, build_model
 from foretaste.models.ease import EASEConfig
 from foretaste.models.interface import ClosedForm
@@ -27,6 +28,7 @@ from foretaste.models.item_knn import ItemKNNConfig
 from foretaste.models.popularity import PopularityConfig
 from foretaste.models.sasrec import SASRec, SASRecConfig
 from foretaste.training.fit import Fit
+from foretaste.training.objectives.masked_item import MaskedItem, MaskedItemConfig
 from foretaste.training.objectives.next_item import NextItem, NextItemConfig
 from foretaste.training.seeding import epoch_generator
 from foretaste.training.settings import TrainingConfig
@@ -79,6 +81,23 @@ def learn_next_item(model: nn.Module, events: Interactions, *, epochs: int = 12)
     ).run()
 
 
+def learn_masked_item(model: nn.Module, events: Interactions) -> None:
+    assert isinstance(model, BERT4Rec)
+    Fit(
+        model,
+        TrainingConfig(epochs=25, learning_rate=0.01, warmup_steps=10, device="cpu"),
+        seed=0,
+        plan=lambda epoch: plan_sequences(
+            events,
+            max_len=model.max_len,
+            batch_events=100,
+            windows="all",
+            generator=epoch_generator(0, epoch),
+        ),
+        objective=MaskedItem(MaskedItemConfig(mask_ratio=0.4), events),
+    ).run()
+
+
 @dataclass(frozen=True)
 class Case:
     """How to make a trained model of one kind."""
@@ -107,6 +126,16 @@ CASES = {
     "sasrec, modern": Case(
         SASRecConfig(embedding_dim=16, max_len=10, block="modern"),
         learn=learn_next_item,
+        order_matters=True,
+    ),
+    "bert4rec": Case(
+        BERT4RecConfig(embedding_dim=16, max_len=10, output_projection=True, output_bias=True),
+        learn=learn_masked_item,
+        order_matters=True,
+    ),
+    "bert4rec, modern": Case(
+        BERT4RecConfig(embedding_dim=16, max_len=10, block="modern", hidden_ratio=1),
+        learn=learn_masked_item,
         order_matters=True,
     ),
     "popularity": Case(PopularityConfig(), finds_planted=False),

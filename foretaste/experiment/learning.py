@@ -8,12 +8,14 @@ from torch import Tensor, nn
 
 from foretaste.data.interactions import Interactions
 from foretaste.data.pairs import plan_pairs
-from foretaste.data.sequences import plan_sequences
+from foretaste.data.sequences import Windows, plan_sequences
 from foretaste.errors import ConfigError
+from foretaste.models.bert4rec import BERT4Rec
 from foretaste.models.interface import PairModel, SequenceModel
 from foretaste.models.sasrec import SASRec
 from foretaste.training.fit import Plan
 from foretaste.training.objectives.catalogue import ObjectiveConfig
+from foretaste.training.objectives.masked_item import MaskedItem, MaskedItemConfig
 from foretaste.training.objectives.next_item import NextItem, NextItemConfig
 from foretaste.training.objectives.pairs import Pairs, PairsConfig
 from foretaste.training.seeding import epoch_generator
@@ -27,6 +29,8 @@ def usual_objective(model: nn.Module) -> ObjectiveConfig:
     """
     if isinstance(model, PairModel):
         return PairsConfig()
+    if isinstance(model, BERT4Rec):
+        return MaskedItemConfig()
     if isinstance(model, SequenceModel):
         return NextItemConfig()
     raise ConfigError(f"{type(model).__name__} has no way of learning")
@@ -54,18 +58,26 @@ def make_learning(
         ConfigError: The model cannot learn so.
         DataError: There is no event.
     """
+
+    def windows(max_len: int, which: Windows) -> Callable[[int], Plan[Any]]:
+        return lambda epoch: plan_sequences(
+            events,
+            max_len=max_len,
+            batch_events=batch_events,
+            windows=which,
+            generator=epoch_generator(seed, epoch),
+        )
+
     match config:
         case NextItemConfig() if isinstance(model, SASRec):
-            max_len, windows = model.max_len, config.windows
             return Learning(
                 objective=NextItem(config, events),
-                plan=lambda epoch: plan_sequences(
-                    events,
-                    max_len=max_len,
-                    batch_events=batch_events,
-                    windows=windows,
-                    generator=epoch_generator(seed, epoch),
-                ),
+                plan=windows(model.max_len, config.windows),
+            )
+        case MaskedItemConfig() if isinstance(model, BERT4Rec):
+            return Learning(
+                objective=MaskedItem(config, events),
+                plan=windows(model.max_len, config.windows),
             )
         case PairsConfig() if isinstance(model, PairModel):
             reads, read_len = model.reads, model.max_len

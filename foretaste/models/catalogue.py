@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import nn
 
 from foretaste.models.als import ImplicitALS, ImplicitALSConfig
+from foretaste.models.bert4rec import BERT4Rec, BERT4RecConfig
 from foretaste.models.ease import EASE, EASEConfig
 from foretaste.models.item_knn import ItemKNN, ItemKNNConfig
 from foretaste.models.mf import MF, MFConfig
@@ -17,7 +18,13 @@ from foretaste.models.popularity import Popularity, PopularityConfig
 from foretaste.models.sasrec import SASRec, SASRecConfig
 
 ModelConfig = Annotated[
-    SASRecConfig | MFConfig | PopularityConfig | ItemKNNConfig | EASEConfig | ImplicitALSConfig,
+    SASRecConfig
+    | BERT4RecConfig
+    | MFConfig
+    | PopularityConfig
+    | ItemKNNConfig
+    | EASEConfig
+    | ImplicitALSConfig,
     Field(discriminator="kind"),
 ]
 
@@ -38,6 +45,8 @@ def build_model(config: ModelConfig, *, num_users: int, num_items: int) -> nn.Mo
     match config:
         case SASRecConfig():
             return SASRec(config, num_items=num_items)
+        case BERT4RecConfig():
+            return BERT4Rec(config, num_items=num_items)
         case MFConfig():
             return MF(config, num_users=num_users, num_items=num_items)
         case PopularityConfig():

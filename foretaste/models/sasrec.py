@@ -24,6 +24,7 @@ from foretaste.config import Config
 from foretaste.data.batch import Queries, SequenceBatch, last_events
 from foretaste.models.layers.attention import MultiHeadAttention
 from foretaste.models.layers.dropout import Dropout
+from foretaste.models.layers.gated_block import GatedBlock
 
 
 class SASRecConfig(Config):
@@ -59,8 +60,7 @@ class SASRec(nn.Module):
         self.positions = nn.Embedding(config.max_len + 1, width)
         self.start = nn.Parameter(torch.zeros(width))
         self.dropout = Dropout(config.dropout)
-        block = _OriginalBlock if config.block == "original" else _ModernBlock
-        self.blocks = nn.ModuleList(block(config) for _ in range(config.num_blocks))
+        self.blocks = nn.ModuleList(_block(config) for _ in range(config.num_blocks))
         self.norm = nn.LayerNorm(width)
         for table in (self.items, self.positions):
             nn.init.normal_(table.weight, std=0.02)
@@ -93,6 +93,19 @@ class SASRec(nn.Module):
         return self.items.weight
 
 
+def _block(config: SASRecConfig) -> nn.Module:
+    if config.block == "original":
+        return _OriginalBlock(config)
+    return GatedBlock(
+        config.embedding_dim,
+        config.num_heads,
+        hidden_dim=round(config.embedding_dim * config.hidden_ratio),
+        dropout=config.dropout,
+        attention_dropout=config.attention_dropout,
+        causal=True,
+    )
+
+
 @final
 class _OriginalBlock(nn.Module):
     def __init__(self, config: SASRecConfig) -> None:
@@ -111,29 +124,4 @@ class _OriginalBlock(nn.Module):
         x_BLD = self.feed_norm(x_BLD)
         hidden = self.dropout(F.relu(self.up(x_BLD)))
         output: Tensor = x_BLD + self.dropout(self.down(hidden))
-        return output
-
-
-@final
-class _ModernBlock(nn.Module):
-    def __init__(self, config: SASRecConfig) -> None:
-        super().__init__()
-        width, hidden = config.embedding_dim, round(config.embedding_dim * config.hidden_ratio)
-        self.attention_norm, self.feed_norm = nn.RMSNorm(width), nn.RMSNorm(width)
-        self.attention = MultiHeadAttention(
-            width, config.num_heads, dropout=config.attention_dropout
-        )
-        self.attention_gate, self.feed_gate = nn.Linear(width, width), nn.Linear(width, width)
-        self.up, self.down = nn.Linear(width, 2 * hidden), nn.Linear(hidden, width)
-        self.dropout = Dropout(config.dropout)
-
-    def forward(self, x_BLD: Tensor) -> Tensor:
-        normal_BLD = self.attention_norm(x_BLD)
-        attended_BLD = self.attention(normal_BLD, normal_BLD, causal=True)
-        gate_BLD = self.attention_gate(normal_BLD).sigmoid()
-        x_BLD = x_BLD + self.dropout(attended_BLD * gate_BLD)
-        normal_BLD = self.feed_norm(x_BLD)
-        value, gate = self.up(normal_BLD).chunk(2, dim=-1)
-        fed_BLD = self.down(value * F.silu(gate))
-        output: Tensor = x_BLD + self.dropout(fed_BLD * self.feed_gate(normal_BLD).sigmoid())
         return output

@@ -4,7 +4,10 @@ from typing import Annotated
 
 from pydantic import Field
 
+from foretaste.training.objectives.masked_item import MaskedItemConfig
 from foretaste.training.objectives.next_item import NextItemConfig
 from foretaste.training.objectives.pairs import PairsConfig
 
-ObjectiveConfig = Annotated[NextItemConfig | PairsConfig, Field(discriminator="kind")]
+ObjectiveConfig = Annotated[
+    NextItemConfig | MaskedItemConfig | PairsConfig, Field(discriminator="kind")
+]
