@@ -104,6 +104,8 @@ class FeatureSchema(Config):
         return self
 
 
+_SHOWN = ("kind", "min_count", "transform", "normalise")
+"""Settings that are written out though they have their usual value."""
 _BARE = re.compile(r"[A-Za-z0-9_-]+")
 _HEAD = """\
 # Which columns of the tables of users and items are features: correct it where it is wrong.
@@ -122,10 +124,9 @@ def schema_to_toml(schema: FeatureSchema) -> str:
     for side, fields in (("user", schema.user), ("item", schema.item)):
         for name, field in fields.items():
             lines.append(f"[{side}.{_key(name)}]")
-            settings = field.model_dump(exclude_none=True)
-            if not field.why:
-                del settings["why"]
-            lines += [f"{key} = {_value(value)}" for key, value in settings.items()]
+            settings = field.model_dump(exclude_defaults=True)
+            shown = {name: getattr(field, name) for name in _SHOWN if hasattr(field, name)}
+            lines += [f"{key} = {_value(value)}" for key, value in (shown | settings).items()]
             lines.append("")
     if schema.left_out:
         lines += ["[left_out]", "# Nothing reads these: to use a column, give it a section above."]

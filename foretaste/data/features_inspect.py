@@ -1,0 +1,154 @@
+"""From tables of users and items to a schema that a person corrects.
+
+Shape legend: R rows.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import polars as pl
+from jaxtyping import Bool
+
+from foretaste.data.features_columns import numbers_of, texts_of
+from foretaste.data.fields import (
+    CategoricalField,
+    FeatureSchema,
+    FieldConfig,
+    MultiField,
+    NumericField,
+    VectorField,
+)
+from foretaste.data.interactions import Interactions
+
+_FEW = 32
+"""Whole numbers with at most so many values are taken for categories."""
+_NEARLY_ALL = 0.5
+"""A column with more distinct texts than this share of its rows is an id, a title or free text."""
+_SEPARATORS = ("|", ";", ",")
+_CUT = 0.05
+"""A separator stands in at least this share of texts."""
+_LONG_TAIL = 2.0
+"""The mean of positive numbers over their median from which a logarithm is taken."""
+
+
+def inspect_schema(events: Interactions) -> FeatureSchema:
+    """Choose a kind for each column of the tables of users and items, and say why.
+
+    Only rows of users and items with an event are looked at. Columns that are the same everywhere,
+    ids, titles and free text are left out, and `left_out` says why.
+    """
+    left_out: dict[str, str] = {}
+    sides: dict[str, dict[str, FieldConfig]] = {"user": {}, "item": {}}
+    for role, frame, trained_R in (
+        ("user", events.user_table, np.diff(events.offsets) > 0),
+        ("item", events.item_table, events.item_count > 0),
+    ):
+        for column in _columns(frame, trained_R):
+            chosen = _choose(column)
+            if isinstance(chosen, str):
+                left_out[f"{role}.{column.name}"] = chosen
+            else:
+                sides[role][column.name] = chosen
+    return FeatureSchema(user=sides["user"], item=sides["item"], left_out=left_out)
+
+
+def _columns(frame: pl.DataFrame | None, trained_R: Bool[np.ndarray, " R"]) -> Iterator[pl.Series]:
+    return iter(()) if frame is None else frame.filter(trained_R).iter_columns()
+
+
+def _choose(column: pl.Series) -> FieldConfig | str:
+    """Return a field, or why there is none."""
+    dtype = column.dtype
+    if isinstance(dtype, pl.List | pl.Array):
+        return _of_lists(column)
+    if dtype.is_nested() or dtype in (pl.Binary, pl.Object, pl.Time, pl.Duration):
+        return f"holds {dtype}, which is no feature"
+    known = column.drop_nulls()
+    if dtype.is_float():
+        known = known.drop_nans()
+    distinct = known.n_unique()
+    if not len(known):
+        return "has no value"
+    if distinct == 1 and len(known) == len(column):
+        return f"is {known[0]!r} in every row"
+    if dtype == pl.String or isinstance(dtype, pl.Categorical | pl.Enum):
+        return _of_texts(texts_of(known))
+    if dtype == pl.Boolean:
+        return CategoricalField(why="true or false")
+    return _of_numbers(known, distinct)
+
+
+def _of_lists(column: pl.Series) -> FieldConfig | str:
+    lists = column.arr.to_list() if isinstance(column.dtype, pl.Array) else column
+    lists = lists.filter((lists.list.len() > 0).fill_null(value=False))
+    if not len(lists):
+        return "has no value"
+    lengths, values = lists.list.len().to_numpy(), lists.explode()
+    if values.dtype.is_float() or (
+        isinstance(column.dtype, pl.Array) and values.dtype.is_numeric()
+    ):
+        if lengths.min() < lengths.max():
+            return f"lists of {lengths.min()} to {lengths.max()} numbers: a vector has one length"
+        return VectorField(why=f"{lengths[0]} numbers in every list")
+    if values.dtype.is_nested() or values.dtype in (pl.Binary, pl.Object):
+        return f"holds {column.dtype}, which is no feature"
+    return _of_bags(values, len(lists), separator=None)
+
+
+def _of_bags(values: pl.Series, num_rows: int, *, separator: str | None) -> FieldConfig | str:
+    values = texts_of(values).drop_nulls()
+    distinct = values.n_unique()
+    if not len(values):
+        return "has no value"
+    if distinct > _NEARLY_ALL * len(values) and distinct > _FEW:
+        return f"{distinct:,} distinct values in {len(values):,}: too few rows to learn any from"
+    return MultiField(
+        separator=separator,
+        min_count=_min_count(values),
+        why=f"{distinct:,} distinct values, {len(values) / num_rows:.1f} a row",
+    )
+
+
+def _of_texts(text: pl.Series) -> FieldConfig | str:
+    text = text.drop_nulls()
+    distinct = text.n_unique()
+    if not len(text):
+        return "has no value"
+    for separator in _SEPARATORS:
+        if text.str.contains(separator, literal=True).mean() < _CUT:  # type: ignore[operator]  # a float
+            continue
+        parts = text.str.split(separator).explode().str.strip_chars()
+        # a comma may be part of a name, as in "Seven Samurai, The": it must make far fewer values
+        wholes = min(distinct, len(parts)) if separator == "," else len(parts)
+        if parts.n_unique() <= _NEARLY_ALL * wholes:
+            return _of_bags(parts.filter(parts != ""), len(text), separator=separator)
+    if distinct > _NEARLY_ALL * len(text) and distinct > 2:
+        return f"{distinct:,} distinct texts in {len(text):,} rows: an id, a title or free text"
+    return CategoricalField(min_count=_min_count(text), why=f"{distinct:,} distinct texts")
+
+
+def _of_numbers(known: pl.Series, distinct: int) -> FieldConfig | str:
+    whole = known.dtype.is_integer() or (
+        known.dtype.is_float() and bool((known == known.round()).all())
+    )
+    if whole and distinct <= _FEW:
+        return CategoricalField(
+            min_count=_min_count(texts_of(known)), why=f"{distinct} distinct whole numbers"
+        )
+    number_R = numbers_of(known)
+    low, high = float(number_R.min()), float(number_R.max())
+    reach = f"{low:g} to {high:g}"
+    if whole and distinct == len(known) and high - low < 2 * distinct:
+        return f"another whole number in every row, {reach}: an id"
+    if known.dtype.is_temporal():
+        return NumericField(transform="bucketise", why="times")
+    if low >= 0 and number_R.mean() > _LONG_TAIL * np.median(number_R):
+        return NumericField(transform="log1p_standardise", why=f"{reach}, most of them small")
+    if whole:
+        return NumericField(transform="bucketise", why=f"{distinct:,} whole numbers, {reach}")
+    return NumericField(transform="standardise", why=f"{distinct:,} numbers, {reach}")
+
+
+def _min_count(values: pl.Series) -> int:
+    """Return 2 where some values stand alone: what they share is learned for unseen ones too."""
+    return 2 if values.is_unique().any() else 1
