@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor
 
+from foretaste.data.features import FieldTable
+
 
 @dataclass(frozen=True, kw_only=True)
 class Queries:
@@ -20,6 +22,8 @@ class Queries:
     """item_idx of all histories, concatenated."""
     offsets_B1: Int64[Tensor, " B1"]
     """History of row b: `history_N[offsets_B1[b] : offsets_B1[b + 1]]`; may be empty."""
+    profile: FieldTable | None = None
+    """Features of each row's user, read where training never saw the user; None: none are known."""
 
     def __len__(self) -> int:
         return len(self.user_B)
@@ -30,6 +34,7 @@ class Queries:
             user_B=self.user_B.to(device),
             history_N=self.history_N.to(device),
             offsets_B1=self.offsets_B1.to(device),
+            profile=None if self.profile is None else self.profile.to(device),
         )
 
     @staticmethod
@@ -99,14 +104,23 @@ class PairBatch:
         )
 
 
-def last_events(queries: Queries, max_len: int) -> SequenceBatch:
+def last_events(
+    queries: Queries, max_len: int, *, rows: Int64[Tensor, " B"] | None = None
+) -> SequenceBatch:
     """Cut each history to its last `max_len` events and pad to the longest of them.
 
     A user without history becomes a row of padding; L is at least 1.
+
+    Args:
+        queries: Users and histories.
+        max_len: How many events of each at most.
+        rows: Which of the queries, in which order; None: all.
     """
-    end_B = queries.offsets_B1[1:]
-    length_B = (end_B - queries.offsets_B1[:-1]).clamp(max=max_len)
-    width = max(1, int(length_B.max())) if len(queries) else 1
+    start_B, end_B, user_B = queries.offsets_B1[:-1], queries.offsets_B1[1:], queries.user_B
+    if rows is not None:
+        start_B, end_B, user_B = start_B[rows], end_B[rows], user_B[rows]
+    length_B = (end_B - start_B).clamp(max=max_len)
+    width = max(1, int(length_B.max())) if len(length_B) else 1
     position_L = torch.arange(width, device=end_B.device)
     valid_BL = position_L < length_B.unsqueeze(1)
     index_BL = (end_B - length_B).unsqueeze(1) + position_L
@@ -114,4 +128,4 @@ def last_events(queries: Queries, max_len: int) -> SequenceBatch:
     if len(queries.history_N):
         gathered_BL = queries.history_N[index_BL.clamp(max=len(queries.history_N) - 1)]
         item_BL = gathered_BL.where(valid_BL, 0)
-    return SequenceBatch(user_B=queries.user_B, item_BL=item_BL, valid_BL=valid_BL)
+    return SequenceBatch(user_B=user_B, item_BL=item_BL, valid_BL=valid_BL)

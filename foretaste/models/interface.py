@@ -91,6 +91,15 @@ class SequenceModel(Protocol):
 
 
 @runtime_checkable
+class Begins(Protocol):
+    """Must know some things of the training events before its first step."""
+
+    def begin(self, events: Interactions) -> None:
+        """Take them; `events` are those of training."""
+        ...
+
+
+@runtime_checkable
 class Finishes(Protocol):
     """Works something out once training is over: final tables, answers to new users."""
 

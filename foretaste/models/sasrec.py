@@ -12,11 +12,11 @@ predicted, and a user without history gets an answer.
 Shape legend: B rows, L positions (L1 = L + 1), D width, I items.
 """
 
-from typing import Literal, final
+from typing import Literal, Protocol, final
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
@@ -55,12 +55,11 @@ class SASRec(nn.Module):
         super().__init__()
         width = config.embedding_dim
         self.max_len = config.max_len
-        self.scale = width**0.5
         self.items = nn.Embedding(num_items, width)
         self.positions = nn.Embedding(config.max_len + 1, width)
         self.start = nn.Parameter(torch.zeros(width))
         self.dropout = Dropout(config.dropout)
-        self.blocks = nn.ModuleList(_block(config) for _ in range(config.num_blocks))
+        self.blocks = causal_blocks(config)
         self.norm = nn.LayerNorm(width)
         for table in (self.items, self.positions):
             nn.init.normal_(table.weight, std=0.02)
@@ -70,17 +69,7 @@ class SASRec(nn.Module):
 
         States under padding mean nothing. The position counts back from the row's last event.
         """
-        rows, width = batch.item_BL.shape
-        age_BL = batch.valid_BL.sum(dim=1, keepdim=True) - torch.arange(
-            width + 1, device=batch.item_BL.device
-        )
-        start_B1D = self.start.expand(rows, 1, -1)
-        x_BLD = torch.cat([start_B1D, self.items(batch.item_BL)], dim=1) * self.scale
-        x_BLD = self.dropout(x_BLD + self.positions(age_BL.clamp(min=0)))
-        for block in self.blocks:
-            x_BLD = block(x_BLD)
-        state_BLD: Tensor = self.norm(x_BLD)
-        return state_BLD
+        return causal_states(self, self.items(batch.item_BL), batch.valid_BL)
 
     def encode(self, queries: Queries) -> Float[Tensor, "B D"]:
         """Return the state after the last event of each history."""
@@ -91,6 +80,35 @@ class SASRec(nn.Module):
     def item_table(self) -> Float[Tensor, "I D"]:
         """Return the item embeddings, shared by input and output."""
         return self.items.weight
+
+
+class CausalParts(Protocol):
+    """What a causal encoder of vectors is made of."""
+
+    start: nn.Parameter
+    positions: nn.Embedding
+    dropout: Dropout
+    blocks: nn.ModuleList
+    norm: nn.LayerNorm
+
+
+def causal_states(
+    parts: CausalParts, vector_BLD: Float[Tensor, "B L D"], valid_BL: Bool[Tensor, "B L"]
+) -> Float[Tensor, "B L1 D"]:
+    """Return the states before and after each of the vectors; the first ones of a row are real."""
+    rows, width, dim = vector_BLD.shape
+    age_BL = valid_BL.sum(dim=1, keepdim=True) - torch.arange(width + 1, device=vector_BLD.device)
+    x_BLD = torch.cat([parts.start.expand(rows, 1, -1), vector_BLD], dim=1) * dim**0.5
+    x_BLD = parts.dropout(x_BLD + parts.positions(age_BL.clamp(min=0)))
+    for block in parts.blocks:
+        x_BLD = block(x_BLD)
+    state_BLD: Tensor = parts.norm(x_BLD)
+    return state_BLD
+
+
+def causal_blocks(config: SASRecConfig) -> nn.ModuleList:
+    """Make the untrained blocks of a causal encoder."""
+    return nn.ModuleList(_block(config) for _ in range(config.num_blocks))
 
 
 def _block(config: SASRecConfig) -> nn.Module:

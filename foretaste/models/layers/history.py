@@ -1,0 +1,103 @@
+"""A history to one vector: its mean, what a learned question finds in it, or SASRec's last state.
+
+Each takes queries whose `history_N` are rows of a table of vectors, not items of the catalogue, so
+that the items' vectors are worked out once however often they stand in histories.
+
+Shape legend: B queries, N events of all their histories, V rows of the table, D width.
+"""
+
+from collections.abc import Callable
+from typing import final
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from foretaste.data.batch import Queries, SequenceBatch, last_events
+from foretaste.models.layers.attention import MultiHeadAttention
+from foretaste.models.layers.dropout import Dropout
+from foretaste.models.layers.embedding import mean_bags
+from foretaste.models.sasrec import SASRecConfig, causal_blocks, causal_states
+
+_CHUNKS, _CHUNK_ROWS = 8, 128
+
+
+@final
+class MeanHistory(nn.Module):
+    """The mean of a history's last vectors; 0 for an empty one."""
+
+    def __init__(self, *, max_len: int) -> None:
+        super().__init__()
+        self.max_len = max_len
+
+    def forward(self, queries: Queries, table_VD: Float[Tensor, "V D"]) -> Float[Tensor, "B D"]:
+        row_N, offsets_B1 = queries.history_N, queries.offsets_B1
+        length_B = offsets_B1.diff()
+        if len(length_B) and int(length_B.max()) > self.max_len:
+            length_B = length_B.clamp(max=self.max_len)
+            first_B = length_B.cumsum(0) - length_B
+            skipped_B = offsets_B1[1:] - length_B - first_B
+            place_N = torch.arange(int(length_B.sum()), device=row_N.device)
+            row_N = row_N[place_N + skipped_B.repeat_interleave(length_B)]
+            offsets_B1 = F.pad(length_B.cumsum(0), (1, 0))
+        return mean_bags(row_N, offsets_B1[:-1], table_VD)
+
+
+@final
+class AttentionHistory(nn.Module):
+    """What a learned question, the same for all, finds in a history, in whatever order it is.
+
+    An empty history gives the bias of the attention's output.
+    """
+
+    def __init__(self, embedding_dim: int, num_heads: int, *, max_len: int) -> None:
+        super().__init__()
+        self.max_len = max_len
+        self.question = nn.Parameter(torch.randn(embedding_dim))
+        self.attention = MultiHeadAttention(embedding_dim, num_heads)
+
+    def forward(self, queries: Queries, table_VD: Float[Tensor, "V D"]) -> Float[Tensor, "B D"]:
+        def read(batch: SequenceBatch) -> Tensor:
+            found_B1D: Tensor = self.attention(
+                self.question.expand(len(batch), 1, -1),
+                F.embedding(batch.item_BL, table_VD),
+                valid_BS=batch.valid_BL,
+            )
+            return found_B1D.squeeze(1)
+
+        return _by_length(queries, self.max_len, read)
+
+
+@final
+class CausalHistory(nn.Module):
+    """The state of SASRec's blocks after the last event; the state of its start without any."""
+
+    def __init__(self, config: SASRecConfig) -> None:
+        super().__init__()
+        width = config.embedding_dim
+        self.max_len = config.max_len
+        self.positions = nn.Embedding(config.max_len + 1, width)
+        self.start = nn.Parameter(torch.zeros(width))
+        self.dropout = Dropout(config.dropout)
+        self.blocks = causal_blocks(config)
+        self.norm = nn.LayerNorm(width)
+        nn.init.normal_(self.positions.weight, std=0.02)
+
+    def forward(self, queries: Queries, table_VD: Float[Tensor, "V D"]) -> Float[Tensor, "B D"]:
+        def read(batch: SequenceBatch) -> Tensor:
+            vector_BLD = F.embedding(batch.item_BL, table_VD)
+            state_BLD = causal_states(self, vector_BLD, batch.valid_BL)
+            return state_BLD[torch.arange(len(batch)), batch.valid_BL.sum(dim=1)]
+
+        return _by_length(queries, self.max_len, read)
+
+
+def _by_length(
+    queries: Queries, max_len: int, read: Callable[[SequenceBatch], Tensor]
+) -> Float[Tensor, "B D"]:
+    """Read histories of like length together, so that little work is done on padding."""
+    order_B = queries.offsets_B1.diff().clamp(max=max_len).argsort(stable=True)
+    num_chunks = max(1, min(_CHUNKS, len(queries) // _CHUNK_ROWS))
+    parts = [read(last_events(queries, max_len, rows=rows)) for rows in order_B.chunk(num_chunks)]
+    return F.embedding(order_B.argsort(), torch.cat(parts))

@@ -1,0 +1,78 @@
+"""The features of all users, or of all items, encoded by their row.
+
+Shape legend: R rows of the table, B rows asked for, D width.
+"""
+
+from typing import final
+
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor, nn
+
+from foretaste.data.features import FieldSide, FieldTable, concat_rows
+from foretaste.models.layers.embedding import FieldEncoder, Fusion
+
+
+@final
+class KnownFields(nn.Module):
+    """An encoder with the table that it reads.
+
+    The table moves with the module and is no part of its state: a bundle keeps features in files
+    of their own. Row -1 is somebody of whom nothing is known.
+    """
+
+    def __init__(
+        self, side: FieldSide, table: FieldTable, *, embedding_dim: int, fusion: Fusion
+    ) -> None:
+        """Make untrained weights.
+
+        Raises:
+            TooLargeError: The table of codes would not fit in memory.
+        """
+        super().__init__()
+        self.encoder = FieldEncoder(side, embedding_dim=embedding_dim, fusion=fusion)
+        self.num_rows = len(table)
+        whole = concat_rows([table, side.unknown(1)])
+        self.code_RC: Tensor
+        self.bag_N: Tensor
+        self.bag_offsets_RG1: Tensor
+        self.number_RM: Tensor
+        self.present_RF: Tensor
+        self.register_buffer("code_RC", whole.code_RC, persistent=False)
+        self.register_buffer("bag_N", whole.bag_N, persistent=False)
+        self.register_buffer("bag_offsets_RG1", whole.bag_offsets_RG1, persistent=False)
+        self.register_buffer("number_RM", whole.number_RM, persistent=False)
+        self.register_buffer("present_RF", whole.present_RF, persistent=False)
+        self.num_vectors = len(whole.vectors)
+        for place, vector_RW in enumerate(whole.vectors):
+            self.register_buffer(f"vector_{place}", vector_RW, persistent=False)
+
+    def forward(
+        self, row_B: Int64[Tensor, " B"], other: FieldTable | None = None
+    ) -> Float[Tensor, "B D"]:
+        """Return a vector for each row.
+
+        Args:
+            row_B: Rows of the table, or -1.
+            other: A row for each of `row_B`, taken where that is -1.
+        """
+        vector_BD: Tensor = self.encoder(self.table().rows(row_B.where(row_B >= 0, self.num_rows)))
+        if other is None:
+            return vector_BD
+        other_BD: Tensor = self.encoder(other)
+        return vector_BD.where((row_B >= 0).unsqueeze(1), other_BD)
+
+    @property
+    def known_R(self) -> Bool[Tensor, " R"]:
+        """Which rows have a feature that says something."""
+        return self.present_RF[:-1].any(dim=1)
+
+    def table(self) -> FieldTable:
+        """Return the rows, and one more of which nothing is known."""
+        return FieldTable(
+            code_RC=self.code_RC,
+            bag_N=self.bag_N,
+            bag_offsets_RG1=self.bag_offsets_RG1,
+            number_RM=self.number_RM,
+            vectors=tuple(self.get_buffer(f"vector_{n}") for n in range(self.num_vectors)),
+            present_RF=self.present_RF,
+        )

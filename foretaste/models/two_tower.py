@@ -1,0 +1,372 @@
+r"""Two-Tower, a retriever: users and items are each told by what is known of them.
+
+.. math:: s_{ui} = f(x_u) \cdot g(y_i)
+
+A tower takes an id embedding, features and, for users, their history; the parts are added up, or
+go side by side through an MLP. The item tower's vectors are worked out once, for an index; the
+query tower answers alone.
+
+Covington, Adams and Sargin, "Deep Neural Networks for YouTube Recommendations", RecSys 2016,
+https://doi.org/10.1145/2959100.2959190; Yi et al., "Sampling-Bias-Corrected Neural Modeling for
+Large Corpus Item Recommendations", RecSys 2019, https://doi.org/10.1145/3298689.3346996
+
+Departures: histories are embedded by the item tower's own ids and features, before its MLP; ids
+may be dropped in training, so that features learn to stand alone (DropoutNet, Volkovs, Yu and
+Poutanen, NeurIPS 2017); a user or item without a training event has the id vector 0.
+
+Shape legend: B users, V items, I items of the catalogue, D width, N events of all histories.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Literal, final
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int64
+from pydantic import Field, PositiveInt, model_validator
+from torch import Tensor, nn
+
+from foretaste.config import Config
+from foretaste.data.batch import Queries
+from foretaste.data.features import Features, FieldSide, FieldTable
+from foretaste.data.interactions import Interactions
+from foretaste.data.pairs import Reads
+from foretaste.errors import ConfigError
+from foretaste.models.interface import PairVectors
+from foretaste.models.layers.embedding import Fusion
+from foretaste.models.layers.fold_in import FoldIn
+from foretaste.models.layers.history import AttentionHistory, CausalHistory, MeanHistory
+from foretaste.models.layers.known_fields import KnownFields
+from foretaste.models.layers.mlp import MLP
+from foretaste.models.layers.similarity import Similarity, as_item, as_query
+from foretaste.models.sasrec import SASRecConfig
+
+_BLOCK_ITEMS = 2**14
+
+
+class TwoTowerConfig(Config):
+    """Settings of Two-Tower."""
+
+    kind: Literal["two_tower"] = "two_tower"
+    embedding_dim: PositiveInt = 64
+    """Width of every part and of both towers' vectors."""
+    user_id: bool = True
+    """Whether each user has a vector of their own."""
+    item_id: bool = True
+    """Whether each item has a vector of its own."""
+    user_features: bool = True
+    """Whether the features of users are read, where there are any."""
+    item_features: bool = True
+    """Whether the features of items are read, where there are any."""
+    fusion: Fusion = "gate"
+    """How a row's features become one vector."""
+    history: Literal["none", "mean", "attention", "sasrec"] = "none"
+    """How what a user has done becomes a vector; "sasrec" minds the order."""
+    reads: Literal["before", "others"] = "before"
+    """What training reads as the history of a pair: the user's events before it, or others drawn
+    at random, for data whose order means nothing."""
+    max_len: PositiveInt = 50
+    """How many events of a history are read; of "others" only while training."""
+    num_heads: PositiveInt = 2
+    """Heads of "attention" and "sasrec"."""
+    num_blocks: PositiveInt = 2
+    """Blocks of "sasrec"."""
+    query_hidden: tuple[PositiveInt, ...] = ()
+    """Widths of the query tower's hidden layers; without any, its parts are added up."""
+    item_hidden: tuple[PositiveInt, ...] = ()
+    """Widths of the item tower's hidden layers, likewise."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of values dropped in hidden layers and in "sasrec"."""
+    id_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of rows that are told in training without their id: items by their features alone,
+    users by features and history."""
+    similarity: Similarity = "dot"
+    temperature: float = Field(default=1.0, gt=0)
+    """Divides scores; below 1 for the cosine, whose range is narrow."""
+    init_std: float = Field(default=0.05, gt=0)
+    """Spread of the first id vectors."""
+
+    @model_validator(mode="after")
+    def _order_is_known(self) -> "TwoTowerConfig":
+        if self.history == "sasrec" and self.reads == "others":
+            raise ValueError(
+                'history "sasrec" minds the order, and reads "others" has none: read "before", or '
+                'take "mean" or "attention"'
+            )
+        return self
+
+
+@final
+class TwoTower(nn.Module):
+    """The network: parts of a user, parts of an item, a tower over each."""
+
+    def __init__(
+        self,
+        config: TwoTowerConfig,
+        *,
+        num_users: int,
+        num_items: int,
+        features: Features | None = None,
+    ) -> None:
+        """Make untrained weights.
+
+        Args:
+            config: The settings.
+            num_users: Users that training knows, 0 or more.
+            num_items: Items of the catalogue, 1 or more.
+            features: What else is known of them.
+
+        Raises:
+            ConfigError: A tower has nothing to read.
+            TooLargeError: A table of features would not fit in memory.
+        """
+        super().__init__()
+        width = config.embedding_dim
+        self.config, self.num_items = config, num_items
+        self.reads: Reads = "nothing" if config.history == "none" else config.reads
+        self.max_len = config.max_len
+        self.users = _ids(num_users, config) if config.user_id else None
+        self.items = _ids(num_items, config) if config.item_id else None
+        self.user_fields = _user_fields(features, num_users, config)
+        self.item_fields = _item_fields(features, num_items, config)
+        self.history = _history(config)
+        num_query = sum(p is not None for p in (self.users, self.user_fields, self.history))
+        num_item = sum(p is not None for p in (self.items, self.item_fields))
+        if not num_query or not num_item:
+            raise ConfigError(_nothing_to_read("item" if num_query else "user"))
+        self.query_mlp = _mlp(num_query, config.query_hidden, config)
+        self.item_mlp = _mlp(num_item, config.item_hidden, config)
+        self.everybody = (
+            nn.Parameter(config.init_std * torch.randn(width)) if self.query_mlp is None else None
+        )
+        self.fold_in = (
+            FoldIn(num_users=num_users, embedding_dim=width)
+            if self.users is not None and self.history is None
+            else None
+        )
+        self._kept: dict[str, Tensor] = {}
+
+    def forward(self, queries: Queries, item_V: Int64[Tensor, " V"]) -> PairVectors:
+        """Return the vectors of users and of some items."""
+        user_BD = None if self.users is None else _look_up(queries.user_B, self.users.weight)
+        item_VD = None if self.items is None else F.embedding(item_V, self.items.weight)
+        query_BD = self._query(queries, self._without_some_users(user_BD))
+        told_VD = self._without_some_items(item_VD, item_V)
+        return PairVectors(
+            query_BD=query_BD,
+            item_VD=self._item_tower(self._item_parts(told_VD, item_V)),
+            base=tuple(row_RD for row_RD in (user_BD, item_VD) if row_RD is not None),
+        )
+
+    def encode(self, queries: Queries) -> Float[Tensor, "B D"]:
+        """Return each user's vector; nothing of the item tower's MLP is needed for it.
+
+        Whom training never saw is told by history and features. A model that knows its users by
+        ids alone regresses an id vector on the history (`FoldIn`).
+        """
+        if self.users is None:
+            return self._query(queries, None)
+        if self.fold_in is None:
+            return self._query(queries, _look_up(queries.user_B, self.users.weight))
+        folded_BD: Tensor = self.fold_in(queries, self.users.weight, self._base_table())
+        return self._query(queries, folded_BD)
+
+    def item_table(self) -> Float[Tensor, "I D"]:
+        """Return every item's vector, worked out block by block, and kept in evaluation mode."""
+        return self._table("items", self._item_vectors)
+
+    def placed_I(self) -> Bool[Tensor, " I"]:
+        """Return which items have a feature that says something."""
+        if self.item_fields is None:
+            return torch.zeros(self.num_items, dtype=torch.bool)
+        return self.item_fields.known_R
+
+    @torch.no_grad()
+    def begin(self, events: Interactions) -> None:
+        """Make the id vectors 0 that no event can teach."""
+        has_U = torch.from_numpy(events.offsets).diff() > 0
+        has_I = torch.from_numpy(events.item_count) > 0
+        for table, has_R in ((self.users, has_U), (self.items, has_I)):
+            if table is not None:
+                table.weight.mul_(has_R.unsqueeze(1).to(table.weight))
+
+    def finish(self, events: Interactions) -> None:
+        """Learn how to answer users of whom only the history is known."""
+        if self.fold_in is not None and self.users is not None:
+            self.fold_in.learn(events, self.users.weight, self._base_table())
+
+    def train(self, mode: bool = True) -> "TwoTower":  # noqa: FBT001, FBT002 - torch's signature
+        """Forget what was worked out from other weights."""
+        self._kept = {}
+        super().train(mode)
+        return self
+
+    def _query(self, queries: Queries, id_BD: Tensor | None) -> Tensor:
+        parts = [] if id_BD is None else [id_BD]
+        if self.user_fields is not None:
+            parts.append(self.user_fields(queries.user_B, queries.profile))
+        if self.history is not None:
+            parts.append(self.history(*self._as_rows(queries)))
+        query_BD = _sum_or_mlp(parts, self.query_mlp)
+        if self.everybody is not None:
+            query_BD = query_BD + self.everybody
+        return as_query(query_BD, self.config.similarity, self.config.temperature)
+
+    def _as_rows(self, queries: Queries) -> tuple[Queries, Tensor]:
+        """Return the items' vectors that histories need, and the histories as rows of them."""
+        if not self.training or self.item_fields is None:
+            return queries, self._base_table()
+        needed_I = torch.zeros(self.num_items, dtype=torch.bool, device=queries.user_B.device)
+        needed_I[queries.history_N] = True
+        needed_I[0] = True  # under padding
+        row_I = needed_I.cumsum(0) - 1
+        rows = replace(queries, history_N=row_I[queries.history_N])
+        return rows, self._base_vectors(needed_I.nonzero().squeeze(1))
+
+    def _item_parts(self, id_VD: Tensor | None, item_V: Tensor) -> list[Tensor]:
+        parts = [] if id_VD is None else [id_VD]
+        if self.item_fields is not None:
+            parts.append(self.item_fields(item_V))
+        return parts
+
+    def _item_tower(self, parts: Sequence[Tensor]) -> Tensor:
+        return as_item(_sum_or_mlp(parts, self.item_mlp), self.config.similarity)
+
+    def _own_parts(self, item_V: Tensor) -> list[Tensor]:
+        id_VD = None if self.items is None else F.embedding(item_V, self.items.weight)
+        return self._item_parts(id_VD, item_V)
+
+    def _item_vectors(self, item_V: Tensor) -> Tensor:
+        return self._item_tower(self._own_parts(item_V))
+
+    def _base_vectors(self, item_V: Tensor) -> Tensor:
+        return torch.stack(self._own_parts(item_V)).sum(dim=0)
+
+    def _base_table(self) -> Float[Tensor, "I D"]:
+        """Return what histories are made of: every item before the item tower's MLP."""
+        if self.items is not None and self.item_fields is None:
+            return self.items.weight
+        return self._table("base", self._base_vectors)
+
+    def _table(self, name: str, make: Callable[[Tensor], Tensor]) -> Float[Tensor, "I D"]:
+        item_I = torch.arange(self.num_items, device=next(self.parameters()).device)
+        if self.training:
+            return make(item_I)
+        if name not in self._kept:
+            with torch.inference_mode(mode=False), torch.no_grad():
+                blocks = [make(item_V.clone()) for item_V in item_I.split(_BLOCK_ITEMS)]
+                self._kept[name] = torch.cat(blocks)
+        return self._kept[name]
+
+    def _without_some_users(self, id_BD: Tensor | None) -> Tensor | None:
+        """Drop ids of users who are told by something else."""
+        if id_BD is None or (self.history is None and self.user_fields is None):
+            return id_BD
+        return self._drop(id_BD, torch.ones_like(id_BD[:, 0], dtype=torch.bool))
+
+    def _without_some_items(self, id_VD: Tensor | None, item_V: Tensor) -> Tensor | None:
+        """Drop ids of items that have a feature."""
+        if id_VD is None or self.item_fields is None:
+            return id_VD
+        return self._drop(id_VD, self.item_fields.known_R[item_V])
+
+    def _drop(self, id_RD: Tensor, may_R: Tensor) -> Tensor:
+        share = self.config.id_dropout
+        if not self.training or share == 0:
+            return id_RD
+        dropped_R = may_R & (torch.rand(len(id_RD), device=id_RD.device) < share)
+        return id_RD.masked_fill(dropped_R.unsqueeze(1), 0.0)
+
+
+def _ids(num_rows: int, config: TwoTowerConfig) -> nn.Embedding:
+    table = nn.Embedding(num_rows, config.embedding_dim)
+    nn.init.normal_(table.weight, std=config.init_std)
+    return table
+
+
+def _user_fields(
+    features: Features | None, num_users: int, config: TwoTowerConfig
+) -> KnownFields | None:
+    if not config.user_features or features is None:
+        return None
+    return _known("users", features.user, features.user_table, num_users, config)
+
+
+def _item_fields(
+    features: Features | None, num_items: int, config: TwoTowerConfig
+) -> KnownFields | None:
+    if not config.item_features or features is None:
+        return None
+    return _known("items", features.item, features.item_table, num_items, config)
+
+
+def _known(
+    what: str,
+    side: FieldSide | None,
+    table: FieldTable | None,
+    num_rows: int,
+    config: TwoTowerConfig,
+) -> KnownFields | None:
+    if side is None or table is None:
+        return None
+    if len(table) != num_rows:
+        raise ConfigError(
+            f"there are features of {len(table)} {what} for {num_rows} of them: fit the features "
+            "to the events that the model learns from"
+        )
+    return KnownFields(side, table, embedding_dim=config.embedding_dim, fusion=config.fusion)
+
+
+def _history(
+    config: TwoTowerConfig,
+) -> MeanHistory | AttentionHistory | CausalHistory | None:
+    width, most = config.embedding_dim, config.max_len if config.reads == "before" else sys.maxsize
+    match config.history:
+        case "none":
+            return None
+        case "mean":
+            return MeanHistory(max_len=most)
+        case "attention":
+            return AttentionHistory(width, config.num_heads, max_len=most)
+        case "sasrec":
+            return CausalHistory(
+                SASRecConfig(
+                    embedding_dim=width,
+                    num_blocks=config.num_blocks,
+                    num_heads=config.num_heads,
+                    max_len=config.max_len,
+                    dropout=config.dropout,
+                )
+            )
+
+
+def _mlp(num_parts: int, hidden: tuple[int, ...], config: TwoTowerConfig) -> MLP | None:
+    if not hidden:
+        return None
+    width = config.embedding_dim
+    return MLP(num_parts * width, hidden, width, dropout=config.dropout)
+
+
+def _sum_or_mlp(parts: Sequence[Tensor], mlp: MLP | None) -> Tensor:
+    if mlp is None:
+        return torch.stack(tuple(parts)).sum(dim=0) if len(parts) > 1 else parts[0]
+    output: Tensor = mlp(torch.cat(tuple(parts), dim=1))
+    return output
+
+
+def _look_up(user_B: Tensor, table_UD: Tensor) -> Tensor:
+    """Return users' rows, 0 for those whom training never saw."""
+    if len(table_UD) == 0:
+        return table_UD.new_zeros(len(user_B), table_UD.shape[1])
+    row_BD = F.embedding(user_B.clamp(min=0), table_UD)
+    return row_BD.masked_fill((user_B < 0).unsqueeze(1), 0.0)
+
+
+def _nothing_to_read(side: str) -> str:
+    more = ", a history" if side == "user" else ""
+    return (
+        f"the tower of {side}s has nothing to read: set model.{side}_id, or give it{more} or "
+        f"features of {side}s"
+    )
