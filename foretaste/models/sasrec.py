@@ -12,7 +12,7 @@ predicted, and a user without history gets an answer.
 Shape legend: B rows, L positions (L1 = L + 1), D width, I items.
 """
 
-from typing import Literal, Protocol, final
+from typing import Literal, NamedTuple, final
 
 import torch
 import torch.nn.functional as F
@@ -69,7 +69,8 @@ class SASRec(nn.Module):
 
         States under padding mean nothing. The position counts back from the row's last event.
         """
-        return causal_states(self, self.items(batch.item_BL), batch.valid_BL)
+        parts = CausalParts(self.start, self.positions, self.dropout, self.blocks, self.norm)
+        return causal_states(parts, self.items(batch.item_BL), batch.valid_BL)
 
     def encode(self, queries: Queries) -> Float[Tensor, "B D"]:
         """Return the state after the last event of each history."""
@@ -82,10 +83,10 @@ class SASRec(nn.Module):
         return self.items.weight
 
 
-class CausalParts(Protocol):
+class CausalParts(NamedTuple):
     """What a causal encoder of vectors is made of."""
 
-    start: nn.Parameter
+    start: Tensor
     positions: nn.Embedding
     dropout: Dropout
     blocks: nn.ModuleList

@@ -18,7 +18,7 @@ from foretaste.data.batch import Queries, SequenceBatch, last_events
 from foretaste.models.layers.attention import MultiHeadAttention
 from foretaste.models.layers.dropout import Dropout
 from foretaste.models.layers.embedding import mean_bags
-from foretaste.models.sasrec import SASRecConfig, causal_blocks, causal_states
+from foretaste.models.sasrec import CausalParts, SASRecConfig, causal_blocks, causal_states
 
 _CHUNKS, _CHUNK_ROWS = 8, 128
 
@@ -85,9 +85,11 @@ class CausalHistory(nn.Module):
         nn.init.normal_(self.positions.weight, std=0.02)
 
     def forward(self, queries: Queries, table_VD: Float[Tensor, "V D"]) -> Float[Tensor, "B D"]:
+        parts = CausalParts(self.start, self.positions, self.dropout, self.blocks, self.norm)
+
         def read(batch: SequenceBatch) -> Tensor:
             vector_BLD = F.embedding(batch.item_BL, table_VD)
-            state_BLD = causal_states(self, vector_BLD, batch.valid_BL)
+            state_BLD = causal_states(parts, vector_BLD, batch.valid_BL)
             return state_BLD[torch.arange(len(batch)), batch.valid_BL.sum(dim=1)]
 
         return _by_length(queries, self.max_len, read)
