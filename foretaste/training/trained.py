@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from foretaste.config import Config
 from foretaste.data.batch import Queries
+from foretaste.data.features import Features
 from foretaste.data.interactions import Interactions
 from foretaste.errors import ConfigError, NonFiniteError
-from foretaste.models.interface import CatalogueScorer, Retriever
+from foretaste.models.interface import CatalogueScorer, PlacesItems, Retriever
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -26,6 +27,8 @@ class Trained:
     """A `Retriever` or a `CatalogueScorer`, in evaluation mode."""
     events: Interactions
     """The training events; its vocabularies say which row is which id."""
+    features: Features | None = None
+    """What the model was told of users and items."""
     seed: int
     train_seconds: float = 0.0
     settings: Mapping[str, object] = field(default_factory=dict)
@@ -35,11 +38,18 @@ class Trained:
 
     @property
     def known_I(self) -> Bool[Tensor, " I"]:
-        """Items with a training event: the catalogue that the model ranks."""
-        return torch.from_numpy(self.events.item_count > 0)
+        """The catalogue that the model ranks.
+
+        Items with a training event, and others that the model places without one: by their
+        features or their edges.
+        """
+        known_I = torch.from_numpy(self.events.item_count > 0)
+        if isinstance(self.model, PlacesItems):
+            known_I = known_I | self.model.placed_I().cpu()
+        return known_I
 
     def score(self, queries: Queries) -> Float[Tensor, "B I"]:
-        """Score the whole catalogue: higher is better, -inf for items never seen in training.
+        """Score the whole catalogue: higher is better, -inf for items outside of it.
 
         Raises:
             ConfigError: The model can neither retrieve nor score.
