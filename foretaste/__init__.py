@@ -76,6 +76,7 @@ if TYPE_CHECKING:
     from foretaste.models.catalogue import ModelConfig
     from foretaste.models.ease import EASEConfig
     from foretaste.models.item_knn import ItemKNNConfig
+    from foretaste.models.lightgcn import LightGCNConfig
     from foretaste.models.popularity import PopularityConfig
     from foretaste.models.sasrec import SASRecConfig
     from foretaste.serving.recommender import (
@@ -113,6 +114,7 @@ __all__ = [
     "ImplicitALSConfig",
     "Interactions",
     "ItemKNNConfig",
+    "LightGCNConfig",
     "MaskedItemConfig",
     "ModelConfig",
     "MultiField",
@@ -204,6 +206,7 @@ _HOME = {
     "ImplicitALSConfig": "models.als",
     "Interactions": "data.interactions",
     "ItemKNNConfig": "models.item_knn",
+    "LightGCNConfig": "models.lightgcn",
     "MaskedItemConfig": "training.objectives.masked_item",
     "ModelConfig": "models.catalogue",
     "MultiField": "data.fields",

@@ -33,6 +33,12 @@ def import_(
     ] = True,
     users: Annotated[Path | None, typer.Option(help="Table about users.")] = None,
     items: Annotated[Path | None, typer.Option(help="Table about items: titles, say.")] = None,
+    user_links: Annotated[
+        Path | None, typer.Option(help="Table of two columns of user ids: who trusts whom.")
+    ] = None,
+    item_links: Annotated[
+        Path | None, typer.Option(help="Table of two columns of item ids that go together.")
+    ] = None,
     duplicates: Annotated[
         Literal["keep", "first", "last"], typer.Option(help="Which of repeated events to keep.")
     ] = "keep",
@@ -54,6 +60,8 @@ def import_(
         header=header,
         users=users,
         items=items,
+        user_links=user_links,
+        item_links=item_links,
         duplicates=duplicates,
         drop_incomplete=drop_incomplete,
     )

@@ -4,12 +4,31 @@ Shape legend: V nodes, E directed edges (each tie twice), P ties.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int32, Int64
+from jaxtyping import Float32, Int32, Int64
+from pydantic import Field
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import reverse_cuthill_mckee
 
+from foretaste.config import Config
 from foretaste.data.interactions import Interactions
+from foretaste.data.links import attribute_ties
 from foretaste.errors import DataError
+
+
+class GraphConfig(Config):
+    """What besides the events ties nodes, and how much. The tie of an event weighs 1."""
+
+    user_links: float = Field(default=1.0, ge=0)
+    """Weight of a tie between two users, where the data have such links; 0 leaves them out."""
+    item_links: float = Field(default=1.0, ge=0)
+    """Weight of a tie between two items, likewise."""
+    attributes: tuple[str, ...] = ()
+    """Columns of the item table; each of their values is a node, tied to the items that have it."""
+    attribute_weight: float = Field(default=1.0, gt=0)
+    """Weight of the tie between an item and such a value."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -25,6 +44,8 @@ class Graph:
     offsets_V1: Int64[np.ndarray, " V1"]
     neighbour_E: Int32[np.ndarray, " E"]
     """Neighbours of node v: `neighbour_E[offsets_V1[v] : offsets_V1[v + 1]]`, rising."""
+    weight_E: Float32[np.ndarray, " E"] | None = None
+    """Weight of each edge, above 0, the same in both directions; None: all weigh 1."""
 
     @property
     def num_nodes(self) -> int:
@@ -34,20 +55,81 @@ class Graph:
     def degree_V(self) -> Int64[np.ndarray, " V"]:
         return np.diff(self.offsets_V1)
 
+    @property
+    def node_E(self) -> Int64[np.ndarray, " E"]:
+        """The node that each edge starts from."""
+        return np.repeat(np.arange(self.num_nodes), self.degree_V)
+
+    def count_neighbours(self, first: int, last: int) -> Int64[np.ndarray, " V"]:
+        """Return how many neighbours each node has among the nodes `first` to `last - 1`."""
+        among_E = (self.neighbour_E >= first) & (self.neighbour_E < last)
+        return np.bincount(self.node_E[among_E], minlength=self.num_nodes)
+
+
+class Ties(NamedTuple):
+    """Ties of one kind."""
+
+    node_2P: Int64[np.ndarray, "2 P"]
+    weight: float = 1.0
+
+
+def graph_of(events: Interactions, config: GraphConfig | None = None) -> Graph:
+    """Make the graph of events, of the links between users and items, and of attributes.
+
+    Args:
+        events: Those of training; the links and tables that they carry count whole.
+        config: What to take in; None: the links, if there are any.
+
+    Raises:
+        DataError: An attribute is no column of the item table, or its values are not such that
+            several items share one.
+    """
+    config = config or GraphConfig()
+    ties: list[Ties] = []
+    if events.user_links is not None and config.user_links:
+        ties.append(Ties(_checked(events.user_links, events.num_users), config.user_links))
+    if events.item_links is not None and config.item_links:
+        item_2P = _checked(events.item_links, events.num_items)
+        ties.append(Ties(events.num_users + item_2P, config.item_links))
+    num_nodes = events.num_users + events.num_items
+    for name in config.attributes:
+        item_P, value_P, num_values = attribute_ties(events, name)
+        node_2P = np.stack([events.num_users + item_P, num_nodes + value_P])
+        ties.append(Ties(node_2P, config.attribute_weight))
+        num_nodes += num_values
+    return make_graph(
+        events,
+        ties=tuple(tie.node_2P for tie in ties),
+        weights=tuple(tie.weight for tie in ties),
+        num_nodes=num_nodes,
+    )
+
 
 def make_graph(
-    events: Interactions, *, ties: tuple[Int64[np.ndarray, "2 P"], ...] = (), num_nodes: int = 0
+    events: Interactions,
+    *,
+    ties: tuple[Int64[np.ndarray, "2 P"], ...] = (),
+    weights: tuple[float, ...] = (),
+    num_nodes: int = 0,
 ) -> Graph:
     """Tie users to the items they did, and nodes to nodes as `ties` say.
 
     Args:
-        events: Repeated events make one tie.
+        events: Repeated events make one tie, of weight 1.
         ties: Pairs of nodes; direction, doubles and ties of a node to itself do not count.
+        weights: One for each of `ties`, above 0; none: all weigh 1. Of ties of the same two nodes
+            the heaviest counts.
         num_nodes: How many nodes there are, if more than users and items.
 
     Raises:
-        DataError: A tie names a node that does not exist.
+        DataError: A tie names a node that does not exist, or a weight is not above 0.
     """
+    weights = weights or (1.0,) * len(ties)
+    if len(weights) != len(ties) or not all(0 < weight < np.inf for weight in weights):
+        raise DataError(
+            f"weights of ties are {weights} for {len(ties)} kinds: give each kind one above 0, or "
+            "leave out the ties that should not count"
+        )
     num_nodes = max(num_nodes, events.num_users + events.num_items)
     of_events = np.stack([events.user_idx.astype(np.int64), events.num_users + events.item_idx])
     pair_2P = np.concatenate([of_events, *ties], axis=1)
@@ -56,13 +138,69 @@ def make_graph(
             f"a tie names node {pair_2P.max()} (or one below 0) of a graph of {num_nodes}: give "
             "num_nodes, or leave out ties to unknown nodes"
         )
-    pair_2P = pair_2P[:, pair_2P[0] != pair_2P[1]]
-    key_E = np.unique(
-        np.concatenate([pair_2P[0] * num_nodes + pair_2P[1], pair_2P[1] * num_nodes + pair_2P[0]])
-    )
+    key_E, weight_E = _both_ways(pair_2P, num_nodes), None
+    if any(weight != 1 for weight in weights):
+        sizes = [of_events.shape[1], *(tie.shape[1] for tie in ties)]
+        weight_P = np.repeat(np.array([1.0, *weights], np.float32), sizes)
+        key_E, weight_E = _heaviest(key_E, np.concatenate([weight_P, weight_P]))
+    else:
+        key_E = np.unique(key_E)
+    own_E = key_E // num_nodes == key_E % num_nodes
+    key_E = key_E[~own_E]
     return Graph(
         num_users=events.num_users,
         num_items=events.num_items,
         offsets_V1=np.searchsorted(key_E, np.arange(num_nodes + 1) * num_nodes),
         neighbour_E=(key_E % num_nodes).astype(np.int32),
+        weight_E=None if weight_E is None else weight_E[~own_E],
     )
+
+
+def cache_order(graph: Graph) -> Int64[np.ndarray, " V"]:
+    """Return the nodes in an order in which those that share neighbours stand near each other.
+
+    Whoever visits all neighbourhoods in this order finds many of the neighbours' rows still in
+    the processor's cache. Users stay before items before other nodes, whose neighbours are rows
+    of another table.
+
+    References:
+        Cuthill and McKee, "Reducing the bandwidth of sparse symmetric matrices", ACM 1969,
+        https://doi.org/10.1145/800195.805928
+    """
+    ones_E = np.ones(len(graph.neighbour_E), np.int8)
+    shape = (graph.num_nodes, graph.num_nodes)
+    # scipy's loops take 32-bit indices only
+    offsets_V1 = graph.offsets_V1.astype(np.int32)
+    adjacency = csr_array((ones_E, graph.neighbour_E, offsets_V1), shape=shape)
+    order_V = reverse_cuthill_mckee(adjacency, symmetric_mode=True).astype(np.int64)
+    kind_V = np.searchsorted(
+        [graph.num_users, graph.num_users + graph.num_items], order_V, side="right"
+    )
+    ordered_V: Int64[np.ndarray, " V"] = order_V[np.argsort(kind_V, kind="stable")]
+    return ordered_V
+
+
+def _checked(links_2P: Int32[np.ndarray, "2 P"], size: int) -> Int64[np.ndarray, "2 P"]:
+    if links_2P.size and not (links_2P.min() >= 0 and links_2P.max() < size):
+        raise DataError(
+            f"a link names row {links_2P.max()} (or one below 0) of {size}: leave out links to "
+            "users and items that the events do not know"
+        )
+    return links_2P.astype(np.int64)
+
+
+def _both_ways(pair_2P: Int64[np.ndarray, "2 P"], num_nodes: int) -> Int64[np.ndarray, " E"]:
+    """Return one number for each direction of each tie."""
+    one, other = pair_2P
+    return np.concatenate([one * num_nodes + other, other * num_nodes + one])
+
+
+def _heaviest(
+    key_E: Int64[np.ndarray, " E"], weight_E: Float32[np.ndarray, " E"]
+) -> tuple[Int64[np.ndarray, " D"], Float32[np.ndarray, " D"]]:
+    """Return the distinct keys, rising, and the largest weight of each."""
+    order_E = np.lexsort((-weight_E, key_E))
+    key_E, weight_E = key_E[order_E], weight_E[order_E]
+    first_E = np.ones(len(key_E), bool)
+    first_E[1:] = key_E[1:] != key_E[:-1]
+    return key_E[first_E], weight_E[first_E]

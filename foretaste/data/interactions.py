@@ -20,7 +20,7 @@ class Interactions:
     User `u` owns rows `offsets[u]` to `offsets[u + 1]` of every column. Columns may be memory
     maps. Both vocabularies may hold ids without an event here: the parts of a split share them.
 
-    Shape legend: E events, U users, I items.
+    Shape legend: E events, U users, I items, P links.
     """
 
     users: Vocabulary
@@ -37,6 +37,10 @@ class Interactions:
     """One row per user_idx; the caller's other columns about users."""
     item_table: pl.DataFrame | None = None
     """One row per item_idx; the caller's other columns about items (a `title`, say)."""
+    user_links: Int32[np.ndarray, "2 P"] | None = None
+    """Pairs of user_idx, who trusts whom; they do not belong to any event, so parts keep all."""
+    item_links: Int32[np.ndarray, "2 P"] | None = None
+    """Pairs of item_idx that go together, likewise."""
     notes: tuple[str, ...] = ()
     """What reading dropped, merged or assumed, with counts."""
 
@@ -79,7 +83,7 @@ class Interactions:
         return self.item_idx[self.offsets[user_idx] : self.offsets[user_idx + 1]]
 
     def fingerprint(self) -> str:
-        """Return a SHA-256 of ids, order, times and columns: equal for equal events.
+        """Return a SHA-256 of ids, order, times, columns and links: equal for equal events.
 
         The file that they came from, the tables about users and items, and the notes do not count.
         """
@@ -96,4 +100,8 @@ class Interactions:
         for name in sorted(self.columns):
             digest.update(f"{name} {self.columns[name].dtype}\0".encode())
             digest.update(np.ascontiguousarray(self.columns[name]).data)
+        for side, links in (("user", self.user_links), ("item", self.item_links)):
+            if links is not None:
+                digest.update(f"{side}_links {links.shape[1]}\0".encode())
+                digest.update(np.ascontiguousarray(links, np.int32).data)
         return digest.hexdigest()

@@ -54,6 +54,8 @@ def concatenate(
         columns=columns,
         user_table=users.table,
         item_table=items.table,
+        user_links=_links([s.user_links for s in sets], users.row_of),
+        item_links=_links([s.item_links for s in sets], items.row_of),
         notes=tuple(dict.fromkeys([note for s in sets for note in s.notes] + notes)),
     )
     return merged, source_E[order_E]
@@ -84,6 +86,14 @@ def _merge(vocabularies: list[Vocabulary], tables: list[pl.DataFrame | None]) ->
     ]
     table = pl.concat(rows, how="diagonal_relaxed").unique("__row", keep="first").sort("__row")
     return _Side(vocabulary, table.drop("__row"), row_of)
+
+
+def _links(
+    links: list[Int32[np.ndarray, "2 P"] | None], row_of: list[Int32[np.ndarray, " rows"]]
+) -> Int32[np.ndarray, "2 P"] | None:
+    """Return the links of all sets, each once."""
+    moved = [new[part] for part, new in zip(links, row_of, strict=True) if part is not None]
+    return np.unique(np.concatenate(moved, axis=1), axis=1) if moved else None
 
 
 def _times(sets: Sequence[Interactions]) -> tuple[Int64[np.ndarray, " E"], bool]:

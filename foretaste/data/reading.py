@@ -21,6 +21,7 @@ from foretaste.data.columns import (
     canonical_times,
 )
 from foretaste.data.interactions import Interactions
+from foretaste.data.links import with_links
 from foretaste.data.sorting import (
     Duplicates,
     compile_loops,
@@ -48,6 +49,8 @@ def read_interactions(
     header: bool = True,
     users: object = None,
     items: object = None,
+    user_links: object = None,
+    item_links: object = None,
     duplicates: Duplicates = "keep",
     timestamp_unit: TimestampUnit = "s",
     drop_incomplete: bool = False,
@@ -75,6 +78,9 @@ def read_interactions(
             else, and always without a header, its first. Its users without an event join the
             vocabulary. Of rows with one key the first is taken.
         items: A table of items, likewise.
+        user_links: A table of two columns of user ids, any kind of source: who trusts whom. Links
+            to unknown ids, to oneself and repeated ones are left out, and counted.
+        item_links: A table of two columns of item ids that go together, likewise.
         duplicates: What to do with events that repeat another's user, item and time (user and
             item where there are no times): "keep" them, or only the "first" or "last" of them.
         timestamp_unit: What numbers in `timestamp` count.
@@ -99,7 +105,8 @@ def read_interactions(
         _read_side(table, key, role, header=header, drop_incomplete=drop_incomplete)
         for table, key, role in ((users, names.user, "users"), (items, names.item, "items"))
     ]
-    return _arrange(events, sides[0], sides[1], duplicates, [*notes, *events.notes])
+    arranged = _arrange(events, sides[0], sides[1], duplicates, [*notes, *events.notes])
+    return with_links(arranged, user_links=user_links, item_links=item_links, header=header)
 
 
 class _Names(NamedTuple):

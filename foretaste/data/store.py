@@ -18,7 +18,7 @@ from typing import IO, Literal
 import numpy as np
 import polars as pl
 import pyarrow as pa
-from jaxtyping import Shaped
+from jaxtyping import Int32, Shaped
 from pydantic import NonNegativeInt, ValidationError
 
 from foretaste.config import Config
@@ -118,6 +118,8 @@ def open_store(path: str | os.PathLike[str], *, verify: bool = False) -> Interac
         columns={name: opened(file) for name, file in manifest.columns.items()},
         user_table=_read_table(folder / "user_table.arrow") if "user_table.arrow" in has else None,
         item_table=_read_table(folder / "item_table.arrow") if "item_table.arrow" in has else None,
+        user_links=_map_links(folder, "user_links.npy") if "user_links.npy" in has else None,
+        item_links=_map_links(folder, "item_links.npy") if "item_links.npy" in has else None,
         notes=manifest.notes,
     )
 
@@ -155,6 +157,13 @@ def _write_files(events: Interactions, folder: Path) -> None:
     if events.timestamp_s is not None:
         arrays["timestamp_s.npy"] = events.timestamp_s
     arrays |= {file: events.columns[name] for name, file in columns.items()}
+    # a reader that knows no links finds two more files that the manifest vouches for
+    for name, links in (
+        ("user_links.npy", events.user_links),
+        ("item_links.npy", events.item_links),
+    ):
+        if links is not None:
+            arrays[name] = np.ascontiguousarray(links).reshape(-1)
     tables = {
         "users.arrow": events.users.ids.to_frame(),
         "items.arrow": events.items.ids.to_frame(),
@@ -223,17 +232,32 @@ def _check_file(folder: Path, name: str, stored: StoredFile, *, verify: bool) ->
 
 def _map_array(folder: Path, name: str, *, length: int) -> Shaped[np.ndarray, " N"]:
     path = folder / name
-    try:
-        array = np.load(path, mmap_mode="r" if length else None, allow_pickle=False)
-    except ValueError as error:
-        raise BundleError(
-            f"{path} is not a column of numbers ({error}): import the events anew"
-        ) from error
+    array = _load_array(path, is_mapped=length > 0)
     if array.shape != (length,):
         raise BundleError(
             f"{path} has shape {array.shape}, not ({length},): import the events anew"
         )
     return np.asarray(array)  # a plain array over the same map
+
+
+def _map_links(folder: Path, name: str) -> Int32[np.ndarray, "2 P"]:
+    """Return pairs that are stored as all first ends, then all second ends."""
+    array = _load_array(folder / name, is_mapped=False)
+    if array.ndim != 1 or array.dtype != np.int32 or len(array) % 2:
+        raise BundleError(f"{folder / name} holds no pairs of rows: import the events anew")
+    return array.reshape(2, -1)
+
+
+def _load_array(path: Path, *, is_mapped: bool) -> Shaped[np.ndarray, " N"]:
+    try:
+        array: Shaped[np.ndarray, " N"] = np.load(
+            path, mmap_mode="r" if is_mapped else None, allow_pickle=False
+        )
+    except ValueError as error:
+        raise BundleError(
+            f"{path} is not a column of numbers ({error}): import the events anew"
+        ) from error
+    return array
 
 
 def _open_ids(folder: Path, name: str, stored: StoredIds) -> Vocabulary:

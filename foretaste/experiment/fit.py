@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from foretaste.data.graph import graph_of
 from foretaste.data.interactions import Interactions
 from foretaste.data.splits import Split
 from foretaste.errors import DataError
@@ -15,6 +16,7 @@ from foretaste.evaluation.protocol import evaluate
 from foretaste.experiment.learning import make_learning, usual_objective
 from foretaste.models.catalogue import ModelConfig, build_model
 from foretaste.models.interface import ClosedForm, Finishes
+from foretaste.models.lightgcn import LightGCNConfig
 from foretaste.training.fit import Epoch, Fit
 from foretaste.training.objectives.catalogue import ObjectiveConfig
 from foretaste.training.progress import ShowProgress
@@ -63,7 +65,10 @@ def fit(
     if len(events) == 0:
         raise DataError("the training part of the split is empty: there is nothing to learn from")
     torch.manual_seed(seed)
-    model = build_model(config, num_users=events.num_users, num_items=events.num_items)
+    graph = graph_of(events, config.graph) if isinstance(config, LightGCNConfig) else None
+    model = build_model(
+        config, num_users=events.num_users, num_items=events.num_items, graph=graph
+    )
     training = training or TrainingConfig()
     settings: dict[str, object] = {"model": config.model_dump(mode="json"), "split": split.kind}
     log: dict[str, object] = {}

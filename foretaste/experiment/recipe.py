@@ -54,6 +54,10 @@ class FileData(Config):
     """A table about users."""
     items: str | None = None
     """A table about items: a `title`, say, which the page shows."""
+    user_links: str | None = None
+    """A table of two columns of user ids: who trusts whom."""
+    item_links: str | None = None
+    """A table of two columns of item ids that go together."""
     duplicates: Duplicates = "keep"
     """What to do with events that repeat another's user, item and time."""
     drop_incomplete: bool = False

@@ -205,6 +205,8 @@ def _read_events(data: PublicData | FileData | StoreData, data_dir: Path | None)
                 header=data.header,
                 users=None if data.users is None else base / data.users,
                 items=None if data.items is None else base / data.items,
+                user_links=None if data.user_links is None else base / data.user_links,
+                item_links=None if data.item_links is None else base / data.item_links,
                 duplicates=data.duplicates,
                 drop_incomplete=data.drop_incomplete,
             )

@@ -9,10 +9,12 @@ from typing import Annotated, assert_never
 from pydantic import Field
 from torch import nn
 
+from foretaste.data.graph import Graph
 from foretaste.models.als import ImplicitALS, ImplicitALSConfig
 from foretaste.models.bert4rec import BERT4Rec, BERT4RecConfig
 from foretaste.models.ease import EASE, EASEConfig
 from foretaste.models.item_knn import ItemKNN, ItemKNNConfig
+from foretaste.models.lightgcn import LightGCN, LightGCNConfig
 from foretaste.models.mf import MF, MFConfig
 from foretaste.models.popularity import Popularity, PopularityConfig
 from foretaste.models.sasrec import SASRec, SASRecConfig
@@ -21,6 +23,7 @@ ModelConfig = Annotated[
     SASRecConfig
     | BERT4RecConfig
     | MFConfig
+    | LightGCNConfig
     | PopularityConfig
     | ItemKNNConfig
     | EASEConfig
@@ -29,7 +32,9 @@ ModelConfig = Annotated[
 ]
 
 
-def build_model(config: ModelConfig, *, num_users: int, num_items: int) -> nn.Module:
+def build_model(
+    config: ModelConfig, *, num_users: int, num_items: int, graph: Graph | None = None
+) -> nn.Module:
     """Make the untrained network that `config` describes.
 
     Initial weights come out of torch's global generator: seed it first.
@@ -38,6 +43,8 @@ def build_model(config: ModelConfig, *, num_users: int, num_items: int) -> nn.Mo
         config: A model's settings.
         num_users: Users that training knows, 0 or more.
         num_items: Items of the catalogue, 1 or more.
+        graph: Of the training events, for models that learn on one; None where the model's state
+            is loaded next.
 
     Raises:
         TooLargeError: What the model keeps would not fit in memory.
@@ -49,6 +56,8 @@ def build_model(config: ModelConfig, *, num_users: int, num_items: int) -> nn.Mo
             return BERT4Rec(config, num_items=num_items)
         case MFConfig():
             return MF(config, num_users=num_users, num_items=num_items)
+        case LightGCNConfig():
+            return LightGCN(config, num_users=num_users, num_items=num_items, graph=graph)
         case PopularityConfig():
             return Popularity(config, num_items=num_items)
         case ItemKNNConfig():

@@ -172,6 +172,7 @@ def _read(source: Source, files: Files, *, origin: str) -> Dataset:
         columns=("part",) if tables.has("part") else (),
         users=tables.users,
         items=tables.items,
+        user_links=tables.user_links,
     )
     return Dataset(name=source.name, events=events, origin=origin, licence=source.licence)
 

@@ -14,6 +14,7 @@ from foretaste.data.sources.movielens import (
     read_ml_csv,
 )
 from foretaste.data.sources.sequences import read_amazon, read_gowalla, read_pairs, read_s3rec
+from foretaste.data.sources.social import SOCIAL_FILES, read_social
 from foretaste.data.sources.tables import Tables
 from foretaste.errors import ConfigError
 
@@ -54,6 +55,27 @@ _SNAP = (
 )
 _MOVIELENS_URL = "https://files.grouplens.org/datasets/movielens"
 _GITHUB = "https://raw.githubusercontent.com"
+
+
+_SOCIAL_COMMIT = "f844a417a9ae0402ee4593ff4d21fba2f5b17cb9"
+_CIAO = (
+    "Ciao, trust data of Tang et al., no licence stated: for research. Cite Tang, Gao and Liu, "
+    "WSDM 2012"
+)
+
+
+def _social(name: str, folder: str, licence: str, counts: tuple[int, int, int], sha: str) -> Source:
+    base = f"{_GITHUB}/leo0481/SocialLGN/{_SOCIAL_COMMIT}/data/preprocessed/{folder}"
+    return Source(
+        name=name,
+        folder=name,
+        ways=(tuple(Address(url=f"{base}/{file}") for file in SOCIAL_FILES),),
+        marks=("trust.txt",),
+        read=read_social,
+        licence=licence,
+        counts=counts,
+        sha256=sha,
+    )
 
 
 def _s3rec(name: str, file: str, licence: str, counts: tuple[int, int, int], sha: str) -> Source:
@@ -203,6 +225,20 @@ _ALL = (
         _HETREC,
         (1_090, 3_646, 52_551),
         "11e30dded6bea923cbe5fd6a5e489e03a3a834b6f44288865a303d3016f7c622",
+    ),
+    _social(
+        "social-lastfm",
+        "lastfm",
+        _HETREC,
+        (1_892, 17_632, 92_834),
+        "464e5db6374ea83fe708a4e39f88998a1a5f0bf6f979a805ee65b74e2c7e01e4",
+    ),
+    _social(
+        "social-ciao",
+        "ciao",
+        _CIAO,
+        (7_375, 105_114, 284_086),
+        "0b0b2edb6e0095a5c5a6b8a9d0859b5420003a6da9cfbd33c7d8d7c14ca56af9",
     ),
 )
 

@@ -16,6 +16,8 @@ class Tables:
     """`user` and further columns."""
     items: pl.DataFrame | None = None
     """`item` and further columns."""
+    user_links: pl.DataFrame | None = None
+    """Two columns of user ids: who trusts whom."""
 
     def has(self, column: str) -> bool:
         """Whether events have this column."""

@@ -1,0 +1,288 @@
+r"""LightGCN, a retriever: each user and item is the mean of what reaches it over the graph.
+
+.. math:: E^{(l+1)} = D^{-1/2} A D^{-1/2} E^{(l)}, \quad
+          E = \frac{1}{L+1} \sum_{l=0}^{L} E^{(l)}, \quad s_{ui} = e_u \cdot e_i
+
+He et al., "LightGCN: Simplifying and Powering Graph Convolution Network for Recommendation",
+SIGIR 2020, https://arxiv.org/abs/2002.02126
+
+Noise and contrast: Yu et al., "Are Graph Augmentations Necessary? Simple Graph Contrastive
+Learning for Recommendation", SIGIR 2022, https://arxiv.org/abs/2112.08679, and "XSimGCL", TKDE
+2023, https://arxiv.org/abs/2209.02544. **Departures**: layer 0 stays in the mean; the contrast
+compares a sample of the batch's users and of all items that it looks at.
+
+The transformation: Wang et al., "Neural Graph Collaborative Filtering", SIGIR 2019,
+https://arxiv.org/abs/1905.08108. **Departures**: no dropout of messages; as in its authors' code,
+layers are brought to length 1 before they are put side by side.
+
+Further departures: ties of any kind join those of the events, weighted (`GraphConfig`); a node
+without ties is 0; whom training did not see is placed by `answer_users`.
+
+Shape legend: B users, V items of a batch, I items of the catalogue, N nodes of the graph, R rows,
+D width of layer 0, W width of what a node sends, F width of the answer.
+"""
+
+from typing import Literal, final
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int64
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from torch import Tensor, nn
+
+from foretaste.config import Config
+from foretaste.data.batch import Queries
+from foretaste.data.graph import Graph, GraphConfig
+from foretaste.data.interactions import Interactions
+from foretaste.data.pairs import Reads
+from foretaste.errors import ConfigError
+from foretaste.models.interface import PairVectors
+from foretaste.models.layers.graph_conv import GraphConv, Perturbation
+from foretaste.models.layers.placing import (
+    NodeTables,
+    PlacedNodes,
+    answer_users,
+    place,
+    sum_of_rows,
+    take_shapes,
+)
+from foretaste.models.layers.similarity import Similarity, as_item, as_query
+
+
+class LightGCNConfig(Config):
+    """Settings of LightGCN."""
+
+    kind: Literal["lightgcn"] = "lightgcn"
+    embedding_dim: PositiveInt = 64
+    num_layers: PositiveInt = 3
+    """L: how far vectors travel."""
+    similarity: Similarity = "dot"
+    temperature: float = Field(default=1.0, gt=0)
+    """Divides scores; below 1 for the cosine, whose range is narrow."""
+    init_std: float = Field(default=0.1, gt=0)
+    noise: float = Field(default=0.0, ge=0)
+    """Length of the random vector added to each node after each layer in training (SimGCL)."""
+    contrast_layer: NonNegativeInt = 0
+    """Layer whose vectors should agree with the final ones (XSimGCL); 0: none. Its weight is
+    the objective's `contrast`."""
+    contrast_rows: PositiveInt = 2048
+    """How many users, and how many items, of a batch are compared so."""
+    edge_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of ties left out at each step."""
+    transform: bool = False
+    """NGCF: each layer multiplies by matrices and bends what it passes along, and the layers stand
+    side by side. An ablation: slower, and worse in LightGCN's paper."""
+    graph: GraphConfig = Field(default_factory=GraphConfig)
+    """Which ties there are besides the events'."""
+
+    @model_validator(mode="after")
+    def _layers_fit(self) -> "LightGCNConfig":
+        if self.contrast_layer > self.num_layers:
+            raise ValueError(
+                f"contrast_layer {self.contrast_layer} is beyond num_layers {self.num_layers}"
+            )
+        if self.transform and (self.noise or self.contrast_layer or self.edge_dropout):
+            raise ValueError("transform goes without noise, contrast_layer and edge_dropout")
+        return self
+
+
+@final
+class LightGCN(nn.Module):
+    """The network: one table, layer 0, and the graph that it is passed along.
+
+    While it stays in evaluation mode it keeps what it has propagated. Loaded from a file it has
+    no graph and answers from the tables that `finish` kept.
+    """
+
+    def __init__(
+        self, config: LightGCNConfig, *, num_users: int, num_items: int, graph: Graph | None = None
+    ) -> None:
+        """Make the network.
+
+        Args:
+            config: The settings.
+            num_users: Users that training knows.
+            num_items: Items of the catalogue.
+            graph: Of the training events; None: the state is loaded next, nothing is learned.
+        """
+        super().__init__()
+        self.config, self.num_users, self.num_items = config, num_users, num_items
+        self.reads: Reads = "nothing"
+        self.max_len = 0
+        num_nodes = num_users + num_items if graph is None else graph.num_nodes
+        width = config.embedding_dim
+        self.layer_0 = nn.Embedding(num_nodes, width)
+        self.layer_0.register_load_state_dict_pre_hook(take_shapes)
+        nn.init.normal_(self.layer_0.weight, std=config.init_std)
+        num_mixes = config.num_layers if config.transform else 0
+        self.mixes = nn.ModuleList(_Mix(width) for _ in range(num_mixes))
+        self.graph = graph
+        self.conv = None if graph is None else GraphConv(graph)
+        self.change = Perturbation(noise=config.noise, edge_dropout=config.edge_dropout)
+        self.placed = PlacedNodes()
+        self._tables: NodeTables | None = None
+        if graph is not None:
+            with torch.no_grad():
+                self.layer_0.weight.mul_((torch.from_numpy(graph.degree_V) > 0).unsqueeze(1))
+
+    def forward(self, queries: Queries, item_V: Int64[Tensor, " V"]) -> PairVectors:
+        """Return the vectors of known users and of some items, after one propagation.
+
+        Raises:
+            ConfigError: The model was made without a graph.
+        """
+        num_B, node_R = len(queries), torch.cat([queries.user_B, self.num_users + item_V])
+        base_RD = F.embedding(node_R, self.layer_0.weight)
+        if self.mixes:
+            vector_RF, view_RF = F.embedding(node_R, self._transformed()), base_RD
+        else:
+            vector_RF, view_RF = self._made()[1](
+                self.layer_0.weight,
+                node_R,
+                num_layers=self.config.num_layers,
+                view_layer=self.config.contrast_layer,
+                change=self.change if self.training else None,
+            )
+        views: tuple[tuple[Tensor, Tensor], ...] = ()
+        if self.config.contrast_layer:
+            few = self.config.contrast_rows
+            rows = (_some_rows(queries.user_B, few), num_B + _some_rows(item_V, few))
+            views = tuple((vector_RF[row_S], view_RF[row_S]) for row_S in rows)
+        return PairVectors(
+            query_BD=self._query(vector_RF[:num_B]),
+            item_VD=self._item(vector_RF[num_B:]),
+            base=(base_RD[:num_B], base_RD[num_B:]),
+            views=views,
+        )
+
+    def encode(self, queries: Queries) -> Float[Tensor, "B F"]:
+        """Return each user's vector: of training, or placed by the history; 0 without one."""
+        user_UD = self.layer_0.weight[: self.num_users]
+        return self._query(answer_users(queries, self._known(), user_UD, self._combine))
+
+    def item_table(self) -> Float[Tensor, "I F"]:
+        """Return every item's vector; 0 for those without any tie."""
+        return self._item(self._known().item_IF)
+
+    def place_items(
+        self, user_P: Int64[Tensor, " P"], length_B: Int64[Tensor, " B"]
+    ) -> Float[Tensor, "B F"]:
+        """Return the vectors of new items, as `item_table` has them, from users who did them.
+
+        Args:
+            user_P: user_idx, one item's after the other's, none twice for the same item.
+            length_B: How many users each item has; 0 gives a vector of 0.
+        """
+        tables = self._known()
+        received_BW = sum_of_rows(tables.sent_VW, user_P, length_B)
+        layer_0_BD = received_BW.new_zeros(len(length_B), self.config.embedding_dim)
+        strength_B = length_B.to(received_BW.dtype)
+        return self._item(place(layer_0_BD, received_BW, strength_B, self._combine))
+
+    def placed_I(self) -> Bool[Tensor, " I"]:
+        """Return the items that no user did, but that are tied to other items or attributes."""
+        return self._known().placed_I
+
+    def finish(self, events: Interactions) -> None:
+        """Keep what answers need, so that they need no graph."""
+        del events  # the graph was made from them
+        self.placed.keep(self._known())
+
+    def train(self, mode: bool = True) -> "LightGCN":  # noqa: FBT001, FBT002  # torch's own form
+        """Set the mode, and forget what was propagated with earlier weights."""
+        self._tables = None
+        return super().train(mode)
+
+    def _known(self) -> NodeTables:
+        if self.graph is None:
+            return self.placed.tables()
+        if self.training or self._tables is None:
+            self._tables = self._propagated()
+        return self._tables
+
+    @torch.no_grad()
+    def _propagated(self) -> NodeTables:
+        """Pass the vectors along and note what each node sends and receives at each layer."""
+        graph, conv = self._made()
+        layer_ND = self.layer_0.weight
+        sent = [layer_ND]
+        for layer in range(1, self.config.num_layers):
+            layer_ND = conv.product(layer_ND)
+            if self.mixes:
+                layer_ND = self.mixes[layer - 1](sent[-1], layer_ND)
+            sent.append(layer_ND)
+        sent_NW = torch.cat(sent, dim=1) if self.mixes else torch.stack(sent).sum(dim=0)
+        sent_NW = sent_NW * conv.scale_V.to(sent_NW.dtype).unsqueeze(1)
+        received_NW = conv.sum_neighbours(sent_NW)
+        strength_N = conv.strength_V.to(sent_NW.dtype)
+        final_NF = place(self.layer_0.weight, received_NW, strength_N, self._combine)
+        end = self.num_users + self.num_items
+        users, items = slice(0, self.num_users), slice(self.num_users, end)
+        tied_I = torch.from_numpy(graph.degree_V[items] > 0)
+        has_user_I = torch.from_numpy(graph.count_neighbours(0, self.num_users)[items] > 0)
+        events_U = torch.from_numpy(graph.count_neighbours(self.num_users, end)[users])
+        device = final_NF.device
+        return NodeTables(
+            user_UF=final_NF[users],
+            item_IF=final_NF[items],
+            sent_VW=sent_NW,
+            received_UW=received_NW[users],
+            strength_U=strength_N[users],
+            events_U=events_U.to(device),
+            tied_I=tied_I.to(device),
+            placed_I=(tied_I & ~has_user_I).to(device),
+        )
+
+    def _combine(self, layer_0_BD: Tensor, received_BW: Tensor) -> Tensor:
+        """Return the mean over layers; with a transformation, the layers side by side."""
+        if not self.mixes:
+            return (layer_0_BD + received_BW) / (self.config.num_layers + 1)
+        layers = [layer_0_BD]
+        for mix, received_BD in zip(self.mixes, received_BW.chunk(len(self.mixes), 1), strict=True):
+            layers.append(mix(layers[-1], received_BD))
+        return _side_by_side(layers)
+
+    def _transformed(self) -> Tensor:
+        conv, layers = self._made()[1], [self.layer_0.weight]
+        for mix in self.mixes:
+            layers.append(mix(layers[-1], conv.product(layers[-1])))
+        return _side_by_side(layers)
+
+    def _made(self) -> tuple[Graph, GraphConv]:
+        if self.graph is None or self.conv is None:
+            raise ConfigError("LightGCN learns on a graph: hand build_model that of the events")
+        return self.graph, self.conv
+
+    def _query(self, vector_BF: Tensor) -> Tensor:
+        return as_query(vector_BF, self.config.similarity, self.config.temperature)
+
+    def _item(self, vector_VF: Tensor) -> Tensor:
+        return as_item(vector_VF, self.config.similarity)
+
+
+@final
+class _Mix(nn.Module):
+    r"""NGCF's layer, p being what is received: LeakyReLU(W_1 (e + p) + W_2 (p \odot e))."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.own, self.product = nn.Linear(width, width), nn.Linear(width, width)
+        for linear in (self.own, self.product):
+            nn.init.xavier_uniform_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, own_BD: Tensor, received_BD: Tensor) -> Tensor:
+        mixed_BD = self.own(own_BD + received_BD) + self.product(own_BD * received_BD)
+        return F.leaky_relu(mixed_BD, 0.2)
+
+
+def _side_by_side(layers: list[Tensor]) -> Tensor:
+    return torch.cat([layers[0], *(F.normalize(layer_BD, dim=1) for layer_BD in layers[1:])], 1)
+
+
+def _some_rows(index_R: Tensor, most: int) -> Int64[Tensor, " S"]:
+    """Return where different indices stand, drawn if there are more than `most`."""
+    distinct, inverse_R = index_R.unique(return_inverse=True)
+    place_R = torch.arange(len(index_R), device=index_R.device)
+    place = torch.empty_like(distinct).scatter_(0, inverse_R, place_R)
+    return place[torch.randperm(len(place), device=place.device)[:most]]
