@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from foretaste.data.split_config import SplitConfig, make_split
     from foretaste.data.splits import Holdout, Split
     from foretaste.data.splitting import (
+        cold_items_split,
         given_split,
         given_split_by_column,
         leave_last_split,
@@ -79,6 +80,7 @@ if TYPE_CHECKING:
     from foretaste.models.lightgcn import LightGCNConfig
     from foretaste.models.popularity import PopularityConfig
     from foretaste.models.sasrec import SASRecConfig
+    from foretaste.models.two_tower import TwoTowerConfig
     from foretaste.serving.recommender import (
         Answer,
         Recommendation,
@@ -140,12 +142,14 @@ __all__ = [
     "Trained",
     "TrainingConfig",
     "TuneResult",
+    "TwoTowerConfig",
     "VectorField",
     "Vocabulary",
     "__version__",
     "audit_events",
     "audit_split",
     "build_recommender",
+    "cold_items_split",
     "compare",
     "evaluate",
     "evaluate_split",
@@ -232,11 +236,13 @@ _HOME = {
     "Trained": "training.trained",
     "TrainingConfig": "training.settings",
     "TuneResult": "experiment.tune",
+    "TwoTowerConfig": "models.two_tower",
     "VectorField": "data.fields",
     "Vocabulary": "data.vocabulary",
     "audit_events": "data.audit",
     "audit_split": "data.audit",
     "build_recommender": "serving.recommender",
+    "cold_items_split": "data.splitting",
     "compare": "evaluation.compare",
     "evaluate": "evaluation.protocol",
     "evaluate_split": "experiment.run",

@@ -8,6 +8,7 @@ from foretaste.config import Config
 from foretaste.data.interactions import Interactions
 from foretaste.data.splits import Split
 from foretaste.data.splitting import (
+    cold_items_split,
     given_split_by_column,
     leave_last_split,
     leave_last_within_training,
@@ -75,6 +76,20 @@ class GivenSplitConfig(Config):
     kind: Literal["given"] = "given"
     column: str = "part"
     """Holds train, validation, test or unused, or 0, 1, 2 or 3."""
+    validation: ShareOrNone = 0.0
+    """Share of the training events to choose by, drawn at random, where the data give none."""
+    seed: int = 0
+    """Equal seeds give equal draws."""
+
+
+class ColdItemsSplitConfig(_Shares):
+    """All events of some items are held out: training sees nothing of them."""
+
+    kind: Literal["cold_items"] = "cold_items"
+    test: Share = 0.2
+    """Share of the items, not of the events; likewise validation."""
+    seed: int = 0
+    """Equal seeds give equal splits."""
 
 
 SplitConfig = Annotated[
@@ -82,7 +97,8 @@ SplitConfig = Annotated[
     | LeaveLastSplitConfig
     | RatioSplitConfig
     | RandomSplitConfig
-    | GivenSplitConfig,
+    | GivenSplitConfig
+    | ColdItemsSplitConfig,
     Field(discriminator="kind"),
 ]
 
@@ -92,7 +108,8 @@ def make_split(
     | LeaveLastSplitConfig
     | RatioSplitConfig
     | RandomSplitConfig
-    | GivenSplitConfig,
+    | GivenSplitConfig
+    | ColdItemsSplitConfig,
     events: Interactions,
 ) -> Split:
     """Cut `events` as `config` describes.
@@ -113,4 +130,10 @@ def make_split(
                 events, validation=config.validation, test=config.test, seed=config.seed
             )
         case GivenSplitConfig():
-            return given_split_by_column(events, column=config.column)
+            return given_split_by_column(
+                events, column=config.column, validation=config.validation, seed=config.seed
+            )
+        case ColdItemsSplitConfig():
+            return cold_items_split(
+                events, validation=config.validation, test=config.test, seed=config.seed
+            )

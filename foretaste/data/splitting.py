@@ -1,4 +1,4 @@
-"""Five ways of cutting events into training, validation and test.
+"""Six ways of cutting events into training, validation and test.
 
 Shape legend: E events, U users.
 """
@@ -119,6 +119,38 @@ def random_split(
     return _checked("random", events, part_E, validated=validation > 0)
 
 
+def cold_items_split(
+    events: Interactions, *, validation: float = 0.1, test: float = 0.2, seed: int = 0
+) -> Split:
+    """Hold out all events of some items, so that training sees nothing of them.
+
+    What is asked is which of these items a user did, from the user's other events: the parts
+    before, so the test's histories hold the validation's items too. All items are ranked, the
+    others as well, so a model must place items by what else is known of them.
+
+    Args:
+        events: Any.
+        validation: Share of the items that have an event, in [0, 1).
+        test: Share of them, in (0, 1).
+        seed: Equal seeds give equal splits.
+
+    Raises:
+        ConfigError: The shares leave nothing to train on.
+        DataError: There are too few items.
+    """
+    _check_shares(validation, test)
+    item = np.flatnonzero(events.item_count)
+    num_test, num_validation = (
+        int(np.floor(len(item) * share + _ROUNDING)) for share in (test, validation)
+    )
+    drawn = np.random.default_rng(seed).permutation(item)
+    part_I = np.full(events.num_items, TRAIN, dtype=np.uint8)
+    part_I[drawn[:num_test]] = TEST
+    part_I[drawn[num_test : num_test + num_validation]] = VALIDATION
+    part_E = part_I[events.item_idx]
+    return _checked("cold_items", events, part_E, validated=validation > 0)
+
+
 def given_split(
     train: Interactions, *, test: Interactions, validation: Interactions | None = None
 ) -> Split:
@@ -136,14 +168,20 @@ def given_split(
     return _checked("given", merged, part_E, validated=validation is not None)
 
 
-def given_split_by_column(events: Interactions, *, column: str = "part") -> Split:
+def given_split_by_column(
+    events: Interactions, *, column: str = "part", validation: float = 0.0, seed: int = 0
+) -> Split:
     """Take parts from a column that says of each event where it belongs.
 
     Args:
         events: With that column.
+        validation: Share of the training events, in [0, 1), drawn at random to choose by, where
+            the column gives no validation.
+        seed: Decides the draw.
         column: Holds "train", "validation", "test" or "unused", or the codes 0, 1, 2 and 3.
 
     Raises:
+        ConfigError: A share is asked for, and the column gives a validation already.
         DataError: There is no such column, or a value is none of these.
     """
     if column not in events.columns:
@@ -154,6 +192,9 @@ def given_split_by_column(events: Interactions, *, column: str = "part") -> Spli
     values, inverse_E = np.unique(events.columns[column], return_inverse=True)
     part_E = np.array([_part_code(value, column) for value in values.tolist()], np.uint8)[inverse_E]
     validated = bool((part_E == VALIDATION).any())
+    if validation:
+        _hold_out(part_E, validation, seed, column)
+        validated = True
     return _checked("given", events, part_E, validated=validated)
 
 
@@ -174,6 +215,18 @@ def leave_last_within_training(split: Split) -> Split:
     return _checked(
         split.kind, split.events, part_E, rolling=split.rolling, notes=(*split.notes, *notes)
     )
+
+
+def _hold_out(part_E: UInt8[np.ndarray, " E"], share: float, seed: int, column: str) -> None:
+    """Move a share of the training events into validation."""
+    if (part_E == VALIDATION).any():
+        raise ConfigError(
+            f"split.validation is {share:g}, but column {column!r} gives a validation part "
+            "already: leave the share out"
+        )
+    train = np.flatnonzero(part_E == TRAIN)
+    num = int(np.floor(len(train) * share + _ROUNDING))
+    part_E[np.random.default_rng(seed).permutation(train)[:num]] = VALIDATION
 
 
 def _check_shares(validation: float, test: float) -> None:

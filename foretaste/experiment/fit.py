@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from foretaste.data.features import Features, fit_features
+from foretaste.data.fields import FeatureSchema
 from foretaste.data.graph import graph_of
 from foretaste.data.interactions import Interactions
 from foretaste.data.splits import Split
@@ -15,7 +17,7 @@ from foretaste.errors import DataError
 from foretaste.evaluation.protocol import evaluate
 from foretaste.experiment.learning import make_learning, usual_objective
 from foretaste.models.catalogue import ModelConfig, build_model
-from foretaste.models.interface import ClosedForm, Finishes
+from foretaste.models.interface import Begins, ClosedForm, Finishes
 from foretaste.models.lightgcn import LightGCNConfig
 from foretaste.training.fit import Epoch, Fit
 from foretaste.training.objectives.catalogue import ObjectiveConfig
@@ -34,6 +36,7 @@ def fit(
     seed: int = 0,
     training: TrainingConfig | None = None,
     objective: ObjectiveConfig | None = None,
+    features: Features | FeatureSchema | None = None,
     folder: Path | None = None,
     resume: bool = False,
     show: bool = True,
@@ -50,13 +53,16 @@ def fit(
         seed: Decides first weights, order, dropout and negatives: one seed, one result.
         training: The loop's settings.
         objective: What the loss is and how negatives are drawn.
+        features: What is known of users and items, or which columns say it: those are fitted to
+            the training part.
         folder: Where checkpoints and the log of steps go.
         resume: Go on from the checkpoint in `folder`, to the same result as without the break.
         show: Report progress on standard error.
         on_epoch: Told of each epoch; what it raises ends the run.
 
     Raises:
-        DataError: The training part is empty.
+        ConfigError: The model has nothing to read, or the schema names a column that is not there.
+        DataError: The training part is empty, or a feature is not of its kind.
         NonFiniteError: Training left the finite numbers.
         TooLargeError: The model would not fit in memory.
     """
@@ -66,9 +72,17 @@ def fit(
         raise DataError("the training part of the split is empty: there is nothing to learn from")
     torch.manual_seed(seed)
     graph = graph_of(events, config.graph) if isinstance(config, LightGCNConfig) else None
+    if isinstance(features, FeatureSchema):
+        features = fit_features(features, events)
     model = build_model(
-        config, num_users=events.num_users, num_items=events.num_items, graph=graph
+        config,
+        num_users=events.num_users,
+        num_items=events.num_items,
+        graph=graph,
+        features=features,
     )
+    if isinstance(model, Begins):
+        model.begin(events)
     training = training or TrainingConfig()
     settings: dict[str, object] = {"model": config.model_dump(mode="json"), "split": split.kind}
     log: dict[str, object] = {}
@@ -99,6 +113,7 @@ def fit(
         config=config,
         model=model.eval(),
         events=events,
+        features=features,
         seed=seed,
         train_seconds=time.perf_counter() - started,
         settings=settings,

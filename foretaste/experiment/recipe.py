@@ -10,6 +10,7 @@ from pydantic import Field, PositiveInt, ValidationError
 
 from foretaste.config import Config
 from foretaste.data.columns import TimestampUnit
+from foretaste.data.fields import FeatureSchema
 from foretaste.data.sorting import Duplicates
 from foretaste.data.split_config import SplitConfig
 from foretaste.errors import ConfigError
@@ -113,6 +114,8 @@ class ExperimentConfig(Config):
     seed: int = Field(default=0, ge=0)
     data: DataConfig
     split: SplitConfig
+    features: FeatureSchema | None = None
+    """Which columns of the tables of users and items the model is told."""
     model: ModelConfig
     objective: ObjectiveConfig | None = None
     """How it learns; without it, the model's usual way."""

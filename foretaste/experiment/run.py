@@ -172,6 +172,7 @@ def _fit(
         seed=config.seed,
         training=config.training,
         objective=config.objective,
+        features=config.features,
         folder=folder,
         resume=resume,
         on_epoch=on_epoch,

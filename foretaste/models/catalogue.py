@@ -9,6 +9,7 @@ from typing import Annotated, assert_never
 from pydantic import Field
 from torch import nn
 
+from foretaste.data.features import Features
 from foretaste.data.graph import Graph
 from foretaste.models.als import ImplicitALS, ImplicitALSConfig
 from foretaste.models.bert4rec import BERT4Rec, BERT4RecConfig
@@ -18,11 +19,13 @@ from foretaste.models.lightgcn import LightGCN, LightGCNConfig
 from foretaste.models.mf import MF, MFConfig
 from foretaste.models.popularity import Popularity, PopularityConfig
 from foretaste.models.sasrec import SASRec, SASRecConfig
+from foretaste.models.two_tower import TwoTower, TwoTowerConfig
 
 ModelConfig = Annotated[
     SASRecConfig
     | BERT4RecConfig
     | MFConfig
+    | TwoTowerConfig
     | LightGCNConfig
     | PopularityConfig
     | ItemKNNConfig
@@ -33,7 +36,12 @@ ModelConfig = Annotated[
 
 
 def build_model(
-    config: ModelConfig, *, num_users: int, num_items: int, graph: Graph | None = None
+    config: ModelConfig,
+    *,
+    num_users: int,
+    num_items: int,
+    graph: Graph | None = None,
+    features: Features | None = None,
 ) -> nn.Module:
     """Make the untrained network that `config` describes.
 
@@ -45,8 +53,10 @@ def build_model(
         num_items: Items of the catalogue, 1 or more.
         graph: Of the training events, for models that learn on one; None where the model's state
             is loaded next.
+        features: What is known of users and items, for models that read it.
 
     Raises:
+        ConfigError: The model has nothing to read.
         TooLargeError: What the model keeps would not fit in memory.
     """
     match config:
@@ -56,6 +66,8 @@ def build_model(
             return BERT4Rec(config, num_items=num_items)
         case MFConfig():
             return MF(config, num_users=num_users, num_items=num_items)
+        case TwoTowerConfig():
+            return TwoTower(config, num_users=num_users, num_items=num_items, features=features)
         case LightGCNConfig():
             return LightGCN(config, num_users=num_users, num_items=num_items, graph=graph)
         case PopularityConfig():
