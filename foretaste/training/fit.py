@@ -22,6 +22,8 @@ from foretaste.training.settings import TrainingConfig
 Model = TypeVar("Model", bound=nn.Module)
 Batch = TypeVar("Batch", covariant=True)
 _MOST_BAD_STEPS = 20
+OUT_OF_TIME = "out of time"
+"""How `Progress.done` begins where a run was ended by the clock."""
 
 
 class Plan(Protocol[Batch]):
@@ -117,6 +119,7 @@ class Fit(Generic[Model, Batch]):
         resume: bool = False,
         on_epoch: Callable[[Epoch], None] | None = None,
         on_step: Callable[[Progress, int], None] | None = None,
+        max_seconds: float | None = None,
     ) -> Progress:
         """Train until the epochs are over or validation stops getting better.
 
@@ -124,6 +127,8 @@ class Fit(Generic[Model, Batch]):
             resume: Go on from the folder's checkpoint, if there is one.
             on_epoch: Told of each epoch when it ends; what it raises ends the run.
             on_step: Told of each step and the number of steps in its epoch.
+            max_seconds: Take no further step after so long, validations counted in: the epoch
+                ends there, is validated, and is the last. The clock decides such a run, too.
 
         Raises:
             NonFiniteError: Twenty steps in a row had no finite loss or gradient.
@@ -133,7 +138,7 @@ class Fit(Generic[Model, Batch]):
             self._restore()
         with _StepLog(self.folder, self.progress.step) as log:
             while not self.progress.done:
-                self._epoch(log, on_epoch, on_step)
+                self._epoch(log, on_epoch, on_step, max_seconds)
         if self.best_weights:
             self.model.load_state_dict(self.best_weights)
         elif self.average is not None:
@@ -146,6 +151,7 @@ class Fit(Generic[Model, Batch]):
         log: "_StepLog",
         on_epoch: Callable[[Epoch], None] | None,
         on_step: Callable[[Progress, int], None] | None,
+        max_seconds: float | None,
     ) -> None:
         progress, started, seconds_before = (
             self.progress,
@@ -154,7 +160,7 @@ class Fit(Generic[Model, Batch]):
         )
         plan, last_checkpoint, first_batch = self.plan(progress.epoch), started, progress.batch
         self.model.train()
-        while progress.batch < len(plan):
+        while progress.batch < len(plan) and not progress.done:
             seed_step(self.seed, progress.epoch, progress.batch)
             loss = self._step(plan.batch(progress.batch), len(plan))
             log.write(progress.step, progress.epoch, loss)
@@ -169,25 +175,30 @@ class Fit(Generic[Model, Batch]):
             if now - last_checkpoint >= self.config.checkpoint_seconds:
                 self._checkpoint()
                 last_checkpoint = now
+            progress.done = self._out_of_time(max_seconds)
         trained_share = (progress.batch - first_batch) / len(plan)
         rate = plan.num_events * trained_share / (time.perf_counter() - started)
         validation = self._validate()
         progress.seconds = seconds_before + time.perf_counter() - started
         epoch = Epoch(
             epoch=progress.epoch + 1,
-            loss=progress.loss_sum / len(plan),
+            loss=progress.loss_sum / progress.batch,
             seconds=progress.seconds,
             events_per_second=rate,
             validation=validation,
         )
         progress.epochs.append(asdict(epoch))
         progress.epoch, progress.batch, progress.loss_sum = progress.epoch + 1, 0, 0.0
-        progress.done = progress.done or (
-            "all epochs done" if progress.epoch == self.config.epochs else ""
-        )
+        all_done = "all epochs done" if progress.epoch == self.config.epochs else ""
+        progress.done = progress.done or all_done or self._out_of_time(max_seconds)
         self._checkpoint()
         if on_epoch:
             on_epoch(epoch)
+
+    def _out_of_time(self, max_seconds: float | None) -> str:
+        if max_seconds is None or self.progress.seconds < max_seconds:
+            return ""
+        return f"{OUT_OF_TIME}: stopped after {self.progress.seconds:.1f} s"
 
     def _step(self, batch: Any, steps_per_epoch: int) -> float:
         """Take one optimizer step; return the loss. A step that is not finite changes nothing."""
@@ -239,7 +250,8 @@ class Fit(Generic[Model, Batch]):
     def _validate(self) -> float | None:
         progress, config = self.progress, self.config
         number = progress.epoch + 1
-        if self.validate is None or (number % config.validate_every and number < config.epochs):
+        is_last = number == config.epochs or progress.done
+        if self.validate is None or (number % config.validate_every and not is_last):
             return None
         judged = self.average or self.model
         judged.eval()
