@@ -121,17 +121,19 @@ def test_threads_and_company_change_nothing() -> None:
 
 
 def test_uniform_neighbours_are_direct_and_alike() -> None:
-    # the hub has 20 neighbours, 5 are drawn: each with chance 1/4, over 2,000 seeds 500 +- 19
-    star = graph_of_ties([(0, leaf) for leaf in range(1, 21)], num_nodes=21)
-    drawn = np.zeros(21)
-    for seed in range(2000):
-        hub = uniform_neighbours(star, top=5, seed=seed, nodes=np.array([0]))
-        assert len(set(hub.neighbour_VT[0].tolist())) == 5
-        drawn[hub.neighbour_VT[0]] += 1
-    assert (np.abs(drawn[1:] - 500) < 5 * 19.4).all()
-    every = uniform_neighbours(star, top=5, seed=0)
-    np.testing.assert_allclose(every.weight_VT[0], 0.2)
-    assert every.neighbour_VT[7].tolist() == [0, -1, -1, -1, -1]
+    # each of 2,000 hubs has the same 20 neighbours, and 5 are drawn: each with chance 1/4, so a
+    # leaf is drawn 500 +- 19 times
+    ties = [(hub, leaf) for hub in range(20, 2020) for leaf in range(20)]
+    both = graph_of_ties(ties, num_nodes=2020)
+    found = uniform_neighbours(both, top=5, seed=0)
+    assert all(len(set(row)) == 5 for row in found.neighbour_VT[20:].tolist())
+    drawn = np.bincount(found.neighbour_VT[20:].ravel(), minlength=20)
+    assert (np.abs(drawn - 500) < 5 * 19.4).all()
+    np.testing.assert_allclose(found.weight_VT, 0.2)
+    other = uniform_neighbours(both, top=5, seed=1)
+    assert not np.array_equal(other.neighbour_VT, found.neighbour_VT)
+    few = uniform_neighbours(graph_of_ties([(0, 1), (0, 2)], num_nodes=4), top=3, seed=0)
+    assert few.neighbour_VT.tolist() == [[1, 2, -1], [0, -1, -1], [0, -1, -1], [-1, -1, -1]]
 
 
 def test_a_window_of_nodes_is_walked_through_but_only_it_counts() -> None:

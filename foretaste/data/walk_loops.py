@@ -1,0 +1,166 @@
+"""The loops behind walks: compiled by numba and cached.
+
+Those that take `low` and `high` work on these rows alone and release the interpreter, so that
+threads share the work. The walks of a node go forward side by side: while one waits for memory,
+the others move. The loops carry `no_type_check` because numba must see the plain function.
+
+Shape legend: V nodes, N nodes asked for, T neighbours, E directed edges, S slots of a table.
+"""
+
+from typing import no_type_check
+
+import numba
+import numpy as np
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+@numba.njit(cache=True, nogil=True, inline="always")
+@no_type_check
+def _mixed(word):
+    """Scramble 64 bits: the last steps of SplitMix64 (Steele et al., OOPSLA 2014)."""
+    word = (word ^ (word >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    word = (word ^ (word >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return word ^ (word >> np.uint64(31))
+
+
+@numba.njit(cache=True, nogil=True)
+@no_type_check
+def most_visited(
+    node_N,
+    low,
+    high,
+    offsets_V1,
+    neighbour_E,
+    total_E,
+    walks,
+    hops,
+    threshold,
+    seed,
+    first,
+    last,
+    out_NT,
+    weight_NT,
+):
+    """Fill rows `low … high - 1`.
+
+    Visits are counted in a hash table of twice as many slots, which stays in the core's cache.
+    """
+    slots = 2
+    while slots < 2 * walks * hops:
+        slots *= 2
+    key_S = np.full(slots, -1, np.int32)
+    count_S = np.zeros(slots, np.int32)
+    used = np.empty(walks * hops, np.int64)
+    here_W = np.empty(walks, np.int32)
+    best_T = np.empty(out_NT.shape[1], np.int64)
+    times_T = np.empty(out_NT.shape[1], np.int32)
+    for row in range(low, high):
+        start = node_N[row]
+        if offsets_V1[start + 1] == offsets_V1[start]:
+            continue
+        stream = _mixed(seed + _mixed(np.uint64(start) * _GOLDEN + np.uint64(1)))
+        here_W[:] = start
+        num_used = 0
+        for _hop in range(hops):
+            stream = _hop_all(here_W, start, stream, threshold, offsets_V1, neighbour_E, total_E)
+            num_used = _count(here_W, start, first, last, key_S, count_S, used, num_used)
+        found = _keep_best(key_S, count_S, used[:num_used], best_T, times_T)
+        total = times_T[:found].sum()
+        for place in range(found):
+            out_NT[row, place] = best_T[place]
+            weight_NT[row, place] = times_T[place] / total
+
+
+@numba.njit(cache=True, nogil=True)
+@no_type_check
+def _hop_all(here_W, start, stream, threshold, offsets_V1, neighbour_E, total_E):
+    """Move each walk by one hop; return where the stream of random numbers is then."""
+    half, low_bits = np.uint64(32), np.uint64(0xFFFFFFFF)
+    for walk in range(here_W.shape[0]):
+        stream += _GOLDEN
+        random = _mixed(stream)
+        here = start if (random & low_bits) < threshold else here_W[walk]
+        begin, end = offsets_V1[here], offsets_V1[here + 1]
+        if total_E.shape[0] > 0:
+            aim = np.float64(random >> half) * 2.0**-32 * total_E[end - 1]
+            begin += np.searchsorted(total_E[begin : end - 1], aim, side="right")
+        else:
+            begin += np.int64((random >> half) * np.uint64(end - begin) >> half)
+        here_W[walk] = neighbour_E[begin]
+    return stream
+
+
+@numba.njit(cache=True, nogil=True)
+@no_type_check
+def _count(here_W, start, first, last, key_S, count_S, used, num_used):
+    """Count where the walks are; return how many slots of the table are in use."""
+    slots, shift = key_S.shape[0], np.uint64(64)
+    while slots > 1:
+        slots, shift = slots >> 1, shift - np.uint64(1)
+    for walk in range(here_W.shape[0]):
+        here = here_W[walk]
+        if here == start or here < first or here >= last:
+            continue
+        slot = np.int64((np.uint64(here) * _GOLDEN) >> shift)
+        while key_S[slot] != here and key_S[slot] != -1:
+            slot = (slot + 1) & (key_S.shape[0] - 1)
+        if key_S[slot] == -1:
+            key_S[slot] = here
+            used[num_used] = slot
+            num_used += 1
+        count_S[slot] += 1
+    return num_used
+
+
+@numba.njit(cache=True, nogil=True)
+@no_type_check
+def _keep_best(key_S, count_S, used, best_T, times_T):
+    """Sort the most visited into place and empty the table; return how many there are."""
+    top, found = best_T.shape[0], 0
+    for slot in used:
+        node, times = key_S[slot], count_S[slot]
+        key_S[slot], count_S[slot] = -1, 0
+        if found == top and not _before(times, node, times_T[top - 1], best_T[top - 1]):
+            continue
+        found = min(found + 1, top)
+        hole = found - 1
+        while hole > 0 and _before(times, node, times_T[hole - 1], best_T[hole - 1]):
+            best_T[hole], times_T[hole] = best_T[hole - 1], times_T[hole - 1]
+            hole -= 1
+        best_T[hole], times_T[hole] = node, times
+    return found
+
+
+@numba.njit(cache=True, nogil=True, inline="always")
+@no_type_check
+def _before(times, node, other_times, other_node):
+    """Return whether a node comes first: visited more often, or as often with a lower number."""
+    return times > other_times or (times == other_times and node < other_node)
+
+
+@numba.njit(cache=True, nogil=True)
+@no_type_check
+def uniform(node_N, low, high, offsets_V1, neighbour_E, seed, first, last, out_NT, weight_NT):
+    """Fill rows `low … high - 1` by selection sampling (Fan et al., JASA 1962)."""
+    top = out_NT.shape[1]
+    for row in range(low, high):
+        node = node_N[row]
+        left = 0
+        for at in range(offsets_V1[node], offsets_V1[node + 1]):
+            if first <= neighbour_E[at] < last:
+                left += 1
+        wanted = min(top, left)
+        state = _mixed(seed + _mixed(np.uint64(node) * _GOLDEN + np.uint64(1)))
+        found = 0
+        for at in range(offsets_V1[node], offsets_V1[node + 1]):
+            if not first <= neighbour_E[at] < last:
+                continue
+            state += _GOLDEN
+            if (_mixed(state) >> np.uint64(32)) * np.uint64(left) < (
+                np.uint64(wanted - found) << np.uint64(32)
+            ):
+                out_NT[row, found] = neighbour_E[at]
+                weight_NT[row, found] = 1 / wanted
+                found += 1
+            left -= 1

@@ -1,0 +1,191 @@
+"""Every node's vector, layer by layer: no node is worked out twice in a layer.
+
+A batch's frontier works a node out once for the batch; over all nodes that would be done once for
+each of the many batches whose frontier it is in. Here a layer is finished for all nodes before the
+next one begins, and only what is gathered at random must be in memory: one slice of the columns
+of the messages. Everything else is read and written from first to last, in memory or in files.
+
+Shape legend: V nodes, B nodes of a block, E their edges, D width in, H width of messages.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import final
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float32, Int32
+from torch import Tensor
+
+from foretaste.data.neighbourhoods import Neighbourhoods
+from foretaste.models.layers.importance import Convolve, weighted_bag
+
+OnBlock = Callable[[int, int, Tensor], None]
+"""Takes a layer's number from 0, the first node of a block, and the block's inputs to the layer."""
+
+_CPU = torch.device("cpu")
+
+
+@final
+class Rows:
+    """A float32 table, in memory or in a file, read and written in runs of rows."""
+
+    def __init__(self, num_rows: int, width: int, path: Path | None = None) -> None:
+        """Make room.
+
+        Args:
+            num_rows: Of the table.
+            width: Of a row.
+            path: The file, made anew; None keeps the table in memory.
+        """
+        self.num_rows, self.width, self.path = num_rows, width, path
+        self._memory = torch.empty(num_rows, width) if path is None else torch.empty(0, width)
+        if path is not None:
+            with path.open("wb") as file:
+                file.truncate(num_rows * width * 4)
+
+    def read(self, low: int, high: int) -> Float[Tensor, "B D"]:
+        """Return rows `low … high - 1`; do not write into them."""
+        if self.path is None:
+            return self._memory[low:high]
+        count, offset = (high - low) * self.width, low * self.width * 4
+        data = np.fromfile(self.path, np.float32, count=count, offset=offset)
+        return torch.from_numpy(data).view(-1, self.width)
+
+    def write(self, low: int, rows_BD: Float[Tensor, "B D"]) -> None:
+        """Write rows from `low` on."""
+        if self.path is None:
+            self._memory[low : low + len(rows_BD)] = rows_BD.cpu()
+            return
+        with self.path.open("r+b", buffering=0) as file:
+            file.seek(low * self.width * 4)
+            file.write(np.ascontiguousarray(rows_BD.cpu().numpy(), dtype=np.float32).data)
+
+    def remove(self) -> None:
+        """Give back the memory or the file."""
+        self._memory = torch.empty(0, self.width)
+        if self.path is not None:
+            self.path.unlink()
+
+
+@torch.no_grad()
+def generate(
+    layers: Sequence[Convolve],
+    neighbourhoods: Neighbourhoods,
+    inputs: Callable[[int, int], Tensor],
+    *,
+    folder: Path | None = None,
+    gathered_bytes: int = 2**30,
+    block_nodes: int = 16384,
+    on_block: OnBlock | None = None,
+    device: torch.device = _CPU,
+) -> Rows:
+    """Work out the last layer's state of every node.
+
+    Memory is `gathered_bytes` and a few blocks, and, without a folder, about four tables of all
+    nodes. With a folder these are files: at the most, two layers and one layer's pooled messages.
+
+    Args:
+        layers: From the lowest to the highest, 1 or more.
+        neighbourhoods: Whom each node pools.
+        inputs: Gives the inputs of nodes `low … high - 1`; called once for each block.
+        folder: Where tables that do not fit go; None keeps them in memory.
+        gathered_bytes: The most that is gathered from at a time: messages are pooled in slices
+            of their columns if all of them would be more.
+        block_nodes: Nodes worked out at a time.
+        on_block: Told of each block of inputs to each layer.
+        device: Where the layers are.
+
+    Returns:
+        The states, in node order.
+    """
+    num_nodes = len(neighbourhoods)
+    blocks = [(low, min(low + block_nodes, num_nodes)) for low in range(0, num_nodes, block_nodes)]
+
+    def table(name: str, width: int) -> Rows:
+        return Rows(num_nodes, width, None if folder is None else folder / f"{name}.f32")
+
+    state = table("layer-0", layers[0].width_in)
+    _write(state, ((low, inputs(low, high)) for low, high in blocks))
+    for number, layer in enumerate(layers):
+        if on_block is not None:
+            _show(on_block, number, state, blocks, device)
+        pool = partial(_pooled, layer, state, neighbourhoods, blocks, device)
+        above = table(f"layer-{number + 1}", layer.width_out)
+        *earlier, last = _slices(num_nodes, layer.message_width, gathered_bytes)
+        pooled = [table(f"pooled-{n}", s.stop - s.start) for n, s in enumerate(earlier)]
+        for rows, columns in zip(pooled, earlier, strict=True):
+            _write(rows, pool(columns))
+        _write(above, _updated(layer, state, pooled, pool(last)))
+        for rows in (state, *pooled):
+            rows.remove()
+        state = above
+    return state
+
+
+def _show(
+    on_block: OnBlock,
+    number: int,
+    state: Rows,
+    blocks: Sequence[tuple[int, int]],
+    device: torch.device,
+) -> None:
+    for low, high in blocks:
+        on_block(number, low, state.read(low, high).to(device))
+
+
+def _write(rows: Rows, blocks: Iterable[tuple[int, Tensor]]) -> None:
+    for low, block_BD in blocks:
+        rows.write(low, block_BD)
+
+
+def _updated(
+    layer: Convolve, state: Rows, earlier: Sequence[Rows], said: Iterable[tuple[int, Tensor]]
+) -> Iterator[tuple[int, Tensor]]:
+    """Give each block's next state from its own and from all that its neighbours said."""
+    for low, said_BH in said:
+        high = low + len(said_BH)
+        parts = [rows.read(low, high).to(said_BH.device) for rows in earlier]
+        h_BD = state.read(low, high).to(said_BH.device)
+        yield low, layer.updated(h_BD, torch.cat([*parts, said_BH], dim=1))
+
+
+def _pooled(
+    layer: Convolve,
+    state: Rows,
+    neighbourhoods: Neighbourhoods,
+    blocks: Sequence[tuple[int, int]],
+    device: torch.device,
+    columns: slice,
+) -> Iterator[tuple[int, Tensor]]:
+    """Work out some columns of all messages, then give what each block of nodes pools of them."""
+    message_VH = torch.empty(state.num_rows, columns.stop - columns.start, device=device)
+    for low, high in blocks:
+        message_VH[low:high] = layer.messages(state.read(low, high).to(device), columns)
+    for low, high in blocks:
+        yield low, weighted_bag(message_VH, *_edges(neighbourhoods, low, high, device))
+
+
+def _slices(num_nodes: int, width: int, most_bytes: int) -> list[slice]:
+    """Cut columns into even slices of no more than so many bytes each, at least one wide."""
+    most = max(1, most_bytes // (4 * max(1, num_nodes)))
+    count = -(-width // most)
+    bounds = np.linspace(0, width, count + 1).astype(int).tolist()
+    return [slice(low, high) for low, high in pairwise(bounds)]
+
+
+def _edges(
+    neighbourhoods: Neighbourhoods, low: int, high: int, device: torch.device
+) -> tuple[Int32[Tensor, " E"], Float32[Tensor, " E"], Int32[Tensor, " B1"]]:
+    """Return the neighbours of a block of nodes, their weights, and where each node's begin."""
+    neighbour_BT = neighbourhoods.neighbour_VT[low:high]
+    real_BT = neighbour_BT >= 0
+    offsets_B1 = np.concatenate([[0], np.cumsum(real_BT.sum(axis=1))]).astype(np.int32)
+    weight_BT = neighbourhoods.weight_VT[low:high]
+    return (
+        torch.from_numpy(neighbour_BT[real_BT]).to(device),
+        torch.from_numpy(weight_BT[real_BT]).to(device),
+        torch.from_numpy(offsets_B1).to(device),
+    )

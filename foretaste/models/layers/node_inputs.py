@@ -1,0 +1,138 @@
+"""What the nodes of a graph start from: an id vector of their own, features, or both.
+
+Shape legend: S nodes, B users, X users and items, D width.
+"""
+
+from typing import final
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor, nn
+
+from foretaste.data.batch import Queries
+from foretaste.data.features import Features
+from foretaste.errors import ConfigError
+from foretaste.models.layers.embedding import Fusion
+from foretaste.models.layers.known_fields import KnownFields
+
+
+@final
+class NodeInputs(nn.Module):
+    """Users, then items. One learned vector stands for everybody who has no id of their own.
+
+    Who is without any tie has none: nothing could have taught it.
+    """
+
+    newcomer_D: Tensor
+    linked_X: Tensor
+    """Which nodes have a tie; part of the state."""
+
+    def __init__(
+        self,
+        *,
+        num_users: int,
+        num_items: int,
+        embedding_dim: int,
+        ids: bool,
+        teach_newcomer: bool,
+        init_std: float,
+        features: Features | None,
+        fusion: Fusion,
+    ) -> None:
+        """Make untrained weights.
+
+        Args:
+            num_users: Users that training knows.
+            num_items: Items of the catalogue.
+            embedding_dim: D.
+            ids: Whether nodes have a vector of their own.
+            teach_newcomer: Whether training hides ids now and then; else newcomers start from 0.
+            init_std: Spread of the first id vectors.
+            features: What is known of users and items.
+            fusion: How a node's features become one vector.
+
+        Raises:
+            ConfigError: There are neither ids nor features of items.
+        """
+        super().__init__()
+        self.num_users = num_users
+        self.user_fields, self.item_fields = _fields(features, embedding_dim, fusion)
+        if not ids and self.item_fields is None:
+            raise ConfigError(
+                "ids = false and no features of items leave nothing to start from: keep the ids, "
+                "or give the items a table of features"
+            )
+        self.ids = nn.Embedding(num_users + num_items, embedding_dim) if ids else None
+        if self.ids is not None:
+            nn.init.normal_(self.ids.weight, std=init_std)
+        if ids and teach_newcomer:
+            self.newcomer_D = nn.Parameter(init_std * torch.randn(embedding_dim))
+        else:
+            self.register_buffer("newcomer_D", torch.zeros(embedding_dim))
+        self.register_buffer("linked_X", torch.ones(num_users + num_items, dtype=torch.bool))
+
+    def forward(
+        self, node_S: Int64[Tensor, " S"], hidden_S: Bool[Tensor, " S"] | None = None
+    ) -> Float[Tensor, "S D"]:
+        """Return what nodes start from.
+
+        Args:
+            node_S: Rising.
+            hidden_S: True = without the id.
+        """
+        has_id_S = self.linked_X.index_select(0, node_S)
+        input_SD = self._own(node_S, has_id_S if hidden_S is None else has_id_S & ~hidden_S)
+        if self.user_fields is None and self.item_fields is None:
+            return input_SD
+        num_users = int((node_S < self.num_users).sum())
+        told = [
+            node_S.new_zeros(len(row_R), input_SD.shape[1]) if fields is None else fields(row_R)
+            for fields, row_R in (
+                (self.user_fields, node_S[:num_users]),
+                (self.item_fields, node_S[num_users:] - self.num_users),
+            )
+        ]
+        return input_SD + torch.cat(told)
+
+    def users(self, queries: Queries) -> Float[Tensor, "B D"]:
+        """Return what users start from, known or not."""
+        user_B, node_B = queries.user_B, queries.user_B.clamp(min=0)
+        if self.num_users == 0:
+            input_BD = self.newcomer_D.expand(len(user_B), -1)
+        else:
+            input_BD = self._own(node_B, (user_B >= 0) & self.linked_X[node_B])
+        if self.user_fields is None:
+            return input_BD
+        told_BD: Tensor = self.user_fields(user_B, queries.profile)
+        return input_BD + told_BD
+
+    @property
+    def told_I(self) -> Bool[Tensor, " I"]:
+        """Which items have a feature that says something."""
+        if self.item_fields is None:
+            return torch.zeros_like(self.linked_X[self.num_users :])
+        return self.item_fields.known_R
+
+    def _own(self, node_S: Tensor, has_id_S: Tensor) -> Tensor:
+        if self.ids is None:
+            return self.newcomer_D.expand(len(node_S), -1)
+        id_SD = F.embedding(node_S, self.ids.weight)
+        return torch.where(has_id_S.unsqueeze(1), id_SD, self.newcomer_D)
+
+
+def _fields(
+    features: Features | None, embedding_dim: int, fusion: Fusion
+) -> tuple[KnownFields | None, KnownFields | None]:
+    if features is None:
+        return None, None
+    user, item = (
+        None
+        if side is None or table is None
+        else KnownFields(side, table, embedding_dim=embedding_dim, fusion=fusion)
+        for side, table in (
+            (features.user, features.user_table),
+            (features.item, features.item_table),
+        )
+    )
+    return user, item

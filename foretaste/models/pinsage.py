@@ -1,0 +1,340 @@
+r"""PinSage, a retriever: a node's vector is made from its own inputs and its neighbours'.
+
+.. math::
+    n_u = \sum_{v \in N(u)} \alpha_{uv} \, \mathrm{ReLU}(Q h_v + q), \quad
+    h'_u = \frac{W [h_u ; n_u] + w}{\lVert W [h_u ; n_u] + w \rVert}
+
+Ying et al., "Graph Convolutional Neural Networks for Web-Scale Recommender Systems", KDD 2018,
+https://arxiv.org/abs/1806.01973
+
+Departures: users are nodes like items, so that a user's vector is made the same way; nodes may
+have an id embedding beside their features; neighbours are walked to once, before training, not in
+each batch; the last layer's state is the vector, without a ReLU after W and without the two dense
+layers on top (both lose accuracy where nodes have ids); the loss and its negatives are the
+objective's.
+
+A user whom training never saw is a new node whose neighbours are the different items they did,
+all alike: the same convolutions, from the messages of items that `finish` keeps. It costs a table
+of items a layer in the bundle, and takes no regression.
+
+Shape legend: B users, P different items of their histories, V items asked for, I items of the
+catalogue, U users, D width, H width of messages, K layers, S nodes of the lowest layer, X users
+and items.
+"""
+
+from typing import Literal, NamedTuple, final
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int64
+from pydantic import Field, PositiveInt
+from torch import Tensor, nn
+
+from foretaste.config import Config
+from foretaste.data.batch import Queries
+from foretaste.data.features import Features
+from foretaste.data.graph import Graph, GraphConfig
+from foretaste.data.interactions import Interactions
+from foretaste.data.neighbourhoods import Neighbourhoods, PairFrontier, make_frontier
+from foretaste.data.pairs import Reads
+from foretaste.data.walks import most_visited, uniform_neighbours
+from foretaste.errors import ConfigError
+from foretaste.models.interface import PairVectors
+from foretaste.models.layers.embedding import Fusion
+from foretaste.models.layers.importance import Convolve, weighted_bag
+from foretaste.models.layers.layerwise import generate
+from foretaste.models.layers.node_inputs import NodeInputs
+from foretaste.models.layers.similarity import Similarity, as_item, as_query
+
+
+class PinSageConfig(Config):
+    """Settings of PinSage."""
+
+    kind: Literal["pinsage"] = "pinsage"
+    embedding_dim: PositiveInt = 64
+    """Width of inputs, states and vectors."""
+    message_dim: PositiveInt | None = None
+    """Width of what neighbours say; none: as embedding_dim."""
+    num_layers: PositiveInt = 2
+    neighbours: Literal["ppr", "uniform"] = "ppr"
+    """"ppr": the nodes that random walks visit most, weighted by how often; "uniform": direct
+    neighbours drawn alike, as GraphSAGE does."""
+    num_neighbours: PositiveInt = 10
+    """How many neighbours a node pools at most."""
+    walks: PositiveInt = 200
+    """Random walks from each node."""
+    hops: PositiveInt = 3
+    """Length of a walk."""
+    restart: float = Field(default=0.0, ge=0, lt=1)
+    """Chance that a walk goes back to its start before a hop."""
+    ids: bool = True
+    """Whether users and items have an embedding of their own beside their features."""
+    fusion: Fusion = "gate"
+    """How a node's features become one vector; it is added to that of its id."""
+    id_dropout: float = Field(default=0.1, ge=0, lt=1)
+    """Share of a batch's nodes whose id is hidden in training: one vector, learned so, stands for
+    everybody whom training never saw."""
+    cold_share: float = Field(default=0.0, ge=0, lt=1)
+    """Share of a batch's nodes that training shows without id and without neighbours, so that
+    features learn to stand alone."""
+    similarity: Similarity = "cosine"
+    temperature: float = Field(default=0.15, gt=0)
+    """Divides scores; below 1 for the cosine, whose range is narrow."""
+    init_std: float = Field(default=0.1, gt=0)
+    """Spread of the first id vectors."""
+    graph: GraphConfig = Field(default_factory=GraphConfig)
+    """Which ties there are besides the events'."""
+
+
+class _Tables(NamedTuple):
+    """What answers are made from."""
+
+    vector_XD: Tensor
+    """Of users, then items, before the similarity."""
+    message_KIH: Tensor
+    """What items say in each layer."""
+
+
+@final
+class PinSage(nn.Module):
+    """The network. Without a graph it cannot learn, only answer from what `finish` kept."""
+
+    def __init__(
+        self,
+        config: PinSageConfig,
+        *,
+        num_users: int,
+        num_items: int,
+        graph: Graph | None = None,
+        features: Features | None = None,
+    ) -> None:
+        """Make the network, and walk from every node if there is a graph.
+
+        Args:
+            config: The settings.
+            num_users: Users that training knows.
+            num_items: Items of the catalogue.
+            graph: Users, items, and what else they are tied to: further nodes are walked
+                through, but have no inputs, so nobody's neighbour is one of them.
+            features: What is known of users and items.
+
+        Raises:
+            ConfigError: There are neither ids nor features of items.
+        """
+        super().__init__()
+        width, message_width = config.embedding_dim, config.message_dim or config.embedding_dim
+        num_nodes = num_users + num_items
+        self.config, self.num_users, self.num_items = config, num_users, num_items
+        self.reads: Reads = "nothing"
+        self.max_len = 0
+        self.inputs = NodeInputs(
+            num_users=num_users,
+            num_items=num_items,
+            embedding_dim=width,
+            ids=config.ids,
+            teach_newcomer=config.id_dropout > 0 or config.cold_share > 0,
+            init_std=config.init_std,
+            features=features,
+            fusion=config.fusion,
+        )
+        self.convolutions = nn.ModuleList(
+            Convolve(width, message_width, width) for _ in range(config.num_layers)
+        )
+        self.neighbourhoods = None if graph is None else find_neighbours(config, graph)
+        self.num_items_U: Tensor
+        self.vector_XD: Tensor
+        self.message_KIH: Tensor
+        self.register_buffer("num_items_U", torch.full((num_users,), -1))
+        self.register_buffer("vector_XD", torch.zeros(num_nodes, width))
+        self.register_buffer(
+            "message_KIH", torch.zeros(config.num_layers, num_items, message_width)
+        )
+        if self.neighbourhoods is not None:
+            self.inputs.linked_X.copy_(
+                torch.from_numpy(self.neighbourhoods.neighbour_VT[:, 0] >= 0)
+            )
+        self._kept: _Tables | None = None
+        self._finished = graph is None
+
+    def prepare(self, queries: Queries, item_V: Int64[Tensor, " V"]) -> PairFrontier:
+        """Find the nodes that a batch needs in each layer, no node twice in a layer.
+
+        Raises:
+            ConfigError: The model was made without a graph.
+        """
+        wanted = torch.cat([queries.user_B, item_V + self.num_users]).cpu()
+        node_R, row = wanted.unique(return_inverse=True)
+        return PairFrontier(
+            frontier=make_frontier(
+                self._neighbours(), node_R.numpy(), num_layers=self.config.num_layers
+            ),
+            user_row_B=row[: len(queries)],
+            item_row_V=row[len(queries) :],
+        )
+
+    def forward(
+        self,
+        queries: Queries,
+        item_V: Int64[Tensor, " V"],
+        prepared: PairFrontier | None = None,
+    ) -> PairVectors:
+        """Return the vectors of known users and of some items.
+
+        Args:
+            queries: The users.
+            item_V: The items.
+            prepared: What `prepare` made of them, if it did already.
+
+        Raises:
+            ConfigError: The model was made without a graph.
+        """
+        needs = prepared or self.prepare(queries, item_V).to(item_V.device)
+        node_S, config = needs.frontier.input_S, self.config
+        hidden_S = self._drawn(config.id_dropout, node_S)
+        alone_S = self._drawn(config.cold_share, node_S)
+        input_SD = self.inputs(node_S, hidden_S | alone_S)
+        h_SD, below_R = input_SD, torch.arange(len(node_S), device=node_S.device)
+        for convolve, layer in zip(self._layers(), needs.frontier.layers, strict=True):
+            below_R = below_R.index_select(0, layer.self_R)
+            alone_R = alone_S[below_R] if config.cold_share else None
+            h_SD = convolve(h_SD, layer, alone_R=alone_R)
+        return PairVectors(
+            query_BD=self._query(h_SD.index_select(0, needs.user_row_B)),
+            item_VD=self._item(h_SD.index_select(0, needs.item_row_V)),
+            base=(
+                input_SD.index_select(0, below_R[needs.user_row_B]),
+                input_SD.index_select(0, below_R[needs.item_row_V]),
+            ),
+        )
+
+    def encode(self, queries: Queries) -> Float[Tensor, "B D"]:
+        """Return each user's vector: the learned one, or that of a new node.
+
+        A user of training with another history than training saw is a new node too, which has the
+        user's own inputs.
+        """
+        tables, user_B = self._answers(), queries.user_B
+        if self.num_users == 0:
+            return self._query(self._new_nodes(queries, tables.message_KIH))
+        own_BD = tables.vector_XD[user_B.clamp(min=0)]
+        told_B = torch.bincount(self._distinct(queries)[0], minlength=len(queries))
+        taught_B = self.num_items_U[user_B.clamp(min=0)]
+        as_taught_B = (user_B >= 0) & ((taught_B < 0) | (taught_B > 0) & (told_B == taught_B))
+        if as_taught_B.all():
+            return self._query(own_BD)
+        new_BD = self._new_nodes(queries, tables.message_KIH)
+        return self._query(own_BD.where(as_taught_B.unsqueeze(1), new_BD))
+
+    def item_table(self) -> Float[Tensor, "I D"]:
+        """Return every item's vector."""
+        return self._item(self._answers().vector_XD[self.num_users :])
+
+    def placed_I(self) -> Bool[Tensor, " I"]:
+        """Return which items have neighbours or a feature that says something."""
+        return self.inputs.linked_X[self.num_users :] | self.inputs.told_I
+
+    def finish(self, events: Interactions) -> None:
+        """Work out and keep what answers need: every vector, and what items say to new users."""
+        tables = self._generate()
+        self.vector_XD.copy_(tables.vector_XD)
+        self.message_KIH.copy_(tables.message_KIH)
+        pairs = torch.from_numpy(events.user_idx.astype(np.int64)) * self.num_items
+        user_P = (pairs + torch.from_numpy(events.item_idx)).unique() // self.num_items
+        self.num_items_U.copy_(torch.bincount(user_P, minlength=self.num_users))
+        self._finished = True
+
+    def train(self, mode: bool = True) -> "PinSage":  # noqa: FBT001, FBT002  # torch's signature
+        """Forget what was worked out from other weights."""
+        self._kept = None
+        self._finished = self.neighbourhoods is None or (self._finished and not mode)
+        super().train(mode)
+        return self
+
+    def _answers(self) -> _Tables:
+        if self._finished:
+            return _Tables(self.vector_XD, self.message_KIH)
+        if self._kept is not None:
+            return self._kept
+        tables = self._generate()
+        if not self.training:
+            self._kept = tables
+        return tables
+
+    @torch.no_grad()
+    def _generate(self) -> _Tables:
+        """Work out every node layer by layer, each once a layer."""
+        device, first = self.inputs.linked_X.device, self.num_users
+        message_KIH = torch.zeros_like(self.message_KIH)
+        layers = self._layers()
+
+        def inputs(low: int, high: int) -> Tensor:
+            input_BD: Tensor = self.inputs(torch.arange(low, high, device=device))
+            return input_BD
+
+        def keep(number: int, low: int, h_BD: Tensor) -> None:
+            item_BD = h_BD[max(0, first - low) :]
+            start = max(0, low - first)
+            message_KIH[number, start : start + len(item_BD)] = layers[number].messages(item_BD)
+
+        state = generate(layers, self._neighbours(), inputs, on_block=keep, device=device)
+        return _Tables(state.read(0, state.num_rows).to(device), message_KIH)
+
+    def _layers(self) -> list[Convolve]:
+        return [layer for layer in self.convolutions if isinstance(layer, Convolve)]
+
+    def _neighbours(self) -> Neighbourhoods:
+        if self.neighbourhoods is None:
+            raise ConfigError("PinSage was made without a graph: it can answer, but not learn")
+        return self.neighbourhoods
+
+    def _drawn(self, share: float, node_S: Tensor) -> Tensor:
+        """Draw a share of the nodes, in training only."""
+        if not (self.training and share):
+            return torch.zeros_like(node_S, dtype=torch.bool)
+        return torch.rand(len(node_S), device=node_S.device) < share
+
+    def _new_nodes(self, queries: Queries, message_KIH: Tensor) -> Float[Tensor, "B D"]:
+        """Convolve users whose neighbours are the different items of their histories."""
+        row_P, item_P = self._distinct(queries)
+        length_B = torch.bincount(row_P, minlength=len(queries))
+        offsets_B1 = F.pad(length_B.cumsum(0), (1, 0))
+        weight_P = length_B.reciprocal()[row_P]
+        h_BD = self.inputs.users(queries)
+        for convolve, message_IH in zip(self._layers(), message_KIH, strict=True):
+            said_BH = weighted_bag(message_IH, item_P, weight_P, offsets_B1)
+            h_BD = convolve.updated(h_BD, said_BH)
+        return h_BD
+
+    def _distinct(self, queries: Queries) -> tuple[Int64[Tensor, " P"], Int64[Tensor, " P"]]:
+        """Return each history's different items that training knew: row and item, rising."""
+        row_N = torch.repeat_interleave(queries.offsets_B1.diff())
+        known_N = self.inputs.linked_X[self.num_users + queries.history_N]
+        key_P = (row_N * self.num_items + queries.history_N)[known_N].unique()
+        return key_P // self.num_items, key_P % self.num_items
+
+    def _query(self, vector_BD: Tensor) -> Tensor:
+        return as_query(vector_BD, self.config.similarity, self.config.temperature)
+
+    def _item(self, vector_VD: Tensor) -> Tensor:
+        return as_item(vector_VD, self.config.similarity)
+
+
+def find_neighbours(config: PinSageConfig, graph: Graph) -> Neighbourhoods:
+    """Find the neighbours of users and items, by a seed out of torch's global generator."""
+    seed, last = int(torch.randint(2**63 - 1, ())), graph.num_users + graph.num_items
+    nodes, counted = np.arange(last), (0, last)
+    if config.neighbours == "uniform":
+        return uniform_neighbours(
+            graph, top=config.num_neighbours, seed=seed, nodes=nodes, counted=counted
+        )
+    return most_visited(
+        graph,
+        top=config.num_neighbours,
+        seed=seed,
+        walks=config.walks,
+        hops=config.hops,
+        restart=config.restart,
+        nodes=nodes,
+        counted=counted,
+    )
