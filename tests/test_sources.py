@@ -12,6 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
 import polars as pl
 import pytest
 
@@ -367,3 +368,21 @@ def test_gowalla_comes_with_its_split(shared_data: Path) -> None:
     assert dataset.part_E is not None
     assert (len(split.train), len(split.test.target_item)) == (810_128, 217_242)
     assert len(split.test) == 29_858
+
+
+def test_tiktok_comes_with_its_split_and_with_vectors(shared_data: Path) -> None:
+    dataset = get_dataset("tiktok-mm", data_dir=shared_data)
+    split = make_split(GivenSplitConfig(), dataset.events)
+    assert (len(split.train), int((split.part_E == 1).sum())) == (59_541, 3_051)
+    assert len(split.test.target_item) == 6_130
+    table = dataset.events.item_table
+    assert table is not None
+    assert table.schema["image"] == pl.Array(pl.Float32, 128)
+    audio = np.load(shared_data / "tiktok-mm" / "audio_feat.npy")
+    row = dataset.events.items.find(885)
+    assert table["audio"][row].to_list() == audio[885].astype(np.float32).tolist()
+
+
+def test_what_is_published_only_as_pickles_is_asked_for(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=r"pickles.*--data-dir"):
+        get_dataset("tiktok-mm", cache_dir=tmp_path)

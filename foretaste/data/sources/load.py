@@ -125,8 +125,9 @@ def _fetch(source: Source, temporary: Path) -> tuple[Path, Dataset]:
         except SourceError as error:
             _log.warning("%s", error)
             failures.append(str(error))
+    reasons = "; ".join(failures) or "it is published only in files that are not read (pickles)"
     raise SourceError(
-        f"{source.name} could not be had: {'; '.join(failures)}. Get its files by other means "
+        f"{source.name} could not be had: {reasons}. Get its files by other means "
         "and name their folder with --data-dir"
     )
 

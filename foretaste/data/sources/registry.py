@@ -16,6 +16,7 @@ from foretaste.data.sources.movielens import (
 from foretaste.data.sources.sequences import read_amazon, read_gowalla, read_pairs, read_s3rec
 from foretaste.data.sources.social import SOCIAL_FILES, read_social
 from foretaste.data.sources.tables import Tables
+from foretaste.data.sources.tiktok import read_tiktok
 from foretaste.errors import ConfigError
 
 
@@ -27,7 +28,8 @@ class Source:
     folder: str
     """Its folder where several data sets lie side by side."""
     ways: tuple[tuple[Address | Wheel, ...], ...]
-    """Tried in order; all files of one way make the data set."""
+    """Tried in order; all files of one way make the data set. Empty where it is published only
+    in files that are never read, such as pickles."""
     marks: tuple[str, ...]
     """Files of which a folder that holds the data set has at least one."""
     read: Callable[[Files], Tables]
@@ -52,6 +54,10 @@ _HETREC = "HetRec 2011 (Last.fm), GroupLens: non-commercial use only"
 _SNAP = (
     "Gowalla check-ins of SNAP, no licence stated: for research. Cite Cho et al., KDD 2011; "
     "split of He et al., SIGIR 2020"
+)
+_TIKTOK = (
+    "TikTok micro-videos of HKUDS/DiffMM, no licence stated: for research. Cite Jiang et al., "
+    "MM 2024, https://arxiv.org/abs/2406.11781"
 )
 _MOVIELENS_URL = "https://files.grouplens.org/datasets/movielens"
 _GITHUB = "https://raw.githubusercontent.com"
@@ -177,6 +183,16 @@ _ALL = (
         licence=_SNAP,
         counts=(29_858, 40_981, 1_027_370),
         sha256="caa15e9e87c203e17172ef36683013767fd6dfa82ecb3a1242a02be02090cefa",
+    ),
+    Source(
+        name="tiktok-mm",
+        folder="tiktok-mm",
+        ways=(),
+        marks=("trnMat.derived.npz",),
+        read=read_tiktok,
+        licence=_TIKTOK,
+        counts=(9_308, 6_710, 68_722),
+        sha256="f58d78838f3206750518cbfeb4002207e7071a7af1d1061f26706c095b1916ee",
     ),
     Source(
         name="sasrec-video",
