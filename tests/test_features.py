@@ -302,6 +302,13 @@ def test_wide_vectors_alone_have_the_bytes_they_have_in_the_table() -> None:
         assert_same(side.encode(frame[row : row + 1]), table.rows(torch.tensor([row])))
 
 
+def test_many_rows_at_once_are_encoded_as_one_by_one() -> None:
+    frame = rows_of_all_kinds(700, seed=6)
+    side, table = side_and_table(fit_item(frame, **KINDS))
+    parts = [side.encode(frame[row : row + 1]) for row in range(0, 700, 50)]
+    assert_same(concat_rows(parts), table.rows(torch.arange(0, 700, 50)))
+
+
 @pytest.mark.parametrize("held_out", [0, 5])
 def test_saved_and_loaded_features_encode_to_equal_bytes(tmp_path: Path, held_out: int) -> None:
     frame = rows_of_all_kinds(30, seed=3)

@@ -25,6 +25,8 @@ MISSING, UNSEEN, FIRST = 0, 1, 2
 
 _FURTHEST = 10.0
 """Standardised numbers beyond so many standard deviations are held there."""
+_FEW = 256
+"""So few texts are looked up one by one: a join of tables costs more than they do."""
 BLOCK = 1 << 14
 """Vectors scaled at a time."""
 
@@ -48,7 +50,8 @@ class Values(Config):
 
     def codes(self, text: pl.Series) -> Int64[np.ndarray, " N"]:
         """Return local codes."""
-        row_N = self._vocabulary.encode(text)
+        few = text.to_list() if len(text) <= _FEW else text
+        row_N = self._vocabulary.encode(few)
         code_N = np.where(row_N < 0, UNSEEN, row_N + FIRST)
         return np.where(text.is_null().to_numpy(), MISSING, code_N)
 
