@@ -2,7 +2,9 @@
 
 from typing import Literal
 
-TRAIN, VALIDATION, TEST, UNUSED = 0, 1, 2, 3
-"""The values of `Split.part_E`; an UNUSED event is neither learned from nor in any history."""
+TRAIN, VALIDATION, TEST, UNUSED, NEGATIVE = 0, 1, 2, 3, 4
+"""The values of `Split.part_E`; an UNUSED event is neither learned from nor in any history. A
+NEGATIVE is no event at all: a pair that a published protocol lists for its user's test events to
+be compared with."""
 
 SplitKind = Literal["temporal", "leave_last", "ratio", "random", "given", "cold_items"]

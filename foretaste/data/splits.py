@@ -13,7 +13,7 @@ from jaxtyping import Bool, Int32, Int64, UInt8
 from foretaste.data.batch import Queries
 from foretaste.data.interactions import Interactions
 from foretaste.data.leaks import find_leaks
-from foretaste.data.parts import TEST, TRAIN, UNUSED, VALIDATION, SplitKind
+from foretaste.data.parts import NEGATIVE, TEST, TRAIN, UNUSED, VALIDATION, SplitKind
 
 __all__ = ["TEST", "TRAIN", "UNUSED", "VALIDATION", "Holdout", "PartSize", "Split"]
 
@@ -36,6 +36,8 @@ class Holdout:
     """Position in `events` where the query's history ends."""
     target_offsets: Int64[np.ndarray, " Q1"]
     target_item: Int32[np.ndarray, " N"]
+    listed: Interactions | None = None
+    """The items that each user's targets are to be compared with, where the data list them."""
 
     def __len__(self) -> int:
         return len(self.user_Q)
@@ -151,4 +153,10 @@ class Split:
             end_Q=end_Q,
             target_offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
             target_item=targets,
+            listed=self._listed if part == TEST else None,
         )
+
+    @cached_property
+    def _listed(self) -> Interactions | None:
+        listed_E = self.part_E == NEGATIVE
+        return self.events.select(listed_E) if listed_E.any() else None

@@ -11,7 +11,7 @@ from jaxtyping import Int64, UInt8
 from foretaste.data.interactions import Interactions
 from foretaste.data.leaks import find_leaks
 from foretaste.data.merging import concatenate
-from foretaste.data.parts import TEST, TRAIN, UNUSED, VALIDATION, SplitKind
+from foretaste.data.parts import NEGATIVE, TEST, TRAIN, UNUSED, VALIDATION, SplitKind
 from foretaste.data.splits import Split
 from foretaste.errors import ConfigError, DataError
 
@@ -23,6 +23,7 @@ _NAMES: Mapping[str, int] = {
     "val": VALIDATION,
     "test": TEST,
     "unused": UNUSED,
+    "negative": NEGATIVE,
 }
 
 
@@ -270,13 +271,13 @@ def _leave_last(
 
 
 def _part_code(value: object, column: str) -> int:
-    if isinstance(value, int | float) and value in (TRAIN, VALIDATION, TEST, UNUSED):
+    if isinstance(value, int | float) and value in _NAMES.values():
         return int(value)
     if isinstance(value, str) and value.strip().lower() in _NAMES:
         return _NAMES[value.strip().lower()]
     raise DataError(
         f"column {column!r} says {value!r}, which is no part: write one of {sorted(_NAMES)}, or "
-        f"{TRAIN}, {VALIDATION}, {TEST}, {UNUSED}"
+        f"{TRAIN}, {VALIDATION}, {TEST}, {UNUSED}, {NEGATIVE}"
     )
 
 

@@ -4,7 +4,8 @@ Shape legend: Q queries, N targets of all queries, B queries of a block, I items
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -25,10 +26,12 @@ from foretaste.evaluation.metrics.precision import precision
 from foretaste.evaluation.metrics.recall import recall
 from foretaste.evaluation.rank import Hits, best, chance_within, draw_lists, place, settle
 from foretaste.evaluation.report import Report
+from foretaste.evaluation.sampled import SampledNegatives, keep_sampled
 from foretaste.evaluation.slices import mean_by_user, query_slices, target_slices
 from foretaste.evaluation.task import Task, block_rows, digest, make_task
 from foretaste.training.trained import Trained
 
+V = TypeVar("V")
 ACCURACY: Mapping[str, Callable[[Hits, int], Float64[np.ndarray, " B"]]] = {
     "hit_rate": hit_rate,
     "recall": recall,
@@ -58,10 +61,12 @@ def evaluate(
     exclude_seen: bool = True,
     resamples: int = 1000,
     seed: int = 0,
+    sampled: SampledNegatives | None = None,
 ) -> Report:
     """Measure what a model recommends against what its users then did.
 
-    Every item with a training event is ranked for every query. A user's value is the mean over
+    Every item with a training event is ranked for every query, and every other that the model
+    places by its features or edges. A user's value is the mean over
     its queries, the headline the mean over users that have a history and something to find;
     users without history are a slice of their own.
 
@@ -74,6 +79,8 @@ def evaluate(
         resamples: Of the bootstrap over users; 0 gives no intervals.
         seed: Decides the resamples, and the order of equal scores where a list must be drawn
             (coverage, novelty, popularity share).
+        sampled: Rank the targets among a few sampled items only, as some papers did; the names
+            of the metrics say so.
 
     Raises:
         ConfigError: `k` or `resamples` is out of range.
@@ -84,7 +91,7 @@ def evaluate(
         raise ConfigError(f"k is {k}: give list lengths of at least 1, no two alike")
     if resamples < 0:
         raise ConfigError(f"resamples is {resamples}: give 0 or more")
-    count_I = model.events.item_count
+    count_I, known_I = model.events.item_count, model.known_I.numpy()
     _check_catalogue(model, holdout, count_I)
     task = make_task(holdout, without_repeats=exclude_seen)
     warm_Q = task.length_Q > 0
@@ -94,30 +101,46 @@ def evaluate(
             f"({len(holdout)} queries, {int((~warm_Q).sum())} without history, {task.idle} with "
             "nothing to find but what was seen): hold out more, or split with leave_last_split"
         )
-    measured = _measure(model, holdout, task, k=k, exclude_seen=exclude_seen, seed=seed)
+    measured = _measure(
+        model, holdout, task, k=k, exclude_seen=exclude_seen, seed=seed, sampled=sampled
+    )
     user_idx, means_UM = mean_by_user(
         task.user_Q[warm_Q], np.stack([v[warm_Q] for v in measured.values.values()], axis=1)
     )
     metrics = dict(zip(measured.values, means_UM.mean(axis=0).tolist(), strict=True))
-    metrics |= {f"coverage_at_{n}": coverage(measured.shown[n], count_I > 0) for n in k}
+    metrics |= {f"coverage_at_{n}": coverage(measured.shown[n], known_I) for n in k}
     intervals = bootstrap_intervals(means_UM, resamples=resamples, seed=seed) if resamples else []
     found = {f"recall_at_{n}": chance_within(measured.better_N, measured.equal_N, n) for n in k}
     targets = target_slices(task, found, count_I=count_I, in_headline_N=warm_Q[task.query_N])
+    suffix = "" if sampled is None else sampled.suffix
+    slices = (*query_slices(task, measured.values), *targets)
     return Report(
         model=type(model.model).__name__,
         holdout=holdout.name,
         holdout_digest=digest(holdout),
         k=k,
-        metrics=metrics,
-        intervals=dict(zip(measured.values, intervals, strict=False)),
+        metrics=_named(metrics, suffix),
+        intervals=_named(dict(zip(measured.values, intervals, strict=False)), suffix),
         user_idx=user_idx,
-        per_user=dict(zip(measured.values, means_UM.T, strict=True)),
-        counts=_counts(task, count_I, num_users=len(user_idx)),
-        notes=_notes(task, exclude_seen=exclude_seen, resamples=resamples, seed=seed),
-        slices=(*query_slices(task, measured.values), *targets),
+        per_user=_named(dict(zip(measured.values, means_UM.T, strict=True)), suffix),
+        counts=_counts(task, count_I, known_I, num_users=len(user_idx)),
+        notes=_notes(
+            task,
+            num_placed=int((known_I & (count_I == 0)).sum()),
+            exclude_seen=exclude_seen,
+            resamples=resamples,
+            seed=seed,
+            sampled=sampled,
+        ),
+        slices=tuple(replace(part, metrics=_named(part.metrics, suffix)) for part in slices),
         settings=model.settings,
         seed=model.seed,
+        suffix=suffix,
     )
+
+
+def _named(values: Mapping[str, V], suffix: str) -> dict[str, V]:
+    return {f"{name}{suffix}": value for name, value in values.items()}
 
 
 @torch.inference_mode()
@@ -129,6 +152,7 @@ def _measure(
     k: tuple[int, ...],
     exclude_seen: bool,
     seed: int,
+    sampled: SampledNegatives | None,
 ) -> _Measured:
     score, count_I = model.scorer(), model.events.item_count
     properties = {
@@ -153,6 +177,16 @@ def _measure(
             np.arange(len(queries)), np.diff(task.offsets_Q1[rows.start : rows.stop + 1])
         )
         item_N = torch.from_numpy(task.target_N[targets])
+        if sampled is not None:
+            keep_sampled(
+                score_BI,
+                sampled,
+                queries,
+                task.key_Q[rows],
+                torch.stack([torch.from_numpy(row_N), item_N]),
+                count_I=count_I,
+                listed=holdout.listed,
+            )
         score_N = score_BI[torch.from_numpy(row_N), item_N].cpu().numpy()
         top = best(score_BI, max(k))
         hits = settle(top, row_N, score_N)
@@ -182,13 +216,15 @@ def _check_catalogue(model: Trained, holdout: Holdout, count_I: Int64[np.ndarray
         raise DataError("the model's training events are empty: there is nothing to recommend")
 
 
-def _counts(task: Task, count_I: Int64[np.ndarray, " I"], *, num_users: int) -> dict[str, int]:
+def _counts(
+    task: Task, count_I: Int64[np.ndarray, " I"], known_I: Bool[np.ndarray, " I"], *, num_users: int
+) -> dict[str, int]:
     cold_Q = task.length_Q == 0
     return {
         "users": num_users,
         "queries": int((~cold_Q).sum()),
         "targets": len(task.target_N) - int(cold_Q[task.query_N].sum()),
-        "catalogue": int((count_I > 0).sum()),
+        "catalogue": int(known_I.sum()),
         "cold_users": len(np.unique(task.user_Q[cold_Q])),
         "cold_queries": int(cold_Q.sum()),
         "cold_targets": int((count_I[task.target_N] == 0).sum()),
@@ -198,17 +234,33 @@ def _counts(task: Task, count_I: Int64[np.ndarray, " I"], *, num_users: int) -> 
     }
 
 
-def _notes(task: Task, *, exclude_seen: bool, resamples: int, seed: int) -> tuple[str, ...]:
+def _notes(
+    task: Task,
+    *,
+    num_placed: int,
+    exclude_seen: bool,
+    resamples: int,
+    seed: int,
+    sampled: SampledNegatives | None,
+) -> tuple[str, ...]:
     seen = (
         f"seen items are excluded: what a query's history holds is not in its list; left out are "
         f"{task.repeats} targets that stand there, and {task.idle} queries that had no other"
         if exclude_seen
         else "seen items are not excluded: they compete, and may be targets again"
     )
+    placed = f" and {num_placed} others that the model places" if num_placed else ""
     return (
-        "candidates: the full catalogue, every item with a training event; none are sampled",
+        f"candidates: the full catalogue, every item with a training event{placed}; none sampled"
+        if sampled is None
+        else sampled.note(),
         seen,
-        "targets that no training event has are never found and count as misses",
+        (
+            "targets that no training event has and the model does not place are never found and "
+            "count as misses"
+            if num_placed
+            else "targets that no training event has are never found and count as misses"
+        ),
         "mean over users of the mean over the user's queries; users without history are not in "
         "it, but a slice of their own",
         "equal scores are settled as by chance: accuracy is the exact expectation over their "

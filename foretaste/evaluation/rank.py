@@ -171,7 +171,7 @@ def draw_lists(
         filled_RK = np.take_along_axis(drawn_RK, np.maximum(place_RK, 0), axis=1)
         item_BK[part] = np.where(place_RK >= 0, filled_RK, item_BK[part])
     rows = np.flatnonzero((top.size_BK > 1).any(axis=1))
-    noise_BK = _noise(key_B[rows, None], item_BK[rows], seed)
+    noise_BK = noise(key_B[rows, None], item_BK[rows], seed)
     order_BK = np.lexsort((-noise_BK, top.start_BK[rows]), axis=1)
     item_BK[rows] = np.take_along_axis(item_BK[rows], order_BK, axis=1)
     return item_BK
@@ -199,11 +199,11 @@ def _draw(
     wanted_R1 = torch.from_numpy(score_R1.copy()).to(on)
     pair_P2 = (score_BI[torch.from_numpy(row_R).to(on)] == wanted_R1).nonzero().cpu().numpy()
     lot_RI = torch.full((len(row_R), score_BI.shape[1]), -1, dtype=torch.int64)
-    lot_RI.numpy()[pair_P2[:, 0], pair_P2[:, 1]] = _noise(key_R[pair_P2[:, 0]], pair_P2[:, 1], seed)
+    lot_RI.numpy()[pair_P2[:, 0], pair_P2[:, 1]] = noise(key_R[pair_P2[:, 0]], pair_P2[:, 1], seed)
     return lot_RI.topk(k).indices.numpy()
 
 
-def _noise(
+def noise(
     key: Int64[np.ndarray, "..."], item: Int64[np.ndarray, "*S"], seed: int
 ) -> Int64[np.ndarray, "*S"]:
     """Return 63 random bits for each (seed, key, item): splitmix64 of their mixture."""

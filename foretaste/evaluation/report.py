@@ -46,7 +46,7 @@ class Report:
     """SHA-256 of what was to be predicted: only reports of equal ones can be compared."""
     k: tuple[int, ...]
     metrics: Mapping[str, float]
-    """Name to mean over users; every name ends in `_at_K`."""
+    """Name to mean over users; every name ends in `_at_K`, and `suffix`."""
     intervals: Mapping[str, Interval]
     """Name to 95 % interval; coverage, which is no mean over users, has none."""
     user_idx: Int64[np.ndarray, " U"]
@@ -62,6 +62,8 @@ class Report:
     """What decided the training run, as plain JSON values."""
     seed: int = 0
     """Of the training run."""
+    suffix: str = ""
+    """What the names of metrics end in after `_at_K`, such as `_sampled_99`."""
 
     def to_json(self, *, per_user: bool = True) -> str:
         """Return the whole report as one JSON document, to the last digit.
@@ -82,6 +84,7 @@ class Report:
             "slices": [asdict(part) for part in self.slices],
             "settings": dict(self.settings),
             "seed": self.seed,
+            "suffix": self.suffix,
             "user_idx": self.user_idx.tolist() if per_user else [],
             "per_user": {n: v.tolist() for n, v in self.per_user.items()} if per_user else {},
         }
@@ -115,6 +118,7 @@ class Report:
                 slices=tuple(Slice(**part) for part in document["slices"]),
                 settings=document["settings"],
                 seed=document["seed"],
+                suffix=document.get("suffix", ""),
             )
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise DataError(
@@ -149,7 +153,9 @@ class Report:
     def _headline(self) -> list[list[str]]:
         families = list(dict.fromkeys(_family(name) for name in self.metrics))
         rows = [["metric", *(f"@{k}" for k in self.k)]]
-        rows += [[family, *(self._cell(f"{family}_at_{k}") for k in self.k)] for family in families]
+        for family in families:
+            cells = (self._cell(f"{family}_at_{k}{self.suffix}") for k in self.k)
+            rows.append([family, *cells])
         return rows
 
     def _cell(self, name: str) -> str:
@@ -159,8 +165,10 @@ class Report:
         return "{} [{:.4f}, {:.4f}]".format(value, *self.intervals[name])
 
     def _sliced(self) -> list[list[str]]:
-        names = [f"{family}_at_{self.k[0]}" for family in ("hit_rate", "recall", "ndcg")]
-        rows = [["slice", "", "users", "targets", *names]]
+        families = ("hit_rate", "recall", "ndcg")
+        names = [f"{family}_at_{self.k[0]}{self.suffix}" for family in families]
+        titles = (f"{family}_at_{self.k[0]}" for family in families)
+        rows = [["slice", "", "users", "targets", *titles]]
         for part in self.slices:
             values = (f"{part.metrics[n]:.4f}" if n in part.metrics else "" for n in names)
             rows.append([part.group, part.label, f"{part.users:,}", f"{part.targets:,}", *values])

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
-from pydantic import Field, PositiveInt, ValidationError
+from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError
 
 from foretaste.config import Config
 from foretaste.data.columns import TimestampUnit
@@ -83,6 +83,10 @@ class EvaluationConfig(Config):
     """Lengths of the lists that are measured; the first one leads."""
     exclude_seen: bool = True
     """Whether items that the user has had already are left out of the ranking."""
+    sampled_negatives: NonNegativeInt = 0
+    """Above 0, targets are ranked among so many sampled items only, and metrics are named so."""
+    sampled_by: Literal["listed", "uniform", "popularity"] = "uniform"
+    """Where they come from: the data's own list, or drawn alike, or in favour of the popular."""
 
 
 class RangeConfig(Config):

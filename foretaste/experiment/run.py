@@ -16,6 +16,7 @@ from foretaste.data.store import open_store
 from foretaste.errors import ConfigError
 from foretaste.evaluation.protocol import evaluate
 from foretaste.evaluation.report import Report
+from foretaste.evaluation.sampled import SampledNegatives
 from foretaste.experiment.fit import fit
 from foretaste.experiment.recipe import (
     ExperimentConfig,
@@ -77,6 +78,8 @@ def run_experiment(
     folder: Path | None = None,
     resume: bool = False,
     track: TrackerKind | None = None,
+    show: bool = True,
+    max_seconds: float | None = None,
 ) -> Run:
     """Fit a recipe's model, report it on the test part, and refit it if the recipe says so.
 
@@ -86,6 +89,8 @@ def run_experiment(
         folder: Where checkpoints and the log of steps go; without one there are none.
         resume: Go on from the checkpoint in `folder`.
         track: Follow the run with MLflow or TensorBoard, in `folder` or here.
+        show: Report progress on standard error.
+        max_seconds: Stop each training loop after so long.
 
     Raises:
         ConfigError: The tracker's extra is not installed.
@@ -93,7 +98,15 @@ def run_experiment(
     """
     with _tracker(config, folder, track) as tracker:
         told = None if tracker is None else partial(_tell, tracker)
-        trained = _fit(config, split, folder=folder, resume=resume, on_epoch=told)
+        trained = _fit(
+            config,
+            split,
+            folder=folder,
+            resume=resume,
+            on_epoch=told,
+            show=show,
+            max_seconds=max_seconds,
+        )
         report = evaluate_split(trained, config, split)
         if tracker is not None:
             tracker.log_metrics(report.metrics, step=0)
@@ -106,6 +119,8 @@ def run_experiment(
         folder=None if folder is None else folder / "refit",
         resume=resume,
         on_epoch=None,
+        show=show,
+        max_seconds=max_seconds,
     )
     again = evaluate_split(refitted, config, split)
     return Run(trained=trained, report=report, refitted=refitted, refitted_report=again)
@@ -113,8 +128,15 @@ def run_experiment(
 
 def evaluate_split(trained: Trained, config: ExperimentConfig, split: Split) -> Report:
     """Report a model on the test part of a split, as a recipe says."""
-    evaluation = config.evaluation
-    return evaluate(trained, split.test, k=evaluation.k, exclude_seen=evaluation.exclude_seen)
+    asked = config.evaluation
+    sampled = SampledNegatives(num=asked.sampled_negatives, by=asked.sampled_by)
+    return evaluate(
+        trained,
+        split.test,
+        k=asked.k,
+        exclude_seen=asked.exclude_seen,
+        sampled=sampled if asked.sampled_negatives else None,
+    )
 
 
 def to_recommender(trained: Trained, report: Report) -> Recommender:
@@ -165,6 +187,8 @@ def _fit(
     folder: Path | None,
     resume: bool,
     on_epoch: Callable[[Epoch], None] | None,
+    show: bool,
+    max_seconds: float | None,
 ) -> Trained:
     trained = fit(
         config.model,
@@ -176,6 +200,8 @@ def _fit(
         folder=folder,
         resume=resume,
         on_epoch=on_epoch,
+        show=show,
+        max_seconds=max_seconds,
     )
     return replace(trained, settings=config.model_dump(mode="json"))
 

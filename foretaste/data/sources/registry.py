@@ -13,6 +13,7 @@ from foretaste.data.sources.movielens import (
     read_ml_100k,
     read_ml_csv,
 )
+from foretaste.data.sources.ncf import read_ncf
 from foretaste.data.sources.sequences import read_amazon, read_gowalla, read_pairs, read_s3rec
 from foretaste.data.sources.social import SOCIAL_FILES, read_social
 from foretaste.data.sources.tables import Tables
@@ -132,6 +133,22 @@ _ALL = (
         licence=_GROUPLENS,
         counts=(6_040, 3_416, 999_611),
         sha256="b126d5cfeaf564b6f2df8d799f36f0d69c73ddd0bc2e93fd176cc686b51684d8",
+    ),
+    Source(
+        name="ml-1m-ncf",
+        folder="ml-1m/ncf",
+        ways=(
+            tuple(
+                Address(
+                    url=f"{_GITHUB}/hexiangnan/neural_collaborative_filtering/master/Data/{file}"
+                )
+                for file in ("ml-1m.train.rating", "ml-1m.test.rating", "ml-1m.test.negative")
+            ),
+        ),
+        marks=("ml-1m.test.negative",),
+        read=read_ncf,
+        licence=_GROUPLENS,
+        counts=(6_040, 3_706, 1_598_169),
     ),
     Source(
         name="ml-20m",
