@@ -156,6 +156,15 @@ def make_graph(
     )
 
 
+def adjacency(graph: Graph) -> csr_array:
+    """Return the weights of all edges as a matrix of scipy's, with 32-bit indices."""
+    weight_E = graph.weight_E
+    if weight_E is None:
+        weight_E = np.ones(len(graph.neighbour_E), np.float32)
+    shape = (graph.num_nodes, graph.num_nodes)
+    return csr_array((weight_E, graph.neighbour_E, graph.offsets_V1.astype(np.int32)), shape=shape)
+
+
 def cache_order(graph: Graph) -> Int64[np.ndarray, " V"]:
     """Return the nodes in an order in which those that share neighbours stand near each other.
 
@@ -167,12 +176,7 @@ def cache_order(graph: Graph) -> Int64[np.ndarray, " V"]:
         Cuthill and McKee, "Reducing the bandwidth of sparse symmetric matrices", ACM 1969,
         https://doi.org/10.1145/800195.805928
     """
-    ones_E = np.ones(len(graph.neighbour_E), np.int8)
-    shape = (graph.num_nodes, graph.num_nodes)
-    # scipy's loops take 32-bit indices only
-    offsets_V1 = graph.offsets_V1.astype(np.int32)
-    adjacency = csr_array((ones_E, graph.neighbour_E, offsets_V1), shape=shape)
-    order_V = reverse_cuthill_mckee(adjacency, symmetric_mode=True).astype(np.int64)
+    order_V = reverse_cuthill_mckee(adjacency(graph), symmetric_mode=True).astype(np.int64)
     kind_V = np.searchsorted(
         [graph.num_users, graph.num_users + graph.num_items], order_V, side="right"
     )

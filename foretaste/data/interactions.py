@@ -20,7 +20,7 @@ class Interactions:
     User `u` owns rows `offsets[u]` to `offsets[u + 1]` of every column. Columns may be memory
     maps. Both vocabularies may hold ids without an event here: the parts of a split share them.
 
-    Shape legend: E events, U users, I items, P links.
+    Shape legend: E events, U users, I items, P links of users, Q of items.
     """
 
     users: Vocabulary
@@ -39,7 +39,7 @@ class Interactions:
     """One row per item_idx; the caller's other columns about items (a `title`, say)."""
     user_links: Int32[np.ndarray, "2 P"] | None = None
     """Pairs of user_idx, who trusts whom; they do not belong to any event, so parts keep all."""
-    item_links: Int32[np.ndarray, "2 P"] | None = None
+    item_links: Int32[np.ndarray, "2 Q"] | None = None
     """Pairs of item_idx that go together, likewise."""
     notes: tuple[str, ...] = ()
     """What reading dropped, merged or assumed, with counts."""

@@ -67,7 +67,7 @@ class _Side:
 
     vocabulary: Vocabulary
     table: pl.DataFrame | None
-    row_of: list[Int32[np.ndarray, " rows"]]
+    row_of: list[Int32[np.ndarray, " _"]]
     """For each set: the new row of each of its rows."""
 
 
@@ -89,7 +89,7 @@ def _merge(vocabularies: list[Vocabulary], tables: list[pl.DataFrame | None]) ->
 
 
 def _links(
-    links: list[Int32[np.ndarray, "2 P"] | None], row_of: list[Int32[np.ndarray, " rows"]]
+    links: list[Int32[np.ndarray, "2 _"] | None], row_of: list[Int32[np.ndarray, " _"]]
 ) -> Int32[np.ndarray, "2 P"] | None:
     """Return the links of all sets, each once."""
     moved = [new[part] for part, new in zip(links, row_of, strict=True) if part is not None]

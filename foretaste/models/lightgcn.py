@@ -132,11 +132,11 @@ class LightGCN(nn.Module):
             ConfigError: The model was made without a graph.
         """
         num_B, node_R = len(queries), torch.cat([queries.user_B, self.num_users + item_V])
-        base_RD = F.embedding(node_R, self.layer_0.weight)
         if self.mixes:
-            vector_RF, view_RF = F.embedding(node_R, self._transformed()), base_RD
+            vector_RF = F.embedding(node_R, self._transformed())
+            base_RD = view_RF = F.embedding(node_R, self.layer_0.weight)
         else:
-            vector_RF, view_RF = self._made()[1](
+            vector_RF, base_RD, view_RF = self._made()[1](
                 self.layer_0.weight,
                 node_R,
                 num_layers=self.config.num_layers,

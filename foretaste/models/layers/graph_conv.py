@@ -12,7 +12,7 @@ Shape legend: V nodes, E directed edges, R nodes asked for, D width.
 """
 
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from foretaste.data.graph import Graph, cache_order
+from foretaste.data.graph import Graph, adjacency, cache_order
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +32,16 @@ class Perturbation:
     orthant."""
     edge_dropout: float = 0.0
     """Share of the ties that are left out, in [0, 1); the others weigh 1 / (1 - share) as much."""
+
+
+class Propagated(NamedTuple):
+    """The vectors of the nodes that were asked for."""
+
+    mean_RD: Float[Tensor, "R D"]
+    """Over the layers 0 to L."""
+    layer_0_RD: Float[Tensor, "R D"]
+    view_RD: Float[Tensor, "R D"]
+    """At the layer that is given out apart; 0 if none is."""
 
 
 @final
@@ -56,20 +66,19 @@ class GraphConv(nn.Module):
         node_V = cache_order(graph)
         row_V = np.empty_like(node_V)
         row_V[node_V] = np.arange(len(node_V))
-        from_E, to_E = row_V[graph.node_E], row_V[graph.neighbour_E]
-        order_E = np.lexsort((to_E, from_E))
+        rows = adjacency(graph)[node_V]
+        rows.indices = row_V[rows.indices]
+        rows.sort_indices()
         strength_V = np.bincount(graph.node_E, graph.weight_E, graph.num_nodes).astype(float)
         with np.errstate(divide="ignore"):
             scale_V = np.where(strength_V > 0, 1 / np.sqrt(strength_V), 0)
-        weight_E = None if graph.weight_E is None else torch.from_numpy(graph.weight_E[order_E])
-        # 32-bit indices: half the bytes to read beside the rows
-        offsets_V1 = np.concatenate([[0], np.cumsum(graph.degree_V[node_V])])
-        for name, array in (
+        weight_E = None if graph.weight_E is None else torch.from_numpy(rows.data)
+        for name, array in (  # 32-bit indices: half the bytes to read beside the rows
             ("node_V", node_V.astype(np.int32)),
             ("row_V", row_V.astype(np.int32)),
             ("each_V1", np.arange(len(node_V) + 1, dtype=np.int32)),
-            ("offsets_V1", offsets_V1.astype(np.int32)),
-            ("neighbour_E", to_E[order_E].astype(np.int32)),
+            ("offsets_V1", rows.indptr.astype(np.int32)),
+            ("neighbour_E", rows.indices.astype(np.int32)),
             ("tie_E", np.empty(0, np.int64)),
             ("strength_V", strength_V),
             ("scale_V", scale_V),
@@ -85,8 +94,8 @@ class GraphConv(nn.Module):
         num_layers: int,
         view_layer: int = 0,
         change: Perturbation | None = None,
-    ) -> tuple[Float[Tensor, "R D"], Float[Tensor, "R D"]]:
-        r"""Return some nodes' means over the layers 0 to L, and their vectors at one layer.
+    ) -> Propagated:
+        r"""Return some nodes' means over the layers 0 to L.
 
         .. math:: \bar x = \frac{1}{L + 1} \sum_{l=0}^{L} \hat A^l x
 
@@ -99,10 +108,10 @@ class GraphConv(nn.Module):
         """
         change = change or Perturbation()
         weight_E = self._dropped(change.edge_dropout)
-        mean_RD, view_RD = _Propagate.apply(  # type: ignore[no-untyped-call]  # torch leaves it so
+        vectors = _Propagate.apply(  # type: ignore[no-untyped-call]  # torch leaves it untyped
             x_VD, self, node_R, num_layers, view_layer, weight_E, change.noise
         )
-        return mean_RD, view_RD
+        return Propagated(*vectors)
 
     def product(self, x_VD: Float[Tensor, "V D"]) -> Float[Tensor, "V D"]:
         r"""Return :math:`\hat A x`: each node's neighbours, once passed along."""
@@ -115,6 +124,7 @@ class GraphConv(nn.Module):
 
     def enter(self, x_VD: Tensor, *, scaled: bool = True) -> Tensor:
         """Put nodes into cache order, and scale them, in one visit."""
+        x_VD = x_VD.detach()  # what passes a gradient back is the function around it
         scale_V = self.scale_V.index_select(0, self.node_V) if scaled else None
         return self._gather(self.node_V, x_VD, scale_V)
 
@@ -187,12 +197,12 @@ class _Propagate(torch.autograd.Function):
         view_layer: int,
         weight_E: Tensor | None,
         noise: float,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         row_R = conv.row_V.index_select(0, node_R)
         scale_V1 = conv.scale_V.index_select(0, conv.node_V).to(x_VD.dtype).unsqueeze(1)
         scale_R1 = scale_V1.index_select(0, row_R)
-        mean_RD = x_VD.index_select(0, node_R)
-        view_RD = torch.zeros_like(mean_RD)
+        layer_0_RD = x_VD.index_select(0, node_R)
+        mean_RD, view_RD = layer_0_RD.clone(), torch.zeros_like(layer_0_RD)
         row_VD = conv.enter(x_VD)
         for layer in range(1, num_layers + 1):
             row_VD = conv.sum_rows(row_VD, weight_E)
@@ -209,13 +219,14 @@ class _Propagate(torch.autograd.Function):
                 view_RD = layer_RD
         ctx.save_for_backward(node_R, row_R, scale_V1, scale_R1, weight_E)
         ctx.conv, ctx.num_layers, ctx.view_layer = conv, num_layers, view_layer
-        return mean_RD.div_(num_layers + 1), view_RD
+        return mean_RD.div_(num_layers + 1), layer_0_RD, view_RD
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         conv: GraphConv = ctx.conv
         node_R, row_R, scale_V1, scale_R1, weight_E = ctx.saved_tensors
-        grad_RD, scaled_RD = grad_outputs[0] / (ctx.num_layers + 1), grad_outputs[1] * scale_R1
+        grad_RD, layer_0_RD, view_RD = grad_outputs
+        grad_RD = grad_RD / (ctx.num_layers + 1)
         mean_RD = grad_RD * scale_R1
         row_VD = grad_RD.new_zeros(len(scale_V1), grad_RD.shape[1])
         for layer in range(ctx.num_layers, 0, -1):
@@ -223,9 +234,9 @@ class _Propagate(torch.autograd.Function):
                 row_VD = conv.sum_rows(row_VD, weight_E).mul_(scale_V1.square())
             row_VD.index_add_(0, row_R, mean_RD)
             if layer == ctx.view_layer:
-                row_VD.index_add_(0, row_R, scaled_RD)
+                row_VD.index_add_(0, row_R, view_RD * scale_R1)
         grad_VD = conv.leave(conv.sum_rows(row_VD, weight_E))
-        return (grad_VD.index_add_(0, node_R, grad_RD), *(None,) * 6)
+        return (grad_VD.index_add_(0, node_R, grad_RD + layer_0_RD), *(None,) * 6)
 
 
 def _moved(row_VD: Tensor, length: float) -> Tensor:
