@@ -49,6 +49,9 @@ if TYPE_CHECKING:
     from foretaste.evaluation.compare import Comparison, compare
     from foretaste.evaluation.protocol import evaluate
     from foretaste.evaluation.report import Report
+    from foretaste.experiment.compare_families import family_recipes
+    from foretaste.experiment.compare_models import compare_models, read_recipes
+    from foretaste.experiment.compare_table import ModelComparison
     from foretaste.experiment.contents import BundleContents, inspect_bundle
     from foretaste.experiment.fit import fit
     from foretaste.experiment.lists import write_lists
@@ -78,6 +81,7 @@ if TYPE_CHECKING:
     from foretaste.models.ease import EASEConfig
     from foretaste.models.item_knn import ItemKNNConfig
     from foretaste.models.lightgcn import LightGCNConfig
+    from foretaste.models.pinsage import PinSageConfig
     from foretaste.models.popularity import PopularityConfig
     from foretaste.models.sasrec import SASRecConfig
     from foretaste.models.two_tower import TwoTowerConfig
@@ -118,12 +122,14 @@ __all__ = [
     "ItemKNNConfig",
     "LightGCNConfig",
     "MaskedItemConfig",
+    "ModelComparison",
     "ModelConfig",
     "MultiField",
     "NextItemConfig",
     "NonFiniteError",
     "NumericField",
     "ObjectiveConfig",
+    "PinSageConfig",
     "PopularityConfig",
     "Quickstart",
     "Recommendation",
@@ -151,8 +157,10 @@ __all__ = [
     "build_recommender",
     "cold_items_split",
     "compare",
+    "compare_models",
     "evaluate",
     "evaluate_split",
+    "family_recipes",
     "fit",
     "fit_features",
     "get_dataset",
@@ -172,6 +180,7 @@ __all__ = [
     "ratio_split",
     "read_experiment",
     "read_interactions",
+    "read_recipes",
     "read_split",
     "recipe_of",
     "record_run",
@@ -212,12 +221,14 @@ _HOME = {
     "ItemKNNConfig": "models.item_knn",
     "LightGCNConfig": "models.lightgcn",
     "MaskedItemConfig": "training.objectives.masked_item",
+    "ModelComparison": "experiment.compare_table",
     "ModelConfig": "models.catalogue",
     "MultiField": "data.fields",
     "NextItemConfig": "training.objectives.next_item",
     "NonFiniteError": "errors",
     "NumericField": "data.fields",
     "ObjectiveConfig": "training.objectives.catalogue",
+    "PinSageConfig": "models.pinsage",
     "PopularityConfig": "models.popularity",
     "Quickstart": "experiment.quickstart",
     "Recommendation": "serving.recommender",
@@ -244,8 +255,10 @@ _HOME = {
     "build_recommender": "serving.recommender",
     "cold_items_split": "data.splitting",
     "compare": "evaluation.compare",
+    "compare_models": "experiment.compare_models",
     "evaluate": "evaluation.protocol",
     "evaluate_split": "experiment.run",
+    "family_recipes": "experiment.compare_families",
     "fit": "experiment.fit",
     "fit_features": "data.features",
     "get_dataset": "data.sources.load",
@@ -265,6 +278,7 @@ _HOME = {
     "ratio_split": "data.splitting",
     "read_experiment": "experiment.recipe",
     "read_interactions": "data.reading",
+    "read_recipes": "experiment.compare_models",
     "read_split": "experiment.run",
     "recipe_of": "experiment.run",
     "record_run": "experiment.record",

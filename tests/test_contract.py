@@ -25,11 +25,14 @@ from foretaste.models.als import ImplicitALSConfig
 from foretaste.models.bert4rec import BERT4Rec, BERT4RecConfig
 from foretaste.models.catalogue import ModelConfig, build_model
 from foretaste.models.ease import EASEConfig
-from foretaste.models.interface import ClosedForm, Finishes, PairModel
+from foretaste.models.interface import Begins, ClosedForm, Finishes, PairModel
 from foretaste.models.item_knn import ItemKNNConfig
 from foretaste.models.lightgcn import LightGCNConfig
+from foretaste.models.pinsage import PinSageConfig
+from foretaste.models.mf import MFConfig
 from foretaste.models.popularity import PopularityConfig
 from foretaste.models.sasrec import SASRec, SASRecConfig
+from foretaste.models.two_tower import TwoTowerConfig
 from foretaste.training.fit import Fit
 from foretaste.training.objectives.masked_item import MaskedItem, MaskedItemConfig
 from foretaste.training.objectives.next_item import NextItem, NextItemConfig
@@ -104,6 +107,8 @@ def learn_masked_item(model: nn.Module, events: Interactions) -> None:
 
 def learn_pairs(model: nn.Module, events: Interactions) -> None:
     assert isinstance(model, PairModel)
+    if isinstance(model, Begins):
+        model.begin(events)
     Fit(
         model,
         TrainingConfig(epochs=20, learning_rate=0.03, warmup_steps=10, device="cpu"),
@@ -137,7 +142,8 @@ class Case:
     def build(self, events: Interactions, seed: int = 0) -> nn.Module:
         torch.manual_seed(seed)
         config = self.config
-        graph = graph_of(events, config.graph) if isinstance(config, LightGCNConfig) else None
+        on_graph = isinstance(config, LightGCNConfig | PinSageConfig)
+        graph = graph_of(events, config.graph) if on_graph else None
         return build_model(
             config, num_users=events.num_users, num_items=events.num_items, graph=graph
         )
@@ -167,9 +173,53 @@ CASES = {
         learn=learn_masked_item,
         order_matters=True,
     ),
+    "mf": Case(MFConfig(embedding_dim=16), learn=learn_pairs, has_users=True),
+    "mf, biases and cosine": Case(
+        MFConfig(embedding_dim=16, biases=True, similarity="cosine", temperature=0.2),
+        learn=learn_pairs,
+        has_users=True,
+    ),
+    "two_tower": Case(TwoTowerConfig(embedding_dim=16), learn=learn_pairs, has_users=True),
+    "two_tower, mean": Case(
+        TwoTowerConfig(embedding_dim=16, user_id=False, history="mean"),
+        learn=learn_pairs,
+        order_matters=True,  # it does not, but repetition does
+    ),
+    "two_tower, attention and layers": Case(
+        TwoTowerConfig(
+            embedding_dim=16,
+            history="attention",
+            reads="others",
+            query_hidden=(32,),
+            item_hidden=(32,),
+            id_dropout=0.2,
+        ),
+        learn=learn_pairs,
+        order_matters=True,
+        has_users=True,
+    ),
+    "two_tower, sasrec and cosine": Case(
+        TwoTowerConfig(
+            embedding_dim=16,
+            user_id=False,
+            history="sasrec",
+            num_blocks=1,
+            max_len=10,
+            similarity="cosine",
+            temperature=0.2,
+        ),
+        learn=learn_pairs,
+        order_matters=True,
+    ),
     "lightgcn": Case(LightGCNConfig(embedding_dim=16), learn=learn_pairs, has_users=True),
     "lightgcn, transformed": Case(
         LightGCNConfig(embedding_dim=16, num_layers=2, transform=True),
+        learn=learn_pairs,
+        has_users=True,
+    ),
+    "pinsage": Case(PinSageConfig(embedding_dim=16), learn=learn_pairs, has_users=True),
+    "pinsage, uniform": Case(
+        PinSageConfig(embedding_dim=16, neighbours="uniform", cold_share=0.1),
         learn=learn_pairs,
         has_users=True,
     ),

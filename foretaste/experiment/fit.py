@@ -19,6 +19,7 @@ from foretaste.experiment.learning import make_learning, usual_objective
 from foretaste.models.catalogue import ModelConfig, build_model
 from foretaste.models.interface import Begins, ClosedForm, Finishes
 from foretaste.models.lightgcn import LightGCNConfig
+from foretaste.models.pinsage import PinSageConfig
 from foretaste.training.fit import Epoch, Fit
 from foretaste.training.objectives.catalogue import ObjectiveConfig
 from foretaste.training.progress import ShowProgress
@@ -41,6 +42,7 @@ def fit(
     resume: bool = False,
     show: bool = True,
     on_epoch: Callable[[Epoch], None] | None = None,
+    max_seconds: float | None = None,
 ) -> Trained:
     """Train a model on a split's training part, stopping by its validation part.
 
@@ -59,6 +61,8 @@ def fit(
         resume: Go on from the checkpoint in `folder`, to the same result as without the break.
         show: Report progress on standard error.
         on_epoch: Told of each epoch; what it raises ends the run.
+        max_seconds: Stop the training loop after so long, and keep the best weights so far; a
+            model that learns in closed form cannot be stopped.
 
     Raises:
         ConfigError: The model has nothing to read, or the schema names a column that is not there.
@@ -71,7 +75,11 @@ def fit(
     if len(events) == 0:
         raise DataError("the training part of the split is empty: there is nothing to learn from")
     torch.manual_seed(seed)
-    graph = graph_of(events, config.graph) if isinstance(config, LightGCNConfig) else None
+    graph = (
+        graph_of(events, config.graph)
+        if isinstance(config, LightGCNConfig | PinSageConfig)
+        else None
+    )
     if isinstance(features, FeatureSchema):
         features = fit_features(features, events)
     model = build_model(
@@ -106,7 +114,14 @@ def fit(
             validate=_validate(config, events, split, seed),
             folder=folder,
         )
-        log = _run(run, training, resume=resume, show=show, on_epoch=on_epoch)
+        log = _run(
+            run,
+            training,
+            resume=resume,
+            show=show,
+            on_epoch=on_epoch,
+            max_seconds=max_seconds,
+        )
     if isinstance(model, Finishes):
         model.finish(events)
     return Trained(
@@ -128,6 +143,7 @@ def _run(
     resume: bool,
     show: bool,
     on_epoch: Callable[[Epoch], None] | None,
+    max_seconds: float | None,
 ) -> dict[str, object]:
     with ShowProgress(training.epochs) as display:
 
@@ -137,7 +153,12 @@ def _run(
             if on_epoch:
                 on_epoch(epoch)
 
-        progress = run.run(resume=resume, on_epoch=tell, on_step=display.step if show else None)
+        progress = run.run(
+            resume=resume,
+            on_epoch=tell,
+            on_step=display.step if show else None,
+            max_seconds=max_seconds,
+        )
     return {
         "epochs": progress.epochs,
         "best_epoch": progress.best_epoch or progress.epoch,

@@ -17,6 +17,7 @@ from foretaste.models.ease import EASE, EASEConfig
 from foretaste.models.item_knn import ItemKNN, ItemKNNConfig
 from foretaste.models.lightgcn import LightGCN, LightGCNConfig
 from foretaste.models.mf import MF, MFConfig
+from foretaste.models.pinsage import PinSage, PinSageConfig
 from foretaste.models.popularity import Popularity, PopularityConfig
 from foretaste.models.sasrec import SASRec, SASRecConfig
 from foretaste.models.two_tower import TwoTower, TwoTowerConfig
@@ -27,6 +28,7 @@ ModelConfig = Annotated[
     | MFConfig
     | TwoTowerConfig
     | LightGCNConfig
+    | PinSageConfig
     | PopularityConfig
     | ItemKNNConfig
     | EASEConfig
@@ -35,7 +37,7 @@ ModelConfig = Annotated[
 ]
 
 
-def build_model(
+def build_model(  # noqa: C901  # one arm a model
     config: ModelConfig,
     *,
     num_users: int,
@@ -70,6 +72,10 @@ def build_model(
             return TwoTower(config, num_users=num_users, num_items=num_items, features=features)
         case LightGCNConfig():
             return LightGCN(config, num_users=num_users, num_items=num_items, graph=graph)
+        case PinSageConfig():
+            return PinSage(
+                config, num_users=num_users, num_items=num_items, graph=graph, features=features
+            )
         case PopularityConfig():
             return Popularity(config, num_items=num_items)
         case ItemKNNConfig():

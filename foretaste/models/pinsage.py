@@ -143,9 +143,11 @@ class PinSage(nn.Module):
         )
         self.neighbourhoods = None if graph is None else find_neighbours(config, graph)
         self.num_items_U: Tensor
+        self.finished: Tensor
         self.vector_XD: Tensor
         self.message_KIH: Tensor
         self.register_buffer("num_items_U", torch.full((num_users,), -1))
+        self.register_buffer("finished", torch.tensor(data=False))
         self.register_buffer("vector_XD", torch.zeros(num_nodes, width))
         self.register_buffer(
             "message_KIH", torch.zeros(config.num_layers, num_items, message_width)
@@ -155,7 +157,6 @@ class PinSage(nn.Module):
                 torch.from_numpy(self.neighbourhoods.neighbour_VT[:, 0] >= 0)
             )
         self._kept: _Tables | None = None
-        self._finished = graph is None
 
     def prepare(self, queries: Queries, item_V: Int64[Tensor, " V"]) -> PairFrontier:
         """Find the nodes that a batch needs in each layer, no node twice in a layer.
@@ -242,17 +243,18 @@ class PinSage(nn.Module):
         pairs = torch.from_numpy(events.user_idx.astype(np.int64)) * self.num_items
         user_P = (pairs + torch.from_numpy(events.item_idx)).unique() // self.num_items
         self.num_items_U.copy_(torch.bincount(user_P, minlength=self.num_users))
-        self._finished = True
+        self.finished.fill_(value=True)
 
     def train(self, mode: bool = True) -> "PinSage":  # noqa: FBT001, FBT002  # torch's signature
         """Forget what was worked out from other weights."""
         self._kept = None
-        self._finished = self.neighbourhoods is None or (self._finished and not mode)
+        if mode:
+            self.finished.fill_(value=False)
         super().train(mode)
         return self
 
     def _answers(self) -> _Tables:
-        if self._finished:
+        if self.finished:
             return _Tables(self.vector_XD, self.message_KIH)
         if self._kept is not None:
             return self._kept
