@@ -53,7 +53,7 @@ class PlacedNodes(nn.Module):
         for name in NodeTables._fields:
             shape = (0,) if name in (*kinds, "strength_U") else (0, 0)
             self.register_buffer(name, torch.empty(shape, dtype=kinds.get(name, torch.float32)))
-        self.register_load_state_dict_pre_hook(take_shapes)
+        self.register_load_state_dict_pre_hook(take_shapes)  # type: ignore[no-untyped-call]  # torch
 
     def keep(self, tables: NodeTables) -> None:
         """Take tables for good: they are saved with the model."""
