@@ -103,7 +103,13 @@ def fit(
             "objective": objective.model_dump(mode="json"),
         }
         learning = make_learning(
-            model, objective, events, batch_events=training.batch_events, seed=seed
+            model,
+            objective,
+            events,
+            batch_events=training.batch_events,
+            seed=seed,
+            producers=training.producers,
+            graph=graph,
         )
         run: Fit[Any, Any] = Fit(
             model,

@@ -2,10 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
+from foretaste.data.graph import Graph, graph_of
 from foretaste.data.interactions import Interactions
 from foretaste.data.pairs import plan_pairs
 from foretaste.data.sequences import Windows, plan_sequences
@@ -13,12 +15,15 @@ from foretaste.errors import ConfigError
 from foretaste.models.bert4rec import BERT4Rec
 from foretaste.models.interface import PairModel, SequenceModel
 from foretaste.models.sasrec import SASRec
+from foretaste.sampling.nearby import NearbyNegatives
+from foretaste.sampling.unseen import Seen
 from foretaste.training.fit import Plan
 from foretaste.training.objectives.catalogue import ObjectiveConfig
 from foretaste.training.objectives.masked_item import MaskedItem, MaskedItemConfig
 from foretaste.training.objectives.next_item import NextItem, NextItemConfig
-from foretaste.training.objectives.pairs import Pairs, PairsConfig
-from foretaste.training.seeding import epoch_generator
+from foretaste.training.objectives.pairs import Pairs, PairsConfig, hardness
+from foretaste.training.prefetch import WorkedPlan
+from foretaste.training.seeding import epoch_generator, step_seed
 
 
 def usual_objective(model: nn.Module) -> ObjectiveConfig:
@@ -51,8 +56,19 @@ def make_learning(
     *,
     batch_events: int,
     seed: int,
+    producers: int = 0,
+    graph: Graph | None = None,
 ) -> Learning:
     """Return how a model learns from events.
+
+    Args:
+        model: The network.
+        config: The objective's settings.
+        events: Those of training.
+        batch_events: About how many of them a batch holds.
+        seed: Decides order and draws.
+        producers: With any, the negatives too are drawn where batches are made.
+        graph: Of the events, if there is one already; hard negatives take one.
 
     Raises:
         ConfigError: The model cannot learn so.
@@ -80,19 +96,59 @@ def make_learning(
                 plan=windows(model.max_len, config.windows),
             )
         case PairsConfig() if isinstance(model, PairModel):
-            reads, read_len = model.reads, model.max_len
-            return Learning(
-                objective=Pairs(config, events),
-                plan=lambda epoch: plan_pairs(
-                    events,
-                    batch_events=batch_events,
-                    generator=epoch_generator(seed, epoch),
-                    reads=reads,
-                    max_len=read_len,
-                ),
+            return _learn_pairs(
+                model,
+                config,
+                events,
+                batch_events=batch_events,
+                seed=seed,
+                producers=producers,
+                graph=graph,
             )
         case _:
             raise ConfigError(
                 f"objective.kind is {config.kind!r}, but {type(model).__name__} learns by "
                 f"{usual_objective(model).kind!r}: set it so, or leave the objective out"
             )
+
+
+def _learn_pairs(
+    model: PairModel,
+    config: PairsConfig,
+    events: Interactions,
+    *,
+    batch_events: int,
+    seed: int,
+    producers: int,
+    graph: Graph | None,
+) -> Learning:
+    objective = Pairs(config, events)
+    nearby = None
+    if config.hard_negatives:
+        nearby = NearbyNegatives(
+            graph or graph_of(events), Seen.of(events), ranks=config.hard_ranks[1], seed=seed
+        )
+
+    def plan(epoch: int) -> Plan[Any]:
+        hard = hardness(config, epoch)
+        find_hard = None
+        if nearby is not None and hard.num:
+            find_hard = partial(nearby.draw, num=hard.num, ranks=hard.ranks, epoch=epoch)
+        pairs = plan_pairs(
+            events,
+            batch_events=batch_events,
+            generator=epoch_generator(seed, epoch),
+            reads=model.reads,
+            max_len=model.max_len,
+            find_hard=find_hard,
+        )
+        if not (producers and objective.loss.draws_ahead):
+            return pairs
+        return WorkedPlan(
+            plan=pairs,
+            work=lambda batch, index: objective.draw(
+                model, batch, seed=step_seed(seed, epoch, index)
+            ),
+        )
+
+    return Learning(objective=objective, plan=plan)

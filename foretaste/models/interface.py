@@ -1,11 +1,13 @@
 """What the other rooms may ask of a model. A model's first line says which of these it is."""
 
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from foretaste.data.batch import Queries, SequenceBatch
+from foretaste.data.features import FieldTable
 from foretaste.data.interactions import Interactions
 from foretaste.data.pairs import Reads
 
@@ -80,6 +82,31 @@ class PairModel(Protocol):
 
 
 @runtime_checkable
+class Prepared(Protocol):
+    """What a model made of a batch before its step."""
+
+    def to(self, device: torch.device) -> "Prepared": ...
+
+
+@runtime_checkable
+class PreparesPairs(Protocol):
+    """A `PairModel` that has work to do on a batch which takes no weights.
+
+    A producer can do it ahead of the trainer; called without it, the model does it itself.
+    """
+
+    def prepare(self, queries: Queries, item_V: Int64[Tensor, " V"]) -> Prepared:
+        """Do the work; on the CPU, and safe in several threads at once."""
+        ...
+
+    def __call__(
+        self, queries: Queries, item_V: Int64[Tensor, " V"], prepared: Any = None
+    ) -> PairVectors:
+        """Return what a `PairModel` does, given what `prepare` made of the same batch."""
+        ...
+
+
+@runtime_checkable
 class SequenceModel(Protocol):
     """A retriever that learns from histories, with a state for each event."""
 
@@ -105,6 +132,30 @@ class Finishes(Protocol):
 
     def finish(self, events: Interactions) -> None:
         """Fill what answers need and training does not; `events` are those of training."""
+        ...
+
+
+@runtime_checkable
+class ReadsProfiles(Protocol):
+    """Answers a user of whom only features are known: `Queries.profile` holds them."""
+
+    @property
+    def reads_profiles(self) -> bool:
+        """Whether it was made with features of users."""
+        ...
+
+
+@runtime_checkable
+class PlacesNewItems(Protocol):
+    """Gives an item that no table has a vector, from its features."""
+
+    @property
+    def places_new_items(self) -> bool:
+        """Whether it was made with features of items."""
+        ...
+
+    def item_from_features(self, table: FieldTable) -> Float[Tensor, "R D"]:
+        """Return a vector for each row of features, to be compared like `item_table`'s."""
         ...
 
 

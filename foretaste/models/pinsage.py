@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from foretaste.config import Config
 from foretaste.data.batch import Queries
-from foretaste.data.features import Features
+from foretaste.data.features import Features, FieldTable
 from foretaste.data.graph import Graph, GraphConfig
 from foretaste.data.interactions import Interactions
 from foretaste.data.neighbourhoods import Neighbourhoods, PairFrontier, make_frontier
@@ -234,6 +234,23 @@ class PinSage(nn.Module):
     def placed_I(self) -> Bool[Tensor, " I"]:
         """Return which items have neighbours or a feature that says something."""
         return self.inputs.linked_X[self.num_users :] | self.inputs.told_I
+
+    @property
+    def reads_profiles(self) -> bool:
+        """Whether it was made with features of users."""
+        return self.inputs.user_fields is not None
+
+    @property
+    def places_new_items(self) -> bool:
+        """Whether it was made with features of items."""
+        return self.inputs.item_fields is not None
+
+    def item_from_features(self, table: FieldTable) -> Float[Tensor, "R D"]:
+        """Return vectors of items that are in no table: nodes without neighbours."""
+        h_RD = self.inputs.items_from_features(table)
+        for convolve in self._layers():
+            h_RD = convolve.updated(h_RD, h_RD.new_zeros(len(h_RD), convolve.message_width))
+        return self._item(h_RD)
 
     def finish(self, events: Interactions) -> None:
         """Work out and keep what answers need: every vector, and what items say to new users."""

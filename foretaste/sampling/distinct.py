@@ -51,16 +51,25 @@ class DistinctSampler:
         self.power, self.num_items = power, len(count_I)
         self._rate = count_I[self.known].double().pow(power)
 
-    def draw(self, num: int, *, device: torch.device) -> Drawn:
-        """Return `num` items, or all there are, by torch's generator of the device."""
+    def draw(
+        self, num: int, *, device: torch.device, generator: torch.Generator | None = None
+    ) -> Drawn:
+        """Return `num` items, or all there are.
+
+        Args:
+            num: How many.
+            device: Where to draw.
+            generator: Source of all randomness; None: torch's own of the device.
+        """
         known = self.known.to(device)
         chance_I = torch.zeros(self.num_items, device=device)
         if num >= len(known):
             return Drawn(known, chance_I.index_fill_(0, known, 1.0))
         if self.power == 0:
-            item_M = known[torch.randperm(len(known), device=device)[:num]]
+            item_M = known[torch.randperm(len(known), device=device, generator=generator)[:num]]
             return Drawn(item_M, chance_I.index_fill_(0, known, num / len(known)))
         rate = self._rate.to(device)
-        first, order = (torch.empty_like(rate).exponential_() / rate).topk(num + 1, largest=False)
+        arrival = torch.empty_like(rate).exponential_(generator=generator) / rate
+        first, order = arrival.topk(num + 1, largest=False)
         chance_I[known] = -torch.expm1(-rate * first[-1]).float()
         return Drawn(known[order[:num]], chance_I)

@@ -44,14 +44,15 @@ class InBatchSampler:
         if not (count_I > 0).any():
             raise DataError("no item has a training event: no batch has anything in it")
         self._count_I = count_I.double()
-        self._chance_I = torch.empty(0)
-        self._rows = -1
+        self._kept = (-1, torch.empty(0))
 
     def draw(self, target_N: Int64[Tensor, " N"]) -> Drawn:
         """Return the distinct items of a batch."""
-        if len(target_N) != self._rows:
-            self._rows, self._chance_I = len(target_N), self._chances(len(target_N))
-        return Drawn(target_N.unique(), self._chance_I.to(target_N.device))
+        rows, chance_I = self._kept  # as one, since several threads may draw at a time
+        if len(target_N) != rows:
+            chance_I = self._chances(len(target_N))
+            self._kept = (len(target_N), chance_I)
+        return Drawn(target_N.unique(), chance_I.to(target_N.device))
 
     def _chances(self, rows: int) -> Tensor:
         events, others = float(self._count_I.sum()) - 1, float(rows - 1)

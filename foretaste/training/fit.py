@@ -8,13 +8,15 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar, final
+from typing import Any, Generic, TypeVar, final
 
 import torch
 from torch import Tensor, nn, optim
 
 from foretaste.errors import ConfigError, NonFiniteError
 from foretaste.training.checkpoint import read_checkpoint, write_checkpoint
+from foretaste.training.prefetch import Plan as Plan
+from foretaste.training.prefetch import Prefetch
 from foretaste.training.runtime import choose_device, keep_memory
 from foretaste.training.seeding import seed_step
 from foretaste.training.settings import TrainingConfig
@@ -24,15 +26,6 @@ Batch = TypeVar("Batch", covariant=True)
 _MOST_BAD_STEPS = 20
 OUT_OF_TIME = "out of time"
 """How `Progress.done` begins where a run was ended by the clock."""
-
-
-class Plan(Protocol[Batch]):
-    """An epoch's batches, made one by one when asked for."""
-
-    @property
-    def num_events(self) -> int: ...
-    def __len__(self) -> int: ...
-    def batch(self, index: int) -> Batch: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +42,8 @@ class Epoch:
     """Of this epoch, training only."""
     validation: float | None = None
     """The validation metric, higher is better; None where it was not taken."""
+    waiting_share: float = 0.0
+    """Share of this epoch's training time in which the trainer waited for batches."""
 
 
 @dataclass(kw_only=True)
@@ -153,31 +148,15 @@ class Fit(Generic[Model, Batch]):
         on_step: Callable[[Progress, int], None] | None,
         max_seconds: float | None,
     ) -> None:
-        progress, started, seconds_before = (
-            self.progress,
-            time.perf_counter(),
-            self.progress.seconds,
-        )
-        plan, last_checkpoint, first_batch = self.plan(progress.epoch), started, progress.batch
+        progress, started = self.progress, time.perf_counter()
+        plan, first_batch = self.plan(progress.epoch), progress.batch
+        seconds_before = progress.seconds
         self.model.train()
-        while progress.batch < len(plan) and not progress.done:
-            seed_step(self.seed, progress.epoch, progress.batch)
-            loss = self._step(plan.batch(progress.batch), len(plan))
-            log.write(progress.step, progress.epoch, loss)
-            if math.isfinite(loss):
-                progress.loss_sum += loss
-            progress.batch += 1
-            progress.step += 1
-            now = time.perf_counter()
-            progress.seconds = seconds_before + now - started
-            if on_step:
-                on_step(progress, len(plan))
-            if now - last_checkpoint >= self.config.checkpoint_seconds:
-                self._checkpoint()
-                last_checkpoint = now
-            progress.done = self._out_of_time(max_seconds)
+        with Prefetch(plan, producers=self.config.producers, first=first_batch) as batches:
+            self._steps(batches, len(plan), log, on_step, max_seconds)
+        trained_s = time.perf_counter() - started
         trained_share = (progress.batch - first_batch) / len(plan)
-        rate = plan.num_events * trained_share / (time.perf_counter() - started)
+        rate = plan.num_events * trained_share / trained_s
         validation = self._validate()
         progress.seconds = seconds_before + time.perf_counter() - started
         epoch = Epoch(
@@ -186,6 +165,7 @@ class Fit(Generic[Model, Batch]):
             seconds=progress.seconds,
             events_per_second=rate,
             validation=validation,
+            waiting_share=batches.waited_s / trained_s,
         )
         progress.epochs.append(asdict(epoch))
         progress.epoch, progress.batch, progress.loss_sum = progress.epoch + 1, 0, 0.0
@@ -194,6 +174,35 @@ class Fit(Generic[Model, Batch]):
         self._checkpoint()
         if on_epoch:
             on_epoch(epoch)
+
+    def _steps(
+        self,
+        batches: Prefetch[Batch],
+        steps_per_epoch: int,
+        log: "_StepLog",
+        on_step: Callable[[Progress, int], None] | None,
+        max_seconds: float | None,
+    ) -> None:
+        """Take the rest of an epoch's steps."""
+        progress, seconds_before = self.progress, self.progress.seconds
+        started = last_checkpoint = time.perf_counter()
+        while progress.batch < steps_per_epoch and not progress.done:
+            batch = batches.next()
+            seed_step(self.seed, progress.epoch, progress.batch)
+            loss = self._step(batch, steps_per_epoch)
+            log.write(progress.step, progress.epoch, loss)
+            if math.isfinite(loss):
+                progress.loss_sum += loss
+            progress.batch += 1
+            progress.step += 1
+            now = time.perf_counter()
+            progress.seconds = seconds_before + now - started
+            if on_step:
+                on_step(progress, steps_per_epoch)
+            if now - last_checkpoint >= self.config.checkpoint_seconds:
+                self._checkpoint()
+                last_checkpoint = now
+            progress.done = self._out_of_time(max_seconds)
 
     def _out_of_time(self, max_seconds: float | None) -> str:
         if max_seconds is None or self.progress.seconds < max_seconds:

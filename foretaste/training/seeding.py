@@ -12,7 +12,12 @@ def epoch_generator(seed: int, epoch: int) -> np.random.Generator:
     return np.random.default_rng([seed, epoch])
 
 
+def step_seed(seed: int, epoch: int, batch: int) -> int:
+    """Return the seed of one step."""
+    state = np.random.SeedSequence([seed, epoch, batch + 1]).generate_state(1, np.uint64)
+    return int(state[0])
+
+
 def seed_step(seed: int, epoch: int, batch: int) -> None:
     """Set torch's generators (dropout, negatives) for one step."""
-    state = np.random.SeedSequence([seed, epoch, batch + 1]).generate_state(1, np.uint64)
-    torch.manual_seed(int(state[0]))
+    torch.manual_seed(step_seed(seed, epoch, batch))

@@ -38,3 +38,6 @@ class TrainingConfig(Config):
     """Stop after so many validations without a better one; none never stops early."""
     checkpoint_seconds: float = Field(default=60.0, ge=0)
     """Seconds between two checkpoints, where a folder for them is given; 0 writes one a step."""
+    producers: NonNegativeInt = 0
+    """Threads that make batches ahead of the trainer: gathering, negatives, and what else a step
+    needs that takes no weights. The result is the same."""

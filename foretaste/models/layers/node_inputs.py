@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from foretaste.data.batch import Queries
-from foretaste.data.features import Features
+from foretaste.data.features import Features, FieldTable
 from foretaste.errors import ConfigError
 from foretaste.models.layers.embedding import Fusion
 from foretaste.models.layers.known_fields import KnownFields
@@ -106,6 +106,17 @@ class NodeInputs(nn.Module):
             return input_BD
         told_BD: Tensor = self.user_fields(user_B, queries.profile)
         return input_BD + told_BD
+
+    def items_from_features(self, table: FieldTable) -> Float[Tensor, "R D"]:
+        """Return what items start from that are in no table.
+
+        Raises:
+            ConfigError: There are no features of items.
+        """
+        if self.item_fields is None:
+            raise ConfigError("the model was made without features of items: it can place none")
+        told_RD: Tensor = self.item_fields.encoder(table)
+        return self.newcomer_D + told_RD
 
     @property
     def told_I(self) -> Bool[Tensor, " I"]:

@@ -88,6 +88,10 @@ class Candidates:
     """Log of the expected number of times that each shared candidate is among a row's."""
     log_count_NH: Float[Tensor, "N H"]
 
+    def to(self, device: torch.device) -> "Candidates":
+        """Return them on a device."""
+        return Candidates(**{name: tensor.to(device) for name, tensor in vars(self).items()})
+
 
 @final
 class CandidateLoss(nn.Module):
@@ -115,25 +119,33 @@ class CandidateLoss(nn.Module):
         self.seen = Seen.of(events) if config.exclude_known else None
         self.num_known = len(self.shared.known)
 
+    @property
+    def draws_ahead(self) -> bool:
+        """Whether batches may be drawn before their turn: not where a stream is watched."""
+        return not isinstance(self.in_batch, StreamedFrequency)
+
     def draw(
         self,
         user_N: Int64[Tensor, " N"],
         target_N: Int64[Tensor, " N"],
         hard_NH: Int64[Tensor, "N H"] | None = None,
+        *,
+        generator: torch.Generator | None = None,
     ) -> Candidates:
-        """Draw what rows are compared with, by torch's global generator.
+        """Draw what rows are compared with.
 
         Args:
             user_N: user_idx of each row.
             target_N: Its observed item_idx.
             hard_NH: Further negatives of each row, found beforehand; they count in full.
+            generator: Source of all randomness; None: torch's own.
 
         Raises:
             DataError: Known items are excluded, and a user has done every item.
         """
         config, device = self.config, target_N.device
         num = self.num_known if config.loss == "softmax" else config.negatives
-        drawn = self.shared.draw(num, device=device)
+        drawn = self.shared.draw(num, device=device, generator=generator)
         item_M, count_I = drawn.item_M, drawn.chance_I
         own_NH = target_N.new_empty(len(target_N), 0)
         if config.loss != "softmax":
@@ -142,7 +154,7 @@ class CandidateLoss(nn.Module):
                 item_M = torch.cat([item_M, others.item_M]).unique()
                 count_I = 1 - (1 - count_I) * (1 - others.chance_I)
             if self.own is not None:
-                own_NH = self._draw_own(user_N, target_N)
+                own_NH = self._draw_own(user_N, target_N, generator or torch.default_generator)
                 count_I = count_I + own_NH.shape[1] * self.own.probability_I.to(count_I)
         num_drawn = own_NH.shape[1]
         if hard_NH is not None and config.loss != "softmax":
@@ -185,8 +197,8 @@ class CandidateLoss(nn.Module):
         )
         return loss / len(query_ND)
 
-    def _draw_own(self, user_N: Tensor, target_N: Tensor) -> Tensor:
-        generator, num = torch.default_generator, self.config.row_negatives
+    def _draw_own(self, user_N: Tensor, target_N: Tensor, generator: torch.Generator) -> Tensor:
+        num = self.config.row_negatives
         if self.own is None or self.seen is None:
             drawn = self.own.draw((len(user_N), num), generator=generator) if self.own else None
             return target_N.new_empty(len(user_N), 0) if drawn is None else drawn.to(target_N)

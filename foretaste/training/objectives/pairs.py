@@ -3,18 +3,24 @@
 Shape legend: B pairs, V distinct items, D width, R rows.
 """
 
+from dataclasses import dataclass
 from typing import Literal, final
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from pydantic import Field
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from foretaste.data.batch import PairBatch
 from foretaste.data.interactions import Interactions
-from foretaste.models.interface import PairModel
-from foretaste.training.objectives.candidates import CandidateConfig, CandidateLoss, Loss
+from foretaste.models.interface import PairModel, Prepared, PreparesPairs
+from foretaste.training.objectives.candidates import (
+    CandidateConfig,
+    CandidateLoss,
+    Candidates,
+    Loss,
+)
 
 
 class PairsConfig(CandidateConfig):
@@ -28,6 +34,74 @@ class PairsConfig(CandidateConfig):
     contrast: float = Field(default=0.0, ge=0)
     """Weight of the agreement of a model's two views of the same users and items, if it has any."""
     contrast_temperature: float = Field(default=0.2, gt=0)
+    hard_negatives: NonNegativeInt = 0
+    """At most so many hard negatives of each pair: items that random walks from the pair's item
+    visit much, and that its user has not done."""
+    hard_from_epoch: PositiveInt = 2
+    """The first epoch with hard negatives, counted from 1: one a pair; each epoch after it has one
+    more."""
+    hard_ranks: tuple[NonNegativeInt, PositiveInt] = (10, 100)
+    """The nearest and the farthest rank of them, by visits. A window of half of the range moves
+    from the farthest ranks to the nearest."""
+    hard_epochs: PositiveInt = 10
+    """Epochs that the window takes."""
+
+    @model_validator(mode="after")
+    def _ranks_rise(self) -> "PairsConfig":
+        if self.hard_ranks[0] >= self.hard_ranks[1]:
+            raise ValueError(
+                f"hard_ranks {self.hard_ranks}: the farthest rank must be above the nearest"
+            )
+        if self.hard_negatives and self.loss == "softmax":
+            raise ValueError(
+                "the loss softmax has all items as negatives: leave out hard_negatives"
+            )
+        return self
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hardness:
+    """How hard the hard negatives of an epoch are."""
+
+    num: int
+    """Of each pair; 0: none yet."""
+    ranks: tuple[int, int]
+    """First and last-plus-one."""
+
+
+def hardness(config: PairsConfig, epoch: int) -> Hardness:
+    """Return the curriculum's state in an epoch, counted from 0."""
+    since = epoch + 1 - config.hard_from_epoch
+    nearest, farthest = config.hard_ranks
+    width = max(1, (farthest - nearest) // 2)
+    way = min(1.0, max(0, since) / max(1, config.hard_epochs - 1))
+    low = round(farthest - width + way * (nearest - (farthest - width)))
+    num = min(config.hard_negatives, since + 1) if since >= 0 else 0
+    return Hardness(num=num, ranks=(low, low + width))
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class DrawnPairs:
+    """A batch with all that its step needs and takes no weights, made ahead by a producer."""
+
+    batch: PairBatch
+    candidates: Candidates
+    prepared: Prepared | None
+    """What a model that `PreparesPairs` made of it."""
+    generator_state: Tensor
+    """Where the step's generator stands after the draw."""
+
+    def __len__(self) -> int:
+        return len(self.batch)
+
+    def to(self, device: torch.device) -> "DrawnPairs":
+        """Return the batch on a device."""
+        return DrawnPairs(
+            batch=self.batch.to(device),
+            candidates=self.candidates.to(device),
+            prepared=None if self.prepared is None else self.prepared.to(device),
+            generator_state=self.generator_state,
+        )
 
 
 @final
@@ -43,9 +117,36 @@ class Pairs(nn.Module):
         super().__init__()
         self.config, self.loss = config, CandidateLoss(config, events)
 
-    def forward(self, model: PairModel, batch: PairBatch) -> Float[Tensor, ""]:
-        candidates = self.loss.draw(batch.queries.user_B, batch.item_B, batch.hard_BH)
-        vectors = model(batch.queries, candidates.item_V)
+    def draw(self, model: PairModel, batch: PairBatch, *, seed: int) -> DrawnPairs:
+        """Draw what a batch is compared with before its step, which has this seed.
+
+        On a CPU the step then gives the same result as if it had drawn itself.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        candidates = self.loss.draw(
+            batch.queries.user_B, batch.item_B, batch.hard_BH, generator=generator
+        )
+        prepared = None
+        if isinstance(model, PreparesPairs):
+            prepared = model.prepare(batch.queries, candidates.item_V)
+        return DrawnPairs(
+            batch=batch,
+            candidates=candidates,
+            prepared=prepared,
+            generator_state=generator.get_state(),
+        )
+
+    def forward(self, model: PairModel, batch: PairBatch | DrawnPairs) -> Float[Tensor, ""]:
+        if isinstance(batch, PairBatch):
+            candidates = self.loss.draw(batch.queries.user_B, batch.item_B, batch.hard_BH)
+            queries, prepared = batch.queries, None
+        else:
+            candidates, queries, prepared = batch.candidates, batch.batch.queries, batch.prepared
+            torch.default_generator.set_state(batch.generator_state)
+        if isinstance(model, PreparesPairs):
+            vectors = model(queries, candidates.item_V, prepared)
+        else:
+            vectors = model(queries, candidates.item_V)
         loss: Tensor = self.loss(candidates, vectors.query_BD, vectors.item_VD)
         if self.config.l2:
             squares = [_half_square(base_RD) for base_RD in vectors.base]
