@@ -1,0 +1,251 @@
+"""Batches made ahead: the same run to the bit, in order, bounded, and errors where they belong."""
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+from test_contract import events_of
+from torch import Tensor
+
+from foretaste.data.graph import graph_of
+from foretaste.data.interactions import Interactions
+from foretaste.data.splits import Split
+from foretaste.data.splitting import random_split
+from foretaste.errors import ConfigError, DataError
+from foretaste.experiment.fit import fit
+from foretaste.experiment.learning import make_learning
+from foretaste.models.catalogue import ModelConfig
+from foretaste.models.lightgcn import LightGCNConfig
+from foretaste.models.mf import MF, MFConfig
+from foretaste.models.pinsage import PinSageConfig
+from foretaste.models.sasrec import SASRecConfig
+from foretaste.sampling.nearby import NearbyNegatives
+from foretaste.sampling.unseen import Seen
+from foretaste.training.objectives.catalogue import ObjectiveConfig
+from foretaste.training.objectives.next_item import NextItemConfig
+from foretaste.training.objectives.pairs import PairsConfig, hardness
+from foretaste.training.prefetch import Prefetch
+from foretaste.training.settings import TrainingConfig
+
+
+@dataclass
+class Squares:
+    """A plan whose batch i is i squared, and which notes what it was asked for."""
+
+    size: int
+    work: Callable[[int], None] = lambda index: None
+
+    @property
+    def num_events(self) -> int:
+        return self.size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def batch(self, index: int) -> int:
+        self.work(index)
+        return index * index
+
+
+@pytest.mark.parametrize("producers", [0, 1, 3])
+@pytest.mark.parametrize("first", [0, 4])
+def test_batches_come_in_order(producers: int, first: int) -> None:
+    def slow_at_first(index: int) -> None:
+        time.sleep(0.02 if index % 3 == 0 else 0)
+
+    with Prefetch(Squares(10, slow_at_first), producers=producers, first=first) as batches:
+        assert [batches.next() for _ in range(first, 10)] == [i * i for i in range(first, 10)]
+        assert batches.waited_s > 0
+
+
+def test_no_more_is_made_ahead_than_fits_the_queue() -> None:
+    made: list[int] = []
+    with Prefetch(Squares(100, made.append), producers=2) as batches:
+        batches.next()
+        time.sleep(0.1)
+        assert len(made) <= 1 + 2 * 2
+
+
+@pytest.mark.parametrize("producers", [0, 2])
+def test_an_error_in_a_producer_is_the_trainer_s_at_its_turn(producers: int) -> None:
+    def fail(index: int) -> None:
+        if index == 2:
+            raise DataError("batch 2 is broken")
+
+    with Prefetch(Squares(9, fail), producers=producers) as batches:
+        assert [batches.next(), batches.next()] == [0, 1]
+        with pytest.raises(DataError, match="batch 2 is broken"):
+            batches.next()
+
+
+def test_producers_end_with_the_run_even_if_it_is_broken_off() -> None:
+    before = threading.active_count()
+
+    def broken_off() -> None:
+        with Prefetch(Squares(9, lambda index: time.sleep(0.01)), producers=3) as batches:
+            batches.next()
+            assert threading.active_count() > before
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        broken_off()
+    assert threading.active_count() == before
+
+
+def test_waiting_is_measured() -> None:
+    # a batch takes 20 ms, a step 40: with a producer the trainer waits for the first batch only
+    waited = {}
+    for producers in (0, 1):
+        plan = Squares(6, lambda index: time.sleep(0.02))
+        with Prefetch(plan, producers=producers) as batches:
+            for _ in range(6):
+                batches.next()
+                time.sleep(0.04)
+        waited[producers] = batches.waited_s
+    assert waited[0] > 0.12 > 0.06 > waited[1]
+
+
+def split_of_two_kinds() -> Split:
+    rng = np.random.default_rng(0)
+    histories = [(user % 2 * 12 + rng.permutation(12)[:7]).tolist() for user in range(80)]
+    return random_split(events_of(histories, num_items=24), validation=0.1, test=0.1)
+
+
+MODELS: dict[str, tuple[ModelConfig, ObjectiveConfig]] = {
+    "mf, dropout": (MFConfig(embedding_dim=8, dropout=0.3), PairsConfig(negatives=6)),
+    "mf, all kinds of negatives": (
+        MFConfig(embedding_dim=8),
+        PairsConfig(
+            negatives=6, in_batch=True, row_negatives=2, exclude_known=True, popularity_power=0.5
+        ),
+    ),
+    "mf, a stream": (
+        MFConfig(embedding_dim=8),
+        PairsConfig(negatives=0, in_batch=True, frequency="streamed"),
+    ),
+    "lightgcn": (LightGCNConfig(embedding_dim=8, noise=0.1), PairsConfig(negatives=6)),
+    "pinsage": (
+        PinSageConfig(embedding_dim=8, num_neighbours=4, cold_share=0.1),
+        PairsConfig(negatives=6, hard_negatives=2, hard_ranks=(0, 6)),
+    ),
+    "sasrec": (
+        SASRecConfig(embedding_dim=8, max_len=10),
+        NextItemConfig(loss="sampled_softmax", negatives=6),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_with_producers_or_without_a_run_is_the_same(name: str) -> None:
+    config, objective = MODELS[name]
+    states, shares = [], []
+    for producers in (0, 2):
+        trained = fit(
+            config,
+            split_of_two_kinds(),
+            objective=objective,
+            training=TrainingConfig(
+                epochs=3, batch_events=64, warmup_steps=0, producers=producers, device="cpu"
+            ),
+            show=False,
+        )
+        states.append(trained.model.state_dict())
+        epochs = trained.log["epochs"]
+        assert isinstance(epochs, list)
+        shares += [epoch["waiting_share"] for epoch in epochs]
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+    assert all(0 < share < 1 for share in shares)
+
+
+def learning_batches(producers: int, epoch: int) -> list[Tensor]:
+    """The hard negatives of an epoch's batches."""
+    events = split_of_two_kinds().train
+    torch.manual_seed(0)
+    model = MF(MFConfig(embedding_dim=4), num_users=events.num_users, num_items=events.num_items)
+    config = PairsConfig(negatives=4, hard_negatives=3, hard_ranks=(0, 8), hard_epochs=4)
+    plan = make_learning(model, config, events, batch_events=50, seed=0, producers=producers).plan(
+        epoch
+    )
+    batches = [plan.batch(index) for index in reversed(range(len(plan)))]
+    return [getattr(batch, "batch", batch).hard_BH for batch in batches]
+
+
+def test_hard_negatives_grow_over_the_epochs_and_resume_exactly() -> None:
+    widths = [learning_batches(0, epoch)[0].shape[1] for epoch in range(6)]
+    assert widths == [0, 1, 2, 3, 3, 3]
+    for one, other in zip(learning_batches(0, 3), learning_batches(2, 3), strict=True):
+        assert torch.equal(one, other)
+    assert not torch.equal(learning_batches(0, 3)[0], learning_batches(0, 4)[0])
+
+
+def test_the_window_of_ranks_moves_nearer() -> None:
+    # ranks 10 to 50, so a window of 20: from 30 ... 49 in the first epoch of hard negatives to
+    # 10 ... 29 in the fourth and after
+    config = PairsConfig(hard_negatives=2, hard_from_epoch=3, hard_ranks=(10, 50), hard_epochs=4)
+    assert [hardness(config, epoch).num for epoch in range(6)] == [0, 0, 1, 2, 2, 2]
+    windows = [hardness(config, epoch).ranks for epoch in range(2, 8)]
+    assert windows == [(30, 50), (23, 43), (17, 37), (10, 30), (10, 30), (10, 30)]
+    assert hardness(PairsConfig(), 7).num == 0
+
+
+def nearby(events: Interactions, ranks: int = 8) -> NearbyNegatives:
+    return NearbyNegatives(graph_of(events), Seen.of(events), ranks=ranks, seed=0)
+
+
+def test_hard_negatives_are_near_and_never_what_the_user_has() -> None:
+    # by chance half of them would be of the other kind, and 7 / 12 of the own kind are the user's
+    events = split_of_two_kinds().train
+    user_E = torch.from_numpy(events.user_idx).long()
+    item_E = torch.from_numpy(events.item_idx).long()
+    hard_EH = nearby(events).draw(user_E, item_E, 3, ranks=(0, 8), epoch=1)
+    none_EH = hard_EH == item_E.unsqueeze(1)
+    assert none_EH.float().mean() < 0.2
+    assert ((hard_EH < 12) == (item_E < 12).unsqueeze(1)).all()
+    seen = Seen.of(events).contains(user_E.unsqueeze(1).expand_as(hard_EH), hard_EH)
+    assert not (seen & ~none_EH).any()
+
+
+def test_near_ranks_are_visited_together_more_than_far_ones() -> None:
+    # item 0 is done beside item 1 by ten users, beside item 2 by one: rank 0 is item 1
+    events = events_of([[0, 1]] * 10 + [[0, 2], [3]], num_items=4)
+    user, item = torch.tensor([11]), torch.tensor([0])
+    near, far = (nearby(events, 2).draw(user, item, 1, ranks=(r, r + 1), epoch=0) for r in (0, 1))
+    assert (near.item(), far.item()) == (1, 2)
+
+
+def test_who_has_everything_gets_no_hard_negative() -> None:
+    events = events_of([[0, 1, 2], [0, 1], [2]], num_items=4)
+    user, item = torch.tensor([0, 2]), torch.tensor([1, 3])
+    hard_BH = nearby(events, 3).draw(user, item, 2, ranks=(0, 3), epoch=0)
+    assert hard_BH.tolist() == [[1, 1], [3, 3]]  # the pair's own item: hidden from the loss
+
+
+def test_ranks_that_are_not_kept_are_named() -> None:
+    events = split_of_two_kinds().train
+    with pytest.raises(ConfigError, match="ranks 2 to 20"):
+        nearby(events).draw(torch.tensor([0]), torch.tensor([0]), 1, ranks=(2, 20), epoch=0)
+    with pytest.raises(ValidationError, match="farthest"):
+        PairsConfig(hard_ranks=(9, 9))
+    with pytest.raises(ValidationError, match="hard_negatives"):
+        PairsConfig(loss="softmax", hard_negatives=1)
+
+
+def test_hard_negatives_change_what_is_learned() -> None:
+    config, objective = MODELS["pinsage"]
+    assert isinstance(objective, PairsConfig)
+    training = TrainingConfig(epochs=3, batch_events=64, warmup_steps=0, device="cpu")
+    with_hard, without = (
+        fit(config, split_of_two_kinds(), objective=chosen, training=training, show=False)
+        for chosen in (objective, replace_hard(objective))
+    )
+    one, other = (t.model.state_dict()["inputs.ids.weight"] for t in (with_hard, without))
+    assert not torch.equal(one, other)
+
+
+def replace_hard(objective: PairsConfig) -> PairsConfig:
+    return objective.model_copy(update={"hard_negatives": 0})
