@@ -312,7 +312,7 @@ def test_a_resumed_run_is_the_same_run(tmp_path: Path) -> None:
         assert torch.equal(value, resumed_model.state_dict()[name]), name
 
 
-@pytest.mark.parametrize("loss", ["softmax", "sampled_softmax", "bce", "gbce", "bpr"])
+@pytest.mark.parametrize("loss", ["softmax", "sampled_softmax", "gbce", "bpr"])
 def test_any_loss_finds_the_group(loss: str) -> None:
     # Users go round the four items of one of five groups; by chance, the best item is of it with
     # probability 1 / 5.
@@ -323,7 +323,7 @@ def test_any_loss_finds_the_group(loss: str) -> None:
         ft.leave_last_split(replace(events, item_idx=item_idx), validation=False),
         objective=MaskedItemConfig(loss=loss, negatives=4, mask_ratio=0.3),
         training=TrainingConfig(
-            epochs=40, batch_events=200, learning_rate=0.01, warmup_steps=10, patience=None
+            epochs=60, batch_events=100, learning_rate=0.02, warmup_steps=10, patience=None
         ),
         show=False,
     )

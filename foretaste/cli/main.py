@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 import foretaste as ft
-from foretaste.cli import answers, data, fit, inspect, quickstart, serve, tune
+from foretaste.cli import answers, compare, data, fit, inspect, quickstart, serve, tune
 from foretaste.cli.show import fail
 
 app = typer.Typer(
@@ -28,6 +28,7 @@ app.add_typer(data.app, name="data")
 app.command()(fit.fit)
 app.command()(fit.evaluate)
 app.command()(tune.tune)
+app.command()(compare.compare)
 app.command()(answers.recommend)
 app.command()(answers.similar)
 app.command()(inspect.inspect)

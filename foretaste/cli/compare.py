@@ -1,0 +1,42 @@
+"""`foretaste compare`: several models on the same data, and which one to take."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import foretaste as ft
+from foretaste.cli.fit import DataDir, Overrides
+from foretaste.cli.show import JsonFlag, answer, log, table
+
+
+def compare(
+    recipes: Annotated[list[Path], typer.Argument(help="Recipes of the same data and split.")],
+    *,
+    families: Annotated[
+        str | None,
+        typer.Option(help="Instead of the one recipe's model, these kinds, between commas."),
+    ] = None,
+    budget_seconds: Annotated[
+        float | None, typer.Option(help="For all trainings together; without it, no end is set.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the table, the picture and the best bundle.")
+    ] = None,
+    overrides: Overrides = None,
+    data_dir: DataDir = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Train several models and the baselines, measure all alike, and say which one to take."""
+    if families is not None and len(recipes) > 1:
+        raise typer.BadParameter("--families takes its data and split from one recipe")
+    configs = ft.read_recipes(recipes, overrides=overrides or ())
+    first = next(iter(configs.values()))
+    if families is not None:
+        configs = ft.family_recipes(first, [name.strip() for name in families.split(",")])
+    split = ft.read_split(first, data_dir=data_dir)
+    found = ft.compare_models(configs, split, budget_seconds=budget_seconds, folder=out, say=log)
+    if out is not None:
+        log(f"wrote the table, the picture and the bundle of {found.pick} into {out}")
+    made = table(found.title(), found.columns, found.cells())
+    answer(found.to_json(), made, found.sentence, as_json=as_json)

@@ -1,0 +1,95 @@
+"""Families of models by name, each with its usual settings, and the baselines of every comparison.
+
+A family is a model's `kind`; a new model of the catalogue is a family at once.
+"""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import get_args
+
+from foretaste.errors import ConfigError
+from foretaste.experiment.recipe import ExperimentConfig, parse_settings
+from foretaste.models.als import ImplicitALSConfig
+from foretaste.models.catalogue import ModelConfig
+from foretaste.models.ease import EASEConfig
+from foretaste.models.item_knn import ItemKNNConfig
+from foretaste.models.popularity import PopularityConfig
+
+BASELINES = ("popularity", "item_knn", "ease", "als")
+"""What every comparison includes."""
+CLOSED_FORM = (PopularityConfig, ItemKNNConfig, EASEConfig, ImplicitALSConfig)
+"""They learn in one piece, which no budget can interrupt."""
+FAMILIES: tuple[str, ...] = tuple(
+    str(settings.model_fields["kind"].default) for settings in get_args(get_args(ModelConfig)[0])
+)
+
+_SEQUENCE: Mapping[str, Mapping[str, object]] = {
+    "model": {"max_len": 100, "block": "modern", "hidden_ratio": 1.0},
+    "training": {"batch_events": 2048, "learning_rate": 4e-3, "ema_decay": 0.999},
+}
+_USUAL: Mapping[str, Mapping[str, Mapping[str, object]]] = {
+    "sasrec": {
+        **_SEQUENCE,
+        "objective": {"kind": "next_item", "loss": "sampled_softmax", "negatives": 1024},
+    },
+    "bert4rec": {
+        **_SEQUENCE,
+        "objective": {
+            "kind": "masked_item",
+            "loss": "sampled_softmax",
+            "negatives": 1024,
+            "mask_ratio": 0.3,
+        },
+    },
+}
+"""By family: what differs from the defaults, section by section, because it learns faster so.
+
+The learning rate stays constant: a cosine would be laid over epochs that a budget cuts off.
+"""
+
+
+def family_recipes(
+    config: ExperimentConfig, families: Sequence[str]
+) -> dict[str, ExperimentConfig]:
+    """Return a recipe for each family, with its usual settings, on the data and split of one.
+
+    Args:
+        config: Gives data, split, features, seed, evaluation and the device to train on.
+        families: Kinds of models, such as "sasrec".
+
+    Raises:
+        ConfigError: There is no such family; the message names the nearest.
+    """
+    return {family: _recipe(config, family) for family in families}
+
+
+def with_baselines(recipes: Mapping[str, ExperimentConfig]) -> dict[str, ExperimentConfig]:
+    """Add the baselines that are not among the recipes, at their usual settings.
+
+    A name that a recipe of other settings has taken already is given with "(usual)".
+    """
+    first, added = next(iter(recipes.values())), dict(recipes)
+    for name, config in family_recipes(first, BASELINES).items():
+        if all(config.model != recipe.model for recipe in recipes.values()):
+            added[name if name not in added else f"{name} (usual)"] = config
+    return added
+
+
+def _recipe(config: ExperimentConfig, family: str) -> ExperimentConfig:
+    if family not in FAMILIES:
+        near = difflib.get_close_matches(family, FAMILIES, n=1)
+        raise ConfigError(
+            f"there is no family {family!r}"
+            + (f"; did you mean {near[0]}?" if near else "")
+            + f" They are {', '.join(FAMILIES)}"
+        )
+    usual = _USUAL.get(family, {})
+    kept = config.model_dump(
+        exclude={"model", "objective", "training", "refit", "tune", "published", "notes"}
+    )
+    settings = kept | {
+        "model": {"kind": family, **usual.get("model", {})},
+        "objective": usual.get("objective"),
+        "training": {"device": config.training.device, **usual.get("training", {})},
+    }
+    return parse_settings(ExperimentConfig, settings, source=f"the family {family}")

@@ -1,0 +1,271 @@
+"""Several models on one holdout within a time budget: which one to take, and why."""
+
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from foretaste.data.splits import Split
+from foretaste.errors import ConfigError, DataError, ForetasteError
+from foretaste.evaluation.compare import compare
+from foretaste.evaluation.report import Report
+from foretaste.experiment.compare_families import CLOSED_FORM, with_baselines
+from foretaste.experiment.compare_picture import comparison_svg
+from foretaste.experiment.compare_table import FailedModel, ModelComparison, ModelRow, choose
+from foretaste.experiment.recipe import ExperimentConfig, read_experiment
+from foretaste.experiment.run import run_experiment, to_recommender
+from foretaste.serving.recommender import Recommender, load
+from foretaste.training.fit import OUT_OF_TIME
+
+ASKED = 200
+"""How many single questions the time of an answer is the median of."""
+_WARM_UP = 10
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _Measured:
+    name: str
+    kind: str
+    train_seconds: float
+    ended: str
+    """Why the training loop ended; empty for a model in closed form."""
+    settings: Mapping[str, object]
+    report: Report
+    bundle: Path
+    bundle_bytes: int
+    answer_ms: float
+
+
+def read_recipes(
+    paths: Sequence[Path], *, overrides: Sequence[str] = ()
+) -> dict[str, ExperimentConfig]:
+    """Read several recipes, each under its file's name, or its path where two share a name.
+
+    Args:
+        paths: The recipes.
+        overrides: What replaces a setting of each of them; see `read_experiment`.
+
+    Raises:
+        ConfigError: A setting is missing, unknown or out of range; it says which.
+    """
+    stems = [path.stem for path in paths]
+    return {
+        path.stem if stems.count(path.stem) == 1 else str(path): read_experiment(
+            path, overrides=overrides
+        )
+        for path in paths
+    }
+
+
+def compare_models(
+    recipes: Mapping[str, ExperimentConfig],
+    split: Split,
+    *,
+    budget_seconds: float | None = None,
+    folder: Path | None = None,
+    say: Callable[[str], object] | None = None,
+) -> ModelComparison:
+    """Train several models and the baselines on one split, measure all on its test part, choose.
+
+    Those that learn in closed form go first. Each of the others may train for an even share of
+    what is left of the budget; what one leaves over falls to those after it. A model that fails
+    does not end the others. Every model learns from the training part alone: `refit` is ignored.
+
+    Args:
+        recipes: By name, on the same data and split; the first one says how all are evaluated.
+        split: Their data, from `read_split`.
+        budget_seconds: Of all trainings together, validations counted in; None sets no end.
+        folder: Where `comparison.md`, `.json` and `.svg` go, and the `bundle` of the one to take.
+        say: Told what is being done; with it, trainings show their progress.
+
+    Raises:
+        ConfigError: There is no recipe, they are not of one data set and split, or the budget is
+            not above 0; or none of the models could be measured.
+        BundleError: The folder holds something else under the name `bundle`.
+    """
+    _check(recipes, budget_seconds)
+    entries = with_baselines(recipes)
+    in_order = sorted(entries, key=lambda name: not _in_one_piece(entries[name]))
+    evaluation = next(iter(recipes.values())).evaluation
+    measured: list[_Measured] = []
+    failed: list[FailedModel] = []
+    spent = 0.0
+    with _workplace(folder) as place:
+        for number, name in enumerate(in_order):
+            config = entries[name].model_copy(update={"refit": False, "evaluation": evaluation})
+            share = None
+            if budget_seconds is not None and not _in_one_piece(config):
+                share = max(0.0, budget_seconds - spent) / (len(in_order) - number)
+            started = time.perf_counter()
+            found = _attempt(name, config, split, place / str(number), share, say)
+            if isinstance(found, FailedModel):
+                failed.append(found)
+                spent += time.perf_counter() - started
+            else:
+                measured.append(found)
+                spent += found.train_seconds
+        comparison = _compare(measured, failed, split, budget_seconds)
+        if folder is not None:
+            (pick,) = (found for found in measured if found.name == comparison.pick)
+            load(pick.bundle).save(folder / "bundle")
+            _write(comparison, folder)
+    return comparison
+
+
+def _check(recipes: Mapping[str, ExperimentConfig], budget_seconds: float | None) -> None:
+    if not recipes:
+        raise ConfigError("there is no recipe to compare: give one at least")
+    if budget_seconds is not None and not budget_seconds > 0:
+        raise ConfigError(f"budget_seconds is {budget_seconds}: give more than 0 s, or no budget")
+    (first, *others) = recipes
+    for name in others:
+        for part in ("data", "split"):
+            if getattr(recipes[name], part) != getattr(recipes[first], part):
+                raise ConfigError(
+                    f"{name} has another [{part}] than {first}: models are compared on the same "
+                    "data and split"
+                )
+
+
+def _in_one_piece(config: ExperimentConfig) -> bool:
+    return isinstance(config.model, CLOSED_FORM)
+
+
+@contextmanager
+def _workplace(folder: Path | None) -> Iterator[Path]:
+    """Give a folder for the bundles, which is deleted in the end."""
+    try:
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+        made = tempfile.TemporaryDirectory(prefix=".compare.", dir=folder)
+    except OSError as error:
+        raise DataError(f"{folder} cannot be written: {error.strerror or error}") from error
+    with made as place:
+        yield Path(place)
+
+
+def _attempt(
+    name: str,
+    config: ExperimentConfig,
+    split: Split,
+    bundle: Path,
+    share: float | None,
+    say: Callable[[str], object] | None,
+) -> _Measured | FailedModel:
+    if say is not None:
+        say(f"training {name}" + ("" if share is None else f" for at most {share:.0f} s"))
+    try:
+        if share == 0:
+            raise ConfigError("nothing was left of the budget: give more seconds")
+        run = run_experiment(config, split, show=say is not None, max_seconds=share)
+        recommender = to_recommender(run.trained, run.report)
+        recommender.save(bundle)
+        return _Measured(
+            name=name,
+            kind=config.model.kind,
+            train_seconds=run.trained.train_seconds,
+            ended=str(run.trained.log.get("stopped", "")),
+            settings=run.trained.settings,
+            report=run.report,
+            bundle=bundle,
+            bundle_bytes=sum(file.stat().st_size for file in bundle.rglob("*") if file.is_file()),
+            answer_ms=_answer_ms(recommender, k=max(config.evaluation.k)),
+        )
+    except (ForetasteError, MemoryError, RuntimeError) as error:  # torch's, where memory is short
+        reason = str(error) or type(error).__name__
+        if say is not None:
+            say(f"{name} failed: {reason}")
+        return FailedModel(name=name, kind=config.model.kind, error=reason)
+
+
+def _answer_ms(recommender: Recommender, *, k: int) -> float:
+    """Return the median time of a single question about a user of training."""
+    events, milliseconds = recommender.trained.events, []
+    known_U = np.flatnonzero(np.diff(events.offsets))
+    asked = np.random.default_rng(0).choice(known_U, size=_WARM_UP + ASKED)
+    for user_id in events.users.ids[asked.tolist()].to_list():
+        started = time.perf_counter()
+        recommender.recommend(user_id, k=k)
+        milliseconds.append((time.perf_counter() - started) * 1e3)
+    return statistics.median(milliseconds[_WARM_UP:])
+
+
+def _compare(
+    measured: list[_Measured],
+    failed: list[FailedModel],
+    split: Split,
+    budget_seconds: float | None,
+) -> ModelComparison:
+    if not measured:
+        raise ConfigError(f"none of {len(failed)} models could be measured: {failed[0].error}")
+    metric = _leading_metric(measured[0].report)
+    in_order = sorted(measured, key=lambda found: -found.report.metrics[metric])
+    best = in_order[0]
+    rows = [
+        ModelRow(
+            name=found.name,
+            kind=found.kind,
+            quality=found.report.metrics[metric],
+            interval=found.report.intervals[metric],
+            behind=None if found is best else compare(best.report, found.report, metric),
+            train_seconds=found.train_seconds,
+            bundle_bytes=found.bundle_bytes,
+            answer_ms=found.answer_ms,
+            stopped=found.ended.startswith(OUT_OF_TIME),
+            note=found.ended,
+            metrics=found.report.metrics,
+            settings=found.settings,
+        )
+        for found in in_order
+    ]
+    pick, sentence = choose(rows, metric)
+    return ModelComparison(
+        metric=metric,
+        rows=tuple(rows),
+        failed=tuple(failed),
+        split=split.kind,
+        users=len(best.report.user_idx),
+        budget_seconds=budget_seconds,
+        pick=pick,
+        sentence=sentence,
+        notes=_notes(best.report, budget_seconds),
+    )
+
+
+def _leading_metric(report: Report) -> str:
+    """Return NDCG at the first list length, under the name that the report gives it."""
+    name = f"ndcg_at_{report.k[0]}"
+    return next(m for m in report.per_user if m == name or m.startswith(f"{name}_"))
+
+
+def _notes(report: Report, budget_seconds: float | None) -> tuple[str, ...]:
+    budget = (
+        "no budget was set"
+        if budget_seconds is None
+        else f"the budget of {budget_seconds:g} s is of training alone, validations counted in; "
+        "models in closed form go first and cannot be cut short"
+    )
+    return (
+        report.notes[0],
+        "behind the best: the best less this one, paired by user, with its 95 % bootstrap "
+        "interval; p of the paired sign-flip test, not corrected for several models",
+        f"answer: median of {ASKED} single questions, put to the model as it is served; bundle: "
+        "all its files, the training events among them",
+        f"training: {budget}; refits are left out",
+    )
+
+
+def _write(comparison: ModelComparison, folder: Path) -> None:
+    files = {
+        "comparison.svg": comparison_svg(comparison),
+        "comparison.json": json.dumps(comparison.to_json(), indent=2) + "\n",
+        "comparison.md": comparison.to_markdown(picture="comparison.svg"),
+    }
+    for name, text in files.items():
+        (folder / name).write_text(text, encoding="utf-8")
