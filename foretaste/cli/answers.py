@@ -1,5 +1,6 @@
 """`foretaste recommend` and `foretaste similar`: answers at the prompt, or lists in a file."""
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +11,9 @@ import foretaste as ft
 from foretaste.cli.show import JsonFlag, answer, table
 
 Bundle = Annotated[Path, typer.Argument(help="Folder of a bundle.")]
+Features = Annotated[
+    str | None, typer.Option(help='What is known of it, as JSON: {"genres": ["Comedy"]}')
+]
 ListLength = Annotated[int, typer.Option("-k", "--k", min=1, help="Length of the list.")]
 
 
@@ -20,6 +24,7 @@ def recommend(
     history: Annotated[
         str | None, typer.Option(help="Item ids, oldest first, between commas.")
     ] = None,
+    features: Features = None,
     users: Annotated[
         Path | None, typer.Option(help="File of user ids: one a line, or the first column.")
     ] = None,
@@ -31,16 +36,17 @@ def recommend(
     """Recommend for a user, for a history, for nobody known, or for a file of users."""
     if (users is None) != (out is None):
         raise typer.BadParameter("--users and --out go together")
-    if users is not None and (user is not None or history is not None):
-        raise typer.BadParameter("--users goes without --user and --history")
+    if users is not None and any(told is not None for told in (user, history, features)):
+        raise typer.BadParameter("--users goes without --user, --history and --features")
     recommender = ft.load(bundle)
     if users is not None and out is not None:
         written = ft.write_lists(recommender, users, out, k=k, exclude_seen=not seen)
         answer(written, f"{written['users']:,} lists in {out}", as_json=as_json)
         return
     past = [] if history is None else [item.strip() for item in history.split(",")]
-    found = recommender.recommend(user, history=past, k=k, exclude_seen=not seen)
-    whom = user or ("this history" if past else "nobody known")
+    told = _told(features)
+    found = recommender.recommend(user, history=past, features=told, k=k, exclude_seen=not seen)
+    whom = user or ("this history" if past else "these features" if told else "nobody known")
     _answer(found, f"for {whom}", as_json=as_json)
 
 
@@ -48,11 +54,25 @@ def similar(
     bundle: Bundle,
     *,
     item: Annotated[str, typer.Option(help="An item id.")],
+    features: Features = None,
     k: ListLength = 10,
     as_json: JsonFlag = False,
 ) -> None:
-    """Show the items most like one."""
-    _answer(ft.load(bundle).similar(item, k), f"like {item}", as_json=as_json)
+    """Show the items most like one; a new item by its features."""
+    found = ft.load(bundle).similar(item, k, features=_told(features))
+    _answer(found, f"like {item}", as_json=as_json)
+
+
+def _told(features: str | None) -> dict[str, object] | None:
+    if features is None:
+        return None
+    try:
+        told = json.loads(features)
+    except json.JSONDecodeError as error:
+        raise typer.BadParameter(f"--features is no JSON: {error}") from error
+    if not isinstance(told, dict):
+        raise typer.BadParameter('--features is a JSON object, such as {"age": 30}')
+    return told
 
 
 def _answer(found: "ft.Answer", title: str, *, as_json: bool) -> None:

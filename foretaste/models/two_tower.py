@@ -183,6 +183,28 @@ class TwoTower(nn.Module):
             return torch.zeros(self.num_items, dtype=torch.bool)
         return self.item_fields.known_R
 
+    @property
+    def reads_profiles(self) -> bool:
+        """Whether users' features are read."""
+        return self.user_fields is not None
+
+    @property
+    def places_new_items(self) -> bool:
+        """Whether items' features are read."""
+        return self.item_fields is not None
+
+    def item_from_features(self, table: FieldTable) -> Float[Tensor, "R D"]:
+        """Return items' vectors from their features alone; an id never learned is 0.
+
+        Raises:
+            ConfigError: The model reads no features of items.
+        """
+        if self.item_fields is None:
+            raise ConfigError("this model reads no features of items: none can be placed by them")
+        told_RD = self.item_fields.encoder(table)
+        own = [] if self.items is None else [torch.zeros_like(told_RD)]
+        return self._item_tower([*own, told_RD])
+
     @torch.no_grad()
     def begin(self, events: Interactions) -> None:
         """Make the id vectors 0 that no event can teach."""

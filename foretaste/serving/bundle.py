@@ -5,6 +5,7 @@ weights.safetensors   the network
 popular.safetensors   what is offered to somebody of whom nothing is known
 events/               an event store: ids, training histories, user and item tables
 index/                the item index, of a model with vectors
+features/             what was fitted to users' and items' columns, of a model that reads them
 report.json           measured figures, where there are any
 """
 
@@ -25,6 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from foretaste.data.features import Features
 from foretaste.data.store import open_store, write_store
 from foretaste.errors import BundleError
 from foretaste.models.catalogue import ModelConfig, build_model
@@ -47,6 +49,7 @@ POPULAR_FILE = "popular.safetensors"
 REPORT_FILE = "report.json"
 EVENTS_FOLDER = "events"
 INDEX_FOLDER = "index"
+FEATURES_FOLDER = "features"
 LIBRARIES = ("torch", "numpy", "polars", "faiss-cpu", "safetensors")
 _MODEL_CONFIG: TypeAdapter[ModelConfig] = TypeAdapter(ModelConfig)
 
@@ -156,6 +159,9 @@ def _write_parts(bundle: Bundle, folder: Path) -> None:
     if bundle.index is not None:
         (folder / INDEX_FOLDER).mkdir()
         bundle.index.save(folder / INDEX_FOLDER)
+    if trained.features is not None:
+        (folder / FEATURES_FOLDER).mkdir()
+        trained.features.save(folder / FEATURES_FOLDER)
     if bundle.report is not None:
         text = json.dumps(plain(bundle.report), indent=2)
         (folder / REPORT_FILE).write_text(text + "\n", encoding="utf-8")
@@ -240,12 +246,17 @@ def _leftover(path: Path) -> str:
 def _read_parts(manifest: Manifest, path: Path) -> Bundle:
     events = open_store(path / EVENTS_FOLDER)
     config = _MODEL_CONFIG.validate_python(manifest.model)
-    model = build_model(config, num_users=events.num_users, num_items=events.num_items)
+    has_features = any(name.startswith(f"{FEATURES_FOLDER}/") for name in manifest.files)
+    features = Features.load(path / FEATURES_FOLDER) if has_features else None
+    model = build_model(
+        config, num_users=events.num_users, num_items=events.num_items, features=features
+    )
     model.load_state_dict(load_file(path / WEIGHTS_FILE), strict=True, assign=True)
     trained = Trained(
         config=config,
         model=model.eval().requires_grad_(requires_grad=False),
         events=events,
+        features=features,
         seed=manifest.seed,
         train_seconds=manifest.train_seconds,
         settings=manifest.settings,

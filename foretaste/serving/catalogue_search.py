@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from foretaste.data.batch import Queries
+from foretaste.errors import ConfigError
 from foretaste.models.interface import Retriever
 from foretaste.retrieval.choose import exact_of
 from foretaste.retrieval.exact import ExactIndex, padded, top_k
@@ -87,10 +88,25 @@ class CatalogueSearch:
             return self.best(query, k, exclude_BX=own_1X, allow_I=None)
         exact = exact_of(self._index)
         own = int(exact.positions(own_1X)[0, 0])
-        vector_D = exact.vectors_ND[own].float()
+        return self._nearest(exact, exact.vectors_ND[own].float(), own, k)
+
+    def near(self, vector_D: Float[Tensor, " D"], k: int) -> TopK:
+        """Return the items nearest by cosine to a vector that is no item's.
+
+        Raises:
+            ConfigError: The model has no item vectors.
+        """
+        if self._index is None:
+            raise ConfigError("this model has no item vectors: nothing is near to a new item")
+        return self._nearest(exact_of(self._index), vector_D.float(), None, k)
+
+    def _nearest(
+        self, exact: ExactIndex, vector_D: Float[Tensor, " D"], own: int | None, k: int
+    ) -> TopK:
         length_N = (self._norms(exact) * vector_D.norm()).clamp(min=1e-12)
         cosine_N = exact.vectors_ND.float() @ vector_D / length_N
-        cosine_N[own] = -torch.inf
+        if own is not None:
+            cosine_N[own] = -torch.inf
         best = _answer(*top_k(cosine_N.unsqueeze(0), k), k)
         item_BK = exact.item_N[best.item_BK.clamp(min=0)].where(best.item_BK >= 0, -1)
         return TopK(item_BK=item_BK, score_BK=best.score_BK)

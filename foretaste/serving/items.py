@@ -6,7 +6,7 @@ from typing import final
 
 import numpy as np
 import polars as pl
-from jaxtyping import Int64
+from jaxtyping import Bool, Int64
 
 from foretaste.data.interactions import Interactions
 from foretaste.errors import DataError
@@ -17,15 +17,16 @@ KEPT_AS_LISTS = 200_000
 
 @final
 class KnownItems:
-    """Items with a training event; an id without one is as unknown as one never heard of."""
+    """The catalogue that a model ranks; an id outside of it is as unknown as one never heard of."""
 
-    def __init__(self, events: Interactions) -> None:
-        self._events = events
+    def __init__(self, events: Interactions, known_I: Bool[np.ndarray, " I"]) -> None:
+        """Take ids and attributes from events, and which items are ranked."""
+        self._events, self._known_I = events, known_I
 
     @cached_property
     def num_known(self) -> int:
-        """How many items training saw."""
-        return int((self._events.item_count > 0).sum())
+        """How many items are ranked."""
+        return int(self._known_I.sum())
 
     def rows_of(
         self, name: str, item_ids: Sequence[object], unknown: dict[object, None]
@@ -42,13 +43,13 @@ class KnownItems:
         """
         if isinstance(item_ids, str | bytes):
             raise DataError(f"{name} is the text {item_ids!r}: give a list of item ids")
-        counts, find = self._events.item_count, self._events.items.find
+        known_I, find = self._known_I, self._events.items.find
         rows: list[int] = []
         for item_id in item_ids:
             if not isinstance(item_id, Hashable):
                 raise DataError(f"{name} holds {item_id!r}: an item id is a number or a text")
             row = find(item_id)
-            if row >= 0 and counts[row] > 0:
+            if row >= 0 and known_I[row]:
                 rows.append(row)
             else:
                 unknown[item_id] = None

@@ -44,6 +44,8 @@ class RecommendRequest(_Request):
     """A user; the events posted since training count."""
     history: tuple[Id, ...] = ()
     """Items, oldest first; for a user, what came after all that the server knows."""
+    features: dict[str, JsonValue] | None = Field(default=None, max_length=100)
+    """What is known of a user whom training never saw: column of the user table to value."""
     k: int = Field(default=10, ge=1)
     """Length of the list."""
     exclude_seen: bool = True

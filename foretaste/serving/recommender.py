@@ -4,6 +4,7 @@ Shape legend: B users, I items, K list length, C items left out, T explained ite
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import final
 
@@ -25,6 +26,7 @@ from foretaste.serving.catalogue_search import CatalogueSearch
 from foretaste.serving.histories import blocks, one_query, training_histories, without_each
 from foretaste.serving.items import KnownItems
 from foretaste.serving.lists import lists_table
+from foretaste.serving.profiles import Profiles
 from foretaste.training.trained import Trained
 
 MAX_K = 1_000_000
@@ -40,7 +42,8 @@ class Recommender:
     def __init__(self, bundle: Bundle) -> None:
         """Take what a bundle holds; `build_recommender` and `load` make one."""
         self.bundle = bundle
-        self._items = KnownItems(bundle.trained.events)
+        self._items = KnownItems(bundle.trained.events, bundle.trained.known_I.numpy())
+        self._profiles = Profiles(bundle.trained)
         self._search = CatalogueSearch(
             bundle.trained, index=bundle.index, popular_I=bundle.popular_I
         )
@@ -66,6 +69,7 @@ class Recommender:
         user_id: object = None,
         *,
         history: Sequence[object] | None = None,
+        features: Mapping[str, object] | None = None,
         k: int = 10,
         exclude_seen: bool = True,
         allow: Sequence[object] | None = None,
@@ -75,11 +79,14 @@ class Recommender:
         """Return the k best items for one user, known or not.
 
         A user's history is what training saw of them and after it `history`. With a history the
-        model answers; without one, the most popular items do.
+        model answers; without one, it answers by `features` if it reads any, and else the most
+        popular items do.
 
         Args:
             user_id: An id, known or unknown; None for nobody in particular.
             history: Further item ids, oldest first, such as live events.
+            features: What is known of a user whom training never saw: column of the user table to
+                value.
             k: In [1, 10^6]; the catalogue may hold fewer, and then all of it is the answer.
             exclude_seen: Leave out what stands in the history.
             allow: Only these item ids may be answered; None allows all.
@@ -87,8 +94,8 @@ class Recommender:
             since: Unix seconds: training events of the user before it are forgotten.
 
         Raises:
-            DataError: k is out of range, a list of ids is a single text, or `since` is asked of
-                events without times.
+            DataError: k is out of range, a list of ids is a single text, a feature is unknown or
+                of another kind, or `since` is asked of events without times.
         """
         _check_k(k)
         unknown: dict[object, None] = {}
@@ -100,12 +107,16 @@ class Recommender:
         if exclude_seen:
             banned = np.concatenate([banned, history_idx])
         allow_I = None if allow is None else self._mask(allow, unknown)
+        profile = self._profiles.of_user(features)
         source: Source = "model" if len(past) else "fold-in" if len(extra) else "popular"
+        if source == "popular" and profile is not None:
+            source = "features"
         wanted = min(k, self._items.num_known)
         if source == "popular":
             best = self._search.most_popular(wanted, exclude=banned, allow_I=allow_I)
         else:
             queries = one_query(user_idx if len(past) else -1, history_idx)
+            queries = replace(queries, profile=profile)
             exclude_1X = torch.from_numpy(banned).unsqueeze(0)
             best = self._search.best(queries, wanted, exclude_BX=exclude_1X, allow_I=allow_I)
         user_known = user_idx >= 0 and self._num_past(user_idx) > 0
@@ -116,7 +127,10 @@ class Recommender:
             source=source,
             unknown_items=tuple(unknown),
             user_known=user_known,
-            notes=_notes(who, source, len(rows), k, unknown),
+            notes=(
+                *_notes(who, source, len(rows), k, unknown),
+                *self._profiles.notes("users", features, used=profile is not None),
+            ),
         )
 
     @torch.inference_mode()
@@ -154,23 +168,34 @@ class Recommender:
         return lists_table(events, user_ids, is_model_B, TopK(item_BK=item_BK, score_BK=score_BK))
 
     @torch.inference_mode()
-    def similar(self, item_id: object, k: int = 10) -> Answer:
+    def similar(
+        self, item_id: object, k: int = 10, *, features: Mapping[str, object] | None = None
+    ) -> Answer:
         """Return the k items most like one.
 
         By the cosine of their vectors; for a model without vectors, what it offers to somebody
-        who did this item alone. An item that training never saw is reported as unknown, and the
-        most popular items are the answer.
+        who did this item alone. An item that training never saw is placed by its `features` if
+        the model reads any; else it is reported as unknown, and the most popular items are the
+        answer.
+
+        Args:
+            item_id: An id, known or unknown.
+            k: In [1, 10^6].
+            features: What is known of a new item: column of the item table to value.
 
         Raises:
-            DataError: k is out of range.
+            DataError: k is out of range, or a feature is unknown or of another kind.
         """
         _check_k(k)
         unknown: dict[object, None] = {}
         own = self._items.rows_of("item_id", [item_id], unknown)
         wanted = min(k, self._items.num_known)
-        source: Source = "model" if len(own) else "popular"
+        vector_D = None if len(own) else self._profiles.item_vector(features)
+        source: Source = "model" if len(own) else "popular" if vector_D is None else "features"
         if len(own):
             best = self._search.similar(int(own[0]), wanted)
+        elif vector_D is not None:
+            best = self._search.near(vector_D, wanted)
         else:
             best = self._search.most_popular(wanted, exclude=_NONE, allow_I=None)
         rows = self._rows(best, source)
@@ -178,7 +203,10 @@ class Recommender:
             rows=rows,
             source=source,
             unknown_items=tuple(unknown),
-            notes=_notes("", source, len(rows), k, unknown),
+            notes=(
+                *_notes("", source, len(rows), k, unknown),
+                *self._profiles.notes("items", features, used=source == "features"),
+            ),
         )
 
     def explain(

@@ -72,6 +72,7 @@ class Service:
         answer = loaded.recommender.recommend(
             user_id,
             history=history or None,
+            features=asked.features,
             k=asked.k,
             exclude_seen=asked.exclude_seen,
             allow=None if asked.allow is None else list(asked.allow),

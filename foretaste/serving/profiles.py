@@ -1,0 +1,70 @@
+"""What a caller tells of a user or an item that training never saw, as the model reads it."""
+
+import difflib
+from collections.abc import Mapping
+from typing import final
+
+import polars as pl
+from jaxtyping import Float
+from torch import Tensor
+
+from foretaste.data.features import FieldSide, FieldTable
+from foretaste.errors import DataError
+from foretaste.models.interface import PlacesNewItems, ReadsProfiles
+from foretaste.training.trained import Trained
+
+
+@final
+class Profiles:
+    """Encodes features by what training fitted: the same code, so the same bytes."""
+
+    def __init__(self, trained: Trained) -> None:
+        self._model, self._features = trained.model, trained.features
+
+    def of_user(self, told: Mapping[str, object] | None) -> FieldTable | None:
+        """Return a user's features as one row; None if the model reads none or none says anything.
+
+        Raises:
+            DataError: A feature is unknown, or its value of another kind.
+        """
+        model, features = self._model, self._features
+        if not told or features is None or features.user is None:
+            return None
+        if not (isinstance(model, ReadsProfiles) and model.reads_profiles):
+            return None
+        return _row(features.user, told, "user")
+
+    def item_vector(self, told: Mapping[str, object] | None) -> Float[Tensor, " D"] | None:
+        """Return a new item's vector; None if the model cannot place it, or nothing is told.
+
+        Raises:
+            DataError: A feature is unknown, or its value of another kind.
+        """
+        model, features = self._model, self._features
+        if not told or features is None or features.item is None:
+            return None
+        if not (isinstance(model, PlacesNewItems) and model.places_new_items):
+            return None
+        row = _row(features.item, told, "item")
+        return None if row is None else model.item_from_features(row)[0]
+
+    def notes(
+        self, whose: str, told: Mapping[str, object] | None, *, used: bool
+    ) -> tuple[str, ...]:
+        """Say if features were told in vain."""
+        if not told or used:
+            return ()
+        return (f"the features told had no influence: this model reads none of {whose} here",)
+
+
+def _row(side: FieldSide, told: Mapping[str, object], role: str) -> FieldTable | None:
+    for name in told:
+        if name not in side.names:
+            near = difflib.get_close_matches(name, side.names, n=1)
+            advice = f"; did you mean {near[0]!r}?" if near else ""
+            raise DataError(
+                f"{name!r} is no feature of {role}s; the model reads {', '.join(side.names)}"
+                f"{advice}"
+            )
+    row = side.encode(pl.DataFrame({name: [value] for name, value in told.items()}))
+    return row if bool(row.present_RF.any()) else None

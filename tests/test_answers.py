@@ -1,0 +1,171 @@
+"""One answer for everybody: every retrieval model, whoever asks, and no model raises."""
+
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+
+import foretaste as ft
+from foretaste.data.fields import FeatureSchema, MultiField, NumericField
+from foretaste.models.bert4rec import BERT4RecConfig
+from foretaste.models.catalogue import ModelConfig
+from foretaste.models.lightgcn import LightGCNConfig
+from foretaste.models.mf import MFConfig
+from foretaste.models.pinsage import PinSageConfig
+from foretaste.models.sasrec import SASRecConfig
+from foretaste.models.two_tower import TwoTowerConfig
+from foretaste.training.settings import TrainingConfig
+
+SCHEMA = FeatureSchema(
+    user={"age": NumericField()}, item={"genres": MultiField(), "length": NumericField()}
+)
+READS = {"two_tower", "two_tower with history", "pinsage"}
+MODELS: dict[str, ModelConfig] = {
+    "mf": MFConfig(embedding_dim=16),
+    "two_tower": TwoTowerConfig(embedding_dim=16),
+    "two_tower with history": TwoTowerConfig(embedding_dim=16, history="mean"),
+    "sasrec": SASRecConfig(embedding_dim=16, num_blocks=1, max_len=10),
+    "bert4rec": BERT4RecConfig(embedding_dim=16, num_blocks=1, max_len=10),
+    "lightgcn": LightGCNConfig(embedding_dim=16),
+    "pinsage": PinSageConfig(embedding_dim=16, id_dropout=0.3, cold_share=0.3),
+    "als": ft.ImplicitALSConfig(factors=8),
+    "ease": ft.EASEConfig(l2=10),
+    "item_knn": ft.ItemKNNConfig(neighbours=10),
+    "popularity": ft.PopularityConfig(),
+}
+GENRES, ITEMS_EACH, USERS = ("Comedy", "Drama", "Horror"), 8, 60
+SILENT = "film-2-7"
+"""Stands in the item table, and nobody has seen it."""
+
+
+@pytest.fixture(scope="module")
+def split(tmp_path_factory: pytest.TempPathFactory) -> ft.Split:
+    """Young users see comedies, old ones horror, the others dramas: five films of one genre."""
+    rng = np.random.default_rng(0)
+    rows = [
+        (f"user-{user}", f"film-{user % 3}-{film}", 1_000 * user + place)
+        for user in range(USERS)
+        for place, film in enumerate(rng.permutation(ITEMS_EACH)[:6].tolist())
+    ]
+    rows = [row for row in rows if row[1] != SILENT]
+    ages = [20.0 + 20 * (user % 3) + float(rng.normal()) for user in range(USERS)]
+    films = [(genre, film) for genre in range(3) for film in range(ITEMS_EACH)]
+    events = ft.read_interactions(
+        pl.DataFrame(rows, schema=["user", "item", "timestamp"], orient="row"),
+        user="user",
+        item="item",
+        timestamp="timestamp",
+        users=pl.DataFrame({"user": [f"user-{user}" for user in range(USERS)], "age": ages}),
+        items=pl.DataFrame(
+            {
+                "item": [f"film-{genre}-{film}" for genre, film in films],
+                "genres": [[GENRES[genre]] for genre, _ in films],
+                "length": [90.0 + film for _, film in films],
+            }
+        ),
+    )
+    return ft.leave_last_split(events)
+
+
+@pytest.fixture(scope="module", params=MODELS, ids=str)
+def served(
+    request: pytest.FixtureRequest, split: ft.Split, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, ft.Recommender]:
+    """A model that was trained, saved and loaded again."""
+    trained = ft.fit(
+        MODELS[request.param],
+        split,
+        features=SCHEMA,
+        training=TrainingConfig(
+            epochs=30, batch_events=64, learning_rate=0.02, warmup_steps=5, device="cpu"
+        ),
+        show=False,
+    )
+    folder: Path = tmp_path_factory.mktemp("bundles") / "bundle"
+    ft.build_recommender(trained).save(folder)
+    return request.param, ft.load(folder)
+
+
+def share(answer: ft.Answer, genre: int) -> float:
+    return sum(f"film-{genre}-" in str(row.item_id) for row in answer.rows) / len(answer.rows)
+
+
+def test_a_known_user_is_answered_by_the_model(served: tuple[str, ft.Recommender]) -> None:
+    name, recommender = served
+    answer = recommender.recommend("user-3", k=2)
+    assert (answer.source, answer.user_known, len(answer.rows)) == ("model", True, 2)
+    if name != "popularity":
+        assert share(answer, 0) == 1
+
+
+def test_an_unseen_user_with_a_history_is_folded_in(served: tuple[str, ft.Recommender]) -> None:
+    name, recommender = served
+    answer = recommender.recommend("new", history=["film-2-0", "film-2-1", "film-2-2"], k=3)
+    assert (answer.source, answer.user_known, len(answer.rows)) == ("fold-in", False, 3)
+    if name != "popularity":
+        assert share(answer, 2) >= 2 / 3
+
+
+def test_a_known_user_who_did_more_is_answered_otherwise(
+    served: tuple[str, ft.Recommender],
+) -> None:
+    name, recommender = served
+    before = recommender.recommend("user-3", k=10)
+    after = recommender.recommend("user-3", history=["film-1-0", "film-1-1", "film-1-2"], k=10)
+    assert after.source == "model"
+    assert not {"film-1-0", "film-1-1", "film-1-2"} & {row.item_id for row in after.rows}
+    if name != "popularity":
+        assert [row.score for row in before.rows] != [row.score for row in after.rows]
+
+
+def test_an_unseen_user_with_features_only(served: tuple[str, ft.Recommender]) -> None:
+    name, recommender = served
+    young, old = (recommender.recommend("new", features={"age": a}, k=4) for a in (20.0, 60.0))
+    if name in READS:
+        assert {young.source, old.source} == {"features"}
+        assert share(young, 0) >= 0.75
+        assert share(old, 2) >= 0.75
+    else:
+        assert (young.source, len(young.rows)) == ("popular", 4)
+        assert "the features told had no influence" in " ".join(young.notes)
+
+
+def test_nobody_known_is_answered_by_what_is_popular(served: tuple[str, ft.Recommender]) -> None:
+    _, recommender = served
+    for answer in (recommender.recommend(k=5), recommender.recommend("new", k=5)):
+        assert (answer.source, len(answer.rows)) == ("popular", 5)
+
+
+def test_an_unseen_item_with_features(served: tuple[str, ft.Recommender]) -> None:
+    name, recommender = served
+    told = {"genres": ["Horror"], "length": 94.0}
+    answer = recommender.similar("film-new", k=4, features=told)
+    assert answer.unknown_items == ("film-new",)
+    assert len(answer.rows) == 4
+    if name in READS:
+        assert answer.source == "features"
+        assert share(answer, 2) >= 0.75
+    else:
+        assert answer.source == "popular"
+        assert "the features told had no influence" in " ".join(answer.notes)
+
+
+def test_an_item_of_the_table_that_nobody_did_is_ranked_where_features_are_read(
+    served: tuple[str, ft.Recommender],
+) -> None:
+    name, recommender = served
+    ranked = {row.item_id for row in recommender.recommend("user-2", k=30).rows}
+    assert (SILENT in ranked) == (name in READS)
+    assert len(ranked) <= len(GENRES) * ITEMS_EACH
+
+
+def test_a_feature_that_does_not_exist_is_named(served: tuple[str, ft.Recommender]) -> None:
+    name, recommender = served
+    if name in READS:
+        with pytest.raises(ft.DataError, match=r"'agee' is no feature of users.*mean 'age'"):
+            recommender.recommend("new", features={"agee": 20.0})
+        with pytest.raises(ft.DataError, match="age"):
+            recommender.recommend("new", features={"age": "twenty"})
+        with pytest.raises(ft.DataError, match="'genre' is no feature of items"):
+            recommender.similar("film-new", features={"genre": ["Drama"]})
