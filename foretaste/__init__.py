@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from foretaste.evaluation.compare import Comparison, compare
     from foretaste.evaluation.protocol import evaluate
     from foretaste.evaluation.report import Report
+    from foretaste.evaluation.sampled import SampledNegatives
     from foretaste.experiment.compare_families import family_recipes
     from foretaste.experiment.compare_models import compare_models, read_recipes
     from foretaste.experiment.compare_table import ModelComparison
@@ -81,6 +82,7 @@ if TYPE_CHECKING:
     from foretaste.models.ease import EASEConfig
     from foretaste.models.item_knn import ItemKNNConfig
     from foretaste.models.lightgcn import LightGCNConfig
+    from foretaste.models.mf import MFConfig
     from foretaste.models.pinsage import PinSageConfig
     from foretaste.models.popularity import PopularityConfig
     from foretaste.models.sasrec import SASRecConfig
@@ -97,6 +99,7 @@ if TYPE_CHECKING:
     from foretaste.training.objectives.catalogue import ObjectiveConfig
     from foretaste.training.objectives.masked_item import MaskedItemConfig
     from foretaste.training.objectives.next_item import NextItemConfig
+    from foretaste.training.objectives.pairs import PairsConfig
     from foretaste.training.settings import TrainingConfig
     from foretaste.training.trained import Trained
 
@@ -121,6 +124,7 @@ __all__ = [
     "Interactions",
     "ItemKNNConfig",
     "LightGCNConfig",
+    "MFConfig",
     "MaskedItemConfig",
     "ModelComparison",
     "ModelConfig",
@@ -129,6 +133,7 @@ __all__ = [
     "NonFiniteError",
     "NumericField",
     "ObjectiveConfig",
+    "PairsConfig",
     "PinSageConfig",
     "PopularityConfig",
     "Quickstart",
@@ -137,6 +142,7 @@ __all__ = [
     "Report",
     "Run",
     "SASRecConfig",
+    "SampledNegatives",
     "ServerSettings",
     "SourceError",
     "Split",
@@ -220,6 +226,7 @@ _HOME = {
     "Interactions": "data.interactions",
     "ItemKNNConfig": "models.item_knn",
     "LightGCNConfig": "models.lightgcn",
+    "MFConfig": "models.mf",
     "MaskedItemConfig": "training.objectives.masked_item",
     "ModelComparison": "experiment.compare_table",
     "ModelConfig": "models.catalogue",
@@ -228,6 +235,7 @@ _HOME = {
     "NonFiniteError": "errors",
     "NumericField": "data.fields",
     "ObjectiveConfig": "training.objectives.catalogue",
+    "PairsConfig": "training.objectives.pairs",
     "PinSageConfig": "models.pinsage",
     "PopularityConfig": "models.popularity",
     "Quickstart": "experiment.quickstart",
@@ -236,6 +244,7 @@ _HOME = {
     "Report": "evaluation.report",
     "Run": "experiment.run",
     "SASRecConfig": "models.sasrec",
+    "SampledNegatives": "evaluation.sampled",
     "ServerSettings": "serving.settings",
     "SourceError": "errors",
     "Split": "data.splits",
