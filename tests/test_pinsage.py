@@ -58,7 +58,7 @@ def vector_of(model: PinSage, node: int, layer: int) -> Tensor:
     if layer == 0:
         linked = bool(model.inputs.linked_X[node])
         assert model.inputs.ids is not None
-        return (model.inputs.ids.weight[node] if linked else model.inputs.newcomer_D).double()
+        return model.inputs.ids.weight[node if linked else -1].double()
     convolve, table = model.convolutions[layer - 1], model.neighbourhoods
     assert isinstance(convolve, Convolve)
     assert table is not None
@@ -212,7 +212,7 @@ def test_a_new_user_is_a_new_node() -> None:
     assert model.inputs.ids is not None
     item_2D = model.inputs.ids.weight[NUM_USERS + torch.tensor([2, 6])]
     said = torch.relu(convolve.message(item_2D)).mean(dim=0)
-    expected = convolve.update(torch.cat([model.inputs.newcomer_D, said]))
+    expected = convolve.update(torch.cat([model.inputs.ids.weight[-1], said]))
     queries = Queries.of_histories([[6, 2, 6], []])
     encoded_BD = model.encode(queries)
     torch.testing.assert_close(encoded_BD[0], expected / expected.norm())

@@ -21,10 +21,10 @@ from foretaste.models.layers.known_fields import KnownFields
 class NodeInputs(nn.Module):
     """Users, then items. One learned vector stands for everybody who has no id of their own.
 
-    Who is without any tie has none: nothing could have taught it.
+    Who is without any tie has none: nothing could have taught it. The vector for everybody is the
+    last row of the table, so that one look-up serves all.
     """
 
-    newcomer_D: Tensor
     linked_X: Tensor
     """Which nodes have a tie; part of the state."""
 
@@ -63,13 +63,12 @@ class NodeInputs(nn.Module):
                 "ids = false and no features of items leave nothing to start from: keep the ids, "
                 "or give the items a table of features"
             )
-        self.ids = nn.Embedding(num_users + num_items, embedding_dim) if ids else None
+        self.embedding_dim = embedding_dim
+        self.ids = nn.Embedding(num_users + num_items + 1, embedding_dim) if ids else None
         if self.ids is not None:
             nn.init.normal_(self.ids.weight, std=init_std)
-        if ids and teach_newcomer:
-            self.newcomer_D = nn.Parameter(init_std * torch.randn(embedding_dim))
-        else:
-            self.register_buffer("newcomer_D", torch.zeros(embedding_dim))
+            with torch.no_grad():
+                self.ids.weight[-1] *= teach_newcomer
         self.register_buffer("linked_X", torch.ones(num_users + num_items, dtype=torch.bool))
 
     def forward(
@@ -87,7 +86,7 @@ class NodeInputs(nn.Module):
             return input_SD
         num_users = int((node_S < self.num_users).sum())
         told = [
-            node_S.new_zeros(len(row_R), input_SD.shape[1]) if fields is None else fields(row_R)
+            input_SD.new_zeros(len(row_R), self.embedding_dim) if fields is None else fields(row_R)
             for fields, row_R in (
                 (self.user_fields, node_S[:num_users]),
                 (self.item_fields, node_S[num_users:] - self.num_users),
@@ -98,10 +97,7 @@ class NodeInputs(nn.Module):
     def users(self, queries: Queries) -> Float[Tensor, "B D"]:
         """Return what users start from, known or not."""
         user_B, node_B = queries.user_B, queries.user_B.clamp(min=0)
-        if self.num_users == 0:
-            input_BD = self.newcomer_D.expand(len(user_B), -1)
-        else:
-            input_BD = self._own(node_B, (user_B >= 0) & self.linked_X[node_B])
+        input_BD = self._own(node_B, (user_B >= 0) & self.linked_X[node_B])
         if self.user_fields is None:
             return input_BD
         told_BD: Tensor = self.user_fields(user_B, queries.profile)
@@ -116,7 +112,8 @@ class NodeInputs(nn.Module):
         if self.item_fields is None:
             raise ConfigError("the model was made without features of items: it can place none")
         told_RD: Tensor = self.item_fields.encoder(table)
-        return self.newcomer_D + told_RD
+        nobody_R = torch.zeros(len(table), dtype=torch.int64, device=told_RD.device)
+        return self._own(nobody_R, nobody_R > 0) + told_RD
 
     @property
     def told_I(self) -> Bool[Tensor, " I"]:
@@ -127,9 +124,8 @@ class NodeInputs(nn.Module):
 
     def _own(self, node_S: Tensor, has_id_S: Tensor) -> Tensor:
         if self.ids is None:
-            return self.newcomer_D.expand(len(node_S), -1)
-        id_SD = F.embedding(node_S, self.ids.weight)
-        return torch.where(has_id_S.unsqueeze(1), id_SD, self.newcomer_D)
+            return torch.zeros(len(node_S), self.embedding_dim, device=node_S.device)
+        return F.embedding(node_S.where(has_id_S, len(self.linked_X)), self.ids.weight)
 
 
 def _fields(
