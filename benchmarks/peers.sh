@@ -1,7 +1,7 @@
 #!/bin/sh
 # Makes the virtual environments of the libraries that foretaste is timed against.
 #
-#   sh benchmarks/peers.sh             # both
+#   sh benchmarks/peers.sh             # all
 #   sh benchmarks/peers.sh rectools    # one of them
 #
 # They live in .peers/ beside this folder, apart from foretaste's own: each peer pins an older
@@ -30,7 +30,7 @@ make() {
     say "made $folder:"
   fi
   "$folder/bin/"$PIP list --format=freeze 2>/dev/null |
-    grep -iE '^(torch|numpy|scipy|pandas|rectools|pytorch-lightning|recbole)=' |
+    grep -iE '^(torch|torch[-_]geometric|numpy|scipy|pandas|rectools|pytorch-lightning|recbole)=' |
     sed 's/^/  /'
 }
 
@@ -48,9 +48,15 @@ recbole() {
     'torch==2.13.*' 'recbole==1.2.1' 'numpy<2' 'scipy<1.13' 'pandas<2.3' 'setuptools<81'
 }
 
-for peer in ${*:-rectools recbole}; do
+pyg() {
+  # Without torch-sparse, torch-scatter or pyg-lib, which have no wheels for this torch: PyG then
+  # gathers and scatters, or multiplies by torch's own sparse matrix.
+  make pyg 'from torch_geometric.nn import LightGCN' 'torch==2.13.*' 'torch_geometric==2.*'
+}
+
+for peer in ${*:-rectools recbole pyg}; do
   case "$peer" in
-    rectools | recbole) "$peer" ;;
-    *) say "no peer is called $peer: rectools or recbole" >&2; exit 2 ;;
+    rectools | recbole | pyg) "$peer" ;;
+    *) say "no peer is called $peer: rectools, recbole or pyg" >&2; exit 2 ;;
   esac
 done

@@ -89,6 +89,8 @@ def test_the_propagation_is_the_mean_of_the_powers_of_a_dense_matrix(
     found = GraphConv(graph)(x_VD, node_R, num_layers=num_layers, view_layer=num_layers)
     expected_VD = torch.stack([power @ x_VD for power in powers]).mean(0)
     torch.testing.assert_close(found.mean_RD, expected_VD[node_R], rtol=1e-12, atol=1e-12)
+    mean_VD = GraphConv(graph).mean(x_VD, num_layers=num_layers)
+    torch.testing.assert_close(mean_VD, expected_VD, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(found.view_RD, (powers[-1] @ x_VD)[node_R], rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(found.layer_0_RD, x_VD[node_R])
 
@@ -104,6 +106,7 @@ def test_its_gradient_is_right_to_every_node_and_from_every_output(graph: Graph)
             (x_VD,),
         )
     assert torch.autograd.gradcheck(conv.product, (x_VD,))
+    assert torch.autograd.gradcheck(lambda x_VD: conv.mean(x_VD, num_layers=3), (x_VD,))
 
 
 def test_the_backward_pass_is_the_forward_product() -> None:
@@ -112,9 +115,12 @@ def test_the_backward_pass_is_the_forward_product() -> None:
     conv, every = GraphConv(graph), torch.arange(graph.num_nodes)
     x_VD = torch.randn(graph.num_nodes, 4, requires_grad=True)
     grad_VD = torch.randn(graph.num_nodes, 4)
-    conv(x_VD, every, num_layers=3).mean_RD.backward(grad_VD)
+    conv.mean(x_VD, num_layers=3).backward(grad_VD)
     assert x_VD.grad is not None
-    torch.testing.assert_close(x_VD.grad, conv(grad_VD, every, num_layers=3).mean_RD)
+    assert torch.equal(x_VD.grad, conv.mean(grad_VD, num_layers=3))
+    x_VD.grad = None
+    conv(x_VD, every, num_layers=3).mean_RD.backward(grad_VD)
+    torch.testing.assert_close(x_VD.grad, conv.mean(grad_VD, num_layers=3))
 
 
 def test_an_isolated_node_gives_nothing_and_gets_nothing() -> None:

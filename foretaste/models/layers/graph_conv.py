@@ -95,9 +95,7 @@ class GraphConv(nn.Module):
         view_layer: int = 0,
         change: Perturbation | None = None,
     ) -> Propagated:
-        r"""Return some nodes' means over the layers 0 to L.
-
-        .. math:: \bar x = \frac{1}{L + 1} \sum_{l=0}^{L} \hat A^l x
+        """Return some nodes' means over the layers 0 to L: rows of `mean`, and what is beside it.
 
         Args:
             x_VD: Layer 0.
@@ -113,6 +111,14 @@ class GraphConv(nn.Module):
         )
         return Propagated(*vectors)
 
+    def mean(self, x_VD: Float[Tensor, "V D"], *, num_layers: int) -> Float[Tensor, "V D"]:
+        r"""Return every node's mean over the layers 0 to L.
+
+        .. math:: \bar x = \frac{1}{L + 1} \sum_{l=0}^{L} \hat A^l x
+        """
+        mean_VD: Tensor = _Mean.apply(x_VD, self, num_layers)  # type: ignore[no-untyped-call]
+        return mean_VD
+
     def product(self, x_VD: Float[Tensor, "V D"]) -> Float[Tensor, "V D"]:
         r"""Return :math:`\hat A x`: each node's neighbours, once passed along."""
         out_VD: Tensor = _Product.apply(x_VD, self)  # type: ignore[no-untyped-call]
@@ -120,17 +126,22 @@ class GraphConv(nn.Module):
 
     def sum_neighbours(self, x_VD: Float[Tensor, "V D"]) -> Float[Tensor, "V D"]:
         """Return the sum of each node's neighbours by the weights of the ties, no more."""
-        return self.leave(self.sum_rows(self.enter(x_VD, scaled=False)), scaled=False)
+        row_VD = x_VD.index_select(0, self.node_V)
+        return self.sum_rows(row_VD).index_select(0, self.row_V)
 
-    def enter(self, x_VD: Tensor, *, scaled: bool = True) -> Tensor:
+    def enter(self, x_VD: Tensor) -> Tensor:
         """Put nodes into cache order, and scale them, in one visit."""
         x_VD = x_VD.detach()  # what passes a gradient back is the function around it
-        scale_V = self.scale_V.index_select(0, self.node_V) if scaled else None
-        return self._gather(self.node_V, x_VD, scale_V)
+        return self._gather(self.node_V, x_VD, self.row_scale_V)
 
-    def leave(self, row_VD: Tensor, *, scaled: bool = True) -> Tensor:
+    def leave(self, row_VD: Tensor, *, by: float = 1.0) -> Tensor:
         """Put nodes back into the graph's order, and scale them."""
-        return self._gather(self.row_V, row_VD, self.scale_V if scaled else None)
+        return self._gather(self.row_V, row_VD, self.scale_V * by)
+
+    @property
+    def row_scale_V(self) -> Tensor:
+        """D^-1/2 in cache order."""
+        return self.scale_V.index_select(0, self.node_V)
 
     def sum_rows(self, row_VD: Tensor, weight_E: Tensor | None = None) -> Tensor:
         """Return the sum of each node's neighbours, all in cache order."""
@@ -144,9 +155,7 @@ class GraphConv(nn.Module):
             per_sample_weights=None if weight_E is None else weight_E.to(row_VD.dtype),
         )
 
-    def _gather(self, index_V: Tensor, x_VD: Tensor, scale_V: Tensor | None) -> Tensor:
-        if scale_V is None:
-            return x_VD.index_select(0, index_V)
+    def _gather(self, index_V: Tensor, x_VD: Tensor, scale_V: Tensor) -> Tensor:
         return F.embedding_bag(
             index_V,
             x_VD,
@@ -184,8 +193,31 @@ class _Product(torch.autograd.Function):
 
 
 @final
+class _Mean(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_VD: Tensor, conv: GraphConv, num_layers: int) -> Tensor:
+        ctx.conv, ctx.num_layers = conv, num_layers
+        return _mean(x_VD, conv, num_layers)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        return _mean(grad_outputs[0], ctx.conv, ctx.num_layers), None, None
+
+
+def _mean(x_VD: Tensor, conv: GraphConv, num_layers: int) -> Tensor:
+    """Sum the powers by Horner's rule; between two products rows stay scaled by D^-1/2."""
+    row_VD = first_VD = conv.enter(x_VD)
+    scale_V1 = conv.row_scale_V.to(x_VD.dtype).unsqueeze(1)
+    for _ in range(num_layers - 1):
+        row_VD = conv.sum_rows(row_VD)
+        torch.addcmul(first_VD, row_VD, scale_V1.square(), out=row_VD)
+    share = 1 / (num_layers + 1)
+    return conv.leave(conv.sum_rows(row_VD), by=share).add_(x_VD.detach(), alpha=share)
+
+
+@final
 class _Propagate(torch.autograd.Function):
-    """Between two products rows are kept scaled by D^-1/2, so that one visit scales them twice."""
+    """`_mean` for a few nodes, whose rows are picked from each layer on the way."""
 
     @staticmethod
     def forward(
@@ -199,7 +231,7 @@ class _Propagate(torch.autograd.Function):
         noise: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         row_R = conv.row_V.index_select(0, node_R)
-        scale_V1 = conv.scale_V.index_select(0, conv.node_V).to(x_VD.dtype).unsqueeze(1)
+        scale_V1 = conv.row_scale_V.to(x_VD.dtype).unsqueeze(1)
         scale_R1 = scale_V1.index_select(0, row_R)
         layer_0_RD = x_VD.index_select(0, node_R)
         mean_RD, view_RD = layer_0_RD.clone(), torch.zeros_like(layer_0_RD)
