@@ -19,6 +19,8 @@ from foretaste.training.objectives.catalogue import ObjectiveConfig
 from foretaste.training.settings import TrainingConfig
 
 C = TypeVar("C", bound=Config)
+_MAY_BE_ABSENT = ("objective", "features")
+"""Sections that a recipe may say "none" for."""
 
 
 class PublicData(Config):
@@ -228,6 +230,8 @@ def _with_absent(settings: Mapping[str, object]) -> dict[str, object]:
     return {
         name: {inner: None if value == "none" else value for inner, value in section.items()}
         if isinstance(section, Mapping)
+        else None
+        if section == "none" and name in _MAY_BE_ABSENT
         else section
         for name, section in settings.items()
     }
