@@ -87,7 +87,7 @@ def test_a_row_never_has_its_own_item_for_a_negative_however_often_the_batch_has
 def test_the_chances_of_a_mixture_are_how_often_its_items_are_there() -> None:
     torch.manual_seed(0)
     loss, table = in_batch_loss(negatives=1), torch.tensor(TABLE)
-    found_I, stated_I, rounds = torch.zeros(5), torch.full((5,), -1.0), 5000
+    found_I, stated_I, rounds = torch.zeros(5), torch.full((5,), -1.0), 3000
     for _ in range(rounds):
         # row 0 is the first event of item 0; two others come along
         target_N = table[torch.cat([torch.tensor([0]), 1 + torch.randperm(8)[:2]])]
@@ -98,7 +98,7 @@ def test_the_chances_of_a_mixture_are_how_often_its_items_are_there() -> None:
     # item 1 has 2 of the 8 others: 1 - C(6, 2) / C(8, 2) = 13 / 28; drawn: 1 of 4 known items
     assert stated_I[1].item() == pytest.approx(1 - (1 - 13 / 28) * (1 - 1 / 4))
     for item in (1, 2, 3):
-        assert found_I[item].item() / rounds == pytest.approx(stated_I[item].item(), abs=0.025)
+        assert found_I[item].item() / rounds == pytest.approx(stated_I[item].item(), abs=0.03)
     assert found_I[4] == 0
 
 
@@ -134,6 +134,7 @@ SOURCES: dict[str, Callable[[int], dict[str, object]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", SOURCES)
 def test_the_corrected_gradient_tends_to_the_full_softmax_and_the_uncorrected_does_not(
     source: str,
@@ -141,16 +142,16 @@ def test_the_corrected_gradient_tends_to_the_full_softmax_and_the_uncorrected_do
     # a batch of 8 sees a few of the 24 items, one of 64 sees most
     error: dict[tuple[int, bool], float] = {}
     for size, rows in ((1, 8), (4, 64)):
-        full = item_gradient(CandidateConfig(loss="softmax"), rows=rows, draws=120)
+        full = item_gradient(CandidateConfig(loss="softmax"), rows=rows, draws=200)
         for log_q in (True, False):
             config = CandidateConfig.model_validate(
                 {"loss": "sampled_softmax", "log_q": log_q} | SOURCES[source](size)
             )
-            found = item_gradient(config, rows=rows, draws=120)
+            found = item_gradient(config, rows=rows, draws=200)
             error[size, log_q] = ((found - full).norm() / full.norm()).item()
     assert error[4, True] < 0.06
     assert error[4, True] < error[1, True] / 2
-    assert error[1, False] > 1.3 * error[1, True]
+    assert error[1, False] > 1.25 * error[1, True]
     if source != "uniform":  # which distorts no item against another, only the positive
         assert error[4, False] > 3 * error[4, True]
 

@@ -13,6 +13,7 @@ from foretaste.data.interactions import Interactions
 from foretaste.data.split_config import SplitConfig, TemporalSplitConfig, make_split
 from foretaste.data.splits import TEST, TRAIN, UNUSED, VALIDATION, Split
 from foretaste.data.splitting import (
+    cold_items_split,
     given_split,
     given_split_by_column,
     leave_last_split,
@@ -219,6 +220,52 @@ def test_parts_are_read_from_a_column(parts: list[object]) -> None:
     split = given_split_by_column(events)
     assert split.part_E.tolist() == [TRAIN, VALIDATION, TEST, UNUSED]
     assert asked(split, "test") == [("a", "pq", "r")]
+
+
+def test_a_share_of_given_training_events_is_held_out_by_a_seed() -> None:
+    rows = [("a", f"i{n}", n) for n in range(20)] + [("b", "x", 0), ("b", "y", 1)]
+    events = interactions(rows, part=[*[0] * 16, *[2] * 4, 0, 2])
+    whole, held = given_split_by_column(events), given_split_by_column(events, validation=0.2)
+    # 17 training events: a fifth is 3
+    assert np.bincount(held.part_E).tolist() == [14, 3, 5]
+    assert (held.refit().part_E == whole.part_E).all()
+    again, other = (
+        given_split_by_column(events, validation=0.2, seed=seed).part_E for seed in (0, 1)
+    )
+    assert (again == held.part_E).all()
+    assert (other != held.part_E).any()
+    validated = interactions(rows[:3], part=[0, 1, 2])
+    with pytest.raises(ConfigError, match=r"split\.validation is 0\.2.*leave the share out"):
+        given_split_by_column(validated, validation=0.2)
+
+
+def test_cold_items_are_in_one_part_with_all_their_events() -> None:
+    rng = np.random.default_rng(0)
+    rows = [(f"u{u}", f"i{i}", t) for u in range(30) for t, i in enumerate(rng.permutation(10)[:6])]
+    events = interactions(rows)
+    split = cold_items_split(events, validation=0.2, test=0.3, seed=1)
+    parts = [set(events.item_idx[split.part_E == part].tolist()) for part in range(3)]
+    assert [len(part) for part in parts] == [5, 2, 3]
+    assert not parts[0] & parts[1]
+    assert not (parts[0] | parts[1]) & parts[2]
+    # a user's cold items are asked for together, from everything else that the user did
+    user = int(split.test.user_Q[0])
+    asked_for = split.test.target_item[: split.test.target_offsets[1]]
+    assert sorted(asked_for) == sorted(set(events.history(user).tolist()) & parts[2])
+    history = split.test.queries(np.array([0])).history_N.tolist()
+    assert sorted(history) == sorted(set(events.history(user).tolist()) - parts[2])
+    assert split.sizes()[2].events_of_new_items == split.sizes()[2].events
+    assert (cold_items_split(events, validation=0.2, test=0.3, seed=1).part_E == split.part_E).all()
+    assert (cold_items_split(events, validation=0.2, test=0.3, seed=2).part_E != split.part_E).any()
+
+
+def test_too_few_items_cannot_be_cold() -> None:
+    with pytest.raises(DataError, match="the validation part of this cold_items split is empty"):
+        cold_items_split(interactions(TEN))
+    with pytest.raises(ConfigError, match="leave something to train on"):
+        cold_items_split(interactions(TEN), validation=0.5, test=0.5)
+    untimed = cold_items_split(interactions(TEN, timed=False), validation=0.0, test=0.3)
+    assert any("items were held out whatever their order" in leak for leak in untimed.leaks)
 
 
 def test_validation_within_training_leaves_the_test_what_it_was() -> None:

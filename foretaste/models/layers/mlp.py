@@ -6,6 +6,8 @@ from typing import final
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from foretaste.models.layers.dropout import Dropout
+
 
 @final
 class MLP(nn.Module):
@@ -17,7 +19,7 @@ class MLP(nn.Module):
         super().__init__()
         layers: list[nn.Module] = []
         for width in hidden:
-            layers += [nn.Linear(input_dim, width), nn.ReLU(), nn.Dropout(dropout)]
+            layers += [nn.Linear(input_dim, width), nn.ReLU(), Dropout(dropout)]
             input_dim = width
         self.layers = nn.Sequential(*layers, nn.Linear(input_dim, output_dim))
 

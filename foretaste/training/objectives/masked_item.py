@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from foretaste.data.batch import SequenceBatch
 from foretaste.data.interactions import Interactions
@@ -33,7 +33,7 @@ class MaskedItemConfig(CandidateConfig):
 
 
 @final
-class MaskedItem:
+class MaskedItem(nn.Module):
     """The objective: call it with a model and a batch for the mean loss over hidden events.
 
     **Departure** from the paper: which events are hidden is drawn anew at each step, and the rows
@@ -46,9 +46,10 @@ class MaskedItem:
         Raises:
             DataError: No item has a training event.
         """
+        super().__init__()
         self.config, self.loss = config, CandidateLoss(config, events)
 
-    def __call__(self, model: BERT4Rec, batch: SequenceBatch) -> Float[Tensor, ""]:
+    def forward(self, model: BERT4Rec, batch: SequenceBatch) -> Float[Tensor, ""]:
         place_BT, real_BT = draw_places(
             batch.valid_BL.sum(dim=1),
             mask_ratio=self.config.mask_ratio,
