@@ -46,11 +46,13 @@ def sequence_arguments(description: str) -> argparse.Namespace:
     """Read what a program that trains a sequence model is told."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("data", type=Path, help="lines `user item`, oldest first; .gz or not")
+    parser.add_argument("--model", choices=["sasrec", "bert4rec"], default="sasrec")
     parser.add_argument("--loss", choices=["softmax", "sampled_softmax"], default="softmax")
     parser.add_argument("--negatives", type=int, default=256)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--max-len", type=int, default=200)
     parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--mask-ratio", type=float, default=0.15, help="of BERT4Rec")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--evaluate-every", type=int, default=0, help="epochs; 0: only at the end")

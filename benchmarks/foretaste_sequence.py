@@ -1,4 +1,4 @@
-"""foretaste's SASRec, one epoch a turn: the same data, sizes and loss as the peers beside it.
+"""foretaste's SASRec or BERT4Rec, one epoch a turn: data, sizes and loss of the peers.
 
 An epoch learns from the same events as a peer's: each user's last `max_len`. Departures: a batch
 holds as many events as a peer's batch on average, but users of like length, so that nothing is
@@ -16,14 +16,21 @@ from turns import read_pairs, say, say_ready, sequence_arguments, wait_for_turn
 from foretaste.data.reading import read_interactions
 from foretaste.data.splitting import leave_last_split
 from foretaste.experiment.fit import fit
+from foretaste.models.bert4rec import BERT4RecConfig
 from foretaste.models.sasrec import SASRecConfig
 from foretaste.training.fit import Epoch
+from foretaste.training.objectives.masked_item import MaskedItemConfig
 from foretaste.training.objectives.next_item import NextItemConfig
 from foretaste.training.settings import TrainingConfig
 
+KINDS = {
+    "sasrec": (SASRecConfig, NextItemConfig),
+    "bert4rec": (BERT4RecConfig, MaskedItemConfig),
+}
+
 
 def main() -> None:
-    args = sequence_arguments("foretaste's SASRec, one epoch a turn")
+    args = sequence_arguments("foretaste's SASRec or BERT4Rec, one epoch a turn")
     torch.set_num_threads(args.threads)
     users, items = read_pairs(args.data, args.users)
     events = read_interactions(
@@ -41,6 +48,8 @@ def main() -> None:
         "patience": None,
     }
     objective = {"loss": args.loss, "negatives": args.negatives, "windows": "last"}
+    if args.model == "bert4rec":
+        objective |= {"mask_ratio": args.mask_ratio, "last_share": 0.0}
     seconds = [0.0]  # as `Epoch.seconds` counts them: all epochs and validations so far
 
     def tell(epoch: Epoch) -> None:
@@ -53,7 +62,8 @@ def main() -> None:
         say(message)
         wait_for_turn()
 
-    objective_config = NextItemConfig(**objective | args.ours.get("objective", {}))
+    model_kind, objective_kind = KINDS[args.model]
+    objective_config = objective_kind(**objective | args.ours.get("objective", {}))
     split_events = len(split.train) if objective_config.windows == "all" else events_per_epoch
     say_ready(
         ["torch", "numpy"],
@@ -61,7 +71,7 @@ def main() -> None:
         settings={"model": model, "training": training, "objective": objective, **args.ours},
     )
     fit(
-        SASRecConfig(**model | args.ours.get("model", {})),
+        model_kind(**model | args.ours.get("model", {})),
         split,
         seed=args.seed,
         training=TrainingConfig(**training | args.ours.get("training", {})),

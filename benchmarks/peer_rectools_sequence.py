@@ -1,6 +1,6 @@
-"""RecTools' SASRec, one epoch a turn. Runs in the environment that `peers.sh` makes:
+"""RecTools' SASRec or BERT4Rec, one epoch a turn. Runs in the environment that `peers.sh` makes:
 
-    .peers/rectools/bin/python benchmarks/peer_rectools_sasrec.py ml-1m.txt.gz < turns
+    .peers/rectools/bin/python benchmarks/peer_rectools_sequence.py ml-1m.txt.gz < turns
 
 64 dimensions, 2 blocks, 2 heads. Trained on all but each user's last two items; NDCG@10 is that of
 the last but one among the whole catalogue, less what its user had done.
@@ -10,6 +10,7 @@ import logging
 import math
 import time
 import warnings
+from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -17,7 +18,7 @@ import torch
 from pytorch_lightning import Callback, Trainer, seed_everything
 from rectools import Columns
 from rectools.dataset import Dataset
-from rectools.models import SASRecModel
+from rectools.models import BERT4RecModel, SASRecModel
 from turns import read_pairs, say, say_ready, sequence_arguments, wait_for_turn
 
 warnings.filterwarnings("ignore")
@@ -34,7 +35,9 @@ class Clock(Callback):
         self.seconds = time.perf_counter() - self.started
 
 
-def ndcg_at_10(model: SASRecModel, dataset: Dataset, targets: pd.DataFrame) -> float:
+def ndcg_at_10(
+    model: SASRecModel | BERT4RecModel, dataset: Dataset, targets: pd.DataFrame
+) -> float:
     """Return the mean over users of 1 / log2(1 + rank) where the rank is 10 or better."""
     lists = model.recommend(
         users=targets[Columns.User].to_numpy(), dataset=dataset, k=10, filter_viewed=True
@@ -44,7 +47,7 @@ def ndcg_at_10(model: SASRecModel, dataset: Dataset, targets: pd.DataFrame) -> f
 
 
 def main() -> None:
-    args = sequence_arguments("RecTools' SASRec, one epoch a turn")
+    args = sequence_arguments("RecTools' SASRec or BERT4Rec, one epoch a turn")
     torch.set_num_threads(args.threads)
     seed_everything(args.seed)
     users, items = read_pairs(args.data, args.users)
@@ -69,7 +72,12 @@ def main() -> None:
             callbacks=[clock],
         )
 
-    model = SASRecModel(
+    make = (
+        partial(BERT4RecModel, mask_prob=args.mask_ratio)
+        if args.model == "bert4rec"
+        else SASRecModel
+    )
+    model = make(
         n_factors=64,
         n_blocks=2,
         n_heads=2,
