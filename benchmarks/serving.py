@@ -1,0 +1,115 @@
+"""Answers over HTTP at a steady rate: a bundle behind `foretaste serve`, asked by another process.
+
+Users take turns, so every answer encodes a history anew. Requests leave on time whether or not
+earlier ones were answered, so a slow answer delays nobody's clock.
+
+    python benchmarks/serving.py BUNDLE --rate 50 --seconds 30 --out benchmarks/results/serving.json
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import httpx
+import numpy as np
+
+import foretaste as ft
+
+
+def main() -> None:
+    options = parse()
+    events = ft.load(options.bundle).trained.events
+    length_U = np.diff(events.offsets)
+    longest = np.argsort(-length_U, kind="stable")[: options.users]
+    users = [str(user_id) for user_id in events.users.ids.gather(longest).to_list()]
+    with tempfile.TemporaryDirectory() as folder:
+        process, address = start(options.bundle, Path(folder))
+        try:
+            asyncio.run(load(address, users, rate=options.rate, seconds=3, k=options.k))
+            seconds = asyncio.run(
+                load(address, users, rate=options.rate, seconds=options.seconds, k=options.k)
+            )
+        finally:
+            process.terminate()
+            process.wait()
+    report = summary(seconds, options, median_history=int(np.median(length_U[longest])))
+    print(json.dumps(report, indent=2))
+    if options.out:
+        options.out.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--rate", type=float, default=50.0, help="requests a second")
+    parser.add_argument("--seconds", type=float, default=30.0)
+    parser.add_argument("--users", type=int, default=1000, help="those with the most events")
+    parser.add_argument("-k", type=int, default=20)
+    parser.add_argument("--out", type=Path, help="write a dated JSON report")
+    return parser.parse_args()
+
+
+def start(bundle: Path, folder: Path) -> tuple[subprocess.Popen[str], str]:
+    """Start the server on a port of its own, and wait until it is ready."""
+    state = f"sqlite:///{folder / 'events.sqlite'}"
+    words = ["-m", "foretaste.cli.main", "serve", str(bundle), "--port", "0", "--state", state]
+    process = subprocess.Popen(
+        [sys.executable, *words, "--json"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    line = process.stdout.readline() if process.stdout else ""
+    return process, str(json.loads(line)["address"])
+
+
+async def load(address: str, users: list[str], *, rate: float, seconds: float, k: int) -> list:
+    """Return the seconds of each answer."""
+    took: list[float] = []
+    async with httpx.AsyncClient(base_url=address, trust_env=False, timeout=30) as client:
+
+        async def ask(user_id: str) -> None:
+            begun = time.perf_counter()
+            answer = await client.post("/v1/recommend", json={"user_id": user_id, "k": k})
+            took.append(time.perf_counter() - begun)
+            answer.raise_for_status()
+
+        begun, asked = time.perf_counter(), []
+        for number in range(int(rate * seconds)):
+            await asyncio.sleep(max(0.0, begun + number / rate - time.perf_counter()))
+            asked.append(asyncio.create_task(ask(users[number % len(users)])))
+        await asyncio.gather(*asked)
+    return took
+
+
+def summary(
+    took: list[float], options: argparse.Namespace, *, median_history: int
+) -> dict[str, object]:
+    p50, p95, p99 = (1000 * float(np.percentile(took, p)) for p in (50, 95, 99))
+    work = f"an answer over HTTP, SASRec on ML-1M, k = {options.k}, {options.rate:g} requests/s"
+    return {
+        "benchmark": "serving",
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, {platform.system()}",
+        "load_average": os.getloadavg(),
+        "versions": {name: version(name) for name in ("torch", "fastapi", "uvicorn")},
+        "median_history": median_history,
+        "answers": len(took),
+        "p50_ms": p50,
+        "p95_ms": p95,
+        "p99_ms": p99,
+        "readme": [[work, f"p50 {p50:.1f} ms, p99 {p99:.1f} ms", ""]],
+    }
+
+
+if __name__ == "__main__":
+    main()
