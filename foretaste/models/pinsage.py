@@ -45,6 +45,7 @@ from foretaste.models.layers.embedding import Fusion
 from foretaste.models.layers.importance import Convolve, weighted_bag
 from foretaste.models.layers.layerwise import generate
 from foretaste.models.layers.node_inputs import NodeInputs
+from foretaste.models.layers.placing import take_shapes
 from foretaste.models.layers.similarity import Similarity, as_item, as_query
 
 
@@ -72,14 +73,14 @@ class PinSageConfig(Config):
     """Whether users and items have an embedding of their own beside their features."""
     fusion: Fusion = "gate"
     """How a node's features become one vector; it is added to that of its id."""
-    id_dropout: float = Field(default=0.1, ge=0, lt=1)
+    id_dropout: float = Field(default=0.05, ge=0, lt=1)
     """Share of a batch's nodes whose id is hidden in training: one vector, learned so, stands for
     everybody whom training never saw."""
     cold_share: float = Field(default=0.0, ge=0, lt=1)
     """Share of a batch's nodes that training shows without id and without neighbours, so that
     features learn to stand alone."""
     similarity: Similarity = "cosine"
-    temperature: float = Field(default=0.15, gt=0)
+    temperature: float = Field(default=0.1, gt=0)
     """Divides scores; below 1 for the cosine, whose range is narrow."""
     init_std: float = Field(default=0.1, gt=0)
     """Spread of the first id vectors."""
@@ -124,7 +125,6 @@ class PinSage(nn.Module):
         """
         super().__init__()
         width, message_width = config.embedding_dim, config.message_dim or config.embedding_dim
-        num_nodes = num_users + num_items
         self.config, self.num_users, self.num_items = config, num_users, num_items
         self.reads: Reads = "nothing"
         self.max_len = 0
@@ -143,15 +143,12 @@ class PinSage(nn.Module):
         )
         self.neighbourhoods = None if graph is None else find_neighbours(config, graph)
         self.num_items_U: Tensor
-        self.finished: Tensor
         self.vector_XD: Tensor
         self.message_KIH: Tensor
         self.register_buffer("num_items_U", torch.full((num_users,), -1))
-        self.register_buffer("finished", torch.tensor(data=False))
-        self.register_buffer("vector_XD", torch.zeros(num_nodes, width))
-        self.register_buffer(
-            "message_KIH", torch.zeros(config.num_layers, num_items, message_width)
-        )
+        self.register_buffer("vector_XD", torch.empty(0, width))
+        self.register_buffer("message_KIH", torch.empty(config.num_layers, 0, message_width))
+        self.register_load_state_dict_pre_hook(take_shapes)
         if self.neighbourhoods is not None:
             self.inputs.linked_X.copy_(
                 torch.from_numpy(self.neighbourhoods.neighbour_VT[:, 0] >= 0)
@@ -254,24 +251,22 @@ class PinSage(nn.Module):
 
     def finish(self, events: Interactions) -> None:
         """Work out and keep what answers need: every vector, and what items say to new users."""
-        tables = self._generate()
-        self.vector_XD.copy_(tables.vector_XD)
-        self.message_KIH.copy_(tables.message_KIH)
+        self.vector_XD, self.message_KIH = self._generate()
         pairs = torch.from_numpy(events.user_idx.astype(np.int64)) * self.num_items
         user_P = (pairs + torch.from_numpy(events.item_idx)).unique() // self.num_items
         self.num_items_U.copy_(torch.bincount(user_P, minlength=self.num_users))
-        self.finished.fill_(value=True)
 
     def train(self, mode: bool = True) -> "PinSage":  # noqa: FBT001, FBT002  # torch's signature
-        """Forget what was worked out from other weights."""
+        """Forget what was worked out from other weights; what `finish` kept, too, to train on."""
         self._kept = None
-        if mode:
-            self.finished.fill_(value=False)
+        if mode and self.neighbourhoods is not None:
+            self.vector_XD = self.vector_XD[:0].clone()
+            self.message_KIH = self.message_KIH[:, :0].clone()
         super().train(mode)
         return self
 
     def _answers(self) -> _Tables:
-        if self.finished:
+        if len(self.vector_XD):
             return _Tables(self.vector_XD, self.message_KIH)
         if self._kept is not None:
             return self._kept
@@ -284,8 +279,8 @@ class PinSage(nn.Module):
     def _generate(self) -> _Tables:
         """Work out every node layer by layer, each once a layer."""
         device, first = self.inputs.linked_X.device, self.num_users
-        message_KIH = torch.zeros_like(self.message_KIH)
-        layers = self._layers()
+        layers, width = self._layers(), self.message_KIH.shape[2]
+        message_KIH = torch.empty(len(layers), self.num_items, width, device=device)
 
         def inputs(low: int, high: int) -> Tensor:
             input_BD: Tensor = self.inputs(torch.arange(low, high, device=device))
