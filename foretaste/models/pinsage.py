@@ -148,7 +148,7 @@ class PinSage(nn.Module):
         self.register_buffer("num_items_U", torch.full((num_users,), -1))
         self.register_buffer("vector_XD", torch.empty(0, width))
         self.register_buffer("message_KIH", torch.empty(config.num_layers, 0, message_width))
-        self.register_load_state_dict_pre_hook(take_shapes)
+        self.register_load_state_dict_pre_hook(take_shapes)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         if self.neighbourhoods is not None:
             self.inputs.linked_X.copy_(
                 torch.from_numpy(self.neighbourhoods.neighbour_VT[:, 0] >= 0)

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from foretaste.data.neighbourhoods import Layer
 
-
 _TINY = 1e-6
 """Added to squared lengths: who starts from nothing at all has a vector of 0 and a gradient."""
 
