@@ -158,8 +158,8 @@ def test_a_model_that_fails_is_said_and_ends_nothing(found: tuple[ModelCompariso
     (failed,) = comparison.failed
     assert failed.name == "wrong"
     assert "objective.kind is 'pairs'" in failed.error
-    assert comparison.cells()[-1][0] == "wrong"
-    assert comparison.cells()[-1][-1].startswith("failed: objective.kind")
+    assert comparison.cells()[-1][:2] == ("wrong", "failed")
+    assert any(line.startswith("wrong failed: objective.kind") for line in comparison.remarks())
 
 
 def test_a_training_that_would_overrun_is_cut_at_its_share_and_still_counts(
@@ -241,7 +241,18 @@ def test_what_is_written_is_the_table_the_picture_and_the_bundle(
     lines = [line for line in text.splitlines() if line.startswith("|")]
     # Heads, a rule, eight models and one that failed; a bar in a name is no column.
     assert len(lines) == 11
-    assert {line.replace("\\|", "").count("|") for line in lines} == {9}
+    assert {line.replace("\\|", "").count("|") for line in lines} == {8}
+
+
+def test_printed_it_is_a_table_that_ends_with_the_sentence(
+    found: tuple[ModelComparison, Path],
+) -> None:
+    *lines, last = str(found[0]).splitlines()
+    assert last == found[0].sentence
+    (row,) = (line for line in lines if "knn <again> | once" in line)
+    quality = row_of(found[0], "knn <again> | once").quality
+    assert f"{quality:.4f} [" in row
+    assert any(line.startswith("· endless: out of time") for line in lines)
 
 
 def test_the_picture_shows_every_model_higher_where_it_is_better(

@@ -128,3 +128,14 @@ def test_dropout_keeps_the_mean_and_drops_its_share() -> None:
     assert torch.equal(layer.eval()(ones), ones)
     torch.manual_seed(0)
     assert torch.equal(layer.train()(ones), dropped)
+
+
+@both_blocks
+def test_the_last_state_alone_is_the_last_of_all_states(block: Block) -> None:
+    model = encoder(block).double()
+    for histories in ([[1, 2, 3], [], [4], list(range(9))], [[3, 1], [2, 2]], [[]]):
+        queries = Queries.of_histories(histories)
+        rows = last_events(queries, L)
+        state_BLD = model(rows)
+        expected_BD = state_BLD[torch.arange(len(rows)), rows.valid_BL.sum(dim=1)]
+        torch.testing.assert_close(model.encode(queries), expected_BD)

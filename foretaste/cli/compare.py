@@ -7,7 +7,7 @@ import typer
 
 import foretaste as ft
 from foretaste.cli.fit import DataDir, Overrides
-from foretaste.cli.show import JsonFlag, answer, log, table
+from foretaste.cli.show import JsonFlag, answer, log
 
 
 def compare(
@@ -38,5 +38,4 @@ def compare(
     found = ft.compare_models(configs, split, budget_seconds=budget_seconds, folder=out, say=log)
     if out is not None:
         log(f"wrote the table, the picture and the bundle of {found.pick} into {out}")
-    made = table(found.title(), found.columns, found.cells())
-    answer(found.to_json(), made, found.sentence, as_json=as_json)
+    answer(found.to_json(), str(found), as_json=as_json)

@@ -27,7 +27,15 @@ _SEQUENCE: Mapping[str, Mapping[str, object]] = {
     "model": {"max_len": 100, "block": "modern", "hidden_ratio": 1.0},
     "training": {"batch_events": 2048, "learning_rate": 4e-3, "ema_decay": 0.999},
 }
+_PAIRS: Mapping[str, Mapping[str, object]] = {
+    "objective": {"kind": "pairs", "loss": "sampled_softmax", "negatives": 2048},
+    "training": {"batch_events": 4096, "learning_rate": 5e-3, "warmup_steps": 50},
+}
 _USUAL: Mapping[str, Mapping[str, Mapping[str, object]]] = {
+    "mf": {**_PAIRS, "model": {"similarity": "cosine", "temperature": 0.15}},
+    "two_tower": _PAIRS,
+    "lightgcn": _PAIRS,
+    "pinsage": {**_PAIRS, "model": {"temperature": 0.1}},
     "sasrec": {
         **_SEQUENCE,
         "objective": {"kind": "next_item", "loss": "sampled_softmax", "negatives": 1024},

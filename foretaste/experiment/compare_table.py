@@ -1,12 +1,19 @@
 """What a comparison of models found: a table, and which of them to take."""
 
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
 from foretaste.evaluation.bootstrap import Interval
 from foretaste.evaluation.compare import Comparison
 
-COLUMNS = ("model", "quality", "behind the best", "p", "training s", "bundle MB", "answer ms", "")
+COLUMNS = ("model", "quality", "behind the best", "p", "training s", "bundle MB", "answer ms")
+_WIDTH = 200
+"""More than a table of usual names needs, so that nothing is folded."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +36,7 @@ class ModelRow:
     stopped: bool
     """Whether the budget ended its training."""
     note: str
-    """How its training ended."""
+    """How its training ended; empty for a model in closed form."""
     metrics: Mapping[str, float]
     settings: Mapping[str, object]
     """Its whole recipe."""
@@ -51,7 +58,7 @@ class FailedModel:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ModelComparison:
-    """Several models on one holdout. Printed, it is Markdown."""
+    """Several models on one holdout. Printed, it is a table and the sentence."""
 
     metric: str
     """The leading one."""
@@ -69,15 +76,16 @@ class ModelComparison:
     notes: tuple[str, ...]
 
     def cells(self) -> list[tuple[str, ...]]:
-        """Return the table's rows as text, under `columns`."""
+        """Return the table's rows as text, under `COLUMNS`."""
         measured = [_cells(row, is_pick=row.name == self.pick) for row in self.rows]
         blank = ("",) * (len(COLUMNS) - 2)
-        return measured + [(row.name, *blank, f"failed: {row.error}") for row in self.failed]
+        return measured + [(row.name, "failed", *blank) for row in self.failed]
 
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """The table's heads."""
-        return COLUMNS
+    def remarks(self) -> list[str]:
+        """Return how trainings ended, why models failed, and what the columns mean."""
+        ended = [f"{row.name}: {row.note}" for row in self.rows if row.note]
+        failed = [f"{row.name} failed: {row.error}" for row in self.failed]
+        return [*ended, *failed, *self.notes]
 
     def title(self) -> str:
         """Return what the table shows."""
@@ -104,12 +112,20 @@ class ModelComparison:
         table = [COLUMNS, ("---",) * len(COLUMNS), *self.cells()]
         lines = [f"| {' | '.join(_escaped(cell) for cell in row)} |" for row in table]
         shown = [f"![quality against cost]({picture})"] if picture else []
-        notes = "\n".join(f"- {note}" for note in self.notes)
+        notes = "\n".join(f"- {_one_line(remark)}" for remark in self.remarks())
         parts = [f"# {self.title()}", "\n".join(lines), *shown, notes, f"**{self.sentence}**"]
         return "\n\n".join(parts) + "\n"
 
     def __str__(self) -> str:
-        return self.to_markdown()
+        out = Console(file=io.StringIO(), width=_WIDTH, color_system=None, force_terminal=False)
+        table = Table(*COLUMNS, title=self.title(), title_justify="left")
+        for row in self.cells():
+            table.add_row(*(escape(cell) for cell in row))
+        out.print(table, highlight=False)
+        text: str = out.file.getvalue()  # type: ignore[attr-defined]  # it is the StringIO above
+        lines = [line.rstrip() for line in text.splitlines()]
+        lines += [f"· {_one_line(remark)}" for remark in self.remarks()]
+        return "\n".join([*lines, self.sentence])
 
 
 def choose(rows: Sequence[ModelRow], metric: str) -> tuple[str, str]:
@@ -147,14 +163,13 @@ def label(metric: str) -> str:
 def _cells(row: ModelRow, *, is_pick: bool) -> tuple[str, ...]:
     low, high = row.interval
     return (
-        f"{row.name} (take this)" if is_pick else row.name,
+        f"{row.name} (take it)" if is_pick else row.name,
         f"{row.quality:.4f} [{low:.4f}, {high:.4f}]",
         _behind(row) if row.behind else "the best",
         f"{row.behind.p_value:.4f}" if row.behind else "",
         f"{row.train_seconds:.2f}",
         f"{row.bundle_bytes / 1e6:.2f}",
         f"{row.answer_ms:.2f}",
-        row.note,
     )
 
 
@@ -166,4 +181,8 @@ def _behind(row: ModelRow) -> str:
 
 
 def _escaped(cell: str) -> str:
-    return " ".join(cell.split()).replace("|", "\\|")
+    return _one_line(cell).replace("|", "\\|")
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

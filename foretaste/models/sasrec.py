@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple, final
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
@@ -24,7 +24,7 @@ from foretaste.config import Config
 from foretaste.data.batch import Queries, SequenceBatch, last_events
 from foretaste.models.layers.attention import MultiHeadAttention
 from foretaste.models.layers.dropout import Dropout
-from foretaste.models.layers.gated_block import GatedBlock
+from foretaste.models.layers.gated_block import GatedBlock, rows_at
 
 
 class SASRecConfig(Config):
@@ -69,18 +69,19 @@ class SASRec(nn.Module):
 
         States under padding mean nothing. The position counts back from the row's last event.
         """
-        parts = CausalParts(self.start, self.positions, self.dropout, self.blocks, self.norm)
-        return causal_states(parts, self.items(batch.item_BL), batch.valid_BL)
+        return causal_states(self._parts(), self.items(batch.item_BL), batch.valid_BL)
 
     def encode(self, queries: Queries) -> Float[Tensor, "B D"]:
         """Return the state after the last event of each history."""
         batch = last_events(queries, self.max_len)
-        state_BLD: Tensor = self(batch)
-        return state_BLD[torch.arange(len(batch)), batch.valid_BL.sum(dim=1)]
+        return last_state(self._parts(), self.items(batch.item_BL), batch.valid_BL)
 
     def item_table(self) -> Float[Tensor, "I D"]:
         """Return the item embeddings, shared by input and output."""
         return self.items.weight
+
+    def _parts(self) -> "CausalParts":
+        return CausalParts(self.start, self.positions, self.dropout, self.blocks, self.norm)
 
 
 class CausalParts(NamedTuple):
@@ -97,14 +98,34 @@ def causal_states(
     parts: CausalParts, vector_BLD: Float[Tensor, "B L D"], valid_BL: Bool[Tensor, "B L"]
 ) -> Float[Tensor, "B L1 D"]:
     """Return the states before and after each of the vectors; the first ones of a row are real."""
-    rows, width, dim = vector_BLD.shape
-    age_BL = valid_BL.sum(dim=1, keepdim=True) - torch.arange(width + 1, device=vector_BLD.device)
-    x_BLD = torch.cat([parts.start.expand(rows, 1, -1), vector_BLD], dim=1) * dim**0.5
-    x_BLD = parts.dropout(x_BLD + parts.positions(age_BL.clamp(min=0)))
+    x_BLD = _inputs(parts, vector_BLD, valid_BL)
     for block in parts.blocks:
         x_BLD = block(x_BLD)
     state_BLD: Tensor = parts.norm(x_BLD)
     return state_BLD
+
+
+def last_state(
+    parts: CausalParts, vector_BLD: Float[Tensor, "B L D"], valid_BL: Bool[Tensor, "B L"]
+) -> Float[Tensor, "B D"]:
+    """Return the state after each row's last vector; the last block works out no other."""
+    x_BLD = _inputs(parts, vector_BLD, valid_BL)
+    for block in parts.blocks[:-1]:
+        x_BLD = block(x_BLD)
+    seen_BL = None if valid_BL.all() else F.pad(valid_BL, (1, 0), value=True)
+    place_B1 = valid_BL.sum(dim=1, keepdim=True)
+    state_B1D: Tensor = parts.norm(parts.blocks[-1](x_BLD, valid_BL=seen_BL, place_BT=place_B1))
+    return state_B1D.squeeze(1)
+
+
+def _inputs(
+    parts: CausalParts, vector_BLD: Float[Tensor, "B L D"], valid_BL: Bool[Tensor, "B L"]
+) -> Float[Tensor, "B L1 D"]:
+    rows, width, dim = vector_BLD.shape
+    age_BL = valid_BL.sum(dim=1, keepdim=True) - torch.arange(width + 1, device=vector_BLD.device)
+    x_BLD = torch.cat([parts.start.expand(rows, 1, -1), vector_BLD], dim=1) * dim**0.5
+    input_BLD: Tensor = parts.dropout(x_BLD + parts.positions(age_BL.clamp(min=0)))
+    return input_BLD
 
 
 def causal_blocks(config: SASRecConfig) -> nn.ModuleList:
@@ -137,10 +158,18 @@ class _OriginalBlock(nn.Module):
         self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, width)
         self.dropout = Dropout(config.dropout)
 
-    def forward(self, x_BLD: Tensor) -> Tensor:
-        query_BLD = self.attention_norm(x_BLD)
-        x_BLD = query_BLD + self.dropout(self.attention(query_BLD, x_BLD, causal=True))
-        x_BLD = self.feed_norm(x_BLD)
-        hidden = self.dropout(F.relu(self.up(x_BLD)))
-        output: Tensor = x_BLD + self.dropout(self.down(hidden))
+    def forward(
+        self,
+        x_BLD: Float[Tensor, "B L D"],
+        *,
+        valid_BL: Bool[Tensor, "B L"] | None = None,
+        place_BT: Int64[Tensor, "B T"] | None = None,
+    ) -> Float[Tensor, "B T D"]:
+        """Return the next state of each position, or of the last one alone, as `GatedBlock`."""
+        last = x_BLD if place_BT is None else rows_at(x_BLD, place_BT)
+        query_BTD = self.attention_norm(last)
+        attended_BTD = self.attention(query_BTD, x_BLD, causal=place_BT is None, valid_BS=valid_BL)
+        x_BTD = self.feed_norm(query_BTD + self.dropout(attended_BTD))
+        hidden = self.dropout(F.relu(self.up(x_BTD)))
+        output: Tensor = x_BTD + self.dropout(self.down(hidden))
         return output

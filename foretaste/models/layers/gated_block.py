@@ -52,15 +52,16 @@ class GatedBlock(nn.Module):
 
         Args:
             x_BLD: The states.
-            valid_BL: True = may be attended; None: all may. Excludes `causal`.
-            place_BT: The positions whose states are wanted, and alone worked out; None: all.
-                Excludes `causal`.
+            valid_BL: True = may be attended; None: all may. With `causal` only beside `place_BT`.
+            place_BT: The positions whose states are wanted, and alone worked out; None: all. A
+                causal block's are the last of their rows: they see all that is valid.
         """
         memory_BLD = self.attention_norm(x_BLD)
         normal_BTD = memory_BLD
         if place_BT is not None:
             x_BLD, normal_BTD = rows_at(x_BLD, place_BT), rows_at(memory_BLD, place_BT)
-        attended_BTD = self.attention(normal_BTD, memory_BLD, causal=self.causal, valid_BS=valid_BL)
+        causal = self.causal and place_BT is None
+        attended_BTD = self.attention(normal_BTD, memory_BLD, causal=causal, valid_BS=valid_BL)
         gate_BTD = self.attention_gate(normal_BTD).sigmoid()
         x_BTD = x_BLD + self.dropout(attended_BTD * gate_BTD)
         normal_BTD = self.feed_norm(x_BTD)

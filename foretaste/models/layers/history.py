@@ -18,7 +18,7 @@ from foretaste.data.batch import Queries, SequenceBatch, last_events
 from foretaste.models.layers.attention import MultiHeadAttention
 from foretaste.models.layers.dropout import Dropout
 from foretaste.models.layers.embedding import mean_bags
-from foretaste.models.sasrec import CausalParts, SASRecConfig, causal_blocks, causal_states
+from foretaste.models.sasrec import CausalParts, SASRecConfig, causal_blocks, last_state
 
 _CHUNKS, _CHUNK_ROWS = 8, 128
 
@@ -88,9 +88,7 @@ class CausalHistory(nn.Module):
         parts = CausalParts(self.start, self.positions, self.dropout, self.blocks, self.norm)
 
         def read(batch: SequenceBatch) -> Tensor:
-            vector_BLD = F.embedding(batch.item_BL, table_VD)
-            state_BLD = causal_states(parts, vector_BLD, batch.valid_BL)
-            return state_BLD[torch.arange(len(batch)), batch.valid_BL.sum(dim=1)]
+            return last_state(parts, F.embedding(batch.item_BL, table_VD), batch.valid_BL)
 
         return _by_length(queries, self.max_len, read)
 
