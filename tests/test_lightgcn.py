@@ -362,6 +362,11 @@ def test_noise_contrast_and_dropped_ties_leave_the_planted_world_to_be_found() -
     assert (best == (torch.arange(80) % GROUPS).unsqueeze(1)).float().mean() > 0.95
 
 
+def test_contrast_without_two_views_is_refused() -> None:
+    with pytest.raises(ConfigError, match="contrast_layer"):
+        trained(planted(), LightGCNConfig(embedding_dim=8), contrast=0.1)
+
+
 def test_views_are_the_final_and_one_layers_vectors_of_different_rows() -> None:
     events = planted()
     model = model_of(events, LightGCNConfig(embedding_dim=8, contrast_layer=2, contrast_rows=5))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from foretaste.data.batch import PairBatch
 from foretaste.data.interactions import Interactions
+from foretaste.errors import ConfigError
 from foretaste.models.interface import PairModel, Prepared, PreparesPairs
 from foretaste.training.objectives.candidates import (
     CandidateConfig,
@@ -152,6 +153,11 @@ class Pairs(nn.Module):
             squares = [_half_square(base_RD) for base_RD in vectors.base]
             loss = loss + self.config.l2 * torch.stack(squares).sum()
         if self.config.contrast:
+            if not vectors.views:
+                raise ConfigError(
+                    f"objective.contrast is {self.config.contrast:g}, but the model gives no two "
+                    "views: set it to 0, or LightGCN's contrast_layer to 1 or more"
+                )
             views = [_agreement(a, b, self.config.contrast_temperature) for a, b in vectors.views]
             loss = loss + self.config.contrast * torch.stack(views).sum()
         return loss
