@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Int64
+from jaxtyping import Bool, Float32, Int64
 from torch import Tensor
 
 from foretaste.data.features import FieldTable
@@ -24,6 +24,8 @@ class Queries:
     """History of row b: `history_N[offsets_B1[b] : offsets_B1[b + 1]]`; may be empty."""
     profile: FieldTable | None = None
     """Features of each row's user, read where training never saw the user; None: none are known."""
+    context: FieldTable | None = None
+    """Features of the moment, a row each, such as the hour or the place; None: none are known."""
 
     def __len__(self) -> int:
         return len(self.user_B)
@@ -35,6 +37,7 @@ class Queries:
             history_N=self.history_N.to(device),
             offsets_B1=self.offsets_B1.to(device),
             profile=None if self.profile is None else self.profile.to(device),
+            context=None if self.context is None else self.context.to(device),
         )
 
     @staticmethod
@@ -101,6 +104,32 @@ class PairBatch:
             queries=self.queries.to(device),
             item_B=self.item_B.to(device),
             hard_BH=self.hard_BH.to(device),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowBatch:
+    """Labelled rows: a user at a moment and an item, with items drawn to be compared with it.
+
+    Shape legend: B rows, C items of each (the row's own first), T tasks.
+    """
+
+    queries: Queries
+    """Users, what they had done before the row, and the row's context."""
+    item_BC: Int64[Tensor, "B C"]
+    """item_idx; column 0 is the row's own, the others were drawn for it."""
+    label_BCT: Float32[Tensor, "B C T"]
+    """NaN where a task has no label; a regression's in the label's own unit."""
+
+    def __len__(self) -> int:
+        return len(self.item_BC)
+
+    def to(self, device: torch.device) -> "RowBatch":
+        """Return the batch on a device."""
+        return RowBatch(
+            queries=self.queries.to(device),
+            item_BC=self.item_BC.to(device),
+            label_BCT=self.label_BCT.to(device),
         )
 
 

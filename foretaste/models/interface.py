@@ -1,5 +1,6 @@
 """What the other rooms may ask of a model. A model's first line says which of these it is."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -10,6 +11,7 @@ from foretaste.data.batch import Queries, SequenceBatch
 from foretaste.data.features import FieldTable
 from foretaste.data.interactions import Interactions
 from foretaste.data.pairs import Reads
+from foretaste.data.tasks import Task
 
 
 @runtime_checkable
@@ -34,6 +36,36 @@ class CatalogueScorer(Protocol):
 
     def score(self, queries: Queries) -> Float[Tensor, "B I"]:
         """Return a score for each item, higher is better, all finite."""
+        ...
+
+
+@runtime_checkable
+class Ranker(Protocol):
+    """Judges given items for a user at a moment, for one task or several.
+
+    Shape legend: B queries, C items of each, K thresholds between an ordinal task's levels.
+    """
+
+    tasks: tuple[Task, ...]
+    reads: Reads
+    """What of a user's history it reads."""
+    max_len: int
+    """How many events of it."""
+
+    def __call__(self, queries: Queries, item_BC: Int64[Tensor, "B C"]) -> Mapping[str, Tensor]:
+        """Return what each task learns from, by the task's name.
+
+        Of a binary task the logit (B, C); of a regression the standardised value (B, C); of an
+        ordinal one the logits (B, C, K) of lying above each level but the last.
+        """
+        ...
+
+    def predict(
+        self, queries: Queries, item_BC: Int64[Tensor, "B C"]
+    ) -> Mapping[str, Float[Tensor, "B C"]]:
+        """Return each task's prediction: a probability, a value in the label's own unit, or the
+        expected level.
+        """
         ...
 
 
