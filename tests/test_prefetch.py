@@ -67,8 +67,11 @@ def test_no_more_is_made_ahead_than_fits_the_queue() -> None:
     made: list[int] = []
     with Prefetch(Squares(100, made.append), producers=2) as batches:
         batches.next()
-        time.sleep(0.1)
-        assert len(made) <= 1 + 2 * 2
+        deadline = time.monotonic() + 20
+        while len(made) < 1 + 2 * 2 and time.monotonic() < deadline:
+            time.sleep(0.001)
+        time.sleep(0.05)  # enough to make the other 95
+        assert sorted(made) == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("producers", [0, 2])
@@ -84,30 +87,61 @@ def test_an_error_in_a_producer_is_the_trainer_s_at_its_turn(producers: int) -> 
 
 
 def test_producers_end_with_the_run_even_if_it_is_broken_off() -> None:
-    before = threading.active_count()
+    def at_work() -> list[str]:
+        return [thread.name for thread in threading.enumerate() if "producer" in thread.name]
 
     def broken_off() -> None:
         with Prefetch(Squares(9, lambda index: time.sleep(0.01)), producers=3) as batches:
             batches.next()
-            assert threading.active_count() > before
+            assert at_work()
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         broken_off()
-    assert threading.active_count() == before
+    assert at_work() == []
 
 
-def test_waiting_is_measured() -> None:
-    # a batch takes 20 ms, a step 40: with a producer the trainer waits for the first batch only
-    waited = {}
-    for producers in (0, 1):
-        plan = Squares(6, lambda index: time.sleep(0.02))
-        with Prefetch(plan, producers=producers) as batches:
-            for _ in range(6):
-                batches.next()
-                time.sleep(0.04)
-        waited[producers] = batches.waited_s
-    assert waited[0] > 0.12 > 0.06 > waited[1]
+class Clock:
+    """Time that passes only when somebody says so."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def test_waiting_is_measured_where_nobody_makes_batches_ahead() -> None:
+    clock = Clock()
+
+    def pass_20_ms(index: int) -> None:
+        clock.now_s += 0.02
+
+    with Prefetch(Squares(6, pass_20_ms), producers=0, clock=clock) as batches:
+        for _ in range(6):
+            batches.next()
+            clock.now_s += 0.04  # a step
+    assert batches.waited_s == pytest.approx(6 * 0.02)
+
+
+def test_a_trainer_waits_for_the_first_batch_only_if_others_are_made_while_it_steps() -> None:
+    clock, may_make, made = Clock(), threading.Semaphore(0), threading.Semaphore(0)
+
+    def pass_20_ms(index: int) -> None:
+        assert may_make.acquire(timeout=20)
+        clock.now_s += 0.02
+        made.release()
+
+    with Prefetch(Squares(6, pass_20_ms), producers=1, clock=clock) as batches:
+        may_make.release()
+        batches.next()
+        assert made.acquire(timeout=20)
+        for _ in range(5):
+            clock.now_s += 0.04
+            may_make.release()
+            assert made.acquire(timeout=20)  # during the step, though nobody has asked for it yet
+            batches.next()
+    assert batches.waited_s == pytest.approx(0.02)
 
 
 def split_of_two_kinds() -> Split:

@@ -58,17 +58,26 @@ class Prefetch(Generic[Batch]):
     context ends them, whether the epoch is over or broken off.
     """
 
-    def __init__(self, plan: Plan[Batch], *, producers: int, first: int = 0) -> None:
+    def __init__(
+        self,
+        plan: Plan[Batch],
+        *,
+        producers: int,
+        first: int = 0,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         """Prepare; nothing is made yet.
 
         Args:
             plan: Whose batches.
             producers: How many threads make them; 0: whoever asks makes them.
             first: The first batch that will be asked for.
+            clock: Seconds since whenever, to measure waiting with.
         """
         self.plan, self.producers = plan, producers
         self.waited_s = 0.0
         """How long whoever asked has waited for batches, in seconds."""
+        self._clock = clock
         self._next = first
         self._ahead: deque[Future[Batch]] = deque()
         self._pool: ThreadPoolExecutor | None = None
@@ -85,7 +94,7 @@ class Prefetch(Generic[Batch]):
 
     def next(self) -> Batch:
         """Return the next batch; an error in making it is raised here."""
-        started = time.perf_counter()
+        started = self._clock()
         if self._pool is None:
             batch = self.plan.batch(self._next)
             self._next += 1
@@ -94,7 +103,7 @@ class Prefetch(Generic[Batch]):
             asked = self._ahead.popleft()
             self._fill(self._pool)
             batch = asked.result()
-        self.waited_s += time.perf_counter() - started
+        self.waited_s += self._clock() - started
         return batch
 
     def _fill(self, pool: ThreadPoolExecutor) -> None:
