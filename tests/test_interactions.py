@@ -20,6 +20,7 @@ def events() -> Interactions:
         item_idx=np.array([2, 0, 2], np.int32),
         timestamp_s=np.array([5, 6, 7]),
         columns={"rating": np.array([1, 2, 3], np.float32)},
+        context=pl.DataFrame({"place": ["here", None, "there"], "tags": [["a"], ["b", "c"], []]}),
     )
 
 
@@ -37,6 +38,8 @@ def test_a_selection_keeps_every_column_in_step() -> None:
     assert chosen.timestamp_s is not None
     assert chosen.timestamp_s.tolist() == [6, 7]
     assert chosen.columns["rating"].tolist() == [2, 3]
+    assert chosen.context is not None
+    assert chosen.context["place"].to_list() == [None, "there"]
     assert len(events().select(np.zeros(3, np.bool_))) == 0
 
 
@@ -63,7 +66,35 @@ def test_the_fingerprint_is_of_the_events_alone() -> None:
         {"columns": {}},
         {"columns": {"rating": np.array([1, 2, 4], np.float32)}},
         {"columns": {"label": np.array([1, 2, 3], np.float32)}},
+        {"context": None},
+        {
+            "context": pl.DataFrame(
+                {"place": ["here", "", "there"], "tags": [["a"], ["b", "c"], []]}
+            )
+        },
+        {
+            "context": pl.DataFrame(
+                {"place": ["here", None, "there"], "tags": [["a"], ["b"], ["c"]]}
+            )
+        },
+        {
+            "context": pl.DataFrame(
+                {"city": ["here", None, "there"], "tags": [["a"], ["b", "c"], []]}
+            )
+        },
     ],
 )
 def test_any_other_event_is_another_fingerprint(change: dict[str, object]) -> None:
     assert replace(events(), **change).fingerprint() != events().fingerprint()  # type: ignore[arg-type]
+
+
+def test_the_fingerprint_does_not_know_how_a_context_lies_in_memory() -> None:
+    table = events()
+    assert table.context is not None
+    cut = pl.concat([table.context.head(1), table.context.tail(2)], rechunk=False)
+    assert replace(table, context=cut).fingerprint() == table.fingerprint()
+    times = pl.DataFrame({"at": [1.5, None, 2.5], "code": pl.Series([1, 2, 3], dtype=pl.UInt8)})
+    other = times.with_columns(pl.col("code") + 1)
+    assert (
+        replace(table, context=times).fingerprint() != replace(table, context=other).fingerprint()
+    )

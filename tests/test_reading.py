@@ -508,3 +508,71 @@ def test_long_histories_are_sorted_stably_too(length: int) -> None:
     time = rng.integers(0, 50, 2 * length)
     sorting = sort_by_time(group_events(user, num_users=2), time)
     assert sorting.order_E.tolist() == np.lexsort((np.arange(2 * length), time, user)).tolist()
+
+
+# The context of an event
+
+
+def test_context_columns_of_any_type_stay_with_their_events() -> None:
+    frame = EVENTS.with_columns(
+        pl.Series("place", ["p0", "p1", None, "p3", "p4"]),
+        pl.Series("tags", [["x"], [], ["y", "z"], None, ["x"]]),
+        pl.Series("who", [1, "one", None, True, 2.5], dtype=pl.Object),
+    )
+    frame = pl.concat([frame, frame[:1]])  # the first event twice
+    events = read(frame, context=["place", "tags", "who", "timestamp"], duplicates="first")
+    assert as_rows(events) == EXPECTED
+    assert events.context is not None
+    assert events.context["place"].to_list() == ["p3", "p1", None, "p0", "p4"]
+    assert events.context["tags"].to_list() == [None, [], ["y", "z"], ["x"], ["x"]]
+    assert events.context["who"].to_list() == ["true", "one", None, "1", "2.5"]
+    assert events.timestamp_s is not None
+    assert events.context["timestamp"].to_list() == events.timestamp_s.tolist()
+
+
+def test_a_row_that_is_left_out_takes_its_context_along() -> None:
+    frame = pl.DataFrame(
+        {"user_id": [2, None, 1, None], "item_id": ["a", "b", "c", None], "hour": [9, 8, 7, None]}
+    )
+    events = read_interactions(frame, context=["hour"], drop_incomplete=True)
+    assert events.context is not None
+    assert events.context["hour"].to_list() == [7, 9]
+    assert "1 empty rows were left out" in events.notes
+
+
+def test_a_context_column_that_is_not_there_is_named() -> None:
+    with pytest.raises(DataError, match=r"no column 'hours' \(context\).*context='hour'"):
+        read_interactions(EVENTS.with_columns(hour=1), context=["hours"])
+
+
+# Tables without users or items
+
+
+def test_a_table_without_users_or_items_is_rows_of_their_own() -> None:
+    frame = pl.DataFrame({"age": [39, 50, 38], "income": [0.0, 1.0, None]})
+    events = read_interactions(frame, user=None, item=None, columns=["income"], context=["age"])
+    assert events.users.ids.to_list() == [0, 1, 2]
+    assert events.items.ids.to_list() == ["row"]
+    assert events.user_idx.tolist() == [0, 1, 2]
+    assert events.context is not None
+    assert events.context["age"].to_list() == [39, 50, 38]
+    assert events.columns["income"][:2].tolist() == [0, 1]
+    assert np.isnan(events.columns["income"][2])
+    assert events.notes == (
+        "there is no column of users: every row is a user of its own",
+        "there is no column of items: every row is of the one item 'row'",
+    )
+
+
+def test_rows_of_known_users_or_items_need_only_the_one_column() -> None:
+    users = read_interactions(EVENTS, item=None, timestamp="timestamp")
+    assert users.users.ids.to_list() == [3, 7]
+    assert np.diff(users.offsets).tolist() == [2, 3]
+    items = read_interactions(EVENTS, user=None)
+    assert items.items.ids.to_list() == ["a", "b", "c"]
+    assert items.item_idx.tolist() == [1, 0, 0, 2, 2]  # the table's own order
+
+
+def test_a_table_of_which_nothing_is_named_is_refused() -> None:
+    with pytest.raises(DataError, match="no column is named"):
+        read_interactions(EVENTS, user=None, item=None)

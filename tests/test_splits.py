@@ -1,5 +1,6 @@
 """Splits: by hand, against a slow oracle, by law, and at the doors."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -204,6 +205,29 @@ def test_side_tables_of_given_parts_are_joined_by_id() -> None:
     table = given_split(train, test=test).events.item_table
     assert table is not None
     assert table["title"].to_list() == ["P", "Q", "R"]
+
+
+def test_contexts_of_given_parts_stay_with_their_events() -> None:
+    train = interactions([("a", "p", 1), ("b", "q", 2)])
+    test = interactions([("a", "r", 4), ("c", "q", 3)])
+    train = replace(train, context=pl.DataFrame({"hour": [1, 2], "old": ["x", "y"]}))
+    test = replace(test, context=pl.DataFrame({"hour": [4.5, 3.5]}))
+    events = given_split(train, test=test).events
+    assert events.context is not None
+    assert events.context.columns == ["hour"]
+    assert events.context["hour"].to_list() == [1, 4.5, 2, 3.5]  # a, a, b, c
+    assert "context 'old' is not in all parts and is left out" in events.notes
+    assert given_split(replace(train, context=None), test=test).events.context is None
+
+
+def test_parts_are_read_from_the_context_too() -> None:
+    events = interactions([("a", i, t) for t, i in enumerate("pqr")])
+    events = replace(events, context=pl.DataFrame({"set": ["train", "valid", "test"]}))
+    split = given_split_by_column(events, column="set")
+    assert split.part_E.tolist() == [TRAIN, VALIDATION, TEST]
+    broken = replace(events, context=pl.DataFrame({"set": ["train", None, "test"]}))
+    with pytest.raises(DataError, match="says 'nothing', which is no part"):
+        given_split_by_column(broken, column="set")
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,8 @@ def events(size: int = 500) -> Interactions:
             "timestamp": rng.integers(0, 10**9, size),
             "rating": rng.random(size),
             "clicked": rng.random(size) < 0.5,
+            "hour": rng.integers(0, 24, size),
+            "place": [["here", None, "thére"][n] for n in rng.integers(0, 3, size)],
         }
     )
     items = pl.DataFrame({"item_id": range(70), "title": [f"Title {n}" for n in range(70)]})
@@ -38,6 +41,7 @@ def events(size: int = 500) -> Interactions:
         timestamp="timestamp",
         rating="rating",
         columns=["clicked"],
+        context=["hour", "place"],
         items=items,
         users=users,
     )
@@ -70,6 +74,9 @@ def test_what_is_written_is_what_is_opened(folder: Path) -> None:
     assert first.item_table is not None
     assert second.user_table.equals(first.user_table)
     assert second.item_table.equals(first.item_table)
+    assert first.context is not None
+    assert second.context is not None
+    assert second.context.equals(first.context)
     assert second.notes == first.notes != ()
 
 
@@ -81,6 +88,15 @@ def test_a_store_without_times_tables_or_events(tmp_path: Path) -> None:
         opened = open_store(tmp_path / name, verify=True)
         assert opened.fingerprint() == table.fingerprint()
         assert (opened.timestamp_s, opened.user_table, opened.item_table) == (None, None, None)
+        assert opened.context is None
+
+
+def test_a_context_with_another_number_of_rows_is_refused(tmp_path: Path) -> None:
+    table = events(20)
+    assert table.context is not None
+    write_store(replace(table, context=table.context.head(19)), tmp_path / "store")
+    with pytest.raises(BundleError, match="has 19 rows, not 20"):
+        open_store(tmp_path / "store")
 
 
 def test_columns_are_maps_that_cannot_be_written(folder: Path) -> None:

@@ -24,7 +24,12 @@ def import_(
         Literal["s", "ms", "us", "ns"], typer.Option(help="What numbers in it count, since 1970.")
     ] = "s",
     rating: Annotated[str | None, typer.Option(help="Column of ratings.")] = None,
-    column: Annotated[list[str] | None, typer.Option(help="A further column to keep.")] = None,
+    column: Annotated[
+        list[str] | None, typer.Option(help="A further column of numbers to keep: a label, say.")
+    ] = None,
+    context: Annotated[
+        list[str] | None, typer.Option(help="A column of the moment to keep, of any type.")
+    ] = None,
     separator: Annotated[
         str | None, typer.Option(help="Between the fields; without it, the first line tells.")
     ] = None,
@@ -56,6 +61,7 @@ def import_(
         timestamp_unit=timestamp_unit,
         rating=rating,
         columns=column or (),
+        context=context or (),
         separator=separator,
         header=header,
         users=users,
@@ -109,5 +115,6 @@ def _summary(events: "ft.Interactions", out: Path | None) -> dict[str, object]:
         "users": events.num_users,
         "items": events.num_items,
         "columns": list(events.columns),
+        "context": [] if events.context is None else events.context.columns,
         "notes": list(events.notes),
     }

@@ -1,7 +1,7 @@
 """Who did what with which item, and when: the one data object of foretaste."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -32,7 +32,10 @@ class Interactions:
     timestamp_s: Int64[np.ndarray, " E"] | None = None
     """Unix seconds; None where the table has no times and file order stands for time."""
     columns: Mapping[str, Shaped[np.ndarray, " E"]] = field(default_factory=dict)
-    """Further columns of an event, such as `rating` (float32)."""
+    """Further columns of numbers, such as `rating` (float32): what is to be predicted."""
+    context: pl.DataFrame | None = None
+    """One row per event; the caller's other columns of the moment, such as the hour or the
+    place, of any type: what is known when somebody asks."""
     user_table: pl.DataFrame | None = None
     """One row per user_idx; the caller's other columns about users."""
     item_table: pl.DataFrame | None = None
@@ -76,6 +79,7 @@ class Interactions:
             item_idx=self.item_idx[keep],
             timestamp_s=None if self.timestamp_s is None else self.timestamp_s[keep],
             columns={name: column[keep] for name, column in self.columns.items()},
+            context=None if self.context is None else self.context.filter(pl.Series(keep)),
         )
 
     def history(self, user_idx: int) -> Int32[np.ndarray, " L"]:
@@ -83,25 +87,55 @@ class Interactions:
         return self.item_idx[self.offsets[user_idx] : self.offsets[user_idx + 1]]
 
     def fingerprint(self) -> str:
-        """Return a SHA-256 of ids, order, times, columns and links: equal for equal events.
+        """Return a SHA-256 of ids, order, times, columns, context and links.
 
-        The file that they came from, the tables about users and items, and the notes do not count.
+        Equal events have equal ones: the file that they came from, the tables about users and
+        items, and the notes do not count.
         """
         digest = hashlib.sha256()
-        for vocabulary in (self.users, self.items):
-            digest.update(f"{vocabulary.ids.dtype} {len(vocabulary)}\0".encode())
-            if vocabulary.is_integer:
-                digest.update(np.ascontiguousarray(vocabulary.ids.to_numpy()).data)
-            else:
-                for buffer in text_buffers(vocabulary.ids):
-                    digest.update(buffer.data)
+        for part in (*_id_parts(self.users), *_id_parts(self.items)):
+            digest.update(part)
         for column in (self.offsets, self.item_idx, self.timestamp_s):
             digest.update(b"-" if column is None else np.ascontiguousarray(column).data)
         for name in sorted(self.columns):
             digest.update(f"{name} {self.columns[name].dtype}\0".encode())
             digest.update(np.ascontiguousarray(self.columns[name]).data)
+        for part in () if self.context is None else _context_parts(self.context):
+            digest.update(part)
         for side, links in (("user", self.user_links), ("item", self.item_links)):
             if links is not None:
                 digest.update(f"{side}_links {links.shape[1]}\0".encode())
                 digest.update(np.ascontiguousarray(links, np.int32).data)
         return digest.hexdigest()
+
+
+def _id_parts(vocabulary: Vocabulary) -> Iterator[bytes | memoryview]:
+    yield f"{vocabulary.ids.dtype} {len(vocabulary)}\0".encode()
+    if vocabulary.is_integer:
+        yield np.ascontiguousarray(vocabulary.ids.to_numpy()).data
+    else:
+        yield from (buffer.data for buffer in text_buffers(vocabulary.ids))
+
+
+def _context_parts(context: pl.DataFrame) -> Iterator[bytes]:
+    for column in context.iter_columns():
+        yield f"context {column.name} {column.dtype}\0".encode()
+        yield from _parts(column)
+
+
+def _parts(column: pl.Series) -> Iterator[bytes]:
+    """Yield what a column of any type holds, the same however Polars keeps it in memory."""
+    yield column.is_null().to_numpy().tobytes()
+    if isinstance(column.dtype, pl.Array):
+        column = column.arr.to_list()
+    if isinstance(column.dtype, pl.List):
+        yield column.list.len().fill_null(0).to_numpy().tobytes()
+        yield from _parts(column.drop_nulls().explode())
+    elif isinstance(column.dtype, pl.Struct):
+        for inner in column.struct.unnest().iter_columns():
+            yield from _parts(inner)
+    elif column.dtype.is_numeric() and not column.dtype.is_decimal():
+        yield column.fill_null(0).to_numpy().tobytes()
+    else:
+        for buffer in text_buffers(column.cast(pl.String).fill_null("")):
+            yield buffer.tobytes()

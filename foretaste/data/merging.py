@@ -21,9 +21,9 @@ def concatenate(
     """Put sets of events together, each user's oldest first.
 
     Ids keep the rows they have in the first set; those that only later sets know follow. Where
-    times tie, or one set has none, events of earlier sets stand first. A column that not all
-    sets have is left out and named in the notes; a row of a side table is taken from the first
-    set that knows its id.
+    times tie, or one set has none, events of earlier sets stand first. A column, of numbers or of
+    the context, that not all sets have is left out and named in the notes; a row of a side table is
+    taken from the first set that knows its id.
 
     Args:
         sets: One at least, 255 at most.
@@ -52,6 +52,7 @@ def concatenate(
         item_idx=item_E[order_E],
         timestamp_s=time_E[order_E] if timed else None,
         columns=columns,
+        context=_context(sets, order_E, notes),
         user_table=users.table,
         item_table=items.table,
         user_links=_links([s.user_links for s in sets], users.row_of),
@@ -117,3 +118,17 @@ def _columns(
         if name in shared
     }
     return columns, notes
+
+
+def _context(
+    sets: Sequence[Interactions], order_E: Int64[np.ndarray, " E"], notes: list[str]
+) -> pl.DataFrame | None:
+    """Return the context of all sets, of the columns that they share; say which they do not."""
+    frames = [pl.DataFrame() if s.context is None else s.context for s in sets]
+    shared = [n for n in frames[0].columns if all(n in frame.columns for frame in frames)]
+    left_out = sorted({n for frame in frames for n in frame.columns} - set(shared))
+    notes += [f"context {name!r} is not in all parts and is left out" for name in left_out]
+    if not shared:
+        return None
+    together = pl.concat([frame.select(shared) for frame in frames], how="vertical_relaxed")
+    return together.select(pl.all().gather(pl.Series(order_E)))

@@ -24,6 +24,7 @@ from foretaste.data.interactions import Interactions
 from foretaste.data.links import with_links
 from foretaste.data.sorting import (
     Duplicates,
+    Sorting,
     compile_loops,
     find_repeats,
     frozen,
@@ -34,17 +35,21 @@ from foretaste.data.tables import Source, find_column, open_source
 from foretaste.data.vocabulary import Vocabulary, number_ids
 from foretaste.errors import DataError
 
+ONE_ITEM = "row"
+"""The item of every row of a table that has none."""
+
 _INTEGER = r"^-?(0|[1-9][0-9]*)$"
 
 
 def read_interactions(
     source: object,
     *,
-    user: str | int = "user_id",
-    item: str | int = "item_id",
+    user: str | int | None = "user_id",
+    item: str | int | None = "item_id",
     timestamp: str | int | None = None,
     rating: str | int | None = None,
     columns: Sequence[str | int] = (),
+    context: Sequence[str | int] = (),
     separator: str | None = None,
     header: bool = True,
     users: object = None,
@@ -63,13 +68,17 @@ def read_interactions(
     Args:
         source: A path or list of paths of text (CSV and its kin, also gzipped), Parquet or Arrow
             files; or a pandas, Polars, pyarrow or DuckDB table.
-        user: Column of user ids, by name or, as an integer, by position from 0.
-        item: Column of item ids.
+        user: Column of user ids, by name or, as an integer, by position from 0. None, for a table
+            that has no users: every row is a user of its own, numbered from 0.
+        item: Column of item ids. None, for a table that has no items: every row is of the one
+            item "row".
         timestamp: Column of times: numbers in `timestamp_unit` since 1970, datetimes, dates or
             ISO 8601 text, from 1970 to 2200, kept as whole seconds, though fractions decide the
             order. None: the order of the table stands for time.
         rating: Column of ratings, kept as `columns["rating"]`, 32-bit floats.
-        columns: Further columns of numbers to keep; a missing value becomes NaN.
+        columns: Further columns of numbers to keep, such as labels; a missing value becomes NaN.
+        context: Further columns of the moment to keep, of any type, such as the hour or the place:
+            what may be features because it is known when somebody asks.
         separator: Between the fields of a text file, of any length; None finds it in the first
             line.
         header: Whether the first line of text files names the columns; without one they are named
@@ -92,10 +101,18 @@ def read_interactions(
             is missing, infinite, or out of range; the message says which, where, and the mend.
     """
     opened = open_source(source, separator=separator, header=header, role="the event table")
-    names = _choose(opened, user=user, item=item, timestamp=timestamp, rating=rating, more=columns)
+    names = _choose(
+        opened,
+        user=user,
+        item=item,
+        timestamp=timestamp,
+        rating=rating,
+        more=columns,
+        context=context,
+    )
     with ThreadPoolExecutor(1) as pool:
         pool.submit(compile_loops)
-        frame, notes = opened.read(names.all, [names.user, names.item])
+        frame, notes = opened.read(names.all, names.ids)
     if not frame.height:
         raise DataError(f"{opened.name} holds no events: it has columns but no rows")
     events = _check(frame, names, timestamp_unit)
@@ -112,26 +129,33 @@ def read_interactions(
 class _Names(NamedTuple):
     """Columns of the event table, by their part."""
 
-    user: str
-    item: str
+    user: str | None
+    item: str | None
     timestamp: str | None
     numbers: Mapping[str, str]
     """The name a column is kept under, and its name in the table."""
+    context: tuple[str, ...]
+
+    @property
+    def ids(self) -> list[str]:
+        return [name for name in (self.user, self.item) if name is not None]
 
     @property
     def all(self) -> list[str]:
         time = () if self.timestamp is None else (self.timestamp,)
-        return list(dict.fromkeys((self.user, self.item, *time, *self.numbers.values())))
+        others = (*self.numbers.values(), *self.context)
+        return list(dict.fromkeys((*self.ids, *time, *others)))
 
 
 def _choose(
     source: Source,
     *,
-    user: str | int,
-    item: str | int,
+    user: str | int | None,
+    item: str | int | None,
     timestamp: str | int | None,
     rating: str | int | None,
     more: Sequence[str | int],
+    context: Sequence[str | int],
 ) -> _Names:
     numbers = {}
     for wanted in more:
@@ -142,16 +166,24 @@ def _choose(
             raise DataError("two columns would be called 'rating': leave one out, or rename it")
         numbers["rating"] = find_column(source, rating, argument="rating")
     names = _Names(
-        user=find_column(source, user, argument="user"),
-        item=find_column(source, item, argument="item"),
-        timestamp=None
-        if timestamp is None
-        else find_column(source, timestamp, argument="timestamp"),
+        user=_find(source, user, "user"),
+        item=_find(source, item, "item"),
+        timestamp=_find(source, timestamp, "timestamp"),
         numbers=numbers,
+        context=tuple(
+            dict.fromkeys(find_column(source, wanted, argument="context") for wanted in context)
+        ),
     )
-    if len({names.user, names.item, names.timestamp}) < 3:
+    named = [name for name in names[:3] if name is not None]
+    if len(set(named)) < len(named):
         raise DataError(f"user, item and timestamp must be three columns, not {names[:3]}")
+    if not names.all:
+        raise DataError("no column is named: say user=, item=, columns= or context=")
     return names
+
+
+def _find(source: Source, wanted: str | int | None, argument: str) -> str | None:
+    return None if wanted is None else find_column(source, wanted, argument=argument)
 
 
 @dataclass(kw_only=True)
@@ -163,6 +195,8 @@ class _Events:
     item: pl.Series
     times: Times | None
     numbers: dict[str, pl.Series]
+    context: pl.DataFrame
+    """Without a column where there is none."""
     notes: list[str] = field(default_factory=list)
 
     def drop_incomplete(self, source: str, *, allowed: bool) -> None:
@@ -170,7 +204,7 @@ class _Events:
         needed = self._needed()
         if not any(column.null_count() for column in needed.values()):
             return
-        every = [*needed.values(), *self.numbers.values()]
+        every = [*needed.values(), *self.numbers.values(), *self.context.iter_columns()]
         empty = pl.select(pl.all_horizontal(c.is_null().alias(str(n)) for n, c in enumerate(every)))
         empty_E = empty.to_series()
         for name, column in needed.items():
@@ -192,7 +226,11 @@ class _Events:
 
     def _needed(self) -> dict[str, pl.Series]:
         """Return the columns that no event may lack."""
-        needed = {self.names.user: self.user, self.names.item: self.item}
+        needed = {
+            name: ids
+            for name, ids in ((self.names.user, self.user), (self.names.item, self.item))
+            if name is not None
+        }
         if self.times is not None and self.names.timestamp is not None:
             needed[self.names.timestamp] = self.times.ticks
         if "rating" in self.numbers:
@@ -204,6 +242,7 @@ class _Events:
         if self.times is not None:
             self.times = self.times._replace(ticks=self.times.ticks.filter(keep_E))
         self.numbers = {name: column.filter(keep_E) for name, column in self.numbers.items()}
+        self.context = self.context.filter(keep_E) if self.context.width else self.context
 
 
 def _true(mask: pl.Series) -> int:
@@ -211,16 +250,33 @@ def _true(mask: pl.Series) -> int:
 
 
 def _check(frame: pl.DataFrame, names: _Names, unit: TimestampUnit) -> _Events:
+    notes = []
+    if names.user is None:
+        notes.append("there is no column of users: every row is a user of its own")
+    if names.item is None:
+        notes.append(f"there is no column of items: every row is of the one item {ONE_ITEM!r}")
     return _Events(
         names=names,
-        user=canonical_ids(frame[names.user]),
-        item=canonical_ids(frame[names.item]),
+        user=pl.int_range(frame.height, dtype=pl.Int64, eager=True)
+        if names.user is None
+        else canonical_ids(frame[names.user]),
+        item=pl.repeat(ONE_ITEM, frame.height, eager=True)
+        if names.item is None
+        else canonical_ids(frame[names.item]),
         times=None if names.timestamp is None else canonical_times(frame[names.timestamp], unit),
         numbers={
             kept: _number_column(frame[name], is_rating=kept == "rating")
             for kept, name in names.numbers.items()
         },
+        context=_typed(frame.select(names.context)),
+        notes=notes,
     )
+
+
+def _typed(frame: pl.DataFrame) -> pl.DataFrame:
+    """Return a table with its columns of mixed types, which no store could keep, as text."""
+    mixed = [name for name, dtype in frame.schema.items() if dtype == pl.Object]
+    return frame.with_columns(canonical_ids(frame[name]) for name in mixed)
 
 
 def _number_column(column: pl.Series, *, is_rating: bool) -> pl.Series:
@@ -239,13 +295,13 @@ class _Side(NamedTuple):
 
 
 def _read_side(
-    source: object, key: str, role: str, *, header: bool, drop_incomplete: bool
+    source: object, key: str | None, role: str, *, header: bool, drop_incomplete: bool
 ) -> _Side | None:
     if source is None:
         return None
     opened = open_source(source, header=header, role=f"the table of {role}")
     columns = opened.columns
-    key = key if header and key in columns else columns[0]
+    key = key if key is not None and header and key in columns else columns[0]
     frame, read_notes = opened.read(columns, [find_column(opened, key, argument=role)])
     ids, notes = canonical_ids(frame[key]), list(read_notes)
     if missing := ids.null_count():
@@ -260,9 +316,7 @@ def _read_side(
     if not first.all():
         notes.append(f"{_true(~first)} rows of {opened.name} repeat an id: its first row was taken")
         frame, ids = frame.filter(first), ids.filter(first)
-    others = frame.drop(key)
-    mixed = [name for name, dtype in others.schema.items() if dtype == pl.Object]
-    others = others.with_columns(canonical_ids(others[name]) for name in mixed)
+    others = _typed(frame.drop(key))
     return _Side(ids, others if others.width else None, notes)
 
 
@@ -305,6 +359,7 @@ def _arrange(
         item_idx=item_E,
         timestamp_s=_seconds(sorting.time_E, events.times, notes),
         columns={name: sorting.apply(_array(column)) for name, column in events.numbers.items()},
+        context=_sorted(events.context, sorting),
         user_table=_align(user_vocabulary, users),
         item_table=_align(item_vocabulary, items),
         notes=tuple(notes),
@@ -359,6 +414,13 @@ def _align(vocabulary: Vocabulary, side: _Side | None) -> pl.DataFrame | None:
     row_of[vocabulary.encode(side.ids)] = np.arange(len(side.ids))
     rows = pl.Series(row_of)
     return side.table.select(pl.all().gather(rows.set(rows < 0, None)))
+
+
+def _sorted(context: pl.DataFrame, sorting: Sorting) -> pl.DataFrame | None:
+    """Put the context's rows in the order of the events."""
+    if not context.width:
+        return None
+    return context.select(pl.all().gather(pl.Series(sorting.order_E)))
 
 
 def _seconds(

@@ -6,6 +6,7 @@ Shape legend: E events, U users.
 from collections.abc import Mapping
 
 import numpy as np
+import polars as pl
 from jaxtyping import Int64, UInt8
 
 from foretaste.data.interactions import Interactions
@@ -185,12 +186,18 @@ def given_split_by_column(
         ConfigError: A share is asked for, and the column gives a validation already.
         DataError: There is no such column, or a value is none of these.
     """
-    if column not in events.columns:
+    context = {} if events.context is None else {c.name: c for c in events.context.iter_columns()}
+    if column in events.columns:
+        values, inverse_E = np.unique(events.columns[column], return_inverse=True)
+    elif column in context:
+        text = context[column].cast(pl.String).fill_null("nothing")
+        values, inverse_E = np.unique(text.to_numpy().astype(str), return_inverse=True)
+    else:
         raise DataError(
             f"no column {column!r} says which part an event belongs to; there are "
-            f"{sorted(events.columns)}: name it among the columns when reading"
+            f"{sorted([*events.columns, *context])}: name it among the columns, or the context if "
+            "it is text, when reading"
         )
-    values, inverse_E = np.unique(events.columns[column], return_inverse=True)
     part_E = np.array([_part_code(value, column) for value in values.tolist()], np.uint8)[inverse_E]
     validated = bool((part_E == VALIDATION).any())
     if validation:

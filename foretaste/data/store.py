@@ -27,6 +27,7 @@ from foretaste.data.vocabulary import Vocabulary
 from foretaste.errors import BundleError, DataError
 
 _MANIFEST = "manifest.json"
+_CONTEXT = "context.arrow"
 _BLOCK = 1 << 23
 _PLAIN_NAME = re.compile(r"[a-z0-9_-]+\.(npy|arrow)")
 
@@ -116,6 +117,7 @@ def open_store(path: str | os.PathLike[str], *, verify: bool = False) -> Interac
         item_idx=opened("item_idx.npy"),
         timestamp_s=opened("timestamp_s.npy") if "timestamp_s.npy" in has else None,
         columns={name: opened(file) for name, file in manifest.columns.items()},
+        context=_read_table(folder / _CONTEXT, height=manifest.events) if _CONTEXT in has else None,
         user_table=_read_table(folder / "user_table.arrow") if "user_table.arrow" in has else None,
         item_table=_read_table(folder / "item_table.arrow") if "item_table.arrow" in has else None,
         user_links=_map_links(folder, "user_links.npy") if "user_links.npy" in has else None,
@@ -157,7 +159,7 @@ def _write_files(events: Interactions, folder: Path) -> None:
     if events.timestamp_s is not None:
         arrays["timestamp_s.npy"] = events.timestamp_s
     arrays |= {file: events.columns[name] for name, file in columns.items()}
-    # a reader that knows no links finds two more files that the manifest vouches for
+    # a reader that knows no links or context finds more files that the manifest vouches for
     for name, links in (
         ("user_links.npy", events.user_links),
         ("item_links.npy", events.item_links),
@@ -174,6 +176,11 @@ def _write_files(events: Interactions, folder: Path) -> None:
         tables["item_table.arrow"] = events.item_table
     files = {name: _write_array(folder / name, array) for name, array in arrays.items()}
     files |= {name: _write_table(folder / name, table) for name, table in tables.items()}
+    if events.context is not None:
+        # texts as Polars keeps them in memory, so that opening need not go through every row
+        files[_CONTEXT] = _write_table(
+            folder / _CONTEXT, events.context, level=pl.CompatLevel.newest()
+        )
     manifest = StoreManifest(
         events=len(events),
         users=StoredIds(count=len(events.users), is_integer=events.users.is_integer),
@@ -204,9 +211,15 @@ def _write_array(path: Path, array: Shaped[np.ndarray, " N"]) -> StoredFile:
     return StoredFile(bytes=size, sha256=digest.hexdigest())
 
 
-def _write_table(path: Path, table: pl.DataFrame) -> StoredFile:
+def _write_table(
+    path: Path, table: pl.DataFrame, *, level: pl.CompatLevel | None = None
+) -> StoredFile:
     with path.open("w+b") as file:
-        table.write_ipc(file, compression="uncompressed", compat_level=pl.CompatLevel.oldest())
+        table.write_ipc(
+            file,
+            compression="uncompressed",
+            compat_level=pl.CompatLevel.oldest() if level is None else level,
+        )
         _sync(file)
     return StoredFile(bytes=path.stat().st_size, sha256=_sha256(path))
 
@@ -270,12 +283,15 @@ def _read_ids(path: Path) -> pl.Series:
     return _read_table(path).to_series()
 
 
-def _read_table(path: Path) -> pl.DataFrame:
+def _read_table(path: Path, *, height: int | None = None) -> pl.DataFrame:
     try:
         with pa.memory_map(str(path)) as source:
-            return pl.DataFrame(pa.ipc.open_file(source).read_all())
+            table = pl.DataFrame(pa.ipc.open_file(source).read_all())
     except (OSError, pa.ArrowException) as error:
         raise BundleError(f"{path} cannot be read ({error}): import the events anew") from error
+    if height not in (None, table.height):
+        raise BundleError(f"{path} has {table.height} rows, not {height}: import the events anew")
+    return table
 
 
 def _sha256(path: Path) -> str:

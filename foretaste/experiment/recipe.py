@@ -48,7 +48,9 @@ class FileData(Config):
     rating: str | None = None
     """Column of ratings; kept beside the events."""
     columns: tuple[str, ...] = ()
-    """Further columns of numbers to keep."""
+    """Further columns of numbers to keep, such as labels."""
+    context: tuple[str, ...] = ()
+    """Further columns of the moment to keep, of any type: `features.context` may read them."""
     separator: str | None = None
     """Between the fields of a text file; without it, the first line tells."""
     header: bool = True

@@ -228,6 +228,7 @@ def _read_events(data: PublicData | FileData | StoreData, data_dir: Path | None)
                 timestamp_unit=data.timestamp_unit,
                 rating=data.rating,
                 columns=data.columns,
+                context=data.context,
                 separator=data.separator,
                 header=data.header,
                 users=None if data.users is None else base / data.users,
