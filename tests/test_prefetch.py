@@ -227,8 +227,11 @@ def test_the_window_of_ranks_moves_nearer() -> None:
     assert hardness(PairsConfig(), 7).num == 0
 
 
-def nearby(events: Interactions, ranks: int = 8) -> NearbyNegatives:
-    return NearbyNegatives(graph_of(events), Seen.of(events), ranks=ranks, seed=0)
+def draw_nearby(
+    events: Interactions, user: Tensor, item: Tensor, num: int, ranks: tuple[int, int]
+) -> Tensor:
+    source = NearbyNegatives(graph_of(events), Seen.of(events), ranks=ranks[1], seed=0)
+    return source.draw(user, item, num, ranks=ranks, generator=torch.Generator().manual_seed(1))
 
 
 def test_hard_negatives_are_near_and_never_what_the_user_has() -> None:
@@ -236,7 +239,7 @@ def test_hard_negatives_are_near_and_never_what_the_user_has() -> None:
     events = split_of_two_kinds().train
     user_E = torch.from_numpy(events.user_idx).long()
     item_E = torch.from_numpy(events.item_idx).long()
-    hard_EH = nearby(events).draw(user_E, item_E, 3, ranks=(0, 8), epoch=1)
+    hard_EH = draw_nearby(events, user_E, item_E, 3, (0, 8))
     none_EH = hard_EH == item_E.unsqueeze(1)
     assert none_EH.float().mean() < 0.2
     assert ((hard_EH < 12) == (item_E < 12).unsqueeze(1)).all()
@@ -248,21 +251,23 @@ def test_near_ranks_are_visited_together_more_than_far_ones() -> None:
     # item 0 is done beside item 1 by ten users, beside item 2 by one: rank 0 is item 1
     events = events_of([[0, 1]] * 10 + [[0, 2], [3]], num_items=4)
     user, item = torch.tensor([11]), torch.tensor([0])
-    near, far = (nearby(events, 2).draw(user, item, 1, ranks=(r, r + 1), epoch=0) for r in (0, 1))
+    near, far = (draw_nearby(events, user, item, 1, (rank, rank + 1)) for rank in (0, 1))
     assert (near.item(), far.item()) == (1, 2)
 
 
 def test_who_has_everything_gets_no_hard_negative() -> None:
     events = events_of([[0, 1, 2], [0, 1], [2]], num_items=4)
     user, item = torch.tensor([0, 2]), torch.tensor([1, 3])
-    hard_BH = nearby(events, 3).draw(user, item, 2, ranks=(0, 3), epoch=0)
+    hard_BH = draw_nearby(events, user, item, 2, (0, 3))
     assert hard_BH.tolist() == [[1, 1], [3, 3]]  # the pair's own item: hidden from the loss
 
 
 def test_ranks_that_are_not_kept_are_named() -> None:
     events = split_of_two_kinds().train
-    with pytest.raises(ConfigError, match="ranks 2 to 20"):
-        nearby(events).draw(torch.tensor([0]), torch.tensor([0]), 1, ranks=(2, 20), epoch=0)
+    source = NearbyNegatives(graph_of(events), Seen.of(events), ranks=8, seed=0)
+    pair = torch.tensor([0])
+    with pytest.raises(ConfigError, match="ranks 2 to 20, but 8 ranks"):
+        source.draw(pair, pair, 1, ranks=(2, 20), generator=torch.Generator())
     with pytest.raises(ValidationError, match="farthest"):
         PairsConfig(hard_ranks=(9, 9))
     with pytest.raises(ValidationError, match="hard_negatives"):

@@ -1,6 +1,6 @@
 """Training pairs: every event is a user and an item, in random order, in batches.
 
-Shape legend: E events, B pairs of a batch, N events of all their histories.
+Shape legend: E events, B pairs of a batch, N events of all their histories, H hard negatives.
 """
 
 from collections.abc import Callable
@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 import torch
 from jaxtyping import Int64
+from torch import Tensor
 
 from foretaste.data.batch import PairBatch, Queries
 from foretaste.data.interactions import Interactions
@@ -18,8 +19,9 @@ Reads = Literal["nothing", "before", "others"]
 """What of a user's history goes with a pair: nothing; the last events before it; or other events
 of the user drawn at random, where the order means nothing."""
 
-FindHard = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""From user_idx (B,) and their observed item_idx (B,) to hard negatives (B, H)."""
+FindHard = Callable[[Tensor, Tensor, torch.Generator], Tensor]
+"""From user_idx (B,), their observed item_idx (B,) and a source of randomness to hard negatives
+(B, H)."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -33,7 +35,7 @@ class PairPlan:
     reads: Reads
     max_len: int
     seed: int
-    """Decides which other events are read."""
+    """Decides which other events are read, and which hard negatives are drawn."""
     find_hard: FindHard | None = None
 
     def __len__(self) -> int:
@@ -57,10 +59,14 @@ class PairPlan:
                 offsets_B1=torch.from_numpy(offsets_B1),
             ),
             item_B=item_B,
-            hard_BH=self.find_hard(user_B, item_B)
-            if self.find_hard
-            else item_B.new_empty(len(item_B), 0),
+            hard_BH=self._hard(user_B, item_B, index),
         )
+
+    def _hard(self, user_B: Tensor, item_B: Tensor, index: int) -> Int64[Tensor, "B H"]:
+        if self.find_hard is None:
+            return item_B.new_empty(len(item_B), 0)
+        word = np.random.default_rng([self.seed, index, 1]).integers(2**63)
+        return self.find_hard(user_B, item_B, torch.Generator().manual_seed(int(word)))
 
     def _histories(
         self, place_B: Int64[np.ndarray, " B"], user_B: Int64[np.ndarray, " B"], index: int

@@ -119,6 +119,7 @@ def fit(
             objective=learning.objective,
             validate=_validate(config, events, split, seed),
             folder=folder,
+            refreshed=learning.refreshed,
         )
         log = _run(
             run,

@@ -9,19 +9,21 @@ from torch import Tensor, nn
 
 from foretaste.data.graph import Graph, graph_of
 from foretaste.data.interactions import Interactions
-from foretaste.data.pairs import plan_pairs
+from foretaste.data.pairs import FindHard, plan_pairs
 from foretaste.data.sequences import Windows, plan_sequences
 from foretaste.errors import ConfigError
+from foretaste.experiment.mining import IndexNegatives
 from foretaste.models.bert4rec import BERT4Rec
 from foretaste.models.interface import PairModel, SequenceModel
 from foretaste.models.sasrec import SASRec
+from foretaste.sampling.hard import MineNegatives
 from foretaste.sampling.nearby import NearbyNegatives
 from foretaste.sampling.unseen import Seen
-from foretaste.training.fit import Plan
+from foretaste.training.fit import Plan, Refreshed
 from foretaste.training.objectives.catalogue import ObjectiveConfig
 from foretaste.training.objectives.masked_item import MaskedItem, MaskedItemConfig
 from foretaste.training.objectives.next_item import NextItem, NextItemConfig
-from foretaste.training.objectives.pairs import Pairs, PairsConfig, hardness
+from foretaste.training.objectives.pairs import Hardness, Pairs, PairsConfig, hardness
 from foretaste.training.prefetch import WorkedPlan
 from foretaste.training.seeding import epoch_generator, step_seed
 
@@ -47,6 +49,8 @@ class Learning:
 
     objective: Callable[[Any, Any], Tensor]
     plan: Callable[[int], Plan[Any]]
+    refreshed: Refreshed | None = None
+    """What the loop works out anew from the weights, epoch by epoch."""
 
 
 def make_learning(
@@ -123,24 +127,17 @@ def _learn_pairs(
     graph: Graph | None,
 ) -> Learning:
     objective = Pairs(config, events)
-    nearby = None
-    if config.hard_negatives:
-        nearby = NearbyNegatives(
-            graph or graph_of(events), Seen.of(events), ranks=config.hard_ranks[1], seed=seed
-        )
+    source = _hard_source(config, events, seed=seed, graph=graph)
 
     def plan(epoch: int) -> Plan[Any]:
         hard = hardness(config, epoch)
-        find_hard = None
-        if nearby is not None and hard.num:
-            find_hard = partial(nearby.draw, num=hard.num, ranks=hard.ranks, epoch=epoch)
         pairs = plan_pairs(
             events,
             batch_events=batch_events,
             generator=epoch_generator(seed, epoch),
             reads=model.reads,
             max_len=model.max_len,
-            find_hard=find_hard,
+            find_hard=None if source is None or not hard.num else _finder(source, hard),
         )
         if not (producers and objective.loss.draws_ahead):
             return pairs
@@ -151,4 +148,27 @@ def _learn_pairs(
             ),
         )
 
-    return Learning(objective=objective, plan=plan)
+    return Learning(
+        objective=objective,
+        plan=plan,
+        refreshed=source if isinstance(source, IndexNegatives) else None,
+    )
+
+
+def _hard_source(
+    config: PairsConfig, events: Interactions, *, seed: int, graph: Graph | None
+) -> NearbyNegatives | IndexNegatives | None:
+    if not config.hard_negatives:
+        return None
+    match config.hard_from:
+        case "walks":
+            return NearbyNegatives(
+                graph or graph_of(events), Seen.of(events), ranks=config.hard_ranks[1], seed=seed
+            )
+        case "index":
+            return IndexNegatives(config, events, seed=seed)
+
+
+def _finder(source: NearbyNegatives | IndexNegatives, hard: Hardness) -> FindHard:
+    mine: MineNegatives = partial(source.draw, ranks=hard.ranks)
+    return lambda user_B, item_B, generator: mine(user_B, item_B, hard.num, generator=generator)

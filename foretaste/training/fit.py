@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Generic, TypeVar, final
+from typing import Any, Generic, Protocol, TypeVar, final, runtime_checkable
 
 import torch
 from torch import Tensor, nn, optim
@@ -26,6 +26,25 @@ Batch = TypeVar("Batch", covariant=True)
 _MOST_BAD_STEPS = 20
 OUT_OF_TIME = "out of time"
 """How `Progress.done` begins where a run was ended by the clock."""
+
+
+@runtime_checkable
+class Refreshed(Protocol):
+    """What is worked out from the weights and holds for an epoch or more, such as negatives that
+    the model itself finds hard. It is part of a run's state.
+    """
+
+    def refresh(self, model: nn.Module, epoch: int) -> None:
+        """Work it out anew, before the first step of an epoch (0, 1, …), if it is its turn."""
+        ...
+
+    def state(self) -> Mapping[str, Tensor]:
+        """Return what a checkpoint keeps."""
+        ...
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Take what `state` gave."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +102,7 @@ class Fit(Generic[Model, Batch]):
         objective: Callable[[Model, Batch], Tensor],
         validate: Callable[[nn.Module], float] | None = None,
         folder: Path | None = None,
+        refreshed: Refreshed | None = None,
     ) -> None:
         """Prepare a run.
 
@@ -95,6 +115,8 @@ class Fit(Generic[Model, Batch]):
                 state is the run's too, and stands in the checkpoint.
             validate: Gives the metric to stop by, higher is better.
             folder: Where checkpoints and the log of steps go; none writes neither.
+            refreshed: What batches are made with that the weights decide; it sees them as
+                validation does.
         """
         keep_memory()
         self.device = choose_device(config.device)
@@ -102,6 +124,7 @@ class Fit(Generic[Model, Batch]):
         self.plan, self.objective, self.validate, self.folder = plan, objective, validate, folder
         if isinstance(objective, nn.Module):
             objective.to(self.device)
+        self.refreshed = refreshed
         self.progress = Progress()
         self.average = copy.deepcopy(model) if config.ema_decay else None
         self.best_weights: dict[str, Tensor] = {}
@@ -149,6 +172,8 @@ class Fit(Generic[Model, Batch]):
         max_seconds: float | None,
     ) -> None:
         progress, started = self.progress, time.perf_counter()
+        if self.refreshed is not None and progress.batch == 0:
+            self.refreshed.refresh(self._judged(), progress.epoch)
         plan, first_batch = self.plan(progress.epoch), progress.batch
         seconds_before = progress.seconds
         self.model.train()
@@ -262,8 +287,7 @@ class Fit(Generic[Model, Batch]):
         is_last = number == config.epochs or progress.done
         if self.validate is None or (number % config.validate_every and not is_last):
             return None
-        judged = self.average or self.model
-        judged.eval()
+        judged = self._judged()
         value = self.validate(judged)
         if value > progress.best:
             progress.best, progress.best_epoch, progress.waited = value, number, 0
@@ -278,6 +302,10 @@ class Fit(Generic[Model, Batch]):
                 )
         return value
 
+    def _judged(self) -> nn.Module:
+        """Return the weights as validation sees them, in evaluation mode."""
+        return (self.average or self.model).eval()
+
     def _checkpoint(self) -> None:
         if self.folder is None:
             return
@@ -287,6 +315,8 @@ class Fit(Generic[Model, Batch]):
             tensors |= {f"average.{n}": value for n, value in self.average.state_dict().items()}
         if isinstance(self.objective, nn.Module):
             tensors |= {f"objective.{n}": value for n, value in self.objective.state_dict().items()}
+        if self.refreshed is not None:
+            tensors |= {f"refreshed.{n}": value for n, value in self.refreshed.state().items()}
         state = self.optimizer.state_dict()["state"]
         for index, values in state.items():
             tensors |= {f"optimizer.{index}.{name}": value for name, value in values.items()}
@@ -305,13 +335,7 @@ class Fit(Generic[Model, Batch]):
         if not path.exists():
             return
         tensors, facts = read_checkpoint(path)
-        asked = {"settings": self.config.model_dump(mode="json"), "seed": self.seed}
-        for name, value in asked.items():
-            if facts[name] != value:
-                raise ConfigError(
-                    f"{path} was trained with {name} {facts[name]}, not {value}: resume with the "
-                    "settings it was started with, or start anew"
-                )
+        self._check_same(path, facts)
         self.model.load_state_dict(_under("model", tensors))
         self.best_weights = {
             name: value.to(self.device) for name, value in _under("best", tensors).items()
@@ -320,6 +344,8 @@ class Fit(Generic[Model, Batch]):
             self.average.load_state_dict(_under("average", tensors))
         if isinstance(self.objective, nn.Module):
             self.objective.load_state_dict(_under("objective", tensors))
+        if self.refreshed is not None:
+            self.refreshed.restore(_under("refreshed", tensors))
         state: dict[int, dict[str, Tensor]] = {}
         for name, value in _under("optimizer", tensors).items():
             index, key = name.split(".")
@@ -328,6 +354,15 @@ class Fit(Generic[Model, Batch]):
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
         self.scaler.load_state_dict(facts["scaler"])
         self.progress = Progress(**facts["progress"])
+
+    def _check_same(self, path: Path, facts: Mapping[str, Any]) -> None:
+        asked = {"settings": self.config.model_dump(mode="json"), "seed": self.seed}
+        for name, value in asked.items():
+            if facts[name] != value:
+                raise ConfigError(
+                    f"{path} was trained with {name} {facts[name]}, not {value}: resume with the "
+                    "settings it was started with, or start anew"
+                )
 
 
 class _StepLog:

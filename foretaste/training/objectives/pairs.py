@@ -36,14 +36,19 @@ class PairsConfig(CandidateConfig):
     """Weight of the agreement of a model's two views of the same users and items, if it has any."""
     contrast_temperature: float = Field(default=0.2, gt=0)
     hard_negatives: NonNegativeInt = 0
-    """At most so many hard negatives of each pair: items that random walks from the pair's item
-    visit much, and that its user has not done."""
+    """At most so many hard negatives of each pair, which its user has not done; what share of all
+    they are, the other counts of negatives decide."""
+    hard_from: Literal["walks", "index"] = "walks"
+    """Where they come from: "walks", items that random walks from the pair's item visit much;
+    "index", items that the model itself scores high for the pair's user."""
+    hard_refresh: PositiveInt = 1
+    """Epochs between two searches of the "index", each with the weights of its time."""
     hard_from_epoch: PositiveInt = 2
     """The first epoch with hard negatives, counted from 1: one a pair; each epoch after it has one
     more."""
     hard_ranks: tuple[NonNegativeInt, PositiveInt] = (10, 100)
-    """The nearest and the farthest rank of them, by visits. A window of half of the range moves
-    from the farthest ranks to the nearest."""
+    """The nearest and the farthest rank of them, by visits or by score. A window of half of the
+    range moves from the farthest ranks to the nearest."""
     hard_epochs: PositiveInt = 10
     """Epochs that the window takes."""
 
