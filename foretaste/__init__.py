@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         temporal_split,
     )
     from foretaste.data.store import open_store, write_store
+    from foretaste.data.tasks import Task
     from foretaste.data.vocabulary import Vocabulary
     from foretaste.errors import (
         BundleError,
@@ -100,6 +101,7 @@ if TYPE_CHECKING:
     from foretaste.training.objectives.masked_item import MaskedItemConfig
     from foretaste.training.objectives.next_item import NextItemConfig
     from foretaste.training.objectives.pairs import PairsConfig
+    from foretaste.training.objectives.rows import RowsConfig
     from foretaste.training.settings import TrainingConfig
     from foretaste.training.trained import Trained
 
@@ -140,6 +142,7 @@ __all__ = [
     "Recommendation",
     "Recommender",
     "Report",
+    "RowsConfig",
     "Run",
     "SASRecConfig",
     "SampledNegatives",
@@ -147,6 +150,7 @@ __all__ = [
     "SourceError",
     "Split",
     "SplitConfig",
+    "Task",
     "TextField",
     "TooLargeError",
     "Tracker",
@@ -242,6 +246,7 @@ _HOME = {
     "Recommendation": "serving.recommender",
     "Recommender": "serving.recommender",
     "Report": "evaluation.report",
+    "RowsConfig": "training.objectives.rows",
     "Run": "experiment.run",
     "SASRecConfig": "models.sasrec",
     "SampledNegatives": "evaluation.sampled",
@@ -249,6 +254,7 @@ _HOME = {
     "SourceError": "errors",
     "Split": "data.splits",
     "SplitConfig": "data.split_config",
+    "Task": "data.tasks",
     "TextField": "data.fields",
     "TooLargeError": "errors",
     "Tracker": "experiment.tracking",

@@ -1,10 +1,17 @@
-"""What a ranking model is asked of a user and an item: tasks, each with labels of its own."""
+"""What a ranking model is asked of a user and an item: tasks, each with labels of its own.
 
-from typing import Literal
+Shape legend: E events.
+"""
 
+from typing import Literal, NamedTuple
+
+import numpy as np
+from jaxtyping import Float
 from pydantic import Field, model_validator
+from torch import Tensor
 
 from foretaste.config import Config
+from foretaste.errors import DataError
 
 
 class Task(Config):
@@ -45,3 +52,42 @@ class Task(Config):
         if self.above is not None and not self.column:
             raise ValueError(f"task {self.name!r} has a limit in `above` and no column: name one")
         return self
+
+
+class LabelScale(NamedTuple):
+    """Where a regression's labels lie and how far they spread, after the task's transform."""
+
+    mean: float
+    std: float
+    """Above 0; 1 where all labels are alike."""
+
+
+def label_scale(task: Task, label_E: Float[np.ndarray, " E"]) -> LabelScale:
+    """Return the mean and the standard deviation (of the whole, not of a sample) of labels.
+
+    Args:
+        task: A regression.
+        label_E: Training labels in their own unit, NaN where one is missing.
+
+    Raises:
+        DataError: There is no label.
+    """
+    found_E = label_E[~np.isnan(label_E)].astype(np.float64)
+    if len(found_E) == 0:
+        raise DataError(
+            f"task {task.name!r} has no label in training (column {task.column!r}): leave it out"
+        )
+    learned_E = np.log1p(found_E) if task.transform == "log1p" else found_E
+    return LabelScale(float(learned_E.mean()), float(learned_E.std()) or 1.0)
+
+
+def standardised(task: Task, label: Tensor, scale: LabelScale) -> Tensor:
+    """Return what a regression learns from labels in their own unit: NaN stays NaN."""
+    learned = label.log1p() if task.transform == "log1p" else label
+    return (learned - scale.mean) / scale.std
+
+
+def in_own_unit(task: Task, value: Tensor, scale: LabelScale) -> Tensor:
+    """Undo `standardised`: from what a regression's head gives to the label's own unit."""
+    learned = value * scale.std + scale.mean
+    return learned.expm1() if task.transform == "log1p" else learned

@@ -112,7 +112,8 @@ class Fit(Generic[Model, Batch]):
             seed: Decides order, dropout and negatives; the model's first weights are its maker's.
             plan: From an epoch's number (0, 1, …) to its batches; decided by seed and number.
             objective: Gives the mean loss of a batch, a scalar, in nats. If it is a module, its
-                state is the run's too, and stands in the checkpoint.
+                state is the run's too: parameters are trained beside the model's, and all of it
+                stands in the checkpoint.
             validate: Gives the metric to stop by, higher is better.
             folder: Where checkpoints and the log of steps go; none writes neither.
             refreshed: What batches are made with that the weights decide; it sees them as
@@ -128,7 +129,10 @@ class Fit(Generic[Model, Batch]):
         self.progress = Progress()
         self.average = copy.deepcopy(model) if config.ema_decay else None
         self.best_weights: dict[str, Tensor] = {}
-        self.optimizer = _optimizer(model, config)
+        self.parameters = list(model.parameters())
+        if isinstance(objective, nn.Module):
+            self.parameters += list(objective.parameters())
+        self.optimizer = _optimizer(self.parameters, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
 
     def run(
@@ -247,9 +251,7 @@ class Fit(Generic[Model, Batch]):
         if math.isfinite(value):
             self.scaler.scale(loss).backward()
             self.scaler.unscale_(self.optimizer)
-            norm = nn.utils.clip_grad_norm_(
-                self.model.parameters(), config.gradient_clip or math.inf
-            )
+            norm = nn.utils.clip_grad_norm_(self.parameters, config.gradient_clip or math.inf)
             finite = bool(norm.isfinite())
             if finite or self.scaler.is_enabled():
                 self.scaler.step(self.optimizer)
@@ -394,9 +396,9 @@ def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name[len(start) :]: t for name, t in tensors.items() if name.startswith(start)}
 
 
-def _optimizer(model: nn.Module, config: TrainingConfig) -> optim.AdamW:
-    decayed = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
-    others = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
+def _optimizer(parameters: list[nn.Parameter], config: TrainingConfig) -> optim.AdamW:
+    decayed = [p for p in parameters if p.requires_grad and p.ndim > 1]
+    others = [p for p in parameters if p.requires_grad and p.ndim <= 1]
     groups: list[dict[str, Any]] = [
         {"params": decayed},
         {"params": others, "weight_decay": 0.0},

@@ -1,0 +1,108 @@
+"""Learn from labelled rows: each task from the rows that have its label, all in one sum.
+
+Shape legend: B rows, C items of each, T tasks.
+"""
+
+from collections.abc import Mapping
+from typing import Literal, final
+
+import torch
+from jaxtyping import Float
+from pydantic import Field, NonNegativeInt
+from torch import Tensor, nn
+
+from foretaste.config import Config
+from foretaste.data.batch import RowBatch
+from foretaste.data.tasks import LabelScale, Task
+from foretaste.losses.multitask import task_loss, uncertain_terms
+from foretaste.models.interface import Ranker
+
+USUAL_NEGATIVES = 4
+"""Drawn for each row where the data hold only what happened, as He et al. 2017 do."""
+
+
+class RowsConfig(Config):
+    """Settings of learning from labelled rows."""
+
+    kind: Literal["rows"] = "rows"
+    weighting: Literal["fixed", "uncertainty"] = "fixed"
+    """Of the tasks in the sum: by each task's `weight`; or, times that, by a learned uncertainty:
+    noisy tasks weigh less."""
+    negatives: NonNegativeInt | Literal["usual"] = "usual"
+    """Items drawn for each row, a 0 for every binary task and without a label for the others.
+    "usual": 4 where no task has a column, so that the data hold only what happened; else 0."""
+    negatives_from: Literal["uniform", "popularity", "retriever"] = "uniform"
+    """Who is drawn: all items alike, the popular more often, or a retriever's candidates."""
+    popularity_power: float = Field(default=0.75, ge=0)
+    """Of "popularity": items are drawn with probability ~ count^power."""
+    exclude_known: bool = True
+    """Never draw an item that the user has in training; else only not the row's own."""
+    positive: str = ""
+    """Column whose values above 0 make an event part of histories and of what must not be drawn;
+    empty: every event is."""
+
+    def num_negatives(self, tasks: tuple[Task, ...]) -> int:
+        """Return how many items are drawn for each row."""
+        if self.negatives != "usual":
+            return self.negatives
+        return 0 if any(task.column for task in tasks) else USUAL_NEGATIVES
+
+
+@final
+class LabelledRows(nn.Module):
+    """The objective: call it with a ranker and a batch for the weighted sum of its tasks' losses.
+
+    A task's loss is the mean over the rows that have its label; what is missing is left out,
+    never taken as 0, and a task without any label in a batch has no part in its step.
+    """
+
+    def __init__(
+        self, config: RowsConfig, tasks: tuple[Task, ...], scales: Mapping[str, LabelScale]
+    ) -> None:
+        """Prepare.
+
+        Args:
+            config: The settings.
+            tasks: Those of the ranker.
+            scales: Of each regression's training labels, by the task's name.
+        """
+        super().__init__()
+        self.tasks = tasks
+        self.scales = {task.name: scales.get(task.name, LabelScale(0.0, 1.0)) for task in tasks}
+        self.log_sigma_T = (
+            nn.Parameter(torch.zeros(len(tasks))) if config.weighting == "uncertainty" else None
+        )
+
+    def forward(self, model: Ranker, batch: RowBatch) -> Float[Tensor, ""]:
+        outputs = model(batch.queries, batch.item_BC)
+        losses = self.losses(outputs, batch.label_BCT)
+        if not losses:
+            return torch.stack([output.sum() for output in outputs.values()]).sum() * 0.0
+        places = [place for place, task in enumerate(self.tasks) if task.name in losses]
+        weight_T = outputs[self.tasks[0].name].new_tensor([self.tasks[p].weight for p in places])
+        loss_T = torch.stack([losses[self.tasks[p].name] for p in places])
+        if self.log_sigma_T is not None:
+            loss_T = uncertain_terms(loss_T, self.log_sigma_T[places])
+        return (weight_T * loss_T).sum()
+
+    def losses(
+        self, outputs: Mapping[str, Tensor], label_BCT: Float[Tensor, "B C T"]
+    ) -> dict[str, Float[Tensor, ""]]:
+        """Return each task's mean loss, without those that no row has a label for."""
+        found = {}
+        for place, task in enumerate(self.tasks):
+            label_BC = label_BCT[:, :, place]
+            labelled_BC = ~label_BC.isnan()
+            if labelled_BC.any():
+                output = outputs[task.name][labelled_BC].float()
+                found[task.name] = task_loss(
+                    task, output, label_BC[labelled_BC], self.scales[task.name]
+                )
+        return found
+
+    def sigmas(self) -> dict[str, float]:
+        """Return each task's learned sigma; empty where the weights are fixed."""
+        if self.log_sigma_T is None:
+            return {}
+        sigmas = self.log_sigma_T.detach().exp().tolist()
+        return {task.name: sigma for task, sigma in zip(self.tasks, sigmas, strict=True)}
