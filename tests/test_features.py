@@ -560,11 +560,14 @@ SIDES = st.dictionaries(NAMES, FIELDS, max_size=3)
 
 
 @settings(deadline=None, derandomize=True)
-@given(user=SIDES, item=SIDES, left_out=st.dictionaries(NAMES, NAMES, max_size=2))
+@given(user=SIDES, item=SIDES, context=SIDES, left_out=st.dictionaries(NAMES, NAMES, max_size=2))
 def test_a_schema_written_as_toml_reads_back_as_it_was(
-    user: dict[str, FieldConfig], item: dict[str, FieldConfig], left_out: dict[str, str]
+    user: dict[str, FieldConfig],
+    item: dict[str, FieldConfig],
+    context: dict[str, FieldConfig],
+    left_out: dict[str, str],
 ) -> None:
-    schema = FeatureSchema(user=user, item=item, left_out=left_out)
+    schema = FeatureSchema(user=user, item=item, context=context, left_out=left_out)
     assert schema_from_toml(schema_to_toml(schema)) == schema
 
 

@@ -1,4 +1,4 @@
-"""Features of users and items: fitted on training once, encoded once, looked up by row.
+"""Features of users, items and moments: fitted on training once, encoded once, looked up by row.
 
 Shape legend: R rows.
 """
@@ -45,12 +45,13 @@ class _Stored(Config):
     version: Literal[1] = 1
     user: FieldSide | None
     item: FieldSide | None
+    context: FieldSide | None = None
     notes: tuple[str, ...]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Features:
-    """What was fitted, and the encoded rows of all users and items."""
+    """What was fitted, and the encoded rows of all users, items and events."""
 
     user: FieldSide | None
     """None where nothing is known about users."""
@@ -59,6 +60,11 @@ class Features:
     """One row per user_idx."""
     item_table: FieldTable | None
     """One row per item_idx."""
+    context: FieldSide | None = None
+    """None where nothing is known about the moment of an event."""
+    context_table: FieldTable | None = None
+    """One row per event of those that were fitted to, or given to `of`; it is not saved, as no
+    other event has these rows."""
     notes: tuple[str, ...] = ()
     """What fitting left out, merged or found, with counts."""
 
@@ -73,8 +79,18 @@ class Features:
             item=self.item,
             user_table=_encode(self.user, events.user_table, events.num_users),
             item_table=_encode(self.item, events.item_table, events.num_items),
+            context=self.context,
+            context_table=self.context_of(events),
             notes=self.notes,
         )
+
+    def context_of(self, events: Interactions) -> FieldTable | None:
+        """Return the context of other events alone, a row for each; None without such features.
+
+        Raises:
+            DataError: A column is not of its field's kind.
+        """
+        return _encode(self.context, events.context, len(events))
 
     def save(self, folder: Path) -> None:
         """Write `features.json` and `features.safetensors` into a folder.
@@ -82,7 +98,7 @@ class Features:
         Raises:
             BundleError: They cannot be written.
         """
-        stored = _Stored(user=self.user, item=self.item, notes=self.notes)
+        stored = _Stored(user=self.user, item=self.item, context=self.context, notes=self.notes)
         tensors = {
             f"{role}.{name}": tensor.contiguous()
             for role, table in (("user", self.user_table), ("item", self.item_table))
@@ -111,6 +127,7 @@ class Features:
                 item=stored.item,
                 user_table=_load_table("user", stored.user, tensors),
                 item_table=_load_table("item", stored.item, tensors),
+                context=stored.context,
                 notes=stored.notes,
             )
         except (OSError, ValidationError, SafetensorError, KeyError) as error:
@@ -122,7 +139,7 @@ class Features:
 
 
 def fit_features(schema: FeatureSchema, events: Interactions) -> Features:
-    """Fit the fields of a schema to training, and encode the tables of users and items.
+    """Fit the fields of a schema to training, and encode users, items and training's context.
 
     Only rows of users and items with an event are fitted to; a value that only others have is
     encoded as unseen. A field without a value on such a row is left out, and `notes` say so.
@@ -139,8 +156,26 @@ def fit_features(schema: FeatureSchema, events: Interactions) -> Features:
     trained_U, trained_I = np.diff(events.offsets) > 0, events.item_count > 0
     user = _fit_side("user", schema.user, events.user_table, trained_U, notes)
     item = _fit_side("item", schema.item, events.item_table, trained_I, notes)
-    fitted = Features(user=user, item=item, user_table=None, item_table=None, notes=tuple(notes))
+    every_E = np.ones(len(events), np.bool_)
+    context = _fit_side("context", schema.context, events.context, every_E, notes)
+    fitted = Features(
+        user=user,
+        item=item,
+        user_table=None,
+        item_table=None,
+        context=context,
+        notes=tuple(notes),
+    )
     return fitted.of(events)
+
+
+_ABSENT = {
+    "user": "and there is no table of users: read one with users=, or leave the fields out",
+    "item": "and there is no table of items: read one with items=, or leave the fields out",
+    "context": "and the events have no context: read its columns with context=, or leave the "
+    "fields out",
+}
+_TABLE = {"user": "table of users", "item": "table of items", "context": "events' context"}
 
 
 def _fit_side(
@@ -153,10 +188,7 @@ def _fit_side(
     if not schema:
         return None
     if frame is None:
-        raise ConfigError(
-            f"the schema has {role} fields ({', '.join(schema)}), and there is no table of "
-            f"{role}s: read one with {role}s=, or leave the fields out"
-        )
+        raise ConfigError(f"the schema has {role} fields ({', '.join(schema)}), {_ABSENT[role]}")
     kinds: dict[type, list[object]] = {}
     for name, field in schema.items():
         if name not in frame.columns:
@@ -182,7 +214,7 @@ def _no_column(role: str, name: str, columns: Sequence[str]) -> str:
     near = difflib.get_close_matches(name, columns, n=1)
     advice = f"did you mean {near[0]!r}?" if near else "name one of them, or leave the field out"
     return (
-        f"the schema names {role} column {name!r}, but the table of {role}s has "
+        f"the schema names {role} column {name!r}, but the {_TABLE[role]} has "
         f"{', '.join(map(repr, columns))}: {advice}"
     )
 

@@ -1,4 +1,4 @@
-"""From tables of users and items to a schema that a person corrects.
+"""From tables of users and items, and the context of events, to a schema that a person corrects.
 
 Shape legend: R rows.
 """
@@ -32,16 +32,17 @@ _LONG_TAIL = 2.0
 
 
 def inspect_schema(events: Interactions) -> FeatureSchema:
-    """Choose a kind for each column of the tables of users and items, and say why.
+    """Choose a kind for each column about users, items and moments, and say why.
 
     Only rows of users and items with an event are looked at. Columns that are the same everywhere,
     ids, titles and free text are left out, and `left_out` says why.
     """
     left_out: dict[str, str] = {}
-    sides: dict[str, dict[str, FieldConfig]] = {"user": {}, "item": {}}
+    sides: dict[str, dict[str, FieldConfig]] = {"user": {}, "item": {}, "context": {}}
     for role, frame, trained_R in (
         ("user", events.user_table, np.diff(events.offsets) > 0),
         ("item", events.item_table, events.item_count > 0),
+        ("context", events.context, np.ones(len(events), np.bool_)),
     ):
         for column in _columns(frame, trained_R):
             chosen = _choose(column)
@@ -49,7 +50,7 @@ def inspect_schema(events: Interactions) -> FeatureSchema:
                 left_out[f"{role}.{column.name}"] = chosen
             else:
                 sides[role][column.name] = chosen
-    return FeatureSchema(user=sides["user"], item=sides["item"], left_out=left_out)
+    return FeatureSchema(left_out=left_out, **sides)
 
 
 def _columns(frame: pl.DataFrame | None, trained_R: Bool[np.ndarray, " R"]) -> Iterator[pl.Series]:

@@ -1,4 +1,4 @@
-"""The columns that describe users and items, typed: what a recipe's `[features]` says.
+"""The columns that describe users, items and moments, typed: what a recipe's `[features]` says.
 
 A field is one column; its kind says how its values become numbers. What is fitted to training data
 stands in `features`, how a schema is found in a table in `features_inspect`.
@@ -88,18 +88,20 @@ FieldConfig = Annotated[
 
 
 class FeatureSchema(Config):
-    """Which columns of the tables of users and items are features, and of which kind."""
+    """Which columns about users, items and moments are features, and of which kind."""
 
     user: dict[str, FieldConfig] = Field(default_factory=dict)
     """From a column of the table of users to its kind and settings."""
     item: dict[str, FieldConfig] = Field(default_factory=dict)
     """From a column of the table of items to its kind and settings."""
+    context: dict[str, FieldConfig] = Field(default_factory=dict)
+    """From a column of the events' context to its kind and settings; rankers read it."""
     left_out: dict[str, str] = Field(default_factory=dict)
     """Columns that inspection left out, such as `item.title`, and why; nothing reads it."""
 
     @model_validator(mode="after")
     def _no_name_is_empty(self) -> "FeatureSchema":
-        if "" in self.user or "" in self.item:
+        if any("" in fields for fields in (self.user, self.item, self.context)):
             raise ValueError("a field has an empty name: it is the name of a column")
         return self
 
@@ -108,7 +110,7 @@ _SHOWN = ("kind", "min_count", "transform", "normalise")
 """Settings that are written out though they have their usual value."""
 _BARE = re.compile(r"[A-Za-z0-9_-]+")
 _HEAD = """\
-# Which columns of the tables of users and items are features: correct it where it is wrong.
+# Which columns about users, items and moments are features: correct it where it is wrong.
 # A section is a field, named after its side and column; delete one to leave the column out.
 # kind = "categorical"  one of several values; those rarer than min_count share a bucket
 #        "multi"        several values: a list, or text cut at separator
@@ -121,7 +123,8 @@ _HEAD = """\
 def schema_to_toml(schema: FeatureSchema) -> str:
     """Write a schema as commented TOML that a person corrects; it parses back to the same."""
     lines = [_HEAD]
-    for side, fields in (("user", schema.user), ("item", schema.item)):
+    sides = (("user", schema.user), ("item", schema.item), ("context", schema.context))
+    for side, fields in sides:
         for name, field in fields.items():
             lines.append(f"[{side}.{_key(name)}]")
             settings = field.model_dump(exclude_defaults=True)
