@@ -47,9 +47,13 @@ if TYPE_CHECKING:
         SourceError,
         TooLargeError,
     )
+    from foretaste.evaluation.calibrate import fit_calibration
     from foretaste.evaluation.compare import Comparison, compare
+    from foretaste.evaluation.compare_rows import compare_rows
     from foretaste.evaluation.protocol import evaluate
+    from foretaste.evaluation.reliability_picture import reliability_svg
     from foretaste.evaluation.report import Report
+    from foretaste.evaluation.rows_report import RowsReport
     from foretaste.evaluation.sampled import SampledNegatives
     from foretaste.experiment.compare_families import family_recipes
     from foretaste.experiment.compare_models import compare_models, read_recipes
@@ -143,6 +147,7 @@ __all__ = [
     "Recommender",
     "Report",
     "RowsConfig",
+    "RowsReport",
     "Run",
     "SASRecConfig",
     "SampledNegatives",
@@ -168,10 +173,12 @@ __all__ = [
     "cold_items_split",
     "compare",
     "compare_models",
+    "compare_rows",
     "evaluate",
     "evaluate_split",
     "family_recipes",
     "fit",
+    "fit_calibration",
     "fit_features",
     "get_dataset",
     "given_split",
@@ -194,6 +201,7 @@ __all__ = [
     "read_split",
     "recipe_of",
     "record_run",
+    "reliability_svg",
     "run_experiment",
     "run_folder",
     "run_quickstart",
@@ -247,6 +255,7 @@ _HOME = {
     "Recommender": "serving.recommender",
     "Report": "evaluation.report",
     "RowsConfig": "training.objectives.rows",
+    "RowsReport": "evaluation.rows_report",
     "Run": "experiment.run",
     "SASRecConfig": "models.sasrec",
     "SampledNegatives": "evaluation.sampled",
@@ -271,10 +280,12 @@ _HOME = {
     "cold_items_split": "data.splitting",
     "compare": "evaluation.compare",
     "compare_models": "experiment.compare_models",
+    "compare_rows": "evaluation.compare_rows",
     "evaluate": "evaluation.protocol",
     "evaluate_split": "experiment.run",
     "family_recipes": "experiment.compare_families",
     "fit": "experiment.fit",
+    "fit_calibration": "evaluation.calibrate",
     "fit_features": "data.features",
     "get_dataset": "data.sources.load",
     "given_split": "data.splitting",
@@ -297,6 +308,7 @@ _HOME = {
     "read_split": "experiment.run",
     "recipe_of": "experiment.run",
     "record_run": "experiment.record",
+    "reliability_svg": "evaluation.reliability_picture",
     "run_experiment": "experiment.run",
     "run_folder": "experiment.run",
     "run_quickstart": "experiment.quickstart",

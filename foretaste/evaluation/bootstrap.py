@@ -3,6 +3,7 @@
 Shape legend: U users, M metrics, R resamples.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -34,19 +35,29 @@ def bootstrap_means(
     References:
         Efron, "Bootstrap Methods: Another Look at the Jackknife", Annals of Statistics 1979.
     """
-    num_users = len(values_UM)
+    chunks = drawn_again(len(values_UM), resamples=resamples, seed=seed)
+    empty = np.empty((0, values_UM.shape[1]))
+    return np.concatenate([empty, *(times_RU @ values_UM / len(values_UM) for times_RU in chunks)])
+
+
+def drawn_again(
+    num_users: int, *, resamples: int, seed: int
+) -> Iterator[Float64[np.ndarray, "R U"]]:
+    """Give, some resamples at a time, how often each user was drawn with replacement.
+
+    Args:
+        num_users: U, at least one; so many are drawn each time.
+        resamples: R of all pieces together.
+        seed: Decides the draw.
+    """
     generator = np.random.default_rng(seed)
-    means_RM = np.empty((resamples, values_UM.shape[1]))
     step = max(1, _CHUNK_ELEMENTS // num_users)
     for begin in range(0, resamples, step):
         rows = min(step, resamples - begin)
         drawn_RU = generator.integers(0, num_users, size=(rows, num_users))
         drawn_RU += np.arange(rows)[:, None] * num_users
-        weight = np.bincount(drawn_RU.reshape(-1), minlength=rows * num_users)
-        means_RM[begin : begin + rows] = (
-            weight.reshape(rows, num_users).astype(np.float64) @ values_UM / num_users
-        )
-    return means_RM
+        times = np.bincount(drawn_RU.reshape(-1), minlength=rows * num_users)
+        yield times.reshape(rows, num_users).astype(np.float64)
 
 
 def bootstrap_intervals(
@@ -54,8 +65,13 @@ def bootstrap_intervals(
 ) -> list[Interval]:
     """Return the 95 % percentile interval of each column's mean over users."""
     means_RM = bootstrap_means(values_UM, resamples=resamples, seed=seed)
-    low_M, high_M = np.quantile(means_RM, [0.025, 0.975], axis=0)
-    return [Interval(float(low), float(high)) for low, high in zip(low_M, high_M, strict=True)]
+    return [percentile_interval(means_R) for means_R in means_RM.T]
+
+
+def percentile_interval(value_R: Float64[np.ndarray, " R"]) -> Interval:
+    """Return what holds the middle 95 % of resampled values; NaN is no value."""
+    low, high = np.nanquantile(value_R, [0.025, 0.975])
+    return Interval(float(low), float(high))
 
 
 def sign_flip_p_value(

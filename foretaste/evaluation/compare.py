@@ -4,6 +4,7 @@ Shape legend: U users that both reports have.
 """
 
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -25,7 +26,7 @@ class Comparison:
     interval: Interval
     """95 % paired bootstrap interval of the difference."""
     p_value: float
-    """Of the paired sign-flip test, two-sided."""
+    """Two-sided: of the paired sign-flip test; of rows, by the bootstrap."""
 
     def __str__(self) -> str:
         return (
@@ -50,11 +51,7 @@ def compare(
     Raises:
         DataError: The holdouts differ, a report lacks the metric per user, or no user is common.
     """
-    if a.holdout_digest != b.holdout_digest:
-        raise DataError(
-            f"these reports are of different holdouts ({a.holdout} {a.holdout_digest[:8]}, "
-            f"{b.holdout} {b.holdout_digest[:8]}): evaluate both models on the same one"
-        )
+    check_comparable(a, b)
     for report in (a, b):
         if metric not in report.per_user:
             raise DataError(
@@ -75,3 +72,26 @@ def compare(
         interval=bootstrap_intervals(difference_U[:, None], resamples=resamples, seed=seed)[0],
         p_value=sign_flip_p_value(difference_U, resamples=resamples, seed=seed),
     )
+
+
+@runtime_checkable
+class Measured(Protocol):
+    """A report of some holdout."""
+
+    @property
+    def holdout(self) -> str: ...
+    @property
+    def holdout_digest(self) -> str: ...
+
+
+def check_comparable(a: Measured, b: Measured) -> None:
+    """Refuse reports of different holdouts.
+
+    Raises:
+        DataError: They differ.
+    """
+    if a.holdout_digest != b.holdout_digest:
+        raise DataError(
+            f"these reports are of different holdouts ({a.holdout} {a.holdout_digest[:8]}, "
+            f"{b.holdout} {b.holdout_digest[:8]}): evaluate both models on the same one"
+        )

@@ -127,17 +127,17 @@ class Report:
 
     def to_markdown(self) -> str:
         """Return the tables and notes as Markdown."""
-        parts = [f"## {self._title()}", _markdown(self._headline())]
+        parts = [f"## {self._title()}", markdown_table(self._headline())]
         if self.slices:
-            parts.append(_markdown(self._sliced()))
+            parts.append(markdown_table(self._sliced()))
         parts.append("\n".join(f"- {line}" for line in (self._counted(), *self.notes)))
         return "\n\n".join(parts) + "\n"
 
     def __str__(self) -> str:
         out = Console(file=io.StringIO(), width=110, color_system=None, force_terminal=False)
-        out.print(_table(self._headline(), title=self._title()), highlight=False)
+        out.print(console_table(self._headline(), title=self._title()), highlight=False)
         if self.slices:
-            out.print(_table(self._sliced(), title="slices"), highlight=False)
+            out.print(console_table(self._sliced(), title="slices"), highlight=False)
         for line in (self._counted(), *self.notes):
             out.print(f"· {line}", highlight=False, markup=False)
         text: str = out.file.getvalue()  # type: ignore[attr-defined]  # it is the StringIO above
@@ -179,7 +179,8 @@ def _family(name: str) -> str:
     return name.rpartition("_at_")[0]
 
 
-def _table(rows: list[list[str]], *, title: str) -> Table:
+def console_table(rows: list[list[str]], *, title: str) -> Table:
+    """Return rows, the first of which are headings, as a table for a terminal."""
     table = Table(title=title, title_justify="left")
     for position, name in enumerate(rows[0]):
         table.add_column(name, justify="left" if position == 0 else "right")
@@ -188,7 +189,8 @@ def _table(rows: list[list[str]], *, title: str) -> Table:
     return table
 
 
-def _markdown(rows: Iterable[list[str]]) -> str:
+def markdown_table(rows: Iterable[list[str]]) -> str:
+    """Return rows, the first of which are headings, as a table in Markdown."""
     lines = [f"| {' | '.join(row)} |" for row in rows]
     lines.insert(1, f"|{' --- |' * lines[0].count(' | ')} --- |")
     return "\n".join(lines)

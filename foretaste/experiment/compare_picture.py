@@ -1,9 +1,10 @@
-"""Quality against cost as a picture: a small SVG, written by hand, that any browser shows."""
+"""Quality against cost as a picture."""
 
 import math
 from collections.abc import Sequence
 from html import escape
 
+from foretaste.evaluation.svg import line, page, text
 from foretaste.experiment.compare_table import ModelComparison, label
 
 _WIDTH, _HEIGHT = 760.0, 420.0
@@ -32,39 +33,35 @@ def comparison_svg(found: ModelComparison) -> str:
     def up(value: float) -> float:
         return _HEIGHT - _BOTTOM - (value - low) / (high - low) * (_HEIGHT - _TOP - _BOTTOM)
 
-    parts = [_text(_LEFT, 22.0, found.title(), size=14)]
+    parts = [text(_LEFT, 22.0, found.title(), size=14)]
     for tick in ticks:
-        parts += [_line(_LEFT, up(tick), _WIDTH - _RIGHT, up(tick), "#dddddd")]
-        parts += [_text(_LEFT - 8, up(tick) + 4, f"{tick:g}", anchor="end")]
+        parts += [line(_LEFT, up(tick), _WIDTH - _RIGHT, up(tick), "#dddddd")]
+        parts += [text(_LEFT - 8, up(tick) + 4, f"{tick:g}", anchor="end")]
     for power in range(first, last + 1):
         x = across(10.0**power)
-        parts += [_line(x, _TOP, x, _HEIGHT - _BOTTOM, "#dddddd")]
-        parts += [_text(x, _HEIGHT - _BOTTOM + 18, f"{10.0**power:g}", anchor="middle")]
+        parts += [line(x, _TOP, x, _HEIGHT - _BOTTOM, "#dddddd")]
+        parts += [text(x, _HEIGHT - _BOTTOM + 18, f"{10.0**power:g}", anchor="middle")]
     middle = (_LEFT + _WIDTH - _RIGHT) / 2
-    parts += [_text(middle, _HEIGHT - 10, "seconds of training", anchor="middle")]
+    parts += [text(middle, _HEIGHT - 10, "seconds of training", anchor="middle")]
     for number, (row, cost) in enumerate(zip(found.rows, seconds, strict=True), 1):
         colour = _GREEN if row.name == found.pick else _BLUE
         x, y = across(cost), up(row.quality)
         fill = colour if row.ties_with_the_best else "white"
         ink = "white" if row.ties_with_the_best else colour
         parts += [
-            _line(x, up(row.interval.low), x, up(row.interval.high), colour),
+            line(x, up(row.interval.low), x, up(row.interval.high), colour),
             f'<circle cx="{x:.1f}" cy="{y:.1f}" r="9" fill="{fill}" stroke="{colour}">'
             f"<title>{escape(row.name)}</title></circle>",
-            _text(x, y + 4, str(number), anchor="middle", colour=ink),
+            text(x, y + 4, str(number), anchor="middle", colour=ink),
         ]
         legend = f"{number}  {row.name}  {row.quality:.4f}"
-        parts += [_text(_WIDTH - _RIGHT + 16, _TOP + 18 * number, legend, colour=colour)]
+        parts += [text(_WIDTH - _RIGHT + 16, _TOP + 18 * number, legend, colour=colour)]
     for number, failed in enumerate(found.failed, len(found.rows) + 1):
         legend = f"×  {failed.name}  failed"
-        parts += [_text(_WIDTH - _RIGHT + 16, _TOP + 18 * number, legend, colour=_GREY)]
+        parts += [text(_WIDTH - _RIGHT + 16, _TOP + 18 * number, legend, colour=_GREY)]
     height = max(_HEIGHT, _TOP + 18 * (len(found.rows) + len(found.failed) + 1))
-    description = f"<title>{escape(label(found.metric))} against seconds of training</title>"
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH:g} {height:g}" '
-        f'width="{_WIDTH:g}" height="{height:g}" font-family="sans-serif">\n{description}\n'
-        f'<rect width="100%" height="100%" fill="white"/>\n' + "\n".join(parts) + "\n</svg>\n"
-    )
+    title = f"{label(found.metric)} against seconds of training"
+    return page(parts, width=_WIDTH, height=height, title=title)
 
 
 def _ticks(low: float, high: float) -> Sequence[float]:
@@ -76,23 +73,3 @@ def _ticks(low: float, high: float) -> Sequence[float]:
         round(step * number, 12)
         for number in range(math.floor(low / step), math.ceil(high / step) + 1)
     ]
-
-
-def _line(x1: float, y1: float, x2: float, y2: float, colour: str) -> str:
-    ends = f'x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"'
-    return f'<line {ends} stroke="{colour}"/>'
-
-
-def _text(
-    x: float,
-    y: float,
-    text: str,
-    *,
-    anchor: str = "start",
-    size: int = 12,
-    colour: str = "#333333",
-) -> str:
-    return (
-        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size}" '
-        f'fill="{colour}">{escape(text)}</text>'
-    )

@@ -1,0 +1,90 @@
+"""Does one model predict labelled rows better than another, or was it luck.
+
+Shape legend: N rows, U users, R resamples, S seeds.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float64
+
+from foretaste.errors import DataError
+from foretaste.evaluation.bootstrap import percentile_interval
+from foretaste.evaluation.compare import Comparison, check_comparable
+from foretaste.evaluation.row_metrics import point_values, resampled
+from foretaste.evaluation.rows_report import RowsReport
+
+Reports = RowsReport | Sequence[RowsReport]
+
+
+def compare_rows(
+    a: Reports,
+    b: Reports,
+    metric: str,
+    *,
+    task: str = "",
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Comparison:
+    """Compare two models on the rows that both predicted, user by user.
+
+    Users are drawn again with all their rows, the same for both models, and the metric is worked
+    out anew: AUC is no mean over users, so its difference is not one either. The p-value is twice
+    the share of resamples on the other side of 0, the observed one counted in.
+
+    Args:
+        a: Report of the first model; or several, trained alike from several seeds: the metric is
+            their mean then.
+        b: Of the second, on the same rows.
+        metric: Its short name: "auc", "gauc", "log_loss", "ece", "rmse" or "mae". Of the last
+            four, less is better.
+        task: Which; "" if there is only one.
+        resamples: How often users are drawn again.
+        seed: Decides the draw.
+
+    Raises:
+        DataError: The rows differ, a report was kept without them, or the task has no such metric.
+    """
+    reports_a, reports_b = _several(a), _several(b)
+    first = reports_a[0]
+    for other in (*reports_a, *reports_b):
+        check_comparable(first, other)
+    task = task or first.tasks[0].name
+    (mean_a, a_R), (mean_b, b_R) = (
+        _resampled_mean(reports, metric, task, resamples=resamples, seed=seed)
+        for reports in (reports_a, reports_b)
+    )
+    apart_R = a_R - b_R
+    apart_R = apart_R[~np.isnan(apart_R)]
+    beyond = min(int((apart_R <= 0).sum()), int((apart_R >= 0).sum()))
+    return Comparison(
+        metric=first.name(metric, task),
+        users=first.counts["users"],
+        mean_a=mean_a,
+        mean_b=mean_b,
+        difference=mean_a - mean_b,
+        interval=percentile_interval(apart_R),
+        p_value=min(1.0, 2 * (1 + beyond) / (1 + len(apart_R))),
+    )
+
+
+def _several(reports: Reports) -> Sequence[RowsReport]:
+    return [reports] if isinstance(reports, RowsReport) else reports
+
+
+def _resampled_mean(
+    reports: Sequence[RowsReport], metric: str, task: str, *, resamples: int, seed: int
+) -> tuple[float, Float64[np.ndarray, " R"]]:
+    weighed = {}
+    for number, report in enumerate(reports):
+        found = report.rows(task).metrics()
+        if metric not in found:
+            raise DataError(
+                f"task {task!r} of {report.model} has no {metric!r} here, but "
+                f"{', '.join(found) or 'none at all'}"
+            )
+        weighed[str(number)] = found[metric]
+    num_users = reports[0].counts["users"]
+    points = point_values(weighed, num_users)
+    drawn = resampled(weighed, num_users, resamples=resamples, seed=seed)
+    return float(np.mean(list(points.values()))), np.mean(list(drawn.values()), axis=0)
