@@ -88,6 +88,7 @@ if TYPE_CHECKING:
     from foretaste.models.item_knn import ItemKNNConfig
     from foretaste.models.lightgcn import LightGCNConfig
     from foretaste.models.mf import MFConfig
+    from foretaste.models.neumf import GMFConfig, MLPConfig, NeuMFConfig
     from foretaste.models.pinsage import PinSageConfig
     from foretaste.models.popularity import PopularityConfig
     from foretaste.models.sasrec import SASRecConfig
@@ -125,16 +126,19 @@ __all__ = [
     "FeatureSchema",
     "Features",
     "ForetasteError",
+    "GMFConfig",
     "Holdout",
     "ImplicitALSConfig",
     "Interactions",
     "ItemKNNConfig",
     "LightGCNConfig",
     "MFConfig",
+    "MLPConfig",
     "MaskedItemConfig",
     "ModelComparison",
     "ModelConfig",
     "MultiField",
+    "NeuMFConfig",
     "NextItemConfig",
     "NonFiniteError",
     "NumericField",
@@ -233,16 +237,19 @@ _HOME = {
     "FeatureSchema": "data.fields",
     "Features": "data.features",
     "ForetasteError": "errors",
+    "GMFConfig": "models.neumf",
     "Holdout": "data.splits",
     "ImplicitALSConfig": "models.als",
     "Interactions": "data.interactions",
     "ItemKNNConfig": "models.item_knn",
     "LightGCNConfig": "models.lightgcn",
     "MFConfig": "models.mf",
+    "MLPConfig": "models.neumf",
     "MaskedItemConfig": "training.objectives.masked_item",
     "ModelComparison": "experiment.compare_table",
     "ModelConfig": "models.catalogue",
     "MultiField": "data.fields",
+    "NeuMFConfig": "models.neumf",
     "NextItemConfig": "training.objectives.next_item",
     "NonFiniteError": "errors",
     "NumericField": "data.fields",

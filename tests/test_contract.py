@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from foretaste.data.batch import Queries
+from foretaste.data.batch import PairBatch, Queries
 from foretaste.data.graph import graph_of
 from foretaste.data.interactions import Interactions
 from foretaste.data.pairs import plan_pairs
@@ -25,10 +25,11 @@ from foretaste.models.als import ImplicitALSConfig
 from foretaste.models.bert4rec import BERT4Rec, BERT4RecConfig
 from foretaste.models.catalogue import ModelConfig, build_model
 from foretaste.models.ease import EASEConfig
-from foretaste.models.interface import Begins, ClosedForm, Finishes, PairModel
+from foretaste.models.interface import Begins, ClosedForm, Finishes, PairModel, Ranker
 from foretaste.models.item_knn import ItemKNNConfig
 from foretaste.models.lightgcn import LightGCNConfig
 from foretaste.models.mf import MFConfig
+from foretaste.models.neumf import GMFConfig, MLPConfig, NeuMFConfig
 from foretaste.models.pinsage import PinSageConfig
 from foretaste.models.popularity import PopularityConfig
 from foretaste.models.sasrec import SASRec, SASRecConfig
@@ -121,6 +122,37 @@ def learn_pairs(model: nn.Module, events: Interactions) -> None:
             max_len=model.max_len,
         ),
         objective=Pairs(PairsConfig(), events),
+    ).run()
+    if isinstance(model, Finishes):
+        model.finish(events)
+
+
+def learn_rows(model: nn.Module, events: Interactions) -> None:
+    """Learn from each event as a 1 and from four drawn items as 0."""
+    assert isinstance(model, Ranker)
+    if isinstance(model, Begins):
+        model.begin(events)
+    known_X = torch.from_numpy(events.item_count).nonzero().squeeze(1)
+
+    def objective(model: Ranker, batch: PairBatch) -> Tensor:
+        drawn_BN = known_X[torch.randint(len(known_X), (len(batch), 4))]
+        logit_BC = model(batch.queries, torch.cat([batch.item_B.unsqueeze(1), drawn_BN], dim=1))
+        label_BC = torch.zeros_like(logit_BC["click"])
+        label_BC[:, 0] = 1.0
+        return nn.functional.binary_cross_entropy_with_logits(logit_BC["click"], label_BC)
+
+    Fit(
+        model,  # type: ignore[arg-type]  # a ranker is a module here
+        TrainingConfig(epochs=30, learning_rate=0.03, warmup_steps=10, device="cpu"),
+        seed=0,
+        plan=lambda epoch: plan_pairs(
+            events,
+            batch_events=100,
+            generator=epoch_generator(0, epoch),
+            reads=model.reads,
+            max_len=model.max_len,
+        ),
+        objective=objective,
     ).run()
     if isinstance(model, Finishes):
         model.finish(events)
@@ -226,6 +258,9 @@ CASES = {
         learn=learn_pairs,
         has_users=True,
     ),
+    "gmf": Case(GMFConfig(factors=8), learn=learn_rows, order_matters=True, has_users=True),
+    "mlp": Case(MLPConfig(factors=8), learn=learn_rows, order_matters=True, has_users=True),
+    "neumf": Case(NeuMFConfig(factors=8), learn=learn_rows, order_matters=True, has_users=True),
     "popularity": Case(PopularityConfig(), finds_planted=False),
     "popularity in a window": Case(PopularityConfig(window_days=0.001), finds_planted=False),
     "item_knn": Case(ItemKNNConfig(neighbours=10)),

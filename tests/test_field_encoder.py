@@ -52,24 +52,28 @@ def encoder(fusion: Literal["concat", "gate"], side: FieldSide = SIDE) -> FieldE
 
 def slow_fields(model: FieldEncoder, table: FieldTable) -> Tensor:
     """Every field of every row by itself, from the definitions."""
-    assert model.codes is not None
-    assert model.number_weight_MD is not None
-    assert model.number_bias_MD is not None
+    assert model.fields.codes is not None
+    assert model.fields.number_weight_MD is not None
+    assert model.fields.number_bias_MD is not None
     rows = []
     for row in range(len(table)):
-        fields = [model.codes.weight[code] for code in table.code_RC[row]]
+        fields = [model.fields.codes.weight[code] for code in table.code_RC[row]]
         offsets = table.bag_offsets_RG1[row].tolist()
         for start, end in pairwise(offsets):
-            fields.append(model.codes.weight[table.bag_N[start:end]].mean(dim=0))
+            fields.append(model.fields.codes.weight[table.bag_N[start:end]].mean(dim=0))
         present = table.present_RF[row, len(fields) :].tolist()
         numbers = [
             x * w + b
             for x, w, b in zip(
-                table.number_RM[row], model.number_weight_MD, model.number_bias_MD, strict=True
+                table.number_RM[row],
+                model.fields.number_weight_MD,
+                model.fields.number_bias_MD,
+                strict=True,
             )
         ]
         vectors = [
-            layer(vector[row]) for layer, vector in zip(model.vectors, table.vectors, strict=True)
+            layer(vector[row])
+            for layer, vector in zip(model.fields.vectors, table.vectors, strict=True)
         ]
         fields += [
             field if there else torch.zeros(D)
@@ -114,9 +118,9 @@ def test_a_row_of_which_nothing_is_known_is_zero_behind_a_gate_and_finite_otherw
 
 def test_one_known_field_has_all_the_weight_of_the_gate() -> None:
     model = encoder("gate")
-    assert model.codes is not None
+    assert model.fields.codes is not None
     only = model(SIDE.encode(pl.DataFrame({"c": ["q"]})))
-    torch.testing.assert_close(only[0], model.codes.weight[3])
+    torch.testing.assert_close(only[0], model.fields.codes.weight[3])
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)

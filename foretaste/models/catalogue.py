@@ -17,6 +17,7 @@ from foretaste.models.ease import EASE, EASEConfig
 from foretaste.models.item_knn import ItemKNN, ItemKNNConfig
 from foretaste.models.lightgcn import LightGCN, LightGCNConfig
 from foretaste.models.mf import MF, MFConfig
+from foretaste.models.neumf import NCF, GMFConfig, MLPConfig, NeuMFConfig
 from foretaste.models.pinsage import PinSage, PinSageConfig
 from foretaste.models.popularity import Popularity, PopularityConfig
 from foretaste.models.sasrec import SASRec, SASRecConfig
@@ -29,6 +30,9 @@ ModelConfig = Annotated[
     | TwoTowerConfig
     | LightGCNConfig
     | PinSageConfig
+    | GMFConfig
+    | MLPConfig
+    | NeuMFConfig
     | PopularityConfig
     | ItemKNNConfig
     | EASEConfig
@@ -76,6 +80,8 @@ def build_model(  # noqa: C901  # one arm a model
             return PinSage(
                 config, num_users=num_users, num_items=num_items, graph=graph, features=features
             )
+        case GMFConfig() | MLPConfig() | NeuMFConfig():
+            return NCF(config, num_users=num_users, num_items=num_items)
         case PopularityConfig():
             return Popularity(config, num_items=num_items)
         case ItemKNNConfig():

@@ -12,7 +12,7 @@ from typing import Any, Literal, final
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from foretaste.data.features import FieldSide, FieldTable
@@ -28,21 +28,18 @@ _COPIES = 4
 
 
 @final
-class FieldEncoder(nn.Module):
-    r"""One vector for each row of features.
+class FieldVectors(nn.Module):
+    """A vector for each field of each row."""
 
-    With `concat` it is :math:`W [v_1; …; v_F] + b`. With `gate` it is :math:`\sum_f g_f v_f` with
-    :math:`g = \mathrm{softmax}(W [v_1; …; v_F] + b)`, where fields that say nothing take no part:
-    0 if nothing is known.
-
-    References:
-        Arevalo et al., "Gated Multimodal Units for Information Fusion", 2017,
-        https://arxiv.org/abs/1702.01992. Departures: a softmax over fields in place of a sigmoid
-        for each, and no tanh, so that any number of fields, missing ones too, weigh 1 together.
-    """
-
-    def __init__(self, side: FieldSide, *, embedding_dim: int, fusion: Fusion) -> None:
+    def __init__(
+        self, side: FieldSide, *, embedding_dim: int, init_std: float | None = None
+    ) -> None:
         """Make untrained weights.
+
+        Args:
+            side: The fields.
+            embedding_dim: D.
+            init_std: Spread of the first weights; None: one by the root of D.
 
         Raises:
             ConfigError: There is no field.
@@ -51,13 +48,8 @@ class FieldEncoder(nn.Module):
         super().__init__()
         if not side.num_fields:
             raise ConfigError("no field to encode: name one in the schema, or do without features")
-        refuse_beyond(
-            available_bytes(),
-            side.num_codes * embedding_dim * 4 * _COPIES,
-            f"a table of {side.num_codes:,} codes of features, {embedding_dim} wide,",
-            "raise min_count, lower max_values, or leave the largest field out",
-        )
-        std = embedding_dim**-0.5
+        refuse_codes(side.num_codes, embedding_dim)
+        std = embedding_dim**-0.5 if init_std is None else init_std
         self.num_bags = len(side.bags)
         self.embedding_dim = embedding_dim
         self.codes = nn.Embedding(side.num_codes, embedding_dim) if side.num_codes else None
@@ -75,28 +67,9 @@ class FieldEncoder(nn.Module):
             if isinstance(layer, nn.Linear):
                 nn.init.normal_(layer.weight, std=std)
                 nn.init.zeros_(layer.bias)
-        width = side.num_fields * embedding_dim
-        self.mix = nn.Linear(width, embedding_dim) if fusion == "concat" else None
-        self.gate = (
-            nn.Linear(width, side.num_fields) if fusion == "gate" and side.num_fields > 1 else None
-        )
 
-    def forward(self, table: FieldTable) -> Float[Tensor, "R D"]:
-        """Return a vector for each row."""
-        field_RFD = self._fields(table)
-        if self.mix is not None:
-            mixed: Tensor = self.mix(field_RFD.flatten(1))
-            return mixed
-        present_RF = table.present_RF
-        if self.gate is None:
-            return (field_RFD * present_RF.unsqueeze(2)).sum(dim=1)
-        silenced_RFD = field_RFD * present_RF.unsqueeze(2)
-        logit_RF: Tensor = self.gate(silenced_RFD.flatten(1))
-        lowest = torch.finfo(logit_RF.dtype).min
-        weight_RF = logit_RF.masked_fill(~present_RF, lowest).softmax(dim=1) * present_RF
-        return torch.einsum("rf,rfd->rd", weight_RF, silenced_RFD)
-
-    def _fields(self, table: FieldTable) -> Float[Tensor, "R F D"]:
+    def forward(self, table: FieldTable) -> Float[Tensor, "R F D"]:
+        """Return the fields' vectors, in the order of the table."""
         present_RF = table.present_RF
         parts = [] if self.codes is None else [self._look_up(table, self.codes.weight)]
         after = table.code_RC.shape[1] + self.num_bags
@@ -129,6 +102,77 @@ class FieldEncoder(nn.Module):
         starts_RK = torch.cat([single_RC, bag_RG], dim=1)
         looked_PD = mean_bags(code_N, starts_RK.flatten(), weight)
         return looked_PD.view(*starts_RK.shape, self.embedding_dim)
+
+
+@final
+class FieldEncoder(nn.Module):
+    r"""One vector for each row of features.
+
+    With `concat` it is :math:`W [v_1; …; v_F] + b`. With `gate` it is :math:`\sum_f g_f v_f` with
+    :math:`g = \mathrm{softmax}(W [v_1; …; v_F] + b)`, where fields that say nothing take no part:
+    0 if nothing is known.
+
+    References:
+        Arevalo et al., "Gated Multimodal Units for Information Fusion", 2017,
+        https://arxiv.org/abs/1702.01992. Departures: a softmax over fields in place of a sigmoid
+        for each, and no tanh, so that any number of fields, missing ones too, weigh 1 together.
+    """
+
+    def __init__(self, side: FieldSide, *, embedding_dim: int, fusion: Fusion) -> None:
+        """Make untrained weights.
+
+        Raises:
+            ConfigError: There is no field.
+            TooLargeError: The table of codes would not fit in memory.
+        """
+        super().__init__()
+        self.fields = FieldVectors(side, embedding_dim=embedding_dim)
+        width = side.num_fields * embedding_dim
+        self.mix = nn.Linear(width, embedding_dim) if fusion == "concat" else None
+        self.gate = (
+            nn.Linear(width, side.num_fields) if fusion == "gate" and side.num_fields > 1 else None
+        )
+
+    def forward(self, table: FieldTable) -> Float[Tensor, "R D"]:
+        """Return a vector for each row."""
+        field_RFD: Tensor = self.fields(table)
+        if self.mix is not None:
+            mixed: Tensor = self.mix(field_RFD.flatten(1))
+            return mixed
+        if self.gate is None:
+            return (field_RFD * table.present_RF.unsqueeze(2)).sum(dim=1)
+        return gated_sum(self.gate, field_RFD, table.present_RF)
+
+
+def gated_sum(
+    gate: nn.Linear, field_XFD: Float[Tensor, "*X F D"], says_XF: Bool[Tensor, "*X F"]
+) -> Float[Tensor, "*X D"]:
+    """Return the sum of fields, weighted by a softmax that they decide; silent ones take no part.
+
+    Args:
+        gate: From all fields side by side to a logit for each.
+        field_XFD: The fields.
+        says_XF: Which of them say something; 0 if none does.
+    """
+    silenced_XFD = field_XFD * says_XF.unsqueeze(-1)
+    logit_XF: Tensor = gate(silenced_XFD.flatten(-2))
+    lowest = torch.finfo(logit_XF.dtype).min
+    weight_XF = logit_XF.masked_fill(~says_XF, lowest).softmax(dim=-1) * says_XF
+    return torch.einsum("...f,...fd->...d", weight_XF, silenced_XFD)
+
+
+def refuse_codes(num_codes: int, width: int) -> None:
+    """Refuse a table that training would have no memory for.
+
+    Raises:
+        TooLargeError: It would not fit.
+    """
+    refuse_beyond(
+        available_bytes(),
+        num_codes * width * 4 * _COPIES,
+        f"a table of {num_codes:,} codes of features, {width} wide,",
+        "raise min_count, lower max_values, or leave the largest field out",
+    )
 
 
 def mean_bags(

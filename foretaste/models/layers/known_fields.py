@@ -14,11 +14,7 @@ from foretaste.models.layers.embedding import FieldEncoder, Fusion
 
 @final
 class KnownFields(nn.Module):
-    """An encoder with the table that it reads.
-
-    The table moves with the module and is no part of its state: a bundle keeps features in files
-    of their own. Row -1 is somebody of whom nothing is known.
-    """
+    """An encoder with the table that it reads. Row -1 is somebody of whom nothing is known."""
 
     def __init__(
         self, side: FieldSide, table: FieldTable, *, embedding_dim: int, fusion: Fusion
@@ -30,21 +26,7 @@ class KnownFields(nn.Module):
         """
         super().__init__()
         self.encoder = FieldEncoder(side, embedding_dim=embedding_dim, fusion=fusion)
-        self.num_rows = len(table)
-        whole = concat_rows([table, side.unknown(1)])
-        self.code_RC: Tensor
-        self.bag_N: Tensor
-        self.bag_offsets_RG1: Tensor
-        self.number_RM: Tensor
-        self.present_RF: Tensor
-        self.register_buffer("code_RC", whole.code_RC, persistent=False)
-        self.register_buffer("bag_N", whole.bag_N, persistent=False)
-        self.register_buffer("bag_offsets_RG1", whole.bag_offsets_RG1, persistent=False)
-        self.register_buffer("number_RM", whole.number_RM, persistent=False)
-        self.register_buffer("present_RF", whole.present_RF, persistent=False)
-        self.num_vectors = len(whole.vectors)
-        for place, vector_RW in enumerate(whole.vectors):
-            self.register_buffer(f"vector_{place}", vector_RW, persistent=False)
+        self.rows = KnownRows(side, table)
 
     def forward(
         self, row_B: Int64[Tensor, " B"], other: FieldTable | None = None
@@ -55,7 +37,7 @@ class KnownFields(nn.Module):
             row_B: Rows of the table, or -1.
             other: A row for each of `row_B`, taken where that is -1.
         """
-        vector_BD: Tensor = self.encoder(self.table().rows(row_B.where(row_B >= 0, self.num_rows)))
+        vector_BD: Tensor = self.encoder(self.rows(row_B))
         if other is None:
             return vector_BD
         other_BD: Tensor = self.encoder(other)
@@ -64,10 +46,47 @@ class KnownFields(nn.Module):
     @property
     def known_R(self) -> Bool[Tensor, " R"]:
         """Which rows have a feature that says something."""
+        return self.rows.known_R
+
+
+@final
+class KnownRows(nn.Module):
+    """The table itself, and one more row of which nothing is known.
+
+    It moves with the module and is no part of its state: a bundle keeps features in files of their
+    own.
+    """
+
+    code_RC: Tensor
+    bag_N: Tensor
+    bag_offsets_RG1: Tensor
+    number_RM: Tensor
+    present_RF: Tensor
+
+    def __init__(self, side: FieldSide, table: FieldTable) -> None:
+        super().__init__()
+        self.num_rows = len(table)
+        whole = concat_rows([table, side.unknown(1)])
+        self.register_buffer("code_RC", whole.code_RC, persistent=False)
+        self.register_buffer("bag_N", whole.bag_N, persistent=False)
+        self.register_buffer("bag_offsets_RG1", whole.bag_offsets_RG1, persistent=False)
+        self.register_buffer("number_RM", whole.number_RM, persistent=False)
+        self.register_buffer("present_RF", whole.present_RF, persistent=False)
+        self.num_vectors = len(whole.vectors)
+        for place, vector_RW in enumerate(whole.vectors):
+            self.register_buffer(f"vector_{place}", vector_RW, persistent=False)
+
+    def forward(self, row_B: Int64[Tensor, " B"]) -> FieldTable:
+        """Return some rows, -1 being the one of which nothing is known."""
+        return self.table().rows(row_B.where(row_B >= 0, self.num_rows))
+
+    @property
+    def known_R(self) -> Bool[Tensor, " R"]:
+        """Which rows have a feature that says something."""
         return self.present_RF[:-1].any(dim=1)
 
     def table(self) -> FieldTable:
-        """Return the rows, and one more of which nothing is known."""
+        """Return the rows, the unknown one last."""
         return FieldTable(
             code_RC=self.code_RC,
             bag_N=self.bag_N,

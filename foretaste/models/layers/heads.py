@@ -1,0 +1,155 @@
+"""From the number that a network gives for a task to what the task learns from, and predicts.
+
+Shape legend: B queries, C items of each, T tasks, K thresholds between an ordinal task's levels.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import final
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from foretaste.data.interactions import Interactions
+from foretaste.data.tasks import LabelScale, Task, in_own_unit, label_scale
+from foretaste.errors import ConfigError, DataError
+
+
+@final
+class Heads(nn.Module):
+    r"""A binary task's number is its logit, a regression's the standardised value.
+
+    An ordinal task's number s lies on one line with thresholds, and level k is exceeded with
+    :math:`\sigma(s - \theta_k)`. They ascend by construction: each is the one before it plus a
+    softplus.
+
+    References:
+        McCullagh, "Regression Models for Ordinal Data", Journal of the Royal Statistical Society B
+        1980.
+    """
+
+    scale_T2: Tensor
+    """Mean and standard deviation of each regression's training labels, after its transform."""
+
+    def __init__(self, tasks: tuple[Task, ...]) -> None:
+        """Make heads with evenly spread thresholds.
+
+        Raises:
+            ConfigError: There is no task, two have one name, or none has a weight.
+        """
+        super().__init__()
+        times = Counter(task.name for task in tasks)
+        doubled = [name for name, count in times.items() if count > 1]
+        if not tasks or doubled:
+            found = f"two tasks are named {doubled[0]!r}" if doubled else "there is no task"
+            raise ConfigError(f"{found}: give one or more, each with a name of its own")
+        if not any(task.weight for task in tasks):
+            raise ConfigError("every task has the weight 0: nothing would be learned")
+        self.tasks = tasks
+        self.register_buffer("scale_T2", torch.tensor([[0.0, 1.0]] * len(tasks)))
+        self.steps = nn.ParameterList(
+            nn.Parameter(_steps(torch.arange(len(task.levels) - 1.0) - len(task.levels) / 2 + 1))
+            for task in tasks
+            if task.kind == "ordinal"
+        )
+
+    def forward(self, raw: Mapping[str, Float[Tensor, "B C"]]) -> dict[str, Tensor]:
+        """Return what each task learns from, given a number for each."""
+        outputs, steps = {}, iter(self.steps)
+        for task in self.tasks:
+            raw_BC = raw[task.name]
+            if task.kind == "ordinal":
+                outputs[task.name] = raw_BC.unsqueeze(2) - thresholds(next(steps))
+            else:
+                outputs[task.name] = raw_BC
+        return outputs
+
+    def predict(self, raw: Mapping[str, Float[Tensor, "B C"]]) -> dict[str, Float[Tensor, "B C"]]:
+        """Return a probability, a value in the label's own unit, or the expected level."""
+        return {
+            task.name: self._predict(place, task, output)
+            for place, (task, output) in enumerate(zip(self.tasks, self(raw).values(), strict=True))
+        }
+
+    def rank(self, raw: Mapping[str, Float[Tensor, "B C"]]) -> Float[Tensor, "B C"]:
+        """Return what orders a list: the only task's number, or the weighted sum of predictions."""
+        if len(self.tasks) == 1:
+            return raw[self.tasks[0].name]
+        predicted = self.predict(raw)
+        weighted = [task.weight * predicted[task.name] for task in self.tasks]
+        return torch.stack(weighted).sum(dim=0)
+
+    @torch.no_grad()
+    def begin(self, events: Interactions) -> None:
+        """Take where the training labels lie: a scale for regressions, thresholds for levels.
+
+        Raises:
+            DataError: A task's column is not there, or has no label.
+        """
+        steps = iter(self.steps)
+        for place, task in enumerate(self.tasks):
+            if task.kind == "regression":
+                scale = label_scale(task, _labels(task, events))
+                self.scale_T2[place] = torch.tensor([scale.mean, scale.std])
+            if task.kind == "ordinal":
+                next(steps).copy_(_steps(_quantiles(task, _labels(task, events))))
+
+    def _predict(self, place: int, task: Task, output: Tensor) -> Float[Tensor, "B C"]:
+        match task.kind:
+            case "binary":
+                return output.sigmoid()
+            case "regression":
+                mean, std = self.scale_T2[place].tolist()
+                value_BC = in_own_unit(task, output, LabelScale(mean, std))
+                return value_BC.clamp(min=0) if task.transform == "log1p" else value_BC
+            case "ordinal":
+                level_L = output.new_tensor(task.levels)
+                return level_L[0] + output.sigmoid() @ level_L.diff()
+
+
+def thresholds(step_K: Float[Tensor, " K"]) -> Float[Tensor, " K"]:
+    """Return ascending thresholds from their steps."""
+    return torch.cat([step_K[:1], F.softplus(step_K[1:])]).cumsum(0)
+
+
+def _steps(threshold_K: Tensor) -> Float[Tensor, " K"]:
+    """Undo `thresholds`."""
+    gap = threshold_K.diff().clamp(min=1e-2)
+    return torch.cat([threshold_K[:1], gap + (-(-gap).expm1()).log()])
+
+
+def _labels(task: Task, events: Interactions) -> Float[np.ndarray, " E"]:
+    if task.column not in events.columns:
+        raise DataError(f"task {task.name!r}: the events have no column {task.column!r}")
+    return events.columns[task.column].astype(np.float64)
+
+
+def _quantiles(task: Task, label_E: Float[np.ndarray, " E"]) -> Float[Tensor, " K"]:
+    """Return the thresholds that give each level its share of the labels where s is 0."""
+    found_E = torch.from_numpy(label_E[~np.isnan(label_E)])
+    level_K = found_E.new_tensor(task.levels[:-1])
+    above_K = (found_E.unsqueeze(1) > level_K).double().mean(dim=0)
+    share_K = above_K.nan_to_num(0.5).clamp(0.01, 0.99)
+    return -share_K.logit().float()
+
+
+def score_in_blocks(
+    rank: Callable[[Int64[Tensor, "1 C"]], Float[Tensor, "B C"]],
+    *,
+    num_queries: int,
+    item_I: Int64[Tensor, " I"],
+    block_pairs: int,
+) -> Float[Tensor, "B I"]:
+    """Run a ranker over the whole catalogue, some items at a time.
+
+    Args:
+        rank: From items that all queries share to a score for each pair.
+        num_queries: B.
+        item_I: The catalogue.
+        block_pairs: Pairs of a query and an item in memory at once, about.
+    """
+    size = max(1, block_pairs // max(1, num_queries))
+    return torch.cat([rank(item_C.unsqueeze(0)) for item_C in item_I.split(size)], dim=1)

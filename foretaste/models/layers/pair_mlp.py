@@ -1,0 +1,178 @@
+"""Layers over a query and each of its items, the query's share worked out once.
+
+A first layer is linear, so :math:`W [q; i] = W_q q + W_i i`: with C items of a query, or all
+queries over the same items, most of its products are done once and not for every pair.
+
+Shape legend: B queries, A rows of items (B, or 1 where all queries have the same), C items of
+each, Q width of a query, I width of an item, O width of the output, R rows.
+"""
+
+from collections.abc import Sequence
+from typing import Literal, final
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from foretaste.models.layers.dropout import Dropout
+
+Activation = Literal["relu", "prelu", "dice"]
+"""What follows a hidden layer: ReLU; its leaky form with a learned slope; or Dice, whose corner
+moves with the data."""
+
+
+@final
+class PairLinear(nn.Module):
+    """One linear layer over a query and an item side by side."""
+
+    def __init__(self, query_dim: int, item_dim: int, output_dim: int) -> None:
+        super().__init__()
+        self.query_dim, self.item_dim = query_dim, item_dim
+        self.joint = nn.Linear(query_dim + item_dim, output_dim)
+
+    def forward(
+        self, query_BQ: Float[Tensor, "B Q"], item_ACI: Float[Tensor, "A C I"]
+    ) -> Float[Tensor, "B C O"]:
+        """Return the layer's output for each pair."""
+        weight, bias = self.joint.weight, self.joint.bias
+        query_BO = F.linear(query_BQ, weight[:, : self.query_dim], bias)
+        if not self.item_dim:
+            return query_BO.unsqueeze(1).expand(-1, item_ACI.shape[1], -1)
+        return query_BO.unsqueeze(1) + F.linear(item_ACI, weight[:, self.query_dim :])
+
+
+@final
+class PairMLP(nn.Module):
+    """Hidden layers over a query and an item, then a linear one, if there is an output."""
+
+    def __init__(
+        self,
+        query_dim: int,
+        item_dim: int,
+        hidden: Sequence[int],
+        output_dim: int | None = None,
+        *,
+        dropout: float = 0.0,
+        activation: Activation = "relu",
+        batch_norm: bool = False,
+    ) -> None:
+        """Make untrained weights.
+
+        Args:
+            query_dim: Q.
+            item_dim: I.
+            hidden: Widths of the hidden layers.
+            output_dim: O; None: the last hidden layer is the output, and there must be one.
+            dropout: Share of values dropped after each of them.
+            activation: What follows each of them.
+            batch_norm: Whether each is normalised over the batch before it.
+        """
+        super().__init__()
+        widths = [*hidden] if output_dim is None else [*hidden, output_dim]
+        self.first = PairLinear(query_dim, item_dim, widths[0])
+        layers: list[nn.Module] = []
+        for place, width in enumerate(widths):
+            layers += [nn.Linear(widths[place - 1], width)] if place else []
+            if place < len(hidden):
+                layers += [RowNorm(width)] if batch_norm else []
+                layers += [activate(activation, width), Dropout(dropout)]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(
+        self, query_BQ: Float[Tensor, "B Q"], item_ACI: Float[Tensor, "A C I"]
+    ) -> Float[Tensor, "B C O"]:
+        """Return the last layer's output for each pair."""
+        output: Tensor = self.layers(self.first(query_BQ, item_ACI))
+        return output
+
+
+@final
+class RowNorm(nn.Module):
+    """Batch normalisation over all rows, however they are laid out."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(width)
+
+    def forward(self, x_XO: Float[Tensor, "*X O"]) -> Float[Tensor, "*X O"]:
+        rows_RO = x_XO.flatten(0, -2)
+        if self.training and len(rows_RO) < 2:  # one row has no spread
+            return x_XO
+        normal: Tensor = self.norm(rows_RO)
+        return normal.view(x_XO.shape)
+
+
+@final
+class Dice(nn.Module):
+    r"""PReLU whose corner lies at the mean of the data, and is as soft as they spread.
+
+    .. math:: f(s) = p(s)\, s + (1 - p(s))\, \alpha s, \quad
+              p(s) = \sigma\left(\frac{s - E[s]}{\sqrt{Var[s] + \epsilon}}\right)
+
+    Mean and variance are those of the batch in training, and moving averages of them afterwards.
+
+    References:
+        Zhou et al., "Deep Interest Network for Click-Through Rate Prediction", KDD 2018,
+        https://arxiv.org/abs/1706.06978
+    """
+
+    mean_O: Tensor
+    var_O: Tensor
+
+    def __init__(self, width: int, *, momentum: float = 0.1, epsilon: float = 1e-8) -> None:
+        super().__init__()
+        self.momentum, self.epsilon = momentum, epsilon
+        self.slope_O = nn.Parameter(torch.zeros(width))
+        self.register_buffer("mean_O", torch.zeros(width))
+        self.register_buffer("var_O", torch.ones(width))
+
+    def forward(
+        self, x_XO: Float[Tensor, "*X O"], valid_X: Bool[Tensor, "*X"] | None = None
+    ) -> Float[Tensor, "*X O"]:
+        """Return the activations; rows that are not valid do not count in mean and variance."""
+        mean_O, var_O = self._moments(x_XO, valid_X) if self.training else (self.mean_O, self.var_O)
+        share_XO = ((x_XO - mean_O) * (var_O + self.epsilon).rsqrt()).sigmoid()
+        return x_XO * (share_XO + (1 - share_XO) * self.slope_O)
+
+    def _moments(self, x_XO: Tensor, valid_X: Tensor | None) -> tuple[Tensor, Tensor]:
+        rows_RO = (x_XO.flatten(0, -2) if valid_X is None else x_XO[valid_X]).float()
+        if len(rows_RO) < 2:
+            return self.mean_O, self.var_O
+        var_O, mean_O = torch.var_mean(rows_RO, dim=0, correction=0)
+        with torch.no_grad():
+            self.mean_O.lerp_(mean_O, self.momentum)
+            self.var_O.lerp_(var_O, self.momentum)
+        return mean_O, var_O
+
+
+def activate(kind: Activation, width: int) -> nn.Module:
+    """Make what follows a hidden layer of a width."""
+    match kind:
+        case "relu":
+            return nn.ReLU()
+        case "prelu":
+            return SlopedReLU(width)
+        case "dice":
+            return Dice(width)
+
+
+@final
+class SlopedReLU(nn.Module):
+    """PReLU with a slope for each unit, which stands last."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.slope_O = nn.Parameter(torch.full((width,), 0.25))
+
+    def forward(self, x_XO: Float[Tensor, "*X O"]) -> Float[Tensor, "*X O"]:
+        return F.prelu(x_XO.flatten(0, -2), self.slope_O).view(x_XO.shape)
+
+
+def pair_dot(
+    query_BD: Float[Tensor, "B D"], item_ACD: Float[Tensor, "A C D"]
+) -> Float[Tensor, "B C"]:
+    """Return the dot product of each query with its items."""
+    if len(item_ACD) == 1:
+        return query_BD @ item_ACD[0].T
+    return (item_ACD @ query_BD.unsqueeze(2)).squeeze(2)

@@ -1,0 +1,197 @@
+r"""NCF, a ranker and a catalogue scorer: GMF, MLP, and NeuMF, which has both.
+
+.. math:: h^{GMF} = p_u \odot q_i, \quad h^{MLP} = MLP([p'_u; q'_i]), \quad
+          s_{ui} = w \cdot [h^{GMF}; h^{MLP}] + b
+
+Each path has vectors of its own: they stand side by side in one table, so that one look-up serves
+both. With `pretrain` GMF and MLP are trained first, and NeuMF starts from them with
+:math:`w = [\alpha w^{GMF}; (1 - \alpha) w^{MLP}]`.
+
+He et al., "Neural Collaborative Filtering", WWW 2017, https://arxiv.org/abs/1708.05031
+
+Departures: a pre-trained NeuMF is trained on by the same optimizer, not by plain SGD; a user whom
+training never saw is answered by regression on their history (`FoldIn`).
+
+Shape legend: B queries, A rows of items (B or 1), C items of each, D factors, W width of a vector.
+"""
+
+from typing import Literal, final
+
+import torch
+from jaxtyping import Float, Int64
+from pydantic import Field, PositiveInt
+from torch import Tensor, nn
+
+from foretaste.config import Config
+from foretaste.data.batch import Queries
+from foretaste.data.interactions import Interactions
+from foretaste.data.pairs import Reads
+from foretaste.data.tasks import Task
+from foretaste.models.layers.heads import Heads, score_in_blocks
+from foretaste.models.layers.pair_mlp import PairMLP, pair_dot
+from foretaste.models.layers.row_fields import RowFields, RowFieldsConfig, RowParts
+
+_BLOCK_PAIRS = 2**16
+
+
+class GMFConfig(Config):
+    """Settings of generalised matrix factorisation."""
+
+    kind: Literal["gmf"] = "gmf"
+    task: Task = Task(name="click")
+    """What is predicted."""
+    factors: PositiveInt = 32
+    """Width of the vectors."""
+    init_std: float = Field(default=0.01, gt=0)
+    """Spread of the first vectors."""
+
+
+class MLPConfig(Config):
+    """Settings of the multi-layer perceptron over a user's and an item's vector."""
+
+    kind: Literal["mlp"] = "mlp"
+    task: Task = Task(name="click")
+    """What is predicted."""
+    factors: PositiveInt = 32
+    """Width of the last hidden layer; each layer before it is twice as wide as the next, and the
+    two vectors side by side are as wide as the first."""
+    num_layers: PositiveInt = 3
+    """Hidden layers."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of values dropped after each hidden layer."""
+    init_std: float = Field(default=0.01, gt=0)
+    """Spread of the first vectors."""
+
+
+class NeuMFConfig(Config):
+    """Settings of NeuMF: GMF and MLP under one output layer."""
+
+    kind: Literal["neumf"] = "neumf"
+    task: Task = Task(name="click")
+    """What is predicted."""
+    factors: PositiveInt = 32
+    """Width of GMF's vectors and of MLP's last hidden layer."""
+    num_layers: PositiveInt = 3
+    """Hidden layers of MLP, each twice as wide as the next."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of values dropped after each of them."""
+    init_std: float = Field(default=0.01, gt=0)
+    """Spread of the first vectors."""
+    pretrain: bool = False
+    """Train GMF and MLP first, with the same settings, and start from them."""
+    alpha: float = Field(default=0.5, gt=0, lt=1)
+    """Share of GMF in the output layer that a pre-trained NeuMF starts with."""
+
+    def parts(self) -> tuple[GMFConfig, MLPConfig]:
+        """Return the two models that NeuMF is made of."""
+        gmf = GMFConfig(task=self.task, factors=self.factors, init_std=self.init_std)
+        mlp = MLPConfig(
+            task=self.task,
+            factors=self.factors,
+            num_layers=self.num_layers,
+            dropout=self.dropout,
+            init_std=self.init_std,
+        )
+        return gmf, mlp
+
+
+@final
+class NCF(nn.Module):
+    """The network: vectors, one path or both, an output layer."""
+
+    def __init__(
+        self, config: GMFConfig | MLPConfig | NeuMFConfig, *, num_users: int, num_items: int
+    ) -> None:
+        """Make untrained weights.
+
+        Args:
+            config: The settings, which say which paths there are.
+            num_users: Users that training knows, 0 or more.
+            num_items: Items of the catalogue, 1 or more.
+
+        Raises:
+            TooLargeError: The table of vectors would not fit in memory.
+        """
+        super().__init__()
+        self.config = config
+        self.tasks, self.max_len = (config.task,), 0
+        self.reads: Reads = "nothing"
+        hidden = () if isinstance(config, GMFConfig) else _halving(config)
+        self.gmf_dim = 0 if isinstance(config, MLPConfig) else config.factors
+        mlp_dim = -(-hidden[0] // 2) if hidden else 0
+        self.fields = RowFields(
+            RowFieldsConfig(init_std=config.init_std),
+            num_users=num_users,
+            num_items=num_items,
+            features=None,
+            width=self.gmf_dim + mlp_dim,
+        )
+        dropout = 0.0 if isinstance(config, GMFConfig) else config.dropout
+        self.mlp = PairMLP(mlp_dim, mlp_dim, hidden, dropout=dropout) if hidden else None
+        self.output = nn.Linear(self.gmf_dim + (config.factors if hidden else 0), 1)
+        self.heads = Heads(self.tasks)
+
+    def forward(self, queries: Queries, item_BC: Int64[Tensor, "B C"]) -> dict[str, Tensor]:
+        """Return what the task learns from."""
+        outputs: dict[str, Tensor] = self.heads(self._raw(*self._parts(queries, item_BC)))
+        return outputs
+
+    def predict(
+        self, queries: Queries, item_BC: Int64[Tensor, "B C"]
+    ) -> dict[str, Float[Tensor, "B C"]]:
+        """Return the task's prediction."""
+        return self.heads.predict(self._raw(*self._parts(queries, item_BC)))
+
+    def score(self, queries: Queries) -> Float[Tensor, "B I"]:
+        """Return every item's score, some items at a time."""
+        query_BQW = self.fields.query(queries)
+        return score_in_blocks(
+            lambda item_1C: self.heads.rank(self._raw(query_BQW, self.fields.items(item_1C))),
+            num_queries=len(queries),
+            item_I=self.fields.item_I,
+            block_pairs=_BLOCK_PAIRS,
+        )
+
+    def begin(self, events: Interactions) -> None:
+        """Take from the training events who has one, and where their labels lie."""
+        self.fields.begin(events)
+        self.heads.begin(events)
+
+    def finish(self, events: Interactions) -> None:
+        """Learn how to answer users whom training never saw."""
+        self.fields.finish(events)
+
+    @torch.no_grad()
+    def start_from(self, gmf: "NCF", mlp: "NCF", *, alpha: float) -> None:
+        """Take over what GMF and MLP have learned."""
+        table_RW, width = self.fields.table.weight, self.gmf_dim
+        table_RW[:, :width] = gmf.fields.table.weight
+        table_RW[:, width:] = mlp.fields.table.weight
+        if self.mlp is not None and mlp.mlp is not None:
+            self.mlp.load_state_dict(mlp.mlp.state_dict())
+        self.output.weight[:, :width] = alpha * gmf.output.weight
+        self.output.weight[:, width:] = (1 - alpha) * mlp.output.weight
+        self.output.bias.copy_(alpha * gmf.output.bias + (1 - alpha) * mlp.output.bias)
+        self.heads.load_state_dict(gmf.heads.state_dict())
+
+    def _parts(self, queries: Queries, item_BC: Tensor) -> tuple[Tensor, Tensor]:
+        parts: RowParts = self.fields(queries, item_BC)
+        return parts.query_BQW, parts.item_ACGW
+
+    def _raw(
+        self, query_BQW: Float[Tensor, "B 1 W"], item_ACGW: Float[Tensor, "A C 1 W"]
+    ) -> dict[str, Float[Tensor, "B C"]]:
+        width, weight_W = self.gmf_dim, self.output.weight.squeeze(0)
+        raw_BC: Tensor = self.output.bias
+        query_BW, item_ACW = query_BQW.squeeze(1), item_ACGW.squeeze(2)
+        if width:
+            asked_BD = query_BW[:, :width] * weight_W[:width]
+            raw_BC = raw_BC + pair_dot(asked_BD, item_ACW[..., :width])
+        if self.mlp is not None:
+            hidden_BCD: Tensor = self.mlp(query_BW[:, width:], item_ACW[..., width:])
+            raw_BC = raw_BC + hidden_BCD @ weight_W[width:]
+        return {self.tasks[0].name: raw_BC}
+
+
+def _halving(config: MLPConfig | NeuMFConfig) -> tuple[int, ...]:
+    return tuple(config.factors * 2**place for place in reversed(range(config.num_layers)))

@@ -1,0 +1,90 @@
+"""Heads: thresholds in order, predictions in the label's unit, and what orders a list."""
+
+import math
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from foretaste.data.interactions import Interactions
+from foretaste.data.tasks import Task
+from foretaste.data.vocabulary import Vocabulary
+from foretaste.errors import ConfigError, DataError
+from foretaste.models.layers.heads import Heads, thresholds
+
+CLICK = Task(name="click")
+MINUTES = Task(name="minutes", kind="regression", column="minutes", transform="log1p")
+STARS = Task(name="stars", kind="ordinal", column="stars", levels=(1, 2, 3, 4, 5))
+
+
+def events(**columns: list[float]) -> Interactions:
+    size = len(next(iter(columns.values())))
+    return Interactions(
+        users=Vocabulary(pl.Series([0])),
+        items=Vocabulary(pl.Series([0])),
+        offsets=np.array([0, size]),
+        item_idx=np.zeros(size, np.int32),
+        columns={name: np.array(column, np.float32) for name, column in columns.items()},
+    )
+
+
+@given(st.lists(st.floats(-20, 20), min_size=1, max_size=8))
+@settings(max_examples=50, deadline=None)
+def test_thresholds_ascend_whatever_was_learned(steps: list[float]) -> None:
+    assert (thresholds(torch.tensor(steps)).diff() >= 0).all()
+
+
+def test_a_probability_an_own_unit_and_an_expected_level() -> None:
+    heads = Heads((CLICK, MINUTES, STARS))
+    # minutes e - 1 and e^3 - 1: their logarithms of 1 + x are 1 and 3, mean 2, spread 1
+    minutes = [math.e - 1, math.e**3 - 1, math.nan]
+    heads.begin(events(minutes=minutes, stars=[1.0, 5.0, math.nan]))
+    raw = {"click": torch.tensor([[0.0]]), "minutes": torch.tensor([[1.0]])}
+    predicted = heads.predict(raw | {"stars": torch.tensor([[0.0]])})
+    assert predicted["click"].item() == 0.5
+    assert predicted["minutes"].item() == pytest.approx(math.e**3 - 1, rel=1e-5)
+    # half of the labels lie above 1, 2, 3 and 4: thresholds 0, then .01 apart
+    assert predicted["stars"].item() == pytest.approx(1 + 4 * 0.5, abs=0.02)
+
+
+def test_at_zero_each_level_has_its_share_of_the_training_labels() -> None:
+    # of 10 labels 6 lie above 1, 5 above 2, 3 above 3, 2 above 4
+    heads = Heads((STARS,))
+    heads.begin(events(stars=[1.0] * 4 + [2.0] + [3.0] * 2 + [4.0] + [5.0] * 2))
+    share_K = heads({"stars": torch.zeros(1, 1)})["stars"].sigmoid()[0, 0]
+    torch.testing.assert_close(share_K, torch.tensor([0.6, 0.5, 0.3, 0.2]))
+
+
+def test_an_expected_level_stays_between_the_ends_and_rises_with_the_number() -> None:
+    heads = Heads((STARS,))
+    expected_C = heads.predict({"stars": torch.linspace(-50, 50, 101).unsqueeze(0)})["stars"][0]
+    assert expected_C[0].item() == pytest.approx(1)
+    assert expected_C[-1].item() == pytest.approx(5)
+    assert (expected_C.diff() >= 0).all()
+
+
+def test_a_quantity_of_log1p_is_never_predicted_below_nothing() -> None:
+    heads = Heads((MINUTES,))
+    assert heads.predict({"minutes": torch.tensor([[-30.0]])})["minutes"].item() == 0
+
+
+def test_one_task_orders_by_its_number_and_several_by_their_weighted_sum() -> None:
+    raw = {"click": torch.tensor([[0.0, 2.0]]), "minutes": torch.tensor([[1.0, 0.0]])}
+    assert torch.equal(Heads((CLICK,)).rank(raw), raw["click"])
+    other = Task(name="minutes", kind="regression", column="m", weight=0.5)
+    expected = raw["click"].sigmoid() + 0.5 * raw["minutes"]
+    torch.testing.assert_close(Heads((CLICK, other)).rank(raw), expected)
+
+
+def test_tasks_that_cannot_be_told_apart_or_taught_are_refused() -> None:
+    with pytest.raises(ConfigError, match="no task"):
+        Heads(())
+    with pytest.raises(ConfigError, match="two tasks are named 'click'"):
+        Heads((CLICK, CLICK))
+    with pytest.raises(ConfigError, match="weight 0"):
+        Heads((Task(name="click", weight=0),))
+    with pytest.raises(DataError, match="no column 'minutes'"):
+        Heads((MINUTES,)).begin(events(stars=[1.0]))
