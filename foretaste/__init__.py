@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     )
     from foretaste.data.interactions import Interactions
     from foretaste.data.reading import read_interactions
+    from foretaste.data.rows import Rows, rows_of
     from foretaste.data.sources.load import Dataset, get_dataset
     from foretaste.data.split_config import SplitConfig, make_split
     from foretaste.data.splits import Holdout, Split
@@ -150,6 +151,7 @@ __all__ = [
     "Recommendation",
     "Recommender",
     "Report",
+    "Rows",
     "RowsConfig",
     "RowsReport",
     "Run",
@@ -206,6 +208,7 @@ __all__ = [
     "recipe_of",
     "record_run",
     "reliability_svg",
+    "rows_of",
     "run_experiment",
     "run_folder",
     "run_quickstart",
@@ -261,6 +264,7 @@ _HOME = {
     "Recommendation": "serving.recommender",
     "Recommender": "serving.recommender",
     "Report": "evaluation.report",
+    "Rows": "data.rows",
     "RowsConfig": "training.objectives.rows",
     "RowsReport": "evaluation.rows_report",
     "Run": "experiment.run",
@@ -316,6 +320,7 @@ _HOME = {
     "recipe_of": "experiment.run",
     "record_run": "experiment.record",
     "reliability_svg": "evaluation.reliability_picture",
+    "rows_of": "data.rows",
     "run_experiment": "experiment.run",
     "run_folder": "experiment.run",
     "run_quickstart": "experiment.quickstart",

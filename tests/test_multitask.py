@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from foretaste.data.batch import Queries, RowBatch
-from foretaste.data.pairs import Reads
+from foretaste.data.histories import Reads
 from foretaste.data.tasks import LabelScale, Task, in_own_unit, label_scale, standardised
 from foretaste.errors import DataError
 from foretaste.losses.multitask import (

@@ -1,11 +1,10 @@
 """Training pairs: every event is a user and an item, in random order, in batches.
 
-Shape legend: E events, B pairs of a batch, N events of all their histories, H hard negatives.
+Shape legend: E events, B pairs of a batch, H hard negatives.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -13,11 +12,10 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from foretaste.data.batch import PairBatch, Queries
+from foretaste.data.histories import Reads, read_histories
 from foretaste.data.interactions import Interactions
 
-Reads = Literal["nothing", "before", "others"]
-"""What of a user's history goes with a pair: nothing; the last events before it; or other events
-of the user drawn at random, where the order means nothing."""
+__all__ = ["FindHard", "PairPlan", "Reads", "plan_pairs"]
 
 FindHard = Callable[[Tensor, Tensor, torch.Generator], Tensor]
 """From user_idx (B,), their observed item_idx (B,) and a source of randomness to hard negatives
@@ -51,7 +49,15 @@ class PairPlan:
         place_B = self.order_E[index * self.batch_events : (index + 1) * self.batch_events]
         user_B = torch.from_numpy(self.events.user_idx[place_B].astype(np.int64))
         item_B = torch.from_numpy(self.events.item_idx[place_B].astype(np.int64))
-        history_N, offsets_B1 = self._histories(place_B, user_B.numpy(), index)
+        history_N, offsets_B1 = read_histories(
+            self.events,
+            user_B.numpy(),
+            reads=self.reads,
+            max_len=self.max_len,
+            end_B=place_B,
+            own_B=place_B,
+            generator=np.random.default_rng([self.seed, index]),
+        )
         return PairBatch(
             queries=Queries(
                 user_B=user_B,
@@ -67,27 +73,6 @@ class PairPlan:
             return item_B.new_empty(len(item_B), 0)
         word = np.random.default_rng([self.seed, index, 1]).integers(2**63)
         return self.find_hard(user_B, item_B, torch.Generator().manual_seed(int(word)))
-
-    def _histories(
-        self, place_B: Int64[np.ndarray, " B"], user_B: Int64[np.ndarray, " B"], index: int
-    ) -> tuple[Int64[np.ndarray, " N"], Int64[np.ndarray, " B1"]]:
-        if self.reads == "nothing":
-            return np.empty(0, np.int64), np.zeros(len(place_B) + 1, np.int64)
-        start_B, end_B = self.events.offsets[user_B], self.events.offsets[user_B + 1]
-        if self.reads == "before":
-            first_B = np.maximum(start_B, place_B - self.max_len)
-            index_N, offsets_B1 = _ranges(first_B, place_B - first_B)
-            return self.events.item_idx[index_N].astype(np.int64), offsets_B1
-        # A run of the user's events from a random place, once around, without the pair's own.
-        others_B = end_B - start_B - 1
-        length_B = np.minimum(others_B, self.max_len)
-        step_N, offsets_B1 = _ranges(np.zeros_like(length_B), length_B)
-        turn = np.random.default_rng([self.seed, index]).integers(0, np.maximum(1, others_B))
-        row_N = np.repeat(np.arange(len(place_B)), length_B)
-        ahead_N = 1 + (turn[row_N] + step_N) % others_B[row_N]
-        size_N = others_B[row_N] + 1
-        index_N = start_B[row_N] + (place_B[row_N] - start_B[row_N] + ahead_N) % size_N
-        return self.events.item_idx[index_N].astype(np.int64), offsets_B1
 
 
 def plan_pairs(
@@ -118,12 +103,3 @@ def plan_pairs(
         seed=int(generator.integers(2**31)),
         find_hard=find_hard,
     )
-
-
-def _ranges(
-    first_B: Int64[np.ndarray, " B"], length_B: Int64[np.ndarray, " B"]
-) -> tuple[Int64[np.ndarray, " N"], Int64[np.ndarray, " B1"]]:
-    """Lay ranges `first, first + 1, …` of given lengths one after the other."""
-    offsets_B1 = np.concatenate([[0], np.cumsum(length_B)])
-    index_N = np.arange(offsets_B1[-1]) + np.repeat(first_B - offsets_B1[:-1], length_B)
-    return index_N, offsets_B1

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from foretaste.data.batch import Queries, SequenceBatch
 from foretaste.data.features import FieldTable
+from foretaste.data.histories import Reads
 from foretaste.data.interactions import Interactions
-from foretaste.data.pairs import Reads
 from foretaste.data.tasks import Task
 
 

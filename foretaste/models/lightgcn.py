@@ -33,8 +33,8 @@ from torch import Tensor, nn
 from foretaste.config import Config
 from foretaste.data.batch import Queries
 from foretaste.data.graph import Graph, GraphConfig
+from foretaste.data.histories import Reads
 from foretaste.data.interactions import Interactions
-from foretaste.data.pairs import Reads
 from foretaste.errors import ConfigError
 from foretaste.models.interface import PairVectors
 from foretaste.models.layers.graph_conv import GraphConv, Perturbation

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from foretaste.config import Config
 from foretaste.data.batch import Queries
+from foretaste.data.histories import Reads
 from foretaste.data.interactions import Interactions
-from foretaste.data.pairs import Reads
 from foretaste.models.interface import PairVectors
 from foretaste.models.layers.fold_in import FoldIn
 from foretaste.models.layers.similarity import Similarity, as_item, as_query

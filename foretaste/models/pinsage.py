@@ -35,9 +35,9 @@ from foretaste.config import Config
 from foretaste.data.batch import Queries
 from foretaste.data.features import Features, FieldTable
 from foretaste.data.graph import Graph, GraphConfig
+from foretaste.data.histories import Reads
 from foretaste.data.interactions import Interactions
 from foretaste.data.neighbourhoods import Neighbourhoods, PairFrontier, make_frontier
-from foretaste.data.pairs import Reads
 from foretaste.data.walks import most_visited, uniform_neighbours
 from foretaste.errors import ConfigError
 from foretaste.models.interface import PairVectors

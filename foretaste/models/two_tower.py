@@ -31,8 +31,8 @@ from torch import Tensor, nn
 from foretaste.config import Config
 from foretaste.data.batch import Queries
 from foretaste.data.features import Features, FieldSide, FieldTable
+from foretaste.data.histories import Reads
 from foretaste.data.interactions import Interactions
-from foretaste.data.pairs import Reads
 from foretaste.errors import ConfigError
 from foretaste.models.interface import PairVectors
 from foretaste.models.layers.embedding import Fusion

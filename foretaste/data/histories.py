@@ -1,0 +1,65 @@
+"""What of users' histories goes with a batch, gathered in one pass.
+
+Shape legend: B rows of a batch, H events of all their histories.
+"""
+
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Int64
+
+from foretaste.data.interactions import Interactions
+
+Reads = Literal["nothing", "before", "others"]
+"""What of a user's history goes with a row: nothing; the last events before it; or other events
+of the user drawn at random, where the order means nothing."""
+
+
+def read_histories(
+    past: Interactions,
+    user_B: Int64[np.ndarray, " B"],
+    *,
+    reads: Reads,
+    max_len: int,
+    end_B: Int64[np.ndarray, " B"],
+    own_B: Int64[np.ndarray, " B"],
+    generator: np.random.Generator,
+) -> tuple[Int64[np.ndarray, " H"], Int64[np.ndarray, " B1"]]:
+    """Return the items of each row's history, one after the other, and where each begins and ends.
+
+    Args:
+        past: The events that histories are made of.
+        user_B: user_idx of each row.
+        reads: What of them.
+        max_len: How many events at most.
+        end_B: Of "before": position in `past` where the row's history ends.
+        own_B: Of "others": position in `past` of the row's own event, -1 where it is not there.
+        generator: Of "others": decides which.
+    """
+    if reads == "nothing":
+        return np.empty(0, np.int64), np.zeros(len(user_B) + 1, np.int64)
+    start_B = past.offsets[user_B]
+    if reads == "before":
+        first_B = np.maximum(start_B, end_B - max_len)
+        index_H, offsets_B1 = _ranges(first_B, end_B - first_B)
+        return past.item_idx[index_H].astype(np.int64), offsets_B1
+    # A run of the user's events from a random place, once around, without the row's own.
+    size_B = past.offsets[user_B + 1] - start_B
+    others_B = size_B - (own_B >= 0)
+    length_B = np.minimum(others_B, max_len)
+    step_H, offsets_B1 = _ranges(np.zeros_like(length_B), length_B)
+    turn_B = generator.integers(0, np.maximum(1, others_B))
+    row_H = np.repeat(np.arange(len(user_B)), length_B)
+    ahead_H = 1 + (turn_B[row_H] + step_H) % others_B[row_H]
+    behind_B = np.where(own_B >= 0, own_B - start_B, -1)
+    index_H = start_B[row_H] + (behind_B[row_H] + ahead_H) % size_B[row_H]
+    return past.item_idx[index_H].astype(np.int64), offsets_B1
+
+
+def _ranges(
+    first_B: Int64[np.ndarray, " B"], length_B: Int64[np.ndarray, " B"]
+) -> tuple[Int64[np.ndarray, " H"], Int64[np.ndarray, " B1"]]:
+    """Lay ranges `first, first + 1, …` of given lengths one after the other."""
+    offsets_B1 = np.concatenate([[0], np.cumsum(length_B)])
+    index_H = np.arange(offsets_B1[-1]) + np.repeat(first_B - offsets_B1[:-1], length_B)
+    return index_H, offsets_B1

@@ -1,0 +1,106 @@
+"""From columns of events to the labels of tasks, and what is refused.
+
+Shape legend: E events, T tasks.
+"""
+
+import difflib
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Bool, Float32
+
+from foretaste.data.interactions import Interactions
+from foretaste.data.tasks import Task
+from foretaste.errors import ConfigError, DataError
+
+
+def labels_of(events: Interactions, tasks: Sequence[Task]) -> Float32[np.ndarray, "E T"]:
+    """Return the label of each event for each task, in the label's own unit, NaN where missing.
+
+    Raises:
+        ConfigError: A task names a column that the events do not have.
+        DataError: A label is none that its task can have; the message names the value.
+    """
+    label_ET = np.empty((len(events), len(tasks)), np.float32)
+    for place, task in enumerate(tasks):
+        label_ET[:, place] = _labels(events, task)
+    return label_ET
+
+
+def check_learnable(
+    label_ET: Float32[np.ndarray, "E T"], tasks: Sequence[Task], *, num_drawn: int = 0
+) -> None:
+    """Refuse labels from which a task cannot be learned.
+
+    Args:
+        label_ET: Those of training.
+        tasks: Their tasks.
+        num_drawn: Items drawn for each event, a 0 for every binary task.
+
+    Raises:
+        DataError: A task has no label at all, or a binary one only one class.
+    """
+    for task, label_E in zip(tasks, label_ET.T, strict=True):
+        known_E = label_E[~np.isnan(label_E)]
+        if not len(known_E):
+            raise DataError(
+                f"task {task.name!r} has no label on any of {len(label_E):,} training events: "
+                "leave the task out, or give its column values"
+            )
+        if task.kind != "binary":
+            continue
+        low, high = float(known_E.min()), float(known_E.max())
+        if high == 0 or (low == 1 and not num_drawn):
+            mend = (
+                "negatives to draw, or events with label 0" if low else "events that it happened to"
+            )
+            raise DataError(
+                f"task {task.name!r} has one class only: every label of training is {high:g}; "
+                f"give it {mend}, or leave it out"
+            )
+
+
+def _labels(events: Interactions, task: Task) -> Float32[np.ndarray, " E"]:
+    if not task.column:
+        return np.ones(len(events), np.float32)
+    if task.column not in events.columns:
+        raise ConfigError(_no_column(events, task))
+    value_E = events.columns[task.column].astype(np.float32)
+    if task.kind == "binary" and task.above is not None:
+        return np.where(np.isnan(value_E), value_E, value_E > task.above).astype(np.float32)
+    if task.kind == "binary":
+        allowed_E = (value_E == 0) | (value_E == 1)
+        _refuse(task, value_E, allowed_E, "0 or 1: set `above` to cut other values in two")
+    elif task.kind == "ordinal":
+        levels = ", ".join(f"{level:g}" for level in task.levels)
+        allowed_E = np.isin(value_E, np.array(task.levels, np.float32))
+        _refuse(task, value_E, allowed_E, f"its levels {levels}: name all of them")
+    elif task.transform == "log1p":
+        _refuse(task, value_E, value_E >= 0, "0 or more under log1p: take another transform")
+    return value_E
+
+
+def _refuse(
+    task: Task,
+    value_E: Float32[np.ndarray, " E"],
+    allowed_E: Bool[np.ndarray, " E"],
+    what: str,
+) -> None:
+    wrong_E = ~allowed_E & ~np.isnan(value_E)
+    if wrong_E.any():
+        raise DataError(
+            f"task {task.name!r}: column {task.column!r} holds {value_E[wrong_E][0]:g} (and "
+            f"{int(wrong_E.sum()) - 1:,} more such), but labels of this {task.kind} task are "
+            f"{what}, or mend them"
+        )
+
+
+def _no_column(events: Interactions, task: Task) -> str:
+    start = f"task {task.name!r} takes its labels from column {task.column!r}, and "
+    if events.context is not None and task.column in events.context.columns:
+        return f"{start}that is in the context of the events: name it with columns= when reading"
+    if not events.columns:
+        return f"{start}the events have none: name it with columns= when reading"
+    near = difflib.get_close_matches(task.column, events.columns, n=1)
+    advice = f"did you mean {near[0]!r}?" if near else "name it with columns= when reading"
+    return f"{start}the events have {', '.join(map(repr, events.columns))}: {advice}"

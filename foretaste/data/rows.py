@@ -1,0 +1,398 @@
+"""Labelled rows: every event is a user at a moment, an item, and the labels of some tasks.
+
+A row's history holds what its user had done before, never the row's own event or a later one. Where
+events are of two kinds, happened and only shown, histories are made of those that happened; then a
+history ends before the row's own second too, because what was shown at one time is judged together.
+
+Shape legend: E rows, B rows of a batch, N drawn items a row, T tasks.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float32, Int64
+from torch import Tensor
+
+from foretaste.data.batch import Queries, RowBatch
+from foretaste.data.features import Features
+from foretaste.data.features_table import FieldTable
+from foretaste.data.histories import Reads, read_histories
+from foretaste.data.interactions import Interactions
+from foretaste.data.labels import check_learnable, labels_of
+from foretaste.data.parts import TEST, TRAIN, VALIDATION
+from foretaste.data.splits import Split
+from foretaste.data.tasks import Task
+from foretaste.errors import ConfigError, DataError
+
+PartName = Literal["train", "validation", "test"]
+_PARTS = {"train": TRAIN, "validation": VALIDATION, "test": TEST}
+_DRAWN_AT_ONCE = 1 << 16
+
+
+@runtime_checkable
+class DrawItems(Protocol):
+    """Draws items to be compared with those of some rows: any `MineNegatives` does."""
+
+    def __call__(
+        self,
+        user_B: Int64[Tensor, " B"],
+        positive_B: Int64[Tensor, " B"],
+        num: int,
+        /,
+        *,
+        generator: torch.Generator,
+    ) -> Int64[Tensor, "B N"]:
+        """Return item_idx; the row's own where nothing was found: it gets no label then."""
+        ...
+
+
+def positives_of(events: Interactions, positive: str = "") -> Interactions:
+    """Return the events that happened: those with a value above 0 in a column.
+
+    Args:
+        events: Any.
+        positive: The column; "": every event happened.
+
+    Raises:
+        ConfigError: There is no such column.
+    """
+    return events.select(_happened(events, positive)) if positive else events
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Rows:
+    """Labelled rows of one part of a split, and for each what its user had done before."""
+
+    name: str
+    """"train", "validation" or "test"."""
+    events: Interactions
+    """One row each, in this order."""
+    tasks: tuple[Task, ...]
+    label_ET: Float32[np.ndarray, "E T"]
+    """In the label's own unit, NaN where it is missing."""
+    context: FieldTable | None
+    """The rows' features of the moment; None where there are none."""
+    past: Interactions
+    """The events that histories are made of."""
+    end_E: Int64[np.ndarray, " E"]
+    """Position in `past` where each row's history ends; it starts with the user's events."""
+    own_E: Int64[np.ndarray, " E"]
+    """Position in `past` of the row's own event, -1 where it is not there."""
+    drawn_EN: Int64[np.ndarray, "E N"]
+    """item_idx drawn once for each row, to be compared with its own; N may be 0."""
+
+    def __len__(self) -> int:
+        return len(self.events)
+
+    @property
+    def every(self) -> Int64[np.ndarray, " E"]:
+        """The places of all rows, to be gathered in blocks."""
+        return np.arange(len(self))
+
+    def draw(self, num: int, draw: DrawItems, *, seed: int) -> "Rows":
+        """Return the rows with items drawn for each, the same for the same seed.
+
+        Where only what happened is known, this gives a part the 0s that it is measured on.
+
+        Args:
+            num: N, how many items a row gets.
+            draw: Who draws them.
+            seed: Decides the draws.
+        """
+        drawn = [np.empty((0, num), np.int64)]
+        for start in range(0, len(self), _DRAWN_AT_ONCE):
+            rows = slice(start, start + _DRAWN_AT_ONCE)
+            user_B = torch.from_numpy(self.events.user_idx[rows].astype(np.int64))
+            item_B = torch.from_numpy(self.events.item_idx[rows].astype(np.int64))
+            generator = _generator(seed, start)
+            drawn.append(draw(user_B, item_B, num, generator=generator).numpy())
+        return replace(self, drawn_EN=np.concatenate(drawn))
+
+    def batch(
+        self,
+        row_B: Int64[np.ndarray, " B"],
+        *,
+        reads: Reads = "before",
+        max_len: int = 50,
+        seed: int = 0,
+        drawn_BN: Int64[Tensor, "B N"] | None = None,
+    ) -> RowBatch:
+        """Gather some rows.
+
+        Args:
+            row_B: Which of them.
+            reads: What of each user's history is read along.
+            max_len: How many events of it at most.
+            seed: Decides which "others" are read.
+            drawn_BN: Items drawn for these rows; None takes those of `draw`.
+        """
+        user_B = self._user_E[row_B]
+        history_H, offsets_B1 = read_histories(
+            self.past,
+            user_B,
+            reads=reads,
+            max_len=max_len,
+            end_B=self.end_E[row_B],
+            own_B=self.own_E[row_B],
+            generator=np.random.default_rng(seed),
+        )
+        item_B1 = self._item_E[row_B].unsqueeze(1)
+        if drawn_BN is None:
+            drawn_BN = torch.from_numpy(self.drawn_EN[row_B])
+        rows_B = torch.from_numpy(row_B)
+        return RowBatch(
+            queries=Queries(
+                user_B=torch.from_numpy(user_B),
+                history_N=torch.from_numpy(history_H),
+                offsets_B1=torch.from_numpy(offsets_B1),
+                context=None if self.context is None else self.context.rows(rows_B),
+            ),
+            item_BC=torch.cat([item_B1, drawn_BN], dim=1),
+            label_BCT=self._labels(rows_B, item_B1, drawn_BN),
+        )
+
+    @cached_property
+    def _user_E(self) -> Int64[np.ndarray, " E"]:
+        return self.events.user_idx.astype(np.int64)
+
+    @cached_property
+    def _item_E(self) -> Int64[Tensor, " E"]:
+        return torch.from_numpy(self.events.item_idx.astype(np.int64))
+
+    @cached_property
+    def _label_of_drawn_T(self) -> Float32[Tensor, " T"]:
+        return torch.tensor([0.0 if task.kind == "binary" else np.nan for task in self.tasks])
+
+    def _labels(
+        self, rows_B: Int64[Tensor, " B"], item_B1: Int64[Tensor, "B 1"], drawn_BN: Tensor
+    ) -> Float32[Tensor, "B C T"]:
+        own_B1T = torch.from_numpy(self.label_ET)[rows_B].unsqueeze(1)
+        if not drawn_BN.shape[1]:
+            return own_B1T
+        not_found_BN1 = (drawn_BN == item_B1).unsqueeze(2)
+        drawn_BNT = self._label_of_drawn_T.expand(*drawn_BN.shape, -1)
+        return torch.cat([own_B1T, drawn_BNT.masked_fill(not_found_BN1, np.nan)], dim=1)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class RowPlan:
+    """One epoch's batches, decided by (seed, epoch) alone and made one by one when asked for."""
+
+    rows: Rows
+    order_E: Int64[np.ndarray, " E"]
+    """Rows in the order of the epoch."""
+    batch_events: int
+    reads: Reads
+    max_len: int
+    seed: int
+    """Decides which other events are read, and which items are drawn."""
+    num_drawn: int = 0
+    draw: DrawItems | None = None
+
+    def __len__(self) -> int:
+        return -(-len(self.order_E) // self.batch_events)
+
+    @property
+    def num_events(self) -> int:
+        """Rows in the epoch."""
+        return len(self.order_E)
+
+    def batch(self, index: int) -> RowBatch:
+        """Gather one batch."""
+        row_B = self.order_E[index * self.batch_events : (index + 1) * self.batch_events]
+        drawn_BN = torch.empty(len(row_B), 0, dtype=torch.int64)
+        if self.draw is not None and self.num_drawn:
+            drawn_BN = self.draw(
+                torch.from_numpy(self.rows._user_E[row_B]),
+                self.rows._item_E[row_B],
+                self.num_drawn,
+                generator=_generator(self.seed, index),
+            )
+        return self.rows.batch(
+            row_B,
+            reads=self.reads,
+            max_len=self.max_len,
+            seed=_mixed(self.seed, index),
+            drawn_BN=drawn_BN,
+        )
+
+
+def plan_rows(
+    events: Interactions,
+    *,
+    tasks: Sequence[Task],
+    batch_events: int,
+    generator: np.random.Generator,
+    reads: Reads = "before",
+    max_len: int = 50,
+    context: FieldTable | None = None,
+    positive: str = "",
+    num_drawn: int = 0,
+    draw: DrawItems | None = None,
+) -> RowPlan:
+    """Put all events into batches, in random order, with their labels.
+
+    Args:
+        events: Each is a row, with or without a label.
+        tasks: What is to be predicted.
+        batch_events: Rows of a batch; the last one of an epoch may be smaller.
+        generator: Decides the order.
+        reads: What of each user's history is read along.
+        max_len: How many events of it at most.
+        context: Features of the moment, a row for each event.
+        positive: Column whose values above 0 make an event part of histories; "": every event is.
+        num_drawn: Items drawn for each row: a 0 for every binary task, without a label for others.
+        draw: Who draws them.
+
+    Raises:
+        ConfigError: A column is not there, or items are to be drawn and nobody draws them.
+        DataError: A label is none that its task can have, or a task cannot be learned.
+    """
+    if num_drawn and draw is None:
+        raise ConfigError(f"{num_drawn} items are to be drawn for each row: say who draws them")
+    rows = training_rows(events, tasks=tasks, context=context, positive=positive)
+    check_learnable(rows.label_ET, rows.tasks, num_drawn=num_drawn)
+    return shuffled(
+        rows,
+        batch_events=batch_events,
+        generator=generator,
+        reads=reads,
+        max_len=max_len,
+        num_drawn=num_drawn,
+        draw=draw,
+    )
+
+
+def shuffled(
+    rows: Rows,
+    *,
+    batch_events: int,
+    generator: np.random.Generator,
+    reads: Reads = "before",
+    max_len: int = 50,
+    num_drawn: int = 0,
+    draw: DrawItems | None = None,
+) -> RowPlan:
+    """Put rows that were made before into another epoch's batches; see `plan_rows`."""
+    return RowPlan(
+        rows=rows,
+        order_E=generator.permutation(len(rows)),
+        batch_events=batch_events,
+        reads=reads,
+        max_len=max_len,
+        seed=int(generator.integers(2**31)),
+        num_drawn=num_drawn,
+        draw=draw,
+    )
+
+
+def training_rows(
+    events: Interactions,
+    *,
+    tasks: Sequence[Task],
+    context: FieldTable | None = None,
+    positive: str = "",
+) -> Rows:
+    """Make a row of every event, with histories of the events before it.
+
+    Raises:
+        ConfigError: A column is not there.
+        DataError: A label is none that its task can have.
+    """
+    if context is not None and len(context) != len(events):
+        raise DataError(f"a context of {len(context)} rows for {len(events)} events: encode theirs")
+    happened_E = _happened(events, positive)
+    past = events.select(happened_E) if positive else events
+    before_E = np.cumsum(happened_E, dtype=np.int64) - happened_E
+    end_E = before_E
+    if positive and events.timestamp_s is not None:
+        end_E = before_E[_first_of_its_second(events)]
+    return Rows(
+        name="train",
+        events=events,
+        tasks=tuple(tasks),
+        label_ET=labels_of(events, tasks),
+        context=context,
+        past=past,
+        end_E=end_E,
+        own_E=np.where(happened_E, before_E, -1),
+        drawn_EN=np.empty((len(events), 0), np.int64),
+    )
+
+
+def rows_of(
+    split: Split,
+    part: PartName,
+    *,
+    tasks: Sequence[Task],
+    features: Features | None = None,
+    positive: str = "",
+) -> Rows:
+    """Make a row of every event of a part, as whoever asked at that moment would have seen it.
+
+    Where the split rolls, a row's history is all that its user had done before; else it is what
+    the parts before hold of the user.
+
+    Args:
+        split: Made by `make_split`.
+        part: "train", "validation" or "test".
+        tasks: What was predicted.
+        features: What was fitted to training, to encode the rows' context.
+        positive: Column whose values above 0 make an event part of histories; "": every event is.
+
+    Raises:
+        ConfigError: A column is not there.
+        DataError: A label is none that its task can have, or the context is not of its kind.
+    """
+    code = _PARTS[part]
+    if split.rolling or part == "train":
+        known_E = split.part_E <= code
+        whole = training_rows(split.events.select(known_E), tasks=(), positive=positive)
+        here_E = split.part_E[known_E] == code
+        events, past = whole.events.select(here_E), whole.past
+        end_E, own_E = whole.end_E[here_E], whole.own_E[here_E]
+    else:
+        events = split.events.select(split.part_E == code)
+        past = positives_of(split.events.select(split.part_E < code), positive)
+        end_E = past.offsets[events.user_idx.astype(np.int64) + 1]
+        own_E = np.full(len(events), -1)
+    return Rows(
+        name=part,
+        events=events,
+        tasks=tuple(tasks),
+        label_ET=labels_of(events, tasks),
+        context=None if features is None else features.context_of(events),
+        past=past,
+        end_E=end_E,
+        own_E=own_E,
+        drawn_EN=np.empty((len(events), 0), np.int64),
+    )
+
+
+def _happened(events: Interactions, positive: str) -> Bool[np.ndarray, " E"]:
+    if not positive:
+        return np.ones(len(events), np.bool_)
+    return labels_of(events, [Task(name="positive", column=positive, above=0)])[:, 0] > 0
+
+
+def _first_of_its_second(events: Interactions) -> Int64[np.ndarray, " E"]:
+    """Return for each event the first of its user and second."""
+    place_E = np.arange(len(events))
+    if events.timestamp_s is None or not len(events):
+        return place_E
+    new_E = np.ones(len(events), np.bool_)
+    new_E[1:] = (np.diff(events.timestamp_s) != 0) | (np.diff(events.user_idx) != 0)
+    first_E: Int64[np.ndarray, " E"] = np.maximum.accumulate(np.where(new_E, place_E, 0))
+    return first_E
+
+
+def _mixed(seed: int, number: int) -> int:
+    return int(np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0])
+
+
+def _generator(seed: int, number: int) -> torch.Generator:
+    return torch.Generator().manual_seed(_mixed(seed, number) % 2**63)
