@@ -375,15 +375,15 @@ def test_overload_is_refused_at_once_and_ends_with_the_load(
         with films.service.slot._loading:  # reloads wait for it: two of them fill the server
             for thread in threads:
                 thread.start()
-            deadline = time.monotonic() + 20
+            deadline = time.monotonic() + 60
             while "foretaste_in_flight 2.0" not in films.http.get("/metrics").text:
                 assert time.monotonic() < deadline
                 time.sleep(0.01)
-            refused = films.http.post("/v1/recommend", json={}, timeout=5)
+            refused = films.http.post("/v1/recommend", json={})
             assert refused.status_code == 503
             assert refused.headers["retry-after"] == "1"
             assert "try again" in refused.json()["error"]
-            assert films.http.get("/health", timeout=5).status_code == 200
+            assert films.http.get("/health").status_code == 200
         for thread in threads:
             thread.join()
         assert answers == [200, 200]

@@ -55,7 +55,7 @@ class Page:
     def wait(self, until: Callable[[], object]) -> object:
         """Wait for it; a row that the page has drawn anew in between is looked up again."""
         redrawn = [StaleElementReferenceException]
-        waiting = WebDriverWait(self.driver, 20, 0.05, ignored_exceptions=redrawn)
+        waiting = WebDriverWait(self.driver, 60, 0.05, ignored_exceptions=redrawn)
         return waiting.until(lambda _: until())
 
     def find(self, css: str) -> WebElement:

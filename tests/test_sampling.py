@@ -150,15 +150,13 @@ def test_a_sampler_without_items_is_refused() -> None:
 
 
 def test_drawing_costs_the_same_whatever_the_catalogue() -> None:
-    # a table of 2^17 items takes 17/4 times as long as one of 2^4 if a draw searches; the caches
-    # alone make it up to twice here, and a busy machine more: hence the best of several
-    def seconds(num_items: int) -> float:
-        sampler = PopularitySampler(np.arange(num_items) + 1)
-        times = []
-        for _ in range(7):
-            start = time.perf_counter()
+    # A table of 2^17 items takes 17/4 times as long as one of 2^4 if a draw searches (5.4 seen),
+    # up to 1.5 times if not. The thread's own time, in turns: a busy neighbour takes none of it.
+    samplers = {size: PopularitySampler(np.arange(size) + 1) for size in (2**4, 2**17)}
+    best_s = dict.fromkeys(samplers, math.inf)
+    for _ in range(7):
+        for size, sampler in samplers.items():
+            start = time.thread_time()
             sampler.draw((200_000,), generator=generator())
-            times.append(time.perf_counter() - start)
-        return min(times)
-
-    assert seconds(2**17) < 6 * seconds(2**4)
+            best_s[size] = min(best_s[size], time.thread_time() - start)
+    assert best_s[2**17] < 3 * best_s[2**4]

@@ -199,7 +199,7 @@ def test_a_disk_that_fills_at_any_point_leaves_nothing_behind(
 
 
 def test_opening_does_not_grow_with_size(tmp_path: Path) -> None:
-    def seconds_to_open(size: int) -> float:
+    def seconds_to_open(size: int) -> float:  # of this process, whatever its neighbours do
         rng = np.random.default_rng(0)
         ids = [f"user {n}" for n in rng.integers(0, size, size)]
         write_store(
@@ -208,10 +208,11 @@ def test_opening_does_not_grow_with_size(tmp_path: Path) -> None:
         )
         taken = []
         for _ in range(5):
-            start = time.perf_counter()
+            start = time.process_time()
             open_store(tmp_path / f"{size}")
-            taken.append(time.perf_counter() - start)
+            taken.append(time.process_time() - start)
         return min(taken)
 
     small, large = seconds_to_open(1_000), seconds_to_open(400_000)
-    assert large < 4 * small + 0.01  # 400 times the events and users
+    # 400 times the events and users; reading through what is opened takes 20 times as long
+    assert large < 6 * small
