@@ -269,7 +269,7 @@ CASES = {
 }
 
 
-@pytest.fixture(params=CASES.values(), ids=CASES)
+@pytest.fixture(scope="module", params=CASES.values(), ids=CASES)
 def case(request: pytest.FixtureRequest) -> Case:
     assert isinstance(request.param, Case)
     return request.param
@@ -279,20 +279,26 @@ EVENTS = events_of(planted_histories(), num_items=NUM_ITEMS)
 QUERIES = Queries.of_histories([[0, 1, 2], [], [9], list(range(NUM_ITEMS)), [30, 30, 12]])
 
 
+@pytest.fixture(scope="module")
+def trained(case: Case) -> Trained:
+    """What the case learned from EVENTS, once for all tests that only ask it."""
+    return case.trained(EVENTS)
+
+
 def score(trained: Trained, queries: Queries = QUERIES) -> Tensor:
     score_BI = trained.score(queries)
     assert score_BI.shape == (len(queries), trained.events.num_items)
     return score_BI
 
 
-def test_the_same_seed_gives_the_same_state(case: Case) -> None:
-    first, second = (case.trained(EVENTS).model.state_dict() for _ in range(2))
+def test_the_same_seed_gives_the_same_state(case: Case, trained: Trained) -> None:
+    first, second = (one.model.state_dict() for one in (trained, case.trained(EVENTS)))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_the_loss_reaches_every_parameter(case: Case) -> None:
-    model = case.trained(EVENTS).model
+def test_the_loss_reaches_every_parameter(trained: Trained) -> None:
+    model = trained.model
     parameters = dict(model.named_parameters())
     assert isinstance(model, ClosedForm) != bool(parameters)
     for name, parameter in parameters.items():
@@ -300,42 +306,39 @@ def test_the_loss_reaches_every_parameter(case: Case) -> None:
         assert parameter.grad.abs().sum() > 0, name
 
 
-def test_saved_and_loaded_scores_agree(case: Case, tmp_path: Path) -> None:
-    trained = case.trained(EVENTS)
+def test_saved_and_loaded_scores_agree(case: Case, trained: Trained, tmp_path: Path) -> None:
     save_file(trained.model.state_dict(), tmp_path / "weights.safetensors")
     fresh = case.build(EVENTS, seed=1)
     fresh.load_state_dict(load_file(tmp_path / "weights.safetensors"))
     assert torch.equal(score(replace(trained, model=fresh.eval())), score(trained))
 
 
-def test_planted_items_are_found(case: Case) -> None:
+def test_planted_items_are_found(case: Case, trained: Trained) -> None:
     # of the 35 items a user has not done, 3 are of the user's group: by chance, so is each of
     # the three best with probability 3 / 35 = .09
     rng = np.random.default_rng(1)
     groups = np.arange(200) % NUM_GROUPS
     done = [(g * GROUP_SIZE + rng.permutation(GROUP_SIZE)[:5]).tolist() for g in groups]
-    score_BI = score(case.trained(EVENTS), Queries.of_histories(done)).clone()
+    score_BI = score(trained, Queries.of_histories(done)).clone()
     score_BI[torch.arange(200).unsqueeze(1), torch.tensor(done)] = -torch.inf
     best_B3 = score_BI.topk(3).indices
     found = (best_B3 // GROUP_SIZE == torch.from_numpy(groups).unsqueeze(1)).float().mean().item()
     assert found > 0.9 if case.finds_planted else found == pytest.approx(3 / 35, abs=0.15)
 
 
-def test_an_unknown_user_without_history_is_answered(case: Case) -> None:
-    assert score(case.trained(EVENTS), Queries.of_histories([[]])).isfinite().all()
-    assert score(case.trained(EVENTS), Queries.of_histories([])).shape == (0, NUM_ITEMS)
+def test_an_unknown_user_without_history_is_answered(trained: Trained) -> None:
+    assert score(trained, Queries.of_histories([[]])).isfinite().all()
+    assert score(trained, Queries.of_histories([])).shape == (0, NUM_ITEMS)
 
 
-def test_the_answer_comes_from_the_history_not_from_the_user(case: Case) -> None:
+def test_the_answer_comes_from_the_history_not_from_the_user(case: Case, trained: Trained) -> None:
     if case.has_users:
         pytest.skip("the user's own vector is part of the answer")
     known = replace(QUERIES, user_B=torch.arange(len(QUERIES)))
-    trained = case.trained(EVENTS)
     assert torch.equal(score(trained, known), score(trained))
 
 
-def test_a_neighbour_in_the_block_changes_nothing(case: Case) -> None:
-    trained = case.trained(EVENTS)
+def test_a_neighbour_in_the_block_changes_nothing(trained: Trained) -> None:
     alone = torch.cat(
         [
             score(trained, Queries.of_histories([history]))
@@ -345,14 +348,12 @@ def test_a_neighbour_in_the_block_changes_nothing(case: Case) -> None:
     torch.testing.assert_close(alone, score(trained), rtol=1e-5, atol=1e-5)
 
 
-def test_order_and_repetition_matter_where_they_should(case: Case) -> None:
-    trained = case.trained(EVENTS)
+def test_order_and_repetition_matter_where_they_should(case: Case, trained: Trained) -> None:
     forth, back = (score(trained, Queries.of_histories([h])) for h in ([3, 1, 2], [2, 1, 1, 3]))
     assert torch.equal(forth, back) != case.order_matters
 
 
-def test_another_history_gets_another_answer(case: Case) -> None:
-    trained = case.trained(EVENTS)
+def test_another_history_gets_another_answer(case: Case, trained: Trained) -> None:
     one, other = (score(trained, Queries.of_histories([h])) for h in ([0, 1], [20, 21]))
     assert torch.equal(one, other) != case.finds_planted
 
@@ -370,8 +371,7 @@ def test_one_user_and_one_item_are_enough(case: Case, histories: list[list[int]]
     assert score(trained, Queries.of_histories([[0], []])).isfinite().all()
 
 
-def test_the_network_cannot_tell_the_training_flag(case: Case) -> None:
-    trained = case.trained(EVENTS)
+def test_the_network_cannot_tell_the_training_flag(trained: Trained) -> None:
     assert not trained.model.training
     assert torch.equal(score(trained), score(trained))
 
