@@ -87,7 +87,7 @@ def found(
         "endless": recipe.model_copy(update={"training": training}),
     }
     folder = tmp_path_factory.mktemp("compared")
-    return ft.compare_models(recipes, split, budget_seconds=8.0, folder=folder), folder
+    return ft.compare_models(recipes, split, budget_seconds=4.0, folder=folder), folder
 
 
 def row_of(found: ModelComparison, name: str) -> ModelRow:
@@ -169,7 +169,7 @@ def test_a_training_that_would_overrun_is_cut_at_its_share_and_still_counts(
     endless, short = row_of(comparison, "endless"), row_of(comparison, "short")
     assert endless.stopped
     assert endless.note.startswith(OUT_OF_TIME)
-    # Of 8 s it gets what the others left; all its epochs would take hours.
+    # Of 4 s it gets what the others left; all its epochs would take hours.
     assert endless.train_seconds < 60
     assert short.note.startswith(("all epochs done", OUT_OF_TIME))
     cut = ", ".join(row.name for row in comparison.rows if row.stopped)

@@ -1,4 +1,4 @@
-"""The quickstart, whole, on the real data set."""
+"""The quickstart on the real data set: all of it but most epochs, which CI's own run takes."""
 
 import json
 import signal
@@ -13,13 +13,20 @@ import foretaste as ft
 
 pytestmark = pytest.mark.slow
 
+PROGRAM = """
+from foretaste.cli.main import run
+from foretaste.experiment import quickstart
+quickstart.TRAINING = quickstart.TRAINING.model_copy(update={"epochs": 5})
+run()
+"""
+
 
 def test_the_quickstart_trains_measures_and_serves_a_recommender(
     shared_data: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "quickstart"
     words = ["quickstart", "--data-dir", shared_data, "--out", out, "--port", "0", "--json"]
-    command = [sys.executable, "-m", "foretaste.cli.main", *map(str, words)]
+    command = [sys.executable, "-c", PROGRAM, *map(str, words)]
     log = tmp_path / "log.txt"
     with (
         log.open("w") as stderr,
@@ -42,7 +49,8 @@ def test_the_quickstart_trains_measures_and_serves_a_recommender(
     by_time, last = found["tables"]
     assert len(by_time["rows"]) == len(last["rows"]) == 6
     figures = {row[0]: dict(zip(last["columns"], row[1:], strict=True)) for row in last["rows"]}
-    # By chance an item of 1,682 stands among ten with 0.006; popularity finds some 0.05.
-    assert figures["SASRec"]["hit_rate_at_10"] > 0.15
+    # By chance an item of 1,682 stands among ten with 0.006; popularity finds 0.085. After 5
+    # epochs of 20, SASRec finds 0.17.
+    assert figures["SASRec"]["hit_rate_at_10"] > 0.13
     assert figures["SASRec"]["ndcg_at_10"] > 1.5 * figures["popularity"]["ndcg_at_10"]
     assert ft.load(out).trained.events.item_table is not None
