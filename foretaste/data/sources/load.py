@@ -125,7 +125,7 @@ def _fetch(source: Source, temporary: Path) -> tuple[Path, Dataset]:
         except SourceError as error:
             _log.warning("%s", error)
             failures.append(str(error))
-    reasons = "; ".join(failures) or "it is published only in files that are not read (pickles)"
+    reasons = "; ".join(failures) or source.why_no_way
     raise SourceError(
         f"{source.name} could not be had: {reasons}. Get its files by other means "
         "and name their folder with --data-dir"
@@ -166,11 +166,12 @@ def _read(source: Source, files: Files, *, origin: str) -> Dataset:
     _check(source, tables, origin)
     events = read_interactions(
         tables.events,
-        user="user",
-        item="item",
+        user="user" if tables.has("user") else None,
+        item="item" if tables.has("item") else None,
         timestamp="timestamp" if tables.has("timestamp") else None,
         rating="rating" if tables.has("rating") else None,
-        columns=("part",) if tables.has("part") else (),
+        columns=("part", *tables.labels) if tables.has("part") else tables.labels,
+        context=tables.context,
         users=tables.users,
         items=tables.items,
         user_links=tables.user_links,

@@ -5,8 +5,15 @@ from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
 
+from foretaste.data.sources.adult import ADULT_FILES, read_adult
 from foretaste.data.sources.fetch import Address, Wheel
 from foretaste.data.sources.files import Files
+from foretaste.data.sources.frappe import (
+    CTR_FILES,
+    read_frappe,
+    read_frappe_positives,
+    read_frappe_rows,
+)
 from foretaste.data.sources.movielens import (
     read_ml_1m,
     read_ml_1m_sequences,
@@ -14,8 +21,9 @@ from foretaste.data.sources.movielens import (
     read_ml_csv,
 )
 from foretaste.data.sources.ncf import read_ncf
+from foretaste.data.sources.retailrocket import read_retailrocket
 from foretaste.data.sources.sequences import read_amazon, read_gowalla, read_pairs, read_s3rec
-from foretaste.data.sources.social import SOCIAL_FILES, read_social
+from foretaste.data.sources.social import SOCIAL_FILES, read_ciao_ratings, read_social
 from foretaste.data.sources.tables import Tables
 from foretaste.data.sources.tiktok import read_tiktok
 from foretaste.errors import ConfigError
@@ -30,7 +38,7 @@ class Source:
     """Its folder where several data sets lie side by side."""
     ways: tuple[tuple[Address | Wheel, ...], ...]
     """Tried in order; all files of one way make the data set. Empty where it is published only
-    in files that are never read, such as pickles."""
+    in files that are never read, such as pickles, or at no address that is known."""
     marks: tuple[str, ...]
     """Files of which a folder that holds the data set has at least one."""
     read: Callable[[Files], Tables]
@@ -39,6 +47,7 @@ class Source:
     """Users, items, events; None where the publisher changes them."""
     sha256: str | None = None
     """Of `Tables.sha256`; None where no whole copy could be had to take it from."""
+    why_no_way: str = "it is published only in files that are not read (pickles)"
 
 
 _GROUPLENS = (
@@ -59,6 +68,18 @@ _SNAP = (
 _TIKTOK = (
     "TikTok micro-videos of HKUDS/DiffMM, no licence stated: for research. Cite Jiang et al., "
     "MM 2024, https://arxiv.org/abs/2406.11781"
+)
+_FRAPPE = (
+    "Frappe: for research only, no commercial use, not to be redistributed without permission. "
+    "Cite Baltrunas et al., 2015, https://arxiv.org/abs/1505.03014"
+)
+_RETAILROCKET = (
+    "Retailrocket recommender system dataset: CC BY-NC-SA 4.0; matrices of HKUDS/SSLRec. Cite Wei "
+    "et al., WSDM 2022, https://arxiv.org/abs/2202.08523"
+)
+_ADULT = (
+    "Adult, UCI Machine Learning Repository: CC BY 4.0. Cite Becker and Kohavi, 1996, "
+    "https://doi.org/10.24432/C5XW20"
 )
 _MOVIELENS_URL = "https://files.grouplens.org/datasets/movielens"
 _GITHUB = "https://raw.githubusercontent.com"
@@ -96,6 +117,19 @@ def _s3rec(name: str, file: str, licence: str, counts: tuple[int, int, int], sha
         licence=licence,
         counts=counts,
         sha256=sha,
+    )
+
+
+def _frappe_ctr(name: str, read: Callable[[Files], Tables], counts: tuple[int, int, int]) -> Source:
+    base = f"{_GITHUB}/hexiangnan/neural_factorization_machine/master/data/frappe"
+    return Source(
+        name=name,
+        folder="frappe/nfm-split",
+        ways=(tuple(Address(url=f"{base}/{file}") for file in CTR_FILES),),
+        marks=(CTR_FILES[2],),
+        read=read,
+        licence=_FRAPPE,
+        counts=counts,
     )
 
 
@@ -272,6 +306,63 @@ _ALL = (
         _CIAO,
         (7_375, 105_114, 284_086),
         "0b0b2edb6e0095a5c5a6b8a9d0859b5420003a6da9cfbd33c7d8d7c14ca56af9",
+    ),
+    Source(
+        name="ciao-ratings",
+        folder="social-ciao/raw",
+        ways=(),
+        marks=("rating_with_timestamp.mat",),
+        read=read_ciao_ratings,
+        licence=_CIAO,
+        counts=(7_375, 105_096, 284_052),
+        sha256="d4a8c10da50c2f19601997a0b0be2b12250d9aedf484cad5fcdefc55596851e0",
+        why_no_way="no address of its files is known",
+    ),
+    Source(
+        name="frappe",
+        folder="frappe",
+        ways=(
+            (
+                Address(
+                    url=f"{_GITHUB}/irecsys/CARSKit/master/context-aware_data_sets/"
+                    "Mobile_Frappe.zip"
+                ),
+            ),
+        ),
+        marks=("frappe.csv",),
+        read=read_frappe,
+        licence=_FRAPPE,
+        counts=(957, 4_082, 96_203),
+        sha256="026b573b0b9f26bda7e71128d6da2ed1734ac00b92ac74f17531b1361a97ae4b",
+    ),
+    _frappe_ctr("frappe-ctr", read_frappe_positives, (957, 4_082, 154_186)),
+    _frappe_ctr("frappe-ctr-rows", read_frappe_rows, (957, 4_082, 288_609)),
+    Source(
+        name="retailrocket",
+        folder="retailrocket-mb",
+        ways=(),
+        marks=("train_mat_view.derived.npz",),
+        read=read_retailrocket,
+        licence=_RETAILROCKET,
+        counts=(2_083, 29_521, 75_374),
+        sha256="ebee0f10d777cb494c407c9881f8ffe673cec3069aa7731972fccc60621e8b51",
+    ),
+    Source(
+        name="adult",
+        folder="adult",
+        ways=(
+            tuple(
+                Address(
+                    url=f"https://archive.ics.uci.edu/ml/machine-learning-databases/adult/{file}"
+                )
+                for file in ADULT_FILES
+            ),
+        ),
+        marks=("adult.data",),
+        read=read_adult,
+        licence=_ADULT,
+        counts=(48_842, 1, 48_842),
+        sha256="083457c351c4e190536cc3daa39252d4070ff899d8e2aa750ff45a4adf3fe7f4",
     ),
 )
 
