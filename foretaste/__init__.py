@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from foretaste.evaluation.protocol import evaluate
     from foretaste.evaluation.reliability_picture import reliability_svg
     from foretaste.evaluation.report import Report
+    from foretaste.evaluation.rows import evaluate_rows
     from foretaste.evaluation.rows_report import RowsReport
     from foretaste.evaluation.sampled import SampledNegatives
     from foretaste.experiment.compare_families import family_recipes
@@ -181,6 +182,7 @@ __all__ = [
     "compare_models",
     "compare_rows",
     "evaluate",
+    "evaluate_rows",
     "evaluate_split",
     "family_recipes",
     "fit",
@@ -293,6 +295,7 @@ _HOME = {
     "compare_models": "experiment.compare_models",
     "compare_rows": "evaluation.compare_rows",
     "evaluate": "evaluation.protocol",
+    "evaluate_rows": "evaluation.rows",
     "evaluate_split": "experiment.run",
     "family_recipes": "experiment.compare_families",
     "fit": "experiment.fit",

@@ -21,12 +21,12 @@ from foretaste.evaluation.calibrate import (
     fit_calibration,
 )
 from foretaste.evaluation.compare_rows import compare_rows
+from foretaste.evaluation.measure_rows import Predicted, measure_rows
 from foretaste.evaluation.metrics.auc import auc
 from foretaste.evaluation.metrics.calibration import calibration_error
 from foretaste.evaluation.metrics.gauc import gauc
 from foretaste.evaluation.metrics.log_loss import log_loss
 from foretaste.evaluation.reliability_picture import reliability_svg
-from foretaste.evaluation.rows import Predicted, measure_rows
 from foretaste.evaluation.rows_report import RowsReport
 
 CLICK = Task(name="click", column="click")

@@ -63,6 +63,18 @@ def positives_of(events: Interactions, positive: str = "") -> Interactions:
     return events.select(_happened(events, positive)) if positive else events
 
 
+def happened_split(split: Split, positive: str = "") -> Split:
+    """Return a split of the events that happened alone: what lists over the catalogue must find.
+
+    Raises:
+        ConfigError: There is no such column.
+    """
+    if not positive:
+        return split
+    keep_E = _happened(split.events, positive)
+    return replace(split, events=split.events.select(keep_E), part_E=split.part_E[keep_E])
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Rows:
     """Labelled rows of one part of a split, and for each what its user had done before."""

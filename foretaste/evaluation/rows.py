@@ -1,204 +1,182 @@
-"""How predictions of labelled rows are measured: task by task, over the rows that have its label.
+"""How a ranker is measured: on labelled rows, each predicted from what came before it.
 
-Shape legend: N rows, T tasks.
+Shape legend: N rows: events of a part and items drawn for them; B rows of a block, C items of
+each, T tasks.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Iterator, Mapping
 
 import numpy as np
-from jaxtyping import Float64, Int64
+import torch
+from jaxtyping import Float64
+from torch import Tensor
 
-from foretaste.data.tasks import Task
-from foretaste.errors import ConfigError, DataError, NonFiniteError
-from foretaste.evaluation.bootstrap import percentile_interval
-from foretaste.evaluation.calibrate import Calibration, calibrated
-from foretaste.evaluation.metrics.calibration import NUM_BINS, Reliability, reliability
-from foretaste.evaluation.row_metrics import TaskRows, Weighed, point_values, resampled
-from foretaste.evaluation.rows_report import RowsReport, metric_name
+from foretaste.data.batch import RowBatch
+from foretaste.data.parts import TEST, TRAIN, VALIDATION
+from foretaste.data.rows import PartName, Rows, rows_of
+from foretaste.data.splits import Split
+from foretaste.errors import ConfigError
+from foretaste.evaluation.calibrate import Calibration
+from foretaste.evaluation.measure_rows import Predicted, measure_rows
+from foretaste.evaluation.rows_report import RowsReport
+from foretaste.evaluation.sampled import SampledNegatives
+from foretaste.models.interface import Ranker
+from foretaste.sampling.popularity import PopularitySampler
+from foretaste.sampling.row_negatives import RowNegatives
+from foretaste.sampling.sampler import Sampler
+from foretaste.sampling.uniform import UniformSampler
+from foretaste.sampling.unseen import Seen
+from foretaste.training.objectives.rows import RowsConfig
+from foretaste.training.trained import Trained
 
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Predicted:
-    """A part's rows with what a model predicted of them."""
-
-    name: str
-    """Which part it is: "validation", "test"."""
-    digest: str
-    """SHA-256 of rows and labels."""
-    tasks: tuple[Task, ...]
-    user_N: Int64[np.ndarray, " N"]
-    """Any numbers, alike for rows of one user."""
-    label_NT: Float64[np.ndarray, "N T"]
-    """NaN where one is missing."""
-    prediction_NT: Float64[np.ndarray, "N T"]
-    notes: tuple[str, ...] = ()
-    suffix: str = ""
-    """What the names of metrics end in, such as `_sampled_99`."""
+_BLOCK_ROWS = 2**13
+_LAST = {"train": TRAIN, "validation": VALIDATION, "test": TEST}
 
 
-def measure_rows(
-    predicted: Predicted,
+def evaluate_rows(
+    model: Trained,
+    split: Split,
     *,
-    model: str,
-    resamples: int,
-    seed: int,
-    calibration: Mapping[str, Calibration],
-    settings: Mapping[str, object],
-    train_seed: int,
+    part: PartName = "test",
+    sampled: SampledNegatives | None = None,
+    calibration: Mapping[str, Calibration] | None = None,
+    resamples: int = 1000,
+    seed: int = 0,
 ) -> RowsReport:
-    """Work out the report of predictions.
+    """Measure what a ranker predicts of a part's labelled rows against their labels.
+
+    Each row is predicted from what its user did before it, the weights as training left them.
+    Where training drew items for want of zeros, as many are drawn here, evenly; names say so.
+
+    Args:
+        model: A ranker.
+        split: What it was trained on.
+        part: Which part.
+        sampled: Draw so many items for each row instead, and so.
+        calibration: From a binary task's name to what `fit_calibration` made of other rows: the
+            effect stands beside the plain figures.
+        resamples: Of the bootstrap over users; 0 gives no intervals.
+        seed: Decides the resamples.
 
     Raises:
-        ConfigError: `resamples` is out of range, or a calibration is of no binary task.
-        DataError: There is no row with a label.
-        NonFiniteError: A prediction of a labelled row is NaN or infinite.
+        ConfigError: The model is no ranker, or a setting is out of range.
+        DataError: No row has a label.
+        NonFiniteError: A prediction is NaN or infinite.
     """
-    if resamples < 0:
-        raise ConfigError(f"resamples is {resamples}: give 0 or more")
-    _check_calibration(predicted.tasks, calibration)
-    users, user_N = np.unique(predicted.user_N, return_inverse=True)
-    parts = list(_task_rows(predicted, user_N.astype(np.int64), len(users)))
-    if not parts:
-        raise DataError(
-            f"none of the {len(user_N)} rows of {predicted.name!r} has a label of "
-            f"{', '.join(task.name for task in predicted.tasks)}: there is nothing to measure"
-        )
-    weighed: dict[str, Weighed] = {}
-    curves: dict[str, Reliability] = {}
-    missing: list[str] = []
-    for part in parts:
-        found, found_curves = _of_task(part, calibration.get(part.task.name))
-        curves |= found_curves
-        weighed |= {
-            metric_name(name, part.task.name, predicted.tasks, predicted.suffix): metric
-            for name, metric in found.items()
-        }
-        missing += _not_defined(part, found)
-    metrics = point_values(weighed, len(users))
-    drawn = resampled(weighed, len(users), resamples=resamples, seed=seed) if resamples else {}
-    one_row_each = len(users) == len(user_N)
-    return RowsReport(
-        model=model,
-        holdout=predicted.name,
-        holdout_digest=predicted.digest,
-        tasks=predicted.tasks,
-        metrics=metrics,
-        intervals={
-            name: percentile_interval(value_R)
-            for name, value_R in drawn.items()
-            if not np.isnan(value_R).all()
-        },
-        reliability=curves,
-        counts={
-            "rows": len(user_N),
-            "users": len(users),
-            **{f"labels_{part.task.name}": len(part.label_N) for part in parts},
-        },
-        notes=(
-            *predicted.notes,
-            *missing,
-            *_notes(parts, calibration, resamples=resamples, seed=seed, by_row=one_row_each),
+    rows, notes, suffix = rows_to_judge(model, split, part=part, sampled=sampled)
+    ranker = ranker_of(model)
+    parts = list(_predict(ranker, rows))
+    label_NT = np.concatenate([label_NT for label_NT, _ in parts])
+    return measure_rows(
+        Predicted(
+            name=part,
+            digest=_digest(rows),
+            tasks=ranker.tasks,
+            user_N=np.repeat(rows.events.user_idx, 1 + rows.drawn_EN.shape[1]).astype(np.int64),
+            label_NT=label_NT,
+            prediction_NT=np.concatenate([prediction_NT for _, prediction_NT in parts]),
+            notes=notes,
+            suffix=suffix,
         ),
-        user_N=user_N.astype(np.int64),
-        label_NT=predicted.label_NT,
-        prediction_NT=predicted.prediction_NT,
-        calibration=dict(calibration),
-        settings=settings,
-        seed=train_seed,
-        suffix=predicted.suffix,
+        model=type(model.model).__name__,
+        resamples=resamples,
+        seed=seed,
+        calibration=calibration or {},
+        settings=model.settings,
+        train_seed=model.seed,
     )
 
 
-def _task_rows(
-    predicted: Predicted, user_N: Int64[np.ndarray, " N"], num_users: int
-) -> list[TaskRows]:
-    parts = []
-    for place, task in enumerate(predicted.tasks):
-        labelled_N = ~np.isnan(predicted.label_NT[:, place])
-        if labelled_N.any():
-            prediction_N = predicted.prediction_NT[labelled_N, place]
-            if not np.isfinite(prediction_N).all():
-                raise NonFiniteError(
-                    f"a prediction of task {task.name!r} is NaN or infinite: the model is broken, "
-                    "train it anew"
-                )
-            parts.append(
-                TaskRows(
-                    task=task,
-                    label_N=predicted.label_NT[labelled_N, place],
-                    prediction_N=prediction_N,
-                    user_N=user_N[labelled_N],
-                    num_users=num_users,
-                )
-            )
-    return parts
+def ranker_of(model: Trained) -> Ranker:
+    """Return the network, if it judges labelled rows.
+
+    Raises:
+        ConfigError: It does not.
+    """
+    if not isinstance(model.model, Ranker):
+        raise ConfigError(
+            f"{type(model.model).__name__} predicts no labels: `evaluate` measures its lists"
+        )
+    return model.model
 
 
-def _of_task(
-    part: TaskRows, calibration: Calibration | None
-) -> tuple[dict[str, Weighed], dict[str, Reliability]]:
-    """Return a task's metrics by their short names, and its curves."""
-    found, curves, task = part.metrics(), {}, part.task.name
-    if part.task.kind == "binary":
-        curves[task] = reliability(part.label_N, part.prediction_N)
-        if calibration is not None:
-            better = part.predicting(calibrated(calibration, part.prediction_N))
-            method = calibration.kind
-            found |= {f"{n}_{method}": m for n, m in better.probability_metrics().items()}
-            curves[f"{task}_{method}"] = reliability(better.label_N, better.prediction_N)
-    return found, curves
+def rows_settings(model: Trained) -> RowsConfig:
+    """Return how a ranker learned."""
+    found = model.settings.get("objective")
+    return RowsConfig() if found is None else RowsConfig.model_validate(found)
 
 
-def _not_defined(part: TaskRows, found: Mapping[str, Weighed]) -> list[str]:
-    """Say which metrics a task's rows do not define, and why."""
-    if part.task.kind != "binary" or "gauc" in found:
-        return []
-    if "auc" not in found:
-        return [
-            f"auc of {part.task.name}: not defined, all {len(part.label_N)} labels are "
-            f"{part.label_N[0]:g}"
-        ]
-    return [f"gauc of {part.task.name}: not defined, no user has both a 1 and a 0"]
+def rows_to_judge(
+    model: Trained, split: Split, *, part: PartName, sampled: SampledNegatives | None = None
+) -> tuple[Rows, tuple[str, ...], str]:
+    """Return a part's rows, with items drawn where there are no zeros; notes; and a suffix."""
+    ranker, learned = ranker_of(model), rows_settings(model)
+    rows = rows_of(
+        split, part, tasks=ranker.tasks, features=model.features, positive=learned.positive
+    )
+    history = "its user's history before it, the weights as training left them"
+    notes = (f"rows: every event of {part}, each with {history}",)
+    num = learned.num_negatives(ranker.tasks)
+    if sampled is None and num:
+        sampled = SampledNegatives(num=num)
+    if sampled is None or not sampled.num:
+        return rows, notes, ""
+    seen = Seen.of(split.events.select(split.part_E <= _LAST[part]))
+    draw = RowNegatives(_sampler(model, sampled), seen)
+    note = (
+        f"zeros: {sampled.num} items drawn for each row, {sampled.by}, that the user has not done "
+        f"up to here (seed {sampled.seed})"
+    )
+    return rows.draw(sampled.num, draw, seed=sampled.seed), (*notes, note), sampled.suffix
 
 
-def _check_calibration(tasks: tuple[Task, ...], calibration: Mapping[str, Calibration]) -> None:
-    binary = [task.name for task in tasks if task.kind == "binary"]
-    for name in calibration:
-        if name not in binary:
-            raise ConfigError(
-                f"a calibration is of {name!r}, but the binary tasks are "
-                f"{', '.join(binary) or 'none'}: probabilities alone can be calibrated"
-            )
+def _sampler(model: Trained, sampled: SampledNegatives) -> Sampler:
+    count_I = model.events.item_count
+    match sampled.by:
+        case "uniform":
+            return UniformSampler(len(count_I), known_I=torch.from_numpy(count_I > 0))
+        case "popularity":
+            return PopularitySampler(count_I, alpha=sampled.power)
+        case "listed":
+            raise ConfigError("rows are drawn zeros for, not listed ones: sampled_by = uniform")
 
 
-def _notes(
-    parts: list[TaskRows],
-    calibration: Mapping[str, Calibration],
-    *,
-    resamples: int,
-    seed: int,
-    by_row: bool,
-) -> list[str]:
-    notes = ["a task is measured on the rows that have its label; missing ones are no zeros"]
-    kinds = {part.task.kind for part in parts}
-    if "binary" in kinds:
-        notes += [
-            "auc: equal scores count as half; gauc: mean of each user's own auc, weighted by the "
-            "user's rows, over users that have both a 1 and a 0",
-            "log_loss: in nats, probabilities kept 2.2e-16 away from 0 and 1, as in scikit-learn; "
-            f"ece: {NUM_BINS} bins of equal width",
-        ]
-    if kinds - {"binary"}:
-        notes.append("rmse, mae: in the label's own unit; of an ordinal task, expected level")
-    notes += [
-        f"{method}: fitted on other rows, the order of rows is kept but for ties"
-        for method in dict.fromkeys(found.kind for found in calibration.values())
+def _predict(
+    ranker: Ranker, rows: Rows
+) -> Iterator[tuple[Float64[np.ndarray, "N T"], Float64[np.ndarray, "N T"]]]:
+    """Give labels and predictions, block by block, in the order of the rows."""
+    step = max(1, _BLOCK_ROWS // (1 + rows.drawn_EN.shape[1]))
+    for begin in range(0, len(rows), step):
+        batch = rows.batch(
+            np.arange(begin, min(begin + step, len(rows))),
+            reads=ranker.reads,
+            max_len=ranker.max_len,
+            seed=begin,
+        )
+        prediction_BCT = predict_tasks(ranker, batch)
+        label_BCT = batch.label_BCT.double()
+        yield label_BCT.flatten(0, 1).numpy(), prediction_BCT.flatten(0, 1).numpy()
+
+
+@torch.inference_mode()
+def predict_tasks(ranker: Ranker, batch: RowBatch) -> Float64[Tensor, "B C T"]:
+    """Return each task's prediction, probabilities in double precision from their logits."""
+    outputs, valued = ranker(batch.queries, batch.item_BC), {}
+    if any(task.kind != "binary" for task in ranker.tasks):
+        valued = dict(ranker.predict(batch.queries, batch.item_BC))
+    found = [
+        outputs[task.name].double().sigmoid()
+        if task.kind == "binary"
+        else valued[task.name].double()
+        for task in ranker.tasks
     ]
-    unit = "rows" if by_row else "users, who bring all their rows"
-    notes.append(
-        f"intervals: 95 %, percentile bootstrap over {unit}, {resamples} resamples, seed {seed}"
-        if resamples
-        else "intervals: none asked for"
-    )
-    return notes
+    return torch.stack(found, dim=2).cpu()
+
+
+def _digest(rows: Rows) -> str:
+    """Return a SHA-256 of what is asked, and of the answers."""
+    sha = hashlib.sha256(" ".join(task.name for task in rows.tasks).encode())
+    for column in (rows.events.user_idx, rows.events.item_idx, rows.drawn_EN, rows.label_ET):
+        sha.update(np.ascontiguousarray(column).data)
+    return sha.hexdigest()

@@ -1,33 +1,34 @@
 """From settings and a split to a trained model: the wiring of every room."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from foretaste.data.features import Features, fit_features
 from foretaste.data.fields import FeatureSchema
-from foretaste.data.graph import graph_of
-from foretaste.data.interactions import Interactions
+from foretaste.data.graph import Graph, graph_of
+from foretaste.data.rows import positives_of
 from foretaste.data.splits import Split
 from foretaste.errors import DataError
-from foretaste.evaluation.protocol import evaluate
 from foretaste.experiment.learning import make_learning, usual_objective
+from foretaste.experiment.validation import make_validation
 from foretaste.models.catalogue import ModelConfig, build_model
 from foretaste.models.interface import Begins, ClosedForm, Finishes
 from foretaste.models.lightgcn import LightGCNConfig
+from foretaste.models.neumf import NCF, NeuMFConfig
 from foretaste.models.pinsage import PinSageConfig
+from foretaste.sampling.hard import MineNegatives
 from foretaste.training.fit import Epoch, Fit
 from foretaste.training.objectives.catalogue import ObjectiveConfig
+from foretaste.training.objectives.rows import LabelledRows, RowsConfig
 from foretaste.training.progress import ShowProgress
 from foretaste.training.settings import TrainingConfig
 from foretaste.training.trained import Trained
-
-STOP_METRIC = "ndcg_at_10"
-"""What early stopping watches, on the validation part, over the full catalogue."""
 
 
 def fit(
@@ -43,6 +44,7 @@ def fit(
     show: bool = True,
     on_epoch: Callable[[Epoch], None] | None = None,
     max_seconds: float | None = None,
+    mine: MineNegatives | None = None,
 ) -> Trained:
     """Train a model on a split's training part, stopping by its validation part.
 
@@ -63,6 +65,7 @@ def fit(
         on_epoch: Told of each epoch; what it raises ends the run.
         max_seconds: Stop the training loop after so long, and keep the best weights so far; a
             model that learns in closed form cannot be stopped.
+        mine: A retriever's candidates, for a ranker whose negatives are to be those.
 
     Raises:
         ConfigError: The model has nothing to read, or the schema names a column that is not there.
@@ -74,14 +77,26 @@ def fit(
     events = split.train
     if len(events) == 0:
         raise DataError("the training part of the split is empty: there is nothing to learn from")
+    if isinstance(features, FeatureSchema):
+        features = fit_features(features, events)
+    fit_part = partial(
+        fit,
+        split=split,
+        seed=seed,
+        training=training,
+        objective=objective,
+        features=features,
+        resume=resume,
+        show=show,
+        mine=mine,
+    )
+    parts = _fit_parts(config, fit_part, folder=folder, max_seconds=max_seconds)
     torch.manual_seed(seed)
     graph = (
         graph_of(events, config.graph)
         if isinstance(config, LightGCNConfig | PinSageConfig)
         else None
     )
-    if isinstance(features, FeatureSchema):
-        features = fit_features(features, events)
     model = build_model(
         config,
         num_users=events.num_users,
@@ -91,56 +106,115 @@ def fit(
     )
     if isinstance(model, Begins):
         model.begin(events)
-    training = training or TrainingConfig()
-    settings: dict[str, object] = {"model": config.model_dump(mode="json"), "split": split.kind}
-    log: dict[str, object] = {}
-    if isinstance(model, ClosedForm):
-        model.learn(events)
-    else:
-        objective = objective or usual_objective(model)
-        settings |= {
-            "training": training.model_dump(mode="json"),
-            "objective": objective.model_dump(mode="json"),
-        }
-        learning = make_learning(
-            model,
-            objective,
-            events,
-            batch_events=training.batch_events,
-            seed=seed,
-            producers=training.producers,
-            graph=graph,
-        )
-        run: Fit[Any, Any] = Fit(
-            model,
-            training,
-            seed=seed,
-            plan=learning.plan,
-            objective=learning.objective,
-            validate=_validate(config, events, split, seed),
-            folder=folder,
-            refreshed=learning.refreshed,
-        )
-        log = _run(
-            run,
-            training,
-            resume=resume,
-            show=show,
-            on_epoch=on_epoch,
-            max_seconds=max_seconds,
-        )
-    if isinstance(model, Finishes):
-        model.finish(events)
-    return Trained(
+    if isinstance(model, NCF) and parts:
+        _start_from(model, parts)
+    trained = Trained(
         config=config,
-        model=model.eval(),
+        model=model,
         events=events,
         features=features,
         seed=seed,
-        train_seconds=time.perf_counter() - started,
-        settings=settings,
-        log=log,
+        settings={"model": config.model_dump(mode="json"), "split": split.kind},
+        log={name: part.log for name, part in parts.items()},
     )
+    if isinstance(model, ClosedForm):
+        model.learn(events)
+    else:
+        trained = _learn(
+            trained,
+            split,
+            training=training or TrainingConfig(),
+            objective=objective or usual_objective(model),
+            graph=graph,
+            folder=folder,
+            resume=resume,
+            show=show,
+            on_epoch=on_epoch,
+            max_seconds=None if max_seconds is None else max_seconds / (1 + len(parts)),
+            mine=mine,
+        )
+    if isinstance(model, Finishes):
+        model.finish(events)
+    model.eval()
+    return replace(trained, train_seconds=time.perf_counter() - started)
+
+
+def _fit_parts(
+    config: ModelConfig,
+    fit_part: Callable[..., Trained],
+    *,
+    folder: Path | None,
+    max_seconds: float | None,
+) -> dict[str, Trained]:
+    """Train what a model starts from, if it starts from something, each for a third of the time."""
+    if not isinstance(config, NeuMFConfig) or not config.pretrain:
+        return {}
+    return {
+        part.kind: fit_part(
+            part,
+            folder=None if folder is None else folder / part.kind,
+            max_seconds=None if max_seconds is None else max_seconds / 3,
+        )
+        for part in config.parts()
+    }
+
+
+def _start_from(model: NCF, parts: Mapping[str, Trained]) -> None:
+    gmf, mlp = (parts[kind].model for kind in ("gmf", "mlp"))
+    if isinstance(gmf, NCF) and isinstance(mlp, NCF) and isinstance(model.config, NeuMFConfig):
+        model.start_from(gmf, mlp, alpha=model.config.alpha)
+
+
+def _learn(
+    untrained: Trained,
+    split: Split,
+    *,
+    training: TrainingConfig,
+    objective: ObjectiveConfig,
+    graph: Graph | None,
+    folder: Path | None,
+    resume: bool,
+    show: bool,
+    on_epoch: Callable[[Epoch], None] | None,
+    max_seconds: float | None,
+    mine: MineNegatives | None,
+) -> Trained:
+    """Run the training loop; histories of what comes back hold only what happened."""
+    model, events, features = untrained.model, untrained.events, untrained.features
+    settings = {
+        **untrained.settings,
+        "training": training.model_dump(mode="json"),
+        "objective": objective.model_dump(mode="json"),
+    }
+    if isinstance(objective, RowsConfig):
+        happened = positives_of(events, objective.positive)
+        untrained = replace(untrained, events=happened)
+    untrained = replace(untrained, settings=settings)
+    learning = make_learning(
+        model,
+        objective,
+        events,
+        batch_events=training.batch_events,
+        seed=untrained.seed,
+        producers=training.producers,
+        graph=graph,
+        context=None if features is None else features.context_table,
+        mine=mine,
+    )
+    run: Fit[Any, Any] = Fit(
+        model,
+        training,
+        seed=untrained.seed,
+        plan=learning.plan,
+        objective=learning.objective,
+        validate=make_validation(untrained, split),
+        folder=folder,
+        refreshed=learning.refreshed,
+    )
+    log = _run(run, training, resume=resume, show=show, on_epoch=on_epoch, max_seconds=max_seconds)
+    if isinstance(learning.objective, LabelledRows) and learning.objective.sigmas():
+        log["sigma"] = learning.objective.sigmas()
+    return replace(untrained, log={**untrained.log, **log})
 
 
 def _run(
@@ -173,17 +247,3 @@ def _run(
         "skipped_steps": progress.skipped,
         "stopped": progress.done,
     }
-
-
-def _validate(
-    config: ModelConfig, events: Interactions, split: Split, seed: int
-) -> Callable[[nn.Module], float] | None:
-    if len(split.validation) == 0:
-        return None
-
-    def validate(model: nn.Module) -> float:
-        judged = Trained(config=config, model=model, events=events, seed=seed)
-        report = evaluate(judged, split.validation, k=(10,), resamples=0)
-        return report.metrics[STOP_METRIC]
-
-    return validate

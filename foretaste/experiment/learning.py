@@ -7,14 +7,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from foretaste.data.features_table import FieldTable
 from foretaste.data.graph import Graph, graph_of
 from foretaste.data.interactions import Interactions
 from foretaste.data.pairs import FindHard, plan_pairs
 from foretaste.data.sequences import Windows, plan_sequences
 from foretaste.errors import ConfigError
+from foretaste.experiment.learning_rows import learn_rows
 from foretaste.experiment.mining import IndexNegatives
 from foretaste.models.bert4rec import BERT4Rec
-from foretaste.models.interface import PairModel, SequenceModel
+from foretaste.models.interface import PairModel, Ranker, SequenceModel
 from foretaste.models.sasrec import SASRec
 from foretaste.sampling.hard import MineNegatives
 from foretaste.sampling.nearby import NearbyNegatives
@@ -24,6 +26,7 @@ from foretaste.training.objectives.catalogue import ObjectiveConfig
 from foretaste.training.objectives.masked_item import MaskedItem, MaskedItemConfig
 from foretaste.training.objectives.next_item import NextItem, NextItemConfig
 from foretaste.training.objectives.pairs import Hardness, Pairs, PairsConfig, hardness
+from foretaste.training.objectives.rows import RowsConfig
 from foretaste.training.prefetch import WorkedPlan
 from foretaste.training.seeding import epoch_generator, step_seed
 
@@ -34,6 +37,8 @@ def usual_objective(model: nn.Module) -> ObjectiveConfig:
     Raises:
         ConfigError: There is no way.
     """
+    if isinstance(model, Ranker):
+        return RowsConfig()
     if isinstance(model, PairModel):
         return PairsConfig()
     if isinstance(model, BERT4Rec):
@@ -62,6 +67,8 @@ def make_learning(
     seed: int,
     producers: int = 0,
     graph: Graph | None = None,
+    context: FieldTable | None = None,
+    mine: MineNegatives | None = None,
 ) -> Learning:
     """Return how a model learns from events.
 
@@ -73,6 +80,8 @@ def make_learning(
         seed: Decides order and draws.
         producers: With any, the negatives too are drawn where batches are made.
         graph: Of the events, if there is one already; hard negatives take one.
+        context: Features of the moment of each event, for rankers.
+        mine: A retriever's candidates, for rankers that learn from them.
 
     Raises:
         ConfigError: The model cannot learn so.
@@ -109,6 +118,17 @@ def make_learning(
                 producers=producers,
                 graph=graph,
             )
+        case RowsConfig() if isinstance(model, Ranker):
+            rows, plan = learn_rows(
+                model,
+                config,
+                events,
+                batch_events=batch_events,
+                seed=seed,
+                context=context,
+                mine=mine,
+            )
+            return Learning(objective=rows, plan=plan)
         case _:
             raise ConfigError(
                 f"objective.kind is {config.kind!r}, but {type(model).__name__} learns by "

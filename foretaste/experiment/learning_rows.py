@@ -1,0 +1,90 @@
+"""How rankers learn: from the labels of rows, beside items drawn where there are no zeros."""
+
+from collections.abc import Callable
+
+import torch
+
+from foretaste.data.features_table import FieldTable
+from foretaste.data.interactions import Interactions
+from foretaste.data.labels import check_learnable
+from foretaste.data.rows import DrawItems, RowPlan, positives_of, shuffled, training_rows
+from foretaste.data.tasks import label_scale
+from foretaste.errors import ConfigError
+from foretaste.models.interface import Ranker
+from foretaste.sampling.hard import MineNegatives
+from foretaste.sampling.popularity import PopularitySampler
+from foretaste.sampling.row_negatives import RowNegatives
+from foretaste.sampling.uniform import UniformSampler
+from foretaste.sampling.unseen import Seen
+from foretaste.training.objectives.rows import LabelledRows, RowsConfig
+from foretaste.training.seeding import epoch_generator
+
+
+def learn_rows(
+    model: Ranker,
+    config: RowsConfig,
+    events: Interactions,
+    *,
+    batch_events: int,
+    seed: int,
+    context: FieldTable | None = None,
+    mine: MineNegatives | None = None,
+) -> tuple[LabelledRows, Callable[[int], RowPlan]]:
+    """Return a ranker's objective, and an epoch's batches from the epoch's number.
+
+    Args:
+        model: The network.
+        config: The objective's settings.
+        events: Those of training, each a row.
+        batch_events: Rows of a batch.
+        seed: Decides order and draws.
+        context: Features of the moment, a row for each event.
+        mine: A retriever's candidates, where negatives are to come from one.
+
+    Raises:
+        ConfigError: A column is not there, or candidates are wanted and none are handed in.
+        DataError: A label is none that its task can have, or a task cannot be learned.
+    """
+    rows = training_rows(events, tasks=model.tasks, context=context, positive=config.positive)
+    num_drawn = config.num_negatives(model.tasks)
+    check_learnable(rows.label_ET, model.tasks, num_drawn=num_drawn)
+    scales = {
+        task.name: label_scale(task, label_E)
+        for task, label_E in zip(model.tasks, rows.label_ET.T, strict=True)
+        if task.kind == "regression"
+    }
+    draw = None
+    if num_drawn:
+        draw = _draw(config, positives_of(events, config.positive), mine)
+
+    def plan(epoch: int) -> RowPlan:
+        return shuffled(
+            rows,
+            batch_events=batch_events,
+            generator=epoch_generator(seed, epoch),
+            reads=model.reads,
+            max_len=model.max_len,
+            num_drawn=num_drawn,
+            draw=draw,
+        )
+
+    return LabelledRows(config, model.tasks, scales), plan
+
+
+def _draw(config: RowsConfig, happened: Interactions, mine: MineNegatives | None) -> DrawItems:
+    """Return who draws; `happened` is what must not be drawn."""
+    count_I = happened.item_count
+    seen = Seen.of(happened) if config.exclude_known else None
+    match config.negatives_from:
+        case "uniform":
+            known_I = torch.from_numpy(count_I > 0)
+            return RowNegatives(UniformSampler(len(count_I), known_I=known_I), seen)
+        case "popularity":
+            return RowNegatives(PopularitySampler(count_I, alpha=config.popularity_power), seen)
+        case "retriever":
+            if mine is None:
+                raise ConfigError(
+                    "objective.negatives_from is 'retriever', and there is none: hand its "
+                    'candidates to fit as mine=, or set it to "uniform" or "popularity"'
+                )
+            return mine
