@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from foretaste.data.features_inspect import inspect_schema
     from foretaste.data.fields import (
         CategoricalField,
+        CrossField,
         FeatureSchema,
         MultiField,
         NumericField,
@@ -121,6 +122,7 @@ __all__ = [
     "Comparison",
     "Config",
     "ConfigError",
+    "CrossField",
     "DataError",
     "Dataset",
     "EASEConfig",
@@ -235,6 +237,7 @@ _HOME = {
     "Comparison": "evaluation.compare",
     "Config": "config",
     "ConfigError": "errors",
+    "CrossField": "data.fields",
     "DataError": "errors",
     "Dataset": "data.sources.load",
     "EASEConfig": "models.ease",

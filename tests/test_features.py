@@ -19,6 +19,7 @@ from foretaste.data.features_inspect import inspect_schema
 from foretaste.data.features_text import _load
 from foretaste.data.fields import (
     CategoricalField,
+    CrossField,
     FeatureSchema,
     FieldConfig,
     MultiField,
@@ -267,6 +268,95 @@ def test_users_without_a_training_event_are_held_out_too() -> None:
     assert features.user_table is not None
     assert features.user.num_codes == 3
     assert features.user_table.code_RC.tolist() == [[2], [1]]
+
+
+# --- crosses -------------------------------------------------------------------------------------
+
+
+CROSSED = pl.DataFrame(
+    {
+        "city": ["x", "x", "y", "x", None, "y"],
+        "hour": [1.0, 1.0, 1.0, 2.0, 1.0, None],
+    }
+)
+
+
+def test_a_cross_is_the_category_of_both_values_together() -> None:
+    # (x, 1) twice is 2; (x, 2) and (y, 1) once each, by their text; one missing, all missing
+    side, table = side_and_table(fit_item(CROSSED, both=CrossField(of=("city", "hour"))))
+    assert table.code_RC.squeeze(1).tolist() == [2, 2, 4, 3, 0, 0]
+    assert table.present_RF.squeeze(1).tolist() == [True] * 4 + [False] * 2
+    assert (side.names, side.columns, side.num_codes) == (("both",), ("city", "hour"), 5)
+    # each value is known, the two together are not
+    assert side.encode(pl.DataFrame({"city": ["y"], "hour": [2]})).code_RC.tolist() == [[1]]
+    assert side.encode(pl.DataFrame({"city": ["y"]})).code_RC.tolist() == [[0]]
+
+
+def test_a_cross_stands_beside_the_fields_it_crosses_and_changes_none_of_them() -> None:
+    plain = {"city": CategoricalField(), "hour": NumericField(transform="bucketise")}
+    alone, alone_table = side_and_table(fit_item(CROSSED, **plain))
+    side, table = side_and_table(fit_item(CROSSED, both=CrossField(of=("city", "hour")), **plain))
+    assert side.names == ("city", "hour", "both")
+    assert torch.equal(table.code_RC[:, :2], alone_table.code_RC)
+    assert (table.code_RC[:, 2] >= alone.num_codes).all()
+
+
+def test_crossed_texts_cannot_be_confused() -> None:
+    frame = pl.DataFrame({"a": ["ab", "a"], "b": ["c", "bc"]})
+    _, table = side_and_table(fit_item(frame, x=CrossField(of=("a", "b"))))
+    assert table.code_RC[0] != table.code_RC[1]
+
+
+def test_rare_pairs_share_a_bucket_and_a_cross_is_saved(tmp_path: Path) -> None:
+    features = fit_item(CROSSED, x=CrossField(of=("city", "hour"), min_count=2))
+    side, table = side_and_table(features)
+    assert table.code_RC.squeeze(1).tolist() == [2, 2, 1, 1, 0, 0]
+    features.save(tmp_path)
+    again, _ = side_and_table(Features.load(tmp_path))
+    assert again == side
+    assert_same(again.encode(CROSSED), table)
+
+
+def test_a_cross_of_a_column_that_is_not_there_is_refused() -> None:
+    with pytest.raises(ConfigError, match="item column 'town'"):
+        fit_item(CROSSED, x=CrossField(of=("town", "hour")))
+    with pytest.raises(ConfigError, match="of"):
+        schema_from_toml('[item.x]\nkind = "cross"\nof = ["city"]')
+
+
+# --- bounds --------------------------------------------------------------------------------------
+
+
+def test_a_million_values_are_bounded_and_it_is_said() -> None:
+    count = 1_000_000
+    frame = pl.DataFrame({"x": pl.int_range(count, eager=True)})
+    frame = pl.concat([frame, frame.head(50_000)])  # these stand twice
+    features = fit_item(frame, x=CategoricalField())
+    side, table = side_and_table(features)
+    assert side.num_codes == 100_002
+    assert features.notes == (
+        "item field 'x' has 1,000,000 values, more than max_values: the 100,000 most frequent "
+        "were kept, the others share a bucket",
+    )
+    code_R = table.code_RC[:, 0]
+    assert (code_R[:50_000] > 1).all()
+    assert int((code_R == 1).sum()) == count - 100_000
+    assert int(code_R.max()) < side.num_codes
+
+
+def test_a_column_that_is_the_same_everywhere_is_said() -> None:
+    frame = pl.DataFrame({"x": ["film"] * 3, "n": [7] * 3, "rare": ["a", "b", "c"]})
+    features = fit_item(
+        frame,
+        x=CategoricalField(),
+        n=NumericField(transform="bucketise"),
+        rare=CategoricalField(min_count=2),
+    )
+    assert features.notes == (
+        "item field 'x' is 'film' on every training row: it tells nothing",
+        "item field 'n' is 7 wherever it is known in training: it tells little",
+        "item field 'rare' has no value on 2 training rows: all share one bucket",
+    )
 
 
 # --- one code for training and serving -----------------------------------------------------------
@@ -555,6 +645,7 @@ FIELDS: st.SearchStrategy[FieldConfig] = st.one_of(
     ),
     st.builds(VectorField, normalise=st.booleans()),
     st.builds(TextField, encoder=NAMES),
+    st.builds(CrossField, of=st.lists(NAMES, min_size=2, max_size=3).map(tuple)),
 )
 SIDES = st.dictionaries(NAMES, FIELDS, max_size=3)
 

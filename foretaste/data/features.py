@@ -18,11 +18,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from foretaste.config import Config
-from foretaste.data.features_fit import fit_field
+from foretaste.data.features_fit import columns_of, fit_field
 from foretaste.data.features_fitted import (
     Bag,
     Buckets,
     Categories,
+    Cross,
     Number,
     Sentence,
     Vector,
@@ -191,9 +192,8 @@ def _fit_side(
         raise ConfigError(f"the schema has {role} fields ({', '.join(schema)}), {_ABSENT[role]}")
     kinds: dict[type, list[object]] = {}
     for name, field in schema.items():
-        if name not in frame.columns:
-            raise ConfigError(_no_column(role, name, frame.columns))
-        fitted, note = fit_field(name, field, frame[name], trained_R)
+        columns = [_column(role, column, frame) for column in columns_of(name, field)]
+        fitted, note = fit_field(name, field, columns, trained_R)
         if note:
             notes.append(f"{role} field {name!r} {note}")
         if fitted is not None:
@@ -202,12 +202,18 @@ def _fit_side(
         return None
     return FieldSide.model_validate(
         {
-            "codes": (*kinds.get(Categories, ()), *kinds.get(Buckets, ())),
+            "codes": tuple(f for k in (Categories, Buckets, Cross) for f in kinds.get(k, ())),
             "bags": tuple(kinds.get(Bag, ())),
             "numbers": tuple(kinds.get(Number, ())),
             "vectors": (*kinds.get(Vector, ()), *kinds.get(Sentence, ())),
         }
     )
+
+
+def _column(role: str, name: str, frame: pl.DataFrame) -> pl.Series:
+    if name not in frame.columns:
+        raise ConfigError(_no_column(role, name, frame.columns))
+    return frame[name]
 
 
 def _no_column(role: str, name: str, columns: Sequence[str]) -> str:

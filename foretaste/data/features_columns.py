@@ -5,6 +5,7 @@ A message names the column, the row and the value. Rows are counted from 1, head
 Shape legend: R rows, N values of all bags, W width of a vector.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +16,8 @@ from foretaste.data.columns import at_row
 from foretaste.errors import DataError
 
 _SECONDS_PER_DAY = 86_400
+_BETWEEN = "\x1f"
+"""Between crossed values; no text that people write holds it."""
 _WHOLE = 2.0**53
 """Up to here a 64-bit float holds every whole number."""
 
@@ -49,6 +52,16 @@ def _texts_of_floats(column: pl.Series) -> pl.Series:
     whole = ((column == column.round()) & (column.abs() <= _WHOLE)).fill_null(value=False)
     digits = column.set(~whole, None).cast(pl.Int64).cast(pl.String)
     return digits.zip_with(whole, column.cast(pl.String))
+
+
+def joint_of(columns: Sequence[pl.Series]) -> pl.Series:
+    """Return several categories of each row as one text, null where any is missing.
+
+    Raises:
+        DataError: A column holds lists, bytes or the like, or an infinite number.
+    """
+    texts = [texts_of(column).alias(str(n)) for n, column in enumerate(columns)]
+    return pl.select(pl.concat_str(texts, separator=_BETWEEN)).to_series()
 
 
 class Bags(NamedTuple):

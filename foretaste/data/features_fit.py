@@ -3,18 +3,20 @@
 Shape legend: R rows, N known values, W width of a vector.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import polars as pl
 from jaxtyping import Bool, Float32, Float64
 
-from foretaste.data.features_columns import bags_of, numbers_of, texts_of, vectors_of
+from foretaste.data.features_columns import bags_of, joint_of, numbers_of, texts_of, vectors_of
 from foretaste.data.features_fitted import (
     BLOCK,
     Bag,
     Buckets,
     Categories,
+    Cross,
     Fitted,
     Number,
     Sentence,
@@ -25,6 +27,7 @@ from foretaste.data.features_fitted import (
 from foretaste.data.features_text import embed_texts
 from foretaste.data.fields import (
     CategoricalField,
+    CrossField,
     FieldConfig,
     MultiField,
     NumericField,
@@ -45,19 +48,33 @@ class Outcome(NamedTuple):
 _NOTHING = Outcome(None, "has no value on a training row: it was left out")
 
 
+def columns_of(name: str, field: FieldConfig) -> tuple[str, ...]:
+    """Return the columns that a field is made of: its own, or those that it crosses."""
+    return field.of if isinstance(field, CrossField) else (name,)
+
+
 def fit_field(
     name: str,
     field: FieldConfig,
-    column: pl.Series,
+    columns: Sequence[pl.Series],
     trained_R: Bool[np.ndarray, " R"],
 ) -> Outcome:
     """Fit a field to the rows that training has; the others are only checked.
+
+    Args:
+        name: The field's.
+        field: Its kind and settings.
+        columns: Those that `columns_of` names.
+        trained_R: Which rows training has.
 
     Raises:
         DataError: The column is not of the field's kind; the message names the row.
         ConfigError: A text needs an encoder that is not there.
     """
+    column = columns[0]
     match field:
+        case CrossField():
+            return _fit_cross(name, field, joint_of(columns).filter(trained_R))
         case CategoricalField():
             return _fit_categories(name, field, texts_of(column).filter(trained_R))
         case MultiField():
@@ -74,10 +91,19 @@ def fit_field(
 
 
 def _fit_categories(name: str, field: CategoricalField, text: pl.Series) -> Outcome:
-    values, note = _fit_values(text.drop_nulls(), field.min_count, field.max_values)
     if not text.count():
         return _NOTHING
+    values, note = _fit_values(text.drop_nulls(), field.min_count, field.max_values)
+    if not text.null_count() and text.n_unique() == 1:
+        note = f"is {text[0]!r} on every training row: it tells nothing"
     return Outcome(Categories(name=name, values=values), note)
+
+
+def _fit_cross(name: str, field: CrossField, text: pl.Series) -> Outcome:
+    if not text.count():
+        return _NOTHING
+    values, note = _fit_values(text.drop_nulls(), field.min_count, field.max_values)
+    return Outcome(Cross(name=name, of=field.of, values=values), note)
 
 
 def _fit_bag(name: str, field: MultiField, text_N: pl.Series) -> Outcome:
@@ -97,6 +123,8 @@ def _fit_values(text_N: pl.Series, min_count: int, max_values: int) -> tuple[Val
         if len(often) > max_values
         else ""
     )
+    if len(counted) and not len(often):
+        note = f"has no value on {min_count} training rows: all share one bucket"
     rare = len(text_N) - int(kept["rows"].sum())
     return Values(texts=tuple(kept["text"].to_list()), rare=rare), note
 

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float32, Float64, Int64, Shaped
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from foretaste.config import Config
-from foretaste.data.features_columns import bags_of, numbers_of, texts_of, vectors_of
+from foretaste.data.features_columns import bags_of, joint_of, numbers_of, texts_of, vectors_of
 from foretaste.data.features_text import embed_texts
 from foretaste.data.vocabulary import Vocabulary
 from foretaste.errors import ConfigError
@@ -80,6 +80,33 @@ class Categories(Config):
     def encode(self, column: pl.Series) -> Int64[np.ndarray, " R"]:
         """Return local codes."""
         return self.values.codes(texts_of(column))
+
+    def says(self, code_R: Int64[np.ndarray, " R"]) -> Bool[np.ndarray, " R"]:
+        """Return which codes say something."""
+        return self.values.says(code_R)
+
+
+class Cross(Config):
+    """The values of several columns together, as a code."""
+
+    kind: Literal["cross"] = "cross"
+    name: str
+    of: tuple[str, ...]
+    values: Values
+
+    @property
+    def num_codes(self) -> int:
+        """How many codes the field has."""
+        return self.values.num_codes
+
+    @property
+    def untaught(self) -> tuple[int, ...]:
+        """Codes that stand for no value."""
+        return (MISSING, UNSEEN)
+
+    def encode(self, *columns: pl.Series) -> Int64[np.ndarray, " R"]:
+        """Return local codes, from the crossed columns in the order of `of`."""
+        return self.values.codes(joint_of(columns))
 
     def says(self, code_R: Int64[np.ndarray, " R"]) -> Bool[np.ndarray, " R"]:
         """Return which codes say something."""
@@ -206,9 +233,9 @@ class Sentence(Config):
         return value_RW, present_R
 
 
-Codes = Annotated[Categories | Buckets, Field(discriminator="kind")]
+Codes = Annotated[Categories | Buckets | Cross, Field(discriminator="kind")]
 Vectorised = Annotated[Vector | Sentence, Field(discriminator="kind")]
-Fitted = Categories | Buckets | Bag | Number | Vector | Sentence
+Fitted = Categories | Buckets | Cross | Bag | Number | Vector | Sentence
 
 
 def log1p(number_R: Float64[np.ndarray, " R"]) -> Float64[np.ndarray, " R"]:

@@ -18,12 +18,10 @@ from jaxtyping import Bool, Int64
 from foretaste.config import Config
 from foretaste.data.features_fitted import (
     Bag,
-    Buckets,
-    Categories,
     Codes,
+    Cross,
+    Fitted,
     Number,
-    Sentence,
-    Vector,
     Vectorised,
 )
 from foretaste.data.features_table import FieldTable
@@ -33,15 +31,20 @@ class FieldSide(Config):
     """The fitted fields of users or of items: from the caller's columns to a `FieldTable`."""
 
     codes: tuple[Codes, ...] = ()
-    """Single-valued fields: categories and bucketised numbers."""
+    """Single-valued fields: categories, bucketised numbers and crosses."""
     bags: tuple[Bag, ...] = ()
     numbers: tuple[Number, ...] = ()
     vectors: tuple[Vectorised, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The fields' columns, in the order of `FieldTable.present_RF`."""
+        """The fields' names, in the order of `FieldTable.present_RF`."""
         return tuple(field.name for field in self._fields)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The caller's columns that the fields are made of, each once."""
+        return tuple(dict.fromkeys(c for field in self._fields for c in _columns_of(field)))
 
     @property
     def num_fields(self) -> int:
@@ -75,7 +78,7 @@ class FieldSide(Config):
         return (*codes, *bags)
 
     @property
-    def _fields(self) -> tuple[Categories | Buckets | Bag | Number | Vector | Sentence, ...]:
+    def _fields(self) -> tuple[Fitted, ...]:
         return (*self.codes, *self.bags, *self.numbers, *self.vectors)
 
     @cached_property
@@ -97,12 +100,12 @@ class FieldSide(Config):
         num_rows = frame.height
         columns = {
             name: frame[name] if name in frame.columns else _missing(name, num_rows)
-            for name in self.names
+            for name in self.columns
         }
         present = np.zeros((num_rows, self.num_fields), np.bool_)
         code_RC = np.zeros((num_rows, len(self.codes)), np.int64)
         for place, field in enumerate(self.codes):
-            local_R = field.encode(columns[field.name])
+            local_R = field.encode(*(columns[name] for name in _columns_of(field)))
             present[:, place] = field.says(local_R)
             code_RC[:, place] = local_R + self._starts[place]
         bag_N, offsets_RG1 = self._encode_bags(columns, present)
@@ -126,7 +129,7 @@ class FieldSide(Config):
 
     def unknown(self, num_rows: int) -> FieldTable:
         """Return rows of which nothing is known."""
-        name = self.names[0] if self._fields else "nothing"
+        name = self.columns[0] if self._fields else "nothing"
         return self.encode(pl.DataFrame([_missing(name, num_rows)]))
 
     def _encode_bags(
@@ -149,6 +152,10 @@ class FieldSide(Config):
         if num_bags and num_rows:
             offsets_RG1[1:, 0] = end_RG[:-1, -1]
         return np.concatenate(codes)[np.argsort(place_N, kind="stable")], offsets_RG1
+
+
+def _columns_of(field: Fitted) -> tuple[str, ...]:
+    return field.of if isinstance(field, Cross) else (field.name,)
 
 
 def _missing(name: str, num_rows: int) -> pl.Series:

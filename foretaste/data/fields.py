@@ -81,8 +81,26 @@ class TextField(Config):
     """Why the column is taken so; nothing reads it but people."""
 
 
+class CrossField(Config):
+    """The values of several columns together, as one category: "evening" and "phone" at once.
+
+    The field has a name of its own; the columns it crosses may be fields too.
+    """
+
+    kind: Literal["cross"] = "cross"
+    of: tuple[str, ...] = Field(min_length=2)
+    """Columns of the same table, each taken as a category; where one is missing, all are."""
+    min_count: PositiveInt = 1
+    """Pairs of values on fewer training rows share one bucket with those that training never
+    saw."""
+    max_values: PositiveInt = 100_000
+    """Beyond so many, the most frequent are kept and the others join the same bucket."""
+    why: str = ""
+    """Why the columns are crossed; nothing reads it but people."""
+
+
 FieldConfig = Annotated[
-    CategoricalField | MultiField | NumericField | VectorField | TextField,
+    CategoricalField | MultiField | NumericField | VectorField | TextField | CrossField,
     Field(discriminator="kind"),
 ]
 
@@ -117,6 +135,7 @@ _HEAD = """\
 #        "numeric"      transform = "standardise", "bucketise" (num_buckets) or "log1p_standardise"
 #        "vector"       numbers, as many in every row; normalise = true gives all the same length
 #        "text"         free text; encoder = the folder of a sentence-transformers model
+#        "cross"        several columns at once: of = ["city", "device"], under a name of its own
 """
 
 
@@ -159,7 +178,9 @@ def _key(name: str) -> str:
     return name if _BARE.fullmatch(name) else _text(name)
 
 
-def _value(value: str | int) -> str:
+def _value(value: str | int | tuple[str, ...]) -> str:
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_text, value))}]"
     return _text(value) if isinstance(value, str) else json.dumps(value)
 
 

@@ -123,7 +123,7 @@ class ExperimentConfig(Config):
     data: DataConfig
     split: SplitConfig
     features: FeatureSchema | None = None
-    """Which columns of the tables of users and items the model is told."""
+    """Which columns about users, items and moments the model is told."""
     model: ModelConfig
     objective: ObjectiveConfig | None = None
     """How it learns; without it, the model's usual way."""

@@ -59,11 +59,11 @@ class Profiles:
 
 def _row(side: FieldSide, told: Mapping[str, object], role: str) -> FieldTable | None:
     for name in told:
-        if name not in side.names:
-            near = difflib.get_close_matches(name, side.names, n=1)
+        if name not in side.columns:
+            near = difflib.get_close_matches(name, side.columns, n=1)
             advice = f"; did you mean {near[0]!r}?" if near else ""
             raise DataError(
-                f"{name!r} is no feature of {role}s; the model reads {', '.join(side.names)}"
+                f"{name!r} is no feature of {role}s; the model reads {', '.join(side.columns)}"
                 f"{advice}"
             )
     row = side.encode(pl.DataFrame({name: [value] for name, value in told.items()}))
