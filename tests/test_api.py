@@ -1,9 +1,11 @@
 """The HTTP API in one process: right answers, live events at once, and every bound."""
 
+import gc
 import json
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -12,10 +14,13 @@ import httpx
 import pytest
 import uvicorn
 from film_world import HOSTILE, is_space, write_film_bundle
+from serving_worlds import make_trained
 
-from foretaste.errors import BundleError
+from foretaste.errors import BundleError, NonFiniteError
 from foretaste.serving.api import create_app
+from foretaste.serving.messages import RecommendReply, SimilarReply
 from foretaste.serving.metrics import Metrics
+from foretaste.serving.recommender import build_recommender
 from foretaste.serving.service import Service
 from foretaste.serving.settings import ServerSettings
 from foretaste.serving.slot import ModelSlot, load_version
@@ -433,6 +438,34 @@ def test_a_folder_without_a_bundle_does_not_serve(tmp_path: Path) -> None:
         ModelSlot(lambda: load_version(tmp_path))
 
 
+def test_a_model_that_cannot_answer_a_history_does_not_serve(tmp_path: Path) -> None:
+    trained = make_trained("sasrec")
+    build_recommender(trained).save(tmp_path / "sound")
+    load_version(tmp_path / "sound")
+    trained.model.positions.weight.data.fill_(float("nan"))
+    build_recommender(trained).save(tmp_path / "broken")
+    with pytest.raises(NonFiniteError, match="the model is broken"):
+        load_version(tmp_path / "broken")
+
+
+def test_an_old_version_is_gone_at_once_and_waits_for_no_collector(tmp_path: Path) -> None:
+    # What lived when the collector was told to leave it alone is freed by its last user or never.
+    bundle = write_film_bundle(tmp_path / "films")
+    slot = ModelSlot(lambda: load_version(bundle))
+    slot.current.catalogue.find_items("space", limit=5)
+    slot.current.recommender.recommend(1, k=5)
+    old = slot.current.recommender.trained
+    parts = [weakref.ref(part) for part in (slot.current, old.model, old.events)]
+    del old
+    write_film_bundle(bundle, seed=1)
+    gc.disable()
+    try:
+        slot.reload()
+        assert [part() for part in parts] == [None, None, None]
+    finally:
+        gc.enable()
+
+
 def test_the_model_says_what_it_is(films: Served) -> None:
     model = films.http.get("/v1/model").json()
     assert (model["users"], model["items"], model["bundle"]) == (40, 31, "films")
@@ -467,8 +500,19 @@ def test_prometheus_counts_by_route_and_not_by_id(fresh_films: Served) -> None:
 def test_openapi_describes_every_route_and_its_errors(films: Served) -> None:
     api = films.http.get("/openapi.json").json()
     assert {"/v1/recommend", "/v1/events", "/v1/model/reload", "/health"} <= api["paths"].keys()
-    reply = api["paths"]["/v1/recommend"]["post"]["responses"]["503"]
-    assert reply["content"]["application/json"]["schema"]["$ref"].endswith("ErrorReply")
+    replies = api["paths"]["/v1/recommend"]["post"]["responses"]
+    for status, name in {"200": "RecommendReply", "503": "ErrorReply"}.items():
+        schema = replies[status]["content"]["application/json"]["schema"]
+        assert schema["$ref"].endswith(f"/{name}")
+
+
+def test_answers_are_what_the_description_promises(films: Served) -> None:
+    for asked in ({"user_id": 1, "explain": True}, {"history": ["nope", 101]}, {}):
+        reply = films.http.post("/v1/recommend", json=asked)
+        assert reply.headers["content-type"] == "application/json"
+        assert RecommendReply.model_validate(reply.json()).model_dump(mode="json") == reply.json()
+    similar = films.http.get("/v1/items/120/similar").json()
+    assert SimilarReply.model_validate(similar).model_dump(mode="json") == similar
 
 
 def test_the_page_is_served_under_a_policy_that_allows_no_foreign_code(films: Served) -> None:

@@ -1,5 +1,6 @@
 """The server as a process of its own: killed, drained, hung up on, and on a port already taken."""
 
+import gc
 import json
 import os
 import signal
@@ -17,7 +18,7 @@ import pytest
 from film_world import write_film_bundle
 
 from foretaste.errors import BundleError, ConfigError
-from foretaste.serving.server import serve
+from foretaste.serving.server import _listen, serve
 from foretaste.serving.settings import ServerSettings
 
 pytest_plugins = ["postgres_server"]
@@ -185,6 +186,18 @@ def test_a_port_that_is_taken_is_said_with_the_mend(bundle: Path, tmp_path: Path
         settings = ServerSettings(port=taken.getsockname()[1], state=str(tmp_path / "e.sqlite"))
         with pytest.raises(ConfigError, match=r"cannot listen on port \d+ .* choose another"):
             serve(bundle, settings=settings)
+    assert gc.get_freeze_count() == 0  # the server's arrangement for itself ends with it
+
+
+def test_the_body_of_an_answer_does_not_wait_for_its_head_to_be_acknowledged() -> None:
+    # Head and body are two writes; the second of two small ones waits, unless it is told not to.
+    with (
+        _listen(ServerSettings(port=0)) as listener,
+        socket.create_connection(listener.getsockname()),
+    ):
+        connection, _ = listener.accept()
+        with connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_a_missing_bundle_is_said_before_anything_is_opened(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from datetime import date, datetime, time, timedelta
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import final
 
 import numpy as np
@@ -36,7 +36,8 @@ class Catalogue:
             for name in columns
             if name != self._title and self._can_show(name) and not self._is_id(name)
         ]
-        self._known_item = lru_cache(KEPT_ITEMS)(self._read_item)
+        read = partial(_read_item, events, self._title, tuple(self._attributes))
+        self._known_item = lru_cache(KEPT_ITEMS)(read)  # a method would hold itself for ever
         self._item_text = self._searchable()
         has_past = pl.Series(np.diff(events.offsets) > 0)
         self._user_text = events.users.ids.cast(pl.String).filter(has_past)
@@ -74,16 +75,6 @@ class Catalogue:
         if idx < 0:
             return Item(item_id=str(item_id), title=str(item_id), attributes={})
         return self._known_item(idx)
-
-    def _read_item(self, idx: int) -> Item:
-        item_id = str(self._events.items.ids[idx])
-        row = {} if self._table is None else self._table.row(idx, named=True)
-        title = None if self._title is None else row[self._title]
-        return Item(
-            item_id=item_id,
-            title=item_id if title is None else str(title),
-            attributes={name: _plain(row[name]) for name in self._attributes},
-        )
 
     def find_items(self, query: str, *, limit: int) -> list[Item]:
         """Return items whose title holds every word, or whose id it is; the most popular first."""
@@ -152,7 +143,7 @@ class Catalogue:
 
     def _past_event(self, item_id: object, timestamp_s: int | None, *, live: bool) -> PastEvent:
         item = self.describe(item_id)
-        return PastEvent(**dict(item), timestamp_s=timestamp_s, live=live)
+        return PastEvent(**vars(item), timestamp_s=timestamp_s, live=live)
 
     def _searchable(self) -> pl.DataFrame:
         ids = self._events.items.ids.cast(pl.String)
@@ -162,6 +153,19 @@ class Catalogue:
         return pl.DataFrame(
             {"id": ids, "text": titles.str.to_lowercase(), "count": self._events.item_count}
         )
+
+
+def _read_item(
+    events: Interactions, title_column: str | None, attributes: tuple[str, ...], idx: int
+) -> Item:
+    item_id = str(events.items.ids[idx])
+    row = {} if events.item_table is None else events.item_table.row(idx, named=True)
+    title = None if title_column is None else row[title_column]
+    return Item(
+        item_id=item_id,
+        title=item_id if title is None else str(title),
+        attributes={name: _plain(row[name]) for name in attributes},
+    )
 
 
 def _spelled(idx: int, ids: pl.Series, text: str) -> str:

@@ -32,7 +32,9 @@ class Loaded:
 
 
 def load_version(bundle: Path) -> Loaded:
-    """Read a bundle and have it answer once, so that a broken one is known before it serves.
+    """Read a bundle and have it answer a stranger without and with a history.
+
+    So a broken one is known before it serves, and what is worked out once is worked out.
 
     Raises:
         ForetasteError: The bundle is missing, broken or tampered with, or cannot answer.
@@ -44,7 +46,8 @@ def load_version(bundle: Path) -> Loaded:
             f"{bundle} holds no manifest.json that can be read: name a bundle's folder"
         ) from error
     recommender = load(bundle)
-    recommender.recommend(k=1)
+    popular = recommender.recommend(k=1)
+    recommender.recommend(history=[row.item_id for row in popular.rows], k=1)
     return Loaded(
         recommender=recommender,
         catalogue=Catalogue(recommender.trained.events),
