@@ -7,7 +7,7 @@ from typing import Annotated
 import anyio.to_thread
 from fastapi import Body, FastAPI, Path, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
-from pydantic import Discriminator, Tag
+from pydantic import BaseModel, Discriminator, Tag
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.exceptions import HTTPException
 
@@ -91,29 +91,29 @@ def create_app(
 
 
 def _add_answers(app: FastAPI, service: Service) -> None:
-    def answer(asked: RecommendRequest, request: Request) -> RecommendReply:
+    def answer(asked: RecommendRequest, request: Request) -> Response:
         reply = service.recommend(asked)
         request.state.log = {"user_known": reply.user_known, "source": reply.source}
-        return reply
+        return _sent(reply)
 
-    @app.post("/v1/recommend", tags=["answers"])
-    def recommend(asked: RecommendRequest, request: Request) -> RecommendReply:
+    @app.post("/v1/recommend", tags=["answers"], response_model=RecommendReply)
+    def recommend(asked: RecommendRequest, request: Request) -> Response:
         """Recommend for a user, for somebody with a history, or for nobody known."""
         return answer(asked, request)
 
-    @app.get("/v1/users/{user_id}/recommendations", tags=["answers"])
+    @app.get("/v1/users/{user_id}/recommendations", tags=["answers"], response_model=RecommendReply)
     def recommend_for_user(
         user_id: UserId, request: Request, k: Length = 10, *, explain: bool = False
-    ) -> RecommendReply:
+    ) -> Response:
         """Recommend for a user id; live events count."""
         asked = RecommendRequest.model_construct(user_id=user_id, k=k, explain=explain)
         return answer(asked, request)
 
-    @app.get("/v1/items/{item_id}/similar", tags=["answers"])
-    def similar(item_id: ItemId, k: Length = 10) -> SimilarReply:
+    @app.get("/v1/items/{item_id}/similar", tags=["answers"], response_model=SimilarReply)
+    def similar(item_id: ItemId, k: Length = 10) -> Response:
         """Items near to this one."""
         try:
-            return service.similar(item_id, k=k)
+            return _sent(service.similar(item_id, k=k))
         except KeyError as error:
             raise HTTPException(404, f"no item has the id {item_id!r}") from error
 
@@ -177,6 +177,14 @@ def _add_operations(app: FastAPI, service: Service) -> None:
     async def prometheus() -> Response:
         """Counters in Prometheus' text format."""
         return Response(service.metrics.exposition(), media_type=service.metrics.content_type)
+
+
+def _sent(reply: BaseModel) -> Response:
+    """Return a reply as JSON, written in the thread that made it.
+
+    Handed over as it is, it would be checked again, and in another thread.
+    """
+    return Response(reply.model_dump_json(), media_type="application/json")
 
 
 def _add_errors(app: FastAPI) -> None:

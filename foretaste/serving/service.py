@@ -226,7 +226,7 @@ class Service:
 def _row(loaded: Loaded, row: Recommendation, because: Item | None) -> Row:
     item = loaded.catalogue.describe(row.item_id)
     return Row.model_construct(  # each part is valid by itself
-        **dict(item), score=row.score, source=row.source, because=because
+        **vars(item), score=row.score, source=row.source, because=because
     )
 
 

@@ -31,6 +31,12 @@ _EVENTS = sa.Table(
     sa.Index("foretaste_live_events_of_user", "user_id", "timestamp_s", "seq"),
     sqlite_autoincrement=True,
 )
+_NEWEST = (  # built once: building it anew takes longer than the look-up itself
+    sa.select(_EVENTS.c.user_id, _EVENTS.c.item_id, _EVENTS.c.timestamp_s, _EVENTS.c.event_id)
+    .where(_EVENTS.c.user_id == sa.bindparam("user"))
+    .order_by(_EVENTS.c.timestamp_s.desc(), _EVENTS.c.seq.desc())
+    .limit(sa.bindparam("most"))
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,15 +86,8 @@ class LiveEvents:
 
     def of_user(self, user_id: str, *, limit: int) -> list[LiveEvent]:
         """Return a user's newest `limit` events, oldest first; those of one second as they came."""
-        c = _EVENTS.c
-        newest = (
-            sa.select(c.user_id, c.item_id, c.timestamp_s, c.event_id)
-            .where(c.user_id == user_id)
-            .order_by(c.timestamp_s.desc(), c.seq.desc())
-            .limit(limit)
-        )
         with self._engine.connect() as connection:
-            rows = connection.execute(newest).all()
+            rows = connection.execute(_NEWEST, {"user": user_id, "most": limit}).all()
         return [LiveEvent(**row._mapping) for row in reversed(rows)]
 
     def forget(self, user_id: str) -> int:
