@@ -311,6 +311,12 @@ def test_rows_of_a_rolling_test_know_all_that_came_before_them() -> None:
     assert histories(rows_of(split, "train", tasks=CLICK)) == [[], [11], [11, 12], []]
 
 
+def test_held_out_rows_never_read_what_came_later_whatever_a_model_reads() -> None:
+    frame = LOG.with_columns(time=pl.Series([10, 20, 30, 40, 50, 5]))
+    rows = rows_of(temporal_split(read(frame), validation=0.0, test=0.4), "test", tasks=CLICK)
+    assert histories(rows, reads="others") == [[11, 12, 13], [11, 12, 13, 14]]
+
+
 def test_rows_of_a_test_that_does_not_roll_know_the_parts_before() -> None:
     frame = LOG.with_columns(time=pl.Series([10, 20, 30, 40, 50, 5]))
     split = leave_last_split(read(frame))

@@ -12,6 +12,7 @@ from scipy import stats
 from foretaste.data.interactions import Interactions
 from foretaste.data.vocabulary import Vocabulary
 from foretaste.errors import DataError
+from foretaste.sampling import unseen
 from foretaste.sampling.popularity import PopularitySampler
 from foretaste.sampling.sampler import Sampler
 from foretaste.sampling.uniform import UniformSampler
@@ -131,7 +132,9 @@ def test_a_user_of_everything_is_named() -> None:
         draw_unseen(UniformSampler(3, known_I=known), users, 4, seen=seen, generator=generator())
 
 
-def test_seen_answers_as_a_set_would() -> None:
+@pytest.mark.parametrize("most_flags", [0, 1 << 26])
+def test_seen_answers_as_a_set_would(most_flags: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unseen, "_MOST_FLAGS", most_flags)  # by search, or by one look
     seen = Seen.of(events_of(HISTORIES, 20))
     user, item = (
         grid.flatten() for grid in torch.meshgrid(torch.arange(5), torch.arange(20), indexing="ij")

@@ -94,7 +94,7 @@ def _fit_categories(name: str, field: CategoricalField, text: pl.Series) -> Outc
     if not text.count():
         return _NOTHING
     values, note = _fit_values(text.drop_nulls(), field.min_count, field.max_values)
-    if not text.null_count() and text.n_unique() == 1:
+    if not text.null_count() and len(values.texts) == 1 and not values.rare:
         note = f"is {text[0]!r} on every training row: it tells nothing"
     return Outcome(Categories(name=name, values=values), note)
 

@@ -137,12 +137,15 @@ class Rows:
 
         Args:
             row_B: Which of them.
-            reads: What of each user's history is read along.
+            reads: What of each user's history is read along; of held-out rows "others" are the
+                last events before, as nothing later may be known.
             max_len: How many events of it at most.
             seed: Decides which "others" are read.
             drawn_BN: Items drawn for these rows; None takes those of `draw`.
         """
         user_B = self._user_E[row_B]
+        if reads == "others" and self.name != "train":
+            reads = "before"
         history_H, offsets_B1 = read_histories(
             self.past,
             user_B,

@@ -4,6 +4,7 @@ Shape legend: B rows, N negatives a row, E distinct (user, item) pairs, P pairs 
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from foretaste.sampling.sampler import Sampler
 
 _ROUNDS = 8
 _BLOCK_ROWS = 64
+_MOST_FLAGS = 1 << 26
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -46,8 +48,20 @@ class Seen:
         if len(self.key_E) == 0:
             return torch.zeros_like(item_B, dtype=torch.bool)
         key_B = user_B * self.num_items + item_B
+        if self._flags is not None:
+            return self._flags[key_B]
         place_B = torch.searchsorted(self.key_E, key_B).clamp_(max=len(self.key_E) - 1)
         return self.key_E[place_B] == key_B
+
+    @cached_property
+    def _flags(self) -> Bool[Tensor, " pairs"] | None:
+        """A byte for each pair that can be: one look instead of a search; None where too many."""
+        num_pairs = (len(self.offsets_U1) - 1) * self.num_items
+        if num_pairs > _MOST_FLAGS:
+            return None
+        flags = torch.zeros(num_pairs, dtype=torch.bool)
+        flags[self.key_E] = True
+        return flags
 
     def items_of(
         self, user_B: Int64[Tensor, " B"]
