@@ -87,14 +87,18 @@ if TYPE_CHECKING:
     from foretaste.models.als import ImplicitALSConfig
     from foretaste.models.bert4rec import BERT4RecConfig
     from foretaste.models.catalogue import ModelConfig
+    from foretaste.models.deepfm import DeepFMConfig
+    from foretaste.models.din import DINConfig
     from foretaste.models.ease import EASEConfig
     from foretaste.models.item_knn import ItemKNNConfig
     from foretaste.models.lightgcn import LightGCNConfig
     from foretaste.models.mf import MFConfig
+    from foretaste.models.mmoe import MMoEConfig
     from foretaste.models.neumf import GMFConfig, MLPConfig, NeuMFConfig
     from foretaste.models.pinsage import PinSageConfig
     from foretaste.models.popularity import PopularityConfig
     from foretaste.models.sasrec import SASRecConfig
+    from foretaste.models.shared_bottom import SharedBottomConfig
     from foretaste.models.two_tower import TwoTowerConfig
     from foretaste.serving.recommender import (
         Answer,
@@ -123,8 +127,10 @@ __all__ = [
     "Config",
     "ConfigError",
     "CrossField",
+    "DINConfig",
     "DataError",
     "Dataset",
+    "DeepFMConfig",
     "EASEConfig",
     "ExperimentConfig",
     "FeatureSchema",
@@ -138,6 +144,7 @@ __all__ = [
     "LightGCNConfig",
     "MFConfig",
     "MLPConfig",
+    "MMoEConfig",
     "MaskedItemConfig",
     "ModelComparison",
     "ModelConfig",
@@ -161,6 +168,7 @@ __all__ = [
     "SASRecConfig",
     "SampledNegatives",
     "ServerSettings",
+    "SharedBottomConfig",
     "SourceError",
     "Split",
     "SplitConfig",
@@ -238,8 +246,10 @@ _HOME = {
     "Config": "config",
     "ConfigError": "errors",
     "CrossField": "data.fields",
+    "DINConfig": "models.din",
     "DataError": "errors",
     "Dataset": "data.sources.load",
+    "DeepFMConfig": "models.deepfm",
     "EASEConfig": "models.ease",
     "ExperimentConfig": "experiment.recipe",
     "FeatureSchema": "data.fields",
@@ -253,6 +263,7 @@ _HOME = {
     "LightGCNConfig": "models.lightgcn",
     "MFConfig": "models.mf",
     "MLPConfig": "models.neumf",
+    "MMoEConfig": "models.mmoe",
     "MaskedItemConfig": "training.objectives.masked_item",
     "ModelComparison": "experiment.compare_table",
     "ModelConfig": "models.catalogue",
@@ -276,6 +287,7 @@ _HOME = {
     "SASRecConfig": "models.sasrec",
     "SampledNegatives": "evaluation.sampled",
     "ServerSettings": "serving.settings",
+    "SharedBottomConfig": "models.shared_bottom",
     "SourceError": "errors",
     "Split": "data.splits",
     "SplitConfig": "data.split_config",

@@ -24,15 +24,19 @@ from foretaste.data.vocabulary import Vocabulary
 from foretaste.models.als import ImplicitALSConfig
 from foretaste.models.bert4rec import BERT4Rec, BERT4RecConfig
 from foretaste.models.catalogue import ModelConfig, build_model
+from foretaste.models.deepfm import DeepFMConfig
+from foretaste.models.din import DINConfig
 from foretaste.models.ease import EASEConfig
 from foretaste.models.interface import Begins, ClosedForm, Finishes, PairModel, Ranker
 from foretaste.models.item_knn import ItemKNNConfig
 from foretaste.models.lightgcn import LightGCNConfig
 from foretaste.models.mf import MFConfig
+from foretaste.models.mmoe import MMoEConfig
 from foretaste.models.neumf import GMFConfig, MLPConfig, NeuMFConfig
 from foretaste.models.pinsage import PinSageConfig
 from foretaste.models.popularity import PopularityConfig
 from foretaste.models.sasrec import SASRec, SASRecConfig
+from foretaste.models.shared_bottom import SharedBottomConfig
 from foretaste.models.two_tower import TwoTowerConfig
 from foretaste.training.fit import Fit
 from foretaste.training.objectives.masked_item import MaskedItem, MaskedItemConfig
@@ -143,7 +147,7 @@ def learn_rows(model: nn.Module, events: Interactions) -> None:
 
     Fit(
         model,  # type: ignore[arg-type]  # a ranker is a module here
-        TrainingConfig(epochs=30, learning_rate=0.03, warmup_steps=10, device="cpu"),
+        TrainingConfig(epochs=25, learning_rate=0.03, warmup_steps=10, device="cpu"),
         seed=0,
         plan=lambda epoch: plan_pairs(
             events,
@@ -261,6 +265,27 @@ CASES = {
     "gmf": Case(GMFConfig(factors=8), learn=learn_rows, order_matters=True, has_users=True),
     "mlp": Case(MLPConfig(factors=8), learn=learn_rows, order_matters=True, has_users=True),
     "neumf": Case(NeuMFConfig(factors=8), learn=learn_rows, order_matters=True, has_users=True),
+    "deepfm": Case(
+        DeepFMConfig(hidden=(16,)), learn=learn_rows, order_matters=True, has_users=True
+    ),
+    "shared_bottom": Case(
+        SharedBottomConfig(bottom_hidden=(32,), tower_hidden=()),
+        learn=learn_rows,
+        order_matters=True,
+        has_users=True,
+    ),
+    "mmoe": Case(
+        MMoEConfig(expert_hidden=(16,)), learn=learn_rows, order_matters=True, has_users=True
+    ),
+    "din": Case(DINConfig(hidden=(16,)), learn=learn_rows, order_matters=True),
+    "din, unnormalised and dice": Case(
+        DINConfig(
+            hidden=(16,), reads="others", weights="unnormalised", activation="dice", user_id=True
+        ),
+        learn=learn_rows,
+        order_matters=True,
+        has_users=True,
+    ),
     "popularity": Case(PopularityConfig(), finds_planted=False),
     "popularity in a window": Case(PopularityConfig(window_days=0.001), finds_planted=False),
     "item_knn": Case(ItemKNNConfig(neighbours=10)),

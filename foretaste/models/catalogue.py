@@ -13,14 +13,18 @@ from foretaste.data.features import Features
 from foretaste.data.graph import Graph
 from foretaste.models.als import ImplicitALS, ImplicitALSConfig
 from foretaste.models.bert4rec import BERT4Rec, BERT4RecConfig
+from foretaste.models.deepfm import DeepFM, DeepFMConfig
+from foretaste.models.din import DIN, DINConfig
 from foretaste.models.ease import EASE, EASEConfig
 from foretaste.models.item_knn import ItemKNN, ItemKNNConfig
 from foretaste.models.lightgcn import LightGCN, LightGCNConfig
 from foretaste.models.mf import MF, MFConfig
+from foretaste.models.mmoe import MMoE, MMoEConfig
 from foretaste.models.neumf import NCF, GMFConfig, MLPConfig, NeuMFConfig
 from foretaste.models.pinsage import PinSage, PinSageConfig
 from foretaste.models.popularity import Popularity, PopularityConfig
 from foretaste.models.sasrec import SASRec, SASRecConfig
+from foretaste.models.shared_bottom import SharedBottom, SharedBottomConfig
 from foretaste.models.two_tower import TwoTower, TwoTowerConfig
 
 ModelConfig = Annotated[
@@ -33,6 +37,10 @@ ModelConfig = Annotated[
     | GMFConfig
     | MLPConfig
     | NeuMFConfig
+    | DeepFMConfig
+    | DINConfig
+    | SharedBottomConfig
+    | MMoEConfig
     | PopularityConfig
     | ItemKNNConfig
     | EASEConfig
@@ -82,6 +90,14 @@ def build_model(  # noqa: C901  # one arm a model
             )
         case GMFConfig() | MLPConfig() | NeuMFConfig():
             return NCF(config, num_users=num_users, num_items=num_items)
+        case DeepFMConfig():
+            return DeepFM(config, num_users=num_users, num_items=num_items, features=features)
+        case DINConfig():
+            return DIN(config, num_users=num_users, num_items=num_items, features=features)
+        case SharedBottomConfig():
+            return SharedBottom(config, num_users=num_users, num_items=num_items, features=features)
+        case MMoEConfig():
+            return MMoE(config, num_users=num_users, num_items=num_items, features=features)
         case PopularityConfig():
             return Popularity(config, num_items=num_items)
         case ItemKNNConfig():

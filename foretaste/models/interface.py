@@ -70,6 +70,15 @@ class Ranker(Protocol):
 
 
 @runtime_checkable
+class Penalised(Protocol):
+    """A ranker that adds to the loss of a batch what its own settings say."""
+
+    def penalty(self, queries: Queries, item_BC: Int64[Tensor, "B C"]) -> Float[Tensor, ""]:
+        """Return the term, 0 where there is none."""
+        ...
+
+
+@runtime_checkable
 class ClosedForm(Protocol):
     """Learns from the events at once, without steps of gradient descent."""
 

@@ -14,13 +14,12 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from foretaste.data.batch import Queries, SequenceBatch, last_events
+from foretaste.data.batch import Queries, SequenceBatch
 from foretaste.models.layers.attention import MultiHeadAttention
 from foretaste.models.layers.dropout import Dropout
 from foretaste.models.layers.embedding import mean_bags
+from foretaste.models.layers.grouped_histories import group_histories
 from foretaste.models.sasrec import CausalParts, SASRecConfig, causal_blocks, last_state
-
-_CHUNKS, _CHUNK_ROWS = 8, 128
 
 
 @final
@@ -97,7 +96,6 @@ def _by_length(
     queries: Queries, max_len: int, read: Callable[[SequenceBatch], Tensor]
 ) -> Float[Tensor, "B D"]:
     """Read histories of like length together, so that little work is done on padding."""
-    order_B = queries.offsets_B1.diff().clamp(max=max_len).argsort(stable=True)
-    num_chunks = max(1, min(_CHUNKS, len(queries) // _CHUNK_ROWS))
-    parts = [read(last_events(queries, max_len, rows=rows)) for rows in order_B.chunk(num_chunks)]
-    return F.embedding(order_B.argsort(), torch.cat(parts))
+    histories = group_histories(queries, max_len)
+    parts = [read(batch) for batch in histories.batches]
+    return F.embedding(histories.order_B.argsort(), torch.cat(parts))

@@ -23,6 +23,6 @@ class MLP(nn.Module):
             input_dim = width
         self.layers = nn.Sequential(*layers, nn.Linear(input_dim, output_dim))
 
-    def forward(self, x_BD: Float[Tensor, "B D"]) -> Float[Tensor, "B O"]:
-        output: Tensor = self.layers(x_BD)
+    def forward(self, x_XD: Float[Tensor, "*X D"]) -> Float[Tensor, "*X O"]:
+        output: Tensor = self.layers(x_XD)
         return output

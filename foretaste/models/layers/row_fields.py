@@ -9,7 +9,7 @@ each, M events of histories, Q fields of a query, G fields of an item, W width o
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple, final
+from typing import Literal, NamedTuple, final
 
 import torch
 import torch.nn.functional as F
@@ -50,6 +50,13 @@ class RowFieldsConfig(Config):
     features learn to stand alone."""
     init_std: float = Field(default=0.05, gt=0)
     """Spread of the first vectors."""
+    l2: float = Field(default=0.0, ge=0)
+    """Weight of half the squared length of the vectors of ids and single values that a batch
+    uses."""
+    l2_of: Literal["rows", "mini_batch_aware"] = "rows"
+    """"rows": the mean over the batch's rows of all that they use. "mini_batch_aware": each vector
+    once a batch, by 1 over the number of training rows that use it, so that over an epoch rare
+    and frequent ones are held alike."""
 
 
 class RowParts(NamedTuple):
@@ -73,6 +80,8 @@ class RowFields(nn.Module):
     taught_U: Tensor
     """Which users have a training event."""
     taught_I: Tensor
+    times_V: Tensor
+    """How many training rows use each row of the table; known in training only."""
 
     def __init__(
         self,
@@ -119,6 +128,8 @@ class RowFields(nn.Module):
             if config.user_id and config.item_id and not reads_history
             else None
         )
+        self.register_buffer("times_V", torch.zeros(self.num_codes), persistent=False)
+        self._moments = None if features is None else features.context_table
 
     @property
     def num_query_fields(self) -> int:
@@ -145,7 +156,7 @@ class RowFields(nn.Module):
             history_M: Items of histories, in whatever layout; -1 is padding.
         """
         history_M = item_AC.new_empty(0) if history_M is None else history_M
-        query_codes = self._user_codes(queries), self._moment_codes(queries)
+        query_codes = self._user_codes(queries, drops=True), self._moment_codes(queries)
         item_ACS, history_MS = self._item_codes(item_AC, drops=True), self._item_codes(history_M)
         *query_single, item_single, history_single = self._look_up(
             [*query_codes, item_ACS, history_MS]
@@ -198,6 +209,39 @@ class RowFields(nn.Module):
         ):
             if len(table_RW):
                 table_RW.mul_(taught_R.unsqueeze(1).to(table_RW))
+        self.times_V.copy_(self._times(events))
+
+    def penalty(
+        self,
+        queries: Queries,
+        item_BC: Int64[Tensor, "B C"],
+        history_N: Int64[Tensor, " N"] | None = None,
+    ) -> Float[Tensor, ""]:
+        """Return what `l2` adds to the loss of a batch.
+
+        Args:
+            queries: Users and moments.
+            item_BC: Items of each query.
+            history_N: Items of the histories that are read.
+
+        References:
+            "mini_batch_aware": Zhou et al., "Deep Interest Network for Click-Through Rate
+            Prediction", KDD 2018, equation 6. Departure: a row that only reads an item in a
+            history does not count among those that use it.
+        """
+        if not self.config.l2:
+            return self.table.weight.new_zeros(())
+        codes = [self._user_codes(queries), self._moment_codes(queries), self._item_codes(item_BC)]
+        if history_N is not None:
+            codes.append(self._item_codes(history_N))
+        times_V = torch.cat([code.flatten() for code in codes]).bincount(minlength=self.num_codes)
+        used_V = times_V[1:].nonzero().squeeze(1) + 1
+        if self.config.l2_of == "mini_batch_aware":
+            weight_V = self.times_V[used_V].clamp(min=1).reciprocal()
+        else:
+            weight_V = times_V[used_V] / len(queries)
+        square_V = F.embedding(used_V, self.table.weight).square().sum(dim=1)
+        return self.config.l2 / 2 * (weight_V @ square_V)
 
     def finish(self, events: Interactions) -> None:
         """Learn how to answer users of whom only the history is known.
@@ -241,13 +285,34 @@ class RowFields(nn.Module):
         num_rows = self.num_items if self.config.item_id else 0
         return self.table.weight[self.first_item : self.first_item + num_rows]
 
-    def _user_codes(self, queries: Queries) -> Int64[Tensor, "B S"]:
+    def _times(self, events: Interactions) -> Float[Tensor, " V"]:
+        """Count the training rows that use each row of the table."""
+        user_U, item_I = (
+            torch.from_numpy(events.offsets).diff(),
+            torch.from_numpy(events.item_count),
+        )
+        counted = [(torch.arange(1, self.first_item), user_U)] if self.config.user_id else []
+        if self.config.item_id:
+            counted.append((self.first_item + torch.arange(self.num_items), item_I))
+        for side, times_R in ((self.user, user_U), (self.item, item_I)):
+            if side is not None:
+                code_RC = side.codes(torch.arange(len(times_R), device=self.taught_I.device))
+                counted.append((code_RC.cpu(), times_R.unsqueeze(1).expand(-1, code_RC.shape[1])))
+        if self.context is not None and self._moments is not None:
+            code_EC = self._moments.code_RC + self.context.first_code
+            counted.append((code_EC, torch.ones_like(code_EC)))
+        times_V = torch.zeros(self.num_codes)
+        for code, times in counted:
+            times_V.index_add_(0, code.flatten(), times.flatten().float())
+        return times_V
+
+    def _user_codes(self, queries: Queries, *, drops: bool = False) -> Int64[Tensor, "B S"]:
         user_B, codes = queries.user_B, []
         if self.config.user_id:
             has_B = user_B >= 0
             if self.num_users:
                 has_B &= self.taught_U[user_B]
-            if self._drops and self.user is not None:
+            if drops and self._drops and self.user is not None:
                 has_B &= self._kept_ids(user_B)
             codes.append((user_B + 1).where(has_B, 0).unsqueeze(1))
         if self.user is not None:

@@ -111,7 +111,7 @@ class SideFields(nn.Module):
             row_R = (is_needed.cumsum(0) - 1)[row_R]
         else:
             table_RX = self._kept()
-        return F.embedding(row_R, table_RX).view(len(row_R), -1, self.width)
+        return F.embedding(row_R, table_RX).view(len(row_R), self.num_others, self.width)
 
     def train(self, mode: bool = True) -> "SideFields":  # noqa: FBT001, FBT002 - torch's signature
         """Forget what was worked out from other weights."""

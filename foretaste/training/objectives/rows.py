@@ -15,7 +15,7 @@ from foretaste.config import Config
 from foretaste.data.batch import RowBatch
 from foretaste.data.tasks import LabelScale, Task
 from foretaste.losses.multitask import task_loss, uncertain_terms
-from foretaste.models.interface import Ranker
+from foretaste.models.interface import Penalised, Ranker
 
 USUAL_NEGATIVES = 4
 """Drawn for each row where the data hold only what happened, as He et al. 2017 do."""
@@ -74,8 +74,15 @@ class LabelledRows(nn.Module):
         )
 
     def forward(self, model: Ranker, batch: RowBatch) -> Float[Tensor, ""]:
-        outputs = model(batch.queries, batch.item_BC)
-        losses = self.losses(outputs, batch.label_BCT)
+        loss = self._of_labels(model(batch.queries, batch.item_BC), batch.label_BCT)
+        if isinstance(model, Penalised):
+            loss = loss + model.penalty(batch.queries, batch.item_BC)
+        return loss
+
+    def _of_labels(
+        self, outputs: Mapping[str, Tensor], label_BCT: Float[Tensor, "B C T"]
+    ) -> Float[Tensor, ""]:
+        losses = self.losses(outputs, label_BCT)
         if not losses:
             return torch.stack([output.sum() for output in outputs.values()]).sum() * 0.0
         places = [place for place, task in enumerate(self.tasks) if task.name in losses]

@@ -1,0 +1,195 @@
+r"""DeepFM, a ranker and a catalogue scorer: first order, pairs of fields, and a deep network.
+
+.. math:: s = w_0 + \sum_i w_i x_i + \sum_{i<j} \langle v_i, v_j \rangle x_i x_j + DNN([v_1 x_1; …])
+
+All three parts share the vectors v; w stands beside them, so that one look-up serves all. Pairs
+are summed in O(kn): :math:`\frac{1}{2} (|\sum_i v_i x_i|^2 - \sum_i |v_i x_i|^2)`, and what of it
+concerns the query alone, or the item alone, is worked out once. `linear`, `fm` and `deep` leave
+parts out: logistic regression is the first alone, a factorisation machine the first two.
+
+Guo et al., "DeepFM: A Factorization-Machine based Neural Network for CTR Prediction", IJCAI 2017,
+https://arxiv.org/abs/1703.04247; Rendle, "Factorization Machines", ICDM 2010,
+https://doi.org/10.1109/ICDM.2010.127
+
+Departures: a field of several values is the mean of them; a number has a constant vector beside
+the one that it multiplies; a user whom training never saw is answered by regression on their
+history (`FoldIn`).
+
+Shape legend: B queries, A rows of items (B or 1), C items of each, Q fields of a query, G fields
+of an item, F some fields, D width, W width of a field: D, and 1 more with `linear`.
+"""
+
+from typing import Literal, final
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from pydantic import Field, PositiveInt, model_validator
+from torch import Tensor, nn
+
+from foretaste.data.batch import Queries
+from foretaste.data.features import Features
+from foretaste.data.interactions import Interactions
+from foretaste.data.pairs import Reads
+from foretaste.data.tasks import Task
+from foretaste.models.layers.heads import Heads, score_in_blocks
+from foretaste.models.layers.pair_mlp import PairMLP, pair_dot
+from foretaste.models.layers.row_fields import RowFields, RowFieldsConfig, RowParts
+
+_BLOCK_PAIRS = 2**16
+
+
+class DeepFMConfig(RowFieldsConfig):
+    """Settings of DeepFM."""
+
+    kind: Literal["deepfm"] = "deepfm"
+    task: Task = Task(name="click")
+    """What is predicted."""
+    linear: bool = True
+    """Whether the first-order part takes part."""
+    fm: bool = True
+    """Whether pairs of fields do."""
+    deep: bool = True
+    """Whether the deep network does."""
+    hidden: tuple[PositiveInt, ...] = (128, 128, 128)
+    """Widths of its hidden layers."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of values dropped after each of them."""
+    batch_norm: bool = False
+    """Whether each is normalised over the batch."""
+
+    @model_validator(mode="after")
+    def _has_a_part(self) -> "DeepFMConfig":
+        if not (self.linear or self.fm or self.deep):
+            raise ValueError("linear, fm and deep are all off: nothing is left to predict with")
+        return self
+
+
+@final
+class DeepFM(nn.Module):
+    """The network: fields, and up to three parts over them."""
+
+    def __init__(
+        self,
+        config: DeepFMConfig,
+        *,
+        num_users: int,
+        num_items: int,
+        features: Features | None = None,
+    ) -> None:
+        """Make untrained weights.
+
+        Args:
+            config: The settings.
+            num_users: Users that training knows, 0 or more.
+            num_items: Items of the catalogue, 1 or more.
+            features: What else is known of them, and of moments.
+
+        Raises:
+            ConfigError: There is nothing to tell an item by.
+            TooLargeError: A table would not fit in memory.
+        """
+        super().__init__()
+        self.config, self.tasks, self.max_len = config, (config.task,), 0
+        self.reads: Reads = "nothing"
+        self.width = config.embedding_dim if config.fm or config.deep else 0
+        self.fields = RowFields(
+            config,
+            num_users=num_users,
+            num_items=num_items,
+            features=features,
+            width=self.width + config.linear,
+        )
+        self.bias = nn.Parameter(torch.zeros(()))
+        self.mlp = (
+            PairMLP(
+                self.fields.num_query_fields * self.width,
+                self.fields.num_item_fields * self.width,
+                config.hidden,
+                1,
+                dropout=config.dropout,
+                batch_norm=config.batch_norm,
+            )
+            if config.deep
+            else None
+        )
+        self.heads = Heads(self.tasks)
+
+    def forward(self, queries: Queries, item_BC: Int64[Tensor, "B C"]) -> dict[str, Tensor]:
+        """Return what the task learns from."""
+        outputs: dict[str, Tensor] = self.heads(self._raw(*self._parts(queries, item_BC)))
+        return outputs
+
+    def predict(
+        self, queries: Queries, item_BC: Int64[Tensor, "B C"]
+    ) -> dict[str, Float[Tensor, "B C"]]:
+        """Return the task's prediction."""
+        return self.heads.predict(self._raw(*self._parts(queries, item_BC)))
+
+    def score(self, queries: Queries) -> Float[Tensor, "B I"]:
+        """Return every item's score, some items at a time."""
+        query_BQW = self.fields.query(queries)
+        return score_in_blocks(
+            lambda item_1C: self.heads.rank(self._raw(query_BQW, self.fields.items(item_1C))),
+            num_queries=len(queries),
+            item_I=self.fields.item_I,
+            block_pairs=_BLOCK_PAIRS,
+        )
+
+    def penalty(self, queries: Queries, item_BC: Int64[Tensor, "B C"]) -> Float[Tensor, ""]:
+        """Return what the batch's vectors add to the loss for being long."""
+        return self.fields.penalty(queries, item_BC)
+
+    def placed_I(self) -> Bool[Tensor, " I"]:
+        """Return which items have a feature that says something."""
+        return self.fields.placed_I()
+
+    @property
+    def reads_profiles(self) -> bool:
+        """Whether users' features are read."""
+        return self.fields.reads_profiles
+
+    def begin(self, events: Interactions) -> None:
+        """Take from the training events who has one, and where their labels lie."""
+        self.fields.begin(events)
+        self.heads.begin(events)
+
+    def finish(self, events: Interactions) -> None:
+        """Learn how to answer users whom training never saw."""
+        self.fields.finish(events)
+
+    def _parts(self, queries: Queries, item_BC: Tensor) -> tuple[Tensor, Tensor]:
+        parts: RowParts = self.fields(queries, item_BC)
+        return parts.query_BQW, parts.item_ACGW
+
+    def _raw(
+        self, query_BQW: Float[Tensor, "B Q W"], item_ACGW: Float[Tensor, "A C G W"]
+    ) -> dict[str, Float[Tensor, "B C"]]:
+        query_BQD, item_ACGD = query_BQW[..., : self.width], item_ACGW[..., : self.width]
+        raw_BC: Tensor = self.bias
+        if self.config.linear:
+            first_B1 = query_BQW[..., self.width].sum(dim=1, keepdim=True)
+            raw_BC = raw_BC + first_B1 + item_ACGW[..., self.width].sum(dim=2)
+        if self.config.fm:
+            raw_BC = raw_BC + pairs_of_fields(query_BQD, item_ACGD)
+        if self.mlp is not None:
+            deep_BC1: Tensor = self.mlp(query_BQD.flatten(1), item_ACGD.flatten(2))
+            raw_BC = raw_BC + deep_BC1.squeeze(2)
+        return {self.tasks[0].name: raw_BC}
+
+
+def pairs_of_fields(
+    query_BQD: Float[Tensor, "B Q D"], item_ACGD: Float[Tensor, "A C G D"]
+) -> Float[Tensor, "B C"]:
+    """Return the sum of the dot products of all pairs of fields of a query and an item."""
+    of_query_BD, within_B = _within(query_BQD)
+    of_item_ACD, within_AC = _within(item_ACGD)
+    return within_B.unsqueeze(1) + within_AC + pair_dot(of_query_BD, of_item_ACD)
+
+
+def _within(
+    field_XFD: Float[Tensor, "*X F D"],
+) -> tuple[Float[Tensor, "*X D"], Float[Tensor, "*X"]]:
+    """Return the sum of fields, and the sum of the dot products of all pairs of them."""
+    sum_XD = field_XFD.sum(dim=-2)
+    squares_X = sum_XD.square().sum(dim=-1) - field_XFD.square().sum(dim=(-2, -1))
+    return sum_XD, squares_X / 2
