@@ -49,14 +49,14 @@ if TYPE_CHECKING:
         SourceError,
         TooLargeError,
     )
-    from foretaste.evaluation.calibrate import fit_calibration
     from foretaste.evaluation.compare import Comparison, compare
     from foretaste.evaluation.compare_rows import compare_rows
     from foretaste.evaluation.protocol import evaluate
     from foretaste.evaluation.reliability_picture import reliability_svg
     from foretaste.evaluation.report import Report
+    from foretaste.evaluation.reports import Reports
     from foretaste.evaluation.rows import evaluate_rows
-    from foretaste.evaluation.rows_report import RowsReport
+    from foretaste.evaluation.rows_report import RowsReport, calibrate
     from foretaste.evaluation.sampled import SampledNegatives
     from foretaste.experiment.compare_families import family_recipes
     from foretaste.experiment.compare_models import compare_models, read_recipes
@@ -161,6 +161,7 @@ __all__ = [
     "Recommendation",
     "Recommender",
     "Report",
+    "Reports",
     "Rows",
     "RowsConfig",
     "RowsReport",
@@ -187,6 +188,7 @@ __all__ = [
     "audit_events",
     "audit_split",
     "build_recommender",
+    "calibrate",
     "cold_items_split",
     "compare",
     "compare_models",
@@ -196,7 +198,6 @@ __all__ = [
     "evaluate_split",
     "family_recipes",
     "fit",
-    "fit_calibration",
     "fit_features",
     "get_dataset",
     "given_split",
@@ -280,6 +281,7 @@ _HOME = {
     "Recommendation": "serving.recommender",
     "Recommender": "serving.recommender",
     "Report": "evaluation.report",
+    "Reports": "evaluation.reports",
     "Rows": "data.rows",
     "RowsConfig": "training.objectives.rows",
     "RowsReport": "evaluation.rows_report",
@@ -305,6 +307,7 @@ _HOME = {
     "audit_events": "data.audit",
     "audit_split": "data.audit",
     "build_recommender": "serving.recommender",
+    "calibrate": "evaluation.rows_report",
     "cold_items_split": "data.splitting",
     "compare": "evaluation.compare",
     "compare_models": "experiment.compare_models",
@@ -314,7 +317,6 @@ _HOME = {
     "evaluate_split": "experiment.run",
     "family_recipes": "experiment.compare_families",
     "fit": "experiment.fit",
-    "fit_calibration": "evaluation.calibrate",
     "fit_features": "data.features",
     "get_dataset": "data.sources.load",
     "given_split": "data.splitting",

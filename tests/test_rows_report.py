@@ -14,7 +14,7 @@ from sklearn.metrics import roc_auc_score
 from foretaste.data.tasks import Task
 from foretaste.errors import ConfigError, DataError, NonFiniteError
 from foretaste.evaluation.bootstrap import bootstrap_intervals
-from foretaste.evaluation.calibrate import (
+from foretaste.evaluation.calibration import (
     IsotonicCalibration,
     PlattCalibration,
     calibrated,

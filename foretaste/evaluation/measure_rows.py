@@ -12,7 +12,7 @@ from jaxtyping import Float64, Int64
 from foretaste.data.tasks import Task
 from foretaste.errors import ConfigError, DataError, NonFiniteError
 from foretaste.evaluation.bootstrap import percentile_interval
-from foretaste.evaluation.calibrate import Calibration, calibrated
+from foretaste.evaluation.calibration import Calibration, calibrated
 from foretaste.evaluation.metrics.calibration import NUM_BINS, Reliability, reliability
 from foretaste.evaluation.row_metrics import TaskRows, Weighed, point_values, resampled
 from foretaste.evaluation.rows_report import RowsReport, metric_name

@@ -17,7 +17,7 @@ from foretaste.data.parts import TEST, TRAIN, VALIDATION
 from foretaste.data.rows import PartName, Rows, rows_of
 from foretaste.data.splits import Split
 from foretaste.errors import ConfigError
-from foretaste.evaluation.calibrate import Calibration
+from foretaste.evaluation.calibration import Calibration
 from foretaste.evaluation.measure_rows import Predicted, measure_rows
 from foretaste.evaluation.rows_report import RowsReport
 from foretaste.evaluation.sampled import SampledNegatives

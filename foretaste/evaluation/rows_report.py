@@ -16,7 +16,7 @@ from rich.console import Console
 from foretaste.data.tasks import Task
 from foretaste.errors import DataError
 from foretaste.evaluation.bootstrap import Interval
-from foretaste.evaluation.calibrate import Calibration
+from foretaste.evaluation.calibration import Calibration, Method, fit_calibration
 from foretaste.evaluation.metrics.calibration import Reliability
 from foretaste.evaluation.report import console_table, markdown_table
 from foretaste.evaluation.row_metrics import TaskRows
@@ -195,6 +195,25 @@ class RowsReport:
         if name not in self.intervals:
             return value
         return "{} [{:.4f}, {:.4f}]".format(value, *self.intervals[name])
+
+
+def calibrate(report: RowsReport, method: Method) -> dict[str, Calibration]:
+    """Fit the probabilities of every binary task that has labels of both classes, by its name.
+
+    Args:
+        report: Of rows that training did not see, such as validation's; not of those on which the
+            effect is to be shown.
+        method: "platt" or "isotonic".
+
+    Raises:
+        DataError: The report was kept without its rows.
+    """
+    found: dict[str, Calibration] = {}
+    for task in report.tasks:
+        if task.kind == "binary" and report.name("auc", task.name) in report.metrics:
+            rows = report.rows(task.name)
+            found[task.name] = fit_calibration(method, rows.label_N, rows.prediction_N)
+    return found
 
 
 def metric_name(metric: str, task: str, tasks: tuple[Task, ...], suffix: str) -> str:

@@ -163,6 +163,8 @@ def _attempt(
         say(f"training {name}" + ("" if share is None else f" for at most {share:.0f} s"))
     try:
         run = run_experiment(config, split, show=say is not None, max_seconds=share)
+        if run.report.lists is None:
+            raise ConfigError("evaluation.catalogue is false: models are compared by their lists")
         recommender = to_recommender(run.trained, run.report)
         recommender.save(bundle)
         return _Measured(
@@ -171,7 +173,7 @@ def _attempt(
             train_seconds=run.trained.train_seconds,
             ended=str(run.trained.log.get("stopped", "")),
             settings=run.trained.settings,
-            report=run.report,
+            report=run.report.lists,
             bundle=bundle,
             bundle_bytes=sum(file.stat().st_size for file in bundle.rglob("*") if file.is_file()),
             answer_ms=_answer_ms(recommender, k=max(config.evaluation.k)),

@@ -1,5 +1,6 @@
 """What is inside a bundle, for a person or a script."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,10 +55,17 @@ def inspect_bundle(path: Path) -> BundleContents:
     bundle = read_bundle(path)
     manifest = read_manifest(path)
     report = bundle.report or {}
-    metrics = report.get("metrics")
+    metrics = metrics_in(report)
     return BundleContents(
         manifest=manifest,
         parameters=sum(value.numel() for value in bundle.trained.model.parameters()),
         size=sum(entry.size for entry in manifest.files.values()),
-        metrics=dict(metrics) if isinstance(metrics, dict) else {},
+        metrics=metrics,
     )
+
+
+def metrics_in(report: Mapping[str, object]) -> dict[str, float]:
+    """Return the figures of a stored report, those of its part about rows included."""
+    own, rows = report.get("metrics"), report.get("rows")
+    inner = metrics_in(rows) if isinstance(rows, Mapping) else {}
+    return {**own, **inner} if isinstance(own, dict) else inner

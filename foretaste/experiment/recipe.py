@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
-from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from foretaste.config import Config
 from foretaste.data.columns import TimestampUnit
@@ -91,6 +91,19 @@ class EvaluationConfig(Config):
     """Above 0, targets are ranked among so many sampled items only, and metrics are named so."""
     sampled_by: Literal["listed", "uniform", "popularity"] = "uniform"
     """Where they come from: the data's own list, or drawn alike, or in favour of the popular."""
+    catalogue: bool = True
+    """Whether lists over the catalogue are measured; with one item only, they never are."""
+    rows: bool = True
+    """Of a ranker: whether its predictions of labelled rows are measured."""
+    calibration: Literal["platt", "isotonic"] | None = None
+    """Of a ranker: what is fitted to the probabilities of validation's rows, if anything; its
+    effect on those of the test stands beside the plain figures."""
+
+    @model_validator(mode="after")
+    def _measures_something(self) -> "EvaluationConfig":
+        if not (self.catalogue or self.rows):
+            raise ValueError("neither catalogue nor rows is measured: set one to true")
+        return self
 
 
 class RangeConfig(Config):

@@ -9,16 +9,22 @@ from pathlib import Path
 
 from foretaste.data.interactions import Interactions
 from foretaste.data.reading import read_interactions
+from foretaste.data.rows import happened_split
 from foretaste.data.sources.load import get_dataset
 from foretaste.data.split_config import make_split
 from foretaste.data.splits import Split
 from foretaste.data.store import open_store
 from foretaste.errors import ConfigError
+from foretaste.evaluation.calibration import Calibration
 from foretaste.evaluation.protocol import evaluate
 from foretaste.evaluation.report import Report
+from foretaste.evaluation.reports import Reports
+from foretaste.evaluation.rows import evaluate_rows, ranker_of, rows_settings
+from foretaste.evaluation.rows_report import RowsReport, calibrate
 from foretaste.evaluation.sampled import SampledNegatives
 from foretaste.experiment.fit import fit
 from foretaste.experiment.recipe import (
+    EvaluationConfig,
     ExperimentConfig,
     FileData,
     PublicData,
@@ -26,6 +32,7 @@ from foretaste.experiment.recipe import (
     parse_settings,
 )
 from foretaste.experiment.tracking import Tracker, TrackerKind, open_tracker
+from foretaste.models.interface import Ranker
 from foretaste.serving.recommender import Recommender, build_recommender
 from foretaste.training.fit import Epoch
 from foretaste.training.trained import Trained
@@ -36,14 +43,14 @@ class Run:
     """What a recipe gave."""
 
     trained: Trained
-    report: Report
+    report: Reports
     """Of the test part."""
     refitted: Trained | None = None
     """Trained with the validation events too, where the recipe asks for it."""
-    refitted_report: Report | None = None
+    refitted_report: Reports | None = None
 
     @property
-    def final(self) -> tuple[Trained, Report]:
+    def final(self) -> tuple[Trained, Reports]:
         """The model to serve and its report: the refitted one where there is one."""
         if self.refitted is None or self.refitted_report is None:
             return self.trained, self.report
@@ -126,20 +133,47 @@ def run_experiment(
     return Run(trained=trained, report=report, refitted=refitted, refitted_report=again)
 
 
-def evaluate_split(trained: Trained, config: ExperimentConfig, split: Split) -> Report:
-    """Report a model on the test part of a split, as a recipe says."""
-    asked = config.evaluation
-    sampled = SampledNegatives(num=asked.sampled_negatives, by=asked.sampled_by)
-    return evaluate(
-        trained,
-        split.test,
-        k=asked.k,
-        exclude_seen=asked.exclude_seen,
-        sampled=sampled if asked.sampled_negatives else None,
-    )
+def evaluate_split(trained: Trained, config: ExperimentConfig, split: Split) -> Reports:
+    """Report a model on the test part of a split, as a recipe says.
+
+    Raises:
+        ConfigError: A recipe asks for rows alone, and the model predicts none.
+    """
+    asked, is_ranker = config.evaluation, isinstance(trained.model, Ranker)
+    lists = rows = None
+    if asked.rows and is_ranker:
+        rows = _evaluate_rows(trained, asked, split)
+    if asked.catalogue and (split.events.num_items > 1 or rows is None):
+        sampled = SampledNegatives(num=asked.sampled_negatives, by=asked.sampled_by)
+        happened = happened_split(split, rows_settings(trained).positive) if is_ranker else split
+        lists = evaluate(
+            trained,
+            happened.test,
+            k=asked.k,
+            exclude_seen=asked.exclude_seen,
+            sampled=sampled if asked.sampled_negatives else None,
+        )
+    if lists is None and rows is None:
+        raise ConfigError(
+            f"evaluation.catalogue is false, and {type(trained.model).__name__} predicts no "
+            "labels of rows: set it to true"
+        )
+    return Reports(lists=lists, rows=rows)
 
 
-def to_recommender(trained: Trained, report: Report) -> Recommender:
+def _evaluate_rows(trained: Trained, asked: EvaluationConfig, split: Split) -> RowsReport:
+    draws = rows_settings(trained).num_negatives(ranker_of(trained).tasks) > 0
+    sampled = None
+    if draws and asked.sampled_negatives and asked.sampled_by != "listed":
+        sampled = SampledNegatives(num=asked.sampled_negatives, by=asked.sampled_by)
+    calibration: dict[str, Calibration] = {}
+    if asked.calibration is not None and len(split.validation):
+        fitted_to = evaluate_rows(trained, split, part="validation", sampled=sampled, resamples=0)
+        calibration = calibrate(fitted_to, asked.calibration)
+    return evaluate_rows(trained, split, sampled=sampled, calibration=calibration)
+
+
+def to_recommender(trained: Trained, report: Report | Reports) -> Recommender:
     """Index a model's items and keep its report, without each user's values, beside it."""
     return build_recommender(trained, report=json.loads(report.to_json(per_user=False)))
 

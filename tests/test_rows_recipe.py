@@ -1,0 +1,145 @@
+"""A recipe of a ranker: both kinds of report, calibration, and what is refused."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import foretaste as ft
+from foretaste.cli.main import run
+from foretaste.experiment.contents import metrics_in
+
+RECIPE = """
+[data]
+kind = "files"
+files = ["shown.csv"]
+timestamp = "time"
+columns = ["clicked"]
+
+[split]
+kind = "temporal"
+
+[model]
+kind = "gmf"
+factors = 4
+task = { name = "click", column = "clicked" }
+
+[objective]
+kind = "rows"
+positive = "clicked"
+
+[training]
+epochs = 3
+batch_events = 256
+learning_rate = 0.05
+warmup_steps = 0
+
+[evaluation]
+k = [5]
+calibration = "platt"
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a recipe and a log of what was shown: half of it of the user's own kind."""
+    place = tmp_path_factory.mktemp("shown")
+    draw = np.random.default_rng(0)
+    lines = ["user_id,item_id,time,clicked"]
+    for user in range(50):
+        for second in range(40):
+            item = int(draw.integers(20))
+            clicked = int(draw.random() < (0.8 if user % 2 == item % 2 else 0.1))
+            lines.append(f"{user},{item},{1_600_000_000 + 100 * second + user},{clicked}")
+    (place / "shown.csv").write_text("\n".join(lines))
+    (place / "run.toml").write_text(RECIPE)
+    return place
+
+
+@pytest.fixture(scope="module")
+def done(folder: Path) -> ft.Run:
+    config = ft.read_experiment(folder / "run.toml")
+    split = ft.read_split(config, data_dir=folder)
+    return ft.run_experiment(config, split, show=False)
+
+
+def test_a_ranker_s_run_reports_lists_and_rows(done: ft.Run) -> None:
+    report = done.report
+    assert report.lists is not None
+    assert report.rows is not None
+    assert set(report.metrics) == set(report.lists.metrics) | set(report.rows.metrics)
+    assert {"ndcg_at_5", "auc", "gauc", "log_loss", "ece", "ece_platt"} <= set(report.metrics)
+    assert report.intervals["auc"] == report.rows.intervals["auc"]
+    assert "NCF on test" in str(report)
+    assert "log_loss_platt" in str(report)
+    # Lists must find what was clicked; what was only shown is no target.
+    clicked = report.rows.label_NT.sum()
+    assert report.lists.counts["targets"] + report.lists.counts["repeated_targets"] == clicked
+    written = json.loads(report.to_json(per_user=False))
+    assert written["rows"]["metrics"] == dict(report.rows.metrics)
+    assert written["rows"]["label"] == []
+    assert metrics_in(written) == dict(report.metrics)
+
+
+def test_the_record_holds_the_figures_of_both(done: ft.Run, folder: Path) -> None:
+    record = ft.record_run(done, ft.read_experiment(folder / "run.toml"), recipe="run")
+    assert record["metrics"] == dict(done.report.metrics)
+    json.dumps(record, allow_nan=False)
+
+
+def test_the_calibration_was_fitted_to_validation_alone(done: ft.Run, folder: Path) -> None:
+    config = ft.read_experiment(folder / "run.toml")
+    split = ft.read_split(config, data_dir=folder)
+    validation = ft.evaluate_rows(done.trained, split, part="validation", resamples=0)
+    assert done.report.rows is not None
+    assert done.report.rows.calibration == ft.calibrate(validation, "platt")
+
+
+@pytest.mark.parametrize(
+    ("override", "has_lists", "has_rows"),
+    [("evaluation.catalogue=false", False, True), ("evaluation.rows=false", True, False)],
+)
+def test_either_report_can_be_left_out(
+    done: ft.Run, folder: Path, override: str, *, has_lists: bool, has_rows: bool
+) -> None:
+    config = ft.read_experiment(folder / "run.toml", overrides=[override])
+    report = ft.evaluate_split(done.trained, config, ft.read_split(config, data_dir=folder))
+    assert (report.lists is not None, report.rows is not None) == (has_lists, has_rows)
+    assert metrics_in(json.loads(report.to_json())) == dict(report.metrics)
+
+
+def test_a_recipe_that_measures_nothing_is_refused(folder: Path) -> None:
+    with pytest.raises(ft.ConfigError, match="neither catalogue nor rows is measured"):
+        ft.read_experiment(
+            folder / "run.toml", overrides=["evaluation.rows=false", "evaluation.catalogue=false"]
+        )
+    config = ft.read_experiment(
+        folder / "run.toml",
+        overrides=[
+            'model={ kind = "popularity" }',
+            "objective=none",
+            "evaluation.catalogue=false",
+        ],
+    )
+    with pytest.raises(ft.ConfigError, match="Popularity predicts no labels of rows"):
+        ft.run_experiment(config, ft.read_split(config, data_dir=folder), show=False)
+
+
+def test_the_command_line_fits_and_measures_a_ranker(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = tmp_path / "bundle"
+    recipe = str(folder / "run.toml")
+    where = ["--data-dir", str(folder), "--json"]
+    with pytest.raises(SystemExit) as end:
+        run(["fit", recipe, "--out", str(bundle), *where])
+    assert end.value.code == 0
+    fitted = json.loads(capsys.readouterr().out)
+    with pytest.raises(SystemExit) as end:
+        run(["evaluate", str(bundle), *where])
+    assert end.value.code == 0
+    measured = json.loads(capsys.readouterr().out)
+    for name, value in metrics_in(fitted).items():
+        assert metrics_in(measured)[name] == pytest.approx(value, abs=1e-6), name
+    assert ft.inspect_bundle(bundle).metrics == metrics_in(fitted)
