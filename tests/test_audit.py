@@ -1,6 +1,6 @@
 """The audit: every planted leak is found, and clean data raise no alarm."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -8,7 +8,7 @@ import polars as pl
 import pytest
 from scipy import stats
 
-from foretaste.data.association import explained_share, rank_correlation
+from foretaste.data.association import explained_share, rank_correlation, separation
 from foretaste.data.audit import audit_events, audit_split
 from foretaste.data.finding import Finding
 from foretaste.data.interactions import Interactions
@@ -16,6 +16,7 @@ from foretaste.data.parts import TEST, TRAIN, VALIDATION
 from foretaste.data.splits import Split
 from foretaste.data.splitting import leave_last_split, random_split, temporal_split
 from foretaste.data.vocabulary import Vocabulary
+from foretaste.errors import ConfigError
 
 NUM_USERS, NUM_ITEMS, DAY_S = 120, 80, 86_400
 
@@ -188,6 +189,85 @@ def test_a_column_that_is_the_label_in_disguise_is_found(kind: str) -> None:
         columns["rating"] = (rating > 3).astype(np.float32)
     found = the(audit_events(clean(**columns)), "column_tells_label")
     assert "'seen'" in found.sentence
+
+
+# --- labels of tasks -------------------------------------------------------------------------
+
+
+def told(**context: Callable[[np.ndarray], object]) -> Interactions:
+    """Clicks and minutes watched, in a context that knows nothing of them but what is given."""
+    events, draw = clean(), np.random.default_rng(5)
+    click = (draw.random(len(events)) < 0.3).astype(np.int64)
+    minutes = np.where(click == 1, draw.exponential(20, len(events)), np.nan)
+    frame = pl.DataFrame(
+        {
+            "hour": draw.integers(0, 24, len(events)),
+            "place": draw.choice(["a", "b"], len(events)),
+            **{name: make(click) for name, make in context.items()},
+        }
+    )
+    return replace(events, columns={"click": click, "minutes": minutes}, context=frame)
+
+
+def test_a_context_that_knows_nothing_of_the_labels_raises_no_alarm() -> None:
+    # the minutes of what was not clicked are missing, but one label is no feature of another
+    assert "column_tells_label" not in whats(audit_events(told()))
+
+
+@pytest.mark.parametrize(
+    "disguise",
+    [
+        lambda click: np.array(["no", "yes"])[click],
+        lambda click: [None if clicked else "shown" for clicked in click],
+        lambda click: click * np.random.default_rng(0).exponential(20, len(click)),
+        lambda click: pl.Series(click).cast(pl.Datetime("us")),
+    ],
+    ids=["another text", "absence", "a quantity that only clicks have", "a time"],
+)
+def test_a_context_that_tells_the_label_is_named(
+    disguise: Callable[[np.ndarray], object],
+) -> None:
+    found = [f for f in audit_events(told(after=disguise)) if f.what == "column_tells_label"]
+    assert any("context 'after' tells 'click'" in f.sentence for f in found)
+    assert {f.severity for f in found} == {"leak"}
+    assert not any("'hour'" in f.sentence or "'place'" in f.sentence for f in found)
+
+
+def test_a_feature_of_items_that_tells_the_label_is_named() -> None:
+    events = clean()
+    good_I = np.random.default_rng(1).random(NUM_ITEMS) < 0.5
+    table = pl.DataFrame(
+        {"shelf": np.where(good_I, "sold", "left"), "title": [str(n) for n in good_I.cumsum()]}
+    )
+    events = replace(
+        events, columns={"label": good_I[events.item_idx].astype(np.int64)}, item_table=table
+    )
+    sentences = [f.sentence for f in audit_events(events) if f.what == "column_tells_label"]
+    assert len(sentences) == 1
+    assert sentences[0].startswith("item feature 'shelf' tells 'label' (100.0% of it)")
+
+
+def test_labels_may_be_named_and_the_others_are_then_looked_at() -> None:
+    events = told()
+    found = audit_events(events, labels=["click"])
+    assert "column 'minutes' tells 'click'" in the(found, "column_tells_label").sentence
+    with pytest.raises(ConfigError, match=r"no column 'clicks'.*did you mean 'click'"):
+        audit_events(events, labels=["clicks"])
+    with pytest.raises(ConfigError, match="no column 'x'"):
+        audit_split(temporal_split(events), labels=["x"])
+
+
+def test_separation_is_one_for_what_parts_the_label_and_none_for_chance() -> None:
+    # against counting the pairs that are in order, ties half
+    x = np.concatenate([np.arange(10), np.arange(5, 15)]).astype(np.float64)
+    label = np.repeat([0, 1], 10)
+    pairs = (x[10:, None] > x[:10]).sum() + 0.5 * (x[10:, None] == x[:10]).sum()
+    assert separation(x, label) == pytest.approx(2 * pairs / 100 - 1)
+    assert separation(-x, label) == pytest.approx(2 * pairs / 100 - 1)
+    assert separation(np.arange(20), label) == 1
+    assert separation(np.arange(19), label[:19]) == 0
+    assert separation(np.ones(20), label) == 0
+    assert separation(np.arange(20), np.arange(20) % 3) == 0
 
 
 # --- ids -------------------------------------------------------------------------------------

@@ -259,6 +259,21 @@ def test_fractions_of_a_second_decide_the_order() -> None:
 
 
 @pytest.mark.parametrize(
+    ("time", "unit", "coarser"),
+    [(NOW, "ms", "s"), (NOW, "ns", "s"), (NOW * 1_000, "us", "ms"), (NOW * 10**6, "ns", "us")],
+)
+def test_seconds_given_as_finer_units_are_refused_with_the_mend(
+    time: int, unit: str, coarser: str
+) -> None:
+    frame = pl.DataFrame({"user_id": [1, 1], "item_id": [2, 3], "time": [time, time + 5]})
+    with pytest.raises(DataError, match=f'before 1990 in {unit}.*timestamp_unit="{coarser}"'):
+        read_interactions(frame, timestamp="time", timestamp_unit=unit)  # type: ignore[arg-type]
+    # the first second of 1970 may be meant: no unit makes sense of both
+    toy = frame.with_columns(time=pl.Series([0, time]))
+    assert len(read_interactions(toy, timestamp="time", timestamp_unit=unit)) == 2  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
     ("times", "message"),
     [
         ([1, -5], r"row 2: -5 is a negative time"),

@@ -42,5 +42,22 @@ def explained_share(group_N: Shaped[np.ndarray, " N"], value_N: Shaped[np.ndarra
     return 1 - (within / (len(value_N) - num_groups)) / (total / (len(value_N) - 1))
 
 
+def separation(x_N: Shaped[np.ndarray, " N"], label_N: Shaped[np.ndarray, " N"]) -> float:
+    r"""Return how well a number parts the two values of a label: :math:`|2\,\mathrm{AUC} - 1|`.
+
+    0 for chance, 1 where one value always stands above the other; 0 for fewer than 20 rows, or a
+    label of other than two values. Rows in which either is not finite are left out.
+    """
+    x_N, label_N = x_N.astype(np.float64), label_N.astype(np.float64)
+    both = np.isfinite(x_N) & np.isfinite(label_N)
+    values = np.unique(label_N[both])
+    if both.sum() < _MIN_ROWS or len(values) != 2:
+        return 0.0
+    rank_N, high_N = _ranks(x_N[both]), label_N[both] == values[1]
+    num_high, num_low = int(high_N.sum()), int((~high_N).sum())
+    above = rank_N[high_N].sum() - num_high * (num_high + 1) / 2
+    return float(abs(2 * above / (num_high * num_low) - 1))
+
+
 def _ranks(x_N: Float64[np.ndarray, " N"]) -> Float64[np.ndarray, " N"]:
     return pl.Series(x_N).rank("average").to_numpy().astype(np.float64)

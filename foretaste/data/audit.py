@@ -5,13 +5,14 @@ Each finding counts what it saw; no finding means that nothing of the kind was s
 Shape legend: E events.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from jaxtyping import Bool
 
-from foretaste.data.audit_features import columns_that_tell, features_of_the_future
+from foretaste.data.audit_features import features_of_the_future
 from foretaste.data.audit_ids import ids_in_order, ids_that_tell
+from foretaste.data.audit_labels import columns_that_tell, label_names
 from foretaste.data.audit_pairs import pairs_across_parts, repeats
 from foretaste.data.finding import Finding, worst_first
 from foretaste.data.interactions import Interactions
@@ -23,21 +24,44 @@ _DAY_S = 86_400
 _CROWD = 100  # events that one second or one day of an item needs to be noticed
 
 
-def audit_events(events: Interactions) -> tuple[Finding, ...]:
-    """Look at a table before it is split; leaks first, then warnings, then notes."""
+def audit_events(events: Interactions, *, labels: Sequence[str] = ()) -> tuple[Finding, ...]:
+    """Look at a table before it is split; leaks first, then warnings, then notes.
+
+    Args:
+        events: Any.
+        labels: Columns that are to be predicted, which nothing may tell; none: all columns of
+            events with a context; else those called `label` or `rating`.
+
+    Raises:
+        ConfigError: A column of labels is not there.
+    """
+    names = label_names(events, labels)
     if not len(events):
         return ()
-    looked = (repeats, _heavy_user, _times, _spikes, columns_that_tell, features_of_the_future)
-    found = [finding for look in looked for finding in look(events)]
-    return worst_first([*found, *ids_that_tell(events), *ids_in_order(events)])
+    found = [
+        finding
+        for look in (repeats, _heavy_user, _times, _spikes, ids_in_order)
+        for finding in look(events)
+    ]
+    for look in (columns_that_tell, features_of_the_future, ids_that_tell):
+        found += look(events, names)
+    return worst_first(found)
 
 
-def audit_split(split: Split) -> tuple[Finding, ...]:
+def audit_split(split: Split, *, labels: Sequence[str] = ()) -> tuple[Finding, ...]:
     """Look at what training knows of the test; leaks first, then warnings, then notes.
 
     That test events are older than training is counted here for every split, also for those
     that are made so.
+
+    Args:
+        split: Any.
+        labels: Columns that are to be predicted; none: as for `audit_events`.
+
+    Raises:
+        ConfigError: A column of labels is not there.
     """
+    names = label_names(split.events, labels)
     if not len(split.events):
         return ()
     train_E, test_E = split.part_E == TRAIN, split.part_E == TEST
@@ -45,8 +69,8 @@ def audit_split(split: Split) -> tuple[Finding, ...]:
         [
             *pairs_across_parts(split),
             *_against_time(split.events, train_E, test_E),
-            *features_of_the_future(split.events, train_E),
-            *ids_that_tell(split.events, test_E),
+            *features_of_the_future(split.events, names, train_E),
+            *ids_that_tell(split.events, names, test_E),
         ]
     )
 

@@ -3,23 +3,19 @@
 Shape legend: E events, R rows of one side (users or items), N rows looked at.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import polars as pl
-from jaxtyping import Bool, Float64, Int32, Int64, Shaped
+from jaxtyping import Bool, Float64, Int32, Shaped
 
-from foretaste.data.association import explained_share, rank_correlation
+from foretaste.data.association import rank_correlation
+from foretaste.data.audit_labels import labels
 from foretaste.data.finding import Finding
 from foretaste.data.interactions import Interactions
 
-LABELS = ("label", "rating")
-"""Columns of an event that are to be predicted."""
-
 _SAME = 0.98  # rank correlation with a whole-period figure from which a feature is that figure
-_TELLS = 0.99  # share of a label that a column explains from which it is the label
-_LOOKED_AT = 200_000
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -51,20 +47,23 @@ def mean_of(side: Side, value_E: Shaped[np.ndarray, " E"]) -> Float64[np.ndarray
 
 
 def features_of_the_future(
-    events: Interactions, known_E: Bool[np.ndarray, " E"] | None = None
+    events: Interactions,
+    names: Sequence[str],
+    known_E: Bool[np.ndarray, " E"] | None = None,
 ) -> Iterator[Finding]:
     """Find features that equal, up to a growing function, a figure over all events.
 
     Args:
         events: With side tables or columns.
+        names: Columns that are labels.
         known_E: Events that were known when features were made, such as training; a feature
             that fits their figures as well or better was made from them, and is no leak. None:
             whatever fits is a warning, as nobody said what was known.
     """
     for side in sides(events):
-        whole = _figures(events, side, np.ones(len(events), dtype=bool))
-        part = {} if known_E is None else _figures(events, side, known_E)
-        for name, feature_R in _features(events, side):
+        whole = _figures(events, side, names, np.ones(len(events), dtype=bool))
+        part = {} if known_E is None else _figures(events, side, names, known_E)
+        for name, feature_R in _features(events, side, names):
             fits = {what: abs(rank_correlation(feature_R, whole[what])) for what in whole}
             what = max(fits, key=lambda key: fits[key])
             fit_of_part = abs(rank_correlation(feature_R, part[what])) if part else 0.0
@@ -80,57 +79,14 @@ def features_of_the_future(
                 )
 
 
-def columns_that_tell(events: Interactions) -> Iterator[Finding]:
-    """Find event columns that say what the label is, by their value or by being missing."""
-    rows_N = some_rows(len(events))
-    for label, label_N in labels(events, rows_N).items():
-        known_N = np.isfinite(label_N)
-        for name, column_E in events.columns.items():
-            if name in LABELS:
-                continue
-            share = _told(column_E[rows_N][known_N], label_N[known_N])
-            if share >= _TELLS:
-                yield Finding(
-                    severity="leak",
-                    what="column_tells_label",
-                    count=len(events),
-                    sentence=f"column {name!r} tells {label!r} ({share:.1%} of it): it cannot be "
-                    "known before; leave it out of the features",
-                )
-
-
-def some_rows(size: int) -> Int64[np.ndarray, " N"]:
-    """Return all rows, or 200,000 of them, evenly spread."""
-    return np.unique(np.linspace(0, size - 1, min(size, _LOOKED_AT)).astype(np.int64))
-
-
-def labels(
-    events: Interactions, rows_N: Int64[np.ndarray, " N"]
-) -> Mapping[str, Float64[np.ndarray, " N"]]:
-    """Return the numeric labels of some events, NaN where missing."""
-    return {
-        name: events.columns[name][rows_N].astype(np.float64)
-        for name in LABELS
-        if name in events.columns and events.columns[name].dtype.kind in "biuf"
-    }
-
-
-def _told(column_N: Shaped[np.ndarray, " N"], label_N: Float64[np.ndarray, " N"]) -> float:
-    if column_N.dtype.kind not in "biuf":
-        return explained_share(column_N.astype(str), label_N)
-    by_value = explained_share(column_N, label_N)
-    by_absence = explained_share(np.isnan(column_N.astype(np.float64)), label_N)
-    return max(by_value, by_absence, rank_correlation(column_N, label_N) ** 2)
-
-
 def _figures(
-    events: Interactions, side: Side, known_E: Bool[np.ndarray, " E"]
+    events: Interactions, side: Side, names: Sequence[str], known_E: Bool[np.ndarray, " E"]
 ) -> dict[str, Float64[np.ndarray, " R"]]:
     """Return what is only known when the period is over; NaN for rows without an event at all."""
     any_R = np.bincount(side.idx_E, minlength=side.size) > 0
     count_R = np.bincount(side.idx_E[known_E], minlength=side.size)
     figures = {"number of events": np.where(any_R, count_R, np.nan).astype(np.float64)}
-    for label, label_E in labels(events, np.arange(len(events))).items():
+    for label, label_E in labels(events, np.arange(len(events)), names).items():
         figures[f"mean {label}"] = mean_of(side, np.where(known_E, label_E, np.nan))
     if events.timestamp_s is not None:
         last_R = np.full(side.size, np.iinfo(np.int64).min)
@@ -139,14 +95,16 @@ def _figures(
     return figures
 
 
-def _features(events: Interactions, side: Side) -> Iterator[tuple[str, Float64[np.ndarray, " R"]]]:
+def _features(
+    events: Interactions, side: Side, names: Sequence[str]
+) -> Iterator[tuple[str, Float64[np.ndarray, " R"]]]:
     """Give the numeric columns of a side's table, and those of events that are fixed per row."""
     if side.table is not None:
         for column in side.table.iter_columns():
             if column.dtype.is_numeric():
                 yield column.name, column.cast(pl.Float64).fill_null(np.nan).to_numpy()
     for name, column_E in events.columns.items():
-        if name not in LABELS and column_E.dtype.kind in "biuf":
+        if name not in names and column_E.dtype.kind in "biuf":
             mean_R = mean_of(side, column_E)
             if np.allclose(mean_R[side.idx_E], column_E, equal_nan=True):
                 yield name, mean_R

@@ -3,14 +3,15 @@
 Shape legend: E events, R rows of one side (users or items).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import polars as pl
 from jaxtyping import Bool, Int64, Shaped
 
 from foretaste.data.association import explained_share, rank_correlation
-from foretaste.data.audit_features import labels, mean_of, sides, some_rows
+from foretaste.data.audit_features import mean_of, sides
+from foretaste.data.audit_labels import labels, some_rows
 from foretaste.data.finding import Finding
 from foretaste.data.interactions import Interactions
 from foretaste.data.vocabulary import Vocabulary
@@ -22,15 +23,16 @@ _BLOCKS = 20
 
 
 def ids_that_tell(
-    events: Interactions, test_E: Bool[np.ndarray, " E"] | None = None
+    events: Interactions, names: Sequence[str], test_E: Bool[np.ndarray, " E"] | None = None
 ) -> Iterator[Finding]:
     """Find ids whose order, first or last character tells the label, or which events are the test.
 
     Args:
         events: Any; those with label columns are looked at for these.
+        names: Columns that are labels.
         test_E: The test of a split, looked at instead of the labels. None: labels.
     """
-    values = labels(events, np.arange(len(events)))
+    values = labels(events, np.arange(len(events)), names)
     if test_E is not None:
         values = {"part of the split": test_E.astype(np.float64)}
     for side, vocabulary in zip(sides(events), (events.users, events.items), strict=True):

@@ -113,6 +113,7 @@ def _numbers_to_times(times: pl.Series, unit: TimestampUnit) -> Times:
     if low < 0 or high > _YEAR_2200_S * scale:
         outside = ((times < 0) | (times > _YEAR_2200_S * scale)).fill_null(value=False)
         raise DataError(_outside(times, outside, unit))
+    _refuse_coarser(times, low, high, unit)
     if times.dtype.is_float():
         if (times == times.round()).all():  # nulls pass
             times = times.cast(pl.Int64)
@@ -121,6 +122,22 @@ def _numbers_to_times(times: pl.Series, unit: TimestampUnit) -> Times:
             return Times(micros, 1_000_000)
     ticks = times.cast(pl.Int64)
     return Times(ticks // 1_000, 1_000_000) if unit == "ns" else Times(ticks, scale)
+
+
+def _refuse_coarser(
+    times: pl.Series, low: int | float, high: int | float, unit: TimestampUnit
+) -> None:
+    """Refuse times that all lie in the 1970s and 80s, and would not in a coarser unit."""
+    if high >= _YEAR_1990_S * _TICKS[unit]:
+        return
+    for coarser, scale in _TICKS.items():
+        if coarser == unit:
+            return
+        if low >= _YEAR_1990_S * scale and high <= _YEAR_2200_S * scale:
+            raise DataError(
+                f"column {times.name!r} lies before 1990 in {unit}, as {low:g} does, but is sane "
+                f'in {coarser}: say timestamp_unit="{coarser}"'
+            )
 
 
 def _parse_iso(times: pl.Series) -> Times:
