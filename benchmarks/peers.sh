@@ -30,7 +30,7 @@ make() {
     say "made $folder:"
   fi
   "$folder/bin/"$PIP list --format=freeze 2>/dev/null |
-    grep -iE '^(torch|torch[-_]geometric|numpy|scipy|pandas|rectools|pytorch-lightning|recbole)=' |
+    grep -iE '^(torch|torch[-_]geometric|numpy|scipy|pandas|rectools|pytorch-lightning|recbole|implicit)=' |
     sed 's/^/  /'
 }
 
@@ -54,9 +54,13 @@ pyg() {
   make pyg 'from torch_geometric.nn import LightGCN' 'torch==2.13.*' 'torch_geometric==2.*'
 }
 
-for peer in ${*:-rectools recbole pyg}; do
+implicit() {
+  make implicit 'from implicit.bpr import BayesianPersonalizedRanking' 'implicit==0.7.*' 'scipy<2'
+}
+
+for peer in ${*:-rectools recbole pyg implicit}; do
   case "$peer" in
-    rectools | recbole | pyg) "$peer" ;;
-    *) say "no peer is called $peer: rectools, recbole or pyg" >&2; exit 2 ;;
+    rectools | recbole | pyg | implicit) "$peer" ;;
+    *) say "no peer is called $peer: rectools, recbole, pyg or implicit" >&2; exit 2 ;;
   esac
 done
