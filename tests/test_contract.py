@@ -27,7 +27,14 @@ from foretaste.models.catalogue import ModelConfig, build_model
 from foretaste.models.deepfm import DeepFMConfig
 from foretaste.models.din import DINConfig
 from foretaste.models.ease import EASEConfig
-from foretaste.models.interface import Begins, ClosedForm, Finishes, PairModel, Ranker
+from foretaste.models.interface import (
+    Begins,
+    ClosedForm,
+    Finishes,
+    LearnsNewcomers,
+    PairModel,
+    Ranker,
+)
 from foretaste.models.item_knn import ItemKNNConfig
 from foretaste.models.lightgcn import LightGCNConfig
 from foretaste.models.mf import MFConfig
@@ -127,6 +134,8 @@ def learn_pairs(model: nn.Module, events: Interactions) -> None:
         ),
         objective=Pairs(PairsConfig(), events),
     ).run()
+    if isinstance(model, LearnsNewcomers):
+        model.learn_newcomers(events)
     if isinstance(model, Finishes):
         model.finish(events)
 

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 from pydantic import ValidationError
@@ -11,9 +12,18 @@ from torch import Tensor
 
 from foretaste.data.batch import Queries
 from foretaste.data.pairs import Reads, plan_pairs
+from foretaste.data.reading import read_interactions
+from foretaste.data.splitting import temporal_split
+from foretaste.evaluation.protocol import evaluate
+from foretaste.experiment.fit import fit
+from foretaste.models.catalogue import ModelConfig
 from foretaste.models.layers.fold_in import FoldIn
+from foretaste.models.lightgcn import LightGCNConfig
 from foretaste.models.mf import MF, MFConfig
+from foretaste.models.pinsage import PinSageConfig
+from foretaste.models.two_tower import TwoTowerConfig
 from foretaste.training.seeding import epoch_generator
+from foretaste.training.settings import TrainingConfig
 
 EVENTS = events_of(planted_histories(), num_items=40)
 
@@ -64,7 +74,7 @@ def test_the_regression_finds_the_function_that_users_follow() -> None:
     model = made()
     with torch.no_grad():
         weight_DD = linear_world(model)
-        model.finish(EVENTS)
+        model.learn_newcomers(EVENTS)
         torch.testing.assert_close(model.fold_in.weight_DD, weight_DD, rtol=0.03, atol=0.03)
         histories = [EVENTS.history(user).tolist() for user in range(5)]
         strangers = model.encode(Queries.of_histories(histories))
@@ -73,7 +83,7 @@ def test_the_regression_finds_the_function_that_users_follow() -> None:
 
 def test_a_known_user_is_their_own_vector_until_they_do_more() -> None:
     model = made()
-    model.finish(EVENTS)
+    model.learn_newcomers(EVENTS)
     history = EVENTS.history(3).tolist()
     same, more = model.encode(known([3, 3], [history, [*history, 30]]))
     assert torch.equal(same, model.users.weight[3])
@@ -86,7 +96,7 @@ def test_a_known_user_is_their_own_vector_until_they_do_more() -> None:
 
 def test_a_user_whose_past_is_forgotten_is_answered_by_what_is_left() -> None:
     model = made()
-    model.finish(EVENTS)
+    model.learn_newcomers(EVENTS)
     left = EVENTS.history(3).tolist()[-1:]
     assert torch.equal(model.encode(known([3], [left])), model.encode(Queries.of_histories([left])))
 
@@ -95,7 +105,7 @@ def test_users_without_training_events_are_strangers() -> None:
     events = events_of([*planted_histories(num_users=20), []], num_items=40)
     torch.manual_seed(0)
     model = MF(MFConfig(embedding_dim=8), num_users=21, num_items=40)
-    model.finish(events)
+    model.learn_newcomers(events)
     for history in ([], [1, 2]):
         stranger = model.encode(Queries.of_histories([history]))
         assert torch.equal(model.encode(known([20], [history])), stranger)
@@ -167,3 +177,31 @@ def test_the_same_epoch_and_batch_are_the_same_whenever_they_are_made() -> None:
 def test_settings_out_of_range_are_refused() -> None:
     with pytest.raises(ValidationError, match="temperature"):
         MFConfig(temperature=0)
+
+
+NEWCOMERS: tuple[ModelConfig, ...] = (
+    MFConfig(embedding_dim=8),
+    TwoTowerConfig(embedding_dim=8),
+    LightGCNConfig(embedding_dim=8),
+    PinSageConfig(embedding_dim=8, num_neighbours=4),
+)
+
+
+@pytest.mark.parametrize("config", NEWCOMERS, ids=lambda config: config.kind)
+@pytest.mark.parametrize("ema_decay", [0.0, 0.5])
+def test_what_is_validated_is_what_will_answer(config: ModelConfig, ema_decay: float) -> None:
+    # cut in time, so that half of the users come after training: before, they were validated by
+    # vectors that nobody taught
+    at = np.repeat(np.arange(60), 8) * 10 + np.tile(np.arange(8), 60)
+    item = np.concatenate([(u % 2 * 12 + (np.arange(8) * 5 + u) % 12) for u in range(60)])
+    table = pl.DataFrame({"user": np.repeat(np.arange(60), 8), "item": item, "at": at})
+    events = read_interactions(table, user="user", item="item", timestamp="at")
+    split = temporal_split(events, validation=0.3, test=0.2)
+    training = TrainingConfig(
+        epochs=3, batch_events=50, learning_rate=0.05, warmup_steps=0, ema_decay=ema_decay
+    )
+    trained = fit(config, split, training=training, show=False)
+    assert isinstance(trained.log["epochs"], list)
+    logged = trained.log["epochs"][trained.log["best_epoch"] - 1]["validation"]
+    report = evaluate(trained, split.validation, k=(10,), resamples=0)
+    assert logged == pytest.approx(report.metrics["ndcg_at_10"], abs=1e-9)

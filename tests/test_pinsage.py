@@ -222,6 +222,7 @@ def test_a_new_user_is_a_new_node() -> None:
 def test_a_known_user_is_their_own_vector_until_they_do_more() -> None:
     events = world()
     model = model_of(events)
+    model.begin(events)
     model.finish(events)
     model.eval()
     history = events.history(4).tolist()

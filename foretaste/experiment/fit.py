@@ -18,7 +18,7 @@ from foretaste.errors import DataError
 from foretaste.experiment.learning import make_learning, usual_objective
 from foretaste.experiment.validation import make_validation
 from foretaste.models.catalogue import ModelConfig, build_model
-from foretaste.models.interface import Begins, ClosedForm, Finishes
+from foretaste.models.interface import Begins, ClosedForm, Finishes, LearnsNewcomers
 from foretaste.models.lightgcn import LightGCNConfig
 from foretaste.models.neumf import NCF, NeuMFConfig
 from foretaste.models.pinsage import PinSageConfig
@@ -133,6 +133,8 @@ def fit(
             max_seconds=None if max_seconds is None else max_seconds / (1 + len(parts)),
             mine=mine,
         )
+    if isinstance(model, LearnsNewcomers):
+        model.learn_newcomers(events)
     if isinstance(model, Finishes):
         model.finish(events)
     model.eval()

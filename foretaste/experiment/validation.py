@@ -10,7 +10,7 @@ from foretaste.data.rows import happened_split
 from foretaste.data.splits import Split
 from foretaste.evaluation.protocol import evaluate
 from foretaste.evaluation.rows import evaluate_rows, rows_settings, rows_to_judge
-from foretaste.models.interface import Ranker
+from foretaste.models.interface import LearnsNewcomers, Ranker
 from foretaste.training.trained import Trained
 
 STOP_METRIC = "ndcg_at_10"
@@ -37,6 +37,8 @@ def make_validation(trained: Trained, split: Split) -> Callable[[nn.Module], flo
         return None
 
     def validate(model: nn.Module) -> float:
+        if isinstance(model, LearnsNewcomers):
+            model.learn_newcomers(trained.events)
         report = evaluate(replace(trained, model=model), holdout, k=(10,), resamples=0)
         return report.metrics[STOP_METRIC]
 

@@ -177,6 +177,19 @@ class Finishes(Protocol):
 
 
 @runtime_checkable
+class LearnsNewcomers(Protocol):
+    """Works out from its weights how to answer users whom training never saw.
+
+    It is quick and changes no weight that training reads, so it is done before each validation:
+    what is validated is what will answer.
+    """
+
+    def learn_newcomers(self, events: Interactions) -> None:
+        """Work it out anew; `events` are those of training."""
+        ...
+
+
+@runtime_checkable
 class ReadsProfiles(Protocol):
     """Answers a user of whom only features are known: `Queries.profile` holds them."""
 

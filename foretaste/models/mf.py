@@ -79,7 +79,7 @@ class MF(nn.Module):
         """Return every item's vector, its bias as a last column."""
         return self._item(self.items.weight, None if self.bias is None else self.bias.weight)
 
-    def finish(self, events: Interactions) -> None:
+    def learn_newcomers(self, events: Interactions) -> None:
         """Learn how to answer users whom training never saw."""
         self.fold_in.learn(events, self.users.weight, self.items.weight)
 

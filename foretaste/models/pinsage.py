@@ -249,12 +249,16 @@ class PinSage(nn.Module):
             h_RD = convolve.updated(h_RD, h_RD.new_zeros(len(h_RD), convolve.message_width))
         return self._item(h_RD)
 
-    def finish(self, events: Interactions) -> None:
-        """Work out and keep what answers need: every vector, and what items say to new users."""
-        self.vector_XD, self.message_KIH = self._generate()
+    def begin(self, events: Interactions) -> None:
+        """Note how many items each user has done, to tell whose vector answers."""
         pairs = torch.from_numpy(events.user_idx.astype(np.int64)) * self.num_items
         user_P = (pairs + torch.from_numpy(events.item_idx)).unique() // self.num_items
         self.num_items_U.copy_(torch.bincount(user_P, minlength=self.num_users))
+
+    def finish(self, events: Interactions) -> None:
+        """Work out and keep what answers need: every vector, and what items say to new users."""
+        del events  # `begin` has them
+        self.vector_XD, self.message_KIH = self._generate()
 
     def train(self, mode: bool = True) -> "PinSage":  # noqa: FBT001, FBT002  # torch's signature
         """Forget what was worked out from other weights; what `finish` kept, too, to train on."""

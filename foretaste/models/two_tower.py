@@ -214,7 +214,7 @@ class TwoTower(nn.Module):
             if table is not None:
                 table.weight.mul_(has_R.unsqueeze(1).to(table.weight))
 
-    def finish(self, events: Interactions) -> None:
+    def learn_newcomers(self, events: Interactions) -> None:
         """Learn how to answer users of whom only the history is known."""
         if self.fold_in is not None and self.users is not None:
             self.fold_in.learn(events, self.users.weight, self._base_table())
