@@ -20,6 +20,7 @@ from foretaste.evaluation import task as task_file
 from foretaste.evaluation.compare import compare
 from foretaste.evaluation.protocol import evaluate
 from foretaste.evaluation.report import Report, Slice
+from foretaste.evaluation.sampled import SampledNegatives
 from foretaste.training.trained import Trained
 
 
@@ -500,3 +501,78 @@ def test_only_reports_of_one_holdout_are_compared() -> None:
     slim = Report.from_json(report.to_json(per_user=False))
     with pytest.raises(DataError, match="none at all"):
         compare(slim, report, "ndcg_at_5")
+
+
+# --- cold items among themselves -----------------------------------------------------------------
+
+
+class Placing(nn.Module):
+    """Scores everything, and says which items it places without an event."""
+
+    def __init__(self, score_UI: Tensor, placed: Sequence[int]) -> None:
+        super().__init__()
+        self.score_UI, self.placed = score_UI, list(placed)
+
+    def score(self, queries: Queries) -> Tensor:
+        return self.score_UI[queries.user_B]
+
+    def placed_I(self) -> Tensor:
+        placed_I = torch.zeros(self.score_UI.shape[1], dtype=torch.bool)
+        placed_I[self.placed] = True
+        return placed_I
+
+
+def cold_case(placed: Sequence[int]) -> tuple[Trained, Holdout]:
+    """Items 0 to 2 have events, 3 to 7 none; both users have seen item 0, user 1 also item 4."""
+    scores = torch.tensor([[9.0, 8, 7, 1, 3, 2, 0, 5], [9.0, 8, 7, 2, 5, 3, 1, 0]])
+    events = interactions([[0, 1, 2]], 8)
+    return trained(Placing(scores, placed), events), holdout([[0], [0, 4]], [[5, 1], [3]], 8)
+
+
+def test_cold_items_among_themselves_by_hand() -> None:
+    # All are placed. User 0's cold ones by score: 7 4 5 3 6, the cold target 5 is third, the other
+    # target is no candidate. User 1's without the seen 4: 5 3 6 7, the target 3 is second.
+    model, asked = cold_case(range(3, 8))
+    report = evaluate(model, asked, k=(2, 3), resamples=0, among="cold")
+    assert report.per_user["recall_at_2_among_cold"].tolist() == [0, 1]
+    assert report.per_user["recall_at_3_among_cold"].tolist() == [0.5, 1]
+    assert report.per_user["mrr_at_3_among_cold"].tolist() == pytest.approx([1 / 3, 1 / 2])
+    assert report.metrics["coverage_at_2_among_cold"] == 4 / 5
+    assert report.counts["catalogue"] == 5
+    assert report.notes[0].startswith("candidates: NOT the full catalogue but its 5 items without")
+    whole = evaluate(model, asked, k=(2, 3), resamples=0)
+    assert part(whole, "cold items").metrics == {"recall_at_2": 0, "recall_at_3": 0}
+    among = part(whole, "cold items among themselves")
+    assert among.metrics == {"recall_at_2": 0.5, "recall_at_3": 1}
+    assert (among.users, among.targets) == (2, 2)
+
+
+def test_cold_items_that_are_not_placed_stand_behind_as_equals() -> None:
+    # only 7 is placed: user 0 has 7, then 3 4 5 6 as equals, the target 5 one of them, so at 3 the
+    # chance is 2 / 4; user 1 has 7, then 3 5 6: 2 / 3
+    model, asked = cold_case([7])
+    report = evaluate(model, asked, k=(3,), resamples=0, among="cold")
+    assert report.per_user["hit_rate_at_3_among_cold"].tolist() == pytest.approx([2 / 4, 2 / 3])
+
+
+def test_a_model_that_places_nothing_gets_chance_among_cold_items_and_nothing_among_all() -> None:
+    model, asked = cold_case([])
+    among = evaluate(model, asked, k=(2,), resamples=0, among="cold")
+    assert among.per_user["hit_rate_at_2_among_cold"].tolist() == pytest.approx([2 / 5, 2 / 4])
+    whole = evaluate(model, asked, k=(2,), resamples=0)
+    assert part(whole, "cold items").metrics == {"recall_at_2": 0}
+    apart = part(whole, "cold items among themselves").metrics
+    assert apart["recall_at_2"] == pytest.approx((2 / 5 + 2 / 4) / 2)
+
+
+def test_what_warm_items_score_does_not_matter_among_cold_ones() -> None:
+    model, asked = cold_case(range(3, 8))
+    before = evaluate(model, asked, k=(2,), resamples=0, among="cold").metrics
+    model.model.score_UI[:, :3] -= 100
+    assert evaluate(model, asked, k=(2,), resamples=0, among="cold").metrics == before
+
+
+def test_sampled_and_cold_candidates_are_not_mixed() -> None:
+    model, asked = cold_case([])
+    with pytest.raises(ConfigError, match="not both"):
+        evaluate(model, asked, sampled=SampledNegatives(num=2), among="cold")

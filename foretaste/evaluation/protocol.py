@@ -5,15 +5,19 @@ Shape legend: Q queries, N targets of all queries, B queries of a block, I items
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float64, Int64
+from torch import Tensor
 
+from foretaste.data.batch import Queries
 from foretaste.data.splits import Holdout
 from foretaste.errors import ConfigError, DataError
 from foretaste.evaluation.bootstrap import bootstrap_intervals
+from foretaste.evaluation.cold import COLD_SUFFIX, Among, among_cold
 from foretaste.evaluation.metrics.average_precision import average_precision
 from foretaste.evaluation.metrics.coverage import coverage
 from foretaste.evaluation.metrics.hit_rate import hit_rate
@@ -51,6 +55,8 @@ class _Measured:
     """K to the items in the first K of a list; of queries with a history."""
     better_N: Int64[np.ndarray, " N"]
     equal_N: Int64[np.ndarray, " N"]
+    cold_2N: Int64[np.ndarray, "2 N"] | None
+    """Better and equal ones among cold items; None where no target is cold."""
 
 
 def evaluate(
@@ -62,6 +68,7 @@ def evaluate(
     resamples: int = 1000,
     seed: int = 0,
     sampled: SampledNegatives | None = None,
+    among: Among = "all",
 ) -> Report:
     """Measure what a model recommends against what its users then did.
 
@@ -81,9 +88,11 @@ def evaluate(
             (coverage, novelty, popularity share).
         sampled: Rank the targets among a few sampled items only, as some papers did; the names
             of the metrics say so.
+        among: "cold" ranks items without a training event among themselves, and the names of
+            the metrics say so; those that the model does not place stand at the end, as equals.
 
     Raises:
-        ConfigError: `k` or `resamples` is out of range.
+        ConfigError: `k` or `resamples` is out of range, or both `sampled` and `among` are asked.
         DataError: The model was trained on another catalogue, or nothing can be measured.
         NonFiniteError: The model scores an item with NaN or infinity.
     """
@@ -91,7 +100,10 @@ def evaluate(
         raise ConfigError(f"k is {k}: give list lengths of at least 1, no two alike")
     if resamples < 0:
         raise ConfigError(f"resamples is {resamples}: give 0 or more")
+    if sampled is not None and among != "all":
+        raise ConfigError(f"rank among sampled items or among {among!r} ones, not both")
     count_I, known_I = model.events.item_count, model.known_I.numpy()
+    ranked_I = known_I if among == "all" else count_I == 0
     _check_catalogue(model, holdout, count_I)
     task = make_task(holdout, without_repeats=exclude_seen)
     warm_Q = task.length_Q > 0
@@ -102,17 +114,35 @@ def evaluate(
             "nothing to find but what was seen): hold out more, or split with leave_last_split"
         )
     measured = _measure(
-        model, holdout, task, k=k, exclude_seen=exclude_seen, seed=seed, sampled=sampled
+        model,
+        holdout,
+        task,
+        k=k,
+        exclude_seen=exclude_seen,
+        seed=seed,
+        sampled=sampled,
+        among=among,
     )
     user_idx, means_UM = mean_by_user(
         task.user_Q[warm_Q], np.stack([v[warm_Q] for v in measured.values.values()], axis=1)
     )
     metrics = dict(zip(measured.values, means_UM.mean(axis=0).tolist(), strict=True))
-    metrics |= {f"coverage_at_{n}": coverage(measured.shown[n], known_I) for n in k}
+    metrics |= {f"coverage_at_{n}": coverage(measured.shown[n], ranked_I) for n in k}
     intervals = bootstrap_intervals(means_UM, resamples=resamples, seed=seed) if resamples else []
     found = {f"recall_at_{n}": chance_within(measured.better_N, measured.equal_N, n) for n in k}
-    targets = target_slices(task, found, count_I=count_I, in_headline_N=warm_Q[task.query_N])
-    suffix = "" if sampled is None else sampled.suffix
+    cold = {}
+    if measured.cold_2N is not None:
+        better_N, equal_N = measured.cold_2N
+        cold = {f"recall_at_{n}": chance_within(better_N, equal_N, n) for n in k}
+    targets = target_slices(
+        task,
+        found,
+        cold,
+        count_I=count_I,
+        in_headline_N=warm_Q[task.query_N],
+    )
+    plain = "" if among == "all" else COLD_SUFFIX
+    suffix = plain if sampled is None else sampled.suffix
     slices = (*query_slices(task, measured.values), *targets)
     return Report(
         model=type(model.model).__name__,
@@ -123,14 +153,13 @@ def evaluate(
         intervals=_named(dict(zip(measured.values, intervals, strict=False)), suffix),
         user_idx=user_idx,
         per_user=_named(dict(zip(measured.values, means_UM.T, strict=True)), suffix),
-        counts=_counts(task, count_I, known_I, num_users=len(user_idx)),
+        counts=_counts(task, count_I, ranked_I, num_users=len(user_idx)),
         notes=_notes(
             task,
-            num_placed=int((known_I & (count_I == 0)).sum()),
+            _candidates(int((known_I & (count_I == 0)).sum()), ranked_I, sampled, among),
             exclude_seen=exclude_seen,
             resamples=resamples,
             seed=seed,
-            sampled=sampled,
         ),
         slices=tuple(replace(part, metrics=_named(part.metrics, suffix)) for part in slices),
         settings=model.settings,
@@ -153,6 +182,7 @@ def _measure(
     exclude_seen: bool,
     seed: int,
     sampled: SampledNegatives | None,
+    among: Among,
 ) -> _Measured:
     score, count_I = model.scorer(), model.events.item_count
     properties = {
@@ -164,14 +194,18 @@ def _measure(
     shown = {n: np.zeros(len(count_I), dtype=bool) for n in k}
     better_N = np.empty(len(task.target_N), dtype=np.int64)
     equal_N = np.empty(len(task.target_N), dtype=np.int64)
+    cold_I = count_I == 0
+    only_cold = partial(among_cold, cold_I=torch.from_numpy(cold_I), placed_I=model.known_I)
+    leave_out_seen = _without_seen if exclude_seen else _as_it_is
+    cold_2N = None
+    if among == "all" and sampled is None and cold_I[task.target_N].any():
+        cold_2N = np.empty((2, len(task.target_N)), dtype=np.int64)
     step = block_rows(len(count_I))
     for begin in range(0, len(task.row_Q), step):
         rows = slice(begin, min(begin + step, len(task.row_Q)))
         queries = holdout.queries(task.row_Q[rows])
-        score_BI = score(queries)
-        if exclude_seen:
-            seen_N = torch.arange(len(queries)).repeat_interleave(queries.offsets_B1.diff())
-            score_BI[seen_N, queries.history_N] = -torch.inf
+        score_BI = score(queries) if among == "all" else only_cold(score(queries))
+        score_BI = leave_out_seen(score_BI, queries)
         targets = slice(*task.offsets_Q1[[rows.start, rows.stop]])
         row_N = np.repeat(
             np.arange(len(queries)), np.diff(task.offsets_Q1[rows.start : rows.stop + 1])
@@ -191,16 +225,36 @@ def _measure(
         top = best(score_BI, max(k))
         hits = settle(top, row_N, score_N)
         better_N[targets], equal_N[targets] = place(top, row_N, score_N)
+        if cold_2N is not None:
+            cold_BI = leave_out_seen(only_cold(score_BI), queries)
+            cold_N = cold_BI[torch.from_numpy(row_N), item_N].cpu().numpy()
+            cold_2N[:, targets] = place(best(cold_BI, max(k)), row_N, cold_N)
         list_BK = draw_lists(score_BI, top, task.key_Q[rows], seed=seed)
-        warm_B = task.length_Q[rows] > 0
         for n in k:
-            for family, accuracy in ACCURACY.items():
-                values[f"{family}_at_{n}"][rows] = accuracy(hits, n)
-            for family, value_I in properties.items():
-                values[f"{family}_at_{n}"][rows] = list_mean(list_BK, value_I, n)
-            items = list_BK[warm_B, :n]
+            found = {family: accuracy(hits, n) for family, accuracy in ACCURACY.items()}
+            found |= {name: list_mean(list_BK, value_I, n) for name, value_I in properties.items()}
+            for family, value_B in found.items():
+                values[f"{family}_at_{n}"][rows] = value_B
+            items = list_BK[task.length_Q[rows] > 0, :n]
             shown[n][items[items >= 0]] = True
-    return _Measured(values=values, shown=shown, better_N=better_N, equal_N=equal_N)
+    return _Measured(
+        values=values,
+        shown=shown,
+        better_N=better_N,
+        equal_N=equal_N,
+        cold_2N=cold_2N,
+    )
+
+
+def _without_seen(score_BI: Tensor, queries: Queries) -> Tensor:
+    seen_N = torch.arange(len(queries)).repeat_interleave(queries.offsets_B1.diff())
+    score_BI[seen_N, queries.history_N] = -torch.inf
+    return score_BI
+
+
+def _as_it_is(score_BI: Tensor, queries: Queries) -> Tensor:
+    del queries  # what they have seen competes
+    return score_BI
 
 
 def _check_catalogue(model: Trained, holdout: Holdout, count_I: Int64[np.ndarray, " I"]) -> None:
@@ -234,14 +288,38 @@ def _counts(
     }
 
 
+def _candidates(
+    num_placed: int,
+    ranked_I: Bool[np.ndarray, " I"],
+    sampled: SampledNegatives | None,
+    among: Among,
+) -> tuple[str, str]:
+    """Return which items are ranked, and which targets are never found."""
+    if among == "cold":
+        return (
+            f"candidates: NOT the full catalogue but its {int(ranked_I.sum())} items without a "
+            f"training event; {num_placed} of them are placed by the model, the others stand "
+            "behind these as equals",
+            "targets that a training event has are no candidates and count as misses",
+        )
+    placed = f" and {num_placed} others that the model places" if num_placed else ""
+    whole = f"candidates: the full catalogue, every item with a training event{placed}"
+    misses = "targets that no training event has" + (
+        " and the model does not place" if num_placed else ""
+    )
+    return (
+        f"{whole}; none sampled" if sampled is None else sampled.note(),
+        f"{misses} are never found and count as misses",
+    )
+
+
 def _notes(
     task: Task,
+    candidates: tuple[str, str],
     *,
-    num_placed: int,
     exclude_seen: bool,
     resamples: int,
     seed: int,
-    sampled: SampledNegatives | None,
 ) -> tuple[str, ...]:
     seen = (
         f"seen items are excluded: what a query's history holds is not in its list; left out are "
@@ -249,18 +327,11 @@ def _notes(
         if exclude_seen
         else "seen items are not excluded: they compete, and may be targets again"
     )
-    placed = f" and {num_placed} others that the model places" if num_placed else ""
+    which, misses = candidates
     return (
-        f"candidates: the full catalogue, every item with a training event{placed}; none sampled"
-        if sampled is None
-        else sampled.note(),
+        which,
         seen,
-        (
-            "targets that no training event has and the model does not place are never found and "
-            "count as misses"
-            if num_placed
-            else "targets that no training event has are never found and count as misses"
-        ),
+        misses,
         "mean over users of the mean over the user's queries; users without history are not in "
         "it, but a slice of their own",
         "equal scores are settled as by chance: accuracy is the exact expectation over their "

@@ -51,6 +51,7 @@ def query_slices(task: Task, values: Mapping[str, Float64[np.ndarray, " Q"]]) ->
 def target_slices(
     task: Task,
     found: Mapping[str, Float64[np.ndarray, " N"]],
+    found_among_cold: Mapping[str, Float64[np.ndarray, " N"]],
     *,
     count_I: Int64[np.ndarray, " I"],
     in_headline_N: Bool[np.ndarray, " N"],
@@ -60,27 +61,33 @@ def target_slices(
     Args:
         task: The queries.
         found: Name of a recall to each target's probability to be found.
+        found_among_cold: Likewise, where items without a training event are ranked alone; empty
+            gives no slice of it.
         count_I: Training events of each item.
         in_headline_N: Targets of queries with a history.
     """
     query_N, num_known = task.query_N, int((count_I > 0).sum())
     tenth_N = 10 * popularity_rank(count_I)[task.target_N] // num_known
     tenth_N[count_I[task.target_N] == 0] = 10
-    for tenth in range(11):
+    parts = [("target popularity", _tenth_label(tenth), tenth, found) for tenth in range(10)]
+    parts.append(("cold items", "no training event", 10, found))
+    if found_among_cold:
+        parts.append(("cold items among themselves", "no training event", 10, found_among_cold))
+    for group, label, tenth, recalls in parts:
         in_N = in_headline_N & (tenth_N == tenth)
         if not in_N.any():
             continue
         query = query_N[in_N]
         user_U, means_UM = mean_by_user(
-            task.user_Q[query], np.stack([value[in_N] for value in found.values()], axis=1)
+            task.user_Q[query], np.stack([value[in_N] for value in recalls.values()], axis=1)
         )
         yield Slice(
-            group="cold items" if tenth == 10 else "target popularity",
-            label="no training event" if tenth == 10 else _tenth_label(tenth),
+            group=group,
+            label=label,
             users=len(user_U),
             queries=len(np.unique(query)),
             targets=int(in_N.sum()),
-            metrics=dict(zip(found, means_UM.mean(axis=0).tolist(), strict=True)),
+            metrics=dict(zip(recalls, means_UM.mean(axis=0).tolist(), strict=True)),
         )
 
 

@@ -14,6 +14,7 @@ from foretaste.data.fields import FeatureSchema
 from foretaste.data.sorting import Duplicates
 from foretaste.data.split_config import SplitConfig
 from foretaste.errors import ConfigError
+from foretaste.evaluation.cold import Among
 from foretaste.models.catalogue import ModelConfig
 from foretaste.training.objectives.catalogue import ObjectiveConfig
 from foretaste.training.settings import TrainingConfig
@@ -87,6 +88,9 @@ class EvaluationConfig(Config):
     """Lengths of the lists that are measured; the first one leads."""
     exclude_seen: bool = True
     """Whether items that the user has had already are left out of the ranking."""
+    among: Among = "all"
+    """What is ranked: "all", or "cold" for items without a training event among themselves, and
+    metrics are named so."""
     sampled_negatives: NonNegativeInt = 0
     """Above 0, targets are ranked among so many sampled items only, and metrics are named so."""
     sampled_by: Literal["listed", "uniform", "popularity"] = "uniform"

@@ -152,6 +152,7 @@ def evaluate_split(trained: Trained, config: ExperimentConfig, split: Split) -> 
             k=asked.k,
             exclude_seen=asked.exclude_seen,
             sampled=sampled if asked.sampled_negatives else None,
+            among=asked.among,
         )
     if lists is None and rows is None:
         raise ConfigError(
