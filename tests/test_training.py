@@ -343,14 +343,18 @@ def test_the_plain_bce_weighs_all_negatives_as_one() -> None:
     assert few == pytest.approx(many, rel=0.03)
 
 
-@pytest.mark.parametrize("loss", ["softmax", "sampled_softmax", "bce", "gbce"])
-def test_every_loss_learns_the_ring(loss: str) -> None:
+@pytest.mark.parametrize(
+    ("loss", "epochs", "learning_rate"),
+    # gBCE comes slowly off its start: after 30 steep epochs, seeds and processors differ
+    [("softmax", 20, 0.02), ("sampled_softmax", 20, 0.02), ("bce", 20, 0.02), ("gbce", 60, 0.01)],
+)
+def test_every_loss_learns_the_ring(loss: str, epochs: int, learning_rate: float) -> None:
     events = chain_events(num_users=200)
     torch.manual_seed(0)
     model = SASRec(SASRecConfig(embedding_dim=16, num_heads=1, max_len=8), num_items=20)
     run = Fit(
         model,
-        plain(epochs=30, learning_rate=0.02),
+        plain(epochs=epochs, learning_rate=learning_rate),
         seed=0,
         plan=lambda epoch: plan_sequences(
             events,
