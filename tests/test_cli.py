@@ -98,6 +98,26 @@ def test_a_table_becomes_a_store_that_the_audit_reads(
     assert json.loads(out)["store"] == str(store)
 
 
+def test_labels_and_a_context_are_imported_and_audited(foretaste: Run, tmp_path: Path) -> None:
+    lines = [f"{n % 5},{int(n % 3 == 0)},{'paid' if n % 3 == 0 else 'free'}" for n in range(60)]
+    (tmp_path / "people.csv").write_text("hour,bought,after\n" + "\n".join(lines))
+    store = tmp_path / "store"
+    named = ("--no-users", "--no-items", "--column", "bought")
+    told = ("--context", "hour", "--context", "after", "--out", store, "--json")
+    code, out, _ = foretaste("data", "import", tmp_path / "people.csv", *named, *told)
+    assert code == 0
+    summary = json.loads(out)
+    assert (summary["events"], summary["users"], summary["items"]) == (60, 60, 1)
+    assert (summary["columns"], summary["context"]) == (["bought"], ["hour", "after"])
+    code, out, _ = foretaste("data", "audit", store, "--label", "bought", "--json")
+    assert code == 0
+    assert [f["what"] for f in json.loads(out)["findings"] if f["severity"] == "leak"] == [
+        "column_tells_label"
+    ]
+    code, _, err = foretaste("data", "audit", store, "--label", "buys")
+    assert (code, "no column 'buys'" in err) == (1, True)
+
+
 def test_a_recipe_becomes_a_bundle_with_its_report_and_its_record(
     foretaste: Run, world: Path, tmp_path: Path
 ) -> None:

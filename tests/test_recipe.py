@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import polars as pl
 import pytest
 
 from foretaste.errors import ConfigError
@@ -9,6 +10,7 @@ from foretaste.experiment.recipe import (
     read_experiment,
     with_overrides,
 )
+from foretaste.experiment.run import read_split
 from foretaste.experiment.toml_text import to_toml
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.toml"))
@@ -38,6 +40,20 @@ def test_a_recipe_is_read_as_written_and_the_rest_has_defaults(recipe: Path) -> 
     config = read_experiment(recipe)
     assert (config.seed, config.model.embedding_dim, config.model.num_blocks) == (3, 16, 2)
     assert config.evaluation.k == (10, 20)
+
+
+def test_a_recipe_may_read_a_table_without_items_and_its_context(tmp_path: Path) -> None:
+    table = pl.DataFrame({"hour": range(40), "bought": [0, 1] * 20, "who": [1, 2, 3, 4] * 10})
+    table.write_csv(tmp_path / "events.csv")
+    recipe = tmp_path / "run.toml"
+    more = 'item = "none"\ncolumns = ["bought"]\ncontext = ["hour"]'
+    recipe.write_text(SMALL.replace('item = "what"', more))
+    split = read_split(read_experiment(recipe), data_dir=tmp_path)
+    assert split.events.items.ids.to_list() == ["row"]
+    assert split.events.context is not None
+    assert split.events.context.columns == ["hour"]
+    assert split.train.context is not None
+    assert len(split.train.context) == len(split.train) == 32
 
 
 def test_an_override_changes_its_setting_and_no_other(recipe: Path) -> None:

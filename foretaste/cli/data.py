@@ -19,6 +19,12 @@ def import_(
     out: Annotated[Path, typer.Option(help="Folder of the event store to write.")],
     user: Annotated[str, typer.Option(help="Column of user ids.")] = "user_id",
     item: Annotated[str, typer.Option(help="Column of item ids.")] = "item_id",
+    no_users: Annotated[
+        bool, typer.Option("--no-users", help="There are none: every row is a user of its own.")
+    ] = False,
+    no_items: Annotated[
+        bool, typer.Option("--no-items", help="There are none: every row is of one item.")
+    ] = False,
     timestamp: Annotated[str | None, typer.Option(help="Column of times.")] = None,
     timestamp_unit: Annotated[
         Literal["s", "ms", "us", "ns"], typer.Option(help="What numbers in it count, since 1970.")
@@ -55,8 +61,8 @@ def import_(
     """Read tables of events into an event store that opens at once whatever its size."""
     events = ft.read_interactions(
         files,
-        user=user,
-        item=item,
+        user=None if no_users else user,
+        item=None if no_items else item,
         timestamp=timestamp,
         timestamp_unit=timestamp_unit,
         rating=rating,

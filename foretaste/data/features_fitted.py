@@ -27,6 +27,8 @@ _FURTHEST = 10.0
 """Standardised numbers beyond so many standard deviations are held there."""
 _FEW = 256
 """So few texts are looked up one by one: a join of tables costs more than they do."""
+_OFTEN = 4
+"""Whole numbers that stand so often on average are looked up by their distinct values."""
 BLOCK = 1 << 14
 """Vectors scaled at a time."""
 
@@ -78,7 +80,18 @@ class Categories(Config):
         return (MISSING, UNSEEN)
 
     def encode(self, column: pl.Series) -> Int64[np.ndarray, " R"]:
-        """Return local codes."""
+        """Return local codes; of whole numbers each distinct one is made text once."""
+        if column.dtype.is_integer() and len(column) > _FEW:
+            distinct = column.unique()
+            if len(distinct) * _OFTEN < len(column):
+                codes = pl.DataFrame([distinct, pl.Series("code", self._codes(distinct))])
+                of_row = column.to_frame().join(
+                    codes, on=column.name, how="left", maintain_order="left", nulls_equal=True
+                )
+                return of_row["code"].to_numpy()
+        return self._codes(column)
+
+    def _codes(self, column: pl.Series) -> Int64[np.ndarray, " R"]:
         return self.values.codes(texts_of(column))
 
     def says(self, code_R: Int64[np.ndarray, " R"]) -> Bool[np.ndarray, " R"]:

@@ -38,10 +38,11 @@ class FileData(Config):
     kind: Literal["files"] = "files"
     files: tuple[str, ...] = Field(min_length=1)
     """Text, Parquet or Arrow; a path that is not absolute starts at `--data-dir`, or here."""
-    user: str = "user_id"
-    """Column of user ids; without a header, columns are named "0", "1" and so on."""
-    item: str = "item_id"
-    """Column of item ids."""
+    user: str | None = "user_id"
+    """Column of user ids; without a header, columns are named "0", "1" and so on. "none", of a
+    table without users: every row is a user of its own."""
+    item: str | None = "item_id"
+    """Column of item ids; "none", of a table without items: all rows are of one."""
     timestamp: str | None = None
     """Column of times; without one, file order stands for time."""
     timestamp_unit: TimestampUnit = "s"
