@@ -23,7 +23,7 @@ from foretaste.data.sequences import plan_sequences
 from foretaste.data.vocabulary import Vocabulary
 from foretaste.models.als import ImplicitALSConfig
 from foretaste.models.bert4rec import BERT4Rec, BERT4RecConfig
-from foretaste.models.catalogue import ModelConfig, build_model
+from foretaste.models.catalogue import ModelConfig, TwoStageConfig, build_model
 from foretaste.models.deepfm import DeepFMConfig
 from foretaste.models.din import DINConfig
 from foretaste.models.ease import EASEConfig
@@ -44,6 +44,7 @@ from foretaste.models.pinsage import PinSageConfig
 from foretaste.models.popularity import PopularityConfig
 from foretaste.models.sasrec import SASRec, SASRecConfig
 from foretaste.models.shared_bottom import SharedBottomConfig
+from foretaste.models.two_stage import TwoStage
 from foretaste.models.two_tower import TwoTowerConfig
 from foretaste.training.fit import Fit
 from foretaste.training.objectives.masked_item import MaskedItem, MaskedItemConfig
@@ -138,6 +139,12 @@ def learn_pairs(model: nn.Module, events: Interactions) -> None:
         model.learn_newcomers(events)
     if isinstance(model, Finishes):
         model.finish(events)
+
+
+def learn_two_stage(model: nn.Module, events: Interactions) -> None:
+    assert isinstance(model, TwoStage)
+    learn_pairs(model.retriever, events)
+    learn_rows(model.ranker, events)
 
 
 def learn_rows(model: nn.Module, events: Interactions) -> None:
@@ -292,6 +299,14 @@ CASES = {
             hidden=(16,), reads="others", weights="unnormalised", activation="dice", user_id=True
         ),
         learn=learn_rows,
+        order_matters=True,
+        has_users=True,
+    ),
+    "two_stage": Case(
+        TwoStageConfig(
+            retriever=MFConfig(embedding_dim=16), ranker=NeuMFConfig(factors=8), candidates=12
+        ),
+        learn=learn_two_stage,
         order_matters=True,
         has_users=True,
     ),

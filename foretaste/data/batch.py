@@ -40,6 +40,18 @@ class Queries:
             context=None if self.context is None else self.context.to(device),
         )
 
+    def part(self, start: int, end: int) -> "Queries":
+        """Return the rows from `start` up to `end`."""
+        row_b = torch.arange(start, min(end, len(self)), device=self.user_B.device)
+        offsets_b1 = self.offsets_B1[start : start + len(row_b) + 1]
+        return Queries(
+            user_B=self.user_B[row_b],
+            history_N=self.history_N[offsets_b1[0] : offsets_b1[-1]],
+            offsets_B1=offsets_b1 - offsets_b1[0],
+            profile=None if self.profile is None else self.profile.rows(row_b),
+            context=None if self.context is None else self.context.rows(row_b),
+        )
+
     @staticmethod
     def of_histories(histories: list[list[int]]) -> "Queries":
         """Make queries of users unknown to training from their histories alone."""

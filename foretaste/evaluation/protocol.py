@@ -184,7 +184,7 @@ def _measure(
     sampled: SampledNegatives | None,
     among: Among,
 ) -> _Measured:
-    score, count_I = model.scorer(), model.events.item_count
+    score, count_I = model.scorer(exclude_seen=exclude_seen), model.events.item_count
     properties = {
         "novelty": self_information(count_I),
         "popularity_share": head_membership(count_I),
@@ -204,8 +204,9 @@ def _measure(
     for begin in range(0, len(task.row_Q), step):
         rows = slice(begin, min(begin + step, len(task.row_Q)))
         queries = holdout.queries(task.row_Q[rows])
-        score_BI = score(queries) if among == "all" else only_cold(score(queries))
-        score_BI = leave_out_seen(score_BI, queries)
+        score_BI = score(queries)
+        if among == "cold":
+            score_BI = leave_out_seen(only_cold(score_BI), queries)
         targets = slice(*task.offsets_Q1[[rows.start, rows.stop]])
         row_N = np.repeat(
             np.arange(len(queries)), np.diff(task.offsets_Q1[rows.start : rows.stop + 1])

@@ -4,11 +4,12 @@ A new model is one more member of the union and one more arm of the `match`; a f
 fails the type check.
 """
 
-from typing import Annotated, assert_never
+from typing import Annotated, Literal, assert_never
 
-from pydantic import Field
+from pydantic import Field, PositiveInt
 from torch import nn
 
+from foretaste.config import Config
 from foretaste.data.features import Features
 from foretaste.data.graph import Graph
 from foretaste.models.als import ImplicitALS, ImplicitALSConfig
@@ -25,27 +26,49 @@ from foretaste.models.pinsage import PinSage, PinSageConfig
 from foretaste.models.popularity import Popularity, PopularityConfig
 from foretaste.models.sasrec import SASRec, SASRecConfig
 from foretaste.models.shared_bottom import SharedBottom, SharedBottomConfig
+from foretaste.models.two_stage import TwoStage
 from foretaste.models.two_tower import TwoTower, TwoTowerConfig
 
-ModelConfig = Annotated[
+RetrieverConfig = (
     SASRecConfig
     | BERT4RecConfig
     | MFConfig
     | TwoTowerConfig
     | LightGCNConfig
     | PinSageConfig
-    | GMFConfig
+    | PopularityConfig
+    | ItemKNNConfig
+    | EASEConfig
+    | ImplicitALSConfig
+)
+"""Models that find candidates in the whole catalogue."""
+
+RankerConfig = (
+    GMFConfig
     | MLPConfig
     | NeuMFConfig
     | DeepFMConfig
     | DINConfig
     | SharedBottomConfig
     | MMoEConfig
-    | PopularityConfig
-    | ItemKNNConfig
-    | EASEConfig
-    | ImplicitALSConfig,
-    Field(discriminator="kind"),
+)
+"""Models that judge given items."""
+
+
+class TwoStageConfig(Config):
+    """Settings of the two-stage recommender: one model finds candidates, another ranks them."""
+
+    kind: Literal["two_stage"] = "two_stage"
+    retriever: Annotated[RetrieverConfig, Field(discriminator="kind")]
+    """The model that finds candidates in the whole catalogue."""
+    ranker: Annotated[RankerConfig, Field(discriminator="kind")]
+    """The model that judges them, for one task or several."""
+    candidates: PositiveInt = 200
+    """How many of the retriever's best items are ranked anew; all others stand below them."""
+
+
+ModelConfig = Annotated[
+    RetrieverConfig | RankerConfig | TwoStageConfig, Field(discriminator="kind")
 ]
 
 
@@ -106,5 +129,17 @@ def build_model(  # noqa: C901  # one arm a model
             return EASE(config, num_items=num_items)
         case ImplicitALSConfig():
             return ImplicitALS(config, num_items=num_items)
+        case TwoStageConfig():
+            retriever, ranker = (
+                build_model(
+                    part,
+                    num_users=num_users,
+                    num_items=num_items,
+                    graph=graph if part is config.retriever else None,
+                    features=features,
+                )
+                for part in (config.retriever, config.ranker)
+            )
+            return TwoStage(retriever, ranker, num_candidates=config.candidates)
         case _:
             assert_never(config)

@@ -12,6 +12,7 @@ from foretaste.data.features import FieldTable
 from foretaste.data.histories import Reads
 from foretaste.data.interactions import Interactions
 from foretaste.data.tasks import Task
+from foretaste.models.layers.heads import Heads
 
 
 @runtime_checkable
@@ -51,6 +52,8 @@ class Ranker(Protocol):
     """What of a user's history it reads."""
     max_len: int
     """How many events of it."""
+    heads: Heads
+    """From what each task learns from to its prediction, and to the order of a list."""
 
     def __call__(self, queries: Queries, item_BC: Int64[Tensor, "B C"]) -> Mapping[str, Tensor]:
         """Return what each task learns from, by the task's name.

@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int64
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from foretaste.models.layers.top_k import best_first, top_k
 from foretaste.retrieval.index import IndexFacts, IndexKind, TopK, check_search
 
 ITEM_BLOCK = 2**20
@@ -20,37 +21,6 @@ ITEM_BLOCK = 2**20
 SCORE_BLOCK = 2**24
 """Scores held at a time: 64 MiB."""
 VECTORS_FILE = "vectors.safetensors"
-
-
-def top_k(
-    score_BN: Float[Tensor, "B N"], k: int
-) -> tuple[Float[Tensor, "B K"], Int64[Tensor, "B K"]]:
-    """Return the min(k, N) best scores of each row and where they stand, best first.
-
-    Ties go to the lower position, so a longer list begins with the shorter one.
-    """
-    k, num_items = min(k, score_BN.shape[1]), score_BN.shape[1]
-    value_BK, position_BK = score_BN.topk(min(k + 1, num_items))  # one more shows a tie at the end
-    has_ties = (value_BK[:, 1:] == value_BK[:, :-1]).any()
-    value_BK, position_BK = value_BK[:, :k], position_BK[:, :k]
-    if not has_ties or k == 0:
-        return value_BK, position_BK
-    if k < num_items:
-        last_B1 = value_BK[:, -1:]
-        tied_B = ((score_BN >= last_B1).sum(dim=1) > k) & last_B1.squeeze(1).isfinite()
-        for row in tied_B.nonzero().flatten().tolist():
-            above = (score_BN[row] > last_B1[row]).nonzero().flatten()
-            equal = (score_BN[row] == last_B1[row]).nonzero().flatten()[: k - len(above)]
-            position_BK[row] = torch.cat([above, equal])
-            value_BK[row] = score_BN[row, position_BK[row]]
-    return _best_first(value_BK, position_BK)
-
-
-def _best_first(value_BK: Tensor, position_BK: Tensor) -> tuple[Tensor, Tensor]:
-    """Sort rows by value, highest first, and ties by position, lowest first."""
-    position_BK, order_BK = position_BK.sort(dim=1)
-    value_BK, again_BK = value_BK.gather(1, order_BK).sort(dim=1, descending=True, stable=True)
-    return value_BK, position_BK.gather(1, again_BK)
 
 
 def padded(best: TopK, k: int) -> TopK:
@@ -169,7 +139,7 @@ def _search_block(
     best = _score_block(blocks[0], query_BD, k, exclude_BX, start=0)
     for number, block_nD in enumerate(blocks[1:], start=1):
         more = _score_block(block_nD, query_BD, k, exclude_BX, start=number * ITEM_BLOCK)
-        value_BK, position_BK = _best_first(
+        value_BK, position_BK = best_first(
             torch.cat([best[0], more[0]], dim=1), torch.cat([best[1], more[1]], dim=1)
         )
         best = value_BK[:, :k], position_BK[:, :k]

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from foretaste.serving.stages import Stage
+
 Source = Literal["model", "fold-in", "features", "popular"]
 """Where a row came from. "model": a user (or, for similar items, an item) of training;
 "fold-in": a history of somebody whom training never saw; "features": a profile; "popular": the
@@ -20,6 +22,9 @@ class Recommendation:
     source: Source
     attributes: Mapping[str, object] = field(default_factory=dict)
     """The item's row of the item table, such as its `title`; empty without one."""
+    predictions: Mapping[str, float] = field(default_factory=dict)
+    """What a ranker predicts, by the task's name: a probability, a value in the label's own unit,
+    or the expected level. Empty for a model without tasks, and for what was not ranked."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,3 +39,5 @@ class Answer:
     """Whether training saw an event of the user."""
     notes: tuple[str, ...] = ()
     """What a person should know about this answer, in sentences."""
+    seconds: Mapping[Stage, float] = field(default_factory=dict, compare=False)
+    """How long each stage took."""

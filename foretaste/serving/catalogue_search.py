@@ -1,13 +1,15 @@
 """A trained model's answers over its catalogue, in rows: an index where it has vectors, all its
-scores where it has none, and popularity for those of whom nothing is known.
+scores where it has none, and popularity for those of whom nothing is known. A model in two stages
+then ranks what was found anew.
 
 Shape legend: B users, I items, N items in the index, D width, X exclusions, K list length,
-C histories, T items.
+H histories, T items, C candidates.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cached_property
-from typing import final
+from typing import NamedTuple, final
 
 import numpy as np
 import torch
@@ -16,12 +18,23 @@ from torch import Tensor
 
 from foretaste.data.batch import Queries
 from foretaste.errors import ConfigError
-from foretaste.models.interface import Retriever
+from foretaste.models.interface import Ranker, Retriever
+from foretaste.models.layers.top_k import top_k
+from foretaste.models.two_stage import TwoStage, below, first_stage, judge, reads_profiles
 from foretaste.retrieval.choose import exact_of
-from foretaste.retrieval.exact import ExactIndex, padded, top_k
+from foretaste.retrieval.exact import ExactIndex, padded
 from foretaste.retrieval.index import ItemIndex, TopK
 from foretaste.serving.histories import BLOCK_SCORES, one_query
+from foretaste.serving.stages import Stages
 from foretaste.training.trained import Trained
+
+
+class Best(NamedTuple):
+    """The best items of each query, and what is predicted of them."""
+
+    top: TopK
+    prediction: Mapping[str, Float[Tensor, "B K"]]
+    """Each task's, NaN where no ranker was asked; empty for a model without tasks."""
 
 
 @final
@@ -32,7 +45,10 @@ class CatalogueSearch:
         self, trained: Trained, *, index: ItemIndex | None, popular_I: Float[Tensor, " I"]
     ) -> None:
         self._trained, self._index, self._popular_I = trained, index, popular_I
-        self._retriever = trained.model if isinstance(trained.model, Retriever) else None
+        self._first = first_stage(trained.model)
+        self._retriever = self._first if isinstance(self._first, Retriever) else None
+        model = trained.model.ranker if isinstance(trained.model, TwoStage) else trained.model
+        self._ranker = model if isinstance(model, Ranker) else None
         self._norm_N: Tensor | None = None
 
     @property
@@ -42,7 +58,12 @@ class CatalogueSearch:
 
     @cached_property
     def _score(self) -> Callable[[Queries], Tensor]:
-        return self._trained.scorer()
+        return replace(self._trained, model=self._first).scorer()
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """What the model predicts, where it is or has a ranker."""
+        return () if self._ranker is None else tuple(task.name for task in self._ranker.tasks)
 
     def best(
         self,
@@ -51,29 +72,101 @@ class CatalogueSearch:
         *,
         exclude_BX: Int64[Tensor, "B X"],
         allow_I: Bool[Tensor, " I"] | None,
+        weights: Mapping[str, float] | None = None,
+        stages: Stages | None = None,
+    ) -> Best:
+        """Return the model's K best items for each query, none of them excluded (-1 pads X).
+
+        Args:
+            queries: Users and histories.
+            k: List length.
+            exclude_BX: item_idx that a row must not get.
+            allow_I: Only these items; None: all.
+            weights: Of the tasks, where the model has any; None: their own.
+            stages: Told how long each took.
+        """
+        model, stages = self._trained.model, stages or Stages()
+        find_k = max(k, model.num_candidates) if isinstance(model, TwoStage) else k
+        if self._ranker is None:
+            return Best(self._find(queries, k, exclude_BX, allow_I, stages), {})
+        if not isinstance(model, TwoStage) and weights is not None:
+            find_k = self._trained.events.num_items  # other weights: all are judged anew
+        found = self._find(queries, find_k, exclude_BX, allow_I, stages)
+        num = model.num_candidates if isinstance(model, TwoStage) else find_k
+        with stages.timed("rank"):
+            return self._ranked(self._ranker, queries, found, k, num=num, weights=weights)
+
+    def _find(
+        self,
+        queries: Queries,
+        k: int,
+        exclude_BX: Tensor,
+        allow_I: Tensor | None,
+        stages: Stages,
     ) -> TopK:
-        """Return the model's K best items for each query, none of them excluded (-1 pads X)."""
+        """Return the best items by the model, or by the first of its stages."""
+        if self._is_nobody(queries):
+            exclude = exclude_BX[0][exclude_BX[0] >= 0].numpy()
+            return self.most_popular(k, exclude=exclude, allow_I=allow_I)
         if self._index is not None and self._retriever is not None:
-            query_BD = self._retriever.encode(queries).float()
-            return self._index.search(query_BD, k, exclude_BX=exclude_BX, allow_I=allow_I)
-        score_BI = self._score(queries)
-        row_BX = torch.arange(len(queries)).unsqueeze(1).expand_as(exclude_BX)
-        real_BX = exclude_BX >= 0
-        score_BI[row_BX[real_BX], exclude_BX[real_BX]] = -torch.inf
-        if allow_I is not None:
-            score_BI.masked_fill_(~allow_I, -torch.inf)
-        return _answer(*top_k(score_BI, k), k)
+            with stages.timed("encode"):
+                query_BD = self._retriever.encode(queries).float()
+            with stages.timed("search"):
+                return self._index.search(query_BD, k, exclude_BX=exclude_BX, allow_I=allow_I)
+        with stages.timed("search"):
+            score_BI = self._score(queries)
+            row_BX = torch.arange(len(queries)).unsqueeze(1).expand_as(exclude_BX)
+            real_BX = exclude_BX >= 0
+            score_BI[row_BX[real_BX], exclude_BX[real_BX]] = -torch.inf
+            if allow_I is not None:
+                score_BI.masked_fill_(~allow_I, -torch.inf)
+            return _answer(*top_k(score_BI, k), k)
+
+    def _is_nobody(self, queries: Queries) -> bool:
+        """Whether the retriever knows nothing of the one who asks, and the ranker a profile."""
+        told = queries.profile is not None and len(queries.history_N) == 0
+        return told and not reads_profiles(self._first)
+
+    @staticmethod
+    def _ranked(
+        ranker: Ranker,
+        queries: Queries,
+        found: TopK,
+        k: int,
+        *,
+        num: int,
+        weights: Mapping[str, float] | None,
+    ) -> Best:
+        """Put the first `num` items of each query in the ranker's order, the others below them."""
+        item_BC, rest_BR = found.item_BK[:, :num], found.score_BK[:, num:]
+        judged = judge(ranker, queries, item_BC.clamp(min=0), weights=weights)
+        score_BC = judged.score_BC.where(item_BC >= 0, -torch.inf)
+        rest_BR = below(score_BC, rest_BR) if rest_BR.shape[1] else rest_BR
+        score_BK, order_BK = torch.cat([score_BC, rest_BR], dim=1).sort(
+            dim=1, descending=True, stable=True
+        )
+        order_BK = order_BK[:, :k]
+        prediction = {
+            name: torch.cat([value_BC, torch.full_like(rest_BR, torch.nan)], dim=1).gather(
+                1, order_BK
+            )
+            for name, value_BC in judged.prediction.items()
+        }
+        return Best(TopK(found.item_BK.gather(1, order_BK), score_BK[:, :k]), prediction)
 
     def scores(
         self, histories: list[np.ndarray], item_T: Int64[Tensor, " T"]
-    ) -> Float[Tensor, "C T"]:
+    ) -> Float[Tensor, "H T"]:
         """Score a few items for several histories of somebody whom training never saw."""
         queries = Queries.of_histories([history.tolist() for history in histories])
+        if self._ranker is not None:
+            item_HT = item_T.expand(len(queries), -1)
+            return judge(self._ranker, queries, item_HT).score_BC
         if self._index is not None and self._retriever is not None:
             exact = exact_of(self._index)
             vectors_TD = exact.vectors_ND[exact.positions(item_T.unsqueeze(0))[0]].float()
-            score_CT: Tensor = self._retriever.encode(queries).float() @ vectors_TD.T
-            return score_CT
+            score_HT: Tensor = self._retriever.encode(queries).float() @ vectors_TD.T
+            return score_HT
         rows = max(1, BLOCK_SCORES // self.scores_per_user)
         blocks = [histories[start : start + rows] for start in range(0, len(histories), rows)]
         return torch.cat(
@@ -85,7 +178,7 @@ class CatalogueSearch:
         own_1X = torch.tensor([[item_idx]])
         if self._index is None:
             query = one_query(-1, np.array([item_idx], dtype=np.int64))
-            return self.best(query, k, exclude_BX=own_1X, allow_I=None)
+            return self._find(query, k, own_1X, None, Stages())
         exact = exact_of(self._index)
         own = int(exact.positions(own_1X)[0, 0])
         return self._nearest(exact, exact.vectors_ND[own].float(), own, k)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from foretaste.data.features import FieldSide, FieldTable
 from foretaste.errors import DataError
-from foretaste.models.interface import PlacesNewItems, ReadsProfiles
+from foretaste.models.interface import PlacesNewItems
+from foretaste.models.two_stage import first_stage, reads_profiles
 from foretaste.training.trained import Trained
 
 
@@ -27,10 +28,10 @@ class Profiles:
         Raises:
             DataError: A feature is unknown, or its value of another kind.
         """
-        model, features = self._model, self._features
+        features = self._features
         if not told or features is None or features.user is None:
             return None
-        if not (isinstance(model, ReadsProfiles) and model.reads_profiles):
+        if not reads_profiles(self._model):
             return None
         return _row(features.user, told, "user")
 
@@ -40,7 +41,7 @@ class Profiles:
         Raises:
             DataError: A feature is unknown, or its value of another kind.
         """
-        model, features = self._model, self._features
+        model, features = first_stage(self._model), self._features
         if not told or features is None or features.item is None:
             return None
         if not (isinstance(model, PlacesNewItems) and model.places_new_items):

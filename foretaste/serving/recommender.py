@@ -3,6 +3,8 @@
 Shape legend: B users, I items, K list length, C items left out, T explained items.
 """
 
+import difflib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,17 +18,19 @@ from torch import Tensor
 
 from foretaste.errors import ConfigError, DataError
 from foretaste.models.interface import Retriever
+from foretaste.models.two_stage import first_stage
 from foretaste.retrieval.choose import MEASURED_QUERIES, build_index, choose_kind
 from foretaste.retrieval.index import IndexChoice, ItemIndex, TopK
 from foretaste.serving.answer import Answer as Answer
 from foretaste.serving.answer import Recommendation as Recommendation
 from foretaste.serving.answer import Source as Source
 from foretaste.serving.bundle import Bundle, read_bundle, write_bundle
-from foretaste.serving.catalogue_search import CatalogueSearch
+from foretaste.serving.catalogue_search import Best, CatalogueSearch
 from foretaste.serving.histories import blocks, one_query, training_histories, without_each
 from foretaste.serving.items import KnownItems
 from foretaste.serving.lists import lists_table
 from foretaste.serving.profiles import Profiles
+from foretaste.serving.stages import Stages
 from foretaste.training.trained import Trained
 
 MAX_K = 1_000_000
@@ -75,6 +79,7 @@ class Recommender:
         allow: Sequence[object] | None = None,
         deny: Sequence[object] | None = None,
         since: int | None = None,
+        weights: Mapping[str, float] | None = None,
     ) -> Answer:
         """Return the k best items for one user, known or not.
 
@@ -92,12 +97,17 @@ class Recommender:
             allow: Only these item ids may be answered; None allows all.
             deny: These item ids may not be answered.
             since: Unix seconds: training events of the user before it are forgotten.
+            weights: How much each task's prediction counts in the score, 0 for tasks that are not
+                named; None: as the model was made.
 
         Raises:
             DataError: k is out of range, a list of ids is a single text, a feature is unknown or
-                of another kind, or `since` is asked of events without times.
+                of another kind, `since` is asked of events without times, or a weight is of no
+                task of the model.
         """
         _check_k(k)
+        check_weights(weights, self._search.tasks)
+        stages = Stages()
         unknown: dict[object, None] = {}
         user_idx = self._user(user_id)
         past = self._past(user_idx, since)
@@ -113,12 +123,19 @@ class Recommender:
             source = "features"
         wanted = min(k, self._items.num_known)
         if source == "popular":
-            best = self._search.most_popular(wanted, exclude=banned, allow_I=allow_I)
+            best = Best(self._search.most_popular(wanted, exclude=banned, allow_I=allow_I), {})
         else:
             queries = one_query(user_idx if len(past) else -1, history_idx)
             queries = replace(queries, profile=profile)
-            exclude_1X = torch.from_numpy(banned).unsqueeze(0)
-            best = self._search.best(queries, wanted, exclude_BX=exclude_1X, allow_I=allow_I)
+            best = self._search.best(
+                queries,
+                wanted,
+                exclude_BX=torch.from_numpy(banned).unsqueeze(0),
+                allow_I=allow_I,
+                weights=weights,
+                stages=stages,
+            )
+        rows = self._rows(best, source)
         user_known = user_idx >= 0 and self._num_past(user_idx) > 0
         rows = self._rows(best, source)
         who = "" if user_id is None or user_known else f"user {user_id!r} is unknown to training"
@@ -131,6 +148,7 @@ class Recommender:
                 *_notes(who, source, len(rows), k, unknown),
                 *self._profiles.notes("users", features, used=profile is not None),
             ),
+            seconds=stages.seconds,
         )
 
     @torch.inference_mode()
@@ -163,7 +181,7 @@ class Recommender:
             queries, seen_BX = training_histories(events, user_B[rows])
             exclude_BX = seen_BX if exclude_seen else seen_BX[:, :0]
             best = self._search.best(queries, width, exclude_BX=exclude_BX, allow_I=None)
-            item_BK[torch.from_numpy(rows)], score_BK[torch.from_numpy(rows)] = best
+            item_BK[torch.from_numpy(rows)], score_BK[torch.from_numpy(rows)] = best.top
         is_model_B = np.isin(np.arange(len(user_B)), known_B)
         return lists_table(events, user_ids, is_model_B, TopK(item_BK=item_BK, score_BK=score_BK))
 
@@ -198,7 +216,7 @@ class Recommender:
             best = self._search.near(vector_D, wanted)
         else:
             best = self._search.most_popular(wanted, exclude=_NONE, allow_I=None)
-        rows = self._rows(best, source)
+        rows = self._rows(Best(best, {}), source)
         return Answer(
             rows=rows,
             source=source,
@@ -282,12 +300,19 @@ class Recommender:
         allow_I[torch.from_numpy(self._items.rows_of("allow", item_ids, unknown))] = True
         return allow_I
 
-    def _rows(self, best: TopK, source: Source) -> tuple[Recommendation, ...]:
-        item_idx = [item for item in best.item_BK[0].tolist() if item >= 0]
-        score = best.score_BK[0].tolist()
+    def _rows(self, best: Best, source: Source) -> tuple[Recommendation, ...]:
+        item_idx = [item for item in best.top.item_BK[0].tolist() if item >= 0]
+        score = best.top.score_BK[0].tolist()
         ids, attributes = self._items.ids_of(item_idx), self._items.attributes(item_idx)
+        predicted = {name: value_BK[0].tolist() for name, value_BK in best.prediction.items()}
         return tuple(
-            Recommendation(ids[row], score[row], source, attributes[row])
+            Recommendation(
+                ids[row],
+                score[row],
+                source,
+                attributes[row],
+                {n: values[row] for n, values in predicted.items() if math.isfinite(values[row])},
+            )
             for row in range(len(item_idx))
         )
 
@@ -316,22 +341,22 @@ def build_recommender(
             catalogue.
         DataError: Training saw no item.
     """
-    popular_I = _popularity(trained, fallback)
-    if not isinstance(trained.model, Retriever):
+    popular_I, retriever = _popularity(trained, fallback), first_stage(trained.model)
+    if not isinstance(retriever, Retriever):
         if index not in ("auto", "exact"):
             raise ConfigError(
-                f"index is {index!r}, but {type(trained.model).__name__} has no item vectors to "
+                f"index is {index!r}, but {type(retriever).__name__} has no item vectors to "
                 "index: leave it at 'auto'"
             )
         return Recommender(Bundle(trained=trained, popular_I=popular_I, report=report))
     known_I = trained.known_I
     is_exact = choose_kind(index, num_items=int(known_I.sum())) == "exact"
     built = build_index(
-        trained.model.item_table().detach(),
+        retriever.item_table().detach(),
         kind=index,
         known_I=known_I,
         seed=trained.seed,
-        query_QD=None if is_exact else _some_queries(trained, trained.model),
+        query_QD=None if is_exact else _some_queries(trained, retriever),
     )
     bundle = Bundle(trained=trained, index=built, popular_I=popular_I, report=report)
     return Recommender(bundle)
@@ -344,6 +369,26 @@ def load(path: str | Path) -> Recommender:
         BundleError: The bundle is missing, broken, tampered with or of a newer format.
     """
     return Recommender(read_bundle(Path(path)))
+
+
+def check_weights(weights: Mapping[str, float] | None, tasks: Sequence[str]) -> None:
+    """Refuse weights of tasks that a model has not, and such as order nothing.
+
+    Raises:
+        DataError: A name is none of the tasks, or a weight is not finite, or all are 0.
+    """
+    if weights is None:
+        return
+    for name, weight in weights.items():
+        if name not in tasks:
+            near = difflib.get_close_matches(name, tasks, n=1)
+            advice = f"; did you mean {near[0]!r}?" if near else ""
+            known = f"this model's are {', '.join(tasks)}" if tasks else "this model has none"
+            raise DataError(f"weights: {name!r} is no task; {known}{advice}")
+        if isinstance(weight, bool) or not math.isfinite(weight):
+            raise DataError(f"weights: {name!r} is {weight!r}: give a finite number")
+    if not any(weights.values()):
+        raise DataError("weights: all are 0, which orders nothing: give one that is not")
 
 
 def _check_k(k: int) -> None:

@@ -13,6 +13,7 @@ from foretaste.data.features import Features
 from foretaste.data.interactions import Interactions
 from foretaste.errors import ConfigError, NonFiniteError
 from foretaste.models.interface import CatalogueScorer, PlacesItems, Retriever
+from foretaste.models.two_stage import TwoStage, first_stage
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -24,7 +25,7 @@ class Trained:
 
     config: Config
     model: nn.Module
-    """A `Retriever` or a `CatalogueScorer`, in evaluation mode."""
+    """A `Retriever`, a `CatalogueScorer` or a `TwoStage`, in evaluation mode."""
     events: Interactions
     """The training events; its vocabularies say which row is which id."""
     features: Features | None = None
@@ -44,8 +45,9 @@ class Trained:
         features or their edges.
         """
         known_I = torch.from_numpy(self.events.item_count > 0)
-        if isinstance(self.model, PlacesItems):
-            known_I = known_I | self.model.placed_I().cpu()
+        model = first_stage(self.model)
+        if isinstance(model, PlacesItems):
+            known_I = known_I | model.placed_I().cpu()
         return known_I
 
     def score(self, queries: Queries) -> Float[Tensor, "B I"]:
@@ -58,28 +60,50 @@ class Trained:
         return self.scorer()(queries)
 
     @torch.inference_mode()
-    def scorer(self) -> Callable[[Queries], Float[Tensor, "B I"]]:
+    def scorer(self, *, exclude_seen: bool = False) -> Callable[[Queries], Float[Tensor, "B I"]]:
         """Return `score` for many blocks in a row: the item table is worked out once.
 
         The weights must not change in between. Each block is a tensor of its own, which an
         inference-mode caller may write into.
+
+        Args:
+            exclude_seen: Give the items of a query's history -inf; of a model in two stages, they
+                are no candidates then.
         """
-        model, unknown_X = self.model, (~self.known_I).nonzero().squeeze(1)
-        table_ID = model.item_table().float() if isinstance(model, Retriever) else None
+        model = self.model
+        find = find_scores(first_stage(model))
+        unknown_X = (~self.known_I).nonzero().squeeze(1)
 
         @torch.inference_mode()
         def score(queries: Queries) -> Tensor:
-            if table_ID is not None and isinstance(model, Retriever):
-                score_BI = model.encode(queries).float() @ table_ID.T
-            elif isinstance(model, CatalogueScorer):
-                score_BI = model.score(queries).float().clone()
-            else:
-                raise ConfigError(f"{type(model).__name__} can neither retrieve nor score")
+            score_BI = find(queries)
             score_BI.index_fill_(1, unknown_X.to(score_BI.device), 0.0)
             if score_BI.numel() and not torch.stack(score_BI.aminmax()).isfinite().all():
                 raise NonFiniteError(
                     "a score is NaN or infinite: the model is broken, train it anew"
                 )
-            return score_BI.index_fill_(1, unknown_X.to(score_BI.device), -torch.inf)
+            score_BI.index_fill_(1, unknown_X.to(score_BI.device), -torch.inf)
+            if exclude_seen:
+                seen_N = torch.arange(len(queries)).repeat_interleave(queries.offsets_B1.diff())
+                score_BI[seen_N, queries.history_N] = -torch.inf
+            return model.rerank(queries, score_BI) if isinstance(model, TwoStage) else score_BI
 
         return score
+
+
+def find_scores(model: nn.Module) -> Callable[[Queries], Float[Tensor, "B I"]]:
+    """Return what scores a block of queries by one model, in a tensor of its own.
+
+    Raises:
+        ConfigError: The model can neither retrieve nor score; when it is asked.
+    """
+    table_ID = model.item_table().float() if isinstance(model, Retriever) else None
+
+    def find(queries: Queries) -> Tensor:
+        if table_ID is not None and isinstance(model, Retriever):
+            return model.encode(queries).float() @ table_ID.T
+        if isinstance(model, CatalogueScorer):
+            return model.score(queries).float().clone()
+        raise ConfigError(f"{type(model).__name__} can neither retrieve nor score")
+
+    return find

@@ -69,18 +69,39 @@ class Heads(nn.Module):
 
     def predict(self, raw: Mapping[str, Float[Tensor, "B C"]]) -> dict[str, Float[Tensor, "B C"]]:
         """Return a probability, a value in the label's own unit, or the expected level."""
+        return self.predictions(self(raw))
+
+    def predictions(self, outputs: Mapping[str, Tensor]) -> dict[str, Float[Tensor, "B C"]]:
+        """Return what `predict` does, from what each task learns from."""
         return {
-            task.name: self._predict(place, task, output)
-            for place, (task, output) in enumerate(zip(self.tasks, self(raw).values(), strict=True))
+            task.name: self._predict(place, task, outputs[task.name])
+            for place, task in enumerate(self.tasks)
         }
 
     def rank(self, raw: Mapping[str, Float[Tensor, "B C"]]) -> Float[Tensor, "B C"]:
         """Return what orders a list: the only task's number, or the weighted sum of predictions."""
         if len(self.tasks) == 1:
             return raw[self.tasks[0].name]
-        predicted = self.predict(raw)
-        weighted = [task.weight * predicted[task.name] for task in self.tasks]
-        return torch.stack(weighted).sum(dim=0)
+        return self.order(self(raw))
+
+    def order(
+        self, outputs: Mapping[str, Tensor], weights: Mapping[str, float] | None = None
+    ) -> Float[Tensor, "B C"]:
+        """Return what orders a list, from what each task learns from.
+
+        Args:
+            outputs: By the task's name.
+            weights: Of each task's prediction in the sum, 0 for tasks that it does not name; None:
+                each task's own, and a single task is ordered by what comes before its prediction,
+                which never comes so near to 1 that two items look alike.
+        """
+        if weights is None and len(self.tasks) == 1:
+            (output,) = (outputs[task.name] for task in self.tasks)
+            return output.mean(dim=2) if self.tasks[0].kind == "ordinal" else output
+        if weights is None:
+            weights = {task.name: task.weight for task in self.tasks}
+        predicted = self.predictions(outputs)
+        return torch.stack([weight * predicted[name] for name, weight in weights.items()]).sum(0)
 
     @torch.no_grad()
     def begin(self, events: Interactions) -> None:

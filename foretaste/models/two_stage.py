@@ -1,0 +1,159 @@
+"""The two-stage recommender: a retriever finds candidates, a ranker judges them.
+
+It is neither a retriever nor a catalogue scorer of its own: whoever asks scores the catalogue by
+the retriever, leaves out what may not be answered, and has `rerank` put the best in a new order.
+What was no candidate stands below all that were, in the retriever's order.
+
+Covington et al., "Deep Neural Networks for YouTube Recommendations", RecSys 2016,
+https://doi.org/10.1145/2959100.2959190
+
+Shape legend: B queries, I items, C candidates of each, R items that were no candidates.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple, final
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from foretaste.data.batch import Queries
+from foretaste.errors import ConfigError, NonFiniteError
+from foretaste.models.interface import (
+    CatalogueScorer,
+    Ranker,
+    ReadsProfiles,
+    Retriever,
+)
+from foretaste.models.layers.top_k import top_k
+
+_BLOCK_PAIRS = 2**15
+"""Pairs of a query and a candidate that are judged at once, about."""
+
+
+class Judged(NamedTuple):
+    """What a ranker says of some items."""
+
+    score_BC: Float[Tensor, "B C"]
+    """What orders them, higher is better."""
+    prediction: Mapping[str, Float[Tensor, "B C"]]
+    """Each task's: a probability, a value in the label's own unit, or the expected level."""
+
+
+def judge(
+    ranker: Ranker,
+    queries: Queries,
+    item_BC: Int64[Tensor, "B C"],
+    *,
+    weights: Mapping[str, float] | None = None,
+) -> Judged:
+    """Ask a ranker about some items, some queries at a time.
+
+    Args:
+        ranker: In evaluation mode.
+        queries: Users and moments.
+        item_BC: item_idx, of each query its own.
+        weights: Of the tasks in the sum of predictions that makes the score; None: their own.
+
+    Raises:
+        NonFiniteError: It answers with NaN or infinity.
+    """
+    columns = item_BC.split(_BLOCK_PAIRS, dim=1)
+    size = max(1, _BLOCK_PAIRS // max(1, columns[0].shape[1]))
+    rows = []
+    for start in range(0, max(1, len(queries)), size):
+        part = queries if len(queries) <= size else queries.part(start, start + size)
+        outputs = [ranker(part, item_bc[start : start + size]) for item_bc in columns]
+        rows.append(
+            (
+                torch.cat([ranker.heads.order(output, weights) for output in outputs], dim=1),
+                [ranker.heads.predictions(output) for output in outputs],
+            )
+        )
+    score_BC = torch.cat([score_bC for score_bC, _ in rows]).float()
+    if not score_BC.isfinite().all():
+        raise NonFiniteError("a score is NaN or infinite: the ranker is broken, train it anew")
+    prediction = {
+        task.name: torch.cat([torch.cat([p[task.name] for p in found], dim=1) for _, found in rows])
+        for task in ranker.tasks
+    }
+    return Judged(score_BC, prediction)
+
+
+def below(score_BC: Float[Tensor, "B C"], first_BR: Float[Tensor, "B R"]) -> Float[Tensor, "B R"]:
+    """Return scores under those of the candidates, in the order that the retriever gave.
+
+    Args:
+        score_BC: The candidates' by the ranker, -inf where there is none.
+        first_BR: The others' by the retriever, the best of them among them; -inf stays so.
+    """
+    lowest_B = score_BC.where(score_BC.isfinite(), torch.inf).amin(dim=1, keepdim=True)
+    lowest_B = lowest_B.where(lowest_B.isfinite(), 0.0)
+    best_B = first_BR.amax(dim=1, keepdim=True)
+    return lowest_B - 1 + (first_BR - best_B.where(best_B.isfinite(), 0.0))
+
+
+@final
+class TwoStage(nn.Module):
+    """Both networks, and how many candidates go from one to the other."""
+
+    def __init__(self, retriever: nn.Module, ranker: nn.Module, *, num_candidates: int) -> None:
+        """Join two networks over one catalogue.
+
+        Args:
+            retriever: A `Retriever` or a `CatalogueScorer`.
+            ranker: A `Ranker`.
+            num_candidates: C, 1 or more.
+
+        Raises:
+            ConfigError: They are not of these kinds.
+        """
+        super().__init__()
+        if not isinstance(retriever, Retriever | CatalogueScorer):
+            raise ConfigError(f"{type(retriever).__name__} cannot score a catalogue")
+        if not isinstance(ranker, Ranker):
+            raise ConfigError(
+                f"{type(ranker).__name__} is no ranker: it cannot be asked about given items"
+            )
+        self.retriever, self.ranker = retriever, ranker
+        self.num_candidates = num_candidates
+
+    def judge(
+        self,
+        queries: Queries,
+        item_BC: Int64[Tensor, "B C"],
+        *,
+        weights: Mapping[str, float] | None = None,
+    ) -> Judged:
+        """Have the ranker judge some items; see `judge`."""
+        return judge(self.ranker, queries, item_BC, weights=weights)
+
+    def rerank(self, queries: Queries, first_BI: Float[Tensor, "B I"]) -> Float[Tensor, "B I"]:
+        """Return every item's score: the retriever's best are ranked anew, above all others.
+
+        Args:
+            queries: Users and moments.
+            first_BI: The retriever's scores, -inf where an item may not be answered.
+
+        Raises:
+            NonFiniteError: The ranker answers with NaN or infinity.
+        """
+        best_BC, item_BC = top_k(first_BI, self.num_candidates)
+        score_BC = self.judge(queries, item_BC).score_BC.where(best_BC > -torch.inf, -torch.inf)
+        rest_BI = first_BI.scatter(1, item_BC, -torch.inf)
+        return below(score_BC, rest_BI).scatter(1, item_BC, score_BC)
+
+    @property
+    def reads_profiles(self) -> bool:
+        """Whether users' features are read in either stage."""
+        return any(reads_profiles(model) for model in (self.retriever, self.ranker))
+
+
+def first_stage(model: nn.Module) -> nn.Module:
+    """Return the model that finds items in the catalogue: of two stages the first, else itself."""
+    return model.retriever if isinstance(model, TwoStage) else model
+
+
+def reads_profiles(model: nn.Module) -> bool:
+    """Return whether a model answers users of whom only features are known."""
+    return isinstance(model, ReadsProfiles) and model.reads_profiles
