@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from foretaste.errors import BundleError, DataError, NonFiniteError
+from foretaste.models.layers.top_k import top_k
 from foretaste.retrieval import exact as exact_module
 from foretaste.retrieval.choose import build_index, load_index, recall
-from foretaste.models.layers.top_k import top_k
 from foretaste.retrieval.hnsw import HnswIndex
 from foretaste.retrieval.index import IndexChoice, ItemIndex
 from foretaste.retrieval.ivf import IvfIndex

@@ -3,6 +3,7 @@
 Shape legend: E events.
 """
 
+from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -12,6 +13,9 @@ from torch import Tensor
 
 from foretaste.config import Config
 from foretaste.errors import DataError
+
+Weights = Mapping[str, float | int]
+"""How much each task's prediction counts in a score, by name; 0 for those that are not named."""
 
 
 class Task(Config):

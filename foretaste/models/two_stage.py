@@ -18,6 +18,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from foretaste.data.batch import Queries
+from foretaste.data.tasks import Weights
 from foretaste.errors import ConfigError, NonFiniteError
 from foretaste.models.interface import (
     CatalogueScorer,
@@ -45,7 +46,7 @@ def judge(
     queries: Queries,
     item_BC: Int64[Tensor, "B C"],
     *,
-    weights: Mapping[str, float] | None = None,
+    weights: Weights | None = None,
 ) -> Judged:
     """Ask a ranker about some items, some queries at a time.
 
@@ -123,7 +124,7 @@ class TwoStage(nn.Module):
         queries: Queries,
         item_BC: Int64[Tensor, "B C"],
         *,
-        weights: Mapping[str, float] | None = None,
+        weights: Weights | None = None,
     ) -> Judged:
         """Have the ranker judge some items; see `judge`."""
         return judge(self.ranker, queries, item_BC, weights=weights)

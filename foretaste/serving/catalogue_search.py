@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from foretaste.data.batch import Queries
+from foretaste.data.tasks import Weights
 from foretaste.errors import ConfigError
 from foretaste.models.interface import Ranker, Retriever
 from foretaste.models.layers.top_k import top_k
@@ -72,7 +73,7 @@ class CatalogueSearch:
         *,
         exclude_BX: Int64[Tensor, "B X"],
         allow_I: Bool[Tensor, " I"] | None,
-        weights: Mapping[str, float] | None = None,
+        weights: Weights | None = None,
         stages: Stages | None = None,
     ) -> Best:
         """Return the model's K best items for each query, none of them excluded (-1 pads X).
@@ -135,7 +136,7 @@ class CatalogueSearch:
         k: int,
         *,
         num: int,
-        weights: Mapping[str, float] | None,
+        weights: Weights | None,
     ) -> Best:
         """Put the first `num` items of each query in the ranker's order, the others below them."""
         item_BC, rest_BR = found.item_BK[:, :num], found.score_BK[:, num:]

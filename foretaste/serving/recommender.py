@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor
 
+from foretaste.data.tasks import Weights
 from foretaste.errors import ConfigError, DataError
 from foretaste.models.interface import Retriever
 from foretaste.models.two_stage import first_stage
@@ -79,7 +80,7 @@ class Recommender:
         allow: Sequence[object] | None = None,
         deny: Sequence[object] | None = None,
         since: int | None = None,
-        weights: Mapping[str, float] | None = None,
+        weights: Weights | None = None,
     ) -> Answer:
         """Return the k best items for one user, known or not.
 
@@ -371,7 +372,7 @@ def load(path: str | Path) -> Recommender:
     return Recommender(read_bundle(Path(path)))
 
 
-def check_weights(weights: Mapping[str, float] | None, tasks: Sequence[str]) -> None:
+def check_weights(weights: Weights | None, tasks: Sequence[str]) -> None:
     """Refuse weights of tasks that a model has not, and such as order nothing.
 
     Raises:

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from foretaste.data.interactions import Interactions
-from foretaste.data.tasks import LabelScale, Task, in_own_unit, label_scale
+from foretaste.data.tasks import LabelScale, Task, Weights, in_own_unit, label_scale
 from foretaste.errors import ConfigError, DataError
 
 
@@ -85,7 +85,7 @@ class Heads(nn.Module):
         return self.order(self(raw))
 
     def order(
-        self, outputs: Mapping[str, Tensor], weights: Mapping[str, float] | None = None
+        self, outputs: Mapping[str, Tensor], weights: Weights | None = None
     ) -> Float[Tensor, "B C"]:
         """Return what orders a list, from what each task learns from.
 

@@ -1,0 +1,343 @@
+"""Two stages: a retriever's candidates in a ranker's order, offline and served alike."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from serving_worlds import make_events, make_trained
+from torch import Tensor, nn
+
+import foretaste as ft
+from foretaste.data.batch import Queries
+from foretaste.data.histories import Reads
+from foretaste.data.interactions import Interactions
+from foretaste.data.tasks import Task
+from foretaste.errors import ConfigError, DataError, NonFiniteError
+from foretaste.models import two_stage as module
+from foretaste.models.catalogue import ModelConfig, TwoStageConfig, build_model
+from foretaste.models.ease import EASEConfig
+from foretaste.models.interface import ClosedForm
+from foretaste.models.item_knn import ItemKNNConfig
+from foretaste.models.layers.heads import Heads
+from foretaste.models.neumf import NeuMFConfig
+from foretaste.models.sasrec import SASRecConfig
+from foretaste.models.two_stage import TwoStage, below, judge
+from foretaste.serving.bundle import Bundle
+from foretaste.serving.recommender import Recommender
+from foretaste.serving.stages import Stages
+from foretaste.training.trained import Trained
+
+
+class Wanted(nn.Module):
+    """A ranker with two tasks whose numbers are given for each item."""
+
+    def __init__(self, click_I: list[float], buy_I: list[float]) -> None:
+        super().__init__()
+        self.tasks = (Task(name="click"), Task(name="buy", column="buy"))
+        self.reads: Reads = "nothing"
+        self.max_len = 0
+        self.heads = Heads(self.tasks)
+        self.raw_TI = torch.tensor([click_I, buy_I])
+
+    def forward(self, queries: Queries, item_BC: Tensor) -> dict[str, Tensor]:
+        assert len(queries) == len(item_BC)
+        return self.heads({"click": self.raw_TI[0][item_BC], "buy": self.raw_TI[1][item_BC]})
+
+    def predict(self, queries: Queries, item_BC: Tensor) -> Mapping[str, Tensor]:
+        return self.heads.predictions(self(queries, item_BC))
+
+
+class Fixed(nn.Module):
+    """A catalogue scorer that says the same to everybody."""
+
+    def __init__(self, score_I: list[float]) -> None:
+        super().__init__()
+        self.score_I = torch.tensor(score_I)
+
+    def score(self, queries: Queries) -> Tensor:
+        return self.score_I.expand(len(queries), -1)
+
+
+def joined(
+    first_I: list[float], click_I: list[float], buy_I: list[float], num_candidates: int
+) -> TwoStage:
+    return TwoStage(Fixed(first_I), Wanted(click_I, buy_I), num_candidates=num_candidates)
+
+
+NOBODY = Queries.of_histories([[]])
+FIRST = [9.0, 8.0, 7.0, 6.0, 5.5]
+CLICK = [-3.0, 0.0, 1.0, 2.0, 4.0]
+BUY = [3.0, 0.0, -1.0, 0.0, 5.0]
+
+
+def test_candidates_stand_in_the_rankers_order_and_the_others_below_in_the_retrievers() -> None:
+    # sigmoid(click) + sigmoid(buy): .047 + .953 = 1 for item 0, .5 + .5 = 1 for item 1,
+    # .731 + .269 = 1 for item 2; with item 3, .881 + .5, four candidates are enough to tell
+    model = joined(FIRST, CLICK, BUY, 4)
+    score_1I = model.rerank(NOBODY, torch.tensor([FIRST]))
+    torch.testing.assert_close(
+        score_1I[0, :4], torch.tensor([1.0, 1.0, 1.0, 1.3808]), rtol=1e-4, atol=1e-4
+    )
+    assert score_1I[0, 4] < 1.0  # the ranker would have put it first, but was not asked
+    only_one = joined(FIRST, CLICK, BUY, 1).rerank(NOBODY, torch.tensor([FIRST]))
+    assert only_one.argsort(descending=True).tolist() == [[0, 1, 2, 3, 4]]
+
+
+def test_with_all_items_as_candidates_the_retriever_has_no_say() -> None:
+    one, other = (
+        joined(first, CLICK, BUY, 5).rerank(NOBODY, torch.tensor([first]))
+        for first in (FIRST, [0.0, 1.0, 0.0, 0.0, 3.0])
+    )
+    torch.testing.assert_close(one, other)
+
+
+def test_what_may_not_be_answered_is_no_candidate_and_stays_out() -> None:
+    first_1I = torch.tensor([[-torch.inf, 8.0, 7.0, 6.0, 5.5]])
+    score_1I = joined(FIRST, CLICK, BUY, 2).rerank(NOBODY, first_1I)
+    assert score_1I[0, 0] == -torch.inf
+    assert score_1I[0].argsort(descending=True).tolist()[2:] == [3, 4, 0]
+    none = joined(FIRST, CLICK, BUY, 2).rerank(NOBODY, torch.full((1, 5), -torch.inf))
+    assert none.isneginf().all()
+
+
+def test_scores_below_keep_the_retrievers_distances() -> None:
+    # lowest candidate 2.0: the best of the others gets 1.0, and one 0.25 behind it 0.75
+    got = below(torch.tensor([[5.0, 2.0, -torch.inf]]), torch.tensor([[-1.25, -1.0, -torch.inf]]))
+    assert got.tolist() == [[0.75, 1.0, -torch.inf]]
+
+
+def test_a_ranker_asked_in_blocks_says_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    events = make_events()
+    ranker = ranker_of(events)
+    queries = Queries.of_histories([[0, 1], [], [3, 4, 5], [2]])
+    item_BC = torch.randint(20, (4, 7), generator=torch.Generator().manual_seed(0))
+    whole = judge(ranker, queries, item_BC)
+    for pairs in (1, 3, 7, 15):
+        monkeypatch.setattr(module, "_BLOCK_PAIRS", pairs)
+        parts = judge(ranker, queries, item_BC)
+        torch.testing.assert_close(parts.score_BC, whole.score_BC)
+        torch.testing.assert_close(parts.prediction, whole.prediction)
+
+
+def test_a_broken_ranker_is_named() -> None:
+    model = joined(FIRST, [float("nan"), *CLICK[1:]], BUY, 5)
+    with pytest.raises(NonFiniteError, match="ranker is broken"):
+        model.rerank(NOBODY, torch.tensor([FIRST]))
+
+
+def test_only_a_ranker_ranks_and_only_what_scores_a_catalogue_finds() -> None:
+    with pytest.raises(ConfigError, match="Fixed is no ranker"):
+        TwoStage(Fixed(FIRST), Fixed(FIRST), num_candidates=2)
+    with pytest.raises(ConfigError, match="Linear cannot score a catalogue"):
+        TwoStage(nn.Linear(1, 1), Wanted(CLICK, BUY), num_candidates=2)
+
+
+def ranker_of(events: Interactions) -> nn.Module:
+    torch.manual_seed(3)
+    ranker = build_model(
+        NeuMFConfig(factors=4, init_std=0.5), num_users=events.num_users, num_items=events.num_items
+    ).eval()
+    ranker.begin(events)
+    ranker.finish(events)
+    return ranker
+
+
+RETRIEVERS: dict[str, ModelConfig] = {
+    "sasrec, behind an index": SASRecConfig(embedding_dim=8, num_blocks=1, num_heads=2, max_len=10),
+    "ease, without vectors": EASEConfig(l2=1.0),
+    "item_knn, with many ties": ItemKNNConfig(neighbours=3),
+}
+
+
+@pytest.fixture(params=RETRIEVERS)
+def trained(request: pytest.FixtureRequest) -> Trained:
+    events = make_events()
+    config = TwoStageConfig(
+        retriever=RETRIEVERS[request.param],
+        ranker=NeuMFConfig(factors=4, init_std=0.5),
+        candidates=6,
+    )
+    torch.manual_seed(0)
+    model = build_model(config, num_users=events.num_users, num_items=events.num_items).eval()
+    assert isinstance(model, TwoStage)
+    model.ranker = ranker_of(events)
+    if isinstance(model.retriever, ClosedForm):
+        model.retriever.learn(events)
+    return Trained(config=config, model=model, events=events, seed=0)
+
+
+@torch.inference_mode()
+def offline(trained: Trained, user_idx: int, history: list[int]) -> Tensor:
+    queries = replace(Queries.of_histories([history]), user_B=torch.tensor([user_idx]))
+    return trained.scorer(exclude_seen=True)(queries)[0]
+
+
+@pytest.mark.parametrize("k", [3, 6, 10])
+def test_served_answers_are_the_offline_scores_of_the_same_bundle(
+    trained: Trained, tmp_path: Path, k: int
+) -> None:
+    ft.build_recommender(trained).save(tmp_path / "bundle")
+    recommender = ft.load(tmp_path / "bundle")
+    for user in (0, 7, 21):
+        past = recommender.trained.events.history(user).astype(int).tolist()
+        expected_I = offline(recommender.trained, user, past)
+        answer = recommender.recommend(100 + user, k=k)
+        got = [(int(row.item_id) - 500, row.score) for row in answer.rows]
+        assert len(got) == k
+        assert answer.source == "model"
+        for item_idx, score in got:
+            assert score == pytest.approx(float(expected_I[item_idx]), abs=1e-6)
+        assert [score for _, score in got] == pytest.approx(
+            expected_I.topk(k).values.tolist(), abs=1e-6
+        )
+    # somebody new, by what they do now
+    expected_I = offline(recommender.trained, -1, [1, 4])
+    answer = recommender.recommend("new", history=[501, 504], k=k)
+    assert [row.score for row in answer.rows] == pytest.approx(
+        expected_I.topk(k).values.tolist(), abs=1e-6
+    )
+
+
+def test_lists_in_bulk_are_the_single_answers(trained: Trained) -> None:
+    recommender = ft.build_recommender(trained)
+    table = recommender.recommend_many([100, 107, "nobody"], k=4)
+    assert table["source"].to_list() == ["model", "model", "popular"]
+    for row, user_id in enumerate([100, 107]):
+        single = recommender.recommend(user_id, k=4)
+        assert table["item_id"][row].to_list() == [r.item_id for r in single.rows]
+        assert table["score"][row].to_list() == pytest.approx(
+            [r.score for r in single.rows], abs=1e-6
+        )
+
+
+def test_denied_items_leave_room_for_further_candidates(trained: Trained) -> None:
+    # six candidates, and the first list's six items denied: six others are ranked
+    recommender = ft.build_recommender(trained)
+    first = recommender.recommend(100, k=6)
+    again = recommender.recommend(100, k=6, deny=[row.item_id for row in first.rows])
+    assert not {row.item_id for row in first.rows} & {row.item_id for row in again.rows}
+    assert all(row.predictions for row in again.rows)
+
+
+def test_a_row_says_what_is_predicted_and_one_that_was_not_ranked_says_nothing(
+    trained: Trained,
+) -> None:
+    rows = ft.build_recommender(trained).recommend(100, k=8).rows
+    for row in rows[:6]:
+        assert row.predictions == {"click": pytest.approx(1 / (1 + np.exp(-row.score)), abs=1e-6)}
+    assert [row.predictions for row in rows[6:]] == [{}, {}]
+
+
+def test_an_explanation_is_the_rankers(trained: Trained) -> None:
+    recommender = ft.build_recommender(trained)
+    history = [500, 503, 507]
+    rows = recommender.recommend(history=history, k=3).rows
+    item_ids = [int(row.item_id) for row in rows]
+    model = recommender.trained.model
+    assert isinstance(model, TwoStage)
+    item_T = torch.tensor([[item - 500 for item in item_ids]])
+
+    @torch.inference_mode()
+    def score(past: list[int]) -> Tensor:
+        queries = Queries.of_histories([[item - 500 for item in past]])
+        return model.judge(queries, item_T).score_BC[0]
+
+    drop_CT = torch.stack([score(history) - score([i for i in history if i != h]) for h in history])
+    expected = [
+        history[int(drop.argmax())] if float(drop.max()) > 0 else None for drop in drop_CT.T
+    ]
+    assert list(recommender.explain_many(history, item_ids)) == expected
+
+
+def two_tasks(num_candidates: int | None) -> Recommender:
+    """Four items of training, in two stages, or by the ranker alone."""
+    trained = make_trained("popularity")
+    rng = np.random.default_rng(0)
+    num_items = trained.events.num_items
+    click_I, buy_I = rng.normal(size=(2, num_items)).tolist()
+    ranker: nn.Module = Wanted(click_I, buy_I)
+    if num_candidates is None:
+        ranker.score = lambda queries: ranker.heads.order(
+            ranker(queries, torch.arange(num_items).expand(len(queries), -1))
+        )
+        model = ranker
+    else:
+        model = TwoStage(trained.model, ranker, num_candidates=num_candidates)
+    trained = replace(trained, model=model.eval())
+    popular_I = torch.from_numpy(trained.events.item_count).float()
+    return Recommender(
+        Bundle(trained=trained, popular_I=popular_I.masked_fill(popular_I == 0, -torch.inf))
+    )
+
+
+@pytest.mark.parametrize("num_candidates", [None, 20])
+def test_weights_of_a_request_order_the_list_by_the_sum_of_predictions(
+    num_candidates: int | None,
+) -> None:
+    recommender = two_tasks(num_candidates)
+    for weights in ({"click": 1.0, "buy": 5.0}, {"buy": 1.0}, {"click": 2.0, "buy": -1.0}):
+        rows = recommender.recommend(100, k=30, weights=weights).rows
+        sums = [sum(w * row.predictions[n] for n, w in weights.items()) for row in rows]
+        assert [row.score for row in rows] == pytest.approx(sums, abs=1e-6)
+        assert sums == sorted(sums, reverse=True)
+        assert len(rows) == 20 - len(recommender.trained.events.history(0))
+    usual = recommender.recommend(100, k=30)
+    assert usual.rows == recommender.recommend(100, k=30, weights={"click": 1, "buy": 1}).rows
+
+
+def test_weights_of_no_task_are_refused_by_name() -> None:
+    recommender = two_tasks(4)
+    with pytest.raises(DataError, match="'bye' is no task; this model's are click, buy; did you"):
+        recommender.recommend(100, weights={"bye": 1.0})
+    with pytest.raises(DataError, match="'buy' is nan: give a finite number"):
+        recommender.recommend(100, weights={"buy": float("nan")})
+    with pytest.raises(DataError, match="all are 0"):
+        recommender.recommend(100, weights={"buy": 0})
+    one_stage = ft.build_recommender(make_trained("ease"))
+    with pytest.raises(DataError, match="this model has none"):
+        one_stage.recommend(100, weights={"click": 1})
+
+
+def test_the_time_of_each_stage_is_its_own() -> None:
+    ticks = iter([0.0, 1.0, 10.0, 10.5, 20.0, 22.0])
+    stages = Stages(clock=lambda: next(ticks))
+    with stages.timed("search"):
+        pass
+    with stages.timed("rank"):
+        pass
+    with stages.timed("search"):
+        pass
+    assert stages.seconds == {"search": 3.0, "rank": 0.5}
+    answer = two_tasks(4).recommend(100, k=3)
+    assert set(answer.seconds) == {"search", "rank"}
+    assert not two_tasks(4).recommend(k=3).seconds
+
+
+def test_a_measured_model_leaves_seen_items_out_before_it_chooses_candidates() -> None:
+    # with one candidate, and the retriever's best item seen by everybody, the second best would
+    # get no judgement if the seen one took its place
+    events = make_events()
+    count_I = events.item_count.astype(float)
+    best = int(count_I.argmax())
+    seen = Queries.of_histories([[best]])
+    model = TwoStage(
+        Fixed(count_I.tolist()),
+        Wanted([100.0] * len(count_I), [0.0] * len(count_I)),
+        num_candidates=1,
+    )
+    trained = Trained(config=EASEConfig(), model=model, events=events, seed=0)
+    score_I = trained.scorer(exclude_seen=True)(seen)[0]
+    assert score_I[best] == -torch.inf
+    assert score_I.max() == pytest.approx(1.5)  # the candidate's sigmoid(100) + sigmoid(0)
+    assert trained.scorer()(seen)[0].argmax() == best
+
+
+def test_a_part_of_a_block_is_the_same_users() -> None:
+    queries = Queries.of_histories([[0, 1], [], [3, 4, 5], [2]])
+    part = queries.part(1, 3)
+    assert part.history_N.tolist() == [3, 4, 5]
+    assert part.offsets_B1.tolist() == [0, 0, 3]
+    assert len(queries.part(3, 9)) == 1
