@@ -1,6 +1,7 @@
 """Two stages: a retriever's candidates in a ranker's order, offline and served alike."""
 
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,8 +27,14 @@ from foretaste.models.neumf import NeuMFConfig
 from foretaste.models.sasrec import SASRecConfig
 from foretaste.models.two_stage import TwoStage, below, judge
 from foretaste.serving.bundle import Bundle
+from foretaste.serving.messages import RecommendReply, RecommendRequest
+from foretaste.serving.metrics import Metrics
 from foretaste.serving.recommender import Recommender
+from foretaste.serving.service import Service
+from foretaste.serving.settings import ServerSettings
+from foretaste.serving.slot import ModelSlot, load_version
 from foretaste.serving.stages import Stages
+from foretaste.serving.state import open_live_events
 from foretaste.training.trained import Trained
 
 
@@ -154,9 +161,13 @@ RETRIEVERS: dict[str, ModelConfig] = {
 
 @pytest.fixture(params=RETRIEVERS)
 def trained(request: pytest.FixtureRequest) -> Trained:
+    return make_two_stage(RETRIEVERS[request.param])
+
+
+def make_two_stage(retriever: ModelConfig) -> Trained:
     events = make_events()
     config = TwoStageConfig(
-        retriever=RETRIEVERS[request.param],
+        retriever=retriever,
         ranker=NeuMFConfig(factors=4, init_std=0.5),
         candidates=6,
     )
@@ -341,3 +352,20 @@ def test_a_part_of_a_block_is_the_same_users() -> None:
     assert part.history_N.tolist() == [3, 4, 5]
     assert part.offsets_B1.tolist() == [0, 0, 3]
     assert len(queries.part(3, 9)) == 1
+
+
+def test_over_http_a_row_says_what_is_predicted_and_each_stage_is_timed(tmp_path: Path) -> None:
+    trained = make_two_stage(EASEConfig(l2=1.0))
+    ft.build_recommender(trained).save(tmp_path / "bundle")
+    slot = ModelSlot(lambda: load_version(tmp_path / "bundle"))
+    metrics = Metrics()
+    with closing(open_live_events("sqlite://")) as live:
+        service = Service(slot, live, ServerSettings(), bundle=tmp_path / "bundle", metrics=metrics)
+        asked = RecommendRequest(user_id="100", k=3, weights={"click": 2.0})
+        reply = service.recommend(asked)
+    for row in reply.items:
+        assert row.score == pytest.approx(2 * row.predictions["click"])
+    shown = metrics.exposition().decode()
+    for stage in ("search", "rank"):
+        assert f'foretaste_stage_seconds_count{{stage="{stage}"}} 1.0' in shown
+    assert RecommendReply.model_validate(reply.model_dump()) == reply

@@ -30,14 +30,18 @@ def recommend(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Parquet of lists, with --users.")] = None,
     k: ListLength = 10,
+    weights: Annotated[
+        list[str] | None,
+        typer.Option("--weight", metavar="TASK=VALUE", help="What a task counts: buy=5"),
+    ] = None,
     seen: Annotated[bool, typer.Option("--seen", help="Allow items that the user had.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Recommend for a user, for a history, for nobody known, or for a file of users."""
     if (users is None) != (out is None):
         raise typer.BadParameter("--users and --out go together")
-    if users is not None and any(told is not None for told in (user, history, features)):
-        raise typer.BadParameter("--users goes without --user, --history and --features")
+    if users is not None and any(told is not None for told in (user, history, features, weights)):
+        raise typer.BadParameter("--users goes without --user, --history, --features and --weight")
     recommender = ft.load(bundle)
     if users is not None and out is not None:
         written = ft.write_lists(recommender, users, out, k=k, exclude_seen=not seen)
@@ -45,7 +49,14 @@ def recommend(
         return
     past = [] if history is None else [item.strip() for item in history.split(",")]
     told = _told(features)
-    found = recommender.recommend(user, history=past, features=told, k=k, exclude_seen=not seen)
+    found = recommender.recommend(
+        user,
+        history=past,
+        features=told,
+        k=k,
+        exclude_seen=not seen,
+        weights=_weights(weights) if weights else None,
+    )
     whom = user or ("this history" if past else "these features" if told else "nobody known")
     _answer(found, f"for {whom}", as_json=as_json)
 
@@ -73,6 +84,14 @@ def _told(features: str | None) -> dict[str, object] | None:
     if not isinstance(told, dict):
         raise typer.BadParameter('--features is a JSON object, such as {"age": 30}')
     return told
+
+
+def _weights(told: list[str]) -> dict[str, float]:
+    parts = [text.partition("=") for text in told]
+    try:
+        return {name.strip(): float(value) for name, _, value in parts}
+    except ValueError as error:
+        raise typer.BadParameter("--weight is a task and a number, such as buy=5") from error
 
 
 def _answer(found: "ft.Answer", title: str, *, as_json: bool) -> None:

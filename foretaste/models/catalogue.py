@@ -44,13 +44,7 @@ RetrieverConfig = (
 """Models that find candidates in the whole catalogue."""
 
 RankerConfig = (
-    GMFConfig
-    | MLPConfig
-    | NeuMFConfig
-    | DeepFMConfig
-    | DINConfig
-    | SharedBottomConfig
-    | MMoEConfig
+    GMFConfig | MLPConfig | NeuMFConfig | DeepFMConfig | DINConfig | SharedBottomConfig | MMoEConfig
 )
 """Models that judge given items."""
 

@@ -54,6 +54,8 @@ class RecommendRequest(_Request):
     """If given, only these items."""
     deny: tuple[Id, ...] | None = None
     """Never these items."""
+    weights: dict[str, float] | None = Field(default=None, min_length=1, max_length=100)
+    """How much each task's prediction counts in the score, 0 for tasks that are not named."""
     explain: bool = False
     """Also say which item of the history each row rests on most."""
 
@@ -75,6 +77,8 @@ class Row(Item):
     """Higher is better; comparable within one answer only."""
     source: str
     """Where it came from: model, fold-in, features or popular."""
+    predictions: dict[str, float] = Field(default_factory=dict)
+    """What the model predicts, by the task's name; empty for a model without tasks."""
     because: Item | None = None
     """The item of the history without which this row's score would fall most."""
 

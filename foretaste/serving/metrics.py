@@ -29,6 +29,13 @@ class Metrics:
             buckets=SECONDS,
             registry=self._registry,
         )
+        self.stages = Histogram(
+            "foretaste_stage_seconds",
+            "Of a recommendation: encode, search, rank, rules.",
+            ("stage",),
+            buckets=SECONDS,
+            registry=self._registry,
+        )
         self.shed = Counter(
             "foretaste_shed", "Requests answered 503 for want of room.", registry=self._registry
         )

@@ -77,7 +77,10 @@ class Service:
             exclude_seen=asked.exclude_seen,
             allow=None if asked.allow is None else list(asked.allow),
             deny=None if asked.deny is None else list(asked.deny),
+            weights=asked.weights,
         )
+        for stage, seconds in answer.seconds.items():
+            self.metrics.stages.labels(stage).observe(seconds)
         self.metrics.answers.labels(answer.source).inc()
         because = self._because(loaded, user_id, history, answer) if asked.explain else {}
         return RecommendReply(
@@ -226,7 +229,11 @@ class Service:
 def _row(loaded: Loaded, row: Recommendation, because: Item | None) -> Row:
     item = loaded.catalogue.describe(row.item_id)
     return Row.model_construct(  # each part is valid by itself
-        **vars(item), score=row.score, source=row.source, because=because
+        **vars(item),
+        score=row.score,
+        source=row.source,
+        predictions=row.predictions,
+        because=because,
     )
 
 
