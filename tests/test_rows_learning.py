@@ -286,7 +286,7 @@ def test_what_cannot_be_learned_or_measured_is_refused() -> None:
     )
     with pytest.raises(DataError, match="'click' has one class only"):
         fit(GMFConfig(task=always), split, training=settings(), show=False)
-    with pytest.raises(ConfigError, match=r"negatives_from is 'retriever'.*mine="):
+    with pytest.raises(ConfigError, match=r"negatives_from is 'retriever'.*candidates="):
         fit(
             GMFConfig(),
             happened(),

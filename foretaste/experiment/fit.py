@@ -16,13 +16,14 @@ from foretaste.data.rows import positives_of
 from foretaste.data.splits import Split
 from foretaste.errors import DataError
 from foretaste.experiment.learning import make_learning, usual_objective
+from foretaste.experiment.mining import CandidateNegatives
+from foretaste.experiment.two_stage import Candidates, FirstStage, fit_two_stage
 from foretaste.experiment.validation import make_validation
-from foretaste.models.catalogue import ModelConfig, build_model
+from foretaste.models.catalogue import ModelConfig, TwoStageConfig, build_model
 from foretaste.models.interface import Begins, ClosedForm, Finishes, LearnsNewcomers
 from foretaste.models.lightgcn import LightGCNConfig
 from foretaste.models.neumf import NCF, NeuMFConfig
 from foretaste.models.pinsage import PinSageConfig
-from foretaste.sampling.hard import MineNegatives
 from foretaste.training.fit import Epoch, Fit
 from foretaste.training.objectives.catalogue import ObjectiveConfig
 from foretaste.training.objectives.rows import LabelledRows, RowsConfig
@@ -44,7 +45,8 @@ def fit(
     show: bool = True,
     on_epoch: Callable[[Epoch], None] | None = None,
     max_seconds: float | None = None,
-    mine: MineNegatives | None = None,
+    candidates: Candidates | None = None,
+    first_stage: FirstStage | None = None,
 ) -> Trained:
     """Train a model on a split's training part, stopping by its validation part.
 
@@ -65,7 +67,10 @@ def fit(
         on_epoch: Told of each epoch; what it raises ends the run.
         max_seconds: Stop the training loop after so long, and keep the best weights so far; a
             model that learns in closed form cannot be stopped.
-        mine: A retriever's candidates, for a ranker whose negatives are to be those.
+        candidates: Of a ranker: what it will be asked about. Its negatives are of those if
+            `objective` says so, and early stopping judges it by how it ranks them.
+        first_stage: Of a model in two stages: how its retriever learns. `training` and `objective`
+            are the ranker's then.
 
     Raises:
         ConfigError: The model has nothing to read, or the schema names a column that is not there.
@@ -83,14 +88,28 @@ def fit(
         fit,
         split=split,
         seed=seed,
-        training=training,
-        objective=objective,
         features=features,
         resume=resume,
         show=show,
-        mine=mine,
     )
-    parts = _fit_parts(config, fit_part, folder=folder, max_seconds=max_seconds)
+    if isinstance(config, TwoStageConfig):
+        return fit_two_stage(
+            config,
+            fit_part,
+            split,
+            training=training,
+            objective=objective,
+            first_stage=first_stage or FirstStage(),
+            folder=folder,
+            on_epoch=on_epoch,
+            max_seconds=max_seconds,
+        )
+    parts = _fit_parts(
+        config,
+        partial(fit_part, training=training, objective=objective, candidates=candidates),
+        folder=folder,
+        max_seconds=max_seconds,
+    )
     torch.manual_seed(seed)
     graph = (
         graph_of(events, config.graph)
@@ -131,7 +150,7 @@ def fit(
             show=show,
             on_epoch=on_epoch,
             max_seconds=None if max_seconds is None else max_seconds / (1 + len(parts)),
-            mine=mine,
+            candidates=candidates,
         )
     if isinstance(model, LearnsNewcomers):
         model.learn_newcomers(events)
@@ -179,7 +198,7 @@ def _learn(
     show: bool,
     on_epoch: Callable[[Epoch], None] | None,
     max_seconds: float | None,
-    mine: MineNegatives | None,
+    candidates: Candidates | None,
 ) -> Trained:
     """Run the training loop; histories of what comes back hold only what happened."""
     model, events, features = untrained.model, untrained.events, untrained.features
@@ -201,7 +220,7 @@ def _learn(
         producers=training.producers,
         graph=graph,
         context=None if features is None else features.context_table,
-        mine=mine,
+        mine=_mined(objective, candidates),
     )
     run: Fit[Any, Any] = Fit(
         model,
@@ -209,7 +228,7 @@ def _learn(
         seed=untrained.seed,
         plan=learning.plan,
         objective=learning.objective,
-        validate=make_validation(untrained, split),
+        validate=make_validation(untrained, split, candidates),
         folder=folder,
         refreshed=learning.refreshed,
     )
@@ -217,6 +236,14 @@ def _learn(
     if isinstance(learning.objective, LabelledRows) and learning.objective.sigmas():
         log["sigma"] = learning.objective.sigmas()
     return replace(untrained, log={**untrained.log, **log})
+
+
+def _mined(objective: ObjectiveConfig, candidates: Candidates | None) -> CandidateNegatives | None:
+    if candidates is None or not isinstance(objective, RowsConfig):
+        return None
+    if objective.negatives_from != "retriever":
+        return None
+    return CandidateNegatives(candidates.retriever, candidates.num)
 
 
 def _run(

@@ -12,6 +12,7 @@ from foretaste.data.tasks import label_scale
 from foretaste.errors import ConfigError
 from foretaste.models.interface import Ranker
 from foretaste.sampling.hard import MineNegatives
+from foretaste.sampling.mixed import MixedNegatives
 from foretaste.sampling.popularity import PopularitySampler
 from foretaste.sampling.row_negatives import RowNegatives
 from foretaste.sampling.uniform import UniformSampler
@@ -75,16 +76,18 @@ def _draw(config: RowsConfig, happened: Interactions, mine: MineNegatives | None
     """Return who draws; `happened` is what must not be drawn."""
     count_I = happened.item_count
     seen = Seen.of(happened) if config.exclude_known else None
+    alike = RowNegatives(UniformSampler(len(count_I), known_I=torch.from_numpy(count_I > 0)), seen)
     match config.negatives_from:
         case "uniform":
-            known_I = torch.from_numpy(count_I > 0)
-            return RowNegatives(UniformSampler(len(count_I), known_I=known_I), seen)
+            return alike
         case "popularity":
             return RowNegatives(PopularitySampler(count_I, alpha=config.popularity_power), seen)
         case "retriever":
             if mine is None:
                 raise ConfigError(
                     "objective.negatives_from is 'retriever', and there is none: hand its "
-                    'candidates to fit as mine=, or set it to "uniform" or "popularity"'
+                    'candidates to fit as candidates=, or set it to "uniform" or "popularity"'
                 )
-            return mine
+            if config.retriever_share == 1:
+                return mine
+            return MixedNegatives(first=mine, share=config.retriever_share, second=alike)

@@ -1,4 +1,5 @@
-"""Hard negatives mined from an index over the items of the model that learns from them.
+"""Hard negatives mined from an index: over the items of the model that learns from them, or of a
+retriever whose candidates a ranker learns to tell apart.
 
 Shape legend: U users, B pairs or users of a block, N hard negatives of a pair, T ranks, I items.
 """
@@ -17,9 +18,11 @@ from foretaste.data.interactions import Interactions
 from foretaste.errors import ConfigError
 from foretaste.models.interface import Retriever
 from foretaste.retrieval.choose import build_index
+from foretaste.retrieval.index import ItemIndex
 from foretaste.sampling.hard import draw_by_rank
 from foretaste.sampling.unseen import Seen
 from foretaste.training.objectives.pairs import PairsConfig
+from foretaste.training.trained import Trained
 
 _BLOCK_USERS = 256
 
@@ -89,7 +92,13 @@ class IndexNegatives:
             return
         if not isinstance(model, Retriever):
             raise ConfigError(f"{type(model).__name__} is no retriever: its items have no index")
-        self._ranked_UT = self._search(model)
+        index = build_index(
+            model.item_table().float().cpu(),
+            known_I=torch.from_numpy(self.events.item_count > 0),
+            seed=self.seed,
+        )
+        with torch.no_grad():
+            self._ranked_UT = _search_all(model, index, self.events, self.config.hard_ranks[1])
 
     def state(self) -> Mapping[str, Tensor]:
         """Return what a checkpoint keeps."""
@@ -99,25 +108,99 @@ class IndexNegatives:
         """Take what `state` gave."""
         self._ranked_UT = state.get("ranked_UT")
 
-    @torch.no_grad()
-    def _search(self, model: Retriever) -> Int32[Tensor, "U T"]:
-        events, num_ranks = self.events, self.config.hard_ranks[1]
-        table_ID = model.item_table().float()
-        known_I = torch.from_numpy(events.item_count > 0)
-        index = build_index(table_ID.cpu(), known_I=known_I, seed=self.seed)
-        length_U = torch.from_numpy(events.offsets).diff()
-        ranked_UT = torch.full((events.num_users, num_ranks), -1, dtype=torch.int32)
-        order_U = length_U.argsort(stable=True)  # blocks of like length need little padding
-        for user_B in order_U[length_U[order_U] > 0].split(_BLOCK_USERS):
-            queries = _with_histories(user_B, events)
-            done = last_events(queries, sys.maxsize)
-            found = index.search(
-                model.encode(queries.to(table_ID.device)).float().cpu(),
-                num_ranks,
-                exclude_BX=done.item_BL.where(done.valid_BL, -1),
-            )
-            ranked_UT[user_B] = found.item_BK.int()
-        return ranked_UT
+
+@final
+class CandidateNegatives:
+    """What a trained retriever offers each user, as negatives of a ranker: a `MineNegatives`.
+
+    These are the items that the ranker will be asked about, less what the user has done.
+    """
+
+    def __init__(self, retriever: Trained, num: int) -> None:
+        """Search once for all users.
+
+        Args:
+            retriever: Trained; its events say what each user has done.
+            num: How many items of each user are kept, the best ones.
+
+        Raises:
+            NonFiniteError: A score is NaN or infinite.
+        """
+        self.seen = Seen.of(retriever.events)
+        self.ranked_UT = best_unseen(retriever, num)
+
+    def __call__(
+        self,
+        user_B: Int64[Tensor, " B"],
+        positive_B: Int64[Tensor, " B"],
+        num: int,
+        *,
+        generator: torch.Generator,
+    ) -> Int64[Tensor, "B N"]:
+        """Draw alike from a user's candidates; the row's own item where there are none."""
+        return draw_by_rank(
+            self.ranked_UT,
+            user_B,
+            user_B,
+            positive_B,
+            num,
+            ranks=(0, self.ranked_UT.shape[1]),
+            seen=self.seen,
+            generator=generator,
+        )
+
+
+@torch.no_grad()
+def best_unseen(trained: Trained, num: int) -> Int32[Tensor, "U T"]:
+    """Rank, for each user with an event, the items that a model scores highest of those not done.
+
+    Args:
+        trained: A model with vectors, whose items are indexed, or one that scores them all.
+        num: T.
+
+    Returns:
+        item_idx, best first, -1 where the catalogue ran out.
+
+    Raises:
+        NonFiniteError: A score is NaN or infinite.
+    """
+    events, model = trained.events, trained.model
+    if isinstance(model, Retriever):
+        known_I = trained.known_I
+        index = build_index(model.item_table().float().cpu(), known_I=known_I, seed=trained.seed)
+        return _search_all(model, index, events, num)
+    score = trained.scorer(exclude_seen=True)
+    ranked_UT = torch.full((events.num_users, num), -1, dtype=torch.int32)
+    for user_B in _by_length(events):
+        score_BI = score(_with_histories(user_B, events)).cpu()
+        value_BK, item_BK = score_BI.topk(min(num, events.num_items))
+        ranked_UT[user_B, : item_BK.shape[1]] = item_BK.where(value_BK > -torch.inf, -1).int()
+    return ranked_UT
+
+
+def _search_all(
+    model: Retriever, index: ItemIndex, events: Interactions, num: int
+) -> Int32[Tensor, "U T"]:
+    ranked_UT = torch.full((events.num_users, num), -1, dtype=torch.int32)
+    device = model.item_table().device
+    for user_B in _by_length(events):
+        queries = _with_histories(user_B, events)
+        done = last_events(queries, sys.maxsize)
+        found = index.search(
+            model.encode(queries.to(device)).float().cpu(),
+            num,
+            exclude_BX=done.item_BL.where(done.valid_BL, -1),
+        )
+        ranked_UT[user_B] = found.item_BK.int()
+    return ranked_UT
+
+
+def _by_length(events: Interactions) -> tuple[Int64[Tensor, " B"], ...]:
+    """Return users with events in blocks of like length, which need little padding."""
+    length_U = torch.from_numpy(events.offsets).diff()
+    order_U = length_U.argsort(stable=True)
+    blocks: tuple[Tensor, ...] = order_U[length_U[order_U] > 0].split(_BLOCK_USERS)
+    return blocks
 
 
 def _with_histories(user_B: Int64[Tensor, " B"], events: Interactions) -> Queries:

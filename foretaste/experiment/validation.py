@@ -10,23 +10,28 @@ from foretaste.data.rows import happened_split
 from foretaste.data.splits import Split
 from foretaste.evaluation.protocol import evaluate
 from foretaste.evaluation.rows import evaluate_rows, rows_settings, rows_to_judge
+from foretaste.experiment.two_stage import Candidates
 from foretaste.models.interface import LearnsNewcomers, Ranker
+from foretaste.models.two_stage import TwoStage
 from foretaste.training.trained import Trained
 
 STOP_METRIC = "ndcg_at_10"
 """Of lists, over the full catalogue."""
 
 
-def make_validation(trained: Trained, split: Split) -> Callable[[nn.Module], float] | None:
+def make_validation(
+    trained: Trained, split: Split, candidates: Candidates | None = None
+) -> Callable[[nn.Module], float] | None:
     """Return what a model's weights are judged by while it learns; None without validation events.
 
     A ranker's first task decides: its AUC where validation holds labels of both classes, minus the
     RMSE of a quantity. Where only what happened is known, and for all other models, it is NDCG@10
-    over the full catalogue.
+    over the full catalogue: of a ranker with candidates, of the two stages together.
 
     Args:
         trained: The model in the making; its weights may change.
         split: What it is trained on.
+        candidates: What a ranker will be asked about.
     """
     if isinstance(trained.model, Ranker):
         if _has_labels(trained, split):
@@ -39,6 +44,10 @@ def make_validation(trained: Trained, split: Split) -> Callable[[nn.Module], flo
     def validate(model: nn.Module) -> float:
         if isinstance(model, LearnsNewcomers):
             model.learn_newcomers(trained.events)
+        if candidates is not None:
+            model = TwoStage(
+                candidates.retriever.model, model, num_candidates=candidates.num
+            ).eval()
         report = evaluate(replace(trained, model=model), holdout, k=(10,), resamples=0)
         return report.metrics[STOP_METRIC]
 

@@ -33,6 +33,8 @@ class RowsConfig(Config):
     "usual": 4 where no task has a column, so that the data hold only what happened; else 0."""
     negatives_from: Literal["uniform", "popularity", "retriever"] = "uniform"
     """Who is drawn: all items alike, the popular more often, or a retriever's candidates."""
+    retriever_share: float = Field(default=1.0, ge=0, le=1)
+    """Of "retriever": the probability that a drawn item is a candidate, and not any item."""
     popularity_power: float = Field(default=0.75, ge=0)
     """Of "popularity": items are drawn with probability ~ count^power."""
     exclude_known: bool = True

@@ -1,0 +1,209 @@
+"""A retriever and a ranker as one model: fitted one after the other, or joined when both are."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from pydantic import Field
+
+from foretaste.config import Config
+from foretaste.data.interactions import Interactions
+from foretaste.data.rows import happened_split
+from foretaste.data.splits import Split
+from foretaste.errors import ConfigError, DataError
+from foretaste.evaluation.compare import Comparison, compare
+from foretaste.evaluation.report import Report
+from foretaste.models.catalogue import TwoStageConfig, build_model
+from foretaste.models.interface import Ranker
+from foretaste.models.two_stage import TwoStage, first_stage
+from foretaste.training.fit import Epoch
+from foretaste.training.objectives.catalogue import ObjectiveConfig
+from foretaste.training.objectives.rows import RowsConfig
+from foretaste.training.settings import TrainingConfig
+from foretaste.training.trained import Trained
+
+
+class FirstStage(Config):
+    """How the retriever of a model in two stages learns; the recipe's own sections are the
+    ranker's.
+    """
+
+    objective: ObjectiveConfig | None = None
+    """How it learns; without it, the model's usual way."""
+    training: TrainingConfig = Field(default_factory=TrainingConfig)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Candidates:
+    """What a ranker will be asked about: the best of a trained retriever."""
+
+    retriever: Trained
+    num: int = 200
+    """How many for each user."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class RankingGain:
+    """What ranking anew brings: the two stages against the first alone, on one holdout."""
+
+    retrieval: Report
+    """Of the retriever alone."""
+    comparison: Comparison
+    """The two stages minus the retriever alone, user by user."""
+
+    def __str__(self) -> str:
+        return f"two stages - retrieval alone: {self.comparison}"
+
+
+def fit_two_stage(
+    config: TwoStageConfig,
+    fit_part: Callable[..., Trained],
+    split: Split,
+    *,
+    training: TrainingConfig | None,
+    objective: ObjectiveConfig | None,
+    first_stage: FirstStage,
+    folder: Path | None,
+    on_epoch: Callable[[Epoch], None] | None,
+    max_seconds: float | None,
+) -> Trained:
+    """Fit a retriever, then a ranker whose negatives are its candidates, and join them.
+
+    Args:
+        config: Both models.
+        fit_part: `fit`, with all that both stages share.
+        split: What they learn from.
+        training: The ranker's.
+        objective: The ranker's; None: zeros drawn half from the candidates, half from all items.
+        first_stage: The retriever's.
+        folder: Where checkpoints go; the retriever's in a folder of its own below it.
+        on_epoch: Told of each of the ranker's epochs.
+        max_seconds: Of both together; half of it is the retriever's.
+
+    Raises:
+        ConfigError: The ranker cannot learn by this objective.
+    """
+    if objective is None:
+        objective = RowsConfig(negatives_from="retriever", retriever_share=0.5)
+    if not isinstance(objective, RowsConfig):
+        raise ConfigError(
+            f"objective.kind is {objective.kind!r}, but in two stages it is the ranker's, which "
+            'learns by "rows": the retriever\'s stands in first_stage.objective'
+        )
+    half = None if max_seconds is None else max_seconds / 2
+    retriever = fit_part(
+        config.retriever,
+        split=happened_split(split, objective.positive),
+        training=first_stage.training,
+        objective=first_stage.objective,
+        folder=None if folder is None else folder / "retriever",
+        max_seconds=half,
+    )
+    ranker = fit_part(
+        config.ranker,
+        training=training,
+        objective=objective,
+        folder=folder,
+        on_epoch=on_epoch,
+        max_seconds=half,
+        candidates=Candidates(retriever=retriever, num=config.candidates),
+    )
+    return two_stage(retriever, ranker, candidates=config.candidates)
+
+
+def two_stage(retriever: Trained, ranker: Trained, *, candidates: int = 200) -> Trained:
+    """Join two trained models over the same events: one finds candidates, the other ranks them.
+
+    Args:
+        retriever: Scores the catalogue.
+        ranker: Judges given items.
+        candidates: How many of the retriever's best are ranked anew, 1 or more.
+
+    Raises:
+        ConfigError: The second is no ranker, or they were told different features.
+        DataError: They know different users or items.
+    """
+    if not isinstance(ranker.model, Ranker):
+        raise ConfigError(
+            f"{type(ranker.model).__name__} is no ranker: it cannot be asked about given items"
+        )
+    _check_same(retriever.events, ranker.events)
+    config = TwoStageConfig.model_validate(
+        {
+            "retriever": retriever.config.model_dump(),
+            "ranker": ranker.config.model_dump(),
+            "candidates": candidates,
+        }
+    )
+    features = ranker.features or retriever.features
+    joined = replace(
+        ranker,
+        config=config,
+        model=TwoStage(retriever.model, ranker.model, num_candidates=candidates).eval(),
+        features=features,
+        train_seconds=retriever.train_seconds + ranker.train_seconds,
+        settings={
+            **ranker.settings,
+            "model": config.model_dump(mode="json"),
+            "first_stage": {
+                name: retriever.settings[name]
+                for name in ("training", "objective")
+                if name in retriever.settings
+            },
+        },
+        log={**ranker.log, "retriever": retriever.log},
+    )
+    _check_features(joined, config)
+    return joined
+
+
+def retrieval_alone(trained: Trained) -> Trained:
+    """Return the first of two stages as a model of its own."""
+    config = trained.config
+    return replace(
+        trained,
+        config=config.retriever if isinstance(config, TwoStageConfig) else config,
+        model=first_stage(trained.model),
+    )
+
+
+def ranking_gain(both: Report, retrieval: Report) -> RankingGain:
+    """Compare two stages with the first alone, by the leading NDCG.
+
+    Raises:
+        DataError: They were measured on different holdouts.
+    """
+    metric = f"ndcg_at_{both.k[0]}{both.suffix}"
+    return RankingGain(retrieval=retrieval, comparison=compare(both, retrieval, metric))
+
+
+def _check_same(first: Interactions, second: Interactions) -> None:
+    for what, one, other in (
+        ("users", first.users, second.users),
+        ("items", first.items, second.items),
+    ):
+        if one is not other and not one.ids.equals(other.ids):
+            raise DataError(
+                f"the retriever and the ranker know different {what}: fit both on the same split"
+            )
+
+
+def _check_features(joined: Trained, config: TwoStageConfig) -> None:
+    """Make both networks from the features that a bundle would hold, and compare their shapes."""
+    with torch.random.fork_rng(devices=[]):
+        again = build_model(
+            config,
+            num_users=joined.events.num_users,
+            num_items=joined.events.num_items,
+            features=joined.features,
+        )
+    made, here = (
+        {name: tensor.shape for name, tensor in model.state_dict().items()}
+        for model in (again, joined.model)
+    )
+    if made != here:
+        raise ConfigError(
+            "the retriever and the ranker were told different features: fit both with the same "
+            "Features, from fit_features"
+        )
