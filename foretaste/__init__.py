@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from foretaste.evaluation.protocol import evaluate
     from foretaste.evaluation.reliability_picture import reliability_svg
     from foretaste.evaluation.report import Report
-    from foretaste.evaluation.reports import Reports
+    from foretaste.evaluation.reports import RankingGain, Reports
     from foretaste.evaluation.rows import evaluate_rows
     from foretaste.evaluation.rows_report import RowsReport, calibrate
     from foretaste.evaluation.sampled import SampledNegatives
@@ -84,9 +84,10 @@ if TYPE_CHECKING:
     )
     from foretaste.experiment.tracking import Tracker, TrackerKind, open_tracker
     from foretaste.experiment.tune import TuneResult, tune
+    from foretaste.experiment.two_stage import Candidates, FirstStage, two_stage
     from foretaste.models.als import ImplicitALSConfig
     from foretaste.models.bert4rec import BERT4RecConfig
-    from foretaste.models.catalogue import ModelConfig
+    from foretaste.models.catalogue import ModelConfig, TwoStageConfig
     from foretaste.models.deepfm import DeepFMConfig
     from foretaste.models.din import DINConfig
     from foretaste.models.ease import EASEConfig
@@ -122,6 +123,7 @@ __all__ = [
     "BERT4RecConfig",
     "BundleContents",
     "BundleError",
+    "Candidates",
     "CategoricalField",
     "Comparison",
     "Config",
@@ -135,6 +137,7 @@ __all__ = [
     "ExperimentConfig",
     "FeatureSchema",
     "Features",
+    "FirstStage",
     "ForetasteError",
     "GMFConfig",
     "Holdout",
@@ -158,6 +161,7 @@ __all__ = [
     "PinSageConfig",
     "PopularityConfig",
     "Quickstart",
+    "RankingGain",
     "Recommendation",
     "Recommender",
     "Report",
@@ -181,6 +185,7 @@ __all__ = [
     "Trained",
     "TrainingConfig",
     "TuneResult",
+    "TwoStageConfig",
     "TwoTowerConfig",
     "VectorField",
     "Vocabulary",
@@ -231,6 +236,7 @@ __all__ = [
     "temporal_split",
     "to_recommender",
     "tune",
+    "two_stage",
     "with_overrides",
     "write_lists",
     "write_record",
@@ -242,6 +248,7 @@ _HOME = {
     "BERT4RecConfig": "models.bert4rec",
     "BundleContents": "experiment.contents",
     "BundleError": "errors",
+    "Candidates": "experiment.two_stage",
     "CategoricalField": "data.fields",
     "Comparison": "evaluation.compare",
     "Config": "config",
@@ -255,6 +262,7 @@ _HOME = {
     "ExperimentConfig": "experiment.recipe",
     "FeatureSchema": "data.fields",
     "Features": "data.features",
+    "FirstStage": "experiment.two_stage",
     "ForetasteError": "errors",
     "GMFConfig": "models.neumf",
     "Holdout": "data.splits",
@@ -278,6 +286,7 @@ _HOME = {
     "PinSageConfig": "models.pinsage",
     "PopularityConfig": "models.popularity",
     "Quickstart": "experiment.quickstart",
+    "RankingGain": "evaluation.reports",
     "Recommendation": "serving.recommender",
     "Recommender": "serving.recommender",
     "Report": "evaluation.report",
@@ -301,6 +310,7 @@ _HOME = {
     "Trained": "training.trained",
     "TrainingConfig": "training.settings",
     "TuneResult": "experiment.tune",
+    "TwoStageConfig": "models.catalogue",
     "TwoTowerConfig": "models.two_tower",
     "VectorField": "data.fields",
     "Vocabulary": "data.vocabulary",
@@ -350,6 +360,7 @@ _HOME = {
     "temporal_split": "data.splitting",
     "to_recommender": "experiment.run",
     "tune": "experiment.tune",
+    "two_stage": "experiment.two_stage",
     "with_overrides": "experiment.recipe",
     "write_lists": "experiment.lists",
     "write_record": "experiment.record",

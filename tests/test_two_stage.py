@@ -1,14 +1,17 @@
 """Two stages: a retriever's candidates in a ranker's order, offline and served alike."""
 
+import json
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
-from serving_worlds import make_events, make_trained
+from serving_worlds import SILENT_USER, make_events, make_trained
 from torch import Tensor, nn
 
 import foretaste as ft
@@ -17,6 +20,7 @@ from foretaste.data.histories import Reads
 from foretaste.data.interactions import Interactions
 from foretaste.data.tasks import Task
 from foretaste.errors import ConfigError, DataError, NonFiniteError
+from foretaste.experiment.mining import CandidateNegatives, best_unseen
 from foretaste.models import two_stage as module
 from foretaste.models.catalogue import ModelConfig, TwoStageConfig, build_model
 from foretaste.models.ease import EASEConfig
@@ -26,6 +30,8 @@ from foretaste.models.layers.heads import Heads
 from foretaste.models.neumf import NeuMFConfig
 from foretaste.models.sasrec import SASRecConfig
 from foretaste.models.two_stage import TwoStage, below, judge
+from foretaste.sampling.hard import MineNegatives
+from foretaste.sampling.mixed import MixedNegatives
 from foretaste.serving.bundle import Bundle
 from foretaste.serving.messages import RecommendReply, RecommendRequest
 from foretaste.serving.metrics import Metrics
@@ -352,6 +358,166 @@ def test_a_part_of_a_block_is_the_same_users() -> None:
     assert part.history_N.tolist() == [3, 4, 5]
     assert part.offsets_B1.tolist() == [0, 0, 3]
     assert len(queries.part(3, 9)) == 1
+
+
+def planted_split() -> ft.Split:
+    """Users do six of the eight items of one of five groups, one after the other."""
+    rng = np.random.default_rng(0)
+    rows = [
+        (user, 8 * (user % 5) + item, 1_000 * user + place)
+        for user in range(100)
+        for place, item in enumerate(rng.permutation(8)[:6].tolist())
+    ]
+    events = ft.read_interactions(
+        pl.DataFrame(rows, schema=["user", "item", "timestamp"], orient="row"),
+        user="user",
+        item="item",
+        timestamp="timestamp",
+    )
+    return ft.leave_last_split(events)
+
+
+SPLIT = planted_split()
+PLANTED = TwoStageConfig(
+    retriever=ft.MFConfig(embedding_dim=8), ranker=NeuMFConfig(factors=4), candidates=10
+)
+SHORT = ft.TrainingConfig(
+    epochs=15, batch_events=64, learning_rate=0.05, warmup_steps=5, device="cpu"
+)
+
+
+def fitted(**changes: Any) -> Trained:
+    return ft.fit(
+        PLANTED,
+        SPLIT,
+        training=SHORT,
+        first_stage=ft.FirstStage(training=SHORT),
+        show=False,
+        **changes,
+    )
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Trained, Path]:
+    folder = tmp_path_factory.mktemp("run")
+    return fitted(folder=folder), folder
+
+
+def test_fitting_makes_both_stages_and_says_how(both: tuple[Trained, Path]) -> None:
+    trained, folder = both
+    # 5 groups of 8: of the 35 items a user has not done, 3 are of the group: .09 by chance
+    assert ft.evaluate(trained, SPLIT.test, k=(3,)).metrics["hit_rate_at_3"] > 0.5
+    assert (folder / "checkpoint.safetensors").exists()
+    assert (folder / "retriever" / "checkpoint.safetensors").exists()
+    assert trained.settings["objective"]["negatives_from"] == "retriever"
+    assert trained.settings["first_stage"]["objective"]["kind"] == "pairs"
+    assert trained.log["retriever"]["best_epoch"] >= 1
+
+
+def test_a_run_that_is_resumed_ends_the_same(both: tuple[Trained, Path]) -> None:
+    trained, folder = both
+    again = fitted(folder=folder, resume=True)
+    state = again.model.state_dict()
+    for name, tensor in trained.model.state_dict().items():
+        assert torch.equal(tensor, state[name]), name
+
+
+def test_a_retrievers_candidates_are_its_best_that_the_user_has_not_done() -> None:
+    trained = make_trained("ease")
+    drawn = CandidateNegatives(trained, 4)
+    score_BI = trained.scorer(exclude_seen=True)
+    for user in range(0, 30, 7):
+        past = trained.events.history(user).astype(int).tolist()
+        best = score_BI(Queries.of_histories([past]))[0].topk(4).indices.tolist()
+        user_B = torch.full((64,), user)
+        found_BN = drawn(user_B, torch.full((64,), past[0]), 5, generator=torch.Generator())
+        assert set(found_BN.flatten().tolist()) == set(best)
+
+
+def test_behind_an_index_the_candidates_are_the_same_as_by_all_scores() -> None:
+    events = make_events()
+    indexed = make_trained("sasrec", events)
+    by_index = best_unseen(indexed, 5)
+    score = indexed.scorer(exclude_seen=True)
+    for user in range(30):
+        past = events.history(user).astype(int).tolist()
+        assert (
+            by_index[user].tolist()
+            == score(Queries.of_histories([past]))[0].topk(5).indices.tolist()
+        )
+    assert by_index[SILENT_USER].tolist() == [-1] * 5
+
+
+def test_a_mixture_keeps_its_share() -> None:
+    def always(item: int) -> MineNegatives:
+        return lambda user_B, positive_B, num, *, generator: torch.full((len(user_B), num), item)
+
+    mixed = MixedNegatives(first=always(1), share=0.3, second=always(2))
+    user_B = torch.zeros(1000, dtype=torch.int64)
+    drawn_BN = mixed(user_B, user_B, 10, generator=torch.Generator().manual_seed(0))
+    # a standard deviation is sqrt(.3 x .7 / 10^4) = .005
+    assert (drawn_BN == 1).float().mean() == pytest.approx(0.3, abs=0.02)
+    assert set(drawn_BN.unique().tolist()) == {1, 2}
+
+
+def test_two_trained_models_are_joined_and_strangers_are_not() -> None:
+    retriever = ft.fit(ItemKNNConfig(), SPLIT)
+    ranker = ft.fit(NeuMFConfig(factors=4), SPLIT, training=SHORT, show=False)
+    joined = ft.two_stage(retriever, ranker, candidates=7)
+    assert joined.config == TwoStageConfig(
+        retriever=ItemKNNConfig(), ranker=NeuMFConfig(factors=4), candidates=7
+    )
+    with pytest.raises(ConfigError, match="ItemKNN is no ranker"):
+        ft.two_stage(ranker, retriever)
+    with pytest.raises(DataError, match="know different users"):
+        ft.two_stage(make_trained("ease"), ranker)
+
+
+def test_a_recipe_in_two_stages_is_reported_with_the_gain_over_retrieval_alone(
+    tmp_path: Path,
+) -> None:
+    config = ft.ExperimentConfig(
+        data={"kind": "public", "name": "ml-100k"},
+        split={"kind": "leave_last"},
+        model=PLANTED,
+        training=SHORT.model_copy(update={"epochs": 2}),
+        first_stage=ft.FirstStage(training=SHORT.model_copy(update={"epochs": 3})),
+        refit=True,
+    )
+    run = ft.run_experiment(config, SPLIT, show=False)
+    trained, reports = run.final
+    gain = reports.metrics["ndcg_at_10"] - reports.metrics["ndcg_at_10_retrieval"]
+    assert reports.metrics["ndcg_at_10_gain"] == pytest.approx(gain)
+    assert "two stages - retrieval alone, ndcg_at_10" in str(reports)
+    assert reports.rows is not None
+    document = json.loads(reports.to_json(per_user=False))
+    assert (
+        document["gain"]["retrieval"]["ndcg_at_10"] == reports.gain.retrieval.metrics["ndcg_at_10"]
+    )
+    assert (
+        len(run.refitted.log["retriever"]["epochs"]) == run.trained.log["retriever"]["best_epoch"]
+    )
+    ft.to_recommender(trained, reports).save(tmp_path / "bundle")
+    assert ft.inspect_bundle(tmp_path / "bundle").facts()["model"] == "two_stage"
+    assert ft.recipe_of(ft.load(tmp_path / "bundle").trained) == config
+
+
+def test_the_first_stage_of_a_recipe_may_be_without_patience(tmp_path: Path) -> None:
+    (tmp_path / "recipe.toml").write_text(
+        """
+        data = { kind = "public", name = "ml-100k" }
+        split = { kind = "leave_last" }
+        [model]
+        kind = "two_stage"
+        retriever = { kind = "mf" }
+        ranker = { kind = "neumf" }
+        [first_stage]
+        training = { patience = "none" }
+        """
+    )
+    config = ft.read_experiment(tmp_path / "recipe.toml", overrides=["model.candidates=9"])
+    assert config.first_stage.training.patience is None
+    assert config.model.candidates == 9
 
 
 def test_over_http_a_row_says_what_is_predicted_and_each_stage_is_timed(tmp_path: Path) -> None:

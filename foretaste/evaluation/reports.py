@@ -2,11 +2,40 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from foretaste.evaluation.bootstrap import Interval
+from foretaste.evaluation.compare import Comparison
 from foretaste.evaluation.report import Report
 from foretaste.evaluation.rows_report import RowsReport
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class RankingGain:
+    """What ranking anew brings: two stages against the first of them alone."""
+
+    retrieval: Report
+    """Of the retriever alone."""
+    comparison: Comparison
+    """The two stages minus the retriever alone, user by user."""
+
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        """The retriever's figures, and the gain."""
+        alone = {f"{name}_retrieval": value for name, value in self.retrieval.metrics.items()}
+        return alone | {f"{self.comparison.metric}_gain": self.comparison.difference}
+
+    @property
+    def intervals(self) -> Mapping[str, Interval]:
+        """Of the gain, paired."""
+        return {f"{self.comparison.metric}_gain": self.comparison.interval}
+
+    def to_json(self) -> dict[str, object]:
+        """Return it as plain JSON values."""
+        return {**asdict(self.comparison), "retrieval": dict(self.retrieval.metrics)}
+
+    def __str__(self) -> str:
+        return f"two stages - retrieval alone, {self.comparison}"
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -17,6 +46,8 @@ class Reports:
     """Of lists over the catalogue; None where they were not asked for."""
     rows: RowsReport | None = None
     """Of labelled rows; None for models that predict no labels, or where not asked for."""
+    gain: RankingGain | None = None
+    """Of lists in two stages against the first alone; None for other models."""
 
     @property
     def metrics(self) -> Mapping[str, float]:
@@ -37,13 +68,15 @@ class Reports:
         rows = None if self.rows is None else self.rows.to_json(per_row=per_user)
         if self.lists is None:
             return rows or "{}"
-        lists = self.lists.to_json(per_user=per_user)
-        if rows is None:
-            return lists
-        return json.dumps(json.loads(lists) | {"rows": json.loads(rows)}, allow_nan=False)
+        document = json.loads(self.lists.to_json(per_user=per_user))
+        if rows is not None:
+            document["rows"] = json.loads(rows)
+        if self.gain is not None:
+            document["gain"] = self.gain.to_json()
+        return json.dumps(document, allow_nan=False)
 
     def __str__(self) -> str:
         return "\n\n".join(map(str, self._parts()))
 
-    def _parts(self) -> list[Report | RowsReport]:
-        return [part for part in (self.lists, self.rows) if part is not None]
+    def _parts(self) -> list[Report | RowsReport | RankingGain]:
+        return [part for part in (self.lists, self.gain, self.rows) if part is not None]

@@ -49,6 +49,17 @@ _USUAL: Mapping[str, Mapping[str, Mapping[str, object]]] = {
             "mask_ratio": 0.3,
         },
     },
+    "two_stage": {
+        "model": {
+            "retriever": {"kind": "sasrec", **_SEQUENCE["model"]},
+            "ranker": {"kind": "din"},
+        },
+        "training": {"batch_events": 2048, "warmup_steps": 50},
+        "first_stage": {
+            "training": _SEQUENCE["training"],
+            "objective": {"kind": "next_item", "loss": "sampled_softmax", "negatives": 1024},
+        },
+    },
 }
 """By family: what differs from the defaults, section by section, because it learns faster so.
 
@@ -93,11 +104,21 @@ def _recipe(config: ExperimentConfig, family: str) -> ExperimentConfig:
         )
     usual = _USUAL.get(family, {})
     kept = config.model_dump(
-        exclude={"model", "objective", "training", "refit", "tune", "published", "notes"}
+        exclude={
+            "model",
+            "objective",
+            "training",
+            "first_stage",
+            "refit",
+            "tune",
+            "published",
+            "notes",
+        }
     )
     settings = kept | {
         "model": {"kind": family, **usual.get("model", {})},
         "objective": usual.get("objective"),
         "training": {"device": config.training.device, **usual.get("training", {})},
+        "first_stage": usual.get("first_stage", {}),
     }
     return parse_settings(ExperimentConfig, settings, source=f"the family {family}")

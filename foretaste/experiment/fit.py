@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from foretaste.data.features import Features, fit_features
 from foretaste.data.fields import FeatureSchema
 from foretaste.data.graph import Graph, graph_of
+from foretaste.data.interactions import Interactions
 from foretaste.data.rows import positives_of
 from foretaste.data.splits import Split
 from foretaste.errors import DataError
@@ -152,12 +154,16 @@ def fit(
             max_seconds=None if max_seconds is None else max_seconds / (1 + len(parts)),
             candidates=candidates,
         )
+    _finish(model, events)
+    return replace(trained, train_seconds=time.perf_counter() - started)
+
+
+def _finish(model: nn.Module, events: Interactions) -> None:
     if isinstance(model, LearnsNewcomers):
         model.learn_newcomers(events)
     if isinstance(model, Finishes):
         model.finish(events)
     model.eval()
-    return replace(trained, train_seconds=time.perf_counter() - started)
 
 
 def _fit_parts(

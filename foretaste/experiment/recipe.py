@@ -15,6 +15,7 @@ from foretaste.data.sorting import Duplicates
 from foretaste.data.split_config import SplitConfig
 from foretaste.errors import ConfigError
 from foretaste.evaluation.cold import Among
+from foretaste.experiment.two_stage import FirstStage
 from foretaste.models.catalogue import ModelConfig
 from foretaste.training.objectives.catalogue import ObjectiveConfig
 from foretaste.training.settings import TrainingConfig
@@ -146,6 +147,9 @@ class ExperimentConfig(Config):
     objective: ObjectiveConfig | None = None
     """How it learns; without it, the model's usual way."""
     training: TrainingConfig = Field(default_factory=TrainingConfig)
+    first_stage: FirstStage = Field(default_factory=FirstStage)
+    """Of a model in two stages: how its retriever learns. `objective` and `training` are the
+    ranker's then."""
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     refit: bool = False
     """Train a second time with the validation events, for as many epochs as the first run chose,
@@ -248,7 +252,9 @@ def explain(error: ValidationError, kind: type[Config], settings: Mapping[str, o
 
 def _with_absent(settings: Mapping[str, object]) -> dict[str, object]:
     return {
-        name: {inner: None if value == "none" else value for inner, value in section.items()}
+        name: _with_absent(section)
+        if isinstance(section, Mapping) and name == "first_stage"
+        else {inner: None if value == "none" else value for inner, value in section.items()}
         if isinstance(section, Mapping)
         else None
         if section == "none" and name in _MAY_BE_ABSENT

@@ -1,7 +1,7 @@
 """From a recipe to a trained, measured model: data, split, fit, evaluate, and a refit if asked."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -32,9 +32,12 @@ from foretaste.experiment.recipe import (
     parse_settings,
 )
 from foretaste.experiment.tracking import Tracker, TrackerKind, open_tracker
+from foretaste.experiment.two_stage import ranking_alone, ranking_gain, retrieval_alone
 from foretaste.models.interface import Ranker
+from foretaste.models.two_stage import TwoStage
 from foretaste.serving.recommender import Recommender, build_recommender
 from foretaste.training.fit import Epoch
+from foretaste.training.settings import TrainingConfig
 from foretaste.training.trained import Trained
 
 
@@ -119,9 +122,8 @@ def run_experiment(
             tracker.log_metrics(report.metrics, step=0)
         if not config.refit:
             return Run(trained=trained, report=report)
-    training = config.training.model_copy(update={"epochs": _epochs_chosen(trained)})
     refitted = _fit(
-        config.model_copy(update={"training": training}),
+        _with_chosen_epochs(config, trained.log),
         split.refit(),
         folder=None if folder is None else folder / "refit",
         resume=resume,
@@ -139,27 +141,34 @@ def evaluate_split(trained: Trained, config: ExperimentConfig, split: Split) -> 
     Raises:
         ConfigError: A recipe asks for rows alone, and the model predicts none.
     """
-    asked, is_ranker = config.evaluation, isinstance(trained.model, Ranker)
-    lists = rows = None
+    asked, ranker = config.evaluation, ranking_alone(trained)
+    is_ranker = isinstance(ranker.model, Ranker)
+    lists = rows = gain = None
     if asked.rows and is_ranker:
-        rows = _evaluate_rows(trained, asked, split)
+        rows = _evaluate_rows(ranker, asked, split)
     if asked.catalogue and (split.events.num_items > 1 or rows is None):
-        sampled = SampledNegatives(num=asked.sampled_negatives, by=asked.sampled_by)
         happened = happened_split(split, rows_settings(trained).positive) if is_ranker else split
-        lists = evaluate(
-            trained,
-            happened.test,
-            k=asked.k,
-            exclude_seen=asked.exclude_seen,
-            sampled=sampled if asked.sampled_negatives else None,
-            among=asked.among,
-        )
+        lists = _evaluate_lists(trained, asked, happened)
+        if isinstance(trained.model, TwoStage):
+            gain = ranking_gain(lists, _evaluate_lists(retrieval_alone(trained), asked, happened))
     if lists is None and rows is None:
         raise ConfigError(
             f"evaluation.catalogue is false, and {type(trained.model).__name__} predicts no "
             "labels of rows: set it to true"
         )
-    return Reports(lists=lists, rows=rows)
+    return Reports(lists=lists, rows=rows, gain=gain)
+
+
+def _evaluate_lists(trained: Trained, asked: EvaluationConfig, split: Split) -> Report:
+    sampled = SampledNegatives(num=asked.sampled_negatives, by=asked.sampled_by)
+    return evaluate(
+        trained,
+        split.test,
+        k=asked.k,
+        exclude_seen=asked.exclude_seen,
+        sampled=sampled if asked.sampled_negatives else None,
+        among=asked.among,
+    )
 
 
 def _evaluate_rows(trained: Trained, asked: EvaluationConfig, split: Split) -> RowsReport:
@@ -237,14 +246,26 @@ def _fit(
         on_epoch=on_epoch,
         show=show,
         max_seconds=max_seconds,
+        first_stage=config.first_stage,
     )
     return replace(trained, settings=config.model_dump(mode="json"))
 
 
-def _epochs_chosen(trained: Trained) -> int:
-    """Return how many epochs validation chose; 1 for a model that learns in closed form."""
-    epochs = trained.log.get("best_epoch", 1)
-    return epochs if isinstance(epochs, int) else 1
+def _with_chosen_epochs(config: ExperimentConfig, log: Mapping[str, object]) -> ExperimentConfig:
+    """Return a recipe whose stages train for as many epochs as validation chose."""
+    first, of_retriever = config.first_stage, log.get("retriever")
+    if isinstance(of_retriever, Mapping):
+        training = _for_epochs(first.training, of_retriever)
+        first = first.model_copy(update={"training": training})
+    return config.model_copy(
+        update={"training": _for_epochs(config.training, log), "first_stage": first}
+    )
+
+
+def _for_epochs(training: TrainingConfig, log: Mapping[str, object]) -> TrainingConfig:
+    """Return settings for the epochs that a log chose; 1 for a model that learns in closed form."""
+    epochs = log.get("best_epoch", 1)
+    return training.model_copy(update={"epochs": epochs if isinstance(epochs, int) else 1})
 
 
 def _read_events(data: PublicData | FileData | StoreData, data_dir: Path | None) -> Interactions:

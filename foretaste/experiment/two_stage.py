@@ -12,8 +12,9 @@ from foretaste.data.interactions import Interactions
 from foretaste.data.rows import happened_split
 from foretaste.data.splits import Split
 from foretaste.errors import ConfigError, DataError
-from foretaste.evaluation.compare import Comparison, compare
+from foretaste.evaluation.compare import compare
 from foretaste.evaluation.report import Report
+from foretaste.evaluation.reports import RankingGain
 from foretaste.models.catalogue import TwoStageConfig, build_model
 from foretaste.models.interface import Ranker
 from foretaste.models.two_stage import TwoStage, first_stage
@@ -41,19 +42,6 @@ class Candidates:
     retriever: Trained
     num: int = 200
     """How many for each user."""
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class RankingGain:
-    """What ranking anew brings: the two stages against the first alone, on one holdout."""
-
-    retrieval: Report
-    """Of the retriever alone."""
-    comparison: Comparison
-    """The two stages minus the retriever alone, user by user."""
-
-    def __str__(self) -> str:
-        return f"two stages - retrieval alone: {self.comparison}"
 
 
 def fit_two_stage(
@@ -166,6 +154,14 @@ def retrieval_alone(trained: Trained) -> Trained:
         config=config.retriever if isinstance(config, TwoStageConfig) else config,
         model=first_stage(trained.model),
     )
+
+
+def ranking_alone(trained: Trained) -> Trained:
+    """Return the second of two stages as a model of its own; any other model as it is."""
+    config, model = trained.config, trained.model
+    if not (isinstance(config, TwoStageConfig) and isinstance(model, TwoStage)):
+        return trained
+    return replace(trained, config=config.ranker, model=model.ranker)
 
 
 def ranking_gain(both: Report, retrieval: Report) -> RankingGain:
