@@ -158,10 +158,15 @@ def planted_tables(events: Interactions) -> Mapping[str, Interactions]:
         "last": replace(events, user_table=pl.DataFrame({"seen": np.array(last)})),
     }
     columns = {**events.columns, "n": np.diff(events.offsets)[events.user_idx]}
-    return {**with_item, "column": replace(events, columns=columns)}
+    context = pl.DataFrame({"n": columns["n"], "hour": np.arange(len(events)) % 24})
+    beside = {
+        "column": replace(events, columns=columns),
+        "context": replace(events, context=context),
+    }
+    return {**with_item, **beside}
 
 
-@pytest.mark.parametrize("name", ["count", "log_count", "mean", "last", "column"])
+@pytest.mark.parametrize("name", ["count", "log_count", "mean", "last", "column", "context"])
 def test_a_feature_made_from_the_whole_period_is_found(name: str) -> None:
     events = planted_tables(clean())[name]
     assert the(audit_events(events), "feature_of_the_future").severity == "warning"

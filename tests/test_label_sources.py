@@ -2,6 +2,7 @@
 
 import io
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from scipy import sparse
 from scipy.io import savemat
 
+from foretaste.data.audit import audit_events
 from foretaste.data.interactions import Interactions
 from foretaste.data.parts import TEST, TRAIN, VALIDATION
 from foretaste.data.rows import rows_of
@@ -175,6 +177,17 @@ def test_real_adult_has_the_known_shares_of_its_labels(shared_data: Path) -> Non
     assert events.columns["income"][train].mean() == pytest.approx(0.2408, abs=5e-5)
     assert events.context is not None
     assert events.context["workclass"].null_count() == 2_799  # the known number of "?"
+
+
+def test_a_feature_that_gives_a_label_away_is_named_when_it_is_put_back(shared_data: Path) -> None:
+    events = events_of("adult", shared_data)
+    assert {f.severity for f in audit_events(events)} == {"note"}
+    status = np.where(events.columns["never_married"] == 1, "Never-married", "Divorced")
+    assert events.context is not None
+    leaky = replace(events, context=events.context.with_columns(marital_status=status))
+    sentences = [f.sentence for f in audit_events(leaky) if f.severity == "leak"]
+    assert len(sentences) == 1
+    assert "context 'marital_status' tells 'never_married'" in sentences[0]
 
 
 def test_real_frappe_rows_are_a_third_positive_and_negatives_never_used(shared_data: Path) -> None:

@@ -545,6 +545,24 @@ def test_context_columns_of_any_type_stay_with_their_events() -> None:
     assert events.context["timestamp"].to_list() == events.timestamp_s.tolist()
 
 
+def test_leading_zeros_of_a_code_are_kept_and_numbers_stay_numbers(tmp_path: Path) -> None:
+    # what training reads as 1234 could not be found by a request that says "01234"
+    lines = ["user_id,item_id,post,hour,rating", "1,2,01234,9,04", "2,2,90210,10,5"]
+    path = written(tmp_path / "e.csv", "\n".join(lines))
+    events = read_interactions(path, context=["post", "hour"], rating="rating")
+    assert events.context is not None
+    assert events.context["post"].to_list() == ["01234", "90210"]
+    assert events.context["hour"].to_list() == [9, 10]
+    assert events.columns["rating"].tolist() == [4, 5]
+    late = "\n".join(lines + ["3,4,x,11.5,3"] * 3 + ["x,5,1,1,1"])
+    again = read_interactions(
+        written(tmp_path / "late.csv", late), context=["post", "hour"], rating="rating"
+    )
+    assert again.context is not None
+    assert again.context["post"].to_list()[:2] == ["01234", "90210"]
+    assert again.context["hour"].to_list()[:2] == [9, 10]
+
+
 def test_a_row_that_is_left_out_takes_its_context_along() -> None:
     frame = pl.DataFrame(
         {"user_id": [2, None, 1, None], "item_id": ["a", "b", "c", None], "hour": [9, 8, 7, None]}

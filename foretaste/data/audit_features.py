@@ -99,12 +99,19 @@ def _features(
     events: Interactions, side: Side, names: Sequence[str]
 ) -> Iterator[tuple[str, Float64[np.ndarray, " R"]]]:
     """Give the numeric columns of a side's table, and those of events that are fixed per row."""
-    if side.table is not None:
-        for column in side.table.iter_columns():
-            if column.dtype.is_numeric():
-                yield column.name, column.cast(pl.Float64).fill_null(np.nan).to_numpy()
-    for name, column_E in events.columns.items():
-        if name not in names and column_E.dtype.kind in "biuf":
-            mean_R = mean_of(side, column_E)
-            if np.allclose(mean_R[side.idx_E], column_E, equal_nan=True):
-                yield name, mean_R
+    yield from _numeric(side.table)
+    columns = [
+        (name, column_E)
+        for name, column_E in events.columns.items()
+        if name not in names and column_E.dtype.kind in "biuf"
+    ]
+    for name, column_E in (*columns, *_numeric(events.context)):
+        mean_R = mean_of(side, column_E)
+        if np.allclose(mean_R[side.idx_E], column_E, equal_nan=True):
+            yield name, mean_R
+
+
+def _numeric(table: pl.DataFrame | None) -> Iterator[tuple[str, Float64[np.ndarray, " N"]]]:
+    for column in () if table is None else table.iter_columns():
+        if column.dtype.is_numeric():
+            yield column.name, column.cast(pl.Float64).fill_null(np.nan).to_numpy()

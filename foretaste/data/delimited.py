@@ -39,7 +39,8 @@ class TextFile:
     """An open text file, its columns known and its head looked at.
 
     A column of ids is taken as integers where the head holds nothing but plain ones (no leading
-    zeros, no plus sign) and every later value is one too, as text otherwise.
+    zeros, no plus sign) and every later value is one too, as text otherwise. Of other columns,
+    digits with leading zeros, as in a postal code, stay text.
     """
 
     name: str
@@ -62,6 +63,8 @@ class TextFile:
             DataError: The file cannot be parsed.
         """
         kinds = {name: _id_kind(self.head[self._inner[name]]) for name in ids}
+        others = [name for name in columns if name not in ids]
+        kinds |= {name: "text" for name in others if _is_code(self.head[self._inner[name]])}
         try:
             return TextTable(self._scan(kinds, _HEAD_ROWS, columns), self.notes)
         except pl.exceptions.PolarsError:
@@ -212,10 +215,15 @@ def _id_kind(head: pl.Series) -> _Kind:
     return "text"
 
 
+def _is_code(text: pl.Series) -> bool:
+    """Return whether leading zeros mean something, as in a postal code: no number keeps them."""
+    return bool(text.str.contains(r"^[+-]?0[0-9]").any())
+
+
 def _narrowed(text: pl.Series, *, is_id: bool) -> pl.Series:
     """Return text as integers if all of it is such, or, unless it is of ids, as other numbers."""
     kinds = (pl.Int64,) if is_id else (pl.Int64, pl.Float64)
-    if is_id and not text.str.contains(_INTEGER).all():
+    if (is_id and not text.str.contains(_INTEGER).all()) or _is_code(text):
         return text
     for dtype in kinds:
         numbers = text.cast(dtype, strict=False)
