@@ -13,6 +13,7 @@ from foretaste.models import din
 from foretaste.models.din import DIN, DINConfig
 from foretaste.models.interface import CatalogueScorer, PlacesItems, Ranker
 from foretaste.models.layers import grouped_histories
+from foretaste.models.layers.target_attention import TargetAttention
 from tests.test_row_fields import EVENTS, FEATURES, ITEMS, NUM_ITEMS, NUM_USERS, QUERIES
 
 PLAIN = DINConfig(embedding_dim=4, attention_hidden=(5,), hidden=(6,))
@@ -71,6 +72,16 @@ def test_weights_and_user_vectors_are_the_paper_s(
             for weight, event in zip(slow_L, history, strict=True):
                 slow_K = slow_K + weight * item_vector(model, event)
             torch.testing.assert_close(vector_BCK[row, place], slow_K, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [3, 1])
+def test_many_items_of_a_history_are_weighed_like_few(rows: int) -> None:
+    torch.manual_seed(0)
+    unit = TargetAttention(4, (5, 3), weights="softmax", activation="prelu")
+    event_BLK, item_ACK = torch.randn(3, 6, 4), torch.randn(rows, 9, 4)
+    valid_BL = torch.arange(6) < torch.tensor([[6], [2], [0]])
+    few = [unit(event_BLK, some, valid_BL) for some in item_ACK.split(4, dim=1)]
+    torch.testing.assert_close(unit(event_BLK, item_ACK, valid_BL), torch.cat(few, dim=1))
 
 
 def test_one_past_event_leaves_nothing_to_attend_to() -> None:

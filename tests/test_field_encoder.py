@@ -17,7 +17,7 @@ from foretaste.data.features import FieldSide, FieldTable
 from foretaste.data.features_fitted import Bag, Buckets, Categories, Number, Values, Vector
 from foretaste.errors import ConfigError, TooLargeError
 from foretaste.models.layers import embedding
-from foretaste.models.layers.embedding import FieldEncoder, mean_bags
+from foretaste.models.layers.embedding import FieldEncoder, look_up, mean_bags
 
 FUSIONS: tuple[Literal["concat", "gate"], ...] = ("concat", "gate")
 D = 6
@@ -278,3 +278,15 @@ def test_a_table_that_would_not_fit_is_refused_before_it_is_made(
 def test_no_field_at_all_is_refused() -> None:
     with pytest.raises(ConfigError, match="no field to encode"):
         encoder("gate", FieldSide())
+
+
+def test_rows_looked_up_and_their_gradient_are_torch_s_but_for_row_0() -> None:
+    torch.manual_seed(0)
+    code_N, weight_VD = torch.randint(7, (50,)), torch.randn(9, 3, requires_grad=True)
+    other_VD = weight_VD.detach().clone().requires_grad_()
+    looked_ND, factor_ND = look_up(code_N, weight_VD), torch.randn(50, 3)
+    expected_ND = F.embedding(code_N, other_VD, padding_idx=0)
+    torch.testing.assert_close(looked_ND, expected_ND)
+    (looked_ND * factor_ND).sum().backward()
+    (expected_ND * factor_ND).sum().backward()
+    torch.testing.assert_close(weight_VD.grad, other_VD.grad)

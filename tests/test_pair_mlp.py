@@ -4,7 +4,14 @@ import pytest
 import torch
 from torch import nn
 
-from foretaste.models.layers.pair_mlp import Activation, Dice, PairMLP, RowNorm, pair_dot
+from foretaste.models.layers.pair_mlp import (
+    Activation,
+    Dice,
+    PairMLP,
+    RowNorm,
+    SlopedReLU,
+    pair_dot,
+)
 
 B, C, Q, WIDTH = 3, 4, 5, 2
 
@@ -54,6 +61,17 @@ def test_dice_by_hand() -> None:
     torch.testing.assert_close(dice(x), x * (share + (1 - share) * 0.5))
     assert dice.mean_O.item() == pytest.approx(0.2)
     assert dice.var_O.item() == pytest.approx(1.0)
+
+
+def test_the_sloped_relu_and_its_gradient_are_torch_s() -> None:
+    layer, theirs = SlopedReLU(3), nn.PReLU(3)
+    x, factor = torch.randn(5, 3), torch.randn(5, 3)
+    mine, other = (x.clone().requires_grad_() for _ in range(2))
+    (layer(mine.view(5, 1, 3)).view(5, 3) * factor).sum().backward()
+    (theirs(other) * factor).sum().backward()
+    torch.testing.assert_close(mine.grad, other.grad)
+    torch.testing.assert_close(layer.slope_O.grad, theirs.weight.grad)
+    torch.testing.assert_close(layer(x), theirs(x))
 
 
 def test_what_is_not_valid_does_not_move_dice() -> None:

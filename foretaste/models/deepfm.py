@@ -164,11 +164,10 @@ class DeepFM(nn.Module):
     def _raw(
         self, query_BQW: Float[Tensor, "B Q W"], item_ACGW: Float[Tensor, "A C G W"]
     ) -> dict[str, Float[Tensor, "B C"]]:
-        query_BQD, item_ACGD = query_BQW[..., : self.width], item_ACGW[..., : self.width]
-        raw_BC: Tensor = self.bias
-        if self.config.linear:
-            first_B1 = query_BQW[..., self.width].sum(dim=1, keepdim=True)
-            raw_BC = raw_BC + first_B1 + item_ACGW[..., self.width].sum(dim=2)
+        widths = [self.width, int(self.config.linear)]
+        query_BQD, first_BQ1 = query_BQW.split(widths, dim=2)
+        item_ACGD, first_ACG1 = item_ACGW.split(widths, dim=3)
+        raw_BC = self.bias + first_BQ1.sum(dim=(1, 2)).unsqueeze(1) + first_ACG1.sum(dim=(2, 3))
         if self.config.fm:
             raw_BC = raw_BC + pairs_of_fields(query_BQD, item_ACGD)
         if self.mlp is not None:

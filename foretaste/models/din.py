@@ -192,7 +192,8 @@ class DIN(nn.Module):
 
     def penalty(self, queries: Queries, item_BC: Int64[Tensor, "B C"]) -> Float[Tensor, ""]:
         """Return what the batch's vectors add to the loss for being long."""
-        return self.fields.penalty(queries, item_BC, self._histories(queries).items())
+        history_M = self._histories(queries).items() if self.config.l2 else None
+        return self.fields.penalty(queries, item_BC, history_M)
 
     def placed_I(self) -> Bool[Tensor, " I"]:
         """Return which items have a feature that says something."""

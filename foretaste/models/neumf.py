@@ -181,15 +181,17 @@ class NCF(nn.Module):
     def _raw(
         self, query_BQW: Float[Tensor, "B 1 W"], item_ACGW: Float[Tensor, "A C 1 W"]
     ) -> dict[str, Float[Tensor, "B C"]]:
-        width, weight_W = self.gmf_dim, self.output.weight.squeeze(0)
-        raw_BC: Tensor = self.output.bias
         query_BW, item_ACW = query_BQW.squeeze(1), item_ACGW.squeeze(2)
-        if width:
-            asked_BD = query_BW[:, :width] * weight_W[:width]
-            raw_BC = raw_BC + pair_dot(asked_BD, item_ACW[..., :width])
+        widths = [self.gmf_dim, item_ACW.shape[2] - self.gmf_dim]
+        asked_BD, query_BH = query_BW.split(widths, dim=1)
+        item_ACD, item_ACH = item_ACW.split(widths, dim=2)
+        weight_W = self.output.weight.squeeze(0)
+        raw_BC: Tensor = self.output.bias
+        if self.gmf_dim:
+            raw_BC = raw_BC + pair_dot(asked_BD * weight_W[: self.gmf_dim], item_ACD)
         if self.mlp is not None:
-            hidden_BCD: Tensor = self.mlp(query_BW[:, width:], item_ACW[..., width:])
-            raw_BC = raw_BC + hidden_BCD @ weight_W[width:]
+            hidden_BCD: Tensor = self.mlp(query_BH, item_ACH)
+            raw_BC = raw_BC + hidden_BCD @ weight_W[self.gmf_dim :]
         return {self.tasks[0].name: raw_BC}
 
 

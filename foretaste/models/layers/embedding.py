@@ -198,6 +198,44 @@ def mean_bags(
     return looked_PD
 
 
+def look_up(code_N: Int64[Tensor, " N"], weight_VD: Float[Tensor, "V D"]) -> Float[Tensor, "N D"]:
+    """Return rows of a table, as `F.embedding` does, with a fast gradient; row 0 gets none.
+
+    torch's own gradient takes two to eight times as long on a CPU.
+    """
+    looked_ND: Tensor = _LookUp.apply(code_N, weight_VD)  # type: ignore[no-untyped-call]  # torch
+    return looked_ND
+
+
+class _LookUp(torch.autograd.Function):
+    """Some rows of a table."""
+
+    @staticmethod
+    def forward(
+        context: Any,  # torch's own, without a public type
+        code_N: Tensor,
+        weight_VD: Tensor,
+    ) -> Tensor:
+        context.save_for_backward(code_N)
+        context.num_codes = len(weight_VD)
+        return weight_VD.index_select(0, code_N)
+
+    @staticmethod
+    def backward(context: Any, grad_ND: Tensor) -> tuple[None, Tensor]:
+        (code_N,) = context.saved_tensors
+        order_N, start_V = _by_code(code_N, context.num_codes)
+        grad_VD = F.embedding_bag(order_N, grad_ND.contiguous(), start_V, mode="sum")
+        grad_VD[:1] = 0.0
+        return None, grad_VD
+
+
+def _by_code(code_N: Tensor, num_codes: int) -> tuple[Int64[Tensor, " N"], Int64[Tensor, " V"]]:
+    """Return the places of codes in ascending order, and where each code begins among them."""
+    times_V = code_N.bincount(minlength=num_codes)
+    order_N = code_N.int().sort(stable=True).indices  # int32 sorts in half of the time
+    return order_N, times_V.cumsum(0) - times_V
+
+
 class _SumBags(torch.autograd.Function):
     """The weighted sum of each bag's rows."""
 
@@ -218,12 +256,11 @@ class _SumBags(torch.autograd.Function):
     def backward(context: Any, grad_PD: Tensor) -> tuple[None, None, None, None, Tensor]:
         code_N, length_P, share_N = context.saved_tensors
         bag_N = torch.arange(len(length_P), device=code_N.device).repeat_interleave(length_P)
-        order_N = code_N.argsort(stable=True)
-        times_V = code_N.bincount(minlength=context.num_codes)
+        order_N, start_V = _by_code(code_N, context.num_codes)
         grad_VD = F.embedding_bag(
             bag_N[order_N],
             grad_PD.contiguous(),
-            times_V.cumsum(0) - times_V,
+            start_V,
             mode="sum",
             per_sample_weights=share_N[order_N],
         )

@@ -8,7 +8,7 @@ each, Q width of a query, I width of an item, O width of the output, R rows.
 """
 
 from collections.abc import Sequence
-from typing import Literal, final
+from typing import Any, Literal, final
 
 import torch
 import torch.nn.functional as F
@@ -36,10 +36,11 @@ class PairLinear(nn.Module):
     ) -> Float[Tensor, "B C O"]:
         """Return the layer's output for each pair."""
         weight, bias = self.joint.weight, self.joint.bias
-        query_BO = F.linear(query_BQ, weight[:, : self.query_dim], bias)
+        query_B1O = F.linear(query_BQ, weight[:, : self.query_dim], bias).unsqueeze(1)
         if not self.item_dim:
-            return query_BO.unsqueeze(1).expand(-1, item_ACI.shape[1], -1)
-        return query_BO.unsqueeze(1) + F.linear(item_ACI, weight[:, self.query_dim :])
+            return query_B1O.repeat(1, item_ACI.shape[1], 1)
+        item_ACO = F.linear(item_ACI, weight[:, self.query_dim :])
+        return item_ACO.add_(query_B1O) if len(item_ACO) == len(query_B1O) else item_ACO + query_B1O
 
 
 @final
@@ -150,7 +151,7 @@ def activate(kind: Activation, width: int) -> nn.Module:
     """Make what follows a hidden layer of a width."""
     match kind:
         case "relu":
-            return nn.ReLU()
+            return nn.ReLU(inplace=True)
         case "prelu":
             return SlopedReLU(width)
         case "dice":
@@ -166,7 +167,30 @@ class SlopedReLU(nn.Module):
         self.slope_O = nn.Parameter(torch.full((width,), 0.25))
 
     def forward(self, x_XO: Float[Tensor, "*X O"]) -> Float[Tensor, "*X O"]:
-        return F.prelu(x_XO.flatten(0, -2), self.slope_O).view(x_XO.shape)
+        sloped_RO: Tensor = _Sloped.apply(  # type: ignore[no-untyped-call]  # torch leaves it so
+            x_XO.flatten(0, -2), self.slope_O.to(x_XO.dtype)
+        )
+        return sloped_RO.view(x_XO.shape)
+
+
+class _Sloped(torch.autograd.Function):
+    """PReLU, with a gradient in half of the time that torch's own takes on a CPU."""
+
+    @staticmethod
+    def forward(
+        context: Any,  # torch's own, without a public type
+        x_RO: Tensor,
+        slope_O: Tensor,
+    ) -> Tensor:
+        context.save_for_backward(x_RO, slope_O)
+        return F.prelu(x_RO, slope_O)
+
+    @staticmethod
+    def backward(context: Any, grad_RO: Tensor) -> tuple[Tensor, Tensor]:
+        x_RO, slope_O = context.saved_tensors
+        below_RO = grad_RO * (x_RO <= 0)
+        of_slope_O = x_RO.new_ones(len(x_RO)) @ (below_RO * x_RO)
+        return torch.addcmul(grad_RO, below_RO, slope_O - 1), of_slope_O
 
 
 def pair_dot(
@@ -175,4 +199,4 @@ def pair_dot(
     """Return the dot product of each query with its items."""
     if len(item_ACD) == 1:
         return query_BD @ item_ACD[0].T
-    return (item_ACD @ query_BD.unsqueeze(2)).squeeze(2)
+    return (item_ACD * query_BD.unsqueeze(1)).sum(dim=2)

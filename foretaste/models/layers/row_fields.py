@@ -22,7 +22,7 @@ from foretaste.data.batch import Queries
 from foretaste.data.features import Features, FieldSide, FieldTable
 from foretaste.data.interactions import Interactions
 from foretaste.errors import ConfigError
-from foretaste.models.layers.embedding import Fusion, refuse_codes
+from foretaste.models.layers.embedding import Fusion, look_up, refuse_codes
 from foretaste.models.layers.fold_in import FoldIn
 from foretaste.models.layers.side_fields import SideFields, side_by_side
 
@@ -346,8 +346,7 @@ class RowFields(nn.Module):
 
     def _look_up(self, codes: Sequence[Tensor]) -> list[Tensor]:
         """Look all codes up in one pass."""
-        flat = torch.cat([code.flatten() for code in codes])
-        looked = F.embedding(flat, self.table.weight, padding_idx=0)
+        looked = look_up(torch.cat([code.flatten() for code in codes]), self.table.weight)
         parts = looked.split([code.numel() for code in codes])
         return [part.view(*code.shape, self.width) for part, code in zip(parts, codes, strict=True)]
 

@@ -61,11 +61,8 @@ class TargetAttention(nn.Module):
             item_ACK: Those that are judged.
             valid_BL: True = a real event.
         """
-        of_event_KH, of_item_KH, of_both_KH = self.joint.weight.T.split(self.width)
-        of_item_AC1H = (item_ACK @ of_item_KH + self.joint.bias).unsqueeze(2)
-        of_event_B1LH = (event_BLK @ of_event_KH).unsqueeze(1)
-        both_BCLK = item_ACK.unsqueeze(2) * event_BLK.unsqueeze(1)
-        state_BCLH: Tensor = both_BCLK @ of_both_KH + of_item_AC1H + of_event_B1LH
+        first = self._of_items if item_ACK.shape[1] > self.joint.out_features else self._of_pairs
+        state_BCLH = first(event_BLK, item_ACK)
         valid_BCL = valid_BL.unsqueeze(1).expand(state_BCLH.shape[:3])
         for activation, layer in zip(self.activations, self.layers, strict=True):
             if isinstance(activation, Dice):
@@ -77,6 +74,28 @@ class TargetAttention(nn.Module):
             lowest = torch.finfo(logit_BCL.dtype).min
             logit_BCL = logit_BCL.masked_fill(~valid_BCL, lowest).softmax(dim=2)
         return logit_BCL * valid_BCL
+
+    def _of_pairs(self, event_BLK: Tensor, item_ACK: Tensor) -> Float[Tensor, "B C L H"]:
+        """Return the first layer pair by pair."""
+        of_event_KH, of_item_KH, of_both_KH = self.joint.weight.T.split(self.width)
+        of_item_AC1H = (item_ACK @ of_item_KH + self.joint.bias).unsqueeze(2)
+        of_event_B1LH = (event_BLK @ of_event_KH).unsqueeze(1)
+        both_BCLK = item_ACK.unsqueeze(2) * event_BLK.unsqueeze(1)
+        state_BCLH: Tensor = both_BCLK @ of_both_KH + of_item_AC1H + of_event_B1LH
+        return state_BCLH
+
+    def _of_items(self, event_BLK: Tensor, item_ACK: Tensor) -> Float[Tensor, "B C L H"]:
+        """Return the same, for more items than H: an event is a layer over items."""
+        of_event_KH, of_item_KH, of_both_KH = self.joint.weight.T.split(self.width)
+        bias_BLH = event_BLK @ of_event_KH + self.joint.bias
+        weight_BKLH = torch.addcmul(
+            of_item_KH.unsqueeze(1), event_BLK.mT.unsqueeze(3), of_both_KH.unsqueeze(1)
+        )
+        item_BCK = item_ACK.expand(len(event_BLK), -1, -1)
+        state_BCX = torch.baddbmm(
+            bias_BLH.flatten(1).unsqueeze(1), item_BCK, weight_BKLH.flatten(2)
+        )
+        return state_BCX.view(*state_BCX.shape[:2], *bias_BLH.shape[1:])
 
 
 def pool(
