@@ -128,6 +128,23 @@ def test_training_and_answering_give_the_same_vectors(
     torch.testing.assert_close(model.item_table()[item_V], learned.item_VD)
 
 
+def test_features_of_an_item_are_encoded_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = towers(FEATURES, history="mean")
+    assert model.item_fields is not None
+    encoded: list[int] = []
+    fields = model.item_fields.forward
+
+    def counted(row_B: Tensor, *more: object) -> Tensor:
+        encoded.extend(row_B.tolist())
+        return fields(row_B, *more)
+
+    monkeypatch.setattr(model.item_fields, "forward", counted)
+    item_V = torch.tensor([3, 0, 39, 12])
+    model(replace(QUERIES, user_B=torch.tensor([0, 7, 3, 3])), item_V)
+    history = set(QUERIES.history_N.tolist())
+    assert sorted(encoded) == sorted({0, *history, *item_V.tolist()})
+
+
 # --- histories ---------------------------------------------------------------------------------
 
 

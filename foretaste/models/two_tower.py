@@ -14,13 +14,14 @@ Departures: histories are embedded by the item tower's own ids and features, bef
 may be dropped in training, so that features learn to stand alone (DropoutNet, Volkovs, Yu and
 Poutanen, NeurIPS 2017); a user or item without a training event has the id vector 0.
 
-Shape legend: B users, V items, I items of the catalogue, D width, N events of all histories.
+Shape legend: B users, V items, I items of the catalogue, R items of a batch, D width, N events of
+all histories.
 """
 
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Literal, final
+from typing import Literal, NamedTuple, final
 
 import torch
 import torch.nn.functional as F
@@ -152,11 +153,15 @@ class TwoTower(nn.Module):
         """Return the vectors of users and of some items."""
         user_BD = None if self.users is None else _look_up(queries.user_B, self.users.weight)
         item_VD = None if self.items is None else F.embedding(item_V, self.items.weight)
-        query_BD = self._query(queries, self._without_some_users(user_BD))
-        told_VD = self._without_some_items(item_VD, item_V)
+        told = self._told(queries, item_V)
+        query_BD = self._query(queries, self._without_some_users(user_BD), told)
+        own_VD = self._without_some_items(item_VD, item_V)
+        parts = [] if own_VD is None else [own_VD]
+        if told is not None:
+            parts.append(F.embedding(told.row_I[item_V], told.field_RD))
         return PairVectors(
             query_BD=query_BD,
-            item_VD=self._item_tower(self._item_parts(told_VD, item_V)),
+            item_VD=self._item_tower(parts),
             base=tuple(row_RD for row_RD in (user_BD, item_VD) if row_RD is not None),
         )
 
@@ -225,40 +230,46 @@ class TwoTower(nn.Module):
         super().train(mode)
         return self
 
-    def _query(self, queries: Queries, id_BD: Tensor | None) -> Tensor:
+    def _query(self, queries: Queries, id_BD: Tensor | None, told: "_Told | None" = None) -> Tensor:
         parts = [] if id_BD is None else [id_BD]
         if self.user_fields is not None:
             parts.append(self.user_fields(queries.user_B, queries.profile))
         if self.history is not None:
-            parts.append(self.history(*self._as_rows(queries)))
+            parts.append(self.history(*self._as_rows(queries, told)))
         query_BD = _sum_or_mlp(parts, self.query_mlp)
         if self.everybody is not None:
             query_BD = query_BD + self.everybody
         return as_query(query_BD, self.config.similarity, self.config.temperature)
 
-    def _as_rows(self, queries: Queries) -> tuple[Queries, Tensor]:
-        """Return the items' vectors that histories need, and the histories as rows of them."""
-        if not self.training or self.item_fields is None:
-            return queries, self._base_table()
-        needed_I = torch.zeros(self.num_items, dtype=torch.bool, device=queries.user_B.device)
-        needed_I[queries.history_N] = True
-        needed_I[0] = True  # under padding
-        row_I = needed_I.cumsum(0) - 1
-        rows = replace(queries, history_N=row_I[queries.history_N])
-        return rows, self._base_vectors(needed_I.nonzero().squeeze(1))
+    def _told(self, queries: Queries, item_V: Tensor) -> "_Told | None":
+        """Encode the features of a batch's items once, candidates and histories together."""
+        if self.item_fields is None:
+            return None
+        needed_I = torch.zeros(self.num_items, dtype=torch.bool, device=item_V.device)
+        needed_I[item_V] = True
+        if self.history is not None:
+            needed_I[queries.history_N] = True
+            needed_I[0] = True  # under padding
+        item_R = needed_I.nonzero().squeeze(1)
+        return _Told(item_R=item_R, row_I=needed_I.cumsum(0) - 1, field_RD=self.item_fields(item_R))
 
-    def _item_parts(self, id_VD: Tensor | None, item_V: Tensor) -> list[Tensor]:
-        parts = [] if id_VD is None else [id_VD]
-        if self.item_fields is not None:
-            parts.append(self.item_fields(item_V))
-        return parts
+    def _as_rows(self, queries: Queries, told: "_Told | None") -> tuple[Queries, Tensor]:
+        """Return the items' vectors that histories need, and the histories as rows of them."""
+        if told is None:
+            return queries, self._base_table()
+        rows = replace(queries, history_N=told.row_I[queries.history_N])
+        if self.items is None:
+            return rows, told.field_RD
+        return rows, F.embedding(told.item_R, self.items.weight) + told.field_RD
 
     def _item_tower(self, parts: Sequence[Tensor]) -> Tensor:
         return as_item(_sum_or_mlp(parts, self.item_mlp), self.config.similarity)
 
     def _own_parts(self, item_V: Tensor) -> list[Tensor]:
-        id_VD = None if self.items is None else F.embedding(item_V, self.items.weight)
-        return self._item_parts(id_VD, item_V)
+        parts = [] if self.items is None else [F.embedding(item_V, self.items.weight)]
+        if self.item_fields is not None:
+            parts.append(self.item_fields(item_V))
+        return parts
 
     def _item_vectors(self, item_V: Tensor) -> Tensor:
         return self._item_tower(self._own_parts(item_V))
@@ -300,6 +311,15 @@ class TwoTower(nn.Module):
             return id_RD
         dropped_R = may_R & (torch.rand(len(id_RD), device=id_RD.device) < share)
         return id_RD.masked_fill(dropped_R.unsqueeze(1), 0.0)
+
+
+class _Told(NamedTuple):
+    """What the features say of the items that a batch needs, each once."""
+
+    item_R: Int64[Tensor, " R"]
+    row_I: Int64[Tensor, " I"]
+    """Where an item that is needed stands in the others."""
+    field_RD: Float[Tensor, "R D"]
 
 
 def _ids(num_rows: int, config: TwoTowerConfig) -> nn.Embedding:
