@@ -269,6 +269,34 @@ def test_an_explanation_is_the_rankers(trained: Trained) -> None:
     assert list(recommender.explain_many(history, item_ids)) == expected
 
 
+def test_the_reason_is_the_event_that_the_ranker_attends_to_most() -> None:
+    events = make_events()
+    torch.manual_seed(0)
+    config = TwoStageConfig(
+        retriever=EASEConfig(l2=1.0),
+        ranker=ft.DINConfig(embedding_dim=4, hidden=(8,), max_len=4, init_std=1.0),
+        candidates=6,
+    )
+    model = build_model(config, num_users=events.num_users, num_items=events.num_items).eval()
+    assert isinstance(model, TwoStage)
+    model.retriever.learn(events)
+    recommender = ft.build_recommender(Trained(config=config, model=model, events=events, seed=0))
+    # 501 stands twice, so its weights are added; 509 and 510 are older than the four events read
+    history = [509, 510, 501, 502, 503, 501]
+    item_ids = [501, 503, 505, 508, 511]
+    item_1T = torch.tensor([[item - 500 for item in item_ids]])
+    past = Queries.of_histories([[item - 500 for item in history]])
+    with torch.inference_mode():
+        weight_TL = model.ranker.attention_weights(past, item_1T)[0]
+    expected = []
+    for item, weight_L in zip(item_ids, weight_TL.tolist(), strict=True):
+        by_item = {501: weight_L[0] + weight_L[3], 502: weight_L[1], 503: weight_L[2]}
+        by_item.pop(item, None)
+        expected.append(max(by_item, key=lambda reason: by_item[reason]))
+    assert list(recommender.explain_many(history, item_ids)) == expected
+    assert len(set(expected)) > 1
+
+
 def two_tasks(num_candidates: int | None) -> Recommender:
     """Four items of training, in two stages, or by the ranker alone."""
     trained = make_trained("popularity")

@@ -133,6 +133,11 @@ class DIN(nn.Module):
         """Return the task's prediction."""
         return self.heads.predict(self._pairs(queries, item_BC))
 
+    @property
+    def attends(self) -> bool:
+        """Whether the weights of a history's events depend on the item that is judged."""
+        return self.config.pooling == "attention"
+
     def attention_weights(
         self, queries: Queries, item_BC: Int64[Tensor, "B C"]
     ) -> Float[Tensor, "B C L"]:

@@ -82,6 +82,24 @@ class Penalised(Protocol):
 
 
 @runtime_checkable
+class Attends(Protocol):
+    """A ranker that weighs a user's events by what they say of the item that is judged."""
+
+    max_len: int
+
+    @property
+    def attends(self) -> bool:
+        """Whether it was made so."""
+        ...
+
+    def attention_weights(
+        self, queries: Queries, item_BC: Int64[Tensor, "B C"]
+    ) -> Float[Tensor, "B C L"]:
+        """Return how much each of the last `max_len` events says of each item, oldest first."""
+        ...
+
+
+@runtime_checkable
 class ClosedForm(Protocol):
     """Learns from the events at once, without steps of gradient descent."""
 

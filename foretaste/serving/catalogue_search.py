@@ -13,13 +13,14 @@ from typing import NamedTuple, final
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from foretaste.data.batch import Queries
 from foretaste.data.tasks import Weights
 from foretaste.errors import ConfigError
-from foretaste.models.interface import Ranker, Retriever
+from foretaste.models.interface import Attends, Ranker, Retriever
 from foretaste.models.layers.top_k import top_k
 from foretaste.models.two_stage import TwoStage, below, first_stage, judge, reads_profiles
 from foretaste.retrieval.choose import exact_of
@@ -173,6 +174,19 @@ class CatalogueSearch:
         return torch.cat(
             [self._score(Queries.of_histories([h.tolist() for h in b]))[:, item_T] for b in blocks]
         )
+
+    def attention(
+        self, history_L: Int64[np.ndarray, " L"], item_T: Int64[Tensor, " T"]
+    ) -> Float[Tensor, "T L"] | None:
+        """Return how much each event of a history says of each item, by a ranker that attends.
+
+        Events before the last that it reads say nothing; None where the model has no such ranker.
+        """
+        ranker = self._ranker
+        if not (isinstance(ranker, Attends) and ranker.attends):
+            return None
+        read_TM = ranker.attention_weights(one_query(-1, history_L), item_T.unsqueeze(0))[0]
+        return F.pad(read_TM, (len(history_L) - read_TM.shape[1], 0))
 
     def similar(self, item_idx: int, k: int) -> TopK:
         """Return the items nearest to one by cosine, or what a history of it alone would get."""

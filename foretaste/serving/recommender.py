@@ -243,9 +243,10 @@ class Recommender:
     ) -> tuple[int | str | None, ...]:
         """Say for each item which item of the history speaks for it most ("because you watched").
 
-        One batch of the model: the history as it is, and without each of the distinct items of
-        its last 50 events. None where no removal lowers the score or an id is unknown; an item
-        is no reason for itself.
+        Of a ranker that attends, it is the item that the ranker attends to most. Else one batch of
+        the model tells: the history as it is, and without each of the distinct items of its last
+        50 events. None where nothing speaks for an item or an id is unknown; an item is no reason
+        for itself.
 
         Args:
             history: Item ids, oldest first; they follow what training saw of `user_id`.
@@ -258,13 +259,20 @@ class Recommender:
         item_T = np.concatenate([_NONE, *found])
         if len(past) == 0 or len(item_T) == 0:
             return (None,) * len(found)
-        removed_C, without = without_each(past, last=EXPLAINED_EVENTS)
-        score_CT = self._search.scores([past, *without], torch.from_numpy(item_T))
-        drop_CT = (score_CT[0] - score_CT[1:]).numpy()
-        drop_CT[removed_C[:, None] == item_T] = -np.inf
-        ids_C = self._items.ids_of(removed_C.tolist())
+        attention_TL = self._search.attention(past, torch.from_numpy(item_T))
+        if attention_TL is None:
+            reason_C, without = without_each(past, last=EXPLAINED_EVENTS)
+            score_CT = self._search.scores([past, *without], torch.from_numpy(item_T))
+            weight_CT = (score_CT[0] - score_CT[1:]).numpy()
+        else:
+            reason_C, place_L = np.unique(past, return_inverse=True)
+            weight_CT = np.zeros((len(reason_C), len(item_T)), dtype=np.float32)
+            np.add.at(weight_CT, place_L, attention_TL.T.numpy())
+        weight_CT[reason_C[:, None] == item_T] = -np.inf
+        ids_C = self._items.ids_of(reason_C.tolist())
         reasons = iter(
-            ids_C[int(drop_C.argmax())] if drop_C.max() > 0 else None for drop_C in drop_CT.T
+            ids_C[int(weight_C.argmax())] if weight_C.max() > 0 else None
+            for weight_C in weight_CT.T
         )
         return tuple(next(reasons) if len(row) else None for row in found)
 
