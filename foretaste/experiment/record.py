@@ -35,15 +35,8 @@ def record_run(
     record: dict[str, object] = {
         "recipe": recipe,
         "command": f"foretaste fit recipes/{recipe}.toml --out {recipe}{changes}",
-        "commit": _commit(),
         "seed": config.seed,
-        "threads": torch.get_num_threads(),
-        "machine": _machine(),
-        "versions": {
-            "foretaste": foretaste.__version__,
-            "python": platform.python_version(),
-            **{name: version(name) for name in _PACKAGES},
-        },
+        **run_facts(),
         "train_seconds": round(run.trained.train_seconds, 1),
         "epochs": run.trained.log.get("best_epoch", 0),
         "metrics": dict(run.report.metrics),
@@ -56,6 +49,20 @@ def record_run(
             "intervals": {n: list(ends) for n, ends in run.refitted_report.intervals.items()},
         }
     return record | {"published": dict(config.published), "notes": config.notes}
+
+
+def run_facts() -> dict[str, object]:
+    """Return what a figure depends on besides settings: commit, threads, machine, versions."""
+    return {
+        "commit": _commit(),
+        "threads": torch.get_num_threads(),
+        "machine": _machine(),
+        "versions": {
+            "foretaste": foretaste.__version__,
+            "python": platform.python_version(),
+            **{name: version(name) for name in _PACKAGES},
+        },
+    }
 
 
 def write_record(record: Mapping[str, object], path: Path) -> None:
