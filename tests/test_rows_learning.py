@@ -157,6 +157,25 @@ def test_where_only_what_happened_is_known_items_are_drawn_and_lists_decide() ->
     assert lists.metrics["ndcg_at_10"] == pytest.approx(best, abs=0.03)
 
 
+def test_zeros_that_training_draws_are_not_drawn_where_the_part_has_its_own() -> None:
+    # As in click logs of which only the positives of training were published.
+    part_E = np.where((SPLIT.part_E == 0) & (EVENTS.columns["clicked"] == 0), 3, SPLIT.part_E)
+    split = Split(kind="given", events=EVENTS, part_E=part_E.astype(np.uint8), rolling=False)
+    assert split.train.columns["clicked"].min() == 1
+    model = fit(
+        GMFConfig(task=SHOWN, factors=4),
+        split,
+        training=settings(),
+        objective=RowsConfig(negatives=2, positive="clicked"),
+        show=False,
+    )
+    report = evaluate_rows(model, split, resamples=0)
+    assert report.suffix == ""
+    assert report.counts["rows"] == (part_E == 2).sum()
+    best = evaluate_rows(model, split, part="validation", resamples=0).metrics["auc"]
+    assert best == pytest.approx(max(e["validation"] for e in model.log["epochs"]), abs=1e-12)
+
+
 def test_more_zeros_are_drawn_on_request_and_named() -> None:
     split = happened()
     model = fit(GMFConfig(factors=4), split, training=settings(epochs=2), show=False)

@@ -120,10 +120,21 @@ def _fit_platt(
 def _fit_isotonic(
     label_N: Float64[np.ndarray, " N"], probability_N: Float64[np.ndarray, " N"]
 ) -> IsotonicCalibration:
-    """Pool adjacent violators over distinct probabilities; only the ends of a stair are kept."""
+    """Pool adjacent violators over distinct probabilities; only the ends of a stair are kept.
+
+    **Departure**: a lowest stair of 0 and a highest of 1 are drawn in to one of its n + 2 rows, not
+    beyond the next stair: "never" and "always" would cost without bound when they are wrong.
+    """
     at, place_N, count = np.unique(probability_N, return_inverse=True, return_counts=True)
     mean = np.bincount(place_N, label_N) / count
     gives: np.ndarray = isotonic_regression(mean, weights=count.astype(np.float64)).x
+    levels, stair = np.unique(gives, return_inverse=True)
+    rows = np.bincount(stair, count)
+    if len(levels) > 1:
+        lowest, highest = levels[0], levels[-1]
+        levels[0] = max(lowest, min(levels[1], 1 / (rows[0] + 2)))
+        levels[-1] = min(highest, max(levels[-2], 1 - 1 / (rows[-1] + 2)))
+    gives = levels[stair]
     level = np.diff(gives) == 0
     inner = np.append(level, False) & np.insert(level, 0, False)  # level on both sides
     return IsotonicCalibration(at=tuple(at[~inner].tolist()), gives=tuple(gives[~inner].tolist()))

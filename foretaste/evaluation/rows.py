@@ -47,7 +47,7 @@ def evaluate_rows(
     """Measure what a ranker predicts of a part's labelled rows against their labels.
 
     Each row is predicted from what its user did before it, the weights as training left them.
-    Where training drew items for want of zeros, as many are drawn here, evenly; names say so.
+    Where the part holds no zeros, as many items are drawn as in training, evenly; names say so.
 
     Args:
         model: A ranker.
@@ -118,7 +118,7 @@ def rows_to_judge(
     history = "its user's history before it, the weights as training left them"
     notes = (f"rows: every event of {part}, each with {history}",)
     num = learned.num_negatives(ranker.tasks)
-    if sampled is None and num:
+    if sampled is None and num and not _has_zeros(rows):
         sampled = SampledNegatives(num=num)
     if sampled is None or not sampled.num:
         return rows, notes, ""
@@ -129,6 +129,12 @@ def rows_to_judge(
         f"up to here (seed {sampled.seed})"
     )
     return rows.draw(sampled.num, draw, seed=sampled.seed), (*notes, note), sampled.suffix
+
+
+def _has_zeros(rows: Rows) -> bool:
+    """Return whether the labels themselves tell what did not happen, of any binary task."""
+    binary_T = np.array([task.kind == "binary" for task in rows.tasks])
+    return bool((rows.label_ET[:, binary_T] == 0).any())
 
 
 def _sampler(model: Trained, sampled: SampledNegatives) -> Sampler:
