@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     )
     from foretaste.evaluation.compare import Comparison, compare
     from foretaste.evaluation.compare_rows import compare_rows
+    from foretaste.evaluation.gates import gates_svg, read_gates
     from foretaste.evaluation.protocol import evaluate
     from foretaste.evaluation.reliability_picture import reliability_svg
     from foretaste.evaluation.report import Report
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
     from foretaste.evaluation.rows import evaluate_rows
     from foretaste.evaluation.rows_report import RowsReport, calibrate
     from foretaste.evaluation.sampled import SampledNegatives
+    from foretaste.evaluation.transfer import transfer
     from foretaste.experiment.compare_families import family_recipes
     from foretaste.experiment.compare_models import compare_models, read_recipes
     from foretaste.experiment.compare_table import ModelComparison
@@ -204,6 +206,7 @@ __all__ = [
     "family_recipes",
     "fit",
     "fit_features",
+    "gates_svg",
     "get_dataset",
     "given_split",
     "given_split_by_column",
@@ -220,6 +223,7 @@ __all__ = [
     "random_split",
     "ratio_split",
     "read_experiment",
+    "read_gates",
     "read_interactions",
     "read_recipes",
     "read_split",
@@ -235,6 +239,7 @@ __all__ = [
     "serve",
     "temporal_split",
     "to_recommender",
+    "transfer",
     "tune",
     "two_stage",
     "with_overrides",
@@ -328,6 +333,7 @@ _HOME = {
     "family_recipes": "experiment.compare_families",
     "fit": "experiment.fit",
     "fit_features": "data.features",
+    "gates_svg": "evaluation.gates",
     "get_dataset": "data.sources.load",
     "given_split": "data.splitting",
     "given_split_by_column": "data.splitting",
@@ -344,6 +350,7 @@ _HOME = {
     "random_split": "data.splitting",
     "ratio_split": "data.splitting",
     "read_experiment": "experiment.recipe",
+    "read_gates": "evaluation.gates",
     "read_interactions": "data.reading",
     "read_recipes": "experiment.compare_models",
     "read_split": "experiment.run",
@@ -359,6 +366,7 @@ _HOME = {
     "serve": "serving.server",
     "temporal_split": "data.splitting",
     "to_recommender": "experiment.run",
+    "transfer": "evaluation.transfer",
     "tune": "experiment.tune",
     "two_stage": "experiment.two_stage",
     "with_overrides": "experiment.recipe",

@@ -35,7 +35,7 @@ def compare_rows(
     Args:
         a: Report of the first model; or several, trained alike from several seeds: the metric is
             their mean then.
-        b: Of the second, on the same rows.
+        b: Of the second, on the same rows; it may have other tasks besides.
         metric: Its short name: "auc", "gauc", "log_loss", "ece", "rmse" or "mae". Of the last
             four, less is better.
         task: Which; "" if there is only one.
@@ -47,9 +47,14 @@ def compare_rows(
     """
     reports_a, reports_b = _several(a), _several(b)
     first = reports_a[0]
+    task = task or first.tasks[0].name
     for other in (*reports_a, *reports_b):
         check_comparable(first, other)
-    task = task or first.tasks[0].name
+        if not np.array_equal(first.rows(task).label_N, other.rows(task).label_N):
+            raise DataError(
+                f"the labels of task {task!r} differ between {first.model} and {other.model}: give "
+                "both models the same task"
+            )
     (mean_a, a_R), (mean_b, b_R) = (
         _resampled_mean(reports, metric, task, resamples=resamples, seed=seed)
         for reports in (reports_a, reports_b)

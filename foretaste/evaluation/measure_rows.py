@@ -25,7 +25,7 @@ class Predicted:
     name: str
     """Which part it is: "validation", "test"."""
     digest: str
-    """SHA-256 of rows and labels."""
+    """SHA-256 of the rows."""
     tasks: tuple[Task, ...]
     user_N: Int64[np.ndarray, " N"]
     """Any numbers, alike for rows of one user."""

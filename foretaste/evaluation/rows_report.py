@@ -34,7 +34,7 @@ class RowsReport:
     holdout: str
     """"validation" or "test"."""
     holdout_digest: str
-    """SHA-256 of rows and labels: only reports of equal ones can be compared."""
+    """SHA-256 of the rows: only reports of equal ones can be compared."""
     tasks: tuple[Task, ...]
     metrics: Mapping[str, float]
     """Name to value; where there are several tasks, names end in `_TASK`."""

@@ -100,6 +100,20 @@ class Attends(Protocol):
 
 
 @runtime_checkable
+class Gated(Protocol):
+    """A ranker whose tasks mix experts.
+
+    Shape legend: E experts.
+    """
+
+    def gates(
+        self, queries: Queries, item_BC: Int64[Tensor, "B C"]
+    ) -> Mapping[str, Float[Tensor, "B C E"]]:
+        """Return how each task weighs the experts, by the task's name; each pair's sum to 1."""
+        ...
+
+
+@runtime_checkable
 class ClosedForm(Protocol):
     """Learns from the events at once, without steps of gradient descent."""
 
