@@ -212,6 +212,22 @@ def test_vectors_get_length_one_or_the_length_of_training_as_their_unit() -> Non
     assert_same(same, one.rows(torch.arange(2)))
 
 
+def test_centred_vectors_lose_what_all_of_training_have_in_common() -> None:
+    # of length 1: (1, 0) and (0, 1), their mean (.5, .5); what is left points to (1, -1), (-1, 1)
+    frame = pl.DataFrame({"x": [[3.0, 0.0], [0.0, 5.0], None, [0.5, 0.5], [7.0, 0.0]]})
+    _, one = side_and_table(fit_item(frame, held_out=3, x=VectorField(centre=True)))
+    half = 0.5**0.5
+    expected = [[half, -half], [-half, half], [0, 0], [half, half], [half, -half]]
+    np.testing.assert_allclose(one.vectors[0], expected, rtol=1e-6, atol=1e-7)
+    assert one.known_R.tolist() == [True, True, False, True, True]
+    # not normalised: the mean is (1.5, 2.5), what is left (1.5, -2.5) and (-1.5, 2.5)
+    field = VectorField(centre=True, normalise=False)
+    _, other = side_and_table(fit_item(frame, held_out=3, x=field))
+    unit = 8.5**0.5
+    expected = [[1.5 / unit, -2.5 / unit], [-1.5 / unit, 2.5 / unit], [0, 0]]
+    np.testing.assert_allclose(other.vectors[0][:3], expected, rtol=1e-6, atol=1e-7)
+
+
 # --- fitted on training only ---------------------------------------------------------------------
 
 KINDS: dict[str, FieldConfig] = {
@@ -219,7 +235,7 @@ KINDS: dict[str, FieldConfig] = {
     "m": MultiField(),
     "n": NumericField(),
     "b": NumericField(transform="bucketise", num_buckets=3),
-    "v": VectorField(normalise=False),
+    "v": VectorField(normalise=False, centre=True),
 }
 
 
@@ -643,7 +659,7 @@ FIELDS: st.SearchStrategy[FieldConfig] = st.one_of(
         transform=st.sampled_from(["standardise", "bucketise", "log1p_standardise"]),
         num_buckets=st.integers(2, 99),
     ),
-    st.builds(VectorField, normalise=st.booleans()),
+    st.builds(VectorField, normalise=st.booleans(), centre=st.booleans()),
     st.builds(TextField, encoder=NAMES),
     st.builds(CrossField, of=st.lists(NAMES, min_size=2, max_size=3).map(tuple)),
 )

@@ -23,6 +23,7 @@ from foretaste.data.features_fitted import (
     Values,
     Vector,
     log1p,
+    unit,
 )
 from foretaste.data.features_text import embed_texts
 from foretaste.data.fields import (
@@ -149,14 +150,17 @@ def _fit_number(name: str, field: NumericField, number_N: Float64[np.ndarray, " 
 def _fit_vector(name: str, field: VectorField, value_NW: Float32[np.ndarray, "N W"]) -> Outcome:
     if not len(value_NW):
         return _NOTHING
-    length = None
+    num, width = value_NW.shape
+    blocks = [value_NW[start : start + BLOCK] for start in range(0, num, BLOCK)]
+    length, mean_W = None, np.zeros(width)
+    if field.centre:
+        scaled = (unit(block) if field.normalise else block.astype(np.float64) for block in blocks)
+        mean_W = sum((block_NW.sum(axis=0) for block_NW in scaled), mean_W) / num
     if not field.normalise:
-        total = sum(
-            float((value_NW[start : start + BLOCK].astype(np.float64) ** 2).sum())
-            for start in range(0, len(value_NW), BLOCK)
-        )
-        length = float(np.sqrt(total / len(value_NW)))
-    return Outcome(Vector(name=name, width=value_NW.shape[1], length=length))
+        total = sum(float(((block.astype(np.float64) - mean_W) ** 2).sum()) for block in blocks)
+        length = float(np.sqrt(total / num)) or 1.0
+    mean = tuple(mean_W.tolist()) if field.centre else ()
+    return Outcome(Vector(name=name, width=width, length=length, mean=mean))
 
 
 def _fit_text(name: str, field: TextField, text: pl.Series) -> Outcome:

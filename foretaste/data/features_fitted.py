@@ -198,6 +198,8 @@ class Vector(Config):
     width: PositiveInt
     length: float | None = Field(gt=0)
     """What all are divided by; None divides each by its own length."""
+    mean: tuple[float, ...] = ()
+    """Taken away before, of vectors of length 1 if each has its own length; empty: nothing is."""
 
     def encode(
         self, column: pl.Series
@@ -205,10 +207,18 @@ class Vector(Config):
         """Return vectors, zeros where missing, and which are there."""
         value_RW, present_R = vectors_of(column, width=self.width)
         for start in range(0, len(value_RW), BLOCK):
-            block = value_RW[start : start + BLOCK].astype(np.float64)
-            length_R = _lengths(block) if self.length is None else self.length
-            value_RW[start : start + BLOCK] = block / np.reshape(length_R, (-1, 1))
+            rows = slice(start, start + BLOCK)
+            value_RW[rows] = self._scaled(value_RW[rows].astype(np.float64))
+            value_RW[rows][~present_R[rows]] = 0.0
         return value_RW, present_R
+
+    def _scaled(self, value_RW: Float64[np.ndarray, "R W"]) -> Float64[np.ndarray, "R W"]:
+        if not self.mean:
+            return unit(value_RW) if self.length is None else value_RW / self.length
+        if self.length is None:
+            return unit(unit(value_RW) - np.array(self.mean))
+        centred_RW: np.ndarray = (value_RW - np.array(self.mean)) / self.length
+        return centred_RW
 
 
 class Sentence(Config):
@@ -257,7 +267,9 @@ def log1p(number_R: Float64[np.ndarray, " R"]) -> Float64[np.ndarray, " R"]:
     return scaled_R
 
 
-def _lengths(value_RW: Shaped[np.ndarray, "R W"]) -> Float64[np.ndarray, " R"]:
-    """Return each row's length, 1 for zeros."""
-    length_R = np.sqrt((value_RW**2).sum(axis=1))
-    return np.where(length_R > 0, length_R, 1.0)
+def unit(value_RW: Shaped[np.ndarray, "R W"]) -> Float64[np.ndarray, "R W"]:
+    """Divide each row by its length; zeros stay."""
+    value_RW = value_RW.astype(np.float64)
+    length_R1 = np.sqrt((value_RW**2).sum(axis=1, keepdims=True))
+    scaled_RW: np.ndarray = value_RW / np.where(length_R1 > 0, length_R1, 1.0)
+    return scaled_RW

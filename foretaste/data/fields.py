@@ -61,6 +61,9 @@ class VectorField(Config):
     normalise: bool = True
     """Divide each vector by its own length; otherwise all by the root mean square of the lengths
     in training."""
+    centre: bool = False
+    """Take the mean of training away before, of vectors of length 1 where they are normalised.
+    Encoders of images and texts often give all things one direction in common."""
     why: str = ""
     """Why the column is taken so; nothing reads it but people."""
 
@@ -133,7 +136,8 @@ _HEAD = """\
 # kind = "categorical"  one of several values; those rarer than min_count share a bucket
 #        "multi"        several values: a list, or text cut at separator
 #        "numeric"      transform = "standardise", "bucketise" (num_buckets) or "log1p_standardise"
-#        "vector"       numbers, as many in every row; normalise = true gives all the same length
+#        "vector"       numbers, as many in every row; normalise = true gives all the same length,
+#                       centre = true takes away what all have in common
 #        "text"         free text; encoder = the folder of a sentence-transformers model
 #        "cross"        several columns at once: of = ["city", "device"], under a name of its own
 """
