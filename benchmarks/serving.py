@@ -4,6 +4,10 @@ Users take turns, so every answer encodes a history anew. Requests leave on time
 earlier ones were answered, so a slow answer delays nobody's clock.
 
     python benchmarks/serving.py BUNDLE --rate 50 --seconds 30 --out benchmarks/results/serving.json
+
+With `--behind-it din` a ranker stands behind the bundle's retriever: 200 candidates, and the last
+50 events. Its weights are not trained, which changes no time. The mean of each stage is the
+server's own.
 """
 
 import argparse
@@ -11,36 +15,49 @@ import asyncio
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+import torch
 
 import foretaste as ft
+from foretaste.models.catalogue import build_model
 
 
 def main() -> None:
     options = parse()
-    events = ft.load(options.bundle).trained.events
+    recommender = ft.load(options.bundle)
+    events, kind = recommender.trained.events, recommender.trained.config.kind
     length_U = np.diff(events.offsets)
     longest = np.argsort(-length_U, kind="stable")[: options.users]
     users = [str(user_id) for user_id in events.users.ids.gather(longest).to_list()]
+    stages: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
-        process, address = start(options.bundle, Path(folder))
+        bundle = options.bundle
+        if options.behind_it:
+            bundle, kind = Path(folder) / "bundle", f"{kind} and {options.behind_it}"
+            ft.build_recommender(two_stages(recommender.trained)).save(bundle)
+        process, address = start(bundle, Path(folder))
         try:
             asyncio.run(load(address, users, rate=options.rate, seconds=3, k=options.k))
             seconds = asyncio.run(
                 load(address, users, rate=options.rate, seconds=options.seconds, k=options.k)
             )
+            stages = stage_ms(address)
         finally:
             process.terminate()
             process.wait()
-    report = summary(seconds, options, median_history=int(np.median(length_U[longest])))
+    report = summary(seconds, options, kind, median_history=int(np.median(length_U[longest])))
+    report["stages_mean_ms"] = stages
     print(json.dumps(report, indent=2))
     if options.out:
         options.out.write_text(json.dumps(report, indent=2) + "\n")
@@ -53,8 +70,37 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=30.0)
     parser.add_argument("--users", type=int, default=1000, help="those with the most events")
     parser.add_argument("-k", type=int, default=20)
+    parser.add_argument("--behind-it", choices=("din",), help="an untrained ranker of 200 items")
     parser.add_argument("--out", type=Path, help="write a dated JSON report")
     return parser.parse_args()
+
+
+def two_stages(retriever: ft.Trained) -> ft.Trained:
+    """Put a DIN with its first weights behind a trained retriever."""
+    config, events = ft.DINConfig(max_len=50), retriever.events
+    torch.manual_seed(0)
+    model = build_model(
+        config,
+        num_users=events.num_users,
+        num_items=events.num_items,
+        features=retriever.features,
+    )
+    model.begin(events)
+    ranker = replace(retriever, config=config, model=model.eval())
+    return ft.two_stage(retriever, ranker, candidates=200)
+
+
+def stage_ms(address: str) -> dict[str, float]:
+    """Return the mean time of each stage of all answers, as the server counted it."""
+    with urllib.request.urlopen(f"{address.rstrip('/')}/metrics") as reply:
+        text = reply.read().decode()
+    found = re.findall(r'foretaste_stage_seconds_(sum|count)\{stage="(\w+)"\} (\S+)', text)
+    values = {(what, stage): float(value) for what, stage, value in found}
+    return {
+        stage: 1000 * total / values["count", stage]
+        for (what, stage), total in values.items()
+        if what == "sum"
+    }
 
 
 def start(bundle: Path, folder: Path) -> tuple[subprocess.Popen[str], str]:
@@ -110,10 +156,10 @@ def request(host: str, asked: dict[str, object]) -> bytes:
 
 
 def summary(
-    took: list[float], options: argparse.Namespace, *, median_history: int
+    took: list[float], options: argparse.Namespace, kind: str, *, median_history: int
 ) -> dict[str, object]:
     p50, p95, p99 = (1000 * float(np.percentile(took, p)) for p in (50, 95, 99))
-    work = f"an answer over HTTP, SASRec on ML-1M, k = {options.k}, {options.rate:g} requests/s"
+    work = f"an answer over HTTP, {kind} on ML-1M, k = {options.k}, {options.rate:g} requests/s"
     return {
         "benchmark": "serving",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -20,7 +20,8 @@ from foretaste.training.settings import TrainingConfig
 SCHEMA = FeatureSchema(
     user={"age": NumericField()}, item={"genres": MultiField(), "length": NumericField()}
 )
-READS = {"two_tower", "two_tower with history", "pinsage"}
+READS = {"two_tower", "two_tower with history", "pinsage", "two_stage"}
+READS_USERS = READS | {"two_stage behind sasrec"}
 MODELS: dict[str, ModelConfig] = {
     "mf": MFConfig(embedding_dim=16),
     "two_tower": TwoTowerConfig(embedding_dim=16),
@@ -33,7 +34,20 @@ MODELS: dict[str, ModelConfig] = {
     "ease": ft.EASEConfig(l2=10),
     "item_knn": ft.ItemKNNConfig(neighbours=10),
     "popularity": ft.PopularityConfig(),
+    "two_stage": ft.TwoStageConfig(
+        retriever=TwoTowerConfig(embedding_dim=16, history="mean"),
+        ranker=ft.DINConfig(embedding_dim=8, hidden=(16,), id_dropout=0.2, init_std=0.3),
+        candidates=12,
+    ),
+    "two_stage behind sasrec": ft.TwoStageConfig(
+        retriever=SASRecConfig(embedding_dim=16, num_blocks=1, max_len=10),
+        ranker=ft.DINConfig(embedding_dim=8, hidden=(16,), id_dropout=0.2, init_std=0.3),
+        candidates=24,
+    ),
 }
+TRAINING = TrainingConfig(
+    epochs=30, batch_events=64, learning_rate=0.02, warmup_steps=5, device="cpu"
+)
 GENRES, ITEMS_EACH, USERS = ("Comedy", "Drama", "Horror"), 8, 60
 SILENT = "film-2-7"
 """Stands in the item table, and nobody has seen it."""
@@ -77,9 +91,8 @@ def served(
         MODELS[request.param],
         split,
         features=SCHEMA,
-        training=TrainingConfig(
-            epochs=30, batch_events=64, learning_rate=0.02, warmup_steps=5, device="cpu"
-        ),
+        training=TRAINING,
+        first_stage=ft.FirstStage(training=TRAINING),
         show=False,
     )
     folder: Path = tmp_path_factory.mktemp("bundles") / "bundle"
@@ -122,7 +135,7 @@ def test_a_known_user_who_did_more_is_answered_otherwise(
 def test_an_unseen_user_with_features_only(served: tuple[str, ft.Recommender]) -> None:
     name, recommender = served
     young, old = (recommender.recommend("new", features={"age": a}, k=4) for a in (20.0, 60.0))
-    if name in READS:
+    if name in READS_USERS:
         assert {young.source, old.source} == {"features"}
         assert share(young, 0) >= 0.75
         assert share(old, 2) >= 0.75
