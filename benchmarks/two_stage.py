@@ -24,7 +24,7 @@ import torch
 import foretaste as ft
 from foretaste.experiment.run import evaluate_split
 
-SHARES = {"random negatives": 0.0, "half candidates": 0.5, "candidates as negatives": 1.0}
+SHARES = {"random negatives": 0.0, "candidates as negatives": 1.0, "half candidates": 0.5}
 """By name: how often a drawn item is one of the retriever's candidates."""
 
 
@@ -35,7 +35,7 @@ def main() -> None:
     reports: dict[str, list[ft.Report]] = {}
     seconds: dict[str, list[float]] = {}
     for seed in range(options.seeds):
-        for name, trained in models(config, split, seed):
+        for name, trained in models(config, split, seed, options.shares):
             reports.setdefault(name, []).append(lists(trained, config, split))
             seconds.setdefault(name, []).append(trained.train_seconds)
             print(f"seed {seed}, {name}: {reports[name][-1].metrics['ndcg_at_10']:.5f}", flush=True)
@@ -50,12 +50,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--set", action="append", metavar="NAME=VALUE")
+    parser.add_argument("--shares", nargs="+", choices=SHARES, default=list(SHARES))
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--out", type=Path, help="write a dated JSON report")
     return parser.parse_args()
 
 
-def models(config: ft.ExperimentConfig, split: ft.Split, seed: int):
+def models(config: ft.ExperimentConfig, split: ft.Split, seed: int, shares: list[str]):
     """Yield the retriever alone, and what each ranker makes of its candidates."""
     two, objective = config.model, config.objective
     if not isinstance(two, ft.TwoStageConfig) or not isinstance(objective, ft.RowsConfig):
@@ -71,8 +72,10 @@ def models(config: ft.ExperimentConfig, split: ft.Split, seed: int):
         objective=first.objective,
     )
     yield "retrieval alone", retriever
-    candidates = ft.Candidates(retriever=retriever, num=two.candidates)
-    for name, share in SHARES.items():
+    asked = {"retriever_weight": two.retriever_weight}
+    candidates = ft.Candidates(retriever=retriever, num=two.candidates, **asked)
+    for name in shares:
+        share = SHARES[name]
         drawn = {"negatives_from": "retriever", "retriever_share": share}
         ranker = ft.fit(
             two.ranker,
@@ -83,7 +86,10 @@ def models(config: ft.ExperimentConfig, split: ft.Split, seed: int):
             objective=objective.model_copy(update=drawn),
             candidates=candidates,
         )
-        yield name, ft.two_stage(retriever, ranker, candidates=two.candidates)
+        yield name, ft.two_stage(retriever, ranker, candidates=two.candidates, **asked)
+        if asked["retriever_weight"]:
+            alone = ft.two_stage(retriever, ranker, candidates=two.candidates)
+            yield f"{name}, the ranker's word alone", alone
 
 
 def lists(trained: ft.Trained, config: ft.ExperimentConfig, split: ft.Split) -> ft.Report:

@@ -170,12 +170,13 @@ def trained(request: pytest.FixtureRequest) -> Trained:
     return make_two_stage(RETRIEVERS[request.param])
 
 
-def make_two_stage(retriever: ModelConfig) -> Trained:
+def make_two_stage(retriever: ModelConfig, *, retriever_weight: float = 0.0) -> Trained:
     events = make_events()
     config = TwoStageConfig(
         retriever=retriever,
         ranker=NeuMFConfig(factors=4, init_std=0.5),
         candidates=6,
+        retriever_weight=retriever_weight,
     )
     torch.manual_seed(0)
     model = build_model(config, num_users=events.num_users, num_items=events.num_items).eval()
@@ -190,6 +191,28 @@ def make_two_stage(retriever: ModelConfig) -> Trained:
 def offline(trained: Trained, user_idx: int, history: list[int]) -> Tensor:
     queries = replace(Queries.of_histories([history]), user_B=torch.tensor([user_idx]))
     return trained.scorer(exclude_seen=True)(queries)[0]
+
+
+@pytest.mark.parametrize("k", [3, 10])
+def test_with_a_say_of_the_retriever_served_answers_are_the_offline_scores_too(k: int) -> None:
+    trained = make_two_stage(EASEConfig(l2=1.0), retriever_weight=2.0)
+    assert isinstance(trained.model, TwoStage)
+    recommender = ft.build_recommender(trained)
+    past = trained.events.history(7).astype(int).tolist()
+    expected_I = offline(trained, 7, past)
+    got = [row.score for row in recommender.recommend(107, k=k).rows]
+    assert got == pytest.approx(expected_I.topk(k).values.tolist(), abs=1e-6)
+    # by hand: the ranker's word plus twice the retriever's
+    queries = replace(Queries.of_histories([past]), user_B=torch.tensor([7]))
+    best = int(expected_I.argmax())
+    with torch.inference_mode():
+        first = trained.model.retriever.score(queries)[0, best]
+        own = trained.model.judge(queries, torch.tensor([[best]])).score_BC[0, 0]
+    assert float(expected_I[best]) == pytest.approx(float(own + 2 * first), abs=1e-6)
+    # where a request says what counts, nothing else does
+    weighed = recommender.recommend(107, k=k, weights={"click": 3.0}).rows
+    for row in weighed[:6]:
+        assert row.score == pytest.approx(3 * row.predictions["click"], abs=1e-6)
 
 
 @pytest.mark.parametrize("k", [3, 6, 10])

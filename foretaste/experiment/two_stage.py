@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from pydantic import Field
+from torch import nn
 
 from foretaste.config import Config
 from foretaste.data.interactions import Interactions
@@ -42,6 +43,17 @@ class Candidates:
     retriever: Trained
     num: int = 200
     """How many for each user."""
+    retriever_weight: float = 0.0
+    """How much its own score counts beside the ranker's."""
+
+    def ranked_by(self, ranker: nn.Module) -> TwoStage:
+        """Return the two stages, in evaluation mode."""
+        return TwoStage(
+            self.retriever.model,
+            ranker,
+            num_candidates=self.num,
+            retriever_weight=self.retriever_weight,
+        ).eval()
 
 
 def fit_two_stage(
@@ -88,6 +100,9 @@ def fit_two_stage(
         folder=None if folder is None else folder / "retriever",
         max_seconds=half,
     )
+    candidates = Candidates(
+        retriever=retriever, num=config.candidates, retriever_weight=config.retriever_weight
+    )
     ranker = fit_part(
         config.ranker,
         training=training,
@@ -95,18 +110,26 @@ def fit_two_stage(
         folder=folder,
         on_epoch=on_epoch,
         max_seconds=half,
-        candidates=Candidates(retriever=retriever, num=config.candidates),
+        candidates=candidates,
     )
-    return two_stage(retriever, ranker, candidates=config.candidates)
+    return two_stage(
+        retriever,
+        ranker,
+        candidates=config.candidates,
+        retriever_weight=config.retriever_weight,
+    )
 
 
-def two_stage(retriever: Trained, ranker: Trained, *, candidates: int = 200) -> Trained:
+def two_stage(
+    retriever: Trained, ranker: Trained, *, candidates: int = 200, retriever_weight: float = 0.0
+) -> Trained:
     """Join two trained models over the same events: one finds candidates, the other ranks them.
 
     Args:
         retriever: Scores the catalogue.
         ranker: Judges given items.
         candidates: How many of the retriever's best are ranked anew, 1 or more.
+        retriever_weight: How much the retriever's own score counts beside the ranker's.
 
     Raises:
         ConfigError: The second is no ranker, or they were told different features.
@@ -122,13 +145,16 @@ def two_stage(retriever: Trained, ranker: Trained, *, candidates: int = 200) -> 
             "retriever": retriever.config.model_dump(),
             "ranker": ranker.config.model_dump(),
             "candidates": candidates,
+            "retriever_weight": retriever_weight,
         }
     )
     features = ranker.features or retriever.features
     joined = replace(
         ranker,
         config=config,
-        model=TwoStage(retriever.model, ranker.model, num_candidates=candidates).eval(),
+        model=Candidates(
+            retriever=retriever, num=candidates, retriever_weight=retriever_weight
+        ).ranked_by(ranker.model),
         features=features,
         train_seconds=retriever.train_seconds + ranker.train_seconds,
         settings={

@@ -12,7 +12,6 @@ from foretaste.evaluation.protocol import evaluate
 from foretaste.evaluation.rows import evaluate_rows, rows_settings, rows_to_judge
 from foretaste.experiment.two_stage import Candidates
 from foretaste.models.interface import LearnsNewcomers, Ranker
-from foretaste.models.two_stage import TwoStage
 from foretaste.training.trained import Trained
 
 STOP_METRIC = "ndcg_at_10"
@@ -45,9 +44,7 @@ def make_validation(
         if isinstance(model, LearnsNewcomers):
             model.learn_newcomers(trained.events)
         if candidates is not None:
-            model = TwoStage(
-                candidates.retriever.model, model, num_candidates=candidates.num
-            ).eval()
+            model = candidates.ranked_by(model)
         report = evaluate(replace(trained, model=model), holdout, k=(10,), resamples=0)
         return report.metrics[STOP_METRIC]
 

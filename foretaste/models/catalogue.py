@@ -59,6 +59,9 @@ class TwoStageConfig(Config):
     """The model that judges them, for one task or several."""
     candidates: PositiveInt = 200
     """How many of the retriever's best items are ranked anew; all others stand below them."""
+    retriever_weight: float = Field(default=0.0, ge=0)
+    """How much the retriever's own score counts beside the ranker's; not where a request brings
+    weights of its own."""
 
 
 ModelConfig = Annotated[
@@ -134,6 +137,11 @@ def build_model(  # noqa: C901  # one arm a model
                 )
                 for part in (config.retriever, config.ranker)
             )
-            return TwoStage(retriever, ranker, num_candidates=config.candidates)
+            return TwoStage(
+                retriever,
+                ranker,
+                num_candidates=config.candidates,
+                retriever_weight=config.retriever_weight,
+            )
         case _:
             assert_never(config)

@@ -98,13 +98,21 @@ def below(score_BC: Float[Tensor, "B C"], first_BR: Float[Tensor, "B R"]) -> Flo
 class TwoStage(nn.Module):
     """Both networks, and how many candidates go from one to the other."""
 
-    def __init__(self, retriever: nn.Module, ranker: nn.Module, *, num_candidates: int) -> None:
+    def __init__(
+        self,
+        retriever: nn.Module,
+        ranker: nn.Module,
+        *,
+        num_candidates: int,
+        retriever_weight: float = 0.0,
+    ) -> None:
         """Join two networks over one catalogue.
 
         Args:
             retriever: A `Retriever` or a `CatalogueScorer`.
             ranker: A `Ranker`.
             num_candidates: C, 1 or more.
+            retriever_weight: Of the retriever's score in the sum with the ranker's.
 
         Raises:
             ConfigError: They are not of these kinds.
@@ -117,17 +125,30 @@ class TwoStage(nn.Module):
                 f"{type(ranker).__name__} is no ranker: it cannot be asked about given items"
             )
         self.retriever, self.ranker = retriever, ranker
-        self.num_candidates = num_candidates
+        self.num_candidates, self.retriever_weight = num_candidates, retriever_weight
 
     def judge(
         self,
         queries: Queries,
         item_BC: Int64[Tensor, "B C"],
         *,
+        first_BC: Float[Tensor, "B C"] | None = None,
         weights: Weights | None = None,
     ) -> Judged:
-        """Have the ranker judge some items; see `judge`."""
-        return judge(self.ranker, queries, item_BC, weights=weights)
+        """Have the ranker judge some items; see `judge`.
+
+        Args:
+            queries: Users and moments.
+            item_BC: item_idx, of each query its own.
+            first_BC: The retriever's scores of them, -inf where there is no item; None where it
+                has no say.
+            weights: Of the tasks, instead of all other weights.
+        """
+        judged = judge(self.ranker, queries, item_BC, weights=weights)
+        if first_BC is None or weights is not None or not self.retriever_weight:
+            return judged
+        real_BC = first_BC.where(first_BC > -torch.inf, 0.0)
+        return judged._replace(score_BC=judged.score_BC + self.retriever_weight * real_BC)
 
     def rerank(self, queries: Queries, first_BI: Float[Tensor, "B I"]) -> Float[Tensor, "B I"]:
         """Return every item's score: the retriever's best are ranked anew, above all others.
@@ -140,7 +161,8 @@ class TwoStage(nn.Module):
             NonFiniteError: The ranker answers with NaN or infinity.
         """
         best_BC, item_BC = top_k(first_BI, self.num_candidates)
-        score_BC = self.judge(queries, item_BC).score_BC.where(best_BC > -torch.inf, -torch.inf)
+        judged = self.judge(queries, item_BC, first_BC=best_BC)
+        score_BC = judged.score_BC.where(best_BC > -torch.inf, -torch.inf)
         rest_BI = first_BI.scatter(1, item_BC, -torch.inf)
         return below(score_BC, rest_BI).scatter(1, item_BC, score_BC)
 

@@ -22,7 +22,14 @@ from foretaste.data.tasks import Weights
 from foretaste.errors import ConfigError
 from foretaste.models.interface import Attends, Ranker, Retriever
 from foretaste.models.layers.top_k import top_k
-from foretaste.models.two_stage import TwoStage, below, first_stage, judge, reads_profiles
+from foretaste.models.two_stage import (
+    Judged,
+    TwoStage,
+    below,
+    first_stage,
+    judge,
+    reads_profiles,
+)
 from foretaste.retrieval.choose import exact_of
 from foretaste.retrieval.exact import ExactIndex, padded
 from foretaste.retrieval.index import ItemIndex, TopK
@@ -95,8 +102,14 @@ class CatalogueSearch:
             find_k = self._trained.events.num_items  # other weights: all are judged anew
         found = self._find(queries, find_k, exclude_BX, allow_I, stages)
         num = model.num_candidates if isinstance(model, TwoStage) else find_k
+        item_BC, first_BC = found.item_BK[:, :num].clamp(min=0), found.score_BK[:, :num]
         with stages.timed("rank"):
-            return self._ranked(self._ranker, queries, found, k, num=num, weights=weights)
+            if isinstance(model, TwoStage):
+                said_BC = None if self._is_nobody(queries) else first_BC
+                judged = model.judge(queries, item_BC, first_BC=said_BC, weights=weights)
+            else:
+                judged = judge(self._ranker, queries, item_BC, weights=weights)
+            return _ranked(judged, found, k, num=num)
 
     def _find(
         self,
@@ -128,33 +141,6 @@ class CatalogueSearch:
         """Whether the retriever knows nothing of the one who asks, and the ranker a profile."""
         told = queries.profile is not None and len(queries.history_N) == 0
         return told and not reads_profiles(self._first)
-
-    @staticmethod
-    def _ranked(
-        ranker: Ranker,
-        queries: Queries,
-        found: TopK,
-        k: int,
-        *,
-        num: int,
-        weights: Weights | None,
-    ) -> Best:
-        """Put the first `num` items of each query in the ranker's order, the others below them."""
-        item_BC, rest_BR = found.item_BK[:, :num], found.score_BK[:, num:]
-        judged = judge(ranker, queries, item_BC.clamp(min=0), weights=weights)
-        score_BC = judged.score_BC.where(item_BC >= 0, -torch.inf)
-        rest_BR = below(score_BC, rest_BR) if rest_BR.shape[1] else rest_BR
-        score_BK, order_BK = torch.cat([score_BC, rest_BR], dim=1).sort(
-            dim=1, descending=True, stable=True
-        )
-        order_BK = order_BK[:, :k]
-        prediction = {
-            name: torch.cat([value_BC, torch.full_like(rest_BR, torch.nan)], dim=1).gather(
-                1, order_BK
-            )
-            for name, value_BC in judged.prediction.items()
-        }
-        return Best(TopK(found.item_BK.gather(1, order_BK), score_BK[:, :k]), prediction)
 
     def scores(
         self, histories: list[np.ndarray], item_T: Int64[Tensor, " T"]
@@ -238,6 +224,22 @@ class CatalogueSearch:
         popular_I = self._popular_I.numpy()
         order_N: np.ndarray = np.argsort(-popular_I, kind="stable")[: np.isfinite(popular_I).sum()]
         return order_N
+
+
+def _ranked(judged: Judged, found: TopK, k: int, *, num: int) -> Best:
+    """Put the first `num` items of each query in the ranker's order, the others below them."""
+    item_BC, rest_BR = found.item_BK[:, :num], found.score_BK[:, num:]
+    score_BC = judged.score_BC.where(item_BC >= 0, -torch.inf)
+    rest_BR = below(score_BC, rest_BR) if rest_BR.shape[1] else rest_BR
+    score_BK, order_BK = torch.cat([score_BC, rest_BR], dim=1).sort(
+        dim=1, descending=True, stable=True
+    )
+    order_BK = order_BK[:, :k]
+    prediction = {
+        name: torch.cat([value_BC, torch.full_like(rest_BR, torch.nan)], dim=1).gather(1, order_BK)
+        for name, value_BC in judged.prediction.items()
+    }
+    return Best(TopK(found.item_BK.gather(1, order_BK), score_BK[:, :k]), prediction)
 
 
 def _answer(score_BF: Tensor, item_BF: Tensor, k: int) -> TopK:
