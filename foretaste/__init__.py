@@ -110,6 +110,7 @@ if TYPE_CHECKING:
         build_recommender,
         load,
     )
+    from foretaste.serving.rules import Condition, Diversity, Rules
     from foretaste.serving.server import serve
     from foretaste.serving.settings import ServerSettings
     from foretaste.training.objectives.catalogue import ObjectiveConfig
@@ -128,6 +129,7 @@ __all__ = [
     "Candidates",
     "CategoricalField",
     "Comparison",
+    "Condition",
     "Config",
     "ConfigError",
     "CrossField",
@@ -135,6 +137,7 @@ __all__ = [
     "DataError",
     "Dataset",
     "DeepFMConfig",
+    "Diversity",
     "EASEConfig",
     "ExperimentConfig",
     "FeatureSchema",
@@ -171,6 +174,7 @@ __all__ = [
     "Rows",
     "RowsConfig",
     "RowsReport",
+    "Rules",
     "Run",
     "SASRecConfig",
     "SampledNegatives",
@@ -256,6 +260,7 @@ _HOME = {
     "Candidates": "experiment.two_stage",
     "CategoricalField": "data.fields",
     "Comparison": "evaluation.compare",
+    "Condition": "serving.rules",
     "Config": "config",
     "ConfigError": "errors",
     "CrossField": "data.fields",
@@ -263,6 +268,7 @@ _HOME = {
     "DataError": "errors",
     "Dataset": "data.sources.load",
     "DeepFMConfig": "models.deepfm",
+    "Diversity": "serving.rules",
     "EASEConfig": "models.ease",
     "ExperimentConfig": "experiment.recipe",
     "FeatureSchema": "data.fields",
@@ -299,6 +305,7 @@ _HOME = {
     "Rows": "data.rows",
     "RowsConfig": "training.objectives.rows",
     "RowsReport": "evaluation.rows_report",
+    "Rules": "serving.rules",
     "Run": "experiment.run",
     "SASRecConfig": "models.sasrec",
     "SampledNegatives": "evaluation.sampled",

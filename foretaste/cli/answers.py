@@ -34,6 +34,14 @@ def recommend(
         list[str] | None,
         typer.Option("--weight", metavar="TASK=VALUE", help="What a task counts: buy=5"),
     ] = None,
+    rules: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--rule",
+            metavar="NAME=VALUE",
+            help="Also: where.year.at_least=1990, caps.genres=2, diversity.relevance=0.7",
+        ),
+    ] = None,
     seen: Annotated[bool, typer.Option("--seen", help="Allow items that the user had.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
@@ -42,9 +50,10 @@ def recommend(
         raise typer.BadParameter("--users and --out go together")
     if users is not None and any(told is not None for told in (user, history, features, weights)):
         raise typer.BadParameter("--users goes without --user, --history, --features and --weight")
+    kept = ft.parse_settings(ft.Rules, ft.with_overrides({}, rules or ()), source="--rule")
     recommender = ft.load(bundle)
     if users is not None and out is not None:
-        written = ft.write_lists(recommender, users, out, k=k, exclude_seen=not seen)
+        written = ft.write_lists(recommender, users, out, k=k, exclude_seen=not seen, rules=kept)
         answer(written, f"{written['users']:,} lists in {out}", as_json=as_json)
         return
     past = [] if history is None else [item.strip() for item in history.split(",")]
@@ -56,6 +65,7 @@ def recommend(
         k=k,
         exclude_seen=not seen,
         weights=_weights(weights) if weights else None,
+        rules=kept,
     )
     whom = user or ("this history" if past else "these features" if told else "nobody known")
     _answer(found, f"for {whom}", as_json=as_json)

@@ -115,17 +115,32 @@ def _of_texts(text: pl.Series) -> FieldConfig | str:
     distinct = text.n_unique()
     if not len(text):
         return "has no value"
-    for separator in _SEPARATORS:
-        if text.str.contains(separator, literal=True).mean() < _CUT:  # type: ignore[operator]  # a float
-            continue
+    separator = separator_of(text)
+    if separator is not None:
         parts = text.str.split(separator).explode().str.strip_chars()
-        # a comma may be part of a name, as in "Seven Samurai, The": it must make far fewer values
-        wholes = min(distinct, len(parts)) if separator == "," else len(parts)
-        if parts.n_unique() <= _NEARLY_ALL * wholes:
-            return _of_bags(parts.filter(parts != ""), len(text), separator=separator)
+        return _of_bags(parts.filter(parts != ""), len(text), separator=separator)
     if distinct > _NEARLY_ALL * len(text) and distinct > 2:
         return f"{distinct:,} distinct texts in {len(text):,} rows: an id, a title or free text"
     return CategoricalField(min_count=_min_count(text), why=f"{distinct:,} distinct texts")
+
+
+def separator_of(text: pl.Series) -> str | None:
+    """Return what stands between the values of each text, "|" in "Action|Comedy"; None if nothing.
+
+    Args:
+        text: Texts, null where missing.
+    """
+    text = text.drop_nulls()
+    for separator in _SEPARATORS:
+        holds = text.str.contains(separator, literal=True)
+        if not len(text) or holds.sum() < _CUT * len(text):
+            continue
+        parts = text.str.split(separator).explode().str.strip_chars()
+        # a comma may be part of a name, as in "Seven Samurai, The": it must make far fewer values
+        wholes = min(text.n_unique(), len(parts)) if separator == "," else len(parts)
+        if parts.n_unique() <= _NEARLY_ALL * wholes:
+            return separator
+    return None
 
 
 def _of_numbers(known: pl.Series, distinct: int) -> FieldConfig | str:

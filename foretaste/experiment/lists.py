@@ -6,10 +6,17 @@ import polars as pl
 
 from foretaste.errors import DataError
 from foretaste.serving.recommender import Recommender
+from foretaste.serving.rules import NO_RULES, Rules
 
 
 def write_lists(
-    recommender: Recommender, users: Path, out: Path, *, k: int = 10, exclude_seen: bool = True
+    recommender: Recommender,
+    users: Path,
+    out: Path,
+    *,
+    k: int = 10,
+    exclude_seen: bool = True,
+    rules: Rules = NO_RULES,
 ) -> dict[str, int]:
     """Write each user's k best items; the file is written whole or not at all.
 
@@ -19,14 +26,18 @@ def write_lists(
         out: The Parquet file: `user_id`, `source`, and the lists `item_id` and `score`.
         k: Length of the lists.
         exclude_seen: Leave out what a user had.
+        rules: Filters on attributes, caps on categories, diversity, for every list.
 
     Returns:
         How many `users` there were, and how many of them training never saw (`unknown`).
 
     Raises:
-        DataError: The file of users cannot be read or is empty, or the other not written.
+        DataError: The file of users cannot be read or is empty, the other not written, or rules
+            name a column that is not there or not of their kind.
     """
-    lists = recommender.recommend_many(_read_users(users), k=k, exclude_seen=exclude_seen)
+    lists = recommender.recommend_many(
+        _read_users(users), k=k, exclude_seen=exclude_seen, rules=rules
+    )
     half = out.with_name(f"{out.name}.part")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

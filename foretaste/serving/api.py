@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from foretaste.errors import DataError, ForetasteError
 from foretaste.serving.guard import Guard, refuse
 from foretaste.serving.messages import (
+    ColumnsReply,
     ErrorReply,
     EventRequest,
     EventsReply,
@@ -121,6 +122,11 @@ def _add_answers(app: FastAPI, service: Service) -> None:
     def find_items(query: Words = "", limit: Limit = 20) -> ItemsReply:
         """Search items by words of their title, the most popular first."""
         return service.find_items(query, limit=limit)
+
+    @app.get("/v1/columns", tags=["catalogue"])
+    def columns() -> ColumnsReply:
+        """Columns of the item table that rules may name, and their values."""
+        return service.columns()
 
 
 def _add_people(app: FastAPI, service: Service) -> None:

@@ -45,6 +45,13 @@ class Best(NamedTuple):
     prediction: Mapping[str, Float[Tensor, "B K"]]
     """Each task's, NaN where no ranker was asked; empty for a model without tasks."""
 
+    def at(self, place_K: Int64[Tensor, " K"]) -> "Best":
+        """Return some columns, in this order."""
+        return Best(
+            TopK(self.top.item_BK[:, place_K], self.top.score_BK[:, place_K]),
+            {name: value_BK[:, place_K] for name, value_BK in self.prediction.items()},
+        )
+
 
 @final
 class CatalogueSearch:
@@ -64,6 +71,12 @@ class CatalogueSearch:
     def scores_per_user(self) -> int:
         """How many scores the model computes per user; 0 where an index answers."""
         return 0 if self._index is not None else self._trained.events.num_items
+
+    @property
+    def at_once(self) -> int:
+        """So many items are found for each user however few are asked for."""
+        model = self._trained.model
+        return model.num_candidates if isinstance(model, TwoStage) else 0
 
     @cached_property
     def _score(self) -> Callable[[Queries], Tensor]:
@@ -151,9 +164,7 @@ class CatalogueSearch:
             item_HT = item_T.expand(len(queries), -1)
             return judge(self._ranker, queries, item_HT).score_BC
         if self._index is not None and self._retriever is not None:
-            exact = exact_of(self._index)
-            vectors_TD = exact.vectors_ND[exact.positions(item_T.unsqueeze(0))[0]].float()
-            score_HT: Tensor = self._retriever.encode(queries).float() @ vectors_TD.T
+            score_HT: Tensor = self._retriever.encode(queries).float() @ self.vectors_of(item_T).T
             return score_HT
         rows = max(1, BLOCK_SCORES // self.scores_per_user)
         blocks = [histories[start : start + rows] for start in range(0, len(histories), rows)]
@@ -173,6 +184,18 @@ class CatalogueSearch:
             return None
         read_TM = ranker.attention_weights(one_query(-1, history_L), item_T.unsqueeze(0))[0]
         return F.pad(read_TM, (len(history_L) - read_TM.shape[1], 0))
+
+    def vectors_of(self, item_T: Int64[Tensor, " T"]) -> Float[Tensor, "T D"]:
+        """Return the vectors of items that the index holds; zeros for others.
+
+        Raises:
+            ConfigError: The model has no item vectors.
+        """
+        if self._index is None:
+            raise ConfigError("this model has no item vectors")
+        exact = exact_of(self._index)
+        at_T = exact.positions(item_T.unsqueeze(0))[0]
+        return exact.vectors_ND[at_T.clamp(min=0)].float() * (at_T >= 0).unsqueeze(1)
 
     def similar(self, item_idx: int, k: int) -> TopK:
         """Return the items nearest to one by cosine, or what a history of it alone would get."""

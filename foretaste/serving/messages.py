@@ -13,6 +13,8 @@ from pydantic import (
     model_validator,
 )
 
+from foretaste.serving.rules import NO_RULES, Rules
+
 MAX_ID_LENGTH = 512
 
 
@@ -56,6 +58,8 @@ class RecommendRequest(_Request):
     """Never these items."""
     weights: dict[str, float] | None = Field(default=None, min_length=1, max_length=100)
     """How much each task's prediction counts in the score, 0 for tasks that are not named."""
+    rules: Rules = NO_RULES
+    """Filters on attributes, caps on categories, diversity."""
     explain: bool = False
     """Also say which item of the history each row rests on most."""
 
@@ -115,6 +119,28 @@ class ItemsReply(_Reply):
     items: list[Item]
     total: int
     """Items of the whole catalogue."""
+
+
+class Column(_Reply):
+    """A column of the item table that rules may name."""
+
+    name: str
+    several: bool
+    """Whether an item may have several values: ask `contains` of it, not `equals`."""
+    ordered: bool
+    """Whether it holds numbers or times, of which `at_least` and `at_most` may be asked."""
+    distinct: int
+    """How many values there are."""
+    values: list[str]
+    """The most frequent, 200 at most."""
+
+
+class ColumnsReply(_Reply):
+    """What rules may go by."""
+
+    columns: list[Column]
+    vectors: bool
+    """Whether the model has item vectors for diversity to go by."""
 
 
 class UsersReply(_Reply):

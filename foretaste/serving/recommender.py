@@ -5,8 +5,9 @@ Shape legend: B users, I items, K list length, C items left out, T explained ite
 
 import difflib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import final
 
@@ -21,6 +22,7 @@ from foretaste.errors import ConfigError, DataError
 from foretaste.models.interface import Retriever
 from foretaste.models.two_stage import first_stage
 from foretaste.retrieval.choose import MEASURED_QUERIES, build_index, choose_kind
+from foretaste.retrieval.exact import padded
 from foretaste.retrieval.index import IndexChoice, ItemIndex, TopK
 from foretaste.serving.answer import Answer as Answer
 from foretaste.serving.answer import Recommendation as Recommendation
@@ -28,9 +30,12 @@ from foretaste.serving.answer import Source as Source
 from foretaste.serving.bundle import Bundle, read_bundle, write_bundle
 from foretaste.serving.catalogue_search import Best, CatalogueSearch
 from foretaste.serving.histories import blocks, one_query, training_histories, without_each
+from foretaste.serving.item_labels import ItemLabels
 from foretaste.serving.items import KnownItems
 from foretaste.serving.lists import lists_table
 from foretaste.serving.profiles import Profiles
+from foretaste.serving.rule_book import RuleBook, first_width
+from foretaste.serving.rules import NO_RULES, Rules
 from foretaste.serving.stages import Stages
 from foretaste.training.trained import Trained
 
@@ -52,6 +57,10 @@ class Recommender:
         self._search = CatalogueSearch(
             bundle.trained, index=bundle.index, popular_I=bundle.popular_I
         )
+        events = bundle.trained.events
+        self.item_labels = ItemLabels(events.item_table, num_items=events.num_items)
+        vectors_of = None if bundle.index is None else self._search.vectors_of
+        self._rule_book = RuleBook(self.item_labels, vectors_of=vectors_of)
 
     @property
     def trained(self) -> Trained:
@@ -81,6 +90,7 @@ class Recommender:
         deny: Sequence[object] | None = None,
         since: int | None = None,
         weights: Weights | None = None,
+        rules: Rules = NO_RULES,
     ) -> Answer:
         """Return the k best items for one user, known or not.
 
@@ -100,14 +110,17 @@ class Recommender:
             since: Unix seconds: training events of the user before it are forgotten.
             weights: How much each task's prediction counts in the score, 0 for tasks that are not
                 named; None: as the model was made.
+            rules: Filters on attributes, caps on categories, diversity. As long as they leave too
+                few, more of the catalogue is looked at, to its end.
 
         Raises:
             DataError: k is out of range, a list of ids is a single text, a feature is unknown or
-                of another kind, `since` is asked of events without times, or a weight is of no
-                task of the model.
+                of another kind, `since` is asked of events without times, a weight is of no task
+                of the model, or rules name a column that is not there or not of their kind.
         """
         _check_k(k)
         check_weights(weights, self._search.tasks)
+        self._rule_book.check(rules, k=k)
         stages = Stages()
         unknown: dict[object, None] = {}
         user_idx = self._user(user_id)
@@ -118,25 +131,24 @@ class Recommender:
         if exclude_seen:
             banned = np.concatenate([banned, history_idx])
         allow_I = None if allow is None else self._mask(allow, unknown)
+        allow_I = self._rule_book.allowed(rules, allow_I)
         profile = self._profiles.of_user(features)
         source: Source = "model" if len(past) else "fold-in" if len(extra) else "popular"
         if source == "popular" and profile is not None:
             source = "features"
-        wanted = min(k, self._items.num_known)
         if source == "popular":
-            best = Best(self._search.most_popular(wanted, exclude=banned, allow_I=allow_I), {})
+            find = self._find_popular(exclude=banned, allow_I=allow_I)
         else:
             queries = one_query(user_idx if len(past) else -1, history_idx)
-            queries = replace(queries, profile=profile)
-            best = self._search.best(
-                queries,
-                wanted,
+            find = partial(
+                self._search.best,
+                replace(queries, profile=profile),
                 exclude_BX=torch.from_numpy(banned).unsqueeze(0),
                 allow_I=allow_I,
                 weights=weights,
                 stages=stages,
             )
-        rows = self._rows(best, source)
+        best = self._choose(rules, min(k, self._items.num_known), find, stages)
         user_known = user_idx >= 0 and self._num_past(user_idx) > 0
         rows = self._rows(best, source)
         who = "" if user_id is None or user_known else f"user {user_id!r} is unknown to training"
@@ -154,7 +166,12 @@ class Recommender:
 
     @torch.inference_mode()
     def recommend_many(
-        self, user_ids: Sequence[object] | pl.Series, *, k: int = 10, exclude_seen: bool = True
+        self,
+        user_ids: Sequence[object] | pl.Series,
+        *,
+        k: int = 10,
+        exclude_seen: bool = True,
+        rules: Rules = NO_RULES,
     ) -> pl.DataFrame:
         """Return the k best items of many users, one row each, in the order given.
 
@@ -165,23 +182,35 @@ class Recommender:
             the lists `item_id` and `score`, best first.
 
         Raises:
-            DataError: k is out of range, or the ids are a single text.
+            DataError: k is out of range, the ids are a single text, or rules name a column that
+                is not there or not of their kind.
         """
         _check_k(k)
+        self._rule_book.check(rules, k=k)
         if isinstance(user_ids, str | bytes):
             raise DataError(f"user_ids is the text {user_ids!r}: give a list of ids")
-        events, width = self.trained.events, min(k, self._items.num_known)
+        events, wanted = self.trained.events, min(k, self._items.num_known)
+        width = first_width(rules, wanted, at_once=self._search.at_once)
+        width = min(width, self._items.num_known)
+        allow_I = self._rule_book.allowed(rules, None)
         user_B = events.users.encode(user_ids)
         known_B = np.flatnonzero(user_B >= 0)
         known_B = known_B[np.diff(events.offsets)[user_B[known_B]] > 0]
-        popular = self._search.most_popular(width, exclude=_NONE, allow_I=None)
+
+        def find(user_b: np.ndarray, num: int) -> Best:
+            queries, seen_BX = training_histories(events, user_b)
+            exclude_BX = seen_BX if exclude_seen else seen_BX[:, :0]
+            return self._search.best(queries, num, exclude_BX=exclude_BX, allow_I=allow_I)
+
+        find_popular = self._find_popular(exclude=_NONE, allow_I=allow_I)
+        popular = padded(self._choose(rules, wanted, find_popular).top, wanted)
         item_BK = popular.item_BK.repeat(len(user_B), 1)
         score_BK = popular.score_BK.repeat(len(user_B), 1)
         for block in blocks(events, user_B[known_B], scores_per_user=self._search.scores_per_user):
             rows = known_B[block]
-            queries, seen_BX = training_histories(events, user_B[rows])
-            exclude_BX = seen_BX if exclude_seen else seen_BX[:, :0]
-            best = self._search.best(queries, width, exclude_BX=exclude_BX, allow_I=None)
+            best = find(user_B[rows], width)
+            if rules.reorder:
+                best = self._choose_each(rules, wanted, user_B[rows], best, find)
             item_BK[torch.from_numpy(rows)], score_BK[torch.from_numpy(rows)] = best.top
         is_model_B = np.isin(np.arange(len(user_B)), known_B)
         return lists_table(events, user_ids, is_model_B, TopK(item_BK=item_BK, score_BK=score_BK))
@@ -308,6 +337,50 @@ class Recommender:
         allow_I = torch.zeros(self.trained.events.num_items, dtype=torch.bool)
         allow_I[torch.from_numpy(self._items.rows_of("allow", item_ids, unknown))] = True
         return allow_I
+
+    def _find_popular(
+        self, *, exclude: Int64[np.ndarray, " X"], allow_I: Bool[Tensor, " I"] | None
+    ) -> Callable[[int], Best]:
+        return lambda k: Best(self._search.most_popular(k, exclude=exclude, allow_I=allow_I), {})
+
+    def _choose(
+        self, rules: Rules, k: int, find: Callable[[int], Best], stages: Stages | None = None
+    ) -> Best:
+        return self._rule_book.choose(
+            rules,
+            k,
+            find,
+            at_once=self._search.at_once,
+            num_items=self._items.num_known,
+            stages=stages or Stages(),
+        )
+
+    def _choose_each(
+        self,
+        rules: Rules,
+        k: int,
+        user_B: Int64[np.ndarray, " B"],
+        best: Best,
+        find: Callable[[np.ndarray, int], Best],
+    ) -> Best:
+        """Choose each user's list from their row; where it gives too few, find more for them."""
+        width = best.top.item_BK.shape[1]
+
+        def of_one(row: int, num: int) -> Best:
+            if num > width:
+                return find(user_B[row : row + 1], num)
+            one = TopK(best.top.item_BK[row : row + 1], best.top.score_BK[row : row + 1])
+            return Best(one, {}).at(torch.arange(num))
+
+        chosen = [
+            padded(self._choose(rules, k, partial(of_one, row)).top, k)
+            for row in range(len(user_B))
+        ]
+        top = TopK(
+            item_BK=torch.cat([one.item_BK for one in chosen]),
+            score_BK=torch.cat([one.score_BK for one in chosen]),
+        )
+        return Best(top, {})
 
     def _rows(self, best: Best, source: Source) -> tuple[Recommendation, ...]:
         item_idx = [item for item in best.top.item_BK[0].tolist() if item >= 0]

@@ -6,7 +6,10 @@ from pathlib import Path
 from typing import final
 
 from foretaste.errors import DataError, ForetasteError
+from foretaste.serving.item_labels import ItemLabels
 from foretaste.serving.messages import (
+    Column,
+    ColumnsReply,
     EventRequest,
     EventsReply,
     ForgetReply,
@@ -27,6 +30,8 @@ from foretaste.serving.settings import ServerSettings
 from foretaste.serving.slot import Loaded, ModelSlot
 from foretaste.serving.state import LiveEvent, LiveEvents
 
+SHOWN_VALUES = 200
+"""So many values of a column are named."""
 FUTURE_S = 86_400
 """An event may be this much ahead of the server's clock."""
 
@@ -78,6 +83,7 @@ class Service:
             allow=None if asked.allow is None else list(asked.allow),
             deny=None if asked.deny is None else list(asked.deny),
             weights=asked.weights,
+            rules=asked.rules,
         )
         for stage, seconds in answer.seconds.items():
             self.metrics.stages.labels(stage).observe(seconds)
@@ -116,6 +122,15 @@ class Service:
         """Return items by words of their title."""
         catalogue = self.slot.current.catalogue
         return ItemsReply(items=catalogue.find_items(query, limit=limit), total=catalogue.num_items)
+
+    def columns(self) -> ColumnsReply:
+        """Return the columns of the item table that rules may name."""
+        recommender = self.slot.current.recommender
+        labels = recommender.item_labels
+        return ColumnsReply(
+            columns=[_column(labels, name) for name in labels.readable],
+            vectors=recommender.index is not None,
+        )
 
     def find_users(self, prefix: str, *, limit: int) -> UsersReply:
         """Return users that training saw, by the beginning of their id."""
@@ -234,6 +249,17 @@ def _row(loaded: Loaded, row: Recommendation, because: Item | None) -> Row:
         source=row.source,
         predictions=row.predictions,
         because=because,
+    )
+
+
+def _column(labels: ItemLabels, name: str) -> Column:
+    own = labels.labels(name)
+    return Column(
+        name=name,
+        several=own.several,
+        ordered=own.ordered,
+        distinct=len(own.texts),
+        values=own.most_frequent(SHOWN_VALUES),
     )
 
 

@@ -1,0 +1,246 @@
+"""What the item table says of items, as rules ask for it: labels, and numbers.
+
+Shape legend: I items, E labels of all items, N labels of some, M items found.
+"""
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from datetime import UTC, date, datetime
+from functools import cached_property
+from typing import NamedTuple, final
+
+import numpy as np
+import polars as pl
+from jaxtyping import Bool, Float64, Int64
+
+from foretaste.data.features_columns import bags_of, numbers_of, texts_of
+from foretaste.data.features_inspect import separator_of
+from foretaste.data.vocabulary import Vocabulary
+from foretaste.errors import DataError
+from foretaste.serving.rules import Bound, Condition, Value
+
+_NONE = np.empty(0, dtype=np.int64)
+_WHOLE = re.compile(r"[+-]?[0-9]{1,18}")
+
+
+class Carried(NamedTuple):
+    """The labels that some items carry."""
+
+    row_N: Int64[np.ndarray, " N"]
+    """Which of the items, by its place among them; never falling."""
+    code_N: Int64[np.ndarray, " N"]
+
+
+@final
+class Labels:
+    """One column's values as codes, from items to codes and back."""
+
+    def __init__(self, column: pl.Series) -> None:
+        """Read a column.
+
+        Raises:
+            DataError: It holds an infinite number, or what is no label.
+        """
+        self.name, self.dtype = column.name, column.dtype
+        separator = separator_of(texts_of(column)) if column.dtype == pl.String else None
+        self.several = separator is not None or isinstance(column.dtype, pl.List | pl.Array)
+        if self.several:
+            text_E, row_E = bags_of(column, separator=separator)
+        else:
+            text = texts_of(column)
+            row_E = np.flatnonzero(text.is_not_null().to_numpy())
+            text_E = text.drop_nulls()
+        self.texts = Vocabulary(text_E.unique().sort())
+        pair_E = np.unique(row_E * max(1, len(self.texts)) + self.texts.encode(text_E))
+        row_E, self._code_E = np.divmod(pair_E, max(1, len(self.texts)))
+        self._offsets_I1 = np.searchsorted(row_E, np.arange(len(column) + 1))
+        order_E = np.argsort(self._code_E, kind="stable")
+        self._item_E = row_E[order_E]
+        self._starts = np.searchsorted(self._code_E[order_E], np.arange(len(self.texts) + 1))
+
+    @property
+    def ordered(self) -> bool:
+        """Whether numbers or times may be compared."""
+        return self.dtype.is_numeric() or self.dtype in (pl.Date, pl.Datetime)
+
+    def most_frequent(self, num: int) -> list[str]:
+        """Return the labels that most items carry; ties in the order of text."""
+        order_V = np.argsort(-np.diff(self._starts), kind="stable")
+        return self.texts.ids.gather(order_V[:num]).to_list()
+
+    def of(self, item_M: Int64[np.ndarray, " M"]) -> Carried:
+        """Return what some items carry."""
+        start_M, end_M = self._offsets_I1[item_M], self._offsets_I1[item_M + 1]
+        length_M = end_M - start_M
+        row_N = np.repeat(np.arange(len(item_M)), length_M)
+        first_M = np.cumsum(length_M) - length_M
+        return Carried(row_N, self._code_E[np.arange(len(row_N)) + (start_M - first_M)[row_N]])
+
+    def items_with(self, value: Value) -> Int64[np.ndarray, " M"]:
+        """Return the items that carry a value as a label, which may be unknown.
+
+        Raises:
+            DataError: No such value can stand in a column of this type.
+        """
+        code = self.texts.find(self._spelled(value))
+        return self._item_E[self._starts[code] : self._starts[code + 1]] if code >= 0 else _NONE
+
+    def _spelled(self, value: Value) -> str:
+        inner = self.dtype.inner if isinstance(self.dtype, pl.List | pl.Array) else self.dtype
+        text = str(texts_of(pl.Series([value])).fill_null("")[0])
+        try:
+            if inner == pl.Boolean and text not in ("true", "false"):
+                raise ValueError
+            if inner == pl.Date:
+                return date.fromisoformat(text).isoformat()
+            if inner.is_numeric():
+                number = int(text) if _WHOLE.fullmatch(text) else float(text)
+                return str(texts_of(pl.Series([number]))[0])
+        except ValueError:
+            message = f"column {self.name!r} holds {inner}, and {value!r} is none"
+            raise DataError(message) from None
+        return text
+
+
+@final
+class ItemLabels:
+    """The item table, column by column; each is read when it is first asked for."""
+
+    def __init__(self, table: pl.DataFrame | None, *, num_items: int) -> None:
+        self._table, self._num_items = table, num_items
+        self._labels: dict[str, Labels] = {}
+        self._numbers: dict[str, Float64[np.ndarray, " I"]] = {}
+
+    @cached_property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that rules may name: not vectors, nor bytes."""
+        columns = [] if self._table is None else self._table.iter_columns()
+        return tuple(column.name for column in columns if _is_readable(column))
+
+    @property
+    def readable(self) -> tuple[str, ...]:
+        """Those of the columns whose every value can be read."""
+        return tuple(name for name in self.columns if self._can_read(name))
+
+    def labels(self, name: str) -> Labels:
+        """Return a column's labels.
+
+        Raises:
+            DataError: There is no such column, or it holds no labels.
+        """
+        if name not in self._labels:
+            self._labels[name] = Labels(self._column(name))
+        return self._labels[name]
+
+    def numbers(self, name: str) -> Float64[np.ndarray, " I"]:
+        """Return a column's numbers, NaN where missing; dates and times as days since 1970.
+
+        Raises:
+            DataError: There is no such column, or it holds neither numbers nor times.
+        """
+        if name not in self._numbers:
+            column = self._column(name)
+            if not self.labels(name).ordered:
+                raise DataError(
+                    f"column {name!r} holds {column.dtype}: at_least and at_most are asked of "
+                    "numbers, dates and times"
+                )
+            self._numbers[name] = numbers_of(column)
+        return self._numbers[name]
+
+    def matching(self, where: Mapping[str, Condition]) -> Bool[np.ndarray, " I"]:
+        """Return the items that meet every condition.
+
+        Raises:
+            DataError: A column is unknown, or a condition cannot be asked of it.
+        """
+        matching_I = np.ones(self._num_items, dtype=np.bool_)
+        for name, condition in where.items():
+            matching_I &= self._meeting(name, condition)
+        return matching_I
+
+    def _can_read(self, name: str) -> bool:
+        try:
+            self.labels(name)
+        except DataError:  # an infinite number, which training did without
+            return False
+        return True
+
+    def _meeting(self, name: str, asked: Condition) -> Bool[np.ndarray, " I"]:
+        meeting_I = np.ones(self._num_items, dtype=np.bool_)
+        if asked.at_least is not None:
+            meeting_I &= self.numbers(name) >= self._bound(name, asked.at_least)
+        if asked.at_most is not None:
+            meeting_I &= self.numbers(name) <= self._bound(name, asked.at_most)
+        if asked.equals is not None:
+            self._refuse_unless(name, several=False, asked="equals", mend="contains")
+            meeting_I &= self._with_any(name, [asked.equals])
+        if asked.contains is not None:
+            self._refuse_unless(name, several=True, asked="contains", mend="equals or one_of")
+            for value in asked.contains:
+                meeting_I &= self._with_any(name, [value])
+        if asked.one_of is not None:
+            meeting_I &= self._with_any(name, asked.one_of)
+        if asked.none_of is not None:
+            meeting_I &= ~self._with_any(name, asked.none_of)
+        return meeting_I
+
+    def _with_any(self, name: str, values: Sequence[Value]) -> Bool[np.ndarray, " I"]:
+        found_I = np.zeros(self._num_items, dtype=np.bool_)
+        for value in values:
+            found_I[self.labels(name).items_with(value)] = True
+        return found_I
+
+    def _refuse_unless(self, name: str, *, several: bool, asked: str, mend: str) -> None:
+        if self.labels(name).several != several:
+            holds = "one value" if several else "several values"
+            raise DataError(f"column {name!r} holds {holds} an item: ask {mend}, not {asked}")
+
+    def _bound(self, name: str, bound: Bound) -> float:
+        dtype = self._column(name).dtype
+        is_time = dtype in (pl.Date, pl.Datetime)
+        if isinstance(bound, str) != is_time:
+            wanted = "an ISO date or time, such as 2024-02-29" if is_time else "a number"
+            raise DataError(f"column {name!r} holds {dtype}: a bound is {wanted}, not {bound!r}")
+        if not isinstance(bound, str):
+            return float(bound)
+        return _days(name, bound)
+
+    def _column(self, name: str) -> pl.Series:
+        if self._table is None:
+            raise DataError(
+                f"rules name the column {name!r}, and this model has no item table: train it on "
+                "events that carry one"
+            )
+        if name in self.columns:
+            return self._table[name]
+        if name in self._table.columns:
+            raise DataError(
+                f"column {name!r} holds {self._table.schema[name]}: rules read no such column"
+            )
+        near = difflib.get_close_matches(name, self.columns, n=1)
+        advice = f"; did you mean {near[0]!r}?" if near else ""
+        raise DataError(
+            f"rules name the column {name!r}, and the item table has "
+            f"{', '.join(self.columns) or 'none that rules read'}{advice}"
+        )
+
+
+def _is_readable(column: pl.Series) -> bool:
+    is_list = isinstance(column.dtype, pl.List | pl.Array)
+    inner = column.dtype.inner if is_list else column.dtype  # type: ignore[attr-defined]  # a list's
+    is_vector = is_list and inner.is_float()
+    return not is_vector and not inner.is_nested() and inner not in (pl.Binary, pl.Object)
+
+
+def _days(name: str, text: str) -> float:
+    """Return a time as days since 1970; one that names no zone is in UTC."""
+    try:
+        time = datetime.fromisoformat(text)
+    except ValueError:
+        raise DataError(
+            f"column {name!r} holds times, and {text!r} is none: write it as 2024-02-29 or "
+            "2024-02-29T12:00:00"
+        ) from None
+    return time.replace(tzinfo=time.tzinfo or UTC).timestamp() / 86_400

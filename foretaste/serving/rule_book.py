@@ -1,0 +1,165 @@
+"""The rules of a request, applied to whatever found the candidates: one model, or two in a row.
+
+Shape legend: B = 1 query, C candidates, K list length, I items, D width, N labels.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import final
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+from foretaste.errors import DataError
+from foretaste.retrieval.index import TopK
+from foretaste.serving.catalogue_search import Best
+from foretaste.serving.item_labels import Carried, ItemLabels
+from foretaste.serving.pick import WIDER, Cap, Spread, pick
+from foretaste.serving.rules import Diversity, Rules
+from foretaste.serving.stages import Stages
+
+LONGEST = 1000
+"""The longest list that caps and diversity arrange."""
+FIRST = 100
+"""Candidates asked for at first where caps alone arrange a list."""
+
+
+@final
+class RuleBook:
+    """Knows what the item table says, and how alike items are."""
+
+    def __init__(
+        self,
+        labels: ItemLabels,
+        *,
+        vectors_of: Callable[[Int64[Tensor, " C"]], Float[Tensor, "C D"]] | None,
+    ) -> None:
+        """Take the item table, and the item vectors of a model that has them."""
+        self._labels, self._vectors_of = labels, vectors_of
+
+    def check(self, rules: Rules, *, k: int) -> None:
+        """Refuse rules that cannot be kept, whatever the candidates are.
+
+        Raises:
+            DataError: A column is unknown or of another kind, vectors are asked of a model that
+                has none, or k is longer than caps and diversity arrange.
+        """
+        if not rules.reorder:
+            return
+        if k > LONGEST:
+            raise DataError(f"k is {k}: caps and diversity arrange lists of 1 to {LONGEST}")
+        nothing = TopK(torch.empty(1, 0, dtype=torch.int64), torch.empty(1, 0))
+        self._arranged(rules, k, nothing, 0)
+
+    def allowed(self, rules: Rules, allow_I: Bool[Tensor, " I"] | None) -> Tensor | None:
+        """Return which items `where` leaves of those allowed otherwise; None for all.
+
+        Raises:
+            DataError: A column is unknown, or a condition cannot be asked of it.
+        """
+        if not rules.where:
+            return allow_I
+        matching_I = torch.from_numpy(self._labels.matching(rules.where))
+        return matching_I if allow_I is None else matching_I & allow_I
+
+    def choose(
+        self,
+        rules: Rules,
+        k: int,
+        find: Callable[[int], Best],
+        *,
+        num_items: int,
+        stages: Stages,
+        at_once: int = 0,
+    ) -> Best:
+        """Choose k items of a ranking; it is asked for more of it as long as they are too few.
+
+        Args:
+            rules: Their caps and diversity; `where` was kept by whoever ranked.
+            k: List length.
+            find: From a number to so many of the best items, a single row, padded with -1. A
+                longer ranking begins with the shorter one.
+            num_items: Past so many there are none.
+            stages: Told how long the choice took.
+            at_once: So many are found in no more time than fewer.
+        """
+        if not rules.reorder:
+            return find(k)
+        width = first_width(rules, k)
+        best = find(min(max(width, at_once), num_items))
+        while True:
+            with stages.timed("rules"):
+                place_K = self._arranged(rules, k, best.top, width)
+            has_more = width < num_items and bool((best.top.item_BK[0, -1:] >= 0).all())
+            has_more |= width < best.top.item_BK.shape[1]
+            if len(place_K) >= k or not has_more:
+                return best.at(torch.from_numpy(place_K))
+            width *= WIDER
+            if width > best.top.item_BK.shape[1]:
+                best = find(min(width, num_items))
+
+    def _arranged(self, rules: Rules, k: int, top: TopK, width: int) -> Int64[np.ndarray, " K"]:
+        """Return the places of the chosen among the first `width` of a ranking."""
+        item_C = top.item_BK[0, :width]
+        item_C, caps = item_C[item_C >= 0], []
+        for name, most in rules.caps.items():
+            carried = self._labels.labels(name).of(item_C.numpy())
+            caps.append(Cap(most=most, row_E=carried.row_N, code_E=carried.code_N))
+        spread = None if rules.diversity is None else self._spread(rules.diversity, item_C)
+        score_C = top.score_BK[0, : len(item_C)].numpy()
+        return pick(score_C, k, caps=caps, spread=spread)
+
+    def _spread(self, diversity: Diversity, item_C: Int64[Tensor, " C"]) -> Spread:
+        if diversity.by != "vectors":
+            parts = [self._labels.labels(name).of(item_C.numpy()) for name in diversity.by]
+            likeness = _shared(parts, len(item_C))
+        elif self._vectors_of is None:
+            raise DataError(
+                "rules: this model has no item vectors to be diverse by: name columns of the item "
+                'table in diversity.by, such as ["genres"]'
+            )
+        else:
+            likeness = _cosine(self._vectors_of(item_C).float().numpy())
+        return Spread(relevance=diversity.relevance, pool=diversity.pool, likeness=likeness)
+
+
+def first_width(rules: Rules, k: int, *, at_once: int = 0) -> int:
+    """Return how many candidates are asked for at first, for a list of k."""
+    if not rules.reorder:
+        return k
+    width = max(FIRST, 2 * k) if rules.diversity is None else rules.diversity.pool
+    while width < k:
+        width *= WIDER
+    return max(width, at_once)
+
+
+def _cosine(vector_CD: Float[np.ndarray, "C D"]) -> Callable[[int], Float[np.ndarray, " C"]]:
+    length_C1 = np.linalg.norm(vector_CD, axis=1, keepdims=True)
+    unit_CD = vector_CD / np.maximum(length_C1, 1e-12)
+
+    def likeness(place: int) -> Float[np.ndarray, " C"]:
+        alike_C: np.ndarray = unit_CD @ unit_CD[place]
+        return alike_C
+
+    return likeness
+
+
+def _shared(parts: Sequence[Carried], num: int) -> Callable[[int], Float[np.ndarray, " C"]]:
+    """Return the share of labels in common: of both, over of either; 0 where neither has any."""
+    row_N = np.concatenate([part.row_N for part in parts])
+    first, codes = 0, []
+    for part in parts:  # a label of one column is none of another
+        codes.append(part.code_N + first)
+        first += int(part.code_N.max(initial=-1)) + 1
+    code_N = np.concatenate(codes)
+    size_C = np.bincount(row_N, minlength=num)
+
+    def likeness(place: int) -> Float[np.ndarray, " C"]:
+        held = np.isin(code_N, code_N[row_N == place])
+        both_C = np.bincount(row_N[held], minlength=num)
+        either_C = size_C + size_C[place] - both_C
+        share_C: np.ndarray = both_C / np.maximum(either_C, 1)
+        return share_C
+
+    return likeness

@@ -1,0 +1,91 @@
+"""What a list may hold, whoever scored it: filters on attributes, caps on categories, diversity."""
+
+from typing import Annotated, Literal
+
+from pydantic import (
+    BeforeValidator,
+    Field,
+    PositiveInt,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+    StrictStr,
+    model_validator,
+)
+
+from foretaste.config import Config
+
+
+def _as_many(values: object) -> object:
+    return (values,) if isinstance(values, str | bool | int | float) else values
+
+
+Value = StrictBool | StrictInt | StrictFloat | StrictStr
+Values = Annotated[tuple[Value, ...], BeforeValidator(_as_many), Field(min_length=1)]
+Bound = StrictInt | StrictFloat | StrictStr
+
+
+class Condition(Config):
+    """What an item must say in one column; all that is given must hold.
+
+    Values are compared as the text they are written as, so 1994 and "1994" are one. A missing
+    value meets `none_of` and nothing else. A column of several values is one of lists, or of
+    texts cut at a separator, such as "Action|Comedy".
+    """
+
+    equals: Value | None = None
+    """The value, in a column of one value an item."""
+    one_of: Values | None = None
+    """One of these values; in a column of several, any of them."""
+    none_of: Values | None = None
+    """None of these values."""
+    contains: Values | None = None
+    """All of these values, in a column of several."""
+    at_least: Bound | None = None
+    """The lowest number; in a column of dates or times, the earliest, as ISO text."""
+    at_most: Bound | None = None
+    """The highest number, or the latest date or time."""
+
+    @model_validator(mode="after")
+    def _says_something(self) -> "Condition":
+        if not self.model_dump(exclude_none=True):
+            names = ", ".join(type(self).model_fields)
+            raise ValueError(f"a condition says nothing: give one of {names}")
+        return self
+
+
+class Diversity(Config):
+    """Maximal marginal relevance: each place goes to what is good and unlike what stands above.
+
+    Every next item has the greatest `relevance` times its score minus (1 - `relevance`) times its
+    likeness to the most alike of those chosen.
+    """
+
+    relevance: float = Field(default=0.7, ge=0, le=1)
+    """The weight of the score: 1 keeps its order, 0 looks at nothing but difference."""
+    pool: PositiveInt = Field(default=100, le=10_000)
+    """So many of the best are looked at; those after them get in only when these give no more."""
+    by: Literal["vectors"] | tuple[str, ...] = Field(default="vectors", min_length=1)
+    """What makes items alike: the cosine of the model's item vectors; or columns of the item
+    table, by the share of their values that two items have in common."""
+
+
+class Rules(Config):
+    """What a list may hold, beside what is seen, allowed and denied by id."""
+
+    where: dict[str, Condition] = Field(default_factory=dict, max_length=100)
+    """From a column of the item table to what it must say."""
+    caps: dict[str, PositiveInt] = Field(default_factory=dict, max_length=100)
+    """From a column of the item table to how many items of a list may share a value of it. Items
+    without a value are not counted."""
+    diversity: Diversity | None = None
+    """How unlike the items of a list shall be; without it, the score alone orders."""
+
+    @property
+    def reorder(self) -> bool:
+        """Whether what stands above an item decides about it."""
+        return bool(self.caps) or self.diversity is not None
+
+
+NO_RULES = Rules()
+"""Nothing is filtered, capped or reordered."""
