@@ -151,6 +151,49 @@ def test_allow_and_deny_and_seen_are_obeyed(films: Served) -> None:
     assert "101" not in ids(films.recommend(user_id=1, k=31))
 
 
+def test_rules_are_obeyed_and_a_short_list_says_so(films: Served) -> None:
+    where = {"genres": {"contains": "Crime"}, "year": {"at_least": 2000, "at_most": 2005}}
+    reply = films.recommend(user_id=1, k=20, rules={"where": where})
+    assert sorted(ids(reply)) == ["121", "122", "123", "124", "125", "126"]
+    assert "20 were asked for, and 6 are all that may be answered" in reply["notes"]
+    capped = films.recommend(user_id=1, k=20, rules={"caps": {"genres": 2}})
+    assert [is_space(item) for item in ids(capped)] == [True, True, False, False]
+    mixed = {"diversity": {"by": ["genres"], "relevance": 0.1}, "where": where}
+    assert set(ids(films.recommend(user_id=1, k=20, rules=mixed))) == set(ids(reply))
+
+
+@pytest.mark.parametrize(
+    ("rules", "says"),
+    [
+        ({"where": {"yeer": {"equals": 1}}}, "did you mean 'year'?"),
+        ({"where": {"year": {"equals": "soon"}}}, "'year' holds Int64, and 'soon' is none"),
+        ({"where": {"year": {}}}, "rules.where.year: a condition says nothing"),
+        ({"where": {"year": {"at_lest": 3}}}, "rules.where.year.at_lest: Extra inputs"),
+        ({"caps": {"genres": 0}}, "rules.caps.genres: Input should be greater than 0"),
+        ({"diversity": {}}, "this model has no item vectors to be diverse by"),
+    ],
+)
+def test_rules_that_cannot_be_kept_are_refused(films: Served, rules: dict, says: str) -> None:
+    reply = films.http.post("/v1/recommend", json={"rules": rules})
+    assert reply.status_code == 422
+    assert says in reply.json()["error"]
+
+
+def test_the_columns_that_rules_may_name_are_listed(films: Served) -> None:
+    reply = films.http.get("/v1/columns").json()
+    assert reply["vectors"] is False
+    columns = {column["name"]: column for column in reply["columns"]}
+    assert list(columns) == ["title", "year", "genres"]  # not the vector
+    assert columns["genres"] == {
+        "name": "genres",
+        "several": True,
+        "ordered": False,
+        "distinct": 3,
+        "values": ["Crime", "Drama", "Space"],
+    }
+    assert (columns["year"]["ordered"], columns["year"]["several"]) == (True, False)
+
+
 def test_a_reason_is_an_item_of_the_history_and_of_the_same_kind(films: Served) -> None:
     reply = films.recommend(history=[101, 103, 116], k=3, explain=True)
     for row in reply["items"]:

@@ -174,6 +174,40 @@ def test_a_bundle_measured_again_gives_the_figures_it_was_written_with(
     assert "Report(" not in out
 
 
+def test_rules_narrow_what_is_recommended(foretaste: Run, bundle: Path, world: Path) -> None:
+    titles = [f"The {item}th film" for item in (3, 5, 8)]
+    rule = f"where.title.one_of={json.dumps(titles)}"
+    code, out, _ = foretaste("recommend", bundle, "--rule", rule, "-k", "9", "--seen", "--json")
+    answer = json.loads(out)
+    assert code == 0
+    assert {row["attributes"]["title"] for row in answer["rows"]} == set(titles)
+    assert "9 were asked for, and 3 are all that may be answered" in answer["notes"]
+    code, out, _ = foretaste("recommend", bundle, "--rule", "diversity.relevance=0.2", "--json")
+    assert (code, len(json.loads(out)["rows"])) == (0, 10)
+    (world / "one.txt").write_text("u1\n")
+    lists = world / "ruled.parquet"
+    words = ("--users", world / "one.txt", "--out", lists, "--seen", "--rule", rule)
+    assert foretaste("recommend", bundle, *words)[0] == 0
+    assert sorted(pl.read_parquet(lists)["item_id"][0].to_list()) == [3, 5, 8]
+
+
+@pytest.mark.parametrize(
+    ("rule", "says"),
+    [
+        ("where.titel.equals=A", "did you mean 'title'"),
+        ("where.title.equal=A", "did you mean equals"),
+        ("caps.title=0", "caps.title"),
+        ("caps", "write it as section.name=value"),
+    ],
+)
+def test_a_rule_that_cannot_be_kept_is_said_in_one_line(
+    foretaste: Run, bundle: Path, rule: str, says: str
+) -> None:
+    code, out, err = foretaste("recommend", bundle, "--rule", rule)
+    assert (code, out) == (1, "")
+    assert says in err
+
+
 def test_recommendations_say_where_they_came_from(foretaste: Run, bundle: Path) -> None:
     for words, source in (
         (["--user", "u3"], "model"),

@@ -34,8 +34,9 @@ def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         for place, item in enumerate(draw.choice(40, size=12, replace=False).tolist())
     ]
     Path("ratings.csv").write_text("userId,movieId,rating,timestamp\n" + "\n".join(rows))
-    titles = "\n".join(f"{item},Film {item}" for item in range(40))
-    Path("movies.csv").write_text("movieId,title\n" + titles)
+    genres = ("Horror", "Comedy|Drama", "Drama", "Comedy|Horror")
+    films = "\n".join(f"{item},Film {item},{genres[item % 4]},{1980 + item}" for item in range(40))
+    Path("movies.csv").write_text("movieId,title,genres,year\n" + films)
     for text in re.findall(r"```toml\n(.*?)```", (ROOT / "docs/recipes.md").read_text(), re.S):
         Path("run.toml").write_text(text)
 

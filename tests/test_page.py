@@ -16,7 +16,7 @@ from selenium.webdriver.chrome.service import Service as Driver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
-from selenium.webdriver.support.ui import WebDriverWait
+from selenium.webdriver.support.ui import Select, WebDriverWait
 
 from foretaste.serving.api import create_app
 from foretaste.serving.metrics import Metrics
@@ -211,6 +211,37 @@ def test_watching_a_card_posts_a_live_event_and_changes_the_list(page: Page) -> 
     assert page.events.of_user("1", limit=9) == []
 
 
+def choose(page: Page, css: str, value: str) -> None:
+    Select(page.find(css)).select_by_value(value)
+
+
+def test_rules_narrow_the_list_and_say_when_little_is_left(page: Page) -> None:
+    page.open()
+    assert {is_space(item) for item in page.cards()} == {True, False}
+    choose(page, "#only", "genres")
+    choose(page, "#only-value", "Crime")
+    page.wait(lambda: len(page.cards()) == 10 and not any(map(is_space, page.cards())))
+    choose(page, "#only", "year")
+    page.find("#only-from").send_keys("2006", Keys.TAB)  # film 101 is of 1980, and so on
+    page.wait(lambda: sorted(page.cards()) == ["127", "128", "129", "130"])
+    assert "no more than 4 may stand in this list" in page.find("#answer-note").text
+    choose(page, "#only", "")
+    page.wait(lambda: len(page.cards()) == 10)
+
+
+def test_a_cap_and_variety_mix_the_list(page: Page) -> None:
+    page.open("/#user=1")
+    assert all(map(is_space, page.cards()[:6]))
+    choose(page, "#per", "genres")
+    page.wait(lambda: len(page.cards()) == 4)  # two in space, two heists
+    assert sum(map(is_space, page.cards())) == 2
+    choose(page, "#per", "")
+    page.wait(lambda: len(page.cards()) == 10)
+    page.find("#variety").send_keys(*[Keys.ARROW_RIGHT] * 9)
+    page.wait(lambda: not is_space(page.cards()[1]))
+    assert is_space(page.cards()[0])
+
+
 def test_similar_items_are_shown_for_any_title(page: Page) -> None:
     page.open("/#user=2")
     first = page.cards()[0]
@@ -282,7 +313,7 @@ def test_a_phone_scrolls_down_and_not_sideways(page: Page, width: int) -> None:
 def test_everything_a_person_can_use_has_a_name(page: Page) -> None:
     page.open("/#user=1")
     nameless = page.driver.execute_script(
-        "return [...document.querySelectorAll('button, a, input')].filter((one) =>"
+        "return [...document.querySelectorAll('button, a, input, select')].filter((one) =>"
         " !(one.getAttribute('aria-label') || one.textContent.trim() || one.labels?.length))"
         ".map((one) => one.outerHTML)"
     )

@@ -53,4 +53,5 @@ export const findUsers = (prefix, limit) => call("GET", `/v1/users?prefix=${part
 export const history = (userId, limit) => call("GET", `/v1/users/${part(userId)}/history?limit=${limit}`);
 export const addEvent = (event) => call("POST", "/v1/events", event);
 export const forget = (userId) => call("DELETE", `/v1/users/${part(userId)}/events`);
+export const columns = () => call("GET", "/v1/columns");
 export const model = () => call("GET", "/v1/model");

@@ -4,6 +4,7 @@ import * as api from "./api.js";
 import { byId, fill, make, walkable, whileTyping } from "./dom.js";
 import { facts, score, shown, tile, year } from "./items.js";
 import { reportView } from "./report.js";
+import { rulesForm } from "./rules.js";
 
 const LENGTH = 10;
 const SOURCES = {
@@ -14,6 +15,8 @@ const SOURCES = {
 };
 
 const state = { mode: "user", userId: "", visitor: [], newest: 0 };
+
+let rules = () => ({});
 
 const say = (text) => { byId("status").textContent = text; };
 
@@ -70,7 +73,9 @@ function showAnswer(answer) {
   const meaning = (SOURCES[answer.source] ?? ["", answer.source])[1];
   const live = answer.live_events
     ? `, with ${answer.live_events} live event${answer.live_events > 1 ? "s" : ""}` : "";
-  fill(byId("answer-note"), badge(answer.source), make("span", { text: `${meaning}${live}` }));
+  const few = answer.items.length < LENGTH && Object.keys(rules()).length
+    ? `; no more than ${answer.items.length} may stand in this list` : "";
+  fill(byId("answer-note"), badge(answer.source), make("span", { text: `${meaning}${live}${few}` }));
   fill(byId("cards"), ...answer.items.map((row) => card(row, best, worst)));
   byId("cards").dataset.source = answer.source;
   say(`${answer.items.length} recommendations. ${title()}: ${answer.items.slice(0, 3).map((r) => shown(r.title)).join(", ")} …`);
@@ -106,7 +111,7 @@ function showPast(past) {
 async function refresh() {
   const mine = ++state.newest;
   const user = state.mode === "user" && state.userId;
-  const asked = { k: LENGTH, explain: true };
+  const asked = { k: LENGTH, explain: true, rules: rules() };
   if (user) asked.user_id = state.userId;
   if (state.mode === "visitor") asked.history = state.visitor.map((item) => item.item_id);
   await attempt(async () => {
@@ -257,6 +262,8 @@ async function start() {
     fill(byId("model"), make("strong", { text: KINDS[kind] ?? kind }),
       make("span", { text: ` ${model.users.toLocaleString("en")} users · ${model.items.toLocaleString("en")} items · version ${model.version}` }));
     fill(byId("report"), ...reportView(model.report));
+    const columns = await attempt(api.columns);
+    if (columns) rules = rulesForm(columns, model.items, refresh);
   }
   const asked = new URLSearchParams(location.hash.slice(1)).get("user");
   if (asked) await chooseUser(asked);
