@@ -262,6 +262,30 @@ def test_denied_items_leave_room_for_further_candidates(trained: Trained) -> Non
     assert all(row.predictions for row in again.rows)
 
 
+def test_rules_come_last_and_rows_keep_what_is_predicted_of_them(
+    trained: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("foretaste.serving.rule_book.FIRST", 2)
+    recommender = ft.build_recommender(trained)
+    best = recommender.recommend(100, k=1).rows[0]
+    told = ft.Condition(none_of=str(best.attributes["title"]))
+    asked: list[int] = []
+    find = recommender._search._find
+    monkeypatch.setattr(recommender._search, "_find", lambda *a: asked.append(a[1]) or find(*a))
+    ruled = recommender.recommend(
+        100, k=3, rules=ft.Rules(where={"title": told}, caps={"title": 1})
+    )
+    assert asked == [6]  # as many candidates as ever, and once
+    assert ruled.rows == recommender.recommend(100, k=3, deny=[best.item_id]).rows
+    assert all(row.predictions for row in ruled.rows)
+    assert "rules" in ruled.seconds
+    by_title = ft.Rules(diversity=ft.Diversity(relevance=0.5, pool=4, by=("title",)))
+    assert (
+        recommender.recommend(100, k=12, rules=by_title).rows
+        == recommender.recommend(100, k=12).rows
+    )
+
+
 def test_a_row_says_what_is_predicted_and_one_that_was_not_ranked_says_nothing(
     trained: Trained,
 ) -> None:
