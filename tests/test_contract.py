@@ -174,8 +174,8 @@ def learn_rows(model: nn.Module, events: Interactions) -> None:
         ),
         objective=objective,
     ).run()
-    if isinstance(model, Finishes):
-        model.finish(events)
+    if isinstance(model, LearnsNewcomers):
+        model.learn_newcomers(events)
 
 
 @dataclass(frozen=True)

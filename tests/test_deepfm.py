@@ -24,7 +24,7 @@ def network(config: DeepFMConfig = WHOLE) -> DeepFM:
             parameter.normal_()
         model.fields.table.weight[0] = 0.0
     model.begin(EVENTS)
-    model.finish(EVENTS)
+    model.learn_newcomers(EVENTS)
     return model.eval()
 
 

@@ -135,6 +135,7 @@ def test_the_catalogue_in_blocks_is_every_pair(
     for protocol in (Ranker, CatalogueScorer, PlacesItems):
         assert isinstance(model, protocol)
     monkeypatch.setattr(din, "_BLOCK_PAIRS", 7)
+    monkeypatch.setattr(din, "_BLOCK_QUERIES", 3)
     every_BI = torch.arange(NUM_ITEMS).expand(len(HISTORIES), -1)
     torch.testing.assert_close(model.score(asked()), model(asked(), every_BI)["click"])
 

@@ -140,7 +140,7 @@ def test_a_new_user_is_told_by_the_history() -> None:
     )
     model = network(NeuMFConfig(factors=4))
     model.begin(events)
-    model.finish(events)
+    model.learn_newcomers(events)
     model.eval()
     first, second, nothing = (model.score(Queries.of_histories([h])) for h in ([0, 1], [4], []))
     assert not torch.equal(first, second)

@@ -73,7 +73,10 @@ EVENTS = Interactions(
 
 
 def fields(
-    config: RowFieldsConfig | None = None, features: Features | None = FEATURES
+    config: RowFieldsConfig | None = None,
+    features: Features | None = FEATURES,
+    *,
+    reads_history: bool = True,
 ) -> RowFields:
     torch.manual_seed(0)
     made = RowFields(
@@ -81,7 +84,7 @@ def fields(
         num_users=NUM_USERS,
         num_items=NUM_ITEMS,
         features=features,
-        reads_history=True,
+        reads_history=reads_history,
     )
     with torch.no_grad():
         for parameter in made.parameters():
@@ -217,6 +220,25 @@ def test_a_moment_of_which_nothing_is_told_is_unknown() -> None:
     untold = made.query(replace(QUERIES, context=None))
     told = made.query(replace(QUERIES, context=MOMENT.unknown(4)))
     torch.testing.assert_close(untold, told)
+
+
+def test_a_new_user_has_the_features_that_the_history_makes_likely() -> None:
+    made = fields(reads_history=False).eval()
+    made.learn_newcomers(EVENTS)
+    # users 0 and 2, whom the regression saw, did items 0 and 1, and 2 and 1
+    likely = made.query(Queries.of_histories([[0, 1], [2, 1]]))
+    known = replace(QUERIES, user_B=torch.tensor([0, 2]), profile=None, context=None)
+    known_BQW = made.query(
+        replace(
+            known, history_N=torch.empty(0, dtype=torch.int64), offsets_B1=torch.zeros(3).long()
+        )
+    )
+    torch.testing.assert_close(likely, known_BQW, rtol=0.05, atol=0.05)
+    told = Queries.of_histories([[0, 1]])
+    told = replace(told, profile=USER.encode(pl.DataFrame({"city": ["b"]})))
+    assert made.user is not None
+    untouched = slow_side(made, made.user, USER.encode(pl.DataFrame({"city": ["b"]})), 0)
+    torch.testing.assert_close(made.query(told)[0, 1:3], torch.stack(untouched))
 
 
 def test_settings_leave_sides_out() -> None:

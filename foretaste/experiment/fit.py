@@ -154,7 +154,7 @@ def fit(
             max_seconds=None if max_seconds is None else max_seconds / (1 + len(parts)),
             candidates=candidates,
         )
-    _finish(model, events)
+    _finish(model, trained.events)
     return replace(trained, train_seconds=time.perf_counter() - started)
 
 

@@ -36,7 +36,7 @@ from foretaste.models.layers.pair_mlp import Activation, PairMLP
 from foretaste.models.layers.row_fields import RowFields, RowFieldsConfig, RowParts
 from foretaste.models.layers.target_attention import TargetAttention, mean_weights, pool
 
-_BLOCK_PAIRS = 2**12
+_BLOCK_QUERIES, _BLOCK_PAIRS = 32, 2**13
 
 
 class DINConfig(RowFieldsConfig):
@@ -180,7 +180,10 @@ class DIN(nn.Module):
         return pooled_BCK.expand(-1, item_BC.shape[1], -1)
 
     def score(self, queries: Queries) -> Float[Tensor, "B I"]:
-        """Return every item's score, some items at a time."""
+        """Return every item's score, some queries and items at a time."""
+        if len(queries) > _BLOCK_QUERIES:
+            starts = range(0, len(queries), _BLOCK_QUERIES)
+            return torch.cat([self.score(queries.part(at, at + _BLOCK_QUERIES)) for at in starts])
         query_BQW, histories = self.fields.query(queries), self._histories(queries)
         event_MK = self.fields.items(histories.items().unsqueeze(0))[0].flatten(1)
 
@@ -214,9 +217,9 @@ class DIN(nn.Module):
         self.fields.begin(events)
         self.heads.begin(events)
 
-    def finish(self, events: Interactions) -> None:
+    def learn_newcomers(self, events: Interactions) -> None:
         """Learn how to answer users whom training never saw, where no history is read."""
-        self.fields.finish(events)
+        self.fields.learn_newcomers(events)
 
     def _histories(self, queries: Queries) -> Histories:
         if self.config.pooling == "none":

@@ -157,9 +157,9 @@ class NCF(nn.Module):
         self.fields.begin(events)
         self.heads.begin(events)
 
-    def finish(self, events: Interactions) -> None:
+    def learn_newcomers(self, events: Interactions) -> None:
         """Learn how to answer users whom training never saw."""
-        self.fields.finish(events)
+        self.fields.learn_newcomers(events)
 
     @torch.no_grad()
     def start_from(self, gmf: "NCF", mlp: "NCF", *, alpha: float) -> None:

@@ -121,9 +121,9 @@ class SharedBottom(nn.Module):
         self.fields.begin(events)
         self.heads.begin(events)
 
-    def finish(self, events: Interactions) -> None:
+    def learn_newcomers(self, events: Interactions) -> None:
         """Learn how to answer users whom training never saw."""
-        self.fields.finish(events)
+        self.fields.learn_newcomers(events)
 
     def _parts(self, queries: Queries, item_BC: Tensor) -> tuple[Tensor, Tensor]:
         parts: RowParts = self.fields(queries, item_BC)

@@ -4,7 +4,8 @@ r"""A vector for a user of whom training saw nothing, from what they have done.
 
 W and b are the ridge regression of the users that training learned on their own histories.
 
-Shape legend: B queries, U users, I items, D width, N events.
+Shape legend: B queries, U users, I items, D width, E width of users' vectors, D unless said, N
+events.
 """
 
 from typing import final
@@ -29,18 +30,26 @@ class FoldIn(nn.Module):
     change in the regression's answer.
     """
 
-    def __init__(self, *, num_users: int, embedding_dim: int) -> None:
+    def __init__(self, *, num_users: int, embedding_dim: int, user_dim: int | None = None) -> None:
+        """Prepare.
+
+        Args:
+            num_users: Users of training.
+            embedding_dim: Width of items' vectors.
+            user_dim: Width of users' vectors; None: the same.
+        """
         super().__init__()
+        user_dim = embedding_dim if user_dim is None else user_dim
         self.weight_DD: Tensor
         self.bias_D: Tensor
         self.num_events_U: Tensor
-        self.register_buffer("weight_DD", torch.eye(embedding_dim))
-        self.register_buffer("bias_D", torch.zeros(embedding_dim))
+        self.register_buffer("weight_DD", torch.eye(embedding_dim, user_dim))
+        self.register_buffer("bias_D", torch.zeros(user_dim))
         self.register_buffer("num_events_U", torch.full((num_users,), -1))
 
     @torch.no_grad()
     def learn(
-        self, events: Interactions, user_UD: Float[Tensor, "U D"], item_ID: Float[Tensor, "I D"]
+        self, events: Interactions, user_UD: Float[Tensor, "U E"], item_ID: Float[Tensor, "I D"]
     ) -> None:
         """Fit W and b to the users that have a training event."""
         device = user_UD.device
@@ -61,9 +70,9 @@ class FoldIn(nn.Module):
     def forward(
         self,
         queries: Queries,
-        user_UD: Float[Tensor, "U D"],
+        user_UD: Float[Tensor, "U E"],
         item_ID: Float[Tensor, "I D"],
-    ) -> Float[Tensor, "B D"]:
+    ) -> Float[Tensor, "B E"]:
         """Return a vector for each query."""
         length_B = queries.offsets_B1.diff()
         is_user_B = queries.user_B >= 0

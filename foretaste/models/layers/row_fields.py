@@ -26,6 +26,8 @@ from foretaste.models.layers.embedding import Fusion, look_up, refuse_codes
 from foretaste.models.layers.fold_in import FoldIn
 from foretaste.models.layers.side_fields import SideFields, side_by_side
 
+_BLOCK_USERS = 2**14
+
 
 class RowFieldsConfig(Config):
     """Settings of what a ranker reads."""
@@ -102,7 +104,7 @@ class RowFields(nn.Module):
             features: What else is known of users, items and moments.
             width: W; None: `embedding_dim`.
             reads_history: Whether the model tells users by their histories; else new users' id
-                vectors are regressed on them (`FoldIn`).
+                vectors, and features that are not told, are regressed on them (`FoldIn`).
 
         Raises:
             ConfigError: There is nothing to tell an item by.
@@ -126,6 +128,16 @@ class RowFields(nn.Module):
         self.fold_in = (
             FoldIn(num_users=num_users, embedding_dim=self.width)
             if config.user_id and config.item_id and not reads_history
+            else None
+        )
+        num_features = 0 if self.user is None else self.user.num_fields - 1
+        self.fold_features = (
+            FoldIn(
+                num_users=num_users,
+                embedding_dim=self.width,
+                user_dim=num_features * self.width,
+            )
+            if self.fold_in is not None and num_features
             else None
         )
         self.register_buffer("times_V", torch.zeros(self.num_codes), persistent=False)
@@ -243,7 +255,8 @@ class RowFields(nn.Module):
         square_V = F.embedding(used_V, self.table.weight).square().sum(dim=1)
         return self.config.l2 / 2 * (weight_V @ square_V)
 
-    def finish(self, events: Interactions) -> None:
+    @torch.no_grad()
+    def learn_newcomers(self, events: Interactions) -> None:
         """Learn how to answer users of whom only the history is known.
 
         Args:
@@ -251,6 +264,10 @@ class RowFields(nn.Module):
         """
         if self.fold_in is not None:
             self.fold_in.learn(events, self._user_table(), self._item_table())
+        if self.fold_features is not None:
+            blocks = torch.arange(self.num_users, device=self.taught_U.device).split(_BLOCK_USERS)
+            known_UX = torch.cat([self._features_of(user_B) for user_B in blocks])
+            self.fold_features.learn(events, known_UX, self._item_table())
 
     def _side(
         self, side: FieldSide | None, table: FieldTable | None, *, has_id: bool
@@ -359,6 +376,27 @@ class RowFields(nn.Module):
             self._moment_fields(queries, moment_BSW),
         )
 
+    def _features_of(self, user_B: Int64[Tensor, " B"]) -> Float[Tensor, "B X"]:
+        offsets_B1 = user_B.new_zeros(len(user_B) + 1)
+        queries = Queries(user_B=user_B, history_N=user_B[:0], offsets_B1=offsets_B1)
+        code_BS = self._user_codes(queries)
+        (single_BSW,) = self._look_up([code_BS])
+        return self._user_fields(queries, code_BS[:, :1] > 0, single_BSW)[:, 1:].flatten(1)
+
+    def _with_folded_features(
+        self, queries: Queries, field_BQW: Float[Tensor, "B Q W"]
+    ) -> Float[Tensor, "B Q W"]:
+        """Put what the history makes likely where a new user's features are not told."""
+        untold_B = (queries.user_B < 0) & (queries.offsets_B1.diff() > 0)
+        if queries.profile is not None:
+            untold_B &= ~queries.profile.known_R
+        if self.fold_features is None or self.training or not untold_B.any():
+            return field_BQW
+        nobody_UX = field_BQW[:0, 1:].flatten(1)
+        folded_BX: Tensor = self.fold_features(queries, nobody_UX, self._item_table())
+        folded_BQW = torch.cat([field_BQW[:, :1], folded_BX.view_as(field_BQW[:, 1:])], dim=1)
+        return folded_BQW.where(untold_B[:, None, None], field_BQW)
+
     def _user_fields(
         self, queries: Queries, has_id_B1: Tensor, single_BSW: Tensor
     ) -> Float[Tensor, "B _ W"]:
@@ -370,13 +408,14 @@ class RowFields(nn.Module):
             single_BSW = torch.cat([id_BW.unsqueeze(1), single_BSW[:, 1:]], dim=1)
         if self.user is None:
             return single_BSW
-        return self.user.joined(
+        field_BQW = self.user.joined(
             queries.user_B,
             queries.profile,
             single_XSW=single_BSW,
             vector_XOW=self.user.vectors(queries.user_B, queries.profile),
             has_id_XN=has_id_B1[:, : self.config.user_id],
         )
+        return self._with_folded_features(queries, field_BQW)
 
     def _moment_fields(self, queries: Queries, single_BSW: Tensor) -> Float[Tensor, "B _ W"]:
         if self.context is None:
