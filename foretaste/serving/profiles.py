@@ -35,6 +35,16 @@ class Profiles:
             return None
         return _row(features.user, told, "user")
 
+    def of_moment(self, told: Mapping[str, object] | None) -> FieldTable | None:
+        """Return features of the moment as one row; None if none are read or none says anything.
+
+        Raises:
+            DataError: A feature is unknown, or its value of another kind.
+        """
+        if not told or self._features is None or self._features.context is None:
+            return None
+        return _row(self._features.context, told, "moment")
+
     def item_vector(self, told: Mapping[str, object] | None) -> Float[Tensor, " D"] | None:
         """Return a new item's vector; None if the model cannot place it, or nothing is told.
 
