@@ -18,9 +18,11 @@ import foretaste as ft
 from foretaste.data.batch import Queries
 from foretaste.data.histories import Reads
 from foretaste.data.interactions import Interactions
+from foretaste.data.rows import rows_of
 from foretaste.data.tasks import Task
 from foretaste.errors import ConfigError, DataError, NonFiniteError
 from foretaste.experiment.mining import CandidateNegatives, best_unseen
+from foretaste.experiment.two_stage import ranking_alone
 from foretaste.models import two_stage as module
 from foretaste.models.catalogue import ModelConfig, TwoStageConfig, build_model
 from foretaste.models.ease import EASEConfig
@@ -391,6 +393,66 @@ def test_weights_of_no_task_are_refused_by_name() -> None:
     one_stage = ft.build_recommender(make_trained("ease"))
     with pytest.raises(DataError, match="this model has none"):
         one_stage.recommend(100, weights={"click": 1})
+
+
+def test_what_is_predicted_of_a_held_out_row_is_served_for_its_moment(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    num = 900
+    events = ft.read_interactions(
+        pl.DataFrame(
+            {
+                "user": rng.integers(30, size=num),
+                "item": rng.integers(40, size=num),
+                "timestamp": np.arange(num),
+                "hour": rng.choice(["morning", "noon", "night"], size=num),
+            }
+        ),
+        user="user",
+        item="item",
+        timestamp="timestamp",
+        context=("hour",),
+    )
+    split = ft.temporal_split(events, validation=0.1, test=0.1)
+    schema = ft.FeatureSchema(context={"hour": ft.CategoricalField()})
+    trained = ft.fit(
+        TwoStageConfig(
+            retriever=ItemKNNConfig(),
+            ranker=ft.DINConfig(embedding_dim=4, hidden=(8,), init_std=0.5),
+            candidates=40,
+        ),
+        split,
+        features=schema,
+        training=SHORT.model_copy(update={"epochs": 2}),
+        show=False,
+    )
+    ft.build_recommender(trained).save(tmp_path / "bundle")
+    recommender = ft.load(tmp_path / "bundle")
+    ranker = ranking_alone(recommender.trained).model
+    rows = rows_of(split, "test", tasks=ranker.tasks, features=recommender.trained.features)
+    batch = rows.batch(rows.every, max_len=10_000)
+    with torch.inference_mode():
+        expected_B = ranker.predict(batch.queries, batch.item_BC)["click"][:, 0]
+    seen = 0
+    for row in range(len(rows)):
+        past = batch.queries.part(row, row + 1).history_N
+        user_idx, item_idx = int(batch.queries.user_B[row]), int(batch.item_BC[row, 0])
+        since_training = past[len(recommender.trained.events.history(user_idx)) :]
+        answer = recommender.recommend(
+            events.users.ids[user_idx],
+            history=events.items.ids.gather(since_training.tolist()).to_list(),
+            context={"hour": rows.events.context["hour"][row]},
+            allow=[events.items.ids[item_idx]],
+            exclude_seen=False,
+        )
+        (found,) = answer.rows
+        assert found.predictions["click"] == pytest.approx(float(expected_B[row]), abs=1e-6)
+        seen += len(since_training) > 0
+    assert seen > 10
+    user = events.users.ids[0]
+    noon, night = (recommender.recommend(user, context={"hour": h}) for h in ("noon", "night"))
+    assert [row.score for row in noon.rows] != [row.score for row in night.rows]
+    with pytest.raises(DataError, match=r"'our' is no feature of moments; .*mean 'hour'"):
+        recommender.recommend(user, context={"our": "noon"})
 
 
 def test_the_time_of_each_stage_is_its_own() -> None:

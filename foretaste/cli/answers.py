@@ -25,6 +25,9 @@ def recommend(
         str | None, typer.Option(help="Item ids, oldest first, between commas.")
     ] = None,
     features: Features = None,
+    context: Annotated[
+        str | None, typer.Option(help='What is known of the moment, as JSON: {"hour": 9}')
+    ] = None,
     users: Annotated[
         Path | None, typer.Option(help="File of user ids: one a line, or the first column.")
     ] = None,
@@ -48,8 +51,11 @@ def recommend(
     """Recommend for a user, for a history, for nobody known, or for a file of users."""
     if (users is None) != (out is None):
         raise typer.BadParameter("--users and --out go together")
-    if users is not None and any(told is not None for told in (user, history, features, weights)):
-        raise typer.BadParameter("--users goes without --user, --history, --features and --weight")
+    alone = (user, history, features, context, weights)
+    if users is not None and any(told is not None for told in alone):
+        raise typer.BadParameter(
+            "--users goes without --user, --history, --features, --context and --weight"
+        )
     kept = ft.parse_settings(ft.Rules, ft.with_overrides({}, rules or ()), source="--rule")
     recommender = ft.load(bundle)
     if users is not None and out is not None:
@@ -62,6 +68,7 @@ def recommend(
         user,
         history=past,
         features=told,
+        context=_told(context, "--context"),
         k=k,
         exclude_seen=not seen,
         weights=_weights(weights) if weights else None,
@@ -84,15 +91,15 @@ def similar(
     _answer(found, f"like {item}", as_json=as_json)
 
 
-def _told(features: str | None) -> dict[str, object] | None:
-    if features is None:
+def _told(text: str | None, option: str = "--features") -> dict[str, object] | None:
+    if text is None:
         return None
     try:
-        told = json.loads(features)
+        told = json.loads(text)
     except json.JSONDecodeError as error:
-        raise typer.BadParameter(f"--features is no JSON: {error}") from error
+        raise typer.BadParameter(f"{option} is no JSON: {error}") from error
     if not isinstance(told, dict):
-        raise typer.BadParameter('--features is a JSON object, such as {"age": 30}')
+        raise typer.BadParameter(f'{option} is a JSON object, such as {{"age": 30}}')
     return told
 
 

@@ -48,6 +48,8 @@ class RecommendRequest(_Request):
     """Items, oldest first; for a user, what came after all that the server knows."""
     features: dict[str, JsonValue] | None = Field(default=None, max_length=100)
     """What is known of a user whom training never saw: column of the user table to value."""
+    context: dict[str, JsonValue] | None = Field(default=None, max_length=100)
+    """What is known of the moment: column of the events' context to value."""
     k: int = Field(default=10, ge=1)
     """Length of the list."""
     exclude_seen: bool = True

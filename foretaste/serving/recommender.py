@@ -84,6 +84,7 @@ class Recommender:
         *,
         history: Sequence[object] | None = None,
         features: Mapping[str, object] | None = None,
+        context: Mapping[str, object] | None = None,
         k: int = 10,
         exclude_seen: bool = True,
         allow: Sequence[object] | None = None,
@@ -103,6 +104,8 @@ class Recommender:
             history: Further item ids, oldest first, such as live events.
             features: What is known of a user whom training never saw: column of the user table to
                 value.
+            context: What is known of the moment: column of the events' context to value. A ranker
+                made with such features reads it.
             k: In [1, 10^6]; the catalogue may hold fewer, and then all of it is the answer.
             exclude_seen: Leave out what stands in the history.
             allow: Only these item ids may be answered; None allows all.
@@ -132,7 +135,7 @@ class Recommender:
             banned = np.concatenate([banned, history_idx])
         allow_I = None if allow is None else self._mask(allow, unknown)
         allow_I = self._rule_book.allowed(rules, allow_I)
-        profile = self._profiles.of_user(features)
+        profile, moment = self._profiles.of_user(features), self._profiles.of_moment(context)
         source: Source = "model" if len(past) else "fold-in" if len(extra) else "popular"
         if source == "popular" and profile is not None:
             source = "features"
@@ -142,7 +145,7 @@ class Recommender:
             queries = one_query(user_idx if len(past) else -1, history_idx)
             find = partial(
                 self._search.best,
-                replace(queries, profile=profile),
+                replace(queries, profile=profile, context=moment),
                 exclude_BX=torch.from_numpy(banned).unsqueeze(0),
                 allow_I=allow_I,
                 weights=weights,
@@ -160,6 +163,9 @@ class Recommender:
             notes=(
                 *_notes(who, source, len(rows), k, unknown),
                 *self._profiles.notes("users", features, used=profile is not None),
+                *self._profiles.notes(
+                    "moments", context, used=moment is not None and source != "popular"
+                ),
             ),
             seconds=stages.seconds,
         )

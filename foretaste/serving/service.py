@@ -78,6 +78,7 @@ class Service:
             user_id,
             history=history or None,
             features=asked.features,
+            context=asked.context,
             k=asked.k,
             exclude_seen=asked.exclude_seen,
             allow=None if asked.allow is None else list(asked.allow),
