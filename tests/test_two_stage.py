@@ -21,8 +21,8 @@ from foretaste.data.interactions import Interactions
 from foretaste.data.rows import rows_of
 from foretaste.data.tasks import Task
 from foretaste.errors import ConfigError, DataError, NonFiniteError
+from foretaste.evaluation.rows import ranker_of
 from foretaste.experiment.mining import CandidateNegatives, best_unseen
-from foretaste.experiment.two_stage import ranking_alone
 from foretaste.models import two_stage as module
 from foretaste.models.catalogue import ModelConfig, TwoStageConfig, build_model
 from foretaste.models.ease import EASEConfig
@@ -126,7 +126,7 @@ def test_scores_below_keep_the_retrievers_distances() -> None:
 
 def test_a_ranker_asked_in_blocks_says_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     events = make_events()
-    ranker = ranker_of(events)
+    ranker = made_ranker(events)
     queries = Queries.of_histories([[0, 1], [], [3, 4, 5], [2]])
     item_BC = torch.randint(20, (4, 7), generator=torch.Generator().manual_seed(0))
     whole = judge(ranker, queries, item_BC)
@@ -150,13 +150,13 @@ def test_only_a_ranker_ranks_and_only_what_scores_a_catalogue_finds() -> None:
         TwoStage(nn.Linear(1, 1), Wanted(CLICK, BUY), num_candidates=2)
 
 
-def ranker_of(events: Interactions) -> nn.Module:
+def made_ranker(events: Interactions) -> nn.Module:
     torch.manual_seed(3)
     ranker = build_model(
         NeuMFConfig(factors=4, init_std=0.5), num_users=events.num_users, num_items=events.num_items
     ).eval()
     ranker.begin(events)
-    ranker.finish(events)
+    ranker.learn_newcomers(events)
     return ranker
 
 
@@ -183,7 +183,7 @@ def make_two_stage(retriever: ModelConfig, *, retriever_weight: float = 0.0) -> 
     torch.manual_seed(0)
     model = build_model(config, num_users=events.num_users, num_items=events.num_items).eval()
     assert isinstance(model, TwoStage)
-    model.ranker = ranker_of(events)
+    model.ranker = made_ranker(events)
     if isinstance(model.retriever, ClosedForm):
         model.retriever.learn(events)
     return Trained(config=config, model=model, events=events, seed=0)
@@ -427,7 +427,7 @@ def test_what_is_predicted_of_a_held_out_row_is_served_for_its_moment(tmp_path: 
     )
     ft.build_recommender(trained).save(tmp_path / "bundle")
     recommender = ft.load(tmp_path / "bundle")
-    ranker = ranking_alone(recommender.trained).model
+    ranker = ranker_of(recommender.trained)
     rows = rows_of(split, "test", tasks=ranker.tasks, features=recommender.trained.features)
     batch = rows.batch(rows.every, max_len=10_000)
     with torch.inference_mode():
@@ -549,6 +549,7 @@ def test_fitting_makes_both_stages_and_says_how(both: tuple[Trained, Path]) -> N
     assert trained.settings["objective"]["negatives_from"] == "retriever"
     assert trained.settings["first_stage"]["objective"]["kind"] == "pairs"
     assert trained.log["retriever"]["best_epoch"] >= 1
+    assert 0.5 < ft.evaluate_rows(trained, SPLIT, resamples=0).metrics["auc_sampled_4"] <= 1
 
 
 def test_a_run_that_is_resumed_ends_the_same(both: tuple[Trained, Path]) -> None:

@@ -22,6 +22,7 @@ from foretaste.evaluation.measure_rows import Predicted, measure_rows
 from foretaste.evaluation.rows_report import RowsReport
 from foretaste.evaluation.sampled import SampledNegatives
 from foretaste.models.interface import Ranker
+from foretaste.models.two_stage import second_stage
 from foretaste.sampling.popularity import PopularitySampler
 from foretaste.sampling.row_negatives import RowNegatives
 from foretaste.sampling.sampler import Sampler
@@ -89,16 +90,17 @@ def evaluate_rows(
 
 
 def ranker_of(model: Trained) -> Ranker:
-    """Return the network, if it judges labelled rows.
+    """Return the network that judges labelled rows: of two stages the second.
 
     Raises:
-        ConfigError: It does not.
+        ConfigError: There is none.
     """
-    if not isinstance(model.model, Ranker):
+    ranker = second_stage(model.model)
+    if not isinstance(ranker, Ranker):
         raise ConfigError(
             f"{type(model.model).__name__} predicts no labels: `evaluate` measures its lists"
         )
-    return model.model
+    return ranker
 
 
 def rows_settings(model: Trained) -> RowsConfig:

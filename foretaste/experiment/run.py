@@ -32,9 +32,9 @@ from foretaste.experiment.recipe import (
     parse_settings,
 )
 from foretaste.experiment.tracking import Tracker, TrackerKind, open_tracker
-from foretaste.experiment.two_stage import ranking_alone, ranking_gain, retrieval_alone
+from foretaste.experiment.two_stage import ranking_gain, retrieval_alone
 from foretaste.models.interface import Ranker
-from foretaste.models.two_stage import TwoStage
+from foretaste.models.two_stage import TwoStage, second_stage
 from foretaste.serving.recommender import Recommender, build_recommender
 from foretaste.training.fit import Epoch
 from foretaste.training.settings import TrainingConfig
@@ -141,11 +141,10 @@ def evaluate_split(trained: Trained, config: ExperimentConfig, split: Split) -> 
     Raises:
         ConfigError: A recipe asks for rows alone, and the model predicts none.
     """
-    asked, ranker = config.evaluation, ranking_alone(trained)
-    is_ranker = isinstance(ranker.model, Ranker)
+    asked, is_ranker = config.evaluation, isinstance(second_stage(trained.model), Ranker)
     lists = rows = gain = None
     if asked.rows and is_ranker:
-        rows = _evaluate_rows(ranker, asked, split)
+        rows = _evaluate_rows(trained, asked, split)
     if asked.catalogue and (split.events.num_items > 1 or rows is None):
         happened = happened_split(split, rows_settings(trained).positive) if is_ranker else split
         lists = _evaluate_lists(trained, asked, happened)

@@ -182,14 +182,6 @@ def retrieval_alone(trained: Trained) -> Trained:
     )
 
 
-def ranking_alone(trained: Trained) -> Trained:
-    """Return the second of two stages as a model of its own; any other model as it is."""
-    config, model = trained.config, trained.model
-    if not (isinstance(config, TwoStageConfig) and isinstance(model, TwoStage)):
-        return trained
-    return replace(trained, config=config.ranker, model=model.ranker)
-
-
 def ranking_gain(both: Report, retrieval: Report) -> RankingGain:
     """Compare two stages with the first alone, by the leading NDCG.
 

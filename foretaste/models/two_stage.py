@@ -177,6 +177,11 @@ def first_stage(model: nn.Module) -> nn.Module:
     return model.retriever if isinstance(model, TwoStage) else model
 
 
+def second_stage(model: nn.Module) -> nn.Module:
+    """Return the model that judges given items: of two stages the second, else itself."""
+    return model.ranker if isinstance(model, TwoStage) else model
+
+
 def reads_profiles(model: nn.Module) -> bool:
     """Return whether a model answers users of whom only features are known."""
     return isinstance(model, ReadsProfiles) and model.reads_profiles

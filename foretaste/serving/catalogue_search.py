@@ -29,6 +29,7 @@ from foretaste.models.two_stage import (
     first_stage,
     judge,
     reads_profiles,
+    second_stage,
 )
 from foretaste.retrieval.choose import exact_of
 from foretaste.retrieval.exact import ExactIndex, padded
@@ -63,8 +64,8 @@ class CatalogueSearch:
         self._trained, self._index, self._popular_I = trained, index, popular_I
         self._first = first_stage(trained.model)
         self._retriever = self._first if isinstance(self._first, Retriever) else None
-        model = trained.model.ranker if isinstance(trained.model, TwoStage) else trained.model
-        self._ranker = model if isinstance(model, Ranker) else None
+        second = second_stage(trained.model)
+        self._ranker = second if isinstance(second, Ranker) else None
         self._norm_N: Tensor | None = None
 
     @property
