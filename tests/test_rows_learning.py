@@ -141,6 +141,31 @@ def happened() -> Split:
     return happened_split(SPLIT, "clicked")
 
 
+def test_where_only_what_happened_is_known_drawn_zeros_may_decide_instead_of_lists() -> None:
+    split = happened()
+    asked = RowsConfig(stop_by="rows")
+    model = fit(
+        GMFConfig(factors=4), split, training=settings(epochs=4), objective=asked, show=False
+    )
+    best = evaluate_rows(model, split, part="validation", resamples=0).metrics["auc_sampled_4"]
+    assert best == pytest.approx(max(e["validation"] for e in model.log["epochs"]), abs=1e-12)
+
+
+def test_a_quantity_is_judged_by_its_labels_whatever_is_asked() -> None:
+    split = happened()
+    minutes = Task(name="minutes", kind="regression", column="minutes")
+    asked = RowsConfig(stop_by="rows", negatives=0)
+    model = fit(
+        GMFConfig(task=minutes, factors=4),
+        split,
+        training=settings(epochs=2),
+        objective=asked,
+        show=False,
+    )
+    best = evaluate_rows(model, split, part="validation", resamples=0).metrics["rmse"]
+    assert -best == pytest.approx(max(e["validation"] for e in model.log["epochs"]), abs=1e-12)
+
+
 def test_where_only_what_happened_is_known_items_are_drawn_and_lists_decide() -> None:
     split = happened()
     model = fit(GMFConfig(factors=4), split, training=settings(epochs=8), show=False)

@@ -25,7 +25,8 @@ def make_validation(
 
     A ranker's first task decides: its AUC where validation holds labels of both classes, minus the
     RMSE of a quantity. Where only what happened is known, and for all other models, it is NDCG@10
-    over the full catalogue: of a ranker with candidates, of the two stages together.
+    over the full catalogue: of a ranker with candidates, of the two stages together. A ranker may
+    ask for the AUC against drawn items there (`RowsConfig.stop_by`).
 
     Args:
         trained: The model in the making; its weights may change.
@@ -55,8 +56,10 @@ def _has_labels(trained: Trained, split: Split) -> bool:
     """Return whether validation can judge the first task."""
     rows, _, _ = rows_to_judge(trained, split, part="validation")
     label_E = rows.label_ET[:, 0]
-    values = np.unique(label_E[~np.isnan(label_E)])
-    return len(values) > (1 if rows.tasks[0].kind == "binary" else 0)
+    num_values = len(np.unique(label_E[~np.isnan(label_E)]))
+    if rows_settings(trained).stop_by == "rows" and rows.drawn_EN.shape[1] and len(rows):
+        num_values += 1  # what is drawn is a 0, beside the 1 that is known
+    return num_values > (1 if rows.tasks[0].kind == "binary" else 0)
 
 
 def _rows_value(judged: Trained, split: Split) -> float:
