@@ -36,12 +36,19 @@ def reports(path: Path, split: ft.Split, asked: argparse.Namespace) -> list[ft.R
             features=config.features,
             show=False,
         )
-        found.append(ft.evaluate_rows(model, split, resamples=0))
+        found.append(measured(model, config, split))
         print(f"{path.stem} seed {seed}: {dict(found[-1].metrics)}", flush=True)
         if seed == 0 and asked.out is not None and isinstance(model.model, Gated):
             picture = asked.out.with_name(f"{path.stem}-gates.svg")
             picture.write_text(gates_svg(read_gates(model, split)), encoding="utf-8")
     return found
+
+
+def measured(model: ft.Trained, config: ft.ExperimentConfig, split: ft.Split) -> ft.RowsReport:
+    """Return the report of the test rows, with items drawn where the recipe asks for them."""
+    asked = config.evaluation.sampled_negatives
+    sampled = ft.SampledNegatives(num=asked, by=config.evaluation.sampled_by) if asked else None
+    return ft.evaluate_rows(model, split, sampled=sampled, resamples=0)
 
 
 def main() -> None:
