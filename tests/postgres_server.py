@@ -38,7 +38,7 @@ def postgres_server() -> Iterator[str]:
             pytest.skip("PostgreSQL does not run as root and there is no runuser: left out")
         as_owner = ["runuser", "-u", "postgres", "--"]
         shutil.chown(folder, "postgres")
-    data, port = folder / "data", _free_port()
+    data = folder / "data"
 
     def run(program: str, *arguments: str) -> None:
         subprocess.run(
@@ -51,6 +51,7 @@ def postgres_server() -> Iterator[str]:
 
     try:
         run("initdb", "-D", str(data), "-U", "tester", "--auth=trust", "-E", "UTF8", "--no-sync")
+        port = _free_port()  # so late that nobody else will have taken it
         options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={folder}"
         run("pg_ctl", "-D", str(data), "-w", "-l", str(folder / "log"), "-o", options, "start")
         yield f"postgresql://tester@127.0.0.1:{port}"
