@@ -22,6 +22,7 @@ from foretaste.losses.multitask import (
     task_loss,
     uncertain_terms,
 )
+from foretaste.models.layers.heads import Heads
 from foretaste.training.fit import Fit
 from foretaste.training.objectives.rows import LabelledRows, RowsConfig
 from foretaste.training.settings import TrainingConfig
@@ -114,6 +115,7 @@ class Table(nn.Module):
     def __init__(self, tasks: tuple[Task, ...], num_items: int = 5) -> None:
         super().__init__()
         self.tasks = tasks
+        self.heads = Heads(tasks)
         widths = [len(task.levels) - 1 if task.kind == "ordinal" else 1 for task in tasks]
         self.tables = nn.ParameterDict(
             {
