@@ -103,9 +103,9 @@ def summary(measured: list[tuple[float, float]]) -> dict[str, Any]:
 
 def report(options: argparse.Namespace, load: float, results: dict[str, Any]) -> dict[str, Any]:
     def shown(name: str) -> str:
-        return f"{results[name]['million_per_second_of_processor_time']:.0f} M"
+        return f"{results[name]['million_per_second']:.0f} M"
 
-    work = f"negatives drawn in a second of one core's time, {options.items:,} items"
+    work = f"negatives drawn a second, {options.items:,} items, {options.threads} threads"
     return {
         "benchmark": "draws",
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

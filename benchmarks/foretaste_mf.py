@@ -17,7 +17,7 @@ from foretaste.training.objectives.pairs import PairsConfig
 from foretaste.training.settings import TrainingConfig
 
 MODEL = {"embedding_dim": 64, "similarity": "cosine", "temperature": 0.15}
-OBJECTIVE = {"loss": "sampled_softmax", "negatives": 1024}
+OBJECTIVE = {"loss": "sampled_softmax", "negatives": 256}
 TRAINING = {"epochs": 100, "batch_events": 4096, "learning_rate": 1e-2, "warmup_steps": 50}
 
 

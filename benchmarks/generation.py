@@ -78,6 +78,14 @@ def main() -> None:
         "all_layers_at_once_mib": (options.layers + 1) * num_nodes * width * 4 / 2**20,
         "each_input_asked_once": bool((asked == 1).all()),
         "all_of_length_1": bool(torch.allclose(length, torch.ones(1000), atol=1e-4)),
+        "readme": [
+            [
+                f"all vectors of {num_nodes:,} nodes, {num_ties:,} ties, {width} dims, "
+                f"{options.layers} layers, under {options.limit_gib:g} GiB",
+                f"{generate_s:.0f} s, {peak_mib() / 1024:.1f} GiB at most",
+                "",
+            ]
+        ],
     }
     print(json.dumps(report, indent=1))
     if options.out:

@@ -106,6 +106,25 @@ def measure(work: str, args: argparse.Namespace) -> dict[str, Any]:
     return results
 
 
+def readme(work: str, args: argparse.Namespace, found: dict[str, Any]) -> list[str]:
+    """Return the row of the README's table."""
+    name = (
+        "LightGCN: "
+        + {
+            "propagation": "layers forward and backward",
+            "epoch": f"an epoch, BPR, batches of {args.batch_size:,}",
+        }[work]
+    )
+    ours, *others = (
+        f"{name} {result['median']:.{3 if result['median'] < 1 else 1}f} s"
+        + (f" ({result['times_foretaste']:.0f} times)" if name != "foretaste" else "")
+        for name, result in found.items()
+        if name != "foretaste-softmax"
+    )
+    facts = f"{args.data.parent.name}, {args.layers} layers, {args.dim} dims, {args.threads} thread"
+    return [f"{name} ({facts})", ours.removeprefix("foretaste "), ", ".join(others)]
+
+
 def main() -> None:
     args = arguments()
     load = os.getloadavg()[0]
@@ -120,6 +139,7 @@ def main() -> None:
             "python": platform.python_version(),
             "settings": settings,
             "results": results,
+            "readme": [readme(work, args, found) for work, found in results.items()],
         }
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(report, indent=1) + "\n")

@@ -57,6 +57,15 @@ def main() -> None:
         "versions": {name: version(name) for name in ("numpy", "numba")},
         "settings": {name: str(value) for name, value in vars(options).items()},
         "runs": runs,
+        "readme": [
+            [
+                f"random walks of 3 hops a second, {run['nodes']:,} nodes, {run['ties']:,} ties, "
+                f"{options.threads} threads",
+                f"{run['million_walks_per_second']:.1f} M",
+                "",
+            ]
+            for run in runs
+        ],
     }
     if options.out:
         options.out.write_text(json.dumps(report, indent=1) + "\n")
