@@ -8,9 +8,9 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from foretaste.data.batch import Queries
-from foretaste.models import deepfm
 from foretaste.models.deepfm import DeepFM, DeepFMConfig, pairs_of_fields
 from foretaste.models.interface import CatalogueScorer, Penalised, PlacesItems, Ranker
+from foretaste.models.layers import field_ranker
 from tests.test_row_fields import EVENTS, FEATURES, ITEMS, NUM_ITEMS, NUM_USERS, QUERIES
 
 WHOLE = DeepFMConfig(embedding_dim=4, hidden=(7, 3))
@@ -86,7 +86,7 @@ def test_the_catalogue_in_blocks_is_every_pair(
     model = network(WHOLE.model_copy(update={"fusion": fusion}))
     for protocol in (Ranker, CatalogueScorer, PlacesItems, Penalised):
         assert isinstance(model, protocol)
-    monkeypatch.setattr(deepfm, "_BLOCK_PAIRS", 7)
+    monkeypatch.setattr(field_ranker, "_BLOCK_PAIRS", 7)
     every_BI = torch.arange(NUM_ITEMS).expand(len(QUERIES), -1)
     torch.testing.assert_close(model.score(QUERIES), model(QUERIES, every_BI)["click"])
 

@@ -5,8 +5,8 @@ import torch
 
 from foretaste.data.tasks import Task
 from foretaste.errors import ConfigError
-from foretaste.models import mmoe, shared_bottom
 from foretaste.models.interface import CatalogueScorer, Ranker
+from foretaste.models.layers import field_ranker
 from foretaste.models.layers.experts import Experts
 from foretaste.models.mmoe import MMoE, MMoEConfig
 from foretaste.models.shared_bottom import SharedBottom, SharedBottomConfig
@@ -103,7 +103,7 @@ def test_the_catalogue_is_ordered_by_the_weighted_sum_of_predictions(
     model = mixture() if kind == "mmoe" else bottom()
     assert isinstance(model, Ranker)
     assert isinstance(model, CatalogueScorer)
-    monkeypatch.setattr(mmoe if kind == "mmoe" else shared_bottom, "_BLOCK_PAIRS", 7)
+    monkeypatch.setattr(field_ranker, "_BLOCK_PAIRS", 7)
     every_BI = torch.arange(NUM_ITEMS).expand(len(QUERIES), -1)
     predicted = model.predict(QUERIES, every_BI)
     expected = predicted["click"] + 2 * predicted["buy"] + predicted["stars"]

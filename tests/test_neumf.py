@@ -9,8 +9,8 @@ from torch import Tensor
 from foretaste.data.batch import Queries
 from foretaste.data.interactions import Interactions
 from foretaste.data.vocabulary import Vocabulary
-from foretaste.models import neumf
 from foretaste.models.interface import CatalogueScorer, Ranker
+from foretaste.models.layers import field_ranker
 from foretaste.models.neumf import NCF, GMFConfig, MLPConfig, NeuMFConfig
 
 NUM_USERS, NUM_ITEMS = 6, 11
@@ -81,7 +81,7 @@ def test_the_catalogue_in_blocks_is_every_pair(
     model = network(config).eval()
     assert isinstance(model, Ranker)
     assert isinstance(model, CatalogueScorer)
-    monkeypatch.setattr(neumf, "_BLOCK_PAIRS", 7)
+    monkeypatch.setattr(field_ranker, "_BLOCK_PAIRS", 7)
     queries = asked([0, 5, -1])
     every_BI = torch.arange(NUM_ITEMS).expand(3, -1)
     torch.testing.assert_close(model.score(queries), model(queries, every_BI)["click"])

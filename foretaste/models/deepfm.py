@@ -22,20 +22,16 @@ of an item, F some fields, D width, W width of a field: D, and 1 more with `line
 from typing import Literal, final
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Float
 from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
 
-from foretaste.data.batch import Queries
 from foretaste.data.features import Features
-from foretaste.data.interactions import Interactions
-from foretaste.data.pairs import Reads
 from foretaste.data.tasks import Task
-from foretaste.models.layers.heads import Heads, score_in_blocks
+from foretaste.models.layers.field_ranker import PairRanker
+from foretaste.models.layers.heads import Heads
 from foretaste.models.layers.pair_mlp import PairMLP, pair_dot
-from foretaste.models.layers.row_fields import RowFields, RowFieldsConfig, RowParts
-
-_BLOCK_PAIRS = 2**16
+from foretaste.models.layers.row_fields import RowFields, RowFieldsConfig
 
 
 class DeepFMConfig(RowFieldsConfig):
@@ -65,7 +61,7 @@ class DeepFMConfig(RowFieldsConfig):
 
 
 @final
-class DeepFM(nn.Module):
+class DeepFM(PairRanker):
     """The network: fields, and up to three parts over them."""
 
     def __init__(
@@ -89,8 +85,7 @@ class DeepFM(nn.Module):
             TooLargeError: A table would not fit in memory.
         """
         super().__init__()
-        self.config, self.tasks, self.max_len = config, (config.task,), 0
-        self.reads: Reads = "nothing"
+        self.config, self.tasks = config, (config.task,)
         self.width = config.embedding_dim if config.fm or config.deep else 0
         self.fields = RowFields(
             config,
@@ -114,54 +109,7 @@ class DeepFM(nn.Module):
         )
         self.heads = Heads(self.tasks)
 
-    def forward(self, queries: Queries, item_BC: Int64[Tensor, "B C"]) -> dict[str, Tensor]:
-        """Return what the task learns from."""
-        outputs: dict[str, Tensor] = self.heads(self._raw(*self._parts(queries, item_BC)))
-        return outputs
-
-    def predict(
-        self, queries: Queries, item_BC: Int64[Tensor, "B C"]
-    ) -> dict[str, Float[Tensor, "B C"]]:
-        """Return the task's prediction."""
-        return self.heads.predict(self._raw(*self._parts(queries, item_BC)))
-
-    def score(self, queries: Queries) -> Float[Tensor, "B I"]:
-        """Return every item's score, some items at a time."""
-        query_BQW = self.fields.query(queries)
-        return score_in_blocks(
-            lambda item_1C: self.heads.rank(self._raw(query_BQW, self.fields.items(item_1C))),
-            num_queries=len(queries),
-            item_I=self.fields.item_I,
-            block_pairs=_BLOCK_PAIRS,
-        )
-
-    def penalty(self, queries: Queries, item_BC: Int64[Tensor, "B C"]) -> Float[Tensor, ""]:
-        """Return what the batch's vectors add to the loss for being long."""
-        return self.fields.penalty(queries, item_BC)
-
-    def placed_I(self) -> Bool[Tensor, " I"]:
-        """Return which items have a feature that says something."""
-        return self.fields.placed_I()
-
-    @property
-    def reads_profiles(self) -> bool:
-        """Whether users' features are read."""
-        return self.fields.reads_profiles
-
-    def begin(self, events: Interactions) -> None:
-        """Take from the training events who has one, and where their labels lie."""
-        self.fields.begin(events)
-        self.heads.begin(events)
-
-    def learn_newcomers(self, events: Interactions) -> None:
-        """Learn how to answer users whom training never saw."""
-        self.fields.learn_newcomers(events)
-
-    def _parts(self, queries: Queries, item_BC: Tensor) -> tuple[Tensor, Tensor]:
-        parts: RowParts = self.fields(queries, item_BC)
-        return parts.query_BQW, parts.item_ACGW
-
-    def _raw(
+    def of_fields(
         self, query_BQW: Float[Tensor, "B Q W"], item_ACGW: Float[Tensor, "A C G W"]
     ) -> dict[str, Float[Tensor, "B C"]]:
         widths = [self.width, int(self.config.linear)]

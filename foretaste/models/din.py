@@ -20,16 +20,16 @@ group by group, Q fields of a query, G fields of an item, W width of a field, K 
 from typing import Literal, final
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Float, Int64
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from foretaste.data.batch import Queries
 from foretaste.data.features import Features
-from foretaste.data.interactions import Interactions
 from foretaste.data.pairs import Reads
 from foretaste.data.tasks import Task
 from foretaste.errors import ConfigError
+from foretaste.models.layers.field_ranker import FieldRanker
 from foretaste.models.layers.grouped_histories import Histories, group_histories
 from foretaste.models.layers.heads import Heads, score_in_blocks
 from foretaste.models.layers.pair_mlp import Activation, PairMLP
@@ -69,7 +69,7 @@ class DINConfig(RowFieldsConfig):
 
 
 @final
-class DIN(nn.Module):
+class DIN(FieldRanker):
     """The network: fields, the activation unit, an MLP."""
 
     def __init__(
@@ -121,17 +121,6 @@ class DIN(nn.Module):
             activation=activation,
         )
         self.heads = Heads(self.tasks)
-
-    def forward(self, queries: Queries, item_BC: Int64[Tensor, "B C"]) -> dict[str, Tensor]:
-        """Return what the task learns from."""
-        outputs: dict[str, Tensor] = self.heads(self._pairs(queries, item_BC))
-        return outputs
-
-    def predict(
-        self, queries: Queries, item_BC: Int64[Tensor, "B C"]
-    ) -> dict[str, Float[Tensor, "B C"]]:
-        """Return the task's prediction."""
-        return self.heads.predict(self._pairs(queries, item_BC))
 
     @property
     def attends(self) -> bool:
@@ -203,30 +192,14 @@ class DIN(nn.Module):
         history_M = self._histories(queries).items() if self.config.l2 else None
         return self.fields.penalty(queries, item_BC, history_M)
 
-    def placed_I(self) -> Bool[Tensor, " I"]:
-        """Return which items have a feature that says something."""
-        return self.fields.placed_I()
-
-    @property
-    def reads_profiles(self) -> bool:
-        """Whether users' features are read."""
-        return self.fields.reads_profiles
-
-    def begin(self, events: Interactions) -> None:
-        """Take from the training events who has one, and where their labels lie."""
-        self.fields.begin(events)
-        self.heads.begin(events)
-
-    def learn_newcomers(self, events: Interactions) -> None:
-        """Learn how to answer users whom training never saw, where no history is read."""
-        self.fields.learn_newcomers(events)
-
     def _histories(self, queries: Queries) -> Histories:
         if self.config.pooling == "none":
             return Histories(queries.user_B, [])
         return group_histories(queries, self.max_len)
 
-    def _pairs(self, queries: Queries, item_BC: Tensor) -> dict[str, Float[Tensor, "B C"]]:
+    def raw(
+        self, queries: Queries, item_BC: Int64[Tensor, "B C"]
+    ) -> dict[str, Float[Tensor, "B C"]]:
         histories = self._histories(queries)
         parts: RowParts = self.fields(queries, item_BC, histories.items())
         return self._raw(parts.query_BQW, parts.item_ACGW, histories, parts.history_MGW.flatten(1))

@@ -18,20 +18,16 @@ Shape legend: B queries, A rows of items (B or 1), C items of each, D factors, W
 from typing import Literal, final
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from foretaste.config import Config
-from foretaste.data.batch import Queries
-from foretaste.data.interactions import Interactions
-from foretaste.data.pairs import Reads
 from foretaste.data.tasks import Task
-from foretaste.models.layers.heads import Heads, score_in_blocks
+from foretaste.models.layers.field_ranker import PairRanker
+from foretaste.models.layers.heads import Heads
 from foretaste.models.layers.pair_mlp import PairMLP, pair_dot
-from foretaste.models.layers.row_fields import RowFields, RowFieldsConfig, RowParts
-
-_BLOCK_PAIRS = 2**16
+from foretaste.models.layers.row_fields import RowFields, RowFieldsConfig
 
 
 class GMFConfig(Config):
@@ -96,7 +92,7 @@ class NeuMFConfig(Config):
 
 
 @final
-class NCF(nn.Module):
+class NCF(PairRanker):
     """The network: vectors, one path or both, an output layer."""
 
     def __init__(
@@ -114,8 +110,7 @@ class NCF(nn.Module):
         """
         super().__init__()
         self.config = config
-        self.tasks, self.max_len = (config.task,), 0
-        self.reads: Reads = "nothing"
+        self.tasks = (config.task,)
         hidden = () if isinstance(config, GMFConfig) else _halving(config)
         self.gmf_dim = 0 if isinstance(config, MLPConfig) else config.factors
         mlp_dim = -(-hidden[0] // 2) if hidden else 0
@@ -131,36 +126,6 @@ class NCF(nn.Module):
         self.output = nn.Linear(self.gmf_dim + (config.factors if hidden else 0), 1)
         self.heads = Heads(self.tasks)
 
-    def forward(self, queries: Queries, item_BC: Int64[Tensor, "B C"]) -> dict[str, Tensor]:
-        """Return what the task learns from."""
-        outputs: dict[str, Tensor] = self.heads(self._raw(*self._parts(queries, item_BC)))
-        return outputs
-
-    def predict(
-        self, queries: Queries, item_BC: Int64[Tensor, "B C"]
-    ) -> dict[str, Float[Tensor, "B C"]]:
-        """Return the task's prediction."""
-        return self.heads.predict(self._raw(*self._parts(queries, item_BC)))
-
-    def score(self, queries: Queries) -> Float[Tensor, "B I"]:
-        """Return every item's score, some items at a time."""
-        query_BQW = self.fields.query(queries)
-        return score_in_blocks(
-            lambda item_1C: self.heads.rank(self._raw(query_BQW, self.fields.items(item_1C))),
-            num_queries=len(queries),
-            item_I=self.fields.item_I,
-            block_pairs=_BLOCK_PAIRS,
-        )
-
-    def begin(self, events: Interactions) -> None:
-        """Take from the training events who has one, and where their labels lie."""
-        self.fields.begin(events)
-        self.heads.begin(events)
-
-    def learn_newcomers(self, events: Interactions) -> None:
-        """Learn how to answer users whom training never saw."""
-        self.fields.learn_newcomers(events)
-
     @torch.no_grad()
     def start_from(self, gmf: "NCF", mlp: "NCF", *, alpha: float) -> None:
         """Take over what GMF and MLP have learned."""
@@ -174,11 +139,7 @@ class NCF(nn.Module):
         self.output.bias.copy_(alpha * gmf.output.bias + (1 - alpha) * mlp.output.bias)
         self.heads.load_state_dict(gmf.heads.state_dict())
 
-    def _parts(self, queries: Queries, item_BC: Tensor) -> tuple[Tensor, Tensor]:
-        parts: RowParts = self.fields(queries, item_BC)
-        return parts.query_BQW, parts.item_ACGW
-
-    def _raw(
+    def of_fields(
         self, query_BQW: Float[Tensor, "B 1 W"], item_ACGW: Float[Tensor, "A C 1 W"]
     ) -> dict[str, Float[Tensor, "B C"]]:
         query_BW, item_ACW = query_BQW.squeeze(1), item_ACGW.squeeze(2)

@@ -11,21 +11,17 @@ of an item, W width of a field.
 from collections.abc import Mapping
 from typing import Literal, final
 
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Float
 from pydantic import Field, PositiveInt
-from torch import Tensor, nn
+from torch import Tensor
 
-from foretaste.data.batch import Queries
 from foretaste.data.features import Features
-from foretaste.data.interactions import Interactions
-from foretaste.data.pairs import Reads
 from foretaste.data.tasks import Task
 from foretaste.models.layers.experts import Towers
-from foretaste.models.layers.heads import Heads, score_in_blocks
+from foretaste.models.layers.field_ranker import PairRanker
+from foretaste.models.layers.heads import Heads
 from foretaste.models.layers.pair_mlp import PairMLP
-from foretaste.models.layers.row_fields import RowFields, RowFieldsConfig, RowParts
-
-_BLOCK_PAIRS = 2**16
+from foretaste.models.layers.row_fields import RowFields, RowFieldsConfig
 
 
 class SharedBottomConfig(RowFieldsConfig):
@@ -43,7 +39,7 @@ class SharedBottomConfig(RowFieldsConfig):
 
 
 @final
-class SharedBottom(nn.Module):
+class SharedBottom(PairRanker):
     """The network: fields, the bottom, towers."""
 
     def __init__(
@@ -67,8 +63,7 @@ class SharedBottom(nn.Module):
             TooLargeError: A table would not fit in memory.
         """
         super().__init__()
-        self.config, self.tasks, self.max_len = config, config.tasks, 0
-        self.reads: Reads = "nothing"
+        self.config, self.tasks = config, config.tasks
         self.heads = Heads(self.tasks)
         self.fields = RowFields(config, num_users=num_users, num_items=num_items, features=features)
         width = config.embedding_dim
@@ -82,54 +77,7 @@ class SharedBottom(nn.Module):
             self.tasks, config.bottom_hidden[-1], config.tower_hidden, dropout=config.dropout
         )
 
-    def forward(self, queries: Queries, item_BC: Int64[Tensor, "B C"]) -> dict[str, Tensor]:
-        """Return what each task learns from."""
-        outputs: dict[str, Tensor] = self.heads(self._raw(*self._parts(queries, item_BC)))
-        return outputs
-
-    def predict(
-        self, queries: Queries, item_BC: Int64[Tensor, "B C"]
-    ) -> dict[str, Float[Tensor, "B C"]]:
-        """Return each task's prediction."""
-        return self.heads.predict(self._raw(*self._parts(queries, item_BC)))
-
-    def score(self, queries: Queries) -> Float[Tensor, "B I"]:
-        """Return every item's score, some items at a time."""
-        query_BQW = self.fields.query(queries)
-        return score_in_blocks(
-            lambda item_1C: self.heads.rank(self._raw(query_BQW, self.fields.items(item_1C))),
-            num_queries=len(queries),
-            item_I=self.fields.item_I,
-            block_pairs=_BLOCK_PAIRS,
-        )
-
-    def penalty(self, queries: Queries, item_BC: Int64[Tensor, "B C"]) -> Float[Tensor, ""]:
-        """Return what the batch's vectors add to the loss for being long."""
-        return self.fields.penalty(queries, item_BC)
-
-    def placed_I(self) -> Bool[Tensor, " I"]:
-        """Return which items have a feature that says something."""
-        return self.fields.placed_I()
-
-    @property
-    def reads_profiles(self) -> bool:
-        """Whether users' features are read."""
-        return self.fields.reads_profiles
-
-    def begin(self, events: Interactions) -> None:
-        """Take from the training events who has one, and where their labels lie."""
-        self.fields.begin(events)
-        self.heads.begin(events)
-
-    def learn_newcomers(self, events: Interactions) -> None:
-        """Learn how to answer users whom training never saw."""
-        self.fields.learn_newcomers(events)
-
-    def _parts(self, queries: Queries, item_BC: Tensor) -> tuple[Tensor, Tensor]:
-        parts: RowParts = self.fields(queries, item_BC)
-        return parts.query_BQW, parts.item_ACGW
-
-    def _raw(
+    def of_fields(
         self, query_BQW: Float[Tensor, "B Q W"], item_ACGW: Float[Tensor, "A C G W"]
     ) -> Mapping[str, Float[Tensor, "B C"]]:
         state_BCH: Tensor = self.bottom(query_BQW.flatten(1), item_ACGW.flatten(2))
