@@ -103,13 +103,8 @@ if TYPE_CHECKING:
     from foretaste.models.sasrec import SASRecConfig
     from foretaste.models.shared_bottom import SharedBottomConfig
     from foretaste.models.two_tower import TwoTowerConfig
-    from foretaste.serving.recommender import (
-        Answer,
-        Recommendation,
-        Recommender,
-        build_recommender,
-        load,
-    )
+    from foretaste.serving.building import build_recommender, load
+    from foretaste.serving.recommender import Answer, Recommendation, Recommender
     from foretaste.serving.rules import Condition, Diversity, Rules
     from foretaste.serving.server import serve
     from foretaste.serving.settings import ServerSettings
@@ -328,7 +323,7 @@ _HOME = {
     "Vocabulary": "data.vocabulary",
     "audit_events": "data.audit",
     "audit_split": "data.audit",
-    "build_recommender": "serving.recommender",
+    "build_recommender": "serving.building",
     "calibrate": "evaluation.rows_report",
     "cold_items_split": "data.splitting",
     "compare": "evaluation.compare",
@@ -348,7 +343,7 @@ _HOME = {
     "inspect_schema": "data.features_inspect",
     "leave_last_split": "data.splitting",
     "leave_last_within_training": "data.splitting",
-    "load": "serving.recommender",
+    "load": "serving.building",
     "make_split": "data.split_config",
     "open_store": "data.store",
     "open_tracker": "experiment.tracking",

@@ -11,7 +11,7 @@ from foretaste.models.catalogue import build_model
 from foretaste.models.interface import ClosedForm
 from foretaste.models.item_knn import ItemKNNConfig
 from foretaste.models.popularity import PopularityConfig
-from foretaste.serving.recommender import build_recommender
+from foretaste.serving.building import build_recommender
 from foretaste.training.trained import Trained
 
 NUM_USERS, PER_KIND, SEEN = 40, 15, 9

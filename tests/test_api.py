@@ -18,9 +18,9 @@ from serving_worlds import make_trained
 
 from foretaste.errors import BundleError, NonFiniteError
 from foretaste.serving.api import create_app
+from foretaste.serving.building import build_recommender
 from foretaste.serving.messages import RecommendReply, SimilarReply
 from foretaste.serving.metrics import Metrics
-from foretaste.serving.recommender import build_recommender
 from foretaste.serving.service import Service
 from foretaste.serving.settings import ServerSettings
 from foretaste.serving.slot import ModelSlot, load_version

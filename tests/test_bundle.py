@@ -16,9 +16,10 @@ from serving_worlds import CONFIGS, make_events, make_trained
 from foretaste.config import Config
 from foretaste.errors import BundleError
 from foretaste.retrieval.index import IndexChoice
+from foretaste.serving.building import build_recommender, load
 from foretaste.serving.bundle import read_bundle
 from foretaste.serving.manifest import FORMAT_VERSION, list_files, plain, read_manifest
-from foretaste.serving.recommender import Recommender, build_recommender, load
+from foretaste.serving.recommender import Recommender
 from foretaste.training.trained import Trained
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -12,6 +12,7 @@ from test_contract import events_of
 from torch import Tensor, nn
 
 from foretaste.data.batch import Queries
+from foretaste.data.draw_items import DrawItems
 from foretaste.data.graph import graph_of
 from foretaste.data.interactions import Interactions
 from foretaste.errors import ConfigError
@@ -20,7 +21,6 @@ from foretaste.experiment.mining import IndexNegatives
 from foretaste.models.lightgcn import LightGCN, LightGCNConfig
 from foretaste.models.mf import MF, MFConfig
 from foretaste.models.two_tower import TwoTower, TwoTowerConfig
-from foretaste.sampling.hard import MineNegatives
 from foretaste.training.fit import Fit
 from foretaste.training.objectives.pairs import Pairs, PairsConfig
 from foretaste.training.settings import TrainingConfig
@@ -58,7 +58,7 @@ def ranked(source: IndexNegatives) -> Tensor:
 
 
 def draw(source: IndexNegatives, num: int = 2, ranks: tuple[int, int] = (0, 6)) -> Tensor:
-    mine: MineNegatives = partial(source.draw, ranks=ranks)
+    mine: DrawItems = partial(source.draw, ranks=ranks)
     user_E = torch.from_numpy(EVENTS.user_idx).long()
     item_E = torch.from_numpy(EVENTS.item_idx).long()
     return mine(user_E, item_E, num, generator=torch.Generator().manual_seed(1))

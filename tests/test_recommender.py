@@ -20,7 +20,8 @@ from serving_worlds import (
 from foretaste.data.batch import Queries
 from foretaste.errors import ConfigError, DataError
 from foretaste.serving import histories as histories_module
-from foretaste.serving.recommender import Answer, Recommender, build_recommender
+from foretaste.serving.building import build_recommender
+from foretaste.serving.recommender import Answer, Recommender
 from foretaste.training.trained import Trained
 
 

@@ -9,9 +9,10 @@ from serving_worlds import CONFIGS, NUM_ITEMS, NUM_USERS, make_events, make_trai
 from foretaste.errors import DataError
 from foretaste.retrieval.index import TopK
 from foretaste.serving import rule_book
+from foretaste.serving.building import build_recommender
 from foretaste.serving.catalogue_search import Best
 from foretaste.serving.item_labels import ItemLabels
-from foretaste.serving.recommender import Answer, Recommender, build_recommender
+from foretaste.serving.recommender import Answer, Recommender
 from foretaste.serving.rule_book import RuleBook
 from foretaste.serving.rules import Condition, Diversity, Rules
 from foretaste.serving.stages import Stages

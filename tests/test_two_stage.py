@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import foretaste as ft
 from foretaste.data.batch import Queries
+from foretaste.data.draw_items import DrawItems
 from foretaste.data.histories import Reads
 from foretaste.data.interactions import Interactions
 from foretaste.data.rows import rows_of
@@ -32,7 +33,6 @@ from foretaste.models.layers.heads import Heads
 from foretaste.models.neumf import NeuMFConfig
 from foretaste.models.sasrec import SASRecConfig
 from foretaste.models.two_stage import TwoStage, below, judge
-from foretaste.sampling.hard import MineNegatives
 from foretaste.sampling.mixed import MixedNegatives
 from foretaste.serving.bundle import Bundle
 from foretaste.serving.messages import RecommendReply, RecommendRequest
@@ -587,7 +587,7 @@ def test_behind_an_index_the_candidates_are_the_same_as_by_all_scores() -> None:
 
 
 def test_a_mixture_keeps_its_share() -> None:
-    def always(item: int) -> MineNegatives:
+    def always(item: int) -> DrawItems:
         return lambda user_B, positive_B, num, *, generator: torch.full((len(user_B), num), item)
 
     mixed = MixedNegatives(first=always(1), share=0.3, second=always(2))

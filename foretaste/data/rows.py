@@ -10,7 +10,7 @@ Shape legend: E rows, B rows of a batch, N drawn items a row, T tasks.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float32, Int64
 from torch import Tensor
 
 from foretaste.data.batch import Queries, RowBatch
+from foretaste.data.draw_items import DrawItems
 from foretaste.data.features import Features
 from foretaste.data.features_table import FieldTable
 from foretaste.data.histories import Reads, read_histories
@@ -31,23 +32,6 @@ from foretaste.errors import ConfigError, DataError
 PartName = Literal["train", "validation", "test"]
 _PARTS = {"train": TRAIN, "validation": VALIDATION, "test": TEST}
 _DRAWN_AT_ONCE = 1 << 16
-
-
-@runtime_checkable
-class DrawItems(Protocol):
-    """Draws items to be compared with those of some rows: any `MineNegatives` does."""
-
-    def __call__(
-        self,
-        user_B: Int64[Tensor, " B"],
-        positive_B: Int64[Tensor, " B"],
-        num: int,
-        /,
-        *,
-        generator: torch.Generator,
-    ) -> Int64[Tensor, "B N"]:
-        """Return item_idx; the row's own where nothing was found: it gets no label then."""
-        ...
 
 
 def positives_of(events: Interactions, positive: str = "") -> Interactions:

@@ -20,7 +20,8 @@ from foretaste.experiment.compare_picture import comparison_svg
 from foretaste.experiment.compare_table import FailedModel, ModelComparison, ModelRow, choose
 from foretaste.experiment.recipe import ExperimentConfig, read_experiment
 from foretaste.experiment.run import run_experiment, to_recommender
-from foretaste.serving.recommender import Recommender, load
+from foretaste.serving.building import load
+from foretaste.serving.recommender import Recommender
 from foretaste.training.fit import OUT_OF_TIME
 
 ASKED = 200

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from foretaste.data.draw_items import DrawItems
 from foretaste.data.features_table import FieldTable
 from foretaste.data.graph import Graph, graph_of
 from foretaste.data.interactions import Interactions
@@ -18,7 +19,6 @@ from foretaste.experiment.mining import IndexNegatives
 from foretaste.models.bert4rec import BERT4Rec
 from foretaste.models.interface import PairModel, Ranker, SequenceModel
 from foretaste.models.sasrec import SASRec
-from foretaste.sampling.hard import MineNegatives
 from foretaste.sampling.nearby import NearbyNegatives
 from foretaste.sampling.unseen import Seen
 from foretaste.training.fit import Plan, Refreshed
@@ -68,7 +68,7 @@ def make_learning(
     producers: int = 0,
     graph: Graph | None = None,
     context: FieldTable | None = None,
-    mine: MineNegatives | None = None,
+    mine: DrawItems | None = None,
 ) -> Learning:
     """Return how a model learns from events.
 
@@ -190,5 +190,5 @@ def _hard_source(
 
 
 def _finder(source: NearbyNegatives | IndexNegatives, hard: Hardness) -> FindHard:
-    mine: MineNegatives = partial(source.draw, ranks=hard.ranks)
+    mine: DrawItems = partial(source.draw, ranks=hard.ranks)
     return lambda user_B, item_B, generator: mine(user_B, item_B, hard.num, generator=generator)

@@ -4,14 +4,14 @@ from collections.abc import Callable
 
 import torch
 
+from foretaste.data.draw_items import DrawItems
 from foretaste.data.features_table import FieldTable
 from foretaste.data.interactions import Interactions
 from foretaste.data.labels import check_learnable
-from foretaste.data.rows import DrawItems, RowPlan, positives_of, shuffled, training_rows
+from foretaste.data.rows import RowPlan, positives_of, shuffled, training_rows
 from foretaste.data.tasks import label_scale
 from foretaste.errors import ConfigError
 from foretaste.models.interface import Ranker
-from foretaste.sampling.hard import MineNegatives
 from foretaste.sampling.mixed import MixedNegatives
 from foretaste.sampling.popularity import PopularitySampler
 from foretaste.sampling.row_negatives import RowNegatives
@@ -29,7 +29,7 @@ def learn_rows(
     batch_events: int,
     seed: int,
     context: FieldTable | None = None,
-    mine: MineNegatives | None = None,
+    mine: DrawItems | None = None,
 ) -> tuple[LabelledRows, Callable[[int], RowPlan]]:
     """Return a ranker's objective, and an epoch's batches from the epoch's number.
 
@@ -72,7 +72,7 @@ def learn_rows(
     return LabelledRows(config, model.tasks, scales), plan
 
 
-def _draw(config: RowsConfig, happened: Interactions, mine: MineNegatives | None) -> DrawItems:
+def _draw(config: RowsConfig, happened: Interactions, mine: DrawItems | None) -> DrawItems:
     """Return who draws; `happened` is what must not be drawn."""
     count_I = happened.item_count
     seen = Seen.of(happened) if config.exclude_known else None

@@ -62,7 +62,7 @@ class IndexNegatives:
         ranks: tuple[int, int],
         generator: torch.Generator,
     ) -> Int64[Tensor, "B N"]:
-        """Draw by rank, 0 is scored highest; with the ranks given it is a `MineNegatives`.
+        """Draw by rank, 0 is scored highest; with the ranks given it is a `DrawItems`.
 
         Raises:
             ConfigError: Nothing was searched yet, or the ranks are none, or beyond those kept.
@@ -111,7 +111,7 @@ class IndexNegatives:
 
 @final
 class CandidateNegatives:
-    """What a trained retriever offers each user, as negatives of a ranker: a `MineNegatives`.
+    """What a trained retriever offers each user, as negatives of a ranker: a `DrawItems`.
 
     These are the items that the ranker will be asked about, less what the user has done.
     """

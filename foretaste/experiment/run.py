@@ -35,7 +35,8 @@ from foretaste.experiment.tracking import Tracker, TrackerKind, open_tracker
 from foretaste.experiment.two_stage import ranking_gain, retrieval_alone
 from foretaste.models.interface import Ranker
 from foretaste.models.two_stage import TwoStage, second_stage
-from foretaste.serving.recommender import Recommender, build_recommender
+from foretaste.serving.building import build_recommender
+from foretaste.serving.recommender import Recommender
 from foretaste.training.fit import Epoch
 from foretaste.training.settings import TrainingConfig
 from foretaste.training.trained import Trained

@@ -1,12 +1,10 @@
 """Hard negatives: items that a model could well take for something the user has done.
 
 Where they come from is not this room's business: walks in the graph (`nearby`), an index over the
-model's own items, a retriever's candidates. Whoever learns asks through `MineNegatives`.
+model's own items, a retriever's candidates. Whoever learns asks through `DrawItems`.
 
 Shape legend: B pairs, N negatives of a pair, R rows of a ranking, T ranks.
 """
-
-from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Int32, Int64
@@ -17,32 +15,6 @@ from foretaste.sampling.unseen import Seen
 
 _TRIES = 4
 """Draws before a place is left empty."""
-
-
-@runtime_checkable
-class MineNegatives(Protocol):
-    """Finds hard negatives of observed pairs."""
-
-    def __call__(
-        self,
-        user_B: Int64[Tensor, " B"],
-        positive_B: Int64[Tensor, " B"],
-        num: int,
-        *,
-        generator: torch.Generator,
-    ) -> Int64[Tensor, "B N"]:
-        """Return items that the pair's user has not done.
-
-        Args:
-            user_B: user_idx of each pair.
-            positive_B: The item_idx that was observed.
-            num: N, draws per pair, with replacement.
-            generator: Source of all randomness.
-
-        Returns:
-            item_idx; the pair's own where nothing was found, which a loss must hide.
-        """
-        ...
 
 
 def draw_by_rank(

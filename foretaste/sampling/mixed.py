@@ -9,17 +9,17 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from foretaste.sampling.hard import MineNegatives
+from foretaste.data.draw_items import DrawItems
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class MixedNegatives:
-    """A `MineNegatives` that asks one source with a probability, and else another."""
+    """A `DrawItems` that asks one source with a probability, and else another."""
 
-    first: MineNegatives
+    first: DrawItems
     share: float
     """Probability, in [0, 1], that a negative is of the first source."""
-    second: MineNegatives
+    second: DrawItems
 
     def __call__(
         self,

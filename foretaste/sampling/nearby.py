@@ -60,7 +60,7 @@ class NearbyNegatives:
         ranks: tuple[int, int],
         generator: torch.Generator,
     ) -> Int64[Tensor, "B N"]:
-        """Draw by rank, 0 is visited most; with the ranks given it is a `MineNegatives`.
+        """Draw by rank, 0 is visited most; with the ranks given it is a `DrawItems`.
 
         Raises:
             ConfigError: The ranks are none, or beyond those kept.

@@ -17,7 +17,7 @@ _ROUNDS = 8
 
 @final
 class RowNegatives:
-    """A `MineNegatives` that looks at no model: it draws from one distribution for all."""
+    """A `DrawItems` that looks at no model: it draws from one distribution for all."""
 
     def __init__(self, sampler: Sampler, seen: Seen | None) -> None:
         """Prepare.

@@ -12,9 +12,10 @@ from typing import final
 from pydantic import JsonValue, TypeAdapter
 
 from foretaste.errors import BundleError, ForetasteError
+from foretaste.serving.building import load
 from foretaste.serving.catalogue import Catalogue
 from foretaste.serving.manifest import plain
-from foretaste.serving.recommender import Recommender, load
+from foretaste.serving.recommender import Recommender
 
 _JSON: TypeAdapter[JsonValue] = TypeAdapter(JsonValue)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from serving_worlds import make_events, make_trained
 
-from foretaste.serving.recommender import build_recommender
+from foretaste.serving.building import build_recommender
 
 QUESTIONS: list[tuple[str | None, list[str] | None]] = [
     ("u100", None),
