@@ -1,6 +1,7 @@
 """A recipe of a ranker: both kinds of report, calibration, and what is refused."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,9 @@ import pytest
 
 import foretaste as ft
 from foretaste.cli.main import run
+from foretaste.evaluation.calibration import Method
 from foretaste.experiment.contents import metrics_in
+from foretaste.training.calibration import IsotonicCalibration, PlattCalibration
 
 RECIPE = """
 [data]
@@ -94,6 +97,57 @@ def test_the_calibration_was_fitted_to_validation_alone(done: ft.Run, folder: Pa
     validation = ft.evaluate_rows(done.trained, split, part="validation", resamples=0)
     assert done.report.rows is not None
     assert done.report.rows.calibration == ft.calibrate(validation, "platt")
+    assert done.trained.calibration == done.report.rows.calibration
+
+
+def test_a_refitted_model_keeps_what_was_fitted_before_it_saw_validation(folder: Path) -> None:
+    config = ft.read_experiment(folder / "run.toml", overrides=["refit=true"])
+    run = ft.run_experiment(config, ft.read_split(config, data_dir=folder), show=False)
+    assert run.refitted is not None
+    assert run.refitted_report is not None
+    assert run.refitted_report.rows is not None
+    assert set(run.trained.calibration) == {"click"}
+    assert run.refitted.calibration == run.trained.calibration
+    assert run.refitted_report.rows.calibration == run.trained.calibration
+
+
+@pytest.mark.parametrize("method", ["platt", "isotonic"])
+def test_a_loaded_bundle_answers_calibrated_probabilities_in_the_order_of_scores(
+    done: ft.Run, folder: Path, tmp_path: Path, method: Method
+) -> None:
+    split = ft.read_split(ft.read_experiment(folder / "run.toml"), data_dir=folder)
+    validation = ft.evaluate_rows(done.trained, split, part="validation", resamples=0)
+    found = ft.calibrate(validation, method)
+    for name, calibration in (("plain", {}), ("kept", found)):
+        trained = replace(done.trained, calibration=calibration)
+        ft.build_recommender(trained).save(tmp_path / name)
+    plain, kept = ft.load(tmp_path / "plain"), ft.load(tmp_path / "kept")
+    assert plain.trained.calibration == {}
+    assert kept.trained.calibration == found
+    moved = 0.0
+    for user in range(5):
+        before, after = (r.recommend(user, exclude_seen=False, k=20).rows for r in (plain, kept))
+        assert [(row.item_id, row.score) for row in before] == [
+            (row.item_id, row.score) for row in after
+        ]
+        given = np.array([row.predictions["click"] for row in before])
+        became = np.array([row.predictions["click"] for row in after])
+        match found["click"]:
+            case PlattCalibration(slope=slope, intercept=intercept):
+                line = slope * np.log(given / (1 - given)) + intercept
+                expected = 1 / (1 + np.exp(-line))
+                assert (np.diff(became) < 0).all()
+            case IsotonicCalibration(at=at, gives=gives):
+                expected = np.interp(given, at, gives)
+                assert (np.diff(became) <= 0).all()  # a stair is level
+        np.testing.assert_allclose(became, expected, atol=1e-6)
+        moved = max(moved, float(np.abs(became - given).max()))
+    assert moved > 0.01
+    again = ft.evaluate_rows(kept.trained, split, resamples=0)
+    assert again.metrics == pytest.approx(
+        ft.evaluate_rows(done.trained, split, calibration=found, resamples=0).metrics, abs=1e-6
+    )
+    assert f"ece_{method}" in again.metrics
 
 
 @pytest.mark.parametrize(

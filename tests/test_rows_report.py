@@ -14,12 +14,7 @@ from sklearn.metrics import roc_auc_score
 from foretaste.data.tasks import Task
 from foretaste.errors import ConfigError, DataError, NonFiniteError
 from foretaste.evaluation.bootstrap import bootstrap_intervals
-from foretaste.evaluation.calibration import (
-    IsotonicCalibration,
-    PlattCalibration,
-    calibrated,
-    fit_calibration,
-)
+from foretaste.evaluation.calibration import fit_calibration
 from foretaste.evaluation.compare_rows import compare_rows
 from foretaste.evaluation.measure_rows import Predicted, measure_rows
 from foretaste.evaluation.metrics.auc import auc
@@ -28,6 +23,7 @@ from foretaste.evaluation.metrics.gauc import gauc
 from foretaste.evaluation.metrics.log_loss import log_loss
 from foretaste.evaluation.reliability_picture import reliability_svg
 from foretaste.evaluation.rows_report import RowsReport
+from foretaste.training.calibration import IsotonicCalibration, PlattCalibration, calibrated
 
 CLICK = Task(name="click", column="click")
 STARS = Task(name="stars", kind="ordinal", column="stars", levels=(1.0, 2.0, 3.0))

@@ -1,4 +1,4 @@
-"""Making probabilities mean what they say, after training: Platt's line or a rising staircase.
+"""Fitting what a model's probabilities mean: Platt's line or a rising staircase.
 
 Fitted on validation rows, used on others; neither changes the order of a task's rows, but for
 ties that isotonic regression makes.
@@ -6,41 +6,23 @@ ties that isotonic regression makes.
 Shape legend: N rows.
 """
 
-from typing import Annotated, Literal, assert_never
+from typing import Literal, assert_never
 
 import numpy as np
 from jaxtyping import Float, Float64
-from pydantic import Field
 from scipy.optimize import isotonic_regression
 
-from foretaste.config import Config
 from foretaste.errors import DataError
 from foretaste.evaluation.metrics.labels import checked_labels, checked_probabilities
+from foretaste.training.calibration import (
+    IsotonicCalibration,
+    PlattCalibration,
+    logit,
+    sigmoid,
+)
 
-_MOST_STEPS = 100
-
-
-class PlattCalibration(Config):
-    r"""A line through the logits: :math:`\sigma(a \ln \frac{p}{1 - p} + b)`."""
-
-    kind: Literal["platt"] = "platt"
-    slope: float
-    """Above 0; below 1 where the model was too sure of itself."""
-    intercept: float
-
-
-class IsotonicCalibration(Config):
-    """A rising line of straight pieces, level beyond its ends."""
-
-    kind: Literal["isotonic"] = "isotonic"
-    at: tuple[float, ...] = Field(min_length=1)
-    """Probabilities, ascending."""
-    gives: tuple[float, ...] = Field(min_length=1)
-    """What becomes of each, never falling."""
-
-
-Calibration = Annotated[PlattCalibration | IsotonicCalibration, Field(discriminator="kind")]
 Method = Literal["platt", "isotonic"]
+_MOST_STEPS = 100
 
 
 def fit_calibration(
@@ -66,24 +48,11 @@ def fit_calibration(
         )
     match method:
         case "platt":
-            return _fit_platt(label_N, _logit(probability_N))
+            return _fit_platt(label_N, logit(probability_N))
         case "isotonic":
             return _fit_isotonic(label_N, probability_N)
         case _:
             assert_never(method)
-
-
-def calibrated(
-    calibration: PlattCalibration | IsotonicCalibration, probability_N: Float[np.ndarray, " N"]
-) -> Float64[np.ndarray, " N"]:
-    """Return what a model's probabilities become."""
-    match calibration:
-        case PlattCalibration():
-            line_N = calibration.slope * _logit(probability_N) + calibration.intercept
-            return _sigmoid(line_N)
-        case IsotonicCalibration():
-            found_N: np.ndarray = np.interp(probability_N, calibration.at, calibration.gives)
-            return found_N
 
 
 def _fit_platt(
@@ -102,7 +71,7 @@ def _fit_platt(
     line_2 = np.array([1.0, 0.0])
     loss = _line_loss(input_N2 @ line_2, target_N)
     for _ in range(_MOST_STEPS):
-        share_N = _sigmoid(input_N2 @ line_2)
+        share_N = sigmoid(input_N2 @ line_2)
         slope_2 = input_N2.T @ (share_N - target_N)
         bend_22 = (input_N2.T * (share_N * (1 - share_N))) @ input_N2
         step_2 = np.linalg.lstsq(bend_22, slope_2, rcond=None)[0]
@@ -142,15 +111,3 @@ def _fit_isotonic(
 
 def _line_loss(line_N: Float64[np.ndarray, " N"], target_N: Float64[np.ndarray, " N"]) -> float:
     return float((np.logaddexp(0, line_N) - target_N * line_N).sum())
-
-
-def _logit(probability_N: Float[np.ndarray, " N"]) -> Float64[np.ndarray, " N"]:
-    eps = np.finfo(np.float64).eps
-    kept_N = np.clip(probability_N.astype(np.float64), eps, 1 - eps)
-    found_N: np.ndarray = np.log(kept_N) - np.log1p(-kept_N)
-    return found_N
-
-
-def _sigmoid(line_N: Float64[np.ndarray, " N"]) -> Float64[np.ndarray, " N"]:
-    found_N: np.ndarray = np.exp(-np.logaddexp(0, -line_N))
-    return found_N

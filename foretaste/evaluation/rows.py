@@ -17,7 +17,6 @@ from foretaste.data.parts import TEST, TRAIN, VALIDATION
 from foretaste.data.rows import PartName, Rows, rows_of
 from foretaste.data.splits import Split
 from foretaste.errors import ConfigError
-from foretaste.evaluation.calibration import Calibration
 from foretaste.evaluation.measure_rows import Predicted, measure_rows
 from foretaste.evaluation.rows_report import RowsReport
 from foretaste.evaluation.sampled import SampledNegatives
@@ -28,6 +27,7 @@ from foretaste.sampling.row_negatives import RowNegatives
 from foretaste.sampling.sampler import Sampler
 from foretaste.sampling.uniform import UniformSampler
 from foretaste.sampling.unseen import Seen
+from foretaste.training.calibration import Calibration
 from foretaste.training.objectives.rows import RowsConfig
 from foretaste.training.trained import Trained
 
@@ -56,7 +56,7 @@ def evaluate_rows(
         part: Which part.
         sampled: Draw so many items for each row instead, and so.
         calibration: From a binary task's name to what `fit_calibration` made of other rows: the
-            effect stands beside the plain figures.
+            effect stands beside the plain figures. None: what the model keeps.
         resamples: Of the bootstrap over users; 0 gives no intervals.
         seed: Decides the resamples.
 
@@ -83,7 +83,7 @@ def evaluate_rows(
         model=type(model.model).__name__,
         resamples=resamples,
         seed=seed,
-        calibration=calibration or {},
+        calibration=model.calibration if calibration is None else calibration,
         settings=model.settings,
         train_seed=model.seed,
     )
@@ -169,17 +169,9 @@ def _predict(
 
 @torch.inference_mode()
 def predict_tasks(ranker: Ranker, batch: RowBatch) -> Float64[Tensor, "B C T"]:
-    """Return each task's prediction, probabilities in double precision from their logits."""
-    outputs, valued = ranker(batch.queries, batch.item_BC), {}
-    if any(task.kind != "binary" for task in ranker.tasks):
-        valued = dict(ranker.predict(batch.queries, batch.item_BC))
-    found = [
-        outputs[task.name].double().sigmoid()
-        if task.kind == "binary"
-        else valued[task.name].double()
-        for task in ranker.tasks
-    ]
-    return torch.stack(found, dim=2).cpu()
+    """Return each task's prediction."""
+    found = ranker.heads.answers(ranker(batch.queries, batch.item_BC))
+    return torch.stack([found[task.name] for task in ranker.tasks], dim=2).cpu()
 
 
 def _digest(rows: Rows) -> str:

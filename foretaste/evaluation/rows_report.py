@@ -16,10 +16,11 @@ from rich.console import Console
 from foretaste.data.tasks import Task
 from foretaste.errors import DataError
 from foretaste.evaluation.bootstrap import Interval
-from foretaste.evaluation.calibration import Calibration, Method, fit_calibration
+from foretaste.evaluation.calibration import Method, fit_calibration
 from foretaste.evaluation.metrics.calibration import Reliability
 from foretaste.evaluation.report import console_table, markdown_table
 from foretaste.evaluation.row_metrics import TaskRows
+from foretaste.training.calibration import Calibration
 
 _FORMAT = 1
 _CALIBRATIONS: TypeAdapter[dict[str, Calibration]] = TypeAdapter(dict[str, Calibration])

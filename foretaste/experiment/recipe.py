@@ -102,8 +102,8 @@ class EvaluationConfig(Config):
     rows: bool = True
     """Of a ranker: whether its predictions of labelled rows are measured."""
     calibration: Literal["platt", "isotonic"] | None = None
-    """Of a ranker: what is fitted to the probabilities of validation's rows, if anything; its
-    effect on those of the test stands beside the plain figures."""
+    """Of a ranker: what is fitted to the probabilities of validation's rows, if anything. The model
+    keeps it and answers by it; its effect on the test's stands beside the plain figures."""
 
     @model_validator(mode="after")
     def _measures_something(self) -> "EvaluationConfig":

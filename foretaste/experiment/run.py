@@ -15,7 +15,6 @@ from foretaste.data.split_config import make_split
 from foretaste.data.splits import Split
 from foretaste.data.store import open_store
 from foretaste.errors import ConfigError
-from foretaste.evaluation.calibration import Calibration
 from foretaste.evaluation.protocol import evaluate
 from foretaste.evaluation.report import Report
 from foretaste.evaluation.reports import Reports
@@ -118,6 +117,7 @@ def run_experiment(
             show=show,
             max_seconds=max_seconds,
         )
+        trained = with_calibration(trained, config.evaluation, split)
         report = evaluate_split(trained, config, split)
         if tracker is not None:
             tracker.log_metrics(report.metrics, step=0)
@@ -132,6 +132,7 @@ def run_experiment(
         show=show,
         max_seconds=max_seconds,
     )
+    refitted = replace(refitted, calibration=trained.calibration)  # it has seen validation's rows
     again = evaluate_split(refitted, config, split)
     return Run(trained=trained, report=report, refitted=refitted, refitted_report=again)
 
@@ -172,15 +173,30 @@ def _evaluate_lists(trained: Trained, asked: EvaluationConfig, split: Split) -> 
 
 
 def _evaluate_rows(trained: Trained, asked: EvaluationConfig, split: Split) -> RowsReport:
+    mended = with_calibration(trained, asked, split)
+    return evaluate_rows(mended, split, sampled=_sampled_rows(trained, asked))
+
+
+def with_calibration(trained: Trained, asked: EvaluationConfig, split: Split) -> Trained:
+    """Return a ranker with what a recipe asks to be fitted to its probabilities of validation.
+
+    One that keeps such a calibration stays as it is, and so does a model that is no ranker.
+    """
+    kept = {found.kind for found in trained.calibration.values()}
+    if asked.calibration is None or kept == {asked.calibration} or not len(split.validation):
+        return trained
+    if not isinstance(second_stage(trained.model), Ranker):
+        return trained
+    sampled = _sampled_rows(trained, asked)
+    fitted_to = evaluate_rows(trained, split, part="validation", sampled=sampled, resamples=0)
+    return replace(trained, calibration=calibrate(fitted_to, asked.calibration))
+
+
+def _sampled_rows(trained: Trained, asked: EvaluationConfig) -> SampledNegatives | None:
     draws = rows_settings(trained).num_negatives(ranker_of(trained).tasks) > 0
-    sampled = None
     if draws and asked.sampled_negatives and asked.sampled_by != "listed":
-        sampled = SampledNegatives(num=asked.sampled_negatives, by=asked.sampled_by)
-    calibration: dict[str, Calibration] = {}
-    if asked.calibration is not None and len(split.validation):
-        fitted_to = evaluate_rows(trained, split, part="validation", sampled=sampled, resamples=0)
-        calibration = calibrate(fitted_to, asked.calibration)
-    return evaluate_rows(trained, split, sampled=sampled, calibration=calibration)
+        return SampledNegatives(num=asked.sampled_negatives, by=asked.sampled_by)
+    return None
 
 
 def to_recommender(trained: Trained, report: Report | Reports) -> Recommender:

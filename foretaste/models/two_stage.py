@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import NamedTuple, final
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Float64, Int64
 from torch import Tensor, nn
 
 from foretaste.data.batch import Queries
@@ -37,7 +37,7 @@ class Judged(NamedTuple):
 
     score_BC: Float[Tensor, "B C"]
     """What orders them, higher is better."""
-    prediction: Mapping[str, Float[Tensor, "B C"]]
+    prediction: Mapping[str, Float64[Tensor, "B C"]]
     """Each task's: a probability, a value in the label's own unit, or the expected level."""
 
 
@@ -68,7 +68,7 @@ def judge(
         rows.append(
             (
                 torch.cat([ranker.heads.order(output, weights) for output in outputs], dim=1),
-                [ranker.heads.predictions(output) for output in outputs],
+                [ranker.heads.answers(output) for output in outputs],
             )
         )
     score_BC = torch.cat([score_bC for score_bC, _ in rows]).float()

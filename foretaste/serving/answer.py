@@ -24,7 +24,8 @@ class Recommendation:
     """The item's row of the item table, such as its `title`; empty without one."""
     predictions: Mapping[str, float] = field(default_factory=dict)
     """What a ranker predicts, by the task's name: a probability, a value in the label's own unit,
-    or the expected level. Empty for a model without tasks, and for what was not ranked."""
+    or the expected level; calibrated where the model keeps a calibration, which orders nothing.
+    Empty for a model without tasks, and for what was not ranked."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

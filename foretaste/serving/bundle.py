@@ -7,6 +7,7 @@ events/               an event store: ids, training histories, user and item tab
 index/                the item index, of a model with vectors
 features/             what was fitted to users' and items' columns, of a model that reads them
 report.json           measured figures, where there are any
+calibration.json      what a ranker's probabilities become, where that was fitted
 """
 
 import json
@@ -41,17 +42,20 @@ from foretaste.serving.manifest import (
     read_manifest,
     verify_files,
 )
+from foretaste.training.calibration import Calibration
 from foretaste.training.trained import Trained
 from foretaste.version import __version__
 
 WEIGHTS_FILE = "weights.safetensors"
 POPULAR_FILE = "popular.safetensors"
 REPORT_FILE = "report.json"
+CALIBRATION_FILE = "calibration.json"
 EVENTS_FOLDER = "events"
 INDEX_FOLDER = "index"
 FEATURES_FOLDER = "features"
 LIBRARIES = ("torch", "numpy", "polars", "faiss-cpu", "safetensors")
 _MODEL_CONFIG: TypeAdapter[ModelConfig] = TypeAdapter(ModelConfig)
+_CALIBRATION: TypeAdapter[dict[str, Calibration]] = TypeAdapter(dict[str, Calibration])
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -162,6 +166,9 @@ def _write_parts(bundle: Bundle, folder: Path) -> None:
     if trained.features is not None:
         (folder / FEATURES_FOLDER).mkdir()
         trained.features.save(folder / FEATURES_FOLDER)
+    if trained.calibration:
+        written = _CALIBRATION.dump_json(dict(trained.calibration), indent=2)
+        (folder / CALIBRATION_FILE).write_bytes(written + b"\n")
     if bundle.report is not None:
         text = json.dumps(plain(bundle.report), indent=2)
         (folder / REPORT_FILE).write_text(text + "\n", encoding="utf-8")
@@ -261,6 +268,9 @@ def _read_parts(manifest: Manifest, path: Path) -> Bundle:
         train_seconds=manifest.train_seconds,
         settings=manifest.settings,
         log=manifest.log,
+        calibration=_CALIBRATION.validate_json((path / CALIBRATION_FILE).read_bytes())
+        if CALIBRATION_FILE in manifest.files
+        else {},
     )
     return Bundle(
         trained=trained,

@@ -123,7 +123,8 @@ class CatalogueSearch:
                 judged = model.judge(queries, item_BC, first_BC=said_BC, weights=weights)
             else:
                 judged = judge(self._ranker, queries, item_BC, weights=weights)
-            return _ranked(judged, found, k, num=num)
+            best = _ranked(judged, found, k, num=num)
+            return best._replace(prediction=self._trained.calibrated(best.prediction))
 
     def _find(
         self,

@@ -14,6 +14,7 @@ from foretaste.data.interactions import Interactions
 from foretaste.errors import ConfigError, NonFiniteError
 from foretaste.models.interface import CatalogueScorer, PlacesItems, Retriever
 from foretaste.models.two_stage import TwoStage, first_stage
+from foretaste.training.calibration import Calibration, calibrated
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -36,6 +37,9 @@ class Trained:
     """Everything that decided the run, as plain JSON values."""
     log: Mapping[str, object] = field(default_factory=dict)
     """What training saw: epochs, the validation metric of each, why it stopped."""
+    calibration: Mapping[str, Calibration] = field(default_factory=dict)
+    """By a binary task's name, what its probabilities become before they are answered. Lists are
+    ordered by what the model said itself: calibrated probabilities may tie."""
 
     @property
     def known_I(self) -> Bool[Tensor, " I"]:
@@ -49,6 +53,15 @@ class Trained:
         if isinstance(model, PlacesItems):
             known_I = known_I | model.placed_I().cpu()
         return known_I
+
+    def calibrated(self, prediction: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return a ranker's predictions, by the task's name, calibrated where a task is."""
+        return {
+            name: torch.from_numpy(calibrated(self.calibration[name], value.cpu().numpy()))
+            if name in self.calibration
+            else value
+            for name, value in prediction.items()
+        }
 
     def score(self, queries: Queries) -> Float[Tensor, "B I"]:
         """Score the whole catalogue: higher is better, -inf for items outside of it.

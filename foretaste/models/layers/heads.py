@@ -10,7 +10,7 @@ from typing import final
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Float64, Int64
 from torch import Tensor, nn
 
 from foretaste.data.interactions import Interactions
@@ -77,6 +77,10 @@ class Heads(nn.Module):
             task.name: self._predict(place, task, outputs[task.name])
             for place, task in enumerate(self.tasks)
         }
+
+    def answers(self, outputs: Mapping[str, Tensor]) -> dict[str, Float64[Tensor, "B C"]]:
+        """Return what `predictions` does, in double precision: a sure one is not yet 1."""
+        return self.predictions({name: output.double() for name, output in outputs.items()})
 
     def rank(self, raw: Mapping[str, Float[Tensor, "B C"]]) -> Float[Tensor, "B C"]:
         """Return what orders a list: the only task's number, or the weighted sum of predictions."""

@@ -1,0 +1,61 @@
+"""Making probabilities mean what they say: what was fitted to them, and what becomes of them.
+
+Shape legend: N rows, in any shape.
+"""
+
+from typing import Annotated, Literal
+
+import numpy as np
+from jaxtyping import Float, Float64
+from pydantic import Field
+
+from foretaste.config import Config
+
+
+class PlattCalibration(Config):
+    r"""A line through the logits: :math:`\sigma(a \ln \frac{p}{1 - p} + b)`."""
+
+    kind: Literal["platt"] = "platt"
+    slope: float
+    """Above 0; below 1 where the model was too sure of itself."""
+    intercept: float
+
+
+class IsotonicCalibration(Config):
+    """A rising line of straight pieces, level beyond its ends."""
+
+    kind: Literal["isotonic"] = "isotonic"
+    at: tuple[float, ...] = Field(min_length=1)
+    """Probabilities, ascending."""
+    gives: tuple[float, ...] = Field(min_length=1)
+    """What becomes of each, never falling."""
+
+
+Calibration = Annotated[PlattCalibration | IsotonicCalibration, Field(discriminator="kind")]
+
+
+def calibrated(
+    calibration: PlattCalibration | IsotonicCalibration, probability_N: Float[np.ndarray, "*N"]
+) -> Float64[np.ndarray, "*N"]:
+    """Return what a model's probabilities become; NaN stays so."""
+    match calibration:
+        case PlattCalibration():
+            line_N = calibration.slope * logit(probability_N) + calibration.intercept
+            return sigmoid(line_N)
+        case IsotonicCalibration():
+            found_N: np.ndarray = np.interp(probability_N, calibration.at, calibration.gives)
+            return found_N
+
+
+def logit(probability_N: Float[np.ndarray, "*N"]) -> Float64[np.ndarray, "*N"]:
+    """Return log odds; 0 and 1 are kept an epsilon away from themselves."""
+    eps = np.finfo(np.float64).eps
+    kept_N = np.clip(probability_N.astype(np.float64), eps, 1 - eps)
+    found_N: np.ndarray = np.log(kept_N) - np.log1p(-kept_N)
+    return found_N
+
+
+def sigmoid(line_N: Float64[np.ndarray, "*N"]) -> Float64[np.ndarray, "*N"]:
+    """Return the probability of log odds."""
+    found_N: np.ndarray = np.exp(-np.logaddexp(0, -line_N))
+    return found_N
