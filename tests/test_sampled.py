@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy import stats
 from test_contract import events_of
-from torch import Tensor
+from torch import Tensor, nn
 
 from foretaste.data.batch import Queries
 from foretaste.data.interactions import Interactions
@@ -18,9 +18,16 @@ from foretaste.data.splitting import given_split_by_column, leave_last_split
 from foretaste.errors import ConfigError
 from foretaste.evaluation.protocol import evaluate
 from foretaste.evaluation.report import Report
-from foretaste.evaluation.sampled import SampledNegatives, keep_sampled
+from foretaste.evaluation.sampled import SampledNegatives, kept_items
 from foretaste.experiment.fit import fit
+from foretaste.models.catalogue import ModelConfig
+from foretaste.models.deepfm import DeepFMConfig
+from foretaste.models.din import DINConfig
+from foretaste.models.interface import CatalogueScorer
+from foretaste.models.mmoe import MMoEConfig
+from foretaste.models.neumf import NeuMFConfig
 from foretaste.models.popularity import PopularityConfig
+from foretaste.training.settings import TrainingConfig
 
 
 def listed_split() -> Split:
@@ -69,11 +76,7 @@ COUNTS = np.array([8, 4, 2, 1, 0, 16, 3, 5])
 def kept(sampled: SampledNegatives, *, rows: int = 1, history: tuple[int, ...] = ()) -> Tensor:
     queries = Queries.of_histories([list(history)] * rows)
     target_2P = torch.stack([torch.arange(rows), torch.zeros(rows, dtype=torch.int64)])
-    score_BI = torch.zeros(rows, len(COUNTS))
-    keep_sampled(
-        score_BI, sampled, queries, np.arange(rows), target_2P, count_I=COUNTS, listed=None
-    )
-    return score_BI == 0
+    return kept_items(sampled, queries, np.arange(rows), target_2P, count_I=COUNTS, listed=None)
 
 
 def test_drawn_items_are_as_many_as_asked_known_and_neither_seen_nor_targets() -> None:
@@ -108,6 +111,41 @@ def test_chance_is_k_over_the_candidates() -> None:
     constant.model.count_I.fill_(1)  # type: ignore[union-attr, operator]
     report = evaluate(constant, split.test, k=(5,), sampled=SampledNegatives(num=9))
     assert report.metrics["hit_rate_at_5_sampled_9"] == pytest.approx(0.5)
+
+
+class OnlyTheCatalogue(nn.Module):
+    """A ranker that can no longer be asked about given items."""
+
+    def __init__(self, ranker: CatalogueScorer) -> None:
+        super().__init__()
+        self.score = ranker.score
+
+
+@pytest.mark.parametrize(
+    ("by", "exclude_seen"), [("uniform", True), ("listed", True), ("listed", False)]
+)
+@pytest.mark.parametrize("config", [DINConfig(), DeepFMConfig(), NeuMFConfig(), MMoEConfig()])
+def test_a_ranker_says_of_some_items_what_it_says_of_them_among_all(
+    config: ModelConfig, by, *, exclude_seen: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some targets are in no training event, some users have no history, some lists are short."""
+    rng = np.random.default_rng(0)
+    histories = [rng.integers(0, 60, size=2 + user % 9).tolist() for user in range(80)]
+    parts = [[0] * (len(row) - 2) + [2, 4] for row in histories]
+    part = np.array([code for row in parts for code in row], dtype=np.uint8)
+    events = replace(events_of(histories, num_items=60), columns={"part": part})
+    split = given_split_by_column(events, column="part")
+    quick = TrainingConfig(epochs=1, batch_events=64)
+    asked = {"exclude_seen": exclude_seen, "sampled": SampledNegatives(num=9, by=by)}
+
+    trained = fit(config, split, training=quick, show=False)
+    whole = replace(trained, model=OnlyTheCatalogue(trained.model))  # type: ignore[arg-type]
+    slow = evaluate(whole, split.test, k=(1, 5), **asked)  # type: ignore[arg-type]
+    monkeypatch.setattr(trained.model, "score", None)
+    fast = evaluate(trained, split.test, k=(1, 5), **asked)  # type: ignore[arg-type]
+
+    assert replace(slow, model="").to_json() == replace(fast, model="").to_json()
+    assert fast.metrics["coverage_at_5_sampled_9"] > 0.5
 
 
 def ncf(shared_data: Path) -> Interactions:

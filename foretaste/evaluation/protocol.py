@@ -30,7 +30,7 @@ from foretaste.evaluation.metrics.precision import precision
 from foretaste.evaluation.metrics.recall import recall
 from foretaste.evaluation.rank import Hits, best, chance_within, draw_lists, place, settle
 from foretaste.evaluation.report import Report
-from foretaste.evaluation.sampled import SampledNegatives, keep_sampled
+from foretaste.evaluation.sampled import SampledNegatives, kept_items, score_kept
 from foretaste.evaluation.slices import mean_by_user, query_slices, target_slices
 from foretaste.evaluation.task import Task, block_rows, digest, make_task
 from foretaste.training.trained import Trained
@@ -204,17 +204,15 @@ def _measure(
     for begin in range(0, len(task.row_Q), step):
         rows = slice(begin, min(begin + step, len(task.row_Q)))
         queries = holdout.queries(task.row_Q[rows])
-        score_BI = score(queries)
-        if among == "cold":
-            score_BI = leave_out_seen(only_cold(score_BI), queries)
         targets = slice(*task.offsets_Q1[[rows.start, rows.stop]])
         row_N = np.repeat(
             np.arange(len(queries)), np.diff(task.offsets_Q1[rows.start : rows.stop + 1])
         )
         item_N = torch.from_numpy(task.target_N[targets])
-        if sampled is not None:
-            keep_sampled(
-                score_BI,
+        if sampled is None:
+            score_BI = score(queries)
+        else:
+            keep_BI = kept_items(
                 sampled,
                 queries,
                 task.key_Q[rows],
@@ -222,6 +220,9 @@ def _measure(
                 count_I=count_I,
                 listed=holdout.listed,
             )
+            score_BI = leave_out_seen(score_kept(model, score, queries, keep_BI), queries)
+        if among == "cold":
+            score_BI = leave_out_seen(only_cold(score_BI), queries)
         score_N = score_BI[torch.from_numpy(row_N), item_N].cpu().numpy()
         top = best(score_BI, max(k))
         hits = settle(top, row_N, score_N)

@@ -4,21 +4,29 @@ Krichene and Rendle, "On Sampled Metrics for Item Recommendation", KDD 2020,
 https://doi.org/10.1145/3394486.3403226: such metrics may order models otherwise than those over
 the whole catalogue do.
 
-Shape legend: B queries of a block, I items, P pairs, U users.
+Shape legend: B queries of a block, I items, P pairs, S sampled items, C items
+that are kept, R rows of a block, K items that training knows.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from foretaste.data.batch import Queries
 from foretaste.data.interactions import Interactions
 from foretaste.errors import ConfigError
 from foretaste.evaluation.rank import noise
+from foretaste.models.interface import Ranker, Retriever
+from foretaste.models.two_stage import judge
+from foretaste.training.trained import Trained
+
+_BLOCK_ELEMENTS = 2**18
+"""How many items race at once: few enough that they stay in the processor's caches."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +60,7 @@ class SampledNegatives:
         )
 
 
-def keep_sampled(
-    score_BI: Float[Tensor, "B I"],
+def kept_items(
     sampled: SampledNegatives,
     queries: Queries,
     key_B: Int64[np.ndarray, " B"],
@@ -61,11 +68,10 @@ def keep_sampled(
     *,
     count_I: Int64[np.ndarray, " I"],
     listed: Interactions | None,
-) -> None:
-    """Set the scores of all but the targets and the sampled items to -inf.
+) -> Bool[Tensor, "B I"]:
+    """Return which items each query's targets stand among: the sampled ones and the targets.
 
     Args:
-        score_BI: Changed in place.
         sampled: What to keep.
         queries: Users and histories.
         key_B: A number for each query that is its own wherever it stands.
@@ -76,7 +82,7 @@ def keep_sampled(
     Raises:
         ConfigError: Listed items are asked for, and the data list none.
     """
-    keep_BI = torch.zeros_like(score_BI, dtype=torch.bool)
+    keep_BI = torch.zeros(len(queries), len(count_I), dtype=torch.bool)
     if sampled.by == "listed":
         if listed is None:
             raise ConfigError(
@@ -90,38 +96,66 @@ def keep_sampled(
         place_P = np.arange(len(row_P)) + (start_B - first_B)[row_P]
         keep_BI[torch.from_numpy(row_P), torch.from_numpy(listed.item_idx[place_P]).long()] = True
     else:
-        chosen_BS = torch.from_numpy(_draw(sampled, queries, key_B, target_2P, count_I))
-        keep_BI.scatter_(1, chosen_BS, value=True)
-        keep_BI[
-            torch.arange(len(queries)).repeat_interleave(queries.offsets_B1.diff()),
-            queries.history_N,
-        ] = False
+        free_BI = torch.ones_like(keep_BI)
+        row_N = torch.arange(len(queries)).repeat_interleave(queries.offsets_B1.diff())
+        free_BI[row_N, queries.history_N] = False
+        free_BI[target_2P[0], target_2P[1]] = False
+        chosen_BS = torch.from_numpy(_draw(sampled, free_BI.numpy(), key_B, count_I))
+        keep_BI.scatter_(1, chosen_BS, value=True).logical_and_(free_BI)
     keep_BI[target_2P[0], target_2P[1]] = True
-    score_BI.masked_fill_(~keep_BI, -torch.inf)
+    return keep_BI
+
+
+def score_kept(
+    model: Trained,
+    score: Callable[[Queries], Float[Tensor, "B I"]],
+    queries: Queries,
+    keep_BI: Bool[Tensor, "B I"],
+) -> Float[Tensor, "B I"]:
+    """Return the scores of some items of each query, and -inf for the others.
+
+    A ranker that must be asked pair by pair is asked about these items alone; others score the
+    catalogue.
+
+    Args:
+        model: Whose scores.
+        score: Its `scorer`.
+        queries: Users and histories.
+        keep_BI: Of which items; of one or more for each query.
+
+    Raises:
+        NonFiniteError: The model scores one of them with NaN or infinity.
+    """
+    ranker = model.model
+    if not isinstance(ranker, Ranker) or isinstance(ranker, Retriever):
+        score_BI = score(queries)
+        return score_BI.masked_fill_(~keep_BI.to(score_BI.device), -torch.inf)
+    item_BC = keep_BI.byte().topk(int(keep_BI.sum(dim=1).max()), dim=1).indices
+    score_BC = judge(ranker, queries, item_BC).score_BC
+    score_BI = score_BC.new_full(keep_BI.shape, -torch.inf).scatter_(1, item_BC, score_BC)
+    return score_BI.masked_fill_(~(keep_BI & model.known_I), -torch.inf)
 
 
 def _draw(
     sampled: SampledNegatives,
-    queries: Queries,
+    free_BI: Bool[np.ndarray, "B I"],
     key_B: Int64[np.ndarray, " B"],
-    target_2P: Int64[Tensor, "2 P"],
     count_I: Int64[np.ndarray, " I"],
 ) -> Int64[np.ndarray, "B S"]:
-    """Let items race with exponential times; the first to arrive are the sample."""
+    """Let items race with exponential times; the first to arrive are the sample.
+
+    Where fewer are free than are asked for, others arrive last.
+    """
     known = np.flatnonzero(count_I)
     power = sampled.power if sampled.by == "popularity" else 0.0
-    item_BK = np.broadcast_to(known, (len(key_B), len(known)))
-    bits_BK = noise(key_B[:, None], item_BK, sampled.seed + 1)
-    time_BK = -np.log((bits_BK + 0.5) / 2.0**63) / count_I[known] ** power
-    column_I = np.full(len(count_I), -1)
-    column_I[known] = np.arange(len(known))
-    history_row_N = np.repeat(np.arange(len(queries)), np.diff(queries.offsets_B1.numpy()))
-    taken_2P = np.concatenate(
-        [np.stack([history_row_N, queries.history_N.numpy()]), target_2P.numpy()], axis=1
-    )
-    taken_2P = taken_2P[:, column_I[taken_2P[1]] >= 0]
-    time_BK[taken_2P[0], column_I[taken_2P[1]]] = np.inf
     num = min(sampled.num, len(known))
-    first_BS = np.argpartition(time_BK, num - 1, axis=1)[:, :num]
-    chosen_BS: np.ndarray = known[first_BS]
+    chosen_BS = np.empty((len(key_B), num), np.int64)
+    step = max(1, _BLOCK_ELEMENTS // len(known))
+    for rows in (slice(start, start + step) for start in range(0, len(key_B), step)):
+        free_RK = free_BI[rows][:, known]
+        item_RK = np.broadcast_to(known, free_RK.shape)
+        bits_RK = noise(key_B[rows, None], item_RK, sampled.seed + 1)
+        time_RK = -np.log((bits_RK + 0.5) / 2.0**63) / count_I[known] ** power
+        time_RK[~free_RK] = np.inf
+        chosen_BS[rows] = known[np.argpartition(time_RK, num - 1, axis=1)[:, :num]]
     return chosen_BS
