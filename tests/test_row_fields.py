@@ -241,6 +241,21 @@ def test_a_new_user_has_the_features_that_the_history_makes_likely() -> None:
     torch.testing.assert_close(made.query(told)[0, 1:3], torch.stack(untouched))
 
 
+def test_events_that_cannot_be_written_teach_without_a_warning() -> None:
+    """As in a bundle, whose events are read-only maps of its files."""
+    mapped = replace(EVENTS, offsets=EVENTS.offsets.copy(), item_idx=EVENTS.item_idx.copy())
+    for array in (mapped.offsets, mapped.item_idx):
+        array.setflags(write=False)
+    made = fields(reads_history=False)
+    always = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)
+    try:
+        made.begin(mapped)
+        made.learn_newcomers(mapped)
+    finally:
+        torch.set_warn_always(always)
+
+
 def test_settings_leave_sides_out() -> None:
     none = RowFieldsConfig(
         embedding_dim=W,

@@ -251,8 +251,8 @@ class PinSage(nn.Module):
 
     def begin(self, events: Interactions) -> None:
         """Note how many items each user has done, to tell whose vector answers."""
-        pairs = torch.from_numpy(events.user_idx.astype(np.int64)) * self.num_items
-        user_P = (pairs + torch.from_numpy(events.item_idx)).unique() // self.num_items
+        pair_E = events.user_idx.astype(np.int64) * self.num_items + events.item_idx
+        user_P = torch.from_numpy(pair_E).unique() // self.num_items
         self.num_items_U.copy_(torch.bincount(user_P, minlength=self.num_users))
 
     def finish(self, events: Interactions) -> None:

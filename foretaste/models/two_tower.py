@@ -23,6 +23,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Literal, NamedTuple, final
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
@@ -213,7 +214,7 @@ class TwoTower(nn.Module):
     @torch.no_grad()
     def begin(self, events: Interactions) -> None:
         """Make the id vectors 0 that no event can teach."""
-        has_U = torch.from_numpy(events.offsets).diff() > 0
+        has_U = torch.from_numpy(np.diff(events.offsets)) > 0
         has_I = torch.from_numpy(events.item_count) > 0
         for table, has_R in ((self.users, has_U), (self.items, has_I)):
             if table is not None:

@@ -10,6 +10,7 @@ events.
 
 from typing import final
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64
@@ -53,8 +54,8 @@ class FoldIn(nn.Module):
     ) -> None:
         """Fit W and b to the users that have a training event."""
         device = user_UD.device
-        item_N = torch.from_numpy(events.item_idx).long().to(device)
-        offsets_U1 = torch.from_numpy(events.offsets).long().to(device)
+        item_N = torch.from_numpy(events.item_idx.astype(np.int64)).to(device)
+        offsets_U1 = torch.from_numpy(events.offsets.astype(np.int64)).to(device)
         self.num_events_U.copy_(offsets_U1.diff())
         has_U = self.num_events_U > 0
         bag_UD = _bag(item_N, offsets_U1, item_ID)[has_U].double()

@@ -11,6 +11,7 @@ each, M events of histories, Q fields of a query, G fields of an item, W width o
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, final
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
@@ -213,7 +214,7 @@ class RowFields(nn.Module):
     @torch.no_grad()
     def begin(self, events: Interactions) -> None:
         """Send users and items that no event can teach to row 0."""
-        self.taught_U.copy_(torch.from_numpy(events.offsets).diff() > 0)
+        self.taught_U.copy_(torch.from_numpy(np.diff(events.offsets)) > 0)
         self.taught_I.copy_(torch.from_numpy(events.item_count) > 0)
         for table_RW, taught_R in (
             (self._user_table(), self.taught_U),
@@ -305,7 +306,7 @@ class RowFields(nn.Module):
     def _times(self, events: Interactions) -> Float[Tensor, " V"]:
         """Count the training rows that use each row of the table."""
         user_U, item_I = (
-            torch.from_numpy(events.offsets).diff(),
+            torch.from_numpy(np.diff(events.offsets)),
             torch.from_numpy(events.item_count),
         )
         counted = [(torch.arange(1, self.first_item), user_U)] if self.config.user_id else []
