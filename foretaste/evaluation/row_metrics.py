@@ -63,8 +63,10 @@ class TaskRows:
         label_N = checked_labels(self.label_N)
         if label_N.min() == label_N.max():
             return {}
-        ranked = RankedRows(label_N, self.prediction_N)
-        found: dict[str, Weighed] = {"auc": lambda times_U: ranked.auc(times_U[self.user_N])}
+        order_N = np.argsort(self.prediction_N)  # so that each resample walks through memory
+        ranked = RankedRows(label_N[order_N], self.prediction_N[order_N])
+        user_N = self.user_N[order_N]
+        found: dict[str, Weighed] = {"auc": lambda times_U: ranked.auc(times_U[user_N])}
         auc_U = user_auc(label_N, self.prediction_N, self.user_N, num_users=self.num_users)
         both_U = ~np.isnan(auc_U)
         if both_U.any():
