@@ -52,10 +52,14 @@ class TaskRows:
         """Return the metrics of probabilities as such, whatever order they give."""
         loss = self._mean(row_log_loss(self.label_N, self.prediction_N))
         apart_N, bin_N = self.prediction_N - self.label_N, bin_of(self.prediction_N)
+        num_bins = int(bin_N.max()) + 1
+        apart_UM = np.bincount(
+            self.user_N * num_bins + bin_N, apart_N, self.num_users * num_bins
+        ).reshape(self.num_users, num_bins)
+        rows_U = np.bincount(self.user_N, minlength=self.num_users)
 
         def error(times_U: Float64[np.ndarray, " U"]) -> float:
-            times_N = times_U[self.user_N]
-            return float(np.abs(np.bincount(bin_N, times_N * apart_N)).sum() / times_N.sum())
+            return float(np.abs(times_U @ apart_UM).sum() / (times_U @ rows_U))
 
         return {"log_loss": loss, "ece": error}
 
