@@ -209,7 +209,7 @@ def test_with_a_say_of_the_retriever_served_answers_are_the_offline_scores_too(k
     best = int(expected_I.argmax())
     with torch.inference_mode():
         first = trained.model.retriever.score(queries)[0, best]
-        own = trained.model.judge(queries, torch.tensor([[best]])).score_BC[0, 0]
+        own = judge(trained.model.ranker, queries, torch.tensor([[best]])).score_BC[0, 0]
     assert float(expected_I[best]) == pytest.approx(float(own + 2 * first), abs=1e-6)
     # where a request says what counts, nothing else does
     weighed = recommender.recommend(107, k=k, weights={"click": 3.0}).rows
@@ -309,7 +309,7 @@ def test_an_explanation_is_the_rankers(trained: Trained) -> None:
     @torch.inference_mode()
     def score(past: list[int]) -> Tensor:
         queries = Queries.of_histories([[item - 500 for item in past]])
-        return model.judge(queries, item_T).score_BC[0]
+        return judge(model.ranker, queries, item_T).score_BC[0]
 
     drop_CT = torch.stack([score(history) - score([i for i in history if i != h]) for h in history])
     expected = [

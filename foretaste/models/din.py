@@ -173,12 +173,10 @@ class DIN(FieldRanker):
         if len(queries) > _BLOCK_QUERIES:
             starts = range(0, len(queries), _BLOCK_QUERIES)
             return torch.cat([self.score(queries.part(at, at + _BLOCK_QUERIES)) for at in starts])
-        query_BQW, histories = self.fields.query(queries), self._histories(queries)
-        event_MK = self.fields.items(histories.items().unsqueeze(0))[0].flatten(1)
+        asked = self._asked(queries)
 
         def rank(item_1C: Tensor) -> Tensor:
-            item_1CGW = self.fields.items(item_1C)
-            return self.heads.rank(self._raw(query_BQW, item_1CGW, histories, event_MK))
+            return self.heads.rank(self._raw(self.fields.items(item_1C), *asked))
 
         return score_in_blocks(
             rank,
@@ -197,17 +195,28 @@ class DIN(FieldRanker):
             return Histories(queries.user_B, [])
         return group_histories(queries, self.max_len)
 
+    def raw_of(
+        self, queries: Queries, item_1CGW: Float[Tensor, "1 C G W"]
+    ) -> dict[str, Float[Tensor, "B C"]]:
+        return self._raw(item_1CGW, *self._asked(queries))
+
+    def _asked(self, queries: Queries) -> tuple[Tensor, Histories, Tensor]:
+        """Return what `_raw` reads beside items: the queries' fields, histories, their events."""
+        histories = self._histories(queries)
+        event_MGW = self.fields.items(histories.items().unsqueeze(0))[0]
+        return self.fields.query(queries), histories, event_MGW.flatten(1)
+
     def raw(
         self, queries: Queries, item_BC: Int64[Tensor, "B C"]
     ) -> dict[str, Float[Tensor, "B C"]]:
         histories = self._histories(queries)
         parts: RowParts = self.fields(queries, item_BC, histories.items())
-        return self._raw(parts.query_BQW, parts.item_ACGW, histories, parts.history_MGW.flatten(1))
+        return self._raw(parts.item_ACGW, parts.query_BQW, histories, parts.history_MGW.flatten(1))
 
     def _raw(
         self,
-        query_BQW: Float[Tensor, "B Q W"],
         item_ACGW: Float[Tensor, "A C G W"],
+        query_BQW: Float[Tensor, "B Q W"],
         histories: Histories,
         event_MK: Float[Tensor, "M K"],
     ) -> dict[str, Float[Tensor, "B C"]]:

@@ -73,6 +73,23 @@ class Ranker(Protocol):
 
 
 @runtime_checkable
+class JudgesNewItems(Protocol):
+    """A ranker that judges items that no table has, by their features.
+
+    Shape legend: R new items.
+    """
+
+    @property
+    def judges_new_items(self) -> bool:
+        """Whether it was made with features of items."""
+        ...
+
+    def of_new_items(self, queries: Queries, table: FieldTable) -> Mapping[str, Tensor]:
+        """Return of every row of features, for every query, what each task learns from."""
+        ...
+
+
+@runtime_checkable
 class Penalised(Protocol):
     """A ranker that adds to the loss of a batch what its own settings say."""
 

@@ -18,10 +18,13 @@ from jaxtyping import Float, Float64, Int64
 from torch import Tensor, nn
 
 from foretaste.data.batch import Queries
+from foretaste.data.features import FieldTable
 from foretaste.data.tasks import Weights
 from foretaste.errors import ConfigError, NonFiniteError
 from foretaste.models.interface import (
     CatalogueScorer,
+    JudgesNewItems,
+    PlacesNewItems,
     Ranker,
     ReadsProfiles,
     Retriever,
@@ -71,14 +74,38 @@ def judge(
                 [ranker.heads.answers(output) for output in outputs],
             )
         )
-    score_BC = torch.cat([score_bC for score_bC, _ in rows]).float()
-    if not score_BC.isfinite().all():
-        raise NonFiniteError("a score is NaN or infinite: the ranker is broken, train it anew")
     prediction = {
         task.name: torch.cat([torch.cat([p[task.name] for p in found], dim=1) for _, found in rows])
         for task in ranker.tasks
     }
-    return Judged(score_BC, prediction)
+    return Judged(_finite(torch.cat([score_bC for score_bC, _ in rows])), prediction)
+
+
+def judge_new(
+    ranker: Ranker, queries: Queries, table: FieldTable, *, weights: Weights | None = None
+) -> Judged:
+    """Ask a ranker about items that no table has; they are as many as one request names.
+
+    Args:
+        ranker: In evaluation mode.
+        queries: Users and moments.
+        table: The new items' features, a row each.
+        weights: Of the tasks, as in `judge`.
+
+    Raises:
+        ConfigError: The ranker reads no features of items.
+        NonFiniteError: It answers with NaN or infinity.
+    """
+    if not isinstance(ranker, JudgesNewItems):
+        raise ConfigError(f"{type(ranker).__name__} knows items by their ids alone")
+    outputs = ranker.of_new_items(queries, table)
+    return Judged(_finite(ranker.heads.order(outputs, weights)), ranker.heads.answers(outputs))
+
+
+def _finite(score_BC: Float[Tensor, "B C"]) -> Float[Tensor, "B C"]:
+    if not score_BC.isfinite().all():
+        raise NonFiniteError("a score is NaN or infinite: the ranker is broken, train it anew")
+    return score_BC.float()
 
 
 def below(score_BC: Float[Tensor, "B C"], first_BR: Float[Tensor, "B R"]) -> Float[Tensor, "B R"]:
@@ -127,26 +154,8 @@ class TwoStage(nn.Module):
         self.retriever, self.ranker = retriever, ranker
         self.num_candidates, self.retriever_weight = num_candidates, retriever_weight
 
-    def judge(
-        self,
-        queries: Queries,
-        item_BC: Int64[Tensor, "B C"],
-        *,
-        first_BC: Float[Tensor, "B C"] | None = None,
-        weights: Weights | None = None,
-    ) -> Judged:
-        """Have the ranker judge some items; see `judge`.
-
-        Args:
-            queries: Users and moments.
-            item_BC: item_idx, of each query its own.
-            first_BC: The retriever's scores of them, -inf where there is no item; None where it
-                has no say.
-            weights: Of the tasks, instead of all other weights.
-        """
-        judged = judge(self.ranker, queries, item_BC, weights=weights)
-        if first_BC is None or weights is not None or not self.retriever_weight:
-            return judged
+    def heard(self, judged: Judged, first_BC: Float[Tensor, "B C"]) -> Judged:
+        """Add the retriever's scores of the judged items, -inf where there is none, as weighed."""
         real_BC = first_BC.where(first_BC > -torch.inf, 0.0)
         return judged._replace(score_BC=judged.score_BC + self.retriever_weight * real_BC)
 
@@ -161,7 +170,7 @@ class TwoStage(nn.Module):
             NonFiniteError: The ranker answers with NaN or infinity.
         """
         best_BC, item_BC = top_k(first_BI, self.num_candidates)
-        judged = self.judge(queries, item_BC, first_BC=best_BC)
+        judged = self.heard(judge(self.ranker, queries, item_BC), best_BC)
         score_BC = judged.score_BC.where(best_BC > -torch.inf, -torch.inf)
         rest_BI = first_BI.scatter(1, item_BC, -torch.inf)
         return below(score_BC, rest_BI).scatter(1, item_BC, score_BC)
@@ -180,6 +189,12 @@ def first_stage(model: nn.Module) -> nn.Module:
 def second_stage(model: nn.Module) -> nn.Module:
     """Return the model that judges given items: of two stages the second, else itself."""
     return model.ranker if isinstance(model, TwoStage) else model
+
+
+def placer(model: nn.Module) -> PlacesNewItems | None:
+    """Return the first stage if it gives items that no table has a vector."""
+    first = first_stage(model)
+    return first if isinstance(first, PlacesNewItems) and first.places_new_items else None
 
 
 def reads_profiles(model: nn.Module) -> bool:

@@ -8,8 +8,8 @@ from foretaste.serving.stages import Stage
 
 Source = Literal["model", "fold-in", "features", "popular"]
 """Where a row came from. "model": a user (or, for similar items, an item) of training;
-"fold-in": a history of somebody whom training never saw; "features": a profile; "popular": the
-most popular items, for somebody of whom nothing is known."""
+"fold-in": a history of somebody whom training never saw; "features": a profile, or the features of
+a new item; "popular": the most popular items, for somebody of whom nothing is known."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@ scores where it has none, and popularity for those of whom nothing is known. A m
 then ranks what was found anew.
 
 Shape legend: B users, I items, N items in the index, D width, X exclusions, K list length,
-H histories, T items, C candidates.
+H histories, T items, C candidates, R new items.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from foretaste.data.batch import Queries
+from foretaste.data.features import FieldTable
 from foretaste.data.tasks import Weights
 from foretaste.errors import ConfigError
 from foretaste.models.interface import Attends, Ranker, Retriever
@@ -28,6 +29,8 @@ from foretaste.models.two_stage import (
     below,
     first_stage,
     judge,
+    judge_new,
+    placer,
     reads_profiles,
     second_stage,
 )
@@ -35,6 +38,7 @@ from foretaste.retrieval.choose import exact_of
 from foretaste.retrieval.exact import ExactIndex, padded
 from foretaste.retrieval.index import ItemIndex, TopK
 from foretaste.serving.histories import BLOCK_SCORES, one_query
+from foretaste.serving.new_items import beside, best_of, both
 from foretaste.serving.stages import Stages
 from foretaste.training.trained import Trained
 
@@ -64,6 +68,7 @@ class CatalogueSearch:
         self._trained, self._index, self._popular_I = trained, index, popular_I
         self._first = first_stage(trained.model)
         self._retriever = self._first if isinstance(self._first, Retriever) else None
+        self._placer = placer(trained.model)
         second = second_stage(trained.model)
         self._ranker = second if isinstance(second, Ranker) else None
         self._norm_N: Tensor | None = None
@@ -95,6 +100,7 @@ class CatalogueSearch:
         *,
         exclude_BX: Int64[Tensor, "B X"],
         allow_I: Bool[Tensor, " I"] | None,
+        new: FieldTable | None = None,
         weights: Weights | None = None,
         stages: Stages | None = None,
     ) -> Best:
@@ -104,27 +110,41 @@ class CatalogueSearch:
             queries: Users and histories.
             k: List length.
             exclude_BX: item_idx that a row must not get.
-            allow_I: Only these items; None: all.
+            allow_I: Only these of the catalogue; None: all.
+            new: Features of new items, which are ranked too, as rows past the catalogue's.
             weights: Of the tasks, where the model has any; None: their own.
             stages: Told how long each took.
         """
         model, stages = self._trained.model, stages or Stages()
-        find_k = max(k, model.num_candidates) if isinstance(model, TwoStage) else k
+        num = model.num_candidates if isinstance(model, TwoStage) else k
+        if self._ranker is not None and not isinstance(model, TwoStage) and weights is not None:
+            num = self._trained.events.num_items  # other weights: all are judged anew
+        found = self._find(queries, max(k, num), exclude_BX, allow_I, stages)
+        first_BR = None if new is None else self._first_of_new(queries, new, found)
+        if first_BR is not None:
+            found = beside(found, first_BR, num_items=self._trained.events.num_items, at=num)
         if self._ranker is None:
-            return Best(self._find(queries, k, exclude_BX, allow_I, stages), {})
-        if not isinstance(model, TwoStage) and weights is not None:
-            find_k = self._trained.events.num_items  # other weights: all are judged anew
-        found = self._find(queries, find_k, exclude_BX, allow_I, stages)
-        num = model.num_candidates if isinstance(model, TwoStage) else find_k
-        item_BC, first_BC = found.item_BK[:, :num].clamp(min=0), found.score_BK[:, :num]
+            return Best(found if first_BR is None else best_of(found, k), {})
         with stages.timed("rank"):
-            if isinstance(model, TwoStage):
-                said_BC = None if self._is_nobody(queries) else first_BC
-                judged = model.judge(queries, item_BC, first_BC=said_BC, weights=weights)
-            else:
-                judged = judge(self._ranker, queries, item_BC, weights=weights)
+            judged = judge(
+                self._ranker, queries, found.item_BK[:, :num].clamp(min=0), weights=weights
+            )
+            if new is not None:
+                judged = both(judged, judge_new(self._ranker, queries, new, weights=weights))
+                num += len(new)
+            if isinstance(model, TwoStage) and weights is None and not self._is_nobody(queries):
+                judged = model.heard(judged, found.score_BK[:, :num])
             best = _ranked(judged, found, k, num=num)
             return best._replace(prediction=self._trained.calibrated(best.prediction))
+
+    def _first_of_new(self, queries: Queries, new: FieldTable, found: TopK) -> Float[Tensor, "B R"]:
+        """Return new items' scores by the first stage; where it cannot tell, the lowest found."""
+        if self._retriever is not None and self._placer is not None:
+            vector_RD = self._placer.item_from_features(new).float()
+            score_BR: Tensor = self._retriever.encode(queries).float() @ vector_RD.T
+            return score_BR
+        lowest_B = found.score_BK.where(found.item_BK >= 0, torch.inf).amin(dim=1, keepdim=True)
+        return lowest_B.where(lowest_B.isfinite(), 0.0).expand(-1, len(new))
 
     def _find(
         self,

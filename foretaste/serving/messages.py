@@ -29,6 +29,7 @@ def _id_text(value: str | int) -> str:
 
 Id = Annotated[StrictStr | StrictInt, AfterValidator(_id_text)]
 """An id of the caller's, text or a whole number; within the server it is text."""
+_NewId = Annotated[StrictStr, AfterValidator(_id_text)]
 
 
 class _Request(BaseModel):
@@ -58,6 +59,9 @@ class RecommendRequest(_Request):
     """If given, only these items."""
     deny: tuple[Id, ...] | None = None
     """Never these items."""
+    new_items: dict[_NewId, dict[str, JsonValue]] | None = Field(default=None, max_length=100)
+    """Items that the catalogue has not, to be ranked beside it: from id to what is known of each,
+    column of the item table to value."""
     weights: dict[str, float] | None = Field(default=None, min_length=1, max_length=100)
     """How much each task's prediction counts in the score, 0 for tasks that are not named."""
     rules: Rules = NO_RULES

@@ -2,16 +2,17 @@
 
 import difflib
 from collections.abc import Mapping
-from typing import final
+from typing import Any, final
 
 import polars as pl
 from jaxtyping import Float
 from torch import Tensor
 
-from foretaste.data.features import FieldSide, FieldTable
+from foretaste.data.features import FieldSide, FieldTable, concat_rows
 from foretaste.errors import DataError
-from foretaste.models.interface import PlacesNewItems
-from foretaste.models.two_stage import first_stage, reads_profiles
+from foretaste.models.interface import JudgesNewItems, Ranker
+from foretaste.models.two_stage import placer, reads_profiles, second_stage
+from foretaste.serving.new_items import NewItems, Told
 from foretaste.training.trained import Trained
 
 
@@ -51,16 +52,35 @@ class Profiles:
         Raises:
             DataError: A feature is unknown, or its value of another kind.
         """
-        model, features = first_stage(self._model), self._features
-        if not told or features is None or features.item is None:
-            return None
-        if not (isinstance(model, PlacesNewItems) and model.places_new_items):
+        model, features = placer(self._model), self._features
+        if not told or model is None or features is None or features.item is None:
             return None
         row = _row(features.item, told, "item")
         return None if row is None else model.item_from_features(row)[0]
 
+    def of_items(self, told: Told) -> NewItems | None:
+        """Return new items that the model can rank by what is told; None if there are none.
+
+        Raises:
+            DataError: A feature is unknown, or its value of another kind.
+        """
+        features, ranker = self._features, second_stage(self._model)
+        if isinstance(ranker, Ranker):
+            can = isinstance(ranker, JudgesNewItems) and ranker.judges_new_items
+        else:
+            can = placer(self._model) is not None
+        if not told or not can or features is None or features.item is None:
+            return None
+        rows = {item_id: _row(features.item, said, "item") for item_id, said in told.items()}
+        found = {item_id: row for item_id, row in rows.items() if row is not None}
+        if not found:
+            return None
+        return NewItems(
+            {item_id: told[item_id] for item_id in found}, concat_rows([*found.values()])
+        )
+
     def notes(
-        self, whose: str, told: Mapping[str, object] | None, *, used: bool
+        self, whose: str, told: Mapping[Any, object] | None, *, used: bool
     ) -> tuple[str, ...]:
         """Say if features were told in vain."""
         if not told or used:

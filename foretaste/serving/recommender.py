@@ -30,6 +30,7 @@ from foretaste.serving.histories import blocks, one_query, training_histories, w
 from foretaste.serving.item_labels import ItemLabels
 from foretaste.serving.items import KnownItems
 from foretaste.serving.lists import lists_table
+from foretaste.serving.new_items import NewItems, Told
 from foretaste.serving.profiles import Profiles
 from foretaste.serving.rule_book import RuleBook, first_width
 from foretaste.serving.rules import NO_RULES, Rules
@@ -86,6 +87,7 @@ class Recommender:
         exclude_seen: bool = True,
         allow: Sequence[object] | None = None,
         deny: Sequence[object] | None = None,
+        new_items: Told | None = None,
         since: int | None = None,
         weights: Weights | None = None,
         rules: Rules = NO_RULES,
@@ -105,8 +107,13 @@ class Recommender:
                 made with such features reads it.
             k: In [1, 10^6]; the catalogue may hold fewer, and then all of it is the answer.
             exclude_seen: Leave out what stands in the history.
-            allow: Only these item ids may be answered; None allows all.
-            deny: These item ids may not be answered.
+            allow: Of the catalogue, only these item ids may be answered; None allows all.
+            deny: These item ids of the catalogue may not be answered.
+            new_items: Items that the catalogue has not, from id to features: column of the item
+                table to value. A model that reads features of items ranks them beside the
+                catalogue; of two stages, the ranker judges them all, and a retriever that cannot
+                place one gives it the lowest score that it gave. Those that the catalogue ranks
+                already are left to it.
             since: Unix seconds: training events of the user before it are forgotten.
             weights: How much each task's prediction counts in the score, 0 for tasks that are not
                 named; None: as the model was made.
@@ -116,7 +123,8 @@ class Recommender:
         Raises:
             DataError: k is out of range, a list of ids is a single text, a feature is unknown or
                 of another kind, `since` is asked of events without times, a weight is of no task
-                of the model, or rules name a column that is not there or not of their kind.
+                of the model, rules name a column that is not there or not of their kind, or there
+                are rules and new items, of which the item table says nothing.
         """
         _check_k(k)
         check_weights(weights, self._search.tasks)
@@ -136,6 +144,9 @@ class Recommender:
         source: Source = "model" if len(past) else "fold-in" if len(extra) else "popular"
         if source == "popular" and profile is not None:
             source = "features"
+        new = self._new_items(new_items or {}, rules, unknown)
+        if source == "popular" and new is not None:
+            unknown, new = unknown | dict.fromkeys(new.told), None
         if source == "popular":
             find = self._find_popular(exclude=banned, allow_I=allow_I)
         else:
@@ -145,12 +156,14 @@ class Recommender:
                 replace(queries, profile=profile, context=moment),
                 exclude_BX=torch.from_numpy(banned).unsqueeze(0),
                 allow_I=allow_I,
+                new=None if new is None else new.table,
                 weights=weights,
                 stages=stages,
             )
-        best = self._choose(rules, min(k, self._items.num_known), find, stages)
+        num_new = 0 if new is None else len(new.told)
+        best = self._choose(rules, min(k, self._items.num_known + num_new), find, stages)
         user_known = user_idx >= 0 and self._num_past(user_idx) > 0
-        rows = self._rows(best, source)
+        rows = self._rows(best, source, new)
         who = "" if user_id is None or user_known else f"user {user_id!r} is unknown to training"
         return Answer(
             rows=rows,
@@ -160,6 +173,7 @@ class Recommender:
             notes=(
                 *_notes(who, source, len(rows), k, unknown),
                 *self._profiles.notes("users", features, used=profile is not None),
+                *self._profiles.notes("items", new_items, used=new is not None),
                 *self._profiles.notes(
                     "moments", context, used=moment is not None and source != "popular"
                 ),
@@ -341,6 +355,18 @@ class Recommender:
         allow_I[torch.from_numpy(self._items.rows_of("allow", item_ids, unknown))] = True
         return allow_I
 
+    def _new_items(self, told: Told, rules: Rules, unknown: dict[object, None]) -> NewItems | None:
+        """Return those items that the catalogue has not and features tell; the rest is unknown."""
+        if told and rules != NO_RULES:
+            raise DataError(
+                "rules look at the item table, which has no new_items: give one of both"
+            )
+        absent: dict[object, None] = {}
+        self._items.rows_of("new_items", list(told), absent)
+        new = self._profiles.of_items({i: said for i, said in told.items() if i in absent})
+        unknown.update({i: None for i in absent if new is None or i not in new.told})
+        return new
+
     def _find_popular(
         self, *, exclude: Int64[np.ndarray, " X"], allow_I: Bool[Tensor, " I"] | None
     ) -> Callable[[int], Best]:
@@ -385,20 +411,31 @@ class Recommender:
         )
         return Best(top, {})
 
-    def _rows(self, best: Best, source: Source) -> tuple[Recommendation, ...]:
+    def _rows(
+        self, best: Best, source: Source, new: NewItems | None = None
+    ) -> tuple[Recommendation, ...]:
         item_idx = [item for item in best.top.item_BK[0].tolist() if item >= 0]
         score = best.top.score_BK[0].tolist()
-        ids, attributes = self._items.ids_of(item_idx), self._items.attributes(item_idx)
+        first_new = self.trained.events.num_items
+        old = [item for item in item_idx if item < first_new]
+        shown: dict[int, tuple[int | str, Mapping[str, object], Source]] = {
+            item: (item_id, attributes, source)
+            for item, item_id, attributes in zip(
+                old, self._items.ids_of(old), self._items.attributes(old), strict=True
+            )
+        }
+        for row, (item_id, told) in enumerate(() if new is None else new.told.items()):
+            shown[first_new + row] = item_id, told, "features"
         predicted = {name: value_BK[0].tolist() for name, value_BK in best.prediction.items()}
         return tuple(
             Recommendation(
-                ids[row],
+                item_id,
                 score[row],
-                source,
-                attributes[row],
+                where,
+                attributes,
                 {n: values[row] for n, values in predicted.items() if math.isfinite(values[row])},
             )
-            for row in range(len(item_idx))
+            for row, (item_id, attributes, where) in enumerate(shown[item] for item in item_idx)
         )
 
 

@@ -83,6 +83,7 @@ class Service:
             exclude_seen=asked.exclude_seen,
             allow=None if asked.allow is None else list(asked.allow),
             deny=None if asked.deny is None else list(asked.deny),
+            new_items=asked.new_items,
             weights=asked.weights,
             rules=asked.rules,
         )

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from foretaste.data.batch import Queries
+from foretaste.data.features import FieldTable
 from foretaste.data.interactions import Interactions
 from foretaste.data.pairs import Reads
 from foretaste.data.tasks import Task
@@ -39,6 +40,12 @@ class FieldRanker(nn.Module, ABC):
         """Return what the heads of a batch's tasks read."""
 
     @abstractmethod
+    def raw_of(
+        self, queries: Queries, item_1CGW: Float[Tensor, "1 C G W"]
+    ) -> Mapping[str, Float[Tensor, "B C"]]:
+        """Return what the heads read of items that all queries share, given by their fields."""
+
+    @abstractmethod
     def score(self, queries: Queries) -> Float[Tensor, "B I"]:
         """Return every item's score, some items at a time."""
 
@@ -60,6 +67,20 @@ class FieldRanker(nn.Module, ABC):
     def placed_I(self) -> Bool[Tensor, " I"]:
         """Return which items have a feature that says something."""
         return self.fields.placed_I()
+
+    @property
+    def judges_new_items(self) -> bool:
+        """Whether items' features are read."""
+        return self.fields.item is not None
+
+    def of_new_items(self, queries: Queries, table: FieldTable) -> dict[str, Tensor]:
+        """Return what each task learns from, of items that are in no table.
+
+        Raises:
+            ConfigError: The model reads no features of items.
+        """
+        outputs: dict[str, Tensor] = self.heads(self.raw_of(queries, self.fields.new_items(table)))
+        return outputs
 
     @property
     def reads_profiles(self) -> bool:
@@ -90,6 +111,11 @@ class PairRanker(FieldRanker, ABC):
     ) -> Mapping[str, Float[Tensor, "B C"]]:
         parts: RowParts = self.fields(queries, item_BC)
         return self.of_fields(parts.query_BQW, parts.item_ACGW)
+
+    def raw_of(
+        self, queries: Queries, item_1CGW: Float[Tensor, "1 C G W"]
+    ) -> Mapping[str, Float[Tensor, "B C"]]:
+        return self.of_fields(self.fields.query(queries), item_1CGW)
 
     def score(self, queries: Queries) -> Float[Tensor, "B I"]:
         """Return every item's score, some items at a time."""

@@ -5,7 +5,8 @@ is said of the user and the moment is worked out once for a query, however many 
 numbers and vectors of items are worked out once for an item, however often it stands in a batch.
 
 Shape legend: B queries, A rows of items (B, or 1 where all queries have the same), C items of
-each, M events of histories, Q fields of a query, G fields of an item, W width of a field.
+each, R new items, M events of histories, Q fields of a query, G fields of an item, W width of a
+field.
 """
 
 from collections.abc import Sequence
@@ -195,6 +196,20 @@ class RowFields(nn.Module):
         vector_MOW = self._item_vectors(item_AC.flatten())
         return self._item_fields(item_AC, item_ACS, single_ACSW, vector_MOW)
 
+    def new_items(self, table: FieldTable) -> Float[Tensor, "1 R G W"]:
+        """Return the fields of R items that are in no table, from their features alone.
+
+        Raises:
+            ConfigError: No features of items are read.
+        """
+        if self.item is None:
+            raise ConfigError("this model reads no features of items: none can be told by them")
+        new_R = table.code_RC.new_full((len(table),), -1)
+        code_RS = self._item_codes(new_R, other=table)
+        (single_RSW,) = self._look_up([code_RS])
+        vector_ROW = self.item.vectors(new_R, table)
+        return self._item_fields(new_R, code_RS, single_RSW, vector_ROW, other=table).unsqueeze(0)
+
     @property
     def item_I(self) -> Int64[Tensor, " I"]:
         """All items, where the weights are."""
@@ -343,7 +358,7 @@ class RowFields(nn.Module):
         return self.context.codes(torch.full_like(queries.user_B, -1), queries.context)
 
     def _item_codes(
-        self, item_X: Int64[Tensor, "*X"], *, drops: bool = False
+        self, item_X: Int64[Tensor, "*X"], *, drops: bool = False, other: FieldTable | None = None
     ) -> Int64[Tensor, "*X S"]:
         codes = []
         if self.config.item_id:
@@ -352,7 +367,7 @@ class RowFields(nn.Module):
                 has_X &= self._kept_ids(item_X) | ~self.placed_I()[item_X]
             codes.append((item_X + self.first_item).where(has_X, 0).unsqueeze(-1))
         if self.item is not None:
-            codes.append(self.item.codes(item_X))
+            codes.append(self.item.codes(item_X, other))
         return torch.cat(codes, dim=-1) if len(codes) > 1 else codes[0]
 
     @property
@@ -430,13 +445,19 @@ class RowFields(nn.Module):
         return self.item.shared_vectors(item_M)
 
     def _item_fields(
-        self, item_X: Tensor, code_XS: Tensor, single_XSW: Tensor, vector_MOW: Tensor
+        self,
+        item_X: Tensor,
+        code_XS: Tensor,
+        single_XSW: Tensor,
+        vector_MOW: Tensor,
+        *,
+        other: FieldTable | None = None,
     ) -> Float[Tensor, "*X G W"]:
         if self.item is None:
             return single_XSW
         return self.item.joined(
             item_X,
-            None,
+            other,
             single_XSW=single_XSW,
             vector_XOW=vector_MOW.view(*item_X.shape, *vector_MOW.shape[1:]),
             has_id_XN=code_XS[..., : self.config.item_id] > 0,
