@@ -30,6 +30,12 @@ def test_pairs_are_as_if_query_and_item_stood_side_by_side(hidden: tuple[int, ..
     torch.testing.assert_close(model(query_BQ, item_BCI), slow(model, query_BQ, item_BCI))
 
 
+@pytest.mark.parametrize("shape", [(0, C), (B, 0)])
+def test_no_pairs_have_no_outputs(shape: tuple[int, int]) -> None:
+    model = PairMLP(Q, WIDTH, (7,), 2)
+    assert model(torch.randn(shape[0], Q), torch.randn(*shape, WIDTH)).shape == (*shape, 2)
+
+
 def test_items_that_all_queries_share_need_to_be_given_once() -> None:
     model = PairMLP(Q, WIDTH, (7,), 2)
     query_BQ, item_1CI = torch.randn(B, Q), torch.randn(1, C, WIDTH)

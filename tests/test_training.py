@@ -25,7 +25,7 @@ from foretaste.models.sasrec import SASRec, SASRecConfig
 from foretaste.training.checkpoint import read_checkpoint, write_checkpoint
 from foretaste.training.fit import Epoch, Fit
 from foretaste.training.objectives.next_item import NextItem, NextItemConfig
-from foretaste.training.seeding import epoch_generator
+from foretaste.training.seeding import epoch_generator, seed_step, step_seed
 from foretaste.training.settings import TrainingConfig
 
 
@@ -380,3 +380,11 @@ def test_the_log_has_a_line_a_step(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (tmp_path / "steps.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(progress.step))
     assert all(math.isfinite(line["loss"]) for line in lines)
+
+
+def test_a_step_draws_what_torch_seeded_by_its_number_draws() -> None:
+    torch.manual_seed(step_seed(3, 1, 4))
+    expected = torch.rand(5)
+    torch.manual_seed(0)
+    seed_step(3, 1, 4)
+    assert torch.equal(torch.rand(5), expected)

@@ -251,7 +251,9 @@ class Fit(Generic[Model, Batch]):
         if math.isfinite(value):
             self.scaler.scale(loss).backward()
             self.scaler.unscale_(self.optimizer)
-            norm = nn.utils.clip_grad_norm_(self.parameters, config.gradient_clip or math.inf)
+            norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+            if config.gradient_clip is not None:
+                nn.utils.clip_grads_with_norm_(self.parameters, config.gradient_clip, norm)
             finite = bool(norm.isfinite())
             if finite or self.scaler.is_enabled():
                 self.scaler.step(self.optimizer)

@@ -19,5 +19,11 @@ def step_seed(seed: int, epoch: int, batch: int) -> int:
 
 
 def seed_step(seed: int, epoch: int, batch: int) -> None:
-    """Set torch's generators (dropout, negatives) for one step."""
-    torch.manual_seed(step_seed(seed, epoch, batch))
+    """Set torch's generators (dropout, negatives) for one step.
+
+    `torch.manual_seed` would note down the stack for every device that is not in use: each step.
+    """
+    number = step_seed(seed, epoch, batch)
+    torch.default_generator.manual_seed(number)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(number)

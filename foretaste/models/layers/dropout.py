@@ -35,4 +35,5 @@ class Dropout(nn.Module):
         seed = int(torch.randint(2**63 - 1, ()))
         words = np.random.SFC64(seed).random_raw(-(-x.numel() // 8))
         drawn = torch.from_numpy(words.view(np.uint8))[: x.numel()].view(x.shape)
-        return x * (drawn >= self.levels).to(x.dtype).mul_(_LEVELS / (_LEVELS - self.levels))
+        kept = drawn.ge_(self.levels)  # stays in bytes: torch turns bools to floats slowly
+        return x * kept.to(x.dtype).mul_(_LEVELS / (_LEVELS - self.levels))

@@ -84,8 +84,9 @@ class PairMLP(nn.Module):
         self, query_BQ: Float[Tensor, "B Q"], item_ACI: Float[Tensor, "A C I"]
     ) -> Float[Tensor, "B C O"]:
         """Return the last layer's output for each pair."""
-        output: Tensor = self.layers(self.first(query_BQ, item_ACI))
-        return output
+        first_BCO: Tensor = self.first(query_BQ, item_ACI)
+        output_RO: Tensor = self.layers(first_BCO.flatten(0, 1))
+        return output_RO.view(*first_BCO.shape[:2], output_RO.shape[1])
 
 
 @final
