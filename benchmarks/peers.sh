@@ -30,7 +30,7 @@ make() {
     say "made $folder:"
   fi
   "$folder/bin/"$PIP list --format=freeze 2>/dev/null |
-    grep -iE '^(torch|torch[-_]geometric|numpy|scipy|pandas|rectools|pytorch-lightning|recbole|implicit)=' |
+    grep -iE '^(torch|torch[-_]geometric|numpy|scipy|pandas|rectools|pytorch-lightning|recbole|implicit|deepctr[-_]torch|torch[-_]rechub)=' |
     sed 's/^/  /'
 }
 
@@ -54,13 +54,22 @@ pyg() {
   make pyg 'from torch_geometric.nn import LightGCN' 'torch==2.13.*' 'torch_geometric==2.*'
 }
 
+deepctr() {
+  make deepctr 'from deepctr_torch.models import DeepFM' \
+    'torch==2.13.*' 'deepctr-torch==0.3.*' 'requests'
+}
+
+rechub() {
+  make rechub 'from torch_rechub.models.ranking import DeepFM' 'torch==2.13.*' 'torch-rechub==0.9.*'
+}
+
 implicit() {
   make implicit 'from implicit.bpr import BayesianPersonalizedRanking' 'implicit==0.7.*' 'scipy<2'
 }
 
-for peer in ${*:-rectools recbole pyg implicit}; do
+for peer in ${*:-rectools recbole pyg implicit deepctr rechub}; do
   case "$peer" in
-    rectools | recbole | pyg | implicit) "$peer" ;;
-    *) say "no peer is called $peer: rectools, recbole, pyg or implicit" >&2; exit 2 ;;
+    rectools | recbole | pyg | implicit | deepctr | rechub) "$peer" ;;
+    *) say "no peer is called $peer: rectools, recbole, pyg, implicit, deepctr or rechub" >&2; exit 2 ;;
   esac
 done

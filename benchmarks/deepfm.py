@@ -1,0 +1,43 @@
+"""DeepFM: rows trained on a second, and seconds to a quality, against peers, in one run on Frappe.
+
+    sh benchmarks/peers.sh recbole deepctr rechub
+    python benchmarks/deepfm.py frappe/nfm-split --out benchmarks/results/deepfm.json
+
+The rows have ten fields, user and app among them; the negatives of training are drawn once and
+alike for all. Hidden layers and dropout are RecBole's own; 400 400 400 are those of BARS.
+"""
+
+from ranking_rates import arguments, report, run
+
+from foretaste.data.sources.files import Files
+from foretaste.data.sources.frappe import read_frappe_rows
+
+PEERS = {
+    "recbole": "peer_recbole_ranking.py",
+    "deepctr": "peer_deepctr_deepfm.py",
+    "rechub": "peer_rechub_deepfm.py",
+}
+DIM = 10
+
+
+def main() -> None:
+    parser = arguments("DeepFM on Frappe against peers", PEERS, to=True)
+    parser.add_argument("--batch-rows", type=int, default=4096)
+    parser.add_argument("--hidden", type=int, nargs="+", default=[128, 128, 128])
+    parser.add_argument("--dropout", type=float, default=0.2)
+    args = parser.parse_args()
+    told = {
+        "model": "deepfm",
+        "dim": DIM,
+        "hidden": args.hidden,
+        "dropout": args.dropout,
+        "batch_rows": args.batch_rows,
+    }
+    results = run(args, PEERS, read_frappe_rows(Files(args.data)).events, told)
+    hidden = "-".join(map(str, args.hidden))
+    facts = f"10 fields, {hidden}, batches of {args.batch_rows:,}, {args.threads} threads"
+    report(args, "deepfm", results, what="rows", work=f"DeepFM (Frappe, {facts})")
+
+
+if __name__ == "__main__":
+    main()
