@@ -8,13 +8,20 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from torch import Tensor, nn
 
+from foretaste.config import Config
+from foretaste.data.batch import Queries
 from foretaste.data.features import Features, FieldTable, fit_features
 from foretaste.data.features_inspect import inspect_schema
 from foretaste.data.fields import CategoricalField, FeatureSchema, NumericField
 from foretaste.data.interactions import Interactions
 from foretaste.data.reading import read_interactions
+from foretaste.data.splits import Split
+from foretaste.data.splitting import leave_last_split, ratio_split, temporal_split
 from foretaste.errors import BundleError, ConfigError, DataError
+from foretaste.evaluation.protocol import evaluate
+from foretaste.training.trained import Trained
 
 SCHEMA = FeatureSchema(
     context={"place": CategoricalField(), "hour": NumericField(transform="standardise")}
@@ -144,3 +151,75 @@ def test_a_selection_of_events_is_fitted_to_alone() -> None:
     assert table_of(features).code_RC.squeeze(1).tolist() == [2, 0]
     assert table_of(features.of(table)).code_RC.squeeze(1).tolist() == [1, 2, 1, 0]
     assert table_of(features.of(replace(table, context=None))).known_R.tolist() == [False] * 4
+
+
+PLACES = ["home", "work", "train", "gym"]
+
+
+class ByPlace(nn.Module):
+    """Gives everybody the item whose row is that of the place in `PLACES`."""
+
+    def __init__(self, features: Features) -> None:
+        super().__init__()
+        assert features.context is not None
+        self.code_I = features.context.encode(pl.DataFrame({"place": PLACES})).code_RC[:, 0]
+
+    def score(self, queries: Queries) -> Tensor:
+        if queries.context is None:
+            return torch.zeros(len(queries), len(PLACES))
+        return (queries.context.code_RC == self.code_I).float()
+
+
+def split_by(name: str) -> tuple[Split, pl.DataFrame]:
+    """Six users do ten events each, and the item is that of the place."""
+    draw = np.random.default_rng(0)
+    place = draw.integers(len(PLACES), size=60)
+    frame = pl.DataFrame(
+        {
+            "user_id": np.arange(60) % 6,
+            "item_id": place,
+            "timestamp": 1000 + np.arange(60),
+            "place": [PLACES[p] for p in place],
+        }
+    )
+    events = read_interactions(
+        frame,
+        timestamp="timestamp",
+        context=["place"],
+        items=pl.DataFrame({"item_id": range(len(PLACES))}),
+    )
+    makers = {"rolling": temporal_split, "ratio": ratio_split, "last": leave_last_split}
+    return makers[name](events), frame
+
+
+@pytest.mark.parametrize("name", ["rolling", "ratio", "last"])
+def test_a_list_is_asked_for_at_the_moment_of_its_first_target(name: str) -> None:
+    split, frame = split_by(name)
+    schema = FeatureSchema(context={"place": CategoricalField()})
+    features = fit_features(schema, split.train)
+    model = ByPlace(features)
+    # of each user's ten events a ratio holds out two, leave-last one; of all, the last six roll
+    if name == "rolling":
+        expected = frame.sort("timestamp").tail(6).sort("user_id", "timestamp")
+    else:
+        place = {"ratio": 8, "last": 9}[name]
+        expected = frame.group_by("user_id", maintain_order=True).agg(
+            pl.all().sort_by("timestamp").get(place)
+        )
+    queries = split.test.queries(np.arange(len(split.test)), features.context)
+    assert queries.user_B.tolist() == expected["user_id"].to_list()
+    assert queries.context is not None
+    asked = model.code_I[expected["item_id"].to_list()]
+    assert torch.equal(queries.context.code_RC[:, 0], asked)
+    trained = Trained(config=Config(), model=model, events=split.train, features=features, seed=0)
+    report = evaluate(trained, split.test, k=(1,), exclude_seen=False, resamples=0)
+    assert report.metrics["hit_rate_at_1"] == 1.0
+    assert "context: each query is asked at the moment of its first target" in report.notes
+    mute = replace(split, events=replace(split.events, context=None))
+    blind = evaluate(trained, mute.test, k=(1,), exclude_seen=False, resamples=0)
+    assert blind.metrics["hit_rate_at_1"] < 1.0
+    assert any("nothing is known of any moment" in note for note in blind.notes)
+    untold = replace(trained, features=None)
+    plain = evaluate(untold, split.test, k=(1,), exclude_seen=False, resamples=0)
+    assert plain.metrics == blind.metrics
+    assert not any(note.startswith("context") for note in plain.notes)

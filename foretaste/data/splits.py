@@ -7,10 +7,12 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
+import polars as pl
 import torch
 from jaxtyping import Bool, Int32, Int64, UInt8
 
 from foretaste.data.batch import Queries
+from foretaste.data.features import FieldSide
 from foretaste.data.interactions import Interactions
 from foretaste.data.leaks import find_leaks
 from foretaste.data.parts import NEGATIVE, TEST, TRAIN, UNUSED, VALIDATION, SplitKind
@@ -36,6 +38,8 @@ class Holdout:
     """Position in `events` where the query's history ends."""
     target_offsets: Int64[np.ndarray, " Q1"]
     target_item: Int32[np.ndarray, " N"]
+    context: pl.DataFrame | None = None
+    """The context of each query's first target: the moment at which a list is asked for."""
     listed: Interactions | None = None
     """The items that each user's targets are to be compared with, where the data list them."""
 
@@ -48,8 +52,9 @@ class Holdout:
         begun_Q: Bool[np.ndarray, " Q"] = self.end_Q > self.events.offsets[self.user_Q]
         return begun_Q
 
-    def queries(self, rows: Int64[np.ndarray, " B"]) -> Queries:
-        """Return some of the queries as one block."""
+    def queries(self, rows: Int64[np.ndarray, " B"], moment: FieldSide | None = None) -> Queries:
+        """Return some of the queries as one block, their context by the fields of `moment`."""
+        told = None if moment is None or self.context is None else self.context[rows]
         start, end = self.events.offsets[self.user_Q[rows]], self.end_Q[rows]
         offsets = np.concatenate([[0], np.cumsum(end - start)])
         index = np.arange(offsets[-1]) + np.repeat(start - offsets[:-1], end - start)
@@ -57,6 +62,7 @@ class Holdout:
             user_B=torch.from_numpy(self.user_Q[rows]),
             history_N=torch.from_numpy(self.events.item_idx[index].astype(np.int64)),
             offsets_B1=torch.from_numpy(offsets),
+            context=None if moment is None or told is None else moment.encode(told),
         )
 
 
@@ -137,6 +143,7 @@ class Split:
             end_Q = np.flatnonzero(part_of == part)
             user_Q = events.user_idx[end_Q].astype(np.int64)
             targets, counts = events.item_idx[end_Q], np.ones(len(end_Q), np.int64)
+            context = None if events.context is None else events.context[end_Q]
         else:
             events, wanted = (
                 self.events.select(self.part_E < part),
@@ -145,7 +152,8 @@ class Split:
             counts = np.diff(wanted.offsets)
             user_Q = np.flatnonzero(counts)
             end_Q, counts = events.offsets[user_Q + 1], counts[user_Q]
-            targets = wanted.item_idx
+            targets, context = wanted.item_idx, wanted.context
+            context = None if context is None else context[wanted.offsets[user_Q]]
         return Holdout(
             name=name,
             events=events,
@@ -153,6 +161,7 @@ class Split:
             end_Q=end_Q,
             target_offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
             target_item=targets,
+            context=context,
             listed=self._listed if part == TEST else None,
         )
 

@@ -154,12 +154,15 @@ def evaluate(
         user_idx=user_idx,
         per_user=_named(dict(zip(measured.values, means_UM.T, strict=True)), suffix),
         counts=_counts(task, count_I, ranked_I, num_users=len(user_idx)),
-        notes=_notes(
-            task,
-            _candidates(int((known_I & (count_I == 0)).sum()), ranked_I, sampled, among),
-            exclude_seen=exclude_seen,
-            resamples=resamples,
-            seed=seed,
+        notes=(
+            *_notes(
+                task,
+                _candidates(int((known_I & (count_I == 0)).sum()), ranked_I, sampled, among),
+                exclude_seen=exclude_seen,
+                resamples=resamples,
+                seed=seed,
+            ),
+            *_of_moments(model, holdout),
         ),
         slices=tuple(replace(part, metrics=_named(part.metrics, suffix)) for part in slices),
         settings=model.settings,
@@ -203,7 +206,7 @@ def _measure(
     step = block_rows(len(count_I))
     for begin in range(0, len(task.row_Q), step):
         rows = slice(begin, min(begin + step, len(task.row_Q)))
-        queries = holdout.queries(task.row_Q[rows])
+        queries = holdout.queries(task.row_Q[rows], model.moment)
         targets = slice(*task.offsets_Q1[[rows.start, rows.stop]])
         row_N = np.repeat(
             np.arange(len(queries)), np.diff(task.offsets_Q1[rows.start : rows.stop + 1])
@@ -313,6 +316,15 @@ def _candidates(
         f"{whole}; none sampled" if sampled is None else sampled.note(),
         f"{misses} are never found and count as misses",
     )
+
+
+def _of_moments(model: Trained, holdout: Holdout) -> tuple[str, ...]:
+    """Say what a model with features of the moment was told of it."""
+    if model.moment is None:
+        return ()
+    if holdout.context is None:
+        return ("context: the events have none, so nothing is known of any moment",)
+    return ("context: each query is asked at the moment of its first target",)
 
 
 def _notes(

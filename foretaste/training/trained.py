@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from foretaste.config import Config
 from foretaste.data.batch import Queries
-from foretaste.data.features import Features
+from foretaste.data.features import Features, FieldSide
 from foretaste.data.interactions import Interactions
 from foretaste.errors import ConfigError, NonFiniteError
 from foretaste.models.interface import CatalogueScorer, PlacesItems, Retriever
@@ -53,6 +53,11 @@ class Trained:
         if isinstance(model, PlacesItems):
             known_I = known_I | model.placed_I().cpu()
         return known_I
+
+    @property
+    def moment(self) -> FieldSide | None:
+        """The features of the moment that the model was told of; None: of none."""
+        return None if self.features is None else self.features.context
 
     def calibrated(self, prediction: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return a ranker's predictions, by the task's name, calibrated where a task is."""
