@@ -96,6 +96,16 @@ def test_the_rate_rises_then_follows_its_schedule(schedule: str, factors: list[f
     assert [run._rate(step, 4) for step in range(4)] == pytest.approx(factors)
 
 
+def test_small_data_get_small_steps_and_a_short_warm_up() -> None:
+    # 340 rows: 10 steps of 32 and one of 20, so the rate is whole after two epochs of 11.
+    usual, asked = TrainingConfig(), TrainingConfig(batch_events=8192, warmup_steps=200)
+    assert [usual.batch_of(rows) for rows in (1, 340, 100_000, 10**7)] == [32, 32, 3125, 8192]
+    assert [usual.warmup_of(steps) for steps in (11, 32, 5000)] == [22, 64, 200]
+    assert (asked.batch_of(340), asked.warmup_of(11)) == (8192, 200)
+    _, run = scalar_fit([1.0] * 11, usual.model_copy(update={"device": "cpu"}))
+    assert [run._rate(step, 11) for step in (0, 21, 22)] == pytest.approx([1 / 23, 22 / 23, 1])
+
+
 def test_clipping_bounds_the_whole_gradient() -> None:
     model, run = scalar_fit([100.0], plain(gradient_clip=0.5))
     run.run()

@@ -221,7 +221,7 @@ def _learn(
         model,
         objective,
         events,
-        batch_events=training.batch_events,
+        batch_events=training.batch_of(len(events)),
         seed=untrained.seed,
         producers=training.producers,
         graph=graph,

@@ -279,7 +279,8 @@ class Fit(Generic[Model, Batch]):
             "cosine": 0.5 * (1 + math.cos(math.pi * min(1.0, done))),
             "linear": 1 - done,
         }[self.config.schedule]
-        return min(1.0, (step + 1) / (self.config.warmup_steps + 1)) * max(0.02, after)
+        warmup = self.config.warmup_of(steps_per_epoch)
+        return min(1.0, (step + 1) / (warmup + 1)) * max(0.02, after)
 
     def _autocast(self) -> Any:
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.config.precision)

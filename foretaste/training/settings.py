@@ -12,15 +12,17 @@ class TrainingConfig(Config):
 
     epochs: PositiveInt = 100
     """At most so many passes over the training events; the schedule is laid over all of them."""
-    batch_events: PositiveInt = 8192
-    """About how many events a step learns from."""
+    batch_events: PositiveInt | Literal["auto"] = "auto"
+    """About how many events a step learns from; "auto": a 32nd of the training events, but 32 at
+    least and 8192 at most."""
     learning_rate: float = Field(default=1e-3, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
     """AdamW's decoupled decay, of matrices and tables, not of biases and scales."""
     beta2: float = Field(default=0.98, gt=0, lt=1)
     """AdamW's decay of squared gradients; SASRec's authors use 0.98."""
-    warmup_steps: NonNegativeInt = 200
-    """Steps over which the learning rate rises from 0."""
+    warmup_steps: NonNegativeInt | Literal["auto"] = "auto"
+    """Steps over which the learning rate rises from 0; "auto": those of two epochs, but 200 at
+    most."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     """How the learning rate goes after the warm-up; all but constant end at 2 % of it."""
     gradient_clip: float | None = Field(default=None, gt=0)
@@ -41,3 +43,13 @@ class TrainingConfig(Config):
     producers: NonNegativeInt = 0
     """Threads that make batches ahead of the trainer: gathering, negatives, and what else a step
     needs that takes no weights. The result is the same."""
+
+    def batch_of(self, num_events: int) -> int:
+        """Return about how many of so many training events a step learns from."""
+        if self.batch_events == "auto":
+            return min(max(32, num_events // 32), 8192)
+        return self.batch_events
+
+    def warmup_of(self, steps_per_epoch: int) -> int:
+        """Return over how many steps the learning rate rises, where an epoch has so many."""
+        return min(200, 2 * steps_per_epoch) if self.warmup_steps == "auto" else self.warmup_steps
