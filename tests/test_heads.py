@@ -86,5 +86,10 @@ def test_tasks_that_cannot_be_told_apart_or_taught_are_refused() -> None:
         Heads((CLICK, CLICK))
     with pytest.raises(ConfigError, match="weight 0"):
         Heads((Task(name="click", weight=0),))
-    with pytest.raises(DataError, match="no column 'minutes'"):
+    with pytest.raises(ConfigError, match="from column 'minutes', and the events have 'stars'"):
         Heads((MINUTES,)).begin(events(stars=[1.0]))
+
+
+def test_a_label_below_0_is_refused_before_its_logarithm_is_taken() -> None:
+    with pytest.raises(DataError, match=r"holds -2 .* 0 or more under log1p"):
+        Heads((MINUTES,)).begin(events(minutes=[3.0, -2.0]))

@@ -31,6 +31,11 @@ def test_who_did_what() -> None:
     assert [table.history(user).tolist() for user in range(3)] == [[2, 0], [], [2]]
 
 
+def test_a_table_shows_itself_in_a_line() -> None:
+    shown = "Interactions(3 events, 3 users, 3 items, columns rating, place, tags)"
+    assert repr(events()) == shown
+
+
 def test_a_selection_keeps_every_column_in_step() -> None:
     chosen = events().select(np.array([False, True, True]))
     assert chosen.offsets.tolist() == [0, 1, 1, 2]

@@ -94,6 +94,13 @@ def test_a_temporal_split_cuts_all_users_at_the_same_moments() -> None:
     assert split.leaks == ()
 
 
+def test_a_split_and_its_parts_show_themselves_in_a_line() -> None:
+    split = temporal_split(interactions(TEN), validation=0.2, test=0.2)
+    assert repr(split) == "Split('temporal', 6 events to train, 2 to validate, 2 to test)"
+    assert repr(split.test) == "Holdout('test', 2 queries, 2 targets)"
+    assert repr(split.train) == "Interactions(6 events, 3 users, 4 items)"
+
+
 def test_a_rolling_query_knows_everything_its_user_did_before() -> None:
     split = temporal_split(interactions(TEN), validation=0.2, test=0.4)
     # Test: seconds 7 to 10. c has done nothing before 8, and then p before s.

@@ -50,6 +50,14 @@ class Interactions:
     def __len__(self) -> int:
         return len(self.item_idx)
 
+    def __repr__(self) -> str:
+        columns = [*self.columns, *([] if self.context is None else self.context.columns)]
+        told = f", columns {', '.join(columns)}" if columns else ""
+        return (
+            f"Interactions({len(self):,} events, {self.num_users:,} users, "
+            f"{self.num_items:,} items{told})"
+        )
+
     @property
     def num_users(self) -> int:
         return len(self.users)

@@ -46,6 +46,9 @@ class Holdout:
     def __len__(self) -> int:
         return len(self.user_Q)
 
+    def __repr__(self) -> str:
+        return f"Holdout({self.name!r}, {len(self):,} queries, {len(self.target_item):,} targets)"
+
     @cached_property
     def has_history_Q(self) -> Bool[np.ndarray, " Q"]:
         """True where the user did something before: the other queries are counted apart."""
@@ -100,6 +103,13 @@ class Split:
     """One sentence for each way in which this split lets the future into training."""
     notes: tuple[str, ...] = ()
     """What the split left where it was, with counts, such as users with too few events."""
+
+    def __repr__(self) -> str:
+        train, validation, test, *_ = np.bincount(self.part_E, minlength=3)
+        return (
+            f"Split({self.kind!r}, {train:,} events to train, {validation:,} to validate, "
+            f"{test:,} to test)"
+        )
 
     @cached_property
     def train(self) -> Interactions:

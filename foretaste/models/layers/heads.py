@@ -14,8 +14,9 @@ from jaxtyping import Float, Float64, Int64
 from torch import Tensor, nn
 
 from foretaste.data.interactions import Interactions
+from foretaste.data.labels import labels_of
 from foretaste.data.tasks import LabelScale, Task, Weights, in_own_unit, label_scale
-from foretaste.errors import ConfigError, DataError
+from foretaste.errors import ConfigError
 
 
 @final
@@ -112,15 +113,17 @@ class Heads(nn.Module):
         """Take where the training labels lie: a scale for regressions, thresholds for levels.
 
         Raises:
-            DataError: A task's column is not there, or has no label.
+            ConfigError: A task's column is not there.
+            DataError: A label is none that its task can have, or a regression has no label.
         """
-        steps = iter(self.steps)
+        steps, label_ET = iter(self.steps), labels_of(events, self.tasks)
         for place, task in enumerate(self.tasks):
+            label_E = label_ET[:, place].astype(np.float64)
             if task.kind == "regression":
-                scale = label_scale(task, _labels(task, events))
+                scale = label_scale(task, label_E)
                 self.scale_T2[place] = torch.tensor([scale.mean, scale.std])
             if task.kind == "ordinal":
-                next(steps).copy_(_steps(_quantiles(task, _labels(task, events))))
+                next(steps).copy_(_steps(_quantiles(task, label_E)))
 
     def _predict(self, place: int, task: Task, output: Tensor) -> Float[Tensor, "B C"]:
         match task.kind:
@@ -144,12 +147,6 @@ def _steps(threshold_K: Tensor) -> Float[Tensor, " K"]:
     """Undo `thresholds`."""
     gap = threshold_K.diff().clamp(min=1e-2)
     return torch.cat([threshold_K[:1], gap + (-(-gap).expm1()).log()])
-
-
-def _labels(task: Task, events: Interactions) -> Float[np.ndarray, " E"]:
-    if task.column not in events.columns:
-        raise DataError(f"task {task.name!r}: the events have no column {task.column!r}")
-    return events.columns[task.column].astype(np.float64)
 
 
 def _quantiles(task: Task, label_E: Float[np.ndarray, " E"]) -> Float[Tensor, " K"]:
