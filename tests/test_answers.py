@@ -1,5 +1,6 @@
 """One answer for everybody: every model, whoever asks, and no model raises."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -150,6 +151,34 @@ def test_an_unseen_user_with_features_only(served: tuple[str, ft.Recommender]) -
     else:
         assert (young.source, len(young.rows)) == ("popular", 4)
         assert "the features told had no influence" in " ".join(young.notes)
+
+
+@pytest.mark.parametrize("name", ["two_tower", "pinsage", "din", "two_stage behind sasrec", "ease"])
+def test_a_user_of_the_table_without_an_event_is_told_by_it(name: str, split: ft.Split) -> None:
+    first = split.events.offsets[1]
+    silent = replace(split, part_E=np.where(np.arange(len(split.part_E)) < first, 3, split.part_E))
+    few = TRAINING.model_copy(update={"epochs": 2})
+    recommender = ft.build_recommender(
+        ft.fit(
+            MODELS[name],
+            silent,
+            features=SCHEMA,
+            training=few,
+            first_stage=ft.FirstStage(training=few),
+            show=False,
+        )
+    )
+    (age,) = split.events.user_table["age"][:1]
+    told = recommender.recommend("new", features={"age": age}, k=4)
+    answer = recommender.recommend("user-0", k=4)
+    assert told.source == ("features" if name in READS_USERS else "popular")
+    assert (answer.source, answer.rows, answer.user_known) == (told.source, told.rows, False)
+    lists = recommender.recommend_many(["user-0", "user-3", "nobody", "user-0"], k=4)
+    assert lists["source"].to_list() == [told.source, "model", "popular", told.source]
+    for row in (0, 3):
+        assert lists["item_id"][row].to_list() == [row.item_id for row in told.rows]
+    other = recommender.recommend("user-0", features={"age": 60.0}, k=4)
+    assert (other.rows != answer.rows) == (name in READS_USERS)
 
 
 def test_nobody_known_is_answered_by_what_is_popular(served: tuple[str, ft.Recommender]) -> None:

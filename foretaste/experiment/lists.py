@@ -21,7 +21,8 @@ def write_lists(
     """Write each user's k best items; the file is written whole or not at all.
 
     Args:
-        recommender: Unknown users get its most popular items; their `source` says so.
+        recommender: Users whom training never saw are answered by what its table of users says of
+            them, or by its most popular items; their `source` says so.
         users: Parquet with a column `user_id`, or text with one id a line.
         out: The Parquet file: `user_id`, `source`, and the lists `item_id` and `score`.
         k: Length of the lists.
@@ -46,7 +47,7 @@ def write_lists(
     except OSError as error:
         half.unlink(missing_ok=True)
         raise DataError(f"{out} cannot be written: {error.strerror or error}") from error
-    return {"users": len(lists), "unknown": int((lists["source"] == "popular").sum())}
+    return {"users": len(lists), "unknown": int((lists["source"] != "model").sum())}
 
 
 def _read_users(file: Path) -> list[object]:

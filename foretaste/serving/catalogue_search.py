@@ -156,8 +156,11 @@ class CatalogueSearch:
     ) -> TopK:
         """Return the best items by the model, or by the first of its stages."""
         if self._is_nobody(queries):
+            # Without histories, all rows of a block leave out the same.
             exclude = exclude_BX[0][exclude_BX[0] >= 0].numpy()
-            return self.most_popular(k, exclude=exclude, allow_I=allow_I)
+            one = self.most_popular(k, exclude=exclude, allow_I=allow_I)
+            size = (len(queries), -1)
+            return TopK(one.item_BK.expand(size), one.score_BK.expand(size))
         if self._index is not None and self._retriever is not None:
             with stages.timed("encode"):
                 query_BD = self._retriever.encode(queries).float()

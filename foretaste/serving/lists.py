@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import polars as pl
-from jaxtyping import Bool
+from jaxtyping import Shaped
 
 from foretaste.data.interactions import Interactions
 from foretaste.retrieval.index import TopK
@@ -16,7 +16,7 @@ from foretaste.retrieval.index import TopK
 def lists_table(
     events: Interactions,
     user_ids: Sequence[object] | pl.Series,
-    is_model_B: Bool[np.ndarray, " B"],
+    source_B: Shaped[np.ndarray, " B"],
     best: TopK,
 ) -> pl.DataFrame:
     """Return one row per user, in order: `user_id`, `source`, and the lists `item_id`, `score`.
@@ -24,7 +24,7 @@ def lists_table(
     Args:
         events: Its vocabulary names the items.
         user_ids: As they were asked for; they become integers if all are, and text otherwise.
-        is_model_B: True where the model answered; elsewhere the most popular items did.
+        source_B: Where each list came from, such as "model".
         best: Padded with -1, which the lists leave out.
     """
     item_BK = best.item_BK.numpy()
@@ -41,7 +41,7 @@ def lists_table(
         {
             "row": np.arange(len(item_BK)),
             "user_id": _series(user_ids),
-            "source": pl.Series(np.where(is_model_B, "model", "popular").tolist(), dtype=pl.String),
+            "source": pl.Series(source_B.tolist(), dtype=pl.String),
         }
     )
     filled = [pl.col(name).fill_null([]) for name in ("item_id", "score")]

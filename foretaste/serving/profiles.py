@@ -4,8 +4,10 @@ import difflib
 from collections.abc import Mapping
 from typing import Any, final
 
+import numpy as np
 import polars as pl
-from jaxtyping import Float
+import torch
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from foretaste.data.features import FieldSide, FieldTable, concat_rows
@@ -23,18 +25,36 @@ class Profiles:
     def __init__(self, trained: Trained) -> None:
         self._model, self._features = trained.model, trained.features
 
-    def of_user(self, told: Mapping[str, object] | None) -> FieldTable | None:
+    def of_user(self, told: Mapping[str, object] | None, user_idx: int) -> FieldTable | None:
         """Return a user's features as one row; None if the model reads none or none says anything.
+
+        Args:
+            told: By the caller; without any, what the table of users says counts.
+            user_idx: Row of that table; -1 for none.
 
         Raises:
             DataError: A feature is unknown, or its value of another kind.
         """
         features = self._features
-        if not told or features is None or features.user is None:
+        if features is None or features.user is None or not reads_profiles(self._model):
             return None
-        if not reads_profiles(self._model):
-            return None
-        return _row(features.user, told, "user")
+        if told:
+            return _row(features.user, told, "user")
+        row = np.array([user_idx])
+        return self.of_rows(row) if self.known(row)[0] else None
+
+    def known(self, user_B: Int64[np.ndarray, " B"]) -> Bool[np.ndarray, " B"]:
+        """Return of whom the table of users says something that the model reads; -1 is nobody."""
+        table = None if self._features is None else self._features.user_table
+        if table is None or not reads_profiles(self._model):
+            return np.zeros(len(user_B), dtype=bool)
+        told_B: np.ndarray = table.known_R.numpy()[user_B] & (user_B >= 0)
+        return told_B
+
+    def of_rows(self, user_B: Int64[np.ndarray, " B"]) -> FieldTable | None:
+        """Return what the table of users says of some of its rows; None without a table."""
+        table = None if self._features is None else self._features.user_table
+        return None if table is None else table.rows(torch.from_numpy(user_B))
 
     def of_moment(self, told: Mapping[str, object] | None) -> FieldTable | None:
         """Return features of the moment as one row; None if none are read or none says anything.

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor
 
+from foretaste.data.batch import Queries
 from foretaste.data.tasks import Weights
 from foretaste.errors import DataError
 from foretaste.retrieval.exact import padded
@@ -95,8 +96,8 @@ class Recommender:
         """Return the k best items for one user, known or not.
 
         A user's history is what training saw of them and after it `history`. With a history the
-        model answers; without one, it answers by `features` if it reads any, and else the most
-        popular items do.
+        model answers; without one, it answers by `features`, or by what the table of users says of
+        the user, if it reads any, and else the most popular items do.
 
         Args:
             user_id: An id, known or unknown; None for nobody in particular.
@@ -140,7 +141,8 @@ class Recommender:
             banned = np.concatenate([banned, history_idx])
         allow_I = None if allow is None else self._mask(allow, unknown)
         allow_I = self._rule_book.allowed(rules, allow_I)
-        profile, moment = self._profiles.of_user(features), self._profiles.of_moment(context)
+        profile = self._profiles.of_user(features, -1 if len(past) else user_idx)
+        moment = self._profiles.of_moment(context)
         source: Source = "model" if len(past) else "fold-in" if len(extra) else "popular"
         if source == "popular" and profile is not None:
             source = "features"
@@ -192,7 +194,8 @@ class Recommender:
     ) -> pl.DataFrame:
         """Return the k best items of many users, one row each, in the order given.
 
-        Users whom training never saw get the most popular items, and their source says so.
+        Users whom training never saw are answered as `recommend` does, and their source says so:
+        by what the table of users says of them, or else by the most popular items.
 
         Returns:
             Columns `user_id` (integers if all of these ids are, text otherwise), `source`, and
@@ -211,26 +214,36 @@ class Recommender:
         width = min(width, self._items.num_known)
         allow_I = self._rule_book.allowed(rules, None)
         user_B = events.users.encode(user_ids)
-        known_B = np.flatnonzero(user_B >= 0)
-        known_B = known_B[np.diff(events.offsets)[user_B[known_B]] > 0]
+        is_known_B = (user_B >= 0) & (np.diff(events.offsets)[user_B] > 0)
+        is_told_B = ~is_known_B & self._profiles.known(user_B)
 
-        def find(user_b: np.ndarray, num: int) -> Best:
+        def find_known(user_b: np.ndarray, num: int) -> Best:
             queries, seen_BX = training_histories(events, user_b)
             exclude_BX = seen_BX if exclude_seen else seen_BX[:, :0]
             return self._search.best(queries, num, exclude_BX=exclude_BX, allow_I=allow_I)
+
+        def find_told(user_b: np.ndarray, num: int) -> Best:
+            queries = replace(
+                Queries.of_histories([[]] * len(user_b)), profile=self._profiles.of_rows(user_b)
+            )
+            nothing_BX = torch.empty((len(user_b), 0), dtype=torch.int64)
+            return self._search.best(queries, num, exclude_BX=nothing_BX, allow_I=allow_I)
 
         find_popular = self._find_popular(exclude=_NONE, allow_I=allow_I)
         popular = padded(self._choose(rules, wanted, find_popular).top, wanted)
         item_BK = popular.item_BK.repeat(len(user_B), 1)
         score_BK = popular.score_BK.repeat(len(user_B), 1)
-        for block in blocks(events, user_B[known_B], scores_per_user=self._search.scores_per_user):
-            rows = known_B[block]
-            best = find(user_B[rows], width)
-            if rules.reorder:
-                best = self._choose_each(rules, wanted, user_B[rows], best, find)
-            item_BK[torch.from_numpy(rows)], score_BK[torch.from_numpy(rows)] = best.top
-        is_model_B = np.isin(np.arange(len(user_B)), known_B)
-        return lists_table(events, user_ids, is_model_B, TopK(item_BK=item_BK, score_BK=score_BK))
+        per_user = self._search.scores_per_user
+        for is_asked_B, find in ((is_known_B, find_known), (is_told_B, find_told)):
+            asked_B = np.flatnonzero(is_asked_B)
+            for block in blocks(events, user_B[asked_B], scores_per_user=per_user):
+                rows = asked_B[block]
+                best = find(user_B[rows], width)
+                if rules.reorder:
+                    best = self._choose_each(rules, wanted, user_B[rows], best, find)
+                item_BK[torch.from_numpy(rows)], score_BK[torch.from_numpy(rows)] = best.top
+        source_B = np.select([is_known_B, is_told_B], ["model", "features"], "popular")
+        return lists_table(events, user_ids, source_B, TopK(item_BK=item_BK, score_BK=score_BK))
 
     @torch.inference_mode()
     def similar(
