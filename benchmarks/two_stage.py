@@ -1,8 +1,9 @@
 r"""What a second stage brings, and what its negatives bring: one retriever, several rankers.
 
 For each seed of a recipe in two stages: the retriever alone, then rankers whose zeros are drawn
-from all items, from its candidates, or from both. Rankers differ in nothing else. Differences are
-paired by user, over the mean of the seeds.
+from all items, from its candidates, or from both. Rankers differ in nothing else: each row's
+candidates, and the scores beside them, are of retrievers fitted to other users, where the recipe
+asks for folds. Differences are paired by user, over the mean of the seeds.
 
     python benchmarks/two_stage.py recipes/two-stage-ml100k.toml --seeds 3 \
         --out benchmarks/results/two-stage-ml100k.json
@@ -22,6 +23,7 @@ import numpy as np
 import torch
 
 import foretaste as ft
+from foretaste.experiment.offering import fit_folds, offer
 from foretaste.experiment.run import evaluate_split
 
 SHARES = {"random negatives": 0.0, "candidates as negatives": 1.0, "half candidates": 0.5}
@@ -63,31 +65,42 @@ def models(config: ft.ExperimentConfig, split: ft.Split, seed: int, shares: list
         raise ft.ConfigError("the recipe's model is not of two stages, or names no objective")
     features = None if config.features is None else ft.fit_features(config.features, split.train)
     first = config.first_stage
-    retriever = ft.fit(
-        two.retriever,
-        split,
-        seed=seed,
-        features=features,
-        training=first.training,
-        objective=first.objective,
-    )
+
+    def fit_retriever(part: ft.Split) -> ft.Trained:
+        return ft.fit(
+            two.retriever,
+            part,
+            seed=seed,
+            features=features,
+            training=first.training,
+            objective=first.objective,
+        )
+
+    retriever = fit_retriever(split)
+    folds = fit_folds(fit_retriever, split, first.folds, seed=seed) if first.folds else ()
     yield "retrieval alone", retriever
     asked = {"retriever_weight": two.retriever_weight}
     candidates = ft.Candidates(retriever=retriever, num=two.candidates, **asked)
     for name in shares:
-        share = SHARES[name]
-        drawn = {"negatives_from": "retriever", "retriever_share": share}
+        drawn = objective.model_copy(
+            update={"negatives_from": "retriever", "retriever_share": SHARES[name]}
+        )
+        if folds:
+            offered = offer(
+                folds, split, drawn, num=two.candidates, weight=two.retriever_weight, seed=seed
+            )
+            candidates = replace(candidates, offered=offered)
         ranker = ft.fit(
             two.ranker,
             split,
             seed=seed,
             features=features,
             training=config.training,
-            objective=objective.model_copy(update=drawn),
+            objective=drawn,
             candidates=candidates,
         )
         yield name, ft.two_stage(retriever, ranker, candidates=two.candidates, **asked)
-        if asked["retriever_weight"]:
+        if asked["retriever_weight"] and not folds:  # with them, the ranker learned to add to it
             alone = ft.two_stage(retriever, ranker, candidates=two.candidates)
             yield f"{name}, the ranker's word alone", alone
 

@@ -132,6 +132,8 @@ class RowBatch:
     """item_idx; column 0 is the row's own, the others were drawn for it."""
     label_BCT: Float32[Tensor, "B C T"]
     """NaN where a task has no label; a regression's in the label's own unit."""
+    first_BC: Float32[Tensor, "B C"] | None = None
+    """What a retriever says of each item, to be added to the ranker's logit; None: nothing."""
 
     def __len__(self) -> int:
         return len(self.item_BC)
@@ -142,6 +144,7 @@ class RowBatch:
             queries=self.queries.to(device),
             item_BC=self.item_BC.to(device),
             label_BCT=self.label_BCT.to(device),
+            first_BC=None if self.first_BC is None else self.first_BC.to(device),
         )
 
 

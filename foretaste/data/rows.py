@@ -24,6 +24,7 @@ from foretaste.data.features_table import FieldTable
 from foretaste.data.histories import Reads, read_histories
 from foretaste.data.interactions import Interactions
 from foretaste.data.labels import check_learnable, labels_of
+from foretaste.data.offered import Offered
 from foretaste.data.parts import TEST, TRAIN, VALIDATION
 from foretaste.data.splits import Split
 from foretaste.data.tasks import Task
@@ -191,6 +192,8 @@ class RowPlan:
     """Decides which other events are read, and which items are drawn."""
     num_drawn: int = 0
     draw: DrawItems | None = None
+    offered: Offered | None = None
+    """What a retriever offered for each row; None: `draw` draws."""
 
     def __len__(self) -> int:
         return -(-len(self.order_E) // self.batch_events)
@@ -203,21 +206,29 @@ class RowPlan:
     def batch(self, index: int) -> RowBatch:
         """Gather one batch."""
         row_B = self.order_E[index * self.batch_events : (index + 1) * self.batch_events]
-        drawn_BN = torch.empty(len(row_B), 0, dtype=torch.int64)
-        if self.draw is not None and self.num_drawn:
+        drawn_BN, first_BC = torch.empty(len(row_B), 0, dtype=torch.int64), None
+        if self.offered is not None:
+            drawn_BN, first_BC = self.offered.draw(
+                torch.from_numpy(row_B),
+                self.rows._item_E[row_B],
+                self.num_drawn,
+                generator=_generator(self.seed, index),
+            )
+        elif self.draw is not None and self.num_drawn:
             drawn_BN = self.draw(
                 torch.from_numpy(self.rows._user_E[row_B]),
                 self.rows._item_E[row_B],
                 self.num_drawn,
                 generator=_generator(self.seed, index),
             )
-        return self.rows.batch(
+        batch = self.rows.batch(
             row_B,
             reads=self.reads,
             max_len=self.max_len,
             seed=_mixed(self.seed, index),
             drawn_BN=drawn_BN,
         )
+        return batch if first_BC is None else replace(batch, first_BC=first_BC)
 
 
 def plan_rows(
@@ -275,17 +286,19 @@ def shuffled(
     max_len: int = 50,
     num_drawn: int = 0,
     draw: DrawItems | None = None,
+    offered: Offered | None = None,
 ) -> RowPlan:
     """Put rows that were made before into another epoch's batches; see `plan_rows`."""
     return RowPlan(
         rows=rows,
-        order_E=generator.permutation(len(rows)),
+        order_E=generator.permutation(len(rows) if offered is None else offered.asked.numpy()),
         batch_events=batch_events,
         reads=reads,
         max_len=max_len,
         seed=int(generator.integers(2**31)),
         num_drawn=num_drawn,
         draw=draw,
+        offered=offered,
     )
 
 

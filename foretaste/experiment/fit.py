@@ -227,6 +227,7 @@ def _learn(
         graph=graph,
         context=None if features is None else features.context_table,
         mine=_mined(objective, candidates),
+        offered=None if candidates is None else candidates.offered,
     )
     run: Fit[Any, Any] = Fit(
         model,
@@ -247,7 +248,7 @@ def _learn(
 def _mined(objective: ObjectiveConfig, candidates: Candidates | None) -> CandidateNegatives | None:
     if candidates is None or not isinstance(objective, RowsConfig):
         return None
-    if objective.negatives_from != "retriever":
+    if objective.negatives_from != "retriever" or candidates.offered is not None:
         return None
     return CandidateNegatives(candidates.retriever, candidates.num)
 

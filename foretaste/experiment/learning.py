@@ -11,6 +11,7 @@ from foretaste.data.draw_items import DrawItems
 from foretaste.data.features_table import FieldTable
 from foretaste.data.graph import Graph, graph_of
 from foretaste.data.interactions import Interactions
+from foretaste.data.offered import Offered
 from foretaste.data.pairs import FindHard, plan_pairs
 from foretaste.data.sequences import Windows, plan_sequences
 from foretaste.errors import ConfigError
@@ -69,6 +70,7 @@ def make_learning(
     graph: Graph | None = None,
     context: FieldTable | None = None,
     mine: DrawItems | None = None,
+    offered: Offered | None = None,
 ) -> Learning:
     """Return how a model learns from events.
 
@@ -82,6 +84,7 @@ def make_learning(
         graph: Of the events, if there is one already; hard negatives take one.
         context: Features of the moment of each event, for rankers.
         mine: A retriever's candidates, for rankers that learn from them.
+        offered: What retrievers offered for each row of a ranker.
 
     Raises:
         ConfigError: The model cannot learn so.
@@ -127,6 +130,7 @@ def make_learning(
                 seed=seed,
                 context=context,
                 mine=mine,
+                offered=offered,
             )
             return Learning(objective=rows, plan=plan)
         case _:

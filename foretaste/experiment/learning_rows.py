@@ -8,8 +8,9 @@ from foretaste.data.draw_items import DrawItems
 from foretaste.data.features_table import FieldTable
 from foretaste.data.interactions import Interactions
 from foretaste.data.labels import check_learnable
+from foretaste.data.offered import Offered
 from foretaste.data.rows import RowPlan, positives_of, shuffled, training_rows
-from foretaste.data.tasks import label_scale
+from foretaste.data.tasks import Task, label_scale
 from foretaste.errors import ConfigError
 from foretaste.models.interface import Ranker
 from foretaste.sampling.mixed import MixedNegatives
@@ -30,6 +31,7 @@ def learn_rows(
     seed: int,
     context: FieldTable | None = None,
     mine: DrawItems | None = None,
+    offered: Offered | None = None,
 ) -> tuple[LabelledRows, Callable[[int], RowPlan]]:
     """Return a ranker's objective, and an epoch's batches from the epoch's number.
 
@@ -41,9 +43,11 @@ def learn_rows(
         seed: Decides order and draws.
         context: Features of the moment, a row for each event.
         mine: A retriever's candidates, where negatives are to come from one.
+        offered: What retrievers offered for each row, in place of all other negatives.
 
     Raises:
-        ConfigError: A column is not there, or candidates are wanted and none are handed in.
+        ConfigError: A column is not there, candidates are wanted and none are handed in, or rows
+            are offered to a ranker that does more than tell them apart.
         DataError: A label is none that its task can have, or a task cannot be learned.
     """
     rows = training_rows(events, tasks=model.tasks, context=context, positive=config.positive)
@@ -55,7 +59,9 @@ def learn_rows(
         if task.kind == "regression"
     }
     draw = None
-    if num_drawn:
+    if offered is not None:
+        _check_one_binary(model.tasks, num_drawn)
+    elif num_drawn:
         draw = _draw(config, positives_of(events, config.positive), mine)
 
     def plan(epoch: int) -> RowPlan:
@@ -67,9 +73,18 @@ def learn_rows(
             max_len=model.max_len,
             num_drawn=num_drawn,
             draw=draw,
+            offered=offered,
         )
 
     return LabelledRows(config, model.tasks, scales), plan
+
+
+def _check_one_binary(tasks: tuple[Task, ...], num_drawn: int) -> None:
+    if not num_drawn or len(tasks) != 1 or tasks[0].kind != "binary" or tasks[0].column:
+        raise ConfigError(
+            "first_stage.folds is for a ranker of one task, whether something happened, with "
+            "negatives: set it to 0, or leave the others out"
+        )
 
 
 def _draw(config: RowsConfig, happened: Interactions, mine: DrawItems | None) -> DrawItems:

@@ -2,7 +2,9 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -10,12 +12,14 @@ from torch import nn
 
 from foretaste.config import Config
 from foretaste.data.interactions import Interactions
+from foretaste.data.offered import Offered
 from foretaste.data.rows import happened_split
 from foretaste.data.splits import Split
 from foretaste.errors import ConfigError, DataError
 from foretaste.evaluation.compare import compare
 from foretaste.evaluation.report import Report
 from foretaste.evaluation.reports import RankingGain
+from foretaste.experiment.offering import fit_folds, offer
 from foretaste.models.catalogue import TwoStageConfig, build_model
 from foretaste.models.interface import Ranker
 from foretaste.models.two_stage import TwoStage, first_stage
@@ -34,6 +38,11 @@ class FirstStage(Config):
     objective: ObjectiveConfig | None = None
     """How it learns; without it, the model's usual way."""
     training: TrainingConfig = Field(default_factory=TrainingConfig)
+    folds: Literal[0] | Annotated[int, Field(ge=2)] = 0
+    """Parts into which users are dealt, each answered by a further retriever fitted to all other
+    users. The ranker then learns to tell each row's item from those offered before it, its logit
+    and `retriever_weight` times the score added as in answers. 0: it learns alone, from candidates
+    of the end of training."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -45,6 +54,9 @@ class Candidates:
     """How many for each user."""
     retriever_weight: float = 0.0
     """How much its own score counts beside the ranker's."""
+    offered: Offered | None = None
+    """What retrievers that did not learn from a row offered before it; None: negatives are drawn
+    as the objective says."""
 
     def ranked_by(self, ranker: nn.Module) -> TwoStage:
         """Return the two stages, in evaluation mode."""
@@ -92,17 +104,39 @@ def fit_two_stage(
             'learns by "rows": the retriever\'s stands in first_stage.objective'
         )
     half = None if max_seconds is None else max_seconds / 2
-    retriever = fit_part(
+    fit_retriever = partial(
+        fit_part,
         config.retriever,
-        split=happened_split(split, objective.positive),
         training=first_stage.training,
         objective=first_stage.objective,
+        max_seconds=None if half is None else half / (1 + first_stage.folds),
+    )
+    retriever = fit_retriever(
+        split=happened_split(split, objective.positive),
         folder=None if folder is None else folder / "retriever",
-        max_seconds=half,
     )
     candidates = Candidates(
         retriever=retriever, num=config.candidates, retriever_weight=config.retriever_weight
     )
+    if first_stage.folds:
+        seed = retriever.seed
+        folds = fit_folds(
+            lambda part: fit_retriever(split=part, resume=False),
+            split,
+            first_stage.folds,
+            seed=seed,
+        )
+        candidates = replace(
+            candidates,
+            offered=offer(
+                folds,
+                split,
+                objective,
+                num=config.candidates,
+                weight=config.retriever_weight,
+                seed=seed,
+            ),
+        )
     ranker = fit_part(
         config.ranker,
         training=training,

@@ -1,11 +1,12 @@
 """Losses of labelled rows, a task each, and how several tasks share one sum.
 
-Shape legend: N labelled rows, K thresholds between an ordinal task's levels, T tasks.
+Shape legend: B rows, C items of each, N labelled rows, K thresholds between an ordinal task's
+levels, T tasks.
 """
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from foretaste.data.tasks import LabelScale, Task, standardised
@@ -40,6 +41,27 @@ def binary_loss(logit_N: Float[Tensor, " N"], label_N: Float[Tensor, " N"]) -> F
     .. math:: -\frac{1}{N} \sum_n y_n \ln \sigma(s_n) + (1 - y_n) \ln \sigma(-s_n)
     """
     return F.binary_cross_entropy_with_logits(logit_N, label_N)
+
+
+def listwise_loss(
+    logit_BC: Float[Tensor, "B C"], hidden_BC: Bool[Tensor, "B C"]
+) -> Float[Tensor, ""]:
+    r"""Return the mean cross-entropy of each row's first item among all of its items, in nats.
+
+    .. math:: -\frac{1}{B} \sum_b \ln \frac{e^{s_{b0}}}{\sum_c e^{s_{bc}}}
+
+    Args:
+        logit_BC: The row's own item first.
+        hidden_BC: Items that are not to be compared; the first never is.
+
+    References:
+        Cao et al., "Learning to Rank: From Pairwise Approach to Listwise Approach", ICML 2007,
+        https://doi.org/10.1145/1273496.1273513, with one relevant item.
+    """
+    compared_BC = ~hidden_BC
+    compared_BC[:, 0] = True
+    logit_BC = logit_BC.float().where(compared_BC, -torch.inf)
+    return (logit_BC.logsumexp(dim=1) - logit_BC[:, 0]).mean()
 
 
 def regression_loss(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from foretaste.config import Config
 from foretaste.data.batch import RowBatch
 from foretaste.data.tasks import LabelScale, Task
-from foretaste.losses.multitask import task_loss, uncertain_terms
+from foretaste.losses.multitask import listwise_loss, task_loss, uncertain_terms
 from foretaste.models.interface import Penalised, Ranker
 
 USUAL_NEGATIVES = 4
@@ -59,7 +59,9 @@ class LabelledRows(nn.Module):
     """The objective: call it with a ranker and a batch for the weighted sum of its tasks' losses.
 
     A task's loss is the mean over the rows that have its label; what is missing is left out,
-    never taken as 0, and a task without any label in a batch has no part in its step.
+    never taken as 0, and a task without any label in a batch has no part in its step. Where a
+    retriever has its say of each item, the row's own is to be told from those drawn, both opinions
+    added (`listwise_loss`).
     """
 
     def __init__(
@@ -80,7 +82,12 @@ class LabelledRows(nn.Module):
         )
 
     def forward(self, model: Ranker, batch: RowBatch) -> Float[Tensor, ""]:
-        loss = self._of_labels(model(batch.queries, batch.item_BC), batch.label_BCT)
+        outputs = model(batch.queries, batch.item_BC)
+        if batch.first_BC is None:
+            loss = self._of_labels(outputs, batch.label_BCT)
+        else:
+            hidden_BC = batch.label_BCT[:, :, 0].isnan()
+            loss = listwise_loss(outputs[self.tasks[0].name] + batch.first_BC, hidden_BC)
         if isinstance(model, Penalised):
             loss = loss + model.penalty(batch.queries, batch.item_BC)
         return loss
