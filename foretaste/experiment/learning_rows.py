@@ -60,7 +60,7 @@ def learn_rows(
     }
     draw = None
     if offered is not None:
-        _check_one_binary(model.tasks, num_drawn)
+        _check_what_happened(model.tasks)
     elif num_drawn:
         draw = _draw(config, positives_of(events, config.positive), mine)
 
@@ -79,11 +79,11 @@ def learn_rows(
     return LabelledRows(config, model.tasks, scales), plan
 
 
-def _check_one_binary(tasks: tuple[Task, ...], num_drawn: int) -> None:
-    if not num_drawn or len(tasks) != 1 or tasks[0].kind != "binary" or tasks[0].column:
+def _check_what_happened(tasks: tuple[Task, ...]) -> None:
+    if len(tasks) != 1 or tasks[0].column:
         raise ConfigError(
-            "first_stage.folds is for a ranker of one task, whether something happened, with "
-            "negatives: set it to 0, or leave the others out"
+            "first_stage.folds is for a ranker of one task without a column, whether something "
+            "happened: set it to 0, or leave the other tasks out"
         )
 
 
