@@ -206,7 +206,8 @@ class RowPlan:
     def batch(self, index: int) -> RowBatch:
         """Gather one batch."""
         row_B = self.order_E[index * self.batch_events : (index + 1) * self.batch_events]
-        drawn_BN, first_BC = torch.empty(len(row_B), 0, dtype=torch.int64), None
+        drawn_BN = torch.empty(len(row_B), 0, dtype=torch.int64)
+        first_BC: Tensor | None = None
         if self.offered is not None:
             drawn_BN, first_BC = self.offered.draw(
                 torch.from_numpy(row_B),
