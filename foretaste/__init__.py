@@ -103,8 +103,9 @@ if TYPE_CHECKING:
     from foretaste.models.sasrec import SASRecConfig
     from foretaste.models.shared_bottom import SharedBottomConfig
     from foretaste.models.two_tower import TwoTowerConfig
+    from foretaste.serving.answer import Answer, Recommendation
     from foretaste.serving.building import build_recommender, load
-    from foretaste.serving.recommender import Answer, Recommendation, Recommender
+    from foretaste.serving.recommender import Recommender
     from foretaste.serving.rules import Condition, Diversity, Rules
     from foretaste.serving.server import serve
     from foretaste.serving.settings import ServerSettings
@@ -248,7 +249,7 @@ __all__ = [
 ]
 
 _HOME = {
-    "Answer": "serving.recommender",
+    "Answer": "serving.answer",
     "BERT4RecConfig": "models.bert4rec",
     "BundleContents": "experiment.contents",
     "BundleError": "errors",
@@ -293,7 +294,7 @@ _HOME = {
     "PopularityConfig": "models.popularity",
     "Quickstart": "experiment.quickstart",
     "RankingGain": "evaluation.reports",
-    "Recommendation": "serving.recommender",
+    "Recommendation": "serving.answer",
     "Recommender": "serving.recommender",
     "Report": "evaluation.report",
     "Reports": "evaluation.reports",

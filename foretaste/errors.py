@@ -11,6 +11,9 @@ ForetasteError
 A message names the thing, the value and the mend. The command line prints it as one line.
 """
 
+import difflib
+from collections.abc import Iterable
+
 
 class ForetasteError(Exception):
     """The root: catch it to catch all that foretaste raises on purpose."""
@@ -38,3 +41,9 @@ class SourceError(ForetasteError):
 
 class BundleError(ForetasteError):
     """A bundle or an event store is missing, broken, or was tampered with."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return how a message about an unknown name ends: with the nearest known one, if any is."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""

@@ -20,8 +20,9 @@ from serving_worlds import (
 from foretaste.data.batch import Queries
 from foretaste.errors import ConfigError, DataError
 from foretaste.serving import histories as histories_module
+from foretaste.serving.answer import Answer
 from foretaste.serving.building import build_recommender
-from foretaste.serving.recommender import Answer, Recommender
+from foretaste.serving.recommender import Recommender
 from foretaste.training.trained import Trained
 
 

@@ -9,13 +9,13 @@ from serving_worlds import CONFIGS, NUM_ITEMS, NUM_USERS, make_events, make_trai
 from foretaste.errors import DataError
 from foretaste.retrieval.index import TopK
 from foretaste.serving import rule_book
+from foretaste.serving.answer import Answer
 from foretaste.serving.building import build_recommender
 from foretaste.serving.catalogue_search import Best
 from foretaste.serving.item_labels import ItemLabels
-from foretaste.serving.recommender import Answer, Recommender
+from foretaste.serving.recommender import Recommender
 from foretaste.serving.rule_book import RuleBook
 from foretaste.serving.rules import Condition, Diversity, Rules
-from foretaste.serving.stages import Stages
 
 COLOURS, SHAPES = ("red", "green", "blue"), ("round", "flat", "long", "thin")
 
@@ -248,7 +248,7 @@ def test_a_list_too_long_to_arrange_is_refused(recommender: Recommender) -> None
 def test_a_ranking_is_asked_for_more_only_as_long_as_the_list_is_short() -> None:
     # 90 candidates of one shape stand before the others; a cap of 2 has to look past them.
     shapes = ["round"] * 90 + ["flat", "long"] * 5
-    book = RuleBook(ItemLabels(pl.DataFrame({"shape": shapes}), num_items=100), vectors_of=None)
+    labels = ItemLabels(pl.DataFrame({"shape": shapes}), num_items=100)
     asked: list[int] = []
 
     def find(num: int) -> Best:
@@ -257,8 +257,8 @@ def test_a_ranking_is_asked_for_more_only_as_long_as_the_list_is_short() -> None
         return Best(TopK(item_BK=item_BK, score_BK=-item_BK.float()), {"buy": item_BK / 100})
 
     def choose(k: int, **also: int) -> Best:
-        rules = Rules(caps={"shape": 2})
-        return book.choose(rules, k, find, num_items=100, stages=Stages(), **also)
+        book = RuleBook(labels, vectors_of=None, num_items=100, **also)
+        return book.choose(Rules(caps={"shape": 2}), k, find)
 
     assert choose(2).top.item_BK.tolist() == [[0, 1]]
     assert asked == [4]
@@ -276,9 +276,10 @@ def test_a_ranking_is_asked_for_more_only_as_long_as_the_list_is_short() -> None
 
 
 def test_the_padding_of_a_ranking_is_never_chosen() -> None:
-    book = RuleBook(ItemLabels(pl.DataFrame({"a": ["x", "y"]}), num_items=2), vectors_of=None)
+    labels = ItemLabels(pl.DataFrame({"a": ["x", "y"]}), num_items=2)
+    book = RuleBook(labels, vectors_of=None, num_items=9)
     item_BK = torch.tensor([[1, -1, -1]])
     found = Best(TopK(item_BK=item_BK, score_BK=torch.tensor([[2.0, -9e9, -9e9]])), {})
     for rules in (Rules(caps={"a": 1}), Rules(diversity=Diversity(by=("a",), relevance=0))):
-        chosen = book.choose(rules, 3, lambda _: found, num_items=9, stages=Stages())
+        chosen = book.choose(rules, 3, lambda _: found)
         assert chosen.top.item_BK.tolist() == [[1]]

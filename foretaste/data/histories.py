@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from foretaste.data.interactions import Interactions
+from foretaste.data.ranges import ranges
 
 Reads = Literal["nothing", "before", "others"]
 """What of a user's history goes with a row: nothing; the last events before it; or other events
@@ -41,13 +42,13 @@ def read_histories(
     start_B = past.offsets[user_B]
     if reads == "before":
         first_B = np.maximum(start_B, end_B - max_len)
-        index_H, offsets_B1 = _ranges(first_B, end_B - first_B)
+        index_H, offsets_B1 = ranges(first_B, end_B - first_B)
         return past.item_idx[index_H].astype(np.int64), offsets_B1
     # A run of the user's events from a random place, once around, without the row's own.
     size_B = past.offsets[user_B + 1] - start_B
     others_B = size_B - (own_B >= 0)
     length_B = np.minimum(others_B, max_len)
-    step_H, offsets_B1 = _ranges(np.zeros_like(length_B), length_B)
+    step_H, offsets_B1 = ranges(np.zeros_like(length_B), length_B)
     turn_B = generator.integers(0, np.maximum(1, others_B))
     behind_B = np.where(own_B >= 0, own_B - start_B, -1)
     ahead_H = 1 + _once_around(step_H + np.repeat(turn_B, length_B), np.repeat(others_B, length_B))
@@ -61,12 +62,3 @@ def _once_around(
     """Return places in `[0, 2 size)` as places in `[0, size)`: a division costs ten times this."""
     around_H: Int64[np.ndarray, " H"] = place_H - size_H * (place_H >= size_H)
     return around_H
-
-
-def _ranges(
-    first_B: Int64[np.ndarray, " B"], length_B: Int64[np.ndarray, " B"]
-) -> tuple[Int64[np.ndarray, " H"], Int64[np.ndarray, " B1"]]:
-    """Lay ranges `first, first + 1, …` of given lengths one after the other."""
-    offsets_B1 = np.concatenate([[0], np.cumsum(length_B)])
-    index_H = np.arange(offsets_B1[-1]) + np.repeat(first_B - offsets_B1[:-1], length_B)
-    return index_H, offsets_B1

@@ -16,6 +16,7 @@ from foretaste.data.features import FieldSide
 from foretaste.data.interactions import Interactions
 from foretaste.data.leaks import find_leaks
 from foretaste.data.parts import NEGATIVE, TEST, TRAIN, UNUSED, VALIDATION, SplitKind
+from foretaste.data.ranges import ranges
 
 __all__ = ["TEST", "TRAIN", "UNUSED", "VALIDATION", "Holdout", "PartSize", "Split"]
 
@@ -59,8 +60,7 @@ class Holdout:
         """Return some of the queries as one block, their context by the fields of `moment`."""
         told = None if moment is None or self.context is None else self.context[rows]
         start, end = self.events.offsets[self.user_Q[rows]], self.end_Q[rows]
-        offsets = np.concatenate([[0], np.cumsum(end - start)])
-        index = np.arange(offsets[-1]) + np.repeat(start - offsets[:-1], end - start)
+        index, offsets = ranges(start, end - start)
         return Queries(
             user_B=torch.from_numpy(self.user_Q[rows]),
             history_N=torch.from_numpy(self.events.item_idx[index].astype(np.int64)),

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from foretaste.data.batch import Queries
 from foretaste.data.interactions import Interactions
+from foretaste.data.ranges import ranges
 from foretaste.errors import ConfigError
 from foretaste.evaluation.rank import noise
 from foretaste.models.interface import Ranker, Retriever
@@ -92,8 +93,7 @@ def kept_items(
         user_B = queries.user_B.numpy()
         start_B, end_B = listed.offsets[user_B], listed.offsets[user_B + 1]
         row_P = np.repeat(np.arange(len(user_B)), end_B - start_B)
-        first_B = np.cumsum(end_B - start_B) - (end_B - start_B)
-        place_P = np.arange(len(row_P)) + (start_B - first_B)[row_P]
+        place_P, _ = ranges(start_B, end_B - start_B)
         keep_BI[torch.from_numpy(row_P), torch.from_numpy(listed.item_idx[place_P]).long()] = True
     else:
         free_BI = torch.ones_like(keep_BI)

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from foretaste.data.batch import Queries
 from foretaste.data.interactions import Interactions
+from foretaste.data.ranges import ranges
+from foretaste.errors import DataError
 
 BLOCK_USERS = 1024
 BLOCK_EVENTS = 2**15
@@ -29,14 +31,32 @@ def one_query(user_idx: int, history_L: Int64[np.ndarray, " L"]) -> Queries:
     )
 
 
+def training_history(
+    events: Interactions, user_idx: int, *, since: int | None = None
+) -> Int64[np.ndarray, " L"]:
+    """Return what training saw of a user, oldest first; nothing of somebody unknown, -1.
+
+    Raises:
+        DataError: `since`, in unix seconds, is asked of events without times.
+    """
+    if since is not None and events.timestamp_s is None:
+        raise DataError(f"since is {since}, but training's events have no times: leave it out")
+    if user_idx < 0:
+        return np.empty(0, dtype=np.int64)
+    past = events.history(user_idx).astype(np.int64)
+    if since is None or events.timestamp_s is None:
+        return past
+    start, end = events.offsets[user_idx], events.offsets[user_idx + 1]
+    return past[events.timestamp_s[start:end] >= since]
+
+
 def training_histories(
     events: Interactions, user_B: Int64[np.ndarray, " B"]
 ) -> tuple[Queries, Int64[Tensor, "B X"]]:
     """Return users with what training saw of them, and the same padded with -1, to exclude."""
     start_B, end_B = events.offsets[user_B], events.offsets[user_B + 1]
     length_B = end_B - start_B
-    offsets_B1 = np.concatenate([[0], np.cumsum(length_B)])
-    index_N = np.arange(offsets_B1[-1]) + np.repeat(start_B - offsets_B1[:-1], length_B)
+    index_N, offsets_B1 = ranges(start_B, length_B)
     history_N = events.item_idx[index_N].astype(np.int64)
     seen_BX = np.full((len(user_B), int(length_B.max(initial=0))), -1, dtype=np.int64)
     seen_BX[np.arange(seen_BX.shape[1]) < length_B[:, None]] = history_N

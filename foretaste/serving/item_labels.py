@@ -3,7 +3,6 @@
 Shape legend: I items, E labels of all items, N labels of some, M items found.
 """
 
-import difflib
 import re
 from collections.abc import Mapping, Sequence
 from datetime import UTC, date, datetime
@@ -16,8 +15,9 @@ from jaxtyping import Bool, Float64, Int64
 
 from foretaste.data.features_columns import bags_of, numbers_of, texts_of
 from foretaste.data.features_inspect import separator_of
+from foretaste.data.ranges import ranges
 from foretaste.data.vocabulary import Vocabulary
-from foretaste.errors import DataError
+from foretaste.errors import DataError, did_you_mean
 from foretaste.serving.rules import Bound, Condition, Value
 
 _NONE = np.empty(0, dtype=np.int64)
@@ -72,10 +72,9 @@ class Labels:
     def of(self, item_M: Int64[np.ndarray, " M"]) -> Carried:
         """Return what some items carry."""
         start_M, end_M = self._offsets_I1[item_M], self._offsets_I1[item_M + 1]
-        length_M = end_M - start_M
-        row_N = np.repeat(np.arange(len(item_M)), length_M)
-        first_M = np.cumsum(length_M) - length_M
-        return Carried(row_N, self._code_E[np.arange(len(row_N)) + (start_M - first_M)[row_N]])
+        row_N = np.repeat(np.arange(len(item_M)), end_M - start_M)
+        index_N, _ = ranges(start_M, end_M - start_M)
+        return Carried(row_N, self._code_E[index_N])
 
     def items_with(self, value: Value) -> Int64[np.ndarray, " M"]:
         """Return the items that carry a value as a label, which may be unknown.
@@ -219,11 +218,10 @@ class ItemLabels:
             raise DataError(
                 f"column {name!r} holds {self._table.schema[name]}: rules read no such column"
             )
-        near = difflib.get_close_matches(name, self.columns, n=1)
-        advice = f"; did you mean {near[0]!r}?" if near else ""
         raise DataError(
             f"rules name the column {name!r}, and the item table has "
-            f"{', '.join(self.columns) or 'none that rules read'}{advice}"
+            f"{', '.join(self.columns) or 'none that rules read'}"
+            f"{did_you_mean(name, self.columns)}"
         )
 
 

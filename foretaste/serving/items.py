@@ -6,7 +6,9 @@ from typing import final
 
 import numpy as np
 import polars as pl
+import torch
 from jaxtyping import Bool, Int64
+from torch import Tensor
 
 from foretaste.data.interactions import Interactions
 from foretaste.errors import DataError
@@ -27,6 +29,19 @@ class KnownItems:
     def num_known(self) -> int:
         """How many items are ranked."""
         return int(self._known_I.sum())
+
+    @property
+    def num_items(self) -> int:
+        """How many the catalogue has, ranked or not."""
+        return self._events.num_items
+
+    def mask_of(
+        self, name: str, item_ids: Sequence[object], unknown: dict[object, None]
+    ) -> Bool[Tensor, " I"]:
+        """Return True for the known of some ids; arguments and errors are those of `rows_of`."""
+        mask_I = torch.zeros(self.num_items, dtype=torch.bool)
+        mask_I[torch.from_numpy(self.rows_of(name, item_ids, unknown))] = True
+        return mask_I
 
     def rows_of(
         self, name: str, item_ids: Sequence[object], unknown: dict[object, None]

@@ -1,8 +1,7 @@
 """What a caller tells of a user or an item that training never saw, as the model reads it."""
 
-import difflib
 from collections.abc import Mapping
-from typing import Any, final
+from typing import final
 
 import numpy as np
 import polars as pl
@@ -11,7 +10,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from foretaste.data.features import FieldSide, FieldTable, concat_rows
-from foretaste.errors import DataError
+from foretaste.errors import DataError, did_you_mean
 from foretaste.models.interface import JudgesNewItems, Ranker
 from foretaste.models.two_stage import placer, reads_profiles, second_stage
 from foretaste.serving.new_items import NewItems, Told
@@ -99,23 +98,13 @@ class Profiles:
             {item_id: told[item_id] for item_id in found}, concat_rows([*found.values()])
         )
 
-    def notes(
-        self, whose: str, told: Mapping[Any, object] | None, *, used: bool
-    ) -> tuple[str, ...]:
-        """Say if features were told in vain."""
-        if not told or used:
-            return ()
-        return (f"the features told had no influence: this model reads none of {whose} here",)
-
 
 def _row(side: FieldSide, told: Mapping[str, object], role: str) -> FieldTable | None:
     for name in told:
         if name not in side.columns:
-            near = difflib.get_close_matches(name, side.columns, n=1)
-            advice = f"; did you mean {near[0]!r}?" if near else ""
             raise DataError(
                 f"{name!r} is no feature of {role}s; the model reads {', '.join(side.columns)}"
-                f"{advice}"
+                f"{did_you_mean(name, side.columns)}"
             )
     row = side.encode(pl.DataFrame({name: [value] for name, value in told.items()}))
     return row if bool(row.present_RF.any()) else None

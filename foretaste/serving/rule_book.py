@@ -34,9 +34,19 @@ class RuleBook:
         labels: ItemLabels,
         *,
         vectors_of: Callable[[Int64[Tensor, " C"]], Float[Tensor, "C D"]] | None,
+        num_items: int,
+        at_once: int = 0,
     ) -> None:
-        """Take the item table, and the item vectors of a model that has them."""
+        """Take what is known of a catalogue's items.
+
+        Args:
+            labels: The item table.
+            vectors_of: The item vectors of a model that has them.
+            num_items: Rankings hold no more than so many.
+            at_once: So many are found in no more time than fewer.
+        """
         self._labels, self._vectors_of = labels, vectors_of
+        self._num_items, self._at_once = num_items, at_once
 
     def check(self, rules: Rules, *, k: int) -> None:
         """Refuse rules that cannot be kept, whatever the candidates are.
@@ -68,10 +78,7 @@ class RuleBook:
         rules: Rules,
         k: int,
         find: Callable[[int], Best],
-        *,
-        num_items: int,
-        stages: Stages,
-        at_once: int = 0,
+        stages: Stages | None = None,
     ) -> Best:
         """Choose k items of a ranking; it is asked for more of it as long as they are too few.
 
@@ -80,14 +87,13 @@ class RuleBook:
             k: List length.
             find: From a number to so many of the best items, a single row, padded with -1. A
                 longer ranking begins with the shorter one.
-            num_items: Past so many there are none.
             stages: Told how long the choice took.
-            at_once: So many are found in no more time than fewer.
         """
+        best = find(self.at_first(rules, k))
         if not rules.reorder:
-            return find(k)
-        width = first_width(rules, k)
-        best = find(min(max(width, at_once), num_items))
+            return best
+        num_items, stages = self._num_items, stages or Stages()
+        width = _first_width(rules, k)
         while True:
             with stages.timed("rules"):
                 place_K = self._arranged(rules, k, best.top, width)
@@ -98,6 +104,12 @@ class RuleBook:
             width *= WIDER
             if width > best.top.item_BK.shape[1]:
                 best = find(min(width, num_items))
+
+    def at_first(self, rules: Rules, k: int) -> int:
+        """Return how many candidates are asked for at first, for a list of k."""
+        if not rules.reorder:
+            return k
+        return min(max(_first_width(rules, k), self._at_once), self._num_items)
 
     def _arranged(self, rules: Rules, k: int, top: TopK, width: int) -> Int64[np.ndarray, " K"]:
         """Return the places of the chosen among the first `width` of a ranking."""
@@ -124,14 +136,11 @@ class RuleBook:
         return Spread(relevance=diversity.relevance, pool=diversity.pool, likeness=likeness)
 
 
-def first_width(rules: Rules, k: int, *, at_once: int = 0) -> int:
-    """Return how many candidates are asked for at first, for a list of k."""
-    if not rules.reorder:
-        return k
+def _first_width(rules: Rules, k: int) -> int:
     width = max(FIRST, 2 * k) if rules.diversity is None else rules.diversity.pool
     while width < k:
         width *= WIDER
-    return max(width, at_once)
+    return width
 
 
 def _cosine(vector_CD: Float[np.ndarray, "C D"]) -> Callable[[int], Float[np.ndarray, " C"]]:

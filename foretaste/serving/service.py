@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import final
 
 from foretaste.errors import DataError, ForetasteError
+from foretaste.serving.answer import Answer, Recommendation
 from foretaste.serving.item_labels import ItemLabels
 from foretaste.serving.messages import (
     Column,
@@ -25,7 +26,6 @@ from foretaste.serving.messages import (
     UsersReply,
 )
 from foretaste.serving.metrics import Metrics
-from foretaste.serving.recommender import Answer, Recommendation
 from foretaste.serving.settings import ServerSettings
 from foretaste.serving.slot import Loaded, ModelSlot
 from foretaste.serving.state import LiveEvent, LiveEvents

@@ -1,0 +1,148 @@
+"""What a model's lists are worth, query by query, block by block.
+
+Shape legend: Q queries, N targets of all queries, B queries of a block, I items.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Float64, Int64
+from torch import Tensor
+
+from foretaste.data.batch import Queries
+from foretaste.data.splits import Holdout
+from foretaste.evaluation.cold import Among, among_cold
+from foretaste.evaluation.metrics.average_precision import average_precision
+from foretaste.evaluation.metrics.hit_rate import hit_rate
+from foretaste.evaluation.metrics.list_mean import list_mean
+from foretaste.evaluation.metrics.mrr import mrr
+from foretaste.evaluation.metrics.ndcg import ndcg
+from foretaste.evaluation.metrics.novelty import self_information
+from foretaste.evaluation.metrics.popularity import head_membership
+from foretaste.evaluation.metrics.precision import precision
+from foretaste.evaluation.metrics.recall import recall
+from foretaste.evaluation.rank import Hits, best, draw_lists, place, settle
+from foretaste.evaluation.sampled import SampledNegatives, kept_items, score_kept
+from foretaste.evaluation.task import Task, block_rows
+from foretaste.training.trained import Trained
+
+ACCURACY: Mapping[str, Callable[[Hits, int], Float64[np.ndarray, " B"]]] = {
+    "hit_rate": hit_rate,
+    "recall": recall,
+    "precision": precision,
+    "ndcg": ndcg,
+    "mrr": mrr,
+    "map": average_precision,
+}
+"""What is asked of the targets' places."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Measured:
+    """Of each query and target, in the order of their task."""
+
+    values: dict[str, Float64[np.ndarray, " Q"]]
+    """Name to each query's value."""
+    shown: dict[int, Bool[np.ndarray, " I"]]
+    """K to the items in the first K of a list; of queries with a history."""
+    better_N: Int64[np.ndarray, " N"]
+    equal_N: Int64[np.ndarray, " N"]
+    cold_2N: Int64[np.ndarray, "2 N"] | None
+    """Better and equal ones among cold items; None where no target is cold."""
+
+
+@torch.inference_mode()
+def measure_queries(
+    model: Trained,
+    holdout: Holdout,
+    task: Task,
+    *,
+    k: tuple[int, ...],
+    exclude_seen: bool,
+    seed: int,
+    sampled: SampledNegatives | None,
+    among: Among,
+) -> Measured:
+    """Rank what is to be found, a block of queries at a time.
+
+    Arguments are those of `evaluate`, and `task` is what `holdout` leaves to be found.
+
+    Raises:
+        ConfigError: Listed items are asked for, and the data list none.
+        NonFiniteError: The model scores an item with NaN or infinity.
+    """
+    score, count_I = model.scorer(exclude_seen=exclude_seen), model.events.item_count
+    properties = {
+        "novelty": self_information(count_I),
+        "popularity_share": head_membership(count_I),
+    }
+    names = [f"{family}_at_{n}" for family in (*ACCURACY, *properties) for n in k]
+    values = {name: np.empty(len(task.row_Q)) for name in names}
+    shown = {n: np.zeros(len(count_I), dtype=bool) for n in k}
+    better_N = np.empty(len(task.target_N), dtype=np.int64)
+    equal_N = np.empty(len(task.target_N), dtype=np.int64)
+    cold_I = count_I == 0
+    only_cold = partial(among_cold, cold_I=torch.from_numpy(cold_I), placed_I=model.known_I)
+    leave_out_seen = partial(_without_seen, excluded=exclude_seen)
+    cold_2N = None
+    if among == "all" and sampled is None and cold_I[task.target_N].any():
+        cold_2N = np.empty((2, len(task.target_N)), dtype=np.int64)
+    step = block_rows(len(count_I))
+    for begin in range(0, len(task.row_Q), step):
+        rows = slice(begin, min(begin + step, len(task.row_Q)))
+        queries = holdout.queries(task.row_Q[rows], model.moment)
+        targets = slice(*task.offsets_Q1[[rows.start, rows.stop]])
+        row_N = np.repeat(
+            np.arange(len(queries)), np.diff(task.offsets_Q1[rows.start : rows.stop + 1])
+        )
+        item_N = torch.from_numpy(task.target_N[targets])
+        if sampled is None:
+            score_BI = score(queries)
+        else:
+            keep_BI = kept_items(
+                sampled,
+                queries,
+                task.key_Q[rows],
+                torch.stack([torch.from_numpy(row_N), item_N]),
+                count_I=count_I,
+                listed=holdout.listed,
+            )
+            score_BI = leave_out_seen(score_kept(model, score, queries, keep_BI), queries)
+        if among == "cold":
+            score_BI = leave_out_seen(only_cold(score_BI), queries)
+        score_N = score_BI[torch.from_numpy(row_N), item_N].cpu().numpy()
+        top = best(score_BI, max(k))
+        hits = settle(top, row_N, score_N)
+        better_N[targets], equal_N[targets] = place(top, row_N, score_N)
+        if cold_2N is not None:
+            cold_BI = leave_out_seen(only_cold(score_BI), queries)
+            cold_N = cold_BI[torch.from_numpy(row_N), item_N].cpu().numpy()
+            cold_2N[:, targets] = place(best(cold_BI, max(k)), row_N, cold_N)
+        list_BK = draw_lists(score_BI, top, task.key_Q[rows], seed=seed)
+        for n in k:
+            found = {family: accuracy(hits, n) for family, accuracy in ACCURACY.items()}
+            found |= {name: list_mean(list_BK, value_I, n) for name, value_I in properties.items()}
+            for family, value_B in found.items():
+                values[f"{family}_at_{n}"][rows] = value_B
+            items = list_BK[task.length_Q[rows] > 0, :n]
+            shown[n][items[items >= 0]] = True
+    return Measured(
+        values=values,
+        shown=shown,
+        better_N=better_N,
+        equal_N=equal_N,
+        cold_2N=cold_2N,
+    )
+
+
+def _without_seen(
+    score_BI: Float[Tensor, "B I"], queries: Queries, *, excluded: bool
+) -> Float[Tensor, "B I"]:
+    """Return the scores, those of histories -inf if they are excluded."""
+    if excluded:
+        seen_N = torch.arange(len(queries)).repeat_interleave(queries.offsets_B1.diff())
+        score_BI[seen_N, queries.history_N] = -torch.inf
+    return score_BI
