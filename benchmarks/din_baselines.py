@@ -27,7 +27,7 @@ import torch
 
 import foretaste as ft
 from foretaste.experiment.record import run_facts
-from foretaste.models.layers.row_fields import RowFieldsConfig
+from foretaste.models.layers.row_sides import RowFieldsConfig
 
 By = Literal["uniform", "popularity"]
 WAYS: tuple[By, ...] = ("uniform", "popularity")

@@ -128,10 +128,9 @@ def test_the_penalty_by_hand(l2_of: str) -> None:
 
 def test_frequencies_count_the_codes_of_features_too() -> None:
     model = network(WHOLE.model_copy(update={"l2": 0.1, "l2_of": "mini_batch_aware"}))
-    assert model.fields.item is not None
     # brands of items 0 to 3: x, nothing, y, nothing; events of them: 1, 2, 1, 0
     first = model.fields.item.first_code
-    assert model.fields.times_V[first : first + 4].tolist() == [2, 0, 1, 1]
+    assert model.fields.l2.times_V[first : first + 4].tolist() == [2, 0, 1, 1]
 
 
 def test_without_l2_nothing_is_added() -> None:

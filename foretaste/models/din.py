@@ -33,7 +33,8 @@ from foretaste.models.layers.field_ranker import FieldRanker
 from foretaste.models.layers.grouped_histories import Histories, group_histories
 from foretaste.models.layers.heads import Heads, score_in_blocks
 from foretaste.models.layers.pair_mlp import Activation, PairMLP
-from foretaste.models.layers.row_fields import RowFields, RowFieldsConfig, RowParts
+from foretaste.models.layers.row_fields import RowFields, RowParts
+from foretaste.models.layers.row_sides import RowFieldsConfig
 from foretaste.models.layers.target_attention import TargetAttention, mean_weights, pool
 
 _BLOCK_QUERIES, _BLOCK_PAIRS = 32, 2**13

@@ -25,7 +25,8 @@ from foretaste.data.tasks import Task
 from foretaste.models.layers.experts import Experts, Towers
 from foretaste.models.layers.field_ranker import PairRanker
 from foretaste.models.layers.heads import Heads
-from foretaste.models.layers.row_fields import RowFields, RowFieldsConfig, RowParts
+from foretaste.models.layers.row_fields import RowFields, RowParts
+from foretaste.models.layers.row_sides import RowFieldsConfig
 
 
 class MMoEConfig(RowFieldsConfig):

@@ -21,7 +21,8 @@ from foretaste.models.layers.experts import Towers
 from foretaste.models.layers.field_ranker import PairRanker
 from foretaste.models.layers.heads import Heads
 from foretaste.models.layers.pair_mlp import PairMLP
-from foretaste.models.layers.row_fields import RowFields, RowFieldsConfig
+from foretaste.models.layers.row_fields import RowFields
+from foretaste.models.layers.row_sides import RowFieldsConfig
 
 
 class SharedBottomConfig(RowFieldsConfig):

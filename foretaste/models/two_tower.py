@@ -40,7 +40,7 @@ from foretaste.models.interface import PairVectors
 from foretaste.models.layers.embedding import Fusion
 from foretaste.models.layers.fold_in import FoldIn
 from foretaste.models.layers.history import AttentionHistory, CausalHistory, MeanHistory
-from foretaste.models.layers.known_fields import KnownFields
+from foretaste.models.layers.known_fields import KnownFields, told_of_items, told_of_users
 from foretaste.models.layers.mlp import MLP
 from foretaste.models.layers.similarity import Similarity, as_item, as_query
 from foretaste.models.sasrec import SASRecConfig
@@ -131,8 +131,9 @@ class TwoTower(nn.Module):
         self.max_len = config.max_len
         self.users = _ids(num_users, config) if config.user_id else None
         self.items = _ids(num_items, config) if config.item_id else None
-        self.user_fields = _user_fields(features, num_users, config)
-        self.item_fields = _item_fields(features, num_items, config)
+        users = told_of_users(features if config.user_features else None, num_users)
+        items = told_of_items(features if config.item_features else None, num_items)
+        self.user_fields, self.item_fields = _known(users, config), _known(items, config)
         self.history = _history(config)
         num_query = sum(p is not None for p in (self.users, self.user_fields, self.history))
         num_item = sum(p is not None for p in (self.items, self.item_fields))
@@ -329,37 +330,10 @@ def _ids(num_rows: int, config: TwoTowerConfig) -> nn.Embedding:
     return table
 
 
-def _user_fields(
-    features: Features | None, num_users: int, config: TwoTowerConfig
-) -> KnownFields | None:
-    if not config.user_features or features is None:
+def _known(told: tuple[FieldSide, FieldTable] | None, config: TwoTowerConfig) -> KnownFields | None:
+    if told is None:
         return None
-    return _known("users", features.user, features.user_table, num_users, config)
-
-
-def _item_fields(
-    features: Features | None, num_items: int, config: TwoTowerConfig
-) -> KnownFields | None:
-    if not config.item_features or features is None:
-        return None
-    return _known("items", features.item, features.item_table, num_items, config)
-
-
-def _known(
-    what: str,
-    side: FieldSide | None,
-    table: FieldTable | None,
-    num_rows: int,
-    config: TwoTowerConfig,
-) -> KnownFields | None:
-    if side is None or table is None:
-        return None
-    if len(table) != num_rows:
-        raise ConfigError(
-            f"there are features of {len(table)} {what} for {num_rows} of them: fit the features "
-            "to the events that the model learns from"
-        )
-    return KnownFields(side, table, embedding_dim=config.embedding_dim, fusion=config.fusion)
+    return KnownFields(*told, embedding_dim=config.embedding_dim, fusion=config.fusion)
 
 
 def _history(

@@ -71,7 +71,7 @@ class FieldRanker(nn.Module, ABC):
     @property
     def judges_new_items(self) -> bool:
         """Whether items' features are read."""
-        return self.fields.item is not None
+        return self.fields.judges_new_items
 
     def of_new_items(self, queries: Queries, table: FieldTable) -> dict[str, Tensor]:
         """Return what each task learns from, of items that are in no table.

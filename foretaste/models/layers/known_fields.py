@@ -8,7 +8,8 @@ from typing import final
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
-from foretaste.data.features import FieldSide, FieldTable, concat_rows
+from foretaste.data.features import Features, FieldSide, FieldTable, concat_rows
+from foretaste.errors import ConfigError
 from foretaste.models.layers.embedding import FieldEncoder, Fusion
 
 
@@ -95,3 +96,30 @@ class KnownRows(nn.Module):
             vectors=tuple(self.get_buffer(f"vector_{n}") for n in range(self.num_vectors)),
             present_RF=self.present_RF,
         )
+
+
+def told_of_users(features: Features | None, num_users: int) -> tuple[FieldSide, FieldTable] | None:
+    """Return what is known of users; None where nothing is.
+
+    Raises:
+        ConfigError: It is known of other users than there are.
+    """
+    if features is None or features.user is None or features.user_table is None:
+        return None
+    return features.user, _a_row_each("users", features.user_table, num_users)
+
+
+def told_of_items(features: Features | None, num_items: int) -> tuple[FieldSide, FieldTable] | None:
+    """Return what is known of items, likewise."""
+    if features is None or features.item is None or features.item_table is None:
+        return None
+    return features.item, _a_row_each("items", features.item_table, num_items)
+
+
+def _a_row_each(what: str, table: FieldTable, num_rows: int) -> FieldTable:
+    if len(table) != num_rows:
+        raise ConfigError(
+            f"there are features of {len(table)} {what} for {num_rows} of them: fit the features "
+            "to the events that the model learns from"
+        )
+    return table

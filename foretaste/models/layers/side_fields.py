@@ -1,8 +1,8 @@
-"""The features of one side of a row: of its user, of its item, or of the moment.
+"""One side of a row: its user, its item, or the moment; the id, if it has one, and the features.
 
-Single-valued fields are only turned into codes here: all sides share one table of them. Bags,
-numbers and vectors are worked out here, and the gate stands here that makes one field of a side's
-id and its vectors.
+The id and single-valued fields are only turned into codes here: all sides share one table of them.
+Bags, numbers and vectors are worked out here, and the gate stands here that makes one field of a
+side's id and its vectors.
 
 Shape legend: R rows, X any shape of rows, S single-valued fields, the id among them, O other
 fields, V vectors among them, F fields, N 1 where the side has an id, else 0, W width.
@@ -24,36 +24,40 @@ _BLOCK_ROWS = 2**14
 
 @final
 class SideFields(nn.Module):
-    """Codes of single-valued fields, and vectors of the others.
+    """Codes of the id and single-valued fields, and vectors of the others; there may be none.
 
     Rows are asked for by number; -1 is a row of which nothing is known, or only what `other` says.
     """
 
     def __init__(
         self,
-        side: FieldSide,
-        table: FieldTable | None,
+        told: tuple[FieldSide, FieldTable | None] | None,
         *,
+        num_rows: int,
+        first_id: int | None,
         first_code: int,
         width: int,
         init_std: float,
-        has_id: bool,
         fusion: Fusion,
     ) -> None:
         """Make untrained weights.
 
         Args:
-            side: The fields.
-            table: The encoded rows of all users or items; None of the moment, which has none.
-            first_code: Where the side's codes begin in the table that all sides share.
+            told: The features, and the encoded rows of all users or items, None of the moment,
+                which has none; None where no features are read.
+            num_rows: Users or items; 0 of the moment.
+            first_id: Where ids begin in the table that all sides share; None: there are none.
+            first_code: Where the codes of features begin in it.
             width: W.
             init_std: Spread of the first weights.
-            has_id: Whether an id stands before the fields.
             fusion: How vectors join.
         """
         super().__init__()
+        side, table = (FieldSide(), None) if told is None else told
         others = FieldSide(bags=side.bags, numbers=side.numbers, vectors=side.vectors)
-        self.first_code, self.width, self.has_id = first_code, width, has_id
+        self.has_id, self.has_features = first_id is not None, told is not None
+        self.first_id, self.first_code, self.width = first_id, first_code, width
+        self._ids = slice(first_id, first_id + num_rows) if first_id is not None else slice(0)
         self.num_codes = side.num_codes - others.num_codes
         self.num_singles, self.num_others = len(side.codes), others.num_fields
         self.num_vectors = len(side.vectors)
@@ -65,9 +69,9 @@ class SideFields(nn.Module):
             if others.num_fields
             else None
         )
-        num_gated = self.num_vectors + has_id if fusion == "gate" and self.num_vectors else 0
+        num_gated = self.num_vectors + self.has_id if fusion == "gate" and self.num_vectors else 0
         self.gate = nn.Linear(num_gated * width, num_gated) if num_gated > 1 else None
-        self.known = KnownRows(side, side.unknown(0) if table is None else table)
+        self.known = KnownRows(side, side.unknown(num_rows) if table is None else table)
         self._kept_RX: Tensor | None = None
 
     @property
@@ -77,18 +81,43 @@ class SideFields(nn.Module):
         return num_fields if self.gate is None else num_fields + 1 - self.num_vectors - self.has_id
 
     def codes(
-        self, row_X: Int64[Tensor, "*X"], other: FieldTable | None = None
+        self,
+        row_X: Int64[Tensor, "*X"],
+        taught_R: Bool[Tensor, " R"] | None = None,
+        other: FieldTable | None = None,
+        *,
+        dropped_X: Bool[Tensor, "*X"] | None = None,
     ) -> Int64[Tensor, "*X S"]:
-        """Return the codes of rows."""
-        own_XS = self.known.code_RC[row_X]
-        if other is not None:
-            own_XS = own_XS.where((row_X >= 0).unsqueeze(-1), other.code_RC)
-        return own_XS + self.first_code
+        """Return the codes of rows, the id's first.
+
+        Args:
+            row_X: The rows.
+            taught_R: Whose id was learned, None: everybody's; the others' is 0, nobody's.
+            other: What is told of rows that are -1.
+            dropped_X: Which are told without their id.
+        """
+        if self.first_id is None:
+            return self._single_codes(row_X, other)
+        has_id_X = row_X >= 0
+        if taught_R is not None and len(taught_R):
+            has_id_X &= taught_R[row_X]
+        if dropped_X is not None:
+            has_id_X &= ~dropped_X
+        id_X1 = (row_X + self.first_id).where(has_id_X, 0).unsqueeze(-1)
+        if not self.num_singles:
+            return id_X1
+        return torch.cat([id_X1, self._single_codes(row_X, other)], dim=-1)
+
+    def ids_of(self, table_VW: Float[Tensor, "V W"]) -> Float[Tensor, "_ W"]:
+        """Return the part of the shared table that holds ids; no row where there are none."""
+        return table_VW[self._ids]
 
     def vectors(
         self, row_R: Int64[Tensor, " R"], other: FieldTable | None = None
     ) -> Float[Tensor, "R O W"]:
         """Return the fields that are not single-valued."""
+        if self.others is None:
+            return torch.empty(len(row_R), 0, self.width, device=row_R.device)
         if other is not None and (row_R < 0).all():
             return self._encode(other)
         own_ROW = self._encode(self.known(row_R))
@@ -137,6 +166,16 @@ class SideFields(nn.Module):
         says_XV = torch.cat([has_id_XN, self._says_vectors(row_X, other)], dim=-1)
         one_XW = gated_sum(self.gate, gated_XVW, says_XV)
         return torch.cat([one_XW.unsqueeze(-2), field_XFW[..., num_ids:num_rest, :]], dim=-2)
+
+    def _single_codes(
+        self, row_X: Int64[Tensor, "*X"], other: FieldTable | None
+    ) -> Int64[Tensor, "*X S"]:
+        if not self.num_singles:
+            return row_X.new_empty(*row_X.shape, 0)
+        own_XS = self.known.code_RC[row_X]
+        if other is not None:
+            own_XS = own_XS.where((row_X >= 0).unsqueeze(-1), other.code_RC)
+        return own_XS + self.first_code
 
     def _worked_out(self, row_R: Tensor) -> Float[Tensor, "R X"]:
         return self.vectors(row_R.where(row_R < self.known.num_rows, -1)).flatten(1)

@@ -1,0 +1,50 @@
+"""What a ranker reads of users whose id or features are not told: what their history makes likely.
+
+In evaluation only; in training every row is read as it is told.
+
+Shape legend: B queries, S single-valued fields, the id first, Q fields of a user, U users, I items,
+W width of a field.
+"""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from foretaste.data.batch import Queries
+from foretaste.models.layers.fold_in import FoldIn
+
+
+def with_likely_ids(
+    fold_in: FoldIn,
+    queries: Queries,
+    single_BSW: Float[Tensor, "B S W"],
+    has_id_B1: Bool[Tensor, "B 1"],
+    *,
+    user_UW: Float[Tensor, "U W"],
+    item_IW: Float[Tensor, "I W"],
+) -> tuple[Float[Tensor, "B S W"], Bool[Tensor, "B 1"]]:
+    """Answer the id of every query with a history by `fold_in`, and say who has an id then."""
+    told_B1 = (queries.offsets_B1.diff() > 0).unsqueeze(1)
+    if not told_B1.any():
+        return single_BSW, has_id_B1
+    id_BW = fold_in(queries, user_UW, item_IW).where(told_B1, single_BSW[:, 0])
+    return torch.cat([id_BW.unsqueeze(1), single_BSW[:, 1:]], dim=1), has_id_B1 | told_B1
+
+
+def with_likely_features(
+    fold_features: FoldIn,
+    queries: Queries,
+    field_BQW: Float[Tensor, "B Q W"],
+    *,
+    item_IW: Float[Tensor, "I W"],
+) -> Float[Tensor, "B Q W"]:
+    """Replace all fields but the first, of new users with a history whose features are not told."""
+    untold_B = (queries.user_B < 0) & (queries.offsets_B1.diff() > 0)
+    if queries.profile is not None:
+        untold_B &= ~queries.profile.known_R
+    if not untold_B.any():
+        return field_BQW
+    nobody_UX = field_BQW[:0, 1:].flatten(1)
+    likely_BX: Tensor = fold_features(queries, nobody_UX, item_IW)
+    likely_BQW = torch.cat([field_BQW[:, :1], likely_BX.view_as(field_BQW[:, 1:])], dim=1)
+    return likely_BQW.where(untold_B[:, None, None], field_BQW)
