@@ -211,7 +211,7 @@ class RowFields(nn.Module):
         ]
         if self._moments is not None:
             code_ES = self._moments.code_RC + self.context.first_code
-            uses.append((code_ES, torch.ones_like(code_ES[:, 0])))
+            uses.append((code_ES, torch.ones(len(code_ES), dtype=torch.long)))
         self.l2.count(uses)
 
     def penalty(
