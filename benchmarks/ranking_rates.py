@@ -55,7 +55,8 @@ def run(
         told: What the programs are told beside `args`.
     """
     to = getattr(args, "to", None)
-    train = rows.filter(part=0).head(args.rows or len(rows)).sample(fraction=1.0, shuffle=True, seed=0)
+    train = rows.filter(part=0).head(args.rows or len(rows))
+    train = train.sample(fraction=1.0, shuffle=True, seed=0)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.tsv"
         pl.concat([train, rows.filter(pl.col("part") > 0)]).write_csv(path, separator="\t")
