@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import polars as pl
@@ -18,11 +19,13 @@ from foretaste.data.tasks import Task
 from foretaste.data.vocabulary import Vocabulary
 from foretaste.errors import ConfigError, DataError
 from foretaste.evaluation.rows import evaluate_rows, rows_to_judge
+from foretaste.evaluation.rows_report import RowsReport
 from foretaste.evaluation.sampled import SampledNegatives
 from foretaste.experiment.fit import fit
 from foretaste.experiment.learning import make_learning, usual_objective
 from foretaste.models.mf import MFConfig
 from foretaste.models.neumf import NCF, GMFConfig, NeuMFConfig
+from foretaste.models.shared_bottom import SharedBottomConfig
 from foretaste.sampling.row_negatives import RowNegatives
 from foretaste.sampling.uniform import UniformSampler
 from foretaste.sampling.unseen import Seen
@@ -162,8 +165,41 @@ def test_a_quantity_is_judged_by_its_labels_whatever_is_asked() -> None:
         objective=asked,
         show=False,
     )
-    best = evaluate_rows(model, split, part="validation", resamples=0).metrics["rmse"]
-    assert -best == pytest.approx(max(e["validation"] for e in model.log["epochs"]), abs=1e-12)
+    report = evaluate_rows(model, split, part="validation", resamples=0)
+    best = 1 - report.metrics["rmse"] / np.nanstd(report.label_NT)
+    assert best == pytest.approx(max(e["validation"] for e in model.log["epochs"]), abs=1e-12)
+
+
+def test_several_tasks_are_judged_by_their_mean_and_those_of_one_class_have_no_say() -> None:
+    tasks = (
+        Task(name="minutes", kind="regression", column="minutes"),
+        Task(name="clicked", column="clicked"),
+        Task(name="there"),
+    )
+
+    def judged(stop_by: Literal["usual", "rows"], num: int) -> tuple[RowsReport, float]:
+        asked = RowsConfig(stop_by=stop_by, negatives=num)
+        model = fit(
+            SharedBottomConfig(tasks=tasks, embedding_dim=4),
+            SPLIT,
+            training=settings(epochs=2),
+            objective=asked,
+            show=False,
+        )
+        drawn = SampledNegatives(num=num) if stop_by == "rows" else None
+        report = evaluate_rows(model, SPLIT, part="validation", sampled=drawn, resamples=0)
+        return report, max(e["validation"] for e in model.log["epochs"])
+
+    def minutes(report: RowsReport) -> float:
+        spread = np.nanstd(report.label_NT[:, 0])
+        return float(1 - report.metrics[report.name("rmse", "minutes")] / spread)
+
+    report, best = judged("usual", 2)
+    two = (minutes(report) + report.metrics["auc_clicked"]) / 2
+    assert best == pytest.approx(two, abs=1e-12)
+    report, best = judged("rows", 2)
+    aucs = sum(report.metrics[f"auc_{name}_sampled_2"] for name in ("clicked", "there"))
+    assert best == pytest.approx((minutes(report) + aucs) / 3, abs=1e-12)
 
 
 def test_where_only_what_happened_is_known_items_are_drawn_and_lists_decide() -> None:
@@ -226,8 +262,9 @@ def test_a_quantity_is_learned_in_its_own_unit_and_decides_by_its_error() -> Non
     label = report.label_NT[~np.isnan(report.label_NT)]
     assert report.metrics["rmse"] < np.sqrt(((label - label.mean()) ** 2).mean())
     assert report.counts["labels_minutes"] < report.counts["rows"]
-    found = evaluate_rows(model, SPLIT, part="validation", resamples=0).metrics["rmse"]
-    assert -found == pytest.approx(max(e["validation"] for e in model.log["epochs"]), abs=1e-12)
+    judged = evaluate_rows(model, SPLIT, part="validation", resamples=0)
+    found = 1 - judged.metrics["rmse"] / np.nanstd(judged.label_NT)
+    assert found == pytest.approx(max(e["validation"] for e in model.log["epochs"]), abs=1e-12)
 
 
 class Killed(Exception):

@@ -1,6 +1,6 @@
 """What early stopping watches: on the validation part, higher is better."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -10,8 +10,11 @@ from foretaste.data.rows import happened_split
 from foretaste.data.splits import Split
 from foretaste.evaluation.protocol import evaluate
 from foretaste.evaluation.rows import evaluate_rows, rows_settings, rows_to_judge
+from foretaste.evaluation.rows_report import RowsReport
+from foretaste.evaluation.sampled import SampledNegatives
 from foretaste.experiment.two_stage import Candidates
 from foretaste.models.interface import LearnsNewcomers, Ranker
+from foretaste.training.objectives.rows import RowsConfig
 from foretaste.training.trained import Trained
 
 STOP_METRIC = "ndcg_at_10"
@@ -23,10 +26,11 @@ def make_validation(
 ) -> Callable[[nn.Module], float] | None:
     """Return what a model's weights are judged by while it learns; None without validation events.
 
-    A ranker's first task decides: its AUC where validation holds labels of both classes, minus the
-    RMSE of a quantity. Where only what happened is known, and for all other models, it is NDCG@10
-    over the full catalogue: of a ranker with candidates, of the two stages together. A ranker may
-    ask for the AUC against drawn items there (`RowsConfig.stop_by`).
+    A ranker is judged by the mean over its tasks: the AUC of a binary one, 1 - RMSE / standard
+    deviation of the labels of another. A task whose labels are all alike in validation has no say.
+    Where that is all of them, only what happened being known, and for all other models, it is
+    NDCG@10 over the full catalogue: of a ranker with candidates, of the two stages together. A
+    ranker may ask for the AUC against drawn items there (`RowsConfig.stop_by`).
 
     Args:
         trained: The model in the making; its weights may change.
@@ -34,8 +38,9 @@ def make_validation(
         candidates: What a ranker will be asked about.
     """
     if isinstance(trained.model, Ranker):
-        if _has_labels(trained, split):
-            return lambda model: _rows_value(replace(trained, model=model), split)
+        sampled = _zeros(trained.model, rows_settings(trained))
+        if _can_judge(trained, split, sampled):
+            return lambda model: _rows_value(replace(trained, model=model), split, sampled)
         split = happened_split(split, rows_settings(trained).positive)
     holdout = split.validation
     if len(holdout) == 0:
@@ -52,19 +57,36 @@ def make_validation(
     return validate
 
 
-def _has_labels(trained: Trained, split: Split) -> bool:
-    """Return whether validation can judge the first task."""
-    rows, _, _ = rows_to_judge(trained, split, part="validation")
-    label_E = rows.label_ET[:, 0]
-    num_values = len(np.unique(label_E[~np.isnan(label_E)]))
-    if rows_settings(trained).stop_by == "rows" and rows.drawn_EN.shape[1] and len(rows):
-        num_values += 1  # what is drawn is a 0, beside the 1 that is known
-    return num_values > (1 if rows.tasks[0].kind == "binary" else 0)
+def _zeros(ranker: Ranker, learned: RowsConfig) -> SampledNegatives | None:
+    """Return what validation draws for each row, as training does; None: only what it must."""
+    num = learned.num_negatives(ranker.tasks)
+    return SampledNegatives(num=num) if learned.stop_by == "rows" and num else None
 
 
-def _rows_value(judged: Trained, split: Split) -> float:
-    report = evaluate_rows(judged, split, part="validation", resamples=0)
-    task = report.tasks[0]
-    if task.kind == "binary":
-        return report.metrics[report.name("auc", task.name)]
-    return -report.metrics[report.name("rmse", task.name)]
+def _can_judge(trained: Trained, split: Split, sampled: SampledNegatives | None) -> bool:
+    """Return whether validation's labels tell a good model of any task from a bad one."""
+    rows, _, _ = rows_to_judge(trained, split, part="validation", sampled=sampled)
+    for label_E, task in zip(rows.label_ET.T, rows.tasks, strict=True):
+        values = set(label_E[~np.isnan(label_E)].tolist())
+        if task.kind != "binary" and values:
+            return True
+        if task.kind == "binary" and len(values | {0.0} if sampled and values else values) > 1:
+            return True
+    return False
+
+
+def _rows_value(judged: Trained, split: Split, sampled: SampledNegatives | None) -> float:
+    report = evaluate_rows(judged, split, part="validation", sampled=sampled, resamples=0)
+    return float(np.mean(list(_task_values(report))))
+
+
+def _task_values(report: RowsReport) -> Iterator[float]:
+    """Give a number of each task that validation can judge: 1 is perfect, none has a unit."""
+    for place, task in enumerate(report.tasks):
+        if task.kind == "binary":
+            name = report.name("auc", task.name)
+            if name in report.metrics:
+                yield report.metrics[name]
+        elif (name := report.name("rmse", task.name)) in report.metrics:
+            spread = np.nanstd(report.label_NT[:, place])
+            yield 1 - report.metrics[name] / (spread or 1.0)

@@ -43,9 +43,9 @@ class RowsConfig(Config):
     """Column whose values above 0 make an event part of histories and of what must not be drawn;
     empty: every event is."""
     stop_by: Literal["usual", "rows"] = "usual"
-    """What validation judges where only what happened is known: "usual", lists over the whole
-    catalogue; "rows", the first task's AUC against items drawn as in training, which costs less
-    where items are many."""
+    """What validation judges: "usual", the labels, or lists over the whole catalogue where only
+    what happened is known; "rows", the labels beside items drawn as in training, a 0 for every
+    binary task, which costs less than lists where items are many."""
 
     def num_negatives(self, tasks: tuple[Task, ...]) -> int:
         """Return how many items are drawn for each row."""
