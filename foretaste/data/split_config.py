@@ -78,6 +78,9 @@ class GivenSplitConfig(Config):
     """Holds train, validation, test or unused, or 0, 1, 2 or 3."""
     validation: ShareOrNone = 0.0
     """Share of the training events to choose by, drawn at random, where the data give none."""
+    validation_by: Literal["events", "blocks"] = "events"
+    """Each event is drawn for itself; or of each user a block of items that others did together,
+    which is nearer to a test that holds users' last events, in data without times."""
     seed: int = 0
     """Equal seeds give equal draws."""
 
@@ -131,7 +134,11 @@ def make_split(
             )
         case GivenSplitConfig():
             return given_split_by_column(
-                events, column=config.column, validation=config.validation, seed=config.seed
+                events,
+                column=config.column,
+                validation=config.validation,
+                validation_by=config.validation_by,
+                seed=config.seed,
             )
         case ColdItemsSplitConfig():
             return cold_items_split(

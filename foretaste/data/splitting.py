@@ -4,11 +4,13 @@ Shape legend: E events, U users.
 """
 
 from collections.abc import Mapping
+from typing import Literal
 
 import numpy as np
 import polars as pl
 from jaxtyping import Int64, UInt8
 
+from foretaste.data.blocks import draw_blocks
 from foretaste.data.interactions import Interactions
 from foretaste.data.leaks import find_leaks
 from foretaste.data.merging import concatenate
@@ -171,7 +173,12 @@ def given_split(
 
 
 def given_split_by_column(
-    events: Interactions, *, column: str = "part", validation: float = 0.0, seed: int = 0
+    events: Interactions,
+    *,
+    column: str = "part",
+    validation: float = 0.0,
+    validation_by: Literal["events", "blocks"] = "events",
+    seed: int = 0,
 ) -> Split:
     """Take parts from a column that says of each event where it belongs.
 
@@ -179,6 +186,8 @@ def given_split_by_column(
         events: With that column.
         validation: Share of the training events, in [0, 1), drawn at random to choose by, where
             the column gives no validation.
+        validation_by: Draw each event for itself, or of each user a block of what belongs together
+            (`draw_blocks`): nearer to a test that holds users' last events.
         seed: Decides the draw.
         column: Holds "train", "validation", "test" or "unused", or the codes 0, 1, 2 and 3.
 
@@ -201,7 +210,7 @@ def given_split_by_column(
     part_E = np.array([_part_code(value, column) for value in values.tolist()], np.uint8)[inverse_E]
     validated = bool((part_E == VALIDATION).any())
     if validation:
-        _hold_out(part_E, validation, seed, column)
+        _hold_out(part_E, events, validation, validation_by, seed, column)
         validated = True
     return _checked("given", events, part_E, validated=validated)
 
@@ -225,7 +234,14 @@ def leave_last_within_training(split: Split) -> Split:
     )
 
 
-def _hold_out(part_E: UInt8[np.ndarray, " E"], share: float, seed: int, column: str) -> None:
+def _hold_out(
+    part_E: UInt8[np.ndarray, " E"],
+    events: Interactions,
+    share: float,
+    by: Literal["events", "blocks"],
+    seed: int,
+    column: str,
+) -> None:
     """Move a share of the training events into validation."""
     if (part_E == VALIDATION).any():
         raise ConfigError(
@@ -233,6 +249,9 @@ def _hold_out(part_E: UInt8[np.ndarray, " E"], share: float, seed: int, column: 
             "already: leave the share out"
         )
     train = np.flatnonzero(part_E == TRAIN)
+    if by == "blocks":
+        part_E[train[draw_blocks(events.select(part_E == TRAIN), share, seed)]] = VALIDATION
+        return
     num = int(np.floor(len(train) * share + _ROUNDING))
     part_E[np.random.default_rng(seed).permutation(train)[:num]] = VALIDATION
 
