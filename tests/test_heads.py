@@ -71,12 +71,57 @@ def test_a_quantity_of_log1p_is_never_predicted_below_nothing() -> None:
     assert heads.predict({"minutes": torch.tensor([[-30.0]])})["minutes"].item() == 0
 
 
-def test_one_task_orders_by_its_number_and_several_by_their_weighted_sum() -> None:
-    raw = {"click": torch.tensor([[0.0, 2.0]]), "minutes": torch.tensor([[1.0, 0.0]])}
+def test_one_task_orders_by_its_number_and_binary_ones_by_the_sum_of_probabilities() -> None:
+    raw = {"click": torch.tensor([[0.0, 2.0]]), "buy": torch.tensor([[1.0, 0.0]])}
     assert torch.equal(Heads((CLICK,)).rank(raw), raw["click"])
-    other = Task(name="minutes", kind="regression", column="m", weight=0.5)
-    expected = raw["click"].sigmoid() + 0.5 * raw["minutes"]
-    torch.testing.assert_close(Heads((CLICK, other)).rank(raw), expected)
+    buy = Task(name="buy", column="buy", weight=0.5)
+    expected = raw["click"].sigmoid() + 0.5 * raw["buy"].sigmoid()
+    assert torch.equal(Heads((CLICK, buy)).rank(raw), expected)
+
+
+def test_answers_of_several_kinds_are_added_between_0_and_1() -> None:
+    heads = Heads((CLICK, MINUTES, STARS))
+    # four steps of thresholds 0, 0, 0, 0 or so: stars of 3, in the middle of 1 and 5
+    heads.begin(events(minutes=[1.0, 9.0], stars=[1.0, 5.0]))
+    # of a normal distribution .5 lie below its mean and .8413 below one deviation more
+    minutes = torch.tensor([[0.0, 1.0]])
+    raw = {"click": torch.zeros(1, 2), "minutes": minutes, "stars": torch.zeros(1, 2)}
+    assert heads.rank(raw)[0].tolist() == pytest.approx([1.5, 0.5 + 0.8413 + 0.5], abs=0.01)
+    far = {name: torch.tensor([[-90.0, 90.0]]) for name in raw}
+    assert heads.rank(far)[0].tolist() == pytest.approx([0, 3])  # the ends of all three
+
+
+def test_weights_of_a_request_count_for_each_unit_of_a_label() -> None:
+    # labels of 100 and 500: a mean of 300, a deviation of 200; predicted are 300 and 500
+    heads = Heads((CLICK, Task(name="seconds", kind="regression", column="seconds")))
+    heads.begin(events(seconds=[100.0, 500.0]))
+    outputs = heads({"click": torch.zeros(1, 2), "seconds": torch.tensor([[0.0, 1.0]])})
+    got = heads.order(outputs, {"click": 2.0, "seconds": 0.01})
+    assert got[0].tolist() == pytest.approx([1 + 3, 1 + 5])
+
+
+@pytest.mark.parametrize("unit", [1e-3, 60.0, 1e3])
+@pytest.mark.parametrize("seed", range(5))
+def test_a_unit_of_a_label_moves_no_item_of_the_usual_list(unit: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    raw = {name: torch.randn(3, 40, generator=generator) for name in ("click", "seconds", "stars")}
+    seconds = (torch.rand(50, generator=generator) * 600).tolist()
+    stars = torch.randint(1, 6, (50,), generator=generator).double()
+    scores = []
+    for size in (1.0, unit):
+        levels = tuple(size * level for level in (1, 2, 3, 4, 5))
+        heads = Heads(
+            (
+                CLICK,
+                Task(name="seconds", kind="regression", column="seconds"),
+                Task(name="stars", kind="ordinal", column="stars", levels=levels),
+            )
+        )
+        labels = {"seconds": [s * size for s in seconds], "stars": (stars * size).tolist()}
+        heads.begin(events(**labels))
+        scores.append(heads.rank(raw))
+    torch.testing.assert_close(*scores)
+    assert torch.equal(*(score.argsort(dim=1) for score in scores))
 
 
 def test_tasks_that_cannot_be_told_apart_or_taught_are_refused() -> None:

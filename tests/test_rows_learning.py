@@ -1,6 +1,7 @@
 """From labelled events to a measured ranker: planted tastes, what is drawn, how it is stopped."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -393,3 +394,30 @@ def test_rows_are_judged_from_what_came_before_them(clicks: ft.Trained) -> None:
     same = rows_of(SPLIT, "test", tasks=(SHOWN,), positive="clicked")
     np.testing.assert_array_equal(rows.end_E, same.end_E)
     assert not math.isnan(rows.label_ET.sum())
+
+
+def test_a_label_in_another_unit_gives_everybody_the_same_list() -> None:
+    rows: list[list[list[object]]] = []
+    for unit in (1.0, 1 / 60, 60_000.0):  # minutes, hours, milliseconds
+        events = shown_events(num_users=30)
+        columns = {name: values.copy() for name, values in events.columns.items()}
+        columns["minutes"] *= np.float32(unit)
+        split = ft.temporal_split(replace(events, columns=columns), validation=0.15, test=0.15)
+        watched = Task(name="watched", kind="regression", column="minutes")
+        config = SharedBottomConfig(tasks=(SHOWN, watched), embedding_dim=4, bottom_hidden=(8,))
+        trained = fit(
+            config,
+            split,
+            training=settings(epochs=3),
+            objective=RowsConfig(positive="clicked"),
+            show=False,
+        )
+        recommender = ft.build_recommender(trained)
+        rows.append(
+            [
+                [row.item_id for row in recommender.recommend(user, k=5).rows]
+                for user in events.users.ids.to_list()
+            ]
+        )
+    assert rows[0] == rows[1] == rows[2]
+    assert len({tuple(items) for items in rows[0]}) > 1

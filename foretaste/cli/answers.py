@@ -35,7 +35,7 @@ def recommend(
     k: ListLength = 10,
     weights: Annotated[
         list[str] | None,
-        typer.Option("--weight", metavar="TASK=VALUE", help="What a task counts: buy=5"),
+        typer.Option("--weight", metavar="TASK=VALUE", help="What a unit of a task counts: buy=5"),
     ] = None,
     rules: Annotated[
         list[str] | None,

@@ -15,7 +15,8 @@ from foretaste.config import Config
 from foretaste.errors import DataError
 
 Weights = Mapping[str, float | int]
-"""How much each task's prediction counts in a score, by name; 0 for those that are not named."""
+"""How much one unit of each task's prediction counts in a score, by name; 0 for those that are not
+named. The unit is the label's own: a probability, a second, a level."""
 
 
 class Task(Config):
@@ -40,7 +41,9 @@ class Task(Config):
     loss: Literal["squared", "huber"] = "squared"
     """Of a regression: Huber's is less moved by far-out labels."""
     weight: float = Field(default=1.0, ge=0)
-    """In the sum of the tasks' losses, and in the score that orders a list."""
+    """In the sum of the tasks' losses; and in the score that orders a list of several tasks, where
+    each answers between 0 and 1: its probability, the expected level's place between the lowest and
+    the highest, or about the share of training labels below the quantity that it predicts."""
 
     @model_validator(mode="after")
     def _is_whole(self) -> "Task":

@@ -57,7 +57,8 @@ def judge(
         ranker: In evaluation mode.
         queries: Users and moments.
         item_BC: item_idx, of each query its own.
-        weights: Of the tasks in the sum of predictions that makes the score; None: their own.
+        weights: Of the tasks' predictions, each in its own unit, in the sum that makes the score;
+            None: the tasks' own, of answers in [0, 1].
 
     Raises:
         NonFiniteError: It answers with NaN or infinity.

@@ -63,7 +63,8 @@ class RecommendRequest(_Request):
     """Items that the catalogue has not, to be ranked beside it: from id to what is known of each,
     column of the item table to value."""
     weights: dict[str, float] | None = Field(default=None, min_length=1, max_length=100)
-    """How much each task's prediction counts in the score, 0 for tasks that are not named."""
+    """How much each task's prediction counts in the score, for each unit that the rows show of it,
+    0 for tasks that are not named."""
     rules: Rules = NO_RULES
     """Filters on attributes, caps on categories, diversity."""
     explain: bool = False

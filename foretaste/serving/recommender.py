@@ -111,8 +111,9 @@ class Recommender:
                 place one gives it the lowest score that it gave. Those that the catalogue ranks
                 already are left to it.
             since: Unix seconds: training events of the user before it are forgotten.
-            weights: How much each task's prediction counts in the score, 0 for tasks that are not
-                named; None: as the model was made.
+            weights: How much each task's prediction counts in the score, for each unit that the
+                row shows of it (a probability, a second, a level), 0 for tasks that are not named;
+                None: as the model was made, each task between 0 and 1.
             rules: Filters on attributes, caps on categories, diversity. As long as they leave too
                 few, more of the catalogue is looked at, to its end.
 

@@ -84,7 +84,7 @@ class Heads(nn.Module):
         return self.predictions({name: output.double() for name, output in outputs.items()})
 
     def rank(self, raw: Mapping[str, Float[Tensor, "B C"]]) -> Float[Tensor, "B C"]:
-        """Return what orders a list: the only task's number, or the weighted sum of predictions."""
+        """Return what orders a list: the only task's number, or a weighted sum over tasks."""
         if len(self.tasks) == 1:
             return raw[self.tasks[0].name]
         return self.order(self(raw))
@@ -92,21 +92,30 @@ class Heads(nn.Module):
     def order(
         self, outputs: Mapping[str, Tensor], weights: Weights | None = None
     ) -> Float[Tensor, "B C"]:
-        """Return what orders a list, from what each task learns from.
+        r"""Return what orders a list, from what each task learns from.
+
+        .. math:: \sum_t w_t a_t
+
+        Without weights of a request, each answer a lies in [0, 1], so that no unit of a label has
+        a say: a binary task's is its probability; an ordinal one's the expected level's place
+        between the lowest level and the highest; a regression's the share of training labels that
+        lie below its prediction, were they (after the transform) normal. A single task is ordered
+        by what comes before all that, which never comes so near to 1 that two items look alike.
 
         Args:
             outputs: By the task's name.
-            weights: Of each task's prediction in the sum, 0 for tasks that it does not name; None:
-                each task's own, and a single task is ordered by what comes before its prediction,
-                which never comes so near to 1 that two items look alike.
+            weights: Of each task's prediction, as `predict` gives it, in its own unit; 0 for tasks
+                that it does not name. None: each task's own, of answers in [0, 1].
         """
         if weights is None and len(self.tasks) == 1:
             (output,) = (outputs[task.name] for task in self.tasks)
             return output.mean(dim=2) if self.tasks[0].kind == "ordinal" else output
         if weights is None:
             weights = {task.name: task.weight for task in self.tasks}
-        predicted = self.predictions(outputs)
-        return torch.stack([weight * predicted[name] for name, weight in weights.items()]).sum(0)
+            answers = {task.name: _in_0_to_1(task, outputs[task.name]) for task in self.tasks}
+        else:
+            answers = self.predictions(outputs)
+        return torch.stack([weight * answers[name] for name, weight in weights.items()]).sum(0)
 
     @torch.no_grad()
     def begin(self, events: Interactions) -> None:
@@ -138,6 +147,19 @@ class Heads(nn.Module):
                 return level_L[0] + output.sigmoid() @ level_L.diff()
 
 
+def _in_0_to_1(task: Task, output: Tensor) -> Float[Tensor, "B C"]:
+    """Return a task's answer on the scale that all tasks share."""
+    match task.kind:
+        case "binary":
+            return output.sigmoid()
+        case "regression":
+            share_BC: Tensor = torch.special.ndtr(output)
+            return share_BC
+        case "ordinal":
+            gap_K = output.new_tensor(task.levels).diff()
+            return output.sigmoid() @ (gap_K / gap_K.sum())
+
+
 def thresholds(step_K: Float[Tensor, " K"]) -> Float[Tensor, " K"]:
     """Return ascending thresholds from their steps."""
     return torch.cat([step_K[:1], F.softplus(step_K[1:])]).cumsum(0)
@@ -151,7 +173,7 @@ def _steps(threshold_K: Tensor) -> Float[Tensor, " K"]:
 
 def _quantiles(task: Task, label_E: Float[np.ndarray, " E"]) -> Float[Tensor, " K"]:
     """Return the thresholds that give each level its share of the labels where s is 0."""
-    found_E = torch.from_numpy(label_E[~np.isnan(label_E)])
+    found_E = torch.from_numpy(label_E[~np.isnan(label_E)]).float()  # as labels are kept
     level_K = found_E.new_tensor(task.levels[:-1])
     above_K = (found_E.unsqueeze(1) > level_K).double().mean(dim=0)
     share_K = above_K.nan_to_num(0.5).clamp(0.01, 0.99)
