@@ -309,6 +309,23 @@ def test_a_pretrained_model_starts_better_than_one_from_scratch() -> None:
     assert losses[True] < losses[False] - 0.02
 
 
+def test_parts_have_their_own_epochs_and_what_comes_after_them_its_own_rate() -> None:
+    split = happened().refit()
+    config = NeuMFConfig(
+        factors=4, num_layers=2, pretrain=True, pretrain_epochs=3, fine_tuning=1e-9, alpha=0.25
+    )
+    model = fit(config, split, training=settings(epochs=1), show=False)
+    assert [len(model.log[kind]["epochs"]) for kind in ("gmf", "mlp")] == [3, 3]
+    gmf, mlp = (
+        fit(part, split, training=settings(epochs=3), show=False).model for part in config.parts()
+    )
+    _, first = np.unique(split.test.user_Q, return_index=True)  # nothing was done since training
+    queries, item = split.test.queries(first), torch.arange(10).expand(len(first), 10)
+    both = [part(queries, item)["click"] for part in (gmf, mlp)]
+    found = model.model(queries, item)["click"]
+    torch.testing.assert_close(found, 0.25 * both[0] + 0.75 * both[1], atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("negatives_from", ["uniform", "popularity"])
 @pytest.mark.parametrize("exclude_known", [True, False])
 def test_drawn_items_are_none_that_the_user_has_done(

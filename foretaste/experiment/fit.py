@@ -106,9 +106,11 @@ def fit(
             on_epoch=on_epoch,
             max_seconds=max_seconds,
         )
+    training = training or TrainingConfig()
     parts = _fit_parts(
         config,
-        partial(fit_part, training=training, objective=objective, candidates=candidates),
+        partial(fit_part, objective=objective, candidates=candidates),
+        training=training,
         folder=folder,
         max_seconds=max_seconds,
     )
@@ -127,8 +129,10 @@ def fit(
     )
     if isinstance(model, Begins):
         model.begin(events)
-    if isinstance(model, NCF) and parts:
-        _start_from(model, parts)
+    if isinstance(config, NeuMFConfig) and isinstance(model, NCF) and parts:
+        _start_from(model, parts, config.alpha)
+        rate = training.learning_rate * config.fine_tuning
+        training = training.model_copy(update={"learning_rate": rate})
     trained = Trained(
         config=config,
         model=model,
@@ -144,7 +148,7 @@ def fit(
         trained = _learn(
             trained,
             split,
-            training=training or TrainingConfig(),
+            training=training,
             objective=objective or usual_objective(model),
             graph=graph,
             folder=folder,
@@ -170,15 +174,18 @@ def _fit_parts(
     config: ModelConfig,
     fit_part: Callable[..., Trained],
     *,
+    training: TrainingConfig,
     folder: Path | None,
     max_seconds: float | None,
 ) -> dict[str, Trained]:
     """Train what a model starts from, if it starts from something, each for a third of the time."""
     if not isinstance(config, NeuMFConfig) or not config.pretrain:
         return {}
+    epochs = config.pretrain_epochs or training.epochs
     return {
         part.kind: fit_part(
             part,
+            training=training.model_copy(update={"epochs": epochs}),
             folder=None if folder is None else folder / part.kind,
             max_seconds=None if max_seconds is None else max_seconds / 3,
         )
@@ -186,10 +193,10 @@ def _fit_parts(
     }
 
 
-def _start_from(model: NCF, parts: Mapping[str, Trained]) -> None:
+def _start_from(model: NCF, parts: Mapping[str, Trained], alpha: float) -> None:
     gmf, mlp = (parts[kind].model for kind in ("gmf", "mlp"))
-    if isinstance(gmf, NCF) and isinstance(mlp, NCF) and isinstance(model.config, NeuMFConfig):
-        model.start_from(gmf, mlp, alpha=model.config.alpha)
+    if isinstance(gmf, NCF) and isinstance(mlp, NCF):
+        model.start_from(gmf, mlp, alpha=alpha)
 
 
 def _learn(

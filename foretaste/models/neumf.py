@@ -76,6 +76,10 @@ class NeuMFConfig(Config):
     """Spread of the first vectors."""
     pretrain: bool = False
     """Train GMF and MLP first, with the same settings, and start from them."""
+    pretrain_epochs: PositiveInt | None = None
+    """Epochs of each of them, in a refit too; none: as many as training has."""
+    fine_tuning: float = Field(default=1.0, gt=0)
+    """The learning rate after them, as a share of training's: they have nearly arrived."""
     alpha: float = Field(default=0.5, gt=0, lt=1)
     """Share of GMF in the output layer that a pre-trained NeuMF starts with."""
 
