@@ -97,7 +97,7 @@ def test_a_tower_and_a_gate_belong_to_one_task() -> None:
 
 
 @pytest.mark.parametrize("kind", ["mmoe", "shared_bottom"])
-def test_the_catalogue_is_ordered_by_the_weighted_sum_of_predictions(
+def test_the_catalogue_is_ordered_by_the_weighted_sum_of_answers_between_0_and_1(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = mixture() if kind == "mmoe" else bottom()
@@ -106,7 +106,8 @@ def test_the_catalogue_is_ordered_by_the_weighted_sum_of_predictions(
     monkeypatch.setattr(field_ranker, "_BLOCK_PAIRS", 7)
     every_BI = torch.arange(NUM_ITEMS).expand(len(QUERIES), -1)
     predicted = model.predict(QUERIES, every_BI)
-    expected = predicted["click"] + 2 * predicted["buy"] + predicted["stars"]
+    share_BI = (predicted["stars"] - 1) / 2  # of the way from 1 star to 3
+    expected = predicted["click"] + 2 * predicted["buy"] + share_BI
     torch.testing.assert_close(model.score(QUERIES), expected)
 
 
