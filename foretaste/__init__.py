@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from foretaste.data.splits import Holdout, Split
     from foretaste.data.splitting import (
         cold_items_split,
+        cold_users_split,
         given_split,
         given_split_by_column,
         leave_last_split,
@@ -197,6 +198,7 @@ __all__ = [
     "build_recommender",
     "calibrate",
     "cold_items_split",
+    "cold_users_split",
     "compare",
     "compare_models",
     "compare_rows",
@@ -327,6 +329,7 @@ _HOME = {
     "build_recommender": "serving.building",
     "calibrate": "evaluation.rows_report",
     "cold_items_split": "data.splitting",
+    "cold_users_split": "data.splitting",
     "compare": "evaluation.compare",
     "compare_models": "experiment.compare_models",
     "compare_rows": "evaluation.compare_rows",

@@ -503,6 +503,28 @@ def test_only_reports_of_one_holdout_are_compared() -> None:
         compare(slim, report, "ndcg_at_5")
 
 
+def test_the_headline_may_be_of_users_without_history_alone() -> None:
+    scores = torch.tensor([[3.0, 2, 1], [1, 2, 3], [3, 1, 2]])
+    asked = holdout([[2], [], []], [[0], [0], [0, 1]], 3)
+    report = evaluate(trained(Fixed(scores), everything(3)), asked, k=(1,), users="new")
+    assert report.user_idx.tolist() == [1, 2]
+    assert report.per_user["recall_at_1_of_new_users"].tolist() == [0, 0.5]
+    assert report.metrics["recall_at_1_of_new_users"] == 0.25
+    assert report.metrics["coverage_at_1_of_new_users"] == pytest.approx(2 / 3)
+    assert (report.counts["queries"], report.counts["targets"]) == (2, 3)
+    assert any("users with a history are not in it" in note for note in report.notes)
+    few = evaluate(
+        trained(Fixed(scores), everything(3)),
+        asked,
+        k=(1,),
+        users="new",
+        sampled=SampledNegatives(num=1),
+    )
+    assert "recall_at_1_sampled_1_of_new_users" in few.metrics
+    with pytest.raises(DataError, match=r'users is "new".*cold_users_split'):
+        evaluate(trained(Fixed(scores), everything(3)), holdout([[0]], [[1]], 3), users="new")
+
+
 # --- cold items among themselves -----------------------------------------------------------------
 
 

@@ -124,6 +124,17 @@ def test_a_unit_of_a_label_moves_no_item_of_the_usual_list(unit: float, seed: in
     assert torch.equal(*(score.argsort(dim=1) for score in scores))
 
 
+def test_tasks_of_list_weight_0_have_no_say_in_lists_and_their_weight_still_teaches() -> None:
+    raw = {"click": torch.tensor([[40.0, 50.0]]), "buy": torch.tensor([[1.0, 0.0]])}
+    click, buy = Task(name="click", list_weight=0), Task(name="buy", weight=0.1)
+    assert torch.equal(Heads((click, buy)).rank(raw), raw["buy"])
+    assert torch.equal(Heads((click, buy)).order(raw), raw["buy"])
+    asked = Heads((click, buy)).order(raw, {"click": 1.0})  # what a caller asks for goes before it
+    torch.testing.assert_close(asked, raw["click"].sigmoid())
+    heavier = Heads((click.model_copy(update={"list_weight": 2.0}), buy)).rank(raw)
+    torch.testing.assert_close(heavier, 2 * raw["click"].sigmoid() + 0.1 * raw["buy"].sigmoid())
+
+
 def test_tasks_that_cannot_be_told_apart_or_taught_are_refused() -> None:
     with pytest.raises(ConfigError, match="no task"):
         Heads(())
@@ -131,6 +142,8 @@ def test_tasks_that_cannot_be_told_apart_or_taught_are_refused() -> None:
         Heads((CLICK, CLICK))
     with pytest.raises(ConfigError, match="weight 0"):
         Heads((Task(name="click", weight=0),))
+    with pytest.raises(ConfigError, match="list_weight 0"):
+        Heads((Task(name="click", list_weight=0),))
     with pytest.raises(ConfigError, match="from column 'minutes', and the events have 'stars'"):
         Heads((MINUTES,)).begin(events(stars=[1.0]))
 

@@ -24,7 +24,7 @@ from foretaste.data.sources.frappe import (
     read_frappe_rows,
 )
 from foretaste.data.sources.load import get_dataset
-from foretaste.data.sources.retailrocket import read_retailrocket
+from foretaste.data.sources.retailrocket import read_retailrocket, read_retailrocket_buys
 from foretaste.data.sources.social import read_ciao_ratings
 from foretaste.data.split_config import GivenSplitConfig, make_split
 from foretaste.data.tasks import Task
@@ -124,21 +124,42 @@ def test_raw_frappe_has_its_context_and_its_apps(tmp_path: Path) -> None:
     assert set(second.values()) == {4, None}
 
 
-def test_retailrocket_rows_are_views_at_their_earliest_time(tmp_path: Path) -> None:
-    def save(name: str, cells: dict[tuple[int, int], int]) -> None:
-        row, column = zip(*cells, strict=True)
-        matrix = sparse.coo_matrix((list(cells.values()), (row, column)), shape=(2, 9))
-        content = io.BytesIO()
-        sparse.save_npz(content, matrix)
-        (tmp_path / f"train_mat_{name}.derived.npz").write_bytes(content.getvalue())
+def save_matrix(path: Path, cells: dict[tuple[int, int], int]) -> None:
+    row, column = zip(*cells, strict=True)
+    content = io.BytesIO()
+    sparse.save_npz(content, sparse.coo_matrix((list(cells.values()), (row, column)), shape=(2, 9)))
+    path.write_bytes(content.getvalue())
 
-    save("view", {(0, 1): 50, (0, 2): 20, (1, 1): 40})
-    save("cart", {(0, 1): 30, (1, 5): 10})
-    save("buy", {(0, 1): 60})
+
+def test_retailrocket_rows_are_views_at_their_earliest_time(tmp_path: Path) -> None:
+    save_matrix(tmp_path / "train_mat_view.derived.npz", {(0, 1): 50, (0, 2): 20, (1, 1): 40})
+    save_matrix(tmp_path / "train_mat_cart.derived.npz", {(0, 1): 30, (1, 5): 10})
+    save_matrix(tmp_path / "train_mat_buy.derived.npz", {(0, 1): 60})
     tables = read_retailrocket(Files(tmp_path))
     # the pair that was only carted is no row; a cart before the last view moves its row there
     rows = tables.events.select("user", "item", "timestamp", "cart", "buy").rows()
     assert rows == [(0, 2, 20, 0, 0), (0, 1, 30, 1, 1), (1, 1, 40, 0, 0)]
+
+
+def test_retailrocket_buys_hold_out_the_last_known_purchase_and_the_given_one(
+    tmp_path: Path,
+) -> None:
+    view, cart = {(0, 1): 50, (0, 2): 20, (1, 1): 40}, {(0, 1): 30, (1, 5): 10}
+    buy = {(0, 1): 60, (0, 3): 25, (0, 2): 45, (1, 1): 70}
+    for name, cells in (("view", view), ("cart", cart), ("buy", buy)):
+        save_matrix(tmp_path / f"train_mat_{name}.derived.npz", cells)
+    save_matrix(tmp_path / "test_mat.derived.npz", {(0, 7): 1, (1, 8): 1})
+    tables = read_retailrocket_buys(Files(tmp_path))
+    assert tables.labels == ("cart", "buy")
+    assert tables.events.select("user", "item", "part", "cart", "buy").rows() == [
+        (1, 5, 0, 1, 0),  # a pair that was only carted is a row
+        (0, 2, 0, 1, 1),  # what was bought counts as carted
+        (0, 3, 0, 1, 1),
+        (0, 1, 1, 1, 1),  # bought at 60, after the others
+        (1, 1, 0, 1, 1),  # the only purchase of its user stays in training
+        (0, 7, 2, 1, 1),
+        (1, 8, 2, 1, 1),
+    ]
 
 
 def test_ciao_ratings_have_stars_helpfulness_and_days(tmp_path: Path) -> None:
@@ -231,6 +252,15 @@ def test_real_ciao_and_retailrocket_have_times_and_labels(shared_data: Path) -> 
     assert ciao.user_links.shape == (2, 57_544)
     shop = events_of("retailrocket", shared_data)
     assert (shop.columns["cart"].sum(), shop.columns["buy"].sum()) == (10_860, 8_423)
+
+
+def test_real_test_purchases_of_retailrocket_were_never_seen_before(shared_data: Path) -> None:
+    buys = events_of("retailrocket-buys", shared_data)
+    split = make_split(GivenSplitConfig(), buys)
+    assert np.bincount(split.part_E).tolist() == [76_345, 885, 2_174]
+    assert buys.columns["buy"].sum() == 9_551 + 2_174
+    key = buys.user_idx.astype(np.int64) * buys.num_items + buys.item_idx
+    assert len(np.unique(key)) == len(key)
 
 
 def test_movielens_sequences_have_genres_and_who_their_users_are(shared_data: Path) -> None:

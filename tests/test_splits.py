@@ -15,6 +15,7 @@ from foretaste.data.split_config import SplitConfig, TemporalSplitConfig, make_s
 from foretaste.data.splits import TEST, TRAIN, UNUSED, VALIDATION, Split
 from foretaste.data.splitting import (
     cold_items_split,
+    cold_users_split,
     given_split,
     given_split_by_column,
     leave_last_split,
@@ -288,6 +289,25 @@ def test_cold_items_are_in_one_part_with_all_their_events() -> None:
     assert split.sizes()[2].events_of_new_items == split.sizes()[2].events
     assert (cold_items_split(events, validation=0.2, test=0.3, seed=1).part_E == split.part_E).all()
     assert (cold_items_split(events, validation=0.2, test=0.3, seed=2).part_E != split.part_E).any()
+
+
+def test_cold_users_are_in_one_part_and_asked_for_from_no_history() -> None:
+    events = interactions([(f"u{u}", f"i{i}", i) for u in range(10) for i in range(u % 3 + 1)])
+    split = cold_users_split(events, validation=0.2, test=0.3, seed=1)
+    parts = [set(events.user_idx[split.part_E == part].tolist()) for part in range(3)]
+    assert [len(part) for part in parts] == [5, 2, 3]
+    assert sum(map(len, parts)) == len(set.union(*parts))
+    for holdout, users in zip((split.validation, split.test), parts[1:], strict=True):
+        assert set(holdout.user_Q.tolist()) == users
+        assert not holdout.has_history_Q.any()
+        asked_for = np.diff(holdout.target_offsets)
+        assert (asked_for == np.diff(events.offsets)[holdout.user_Q]).all()
+    assert (cold_users_split(events, validation=0.2, test=0.3, seed=1).part_E == split.part_E).all()
+    with pytest.raises(DataError, match="the validation part of this cold_users split is empty"):
+        cold_users_split(interactions(TEN))
+    three = interactions([(u, "i", 0) for u in "abc"], timed=False)
+    untimed = cold_users_split(three, validation=0.0, test=0.4)
+    assert "users were held out" in untimed.leaks[-1]
 
 
 def test_too_few_items_cannot_be_cold() -> None:

@@ -28,7 +28,7 @@ def find_leaks(
         _older_than_training("test", train_N, events.timestamp_s[test_E]),
         _older_than_training("validation", train_N, events.timestamp_s[part_E == VALIDATION]),
         *found,
-        "" if kind in ("random", "cold_items") else _same_second(events, test_E),
+        "" if kind in ("random", "cold_items", "cold_users") else _same_second(events, test_E),
     ]
     return tuple(filter(None, found))
 
@@ -56,6 +56,7 @@ _UNTIMED: dict[SplitKind, str] = {
     "random": "no times: order stands for time, and events were held out whatever their order",
     "given": "no times: what was known when cannot be said of parts that came as they are",
     "cold_items": "no times: order stands for time, and items were held out whatever their order",
+    "cold_users": "no times: users were held out whatever was known when",
 }
 
 

@@ -7,4 +7,6 @@ TRAIN, VALIDATION, TEST, UNUSED, NEGATIVE = 0, 1, 2, 3, 4
 NEGATIVE is no event at all: a pair that a published protocol lists for its user's test events to
 be compared with."""
 
-SplitKind = Literal["temporal", "leave_last", "ratio", "random", "given", "cold_items"]
+SplitKind = Literal[
+    "temporal", "leave_last", "ratio", "random", "given", "cold_items", "cold_users"
+]

@@ -9,6 +9,7 @@ from foretaste.data.interactions import Interactions
 from foretaste.data.splits import Split
 from foretaste.data.splitting import (
     cold_items_split,
+    cold_users_split,
     given_split_by_column,
     leave_last_split,
     leave_last_within_training,
@@ -95,13 +96,24 @@ class ColdItemsSplitConfig(_Shares):
     """Equal seeds give equal splits."""
 
 
+class ColdUsersSplitConfig(_Shares):
+    """All events of some users are held out: training sees nothing of them."""
+
+    kind: Literal["cold_users"] = "cold_users"
+    test: Share = 0.2
+    """Share of the users, not of the events; likewise validation."""
+    seed: int = 0
+    """Equal seeds give equal splits."""
+
+
 SplitConfig = Annotated[
     TemporalSplitConfig
     | LeaveLastSplitConfig
     | RatioSplitConfig
     | RandomSplitConfig
     | GivenSplitConfig
-    | ColdItemsSplitConfig,
+    | ColdItemsSplitConfig
+    | ColdUsersSplitConfig,
     Field(discriminator="kind"),
 ]
 
@@ -112,7 +124,8 @@ def make_split(
     | RatioSplitConfig
     | RandomSplitConfig
     | GivenSplitConfig
-    | ColdItemsSplitConfig,
+    | ColdItemsSplitConfig
+    | ColdUsersSplitConfig,
     events: Interactions,
 ) -> Split:
     """Cut `events` as `config` describes.
@@ -142,5 +155,9 @@ def make_split(
             )
         case ColdItemsSplitConfig():
             return cold_items_split(
+                events, validation=config.validation, test=config.test, seed=config.seed
+            )
+        case ColdUsersSplitConfig():
+            return cold_users_split(
                 events, validation=config.validation, test=config.test, seed=config.seed
             )

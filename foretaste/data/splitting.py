@@ -1,6 +1,6 @@
-"""Six ways of cutting events into training, validation and test.
+"""Seven ways of cutting events into training, validation and test.
 
-Shape legend: E events, U users.
+Shape legend: E events, U users, R rows, which are users or items.
 """
 
 from collections.abc import Mapping
@@ -142,17 +142,32 @@ def cold_items_split(
         ConfigError: The shares leave nothing to train on.
         DataError: There are too few items.
     """
-    _check_shares(validation, test)
-    item = np.flatnonzero(events.item_count)
-    num_test, num_validation = (
-        int(np.floor(len(item) * share + _ROUNDING)) for share in (test, validation)
-    )
-    drawn = np.random.default_rng(seed).permutation(item)
-    part_I = np.full(events.num_items, TRAIN, dtype=np.uint8)
-    part_I[drawn[:num_test]] = TEST
-    part_I[drawn[num_test : num_test + num_validation]] = VALIDATION
+    part_I = _parts_of_rows(events.item_count, validation, test, seed)
     part_E = part_I[events.item_idx]
     return _checked("cold_items", events, part_E, validated=validation > 0)
+
+
+def cold_users_split(
+    events: Interactions, *, validation: float = 0.1, test: float = 0.2, seed: int = 0
+) -> Split:
+    """Hold out all events of some users, so that training sees nothing of them.
+
+    What is asked is what such a user did, from no history: a model must tell users by what else is
+    known of them. `evaluate` measures them with `users="new"`.
+
+    Args:
+        events: Any.
+        validation: Share of the users that have an event, in [0, 1).
+        test: Share of them, in (0, 1).
+        seed: Equal seeds give equal splits.
+
+    Raises:
+        ConfigError: The shares leave nothing to train on.
+        DataError: There are too few users.
+    """
+    part_U = _parts_of_rows(np.diff(events.offsets), validation, test, seed)
+    part_E = part_U[events.user_idx]
+    return _checked("cold_users", events, part_E, validated=validation > 0)
 
 
 def given_split(
@@ -254,6 +269,22 @@ def _hold_out(
         return
     num = int(np.floor(len(train) * share + _ROUNDING))
     part_E[np.random.default_rng(seed).permutation(train)[:num]] = VALIDATION
+
+
+def _parts_of_rows(
+    count_R: Int64[np.ndarray, " R"], validation: float, test: float, seed: int
+) -> UInt8[np.ndarray, " R"]:
+    """Draw the rows with an event whose events are all held out."""
+    _check_shares(validation, test)
+    row = np.flatnonzero(count_R)
+    num_test, num_validation = (
+        int(np.floor(len(row) * share + _ROUNDING)) for share in (test, validation)
+    )
+    drawn = np.random.default_rng(seed).permutation(row)
+    part_R = np.full(len(count_R), TRAIN, dtype=np.uint8)
+    part_R[drawn[:num_test]] = TEST
+    part_R[drawn[num_test : num_test + num_validation]] = VALIDATION
+    return part_R
 
 
 def _check_shares(validation: float, test: float) -> None:

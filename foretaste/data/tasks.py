@@ -44,6 +44,9 @@ class Task(Config):
     """In the sum of the tasks' losses; and in the score that orders a list of several tasks, where
     each answers between 0 and 1: its probability, the expected level's place between the lowest and
     the highest, or about the share of training labels below the quantity that it predicts."""
+    list_weight: float | None = Field(default=None, ge=0)
+    """In the score that orders a list, where it is another than `weight`: with 0 for all tasks but
+    one, that one alone orders."""
 
     @model_validator(mode="after")
     def _is_whole(self) -> "Task":

@@ -1,4 +1,4 @@
-"""Ranking cold items among themselves: those that no training event has, and nothing else.
+"""What cold items and new users are asked: those that no training event has, and nothing else.
 
 Among the whole catalogue a cold item is held against items that training taught; here only what
 places cold items decides.
@@ -16,6 +16,11 @@ Among = Literal["all", "cold"]
 """What is ranked: all items that the model knows or places, or the cold ones alone."""
 COLD_SUFFIX = "_among_cold"
 """What metric names end in where cold items alone are ranked."""
+Whose = Literal["known", "new"]
+"""Whose lists are measured: those of users with a history, or of the others alone, who are told by
+their features if by anything."""
+NEW_SUFFIX = "_of_new_users"
+"""What metric names end in where it is the others'."""
 
 
 def among_cold(

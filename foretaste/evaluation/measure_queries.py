@@ -47,7 +47,7 @@ class Measured:
     values: dict[str, Float64[np.ndarray, " Q"]]
     """Name to each query's value."""
     shown: dict[int, Bool[np.ndarray, " I"]]
-    """K to the items in the first K of a list; of queries with a history."""
+    """K to the items in the first K of a list; of the queries in the headline."""
     better_N: Int64[np.ndarray, " N"]
     equal_N: Int64[np.ndarray, " N"]
     cold_2N: Int64[np.ndarray, "2 N"] | None
@@ -65,10 +65,12 @@ def measure_queries(
     seed: int,
     sampled: SampledNegatives | None,
     among: Among,
+    asked_Q: Bool[np.ndarray, " Q"],
 ) -> Measured:
     """Rank what is to be found, a block of queries at a time.
 
-    Arguments are those of `evaluate`, and `task` is what `holdout` leaves to be found.
+    Arguments are those of `evaluate`, `task` is what `holdout` leaves to be found, and `asked_Q`
+    are the queries whose lists count in what is shown.
 
     Raises:
         ConfigError: Listed items are asked for, and the data list none.
@@ -127,7 +129,7 @@ def measure_queries(
             found |= {name: list_mean(list_BK, value_I, n) for name, value_I in properties.items()}
             for family, value_B in found.items():
                 values[f"{family}_at_{n}"][rows] = value_B
-            items = list_BK[task.length_Q[rows] > 0, :n]
+            items = list_BK[asked_Q[rows], :n]
             shown[n][items[items >= 0]] = True
     return Measured(
         values=values,

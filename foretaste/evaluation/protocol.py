@@ -1,6 +1,6 @@
 """How a model is measured: against the full catalogue, averaged over users, every choice said.
 
-Shape legend: I items, U users.
+Shape legend: I items, U users, Q queries.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from jaxtyping import Bool, Int64
 from foretaste.data.splits import Holdout
 from foretaste.errors import ConfigError, DataError
 from foretaste.evaluation.bootstrap import bootstrap_intervals
-from foretaste.evaluation.cold import COLD_SUFFIX, Among
+from foretaste.evaluation.cold import COLD_SUFFIX, NEW_SUFFIX, Among, Whose
 from foretaste.evaluation.measure_queries import measure_queries
 from foretaste.evaluation.metrics.coverage import coverage
 from foretaste.evaluation.protocol_notes import protocol_notes
@@ -37,6 +37,7 @@ def evaluate(
     seed: int = 0,
     sampled: SampledNegatives | None = None,
     among: Among = "all",
+    users: Whose = "known",
 ) -> Report:
     """Measure what a model recommends against what its users then did.
 
@@ -58,6 +59,8 @@ def evaluate(
             of the metrics say so.
         among: "cold" ranks items without a training event among themselves, and the names of
             the metrics say so; those that the model does not place stand at the end, as equals.
+        users: "new" takes the headline from the users without history, and from no others, and the
+            names of the metrics say so.
 
     Raises:
         ConfigError: `k` or `resamples` is out of range, or both `sampled` and `among` are asked.
@@ -74,13 +77,9 @@ def evaluate(
     ranked_I = known_I if among == "all" else count_I == 0
     _check_catalogue(model, holdout, count_I)
     task = make_task(holdout, without_repeats=exclude_seen)
-    warm_Q = task.length_Q > 0
-    if not warm_Q.any():
-        raise DataError(
-            f"no query of {holdout.name!r} has both a history and something to find "
-            f"({len(holdout)} queries, {int((~warm_Q).sum())} without history, {task.idle} with "
-            "nothing to find but what was seen): hold out more, or split with leave_last_split"
-        )
+    asked_Q = task.length_Q > 0 if users == "known" else task.length_Q == 0
+    if not asked_Q.any():
+        raise DataError(_nothing_to_find(holdout, task, users))
     measured = measure_queries(
         model,
         holdout,
@@ -90,9 +89,10 @@ def evaluate(
         seed=seed,
         sampled=sampled,
         among=among,
+        asked_Q=asked_Q,
     )
     user_idx, means_UM = mean_by_user(
-        task.user_Q[warm_Q], np.stack([v[warm_Q] for v in measured.values.values()], axis=1)
+        task.user_Q[asked_Q], np.stack([v[asked_Q] for v in measured.values.values()], axis=1)
     )
     metrics = dict(zip(measured.values, means_UM.mean(axis=0).tolist(), strict=True))
     metrics |= {f"coverage_at_{n}": coverage(measured.shown[n], ranked_I) for n in k}
@@ -102,9 +102,10 @@ def evaluate(
     if measured.cold_2N is not None:
         better_N, equal_N = measured.cold_2N
         cold = {f"recall_at_{n}": chance_within(better_N, equal_N, n) for n in k}
-    targets = target_slices(task, found, cold, count_I=count_I, in_headline_N=warm_Q[task.query_N])
+    targets = target_slices(task, found, cold, count_I=count_I, in_headline_N=asked_Q[task.query_N])
     plain = "" if among == "all" else COLD_SUFFIX
     suffix = plain if sampled is None else sampled.suffix
+    suffix += "" if users == "known" else NEW_SUFFIX
     slices = (*query_slices(task, measured.values), *targets)
     return Report(
         model=type(model.model).__name__,
@@ -115,7 +116,7 @@ def evaluate(
         intervals=_named(dict(zip(measured.values, intervals, strict=False)), suffix),
         user_idx=user_idx,
         per_user=_named(dict(zip(measured.values, means_UM.T, strict=True)), suffix),
-        counts=_counts(task, count_I, ranked_I, num_users=len(user_idx)),
+        counts=_counts(task, count_I, ranked_I, asked_Q=asked_Q, num_users=len(user_idx)),
         notes=protocol_notes(
             model,
             holdout,
@@ -125,6 +126,7 @@ def evaluate(
             seed=seed,
             sampled=sampled,
             among=among,
+            users=users,
         ),
         slices=tuple(replace(part, metrics=_named(part.metrics, suffix)) for part in slices),
         settings=model.settings,
@@ -150,14 +152,35 @@ def _check_catalogue(model: Trained, holdout: Holdout, count_I: Int64[np.ndarray
         raise DataError("the model's training events are empty: there is nothing to recommend")
 
 
+def _nothing_to_find(holdout: Holdout, task: Task, users: Whose) -> str:
+    sizes = (
+        f"({len(holdout)} queries, {int((~holdout.has_history_Q).sum())} without history, "
+        f"{task.idle} with nothing to find but what was seen)"
+    )
+    if users == "new":
+        return (
+            f'users is "new", and no query of {holdout.name!r} without history has something to '
+            f"find {sizes}: split with cold_users_split"
+        )
+    return (
+        f"no query of {holdout.name!r} has both a history and something to find {sizes}: hold out "
+        'more, split with leave_last_split, or measure users="new"'
+    )
+
+
 def _counts(
-    task: Task, count_I: Int64[np.ndarray, " I"], known_I: Bool[np.ndarray, " I"], *, num_users: int
+    task: Task,
+    count_I: Int64[np.ndarray, " I"],
+    known_I: Bool[np.ndarray, " I"],
+    *,
+    asked_Q: Bool[np.ndarray, " Q"],
+    num_users: int,
 ) -> dict[str, int]:
     cold_Q = task.length_Q == 0
     return {
         "users": num_users,
-        "queries": int((~cold_Q).sum()),
-        "targets": len(task.target_N) - int(cold_Q[task.query_N].sum()),
+        "queries": int(asked_Q.sum()),
+        "targets": int(asked_Q[task.query_N].sum()),
         "catalogue": int(known_I.sum()),
         "cold_users": len(np.unique(task.user_Q[cold_Q])),
         "cold_queries": int(cold_Q.sum()),

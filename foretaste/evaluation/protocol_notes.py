@@ -4,7 +4,7 @@ Shape legend: I items.
 """
 
 from foretaste.data.splits import Holdout
-from foretaste.evaluation.cold import Among
+from foretaste.evaluation.cold import Among, Whose
 from foretaste.evaluation.sampled import SampledNegatives
 from foretaste.evaluation.task import Task
 from foretaste.training.trained import Trained
@@ -20,6 +20,7 @@ def protocol_notes(
     seed: int,
     sampled: SampledNegatives | None,
     among: Among,
+    users: Whose,
 ) -> tuple[str, ...]:
     """Say what was ranked, averaged and divided by what; arguments are those of `evaluate`."""
     seen = (
@@ -33,8 +34,12 @@ def protocol_notes(
         which,
         seen,
         misses,
-        "mean over users of the mean over the user's queries; users without history are not in "
-        "it, but a slice of their own",
+        "mean over users of the mean over the user's queries; users "
+        + (
+            "without history are not in it, but a slice of their own"
+            if users == "known"
+            else "with a history are not in it"
+        ),
         "equal scores are settled as by chance: accuracy is the exact expectation over their "
         f"orders; for coverage, novelty and popularity share one order is drawn (seed {seed})",
         "ndcg: the ideal list has min(k, targets) hits, as in ranx, trec_eval and scikit-learn",

@@ -14,7 +14,7 @@ from foretaste.data.fields import FeatureSchema
 from foretaste.data.sorting import Duplicates
 from foretaste.data.split_config import SplitConfig
 from foretaste.errors import ConfigError
-from foretaste.evaluation.cold import Among
+from foretaste.evaluation.cold import Among, Whose
 from foretaste.experiment.two_stage import FirstStage
 from foretaste.models.catalogue import ModelConfig
 from foretaste.training.objectives.catalogue import ObjectiveConfig
@@ -92,6 +92,9 @@ class EvaluationConfig(Config):
     """Whether items that the user has had already are left out of the ranking."""
     among: Among = "all"
     """What is ranked: "all", or "cold" for items without a training event among themselves, and
+    metrics are named so."""
+    users: Whose = "known"
+    """Whose lists are measured: those of users with a history, or "new" for the others alone, and
     metrics are named so."""
     sampled_negatives: NonNegativeInt = 0
     """Above 0, targets are ranked among so many sampled items only, and metrics are named so."""

@@ -169,6 +169,7 @@ def _evaluate_lists(trained: Trained, asked: EvaluationConfig, split: Split) -> 
         exclude_seen=asked.exclude_seen,
         sampled=sampled if asked.sampled_negatives else None,
         among=asked.among,
+        users=asked.users,
     )
 
 

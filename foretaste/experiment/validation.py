@@ -8,6 +8,7 @@ from torch import nn
 
 from foretaste.data.rows import happened_split
 from foretaste.data.splits import Split
+from foretaste.evaluation.cold import Whose
 from foretaste.evaluation.protocol import evaluate
 from foretaste.evaluation.rows import evaluate_rows, rows_settings, rows_to_judge
 from foretaste.evaluation.rows_report import RowsReport
@@ -18,7 +19,7 @@ from foretaste.training.objectives.rows import RowsConfig
 from foretaste.training.trained import Trained
 
 STOP_METRIC = "ndcg_at_10"
-"""Of lists, over the full catalogue."""
+"""Of lists, over the full catalogue; of users without history where none has one."""
 
 
 def make_validation(
@@ -45,14 +46,15 @@ def make_validation(
     holdout = split.validation
     if len(holdout) == 0:
         return None
+    users: Whose = "known" if holdout.has_history_Q.any() else "new"
 
     def validate(model: nn.Module) -> float:
         if isinstance(model, LearnsNewcomers):
             model.learn_newcomers(trained.events)
         if candidates is not None:
             model = candidates.ranked_by(model)
-        report = evaluate(replace(trained, model=model), holdout, k=(10,), resamples=0)
-        return report.metrics[STOP_METRIC]
+        report = evaluate(replace(trained, model=model), holdout, k=(10,), resamples=0, users=users)
+        return report.metrics[STOP_METRIC + report.suffix]
 
     return validate
 

@@ -21,7 +21,7 @@ from foretaste.data.sources.movielens import (
     read_ml_csv,
 )
 from foretaste.data.sources.ncf import read_ncf
-from foretaste.data.sources.retailrocket import read_retailrocket
+from foretaste.data.sources.retailrocket import read_retailrocket, read_retailrocket_buys
 from foretaste.data.sources.sequences import read_amazon, read_gowalla, read_pairs, read_s3rec
 from foretaste.data.sources.social import SOCIAL_FILES, read_ciao_ratings, read_social
 from foretaste.data.sources.tables import Tables
@@ -346,6 +346,16 @@ _ALL = (
         licence=_RETAILROCKET,
         counts=(2_083, 29_521, 75_374),
         sha256="ebee0f10d777cb494c407c9881f8ffe673cec3069aa7731972fccc60621e8b51",
+    ),
+    Source(
+        name="retailrocket-buys",
+        folder="retailrocket-mb",
+        ways=(),
+        marks=("test_mat.derived.npz",),
+        read=read_retailrocket_buys,
+        licence=_RETAILROCKET,
+        counts=(2_174, 30_113, 79_404),
+        sha256="5785b81d23d4a95e862e277bff72abc5ca50f83b7b384dd350977858af01a454",
     ),
     Source(
         name="adult",

@@ -50,6 +50,13 @@ class Heads(nn.Module):
         if not any(task.weight for task in tasks):
             raise ConfigError("every task has the weight 0: nothing would be learned")
         self.tasks = tasks
+        self.list_weights = {
+            task.name: weight
+            for task in tasks
+            if (weight := task.weight if task.list_weight is None else task.list_weight)
+        }
+        if not self.list_weights:
+            raise ConfigError("every task has the list_weight 0: no list would have an order")
         self.register_buffer("scale_T2", torch.tensor([[0.0, 1.0]] * len(tasks)))
         self.steps = nn.ParameterList(
             nn.Parameter(_steps(torch.arange(len(task.levels) - 1.0) - len(task.levels) / 2 + 1))
@@ -85,8 +92,8 @@ class Heads(nn.Module):
 
     def rank(self, raw: Mapping[str, Float[Tensor, "B C"]]) -> Float[Tensor, "B C"]:
         """Return what orders a list: the only task's number, or a weighted sum over tasks."""
-        if len(self.tasks) == 1:
-            return raw[self.tasks[0].name]
+        if len(self.list_weights) == 1:
+            return raw[next(iter(self.list_weights))]
         return self.order(self(raw))
 
     def order(
@@ -105,14 +112,20 @@ class Heads(nn.Module):
         Args:
             outputs: By the task's name.
             weights: Of each task's prediction, as `predict` gives it, in its own unit; 0 for tasks
-                that it does not name. None: each task's own, of answers in [0, 1].
+                that it does not name. None: each task's own, of answers in [0, 1]; where one task
+                alone has any, the list is in the order of its numbers.
         """
-        if weights is None and len(self.tasks) == 1:
-            (output,) = (outputs[task.name] for task in self.tasks)
-            return output.mean(dim=2) if self.tasks[0].kind == "ordinal" else output
+        if weights is None and len(self.list_weights) == 1:
+            (only,) = (task for task in self.tasks if task.name in self.list_weights)
+            output = outputs[only.name]
+            return output.mean(dim=2) if only.kind == "ordinal" else output
         if weights is None:
-            weights = {task.name: task.weight for task in self.tasks}
-            answers = {task.name: _in_0_to_1(task, outputs[task.name]) for task in self.tasks}
+            weights = self.list_weights
+            answers = {
+                task.name: _in_0_to_1(task, outputs[task.name])
+                for task in self.tasks
+                if task.name in weights
+            }
         else:
             answers = self.predictions(outputs)
         return torch.stack([weight * answers[name] for name, weight in weights.items()]).sum(0)
