@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 from jaxtyping import Bool, Int64
 
+from foretaste.data.distinct import distinct
 from foretaste.data.finding import Finding
 from foretaste.data.interactions import Interactions
 from foretaste.data.parts import TEST, TRAIN, VALIDATION
@@ -21,7 +22,7 @@ def repeats(events: Interactions) -> Iterator[Finding]:
     """Find events that repeat another's user and item, and those that repeat its second too."""
     pair_E = _pairs(events)
     sorted_E = np.sort(pair_E)
-    twice_P = np.unique(sorted_E[1:][np.diff(sorted_E) == 0])
+    twice_P = distinct(sorted_E[1:][np.diff(sorted_E) == 0])
     rows = np.flatnonzero(_among(twice_P, pair_E))
     again = len(rows) - len(twice_P)
     same = 0
@@ -53,7 +54,7 @@ def pairs_across_parts(split: Split) -> Iterator[Finding]:
     held_E = (split.part_E == TEST) | (split.part_E == VALIDATION)
     pair_E, time_E = _pairs(split.events), split.events.timestamp_s
     held_P = np.sort(pair_E[held_E])
-    both_P = np.unique(pair_E[train_E & _among(held_P, pair_E)])
+    both_P = distinct(pair_E[train_E & _among(held_P, pair_E)])
     rows = np.flatnonzero((train_E | held_E) & _among(both_P, pair_E))
     held = held_E[rows]
     both = int(held.sum())

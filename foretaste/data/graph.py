@@ -13,6 +13,7 @@ from scipy.sparse import csr_array
 from scipy.sparse.csgraph import reverse_cuthill_mckee
 
 from foretaste.config import Config
+from foretaste.data.distinct import distinct
 from foretaste.data.interactions import Interactions
 from foretaste.data.links import attribute_ties
 from foretaste.errors import DataError
@@ -144,7 +145,7 @@ def make_graph(
         weight_P = np.repeat(np.array([1.0, *weights], np.float32), sizes)
         key_E, weight_E = _heaviest(key_E, np.concatenate([weight_P, weight_P]))
     else:
-        key_E = np.unique(key_E)
+        key_E = distinct(key_E)
     own_E = key_E // num_nodes == key_E % num_nodes
     key_E = key_E[~own_E]
     return Graph(

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Int64
 
+from foretaste.data.distinct import distinct
 from foretaste.data.splits import Holdout
 
 _BLOCK_ELEMENTS = 2**24
@@ -67,7 +68,7 @@ def make_task(holdout: Holdout, *, without_repeats: bool) -> Task:
     place_Q[order] = np.arange(len(order))
     num_items = holdout.events.num_items
     target_query = np.repeat(place_Q, np.diff(holdout.target_offsets))
-    pair_N = np.unique(target_query * num_items + holdout.target_item)
+    pair_N = distinct(target_query * num_items + holdout.target_item)
     doubles = len(target_query) - len(pair_N)
     query_N, target_N = np.divmod(pair_N, num_items)
     kept_N = np.ones(len(pair_N), dtype=bool)

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor
 
+from foretaste.data.distinct import distinct
 from foretaste.data.interactions import Interactions
 from foretaste.errors import DataError
 from foretaste.sampling.sampler import Sampler
@@ -33,7 +34,7 @@ class Seen:
     @staticmethod
     def of(events: Interactions) -> "Seen":
         """Collect the distinct pairs of some events."""
-        key_E = np.unique(events.user_idx.astype(np.int64) * events.num_items + events.item_idx)
+        key_E = distinct(events.user_idx.astype(np.int64) * events.num_items + events.item_idx)
         bounds = np.arange(events.num_users + 1) * events.num_items
         return Seen(
             num_items=events.num_items,

@@ -12,11 +12,12 @@ from typing import NamedTuple, final
 import numpy as np
 import polars as pl
 from jaxtyping import Bool, Float64, Int64
+from scipy.sparse import csr_array
 
 from foretaste.data.features_columns import bags_of, numbers_of, texts_of
 from foretaste.data.features_inspect import separator_of
 from foretaste.data.ranges import ranges
-from foretaste.data.vocabulary import Vocabulary
+from foretaste.data.vocabulary import number_ids
 from foretaste.errors import DataError, did_you_mean
 from foretaste.serving.rules import Bound, Condition, Value
 
@@ -51,13 +52,12 @@ class Labels:
             text = texts_of(column)
             row_E = np.flatnonzero(text.is_not_null().to_numpy())
             text_E = text.drop_nulls()
-        self.texts = Vocabulary(text_E.unique().sort())
-        pair_E = np.unique(row_E * max(1, len(self.texts)) + self.texts.encode(text_E))
-        row_E, self._code_E = np.divmod(pair_E, max(1, len(self.texts)))
-        self._offsets_I1 = np.searchsorted(row_E, np.arange(len(column) + 1))
-        order_E = np.argsort(self._code_E, kind="stable")
-        self._item_E = row_E[order_E]
-        self._starts = np.searchsorted(self._code_E[order_E], np.arange(len(self.texts) + 1))
+        self.texts, code_E = number_ids(text_E)
+        self._codes = csr_array(
+            (np.ones(len(row_E), np.bool_), (row_E, code_E.astype(np.int64))),
+            shape=(len(column), len(self.texts)),
+        )
+        self._items = self._codes.tocsc()
 
     @property
     def ordered(self) -> bool:
@@ -66,15 +66,15 @@ class Labels:
 
     def most_frequent(self, num: int) -> list[str]:
         """Return the labels that most items carry; ties in the order of text."""
-        order_V = np.argsort(-np.diff(self._starts), kind="stable")
+        order_V = np.argsort(-np.diff(self._items.indptr), kind="stable")
         return self.texts.ids.gather(order_V[:num]).to_list()
 
     def of(self, item_M: Int64[np.ndarray, " M"]) -> Carried:
         """Return what some items carry."""
-        start_M, end_M = self._offsets_I1[item_M], self._offsets_I1[item_M + 1]
+        start_M, end_M = self._codes.indptr[item_M], self._codes.indptr[item_M + 1]
         row_N = np.repeat(np.arange(len(item_M)), end_M - start_M)
         index_N, _ = ranges(start_M, end_M - start_M)
-        return Carried(row_N, self._code_E[index_N])
+        return Carried(row_N, self._codes.indices[index_N])
 
     def items_with(self, value: Value) -> Int64[np.ndarray, " M"]:
         """Return the items that carry a value as a label, which may be unknown.
@@ -83,7 +83,11 @@ class Labels:
             DataError: No such value can stand in a column of this type.
         """
         code = self.texts.find(self._spelled(value))
-        return self._item_E[self._starts[code] : self._starts[code + 1]] if code >= 0 else _NONE
+        if code < 0:
+            return _NONE
+        start, end = self._items.indptr[code : code + 2]
+        item_M: Int64[np.ndarray, " M"] = self._items.indices[start:end]
+        return item_M
 
     def _spelled(self, value: Value) -> str:
         inner = self.dtype.inner if isinstance(self.dtype, pl.List | pl.Array) else self.dtype
