@@ -17,14 +17,15 @@ import statistics
 import time
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
 import foretaste as ft
-from foretaste.experiment.offering import fit_folds, offer
 from foretaste.experiment.run import evaluate_split
+from foretaste.experiment.two_stage import fit_first_stage
 
 SHARES = {"random negatives": 0.0, "candidates as negatives": 1.0, "half candidates": 0.5}
 """By name: how often a drawn item is one of the retriever's candidates."""
@@ -64,45 +65,24 @@ def models(config: ft.ExperimentConfig, split: ft.Split, seed: int, shares: list
     if not isinstance(two, ft.TwoStageConfig) or not isinstance(objective, ft.RowsConfig):
         raise ft.ConfigError("the recipe's model is not of two stages, or names no objective")
     features = None if config.features is None else ft.fit_features(config.features, split.train)
-    first = config.first_stage
-
-    def fit_retriever(part: ft.Split) -> ft.Trained:
-        return ft.fit(
-            two.retriever,
-            part,
-            seed=seed,
-            features=features,
-            training=first.training,
-            objective=first.objective,
-        )
-
-    retriever = fit_retriever(split)
-    folds = fit_folds(fit_retriever, split, first.folds, seed=seed) if first.folds else ()
-    yield "retrieval alone", retriever
-    asked = {"retriever_weight": two.retriever_weight}
-    candidates = ft.Candidates(retriever=retriever, num=two.candidates, **asked)
+    fit = partial(ft.fit, seed=seed, features=features)
+    first = fit_first_stage(two, fit, split, first_stage=config.first_stage)
+    yield "retrieval alone", first.retriever
     for name in shares:
         drawn = objective.model_copy(
             update={"negatives_from": "retriever", "retriever_share": SHARES[name]}
         )
-        if folds:
-            offered = offer(
-                folds, split, drawn, num=two.candidates, weight=two.retriever_weight, seed=seed
-            )
-            candidates = replace(candidates, offered=offered)
-        ranker = ft.fit(
+        ranker = fit(
             two.ranker,
             split,
-            seed=seed,
-            features=features,
             training=config.training,
             objective=drawn,
-            candidates=candidates,
+            candidates=first.candidates(two, split, drawn),
         )
-        yield name, ft.two_stage(retriever, ranker, candidates=two.candidates, **asked)
-        if asked["retriever_weight"] and not folds:  # with them, the ranker learned to add to it
-            alone = ft.two_stage(retriever, ranker, candidates=two.candidates)
-            yield f"{name}, the ranker's word alone", alone
+        join = partial(ft.two_stage, first.retriever, ranker, candidates=two.candidates)
+        yield name, join(retriever_weight=two.retriever_weight)
+        if two.retriever_weight and not first.folds:  # with folds, the ranker learned to add to it
+            yield f"{name}, the ranker's word alone", join()
 
 
 def lists(trained: ft.Trained, config: ft.ExperimentConfig, split: ft.Split) -> ft.Report:

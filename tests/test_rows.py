@@ -15,14 +15,8 @@ from foretaste.data.fields import CategoricalField, FeatureSchema, NumericField
 from foretaste.data.histories import Reads
 from foretaste.data.interactions import Interactions
 from foretaste.data.reading import read_interactions
-from foretaste.data.rows import (
-    RowPlan,
-    Rows,
-    plan_rows,
-    positives_of,
-    rows_of,
-    training_rows,
-)
+from foretaste.data.row_plan import RowPlan, plan_rows
+from foretaste.data.rows import Rows, positives_of, rows_of, training_rows
 from foretaste.data.splits import TEST, TRAIN, VALIDATION
 from foretaste.data.splitting import (
     given_split_by_column,
@@ -183,11 +177,9 @@ def test_an_epoch_holds_every_row_once_with_its_own_labels_and_context() -> None
     table = features.context_table
     assert table is not None
     plan = plan_rows(
-        events,
-        tasks=CLICK,
+        training_rows(events, tasks=CLICK, context=table),
         batch_events=64,
         generator=np.random.default_rng(3),
-        context=table,
     )
     assert (len(plan), plan.num_events) == (8, 500)
     assert sorted(plan.order_E.tolist()) == list(range(500))
@@ -207,8 +199,7 @@ def test_one_seed_gives_one_epoch_and_a_batch_does_not_depend_on_those_before_it
 
     def plan(seed: int) -> RowPlan:
         return plan_rows(
-            events,
-            tasks=CLICK,
+            training_rows(events, tasks=CLICK),
             batch_events=64,
             generator=np.random.default_rng(seed),
             reads="others",
@@ -235,8 +226,7 @@ def test_drawn_items_are_zeros_of_binary_tasks_and_say_nothing_of_others() -> No
         Task(name="seen"),
     )
     plan = plan_rows(
-        events,
-        tasks=tasks,
+        training_rows(events, tasks=tasks),
         batch_events=100,
         generator=np.random.default_rng(0),
         num_drawn=2,
@@ -262,8 +252,7 @@ def test_drawn_items_are_zeros_of_binary_tasks_and_say_nothing_of_others() -> No
 def test_a_place_where_nothing_was_found_has_no_label() -> None:
     events = many(50)
     plan = plan_rows(
-        events,
-        tasks=CLICK,
+        training_rows(events, tasks=CLICK),
         batch_events=50,
         generator=np.random.default_rng(0),
         num_drawn=2,
@@ -285,11 +274,9 @@ def test_positives_are_what_drawn_items_must_not_be() -> None:
 
 def test_what_cannot_be_planned_is_refused() -> None:
     events = many(50)
-    generator = np.random.default_rng(0)
+    rows, generator = training_rows(events, tasks=CLICK), np.random.default_rng(0)
     with pytest.raises(ConfigError, match=r"4 items are to be drawn.*say who"):
-        plan_rows(events, tasks=CLICK, batch_events=8, generator=generator, num_drawn=4)
-    with pytest.raises(DataError, match="one class only"):
-        plan_rows(events, tasks=[Task(name="seen")], batch_events=8, generator=generator)
+        plan_rows(rows, batch_events=8, generator=generator, num_drawn=4)
     table = fit_features(SCHEMA, events).context_table
     with pytest.raises(DataError, match="a context of 50 rows for 49 events"):
         training_rows(events.select(np.arange(50) > 0), tasks=CLICK, context=table)

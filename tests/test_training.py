@@ -25,6 +25,7 @@ from foretaste.models.sasrec import SASRec, SASRecConfig
 from foretaste.training.checkpoint import read_checkpoint, write_checkpoint
 from foretaste.training.fit import Epoch, Fit
 from foretaste.training.objectives.next_item import NextItem, NextItemConfig
+from foretaste.training.optimizer import rate_factor
 from foretaste.training.seeding import epoch_generator, seed_step, step_seed
 from foretaste.training.settings import TrainingConfig
 
@@ -92,8 +93,8 @@ def test_each_batch_takes_its_own_step_and_no_more() -> None:
     ],
 )
 def test_the_rate_rises_then_follows_its_schedule(schedule: str, factors: list[float]) -> None:
-    _, run = scalar_fit([1.0] * 4, plain(warmup_steps=2, schedule=schedule))
-    assert [run._rate(step, 4) for step in range(4)] == pytest.approx(factors)
+    config = plain(warmup_steps=2, schedule=schedule)
+    assert [rate_factor(config, step, 4) for step in range(4)] == pytest.approx(factors)
 
 
 def test_small_data_get_small_steps_and_a_short_warm_up() -> None:
@@ -102,8 +103,8 @@ def test_small_data_get_small_steps_and_a_short_warm_up() -> None:
     assert [usual.batch_of(rows) for rows in (1, 340, 100_000, 10**7)] == [32, 32, 3125, 8192]
     assert [usual.warmup_of(steps) for steps in (11, 32, 5000)] == [22, 64, 200]
     assert (asked.batch_of(340), asked.warmup_of(11)) == (8192, 200)
-    _, run = scalar_fit([1.0] * 11, usual.model_copy(update={"device": "cpu"}))
-    assert [run._rate(step, 11) for step in (0, 21, 22)] == pytest.approx([1 / 23, 22 / 23, 1])
+    factors = [rate_factor(usual, step, 11) for step in (0, 21, 22)]
+    assert factors == pytest.approx([1 / 23, 22 / 23, 1])
 
 
 def test_clipping_bounds_the_whole_gradient() -> None:

@@ -19,9 +19,11 @@ from foretaste.data.columns import (
     canonical_ids,
     canonical_numbers,
     canonical_times,
+    storable,
 )
 from foretaste.data.interactions import Interactions
 from foretaste.data.links import with_links
+from foretaste.data.side_tables import Side, aligned, alike, notes_about, read_side
 from foretaste.data.sorting import (
     Duplicates,
     Sorting,
@@ -37,8 +39,6 @@ from foretaste.errors import DataError
 
 ONE_ITEM = "row"
 """The item of every row of a table that has none."""
-
-_INTEGER = r"^-?(0|[1-9][0-9]*)$"
 
 
 def read_interactions(
@@ -119,7 +119,7 @@ def read_interactions(
     del frame
     events.drop_incomplete(opened.name, allowed=drop_incomplete)
     sides = [
-        _read_side(table, key, role, header=header, drop_incomplete=drop_incomplete)
+        read_side(table, key, role, header=header, drop_incomplete=drop_incomplete)
         for table, key, role in ((users, names.user, "users"), (items, names.item, "items"))
     ]
     arranged = _arrange(events, sides[0], sides[1], duplicates, [*notes, *events.notes])
@@ -268,15 +268,9 @@ def _check(frame: pl.DataFrame, names: _Names, unit: TimestampUnit) -> _Events:
             kept: _number_column(frame[name], is_rating=kept == "rating")
             for kept, name in names.numbers.items()
         },
-        context=_typed(frame.select(names.context)),
+        context=storable(frame.select(names.context)),
         notes=notes,
     )
-
-
-def _typed(frame: pl.DataFrame) -> pl.DataFrame:
-    """Return a table with its columns of mixed types, which no store could keep, as text."""
-    mixed = [name for name, dtype in frame.schema.items() if dtype == pl.Object]
-    return frame.with_columns(canonical_ids(frame[name]) for name in mixed)
 
 
 def _number_column(column: pl.Series, *, is_rating: bool) -> pl.Series:
@@ -284,53 +278,17 @@ def _number_column(column: pl.Series, *, is_rating: bool) -> pl.Series:
     return numbers.cast(pl.Float32) if is_rating else numbers
 
 
-class _Side(NamedTuple):
-    """A table about users or items."""
-
-    ids: pl.Series
-    """Distinct."""
-    table: pl.DataFrame | None
-    """The other columns, in the same order; None where there are none."""
-    notes: list[str]
-
-
-def _read_side(
-    source: object, key: str | None, role: str, *, header: bool, drop_incomplete: bool
-) -> _Side | None:
-    if source is None:
-        return None
-    opened = open_source(source, header=header, role=f"the table of {role}")
-    columns = opened.columns
-    key = key if key is not None and header and key in columns else columns[0]
-    frame, read_notes = opened.read(columns, [find_column(opened, key, argument=role)])
-    ids, notes = canonical_ids(frame[key]), list(read_notes)
-    if missing := ids.null_count():
-        if not drop_incomplete:
-            raise DataError(
-                f"{opened.name}: column {key!r}, {at_row(ids, ids.is_null())} is missing: mend it, "
-                "or say drop_incomplete=True"
-            )
-        frame, ids = frame.filter(ids.is_not_null()), ids.drop_nulls()
-        notes.append(f"{missing} rows of {opened.name} without an id were left out")
-    first = ids.is_first_distinct()
-    if not first.all():
-        notes.append(f"{_true(~first)} rows of {opened.name} repeat an id: its first row was taken")
-        frame, ids = frame.filter(first), ids.filter(first)
-    others = _typed(frame.drop(key))
-    return _Side(ids, others if others.width else None, notes)
-
-
 def _arrange(
     events: _Events,
-    users: _Side | None,
-    items: _Side | None,
+    users: Side | None,
+    items: Side | None,
     duplicates: Duplicates,
     notes: list[str],
 ) -> Interactions:
     """Number the ids, then sort; users are grouped while items are numbered."""
     with ThreadPoolExecutor(1) as pool:
         other = pool.submit(_number_items, events, items)
-        user_ids, also = _one_type(events.user, users)
+        user_ids, also = alike(events.user, users)
         user_vocabulary, user_E = number_ids(user_ids, also)
         del user_ids
         events.user = pl.Series()
@@ -348,10 +306,10 @@ def _arrange(
         notes.append(f"{found} events repeat the {what} of another: {fate}")
     if found and repeat_E is not None:
         sorting, item_E = sorting.keep(~repeat_E), item_E[~repeat_E]
-    notes += _about(user_vocabulary, np.diff(sorting.offsets_U1), users, "users")
+    notes += notes_about(user_vocabulary, np.diff(sorting.offsets_U1), users, "users")
     if items is not None:
         item_count = np.bincount(item_E, minlength=len(item_vocabulary))
-        notes += _about(item_vocabulary, item_count, items, "items")
+        notes += notes_about(item_vocabulary, item_count, items, "items")
     return Interactions(
         users=user_vocabulary,
         items=item_vocabulary,
@@ -360,17 +318,17 @@ def _arrange(
         timestamp_s=_seconds(sorting.time_E, events.times, notes),
         columns={name: sorting.apply(_array(column)) for name, column in events.numbers.items()},
         context=_sorted(events.context, sorting),
-        user_table=_align(user_vocabulary, users),
-        item_table=_align(item_vocabulary, items),
+        user_table=aligned(user_vocabulary, users),
+        item_table=aligned(item_vocabulary, items),
         notes=tuple(notes),
     )
 
 
 def _number_items(
-    events: _Events, items: _Side | None
+    events: _Events, items: Side | None
 ) -> tuple[Vocabulary, Int32[np.ndarray, " E"], Int64[np.ndarray, " E"] | None]:
     """Number the items, and bring the times into one piece."""
-    item_ids, also = _one_type(events.item, items)
+    item_ids, also = alike(events.item, items)
     vocabulary, row_E = number_ids(item_ids, also)
     del item_ids
     events.item = pl.Series()
@@ -379,41 +337,6 @@ def _number_items(
     time_E = frozen(events.times.ticks.to_numpy())
     events.times = events.times._replace(ticks=pl.Series())
     return vocabulary, row_E, time_E
-
-
-def _one_type(ids: pl.Series, side: _Side | None) -> tuple[pl.Series, pl.Series | None]:
-    """Bring the ids of events and of a side table to one type: integers if both can be."""
-    if side is None:
-        return ids, None
-    if ids.dtype == side.ids.dtype:
-        return ids, side.ids
-    if ids.dtype == pl.Int64 and side.ids.str.contains(_INTEGER).all():
-        return ids, side.ids.cast(pl.Int64)
-    return ids.cast(pl.String), side.ids.cast(pl.String)
-
-
-def _about(
-    vocabulary: Vocabulary, count: Int64[np.ndarray, " N"], side: _Side | None, role: str
-) -> list[str]:
-    if side is None:
-        return []
-    cold, bare = int((count == 0).sum()), len(vocabulary) - len(side.ids)
-    notes = list(side.notes)
-    if cold:
-        notes.append(f"{cold} {role} of the table of {role} have no event")
-    if bare:
-        notes.append(f"{bare} {role} with events are not in the table of {role}")
-    return notes
-
-
-def _align(vocabulary: Vocabulary, side: _Side | None) -> pl.DataFrame | None:
-    """Put a side table's rows in the order of the vocabulary; a missing one is all null."""
-    if side is None or side.table is None:
-        return None
-    row_of = np.full(len(vocabulary), -1, np.int64)
-    row_of[vocabulary.encode(side.ids)] = np.arange(len(side.ids))
-    rows = pl.Series(row_of)
-    return side.table.select(pl.all().gather(rows.set(rows < 0, None)))
 
 
 def _sorted(context: pl.DataFrame, sorting: Sorting) -> pl.DataFrame | None:

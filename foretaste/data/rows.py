@@ -23,12 +23,12 @@ from foretaste.data.features import Features
 from foretaste.data.features_table import FieldTable
 from foretaste.data.histories import Reads, read_histories
 from foretaste.data.interactions import Interactions
-from foretaste.data.labels import check_learnable, labels_of
-from foretaste.data.offered import Offered
+from foretaste.data.labels import labels_of
 from foretaste.data.parts import TEST, TRAIN, VALIDATION
+from foretaste.data.seeds import torch_generator
 from foretaste.data.splits import Split
 from foretaste.data.tasks import Task
-from foretaste.errors import ConfigError, DataError
+from foretaste.errors import DataError
 
 PartName = Literal["train", "validation", "test"]
 _PARTS = {"train": TRAIN, "validation": VALIDATION, "test": TEST}
@@ -105,7 +105,7 @@ class Rows:
             rows = slice(start, start + _DRAWN_AT_ONCE)
             user_B = torch.from_numpy(self.events.user_idx[rows].astype(np.int64))
             item_B = torch.from_numpy(self.events.item_idx[rows].astype(np.int64))
-            generator = _generator(seed, start)
+            generator = torch_generator(seed, start)
             drawn.append(draw(user_B, item_B, num, generator=generator).numpy())
         return replace(self, drawn_EN=np.concatenate(drawn))
 
@@ -128,7 +128,7 @@ class Rows:
             seed: Decides which "others" are read.
             drawn_BN: Items drawn for these rows; None takes those of `draw`.
         """
-        user_B = self._user_E[row_B]
+        user_B = self.user_E[row_B]
         if reads == "others" and self.name != "train":
             reads = "before"
         history_H, offsets_B1 = read_histories(
@@ -140,7 +140,7 @@ class Rows:
             own_B=self.own_E[row_B],
             generator=np.random.default_rng(seed),
         )
-        item_B1 = self._item_E[row_B].unsqueeze(1)
+        item_B1 = self.item_E[row_B].unsqueeze(1)
         if drawn_BN is None:
             drawn_BN = torch.from_numpy(self.drawn_EN[row_B])
         rows_B = torch.from_numpy(row_B)
@@ -156,11 +156,13 @@ class Rows:
         )
 
     @cached_property
-    def _user_E(self) -> Int64[np.ndarray, " E"]:
+    def user_E(self) -> Int64[np.ndarray, " E"]:
+        """user_idx of each row."""
         return self.events.user_idx.astype(np.int64)
 
     @cached_property
-    def _item_E(self) -> Int64[Tensor, " E"]:
+    def item_E(self) -> Int64[Tensor, " E"]:
+        """item_idx of each row."""
         return torch.from_numpy(self.events.item_idx.astype(np.int64))
 
     @cached_property
@@ -176,131 +178,6 @@ class Rows:
         not_found_BN1 = (drawn_BN == item_B1).unsqueeze(2)
         drawn_BNT = self._label_of_drawn_T.expand(*drawn_BN.shape, -1)
         return torch.cat([own_B1T, drawn_BNT.masked_fill(not_found_BN1, np.nan)], dim=1)
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class RowPlan:
-    """One epoch's batches, decided by (seed, epoch) alone and made one by one when asked for."""
-
-    rows: Rows
-    order_E: Int64[np.ndarray, " E"]
-    """Rows in the order of the epoch."""
-    batch_events: int
-    reads: Reads
-    max_len: int
-    seed: int
-    """Decides which other events are read, and which items are drawn."""
-    num_drawn: int = 0
-    draw: DrawItems | None = None
-    offered: Offered | None = None
-    """What a retriever offered for each row; None: `draw` draws."""
-
-    def __len__(self) -> int:
-        return -(-len(self.order_E) // self.batch_events)
-
-    @property
-    def num_events(self) -> int:
-        """Rows in the epoch."""
-        return len(self.order_E)
-
-    def batch(self, index: int) -> RowBatch:
-        """Gather one batch."""
-        row_B = self.order_E[index * self.batch_events : (index + 1) * self.batch_events]
-        drawn_BN = torch.empty(len(row_B), 0, dtype=torch.int64)
-        first_BC: Tensor | None = None
-        if self.offered is not None:
-            drawn_BN, first_BC = self.offered.draw(
-                torch.from_numpy(row_B),
-                self.rows._item_E[row_B],
-                self.num_drawn,
-                generator=_generator(self.seed, index),
-            )
-        elif self.draw is not None and self.num_drawn:
-            drawn_BN = self.draw(
-                torch.from_numpy(self.rows._user_E[row_B]),
-                self.rows._item_E[row_B],
-                self.num_drawn,
-                generator=_generator(self.seed, index),
-            )
-        batch = self.rows.batch(
-            row_B,
-            reads=self.reads,
-            max_len=self.max_len,
-            seed=_mixed(self.seed, index),
-            drawn_BN=drawn_BN,
-        )
-        return batch if first_BC is None else replace(batch, first_BC=first_BC)
-
-
-def plan_rows(
-    events: Interactions,
-    *,
-    tasks: Sequence[Task],
-    batch_events: int,
-    generator: np.random.Generator,
-    reads: Reads = "before",
-    max_len: int = 50,
-    context: FieldTable | None = None,
-    positive: str = "",
-    num_drawn: int = 0,
-    draw: DrawItems | None = None,
-) -> RowPlan:
-    """Put all events into batches, in random order, with their labels.
-
-    Args:
-        events: Each is a row, with or without a label.
-        tasks: What is to be predicted.
-        batch_events: Rows of a batch; the last one of an epoch may be smaller.
-        generator: Decides the order.
-        reads: What of each user's history is read along.
-        max_len: How many events of it at most.
-        context: Features of the moment, a row for each event.
-        positive: Column whose values above 0 make an event part of histories; "": every event is.
-        num_drawn: Items drawn for each row: a 0 for every binary task, without a label for others.
-        draw: Who draws them.
-
-    Raises:
-        ConfigError: A column is not there, or items are to be drawn and nobody draws them.
-        DataError: A label is none that its task can have, or a task cannot be learned.
-    """
-    if num_drawn and draw is None:
-        raise ConfigError(f"{num_drawn} items are to be drawn for each row: say who draws them")
-    rows = training_rows(events, tasks=tasks, context=context, positive=positive)
-    check_learnable(rows.label_ET, rows.tasks, num_drawn=num_drawn)
-    return shuffled(
-        rows,
-        batch_events=batch_events,
-        generator=generator,
-        reads=reads,
-        max_len=max_len,
-        num_drawn=num_drawn,
-        draw=draw,
-    )
-
-
-def shuffled(
-    rows: Rows,
-    *,
-    batch_events: int,
-    generator: np.random.Generator,
-    reads: Reads = "before",
-    max_len: int = 50,
-    num_drawn: int = 0,
-    draw: DrawItems | None = None,
-    offered: Offered | None = None,
-) -> RowPlan:
-    """Put rows that were made before into another epoch's batches; see `plan_rows`."""
-    return RowPlan(
-        rows=rows,
-        order_E=generator.permutation(len(rows) if offered is None else offered.asked.numpy()),
-        batch_events=batch_events,
-        reads=reads,
-        max_len=max_len,
-        seed=int(generator.integers(2**31)),
-        num_drawn=num_drawn,
-        draw=draw,
-        offered=offered,
-    )
 
 
 def training_rows(
@@ -401,11 +278,3 @@ def _first_of_its_second(events: Interactions) -> Int64[np.ndarray, " E"]:
     new_E[1:] = (np.diff(events.timestamp_s) != 0) | (np.diff(events.user_idx) != 0)
     first_E: Int64[np.ndarray, " E"] = np.maximum.accumulate(np.where(new_E, place_E, 0))
     return first_E
-
-
-def _mixed(seed: int, number: int) -> int:
-    return int(np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0])
-
-
-def _generator(seed: int, number: int) -> torch.Generator:
-    return torch.Generator().manual_seed(_mixed(seed, number) % 2**63)

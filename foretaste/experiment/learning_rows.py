@@ -9,7 +9,8 @@ from foretaste.data.features_table import FieldTable
 from foretaste.data.interactions import Interactions
 from foretaste.data.labels import check_learnable
 from foretaste.data.offered import Offered
-from foretaste.data.rows import RowPlan, positives_of, shuffled, training_rows
+from foretaste.data.row_plan import RowPlan, plan_rows
+from foretaste.data.rows import positives_of, training_rows
 from foretaste.data.tasks import Task, label_scale
 from foretaste.errors import ConfigError
 from foretaste.models.interface import Ranker
@@ -65,7 +66,7 @@ def learn_rows(
         draw = _draw(config, positives_of(events, config.positive), mine)
 
     def plan(epoch: int) -> RowPlan:
-        return shuffled(
+        return plan_rows(
             rows,
             batch_events=batch_events,
             generator=epoch_generator(seed, epoch),

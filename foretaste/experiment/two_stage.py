@@ -19,7 +19,7 @@ from foretaste.errors import ConfigError, DataError
 from foretaste.evaluation.compare import compare
 from foretaste.evaluation.report import Report
 from foretaste.evaluation.reports import RankingGain
-from foretaste.experiment.offering import fit_folds, offer
+from foretaste.experiment.offering import Fold, fit_folds, offer
 from foretaste.models.catalogue import TwoStageConfig, build_model
 from foretaste.models.interface import Ranker
 from foretaste.models.two_stage import TwoStage, first_stage
@@ -68,6 +68,82 @@ class Candidates:
         ).eval()
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
+class FirstFitted:
+    """A fitted first stage."""
+
+    retriever: Trained
+    folds: tuple[Fold, ...] = ()
+    """The further retrievers; none where there are no folds."""
+
+    def candidates(self, config: TwoStageConfig, split: Split, objective: RowsConfig) -> Candidates:
+        """Return what a ranker that learns by `objective` is told of it.
+
+        Raises:
+            ConfigError: There are folds, and the objective tells rows apart or draws by popularity.
+            DataError: There are folds, and no row's own item was a candidate.
+        """
+        offered = None
+        if self.folds:
+            offered = offer(
+                self.folds,
+                split,
+                objective,
+                num=config.candidates,
+                weight=config.retriever_weight,
+                seed=self.retriever.seed,
+            )
+        return Candidates(
+            retriever=self.retriever,
+            num=config.candidates,
+            retriever_weight=config.retriever_weight,
+            offered=offered,
+        )
+
+
+def fit_first_stage(
+    config: TwoStageConfig,
+    fit_part: Callable[..., Trained],
+    split: Split,
+    *,
+    first_stage: FirstStage,
+    positive: str = "",
+    folder: Path | None = None,
+    max_seconds: float | None = None,
+) -> FirstFitted:
+    """Fit a retriever, and one more for each fold.
+
+    Args:
+        config: Both models.
+        fit_part: `fit`, with what does not depend on the part.
+        split: What they learn from.
+        first_stage: How.
+        positive: Column whose values above 0 make an event one that happened; "": every event is.
+        folder: Where checkpoints go, in a folder of their own below it.
+        max_seconds: Of all of them together.
+    """
+    fit_retriever = partial(
+        fit_part,
+        config.retriever,
+        training=first_stage.training,
+        objective=first_stage.objective,
+        max_seconds=None if max_seconds is None else max_seconds / (1 + first_stage.folds),
+    )
+    retriever = fit_retriever(
+        split=happened_split(split, positive),
+        folder=None if folder is None else folder / "retriever",
+    )
+    if not first_stage.folds:
+        return FirstFitted(retriever=retriever)
+    folds = fit_folds(
+        lambda part: fit_retriever(split=part, resume=False),
+        split,
+        first_stage.folds,
+        seed=retriever.seed,
+    )
+    return FirstFitted(retriever=retriever, folds=folds)
+
+
 def fit_two_stage(
     config: TwoStageConfig,
     fit_part: Callable[..., Trained],
@@ -104,39 +180,15 @@ def fit_two_stage(
             'learns by "rows": the retriever\'s stands in first_stage.objective'
         )
     half = None if max_seconds is None else max_seconds / 2
-    fit_retriever = partial(
+    first = fit_first_stage(
+        config,
         fit_part,
-        config.retriever,
-        training=first_stage.training,
-        objective=first_stage.objective,
-        max_seconds=None if half is None else half / (1 + first_stage.folds),
+        split,
+        first_stage=first_stage,
+        positive=objective.positive,
+        folder=folder,
+        max_seconds=half,
     )
-    retriever = fit_retriever(
-        split=happened_split(split, objective.positive),
-        folder=None if folder is None else folder / "retriever",
-    )
-    candidates = Candidates(
-        retriever=retriever, num=config.candidates, retriever_weight=config.retriever_weight
-    )
-    if first_stage.folds:
-        seed = retriever.seed
-        folds = fit_folds(
-            lambda part: fit_retriever(split=part, resume=False),
-            split,
-            first_stage.folds,
-            seed=seed,
-        )
-        candidates = replace(
-            candidates,
-            offered=offer(
-                folds,
-                split,
-                objective,
-                num=config.candidates,
-                weight=config.retriever_weight,
-                seed=seed,
-            ),
-        )
     ranker = fit_part(
         config.ranker,
         training=training,
@@ -144,10 +196,10 @@ def fit_two_stage(
         folder=folder,
         on_epoch=on_epoch,
         max_seconds=half,
-        candidates=candidates,
+        candidates=first.candidates(config, split, objective),
     )
     return two_stage(
-        retriever,
+        first.retriever,
         ranker,
         candidates=config.candidates,
         retriever_weight=config.retriever_weight,

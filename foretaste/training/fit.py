@@ -1,7 +1,6 @@
 """The training loop, one for all models that learn by gradient descent."""
 
 import copy
-import json
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -11,15 +10,17 @@ from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar, final, runtime_checkable
 
 import torch
-from torch import Tensor, nn, optim
+from torch import Tensor, nn
 
 from foretaste.errors import ConfigError, NonFiniteError
 from foretaste.training.checkpoint import read_checkpoint, write_checkpoint
+from foretaste.training.optimizer import make_optimizer, move_average, rate_factor
 from foretaste.training.prefetch import Plan as Plan
 from foretaste.training.prefetch import Prefetch
 from foretaste.training.runtime import choose_device, keep_memory
 from foretaste.training.seeding import seed_step
 from foretaste.training.settings import TrainingConfig
+from foretaste.training.step_log import StepLog
 
 Model = TypeVar("Model", bound=nn.Module)
 Batch = TypeVar("Batch", covariant=True)
@@ -132,7 +133,7 @@ class Fit(Generic[Model, Batch]):
         self.parameters = list(model.parameters())
         if isinstance(objective, nn.Module):
             self.parameters += list(objective.parameters())
-        self.optimizer = _optimizer(self.parameters, config)
+        self.optimizer = make_optimizer(self.parameters, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
 
     def run(
@@ -158,7 +159,7 @@ class Fit(Generic[Model, Batch]):
         """
         if resume:
             self._restore()
-        with _StepLog(self.folder, self.progress.step) as log:
+        with StepLog(self.folder, self.progress.step) as log:
             while not self.progress.done:
                 self._epoch(log, on_epoch, on_step, max_seconds)
         if self.best_weights:
@@ -170,7 +171,7 @@ class Fit(Generic[Model, Batch]):
 
     def _epoch(
         self,
-        log: "_StepLog",
+        log: StepLog,
         on_epoch: Callable[[Epoch], None] | None,
         on_step: Callable[[Progress, int], None] | None,
         max_seconds: float | None,
@@ -208,7 +209,7 @@ class Fit(Generic[Model, Batch]):
         self,
         batches: Prefetch[Batch],
         steps_per_epoch: int,
-        log: "_StepLog",
+        log: StepLog,
         on_step: Callable[[Progress, int], None] | None,
         max_seconds: float | None,
     ) -> None:
@@ -241,7 +242,7 @@ class Fit(Generic[Model, Batch]):
     def _step(self, batch: Any, steps_per_epoch: int) -> float:
         """Take one optimizer step; return the loss. A step that is not finite changes nothing."""
         progress, config = self.progress, self.config
-        rate = config.learning_rate * self._rate(progress.step, steps_per_epoch)
+        rate = config.learning_rate * rate_factor(config, progress.step, steps_per_epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
@@ -268,19 +269,8 @@ class Fit(Generic[Model, Batch]):
                 f"{progress.step}): lower training.learning_rate or set training.gradient_clip"
             )
         if finite and self.average is not None:
-            _move_average(self.average, self.model, config.ema_decay, progress.step)
+            move_average(self.average, self.model, config.ema_decay, progress.step)
         return value
-
-    def _rate(self, step: int, steps_per_epoch: int) -> float:
-        """Return the learning rate's factor: a rise from 0, then the schedule, down to 0.02."""
-        done = step / (steps_per_epoch * self.config.epochs)
-        after = {
-            "constant": 1.0,
-            "cosine": 0.5 * (1 + math.cos(math.pi * min(1.0, done))),
-            "linear": 1 - done,
-        }[self.config.schedule]
-        warmup = self.config.warmup_of(steps_per_epoch)
-        return min(1.0, (step + 1) / (warmup + 1)) * max(0.02, after)
 
     def _autocast(self) -> Any:
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.config.precision)
@@ -370,53 +360,6 @@ class Fit(Generic[Model, Batch]):
                 )
 
 
-class _StepLog:
-    """A line of JSON a step; on resuming, lines past the checkpoint are cut off."""
-
-    def __init__(self, folder: Path | None, step: int) -> None:
-        self.file = None
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-            path = folder / "steps.jsonl"
-            kept = path.read_text().splitlines(keepends=True)[:step] if step else []
-            path.write_text("".join(kept))
-            self.file = path.open("a", buffering=1)
-
-    def __enter__(self) -> "_StepLog":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.file is not None:
-            self.file.close()
-
-    def write(self, step: int, epoch: int, loss: float) -> None:
-        if self.file is not None:
-            self.file.write(json.dumps({"step": step, "epoch": epoch, "loss": loss}) + "\n")
-
-
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     start = prefix + "."
     return {name[len(start) :]: t for name, t in tensors.items() if name.startswith(start)}
-
-
-def _optimizer(parameters: list[nn.Parameter], config: TrainingConfig) -> optim.AdamW:
-    decayed = [p for p in parameters if p.requires_grad and p.ndim > 1]
-    others = [p for p in parameters if p.requires_grad and p.ndim <= 1]
-    groups: list[dict[str, Any]] = [
-        {"params": decayed},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    return optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=config.learning_rate,
-        betas=(0.9, config.beta2),
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
-
-
-@torch.no_grad()
-def _move_average(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
-    """Move the average towards the weights; early on it moves faster, so that it forgets 0."""
-    decay = min(decay, (1 + step) / (10 + step))
-    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
