@@ -1,7 +1,10 @@
 """Items that no table has: told by their features, they are ranked as if the catalogue had them."""
 
+import math
 from contextlib import closing
+from datetime import UTC, date, datetime
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import polars as pl
@@ -19,10 +22,12 @@ from foretaste.models.layers.field_ranker import FieldRanker
 from foretaste.models.two_stage import TwoStage, first_stage, judge_new, second_stage
 from foretaste.models.two_tower import TwoTower
 from foretaste.serving.answer import Answer, Recommendation
+from foretaste.serving.item_labels import ItemLabels
 from foretaste.serving.messages import RecommendRequest
 from foretaste.serving.metrics import Metrics
+from foretaste.serving.new_labels import labels_of_new
 from foretaste.serving.recommender import Recommender
-from foretaste.serving.rules import Rules
+from foretaste.serving.rules import Condition, Diversity, Rules
 from foretaste.serving.service import Service
 from foretaste.serving.settings import ServerSettings
 from foretaste.serving.slot import ModelSlot, load_version
@@ -80,10 +85,10 @@ def make_events() -> Interactions:
     )
 
 
-def make(config: ModelConfig) -> Recommender:
+def make(config: ModelConfig, schema: ft.FeatureSchema = SCHEMA) -> Recommender:
     """Make a model with wide first weights answer."""
     events = make_events()
-    features = fit_features(SCHEMA, events)
+    features = fit_features(schema, events)
     torch.manual_seed(0)
     model = build_model(
         config, num_users=events.num_users, num_items=events.num_items, features=features
@@ -191,8 +196,196 @@ def test_who_is_ranked_beside_what_is_allowed_and_what_the_catalogue_has_is_left
     assert answer.unknown_items == ("c",)
     with pytest.raises(ft.DataError, match=r"'gender' is no feature of items; .*mean 'genre'"):
         recommender.recommend(3, new_items={"a": {"gender": "g1"}})
-    with pytest.raises(ft.DataError, match="rules look at the item table"):
-        recommender.recommend(3, new_items=new, rules=Rules(caps={"genre": 1}))
+
+
+WHERES: dict[str, dict[str, dict[str, object]]] = {
+    "equals": {"genre": {"equals": "g2"}},
+    "another": {"genre": {"equals": "g0"}},
+    "several": {"tags": {"contains": ["t0", "t2"]}, "genre": {"one_of": ["g1", "g2"]}},
+    "none of": {"tags": {"none_of": ["t2"]}},
+    "at least": {"year": {"at_least": 5}},
+    "at most": {"year": {"at_most": 5}},
+}
+
+
+@pytest.mark.parametrize("where", WHERES.values(), ids=WHERES)
+@pytest.mark.parametrize("config", [RANKERS["deepfm"], TOWERS], ids=["ranker", "towers"])
+def test_a_filter_treats_a_new_item_as_one_of_the_catalogue_that_says_the_same(
+    config: ModelConfig, where: dict[str, dict[str, object]]
+) -> None:
+    asked = {"user_id": 3, "k": 30, "exclude_seen": False, "new_items": {"twin": COLD, "o": OTHER}}
+    recommender = make(config)
+    everything = recommender.recommend(**asked)
+    answer = recommender.recommend(**asked, rules=Rules.model_validate({"where": where}))
+    found = {row.item_id for row in answer.rows}
+    assert ("twin" in found) == (11 in found)
+    assert ("o" in found) != ("twin" in found)
+    kept = [row for row in everything.rows if row.item_id in found]
+    assert [row.item_id for row in answer.rows] == [row.item_id for row in kept]
+    assert all(map(same, answer.rows, kept))
+    assert answer.unknown_items == ()
+
+
+def labels_by_hand(row: Recommendation, names: tuple[str, ...]) -> set[tuple[str, str]]:
+    table = make_events().item_table
+    assert table is not None
+    said = row.attributes if isinstance(row.item_id, str) else table.row(row.item_id, named=True)
+    return {(name, part) for name in names for part in str(said[name]).split("|")}
+
+
+NEW = {"twin": COLD, "o": OTHER, "p": {"genre": "g9", "tags": "t9|t1"}}
+"""g9 and t9 are of no item of the catalogue."""
+
+
+@pytest.mark.parametrize("caps", [{"genre": 1}, {"tags": 1}, {"genre": 2, "tags": 2}])
+@pytest.mark.parametrize("config", [RANKERS["din"], TOWERS], ids=["ranker", "towers"])
+def test_caps_count_new_items_and_those_of_the_catalogue_together(
+    config: ModelConfig, caps: dict[str, int]
+) -> None:
+    recommender = make(config)
+    asked = {"history": [1, 4], "exclude_seen": False, "new_items": NEW}
+    used: dict[tuple[str, str], int] = {}
+    expected = []
+    for row in recommender.recommend(**asked, k=30).rows:
+        labels = labels_by_hand(row, tuple(caps))
+        if all(used.get(label, 0) < caps[label[0]] for label in labels):
+            expected.append(row)
+            used |= {label: used.get(label, 0) + 1 for label in labels}
+    for k in (1, 3, 30):
+        answer = recommender.recommend(**asked, k=k, rules=Rules(caps=caps))
+        assert [row.item_id for row in answer.rows] == [row.item_id for row in expected[:k]]
+        assert all(map(same, answer.rows, expected))
+
+
+@pytest.mark.parametrize("by", ["vectors", ("genre", "tags")], ids=["vectors", "columns"])
+def test_diversity_weighs_how_alike_new_items_are_as_the_slow_way_does(
+    by: Literal["vectors"] | tuple[str, ...],
+) -> None:
+    recommender = make(TOWERS)
+    new = {"o": OTHER, "p": NEW["p"]}  # a twin of item 11 would tie with it but for rounding
+    asked = {"history": [1, 4], "exclude_seen": False, "new_items": new}
+    rows = recommender.recommend(**asked, k=30).rows
+    score = np.array([row.score for row in rows])
+    features, model = recommender.trained.features, recommender.trained.model
+    assert isinstance(model, TwoTower)
+    assert features is not None
+    assert features.item is not None
+
+    def vector(row: Recommendation) -> np.ndarray:
+        if isinstance(row.item_id, int):
+            return model.item_table()[row.item_id].detach().numpy()
+        table = features.item.encode(pl.DataFrame({n: [v] for n, v in row.attributes.items()}))
+        return model.item_from_features(table)[0].detach().numpy()
+
+    def alike(one: Recommendation, other: Recommendation) -> float:
+        if by == "vectors":
+            a, b = vector(one), vector(other)
+            return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+        own, its = (labels_by_hand(row, ("genre", "tags")) for row in (one, other))
+        return len(own & its) / len(own | its)
+
+    height = (score - score[-1]) / (score[0] - score[-1])
+    chosen: list[int] = []
+    while len(chosen) < 8:
+        gain = [
+            0.3 * height[at] - 0.7 * max((alike(row, rows[other]) for other in chosen), default=0.0)
+            for at, row in enumerate(rows)
+        ]
+        left = [at for at in range(len(rows)) if at not in chosen]
+        chosen.append(max(left, key=lambda at: gain[at]))
+    rules = Rules(diversity=Diversity(relevance=0.3, by=by))
+    answer = recommender.recommend(**asked, k=8, rules=rules)
+    assert [row.item_id for row in answer.rows] == [rows[at].item_id for at in chosen]
+    assert chosen != sorted(chosen)
+
+
+def test_vectors_that_new_items_have_not_are_refused_and_columns_named_instead() -> None:
+    recommender = make(
+        TwoStageConfig(retriever=ft.MFConfig(), ranker=RANKERS["deepfm"], candidates=4)
+    )
+    spread = Rules(diversity=Diversity())
+    assert len(recommender.recommend(history=[1], k=3, rules=spread).rows) == 3
+    with pytest.raises(ft.DataError, match=r"retriever cannot place new_items.*name columns"):
+        recommender.recommend(history=[1], k=3, rules=spread, new_items=NEW)
+    with pytest.raises(ft.DataError, match="this model has no item vectors"):
+        make(RANKERS["deepfm"]).recommend(history=[1], k=3, rules=spread, new_items=NEW)
+    by_genre = Rules(diversity=Diversity(by=("genre",)))
+    assert len(recommender.recommend(history=[1], k=3, rules=by_genre, new_items=NEW).rows) == 3
+    # none of them is left by the filter, so none needs a vector
+    other = spread.model_copy(update={"where": {"genre": Condition(equals="g1")}})
+    assert recommender.recommend(history=[1], k=3, rules=other, new_items=NEW).rows
+
+
+def test_a_column_that_rules_name_may_be_told_though_the_model_does_not_read_it() -> None:
+    schema = ft.FeatureSchema(item={"genre": ft.CategoricalField()})
+    recommender = make(ft.DeepFMConfig(hidden=(8,), **WIDE), schema)
+    told = {"a": {"genre": "g1", "year": 9}, "b": {"genre": "g1", "year": 1}, "c": {"genre": "g1"}}
+    rules = Rules(where={"year": Condition(at_least=7)})
+    answer = recommender.recommend(3, k=30, new_items=told, rules=rules, exclude_seen=False)
+    assert {row.item_id for row in answer.rows} == {11, "a"}  # whose year is 7
+    assert row_of(answer, "a").attributes == told["a"]
+    with pytest.raises(ft.DataError, match="'year' is no feature of items"):
+        recommender.recommend(3, new_items=told)
+    with pytest.raises(ft.DataError, match=r"column 'year', which holds .*; the new item 'd' has"):
+        recommender.recommend(3, new_items={"d": {"genre": "g1", "year": "new"}}, rules=rules)
+    told = {"a": {"genre": "g1"}}
+    where = {"genre": Condition(equals="g2")}
+    nobody = recommender.recommend(history=[1], k=30, new_items=told, rules=Rules(where=where))
+    assert nobody.rows
+    assert nobody.unknown_items == ()
+    assert not any("had no influence" in note for note in nobody.notes)
+
+
+@pytest.mark.parametrize(
+    ("column", "told", "asked"),
+    [
+        (pl.Series([date(2024, 1, 1), None]), "2024-02-29", {"at_least": "2024-02-01"}),
+        (pl.Series([date(2024, 1, 1), None]), date(2024, 2, 29), {"equals": "2024-02-29"}),
+        (
+            pl.Series([datetime(2024, 1, 1, tzinfo=UTC)] * 2),
+            "2024-02-29T13:00:00+02:00",
+            {"at_least": "2024-02-29T11:00:00", "at_most": "2024-02-29T11:00:00"},
+        ),
+        (pl.Series([True, False]), False, {"equals": False}),
+        (pl.Series([1994, 1995]), 1994.0, {"equals": "1994"}),
+        (pl.Series([1994, 1995]), "1994", {"one_of": [1994]}),
+        (pl.Series([[1, 2], [3]]), [2, 5], {"contains": [2, 5]}),
+        (pl.Series([["a"], []]), "b", {"contains": "b"}),
+        (pl.Series(["a|b", "b|a"]), ["c", "a"], {"contains": ["c", "a"]}),
+        (pl.Series(["x", "y"], dtype=pl.Categorical), "z", {"equals": "z"}),
+        (pl.Series([1.5, None]), None, {"none_of": [1.5]}),
+        (pl.Series([1.5, None]), math.nan, {"none_of": [1.5]}),
+    ],
+    ids=str,
+)
+def test_a_value_is_told_as_people_write_it(
+    column: pl.Series, told: object, asked: dict[str, object]
+) -> None:
+    labels = ItemLabels(pl.DataFrame({"c": column}), num_items=2)
+    where = {"c": Condition.model_validate(asked)}
+    new = labels_of_new(labels, {"n": {"c": told}}, ("c",))
+    assert new.matching(where).tolist() == [True]
+
+
+@pytest.mark.parametrize(
+    ("column", "told"),
+    [
+        (pl.Series([True, False]), "maybe"),
+        (pl.Series([1, 2]), "many"),
+        (pl.Series([1, 2]), [1]),
+        (pl.Series([date(2024, 1, 1)] * 2), "yesterday"),
+        (pl.Series(["x", "y"]), {"a": 1}),
+        (pl.Series([[1, 2], [3]]), ["one"]),
+        (pl.Series(["x", "y"]), b"x"),
+    ],
+    ids=str,
+)
+def test_a_value_that_the_column_cannot_hold_is_refused_by_name(
+    column: pl.Series, told: object
+) -> None:
+    labels = ItemLabels(pl.DataFrame({"c": column}), num_items=2)
+    with pytest.raises(ft.DataError, match=r"column 'c', which holds .* new item 'n' has"):
+        labels_of_new(labels, {"n": {"c": told}}, ("c",))
 
 
 @pytest.mark.parametrize(
@@ -217,6 +410,10 @@ def test_over_http_new_items_have_their_features_in_a_saved_model_too(tmp_path: 
         )
         asked = {"user_id": "3", "k": 20, "new_items": {"a": COLD, "b": OTHER}, "explain": True}
         reply = service.recommend(RecommendRequest.model_validate(asked))
+        rules = {"where": {"genre": {"none_of": "g0"}}, "caps": {"genre": 1}}
+        ruled = service.recommend(RecommendRequest.model_validate(asked | {"rules": rules}))
+    assert [item.attributes["genre"] for item in ruled.items if item.item_id == "a"] in ([], ["g2"])
+    assert sorted(str(item.attributes["genre"]) for item in ruled.items) == ["g1", "g2"]
     expected = recommender.recommend(3, k=20, new_items={"a": COLD, "b": OTHER})
     assert [row.item_id for row in reply.items] == [str(row.item_id) for row in expected.rows]
     (found,) = [row for row in reply.items if row.item_id == "a"]

@@ -222,6 +222,10 @@ class CatalogueSearch:
         at_T = exact.positions(item_T.unsqueeze(0))[0]
         return exact.vectors_ND[at_T.clamp(min=0)].float() * (at_T >= 0).unsqueeze(1)
 
+    def vectors_of_new(self, new: FieldTable) -> Float[Tensor, "R D"] | None:
+        """Return the vectors of new items; None where the model cannot place them."""
+        return None if self._placer is None else self._placer.item_from_features(new).float()
+
     def similar(self, item_idx: int, k: int) -> TopK:
         """Return the items nearest to one by cosine, or what a history of it alone would get."""
         own_1X = torch.tensor([[item_idx]])

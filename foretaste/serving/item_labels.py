@@ -37,14 +37,17 @@ class Carried(NamedTuple):
 class Labels:
     """One column's values as codes, from items to codes and back."""
 
-    def __init__(self, column: pl.Series) -> None:
+    def __init__(self, column: pl.Series, separator: str | None = None) -> None:
         """Read a column.
+
+        Args:
+            column: A value, or several, for each item.
+            separator: What stands between values of a text; see `separator_of`.
 
         Raises:
             DataError: It holds an infinite number, or what is no label.
         """
-        self.name, self.dtype = column.name, column.dtype
-        separator = separator_of(texts_of(column)) if column.dtype == pl.String else None
+        self.name, self.dtype, self.separator = column.name, column.dtype, separator
         self.several = separator is not None or isinstance(column.dtype, pl.List | pl.Array)
         if self.several:
             text_E, row_E = bags_of(column, separator=separator)
@@ -110,8 +113,21 @@ class Labels:
 class ItemLabels:
     """The item table, column by column; each is read when it is first asked for."""
 
-    def __init__(self, table: pl.DataFrame | None, *, num_items: int) -> None:
-        self._table, self._num_items = table, num_items
+    def __init__(
+        self,
+        table: pl.DataFrame | None,
+        *,
+        num_items: int,
+        separators: Mapping[str, str | None] | None = None,
+    ) -> None:
+        """Take a table.
+
+        Args:
+            table: A row for each item; None: nothing is known of them.
+            num_items: I.
+            separators: By column, what stands between values of a text; None: as the texts show.
+        """
+        self._table, self._num_items, self._separators = table, num_items, separators
         self._labels: dict[str, Labels] = {}
         self._numbers: dict[str, Float64[np.ndarray, " I"]] = {}
 
@@ -133,7 +149,8 @@ class ItemLabels:
             DataError: There is no such column, or it holds no labels.
         """
         if name not in self._labels:
-            self._labels[name] = Labels(self._column(name))
+            column = self._column(name)
+            self._labels[name] = Labels(column, self._separator(column))
         return self._labels[name]
 
     def numbers(self, name: str) -> Float64[np.ndarray, " I"]:
@@ -162,6 +179,11 @@ class ItemLabels:
         for name, condition in where.items():
             matching_I &= self._meeting(name, condition)
         return matching_I
+
+    def _separator(self, column: pl.Series) -> str | None:
+        if self._separators is not None:
+            return self._separators[column.name]
+        return separator_of(texts_of(column)) if column.dtype == pl.String else None
 
     def _can_read(self, name: str) -> bool:
         try:

@@ -61,7 +61,7 @@ class RecommendRequest(_Request):
     """Never these items."""
     new_items: dict[_NewId, dict[str, JsonValue]] | None = Field(default=None, max_length=100)
     """Items that the catalogue has not, to be ranked beside it: from id to what is known of each,
-    column of the item table to value."""
+    column of the item table to value. Rules hold for them too."""
     weights: dict[str, float] | None = Field(default=None, min_length=1, max_length=100)
     """How much each task's prediction counts in the score, for each unit that the rows show of it,
     0 for tasks that are not named."""

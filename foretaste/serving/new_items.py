@@ -8,8 +8,9 @@ Shape legend: B queries, R new items, C items found, K list length.
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from foretaste.data.features import FieldTable
@@ -28,6 +29,14 @@ class NewItems(NamedTuple):
     """As the request has it."""
     table: FieldTable
     """The same, encoded; R rows."""
+
+    def only(self, keep_R: Bool[np.ndarray, " R"]) -> "NewItems":
+        """Return some of them."""
+        kept = zip(self.told.items(), keep_R.tolist(), strict=True)
+        return NewItems(
+            {item_id: said for (item_id, said), keep in kept if keep},
+            self.table.rows(torch.from_numpy(np.flatnonzero(keep_R))),
+        )
 
 
 def beside(

@@ -1,6 +1,6 @@
 """What a caller tells of a user or an item that training never saw, as the model reads it."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import final
 
 import numpy as np
@@ -77,8 +77,12 @@ class Profiles:
         row = _row(features.item, told, "item")
         return None if row is None else model.item_from_features(row)[0]
 
-    def of_items(self, told: Told) -> NewItems | None:
+    def of_items(self, told: Told, also: Collection[str] = ()) -> NewItems | None:
         """Return new items that the model can rank by what is told; None if there are none.
+
+        Args:
+            told: What is known of each.
+            also: Columns that others than the model read.
 
         Raises:
             DataError: A feature is unknown, or its value of another kind.
@@ -90,7 +94,8 @@ class Profiles:
             can = placer(self._model) is not None
         if not told or not can or features is None or features.item is None:
             return None
-        rows = {item_id: _row(features.item, said, "item") for item_id, said in told.items()}
+        side = features.item
+        rows = {item_id: _row(side, said, "item", also) for item_id, said in told.items()}
         found = {item_id: row for item_id, row in rows.items() if row is not None}
         if not found:
             return None
@@ -99,9 +104,11 @@ class Profiles:
         )
 
 
-def _row(side: FieldSide, told: Mapping[str, object], role: str) -> FieldTable | None:
+def _row(
+    side: FieldSide, told: Mapping[str, object], role: str, also: Collection[str] = ()
+) -> FieldTable | None:
     for name in told:
-        if name not in side.columns:
+        if name not in side.columns and name not in also:
             raise DataError(
                 f"{name!r} is no feature of {role}s; the model reads {', '.join(side.columns)}"
                 f"{did_you_mean(name, side.columns)}"

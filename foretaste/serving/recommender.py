@@ -115,13 +115,15 @@ class Recommender:
                 row shows of it (a probability, a second, a level), 0 for tasks that are not named;
                 None: as the model was made, each task between 0 and 1.
             rules: Filters on attributes, caps on categories, diversity. As long as they leave too
-                few, more of the catalogue is looked at, to its end.
+                few, more of the catalogue is looked at, to its end. They hold for new items by
+                what is told of them, which may be in any column that they name; what is not told
+                is missing.
 
         Raises:
             DataError: k is out of range, a list of ids is a single text, a feature is unknown or
                 of another kind, `since` is asked of events without times, a weight is of no task
-                of the model, rules name a column that is not there or not of their kind, or there
-                are rules and new items, of which the item table says nothing.
+                of the model, rules name a column that is not there or not of their kind, or ask for
+                diversity by vectors beside new items that the model's retriever cannot place.
         """
         check_k(k)
         check_weights(weights, self._search.tasks)
@@ -145,6 +147,12 @@ class Recommender:
         new = self._new_items(new_items or {}, rules, unknown)
         if source == "popular" and new is not None:
             unknown, new = unknown | dict.fromkeys(new.told), None
+        new_used = new is not None
+        rule_book = self._rule_book
+        if new is not None and rules != NO_RULES:
+            vector_RD = self._search.vectors_of_new(new.table)
+            new, rule_book = rule_book.beside(new, rules, vector_RD, first=self._items.num_items)
+            rule_book.check(rules, k=k)
 
         def find(num: int) -> Best:
             if source == "popular":
@@ -161,7 +169,7 @@ class Recommender:
             )
 
         most = self._items.num_known + (0 if new is None else len(new.told))
-        best = self._rule_book.choose(rules, min(k, most), find, stages)
+        best = rule_book.choose(rules, min(k, most), find, stages)
         rows = answer_rows(best, source, self._items, new)
         user_known = user_idx >= 0 and len(self.trained.events.history(user_idx)) > 0
         stranger = None if user_known else user_id
@@ -173,7 +181,7 @@ class Recommender:
             notes=(
                 *notes(source, found=len(rows), k=k, unknown=unknown, stranger=stranger),
                 *told_in_vain("users", features, used=profile is not None),
-                *told_in_vain("items", new_items, used=new is not None),
+                *told_in_vain("items", new_items, used=new_used),
                 *told_in_vain("moments", context, used=moment is not None and source != "popular"),
             ),
             seconds=stages.seconds,
@@ -308,12 +316,10 @@ class Recommender:
 
     def _new_items(self, told: Told, rules: Rules, unknown: dict[object, None]) -> NewItems | None:
         """Return those items that the catalogue has not and features tell; the rest is unknown."""
-        if told and rules != NO_RULES:
-            raise DataError(
-                "rules look at the item table, which has no new_items: give one of both"
-            )
         absent: dict[object, None] = {}
         self._items.rows_of("new_items", list(told), absent)
-        new = self._profiles.of_items({i: said for i, said in told.items() if i in absent})
+        new = self._profiles.of_items(
+            {i: said for i, said in told.items() if i in absent}, rules.columns
+        )
         unknown.update({i: None for i in absent if new is None or i not in new.told})
         return new

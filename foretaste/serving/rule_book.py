@@ -1,9 +1,11 @@
 """The rules of a request, applied to whatever found the candidates: one model, or two in a row.
 
-Shape legend: B = 1 query, C candidates, K list length, I items, D width, N labels.
+Shape legend: B = 1 query, C candidates, K list length, I items, D width, N labels,
+R new items.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import final
 
 import numpy as np
@@ -15,6 +17,8 @@ from foretaste.errors import DataError
 from foretaste.retrieval.index import TopK
 from foretaste.serving.catalogue_search import Best
 from foretaste.serving.item_labels import Carried, ItemLabels
+from foretaste.serving.new_items import NewItems
+from foretaste.serving.new_labels import carried_beside, labels_of_new
 from foretaste.serving.pick import WIDER, Cap, Spread, pick
 from foretaste.serving.rules import Diversity, Rules
 from foretaste.serving.stages import Stages
@@ -36,6 +40,8 @@ class RuleBook:
         vectors_of: Callable[[Int64[Tensor, " C"]], Float[Tensor, "C D"]] | None,
         num_items: int,
         at_once: int = 0,
+        no_vectors: str = "this model has no item vectors",
+        carried: Callable[[str, Int64[np.ndarray, " C"]], Carried] | None = None,
     ) -> None:
         """Take what is known of a catalogue's items.
 
@@ -44,9 +50,50 @@ class RuleBook:
             vectors_of: The item vectors of a model that has them.
             num_items: Rankings hold no more than so many.
             at_once: So many are found in no more time than fewer.
+            no_vectors: Why there are no vectors, where there are none.
+            carried: From a column and items to what they carry; None: as the table says.
         """
-        self._labels, self._vectors_of = labels, vectors_of
+        self._labels, self._vectors_of, self._no_vectors = labels, vectors_of, no_vectors
         self._num_items, self._at_once = num_items, at_once
+        self._carried = carried or (lambda name, item_C: labels.labels(name).of(item_C))
+
+    def beside(
+        self, new: NewItems, rules: Rules, vector_RD: Float[Tensor, "R D"] | None, *, first: int
+    ) -> tuple[NewItems | None, "RuleBook"]:
+        """Return those of a request's new items that meet `where`, and a book that knows them.
+
+        Args:
+            new: Not in the catalogue.
+            rules: Their columns are looked at.
+            vector_RD: The new items' vectors; None where the model cannot place them.
+            first: The row of the first of them; the catalogue's stand before it.
+
+        Raises:
+            DataError: A column cannot hold what a new item says of it.
+        """
+        said = labels_of_new(self._labels, new.told, rules.columns)
+        keep_R = said.matching(rules.where)
+        if not keep_R.all():
+            if not keep_R.any():
+                return None, self
+            vector_RD = None if vector_RD is None else vector_RD[torch.from_numpy(keep_R)]
+            return self.beside(new.only(keep_R), rules, vector_RD, first=first)
+        labels, of_catalogue, vectors_of = self._labels, self._vectors_of, None
+        no_vectors = self._no_vectors
+        if of_catalogue is not None and vector_RD is None:
+            no_vectors = "this model's retriever cannot place new_items, so they have no vectors"
+        elif of_catalogue is not None and vector_RD is not None:
+            vectors_of = partial(_vectors_beside, of_catalogue, vector_RD, first)
+        return new, RuleBook(
+            labels,
+            vectors_of=vectors_of,
+            num_items=self._num_items + len(new.told),
+            at_once=self._at_once,
+            no_vectors=no_vectors,
+            carried=lambda name, item_M: carried_beside(
+                labels.labels(name), said.labels(name), item_M, first
+            ),
+        )
 
     def check(self, rules: Rules, *, k: int) -> None:
         """Refuse rules that cannot be kept, whatever the candidates are.
@@ -116,7 +163,7 @@ class RuleBook:
         item_C = top.item_BK[0, :width]
         item_C, caps = item_C[item_C >= 0], []
         for name, most in rules.caps.items():
-            carried = self._labels.labels(name).of(item_C.numpy())
+            carried = self._carried(name, item_C.numpy())
             caps.append(Cap(most=most, row_E=carried.row_N, code_E=carried.code_N))
         spread = None if rules.diversity is None else self._spread(rules.diversity, item_C)
         score_C = top.score_BK[0, : len(item_C)].numpy()
@@ -124,16 +171,29 @@ class RuleBook:
 
     def _spread(self, diversity: Diversity, item_C: Int64[Tensor, " C"]) -> Spread:
         if diversity.by != "vectors":
-            parts = [self._labels.labels(name).of(item_C.numpy()) for name in diversity.by]
+            parts = [self._carried(name, item_C.numpy()) for name in diversity.by]
             likeness = _shared(parts, len(item_C))
         elif self._vectors_of is None:
             raise DataError(
-                "rules: this model has no item vectors to be diverse by: name columns of the item "
+                f"rules: {self._no_vectors} to be diverse by: name columns of the item "
                 'table in diversity.by, such as ["genres"]'
             )
         else:
             likeness = _cosine(self._vectors_of(item_C).float().numpy())
         return Spread(relevance=diversity.relevance, pool=diversity.pool, likeness=likeness)
+
+
+def _vectors_beside(
+    vectors_of: Callable[[Int64[Tensor, " C"]], Float[Tensor, "C D"]],
+    vector_RD: Float[Tensor, "R D"],
+    first: int,
+    item_C: Int64[Tensor, " C"],
+) -> Float[Tensor, "C D"]:
+    """Return vectors of items of the catalogue, and from the row `first` on of new ones."""
+    is_new_C = item_C >= first
+    vector_CD = vectors_of(item_C.where(~is_new_C, 0))
+    vector_CD[is_new_C] = vector_RD[item_C[is_new_C] - first]
+    return vector_CD
 
 
 def _first_width(rules: Rules, k: int) -> int:

@@ -82,6 +82,12 @@ class Rules(Config):
     """How unlike the items of a list shall be; without it, the score alone orders."""
 
     @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns of the item table that they look at, each once."""
+        by = () if self.diversity is None or self.diversity.by == "vectors" else self.diversity.by
+        return tuple(dict.fromkeys((*self.where, *self.caps, *by)))
+
+    @property
     def reorder(self) -> bool:
         """Whether what stands above an item decides about it."""
         return bool(self.caps) or self.diversity is not None
