@@ -10,7 +10,7 @@ from typing import get_args
 from foretaste.errors import ConfigError
 from foretaste.experiment.recipe import ExperimentConfig, parse_settings
 from foretaste.models.als import ImplicitALSConfig
-from foretaste.models.catalogue import ModelConfig
+from foretaste.models.catalogue import ModelConfig, tasks_of
 from foretaste.models.ease import EASEConfig
 from foretaste.models.item_knn import ItemKNNConfig
 from foretaste.models.popularity import PopularityConfig
@@ -19,9 +19,11 @@ BASELINES = ("popularity", "item_knn", "ease", "als")
 """What every comparison includes."""
 CLOSED_FORM = (PopularityConfig, ItemKNNConfig, EASEConfig, ImplicitALSConfig)
 """They learn in one piece, which no budget can interrupt."""
-FAMILIES: tuple[str, ...] = tuple(
-    str(settings.model_fields["kind"].default) for settings in get_args(get_args(ModelConfig)[0])
-)
+_SETTINGS = {
+    str(settings.model_fields["kind"].default): settings
+    for settings in get_args(get_args(ModelConfig)[0])
+}
+FAMILIES: tuple[str, ...] = tuple(_SETTINGS)
 
 _SEQUENCE: Mapping[str, Mapping[str, object]] = {
     "model": {"max_len": 100, "block": "modern", "hidden_ratio": 1.0},
@@ -73,11 +75,13 @@ def family_recipes(
     """Return a recipe for each family, with its usual settings, on the data and split of one.
 
     Args:
-        config: Gives data, split, features, seed, evaluation and the device to train on.
+        config: Gives data, split, features, seed, evaluation and the device to train on; and to
+            rankers what its own model, if it is one, predicts and how that is learned.
         families: Kinds of models, such as "sasrec".
 
     Raises:
-        ConfigError: There is no such family; the message names the nearest.
+        ConfigError: There is no such family, the message names the nearest; or one learns a single
+            task, and the recipe has several.
     """
     return {family: _recipe(config, family) for family in families}
 
@@ -115,10 +119,25 @@ def _recipe(config: ExperimentConfig, family: str) -> ExperimentConfig:
             "notes",
         }
     )
+    told = _told_of_tasks(config, family)
     settings = kept | {
-        "model": {"kind": family, **usual.get("model", {})},
-        "objective": usual.get("objective"),
+        "model": {"kind": family, **usual.get("model", {}), **told},
+        "objective": config.objective if told else usual.get("objective"),
         "training": {"device": config.training.device, **usual.get("training", {})},
         "first_stage": usual.get("first_stage", {}),
     }
     return parse_settings(ExperimentConfig, settings, source=f"the family {family}")
+
+
+def _told_of_tasks(config: ExperimentConfig, family: str) -> dict[str, object]:
+    """Return what a ranker's settings take over from those of another."""
+    tasks = tasks_of(config.model)
+    fields = _SETTINGS[family].model_fields
+    if tasks and "tasks" in fields:
+        return {"tasks": tasks}
+    if len(tasks) > 1 and "task" in fields:
+        raise ConfigError(
+            f"the recipe has the tasks {', '.join(task.name for task in tasks)}, and {family} "
+            "learns one: take shared_bottom or mmoe, or a recipe of one task"
+        )
+    return {"task": tasks[0]} if tasks and "task" in fields else {}

@@ -6,41 +6,34 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from foretaste.data.splits import Split
+from foretaste.data.tasks import Task
 from foretaste.errors import ConfigError, DataError, ForetasteError
 from foretaste.evaluation.compare import compare
 from foretaste.evaluation.report import Report
+from foretaste.experiment.compare_by_rows import common_tasks, compare_by_rows, thousand_rows_ms
 from foretaste.experiment.compare_families import CLOSED_FORM, with_baselines
 from foretaste.experiment.compare_picture import comparison_svg
-from foretaste.experiment.compare_table import FailedModel, ModelComparison, ModelRow, choose
+from foretaste.experiment.compare_table import (
+    FailedModel,
+    Measured,
+    ModelComparison,
+    TaskFigure,
+    choose,
+    model_row,
+)
 from foretaste.experiment.recipe import ExperimentConfig, read_experiment
 from foretaste.experiment.run import run_experiment, to_recommender
 from foretaste.serving.building import load
 from foretaste.serving.recommender import Recommender
-from foretaste.training.fit import OUT_OF_TIME
 
 ASKED = 200
 """How many single questions the time of an answer is the median of."""
 _WARM_UP = 10
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class _Measured:
-    name: str
-    kind: str
-    train_seconds: float
-    ended: str
-    """Why the training loop ended; empty for a model in closed form."""
-    settings: Mapping[str, object]
-    report: Report
-    bundle: Path
-    bundle_bytes: int
-    answer_ms: float
 
 
 def read_recipes(
@@ -74,6 +67,10 @@ def compare_models(
 ) -> ModelComparison:
     """Train several models and the baselines on one split, measure all on its test part, choose.
 
+    They are compared by their lists; where `evaluation.catalogue` is false, or the data have no
+    items, by their predictions of labelled rows: the AUC (of tasks that are not binary, the RMSE)
+    of each task that all of them have, the first of these leading, beside each task's base rate.
+
     Those that learn in closed form go first. Each of the others may train for an even share of
     what is left of the budget, one step at least; what one leaves over falls to those after it. A
     model that fails does not end the others. Every model learns from the training part alone:
@@ -87,15 +84,19 @@ def compare_models(
         say: Told what is being done; with it, trainings show their progress.
 
     Raises:
-        ConfigError: There is no recipe, they are not of one data set and split, or the budget is
-            not above 0; or none of the models could be measured.
+        ConfigError: There is no recipe, they are not of one data set and split, some are measured
+            by lists and others are not, or the budget is not above 0; by rows, a model predicts no
+            labels, or they have no task in common; or none of the models could be measured.
         BundleError: The folder holds something else under the name `bundle`.
     """
     _check(recipes, budget_seconds)
-    entries = with_baselines(recipes)
+    tasks = common_tasks(recipes, split)
+    entries = dict(recipes) if tasks else with_baselines(recipes)
     in_order = sorted(entries, key=lambda name: not _in_one_piece(entries[name]))
     evaluation = next(iter(recipes.values())).evaluation
-    measured: list[_Measured] = []
+    if tasks:
+        evaluation = evaluation.model_copy(update={"catalogue": False, "rows": True})
+    measured: list[Measured] = []
     failed: list[FailedModel] = []
     spent = 0.0
     with _workplace(folder) as place:
@@ -112,7 +113,7 @@ def compare_models(
             else:
                 measured.append(found)
                 spent += found.train_seconds
-        comparison = _compare(measured, failed, split, budget_seconds)
+        comparison = _compare(measured, failed, split, budget_seconds, tasks)
         if folder is not None:
             (pick,) = (found for found in measured if found.name == comparison.pick)
             load(pick.bundle).save(folder / "bundle")
@@ -159,25 +160,28 @@ def _attempt(
     bundle: Path,
     share: float | None,
     say: Callable[[str], object] | None,
-) -> _Measured | FailedModel:
+) -> Measured | FailedModel:
     if say is not None:
         say(f"training {name}" + ("" if share is None else f" for at most {share:.0f} s"))
     try:
         run = run_experiment(config, split, show=say is not None, max_seconds=share)
-        if run.report.lists is None:
-            raise ConfigError("evaluation.catalogue is false: models are compared by their lists")
+        report = run.report.lists if config.evaluation.catalogue else run.report.rows
+        if report is None:
+            raise ConfigError("the data have one item, of which no lists can be made")
         recommender = to_recommender(run.trained, run.report)
         recommender.save(bundle)
-        return _Measured(
+        return Measured(
             name=name,
             kind=config.model.kind,
             train_seconds=run.trained.train_seconds,
             ended=str(run.trained.log.get("stopped", "")),
             settings=run.trained.settings,
-            report=run.report.lists,
+            report=report,
             bundle=bundle,
             bundle_bytes=sum(file.stat().st_size for file in bundle.rglob("*") if file.is_file()),
-            answer_ms=_answer_ms(recommender, k=max(config.evaluation.k)),
+            answer_ms=_answer_ms(recommender, k=max(config.evaluation.k))
+            if isinstance(report, Report)
+            else thousand_rows_ms(run.trained, split),
         )
     except (ForetasteError, MemoryError, RuntimeError) as error:  # torch's, where memory is short
         reason = str(error) or type(error).__name__
@@ -199,32 +203,33 @@ def _answer_ms(recommender: Recommender, *, k: int) -> float:
 
 
 def _compare(
-    measured: list[_Measured],
+    measured: list[Measured],
     failed: list[FailedModel],
     split: Split,
     budget_seconds: float | None,
+    tasks: tuple[Task, ...],
 ) -> ModelComparison:
     if not measured:
         raise ConfigError(f"none of {len(failed)} models could be measured: {failed[0].error}")
-    metric = _leading_metric(measured[0].report)
+    if tasks:
+        notes = _notes(budget_seconds, by_rows=True)
+        return compare_by_rows(measured, failed, split, tasks, budget_seconds, notes=notes)
+    lists = {found.name: found.report for found in measured if isinstance(found.report, Report)}
+    metric = _leading_metric(lists[measured[0].name])
     in_order = sorted(measured, key=lambda found: -found.report.metrics[metric])
-    best = in_order[0]
+    best = lists[in_order[0].name]
     rows = [
-        ModelRow(
-            name=found.name,
-            kind=found.kind,
-            quality=found.report.metrics[metric],
-            interval=found.report.intervals[metric],
-            behind=None if found is best else compare(best.report, found.report, metric),
-            train_seconds=found.train_seconds,
-            bundle_bytes=found.bundle_bytes,
-            answer_ms=found.answer_ms,
-            stopped=found.ended.startswith(OUT_OF_TIME),
-            note=found.ended,
-            metrics=found.report.metrics,
-            settings=found.settings,
+        model_row(
+            found,
+            TaskFigure(
+                metric=metric,
+                value=found.report.metrics[metric],
+                interval=found.report.intervals[metric],
+                behind=None if report is best else compare(best, report, metric),
+            ),
         )
         for found in in_order
+        for report in (lists[found.name],)
     ]
     pick, sentence = choose(rows, metric)
     return ModelComparison(
@@ -232,11 +237,11 @@ def _compare(
         rows=tuple(rows),
         failed=tuple(failed),
         split=split.kind,
-        users=len(best.report.user_idx),
+        users=len(best.user_idx),
         budget_seconds=budget_seconds,
         pick=pick,
         sentence=sentence,
-        notes=_notes(best.report, budget_seconds),
+        notes=(best.notes[0], *_notes(budget_seconds, by_rows=False)),
     )
 
 
@@ -246,19 +251,25 @@ def _leading_metric(report: Report) -> str:
     return next(m for m in report.per_user if m == name or m.startswith(f"{name}_"))
 
 
-def _notes(report: Report, budget_seconds: float | None) -> tuple[str, ...]:
+def _notes(budget_seconds: float | None, *, by_rows: bool) -> tuple[str, ...]:
     budget = (
         "no budget was set"
         if budget_seconds is None
         else f"the budget of {budget_seconds:g} s is of training alone, validations counted in; "
         "models in closed form go first and cannot be cut short"
     )
+    how, of_best = "of the paired sign-flip test", "the best"
+    if by_rows:
+        how, of_best = "by the bootstrap", "the best by the first task"
+    asked = (
+        "1,000 rows: median time from their events to predictions"
+        if by_rows
+        else f"answer: median of {ASKED} single questions, put to the model as it is served"
+    )
     return (
-        report.notes[0],
-        "behind the best: the best less this one, paired by user, with its 95 % bootstrap "
-        "interval; p of the paired sign-flip test, not corrected for several models",
-        f"answer: median of {ASKED} single questions, put to the model as it is served; bundle: "
-        "all its files, the training events among them",
+        f"behind the best: by how much it is worse than {of_best}, paired by user, with its 95 % "
+        f"bootstrap interval; p {how}, not corrected for several models",
+        f"{asked}; bundle: all its files, the training events among them",
         f"training: {budget}; refits are left out",
     )
 

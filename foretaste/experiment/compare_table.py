@@ -3,6 +3,7 @@
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
@@ -10,10 +11,27 @@ from rich.table import Table
 
 from foretaste.evaluation.bootstrap import Interval
 from foretaste.evaluation.compare import Comparison
+from foretaste.evaluation.report import Report
+from foretaste.evaluation.rows_report import RowsReport
+from foretaste.training.fit import OUT_OF_TIME
 
 COLUMNS = ("model", "quality", "behind the best", "p", "training s", "bundle MB", "answer ms")
+"""Of a comparison by lists."""
 _WIDTH = 200
 """More than a table of usual names needs, so that nothing is folded."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskFigure:
+    """What a model's predictions of one task are worth."""
+
+    metric: str
+    """`auc_TASK`, or `rmse_TASK`, of which less is better."""
+    value: float
+    interval: Interval
+    """95 % bootstrap interval over users."""
+    behind: Comparison | None
+    """By how much it is worse than the best model, on the same users; None for that itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,16 +41,17 @@ class ModelRow:
     name: str
     kind: str
     quality: float
-    """Mean of the leading metric over users."""
+    """Mean of the leading metric over users; by rows, the figure of the leading task."""
     interval: Interval
     """95 % bootstrap interval of it."""
     behind: Comparison | None
-    """The best less this one, paired by user; None for the best itself."""
+    """By how much it is worse than the best, paired by user; None for the best itself."""
     train_seconds: float
     bundle_bytes: int
     """All files of the bundle, the training events among them."""
     answer_ms: float
-    """Median over single questions, put to the model as it is served."""
+    """Median over single questions, put to the model as it is served; by rows, the time of
+    1,000 rows."""
     stopped: bool
     """Whether the budget ended its training."""
     note: str
@@ -40,6 +59,10 @@ class ModelRow:
     metrics: Mapping[str, float]
     settings: Mapping[str, object]
     """Its whole recipe."""
+    tasks: tuple[TaskFigure, ...] = ()
+    """By rows: of the tasks after the leading one."""
+    is_baseline: bool = False
+    """By rows: it learned nothing and cannot be taken."""
 
     @property
     def ties_with_the_best(self) -> bool:
@@ -63,7 +86,7 @@ class ModelComparison:
     metric: str
     """The leading one."""
     rows: tuple[ModelRow, ...]
-    """Best quality first; one at least."""
+    """Best quality first, one at least; by rows, the baseline last."""
     failed: tuple[FailedModel, ...]
     split: str
     users: int
@@ -74,11 +97,22 @@ class ModelComparison:
     sentence: str
     """Which that is, and why."""
     notes: tuple[str, ...]
+    judged: int = 0
+    """How many labelled rows the models were compared by; 0: by lists."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The table's heads."""
+        if not self.judged:
+            return COLUMNS
+        metrics = [self.metric, *(figure.metric for figure in self.rows[0].tasks)]
+        told = [head for metric in metrics for head in (label(metric), "behind the best", "p")]
+        return ("model", *told, "training s", "bundle MB", "ms a 1,000 rows")
 
     def cells(self) -> list[tuple[str, ...]]:
-        """Return the table's rows as text, under `COLUMNS`."""
+        """Return the table's rows as text, under `columns`."""
         measured = [_cells(row, is_pick=row.name == self.pick) for row in self.rows]
-        blank = ("",) * (len(COLUMNS) - 2)
+        blank = ("",) * (len(self.columns) - 2)
         return measured + [(row.name, "failed", *blank) for row in self.failed]
 
     def remarks(self) -> list[str]:
@@ -90,7 +124,9 @@ class ModelComparison:
     def title(self) -> str:
         """Return what the table shows."""
         users = "1 user" if self.users == 1 else f"{self.users:,} users"
-        return f"{label(self.metric)} on the test part ({self.split}), {users}"
+        rows = f"{self.judged:,} rows of " if self.judged else ""
+        less = " (less is better)" if self.judged and self.metric.startswith("rmse") else ""
+        return f"{label(self.metric)}{less} on the test part ({self.split}), {rows}{users}"
 
     def to_json(self) -> dict[str, object]:
         """Return all of it as plain JSON values."""
@@ -98,6 +134,7 @@ class ModelComparison:
             "metric": self.metric,
             "split": self.split,
             "users": self.users,
+            "judged_rows": self.judged,
             "budget_seconds": self.budget_seconds,
             "rows": [asdict(row) for row in self.rows],
             "failed": [asdict(row) for row in self.failed],
@@ -109,7 +146,7 @@ class ModelComparison:
 
     def to_markdown(self, *, picture: str = "") -> str:
         """Return the table, the notes and the sentence; `picture` is the path of one to show."""
-        table = [COLUMNS, ("---",) * len(COLUMNS), *self.cells()]
+        table = [self.columns, ("---",) * len(self.columns), *self.cells()]
         lines = [f"| {' | '.join(_escaped(cell) for cell in row)} |" for row in table]
         shown = [f"![quality against cost]({picture})"] if picture else []
         notes = "\n".join(f"- {_one_line(remark)}" for remark in self.remarks())
@@ -118,7 +155,7 @@ class ModelComparison:
 
     def __str__(self) -> str:
         out = Console(file=io.StringIO(), width=_WIDTH, color_system=None, force_terminal=False)
-        table = Table(*COLUMNS, title=self.title(), title_justify="left")
+        table = Table(*self.columns, title=self.title(), title_justify="left")
         for row in self.cells():
             table.add_row(*(escape(cell) for cell in row))
         out.print(table, highlight=False)
@@ -126,6 +163,42 @@ class ModelComparison:
         lines = [line.rstrip() for line in text.splitlines()]
         lines += [f"· {_one_line(remark)}" for remark in self.remarks()]
         return "\n".join([*lines, self.sentence])
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Measured:
+    """A model on its way into the table."""
+
+    name: str
+    kind: str
+    train_seconds: float
+    ended: str
+    """Why the training loop ended; empty for a model in closed form."""
+    settings: Mapping[str, object]
+    report: Report | RowsReport
+    bundle: Path
+    bundle_bytes: int
+    answer_ms: float
+    """Of a question; by rows, of 1,000 rows."""
+
+
+def model_row(found: Measured, leading: TaskFigure, *others: TaskFigure) -> ModelRow:
+    """Return a model's row of the table."""
+    return ModelRow(
+        name=found.name,
+        kind=found.kind,
+        quality=leading.value,
+        interval=leading.interval,
+        behind=leading.behind,
+        train_seconds=found.train_seconds,
+        bundle_bytes=found.bundle_bytes,
+        answer_ms=found.answer_ms,
+        stopped=found.ended.startswith(OUT_OF_TIME),
+        note=found.ended,
+        metrics=found.report.metrics,
+        settings=found.settings,
+        tasks=others,
+    )
 
 
 def choose(rows: Sequence[ModelRow], metric: str) -> tuple[str, str]:
@@ -161,23 +234,32 @@ def label(metric: str) -> str:
 
 
 def _cells(row: ModelRow, *, is_pick: bool) -> tuple[str, ...]:
-    low, high = row.interval
+    costs = (row.train_seconds, row.bundle_bytes / 1e6, row.answer_ms)
     return (
         f"{row.name} (take it)" if is_pick else row.name,
-        f"{row.quality:.4f} [{low:.4f}, {high:.4f}]",
-        _behind(row) if row.behind else "the best",
-        f"{row.behind.p_value:.4f}" if row.behind else "",
-        f"{row.train_seconds:.2f}",
-        f"{row.bundle_bytes / 1e6:.2f}",
-        f"{row.answer_ms:.2f}",
+        *_figure_cells(row.quality, row.interval, row.behind, same="the best"),
+        *(c for f in row.tasks for c in _figure_cells(f.value, f.interval, f.behind, same="0")),
+        *("" if row.is_baseline else f"{cost:.2f}" for cost in costs),
+    )
+
+
+def _figure_cells(
+    value: float, interval: Interval, behind: Comparison | None, *, same: str
+) -> tuple[str, str, str]:
+    return (
+        f"{value:.4f} [{interval.low:.4f}, {interval.high:.4f}]",
+        _difference(behind) if behind else same,
+        f"{behind.p_value:.4f}" if behind else "",
     )
 
 
 def _behind(row: ModelRow) -> str:
-    if row.behind is None:
-        return "0"
-    low, high = row.behind.interval
-    return f"{row.behind.difference:.4f} [{low:.4f}, {high:.4f}]"
+    return "0" if row.behind is None else _difference(row.behind)
+
+
+def _difference(behind: Comparison) -> str:
+    low, high = behind.interval
+    return f"{behind.difference:.4f} [{low:.4f}, {high:.4f}]"
 
 
 def _escaped(cell: str) -> str:

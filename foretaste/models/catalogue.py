@@ -12,6 +12,7 @@ from torch import nn
 from foretaste.config import Config
 from foretaste.data.features import Features
 from foretaste.data.graph import Graph
+from foretaste.data.tasks import Task
 from foretaste.models.als import ImplicitALS, ImplicitALSConfig
 from foretaste.models.bert4rec import BERT4Rec, BERT4RecConfig
 from foretaste.models.deepfm import DeepFM, DeepFMConfig
@@ -67,6 +68,19 @@ class TwoStageConfig(Config):
 ModelConfig = Annotated[
     RetrieverConfig | RankerConfig | TwoStageConfig, Field(discriminator="kind")
 ]
+
+
+def tasks_of(config: ModelConfig) -> tuple[Task, ...]:
+    """Return what a model that `config` describes predicts of labelled rows; most predict none."""
+    match config:
+        case TwoStageConfig():
+            return tasks_of(config.ranker)
+        case SharedBottomConfig() | MMoEConfig():
+            return config.tasks
+        case GMFConfig() | MLPConfig() | NeuMFConfig() | DeepFMConfig() | DINConfig():
+            return (config.task,)
+        case _:
+            return ()
 
 
 def build_model(  # noqa: C901  # one arm a model
