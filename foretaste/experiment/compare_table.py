@@ -19,6 +19,8 @@ COLUMNS = ("model", "quality", "behind the best", "p", "training s", "bundle MB"
 """Of a comparison by lists."""
 _WIDTH = 200
 """More than a table of usual names needs, so that nothing is folded."""
+_WIDTH_OF_TASK = 80
+"""So much more for each task after the first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,7 +156,8 @@ class ModelComparison:
         return "\n\n".join(parts) + "\n"
 
     def __str__(self) -> str:
-        out = Console(file=io.StringIO(), width=_WIDTH, color_system=None, force_terminal=False)
+        width = _WIDTH + _WIDTH_OF_TASK * len(self.rows[0].tasks)
+        out = Console(file=io.StringIO(), width=width, color_system=None, force_terminal=False)
         table = Table(*self.columns, title=self.title(), title_justify="left")
         for row in self.cells():
             table.add_row(*(escape(cell) for cell in row))
