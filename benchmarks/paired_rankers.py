@@ -22,7 +22,7 @@ import torch
 import foretaste as ft
 from foretaste.evaluation.compare import Comparison
 from foretaste.experiment.record import run_facts
-from foretaste.experiment.run import evaluate_split
+from foretaste.experiment.run import run_experiment
 
 MEASURED = ("hit_rate", "recall", "ndcg")
 POPULARITY = "popularity"
@@ -48,10 +48,12 @@ def main() -> None:
         same = config.model_copy(update={"evaluation": evaluation, "refit": False})
         reports = []
         for seed in range(1 if name == POPULARITY else asked.seeds):
-            trained, report = run(same.model_copy(update={"seed": seed}), split)
-            seconds[name] = round(trained.train_seconds, 1)
-            reports.append(report)
-            print(f"{name}, seed {seed}: {figures(report)}", flush=True)
+            ran = run_experiment(same.model_copy(update={"seed": seed}), split, show=False)
+            if ran.report.lists is None:
+                raise ft.ConfigError("the first recipe measures no lists")
+            seconds[name] = round(ran.trained.train_seconds, 1)
+            reports.append(ran.report.lists)
+            print(f"{name}, seed {seed}: {figures(reports[-1])}", flush=True)
         found[name] = mean_of(reports)
     document = {
         "what": "rankers user by user, the mean over seeds",
@@ -77,22 +79,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path)
     return parser.parse_args()
-
-
-def run(config: ft.ExperimentConfig, split: ft.Split) -> tuple[ft.Trained, ft.Report]:
-    trained = ft.fit(
-        config.model,
-        split,
-        seed=config.seed,
-        training=config.training,
-        objective=config.objective,
-        features=config.features,
-        show=False,
-    )
-    report = evaluate_split(trained, config, split).lists
-    if report is None:
-        raise ft.ConfigError("the first recipe measures no lists")
-    return trained, report
 
 
 def mean_of(reports: list[ft.Report]) -> ft.Report:

@@ -70,9 +70,9 @@ def _can_judge(trained: Trained, split: Split, sampled: SampledNegatives | None)
     rows, _, _ = rows_to_judge(trained, split, part="validation", sampled=sampled)
     for label_E, task in zip(rows.label_ET.T, rows.tasks, strict=True):
         values = set(label_E[~np.isnan(label_E)].tolist())
-        if task.kind != "binary" and values:
-            return True
-        if task.kind == "binary" and len(values | {0.0} if sampled and values else values) > 1:
+        if values and sampled is not None:
+            values.add(0.0)  # of what is drawn
+        if len(values) > (1 if task.kind == "binary" else 0):
             return True
     return False
 
