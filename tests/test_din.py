@@ -97,7 +97,11 @@ def test_one_past_event_leaves_nothing_to_attend_to() -> None:
 
 
 def test_the_user_vector_changes_with_the_item_judged() -> None:
-    vector_BCK = network().user_vectors(asked([[1, 2, 0]]), torch.tensor([[0, 1]]))
+    model = network()
+    with torch.no_grad():
+        for parameter in model.attention.parameters():  # type: ignore[union-attr]  # is there
+            parameter.mul_(0.1)  # large ones leave one event the whole weight, whatever the item
+    vector_BCK = model.user_vectors(asked([[1, 2, 0]]), torch.tensor([[0, 1]]))
     assert not torch.allclose(vector_BCK[0, 0], vector_BCK[0, 1])
     mean = PLAIN.model_copy(update={"pooling": "mean"})
     vector_BCK = network(mean).user_vectors(asked([[1, 2, 0]]), torch.tensor([[0, 1]]))

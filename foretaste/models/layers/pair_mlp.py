@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from foretaste.models.layers.dropout import Dropout
+from foretaste.models.layers.mlp import HiddenLinear
 
 Activation = Literal["relu", "prelu", "dice"]
 """What follows a hidden layer: ReLU; its leaky form with a learned slope; or Dice, whose corner
@@ -29,7 +30,7 @@ class PairLinear(nn.Module):
     def __init__(self, query_dim: int, item_dim: int, output_dim: int) -> None:
         super().__init__()
         self.query_dim, self.item_dim = query_dim, item_dim
-        self.joint = nn.Linear(query_dim + item_dim, output_dim)
+        self.joint = HiddenLinear(query_dim + item_dim, output_dim)
 
     def forward(
         self, query_BQ: Float[Tensor, "B Q"], item_ACI: Float[Tensor, "A C I"]
@@ -74,7 +75,8 @@ class PairMLP(nn.Module):
         self.first = PairLinear(query_dim, item_dim, widths[0])
         layers: list[nn.Module] = []
         for place, width in enumerate(widths):
-            layers += [nn.Linear(widths[place - 1], width)] if place else []
+            linear = HiddenLinear if place < len(hidden) else nn.Linear
+            layers += [linear(widths[place - 1], width)] if place else []
             if place < len(hidden):
                 layers += [RowNorm(width)] if batch_norm else []
                 layers += [activate(activation, width), Dropout(dropout)]
