@@ -8,6 +8,7 @@ alike for all. Hidden layers and dropout are RecBole's own; 400 400 400 are thos
 """
 
 from ranking_rates import arguments, report, run
+from sequence_ml1m import at_start
 
 from foretaste.data.sources.files import Files
 from foretaste.data.sources.frappe import read_frappe_rows
@@ -25,7 +26,7 @@ def main() -> None:
     parser.add_argument("--batch-rows", type=int, default=4096)
     parser.add_argument("--hidden", type=int, nargs="+", default=[128, 128, 128])
     parser.add_argument("--dropout", type=float, default=0.2)
-    args = parser.parse_args()
+    args, start = parser.parse_args(), at_start()
     told = {
         "model": "deepfm",
         "dim": DIM,
@@ -36,7 +37,7 @@ def main() -> None:
     results = run(args, PEERS, read_frappe_rows(Files(args.data)).events, told)
     hidden = "-".join(map(str, args.hidden))
     facts = f"10 fields, {hidden}, batches of {args.batch_rows:,}, {args.threads} threads"
-    report(args, "deepfm", results, what="rows", work=f"DeepFM (Frappe, {facts})")
+    report(args, "deepfm", results, start=start, what="rows", work=f"DeepFM (Frappe, {facts})")
 
 
 if __name__ == "__main__":

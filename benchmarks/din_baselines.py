@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 import foretaste as ft
-from foretaste.experiment.record import run_facts
+from foretaste.experiment.facts import run_facts
 from foretaste.models.layers.row_sides import RowFieldsConfig
 
 By = Literal["uniform", "popularity"]

@@ -8,21 +8,19 @@ the wall; beside it stands the rate by the threads' own processor time, which ne
 """
 
 import argparse
-import datetime
 import json
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from foretaste.experiment.facts import run_facts
 from foretaste.sampling.popularity import PopularitySampler
 from foretaste.sampling.uniform import UniformSampler
 from foretaste.training.runtime import keep_memory
@@ -108,11 +106,9 @@ def report(options: argparse.Namespace, load: float, results: dict[str, Any]) ->
     work = f"negatives drawn a second, {options.items:,} items, {options.threads} threads"
     return {
         "benchmark": "draws",
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, {platform.system()}",
+        **run_facts(threads=options.threads),
         "load_at_start": load,
-        "versions": {name: version(name) for name in ("torch", "numpy")},
-        "settings": {name: str(value) for name, value in vars(options).items()},
+        "settings": {n: str(value) for n, value in vars(options).items() if n != "out"},
         "results": results,
         "readme": [
             [f"{work}, uniform", shown("uniform"), f"numpy {shown('uniform, numpy')}"],

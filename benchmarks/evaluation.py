@@ -14,15 +14,15 @@ is missing is left out, in so many words.
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
-from datetime import date
 from pathlib import Path
 
 import numpy as np
+
+from foretaste.experiment.facts import run_facts
 
 HERE = Path(__file__).parent
 NUM_USERS, NUM_ITEMS, WIDTH, NUM_EVENTS = 6_040, 3_416, 64, 1_000_000
@@ -123,10 +123,7 @@ def report(answers: dict[str, list[dict[str, float]]], threads: int, out: Path |
     if out is not None:
         document = {
             "benchmark": "evaluation",
-            "date": date.today().isoformat(),
-            "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, {platform.system()}",
-            "python": platform.python_version(),
-            "threads": threads,
+            **run_facts(threads=threads),
             "work": [NUM_USERS, NUM_ITEMS, WIDTH],
             "rows": rows,
         }

@@ -8,12 +8,9 @@ once would take 6 GB. The process limits its own address space, and says what it
 
 import argparse
 import json
-import platform
 import resource
 import tempfile
 import time
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +19,7 @@ from torch import Tensor
 from walks import random_graph
 
 from foretaste.data.walks import most_visited
+from foretaste.experiment.facts import run_facts
 from foretaste.models.layers.importance import Convolve
 from foretaste.models.layers.layerwise import generate
 
@@ -65,10 +63,10 @@ def main() -> None:
         length = some.norm(dim=1)
     report = {
         "what": "all vectors of a generated graph, layer by layer",
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": platform.processor() or platform.machine(),
-        "versions": {name: version(name) for name in ("torch", "numpy", "numba")},
-        "settings": {name: str(value) for name, value in vars(options).items()},
+        **run_facts(threads=options.threads),
+        "settings": {
+            n: str(value) for n, value in vars(options).items() if n not in ("folder", "out")
+        },
         "ties": num_ties,
         "graph_seconds": graph_s,
         "walks_seconds": walks_s,

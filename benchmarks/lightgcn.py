@@ -17,16 +17,16 @@ recipe. RecBole is told to keep glibc's memory, as foretaste does by itself.
 """
 
 import argparse
-import datetime
 import json
 import os
-import platform
 import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
 from turns import KEEP_MEMORY, Program
+
+from foretaste.experiment.facts import run_facts
 
 HERE = Path(__file__).parent
 PEERS = HERE.parent / ".peers"
@@ -133,10 +133,8 @@ def main() -> None:
         settings = {key: value for key, value in vars(args).items() if key not in ("data", "out")}
         report = {
             "benchmark": "lightgcn",
-            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, {platform.system()}",
+            **run_facts(threads=args.threads),
             "load_at_start": load,
-            "python": platform.python_version(),
             "settings": settings,
             "results": results,
             "readme": [readme(work, args, found) for work, found in results.items()],

@@ -11,14 +11,15 @@ foretaste learns by the sampled softmax of its recipes; `--ours` and `--theirs` 
 """
 
 import argparse
-import datetime
 import json
 import os
 import sys
 from pathlib import Path
 
-from sequence_ml1m import commit, machine, run, summary
+from sequence_ml1m import at_start, run, summary
 from turns import Program
+
+from foretaste.experiment.facts import run_facts
 
 HERE = Path(__file__).parent
 PEER_PYTHON = HERE.parent / ".peers" / "implicit" / "bin" / "python"
@@ -28,7 +29,7 @@ def main() -> None:
     args = arguments()
     if not PEER_PYTHON.exists():
         raise SystemExit(f"{PEER_PYTHON} is not there: run `sh benchmarks/peers.sh implicit` first")
-    where, threads = machine(), str(args.threads)
+    start, threads = at_start(), str(args.threads)
     environment = {"OMP_NUM_THREADS": threads, "OPENBLAS_NUM_THREADS": threads}
     everybody = [
         Program(name, [str(python), str(HERE / script), str(args.data), threads, own], environment)
@@ -54,10 +55,9 @@ def main() -> None:
         shown = [work, f"{ours:.1f} s", f"implicit's BPR {theirs:.1f} s"] if ours and theirs else []
         report = {
             "benchmark": "mf-implicit",
-            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            **run_facts(threads=args.threads),
+            **start,
             "command": ["benchmarks/mf_implicit.py", args.data.name, *sys.argv[2:]],
-            "commit": commit(),
-            "machine": where,
             "settings": {k: v for k, v in vars(args).items() if k not in ("data", "out")},
             "results": results,
             "readme": [shown] if shown else [],

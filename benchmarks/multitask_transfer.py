@@ -18,7 +18,7 @@ import torch
 import foretaste as ft
 from foretaste.evaluation.gates import gates_svg, read_gates
 from foretaste.evaluation.transfer import transfer
-from foretaste.experiment.record import run_facts
+from foretaste.experiment.facts import run_facts
 from foretaste.models.interface import Gated
 
 

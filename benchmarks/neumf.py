@@ -9,6 +9,7 @@ Both have vectors of 32 for GMF and 64 for MLP, and hidden layers of 128, 64 and
 
 import polars as pl
 from ranking_rates import arguments, report, run
+from sequence_ml1m import at_start
 
 from foretaste.data.sources.files import Files
 from foretaste.data.sources.ncf import read_ncf
@@ -20,7 +21,7 @@ NEGATIVES, FACTORS, LAYERS = 4, 32, 3
 def main() -> None:
     parser = arguments("NeuMF on ML-1M against RecBole", PEERS, to=False)
     parser.add_argument("--batch-pairs", type=int, default=5120, help="drawn ones counted in")
-    args = parser.parse_args()
+    args, start = parser.parse_args(), at_start()
     rows = read_ncf(Files(args.data)).events.filter(pl.col("part").is_in([0, 2]))
     told = {
         "model": "neumf",
@@ -32,7 +33,7 @@ def main() -> None:
     }
     results = run(args, PEERS, rows, told)
     facts = f"{FACTORS} factors, batches of {args.batch_pairs:,}, {args.threads} threads"
-    report(args, "neumf", results, what="pairs", work=f"NeuMF (ML-1M, {facts})")
+    report(args, "neumf", results, start=start, what="pairs", work=f"NeuMF (ML-1M, {facts})")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ median of rows a second; an epoch's first turn warms up and is left out if there
 """
 
 import argparse
-import datetime
 import json
 import os
 import statistics
@@ -18,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
-from sequence_ml1m import commit, machine
 from turns import KEEP_MEMORY, Program
+
+from foretaste.experiment.facts import run_facts
 
 HERE = Path(__file__).parent
 OURS = {"foretaste": "fp32", "foretaste-bf16": "bf16"}
@@ -107,7 +107,13 @@ def summary(program: Program, to: float | None) -> dict[str, Any]:
 
 
 def report(
-    args: argparse.Namespace, name: str, results: dict[str, dict[str, Any]], *, what: str, work: str
+    args: argparse.Namespace,
+    name: str,
+    results: dict[str, dict[str, Any]],
+    *,
+    start: dict[str, float],
+    what: str,
+    work: str,
 ) -> None:
     """Print and write what was found.
 
@@ -115,6 +121,7 @@ def report(
         args: What the runner was told.
         name: Of the benchmark.
         results: By program.
+        start: Memory and load before the programs ran.
         what: "pairs" or "rows".
         work: What was done, for the table in the README.
     """
@@ -141,10 +148,9 @@ def report(
         rows.append(cells(f"{work} to AUC {args.to} of validation", seconds))
     written = {
         "benchmark": name,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        **run_facts(threads=args.threads),
+        **start,
         "command": [f"benchmarks/{name}.py", args.data.name, *sys.argv[2:]],
-        "commit": commit(),
-        "machine": machine(),
         "settings": {k: v for k, v in vars(args).items() if k not in ("data", "out")},
         "results": results,
         "readme": rows,

@@ -9,17 +9,16 @@ an event store; pandas reads it, numbers the ids, sorts by user and time, and wr
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import polars as pl
+
+from foretaste.experiment.facts import run_facts
 
 FORETASTE = """
 import sys
@@ -124,13 +123,11 @@ def summary(
     }
     seconds = {name: statistics.median(run["seconds"] for run in r) for name, r in runs.items()}
     return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        **run_facts(threads=pl.thread_pool_size(), packages=("pandas",)),
         "command": f"benchmarks/reading.py --events {options.events} --runs {options.runs}"
         + (" --cold" if options.cold else ""),
         "events": options.events,
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}",
         "load_average": os.getloadavg(),
-        "versions": {name: version(name) for name in ("polars", "numba", "numpy", "pandas")},
         "rows": rows,
         "pandas_over_foretaste": {
             form: seconds[f"pandas {form}"] / seconds[f"foretaste {form}"]

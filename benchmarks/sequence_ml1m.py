@@ -9,17 +9,16 @@ is reached, and what counts is its training time until then, evaluations left ou
 """
 
 import argparse
-import datetime
 import json
 import os
-import platform
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 from turns import KEEP_MEMORY, Program
+
+from foretaste.experiment.facts import run_facts
 
 HERE = Path(__file__).parent
 PEER_PYTHON = HERE.parent / ".peers" / "rectools" / "bin" / "python"
@@ -98,29 +97,10 @@ def summary(program: Program, to: float | None) -> dict[str, Any]:
     }
 
 
-def machine() -> dict[str, Any]:
-    names = [
-        line.split(":")[1].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")
-    ]
+def at_start() -> dict[str, float]:
+    """Return the machine's memory, and its load before anything runs."""
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-    load = os.getloadavg()[0]
-    return {
-        "processor": names[0] if names else platform.processor(),
-        "cores": os.cpu_count(),
-        "memory_gib": round(memory, 1),
-        "load_at_start": load,
-        "system": platform.platform(),
-        "python": platform.python_version(),
-    }
-
-
-def commit() -> str:
-    found = subprocess.run(
-        ["git", "-C", str(HERE), "describe", "--always", "--dirty"], capture_output=True, text=True
-    )
-    return found.stdout.strip()
+    return {"memory_gib": round(memory, 1), "load_at_start": os.getloadavg()[0]}
 
 
 def main(model: str) -> None:
@@ -128,7 +108,7 @@ def main(model: str) -> None:
     args = arguments(model)
     if args.peers and not PEER_PYTHON.exists():
         raise SystemExit(f"{PEER_PYTHON} is not there: run `sh benchmarks/peers.sh rectools` first")
-    where = machine()
+    start = at_start()
     everybody = programs(args, model)
     for program in everybody:
         program.start()
@@ -146,10 +126,9 @@ def main(model: str) -> None:
         settings = {k: v for k, v in vars(args).items() if k not in ("data", "out")}
         report = {
             "benchmark": f"{model}-ml1m",
-            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            **run_facts(threads=args.threads),
+            **start,
             "command": [f"benchmarks/{model}_ml1m.py", args.data.name, *sys.argv[2:]],
-            "commit": commit(),
-            "machine": where,
             "settings": settings,
             "results": results,
         }

@@ -14,7 +14,6 @@ import argparse
 import asyncio
 import json
 import os
-import platform
 import re
 import subprocess
 import sys
@@ -22,14 +21,13 @@ import tempfile
 import time
 import urllib.request
 from dataclasses import replace
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
 
 import foretaste as ft
+from foretaste.experiment.facts import run_facts
 from foretaste.models.catalogue import build_model
 
 
@@ -162,10 +160,8 @@ def summary(
     work = f"an answer over HTTP, {kind} on ML-1M, k = {options.k}, {options.rate:g} requests/s"
     return {
         "benchmark": "serving",
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, {platform.system()}",
+        **run_facts(threads=1, packages=("fastapi", "uvicorn")),  # a request has one core
         "load_average": os.getloadavg(),
-        "versions": {name: version(name) for name in ("torch", "fastapi", "uvicorn")},
         "median_history": median_history,
         "answers": len(took),
         "p50_ms": p50,

@@ -11,19 +11,16 @@ asks for folds. Differences are paired by user, over the mean of the seeds.
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import time
 from dataclasses import asdict, replace
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 
 import foretaste as ft
+from foretaste.experiment.facts import run_facts
 from foretaste.experiment.run import evaluate_split
 from foretaste.experiment.two_stage import fit_first_stage
 
@@ -105,9 +102,7 @@ def summary(
     return {
         "benchmark": "two_stage",
         "recipe": options.recipe.stem,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, {platform.system()}",
-        "versions": {"foretaste": ft.__version__, "torch": torch.__version__},
+        **run_facts(),
         "settings": config.model_dump(mode="json"),
         "seeds": {name: len(found) for name, found in reports.items()},
         "metrics": {name: dict(report.metrics) for name, report in means.items()},

@@ -7,17 +7,15 @@ Two graphs: random ones of the sizes given, with popular nodes (degrees fall as 
 
 import argparse
 import json
-import platform
 import statistics
 import time
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 
 from foretaste.data.graph import Graph
 from foretaste.data.walks import most_visited
+from foretaste.experiment.facts import run_facts
 
 
 def main() -> None:
@@ -52,10 +50,8 @@ def main() -> None:
         runs.append(run)
     report = {
         "what": "random walks of 3 hops, counted, the most visited kept",
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": platform.processor() or platform.machine(),
-        "versions": {name: version(name) for name in ("numpy", "numba")},
-        "settings": {name: str(value) for name, value in vars(options).items()},
+        **run_facts(threads=options.threads),
+        "settings": {n: str(value) for n, value in vars(options).items() if n != "out"},
         "runs": runs,
         "readme": [
             [

@@ -146,6 +146,7 @@ def test_a_recipe_becomes_a_bundle_with_its_report_and_its_record(
     assert set(written) >= {
         "recipe",
         "command",
+        "date",
         "commit",
         "seed",
         "threads",
