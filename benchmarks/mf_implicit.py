@@ -16,7 +16,7 @@ import os
 import sys
 from pathlib import Path
 
-from sequence_ml1m import at_start, run, summary
+from sequence_ml1m import at_start, command, run, summary
 from turns import Program
 
 from foretaste.experiment.facts import run_facts
@@ -57,7 +57,7 @@ def main() -> None:
             "benchmark": "mf-implicit",
             **run_facts(threads=args.threads),
             **start,
-            "command": ["benchmarks/mf_implicit.py", args.data.name, *sys.argv[2:]],
+            "command": command("mf_implicit"),
             "settings": {k: v for k, v in vars(args).items() if k not in ("data", "out")},
             "results": results,
             "readme": [shown] if shown else [],

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
+from sequence_ml1m import command
 from turns import KEEP_MEMORY, Program
 
 from foretaste.experiment.facts import run_facts
@@ -150,7 +151,7 @@ def report(
         "benchmark": name,
         **run_facts(threads=args.threads),
         **start,
-        "command": [f"benchmarks/{name}.py", args.data.name, *sys.argv[2:]],
+        "command": command(name),
         "settings": {k: v for k, v in vars(args).items() if k not in ("data", "out")},
         "results": results,
         "readme": rows,

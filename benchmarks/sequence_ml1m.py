@@ -11,6 +11,7 @@ is reached, and what counts is its training time until then, evaluations left ou
 import argparse
 import json
 import os
+import re
 import statistics
 import sys
 from pathlib import Path
@@ -103,6 +104,12 @@ def at_start() -> dict[str, float]:
     return {"memory_gib": round(memory, 1), "load_at_start": os.getloadavg()[0]}
 
 
+def command(script: str) -> list[str]:
+    """Return what was typed; of a path from the root only its name."""
+    words = [re.sub(r"^(--[\w-]+=)?/(.*/)?(?=.)", r"\1", word) for word in sys.argv[1:]]
+    return [f"benchmarks/{script}.py", *words]
+
+
 def main(model: str) -> None:
     """Run the benchmark of `model`: "sasrec" or "bert4rec"."""
     args = arguments(model)
@@ -128,7 +135,7 @@ def main(model: str) -> None:
             "benchmark": f"{model}-ml1m",
             **run_facts(threads=args.threads),
             **start,
-            "command": [f"benchmarks/{model}_ml1m.py", args.data.name, *sys.argv[2:]],
+            "command": command(f"{model}_ml1m"),
             "settings": settings,
             "results": results,
         }
