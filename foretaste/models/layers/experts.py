@@ -73,13 +73,15 @@ class Experts(nn.Module):
 
 @final
 class _Layer(nn.Module):
-    """A linear layer for each expert, its first weights those of `HiddenLinear`."""
+    """A linear layer for each expert."""
 
     def __init__(self, num_experts: int, before: int, after: int) -> None:
         super().__init__()
+        bound = before**-0.5
         self.weight_EHK = nn.Parameter(torch.empty(num_experts, before, after))
-        self.bias_EK = nn.Parameter(torch.zeros(num_experts, after))
-        nn.init.normal_(self.weight_EHK, std=(2 / before) ** 0.5)
+        self.bias_EK = nn.Parameter(torch.empty(num_experts, after))
+        nn.init.uniform_(self.weight_EHK, -bound, bound)
+        nn.init.uniform_(self.bias_EK, -bound, bound)
 
     def forward(self, x_BCEH: Float[Tensor, "B C E H"]) -> Float[Tensor, "B C E K"]:
         x_ENH = x_BCEH.flatten(0, 1).transpose(0, 1)
