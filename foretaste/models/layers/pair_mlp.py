@@ -30,8 +30,8 @@ class PairLinear(nn.Module):
 
     .. math:: W \sim N(0, 2 / D), \quad b = 0
 
-    Torch's are less than half as wide: experts then missed parts of their tasks. Layers further up have
-    torch's: wider ones there learn tables of many rare ids by heart.
+    Torch's are less than half as wide: experts then missed parts of their tasks. Layers further up
+    have torch's: wider ones there learn tables of many rare ids by heart.
 
     References:
         He et al., "Delving Deep into Rectifiers: Surpassing Human-Level Performance on ImageNet
