@@ -36,7 +36,7 @@ MODELS: dict[str, ModelConfig] = {
     "pinsage": PinSageConfig(embedding_dim=16, id_dropout=0.3, cold_share=0.3),
     "neumf": ft.NeuMFConfig(factors=8),
     "deepfm": ft.DeepFMConfig(hidden=(16,), id_dropout=0.3),
-    "din": ft.DINConfig(hidden=(16,), id_dropout=0.3),
+    "din": ft.DINConfig(hidden=(16,), id_dropout=0.3, init_std=0.3),
     "shared_bottom": ft.SharedBottomConfig(bottom_hidden=(32,), tower_hidden=(), id_dropout=0.3),
     "mmoe": ft.MMoEConfig(expert_hidden=(16,), id_dropout=0.3),
     "als": ft.ImplicitALSConfig(factors=8),

@@ -1,7 +1,7 @@
 """Names and pasts: what a person sees of the users and items that a model was trained on."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import date, datetime, time, timedelta
 from functools import lru_cache, partial
 from typing import final
@@ -69,11 +69,14 @@ class Catalogue:
         idx = self._events.users.find(user_id)
         return idx >= 0 and len(self._events.history(idx)) > 0
 
-    def describe(self, item_id: object) -> Item:
-        """Return an item with its title and attributes; of an unknown one, the id alone."""
+    def describe(self, item_id: object, told: Mapping[str, object] | None = None) -> Item:
+        """Return an item with its title and attributes; of an unknown one, those that are told."""
         idx = self._events.items.find(item_id)
         if idx < 0:
-            return Item(item_id=str(item_id), title=str(item_id), attributes={})
+            told = told or {}
+            title = told.get(self._title or "") or item_id
+            attributes = {name: _plain(told[name]) for name in self._attributes if name in told}
+            return Item(item_id=str(item_id), title=str(title), attributes=attributes)
         return self._known_item(idx)
 
     def find_items(self, query: str, *, limit: int) -> list[Item]:

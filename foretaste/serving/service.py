@@ -244,7 +244,7 @@ class Service:
 
 
 def _row(loaded: Loaded, row: Recommendation, because: Item | None) -> Row:
-    item = loaded.catalogue.describe(row.item_id)
+    item = loaded.catalogue.describe(row.item_id, row.attributes)
     return Row.model_construct(  # each part is valid by itself
         **vars(item),
         score=row.score,
