@@ -415,7 +415,8 @@ def test_over_http_new_items_have_their_features_in_a_saved_model_too(tmp_path: 
     assert [item.attributes["genre"] for item in ruled.items if item.item_id == "a"] in ([], ["g2"])
     assert sorted(str(item.attributes["genre"]) for item in ruled.items) == ["g1", "g2"]
     expected = recommender.recommend(3, k=20, new_items={"a": COLD, "b": OTHER})
-    scores = {str(row.item_id): row.score for row in expected.rows}  # two are level but for rounding
+    # by item, as two are level but for rounding
+    scores = {str(row.item_id): row.score for row in expected.rows}
     assert {row.item_id: row.score for row in reply.items} == pytest.approx(scores, abs=1e-6)
     (found,) = [row for row in reply.items if row.item_id == "a"]
     assert found.source == "features"
