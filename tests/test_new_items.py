@@ -22,8 +22,9 @@ from foretaste.models.layers.field_ranker import FieldRanker
 from foretaste.models.two_stage import TwoStage, first_stage, judge_new, second_stage
 from foretaste.models.two_tower import TwoTower
 from foretaste.serving.answer import Answer, Recommendation
+from foretaste.serving.catalogue import Catalogue
 from foretaste.serving.item_labels import ItemLabels
-from foretaste.serving.messages import RecommendRequest
+from foretaste.serving.messages import Item, RecommendRequest
 from foretaste.serving.metrics import Metrics
 from foretaste.serving.new_labels import labels_of_new
 from foretaste.serving.recommender import Recommender
@@ -398,6 +399,20 @@ def test_where_nothing_can_be_said_of_a_new_item_the_answer_says_so(
     assert answer.unknown_items == ("a",)
     assert any("had no influence" in note for note in answer.notes)
     assert all(isinstance(row.item_id, int) for row in answer.rows)
+
+
+def test_a_person_sees_of_a_new_item_what_is_told_of_the_columns_that_items_show() -> None:
+    events = ft.read_interactions(
+        pl.DataFrame({"user_id": [1], "item_id": [1]}),
+        items=pl.DataFrame({"item_id": [1], "title": ["One"], "genre": ["g0"]}),
+    )
+    catalogue = Catalogue(events)
+    told = {"title": "New", "genre": "g1", "image": [1.0]}
+    assert catalogue.describe("n", told) == Item(
+        item_id="n", title="New", attributes={"genre": "g1"}
+    )
+    assert catalogue.describe("n") == Item(item_id="n", title="n", attributes={})
+    assert catalogue.describe(1, told).title == "One"
 
 
 def test_over_http_new_items_have_their_features_in_a_saved_model_too(tmp_path: Path) -> None:
