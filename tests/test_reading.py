@@ -258,6 +258,13 @@ def test_fractions_of_a_second_decide_the_order() -> None:
     assert "fractions of a second" in events.notes[0]
 
 
+def test_seconds_beside_milliseconds_are_refused_by_their_row() -> None:
+    frame = pl.DataFrame({"user_id": [1, 1, 1], "item_id": [2, 3, 4], "time": [NOW * 1000, NOW, 0]})
+    with pytest.raises(DataError, match=rf"'time', row 2: {NOW} lies before 1990 in ms, .* in s"):
+        read_interactions(frame, timestamp="time", timestamp_unit="ms")
+    read_interactions(frame[[0, 2]], timestamp="time", timestamp_unit="ms")  # 1970 itself may be
+
+
 @pytest.mark.parametrize(
     ("time", "unit", "coarser"),
     [(NOW, "ms", "s"), (NOW, "ns", "s"), (NOW * 1_000, "us", "ms"), (NOW * 10**6, "ns", "us")],

@@ -127,8 +127,9 @@ def _numbers_to_times(times: pl.Series, unit: TimestampUnit) -> Times:
 def _refuse_coarser(
     times: pl.Series, low: int | float, high: int | float, unit: TimestampUnit
 ) -> None:
-    """Refuse times that all lie in the 1970s and 80s, and would not in a coarser unit."""
+    """Refuse times that lie in the 1970s and 80s, and would not in a coarser unit: all, or some."""
     if high >= _YEAR_1990_S * _TICKS[unit]:
+        _refuse_mixed(times, low, unit)
         return
     for coarser, scale in _TICKS.items():
         if coarser == unit:
@@ -137,6 +138,24 @@ def _refuse_coarser(
             raise DataError(
                 f"column {times.name!r} lies before 1990 in {unit}, as {low:g} does, but is sane "
                 f'in {coarser}: say timestamp_unit="{coarser}"'
+            )
+
+
+def _refuse_mixed(times: pl.Series, low: int | float, unit: TimestampUnit) -> None:
+    """Refuse a column where some times count another unit than the rest, as 1970 gives away."""
+    if low >= _YEAR_1990_S * _TICKS[unit]:
+        return
+    for coarser, scale in _TICKS.items():
+        if coarser == unit:
+            return
+        mixed = times.is_between(
+            _YEAR_1990_S * scale, min(_YEAR_2200_S * scale, _YEAR_1990_S * _TICKS[unit] - 1)
+        ).fill_null(value=False)
+        if mixed.any():
+            raise DataError(
+                f"column {times.name!r}, {at_row(times, mixed)} lies before 1990 in {unit}, but is "
+                f"sane in {coarser}, and so are {int(mixed.sum()) - 1:,} more rows, while others "
+                "are not: the column mixes units; bring all of it to one"
             )
 
 
