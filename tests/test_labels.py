@@ -115,3 +115,20 @@ def test_a_task_of_one_class_or_of_none_cannot_be_learned(
 def test_equal_labels_of_a_regression_are_no_error() -> None:
     task = Task(name="x", kind="regression", column="minutes")
     check_learnable(np.ones((3, 1), np.float32), [task])
+
+
+@pytest.mark.parametrize(
+    ("kind", "setting"),
+    [
+        ("regression", {"above": 3.0}),
+        ("binary", {"levels": (1, 2)}),
+        ("binary", {"transform": "log1p"}),
+        ("binary", {"loss": "huber"}),
+    ],
+)
+def test_a_setting_of_another_kind_of_task_is_refused(
+    kind: str, setting: dict[str, object]
+) -> None:
+    (name,) = setting
+    with pytest.raises(ValueError, match=f"task 'x' is {kind}, and `{name}` is of .* tasks alone"):
+        Task.model_validate({"name": "x", "column": "stars", "kind": kind, **setting})

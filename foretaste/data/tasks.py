@@ -19,6 +19,15 @@ Weights = Mapping[str, float | int]
 named. The unit is the label's own: a probability, a second, a level."""
 
 
+_OF_ONE_KIND = (
+    ("above", "binary", None),
+    ("levels", "ordinal", ()),
+    ("transform", "regression", "none"),
+    ("loss", "regression", "squared"),
+)
+"""Settings that would be without effect for a task of another kind, with their defaults."""
+
+
 class Task(Config):
     """One thing to predict: a click, a purchase, minutes watched, stars."""
 
@@ -59,6 +68,12 @@ class Task(Config):
                 f"task {self.name!r} is ordinal: give its levels, two or more, ascending, as in "
                 "[1, 2, 3, 4, 5]"
             )
+        for setting, kind, default in _OF_ONE_KIND:
+            if self.kind != kind and getattr(self, setting) != default:
+                raise ValueError(
+                    f"task {self.name!r} is {self.kind}, and `{setting}` is of {kind} tasks alone: "
+                    f'leave it out, or set kind = "{kind}"'
+                )
         if self.above is not None and not self.column:
             raise ValueError(f"task {self.name!r} has a limit in `above` and no column: name one")
         return self
