@@ -112,9 +112,17 @@ def _weights(told: list[str]) -> dict[str, float]:
 
 
 def _answer(found: "ft.Answer", title: str, *, as_json: bool) -> None:
+    tasks = tuple(dict.fromkeys(task for row in found.rows for task in row.predictions))
     rows = [
-        (place, row.item_id, row.attributes.get("title", ""), row.score, row.source)
+        (
+            place,
+            row.item_id,
+            row.attributes.get("title", ""),
+            row.score,
+            *(row.predictions.get(task, "") for task in tasks),
+            row.source,
+        )
         for place, row in enumerate(found.rows, 1)
     ]
-    made = table(title, ("", "item", "title", "score", "from"), rows)
+    made = table(title, ("", "item", "title", "score", *tasks, "from"), rows)
     answer(asdict(found), made, *found.notes, as_json=as_json)

@@ -31,9 +31,13 @@ def fit(
     """Train a recipe's model, report it on the test part, and write the bundle."""
     config = ft.read_experiment(recipe, overrides=overrides or ())
     split = ft.read_split(config, data_dir=data_dir)
+    for note in split.events.notes:
+        log(note)
     folder = ft.run_folder(out)
     run = ft.run_experiment(config, split, folder=folder, resume=resume, track=track)
     trained, report = run.final
+    for note in () if trained.features is None else trained.features.notes:
+        log(note)
     ft.to_recommender(trained, report).save(out)
     if result is not None:
         record = ft.record_run(run, config, recipe=recipe.stem, overrides=overrides or ())

@@ -101,7 +101,8 @@ class EvaluationConfig(Config):
     sampled_by: Literal["listed", "uniform", "popularity"] = "uniform"
     """Where they come from: the data's own list, or drawn alike, or in favour of the popular."""
     catalogue: bool = True
-    """Whether lists over the catalogue are measured; with one item only, they never are."""
+    """Whether lists over the catalogue are measured; of a ranker of one item only, or where no user
+    has two events, they never are."""
     rows: bool = True
     """Of a ranker: whether its predictions of labelled rows are measured."""
     calibration: Literal["platt", "isotonic"] | None = None

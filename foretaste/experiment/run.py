@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 from foretaste.data.interactions import Interactions
 from foretaste.data.reading import read_interactions
 from foretaste.data.rows import happened_split
@@ -147,7 +149,7 @@ def evaluate_split(trained: Trained, config: ExperimentConfig, split: Split) -> 
     lists = rows = gain = None
     if asked.rows and is_ranker:
         rows = _evaluate_rows(trained, asked, split)
-    if asked.catalogue and (split.events.num_items > 1 or rows is None):
+    if asked.catalogue and (rows is None or _has_lists(asked, split)):
         happened = happened_split(split, rows_settings(trained).positive) if is_ranker else split
         lists = _evaluate_lists(trained, asked, happened)
         if isinstance(trained.model, TwoStage):
@@ -158,6 +160,12 @@ def evaluate_split(trained: Trained, config: ExperimentConfig, split: Split) -> 
             "labels of rows: set it to true"
         )
     return Reports(lists=lists, rows=rows, gain=gain)
+
+
+def _has_lists(asked: EvaluationConfig, split: Split) -> bool:
+    """Return whether any list can be right or wrong: of several items, and after a history."""
+    longest = np.diff(split.events.offsets).max(initial=0)
+    return split.events.num_items > 1 and (asked.users == "new" or bool(longest > 1))
 
 
 def _evaluate_lists(trained: Trained, asked: EvaluationConfig, split: Split) -> Report:
