@@ -141,6 +141,15 @@ def test_a_known_user_who_did_more_is_answered_otherwise(
         assert [row.score for row in before.rows] != [row.score for row in after.rows]
 
 
+def test_features_told_of_a_known_user_are_said_to_be_in_vain(
+    served: tuple[str, ft.Recommender],
+) -> None:
+    _, recommender = served
+    plain, told = (recommender.recommend("user-3", features=f) for f in (None, {"age": 60.0}))
+    assert plain.rows == told.rows
+    assert "the features told had no influence" in " ".join(told.notes)
+
+
 def test_an_unseen_user_with_features_only(served: tuple[str, ft.Recommender]) -> None:
     name, recommender = served
     young, old = (recommender.recommend("new", features={"age": a}, k=4) for a in (20.0, 60.0))

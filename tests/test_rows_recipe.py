@@ -10,6 +10,7 @@ import pytest
 import foretaste as ft
 from foretaste.cli.main import run
 from foretaste.evaluation.calibration import Method
+from foretaste.evaluation.rows import predict_tasks, ranker_of
 from foretaste.experiment.contents import metrics_in
 from foretaste.training.calibration import IsotonicCalibration, PlattCalibration
 
@@ -197,3 +198,108 @@ def test_the_command_line_fits_and_measures_a_ranker(
     for name, value in metrics_in(fitted).items():
         assert metrics_in(measured)[name] == pytest.approx(value, abs=1e-6), name
     assert ft.inspect_bundle(bundle).metrics == metrics_in(fitted)
+
+
+VISITS = """
+[data]
+kind = "files"
+files = ["visits.csv"]
+user = "none"
+timestamp = "time"
+columns = ["clicked"]
+context = ["device", "shop"]
+
+[split]
+kind = "temporal"
+test = 0.2
+
+[features.context.device]
+kind = "categorical"
+
+[features.context.shop]
+kind = "categorical"
+
+[model]
+kind = "deepfm"
+user_id = false
+embedding_dim = 4
+hidden = [8]
+task = { name = "click", column = "clicked" }
+
+[objective]
+kind = "rows"
+positive = "clicked"
+
+[training]
+epochs = 1
+"""
+
+
+def test_a_log_of_nobody_s_visits_is_fitted_measured_and_served_for_a_moment(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    draw = np.random.default_rng(0)
+    lines = ["item_id,time,clicked,device,shop"]
+    for second in range(600):
+        device = draw.choice(["tv", "phone"])
+        lines.append(
+            f"{draw.integers(9)},{1_600_000_000 + second},{draw.integers(2)},{device},main"
+        )
+    (tmp_path / "visits.csv").write_text("\n".join(lines))
+    (tmp_path / "run.toml").write_text(VISITS)
+    bundle = tmp_path / "bundle"
+    call = ["fit", str(tmp_path / "run.toml"), "--out", str(bundle), "--data-dir", str(tmp_path)]
+    with pytest.raises(SystemExit) as end:
+        run([*call, "--json"])
+    told = capsys.readouterr()
+    assert end.value.code == 0
+    assert "auc" in metrics_in(json.loads(told.out))  # of lists there is nothing to measure
+    assert "every row is a user of its own" in told.err
+    assert "'shop' is 'main' on every training row: it tells nothing" in told.err
+
+    recommender = ft.load(bundle)
+    trained = recommender.trained
+    split = ft.read_split(ft.recipe_of(trained), data_dir=tmp_path)
+    rows = ft.rows_of(
+        split, "test", tasks=[trained.config.task], features=trained.features, positive="clicked"
+    )
+    batch = rows.batch(rows.every)
+    expected_NT = predict_tasks(ranker_of(trained), batch)[:, 0]
+    for row in range(20):
+        moment = rows.events.context.row(row, named=True)
+        item_id = rows.events.items.ids[int(rows.events.item_idx[row])]
+        answer = recommender.recommend(context=moment, allow=[item_id], k=1)
+        assert answer.source == "features"
+        assert answer.rows[0].predictions["click"] == pytest.approx(
+            float(expected_NT[row, 0]), abs=1e-6
+        )
+    with pytest.raises(SystemExit):
+        run(["recommend", str(bundle), "--context", '{"device": "tv"}', "-k", "1"])
+    assert "click" in capsys.readouterr().out
+    assert recommender.recommend(k=1).source == "popular"
+
+
+def test_who_was_shown_things_and_clicked_none_is_served_as_measured(folder: Path) -> None:
+    config = ft.read_experiment(folder / "run.toml")
+    events = ft.read_split(config, data_dir=folder).events
+    clicked_E = events.columns["clicked"].copy()
+    clicked_E[events.user_idx == 7] = 0  # no click, and so no history
+    events = replace(events, columns={"clicked": clicked_E})
+    split = ft.temporal_split(events)
+    trained = ft.fit(
+        config.model, split, objective=config.objective, training=config.training, show=False
+    )
+    rows = ft.rows_of(split, "test", tasks=[config.model.task], positive="clicked")
+    of_user = np.flatnonzero(rows.user_E == 7)
+    expected_NT = predict_tasks(ranker_of(trained), rows.batch(of_user))[:, 0]
+    recommender, user_id = ft.build_recommender(trained), events.users.ids[7]
+    for place, row in enumerate(of_user):
+        item_id = events.items.ids[int(rows.events.item_idx[row])]
+        answer = recommender.recommend(user_id, allow=[item_id], k=1)
+        assert (answer.source, answer.user_known) == ("model", True)
+        assert answer.rows[0].predictions["click"] == pytest.approx(
+            float(expected_NT[place, 0]), abs=1e-6
+        )
+    (alone,) = recommender.recommend_many([user_id], k=3).rows(named=True)
+    assert alone["source"] == "model"
+    assert alone["item_id"] == [row.item_id for row in recommender.recommend(user_id, k=3).rows]

@@ -252,6 +252,25 @@ class ReadsProfiles(Protocol):
 
 
 @runtime_checkable
+class ReadsMoments(Protocol):
+    """Reads what is known of the moment: `Queries.context` holds it."""
+
+    @property
+    def reads_moments(self) -> bool:
+        """Whether it was made with features of moments."""
+        ...
+
+
+@runtime_checkable
+class KnowsUsers(Protocol):
+    """Learns users' ids from labelled rows, also of those to whom nothing ever happened."""
+
+    def taught_U(self) -> Bool[Tensor, " U"]:
+        """Return whose id training taught."""
+        ...
+
+
+@runtime_checkable
 class PlacesNewItems(Protocol):
     """Gives an item that no table has a vector, from its features."""
 

@@ -26,6 +26,7 @@ from foretaste.models.interface import (
     JudgesNewItems,
     PlacesNewItems,
     Ranker,
+    ReadsMoments,
     ReadsProfiles,
     Retriever,
 )
@@ -201,3 +202,9 @@ def placer(model: nn.Module) -> PlacesNewItems | None:
 def reads_profiles(model: nn.Module) -> bool:
     """Return whether a model answers users of whom only features are known."""
     return isinstance(model, ReadsProfiles) and model.reads_profiles
+
+
+def reads_moments(model: nn.Module) -> bool:
+    """Return whether a model, or the second of its stages, reads features of moments."""
+    ranker = second_stage(model)
+    return isinstance(ranker, ReadsMoments) and ranker.reads_moments

@@ -21,7 +21,7 @@ from foretaste.data.batch import Queries
 from foretaste.data.features import FieldTable
 from foretaste.data.tasks import Weights
 from foretaste.errors import ConfigError
-from foretaste.models.interface import Attends, Ranker, Retriever
+from foretaste.models.interface import Attends, KnowsUsers, Ranker, Retriever
 from foretaste.models.layers.top_k import top_k
 from foretaste.models.two_stage import (
     Judged,
@@ -92,6 +92,13 @@ class CatalogueSearch:
     def tasks(self) -> tuple[str, ...]:
         """What the model predicts, where it is or has a ranker."""
         return () if self._ranker is None else tuple(task.name for task in self._ranker.tasks)
+
+    def knows(self, user_B: Int64[np.ndarray, " B"]) -> Bool[np.ndarray, " B"]:
+        """Return whom the ranker knows by their id, with or without a history; -1 is nobody."""
+        if not isinstance(self._ranker, KnowsUsers):
+            return np.zeros(len(user_B), dtype=bool)
+        known_B: np.ndarray = self._ranker.taught_U().cpu().numpy()[user_B] & (user_B >= 0)
+        return known_B
 
     def best(
         self,
@@ -176,9 +183,10 @@ class CatalogueSearch:
             return _answer(*top_k(score_BI, k), k)
 
     def _is_nobody(self, queries: Queries) -> bool:
-        """Whether the retriever knows nothing of the one who asks, and the ranker a profile."""
-        told = queries.profile is not None and len(queries.history_N) == 0
-        return told and not reads_profiles(self._first)
+        """Whether a retriever knows nothing of the one who asks, and the ranker something."""
+        if len(queries.history_N) or isinstance(self._first, Ranker):
+            return False
+        return queries.profile is None or not reads_profiles(self._first)
 
     def scores(
         self, histories: list[np.ndarray], item_T: Int64[Tensor, " T"]

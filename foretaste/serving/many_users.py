@@ -66,9 +66,14 @@ def best_of_users(
     item_BK = popular.item_BK.repeat(len(user_B), 1)
     score_BK = popular.score_BK.repeat(len(user_B), 1)
     is_known_B = (user_B >= 0) & (np.diff(events.offsets)[user_B] > 0)
-    is_told_B = ~is_known_B & profiles.known(user_B)
+    is_learned_B = ~is_known_B & search.knows(user_B)
+    is_told_B = ~is_known_B & ~is_learned_B & profiles.known(user_B)
     width = book.at_first(rules, k)
-    for is_asked_B, find in ((is_known_B, find_known), (is_told_B, find_told)):
+    for is_asked_B, find in (
+        (is_known_B, find_known),
+        (is_learned_B, find_known),  # apart: no row of a block has a history then
+        (is_told_B, find_told),
+    ):
         asked = np.flatnonzero(is_asked_B)
         for block in blocks(events, user_B[asked], scores_per_user=search.scores_per_user):
             rows = asked[block]
@@ -76,7 +81,7 @@ def best_of_users(
             if rules.reorder:
                 found = _choose_each(book, rules, k, user_B[rows], found, find)
             item_BK[torch.from_numpy(rows)], score_BK[torch.from_numpy(rows)] = found
-    source_B = np.select([is_known_B, is_told_B], ["model", "features"], "popular")
+    source_B = np.select([is_known_B | is_learned_B, is_told_B], ["model", "features"], "popular")
     return source_B, TopK(item_BK=item_BK, score_BK=score_BK)
 
 

@@ -30,8 +30,12 @@ def notes(
     return tuple(said)
 
 
-def told_in_vain(whose: str, told: Mapping[Any, object] | None, *, used: bool) -> tuple[str, ...]:
-    """Say if features were told and had no influence."""
-    if not told or used:
+def told_in_vain(
+    whose: str, told: Mapping[Any, object] | None, *, used: bool, known: bool = False
+) -> tuple[str, ...]:
+    """Say if features were told and had no influence; of whom training knows, none have."""
+    if not told or (used and not known):
         return ()
+    if used:
+        return ("the features told had no influence: training knows this user by its own",)
     return (f"the features told had no influence: this model reads none of {whose} here",)

@@ -12,7 +12,7 @@ from torch import Tensor
 from foretaste.data.features import FieldSide, FieldTable, concat_rows
 from foretaste.errors import DataError, did_you_mean
 from foretaste.models.interface import JudgesNewItems, Ranker
-from foretaste.models.two_stage import placer, reads_profiles, second_stage
+from foretaste.models.two_stage import placer, reads_moments, reads_profiles, second_stage
 from foretaste.serving.new_items import NewItems, Told
 from foretaste.training.trained import Trained
 
@@ -61,9 +61,10 @@ class Profiles:
         Raises:
             DataError: A feature is unknown, or its value of another kind.
         """
-        if not told or self._features is None or self._features.context is None:
+        features = self._features
+        if not told or features is None or features.context is None:
             return None
-        return _row(self._features.context, told, "moment")
+        return _row(features.context, told, "moment") if reads_moments(self._model) else None
 
     def item_vector(self, told: Mapping[str, object] | None) -> Float[Tensor, " D"] | None:
         """Return a new item's vector; None if the model cannot place it, or nothing is told.

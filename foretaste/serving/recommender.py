@@ -92,7 +92,7 @@ class Recommender:
 
         A user's history is what training saw of them and after it `history`. With a history the
         model answers; without one, it answers by `features`, or by what the table of users says of
-        the user, if it reads any, and else the most popular items do.
+        the user, and by `context`, if it reads any, and else the most popular items do.
 
         Args:
             user_id: An id, known or unknown; None for nobody in particular.
@@ -139,10 +139,11 @@ class Recommender:
             banned = np.concatenate([banned, history_idx])
         allow_I = None if allow is None else self._items.mask_of("allow", allow, unknown)
         allow_I = self._rule_book.allowed(rules, allow_I)
-        profile = self._profiles.of_user(features, -1 if len(past) else user_idx)
+        asker = user_idx if len(past) or self._knows(user_idx, features, since) else -1
+        profile = self._profiles.of_user(features, -1 if asker >= 0 else user_idx)
         moment = self._profiles.of_moment(context)
-        source: Source = "model" if len(past) else "fold-in" if len(extra) else "popular"
-        if source == "popular" and profile is not None:
+        source: Source = "model" if asker >= 0 else "fold-in" if len(extra) else "popular"
+        if source == "popular" and (profile is not None or moment is not None):
             source = "features"
         new = self._new_items(new_items or {}, rules, unknown)
         if source == "popular" and new is not None:
@@ -157,7 +158,7 @@ class Recommender:
         def find(num: int) -> Best:
             if source == "popular":
                 return Best(self._search.most_popular(num, exclude=banned, allow_I=allow_I), {})
-            queries = one_query(user_idx if len(past) else -1, history_idx)
+            queries = one_query(asker, history_idx)
             return self._search.best(
                 replace(queries, profile=profile, context=moment),
                 num,
@@ -171,7 +172,7 @@ class Recommender:
         most = self._items.num_known + (0 if new is None else len(new.told))
         best = rule_book.choose(rules, min(k, most), find, stages)
         rows = answer_rows(best, source, self._items, new)
-        user_known = user_idx >= 0 and len(self.trained.events.history(user_idx)) > 0
+        user_known = asker >= 0 or len(training_history(self.trained.events, user_idx)) > 0
         stranger = None if user_known else user_id
         return Answer(
             rows=rows,
@@ -180,9 +181,9 @@ class Recommender:
             user_known=user_known,
             notes=(
                 *notes(source, found=len(rows), k=k, unknown=unknown, stranger=stranger),
-                *told_in_vain("users", features, used=profile is not None),
+                *told_in_vain("users", features, used=profile is not None, known=asker >= 0),
                 *told_in_vain("items", new_items, used=new_used),
-                *told_in_vain("moments", context, used=moment is not None and source != "popular"),
+                *told_in_vain("moments", context, used=moment is not None),
             ),
             seconds=stages.seconds,
         )
@@ -313,6 +314,12 @@ class Recommender:
 
     def _user(self, user_id: object) -> int:
         return -1 if user_id is None else self.trained.events.users.find(user_id)
+
+    def _knows(
+        self, user_idx: int, features: Mapping[str, object] | None, since: int | None
+    ) -> bool:
+        """Return whether a ranker knows a user without a history; features told stand for it."""
+        return not features and since is None and bool(self._search.knows(np.array([user_idx]))[0])
 
     def _new_items(self, told: Told, rules: Rules, unknown: dict[object, None]) -> NewItems | None:
         """Return those items that the catalogue has not and features tell; the rest is unknown."""

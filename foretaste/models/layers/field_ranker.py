@@ -87,6 +87,15 @@ class FieldRanker(nn.Module, ABC):
         """Whether users' features are read."""
         return self.fields.reads_profiles
 
+    def taught_U(self) -> Bool[Tensor, " U"]:
+        """Return whose id training taught; nobody's where no ids of users are read."""
+        return self.fields.taught_U & self.fields.user.has_id
+
+    @property
+    def reads_moments(self) -> bool:
+        """Whether features of moments are read."""
+        return self.fields.context.has_features
+
     def begin(self, events: Interactions) -> None:
         """Take from the training events who has one, and where their labels lie."""
         self.fields.begin(events)
