@@ -334,6 +334,19 @@ def test_incomplete_rows_are_refused_or_dropped_and_counted(tmp_path: Path) -> N
     assert events.notes == ("2 empty rows were left out", "3 incomplete rows were left out")
 
 
+def test_an_empty_text_is_a_missing_value_however_it_is_written(tmp_path: Path) -> None:
+    text = 'user_id,item_id,at,n\na,1,2020-01-01,2\n"",2,2020-01-01,2\nb,3,"",2\nc,4,2020-01-01,""'
+    path = written(tmp_path / "quoted.csv", text)
+    with pytest.raises(DataError, match=r"'user_id', row 2: None is missing or NaN: mend"):
+        read_interactions(path, timestamp="at")
+    events = read_interactions(path, timestamp="at", columns=["n"], drop_incomplete=True)
+    assert events.users.ids.to_list() == ["a", "c"]
+    assert np.isnan(events.columns["n"]).tolist() == [False, True]
+    mixed = pl.DataFrame({"user_id": pl.Series(["", 7], dtype=pl.Object), "item_id": ["", "x"]})
+    events = read_interactions(mixed, drop_incomplete=True)
+    assert (events.users.ids.to_list(), events.items.ids.to_list()) == (["7"], ["x"])
+
+
 def test_blank_lines_are_no_error_but_counted(tmp_path: Path) -> None:
     path = written(tmp_path / "blank.csv", "user_id,item_id\n1,1\n\n2,2\n\n")
     events = read_interactions(path)

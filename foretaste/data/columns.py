@@ -35,7 +35,8 @@ def canonical_ids(ids: pl.Series) -> pl.Series:
     """Return ids as Int64 where all are integers by type or value, as text otherwise.
 
     Text stays text, even of digits: only a text file's reader may take it for numbers. Truth
-    values become `true` and `false`, dates ISO text, a mixture the text of each value.
+    values become `true` and `false`, dates ISO text, a mixture the text of each value. An empty
+    text is a missing id.
 
     Raises:
         DataError: An id is a fraction, or the column holds lists, bytes or the like.
@@ -49,14 +50,19 @@ def canonical_ids(ids: pl.Series) -> pl.Series:
     if dtype.is_float():
         return _whole_ids(ids.fill_nan(None))
     if dtype == pl.Object:
-        return pl.Series(ids.name, [_text(value) for value in ids], dtype=pl.String)
+        ids = pl.Series(ids.name, [_text(value) for value in ids], dtype=pl.String)
     if dtype == pl.Datetime:
         ids = ids.dt.cast_time_unit("us")
     if dtype == pl.Binary or dtype.is_nested():
         raise DataError(
             f"column {ids.name!r} holds {dtype}: ids are integers or text, cast it to text"
         )
-    return ids.cast(pl.String)
+    return _no_blanks(ids.cast(pl.String))
+
+
+def _no_blanks(text: pl.Series) -> pl.Series:
+    """Return text in which what is empty is missing."""
+    return text.set(text == "", None)
 
 
 def _text(value: object) -> str | None:
@@ -86,6 +92,7 @@ def canonical_times(times: pl.Series, unit: TimestampUnit) -> Times:
     """
     dtype = times.dtype
     if dtype == pl.String:
+        times = _no_blanks(times)
         numbers = times.cast(pl.Float64, strict=False)
         if numbers.null_count() > times.null_count():
             return _bounded(times, _parse_iso(times), None)
@@ -223,6 +230,7 @@ def canonical_numbers(column: pl.Series, *, what: str) -> pl.Series:
         whole = column.cast(pl.Int64, strict=False)
         if not whole.null_count():
             return whole
+    column = _no_blanks(column) if column.dtype == pl.String else column
     numbers = column.cast(pl.Float64, strict=False) if _may_be_number(column) else None
     if numbers is None:
         raise DataError(f"column {column.name!r} holds {column.dtype}: {what} must be numbers")

@@ -210,9 +210,11 @@ class _Events:
         for name, column in needed.items():
             gaps = column.is_null() & ~empty_E
             if gaps.any() and not allowed:
+                others = _true(gaps) - 1
+                more = f", and so are {others} more" if others else ""
                 raise DataError(
-                    f"{source}: column {name!r}, {at_row(column, gaps)} is missing or NaN, and so "
-                    f"are {_true(gaps) - 1} more: mend them, or say drop_incomplete=True"
+                    f"{source}: column {name!r}, {at_row(column, gaps)} is missing or NaN{more}: "
+                    "mend it, or say drop_incomplete=True"
                 )
         keep = pl.select(pl.all_horizontal(c.is_not_null().alias(n) for n, c in needed.items()))
         keep_E = keep.to_series()
