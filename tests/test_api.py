@@ -9,13 +9,16 @@ import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from urllib.parse import quote
 
 import httpx
+import polars as pl
 import pytest
 import uvicorn
 from film_world import HOSTILE, is_space, write_film_bundle
 from serving_worlds import make_trained
 
+from foretaste.data.reading import read_interactions
 from foretaste.errors import BundleError, NonFiniteError
 from foretaste.serving.api import create_app
 from foretaste.serving.building import build_recommender
@@ -221,6 +224,26 @@ def test_an_item_without_an_event_has_no_similar_ones(films: Served, item: str) 
     reply = films.http.get(f"/v1/items/{item}/similar")
     assert reply.status_code == 404
     assert item in reply.json()["error"]
+
+
+def test_an_id_with_slashes_and_signs_is_found_in_a_path(tmp_path: Path) -> None:
+    user, item = "a/b c?#%", "\u00e4/similar/x"
+    events = read_interactions(
+        pl.DataFrame({"user_id": [user, "o", "o"], "item_id": [item, item, "other"]})
+    )
+    build_recommender(make_trained("item_knn", events)).save(tmp_path / "bundle")
+    with served(tmp_path / "bundle", str(tmp_path / "e.sqlite")) as one:
+        for path in (
+            f"/v1/users/{quote(user, safe='')}/recommendations?k=1",
+            f"/v1/items/{quote(item, safe='')}/similar?k=1",
+        ):
+            reply = one.http.get(path)
+            assert reply.status_code == 200, reply.text
+            assert ids(reply.json()) == ["other"]
+        path = f"/v1/users/{quote(user, safe='')}"
+        assert [e["item_id"] for e in one.http.get(f"{path}/history").json()["events"]] == [item]
+        assert one.http.delete(f"{path}/events").status_code == 200
+        assert user not in one.http.get("/metrics").text
 
 
 def test_items_are_found_by_words_and_by_id_the_most_popular_first(films: Served) -> None:

@@ -102,7 +102,11 @@ def _add_answers(app: FastAPI, service: Service) -> None:
         """Recommend for a user, for somebody with a history, or for nobody known."""
         return answer(asked, request)
 
-    @app.get("/v1/users/{user_id}/recommendations", tags=["answers"], response_model=RecommendReply)
+    @app.get(
+        "/v1/users/{user_id:path}/recommendations",  # a path: ids may hold slashes
+        tags=["answers"],
+        response_model=RecommendReply,
+    )
     def recommend_for_user(
         user_id: UserId, request: Request, k: Length = 10, *, explain: bool = False
     ) -> Response:
@@ -110,7 +114,7 @@ def _add_answers(app: FastAPI, service: Service) -> None:
         asked = RecommendRequest.model_construct(user_id=user_id, k=k, explain=explain)
         return answer(asked, request)
 
-    @app.get("/v1/items/{item_id}/similar", tags=["answers"], response_model=SimilarReply)
+    @app.get("/v1/items/{item_id:path}/similar", tags=["answers"], response_model=SimilarReply)
     def similar(item_id: ItemId, k: Length = 10) -> Response:
         """Items near to this one."""
         try:
@@ -135,7 +139,7 @@ def _add_people(app: FastAPI, service: Service) -> None:
         """Users that training saw, by the beginning of their id."""
         return service.find_users(prefix, limit=limit)
 
-    @app.get("/v1/users/{user_id}/history", tags=["catalogue"])
+    @app.get("/v1/users/{user_id:path}/history", tags=["catalogue"])
     def history(user_id: UserId, limit: Limit = 50) -> HistoryReply:
         """What a user did, in training and since, newest first."""
         return service.history(user_id, limit=limit)
@@ -148,7 +152,7 @@ def _add_people(app: FastAPI, service: Service) -> None:
         request.state.log = {"events": len(events), "user_known": not reply.unknown_users}
         return reply
 
-    @app.delete("/v1/users/{user_id}/events", tags=["events"])
+    @app.delete("/v1/users/{user_id:path}/events", tags=["events"])
     def forget(user_id: UserId) -> ForgetReply:
         """Delete a user's live events."""
         return service.forget(user_id)
