@@ -317,7 +317,7 @@ def test_vectors_that_new_items_have_not_are_refused_and_columns_named_instead()
     assert recommender.recommend(history=[1], k=3, rules=other, new_items=NEW).rows
 
 
-def test_a_column_that_rules_name_may_be_told_though_the_model_does_not_read_it() -> None:
+def test_any_column_of_the_items_may_be_told_though_the_model_does_not_read_it() -> None:
     schema = ft.FeatureSchema(item={"genre": ft.CategoricalField()})
     recommender = make(ft.DeepFMConfig(hidden=(8,), **WIDE), schema)
     told = {"a": {"genre": "g1", "year": 9}, "b": {"genre": "g1", "year": 1}, "c": {"genre": "g1"}}
@@ -325,8 +325,12 @@ def test_a_column_that_rules_name_may_be_told_though_the_model_does_not_read_it(
     answer = recommender.recommend(3, k=30, new_items=told, rules=rules, exclude_seen=False)
     assert {row.item_id for row in answer.rows} == {11, "a"}  # whose year is 7
     assert row_of(answer, "a").attributes == told["a"]
-    with pytest.raises(ft.DataError, match="'year' is no feature of items"):
-        recommender.recommend(3, new_items=told)
+    answer = recommender.recommend(3, k=30, new_items=told, exclude_seen=False)
+    assert row_of(answer, "a").attributes == told["a"]
+    assert row_of(answer, "a").score == row_of(answer, "c").score
+    mute = recommender.recommend(3, new_items={"a": {"year": 9}})
+    assert mute.unknown_items == ("a",)
+    assert any("had no influence" in note for note in mute.notes)
     with pytest.raises(ft.DataError, match=r"column 'year', which holds .*; the new item 'd' has"):
         recommender.recommend(3, new_items={"d": {"genre": "g1", "year": "new"}}, rules=rules)
     told = {"a": {"genre": "g1"}}

@@ -38,4 +38,7 @@ def told_in_vain(
         return ()
     if used:
         return ("the features told had no influence: training knows this user by its own",)
-    return (f"the features told had no influence: this model reads none of {whose} here",)
+    return (
+        f"the features told had no influence: this model reads none of {whose} here, or training "
+        "saw no such value",
+    )

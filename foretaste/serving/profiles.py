@@ -1,6 +1,6 @@
 """What a caller tells of a user or an item that training never saw, as the model reads it."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import final
 
 import numpy as np
@@ -23,6 +23,12 @@ class Profiles:
 
     def __init__(self, trained: Trained) -> None:
         self._model, self._features = trained.model, trained.features
+        events = trained.events
+        self._columns = {
+            "user": () if events.user_table is None else events.user_table.columns,
+            "item": () if events.item_table is None else events.item_table.columns,
+            "moment": () if events.context is None else events.context.columns,
+        }
 
     def of_user(self, told: Mapping[str, object] | None, user_idx: int) -> FieldTable | None:
         """Return a user's features as one row; None if the model reads none or none says anything.
@@ -38,7 +44,7 @@ class Profiles:
         if features is None or features.user is None or not reads_profiles(self._model):
             return None
         if told:
-            return _row(features.user, told, "user")
+            return self._row(features.user, told, "user")
         row = np.array([user_idx])
         return self.of_rows(row) if self.known(row)[0] else None
 
@@ -64,7 +70,8 @@ class Profiles:
         features = self._features
         if not told or features is None or features.context is None:
             return None
-        return _row(features.context, told, "moment") if reads_moments(self._model) else None
+        row = self._row(features.context, told, "moment")
+        return row if reads_moments(self._model) else None
 
     def item_vector(self, told: Mapping[str, object] | None) -> Float[Tensor, " D"] | None:
         """Return a new item's vector; None if the model cannot place it, or nothing is told.
@@ -75,15 +82,14 @@ class Profiles:
         model, features = placer(self._model), self._features
         if not told or model is None or features is None or features.item is None:
             return None
-        row = _row(features.item, told, "item")
+        row = self._row(features.item, told, "item")
         return None if row is None else model.item_from_features(row)[0]
 
-    def of_items(self, told: Told, also: Collection[str] = ()) -> NewItems | None:
+    def of_items(self, told: Told) -> NewItems | None:
         """Return new items that the model can rank by what is told; None if there are none.
 
         Args:
             told: What is known of each.
-            also: Columns that others than the model read.
 
         Raises:
             DataError: A feature is unknown, or its value of another kind.
@@ -96,7 +102,7 @@ class Profiles:
         if not told or not can or features is None or features.item is None:
             return None
         side = features.item
-        rows = {item_id: _row(side, said, "item", also) for item_id, said in told.items()}
+        rows = {item_id: self._row(side, said, "item") for item_id, said in told.items()}
         found = {item_id: row for item_id, row in rows.items() if row is not None}
         if not found:
             return None
@@ -104,15 +110,14 @@ class Profiles:
             {item_id: told[item_id] for item_id in found}, concat_rows([*found.values()])
         )
 
-
-def _row(
-    side: FieldSide, told: Mapping[str, object], role: str, also: Collection[str] = ()
-) -> FieldTable | None:
-    for name in told:
-        if name not in side.columns and name not in also:
-            raise DataError(
-                f"{name!r} is no feature of {role}s; the model reads {', '.join(side.columns)}"
-                f"{did_you_mean(name, side.columns)}"
-            )
-    row = side.encode(pl.DataFrame({name: [value] for name, value in told.items()}))
-    return row if bool(row.present_RF.any()) else None
+    def _row(self, side: FieldSide, told: Mapping[str, object], role: str) -> FieldTable | None:
+        """Encode what the model reads; other columns of the same table may be told too."""
+        for name in told:
+            if name not in side.columns and name not in self._columns[role]:
+                raise DataError(
+                    f"{name!r} is no feature of {role}s; the model reads {', '.join(side.columns)}"
+                    f"{did_you_mean(name, side.columns)}"
+                )
+        read = {name: [value] for name, value in told.items() if name in side.columns}
+        row = side.encode(pl.DataFrame(read)) if read else None
+        return row if row is not None and bool(row.present_RF.any()) else None

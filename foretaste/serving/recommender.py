@@ -145,7 +145,7 @@ class Recommender:
         source: Source = "model" if asker >= 0 else "fold-in" if len(extra) else "popular"
         if source == "popular" and (profile is not None or moment is not None):
             source = "features"
-        new = self._new_items(new_items or {}, rules, unknown)
+        new = self._new_items(new_items or {}, unknown)
         if source == "popular" and new is not None:
             unknown, new = unknown | dict.fromkeys(new.told), None
         new_used = new is not None
@@ -321,12 +321,10 @@ class Recommender:
         """Return whether a ranker knows a user without a history; features told stand for it."""
         return not features and since is None and bool(self._search.knows(np.array([user_idx]))[0])
 
-    def _new_items(self, told: Told, rules: Rules, unknown: dict[object, None]) -> NewItems | None:
+    def _new_items(self, told: Told, unknown: dict[object, None]) -> NewItems | None:
         """Return those items that the catalogue has not and features tell; the rest is unknown."""
         absent: dict[object, None] = {}
         self._items.rows_of("new_items", list(told), absent)
-        new = self._profiles.of_items(
-            {i: said for i, said in told.items() if i in absent}, rules.columns
-        )
+        new = self._profiles.of_items({i: said for i, said in told.items() if i in absent})
         unknown.update({i: None for i in absent if new is None or i not in new.told})
         return new
