@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         schema_from_toml,
         schema_to_toml,
     )
+    from foretaste.data.graph import GraphConfig
     from foretaste.data.interactions import Interactions
     from foretaste.data.reading import read_interactions
     from foretaste.data.rows import Rows, rows_of
@@ -142,6 +143,7 @@ __all__ = [
     "FirstStage",
     "ForetasteError",
     "GMFConfig",
+    "GraphConfig",
     "Holdout",
     "ImplicitALSConfig",
     "Interactions",
@@ -274,6 +276,7 @@ _HOME = {
     "FirstStage": "experiment.two_stage",
     "ForetasteError": "errors",
     "GMFConfig": "models.neumf",
+    "GraphConfig": "data.graph",
     "Holdout": "data.splits",
     "ImplicitALSConfig": "models.als",
     "Interactions": "data.interactions",

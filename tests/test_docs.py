@@ -9,6 +9,8 @@ from types import ModuleType
 import numpy as np
 import pytest
 
+import foretaste as ft
+
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 EXAMPLES = [page for page in PAGES if "```python" in page.read_text(encoding="utf-8")]
@@ -84,3 +86,12 @@ def test_every_command_in_the_pages_exists() -> None:
 def test_each_page_is_reached_from_the_readme() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert [page.name for page in PAGES if f"docs/{page.name}" not in readme] == []
+
+
+def test_every_setting_that_a_recipe_may_hold_is_in_the_reference() -> None:
+    page = (ROOT / "docs/settings.md").read_text()
+    parts = ft.ExperimentConfig.model_json_schema()["$defs"]
+    del parts["FeatureSchema"]  # its sections are named after the caller's columns
+    for name, part in parts.items():
+        for setting in part.get("properties", {}).keys() - {"kind"}:
+            assert f"| `{setting}` |" in page, f"{name}.{setting}"
