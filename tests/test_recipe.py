@@ -1,17 +1,16 @@
 """Recipes: what they say, what overrides change, and how a slip of the pen is named."""
 
+import tomllib
 from pathlib import Path
 
 import polars as pl
 import pytest
 
+import foretaste as ft
+from foretaste.data.toml_text import to_toml
 from foretaste.errors import ConfigError
-from foretaste.experiment.recipe import (
-    read_experiment,
-    with_overrides,
-)
+from foretaste.experiment.recipe import FileData, override, read_experiment, with_overrides
 from foretaste.experiment.run import read_split
-from foretaste.experiment.toml_text import to_toml
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.toml"))
 SMALL = """
@@ -128,11 +127,61 @@ def test_settings_written_as_toml_are_read_back_equal(recipe: Path) -> None:
     assert read_experiment(recipe) == config
 
 
-def test_toml_by_hand() -> None:
-    settings = {"seed": 1, "a b": {"x": [1, 2.5, True], "no": None}, "empty": {}, "e": 1e-7}
-    assert to_toml(settings) == (
-        'seed = 1\ne = 1e-07\n\n["a b"]\nx = [1, 2.5, true]\nno = "none"\n\n[empty]\n'
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_is_read_back_equal_from_what_is_written_of_it(
+    path: Path, tmp_path: Path
+) -> None:
+    config = read_experiment(path)
+    written = tmp_path / "again.toml"
+    written.write_text(to_toml(config.model_dump(mode="json")))
+    assert read_experiment(written) == config
+
+
+def test_none_is_no_value_but_where_it_is_a_choice(tmp_path: Path) -> None:
+    # `pooling` has a choice named none and cannot be absent; `patience` can.
+    recipe = tmp_path / "run.toml"
+    recipe.write_text(
+        '[data]\nkind = "files"\nfiles = ["a.csv"]\nuser = "none"\n[split]\nkind = "leave_last"\n'
+        '[model]\nkind = "din"\npooling = "none"\ntask = {name = "click", above = "none"}\n'
+        '[training]\npatience = "none"\n[features]\nleft_out = {"item.title" = "none"}\n'
     )
+    config = read_experiment(recipe, overrides=["objective=none"])
+    assert isinstance(config.model, ft.DINConfig)
+    assert config.model.pooling == "none"
+    assert config.model.task.above is config.training.patience is config.objective is None
+    assert isinstance(config.data, FileData)
+    assert config.data.user is None
+    assert config.features is not None
+    assert config.features.left_out == {"item.title": "none"}
+    assert override(config, ["model.pooling=mean"]).training.patience is None
+
+
+def test_a_wrong_value_is_named_as_the_file_names_it(tmp_path: Path) -> None:
+    recipe = tmp_path / "run.toml"
+    recipe.write_text(
+        '[data]\nkind = "files"\nfiles = ["a.csv"]\nheader = "perhaps"\n'
+        '[split]\nkind = "leave_last"\n[model]\nkind = "ease"\n[training]\nepochs = "none"\n'
+    )
+    with pytest.raises(ConfigError) as caught:
+        read_experiment(recipe)
+    found = str(caught.value).removeprefix(f"{recipe}: ").split("; ")
+    assert [finding.partition(":")[0] for finding in found] == ["data.header", "training.epochs"]
+
+
+def test_toml_by_hand() -> None:
+    settings = {
+        "seed": 1,
+        "a b": {"x": [1, 2.5, True], "no": None},
+        "empty": {},
+        "e": 1e-7,
+        "größe": [{"as inline": {"table": 1}}],
+    }
+    text = to_toml(settings)
+    assert text == (
+        'seed = 1\ne = 1e-07\n"größe" = [{"as inline" = {table = 1}}]\n\n'
+        '["a b"]\nx = [1, 2.5, true]\nno = "none"\n\n[empty]\n'
+    )
+    assert tomllib.loads(text)["größe"] == settings["größe"]
     with pytest.raises(ConfigError, match="complex"):
         to_toml({"x": 3 + 0j})
 

@@ -4,14 +4,13 @@ A field is one column; its kind says how its values become numbers. What is fitt
 stands in `features`, how a schema is found in a table in `features_inspect`.
 """
 
-import json
-import re
 import tomllib
 from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, ValidationError, model_validator
 
 from foretaste.config import Config
+from foretaste.data.toml_text import toml_key, toml_value
 from foretaste.errors import ConfigError
 
 
@@ -129,7 +128,6 @@ class FeatureSchema(Config):
 
 _SHOWN = ("kind", "min_count", "transform", "normalise")
 """Settings that are written out though they have their usual value."""
-_BARE = re.compile(r"[A-Za-z0-9_-]+")
 _HEAD = """\
 # Which columns about users, items and moments are features: correct it where it is wrong.
 # A section is a field, named after its side and column; delete one to leave the column out.
@@ -149,14 +147,16 @@ def schema_to_toml(schema: FeatureSchema) -> str:
     sides = (("user", schema.user), ("item", schema.item), ("context", schema.context))
     for side, fields in sides:
         for name, field in fields.items():
-            lines.append(f"[{side}.{_key(name)}]")
+            lines.append(f"[{side}.{toml_key(name)}]")
             settings = field.model_dump(exclude_defaults=True)
             shown = {name: getattr(field, name) for name in _SHOWN if hasattr(field, name)}
-            lines += [f"{key} = {_value(value)}" for key, value in (shown | settings).items()]
+            lines += [
+                f"{key} = {toml_value(key, value)}" for key, value in (shown | settings).items()
+            ]
             lines.append("")
     if schema.left_out:
         lines += ["[left_out]", "# Nothing reads these: to use a column, give it a section above."]
-        lines += [f"{_key(name)} = {_text(why)}" for name, why in schema.left_out.items()]
+        lines += [f"{toml_key(n)} = {toml_value(n, why)}" for n, why in schema.left_out.items()]
     return "\n".join(lines).strip() + "\n"
 
 
@@ -176,17 +176,3 @@ def schema_from_toml(text: str) -> FeatureSchema:
             for problem in error.errors(include_url=False)
         ]
         raise ConfigError(f"the schema: {'; '.join(found)}") from error
-
-
-def _key(name: str) -> str:
-    return name if _BARE.fullmatch(name) else _text(name)
-
-
-def _value(value: str | int | tuple[str, ...]) -> str:
-    if isinstance(value, tuple):
-        return f"[{', '.join(map(_text, value))}]"
-    return _text(value) if isinstance(value, str) else json.dumps(value)
-
-
-def _text(value: str) -> str:
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

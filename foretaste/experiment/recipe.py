@@ -4,7 +4,7 @@ import difflib
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
@@ -21,8 +21,6 @@ from foretaste.training.objectives.catalogue import ObjectiveConfig
 from foretaste.training.settings import TrainingConfig
 
 C = TypeVar("C", bound=Config)
-_MAY_BE_ABSENT = ("objective", "features")
-"""Sections that a recipe may say "none" for."""
 
 
 class PublicData(Config):
@@ -168,7 +166,8 @@ class ExperimentConfig(Config):
 def read_experiment(path: Path, *, overrides: Sequence[str] = ()) -> ExperimentConfig:
     """Read the settings of one run from a TOML file.
 
-    TOML has no word for an absent value: in a section, the text "none" stands for it.
+    TOML has no word for an absent value: the text "none" stands for it, but where it is one of a
+    setting's own choices, as in `model.pooling`.
 
     Args:
         path: The recipe.
@@ -243,7 +242,10 @@ def explain(error: ValidationError, kind: type[Config], settings: Mapping[str, o
     """Put pydantic's findings into one line, with the names that stand in the file."""
     found = []
     for problem in error.errors(include_url=False):
-        name = ".".join(_names(problem["loc"], settings))
+        path = _path(problem["loc"], settings)
+        name = ".".join(
+            map(str, [*path, problem["loc"][-1]] if problem["type"] == "missing" else path)
+        )
         text = (
             "there is no such setting" if problem["type"] == "extra_forbidden" else problem["msg"]
         )
@@ -255,16 +257,31 @@ def explain(error: ValidationError, kind: type[Config], settings: Mapping[str, o
 
 
 def _with_absent(settings: Mapping[str, object]) -> dict[str, object]:
-    return {
-        name: _with_absent(section)
-        if isinstance(section, Mapping) and name == "first_stage"
-        else {inner: None if value == "none" else value for inner, value in section.items()}
-        if isinstance(section, Mapping)
-        else None
-        if section == "none" and name in _MAY_BE_ABSENT
-        else section
-        for name, section in settings.items()
-    }
+    """Take the text "none" for an absent value wherever a setting may have none."""
+    absent = {name: _nothing_for_none(value) for name, value in settings.items()}
+    try:
+        ExperimentConfig.model_validate(absent)
+    except ValidationError as error:
+        for problem in error.errors(include_url=False):
+            if problem["input"] is None:  # refused, so the text was meant
+                owner: Any = absent
+                *outer, last = _path(problem["loc"], absent)
+                for part in outer:
+                    owner = owner[part]
+                owner[last] = "none"
+    return absent
+
+
+def _nothing_for_none(value: object) -> object:
+    match value:
+        case "none":
+            return None
+        case Mapping():
+            return {name: _nothing_for_none(inner) for name, inner in value.items()}
+        case list() | tuple():
+            return [_nothing_for_none(inner) for inner in value]
+        case _:
+            return value
 
 
 def _value(text: str) -> object:
@@ -274,18 +291,22 @@ def _value(text: str) -> object:
         return text
 
 
-def _names(location: tuple[int | str, ...], settings: object) -> list[str]:
-    """Drop from pydantic's path the tags of unions, which no file holds."""
-    names = []
-    for place, part in enumerate(location):
-        is_last, inner = place == len(location) - 1, None
-        if isinstance(settings, Mapping):
-            if part not in settings and not is_last:
+def _path(location: tuple[int | str, ...], settings: object) -> list[int | str]:
+    """Return what leads to a finding: pydantic's path without the tags of unions."""
+    path: list[int | str] = []
+    tag: object = None
+    for part in location:
+        match settings:
+            case Mapping() if part in settings and part != tag:
+                settings = settings[part]
+            case list() | tuple() if isinstance(part, int):
+                settings = settings[part]
+            case _:
+                tag = None
                 continue
-            inner = settings.get(part)
-        names.append(str(part))
-        settings = inner
-    return names
+        path.append(part)
+        tag = settings.get("kind") if isinstance(settings, Mapping) else None
+    return path
 
 
 def _all_names(kind: type[Config]) -> list[str]:

@@ -11,12 +11,12 @@ from optuna.samplers import TPESampler
 from optuna.trial import FrozenTrial, TrialState
 
 from foretaste.data.splits import Split
+from foretaste.data.toml_text import to_toml
 from foretaste.errors import ConfigError, NonFiniteError, TooLargeError
 from foretaste.evaluation.protocol import evaluate
 from foretaste.experiment.fit import fit
 from foretaste.experiment.recipe import ExperimentConfig, parse_settings, with_setting
 from foretaste.experiment.search_space import distributions
-from foretaste.experiment.toml_text import to_toml
 from foretaste.training.fit import Epoch
 
 _FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
