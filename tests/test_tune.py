@@ -65,6 +65,89 @@ def test_the_best_trial_becomes_a_recipe_that_gives_its_value_again(tmp_path: Pa
     )
 
 
+def labelled_split() -> ft.Split:
+    """Twenty users and ten items with a colour; a click is of the user's own parity."""
+    user, item = np.divmod(np.arange(200), 10)
+    clicked = (user + item) % 2 == 0
+    return ft.random_split(
+        Interactions(
+            users=Vocabulary(pl.Series(range(20))),
+            items=Vocabulary(pl.Series(range(10))),
+            offsets=np.arange(21, dtype=np.int64) * 10,
+            item_idx=item.astype(np.int32),
+            columns={"clicked": clicked.astype(np.float32)},
+            item_table=pl.DataFrame({"colour": ["red", "blue"] * 5}),
+        ),
+        validation=0.3,
+    )
+
+
+MMOE = {
+    "kind": "mmoe",
+    "tasks": [{"name": "click", "column": "clicked"}],
+    "num_experts": 2,
+    "expert_hidden": [4],
+    "tower_hidden": [],
+    "user_id": True,
+    "item_id": False,
+}
+TWO_STAGES = {
+    "kind": "two_stage",
+    "retriever": {"kind": "mf", "embedding_dim": 4},
+    "ranker": {"kind": "deepfm", "embedding_dim": 4, "hidden": [4]},
+}
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "metric"),
+    [
+        # without features it has nothing to tell an item by, and was refused
+        (MMOE, "training.learning_rate", "mean over tasks"),
+        (TWO_STAGES, "first_stage.training.learning_rate", "ndcg_at_10"),
+    ],
+    ids=["ranker", "two stages"],
+)
+def test_a_trial_is_trained_and_judged_as_its_recipe_says(
+    model: dict[str, object], name: str, metric: str, tmp_path: Path
+) -> None:
+    config = recipe(model=model, space={name: {"choices": [1e-9, 0.05]}}, trials=1)
+    config = config.model_copy(
+        update={
+            "features": ft.FeatureSchema(item={"colour": ft.CategoricalField()}),
+            "training": ft.TrainingConfig(epochs=3, batch_events=32, warmup_steps=0),
+        }
+    )
+    tune(config, labelled_split(), folder=tmp_path)
+    study = optuna.load_study(study_name="tune", storage=f"sqlite:///{tmp_path / 'study.db'}")
+    for rate in (1e-9, 0.05):
+        study.enqueue_trial({name: rate})
+    found = tune(config, labelled_split(), folder=tmp_path, trials=3, resume=True)
+    assert found.metric == metric
+    slow, fast = (trial.value for trial in found.trials[1:])
+    assert slow != fast  # the drawn rate was trained with
+    best = ft.read_experiment(tmp_path / "best.toml")
+    assert best == found.best_recipe
+    again = ft.fit(
+        best.model,
+        labelled_split(),
+        training=best.training,
+        features=best.features,
+        first_stage=best.first_stage,
+        show=False,
+    )
+    if metric == "ndcg_at_10":
+        measured = ft.evaluate(again, labelled_split().validation).metrics["ndcg_at_10"]
+    else:
+        measured = ft.evaluate_rows(again, labelled_split(), part="validation").metrics["auc"]
+    assert measured == found.best.value
+
+
+def test_a_search_needs_a_validation_part(tmp_path: Path) -> None:
+    whole = ft.leave_last_split(split().events, validation=False)
+    with pytest.raises(ConfigError, match="no validation part"):
+        tune(recipe(model={"kind": "ease"}, space=EASE), whole, folder=tmp_path)
+
+
 def test_a_search_goes_on_where_it_was_stopped_and_repeats_nothing(tmp_path: Path) -> None:
     config = recipe(model={"kind": "ease"}, space=EASE)
     first = tune(config, split(), folder=tmp_path, trials=2)

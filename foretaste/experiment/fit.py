@@ -236,13 +236,14 @@ def _learn(
         mine=_mined(objective, candidates),
         offered=None if candidates is None else candidates.offered,
     )
+    validation = make_validation(untrained, split, candidates)
     run: Fit[Any, Any] = Fit(
         model,
         training,
         seed=untrained.seed,
         plan=learning.plan,
         objective=learning.objective,
-        validate=make_validation(untrained, split, candidates),
+        validate=None if validation is None else validation.value,
         folder=folder,
         refreshed=learning.refreshed,
     )

@@ -13,10 +13,10 @@ from optuna.trial import FrozenTrial, TrialState
 from foretaste.data.splits import Split
 from foretaste.data.toml_text import to_toml
 from foretaste.errors import ConfigError, NonFiniteError, TooLargeError
-from foretaste.evaluation.protocol import evaluate
 from foretaste.experiment.fit import fit
 from foretaste.experiment.recipe import ExperimentConfig, parse_settings, with_setting
 from foretaste.experiment.search_space import distributions
+from foretaste.experiment.validation import STOP_METRIC, make_validation
 from foretaste.training.fit import Epoch
 
 _FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
@@ -41,7 +41,7 @@ class TuneResult:
     """What a search found."""
 
     metric: str
-    """What was searched for, on validation."""
+    """What was searched for, on validation: NDCG@10 of lists, or the mean over a ranker's tasks."""
     trials: tuple[TrialRow, ...]
     """In the order in which they began."""
     best: TrialRow
@@ -67,7 +67,7 @@ def tune(
     resume: bool = False,
     watch: Callable[[TrialRow], None] | None = None,
 ) -> TuneResult:
-    """Search a recipe's settings by its validation metric; the test part is never looked at.
+    """Search a recipe's settings by what early stopping watches; the test part is never looked at.
 
     Args:
         config: The recipe; `[tune]` says what is searched.
@@ -79,7 +79,7 @@ def tune(
 
     Raises:
         ConfigError: The folder holds a study already, or one of another recipe; a range is wrong;
-            no trial came to its end.
+            the split has no validation part; no trial came to its end.
     """
     space = distributions(config)
     study = _open_study(config, folder, resume=resume)
@@ -137,7 +137,8 @@ def _run_trial(
                 raise optuna.TrialPruned
 
     try:
-        value = _validated(with_drawn(config, trial.params), split, report)
+        metric, value = _validated(with_drawn(config, trial.params), split, report)
+        study.set_user_attr("metric", metric)
         study.tell(trial, value)
     except optuna.TrialPruned:
         study.tell(trial, state=TrialState.PRUNED)
@@ -147,18 +148,25 @@ def _run_trial(
     return _row(study.trials[trial.number])
 
 
-def _validated(config: ExperimentConfig, split: Split, report: Callable[[Epoch], None]) -> float:
+def _validated(
+    config: ExperimentConfig, split: Split, report: Callable[[Epoch], None]
+) -> tuple[str, float]:
+    """Train as a recipe says, and return what validation judges by and its value."""
     trained = fit(
         config.model,
         split,
         seed=config.seed,
         training=config.training,
         objective=config.objective,
+        features=config.features,
+        first_stage=config.first_stage,
         show=False,
         on_epoch=report,
     )
-    found = evaluate(trained, split.validation, k=config.evaluation.k[:1])
-    return found.metrics[_metric(config)]
+    validation = make_validation(trained, split)
+    if validation is None:
+        raise ConfigError("the split has no validation part to search by: give it a share")
+    return validation.metric, validation.value(trained.model)
 
 
 def with_drawn(config: ExperimentConfig, drawn: Mapping[str, object]) -> ExperimentConfig:
@@ -180,7 +188,7 @@ def _result(study: optuna.Study, config: ExperimentConfig, folder: Path) -> Tune
         raise ConfigError(f"none of {len(rows)} trials came to its end: narrow [tune.space]")
     best = max(complete, key=lambda row: row.value or 0.0)
     result = TuneResult(
-        metric=_metric(config),
+        metric=study.user_attrs.get("metric", STOP_METRIC),
         trials=rows,
         best=best,
         best_recipe=with_drawn(config, best.settings),
@@ -189,10 +197,6 @@ def _result(study: optuna.Study, config: ExperimentConfig, folder: Path) -> Tune
     (folder / "best.toml").write_text(to_toml(settings), encoding="utf-8")
     (folder / "trials.json").write_text(json.dumps(result.to_json(), indent=2), encoding="utf-8")
     return result
-
-
-def _metric(config: ExperimentConfig) -> str:
-    return f"ndcg_at_{config.evaluation.k[0]}"
 
 
 def _row(trial: FrozenTrial) -> TrialRow:

@@ -1,7 +1,7 @@
 """What early stopping watches: on the validation part, higher is better."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import nn
@@ -15,16 +15,28 @@ from foretaste.evaluation.rows_report import RowsReport
 from foretaste.evaluation.sampled import SampledNegatives
 from foretaste.experiment.two_stage import Candidates
 from foretaste.models.interface import LearnsNewcomers, Ranker
+from foretaste.models.two_stage import second_stage
 from foretaste.training.objectives.rows import RowsConfig
 from foretaste.training.trained import Trained
 
 STOP_METRIC = "ndcg_at_10"
 """Of lists, over the full catalogue; of users without history where none has one."""
+ROWS_METRIC = "mean over tasks"
+"""Of labelled rows: of a binary task its AUC, of another 1 - RMSE / standard deviation."""
+
+
+@dataclass(frozen=True, eq=False)
+class Validation:
+    """A number for any weights of a model."""
+
+    metric: str
+    """`STOP_METRIC` or `ROWS_METRIC`."""
+    value: Callable[[nn.Module], float]
 
 
 def make_validation(
     trained: Trained, split: Split, candidates: Candidates | None = None
-) -> Callable[[nn.Module], float] | None:
+) -> Validation | None:
     """Return what a model's weights are judged by while it learns; None without validation events.
 
     A ranker is judged by the mean over its tasks: the AUC of a binary one, 1 - RMSE / standard
@@ -34,14 +46,18 @@ def make_validation(
     ranker may ask for the AUC against drawn items there (`RowsConfig.stop_by`).
 
     Args:
-        trained: The model in the making; its weights may change.
+        trained: The model, in the making or made; its weights may change.
         split: What it is trained on.
         candidates: What a ranker will be asked about.
     """
     if isinstance(trained.model, Ranker):
         sampled = _zeros(trained.model, rows_settings(trained))
         if _can_judge(trained, split, sampled):
-            return lambda model: _rows_value(replace(trained, model=model), split, sampled)
+            return Validation(
+                ROWS_METRIC,
+                lambda model: _rows_value(replace(trained, model=model), split, sampled),
+            )
+    if isinstance(second_stage(trained.model), Ranker):
         split = happened_split(split, rows_settings(trained).positive)
     holdout = split.validation
     if len(holdout) == 0:
@@ -56,7 +72,7 @@ def make_validation(
         report = evaluate(replace(trained, model=model), holdout, k=(10,), resamples=0, users=users)
         return report.metrics[STOP_METRIC + report.suffix]
 
-    return validate
+    return Validation(STOP_METRIC, validate)
 
 
 def _zeros(ranker: Ranker, learned: RowsConfig) -> SampledNegatives | None:
