@@ -15,9 +15,10 @@ from torch import Tensor
 
 from foretaste.errors import BundleError, ConfigError, DataError, NonFiniteError
 from foretaste.retrieval.exact import ExactIndex, load_vectors
-from foretaste.retrieval.hnsw import HnswIndex, build_hnsw
+from foretaste.retrieval.faiss_index import FAISS_FILE, FaissIndex
+from foretaste.retrieval.hnsw import build_hnsw
 from foretaste.retrieval.index import IndexChoice, IndexFacts, IndexKind, ItemIndex
-from foretaste.retrieval.ivf import FAISS_FILE, IvfIndex, build_ivf
+from foretaste.retrieval.ivf import build_ivf
 
 EXACT_BELOW = 200_000
 """Items up to which "auto" compares everything: about 10 ms a query on one core."""
@@ -90,7 +91,7 @@ def exact_of(index: ItemIndex) -> ExactIndex:
     match index:
         case ExactIndex():
             return index
-        case IvfIndex() | HnswIndex():
+        case FaissIndex():
             return index.exact
         case _:
             raise ConfigError(f"{type(index).__name__} carries no exact index")
@@ -106,22 +107,6 @@ def _exact(table_ID: Tensor, known_I: Tensor) -> ExactIndex:
     return ExactIndex(vectors_ND, item_N, catalogue_size=len(table_ID))
 
 
-def recall(index: IvfIndex | HnswIndex, query_QD: Float[Tensor, "Q D"]) -> Float[Tensor, " Q"]:
-    """Return for each query the share of its true 100 best that an index finds, in [0, 1].
-
-    The true ones are those of the exact index inside, which lends no hand to the search.
-    """
-    k = min(RECALL_AT, index.facts.num_items)
-    none = torch.full((len(query_QD), 0), -1)
-    true_QK = index.exact.search(query_QD, k, exclude_BX=none).item_BK
-    return _overlap(true_QK, index.candidates(query_QD, k))
-
-
-def _overlap(true_QK: Tensor, found_QK: Tensor) -> Tensor:
-    pairs = zip(true_QK, found_QK, strict=True)
-    return torch.stack([torch.isin(true, found).float().mean() for true, found in pairs])
-
-
 def _noisy_items(exact: ExactIndex, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     row_Q = torch.randint(exact.facts.num_items, (MEASURED_QUERIES,), generator=generator)
@@ -130,9 +115,13 @@ def _noisy_items(exact: ExactIndex, seed: int) -> Tensor:
     return vectors_QD + 0.5 * noise_QD * vectors_QD.std(dim=0, correction=0)
 
 
-def _tuned(
-    index: IvfIndex | HnswIndex, query_QD: Tensor, aim: Mapping[str, object]
-) -> IvfIndex | HnswIndex:
+def _recall(true_QK: Tensor, found_QK: Tensor) -> Float[Tensor, " Q"]:
+    """Return for each query the share of its true best that were found."""
+    pairs = zip(true_QK, found_QK, strict=True)
+    return torch.stack([torch.isin(true, found).float().mean() for true, found in pairs])
+
+
+def _tuned(index: FaissIndex, query_QD: Tensor, aim: Mapping[str, object]) -> FaissIndex:
     """Double the width until both halves of the queries reach the target, then halve the gap."""
     index = index.with_facts(index.facts.model_copy(update=aim))
     k = min(RECALL_AT, index.facts.num_items)
@@ -141,7 +130,7 @@ def _tuned(
 
     def at(width: int) -> tuple[float, float]:
         wider = index.with_facts(index.facts.model_copy(update={"search_width": width}))
-        found_Q = _overlap(true_QK, wider.candidates(query_QD, k))
+        found_Q = _recall(true_QK, wider.candidates(query_QD, k))
         worse = min(float(half.mean()) for half in found_Q.chunk(2))
         return worse, float(found_Q.mean())
 
@@ -169,13 +158,9 @@ def load_index(folder: Path) -> ItemIndex:
     try:
         facts = IndexFacts.model_validate_json((folder / "index.json").read_bytes())
         exact = load_vectors(folder, facts)
-        match facts.kind:
-            case "exact":
-                return exact
-            case "hnsw":
-                return HnswIndex(faiss.read_index(str(folder / FAISS_FILE)), exact, facts)
-            case "ivf_flat" | "ivf_sq8":
-                lists = faiss.read_index(str(folder / FAISS_FILE), faiss.IO_FLAG_MMAP)
-                return IvfIndex(lists, exact, facts)
+        if facts.kind == "exact":
+            return exact
+        flags = 0 if facts.kind == "hnsw" else faiss.IO_FLAG_MMAP
+        return FaissIndex(faiss.read_index(str(folder / FAISS_FILE), flags), exact, facts)
     except (OSError, KeyError, ValidationError, SafetensorError, RuntimeError) as error:
         raise BundleError(f"{folder}: the index cannot be read: {error}: build it anew") from error

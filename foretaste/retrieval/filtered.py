@@ -26,12 +26,9 @@ MOST_FETCHED = 1024
 """Past this many items fetched a row, a bitmap per row is faster than fetching and dropping."""
 
 
-Fetch = Callable[
-    [np.ndarray, int, faiss.IDSelector | None],
-    tuple[np.ndarray, np.ndarray],
-]
-"""From queries (B, D), how many to fetch, and which positions may be fetched, to the scores and
-positions (B, F) of an approximate search; -1 where it finds no more."""
+Fetch = Callable[[np.ndarray, int, faiss.IDSelector | None], np.ndarray]
+"""From queries (B, D), how many to fetch, and which positions may be fetched, to the positions
+(B, F) that an approximate search finds; -1 where it finds no more."""
 
 
 def candidates(
@@ -42,7 +39,7 @@ def candidates(
     What recall is measured on: the exact index lends no hand here.
     """
     query, fetched = _rows(query_BD), min(k * refine, len(exact.item_N))
-    position_BF = fetch(query, fetched, None)[1]
+    position_BF = fetch(query, fetched, None)
     _, position_BK = _best(exact, query, position_BF, k)
     return exact.item_N[position_BK.clamp(min=0)].where(position_BK >= 0, -1)
 
@@ -77,7 +74,7 @@ def search_filtered(
     bits, wanted = _bits(allowed_N, num_items), k * refine
     if len(query) > 1 and wanted + exclude.shape[1] <= MOST_FETCHED:
         selector = None if allowed_N is None else faiss.IDSelectorBitmap(bits)
-        position = fetch(query, wanted + exclude.shape[1], selector)[1]
+        position = fetch(query, wanted + exclude.shape[1], selector)
         position = _drop(position, exclude, num_items)[:, :wanted]
     else:
         position = _fetch_each(fetch, query, wanted, exclude, bits)
@@ -109,7 +106,7 @@ def _fetch_each(
         own, gone = bits.copy(), exclude_X[exclude_X >= 0]
         np.bitwise_and.at(own, gone >> 3, ~(1 << (gone & 7)).astype(np.uint8))
         selector = faiss.IDSelectorBitmap(own)
-        position_BF[row] = fetch(query_BD[row : row + 1], fetched, selector)[1]
+        position_BF[row] = fetch(query_BD[row : row + 1], fetched, selector)
     return position_BF
 
 
