@@ -139,7 +139,7 @@ def learn_pairs(model: nn.Module, events: Interactions) -> None:
     if isinstance(model, LearnsNewcomers):
         model.learn_newcomers(events)
     if isinstance(model, Finishes):
-        model.finish(events)
+        model.finish()
 
 
 def learn_two_stage(model: nn.Module, events: Interactions) -> None:

@@ -287,7 +287,7 @@ def trained(events: Interactions, config: LightGCNConfig, **objective: object) -
         ),
         objective=Pairs(PairsConfig(**objective), events),  # type: ignore[arg-type]
     ).run()
-    model.finish(events)
+    model.finish()
     return model.eval()
 
 
@@ -404,7 +404,7 @@ def test_a_copy_learns_apart_and_a_loaded_model_needs_no_graph() -> None:
         copied.layer_0.weight.zero_()
     assert model.eval().item_table().any()
     assert not copied.eval().item_table().any()
-    model.finish(events)
+    model.finish()
     loaded = LightGCN(model.config, num_users=12, num_items=9)
     loaded.load_state_dict(model.state_dict(), assign=True)
     query = Queries.of_histories([[0, 1], [], [8]])

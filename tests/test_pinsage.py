@@ -205,7 +205,7 @@ def test_a_new_user_is_a_new_node() -> None:
     # by hand: one layer, so the vector is W [newcomer ; mean of the items' messages]
     events = world()
     model = model_of(events, num_layers=1, similarity="dot", temperature=1.0)
-    model.finish(events)
+    model.finish()
     model.eval()
     convolve = model.convolutions[0]
     assert isinstance(convolve, Convolve)
@@ -223,7 +223,7 @@ def test_a_known_user_is_their_own_vector_until_they_do_more() -> None:
     events = world()
     model = model_of(events)
     model.begin(events)
-    model.finish(events)
+    model.finish()
     model.eval()
     history = events.history(4).tolist()
     own, again = model.encode(queries_of([4, 4], [history, [*history, history[0]]]))
@@ -236,7 +236,7 @@ def test_a_known_user_is_their_own_vector_until_they_do_more() -> None:
 def test_without_a_graph_it_answers_but_does_not_learn() -> None:
     events = world()
     trained = model_of(events)
-    trained.finish(events)
+    trained.finish()
     loaded = PinSage(trained.config, num_users=NUM_USERS, num_items=NUM_ITEMS)
     loaded.load_state_dict(trained.state_dict())
     queries = Queries.of_histories([[1, 2], []])

@@ -166,7 +166,7 @@ def _finish(model: nn.Module, events: Interactions) -> None:
     if isinstance(model, LearnsNewcomers):
         model.learn_newcomers(events)
     if isinstance(model, Finishes):
-        model.finish(events)
+        model.finish()
     model.eval()
 
 

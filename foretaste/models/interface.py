@@ -223,8 +223,8 @@ class Begins(Protocol):
 class Finishes(Protocol):
     """Works something out once training is over: final tables, answers to new users."""
 
-    def finish(self, events: Interactions) -> None:
-        """Fill what answers need and training does not; `events` are those of training."""
+    def finish(self) -> None:
+        """Fill what answers need and training does not."""
         ...
 
 

@@ -34,7 +34,6 @@ from foretaste.config import Config
 from foretaste.data.batch import Queries
 from foretaste.data.graph import Graph, GraphConfig
 from foretaste.data.histories import Reads
-from foretaste.data.interactions import Interactions
 from foretaste.errors import ConfigError
 from foretaste.models.interface import PairVectors
 from foretaste.models.layers.graph_conv import GraphConv, Perturbation
@@ -183,9 +182,8 @@ class LightGCN(nn.Module):
         """Return the items that no user did, but that are tied to other items or attributes."""
         return self._known().placed_I
 
-    def finish(self, events: Interactions) -> None:
+    def finish(self) -> None:
         """Keep what answers need, so that they need no graph."""
-        del events  # the graph was made from them
         self.placed.keep(self._known())
 
     def train(self, mode: bool = True) -> "LightGCN":  # noqa: FBT001, FBT002  # torch's own form

@@ -255,9 +255,8 @@ class PinSage(nn.Module):
         user_P = torch.from_numpy(pair_E).unique() // self.num_items
         self.num_items_U.copy_(torch.bincount(user_P, minlength=self.num_users))
 
-    def finish(self, events: Interactions) -> None:
+    def finish(self) -> None:
         """Work out and keep what answers need: every vector, and what items say to new users."""
-        del events  # `begin` has them
         self.vector_XD, self.message_KIH = self._generate()
 
     def train(self, mode: bool = True) -> "PinSage":  # noqa: FBT001, FBT002  # torch's signature
