@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from foretaste.data.blocks import draw_blocks
+from foretaste.data.blocks import alike, draw_blocks
 from foretaste.data.interactions import Interactions
 from foretaste.data.sources.load import get_dataset
 from foretaste.data.split_config import GivenSplitConfig, make_split
@@ -47,6 +47,13 @@ def test_half_of_two_trips_is_one_whole_trip() -> None:
         held_E = draw_blocks(events, 0.5, seed)
         place_U5 = events.item_idx[held_E].reshape(-1, 5) // 5
         assert (place_U5 == place_U5[:, :1]).all()
+
+
+def test_items_that_fifty_thousand_did_are_as_alike_as_others() -> None:
+    # 50,000 squared is beyond 32 bits. Of the two items' users half are in common.
+    events = events_of([[0]] * 25_000 + [[0, 1]] * 25_000 + [[1]] * 25_000, 2)
+    alike_P = alike(events, np.array([0, 0]), np.array([0, 1]))
+    np.testing.assert_allclose(alike_P, [1.0, 0.5])
 
 
 @given(

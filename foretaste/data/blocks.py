@@ -9,7 +9,8 @@ from scipy.sparse import csr_array
 
 from foretaste.data.interactions import Interactions
 
-_ROWS = 2**16
+_PAIRS = 2**24
+"""Users of the items that are compared at once, of all of them together."""
 
 
 def draw_blocks(events: Interactions, share: float, seed: int) -> Bool[np.ndarray, " E"]:
@@ -32,7 +33,7 @@ def draw_blocks(events: Interactions, share: float, seed: int) -> Bool[np.ndarra
         np.random.default_rng(seed).random(len(count_U)) * count_U
     ).astype(np.int64)
     chosen_E = chosen_U[user_E]
-    alike_E = _alike(events, item_E, item_E[chosen_E])
+    alike_E = alike(events, item_E, item_E[chosen_E])
     alike_E[chosen_E] = np.inf
     order_E = np.lexsort((-alike_E, user_E))
     rank_E = np.arange(len(events)) - events.offsets[user_E]
@@ -41,7 +42,7 @@ def draw_blocks(events: Interactions, share: float, seed: int) -> Bool[np.ndarra
     return held_E
 
 
-def _alike(
+def alike(
     events: Interactions, a_E: Int64[np.ndarray, " E"], b_E: Int64[np.ndarray, " E"]
 ) -> Float64[np.ndarray, " E"]:
     """Return the cosine of two items' users, pair by pair."""
@@ -49,12 +50,14 @@ def _alike(
     shape = (events.num_items, events.num_users)
     done_IU = csr_array((ones_E, (events.item_idx, events.user_idx)), shape=shape)
     done_IU.data[:] = 1  # whoever did it twice counts once
+    count_I = np.diff(done_IU.indptr).astype(np.int64)  # of 32 bits, products would wrap round
+    block_E = np.cumsum(count_I[a_E] + count_I[b_E]) // _PAIRS
+    cuts = np.flatnonzero(np.diff(block_E)) + 1
     both_E = np.concatenate(
         [
-            (done_IU[a_E[begin : begin + _ROWS]] * done_IU[b_E[begin : begin + _ROWS]]).sum(axis=1)
-            for begin in range(0, max(1, len(a_E)), _ROWS)
+            (done_IU[some_a] * done_IU[some_b]).sum(axis=1)
+            for some_a, some_b in zip(np.split(a_E, cuts), np.split(b_E, cuts), strict=True)
         ]
     )
-    count_I = np.diff(done_IU.indptr)
     cosine_E: Float64[np.ndarray, " E"] = both_E / np.sqrt(count_I[a_E] * count_I[b_E])
     return cosine_E
