@@ -121,6 +121,12 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted() -> None:
     assert model.w.item() == pytest.approx(-0.1)
 
 
+def test_the_loss_of_an_epoch_is_the_mean_over_steps_that_have_one() -> None:
+    # w is 0, then -0.1: the losses are 0, none, -0.1.
+    _, run = scalar_fit([1.0, math.nan, 1.0], plain())
+    assert run.run().epochs[0]["loss"] == pytest.approx(-0.05)
+
+
 def test_twenty_such_steps_in_a_row_end_the_run() -> None:
     _, run = scalar_fit([math.nan] * 30, plain())
     with pytest.raises(NonFiniteError, match=r"20 steps in a row.*learning_rate"):
@@ -148,6 +154,38 @@ def test_the_average_of_weights_is_what_is_kept() -> None:
     run.run()
     first = -0.1 * 0.9
     assert model.w.item() == pytest.approx(first + (-0.2 - first) * (1 - 2 / 11), abs=1e-6)
+
+
+@pytest.mark.parametrize("validated", [True, False])
+def test_the_average_has_the_models_own_moving_means(*, validated: bool) -> None:
+    # Two batches of the constant 1: the mean moves by a tenth of the way, 0.1, then 0.19.
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(1)
+
+    model, seen = Normed(), []
+
+    def validate(judged: nn.Module) -> float:
+        seen.append(judged.norm.running_mean.item())
+        return 0.0
+
+    Fit(
+        model,
+        plain(ema_decay=0.5),
+        seed=0,
+        plan=lambda _: Numbers([1.0, 1.0]),
+        objective=lambda m, batch: m.norm(torch.full((2, 1), batch.value)).sum(),
+        validate=validate if validated else None,
+    ).run()
+    assert model.norm.running_mean.item() == pytest.approx(0.19)
+    assert seen == pytest.approx([0.19] * validated)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_named_at_the_door() -> None:
+    with pytest.raises(ConfigError, match="torch sees no GPU here"):
+        scalar_fit([1.0], plain(device="cuda"))
 
 
 def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:

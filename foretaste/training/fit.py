@@ -55,7 +55,7 @@ class Epoch:
     epoch: int
     """Counted from 1."""
     loss: float
-    """Mean over its steps."""
+    """Mean over those of its steps whose loss was finite; NaN where none was."""
     seconds: float
     """Of training so far, in this epoch and all before, validations included."""
     events_per_second: float
@@ -74,6 +74,8 @@ class Progress:
     batch: int = 0
     step: int = 0
     loss_sum: float = 0.0
+    """Of the epoch's steps so far whose loss was finite; `counted` says how many they are."""
+    counted: int = 0
     skipped: int = 0
     bad_in_a_row: int = 0
     seconds: float = 0.0
@@ -165,7 +167,7 @@ class Fit(Generic[Model, Batch]):
         if self.best_weights:
             self.model.load_state_dict(self.best_weights)
         elif self.average is not None:
-            self.model.load_state_dict(self.average.state_dict())
+            self.model.load_state_dict(self._judged().state_dict())
         self.model.eval()
         return self.progress
 
@@ -191,14 +193,15 @@ class Fit(Generic[Model, Batch]):
         progress.seconds = seconds_before + time.perf_counter() - started
         epoch = Epoch(
             epoch=progress.epoch + 1,
-            loss=progress.loss_sum / progress.batch,
+            loss=progress.loss_sum / progress.counted if progress.counted else math.nan,
             seconds=progress.seconds,
             events_per_second=rate,
             validation=validation,
             waiting_share=batches.waited_s / trained_s,
         )
         progress.epochs.append(asdict(epoch))
-        progress.epoch, progress.batch, progress.loss_sum = progress.epoch + 1, 0, 0.0
+        progress.epoch, progress.batch = progress.epoch + 1, 0
+        progress.loss_sum, progress.counted = 0.0, 0
         all_done = "all epochs done" if progress.epoch == self.config.epochs else ""
         progress.done = progress.done or all_done or self._out_of_time(max_seconds)
         self._checkpoint()
@@ -223,6 +226,7 @@ class Fit(Generic[Model, Batch]):
             log.write(progress.step, progress.epoch, loss)
             if math.isfinite(loss):
                 progress.loss_sum += loss
+                progress.counted += 1
             progress.batch += 1
             progress.step += 1
             now = time.perf_counter()
@@ -298,8 +302,16 @@ class Fit(Generic[Model, Batch]):
         return value
 
     def _judged(self) -> nn.Module:
-        """Return the weights as validation sees them, in evaluation mode."""
-        return (self.average or self.model).eval()
+        """Return the weights as validation sees them, in evaluation mode.
+
+        What is no weight, such as the moving means of batch normalisation, is the model's own.
+        """
+        if self.average is None:
+            return self.model.eval()
+        weights = dict(self.model.named_parameters(remove_duplicate=False))
+        others = {n: value for n, value in self.model.state_dict().items() if n not in weights}
+        self.average.load_state_dict(others, strict=False)
+        return self.average.eval()
 
     def _checkpoint(self) -> None:
         if self.folder is None:

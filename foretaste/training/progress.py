@@ -47,7 +47,7 @@ class ShowProgress:
             completed=progress.step,
             total=steps_per_epoch * self.epochs,
             epoch=f"{progress.epoch + 1}/{self.epochs}",
-            loss=progress.loss_sum / max(1, progress.batch),
+            loss=progress.loss_sum / max(1, progress.counted),
             rate=progress.step / max(progress.seconds, 1e-9),
         )
 

@@ -10,6 +10,8 @@ import sys
 
 import torch
 
+from foretaste.errors import ConfigError
+
 _GLIBC_LIMITS = {-1: (1 << 31) - 1, -2: 64 << 20, -3: 1 << 30}
 """mallopt's M_TRIM_THRESHOLD, M_TOP_PAD and M_MMAP_THRESHOLD, in bytes."""
 
@@ -27,7 +29,12 @@ def keep_memory() -> bool:
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device to train on: "auto" takes a GPU where there is one."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+    """Return the device to train on: "auto" takes a GPU where there is one.
+
+    Raises:
+        ConfigError: A GPU is asked for, and there is none.
+    """
+    has_gpu = torch.cuda.is_available()
+    if name == "cuda" and not has_gpu:
+        raise ConfigError('training.device is "cuda", and torch sees no GPU here: set it to "auto"')
+    return torch.device(("cuda" if has_gpu else "cpu") if name == "auto" else name)
