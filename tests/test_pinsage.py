@@ -290,6 +290,13 @@ def test_items_nobody_did_are_placed_by_their_features(settings: dict[str, objec
     assert (best_B2 % 4 == torch.arange(4).unsqueeze(1)).all()
 
 
+def test_features_of_another_number_of_items_are_refused() -> None:
+    events = two_groups()
+    features = fit_features(FeatureSchema(item={"colour": CategoricalField()}), events)
+    with pytest.raises(ConfigError, match="features of 40 items for 41"):
+        PinSage(PinSageConfig(), num_users=events.num_users, num_items=41, features=features)
+
+
 def test_items_nobody_did_are_placed_by_what_they_share() -> None:
     events = two_groups()
     config = PinSageConfig(embedding_dim=16, graph=GraphConfig(attributes=("colour",)))

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from foretaste.config import Config
 from foretaste.data.batch import Queries
-from foretaste.data.features import Features, FieldSide, FieldTable
+from foretaste.data.features import Features, FieldTable
 from foretaste.data.histories import Reads
 from foretaste.data.interactions import Interactions
 from foretaste.errors import ConfigError
@@ -40,7 +40,7 @@ from foretaste.models.interface import PairVectors
 from foretaste.models.layers.embedding import Fusion
 from foretaste.models.layers.fold_in import FoldIn
 from foretaste.models.layers.history import AttentionHistory, CausalHistory, MeanHistory
-from foretaste.models.layers.known_fields import KnownFields, told_of_items, told_of_users
+from foretaste.models.layers.known_fields import known_fields, told_of_items, told_of_users
 from foretaste.models.layers.mlp import MLP
 from foretaste.models.layers.similarity import Similarity, as_item, as_query
 from foretaste.models.sasrec import SASRecConfig
@@ -131,9 +131,13 @@ class TwoTower(nn.Module):
         self.max_len = config.max_len
         self.users = _ids(num_users, config) if config.user_id else None
         self.items = _ids(num_items, config) if config.item_id else None
-        users = told_of_users(features if config.user_features else None, num_users)
-        items = told_of_items(features if config.item_features else None, num_items)
-        self.user_fields, self.item_fields = _known(users, config), _known(items, config)
+        self.user_fields, self.item_fields = (
+            known_fields(told, embedding_dim=width, fusion=config.fusion)
+            for told in (
+                told_of_users(features if config.user_features else None, num_users),
+                told_of_items(features if config.item_features else None, num_items),
+            )
+        )
         self.history = _history(config)
         num_query = sum(p is not None for p in (self.users, self.user_fields, self.history))
         num_item = sum(p is not None for p in (self.items, self.item_fields))
@@ -328,12 +332,6 @@ def _ids(num_rows: int, config: TwoTowerConfig) -> nn.Embedding:
     table = nn.Embedding(num_rows, config.embedding_dim)
     nn.init.normal_(table.weight, std=config.init_std)
     return table
-
-
-def _known(told: tuple[FieldSide, FieldTable] | None, config: TwoTowerConfig) -> KnownFields | None:
-    if told is None:
-        return None
-    return KnownFields(*told, embedding_dim=config.embedding_dim, fusion=config.fusion)
 
 
 def _history(

@@ -116,6 +116,15 @@ def told_of_items(features: Features | None, num_items: int) -> tuple[FieldSide,
     return features.item, _a_row_each("items", features.item_table, num_items)
 
 
+def known_fields(
+    told: tuple[FieldSide, FieldTable] | None, *, embedding_dim: int, fusion: Fusion
+) -> KnownFields | None:
+    """Make what encodes the features of users, or of items; None where none are told."""
+    if told is None:
+        return None
+    return KnownFields(*told, embedding_dim=embedding_dim, fusion=fusion)
+
+
 def _a_row_each(what: str, table: FieldTable, num_rows: int) -> FieldTable:
     if len(table) != num_rows:
         raise ConfigError(

@@ -14,7 +14,7 @@ from foretaste.data.batch import Queries
 from foretaste.data.features import Features, FieldTable
 from foretaste.errors import ConfigError
 from foretaste.models.layers.embedding import Fusion
-from foretaste.models.layers.known_fields import KnownFields
+from foretaste.models.layers.known_fields import known_fields, told_of_items, told_of_users
 
 
 @final
@@ -53,11 +53,15 @@ class NodeInputs(nn.Module):
             fusion: How a node's features become one vector.
 
         Raises:
-            ConfigError: There are neither ids nor features of items.
+            ConfigError: There are neither ids nor features of items, or features are of others than
+                there are.
         """
         super().__init__()
         self.num_users = num_users
-        self.user_fields, self.item_fields = _fields(features, embedding_dim, fusion)
+        self.user_fields, self.item_fields = (
+            known_fields(told, embedding_dim=embedding_dim, fusion=fusion)
+            for told in (told_of_users(features, num_users), told_of_items(features, num_items))
+        )
         if not ids and self.item_fields is None:
             raise ConfigError(
                 "ids = false and no features of items leave nothing to start from: keep the ids, "
@@ -126,20 +130,3 @@ class NodeInputs(nn.Module):
         if self.ids is None:
             return torch.zeros(len(node_S), self.embedding_dim, device=node_S.device)
         return F.embedding(node_S.where(has_id_S, len(self.linked_X)), self.ids.weight)
-
-
-def _fields(
-    features: Features | None, embedding_dim: int, fusion: Fusion
-) -> tuple[KnownFields | None, KnownFields | None]:
-    if features is None:
-        return None, None
-    user, item = (
-        None
-        if side is None or table is None
-        else KnownFields(side, table, embedding_dim=embedding_dim, fusion=fusion)
-        for side, table in (
-            (features.user, features.user_table),
-            (features.item, features.item_table),
-        )
-    )
-    return user, item
