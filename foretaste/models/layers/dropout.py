@@ -4,10 +4,17 @@ from typing import final
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 _LEVELS = 256
+
+
+def random_bytes(shape: torch.Size) -> UInt8[Tensor, "..."]:
+    """Draw numbers in [0, 256) on the CPU, by one draw of torch's global generator."""
+    seed = int(torch.randint(2**63 - 1, ()))
+    words = np.random.SFC64(seed).random_raw(-(-shape.numel() // 8))
+    return torch.from_numpy(words.view(np.uint8))[: shape.numel()].view(shape)
 
 
 @final
@@ -32,8 +39,5 @@ class Dropout(nn.Module):
             return x
         if x.device.type != "cpu":
             return nn.functional.dropout(x, self.levels / _LEVELS)
-        seed = int(torch.randint(2**63 - 1, ()))
-        words = np.random.SFC64(seed).random_raw(-(-x.numel() // 8))
-        drawn = torch.from_numpy(words.view(np.uint8))[: x.numel()].view(x.shape)
-        kept = drawn.ge_(self.levels)  # stays in bytes: torch turns bools to floats slowly
+        kept = random_bytes(x.shape).ge_(self.levels)  # in bytes: bools become floats slowly
         return x * kept.to(x.dtype).mul_(_LEVELS / (_LEVELS - self.levels))

@@ -21,6 +21,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from foretaste.data.graph import Graph, adjacency, cache_order
+from foretaste.models.layers.dropout import random_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,11 +274,8 @@ class _Propagate(torch.autograd.Function):
 
 def _moved(row_VD: Tensor, length: float) -> Tensor:
     """Move each vector away from the origin by a random vector of given length, in its orthant."""
-    if row_VD.device.type == "cpu":  # random bytes, as `Dropout` draws them: a fifth of the time
-        seed = int(torch.randint(2**63 - 1, ()))
-        words = np.random.SFC64(seed).random_raw(-(-row_VD.numel() // 8))
-        drawn = torch.from_numpy(words.view(np.uint8))[: row_VD.numel()].view(row_VD.shape)
-        noise_VD = drawn.to(row_VD.dtype)
+    if row_VD.device.type == "cpu":  # a fifth of the time
+        noise_VD = random_bytes(row_VD.shape).to(row_VD.dtype)
     else:
         noise_VD = torch.rand_like(row_VD)
     noise_VD.mul_(length / noise_VD.norm(dim=1, keepdim=True).clamp_(min=1e-12))
