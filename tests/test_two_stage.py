@@ -31,6 +31,7 @@ from foretaste.models.interface import ClosedForm
 from foretaste.models.item_knn import ItemKNNConfig
 from foretaste.models.layers.heads import Heads
 from foretaste.models.neumf import NeuMFConfig
+from foretaste.models.popularity import Popularity
 from foretaste.models.sasrec import SASRecConfig
 from foretaste.models.two_stage import TwoStage, below, judge
 from foretaste.sampling.mixed import MixedNegatives
@@ -570,6 +571,16 @@ def test_a_retrievers_candidates_are_its_best_that_the_user_has_not_done() -> No
         user_B = torch.full((64,), user)
         found_BN = drawn(user_B, torch.full((64,), past[0]), 5, generator=torch.Generator())
         assert set(found_BN.flatten().tolist()) == set(best)
+
+
+def test_candidates_of_equal_scores_are_the_first_of_the_catalogue_as_in_answers() -> None:
+    trained = make_trained("popularity")
+    assert isinstance(trained.model, Popularity)
+    trained.model.count_I.fill_(3)
+    known = set(trained.known_I.nonzero().flatten().tolist())
+    for user, ranked_T in enumerate(best_unseen(trained, 5)[:10].tolist()):
+        past = trained.events.history(user).tolist()
+        assert ranked_T == (sorted(known - set(past)) if past else [-1])[:5] + [-1] * 4 * (not past)
 
 
 def test_behind_an_index_the_candidates_are_the_same_as_by_all_scores() -> None:

@@ -4,23 +4,22 @@ retriever whose candidates a ranker learns to tell apart.
 Shape legend: U users, B pairs or users of a block, N hard negatives of a pair, T ranks, I items.
 """
 
-import sys
 from collections.abc import Mapping
 from typing import final
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Int32, Int64
 from torch import Tensor, nn
 
-from foretaste.data.batch import Queries, last_events
 from foretaste.data.interactions import Interactions
 from foretaste.errors import ConfigError
 from foretaste.models.interface import Retriever
+from foretaste.models.layers.top_k import top_k
 from foretaste.retrieval.choose import build_index
 from foretaste.retrieval.index import ItemIndex
 from foretaste.sampling.hard import draw_by_rank
 from foretaste.sampling.unseen import Seen
+from foretaste.serving.histories import training_histories
 from foretaste.training.objectives.pairs import PairsConfig
 from foretaste.training.trained import Trained
 
@@ -172,8 +171,8 @@ def best_unseen(trained: Trained, num: int) -> Int32[Tensor, "U T"]:
     score = trained.scorer(exclude_seen=True)
     ranked_UT = torch.full((events.num_users, num), -1, dtype=torch.int32)
     for user_B in _by_length(events):
-        score_BI = score(_with_histories(user_B, events)).cpu()
-        value_BK, item_BK = score_BI.topk(min(num, events.num_items))
+        queries, _ = training_histories(events, user_B.numpy())
+        value_BK, item_BK = top_k(score(queries).cpu(), num)
         ranked_UT[user_B, : item_BK.shape[1]] = item_BK.where(value_BK > -torch.inf, -1).int()
     return ranked_UT
 
@@ -184,13 +183,9 @@ def _search_all(
     ranked_UT = torch.full((events.num_users, num), -1, dtype=torch.int32)
     device = model.item_table().device
     for user_B in _by_length(events):
-        queries = _with_histories(user_B, events)
-        done = last_events(queries, sys.maxsize)
-        found = index.search(
-            model.encode(queries.to(device)).float().cpu(),
-            num,
-            exclude_BX=done.item_BL.where(done.valid_BL, -1),
-        )
+        queries, done_BX = training_histories(events, user_B.numpy())
+        query_BD = model.encode(queries.to(device)).float().cpu()
+        found = index.search(query_BD, num, exclude_BX=done_BX)
         ranked_UT[user_B] = found.item_BK.int()
     return ranked_UT
 
@@ -201,15 +196,3 @@ def _by_length(events: Interactions) -> tuple[Int64[Tensor, " B"], ...]:
     order_U = length_U.argsort(stable=True)
     blocks: tuple[Tensor, ...] = order_U[length_U[order_U] > 0].split(_BLOCK_USERS)
     return blocks
-
-
-def _with_histories(user_B: Int64[Tensor, " B"], events: Interactions) -> Queries:
-    start_B, end_B = (torch.from_numpy(events.offsets)[user_B + n] for n in (0, 1))
-    offsets_B1 = F.pad((end_B - start_B).cumsum(0), (1, 0))
-    ahead_N = (start_B - offsets_B1[:-1]).repeat_interleave(end_B - start_B)
-    index_N = torch.arange(len(ahead_N)) + ahead_N
-    return Queries(
-        user_B=user_B,
-        history_N=torch.from_numpy(events.item_idx)[index_N].long(),
-        offsets_B1=offsets_B1,
-    )
