@@ -11,7 +11,8 @@ from test_contract import events_of, planted_histories
 from torch import Tensor
 
 from foretaste.data.batch import Queries
-from foretaste.data.pairs import Reads, plan_pairs
+from foretaste.data.histories import Reads
+from foretaste.data.pairs import plan_pairs
 from foretaste.data.reading import read_interactions
 from foretaste.data.splitting import temporal_split
 from foretaste.evaluation.protocol import evaluate

@@ -15,8 +15,6 @@ from foretaste.data.batch import PairBatch, Queries
 from foretaste.data.histories import Reads, read_histories
 from foretaste.data.interactions import Interactions
 
-__all__ = ["FindHard", "PairPlan", "Reads", "plan_pairs"]
-
 FindHard = Callable[[Tensor, Tensor, torch.Generator], Tensor]
 """From user_idx (B,), their observed item_idx (B,) and a source of randomness to hard negatives
 (B, H)."""

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from foretaste.data.batch import Queries
 from foretaste.data.features import Features
-from foretaste.data.pairs import Reads
+from foretaste.data.histories import Reads
 from foretaste.data.tasks import Task
 from foretaste.errors import ConfigError
 from foretaste.models.layers.field_ranker import FieldRanker

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from foretaste.data.batch import Queries
 from foretaste.data.features import FieldTable
+from foretaste.data.histories import Reads
 from foretaste.data.interactions import Interactions
-from foretaste.data.pairs import Reads
 from foretaste.data.tasks import Task
 from foretaste.models.layers.heads import Heads, score_in_blocks
 from foretaste.models.layers.row_fields import RowFields, RowParts

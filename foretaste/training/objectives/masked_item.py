@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from foretaste.data.batch import SequenceBatch
 from foretaste.data.interactions import Interactions
+from foretaste.data.sequences import Windows
 from foretaste.models.bert4rec import BERT4Rec
 from foretaste.training.objectives.candidates import CandidateConfig, CandidateLoss
 
@@ -27,7 +28,7 @@ class MaskedItemConfig(CandidateConfig):
     last_share: float = Field(default=0.1, ge=0, le=1)
     """Share of rows of which only the last event is hidden, which is what will be asked; the
     paper's authors have one such row beside ten others."""
-    windows: Literal["last", "all"] = "all"
+    windows: Windows = "all"
     """"last": a user's last max_len events, as in the paper; "all": every event, long histories
     cut into windows."""
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from foretaste.data.batch import SequenceBatch
 from foretaste.data.interactions import Interactions
+from foretaste.data.sequences import Windows
 from foretaste.models.sasrec import SASRec
 from foretaste.training.objectives.candidates import CandidateConfig, CandidateLoss
 
@@ -19,7 +20,7 @@ class NextItemConfig(CandidateConfig):
     """Settings of next-item prediction."""
 
     kind: Literal["next_item"] = "next_item"
-    windows: Literal["last", "all"] = "all"
+    windows: Windows = "all"
     """"last": a user's last max_len events, as in the SASRec paper; "all": every event, long
     histories cut into windows."""
 
