@@ -44,6 +44,10 @@ def margin_loss_gradient(
         negative_NM: Scores of the negatives, -inf where there is none; overwritten.
         margin: :math:`\Delta`, above 0, in the unit of the scores.
 
+    Returns:
+        The loss in the unit of the scores, 0 when all negatives stand a margin below, and its
+        gradient to the positives (in [-1, 0]) and to the negatives (the storage of `negative_NM`).
+
     References:
         Ying et al., "Graph Convolutional Neural Networks for Web-Scale Recommender Systems", KDD
         2018, https://arxiv.org/abs/1806.01973, equation 1.
