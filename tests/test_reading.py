@@ -168,6 +168,14 @@ def test_pandas_ids_of_mixed_types_and_uuids_become_text() -> None:
         read_interactions(missing)
 
 
+@pytest.mark.parametrize("library", [pd.DataFrame, pl.DataFrame])
+def test_an_id_of_any_type_in_a_mixed_column_is_found_again(library: type) -> None:
+    ids = [dt.datetime(2024, 5, 1, 12), dt.date(2024, 5, 1), True, np.True_, 2.5, ID_4, "x"]
+    column = ids if library is pd.DataFrame else pl.Series(ids, dtype=pl.Object)
+    events = read_interactions(library({"user_id": column, "item_id": [1] * len(ids)}))
+    assert [events.users.find(one) >= 0 for one in ids] == [True] * len(ids)
+
+
 def test_text_ids_that_look_like_numbers_at_first_stay_whole(tmp_path: Path) -> None:
     rows = "".join(f"{n},1\n" for n in range(20_000))
     late = written(tmp_path / "late.csv", f"user_id,item_id\n{rows}x9,1\n")

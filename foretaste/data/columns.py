@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 
 import polars as pl
 
+from foretaste.data.vocabulary import id_text
 from foretaste.errors import DataError
 
 TimestampUnit = Literal["s", "ms", "us", "ns"]
@@ -50,7 +51,8 @@ def canonical_ids(ids: pl.Series) -> pl.Series:
     if dtype.is_float():
         return _whole_ids(ids.fill_nan(None))
     if dtype == pl.Object:
-        ids = pl.Series(ids.name, [_text(value) for value in ids], dtype=pl.String)
+        texts = [None if value is None or value != value else id_text(value) for value in ids]
+        ids = pl.Series(ids.name, texts, dtype=pl.String)
     if dtype == pl.Datetime:
         ids = ids.dt.cast_time_unit("us")
     if dtype == pl.Binary or dtype.is_nested():
@@ -63,12 +65,6 @@ def canonical_ids(ids: pl.Series) -> pl.Series:
 def _no_blanks(text: pl.Series) -> pl.Series:
     """Return text in which what is empty is missing."""
     return text.set(text == "", None)
-
-
-def _text(value: object) -> str | None:
-    if value is None or value != value:  # NaN stands for a missing id in a mixed column
-        return None
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _whole_ids(ids: pl.Series) -> pl.Series:

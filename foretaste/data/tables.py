@@ -16,6 +16,7 @@ import polars as pl
 import pyarrow as pa
 
 from foretaste.data.delimited import TextFile, open_text
+from foretaste.data.vocabulary import id_text
 from foretaste.errors import DataError
 
 _T = TypeVar("_T")
@@ -197,7 +198,7 @@ class _Pandas:
         except pa.ArrowException:
             column = one.iloc[:, 0]
             pairs = zip(column.isna(), column, strict=True)
-            values = [None if missing else _plain_text(value) for missing, value in pairs]
+            values = [None if missing else id_text(value) for missing, value in pairs]
             return pl.Series(name, values, dtype=pl.String)
 
 
@@ -276,10 +277,6 @@ def _of_arrow(table: pa.Table) -> pl.DataFrame:
             column = pa.array([None if v is None else str(v) for v in values], pa.large_string())
         columns[field.name] = pl.Series(field.name, column)
     return pl.DataFrame(columns)
-
-
-def _plain_text(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _quietly(name: str, work: Callable[[], _T]) -> _T:
