@@ -134,14 +134,10 @@ class Report:
         return "\n\n".join(parts) + "\n"
 
     def __str__(self) -> str:
-        out = Console(file=io.StringIO(), width=110, color_system=None, force_terminal=False)
-        out.print(console_table(self._headline(), title=self._title()), highlight=False)
+        tables = [console_table(self._headline(), title=self._title())]
         if self.slices:
-            out.print(console_table(self._sliced(), title="slices"), highlight=False)
-        for line in (self._counted(), *self.notes):
-            out.print(f"· {line}", highlight=False, markup=False)
-        text: str = out.file.getvalue()  # type: ignore[attr-defined]  # it is the StringIO above
-        return "\n".join(line.rstrip() for line in text.splitlines())
+            tables.append(console_table(self._sliced(), title="slices"))
+        return printed(tables, (self._counted(), *self.notes))
 
     def _title(self) -> str:
         users = "1 user" if len(self.user_idx) == 1 else f"{self.counts['users']:,} users"
@@ -187,6 +183,17 @@ def console_table(rows: list[list[str]], *, title: str) -> Table:
     for row in rows[1:]:
         table.add_row(*row)
     return table
+
+
+def printed(tables: Iterable[Table], notes: Iterable[str] = (), *, width: int = 110) -> str:
+    """Return tables, and notes below them, as a terminal without colours would show them."""
+    out = Console(file=io.StringIO(), width=width, color_system=None, force_terminal=False)
+    for table in tables:
+        out.print(table, highlight=False)
+    for note in notes:
+        out.print(f"· {note}", highlight=False, markup=False)
+    text: str = out.file.getvalue()  # type: ignore[attr-defined]  # it is the StringIO above
+    return "\n".join(line.rstrip() for line in text.splitlines())
 
 
 def markdown_table(rows: Iterable[list[str]]) -> str:

@@ -3,7 +3,6 @@
 Shape legend: N rows, T tasks.
 """
 
-import io
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -11,14 +10,13 @@ from dataclasses import asdict, dataclass, field
 import numpy as np
 from jaxtyping import Float64, Int64
 from pydantic import TypeAdapter
-from rich.console import Console
 
 from foretaste.data.tasks import Task
 from foretaste.errors import DataError
 from foretaste.evaluation.bootstrap import Interval
 from foretaste.evaluation.calibration import Method, fit_calibration
 from foretaste.evaluation.metrics.calibration import Reliability
-from foretaste.evaluation.report import console_table, markdown_table
+from foretaste.evaluation.report import console_table, markdown_table, printed
 from foretaste.evaluation.row_metrics import TaskRows
 from foretaste.training.calibration import Calibration
 
@@ -165,12 +163,8 @@ class RowsReport:
         return f"## {self._title()}\n\n{markdown_table(list(self._table()))}\n\n{lines}\n"
 
     def __str__(self) -> str:
-        out = Console(file=io.StringIO(), width=110, color_system=None, force_terminal=False)
-        out.print(console_table(list(self._table()), title=self._title()), highlight=False)
-        for line in (self._counted(), *self.notes):
-            out.print(f"· {line}", highlight=False, markup=False)
-        text: str = out.file.getvalue()  # type: ignore[attr-defined]  # it is the StringIO above
-        return "\n".join(line.rstrip() for line in text.splitlines())
+        table = console_table(list(self._table()), title=self._title())
+        return printed([table], (self._counted(), *self.notes))
 
     def _title(self) -> str:
         return f"{self.model} on {self.holdout}: {self.counts['rows']:,} rows"

@@ -1,17 +1,15 @@
 """What a comparison of models found: a table, and which of them to take."""
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from foretaste.evaluation.bootstrap import Interval
 from foretaste.evaluation.compare import Comparison
-from foretaste.evaluation.report import Report
+from foretaste.evaluation.report import Report, markdown_table, printed
 from foretaste.evaluation.rows_report import RowsReport
 from foretaste.training.fit import OUT_OF_TIME
 
@@ -148,24 +146,19 @@ class ModelComparison:
 
     def to_markdown(self, *, picture: str = "") -> str:
         """Return the table, the notes and the sentence; `picture` is the path of one to show."""
-        table = [self.columns, ("---",) * len(self.columns), *self.cells()]
-        lines = [f"| {' | '.join(_escaped(cell) for cell in row)} |" for row in table]
+        table = [[_escaped(cell) for cell in row] for row in (self.columns, *self.cells())]
         shown = [f"![quality against cost]({picture})"] if picture else []
         notes = "\n".join(f"- {_one_line(remark)}" for remark in self.remarks())
-        parts = [f"# {self.title()}", "\n".join(lines), *shown, notes, f"**{self.sentence}**"]
+        parts = [f"# {self.title()}", markdown_table(table), *shown, notes, f"**{self.sentence}**"]
         return "\n\n".join(parts) + "\n"
 
     def __str__(self) -> str:
         width = _WIDTH + _WIDTH_OF_TASK * len(self.rows[0].tasks)
-        out = Console(file=io.StringIO(), width=width, color_system=None, force_terminal=False)
         table = Table(*self.columns, title=self.title(), title_justify="left")
         for row in self.cells():
             table.add_row(*(escape(cell) for cell in row))
-        out.print(table, highlight=False)
-        text: str = out.file.getvalue()  # type: ignore[attr-defined]  # it is the StringIO above
-        lines = [line.rstrip() for line in text.splitlines()]
-        lines += [f"· {_one_line(remark)}" for remark in self.remarks()]
-        return "\n".join([*lines, self.sentence])
+        remarks = [f"· {_one_line(remark)}" for remark in self.remarks()]
+        return "\n".join([printed([table], width=width), *remarks, self.sentence])
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
