@@ -156,6 +156,19 @@ def test_a_loss_without_negatives_is_refused() -> None:
     CandidateConfig(loss="softmax", negatives=0)
 
 
+@pytest.mark.parametrize(
+    ("settings", "word"),
+    [
+        ({"in_batch": True, "row_negatives": 2}, "leave out in_batch, row_negatives"),
+        ({"popularity_power": 0.75}, "leave out popularity_power"),
+        ({"loss": "bce", "frequency": "streamed"}, "set in_batch"),
+    ],
+)
+def test_settings_that_would_do_nothing_are_refused(settings: dict[str, object], word: str) -> None:
+    with pytest.raises(ValidationError, match=word):
+        CandidateConfig.model_validate(settings)
+
+
 def test_bpr_by_hand() -> None:
     # Differences 0 and ln 3: -ln(1/2) and -ln(1/4), their mean is 1.5 ln 2.
     loss, positive, negative = bpr_loss_gradient(
