@@ -84,15 +84,11 @@ def test_uniform_draws_known_items_alike(known: torch.Tensor | None) -> None:
     assert p_value(sampler.draw((100, 2_000), generator=generator()), sampler.probability_I) > 1e-4
 
 
-def test_log_q_is_the_log_of_the_chance() -> None:
-    # counts 16 and 81 to the power 0.75 are 8 and 27: chances 8/35 and 27/35
-    sampler = PopularitySampler(np.array([16, 0, 81]))
-    log_q = sampler.log_q(torch.tensor([[0], [2], [1]]))
-    expected = torch.tensor([[math.log(8 / 35)], [math.log(27 / 35)], [-math.inf]])
-    torch.testing.assert_close(log_q, expected)
-    torch.testing.assert_close(
-        UniformSampler(8).log_q(torch.tensor([3])), torch.tensor([-math.log(8)])
-    )
+def test_chances_by_hand() -> None:
+    # counts 16 and 81 to the power 0.75 are 8 and 27
+    chances = PopularitySampler(np.array([16, 0, 81])).probability_I.tolist()
+    assert chances == pytest.approx([8 / 35, 0, 27 / 35])
+    assert UniformSampler(8).probability_I.tolist() == [1 / 8] * 8
 
 
 @pytest.mark.parametrize("sampler", [UniformSampler(50), PopularitySampler(COUNTS["skewed"])])
@@ -122,6 +118,19 @@ def test_the_unseen_follow_the_chances_that_are_left(sampler: Sampler) -> None:
             assert (mine == 0).all()
         else:
             assert p_value(mine, left / left.sum()) > 1e-4
+
+
+def test_who_has_all_that_is_ever_drawn_is_served_from_a_catalogue_of_any_size() -> None:
+    class OnlyTheFirst:
+        probability_I = torch.full((2**24 + 2,), 2.0**-24, dtype=torch.float64)
+
+        def draw(self, shape: tuple[int, ...], *, generator: torch.Generator) -> torch.Tensor:
+            return torch.zeros(shape, dtype=torch.int64)
+
+    first = torch.zeros(1, dtype=torch.int64)
+    seen = Seen(num_items=2**24 + 2, key_E=first, offsets_U1=torch.tensor([0, 1]))
+    drawn = draw_unseen(OnlyTheFirst(), first, 1, seen=seen, generator=generator())
+    assert 0 < drawn.item() < 2**24 + 2
 
 
 def test_a_user_of_everything_is_named() -> None:

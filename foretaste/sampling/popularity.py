@@ -44,7 +44,6 @@ class PopularitySampler:
         probability_I = weight_I / weight_I.sum()
         share_I, alias_I = _alias_table(probability_I)
         self.probability_I: Float[Tensor, " I"] = torch.from_numpy(probability_I)
-        self._log_q_I = self.probability_I.log().float()
         self._share_I, self._alias_I = torch.from_numpy(share_I), torch.from_numpy(alias_I)
 
     def draw(self, shape: tuple[int, ...], *, generator: torch.Generator) -> Int64[Tensor, "..."]:
@@ -58,10 +57,6 @@ class PopularitySampler:
             own_R = point_R < self._share_I.index_select(0, cell_R)  # far faster than [cell_R]
             torch.where(own_R, cell_R, self._alias_I.index_select(0, cell_R), out=drawn_R)
         return drawn
-
-    def log_q(self, item: Int64[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        """Return the log probability of each item in one draw, in nats; −inf if never drawn."""
-        return self._log_q_I[item]
 
 
 def _alias_table(

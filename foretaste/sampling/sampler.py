@@ -20,7 +20,3 @@ class Sampler(Protocol):
     def draw(self, shape: tuple[int, ...], *, generator: torch.Generator) -> Int64[Tensor, "..."]:
         """Return a tensor of `shape`, each entry an item_idx drawn on its own."""
         ...
-
-    def log_q(self, item: Int64[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        """Return the log probability of each item in one draw, in nats."""
-        ...

@@ -33,7 +33,6 @@ class UniformSampler:
                 f"{num_items}: a sampler needs one flag per item, and one that is true"
             )
         self.probability_I: Float[Tensor, " I"] = known_I.double() / known_I.sum()
-        self._log_q_I = self.probability_I.log().float()
         self._num_known = int(known_I.sum())
         self._known = None if known_I.all() else known_I.nonzero().squeeze(1)
 
@@ -43,7 +42,3 @@ class UniformSampler:
         if self._known is None:
             return drawn
         return self._known.index_select(0, drawn.flatten()).view(shape)
-
-    def log_q(self, item: Int64[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        """Return −ln of the number of known items; −inf for an unknown one."""
-        return self._log_q_I[item]

@@ -17,7 +17,8 @@ from foretaste.errors import DataError
 from foretaste.sampling.sampler import Sampler
 
 _ROUNDS = 8
-_BLOCK_ROWS = 64
+_BLOCK_ROWS, _BLOCK_WEIGHTS = 64, 2**24
+"""Rows, and weights of items for all of them, in memory at once."""
 _MOST_FLAGS = 1 << 26
 
 
@@ -97,7 +98,7 @@ def draw_unseen(
         generator: Source of all randomness.
 
     Returns:
-        item_idx. Their `log_q` is the sampler's up to one constant per user.
+        item_idx. Their log chances are the sampler's up to one constant per user.
 
     Raises:
         DataError: A user has done every item that can be drawn.
@@ -111,7 +112,8 @@ def draw_unseen(
         item_BN[row_R, column_R] = item_R
         again_R = seen.contains(user_B[row_R], item_R)
         row_R, column_R = row_R[again_R], column_R[again_R]
-    for rows, columns in zip(row_R.split(_BLOCK_ROWS), column_R.split(_BLOCK_ROWS), strict=True):
+    size = max(1, min(_BLOCK_ROWS, _BLOCK_WEIGHTS // seen.num_items))
+    for rows, columns in zip(row_R.split(size), column_R.split(size), strict=True):
         item_BN[rows, columns] = _draw_exactly(sampler, user_B[rows], seen, generator)
     return item_BN
 
@@ -128,4 +130,6 @@ def _draw_exactly(
             f"the user in row {user_idx} has done all {int((sampler.probability_I > 0).sum())} "
             "items that can be drawn: leave such users out, or allow seen items as negatives"
         )
-    return torch.multinomial(weight_RI, 1, generator=generator).squeeze(1)
+    # As `multinomial` draws one, which refuses more than 2^24 items.
+    race_RI = torch.empty_like(weight_RI).exponential_(generator=generator)
+    return torch.div(weight_RI, race_RI, out=race_RI).argmax(dim=1)
