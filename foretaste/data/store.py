@@ -22,6 +22,7 @@ from jaxtyping import Int32, Shaped
 from pydantic import NonNegativeInt, ValidationError
 
 from foretaste.config import Config
+from foretaste.data.disk import sha256_of, sync
 from foretaste.data.interactions import Interactions
 from foretaste.data.vocabulary import Vocabulary
 from foretaste.errors import BundleError, DataError
@@ -82,7 +83,7 @@ def write_store(events: Interactions, path: str | os.PathLike[str]) -> None:
         part.chmod(0o777 & ~_umask())
         _write_files(events, part)
         part.rename(target)
-        _sync_folder(target.absolute().parent)
+        sync(target.absolute().parent)
     except (OSError, pl.exceptions.PolarsError) as error:
         reason = getattr(error, "strerror", None) or error
         raise BundleError(
@@ -192,7 +193,7 @@ def _write_files(events: Interactions, folder: Path) -> None:
     with (folder / _MANIFEST).open("wb") as file:
         file.write(manifest.model_dump_json(indent=2).encode())
         _sync(file)
-    _sync_folder(folder)
+    sync(folder)
 
 
 def _write_array(path: Path, array: Shaped[np.ndarray, " N"]) -> StoredFile:
@@ -221,7 +222,7 @@ def _write_table(
             compat_level=pl.CompatLevel.oldest() if level is None else level,
         )
         _sync(file)
-    return StoredFile(bytes=path.stat().st_size, sha256=_sha256(path))
+    return StoredFile(bytes=path.stat().st_size, sha256=sha256_of(path))
 
 
 def _check_file(folder: Path, name: str, stored: StoredFile, *, verify: bool) -> None:
@@ -233,7 +234,7 @@ def _check_file(folder: Path, name: str, stored: StoredFile, *, verify: bool) ->
                 f"{path} holds {size} bytes, not {stored.bytes}: it was changed or cut short; "
                 "import the events anew"
             )
-        if verify and _sha256(path) != stored.sha256:
+        if verify and sha256_of(path) != stored.sha256:
             raise BundleError(
                 f"{path} was changed: its SHA-256 is not the manifest's; import the events anew"
             )
@@ -294,22 +295,9 @@ def _read_table(path: Path, *, height: int | None = None) -> pl.DataFrame:
     return table
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _sync(file: IO[bytes]) -> None:
     file.flush()
     os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _umask() -> int:

@@ -11,7 +11,6 @@ calibration.json      what a ranker's probabilities become, where that was fitte
 """
 
 import json
-import os
 import platform
 import shutil
 import tempfile
@@ -27,6 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from foretaste.data.disk import sync
 from foretaste.data.features import Features
 from foretaste.data.store import open_store, write_store
 from foretaste.errors import BundleError
@@ -215,7 +215,7 @@ def _mapping(values: Mapping[str, object]) -> dict[str, object]:
 def _sync(folder: Path) -> None:
     """Force a folder, all below it and its own entry to the disk."""
     for path in [*folder.rglob("*"), folder, folder.parent]:
-        _sync_entry(path)
+        sync(path)
 
 
 def _put_in_place(folder: Path, path: Path) -> None:
@@ -233,15 +233,7 @@ def _put_in_place(folder: Path, path: Path) -> None:
             aside.rmdir()
             raise
         shutil.rmtree(aside, ignore_errors=True)
-    _sync_entry(path.parent)
-
-
-def _sync_entry(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync(path.parent)
 
 
 def _leftover(path: Path) -> str:

@@ -10,6 +10,7 @@ from typing import Literal
 from pydantic import Field, NonNegativeInt, ValidationError
 
 from foretaste.config import Config
+from foretaste.data.disk import sha256_of
 from foretaste.errors import BundleError
 
 MANIFEST_FILE = "manifest.json"
@@ -89,7 +90,7 @@ def list_files(folder: Path) -> dict[str, FileEntry]:
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     return {
         path.relative_to(folder).as_posix(): FileEntry(
-            size=path.stat().st_size, sha256=_checksum(path)
+            size=path.stat().st_size, sha256=sha256_of(path)
         )
         for path in paths
         if path != folder / MANIFEST_FILE
@@ -147,7 +148,7 @@ def verify_files(folder: Path, manifest: Manifest) -> None:
             raise BundleError(f"{path} is missing: restore it, or save the bundle anew")
         try:
             size = path.stat().st_size
-            same = size == entry.size and _checksum(path) == entry.sha256
+            same = size == entry.size and sha256_of(path) == entry.sha256
         except OSError as error:
             raise BundleError(f"{path} cannot be read: {error}") from error
         if not same:
@@ -156,8 +157,3 @@ def verify_files(folder: Path, manifest: Manifest) -> None:
                 f"{path} is not what was written ({what}, {entry.size} bytes were written): "
                 "restore it, or save the bundle anew"
             )
-
-
-def _checksum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
