@@ -185,7 +185,7 @@ def test_a_full_disk_leaves_nothing_behind(small_disk: Path) -> None:
     assert os.listdir(small_disk) == []
 
 
-@pytest.mark.parametrize("broken", ["_sync", "_sync_folder", "_write_table"])
+@pytest.mark.parametrize("broken", ["_sync", "sync", "_write_table"])
 def test_a_disk_that_fills_at_any_point_leaves_nothing_behind(
     broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
