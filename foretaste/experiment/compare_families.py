@@ -31,7 +31,7 @@ _SEQUENCE: Mapping[str, Mapping[str, object]] = {
 }
 _PAIRS: Mapping[str, Mapping[str, object]] = {
     "objective": {"kind": "pairs", "loss": "sampled_softmax", "negatives": 2048},
-    "training": {"batch_events": 4096, "learning_rate": 5e-3, "warmup_steps": 50},
+    "training": {"learning_rate": 5e-3},
 }
 _USUAL: Mapping[str, Mapping[str, Mapping[str, object]]] = {
     "mf": {**_PAIRS, "model": {"similarity": "cosine", "temperature": 0.15}},
