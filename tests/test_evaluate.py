@@ -326,10 +326,10 @@ def test_asking_for_more_list_lengths_changes_none() -> None:
     assert {name: two.metrics[name] for name in one.metrics} == one.metrics
 
 
-@pytest.mark.parametrize(("num_items", "most"), [(3, 1024), (2**15, 512), (2**23, 2)])
+@pytest.mark.parametrize(("num_items", "most"), [(3, 1024), (2**15, 128), (2**21, 2)])
 def test_no_block_is_larger_than_the_catalogue_allows(num_items: int, most: int) -> None:
     assert task_file.block_rows(num_items) == most
-    assert most * num_items <= 2**24
+    assert most * num_items <= 2**22
 
 
 def test_the_model_is_asked_for_blocks_and_for_its_items_once() -> None:

@@ -36,6 +36,6 @@ def among_cold(
         cold_I: Items without a training event.
         placed_I: Items that the model gave a score.
     """
-    lowest = torch.finfo(score_BI.dtype).min
-    cold_BI = score_BI.masked_fill((cold_I & ~placed_I).to(score_BI.device), lowest)
-    return cold_BI.masked_fill(~cold_I.to(score_BI.device), -torch.inf)
+    on, lowest = score_BI.device, score_BI.new_tensor(torch.finfo(score_BI.dtype).min)
+    other_I = torch.where(cold_I.to(on), lowest, -torch.inf)
+    return torch.where((cold_I & placed_I).to(on), score_BI, other_I)

@@ -12,7 +12,8 @@ from jaxtyping import Bool, Int64
 from foretaste.data.distinct import distinct
 from foretaste.data.splits import Holdout
 
-_BLOCK_ELEMENTS = 2**24
+_BLOCK_ELEMENTS = 2**22
+"""16 MB of scores: all that is asked of a block is answered from the cache."""
 _MOST_ROWS = 1024
 
 

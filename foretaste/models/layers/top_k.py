@@ -17,14 +17,14 @@ def top_k(
     """
     k, num_items = min(k, score_BN.shape[1]), score_BN.shape[1]
     value_BK, position_BK = score_BN.topk(min(k + 1, num_items))  # one more shows a tie at the end
-    has_ties = (value_BK[:, 1:] == value_BK[:, :-1]).any()
+    tie_BK = value_BK[:, 1:] == value_BK[:, :-1]
     value_BK, position_BK = value_BK[:, :k], position_BK[:, :k]
-    if not has_ties or k == 0:
+    if not tie_BK.any() or k == 0:
         return value_BK, position_BK
     if k < num_items:
         last_B1 = value_BK[:, -1:]
-        tied_B = ((score_BN >= last_B1).sum(dim=1) > k) & last_B1.squeeze(1).isfinite()
-        for row in tied_B.nonzero().flatten().tolist():
+        goes_on_B = tie_BK[:, -1] & last_B1.squeeze(1).isfinite()
+        for row in goes_on_B.nonzero().flatten().tolist():
             above = (score_BN[row] > last_B1[row]).nonzero().flatten()
             equal = (score_BN[row] == last_B1[row]).nonzero().flatten()[: k - len(above)]
             position_BK[row] = torch.cat([above, equal])
