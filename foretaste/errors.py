@@ -45,5 +45,17 @@ class BundleError(ForetasteError):
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return how a message about an unknown name ends: with the nearest known one, if any is."""
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    near = nearest(name, known)
+    return f"; did you mean {near!r}?" if near else ""
+
+
+def nearest(name: str, known: Iterable[str], *, likeness: float = 0.6) -> str | None:
+    """Return the known name that an unknown one is most like, if any is like it at all.
+
+    Args:
+        name: What was asked for.
+        known: What there is.
+        likeness: From 0, anything, to 1, the name itself.
+    """
+    found = difflib.get_close_matches(name, list(known), n=1, cutoff=likeness)
+    return found[0] if found else None

@@ -373,7 +373,7 @@ def test_every_model_of_the_catalogue_is_a_family(recipe: ft.ExperimentConfig) -
 
 
 def test_what_cannot_be_compared_is_refused(recipe: ft.ExperimentConfig, split: ft.Split) -> None:
-    with pytest.raises(ft.ConfigError, match="did you mean sasrec"):
+    with pytest.raises(ft.ConfigError, match="did you mean 'sasrec'"):
         ft.family_recipes(recipe, ["sasrek"])
     with pytest.raises(ft.ConfigError, match="no recipe"):
         ft.compare_models({}, split)
@@ -432,7 +432,8 @@ def test_the_command_line_ends_with_1_where_the_work_fails_and_2_where_the_call_
     recipe = world / "run.toml"
     failed = call(recipe, "--families", "sasrek", "--data-dir", world)
     assert (failed.returncode, failed.stdout) == (1, "")
-    assert failed.stderr.startswith("foretaste: there is no family 'sasrek'; did you mean sasrec?")
+    assert failed.stderr.startswith("foretaste: there is no family 'sasrek'; they are ")
+    assert failed.stderr.endswith("; did you mean 'sasrec'?\n")
     wrong = call(recipe, recipe, "--families", "mf")
     assert (wrong.returncode, wrong.stdout) == (2, "")
     assert "one recipe" in wrong.stderr

@@ -3,7 +3,6 @@
 Shape legend: E events, N rows looked at.
 """
 
-import difflib
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -13,7 +12,7 @@ from jaxtyping import Float64, Int64, Shaped
 from foretaste.data.association import explained_share, rank_correlation, separation
 from foretaste.data.finding import Finding
 from foretaste.data.interactions import Interactions
-from foretaste.errors import ConfigError
+from foretaste.errors import ConfigError, nearest
 
 _USUAL = ("label", "rating")
 _TELLS = 0.99  # share of a label that a column explains from which it is the label
@@ -33,8 +32,8 @@ def label_names(events: Interactions, wanted: Sequence[str] = ()) -> tuple[str, 
     """
     for name in wanted:
         if name not in events.columns:
-            near = difflib.get_close_matches(name, events.columns, n=1)
-            advice = f"did you mean {near[0]!r}?" if near else "name a column of numbers"
+            near = nearest(name, events.columns)
+            advice = f"did you mean {near!r}?" if near else "name a column of numbers"
             raise ConfigError(f"there is no column {name!r} with labels to audit: {advice}")
     if wanted:
         return tuple(wanted)

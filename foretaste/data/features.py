@@ -3,7 +3,6 @@
 Shape legend: R rows.
 """
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +31,7 @@ from foretaste.data.features_side import FieldSide
 from foretaste.data.features_table import FieldTable, concat_rows, of_tensors
 from foretaste.data.fields import FeatureSchema, FieldConfig
 from foretaste.data.interactions import Interactions
-from foretaste.errors import BundleError, ConfigError
+from foretaste.errors import BundleError, ConfigError, nearest
 
 __all__ = ["Features", "FieldSide", "FieldTable", "concat_rows", "fit_features"]
 
@@ -217,8 +216,8 @@ def _column(role: str, name: str, frame: pl.DataFrame) -> pl.Series:
 
 
 def _no_column(role: str, name: str, columns: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, columns, n=1)
-    advice = f"did you mean {near[0]!r}?" if near else "name one of them, or leave the field out"
+    near = nearest(name, columns)
+    advice = f"did you mean {near!r}?" if near else "name one of them, or leave the field out"
     return (
         f"the schema names {role} column {name!r}, but the {_TABLE[role]} has "
         f"{', '.join(map(repr, columns))}: {advice}"

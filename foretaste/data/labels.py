@@ -3,7 +3,6 @@
 Shape legend: E events, T tasks.
 """
 
-import difflib
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,7 +10,7 @@ from jaxtyping import Bool, Float32
 
 from foretaste.data.interactions import Interactions
 from foretaste.data.tasks import Task
-from foretaste.errors import ConfigError, DataError
+from foretaste.errors import ConfigError, DataError, nearest
 
 
 def labels_of(events: Interactions, tasks: Sequence[Task]) -> Float32[np.ndarray, "E T"]:
@@ -101,6 +100,6 @@ def _no_column(events: Interactions, task: Task) -> str:
         return f"{start}that is in the context of the events: name it with columns= when reading"
     if not events.columns:
         return f"{start}the events have none: name it with columns= when reading"
-    near = difflib.get_close_matches(task.column, events.columns, n=1)
-    advice = f"did you mean {near[0]!r}?" if near else "name it with columns= when reading"
+    near = nearest(task.column, events.columns)
+    advice = f"did you mean {near!r}?" if near else "name it with columns= when reading"
     return f"{start}the events have {', '.join(map(repr, events.columns))}: {advice}"

@@ -4,7 +4,6 @@ Objects in memory come through the Arrow PyCapsule interface, so that none of th
 Polars and pyarrow is ever imported here.
 """
 
-import difflib
 import os
 from collections import Counter
 from collections.abc import Callable
@@ -17,7 +16,7 @@ import pyarrow as pa
 
 from foretaste.data.delimited import TextFile, open_text
 from foretaste.data.vocabulary import id_text
-from foretaste.errors import DataError
+from foretaste.errors import DataError, nearest
 
 _T = TypeVar("_T")
 _BROKEN = (pl.exceptions.PolarsError, pl.exceptions.PanicException, pa.ArrowException, OSError)
@@ -112,9 +111,9 @@ def find_column(source: Source, wanted: str | int, *, argument: str) -> str:
 
 def _no_column(source: Source, wanted: str, argument: str) -> str:
     lower = {name.lower(): name for name in source.columns}
-    near = difflib.get_close_matches(wanted.lower(), lower, n=1, cutoff=0.5)
+    near = nearest(wanted.lower(), lower, likeness=0.5)
     names = ", ".join(map(repr, source.columns[:30])) + (" …" if len(source.columns) > 30 else "")
-    advice = f"did you mean {argument}={lower[near[0]]!r}?" if near else f"say {argument}=NAME"
+    advice = f"did you mean {argument}={lower[near]!r}?" if near else f"say {argument}=NAME"
     if (isinstance(source, _Text) and source.file.header) or (
         isinstance(source, _Many) and source.header
     ):

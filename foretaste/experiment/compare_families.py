@@ -3,11 +3,10 @@
 A family is a model's `kind`; a new model of the catalogue is a family at once.
 """
 
-import difflib
 from collections.abc import Mapping, Sequence
 from typing import get_args
 
-from foretaste.errors import ConfigError
+from foretaste.errors import ConfigError, did_you_mean
 from foretaste.experiment.recipe import ExperimentConfig, parse_settings
 from foretaste.models.als import ImplicitALSConfig
 from foretaste.models.catalogue import ModelConfig, tasks_of
@@ -100,11 +99,9 @@ def with_baselines(recipes: Mapping[str, ExperimentConfig]) -> dict[str, Experim
 
 def _recipe(config: ExperimentConfig, family: str) -> ExperimentConfig:
     if family not in FAMILIES:
-        near = difflib.get_close_matches(family, FAMILIES, n=1)
         raise ConfigError(
-            f"there is no family {family!r}"
-            + (f"; did you mean {near[0]}?" if near else "")
-            + f" They are {', '.join(FAMILIES)}"
+            f"there is no family {family!r}; they are {', '.join(FAMILIES)}"
+            f"{did_you_mean(family, FAMILIES)}"
         )
     usual = _USUAL.get(family, {})
     kept = config.model_dump(

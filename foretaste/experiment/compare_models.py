@@ -162,7 +162,7 @@ def _attempt(
     say: Callable[[str], object] | None,
 ) -> Measured | FailedModel:
     if say is not None:
-        say(f"training {name}" + ("" if share is None else f" for at most {share:.0f} s"))
+        say(f"training {name}" + ("" if share is None else f" for at most {share:.1f} s"))
     try:
         run = run_experiment(config, split, show=say is not None, max_seconds=share)
         report = run.report.lists if config.evaluation.catalogue else run.report.rows
