@@ -24,11 +24,12 @@ from foretaste.data.offered import Offered
 from foretaste.data.parts import TRAIN, UNUSED
 from foretaste.data.splits import Holdout, Split
 from foretaste.errors import ConfigError, DataError
+from foretaste.evaluation.task import block_rows
 from foretaste.models.layers.top_k import top_k
 from foretaste.training.objectives.rows import RowsConfig
 from foretaste.training.trained import Trained
 
-_BLOCK_ROWS = 256
+_MOST_ROWS = 256
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,8 +110,9 @@ def offer(
     )
     for fold in folds:
         score = fold.retriever.scorer(exclude_seen=True)
-        for start in range(0, len(fold.row_E), _BLOCK_ROWS):
-            row_B = fold.row_E[start : start + _BLOCK_ROWS]
+        step = min(_MOST_ROWS, block_rows(events.num_items))
+        for start in range(0, len(fold.row_E), step):
+            row_B = fold.row_E[start : start + step]
             score_BI = score(_asked(split, row_B)).cpu()
             own_B1 = torch.from_numpy(events.item_idx[row_B].astype(np.int64)).unsqueeze(1)
             best_BT = top_k(score_BI, num)[1]
