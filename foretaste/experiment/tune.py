@@ -129,6 +129,12 @@ def _run_trial(
     space: Mapping[str, BaseDistribution],
 ) -> TrialRow:
     trial = study.ask(dict(space))
+    try:
+        drawn = with_drawn(config, trial.params)
+    except ConfigError as error:  # these settings do not go together
+        trial.set_user_attr("error", str(error))
+        study.tell(trial, state=TrialState.FAIL)
+        return _row(study.trials[trial.number])
 
     def report(epoch: Epoch) -> None:
         if epoch.validation is not None:
@@ -137,7 +143,7 @@ def _run_trial(
                 raise optuna.TrialPruned
 
     try:
-        metric, value = _validated(with_drawn(config, trial.params), split, report)
+        metric, value = _validated(drawn, split, report)
         study.set_user_attr("metric", metric)
         study.tell(trial, value)
     except optuna.TrialPruned:
@@ -185,7 +191,10 @@ def _result(study: optuna.Study, config: ExperimentConfig, folder: Path) -> Tune
     rows = tuple(_row(trial) for trial in _finished(study))
     complete = [row for row in rows if row.value is not None]
     if not complete:
-        raise ConfigError(f"none of {len(rows)} trials came to its end: narrow [tune.space]")
+        why = study.trials[-1].user_attrs.get("error", "they were cut short")
+        raise ConfigError(
+            f"none of {len(rows)} trials came to its end: narrow [tune.space]; the last: {why}"
+        )
     best = max(complete, key=lambda row: row.value or 0.0)
     result = TuneResult(
         metric=study.user_attrs.get("metric", STOP_METRIC),
