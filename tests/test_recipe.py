@@ -85,6 +85,30 @@ def test_a_misspelt_setting_is_named_by_its_place_in_the_file(recipe: Path) -> N
     )
 
 
+@pytest.mark.parametrize(
+    ("slips", "words"),
+    [
+        (["features.inspect=true"], "features.inspect: .*; there are user, item, context"),
+        (["training.dropout=0.1"], "training.dropout: .*; there are epochs"),
+        (
+            ["model.kind=lightgcn", "model.graph.attribute=[]"],
+            r"graph.attribute: .* mean attributes\?",
+        ),
+        (["tune.space.x.lo=1"], r"\.lo: .* mean low\?"),
+        (["objective.loss=bpr"], "objective: name its kind, one of .*next_item"),
+        (["objective.kind=pairs", "objective.margin=2"], "objective: margin is of"),
+        (["evaluation.k=[5, 5]"], r"evaluation: k is \[5, 5\]"),
+        (["evaluation.sampled_negatives=9", "evaluation.among=cold"], "leave one out"),
+        (["evaluation.sampled_by=popularity"], "sampled_by is of sampled_negatives"),
+    ],
+)
+def test_a_wrong_name_is_answered_with_those_of_its_own_place(
+    recipe: Path, slips: list[str], words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        read_experiment(recipe, overrides=slips)
+
+
 def test_a_value_out_of_range_is_named_in_one_line(recipe: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         read_experiment(recipe, overrides=["model.dropout=1.5"])

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from foretaste.config import Config
 from foretaste.data.columns import TimestampUnit
@@ -15,6 +16,7 @@ from foretaste.data.sorting import Duplicates
 from foretaste.data.split_config import SplitConfig
 from foretaste.errors import ConfigError
 from foretaste.evaluation.cold import Among, Whose
+from foretaste.experiment.setting_names import names_at
 from foretaste.experiment.two_stage import FirstStage
 from foretaste.models.catalogue import ModelConfig
 from foretaste.training.objectives.catalogue import ObjectiveConfig
@@ -246,13 +248,7 @@ def explain(error: ValidationError, kind: type[Config], settings: Mapping[str, o
         name = ".".join(
             map(str, [*path, problem["loc"][-1]] if problem["type"] == "missing" else path)
         )
-        text = (
-            "there is no such setting" if problem["type"] == "extra_forbidden" else problem["msg"]
-        )
-        if problem["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(str(problem["loc"][-1]), _all_names(kind), n=1)
-            text += f"; did you mean {near[0]}?" if near else ""
-        found.append(f"{name}: {text}")
+        found.append(f"{name}: {_said(problem, kind)}")
     return "; ".join(found)
 
 
@@ -309,7 +305,15 @@ def _path(location: tuple[int | str, ...], settings: object) -> list[int | str]:
     return path
 
 
-def _all_names(kind: type[Config]) -> list[str]:
-    schema = kind.model_json_schema()
-    parts = [schema, *schema.get("$defs", {}).values()]
-    return sorted({name for part in parts for name in part.get("properties", {})})
+def _said(problem: ErrorDetails, kind: type[Config]) -> str:
+    *section, name = problem["loc"]
+    match problem["type"]:
+        case "extra_forbidden":
+            there = names_at(kind, tuple(section))
+            near = difflib.get_close_matches(str(name), there, n=1)
+            advice = f"did you mean {near[0]}?" if near else f"there are {', '.join(there)}"
+            return f"there is no such setting; {advice}"
+        case "union_tag_not_found":
+            return f"name its kind, one of {', '.join(names_at(kind, problem['loc']))}"
+        case _:
+            return problem["msg"].removeprefix("Value error, ")
