@@ -13,6 +13,7 @@ import polars as pl
 import pytest
 from hypothesis import given, settings
 
+from foretaste.data.audit import audit_events
 from foretaste.data.interactions import Interactions
 from foretaste.data.reading import read_interactions
 from foretaste.data.sorting import find_repeats, group_events, sort_by_time
@@ -381,7 +382,7 @@ def test_repeated_events_are_counted_and_dropped_on_request() -> None:
     # User 1 at time 9: item 5 twice, with item 6 between. All else differs in user or time.
     kept = read(frame, columns=())
     assert len(kept) == 5
-    assert kept.notes == ("1 events repeat the user, item and time of another: kept",)
+    assert kept.notes == ("1 events repeat the user, item and second of another: kept",)
     first = read(frame, columns=(), duplicates="first")
     assert as_rows(first) == [(1, 5, 8, 4.0), (1, 5, 9, 1.0), (1, 6, 9, 2.0), (2, 5, 9, 5.0)]
     last = read(frame, columns=(), duplicates="last")
@@ -389,6 +390,21 @@ def test_repeated_events_are_counted_and_dropped_on_request() -> None:
     assert "left out, the last of each kept" in last.notes[0]
     timeless = read_interactions(frame, duplicates="first")
     assert as_rows(timeless) == [(1, 5), (1, 6), (2, 5)]
+
+
+def test_events_of_one_second_repeat_each_other_as_the_audit_says() -> None:
+    frame = pl.DataFrame(
+        {
+            "user_id": [1, 1, 1],
+            "item_id": [5, 5, 5],
+            "timestamp": [9.5, 9.25, 10.0],
+            "rating": [1.0, 2.0, 3.0],
+        }
+    )
+    assert audit_events(read(frame, columns=()))[0].what == "repeated_event"
+    first = read(frame, columns=(), duplicates="first")
+    assert as_rows(first) == [(1, 5, 9, 2.0), (1, 5, 10, 3.0)]
+    assert "repeated_event" not in [finding.what for finding in audit_events(first)]
 
 
 # Tables about users and items

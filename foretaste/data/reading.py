@@ -5,7 +5,7 @@ Shape legend: E events, U users, I items.
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -90,7 +90,7 @@ def read_interactions(
         user_links: A table of two columns of user ids, any kind of source: who trusts whom. Links
             to unknown ids, to oneself and repeated ones are left out, and counted.
         item_links: A table of two columns of item ids that go together, likewise.
-        duplicates: What to do with events that repeat another's user, item and time (user and
+        duplicates: What to do with events that repeat another's user, item and second (user and
             item where there are no times): "keep" them, or only the "first" or "last" of them.
         timestamp_unit: What numbers in `timestamp` count.
         drop_incomplete: Leave out rows without a user, item, time or rating, and count them;
@@ -300,10 +300,11 @@ def _arrange(
     if time_E is not None:
         sorting = sort_by_time(sorting, time_E)
         del time_E
+    sorting = replace(sorting, time_E=_seconds(sorting.time_E, events.times, notes))
     item_E = sorting.apply(row_E)
     found, repeat_E = find_repeats(sorting, item_E, num_items=len(item_vocabulary), keep=duplicates)
     if found:
-        what = "user and item" if events.times is None else "user, item and time"
+        what = "user and item" if events.times is None else "user, item and second"
         fate = "kept" if repeat_E is None else f"left out, the {duplicates} of each kept"
         notes.append(f"{found} events repeat the {what} of another: {fate}")
     if found and repeat_E is not None:
@@ -317,7 +318,7 @@ def _arrange(
         items=item_vocabulary,
         offsets=sorting.offsets_U1,
         item_idx=item_E,
-        timestamp_s=_seconds(sorting.time_E, events.times, notes),
+        timestamp_s=sorting.time_E,
         columns={name: sorting.apply(_array(column)) for name, column in events.numbers.items()},
         context=_sorted(events.context, sorting),
         user_table=aligned(user_vocabulary, users),

@@ -67,7 +67,7 @@ class FileData(Config):
     item_links: str | None = None
     """A table of two columns of item ids that go together."""
     duplicates: Duplicates = "keep"
-    """What to do with events that repeat another's user, item and time."""
+    """What to do with events that repeat another's user, item and second."""
     drop_incomplete: bool = False
     """Leave out rows without a user, item, time or rating, and count them."""
 
