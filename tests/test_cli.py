@@ -96,6 +96,10 @@ def test_a_table_becomes_a_store_that_the_audit_reads(
     code, out, _ = foretaste("data", "audit", store, "--json")
     assert code == 0
     assert json.loads(out)["store"] == str(store)
+    (world / "twice.csv").write_text("user_id,item_id\na,x\na,x\n")
+    code, out, _ = foretaste("data", "import", world / "twice.csv", "--out", tmp_path / "twice")
+    assert (code, "· 1 events repeat the user and item of another: kept" in out) == (0, True)
+    assert "[" not in out  # a list of nothing, as Python writes it
 
 
 def test_labels_and_a_context_are_imported_and_audited(foretaste: Run, tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ def import_(
         drop_incomplete=drop_incomplete,
     )
     ft.write_store(events, out)
-    answer(_summary(events, out), pairs(str(out), _summary(events, out)), as_json=as_json)
+    _show(str(out), _summary(events, out), as_json=as_json)
 
 
 @app.command()
@@ -115,7 +115,14 @@ def get(
         "origin": dataset.origin,
         "licence": dataset.licence,
     }
-    answer(summary, pairs(name, summary), as_json=as_json)
+    _show(name, summary, as_json=as_json)
+
+
+def _show(title: str, summary: dict[str, object], *, as_json: bool) -> None:
+    notes = summary["notes"]
+    shown = {name: value for name, value in summary.items() if name != "notes"}
+    lines = [f"· {note}" for note in notes] if isinstance(notes, list) else []
+    answer(summary, pairs(title, shown), *lines, as_json=as_json)
 
 
 def _summary(events: "ft.Interactions", out: Path | None) -> dict[str, object]:

@@ -69,5 +69,7 @@ def _cell(value: object) -> str:
             return "yes" if value else "no"
         case int():
             return f"{value:,}"
+        case list():
+            return ", ".join(map(str, value))
         case _:
             return str(value)
