@@ -268,7 +268,7 @@ def test_a_place_where_nothing_was_found_has_no_label() -> None:
 def test_positives_are_what_drawn_items_must_not_be() -> None:
     assert positives_of(read(LOG), "click").item_idx.tolist() == [0, 1, 0]
     assert len(positives_of(read(LOG))) == 6
-    with pytest.raises(ConfigError, match="did you mean 'click'"):
+    with pytest.raises(ConfigError, match=r"^positive is column 'clicks'.*did you mean 'click'"):
         positives_of(read(LOG), "clicks")
 
 

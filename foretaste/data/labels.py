@@ -59,11 +59,33 @@ def check_learnable(
             )
 
 
+def no_column(events: Interactions, column: str, wanted: str) -> ConfigError:
+    """Return the error for a column of numbers that events do not have.
+
+    Args:
+        events: Which have others, perhaps.
+        column: Its name.
+        wanted: Who asks for it, as the beginning of the sentence.
+    """
+    start = f"{wanted}, and "
+    if events.context is not None and column in events.context.columns:
+        return ConfigError(
+            f"{start}that is in the context of the events: name it with columns= when reading"
+        )
+    if not events.columns:
+        return ConfigError(f"{start}the events have none: name it with columns= when reading")
+    near = nearest(column, events.columns)
+    advice = f"did you mean {near!r}?" if near else "name it with columns= when reading"
+    return ConfigError(f"{start}the events have {', '.join(map(repr, events.columns))}: {advice}")
+
+
 def _labels(events: Interactions, task: Task) -> Float32[np.ndarray, " E"]:
     if not task.column:
         return np.ones(len(events), np.float32)
     if task.column not in events.columns:
-        raise ConfigError(_no_column(events, task))
+        raise no_column(
+            events, task.column, f"task {task.name!r} takes its labels from column {task.column!r}"
+        )
     value_E = events.columns[task.column].astype(np.float32)
     if task.kind == "binary" and task.above is not None:
         return np.where(np.isnan(value_E), value_E, value_E > task.above).astype(np.float32)
@@ -92,14 +114,3 @@ def _refuse(
             f"{int(wrong_E.sum()) - 1:,} more such), but labels of this {task.kind} task are "
             f"{what}, or mend them"
         )
-
-
-def _no_column(events: Interactions, task: Task) -> str:
-    start = f"task {task.name!r} takes its labels from column {task.column!r}, and "
-    if events.context is not None and task.column in events.context.columns:
-        return f"{start}that is in the context of the events: name it with columns= when reading"
-    if not events.columns:
-        return f"{start}the events have none: name it with columns= when reading"
-    near = nearest(task.column, events.columns)
-    advice = f"did you mean {near!r}?" if near else "name it with columns= when reading"
-    return f"{start}the events have {', '.join(map(repr, events.columns))}: {advice}"

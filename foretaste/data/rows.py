@@ -23,7 +23,7 @@ from foretaste.data.features import Features
 from foretaste.data.features_table import FieldTable
 from foretaste.data.histories import Reads, read_histories
 from foretaste.data.interactions import Interactions
-from foretaste.data.labels import labels_of
+from foretaste.data.labels import labels_of, no_column
 from foretaste.data.parts import TEST, TRAIN, VALIDATION
 from foretaste.data.seeds import torch_generator
 from foretaste.data.splits import Split
@@ -266,7 +266,10 @@ def rows_of(
 def _happened(events: Interactions, positive: str) -> Bool[np.ndarray, " E"]:
     if not positive:
         return np.ones(len(events), np.bool_)
-    return labels_of(events, [Task(name="positive", column=positive, above=0)])[:, 0] > 0
+    if positive not in events.columns:
+        raise no_column(events, positive, f"positive is column {positive!r}")
+    happened_E: Bool[np.ndarray, " E"] = events.columns[positive] > 0
+    return happened_E
 
 
 def _first_of_its_second(events: Interactions) -> Int64[np.ndarray, " E"]:
