@@ -151,6 +151,18 @@ def test_links_to_unknown_ids_to_oneself_and_twice_are_left_out_and_counted() ->
     assert read(user_links=links.head(1)).notes == read().notes
 
 
+def test_a_weight_of_a_link_is_not_read_and_a_note_says_so() -> None:
+    links = pl.DataFrame({"user": [1], "friend": [2], "trust": [float("nan")]})
+    assert "of the links of users 'trust' is not read" in " ".join(read(user_links=links).notes)
+
+
+def test_an_attribute_that_ties_nothing_is_refused() -> None:
+    items = pl.DataFrame({"item": ["a", "b"], "title": ["One", "Two"], "gone": [None, None]})
+    for name in ("title", "gone"):
+        with pytest.raises(DataError, match=f"no two items share a value of column '{name}'"):
+            attribute_ties(read(items=items), name)
+
+
 def test_links_are_read_from_files_and_find_ids_of_either_type(tmp_path: Path) -> None:
     (tmp_path / "trust.csv").write_text("truster,trusted\n1,2\n3,1\n7,1\n")
     events = read(user_links=tmp_path / "trust.csv")

@@ -38,6 +38,9 @@ def read_links(
         raise DataError(f"{opened.name} has one column: a link of {role} takes two, of ids")
     ends = opened.columns[:2]
     frame, notes = opened.read(ends, ends)
+    if more := opened.columns[2:]:
+        unread = ", ".join(map(repr, more))
+        notes = (*notes, f"of the links of {role} {unread} is not read: all links weigh the same")
     one_P, other_P = (vocabulary.encode(canonical_ids(frame[end])) for end in ends)
     known_P, own_P = (one_P >= 0) & (other_P >= 0), one_P == other_P
     pair_P2 = np.stack([one_P, other_P], axis=1)[known_P & ~own_P]
@@ -89,8 +92,8 @@ def attribute_ties(
         item_idx and value of each pair, and how many values there are.
 
     Raises:
-        DataError: There is no such column, or it holds fractions or other things that are no
-            names.
+        DataError: There is no such column, it holds fractions or other things that are no names,
+            or no two items share a value of it.
     """
     table = events.item_table
     if table is None or name not in table.columns:
@@ -113,5 +116,10 @@ def attribute_ties(
     pairs = pairs.with_columns(pl.col("value").cast(pl.String))
     pairs = pairs.filter(pl.col("value").is_not_null() & (pl.col("value") != "")).unique()
     pairs = pairs.filter(pl.len().over("value") > 1).sort("value", "item")
+    if pairs.is_empty():
+        raise DataError(
+            f"no two items share a value of column {name!r}: it ties nothing, leave it out of the "
+            "attributes"
+        )
     value_P = pairs["value"].rank("dense").to_numpy().astype(np.int64) - 1
     return pairs["item"].to_numpy(), value_P, int(value_P.max(initial=-1)) + 1
