@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import foretaste as ft
 from foretaste.config import Config
 from foretaste.data.batch import Queries
 from foretaste.data.interactions import Interactions
@@ -598,3 +599,14 @@ def test_sampled_and_cold_candidates_are_not_mixed() -> None:
     model, asked = cold_case([])
     with pytest.raises(ConfigError, match="not both"):
         evaluate(model, asked, sampled=SampledNegatives(num=2), among="cold")
+
+
+def test_fit_is_stopped_by_repeats_where_validation_holds_nothing_else() -> None:
+    frame = pl.DataFrame({"user_id": [0, 1, 2, 3] * 5, "item_id": ["only"] * 20})
+    split = ft.leave_last_split(ft.read_interactions(frame))
+    training = ft.TrainingConfig(epochs=1, device="cpu")
+    trained = ft.fit(ft.MFConfig(embedding_dim=2), split, training=training, show=False)
+    with pytest.raises(DataError, match="exclude_seen=False"):
+        ft.evaluate(trained, split.test)
+    # One item, and it was taken: nothing else could have stood first.
+    assert ft.evaluate(trained, split.test, exclude_seen=False).metrics["ndcg_at_10"] == 1

@@ -177,7 +177,7 @@ def test_a_recipe_that_measures_nothing_is_refused(folder: Path) -> None:
             "evaluation.catalogue=false",
         ],
     )
-    with pytest.raises(ft.ConfigError, match="Popularity predicts no labels of rows"):
+    with pytest.raises(ft.ConfigError, match="popularity predicts no labels of rows"):
         ft.run_experiment(config, ft.read_split(config, data_dir=folder), show=False)
 
 
@@ -303,3 +303,20 @@ def test_who_was_shown_things_and_clicked_none_is_served_as_measured(folder: Pat
     (alone,) = recommender.recommend_many([user_id], k=3).rows(named=True)
     assert alone["source"] == "model"
     assert alone["item_id"] == [row.item_id for row in recommender.recommend(user_id, k=3).rows]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["split.kind=cold_users"], "set evaluation.catalogue = false"),
+        (["evaluation.sampled_negatives=9", "evaluation.sampled_by=listed"], "list no negatives"),
+    ],
+)
+def test_what_cannot_be_measured_is_seen_before_anything_is_trained(
+    folder: Path, tmp_path: Path, overrides: list[str], words: str
+) -> None:
+    config = ft.read_experiment(folder / "run.toml", overrides=overrides)
+    split = ft.read_split(config, data_dir=folder)
+    with pytest.raises(ft.ForetasteError, match=words):
+        ft.run_experiment(config, split, folder=tmp_path / "run", show=False)
+    assert not (tmp_path / "run").exists()

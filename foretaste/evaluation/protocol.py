@@ -76,10 +76,7 @@ def evaluate(
     count_I, known_I = model.events.item_count, model.known_I.numpy()
     ranked_I = known_I if among == "all" else count_I == 0
     _check_catalogue(model, holdout, count_I)
-    task = make_task(holdout, without_repeats=exclude_seen)
-    asked_Q = task.length_Q > 0 if users == "known" else task.length_Q == 0
-    if not asked_Q.any():
-        raise DataError(_nothing_to_find(holdout, task, users))
+    task, asked_Q = to_find(holdout, exclude_seen=exclude_seen, users=users)
     measured = measure_queries(
         model,
         holdout,
@@ -135,6 +132,21 @@ def evaluate(
     )
 
 
+def to_find(
+    holdout: Holdout, *, exclude_seen: bool = True, users: Whose = "known"
+) -> tuple[Task, Bool[np.ndarray, " Q"]]:
+    """Return what `evaluate` will look for, and which queries the headline is of.
+
+    Raises:
+        DataError: Nothing: no list could be right.
+    """
+    task = make_task(holdout, without_repeats=exclude_seen)
+    asked_Q: Bool[np.ndarray, " Q"] = (task.length_Q > 0) == (users == "known")
+    if not asked_Q.any():
+        raise DataError(_nothing_to_find(holdout, task, users))
+    return task, asked_Q
+
+
 def _named(values: Mapping[str, V], suffix: str) -> dict[str, V]:
     return {f"{name}{suffix}": value for name, value in values.items()}
 
@@ -162,9 +174,14 @@ def _nothing_to_find(holdout: Holdout, task: Task, users: Whose) -> str:
             f'users is "new", and no query of {holdout.name!r} without history has something to '
             f"find {sizes}: split with cold_users_split"
         )
+    mend = (
+        "rank what was seen too (exclude_seen=False)"
+        if task.idle and not len(task.length_Q)
+        else 'split with leave_last_split, or measure users="new"'
+    )
     return (
         f"no query of {holdout.name!r} has both a history and something to find {sizes}: hold out "
-        'more, split with leave_last_split, or measure users="new"'
+        f"more, {mend}"
     )
 
 

@@ -61,6 +61,14 @@ class SampledNegatives:
         )
 
 
+def no_list() -> ConfigError:
+    """Return the error for data that list no negatives where listed ones are asked for."""
+    return ConfigError(
+        'the data list no negatives: draw them (sampled_by = "uniform"), or give a part column '
+        "that says 'negative'"
+    )
+
+
 def kept_items(
     sampled: SampledNegatives,
     queries: Queries,
@@ -86,10 +94,7 @@ def kept_items(
     keep_BI = torch.zeros(len(queries), len(count_I), dtype=torch.bool)
     if sampled.by == "listed":
         if listed is None:
-            raise ConfigError(
-                'the data list no negatives: draw them (sampled_by = "uniform"), or give a '
-                "part column that says 'negative'"
-            )
+            raise no_list()
         user_B = queries.user_B.numpy()
         start_B, end_B = listed.offsets[user_B], listed.offsets[user_B + 1]
         row_P = np.repeat(np.arange(len(user_B)), end_B - start_B)

@@ -113,6 +113,15 @@ class EvaluationConfig(Config):
     def _measures_something(self) -> "EvaluationConfig":
         if not (self.catalogue or self.rows):
             raise ValueError("neither catalogue nor rows is measured: set one to true")
+        if len(set(self.k)) < len(self.k):
+            raise ValueError(f"k is {list(self.k)}: give list lengths, no two alike")
+        if self.sampled_negatives and self.among != "all":
+            raise ValueError(
+                f'sampled_negatives rank among sampled items, among = "{self.among}" among others: '
+                "leave one out"
+            )
+        if self.sampled_by != "uniform" and not self.sampled_negatives:
+            raise ValueError("sampled_by is of sampled_negatives: set them, or leave it out")
         return self
 
 

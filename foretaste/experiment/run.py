@@ -16,13 +16,13 @@ from foretaste.data.sources.load import get_dataset
 from foretaste.data.split_config import make_split
 from foretaste.data.splits import Split
 from foretaste.data.store import open_store
-from foretaste.errors import ConfigError
-from foretaste.evaluation.protocol import evaluate
+from foretaste.errors import ConfigError, DataError
+from foretaste.evaluation.protocol import evaluate, to_find
 from foretaste.evaluation.report import Report
 from foretaste.evaluation.reports import Reports
 from foretaste.evaluation.rows import evaluate_rows, ranker_of, rows_settings
 from foretaste.evaluation.rows_report import RowsReport, calibrate
-from foretaste.evaluation.sampled import SampledNegatives
+from foretaste.evaluation.sampled import SampledNegatives, no_list
 from foretaste.experiment.fit import fit
 from foretaste.experiment.recipe import (
     EvaluationConfig,
@@ -34,11 +34,13 @@ from foretaste.experiment.recipe import (
 )
 from foretaste.experiment.tracking import Tracker, TrackerKind, open_tracker
 from foretaste.experiment.two_stage import ranking_gain, retrieval_alone
+from foretaste.models.catalogue import tasks_of
 from foretaste.models.interface import Ranker
 from foretaste.models.two_stage import TwoStage, second_stage
 from foretaste.serving.building import build_recommender
 from foretaste.serving.recommender import Recommender
 from foretaste.training.fit import Epoch
+from foretaste.training.objectives.rows import RowsConfig
 from foretaste.training.settings import TrainingConfig
 from foretaste.training.trained import Trained
 
@@ -105,9 +107,11 @@ def run_experiment(
         max_seconds: Stop each training loop after so long.
 
     Raises:
-        ConfigError: The tracker's extra is not installed.
+        ConfigError: The tracker's extra is not installed, or the recipe measures nothing.
+        DataError: The test part holds nothing to find; this is seen before anything is trained.
         NonFiniteError: Training left the finite numbers.
     """
+    check_measurable(config, split)
     with _tracker(config, folder, track) as tracker:
         told = None if tracker is None else partial(_tell, tracker)
         trained = _fit(
@@ -137,6 +141,34 @@ def run_experiment(
     refitted = replace(refitted, calibration=trained.calibration)  # it has seen validation's rows
     again = evaluate_split(refitted, config, split)
     return Run(trained=trained, report=report, refitted=refitted, refitted_report=again)
+
+
+def check_measurable(config: ExperimentConfig, split: Split) -> None:
+    """See before training that what a recipe asks of the test part can be measured after it.
+
+    Raises:
+        ConfigError: It asks for rows alone, and the model predicts none.
+        DataError: It asks for lists, and there is nothing to find.
+    """
+    asked, is_ranker = config.evaluation, bool(tasks_of(config.model))
+    by_rows = asked.rows and is_ranker
+    if not (asked.catalogue or by_rows):
+        raise ConfigError(
+            f"evaluation.catalogue is false, and {config.model.kind} predicts no labels of rows: "
+            "set it to true"
+        )
+    if not asked.catalogue or (by_rows and not _has_lists(asked, split)):
+        return
+    learned = config.objective
+    positive = learned.positive if isinstance(learned, RowsConfig) else ""
+    test = happened_split(split, positive).test
+    if asked.sampled_by == "listed" and test.listed is None:
+        raise no_list()
+    try:
+        to_find(test, exclude_seen=asked.exclude_seen, users=asked.users)
+    except DataError as error:
+        more = ", or set evaluation.catalogue = false" if by_rows else ""
+        raise DataError(f"{error}{more}") from error
 
 
 def evaluate_split(trained: Trained, config: ExperimentConfig, split: Split) -> Reports:

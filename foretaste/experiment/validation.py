@@ -7,9 +7,10 @@ import numpy as np
 from torch import nn
 
 from foretaste.data.rows import happened_split
-from foretaste.data.splits import Split
+from foretaste.data.splits import Holdout, Split
+from foretaste.errors import DataError
 from foretaste.evaluation.cold import Whose
-from foretaste.evaluation.protocol import evaluate
+from foretaste.evaluation.protocol import evaluate, to_find
 from foretaste.evaluation.rows import evaluate_rows, rows_settings, rows_to_judge
 from foretaste.evaluation.rows_report import RowsReport
 from foretaste.evaluation.sampled import SampledNegatives
@@ -20,7 +21,8 @@ from foretaste.training.objectives.rows import RowsConfig
 from foretaste.training.trained import Trained
 
 STOP_METRIC = "ndcg_at_10"
-"""Of lists, over the full catalogue; of users without history where none has one."""
+"""Of lists, over the full catalogue; of users without history where none has one, and with items
+that were seen where nothing else is to be found."""
 ROWS_METRIC = "mean over tasks"
 """Of labelled rows: of a binary task its AUC, of another 1 - RMSE / standard deviation."""
 
@@ -63,16 +65,32 @@ def make_validation(
     if len(holdout) == 0:
         return None
     users: Whose = "known" if holdout.has_history_Q.any() else "new"
+    exclude_seen = _finds_unseen(holdout, users)
 
     def validate(model: nn.Module) -> float:
         if isinstance(model, LearnsNewcomers):
             model.learn_newcomers(trained.events)
         if candidates is not None:
             model = candidates.ranked_by(model)
-        report = evaluate(replace(trained, model=model), holdout, k=(10,), resamples=0, users=users)
+        report = evaluate(
+            replace(trained, model=model),
+            holdout,
+            k=(10,),
+            exclude_seen=exclude_seen,
+            resamples=0,
+            users=users,
+        )
         return report.metrics[STOP_METRIC + report.suffix]
 
     return Validation(STOP_METRIC, validate)
+
+
+def _finds_unseen(holdout: Holdout, users: Whose) -> bool:
+    try:
+        to_find(holdout, users=users)
+    except DataError:
+        return False
+    return True
 
 
 def _zeros(ranker: Ranker, learned: RowsConfig) -> SampledNegatives | None:
