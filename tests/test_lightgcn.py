@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -10,6 +11,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+import foretaste as ft
 from foretaste.data.batch import Queries
 from foretaste.data.graph import Graph, GraphConfig, graph_of, make_graph
 from foretaste.data.interactions import Interactions
@@ -18,6 +20,7 @@ from foretaste.data.vocabulary import Vocabulary
 from foretaste.errors import ConfigError
 from foretaste.models.layers.graph_conv import GraphConv, Perturbation
 from foretaste.models.lightgcn import LightGCN, LightGCNConfig
+from foretaste.models.pinsage import PinSageConfig
 from foretaste.training.fit import Fit
 from foretaste.training.objectives.pairs import Pairs, PairsConfig
 from foretaste.training.seeding import epoch_generator
@@ -312,11 +315,38 @@ def test_cold_users_and_items_stand_by_their_group(config: LightGCNConfig) -> No
     assert not model.place_items(torch.empty(0, dtype=torch.int64), torch.tensor([0])).any()
 
 
-def test_a_user_known_by_friends_alone_stands_by_their_group() -> None:
+def with_friends_alone() -> tuple[Interactions, Interactions]:
+    """The first four users lose what they did: without, and with links to three of their group."""
     events = planted()
-    cold = events.select(events.user_idx >= GROUPS)  # the first four users lose what they did
+    cold = events.select(events.user_idx >= GROUPS)
     friends = np.array([[user, user + 4 * step] for user in range(4) for step in (1, 2, 3)])
-    linked = replace(cold, user_links=friends.T.astype(np.int32))
+    return cold, replace(cold, user_links=friends.T.astype(np.int32))
+
+
+@pytest.mark.parametrize("config", [LightGCNConfig(embedding_dim=8), PinSageConfig()])
+def test_a_user_known_by_friends_alone_is_answered_by_the_model(
+    config: LightGCNConfig | PinSageConfig, tmp_path: Path
+) -> None:
+    cold, linked = with_friends_alone()
+    training = TrainingConfig(epochs=20, batch_events=100, learning_rate=0.03, warmup_steps=5)
+    for events, source in ((linked, "model"), (cold, "popular")):
+        split = ft.leave_last_split(events, validation=False)
+        trained = ft.fit(config, split, training=training, show=False)
+        ft.build_recommender(trained).save(tmp_path / source)
+        recommender = ft.load(tmp_path / source)
+        answers = [recommender.recommend(user, k=4) for user in range(GROUPS)]
+        many = recommender.recommend_many(range(GROUPS), k=4)
+        assert {answer.source for answer in answers} == set(many["source"]) == {source}
+        lists = [[row.item_id for row in answer.rows] for answer in answers]
+        assert many["item_id"].to_list() == lists
+        if source == "model":  # by chance a quarter of the best are of the right group
+            assert [[item // SIZE for item in found] for found in lists] == [
+                [group] * 4 for group in range(GROUPS)
+            ]
+
+
+def test_a_user_known_by_friends_alone_stands_by_their_group() -> None:
+    cold, linked = with_friends_alone()
     model = trained(linked, LightGCNConfig(embedding_dim=8))
     query = Queries(
         user_B=torch.arange(GROUPS),

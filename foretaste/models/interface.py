@@ -263,10 +263,10 @@ class ReadsMoments(Protocol):
 
 @runtime_checkable
 class KnowsUsers(Protocol):
-    """Learns users' ids from labelled rows, also of those to whom nothing ever happened."""
+    """Learns of users also where nothing ever happened: from labelled rows, or from links."""
 
     def taught_U(self) -> Bool[Tensor, " U"]:
-        """Return whose id training taught."""
+        """Return of whom training learned."""
         ...
 
 

@@ -159,6 +159,10 @@ class LightGCN(nn.Module):
         user_UD = self.layer_0.weight[: self.num_users]
         return self._query(answer_users(queries, self._known(), user_UD, self._combine))
 
+    def taught_U(self) -> Bool[Tensor, " U"]:
+        """Return which users have a tie: an event, or a link to another user."""
+        return self._known().strength_U > 0
+
     def item_table(self) -> Float[Tensor, "I F"]:
         """Return every item's vector; 0 for those without any tie."""
         return self._item(self._known().item_IF)

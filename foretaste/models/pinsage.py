@@ -218,11 +218,16 @@ class PinSage(nn.Module):
         own_BD = tables.vector_XD[user_B.clamp(min=0)]
         told_B = torch.bincount(self._distinct(queries)[0], minlength=len(queries))
         taught_B = self.num_items_U[user_B.clamp(min=0)]
-        as_taught_B = (user_B >= 0) & ((taught_B < 0) | (taught_B > 0) & (told_B == taught_B))
+        is_tied_B = self.taught_U()[user_B.clamp(min=0)]
+        as_taught_B = (user_B >= 0) & ((taught_B < 0) | is_tied_B & (told_B == taught_B))
         if as_taught_B.all():
             return self._query(own_BD)
         new_BD = self._new_nodes(queries, tables.message_KIH)
         return self._query(own_BD.where(as_taught_B.unsqueeze(1), new_BD))
+
+    def taught_U(self) -> Bool[Tensor, " U"]:
+        """Return which users have neighbours: by events, or by links to other users."""
+        return self.inputs.linked_X[: self.num_users]
 
     def item_table(self) -> Float[Tensor, "I D"]:
         """Return every item's vector."""

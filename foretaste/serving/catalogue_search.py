@@ -94,11 +94,13 @@ class CatalogueSearch:
         return () if self._ranker is None else tuple(task.name for task in self._ranker.tasks)
 
     def knows(self, user_B: Int64[np.ndarray, " B"]) -> Bool[np.ndarray, " B"]:
-        """Return whom the ranker knows by their id, with or without a history; -1 is nobody."""
-        if not isinstance(self._ranker, KnowsUsers):
-            return np.zeros(len(user_B), dtype=bool)
-        known_B: np.ndarray = self._ranker.taught_U().cpu().numpy()[user_B] & (user_B >= 0)
+        """Return whom the model knows by their id, with or without a history; -1 is nobody."""
+        known_B: np.ndarray = self.finds_for(user_B) | _known(self._ranker, user_B)
         return known_B
+
+    def finds_for(self, user_B: Int64[np.ndarray, " B"]) -> Bool[np.ndarray, " B"]:
+        """Return whom the first stage knows by their id."""
+        return _known(self._first, user_B)
 
     def best(
         self,
@@ -185,6 +187,8 @@ class CatalogueSearch:
     def _is_nobody(self, queries: Queries) -> bool:
         """Whether a retriever knows nothing of the one who asks, and the ranker something."""
         if len(queries.history_N) or isinstance(self._first, Ranker):
+            return False
+        if self.finds_for(queries.user_B.numpy()).all():
             return False
         return queries.profile is None or not reads_profiles(self._first)
 
@@ -284,6 +288,13 @@ class CatalogueSearch:
         popular_I = self._popular_I.numpy()
         order_N: np.ndarray = np.argsort(-popular_I, kind="stable")[: np.isfinite(popular_I).sum()]
         return order_N
+
+
+def _known(model: object, user_B: Int64[np.ndarray, " B"]) -> Bool[np.ndarray, " B"]:
+    if not isinstance(model, KnowsUsers):
+        return np.zeros(len(user_B), dtype=bool)
+    known_B: np.ndarray = model.taught_U().cpu().numpy()[user_B] & (user_B >= 0)
+    return known_B
 
 
 def _ranked(judged: Judged, found: TopK, k: int, *, num: int) -> Best:

@@ -67,11 +67,13 @@ def best_of_users(
     score_BK = popular.score_BK.repeat(len(user_B), 1)
     is_known_B = (user_B >= 0) & (np.diff(events.offsets)[user_B] > 0)
     is_learned_B = ~is_known_B & search.knows(user_B)
+    is_found_B = is_learned_B & search.finds_for(user_B)
     is_told_B = ~is_known_B & ~is_learned_B & profiles.known(user_B)
     width = book.at_first(rules, k)
     for is_asked_B, find in (
         (is_known_B, find_known),
-        (is_learned_B, find_known),  # apart: no row of a block has a history then
+        (is_found_B, find_known),  # apart: no row of a block has a history then
+        (is_learned_B & ~is_found_B, find_known),
         (is_told_B, find_told),
     ):
         asked = np.flatnonzero(is_asked_B)
