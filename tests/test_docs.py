@@ -13,7 +13,9 @@ import foretaste as ft
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
-EXAMPLES = [page for page in PAGES if "```python" in page.read_text(encoding="utf-8")]
+EXAMPLES = [
+    page for page in (ROOT / "README.md", *PAGES) if "```python" in page.read_text(encoding="utf-8")
+]
 
 
 def script(name: str) -> ModuleType:
