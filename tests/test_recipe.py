@@ -9,7 +9,14 @@ import pytest
 import foretaste as ft
 from foretaste.data.toml_text import to_toml
 from foretaste.errors import ConfigError
-from foretaste.experiment.recipe import FileData, override, read_experiment, with_overrides
+from foretaste.experiment.recipe import (
+    EvaluationConfig,
+    FileData,
+    override,
+    parse_settings,
+    read_experiment,
+    with_overrides,
+)
 from foretaste.experiment.run import read_split
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.toml"))
@@ -107,6 +114,11 @@ def test_a_wrong_name_is_answered_with_those_of_its_own_place(
 ) -> None:
     with pytest.raises(ConfigError, match=words):
         read_experiment(recipe, overrides=slips)
+
+
+def test_a_finding_about_all_settings_has_no_name_before_it() -> None:
+    with pytest.raises(ConfigError, match=r"^here: k is \[5, 5\]: give"):
+        parse_settings(EvaluationConfig, {"k": [5, 5]}, source="here")
 
 
 def test_a_value_out_of_range_is_named_in_one_line(recipe: Path) -> None:

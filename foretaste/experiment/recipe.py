@@ -257,7 +257,8 @@ def explain(error: ValidationError, kind: type[Config], settings: Mapping[str, o
         name = ".".join(
             map(str, [*path, problem["loc"][-1]] if problem["type"] == "missing" else path)
         )
-        found.append(f"{name}: {_said(problem, kind)}")
+        said = _said(problem, kind)
+        found.append(f"{name}: {said}" if name else said)
     return "; ".join(found)
 
 
@@ -315,9 +316,9 @@ def _path(location: tuple[int | str, ...], settings: object) -> list[int | str]:
 
 
 def _said(problem: ErrorDetails, kind: type[Config]) -> str:
-    *section, name = problem["loc"]
     match problem["type"]:
         case "extra_forbidden":
+            *section, name = problem["loc"]
             there = names_at(kind, tuple(section))
             near = difflib.get_close_matches(str(name), there, n=1)
             advice = f"did you mean {near[0]}?" if near else f"there are {', '.join(there)}"
