@@ -394,14 +394,18 @@ def test_a_value_that_the_column_cannot_hold_is_refused_by_name(
 
 
 @pytest.mark.parametrize(
-    ("config", "user"), [(ft.NeuMFConfig(factors=4), 3), (RANKERS["din"], None)]
+    ("config", "user", "why"),
+    [
+        (ft.NeuMFConfig(factors=4), 3, "reads none of items"),
+        (RANKERS["din"], None, "no place among popular ones"),
+    ],
 )
 def test_where_nothing_can_be_said_of_a_new_item_the_answer_says_so(
-    config: ModelConfig, user: int | None
+    config: ModelConfig, user: int | None, why: str
 ) -> None:
     answer = make(config).recommend(user, k=3, new_items={"a": COLD})
     assert answer.unknown_items == ("a",)
-    assert any("had no influence" in note for note in answer.notes)
+    assert any("had no influence" in note and why in note for note in answer.notes)
     assert all(isinstance(row.item_id, int) for row in answer.rows)
 
 

@@ -31,11 +31,26 @@ def notes(
 
 
 def told_in_vain(
-    whose: str, told: Mapping[Any, object] | None, *, used: bool, known: bool = False
+    whose: str,
+    told: Mapping[Any, object] | None,
+    *,
+    used: bool,
+    known: bool = False,
+    uncounted: bool = False,
 ) -> tuple[str, ...]:
-    """Say if features were told and had no influence; of whom training knows, none have."""
+    """Say if features were told and had no influence; of whom training knows, none have.
+
+    Args:
+        whose: "users", "items" or "moments".
+        told: The features.
+        used: Whether the model read them.
+        known: Whether training knows the user whose they are.
+        uncounted: Whether they are of new items in an answer of popular ones.
+    """
     if not told or (used and not known):
         return ()
+    if uncounted:
+        return ("the features told had no influence: new items have no place among popular ones",)
     if used:
         return ("the features told had no influence: training knows this user by its own",)
     return (

@@ -146,7 +146,8 @@ class Recommender:
         if source == "popular" and (profile is not None or moment is not None):
             source = "features"
         new = self._new_items(new_items or {}, unknown)
-        if source == "popular" and new is not None:
+        uncounted = source == "popular" and new is not None
+        if uncounted and new is not None:
             unknown, new = unknown | dict.fromkeys(new.told), None
         new_used = new is not None
         rule_book = self._rule_book
@@ -182,7 +183,7 @@ class Recommender:
             notes=(
                 *notes(source, found=len(rows), k=k, unknown=unknown, stranger=stranger),
                 *told_in_vain("users", features, used=profile is not None, known=asker >= 0),
-                *told_in_vain("items", new_items, used=new_used),
+                *told_in_vain("items", new_items, used=new_used, uncounted=uncounted),
                 *told_in_vain("moments", context, used=moment is not None),
             ),
             seconds=stages.seconds,
