@@ -47,7 +47,9 @@ def main() -> None:
         "validate_every": args.evaluate_every or args.epochs,
         "patience": None,
     }
-    objective = {"loss": args.loss, "negatives": args.negatives, "windows": "last"}
+    objective = {"loss": args.loss, "windows": "last"}
+    if args.loss != "softmax":
+        objective["negatives"] = args.negatives
     if args.model == "bert4rec":
         objective |= {"mask_ratio": args.mask_ratio, "last_share": 0.0}
     seconds = [0.0]  # as `Epoch.seconds` counts them: all epochs and validations so far

@@ -1,6 +1,5 @@
 """A recipe: one TOML file with everything that decides a run."""
 
-import difflib
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from foretaste.data.columns import TimestampUnit
 from foretaste.data.fields import FeatureSchema
 from foretaste.data.sorting import Duplicates
 from foretaste.data.split_config import SplitConfig
-from foretaste.errors import ConfigError
+from foretaste.errors import ConfigError, nearest
 from foretaste.evaluation.cold import Among, Whose
 from foretaste.experiment.setting_names import names_at
 from foretaste.experiment.two_stage import FirstStage
@@ -320,8 +319,8 @@ def _said(problem: ErrorDetails, kind: type[Config]) -> str:
         case "extra_forbidden":
             *section, name = problem["loc"]
             there = names_at(kind, tuple(section))
-            near = difflib.get_close_matches(str(name), there, n=1)
-            advice = f"did you mean {near[0]}?" if near else f"there are {', '.join(there)}"
+            near = nearest(str(name), there)
+            advice = f"did you mean {near}?" if near else f"there are {', '.join(there)}"
             return f"there is no such setting; {advice}"
         case "union_tag_not_found":
             return f"name its kind, one of {', '.join(names_at(kind, problem['loc']))}"
