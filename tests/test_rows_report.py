@@ -315,8 +315,8 @@ def test_platt_has_an_answer_where_a_line_parts_the_classes() -> None:
 
 
 def test_isotonic_is_that_of_scikit_learn() -> None:
-    label, probability = too_sure(num=500)
-    probability = probability.round(2)  # with ties
+    label, probability = too_sure(num=5_000)
+    probability = (probability * 30).round() / 30  # with ties, and no step that is too steep
     found = fit_calibration("isotonic", label, probability)
     theirs = IsotonicRegression(out_of_bounds="clip", y_min=0, y_max=1).fit(probability, label)
     asked = np.linspace(0, 1, 777)
@@ -327,6 +327,21 @@ def test_isotonic_is_that_of_scikit_learn() -> None:
     assert len(asked) > 300
     np.testing.assert_allclose(calibrated(found, asked), theirs.predict(asked), atol=1e-9)
     assert len(found.at) < len(np.unique(probability))
+
+
+def test_isotonic_makes_no_more_of_a_logit_s_last_digits_than_answers_may_differ() -> None:
+    label, probability = too_sure(num=4_000)
+    found = fit_calibration("isotonic", label, probability)
+    ours = calibrated(found, probability)
+    for noise in (1e-6, -1e-6):
+        line = np.log(probability / (1 - probability)) + noise
+        near = calibrated(found, 1 / (1 + np.exp(-line)))
+        np.testing.assert_allclose(near, ours, rtol=0, atol=1.1e-6)
+    # A step of 0.6 in no width at all becomes a slope around it that is level again beyond.
+    at = np.array([0.2, 0.5, 0.5 + 1e-9, 0.8])
+    label = np.array([0.0, 0, 0, 0, 1, 0, 0, 0, 0, 1, 0, 1, 1, 1, 1, 0, 1, 1, 1, 1])
+    step = fit_calibration("isotonic", label, at.repeat(5))
+    np.testing.assert_allclose(calibrated(step, at), [0.2, 0.5, 0.5, 0.8], atol=1e-8)
 
 
 def test_isotonic_draws_the_ends_in_by_hand() -> None:

@@ -23,6 +23,9 @@ from foretaste.training.calibration import (
 
 Method = Literal["platt", "isotonic"]
 _MOST_STEPS = 100
+_STEEPEST = 1.0
+"""How much isotonic regression may rise for each unit of the logit; of the logistic curve itself,
+which changes no probability, it is a quarter at most."""
 
 
 def fit_calibration(
@@ -91,8 +94,9 @@ def _fit_isotonic(
 ) -> IsotonicCalibration:
     """Pool adjacent violators over distinct probabilities; only the ends of a stair are kept.
 
-    **Departure**: a lowest stair of 0 and a highest of 1 are drawn in to one of its n + 2 rows, not
-    beyond the next stair: "never" and "always" would cost without bound when they are wrong.
+    **Departures**: a lowest stair of 0 and a highest of 1 are drawn in to one of its n + 2 rows,
+    not beyond the next stair: "never" and "always" would cost without bound when they are wrong.
+    Steps become slopes (`_eased`).
     """
     at, place_N, count = np.unique(probability_N, return_inverse=True, return_counts=True)
     mean = np.bincount(place_N, label_N) / count
@@ -103,10 +107,25 @@ def _fit_isotonic(
         lowest, highest = levels[0], levels[-1]
         levels[0] = max(lowest, min(levels[1], 1 / (rows[0] + 2)))
         levels[-1] = min(highest, max(levels[-2], 1 - 1 / (rows[-1] + 2)))
-    gives = levels[stair]
+    gives = _eased(at, levels[stair])
     level = np.diff(gives) == 0
     inner = np.append(level, False) & np.insert(level, 0, False)  # level on both sides
     return IsotonicCalibration(at=tuple(at[~inner].tolist()), gives=tuple(gives[~inner].tolist()))
+
+
+def _eased(
+    at: Float64[np.ndarray, " N"], gives: Float64[np.ndarray, " N"]
+) -> Float64[np.ndarray, " N"]:
+    """Rise no steeper than `_STEEPEST`: half of a step is taken before it, half behind it.
+
+    A logit's last digits differ with how many rows are judged at once, and a step between two that
+    lie 1e-5 apart would make ten thousand times as much of it: answers would not be those measured.
+    """
+    line = _STEEPEST * logit(at)
+    late = line + np.minimum.accumulate(gives - line)
+    early = line + np.maximum.accumulate((gives - line)[::-1])[::-1]
+    eased: np.ndarray = np.maximum.accumulate(((late + early) / 2).round(12))  # level is level
+    return eased
 
 
 def _line_loss(line_N: Float64[np.ndarray, " N"], target_N: Float64[np.ndarray, " N"]) -> float:
