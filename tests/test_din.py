@@ -171,6 +171,12 @@ def test_padding_has_no_gradient_and_dice_does_not_see_it(
     assert one.fields.table.weight.grad[0].abs().sum() == 0
 
 
+def test_histories_of_one_item_must_tell_it() -> None:
+    config = PLAIN.model_copy(update={"item_id": False, "item_features": False, "user_id": True})
+    with pytest.raises(ConfigError, match=r'set model\.pooling to "none"'):
+        DIN(config, num_users=NUM_USERS, num_items=1)
+
+
 def test_without_histories_there_are_no_weights() -> None:
     model = network(PLAIN.model_copy(update={"pooling": "none"}))
     assert model.reads == "nothing"

@@ -253,6 +253,26 @@ def test_events_that_cannot_be_written_teach_without_a_warning() -> None:
         torch.set_warn_always(always)
 
 
+def test_where_each_row_is_a_user_of_its_own_nobody_has_a_vector() -> None:
+    held_out = replace(EVENTS, offsets=np.array([0, 1, 1, 2]), item_idx=EVENTS.item_idx[:2])
+    made = fields()
+    made.begin(held_out)
+    assert not made.taught_U.any()
+    assert (made.user.ids_of(made.table.weight) == 0).all()
+    # One event each of users who may come back is a history like any other.
+    all_here = replace(EVENTS, offsets=np.array([0, 1, 2, 3]), item_idx=EVENTS.item_idx[:3])
+    made.begin(all_here)
+    assert made.taught_U.all()
+
+
+def test_one_item_needs_no_field_but_a_row_does() -> None:
+    moments = RowFieldsConfig(user_id=False, item_id=False, item_features=False)
+    made = RowFields(moments, num_users=NUM_USERS, num_items=1, features=FEATURES)
+    assert made.num_item_fields == 0
+    with pytest.raises(ConfigError, match="nothing to tell a row by"):
+        RowFields(moments, num_users=NUM_USERS, num_items=1, features=None)
+
+
 def test_settings_leave_sides_out() -> None:
     none = RowFieldsConfig(
         embedding_dim=W,

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pytest
 
 import foretaste as ft
@@ -277,6 +278,41 @@ def test_a_log_of_nobody_s_visits_is_fitted_measured_and_served_for_a_moment(
         run(["recommend", str(bundle), "--context", '{"device": "tv"}', "-k", "1"])
     assert "click" in capsys.readouterr().out
     assert recommender.recommend(k=1).source == "popular"
+
+
+def test_a_table_of_one_item_needs_no_id_of_it(tmp_path: Path) -> None:
+    draw = np.random.default_rng(0)
+    device = draw.choice(["tv", "phone"], size=400)
+    clicked = draw.random(400) < np.where(device == "tv", 0.8, 0.2)
+    frame = pl.DataFrame({"time": range(400), "clicked": clicked, "device": device, "shop": "main"})
+    frame.write_csv(tmp_path / "visits.csv")
+    (tmp_path / "run.toml").write_text(VISITS)
+    alone = ["data.item=none", "model.item_id=false", "training.epochs=8"]
+    config = ft.read_experiment(tmp_path / "run.toml", overrides=alone)
+    split = ft.read_split(config, data_dir=tmp_path)
+    run = ft.run_experiment(config, split, show=False)
+    assert run.report.metrics["auc"] > 0.7
+    recommender = ft.build_recommender(run.trained)
+    answers = [recommender.recommend(context={"device": d}, k=1) for d in ("tv", "phone")]
+    on_tv, on_phone = (answer.rows[0].predictions["click"] for answer in answers)
+    assert on_tv > on_phone
+
+
+def test_features_that_a_model_does_not_read_are_named(tmp_path: Path) -> None:
+    (tmp_path / "visits.csv").write_text(
+        "item_id,time,clicked,device,shop\n"
+        + "".join(f"{n % 3},{n},{n % 2},{'tv' if n % 5 else 'phone'},main\n" for n in range(60))
+    )
+    (tmp_path / "run.toml").write_text(VISITS)
+    config = ft.read_experiment(tmp_path / "run.toml")
+    split = ft.read_split(config, data_dir=tmp_path)
+    told = ft.fit_features(config.features, split.train)
+    assert ft.fit(config.model, split, features=told, show=False).notes == told.notes
+    click = ft.Task(name="click", column="clicked")
+    for model, name in ((ft.GMFConfig(task=click), "NCF"), (ft.MFConfig(), "MF")):
+        trained = ft.fit(model, split, features=told, show=False)
+        unread = f"features of moments are told, and {name} was made to read none"
+        assert trained.notes == (*told.notes, unread)
 
 
 def test_who_was_shown_things_and_clicked_none_is_served_as_measured(folder: Path) -> None:

@@ -36,7 +36,7 @@ def fit(
     folder = ft.run_folder(out)
     run = ft.run_experiment(config, split, folder=folder, resume=resume, track=track)
     trained, report = run.final
-    for note in () if trained.features is None else trained.features.notes:
+    for note in trained.notes:
         log(note)
     ft.to_recommender(trained, report).save(out)
     if result is not None:

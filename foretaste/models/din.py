@@ -105,6 +105,11 @@ class DIN(FieldRanker):
         )
         query_dim = self.fields.num_query_fields * config.embedding_dim
         item_dim = self.fields.num_item_fields * config.embedding_dim
+        if not item_dim and config.pooling != "none":
+            raise ConfigError(
+                'histories are of one item, and nothing tells it: set model.pooling to "none", or '
+                "model.item_id to true"
+            )
         activation: Activation = config.activation
         self.attention = (
             TargetAttention(

@@ -12,8 +12,15 @@ from foretaste.data.batch import Queries
 from foretaste.data.features import Features, FieldSide
 from foretaste.data.interactions import Interactions
 from foretaste.errors import ConfigError, NonFiniteError
-from foretaste.models.interface import CatalogueScorer, PlacesItems, Retriever
-from foretaste.models.two_stage import TwoStage, first_stage
+from foretaste.models.interface import CatalogueScorer, JudgesNewItems, PlacesItems, Retriever
+from foretaste.models.two_stage import (
+    TwoStage,
+    first_stage,
+    placer,
+    reads_moments,
+    reads_profiles,
+    second_stage,
+)
 from foretaste.training.calibration import Calibration, calibrated
 
 
@@ -58,6 +65,25 @@ class Trained:
     def moment(self) -> FieldSide | None:
         """The features of the moment that the model was told of; None: of none."""
         return None if self.features is None else self.features.context
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What fitting features left out, and which of them the model does not read."""
+        told, ranker = self.features, second_stage(self.model)
+        if told is None:
+            return ()
+        judges = isinstance(ranker, JudgesNewItems) and ranker.judges_new_items
+        sides = (
+            ("users", told.user, reads_profiles(self.model)),
+            ("items", told.item, judges or placer(self.model) is not None),
+            ("moments", told.context, reads_moments(self.model)),
+        )
+        unread = (
+            f"features of {name} are told, and {type(self.model).__name__} was made to read none"
+            for name, side, is_read in sides
+            if side is not None and not is_read
+        )
+        return (*told.notes, *unread)
 
     def calibrated(self, prediction: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return a ranker's predictions, by the task's name, calibrated where a task is."""

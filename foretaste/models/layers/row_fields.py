@@ -50,7 +50,7 @@ class RowFields(nn.Module):
     """
 
     taught_U: Tensor
-    """Which users have a training event."""
+    """Which users have a training event; nobody where each row is a user of its own."""
     taught_I: Tensor
 
     def __init__(
@@ -197,7 +197,8 @@ class RowFields(nn.Module):
         """Send users and items that no event can teach to row 0."""
         times_U = torch.from_numpy(np.diff(events.offsets))
         times_I = torch.from_numpy(events.item_count)
-        self.taught_U.copy_(times_U > 0)
+        come_back = (times_U > 1).any() or times_U.all()  # else an id learns its row by heart
+        self.taught_U.copy_((times_U > 0) & come_back)
         self.taught_I.copy_(times_I > 0)
         for table_RW, taught_R in (
             (self._user_table(), self.taught_U),

@@ -23,7 +23,8 @@ class RowFieldsConfig(Config):
     embedding_dim: PositiveInt = 16
     """Width of each field's vector."""
     user_id: bool = True
-    """Whether each user has a vector of their own."""
+    """Whether each user has a vector of their own; nobody has where each row is a user of its
+    own."""
     item_id: bool = True
     """Whether each item has a vector of its own."""
     user_features: bool = True
@@ -70,7 +71,8 @@ def sides_of_rows(
     """Make the sides, one behind the other in the table.
 
     Raises:
-        ConfigError: There is nothing to tell an item by, or features are of others than there are.
+        ConfigError: There is nothing to tell one of several items by, or nothing at all, or
+            features are of others than there are.
     """
     users = told_of_users(features if config.user_features else None, num_users)
     items = told_of_items(features if config.item_features else None, num_items)
@@ -94,10 +96,12 @@ def sides_of_rows(
         num_codes += side.num_codes
         made.append(side)
     user, item, context = made
-    if not item.num_fields:
+    if not item.num_fields and num_items > 1:
         raise ConfigError(
             "there is nothing to tell an item by: set model.item_id, or give features of items"
         )
+    if not any(side.num_fields for side in made):
+        raise ConfigError("there is nothing to tell a row by: give features of users or moments")
     return RowSides(user, item, context, num_codes)
 
 
