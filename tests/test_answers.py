@@ -225,6 +225,8 @@ def test_an_item_of_the_table_that_nobody_did_is_ranked_where_features_are_read(
 def test_a_feature_that_does_not_exist_is_named(served: tuple[str, ft.Recommender]) -> None:
     name, recommender = served
     if name in READS:
+        with pytest.raises(ft.DataError, match="'age' cannot hold"):
+            recommender.recommend(features={"age": [1, [2]]})
         with pytest.raises(ft.DataError, match=r"'agee' is no feature of users.*mean 'age'"):
             recommender.recommend("new", features={"agee": 20.0})
         with pytest.raises(ft.DataError, match="age"):
