@@ -360,18 +360,22 @@ def test_a_million_values_are_bounded_and_it_is_said() -> None:
     assert int(code_R.max()) < side.num_codes
 
 
-def test_a_column_that_is_the_same_everywhere_is_said() -> None:
-    frame = pl.DataFrame({"x": ["film"] * 3, "n": [7] * 3, "rare": ["a", "b", "c"]})
+def test_a_column_that_is_the_same_or_another_everywhere_is_said() -> None:
+    letters = ["a", "b", "c"]
+    frame = pl.DataFrame({"x": ["film"] * 3, "n": [7] * 3, "rare": letters, "own": letters})
     features = fit_item(
         frame,
         x=CategoricalField(),
         n=NumericField(transform="bucketise"),
         rare=CategoricalField(min_count=2),
+        own=CategoricalField(),
     )
     assert features.notes == (
         "item field 'x' is 'film' on every training row: it tells nothing",
         "item field 'n' is 7 wherever it is known in training: it tells little",
         "item field 'rare' has no value on 2 training rows: all share one bucket",
+        "item field 'own' has another value on every training row: it tells a row by nothing that "
+        "others have",
     )
 
 

@@ -97,6 +97,8 @@ def _fit_categories(name: str, field: CategoricalField, text: pl.Series) -> Outc
     values, note = _fit_values(text.drop_nulls(), field.min_count, field.max_values)
     if not text.null_count() and len(values.texts) == 1 and not values.rare:
         note = f"is {text[0]!r} on every training row: it tells nothing"
+    elif len(values.texts) == text.count() > 1:
+        note = "has another value on every training row: it tells a row by nothing that others have"
     return Outcome(Categories(name=name, values=values), note)
 
 
