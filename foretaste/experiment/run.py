@@ -150,6 +150,8 @@ def check_measurable(config: ExperimentConfig, split: Split) -> None:
         ConfigError: It asks for rows alone, and the model predicts none.
         DataError: It asks for lists, and there is nothing to find.
     """
+    if not len(split.train):
+        return  # nothing to learn from, as `fit` will say
     asked, is_ranker = config.evaluation, bool(tasks_of(config.model))
     by_rows = asked.rows and is_ranker
     if not (asked.catalogue or by_rows):
