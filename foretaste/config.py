@@ -12,8 +12,3 @@ class Config(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
     )
-
-    def changed(self, *names: str) -> list[str]:
-        """Return those of the settings that are not at their default."""
-        fields = type(self).model_fields
-        return [name for name in names if getattr(self, name) != fields[name].default]

@@ -321,9 +321,7 @@ def test_any_loss_finds_the_group(loss: str) -> None:
     trained = ft.fit(
         BERT4RecConfig(embedding_dim=16, max_len=12, block="modern", hidden_ratio=1),
         ft.leave_last_split(replace(events, item_idx=item_idx), validation=False),
-        objective=MaskedItemConfig(
-            loss=loss, negatives=0 if loss == "softmax" else 10, mask_ratio=0.3
-        ),
+        objective=MaskedItemConfig(loss=loss, negatives=10, mask_ratio=0.3),
         training=TrainingConfig(
             epochs=60, batch_events=100, learning_rate=0.01, warmup_steps=10, patience=None
         ),

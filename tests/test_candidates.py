@@ -144,7 +144,7 @@ def test_a_user_who_has_done_everything_is_said() -> None:
 def test_a_catalogue_of_one_has_no_negatives_and_no_loss() -> None:
     events = events_of([[0], [0]], num_items=1)
     for name in LOSSES:
-        loss = CandidateLoss(CandidateConfig(loss=name, hardest=2), events)
+        loss = CandidateLoss(CandidateConfig(loss=name, negatives=4, hardest=2), events)
         drawn = loss.draw(torch.tensor([0, 1]), torch.tensor([0, 0]))
         value = loss(drawn, torch.randn(2, 3), torch.randn(1, 3))
         assert value.isfinite()
@@ -161,16 +161,7 @@ def test_a_loss_without_negatives_is_refused() -> None:
     [
         ({"in_batch": True, "row_negatives": 2}, "leave out in_batch, row_negatives"),
         ({"popularity_power": 0.75}, "leave out popularity_power"),
-        ({"negatives": 20}, "leave out negatives"),
         ({"loss": "bce", "frequency": "streamed"}, "set in_batch"),
-        ({"loss": "bce", "in_batch": True, "frequency": "streamed"}, "frequency is for.*log_q"),
-        ({"loss": "bce", "log_q": False}, "log_q is of the loss sampled_softmax alone"),
-        ({"loss": "bce", "calibration": 0.5}, "calibration is of the loss gbce alone"),
-        ({"loss": "gbce", "margin": 0.5}, "margin is of the loss margin alone"),
-        (
-            {"loss": "bpr", "negatives": 0, "in_batch": True, "popularity_power": 0.5},
-            "popularity_power is of negatives that are drawn",
-        ),
     ],
 )
 def test_settings_that_would_do_nothing_are_refused(settings: dict[str, object], word: str) -> None:

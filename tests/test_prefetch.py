@@ -274,19 +274,6 @@ def test_ranks_that_are_not_kept_are_named() -> None:
         PairsConfig(loss="softmax", hard_negatives=1)
 
 
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({"hard_from": "index", "hard_epochs": 3}, "hard_from, hard_epochs.*set hard_negatives"),
-        ({"hard_negatives": 2, "hard_refresh": 2}, 'hard_refresh.*set hard_from = "index"'),
-        ({"contrast_temperature": 0.1}, "contrast_temperature.*set contrast"),
-    ],
-)
-def test_settings_of_what_is_off_are_refused(settings: dict[str, object], words: str) -> None:
-    with pytest.raises(ValidationError, match=words):
-        PairsConfig.model_validate(settings)
-
-
 def test_hard_negatives_change_what_is_learned() -> None:
     config, objective = MODELS["pinsage"]
     assert isinstance(objective, PairsConfig)

@@ -103,10 +103,9 @@ def test_a_misspelt_setting_is_named_by_its_place_in_the_file(recipe: Path) -> N
         ),
         (["tune.space.x.lo=1"], r"\.lo: .* mean low\?"),
         (["objective.loss=bpr"], "objective: name its kind, one of .*next_item"),
-        (["objective.kind=pairs", "objective.margin=2"], "objective: margin is of"),
+        (["objective.kind=pairs", "objective.hard_ranks=[9, 5]"], "objective: hard_ranks"),
         (["evaluation.k=[5, 5]"], r"evaluation: k is \[5, 5\]"),
         (["evaluation.sampled_negatives=9", "evaluation.among=cold"], "leave one out"),
-        (["evaluation.sampled_by=popularity"], "sampled_by is of sampled_negatives"),
     ],
 )
 def test_a_wrong_name_is_answered_with_those_of_its_own_place(

@@ -144,19 +144,21 @@ def test_a_trial_is_trained_and_judged_as_its_recipe_says(
 
 def test_a_draw_of_settings_that_do_not_go_together_ends_its_trial_alone(tmp_path: Path) -> None:
     space = {
-        "objective.loss": {"choices": ["bce", "gbce"]},
-        "objective.calibration": {"choices": [0.5]},
+        "objective.loss": {"choices": ["softmax", "bce"]},
+        "objective.in_batch": {"choices": [True]},
     }
     config = recipe(model={"kind": "mf", "embedding_dim": 2}, space=space, trials=6)
-    config = config.model_copy(update={"objective": ft.PairsConfig(loss="gbce")})
+    config = config.model_copy(update={"objective": ft.PairsConfig(loss="bce")})
     trials = tune(config, split(), folder=tmp_path).trials
     assert {(trial.settings["objective.loss"], trial.state) for trial in trials} == {
-        ("bce", "fail"),
-        ("gbce", "complete"),
+        ("softmax", "fail"),
+        ("bce", "complete"),
     }
-    never = recipe(model={"kind": "mf"}, space={"objective.margin": {"choices": [2.0]}}, trials=1)
-    never = never.model_copy(update={"objective": ft.PairsConfig()})
-    with pytest.raises(ConfigError, match="margin is of the loss margin alone"):
+    never = recipe(
+        model={"kind": "mf"}, space={"objective.in_batch": {"choices": [True]}}, trials=1
+    )
+    never = never.model_copy(update={"objective": ft.PairsConfig(loss="softmax")})
+    with pytest.raises(ConfigError, match="leave out in_batch"):
         tune(never, split(), folder=tmp_path / "never")
 
 

@@ -119,8 +119,6 @@ class EvaluationConfig(Config):
                 f'sampled_negatives rank among sampled items, among = "{self.among}" among others: '
                 "leave one out"
             )
-        if self.sampled_by != "uniform" and not self.sampled_negatives:
-            raise ValueError("sampled_by is of sampled_negatives: set them, or leave it out")
         return self
 
 

@@ -164,7 +164,7 @@ def check_measurable(config: ExperimentConfig, split: Split) -> None:
     learned = config.objective
     positive = learned.positive if isinstance(learned, RowsConfig) else ""
     test = happened_split(split, positive).test
-    if asked.sampled_by == "listed" and test.listed is None:
+    if asked.sampled_negatives and asked.sampled_by == "listed" and test.listed is None:
         raise no_list()
     try:
         to_find(test, exclude_seen=asked.exclude_seen, users=asked.users)

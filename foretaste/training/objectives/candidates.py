@@ -34,8 +34,6 @@ from foretaste.sampling.uniform import UniformSampler
 from foretaste.sampling.unseen import Seen, draw_unseen
 
 Loss = Literal["softmax", "sampled_softmax", "bce", "gbce", "bpr", "margin"]
-_OF_ONE_LOSS = (("log_q", "sampled_softmax"), ("calibration", "gbce"), ("margin", "margin"))
-"""Settings that would be without effect beside another loss."""
 
 
 class CandidateConfig(Config):
@@ -72,34 +70,13 @@ class CandidateConfig(Config):
                 f"the loss {self.loss} needs negatives: set negatives, row_negatives or in_batch"
             )
         asked = [n for n in ("in_batch", "row_negatives", "popularity_power") if getattr(self, n)]
-        if self.negatives and self.changed("negatives"):
-            asked.append("negatives")
         if self.loss == "softmax" and asked:
             raise ValueError(
                 f"the loss softmax has all items as negatives: leave out {', '.join(asked)}, or "
                 'take another loss, such as "sampled_softmax"'
             )
-        return self
-
-    @model_validator(mode="after")
-    def _nothing_in_vain(self) -> "CandidateConfig":
-        for name, loss in _OF_ONE_LOSS:
-            if self.loss != loss and self.changed(name):
-                raise ValueError(
-                    f'{name} is of the loss {loss} alone: leave it out, or set loss = "{loss}"'
-                )
         if self.frequency == "streamed" and not self.in_batch:
             raise ValueError("frequency is of items in a batch: set in_batch, or leave it out")
-        if self.frequency == "streamed" and not (self.loss == "sampled_softmax" and self.log_q):
-            raise ValueError(
-                "frequency is for the correction by log_q: leave it out, or take the loss "
-                "sampled_softmax with log_q"
-            )
-        if self.popularity_power and not (self.negatives or self.row_negatives):
-            raise ValueError(
-                "popularity_power is of negatives that are drawn: set negatives or row_negatives, "
-                "or leave it out"
-            )
         return self
 
 

@@ -23,8 +23,6 @@ from foretaste.training.objectives.candidates import (
     Loss,
 )
 
-_OF_HARD = ("hard_from", "hard_refresh", "hard_from_epoch", "hard_ranks", "hard_epochs")
-
 
 class PairsConfig(CandidateConfig):
     """Settings of learning from pairs."""
@@ -64,19 +62,6 @@ class PairsConfig(CandidateConfig):
             raise ValueError(
                 "the loss softmax has all items as negatives: leave out hard_negatives"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _each_is_read(self) -> "PairsConfig":
-        for names, owner, is_on in (
-            (_OF_HARD, "hard_negatives above 0", self.hard_negatives),
-            (("hard_refresh",), 'hard_from = "index"', self.hard_from == "index"),
-            (("contrast_temperature",), "contrast above 0", self.contrast),
-        ):
-            if not is_on and (asked := self.changed(*names)):
-                raise ValueError(
-                    f"{', '.join(asked)} would be without effect: set {owner}, or leave it out"
-                )
         return self
 
 
