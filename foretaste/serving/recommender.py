@@ -146,9 +146,9 @@ class Recommender:
         if source == "popular" and (profile is not None or moment is not None):
             source = "features"
         new = self._new_items(new_items or {}, unknown)
-        uncounted = source == "popular" and new is not None
-        if uncounted and new is not None:
-            unknown, new = unknown | dict.fromkeys(new.told), None
+        uncounted = new if source == "popular" else None
+        if uncounted is not None:
+            unknown, new = unknown | dict.fromkeys(uncounted.told), None
         new_used = new is not None
         rule_book = self._rule_book
         if new is not None and rules != NO_RULES:
@@ -183,7 +183,7 @@ class Recommender:
             notes=(
                 *notes(source, found=len(rows), k=k, unknown=unknown, stranger=stranger),
                 *told_in_vain("users", features, used=profile is not None, known=asker >= 0),
-                *told_in_vain("items", new_items, used=new_used, uncounted=uncounted),
+                *told_in_vain("items", new_items, used=new_used, uncounted=uncounted is not None),
                 *told_in_vain("moments", context, used=moment is not None),
             ),
             seconds=stages.seconds,
