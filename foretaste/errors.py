@@ -8,7 +8,8 @@ ForetasteError
 ├── SourceError      a public data set could not be had, or is not what it should be
 └── BundleError      a bundle or an event store is missing, broken, or was tampered with
 
-A message names the thing, the value and the mend. The command line prints it as one line.
+A message names the thing, the value and the fix. The command line prints it as one line. What the
+message names is also an attribute of the error, so that a program need not read prose.
 """
 
 import difflib
@@ -16,7 +17,30 @@ from collections.abc import Iterable
 
 
 class ForetasteError(Exception):
-    """The root: catch it to catch all that foretaste raises on purpose."""
+    """The root: catch it to catch all that foretaste raises on purpose.
+
+    Args:
+        message: One sentence that names the thing, the value and the fix.
+        name: The setting, argument, feature, task or file that is wrong, as its user wrote it.
+        column: The column of the caller's table.
+        row: The row of the caller's table, counted from 1, the header not counted.
+        value: What stands there.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        name: str | None = None,
+        column: str | None = None,
+        row: int | None = None,
+        value: object = None,
+    ) -> None:
+        super().__init__(message)
+        self.name = name
+        self.column = column
+        self.row = row
+        self.value = value
 
 
 class DataError(ForetasteError):
