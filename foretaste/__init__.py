@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from foretaste.version import __version__
 
 if TYPE_CHECKING:
-    from foretaste.config import Config
+    from foretaste.config import Config, parse_settings
     from foretaste.data.audit import audit_events, audit_split
     from foretaste.data.features import Features, fit_features
     from foretaste.data.features_inspect import inspect_schema
@@ -72,7 +72,6 @@ if TYPE_CHECKING:
     from foretaste.experiment.recipe import (
         ExperimentConfig,
         override,
-        parse_settings,
         read_experiment,
         with_overrides,
     )
@@ -355,7 +354,7 @@ _HOME = {
     "open_store": "data.store",
     "open_tracker": "experiment.tracking",
     "override": "experiment.recipe",
-    "parse_settings": "experiment.recipe",
+    "parse_settings": "config",
     "random_split": "data.splitting",
     "ratio_split": "data.splitting",
     "read_experiment": "experiment.recipe",

@@ -1,14 +1,338 @@
-"""The parent of all settings: frozen, and refusing what it does not know."""
+"""The parent of all settings, and how a wrong setting is said: in one line, in the file's names.
 
-from pydantic import BaseModel, ConfigDict
+Settings are frozen and refuse what they do not know. `SASRecConfig(embeding_dim=16)` raises
+`ConfigError: SASRecConfig: embeding_dim: there is no such setting; did you mean embedding_dim?`,
+and a recipe with the same mistake says the same with the recipe's path.
+"""
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
+
+from foretaste.errors import ConfigError, nearest
+
+C = TypeVar("C", bound="Config")
+Schema = Mapping[str, Any]
 
 
-class Config(BaseModel):
+if TYPE_CHECKING:  # type checkers read the fields
+    from pydantic._internal._model_construction import ModelMetaclass as _SettingsClass
+else:
+
+    class _SettingsClass(type(BaseModel)):
+        """Makes the constructor of settings raise our error, which `ForetasteError` catches."""
+
+        def __call__(cls, *args: object, **settings: object) -> object:
+            if args:
+                first = next(iter(cls.model_fields), "name")
+                raise ConfigError(
+                    f"{cls.__name__} takes its settings by name, such as "
+                    f"{cls.__name__}({first}=…), not {shown(args[0])}",
+                    value=args[0],
+                )
+            try:
+                return super().__call__(**settings)
+            except ValidationError as error:
+                raise config_error(error, cls, settings, source=cls.__name__) from None
+
+
+class Config(BaseModel, metaclass=_SettingsClass):
     """Settings that come from outside.
 
     The docstring under a field becomes its help on the command line and in the documentation.
+
+    Raises:
+        ConfigError: A setting is missing, unknown or out of range; it says which.
     """
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_it_is_meant(cls, settings: object) -> object:
+        """Take NumPy's values and paths for plain ones; refuse text or `true` for a number."""
+        if not isinstance(settings, Mapping):
+            return settings
+        found = {name: plain(value) for name, value in settings.items()}
+        wrong: list[InitErrorDetails] = []
+        for name, value in found.items():
+            if said := _lookalike(value, _kinds(cls, name)):
+                problem = PydanticCustomError("value_error", "{error}", {"error": said})
+                wrong.append({"type": problem, "loc": (name,), "input": value})
+        if wrong:
+            raise ValidationError.from_exception_data(cls.__name__, wrong)
+        return found
+
+
+def _lookalike(value: object, kinds: frozenset[type]) -> str | None:
+    """Say why a value is not taken though it could be read as a number or a truth value."""
+    for part in value if isinstance(value, list | tuple) else (value,):
+        if isinstance(part, bool) and kinds & {int, float} and bool not in kinds:
+            return f"must be a number, not {str(part).lower()}"
+        if isinstance(part, str) and kinds and str not in kinds:
+            wanted = "true or false" if kinds <= {bool, type(None)} else "a number"
+            return f"must be {wanted}, not the text {part!r}"
+        if kinds == {bool} and not isinstance(part, bool):
+            return f"must be true or false, not {shown(part)}"
+    return None
+
+
+def plain(value: object) -> object:
+    """Return NumPy's scalars and arrays, and paths, as Python's own numbers, lists and text."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if type(value).__module__ == "numpy" and hasattr(value, "tolist"):
+        return value.tolist()
+    return value
+
+
+@cache
+def _kinds(owner: type[Config], field: str) -> frozenset[type]:
+    """Return the plain types that a field may hold, those in its lists and choices included.
+
+    A field that holds sections of settings has none: those check themselves.
+    """
+    found: set[type] = set()
+    known = owner.model_fields.get(field)
+    waiting: list[Any] = [] if known is None else [known.annotation]
+    while waiting:
+        hint = waiting.pop()
+        parts = get_args(hint)
+        if not parts:
+            if not (isinstance(hint, type) and hint in (int, float, bool, str, type(None))):
+                return frozenset()
+            found.add(hint)
+        elif all(isinstance(part, str | int | bool) for part in parts):  # a Literal's choices
+            found.update(map(type, parts))
+        elif getattr(hint, "__metadata__", None) is not None:
+            waiting.append(parts[0])
+        else:
+            waiting += [part for part in parts if part is not Ellipsis]
+    return frozenset(found)
+
+
+def parse_settings(kind: type[C], settings: Mapping[str, object], *, source: str) -> C:
+    """Check plain values, such as a recipe's, a bundle's or the command line's.
+
+    Args:
+        kind: The settings' class.
+        settings: Names and values, in sections or flat.
+        source: Where they came from, for the message.
+
+    Raises:
+        ConfigError: A setting is missing, unknown or out of range; it says which.
+    """
+    try:
+        return kind.model_validate(settings)
+    except ValidationError as error:
+        raise config_error(error, kind, settings, source=source) from None
+
+
+def config_error(
+    error: ValidationError, kind: type[BaseModel], settings: object, *, source: str
+) -> ConfigError:
+    """Return the error that names the first wrong setting, and says all that are wrong."""
+    found = findings(error.errors(include_url=False), kind, settings)
+    name, _, value = found[0]
+    said = "; ".join(f"{name}: {sentence}" if name else sentence for name, sentence, _ in found)
+    return ConfigError(f"{source}: {said}", name=name or None, value=value)
+
+
+def findings(
+    problems: Iterable[ErrorDetails], kind: type[BaseModel] | None, settings: object
+) -> list[tuple[str, str, object]]:
+    """Put pydantic's findings into our words.
+
+    Args:
+        problems: Its `errors()`.
+        kind: The settings' class, whose names are near to a wrong one; None knows no names.
+        settings: What was checked.
+
+    Returns:
+        For each wrong setting its dotted name, the sentence, and the value.
+    """
+    sentences: dict[str, list[str]] = {}
+    values: dict[str, object] = {}
+    for problem in problems:
+        path = path_of(problem["loc"], settings)
+        if problem["type"] == "missing":
+            path = [*path, problem["loc"][-1]]
+        name = ".".join(map(str, path))
+        sentences.setdefault(name, []).append(_said(problem, kind))
+        values.setdefault(name, problem["input"])
+    return [(name, _together(said, values[name]), values[name]) for name, said in sentences.items()]
+
+
+def path_of(location: tuple[int | str, ...], settings: object) -> list[int | str]:
+    """Return what leads to a finding: pydantic's path without the tags of unions."""
+    path: list[int | str] = []
+    tag: object = None
+    for part in location:
+        match settings:
+            case Mapping() if part in settings and part != tag:
+                settings = settings[part]
+            case list() | tuple() if isinstance(part, int):
+                settings = settings[part]
+            case _:
+                tag = None
+                continue
+        path.append(part)
+        tag = settings.get("kind") if isinstance(settings, Mapping) else None
+    return path
+
+
+_WANTED = {
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "int_from_float": "a whole number",
+    "int_parsing_size": "a whole number below 2^63",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "string_type": "text",
+    "tuple_type": "a list, such as [{value}]",
+    "list_type": "a list, such as [{value}]",
+    "dict_type": "a section of names and values",
+    "mapping_type": "a section of names and values",
+    "model_type": "a section of settings",
+    "model_attributes_type": "a section of settings",
+    "dataclass_type": "a section of settings",
+    "none_required": "absent",
+    "greater_than": "above {gt:g}",
+    "greater_than_equal": "at least {ge:g}",
+    "less_than": "below {lt:g}",
+    "less_than_equal": "at most {le:g}",
+    "literal_error": "{expected}",
+    "enum": "{expected}",
+    "too_short": "a list of at least {min_length}",
+    "too_long": "a list of at most {max_length}",
+    "string_too_short": "text of at least {min_length} characters",
+    "string_too_long": "text of at most {max_length} characters",
+}
+"""What pydantic's findings ask for: a sentence says "must be" before it."""
+
+
+def _said(problem: ErrorDetails, kind: type[BaseModel] | None) -> str:
+    """Return a sentence, or, where it begins with "must be", what is wanted."""
+    facts, value = problem.get("ctx", {}), shown(problem["input"])
+    match problem["type"]:
+        case "missing":
+            return "it is missing: give it"
+        case "extra_forbidden":
+            *section, name = problem["loc"]
+            there = [] if kind is None else names_at(kind, tuple(section))
+            return f"there is no such setting{_advice(str(name), there)}"
+        case _ if isinstance(problem["input"], type):
+            return f"must be settings, not {value}: write {problem['input'].__name__}(…)"
+        case "union_tag_not_found":
+            there = [] if kind is None else names_at(kind, problem["loc"])
+            return f"name its kind{', one of ' * bool(there)}{', '.join(there)}"
+        case "union_tag_invalid":
+            there = [tag.strip(" '") for tag in str(facts["expected_tags"]).split(",")]
+            return f"there is no kind {facts['tag']!r}{_advice(str(facts['tag']).lower(), there)}"
+        case "value_error" | "assertion_error":
+            return str(facts.get("error", problem["msg"]))
+        case known if known in _WANTED:
+            return "must be " + _WANTED[known].format(value=value, **facts)
+        case _:
+            return f"{value} cannot stand here"
+
+
+def _advice(name: str, there: Sequence[str]) -> str:
+    """Return how a message about an unknown name ends."""
+    if near := nearest(name, there):
+        return f"; did you mean {near}?"
+    return f"; there are {', '.join(there)}" if there else ""
+
+
+def _together(said: list[str], value: object) -> str:
+    """Join what the members of a union want: one of them would do."""
+    wanted = list(dict.fromkeys(one.removeprefix("must be ") for one in said if _is_wish(one)))
+    others = list(dict.fromkeys(one for one in said if not _is_wish(one)))
+    if not wanted or others:
+        return "; ".join(others or wanted)
+    return f"must be {' or '.join(wanted)}, not {shown(value)}{_near_choice(value, wanted)}"
+
+
+def _near_choice(value: object, wanted: Sequence[str]) -> str:
+    """Return the advice about a word that is nearly one of the quoted choices."""
+    choices = [quoted for wish in wanted for quoted in wish.split("'")[1::2]]
+    near = nearest(value, choices) if isinstance(value, str) else None
+    return f"; did you mean {near!r}?" if near else ""
+
+
+def _is_wish(sentence: str) -> bool:
+    return sentence.startswith("must be ") and ", not " not in sentence
+
+
+def shown(value: object) -> str:
+    """Return a value as it may stand in a message: short, and never another library's words."""
+    if isinstance(value, str | int | float | bool | None):
+        text = repr(value)
+    elif isinstance(value, type):
+        return f"the class {value.__name__}"
+    elif isinstance(value, list | tuple | Mapping):
+        text = repr(list(value) if isinstance(value, tuple) else value)
+    else:
+        return f"a {type(value).__name__}"
+    return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+def names_at(kind: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    """Return the names that a section may hold, or its kinds where it is of several.
+
+    Args:
+        kind: The settings' class.
+        location: Where the section stands, as pydantic says it: with the tags of unions.
+    """
+    whole = _schema(kind)
+    parts: Mapping[str, Schema] = whole.get("$defs", {})
+    found: list[Schema] = [whole]
+    for part in location:
+        found = [inner for schema in found for inner in _step(schema, part, parts)]
+    return [name for schema in found for name in _names(schema, parts)]
+
+
+@cache
+def _schema(kind: type[BaseModel]) -> Schema:
+    return kind.model_json_schema()
+
+
+def _step(schema: Schema, part: int | str, parts: Mapping[str, Schema]) -> Iterator[Schema]:
+    options = _options(schema, parts)
+    if options == [schema]:
+        rest = schema.get("additionalProperties") or schema.get("items")
+        inner = schema.get("properties", {}).get(part, rest)
+        if isinstance(inner, Mapping):
+            yield inner
+        return
+    tag = schema.get("discriminator", {}).get("mapping", {}).get(part, f"/{part}")
+    tagged = [option for option in options if option.get("$ref", "").endswith(tag)]
+    if tagged:
+        yield from tagged
+        return
+    for option in options:
+        yield from _step(option, part, parts)
+
+
+def _names(schema: Schema, parts: Mapping[str, Schema]) -> Iterator[str]:
+    if "discriminator" in schema:
+        yield from schema["discriminator"]["mapping"]
+        return
+    for option in _options(schema, parts):
+        yield from option.get("properties", ()) if option is schema else _names(option, parts)
+
+
+def _options(schema: Schema, parts: Mapping[str, Schema]) -> list[Schema]:
+    """Return what a schema stands for: another one by name, several, or itself."""
+    if "$ref" in schema:
+        return [parts[schema["$ref"].rpartition("/")[2]]]
+    return [*schema.get("anyOf", ()), *schema.get("oneOf", ())] or [schema]

@@ -7,12 +7,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from pydantic import ValidationError
 from test_contract import events_of, planted_histories
 from torch import Tensor
 
 from foretaste.data.interactions import Interactions
-from foretaste.errors import DataError
+from foretaste.errors import ConfigError, DataError
 from foretaste.losses.bpr import bpr_loss_gradient, margin_loss_gradient
 from foretaste.losses.hardest import hardest
 from foretaste.losses.softmax import softmax_loss_gradient
@@ -151,7 +150,7 @@ def test_a_catalogue_of_one_has_no_negatives_and_no_loss() -> None:
 
 
 def test_a_loss_without_negatives_is_refused() -> None:
-    with pytest.raises(ValidationError, match="needs negatives"):
+    with pytest.raises(ConfigError, match="needs negatives"):
         CandidateConfig(loss="bpr", negatives=0)
     CandidateConfig(loss="softmax", negatives=0)
 
@@ -165,7 +164,7 @@ def test_a_loss_without_negatives_is_refused() -> None:
     ],
 )
 def test_settings_that_would_do_nothing_are_refused(settings: dict[str, object], word: str) -> None:
-    with pytest.raises(ValidationError, match=word):
+    with pytest.raises(ConfigError, match=word):
         CandidateConfig.model_validate(settings)
 
 

@@ -4,10 +4,10 @@ import itertools
 
 import pytest
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
 from foretaste.data.batch import Queries
+from foretaste.errors import ConfigError
 from foretaste.models.deepfm import DeepFM, DeepFMConfig, pairs_of_fields
 from foretaste.models.interface import CatalogueScorer, Penalised, PlacesItems, Ranker
 from foretaste.models.layers import field_ranker
@@ -75,7 +75,7 @@ def test_a_logistic_regression_is_a_sum_of_weights() -> None:
     model = network(WHOLE.model_copy(update={"fm": False, "deep": False}))
     expected = model.bias + fields_of(model, 1, 0).sum()
     torch.testing.assert_close(model(QUERIES, ITEMS)["click"][1, 0], expected)
-    with pytest.raises(ValidationError, match="all off"):
+    with pytest.raises(ConfigError, match="all off"):
         DeepFMConfig(linear=False, fm=False, deep=False)
 
 

@@ -4,13 +4,12 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from pydantic import ValidationError
 
 from foretaste.data.batch import Queries
 from foretaste.data.interactions import Interactions
 from foretaste.data.memory import available_bytes
 from foretaste.data.vocabulary import Vocabulary
-from foretaste.errors import TooLargeError
+from foretaste.errors import ConfigError, TooLargeError
 from foretaste.models import ease
 from foretaste.models.ease import EASE, EASEConfig
 
@@ -79,5 +78,5 @@ def test_available_memory_is_that_of_a_machine() -> None:
 
 
 def test_without_l2_there_is_no_inverse_and_so_no_such_setting() -> None:
-    with pytest.raises(ValidationError, match="greater than 0"):
+    with pytest.raises(ConfigError, match="above 0"):
         EASEConfig(l2=0)

@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
-from pydantic import ValidationError
 
 from foretaste.data.graph import Graph, GraphConfig, Ties, cache_order, graph_of, make_graph
 from foretaste.data.interactions import Interactions
@@ -18,7 +17,7 @@ from foretaste.data.split_config import GivenSplitConfig, make_split
 from foretaste.data.splitting import leave_last_split
 from foretaste.data.store import open_store, write_store
 from foretaste.data.vocabulary import Vocabulary
-from foretaste.errors import BundleError, DataError
+from foretaste.errors import BundleError, ConfigError, DataError
 
 EVENTS = pl.DataFrame({"user": [1, 1, 2, 3, 1], "item": ["a", "b", "b", "c", "a"]})
 
@@ -62,9 +61,9 @@ def test_weights_that_are_no_weights_are_refused(weight: float) -> None:
     with pytest.raises(DataError, match="weights"):
         make_graph(read(), ties=(np.array([[0], [1]]),), weights=(weight,))
     if weight != 0:
-        with pytest.raises(ValidationError, match="user_links"):
+        with pytest.raises(ConfigError, match="user_links"):
             GraphConfig(user_links=weight)
-    with pytest.raises(ValidationError, match="attribute_weight"):
+    with pytest.raises(ConfigError, match="attribute_weight"):
         GraphConfig(attribute_weight=weight)
 
 

@@ -5,9 +5,8 @@ from datetime import date, datetime
 import numpy as np
 import polars as pl
 import pytest
-from pydantic import ValidationError
 
-from foretaste.errors import DataError
+from foretaste.errors import ConfigError, DataError
 from foretaste.serving.item_labels import ItemLabels
 from foretaste.serving.rules import Condition, Rules
 
@@ -193,7 +192,7 @@ def test_a_column_without_any_value_has_no_labels() -> None:
     ],
 )
 def test_rules_of_a_wrong_form_are_refused(asked: dict[str, object]) -> None:
-    with pytest.raises(ValidationError):
+    with pytest.raises(ConfigError):
         Rules.model_validate(asked)
 
 

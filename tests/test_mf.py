@@ -6,7 +6,6 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from pydantic import ValidationError
 from test_contract import events_of, planted_histories
 from torch import Tensor
 
@@ -15,6 +14,7 @@ from foretaste.data.histories import Reads
 from foretaste.data.pairs import plan_pairs
 from foretaste.data.reading import read_interactions
 from foretaste.data.splitting import temporal_split
+from foretaste.errors import ConfigError
 from foretaste.evaluation.protocol import evaluate
 from foretaste.experiment.fit import fit
 from foretaste.models.catalogue import ModelConfig
@@ -176,7 +176,7 @@ def test_the_same_epoch_and_batch_are_the_same_whenever_they_are_made() -> None:
 
 
 def test_settings_out_of_range_are_refused() -> None:
-    with pytest.raises(ValidationError, match="temperature"):
+    with pytest.raises(ConfigError, match="temperature"):
         MFConfig(temperature=0)
 
 

@@ -7,7 +7,6 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from pydantic import ValidationError
 from torch import Tensor, nn
 
 import foretaste as ft
@@ -213,7 +212,7 @@ def test_a_ranker_of_labels_learns_from_no_offer(folds: tuple[Fold, ...]) -> Non
 
 
 def test_one_fold_is_none_and_rows_without_candidates_are_named(folds: tuple[Fold, ...]) -> None:
-    with pytest.raises(ValidationError, match="folds"):
+    with pytest.raises(ConfigError, match="folds"):
         ft.FirstStage(folds=1)
     nobody = tuple(replace(fold, row_E=fold.row_E[:0]) for fold in folds)
     with pytest.raises(DataError, match=r"raise model\.candidates"):

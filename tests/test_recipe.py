@@ -7,13 +7,13 @@ import polars as pl
 import pytest
 
 import foretaste as ft
+from foretaste.config import parse_settings
 from foretaste.data.toml_text import to_toml
 from foretaste.errors import ConfigError
 from foretaste.experiment.recipe import (
     EvaluationConfig,
     FileData,
     override,
-    parse_settings,
     read_experiment,
     with_overrides,
 )
@@ -136,7 +136,7 @@ def test_a_kind_that_does_not_exist_is_named_with_those_that_do(recipe: Path) ->
 def test_a_missing_section_is_named(tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
     path.write_text("[model]\nkind = 'sasrec'\n")
-    with pytest.raises(ConfigError, match="data: Field required"):
+    with pytest.raises(ConfigError, match="data: it is missing"):
         read_experiment(path)
 
 

@@ -474,7 +474,7 @@ def test_shares_that_leave_nothing_are_refused(validation: float, test: float) -
     for split in (temporal_split, ratio_split, random_split):
         with pytest.raises(ConfigError, match="shares"):
             split(interactions(TEN), validation=validation, test=test)
-    with pytest.raises(ValidationError):
+    with pytest.raises(ConfigError):
         TemporalSplitConfig(validation=validation, test=test)
 
 

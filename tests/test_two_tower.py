@@ -7,7 +7,6 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
 from foretaste.data.batch import Queries
@@ -382,5 +381,5 @@ def test_features_of_another_catalogue_are_refused() -> None:
 
 
 def test_an_order_cannot_be_minded_where_there_is_none() -> None:
-    with pytest.raises(ValidationError, match='reads "others" has none'):
+    with pytest.raises(ConfigError, match='reads "others" has none'):
         TwoTowerConfig(history="sasrec", reads="others")

@@ -6,8 +6,9 @@ A family is a model's `kind`; a new model of the catalogue is a family at once.
 from collections.abc import Mapping, Sequence
 from typing import get_args
 
+from foretaste.config import parse_settings
 from foretaste.errors import ConfigError, did_you_mean
-from foretaste.experiment.recipe import ExperimentConfig, parse_settings
+from foretaste.experiment.recipe import ExperimentConfig
 from foretaste.models.als import ImplicitALSConfig
 from foretaste.models.catalogue import ModelConfig, tasks_of
 from foretaste.models.ease import EASEConfig

@@ -3,25 +3,21 @@
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
-from pydantic_core import ErrorDetails
 
-from foretaste.config import Config
+from foretaste.config import Config, parse_settings, path_of
 from foretaste.data.columns import TimestampUnit
 from foretaste.data.fields import FeatureSchema
 from foretaste.data.sorting import Duplicates
 from foretaste.data.split_config import SplitConfig
-from foretaste.errors import ConfigError, nearest
+from foretaste.errors import ConfigError
 from foretaste.evaluation.cold import Among, Whose
-from foretaste.experiment.setting_names import names_at
 from foretaste.experiment.two_stage import FirstStage
 from foretaste.models.catalogue import ModelConfig
 from foretaste.training.objectives.catalogue import ObjectiveConfig
 from foretaste.training.settings import TrainingConfig
-
-C = TypeVar("C", bound=Config)
 
 
 class PublicData(Config):
@@ -185,7 +181,7 @@ def read_experiment(path: Path, *, overrides: Sequence[str] = ()) -> ExperimentC
         ConfigError: A setting is missing, unknown or out of range; it says which.
     """
     try:
-        settings = tomllib.loads(path.read_text(encoding="utf-8"))
+        settings = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}: give the path of a recipe") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -204,23 +200,6 @@ def override(config: ExperimentConfig, overrides: Sequence[str]) -> ExperimentCo
         return config
     settings = _with_absent(with_overrides(config.model_dump(), overrides))
     return parse_settings(ExperimentConfig, settings, source="the recipe")
-
-
-def parse_settings(kind: type[C], settings: Mapping[str, object], *, source: str) -> C:
-    """Check plain values, such as a recipe's, a bundle's or the command line's.
-
-    Args:
-        kind: The settings' class.
-        settings: Names and values, in sections or flat.
-        source: Where they came from, for the message.
-
-    Raises:
-        ConfigError: A setting is missing, unknown or out of range; it says which.
-    """
-    try:
-        return kind.model_validate(settings)
-    except ValidationError as error:
-        raise ConfigError(f"{source}: {explain(error, kind, settings)}") from error
 
 
 def with_overrides(settings: Mapping[str, object], overrides: Sequence[str]) -> dict[str, object]:
@@ -246,19 +225,6 @@ def with_setting(settings: Mapping[str, object], name: str, value: object) -> di
     return dict(settings) | {first: with_setting(section, rest, value) if rest else value}
 
 
-def explain(error: ValidationError, kind: type[Config], settings: Mapping[str, object]) -> str:
-    """Put pydantic's findings into one line, with the names that stand in the file."""
-    found = []
-    for problem in error.errors(include_url=False):
-        path = _path(problem["loc"], settings)
-        name = ".".join(
-            map(str, [*path, problem["loc"][-1]] if problem["type"] == "missing" else path)
-        )
-        said = _said(problem, kind)
-        found.append(f"{name}: {said}" if name else said)
-    return "; ".join(found)
-
-
 def _with_absent(settings: Mapping[str, object]) -> dict[str, object]:
     """Take the text "none" for an absent value wherever a setting may have none."""
     absent = {name: _nothing_for_none(value) for name, value in settings.items()}
@@ -268,7 +234,7 @@ def _with_absent(settings: Mapping[str, object]) -> dict[str, object]:
         for problem in error.errors(include_url=False):
             if problem["input"] is None:  # refused, so the text was meant
                 owner: Any = absent
-                *outer, last = _path(problem["loc"], absent)
+                *outer, last = path_of(problem["loc"], absent)
                 for part in outer:
                     owner = owner[part]
                 owner[last] = "none"
@@ -292,35 +258,3 @@ def _value(text: str) -> object:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text
-
-
-def _path(location: tuple[int | str, ...], settings: object) -> list[int | str]:
-    """Return what leads to a finding: pydantic's path without the tags of unions."""
-    path: list[int | str] = []
-    tag: object = None
-    for part in location:
-        match settings:
-            case Mapping() if part in settings and part != tag:
-                settings = settings[part]
-            case list() | tuple() if isinstance(part, int):
-                settings = settings[part]
-            case _:
-                tag = None
-                continue
-        path.append(part)
-        tag = settings.get("kind") if isinstance(settings, Mapping) else None
-    return path
-
-
-def _said(problem: ErrorDetails, kind: type[Config]) -> str:
-    match problem["type"]:
-        case "extra_forbidden":
-            *section, name = problem["loc"]
-            there = names_at(kind, tuple(section))
-            near = nearest(str(name), there)
-            advice = f"did you mean {near}?" if near else f"there are {', '.join(there)}"
-            return f"there is no such setting; {advice}"
-        case "union_tag_not_found":
-            return f"name its kind, one of {', '.join(names_at(kind, problem['loc']))}"
-        case _:
-            return problem["msg"].removeprefix("Value error, ")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from foretaste.config import parse_settings
 from foretaste.data.interactions import Interactions
 from foretaste.data.reading import read_interactions
 from foretaste.data.rows import happened_split
@@ -30,7 +31,6 @@ from foretaste.experiment.recipe import (
     FileData,
     PublicData,
     StoreData,
-    parse_settings,
 )
 from foretaste.experiment.tracking import Tracker, TrackerKind, open_tracker
 from foretaste.experiment.two_stage import ranking_gain, retrieval_alone

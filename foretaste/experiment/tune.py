@@ -10,11 +10,12 @@ from optuna.distributions import BaseDistribution
 from optuna.samplers import TPESampler
 from optuna.trial import FrozenTrial, TrialState
 
+from foretaste.config import parse_settings
 from foretaste.data.splits import Split
 from foretaste.data.toml_text import to_toml
 from foretaste.errors import ConfigError, NonFiniteError, TooLargeError
 from foretaste.experiment.fit import fit
-from foretaste.experiment.recipe import ExperimentConfig, parse_settings, with_setting
+from foretaste.experiment.recipe import ExperimentConfig, with_setting
 from foretaste.experiment.search_space import distributions
 from foretaste.experiment.validation import STOP_METRIC, make_validation
 from foretaste.training.fit import Epoch
