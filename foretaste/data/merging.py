@@ -5,45 +5,52 @@ Shape legend: E events of all, S sets.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import polars as pl
 from jaxtyping import Int32, Int64, Shaped, UInt8
 
+from foretaste.data.column_types import kept
+from foretaste.data.features_columns import texts_of
 from foretaste.data.interactions import Interactions
 from foretaste.data.vocabulary import Vocabulary
 from foretaste.errors import DataError
 
 
 def concatenate(
-    sets: Sequence[Interactions],
+    sets: Sequence[Interactions], names: Sequence[str] | None = None
 ) -> tuple[Interactions, UInt8[np.ndarray, " E"]]:
     """Put sets of events together, each user's oldest first.
 
     Ids keep the rows they have in the first set; those that only later sets know follow. Where
     times tie, or one set has none, events of earlier sets stand first. A column, of numbers or of
-    the context, that not all sets have is left out and named in the notes; a row of a side table is
-    taken from the first set that knows its id.
+    the context, that not all sets have is left out and named in the notes. What side tables say of
+    an id is taken from the first set that says it, value by value; where a later set says another
+    thing, the notes count it.
 
     Args:
         sets: One at least, 255 at most.
+        names: What notes call each set; None numbers them.
 
     Returns:
         The events, and for each the number of the set that it came from.
 
     Raises:
-        DataError: There is no set.
+        DataError: There is no set, or a column holds lists in one set and single values in another.
     """
     if not 0 < len(sets) <= 255:
         raise DataError(f"{len(sets)} sets of events to put together: give 1 to 255")
-    users = _merge([s.users for s in sets], [s.user_table for s in sets])
-    items = _merge([s.items for s in sets], [s.item_table for s in sets])
+    names = names or [f"set {n}" for n, _ in enumerate(sets, 1)]
+    notes = [f"{name}: {said}" for name, s in zip(names, sets, strict=True) for said in s.notes]
+    users = _merge([s.users for s in sets], [s.user_table for s in sets], "users", notes)
+    items = _merge([s.items for s in sets], [s.item_table for s in sets], "items", notes)
     user_E = np.concatenate([new[s.user_idx] for new, s in zip(users.row_of, sets, strict=True)])
     source_E = np.repeat(np.arange(len(sets), dtype=np.uint8), [len(s) for s in sets])
     time_E, timed = _times(sets)
     order_E = np.lexsort((time_E, user_E) if timed else (user_E,))
     counts_U = np.bincount(user_E, minlength=len(users.vocabulary))
-    columns, notes = _columns(sets, order_E)
+    columns = _columns(sets, order_E, notes)
     item_E = np.concatenate([new[s.item_idx] for new, s in zip(items.row_of, sets, strict=True)])
     merged = Interactions(
         users=users.vocabulary,
@@ -57,7 +64,7 @@ def concatenate(
         item_table=items.table,
         user_links=_links([s.user_links for s in sets], users.row_of),
         item_links=_links([s.item_links for s in sets], items.row_of),
-        notes=tuple(dict.fromkeys([note for s in sets for note in s.notes] + notes)),
+        notes=tuple(notes),
     )
     return merged, source_E[order_E]
 
@@ -72,21 +79,91 @@ class _Side:
     """For each set: the new row of each of its rows."""
 
 
-def _merge(vocabularies: list[Vocabulary], tables: list[pl.DataFrame | None]) -> _Side:
-    kind = pl.Int64 if all(v.is_integer for v in vocabularies) else pl.String
-    ids = [v.ids.cast(kind) for v in vocabularies]
+def _merge(
+    vocabularies: list[Vocabulary],
+    tables: list[pl.DataFrame | None],
+    role: str,
+    notes: list[str],
+) -> _Side:
+    ids = _of_one_kind([v.ids for v in vocabularies], role, notes)
     vocabulary = Vocabulary(pl.concat(ids).unique(maintain_order=True))
     row_of = [vocabulary.encode(part).astype(np.int32) for part in ids]
-    if all(table is None for table in tables):
-        return _Side(vocabulary, None, row_of)
-    rows = [
-        (pl.DataFrame() if table is None else table).with_columns(
-            pl.Series("__row", rows, dtype=pl.Int32)
-        )
+    known = [
+        _spread(table, rows, len(vocabulary))
         for table, rows in zip(tables, row_of, strict=True)
+        if table is not None
     ]
-    table = pl.concat(rows, how="diagonal_relaxed").unique("__row", keep="first").sort("__row")
-    return _Side(vocabulary, table.drop("__row"), row_of)
+    names = dict.fromkeys(name for table in known for name in table.columns)
+    columns = [
+        _filled(name, [t[name] for t in known if name in t.columns], role, notes) for name in names
+    ]
+    return _Side(vocabulary, pl.DataFrame(columns) if columns else None, row_of)
+
+
+def _of_one_kind(ids: list[pl.Series], role: str, notes: list[str]) -> list[pl.Series]:
+    """Return the ids of all sets as integers where all are, as text otherwise."""
+    if len({part.dtype for part in ids}) == 1:
+        return ids
+    notes.append(f"the ids of {role} are integers in some parts and text in others: kept as text")
+    return [part.cast(pl.String) for part in ids]
+
+
+def _spread(table: pl.DataFrame, rows: Int32[np.ndarray, " _"], num_rows: int) -> pl.DataFrame:
+    """Put rows where they belong among more; the others are missing."""
+    place = np.full(num_rows, -1, np.int64)
+    place[rows] = np.arange(len(rows))
+    wanted = pl.Series(place)
+    return table.select(pl.all().gather(wanted.set(wanted < 0, None)))
+
+
+def _filled(name: str, parts: list[pl.Series], role: str, notes: list[str]) -> pl.Series:
+    """Return one column of a side table: each row from the first part that has a value there."""
+    first, *later = _of_one_type(parts, f"of the table of {role}", notes)
+    other = 0
+    for part in later:
+        other += int((first != part).sum() or 0)  # null where one is missing
+        first = pl.select(pl.coalesce(first, part).alias(name)).to_series()
+    if other:
+        notes.append(
+            f"{other:,} {role} have one {name!r} in one part and another in a later part: the "
+            "first was kept"
+        )
+    return first
+
+
+def _of_one_type(parts: list[pl.Series], where: str, notes: list[str]) -> list[pl.Series]:
+    """Return a column of all parts in one type: as text where their types have nothing in common.
+
+    Raises:
+        DataError: It holds lists in one part and single values in another.
+    """
+    name, families = parts[0].name, {_family(part) for part in parts} - {"nothing"}
+    if len(families) > 1 and "lists" in families:
+        raise DataError(
+            f"column {name!r} {where} holds lists in one part and single values in another: bring "
+            "it to one form in all of them",
+            column=name,
+        )
+    if len(families) > 1:
+        notes.append(f"column {name!r} {where} is of several types: kept as text")
+        parts = [texts_of(part) for part in parts]
+    frames = [part.to_frame(name) for part in parts]
+    together = kept(pl.concat(frames, how="vertical_relaxed"), "all parts").frame[name]
+    if together.dtype.is_float():
+        together = together.fill_nan(None)
+    ends = np.cumsum([0, *map(len, parts)]).tolist()
+    return [together[start:end] for start, end in pairwise(ends)]
+
+
+def _family(column: pl.Series) -> str:
+    dtype = column.dtype
+    if dtype == pl.Null:
+        return "nothing"
+    if dtype.is_nested():
+        return "lists"
+    if dtype.is_temporal():
+        return "times"
+    return "numbers" if dtype.is_numeric() or dtype == pl.Boolean else "text"
 
 
 def _links(
@@ -105,19 +182,24 @@ def _times(sets: Sequence[Interactions]) -> tuple[Int64[np.ndarray, " E"], bool]
 
 
 def _columns(
-    sets: Sequence[Interactions], order_E: Int64[np.ndarray, " E"]
-) -> tuple[dict[str, Shaped[np.ndarray, " E"]], list[str]]:
+    sets: Sequence[Interactions], order_E: Int64[np.ndarray, " E"], notes: list[str]
+) -> dict[str, Shaped[np.ndarray, " E"]]:
+    """Return the columns of numbers that all sets have; say which they do not."""
     shared = set.intersection(*(set(s.columns) for s in sets))
     left_out = sorted(set.union(*(set(s.columns) for s in sets)) - shared)
-    notes = [f"column {name!r} is not in all parts and is left out" for name in left_out]
+    notes += [f"column {name!r} is not in all parts and is left out" for name in left_out]
     if any(s.timestamp_s is not None for s in sets) and any(s.timestamp_s is None for s in sets):
         notes.append("not all parts have times: their order stands for time")
-    columns = {
-        name: np.concatenate([s.columns[name] for s in sets])[order_E]
+    return {
+        name: _narrow(np.concatenate([s.columns[name] for s in sets])[order_E])
         for name in sets[0].columns
         if name in shared
     }
-    return columns, notes
+
+
+def _narrow(column_E: Shaped[np.ndarray, " E"]) -> Shaped[np.ndarray, " E"]:
+    """Return what integers and 32-bit floats make together as 32-bit floats, as reading does."""
+    return column_E.astype(np.float32) if column_E.dtype == np.float64 else column_E
 
 
 def _context(
@@ -130,5 +212,6 @@ def _context(
     notes += [f"context {name!r} is not in all parts and is left out" for name in left_out]
     if not shared:
         return None
-    together = pl.concat([frame.select(shared) for frame in frames], how="vertical_relaxed")
+    parts = [_of_one_type([frame[n] for frame in frames], "of the context", notes) for n in shared]
+    together = pl.DataFrame([pl.concat(part) for part in parts])
     return together.select(pl.all().gather(pl.Series(order_E)))

@@ -175,14 +175,18 @@ def given_split(
 ) -> Split:
     """Take parts as they come, under one vocabulary: training's ids first, then new ones.
 
-    Without times a user's training events stand before the validation and test events.
+    Without times a user's training events stand before the validation and test events. Where the
+    tables about users or items of several parts know an id, each value is taken from the first
+    part that has it; the notes of the events count where a later part has another.
 
     Raises:
-        DataError: A part has no event.
+        DataError: A part has no event, or a column holds lists in one part and single values in
+            another.
     """
     parts = {TRAIN: train, VALIDATION: validation, TEST: test}
     present = {part: events for part, events in parts.items() if events is not None}
-    merged, source_E = concatenate(list(present.values()))
+    called = {TRAIN: "train", VALIDATION: "validation", TEST: "test"}
+    merged, source_E = concatenate(list(present.values()), [called[part] for part in present])
     part_E = np.array(list(present), dtype=np.uint8)[source_E]
     return _checked("given", merged, part_E, validated=validation is not None)
 
