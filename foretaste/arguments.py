@@ -104,11 +104,12 @@ def as_list(values: object) -> list[Any] | None:
 
 
 class _Unfit(Exception):
-    """What an argument must be, and is not."""
+    """What an argument must be, what was given, and how to get the one from the other."""
 
-
-def _must(wanted: str, value: object, advice: str = "") -> _Unfit:
-    return _Unfit(f"must be {wanted}, not {shown(value)}{advice}")
+    def __init__(self, wanted: str, value: object, advice: str = "") -> None:
+        super().__init__(f"must be {wanted}, not {shown(value)}{advice}")
+        self.wanted = wanted
+        self.advice = advice
 
 
 def _converted(value: Any, hint: Any) -> Any:
@@ -132,7 +133,7 @@ def _converted(value: Any, hint: Any) -> Any:
         return _PLAIN[hint](value)
     if not _is_checkable(hint) or isinstance(value, hint):
         return value
-    raise _Unfit(_wrong_object(value, hint))
+    raise _Unfit(_named(hint), value, _advice(value, hint))
 
 
 def _is_checkable(hint: object) -> bool:
@@ -149,13 +150,13 @@ def _bounded(value: Any, limits: Sequence[object]) -> Any:
         for limit in limits:
             match limit:
                 case Gt(gt=bound) if not value > bound:  # type: ignore[operator]  # of numbers
-                    raise _must(f"above {bound}", value)
+                    raise _Unfit(f"above {bound}", value)
                 case Ge(ge=bound) if not value >= bound:  # type: ignore[operator]
-                    raise _must(f"at least {bound}", value)
+                    raise _Unfit(f"at least {bound}", value)
                 case Lt(lt=bound) if not value < bound:  # type: ignore[operator]
-                    raise _must(f"below {bound}", value)
+                    raise _Unfit(f"below {bound}", value)
                 case Le(le=bound) if not value <= bound:  # type: ignore[operator]
-                    raise _must(f"at most {bound}", value)
+                    raise _Unfit(f"at most {bound}", value)
     return value
 
 
@@ -163,54 +164,43 @@ def _one_of(value: Any, options: Sequence[Any]) -> Any:
     """Return the value as the first member of a union that takes it."""
     if value is None and NoneType in options:
         return None
-    unfit = []
+    unfit: list[_Unfit] = []
     for option in options:
         if option is not NoneType:
             try:
                 return _converted(value, option)
             except _Unfit as error:
-                unfit.append(str(error))
-    raise _Unfit(_together(value, [option for option in options if option is not NoneType], unfit))
+                unfit.append(error)
+    wishes = list(dict.fromkeys(error.wanted for error in unfit))
+    wanted = " or ".join(wishes) if len(wishes) < 5 else f"settings, such as {wishes[0]}"
+    advice = _meant(value, [option for option in options if _is_settings(option)])
+    raise _Unfit(wanted, value, advice or next((e.advice for e in unfit if e.advice), ""))
 
 
-def _together(value: object, options: Sequence[Any], unfit: Sequence[str]) -> str:
-    classes = [option for option in options if isinstance(option, type)]
-    if len(classes) == len(options) and all(issubclass(option, Config) for option in classes):
-        return _wrong_settings(value, classes)
-    if len(unfit) == 1:
-        return unfit[0]
-    start, end = "must be ", f", not {shown(value)}"
-    wishes = [said.removeprefix(start).partition(end)[0] for said in unfit]
-    return f"{start}{' or '.join(dict.fromkeys(wishes))}{end}"
+def _is_settings(hint: object) -> bool:
+    return isinstance(hint, type) and issubclass(hint, Config)
 
 
-def _wrong_settings(value: object, classes: Sequence[type[Any]]) -> str:
-    """Say which settings are meant: brackets forgotten, a name in place of settings, or another."""
-    names = [option.__name__ for option in classes]
-    if isinstance(value, type):
-        return f"must be settings, not {shown(value)}: write {value.__name__}()"
-    if isinstance(value, str):
-        kinds = {
-            option.model_fields["kind"].default: option
-            for option in classes
-            if "kind" in option.model_fields
-        }
-        near = nearest(value.lower(), kinds)
-        meant = kinds[near].__name__ if near else names[0]
-        return f"must be settings, not the text {value!r}: write ft.{meant}()"
-    wanted = names[0] if len(names) == 1 else f"one of {', '.join(names)}"
-    return f"must be {wanted}, not {shown(value)}"
-
-
-def _wrong_object(value: object, wanted: type[Any]) -> str:
-    if issubclass(wanted, Config):
-        fix = _FIXES.get((wanted.__name__, type(value).__name__))
-        return _wrong_settings(value, [wanted]) + (f": {fix}" if fix else "")
-    fix = _FIXES.get((wanted.__name__, type(value).__name__))
-    if isinstance(value, os.PathLike):
-        fix = _FIXES.get((wanted.__name__, "str"))
+def _named(wanted: type[Any]) -> str:
     article = "an" if wanted.__name__[0] in "AEIOU" else "a"
-    return f"must be {article} {wanted.__name__}, not {shown(value)}{f': {fix}' if fix else ''}"
+    return f"{article} {wanted.__name__}"
+
+
+def _advice(value: object, wanted: type[Any]) -> str:
+    """Return how to get what is wanted from what was given, if that is known."""
+    given = "str" if isinstance(value, os.PathLike) else type(value).__name__
+    if fix := _FIXES.get((wanted.__name__, given)):
+        return f": {fix}"
+    return _meant(value, [wanted]) if _is_settings(wanted) else ""
+
+
+def _meant(value: object, classes: Sequence[type[Any]]) -> str:
+    """Say which settings are meant where brackets were forgotten, or a name stands for them."""
+    if isinstance(value, type):
+        return f": write {value.__name__}()"
+    kinds = {c.model_fields["kind"].default: c for c in classes if "kind" in c.model_fields}
+    near = nearest(value.lower(), kinds) if isinstance(value, str) else None
+    return f": write ft.{kinds[near].__name__}()" if near else ""
 
 
 def _choice(value: object, choices: Sequence[object]) -> object:
@@ -219,13 +209,13 @@ def _choice(value: object, choices: Sequence[object]) -> object:
         if type(value) is type(choice) and value == choice:
             return value
     near = did_you_mean(value, map(str, choices)) if isinstance(value, str) else ""
-    raise _must(" or ".join(map(repr, choices)), value, near)
+    raise _Unfit(" or ".join(map(repr, choices)), value, near)
 
 
 def _class(value: object, wanted: Any) -> object:
     if isinstance(value, type):
         return value
-    raise _must("a class of settings", value)
+    raise _Unfit("a class of settings", value)
 
 
 def _collection(value: Any, origin: Any, parts: Sequence[Any]) -> Any:
@@ -233,13 +223,13 @@ def _collection(value: Any, origin: Any, parts: Sequence[Any]) -> Any:
         return _callable(value)
     if issubclass(origin, Mapping):
         if not isinstance(value, Mapping):
-            raise _must("a dictionary", value)
+            raise _Unfit("a dictionary", value)
         return {key: _converted(inner, parts[1]) for key, inner in value.items()}
     if origin is Iterator or not issubclass(origin, Iterable) or issubclass(origin, Set):
         return value
     found = as_list(value)
     if found is None:
-        raise _must("a list", value)
+        raise _Unfit("a list", value)
     element = parts[0] if parts else object
     if element not in (object, Any):
         found = [_converted(one, element) for one in found]
@@ -248,7 +238,7 @@ def _collection(value: Any, origin: Any, parts: Sequence[Any]) -> Any:
 
 def _callable(value: object) -> object:
     if not callable(value):
-        raise _must("a function", value)
+        raise _Unfit("a function", value)
     return value
 
 
@@ -256,27 +246,27 @@ def _whole(value: object) -> int:
     value = plain(value)
     if isinstance(value, int) and not isinstance(value, bool):
         return value
-    raise _must("a whole number", value)
+    raise _Unfit("a whole number", value)
 
 
 def _number(value: object) -> float:
     value = plain(value)
     if isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value):
         return value
-    raise _must("a number", value)
+    raise _Unfit("a number", value)
 
 
 def _truth(value: object) -> bool:
     value = plain(value)
     if isinstance(value, bool):
         return value
-    raise _must("True or False", value)
+    raise _Unfit("True or False", value)
 
 
 def _text(value: object) -> str:
     if isinstance(value, str):
         return str(value)
-    raise _must("text", value)
+    raise _Unfit("text", value)
 
 
 def _path(value: object) -> Path:
@@ -284,7 +274,7 @@ def _path(value: object) -> Path:
         path = os.fspath(value)
         if isinstance(path, str) and path and "\0" not in path:
             return Path(path).expanduser()
-    raise _must("a path", value)
+    raise _Unfit("a path", value)
 
 
 _PLAIN: Mapping[Any, Callable[[object], Any]] = {

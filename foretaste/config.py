@@ -8,14 +8,17 @@ and a recipe with the same mistake says the same with the recipe's path.
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any, TypeVar, get_args
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args
 
+from annotated_types import Ge, Lt
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
 from foretaste.errors import ConfigError, nearest
 
 C = TypeVar("C", bound="Config")
+Seed = Annotated[int, Ge(0), Lt(2**63)]
+"""What every random draw starts from: one seed gives one result."""
 Schema = Mapping[str, Any]
 
 
@@ -282,7 +285,8 @@ def shown(value: object) -> str:
     elif isinstance(value, list | tuple | Mapping):
         text = repr(list(value) if isinstance(value, tuple) else value)
     else:
-        return f"a {type(value).__name__}"
+        name = type(value).__name__
+        return f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"
     return text if len(text) <= 60 else f"{text[:57]}…"
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from jaxtyping import Bool
 
+from foretaste.arguments import checked
 from foretaste.data.audit_features import features_of_the_future
 from foretaste.data.audit_ids import ids_in_order, ids_that_tell
 from foretaste.data.audit_labels import columns_that_tell, label_names
@@ -24,6 +25,7 @@ _DAY_S = 86_400
 _CROWD = 100  # events that one second or one day of an item needs to be noticed
 
 
+@checked
 def audit_events(events: Interactions, *, labels: Sequence[str] = ()) -> tuple[Finding, ...]:
     """Look at a table before it is split; leaks first, then warnings, then notes.
 
@@ -48,6 +50,7 @@ def audit_events(events: Interactions, *, labels: Sequence[str] = ()) -> tuple[F
     return worst_first(found)
 
 
+@checked
 def audit_split(split: Split, *, labels: Sequence[str] = ()) -> tuple[Finding, ...]:
     """Look at what training knows of the test; leaks first, then warnings, then notes.
 

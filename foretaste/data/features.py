@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from foretaste.arguments import checked
 from foretaste.config import Config
 from foretaste.data.features_fit import columns_of, fit_field
 from foretaste.data.features_fitted import (
@@ -92,12 +93,14 @@ class Features:
         """
         return _encode(self.context, events.context, len(events))
 
-    def save(self, folder: Path) -> None:
+    @checked
+    def save(self, folder: Path | str) -> None:
         """Write `features.json` and `features.safetensors` into a folder.
 
         Raises:
             BundleError: They cannot be written.
         """
+        folder = Path(folder)
         stored = _Stored(user=self.user, item=self.item, context=self.context, notes=self.notes)
         tensors = {
             f"{role}.{name}": tensor.contiguous()
@@ -112,12 +115,14 @@ class Features:
             raise BundleError(f"features cannot be written into {folder} ({error})") from error
 
     @staticmethod
-    def load(folder: Path) -> "Features":
+    @checked
+    def load(folder: Path | str) -> "Features":
         """Read what `save` wrote.
 
         Raises:
             BundleError: A file is missing or broken, or of a later foretaste.
         """
+        folder = Path(folder)
         try:
             text = (folder / _JSON).read_text(encoding="utf-8")
             stored = _Stored.model_validate_json(text)
@@ -138,6 +143,7 @@ class Features:
             ) from error
 
 
+@checked
 def fit_features(schema: FeatureSchema, events: Interactions) -> Features:
     """Fit the fields of a schema to training, and encode users, items and training's context.
 

@@ -9,6 +9,7 @@ import numpy as np
 import polars as pl
 from jaxtyping import Bool
 
+from foretaste.arguments import checked
 from foretaste.data.features_columns import numbers_of, texts_of
 from foretaste.data.fields import (
     CategoricalField,
@@ -31,6 +32,7 @@ _LONG_TAIL = 2.0
 """The mean of positive numbers over their median from which a logarithm is taken."""
 
 
+@checked
 def inspect_schema(events: Interactions) -> FeatureSchema:
     """Choose a kind for each column about users, items and moments, and say why.
 

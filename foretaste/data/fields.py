@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, ValidationError, model_validator
 
+from foretaste.arguments import checked
 from foretaste.config import Config
 from foretaste.data.toml_text import toml_key, toml_value
 from foretaste.errors import ConfigError
@@ -141,6 +142,7 @@ _HEAD = """\
 """
 
 
+@checked
 def schema_to_toml(schema: FeatureSchema) -> str:
     """Write a schema as commented TOML that a person corrects; it parses back to the same."""
     lines = [_HEAD]
@@ -160,6 +162,7 @@ def schema_to_toml(schema: FeatureSchema) -> str:
     return "\n".join(lines).strip() + "\n"
 
 
+@checked
 def schema_from_toml(text: str) -> FeatureSchema:
     """Read a schema that `schema_to_toml` or a person wrote.
 

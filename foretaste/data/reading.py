@@ -12,6 +12,7 @@ import numpy as np
 import polars as pl
 from jaxtyping import Int32, Int64, Shaped
 
+from foretaste.arguments import checked
 from foretaste.data.columns import (
     Times,
     TimestampUnit,
@@ -41,6 +42,7 @@ ONE_ITEM = "row"
 """The item of every row of a table that has none."""
 
 
+@checked
 def read_interactions(
     source: object,
     *,

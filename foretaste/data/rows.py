@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Bool, Float32, Int64
 from torch import Tensor
 
+from foretaste.arguments import checked
 from foretaste.data.batch import Queries, RowBatch
 from foretaste.data.draw_items import DrawItems
 from foretaste.data.features import Features
@@ -214,6 +215,7 @@ def training_rows(
     )
 
 
+@checked
 def rows_of(
     split: Split,
     part: PartName,

@@ -4,7 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from foretaste.config import Config
+from foretaste.arguments import checked
+from foretaste.config import Config, Seed
 from foretaste.data.interactions import Interactions
 from foretaste.data.splits import Split
 from foretaste.data.splitting import (
@@ -67,7 +68,7 @@ class RandomSplitConfig(_Shares):
     """Events are held out whatever their user and time."""
 
     kind: Literal["random"] = "random"
-    seed: int = 0
+    seed: Seed = 0
     """Equal seeds give equal splits."""
 
 
@@ -82,7 +83,7 @@ class GivenSplitConfig(Config):
     validation_by: Literal["events", "blocks"] = "events"
     """Each event is drawn for itself; or of each user a block of items that others did together,
     which is nearer to a test that holds users' last events, in data without times."""
-    seed: int = 0
+    seed: Seed = 0
     """Equal seeds give equal draws."""
 
 
@@ -92,7 +93,7 @@ class ColdItemsSplitConfig(_Shares):
     kind: Literal["cold_items"] = "cold_items"
     test: Share = 0.2
     """Share of the items, not of the events; likewise validation."""
-    seed: int = 0
+    seed: Seed = 0
     """Equal seeds give equal splits."""
 
 
@@ -102,7 +103,7 @@ class ColdUsersSplitConfig(_Shares):
     kind: Literal["cold_users"] = "cold_users"
     test: Share = 0.2
     """Share of the users, not of the events; likewise validation."""
-    seed: int = 0
+    seed: Seed = 0
     """Equal seeds give equal splits."""
 
 
@@ -118,6 +119,7 @@ SplitConfig = Annotated[
 ]
 
 
+@checked
 def make_split(
     config: TemporalSplitConfig
     | LeaveLastSplitConfig

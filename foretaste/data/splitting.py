@@ -10,6 +10,8 @@ import numpy as np
 import polars as pl
 from jaxtyping import Int64, UInt8
 
+from foretaste.arguments import checked
+from foretaste.config import Seed
 from foretaste.data.blocks import draw_blocks
 from foretaste.data.interactions import Interactions
 from foretaste.data.leaks import find_leaks
@@ -30,6 +32,7 @@ _NAMES: Mapping[str, int] = {
 }
 
 
+@checked
 def temporal_split(events: Interactions, *, validation: float = 0.1, test: float = 0.1) -> Split:
     """Cut all users at the same two moments: training before, then validation, then test.
 
@@ -59,6 +62,7 @@ def temporal_split(events: Interactions, *, validation: float = 0.1, test: float
     return _checked("temporal", events, part_E, rolling=True, validated=validation > 0)
 
 
+@checked
 def leave_last_split(events: Interactions, *, validation: bool = True) -> Split:
     """Hold out each user's last event for the test and the last but one for validation.
 
@@ -72,6 +76,7 @@ def leave_last_split(events: Interactions, *, validation: bool = True) -> Split:
     return _checked("leave_last", events, part_E, validated=validation, notes=notes)
 
 
+@checked
 def ratio_split(events: Interactions, *, validation: float = 0.1, test: float = 0.2) -> Split:
     """Hold out the last share of every user's own events, rounded down.
 
@@ -97,8 +102,9 @@ def ratio_split(events: Interactions, *, validation: float = 0.1, test: float = 
     return _checked("ratio", events, part_E, validated=validation > 0, notes=notes)
 
 
+@checked
 def random_split(
-    events: Interactions, *, validation: float = 0.1, test: float = 0.1, seed: int = 0
+    events: Interactions, *, validation: float = 0.1, test: float = 0.1, seed: Seed = 0
 ) -> Split:
     """Hold out events drawn without regard to user or time.
 
@@ -123,8 +129,9 @@ def random_split(
     return _checked("random", events, part_E, validated=validation > 0)
 
 
+@checked
 def cold_items_split(
-    events: Interactions, *, validation: float = 0.1, test: float = 0.2, seed: int = 0
+    events: Interactions, *, validation: float = 0.1, test: float = 0.2, seed: Seed = 0
 ) -> Split:
     """Hold out all events of some items, so that training sees nothing of them.
 
@@ -147,8 +154,9 @@ def cold_items_split(
     return _checked("cold_items", events, part_E, validated=validation > 0)
 
 
+@checked
 def cold_users_split(
-    events: Interactions, *, validation: float = 0.1, test: float = 0.2, seed: int = 0
+    events: Interactions, *, validation: float = 0.1, test: float = 0.2, seed: Seed = 0
 ) -> Split:
     """Hold out all events of some users, so that training sees nothing of them.
 
@@ -170,6 +178,7 @@ def cold_users_split(
     return _checked("cold_users", events, part_E, validated=validation > 0)
 
 
+@checked
 def given_split(
     train: Interactions, *, test: Interactions, validation: Interactions | None = None
 ) -> Split:
@@ -191,13 +200,14 @@ def given_split(
     return _checked("given", merged, part_E, validated=validation is not None)
 
 
+@checked
 def given_split_by_column(
     events: Interactions,
     *,
     column: str = "part",
     validation: float = 0.0,
     validation_by: Literal["events", "blocks"] = "events",
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> Split:
     """Take parts from a column that says of each event where it belongs.
 
@@ -234,6 +244,7 @@ def given_split_by_column(
     return _checked("given", events, part_E, validated=validated)
 
 
+@checked
 def leave_last_within_training(split: Split) -> Split:
     """Return the same test, with each user's last event before it as the validation.
 

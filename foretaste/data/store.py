@@ -21,6 +21,7 @@ import pyarrow as pa
 from jaxtyping import Int32, Shaped
 from pydantic import NonNegativeInt, ValidationError
 
+from foretaste.arguments import checked
 from foretaste.config import Config
 from foretaste.data.disk import sha256_of, sync
 from foretaste.data.interactions import Interactions
@@ -61,6 +62,7 @@ class StoreManifest(Config):
     files: dict[str, StoredFile]
 
 
+@checked
 def write_store(events: Interactions, path: str | os.PathLike[str]) -> None:
     """Write events into a new folder, whole or not at all.
 
@@ -95,6 +97,7 @@ def write_store(events: Interactions, path: str | os.PathLike[str]) -> None:
             shutil.rmtree(part, ignore_errors=True)
 
 
+@checked
 def open_store(path: str | os.PathLike[str], *, verify: bool = False) -> Interactions:
     """Open a store that `write_store` wrote. Its columns are read-only maps of its files.
 

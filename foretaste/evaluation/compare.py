@@ -8,6 +8,8 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+from foretaste.arguments import checked
+from foretaste.config import Seed
 from foretaste.errors import DataError
 from foretaste.evaluation.bootstrap import Interval, bootstrap_intervals, sign_flip_p_value
 from foretaste.evaluation.report import Report
@@ -36,8 +38,9 @@ class Comparison:
         )
 
 
+@checked
 def compare(
-    a: Report, b: Report, metric: str, *, resamples: int = 10_000, seed: int = 0
+    a: Report, b: Report, metric: str, *, resamples: int = 10_000, seed: Seed = 0
 ) -> Comparison:
     """Compare two models user by user on what both had to predict.
 

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float64
 
+from foretaste.arguments import checked
+from foretaste.config import Seed
 from foretaste.errors import DataError
 from foretaste.evaluation.bootstrap import percentile_interval
 from foretaste.evaluation.compare import Comparison, check_comparable
@@ -17,6 +19,7 @@ from foretaste.evaluation.rows_report import RowsReport
 Reports = RowsReport | Sequence[RowsReport]
 
 
+@checked
 def compare_rows(
     a: Reports,
     b: Reports,
@@ -24,7 +27,7 @@ def compare_rows(
     *,
     task: str = "",
     resamples: int = 2000,
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> Comparison:
     """Compare two models on the rows that both predicted, user by user.
 

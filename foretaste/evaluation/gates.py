@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from jaxtyping import Float64
 
+from foretaste.arguments import checked
 from foretaste.data.rows import PartName
 from foretaste.data.splits import Split
 from foretaste.errors import ConfigError
@@ -39,6 +40,7 @@ class Gates:
         return float(np.abs(first - second).sum() / 2)
 
 
+@checked
 def read_gates(model: Trained, split: Split, *, part: PartName = "test") -> Gates:
     """Read a model's gates over the rows of a part.
 
@@ -72,6 +74,7 @@ def read_gates(model: Trained, split: Split, *, part: PartName = "test") -> Gate
     )
 
 
+@checked
 def gates_svg(gates: Gates) -> str:
     """Draw a group of bars a task, one bar an expert; a line reaches one deviation up and down."""
     num_experts = gates.mean_TE.shape[1]

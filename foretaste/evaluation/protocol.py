@@ -3,13 +3,15 @@
 Shape legend: I items, U users, Q queries.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
 import numpy as np
 from jaxtyping import Bool, Int64
 
+from foretaste.arguments import checked
+from foretaste.config import Seed
 from foretaste.data.splits import Holdout
 from foretaste.errors import ConfigError, DataError
 from foretaste.evaluation.bootstrap import bootstrap_intervals
@@ -27,14 +29,15 @@ from foretaste.training.trained import Trained
 V = TypeVar("V")
 
 
+@checked
 def evaluate(
     model: Trained,
     holdout: Holdout,
     *,
-    k: tuple[int, ...] = (10,),
+    k: int | Sequence[int] = (10,),
     exclude_seen: bool = True,
     resamples: int = 1000,
-    seed: int = 0,
+    seed: Seed = 0,
     sampled: SampledNegatives | None = None,
     among: Among = "all",
     users: Whose = "known",
@@ -67,6 +70,7 @@ def evaluate(
         DataError: The model was trained on another catalogue, or nothing can be measured.
         NonFiniteError: The model scores an item with NaN or infinity.
     """
+    k = (k,) if isinstance(k, int) else tuple(k)
     if not k or min(k) < 1 or len(set(k)) < len(k):
         raise ConfigError(f"k is {k}: give list lengths of at least 1, no two alike")
     if resamples < 0:

@@ -2,6 +2,7 @@
 
 from html import escape
 
+from foretaste.arguments import checked
 from foretaste.evaluation.rows_report import RowsReport
 from foretaste.evaluation.svg import line, page, text
 
@@ -9,6 +10,7 @@ _SIZE, _LEFT, _TOP, _LEGEND = 300.0, 60.0, 40.0, 160.0
 _COLOURS = ("#3465a4", "#2e8b57", "#c4622d", "#75507b", "#888888")
 
 
+@checked
 def reliability_svg(report: RowsReport) -> str:
     """Draw what happened over what was predicted, a curve a task and calibration.
 

@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
+from foretaste.arguments import checked
+from foretaste.config import Seed
 from foretaste.data.batch import RowBatch
 from foretaste.data.parts import TEST, TRAIN, VALIDATION
 from foretaste.data.rows import PartName, Rows, rows_of
@@ -35,6 +37,7 @@ _BLOCK_ROWS = 2**13
 _LAST = {"train": TRAIN, "validation": VALIDATION, "test": TEST}
 
 
+@checked
 def evaluate_rows(
     model: Trained,
     split: Split,
@@ -43,7 +46,7 @@ def evaluate_rows(
     sampled: SampledNegatives | None = None,
     calibration: Mapping[str, Calibration] | None = None,
     resamples: int = 1000,
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> RowsReport:
     """Measure what a ranker predicts of a part's labelled rows against their labels.
 

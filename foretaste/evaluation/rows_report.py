@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Float64, Int64
 from pydantic import TypeAdapter
 
+from foretaste.arguments import checked
 from foretaste.data.tasks import Task
 from foretaste.errors import DataError
 from foretaste.evaluation.bootstrap import Interval
@@ -192,6 +193,7 @@ class RowsReport:
         return "{} [{:.4f}, {:.4f}]".format(value, *self.intervals[name])
 
 
+@checked
 def calibrate(report: RowsReport, method: Method) -> dict[str, Calibration]:
     """Fit the probabilities of every binary task that has labels of both classes, by its name.
 

@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from foretaste.arguments import checked
+from foretaste.config import Seed
 from foretaste.errors import DataError
 from foretaste.evaluation.compare import Comparison
 from foretaste.evaluation.compare_rows import compare_rows
@@ -55,12 +57,13 @@ class Transfer:
         return markdown_table(table)
 
 
+@checked
 def transfer(
     joint: Mapping[str, Sequence[RowsReport]],
     single: Mapping[str, Sequence[RowsReport]],
     *,
     resamples: int = 2000,
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> Transfer:
     """Compare joint models with single ones, task by task, on the same rows and users.
 

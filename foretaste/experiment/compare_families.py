@@ -6,6 +6,7 @@ A family is a model's `kind`; a new model of the catalogue is a family at once.
 from collections.abc import Mapping, Sequence
 from typing import get_args
 
+from foretaste.arguments import checked
 from foretaste.config import parse_settings
 from foretaste.errors import ConfigError, did_you_mean
 from foretaste.experiment.recipe import ExperimentConfig
@@ -69,6 +70,7 @@ The learning rate stays constant: a cosine would be laid over epochs that a budg
 """
 
 
+@checked
 def family_recipes(
     config: ExperimentConfig, families: Sequence[str]
 ) -> dict[str, ExperimentConfig]:

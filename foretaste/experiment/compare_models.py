@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from foretaste.arguments import checked
 from foretaste.data.splits import Split
 from foretaste.data.tasks import Task
 from foretaste.errors import ConfigError, DataError, ForetasteError
@@ -36,8 +37,9 @@ ASKED = 200
 _WARM_UP = 10
 
 
+@checked
 def read_recipes(
-    paths: Sequence[Path], *, overrides: Sequence[str] = ()
+    paths: Sequence[Path | str], *, overrides: Sequence[str] = ()
 ) -> dict[str, ExperimentConfig]:
     """Read several recipes, each under its file's name, or its path where two share a name.
 
@@ -48,21 +50,23 @@ def read_recipes(
     Raises:
         ConfigError: A setting is missing, unknown or out of range; it says which.
     """
-    stems = [path.stem for path in paths]
+    files = [Path(path) for path in paths]
+    stems = [file.stem for file in files]
     return {
-        path.stem if stems.count(path.stem) == 1 else str(path): read_experiment(
-            path, overrides=overrides
+        file.stem if stems.count(file.stem) == 1 else str(file): read_experiment(
+            file, overrides=overrides
         )
-        for path in paths
+        for file in files
     }
 
 
+@checked
 def compare_models(
     recipes: Mapping[str, ExperimentConfig],
     split: Split,
     *,
     budget_seconds: float | None = None,
-    folder: Path | None = None,
+    folder: Path | str | None = None,
     say: Callable[[str], object] | None = None,
 ) -> ModelComparison:
     """Train several models and the baselines on one split, measure all on its test part, choose.
@@ -89,6 +93,7 @@ def compare_models(
             labels, or they have no task in common; or none of the models could be measured.
         BundleError: The folder holds something else under the name `bundle`.
     """
+    folder = None if folder is None else Path(folder)
     _check(recipes, budget_seconds)
     tasks = common_tasks(recipes, split)
     entries = dict(recipes) if tasks else with_baselines(recipes)

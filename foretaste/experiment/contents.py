@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from foretaste.arguments import checked
 from foretaste.serving.bundle import read_bundle
 from foretaste.serving.manifest import Manifest, read_manifest
 
@@ -46,12 +47,14 @@ class BundleContents:
         }
 
 
-def inspect_bundle(path: Path) -> BundleContents:
+@checked
+def inspect_bundle(path: Path | str) -> BundleContents:
     """Read a bundle and say what it holds.
 
     Raises:
         BundleError: It is missing, broken, tampered with or of a newer format.
     """
+    path = Path(path)
     bundle = read_bundle(path)
     manifest = read_manifest(path)
     report = bundle.report or {}

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from foretaste.arguments import checked
+from foretaste.config import Seed
 from foretaste.data.features import Features, fit_features
 from foretaste.data.fields import FeatureSchema
 from foretaste.data.graph import Graph, graph_of
@@ -34,15 +36,16 @@ from foretaste.training.settings import TrainingConfig
 from foretaste.training.trained import Trained
 
 
+@checked
 def fit(
     config: ModelConfig,
     split: Split,
     *,
-    seed: int = 0,
+    seed: Seed = 0,
     training: TrainingConfig | None = None,
     objective: ObjectiveConfig | None = None,
     features: Features | FeatureSchema | None = None,
-    folder: Path | None = None,
+    folder: Path | str | None = None,
     resume: bool = False,
     show: bool = True,
     on_epoch: Callable[[Epoch], None] | None = None,
@@ -81,6 +84,7 @@ def fit(
         TooLargeError: The model would not fit in memory.
     """
     started = time.perf_counter()
+    folder = None if folder is None else Path(folder)
     events = split.train
     if len(events) == 0:
         raise DataError("the training part of the split is empty: there is nothing to learn from")

@@ -4,11 +4,13 @@ from pathlib import Path
 
 import polars as pl
 
+from foretaste.arguments import checked
 from foretaste.errors import DataError
 from foretaste.serving.recommender import Recommender
 from foretaste.serving.rules import NO_RULES, Rules
 
 
+@checked
 def write_lists(
     recommender: Recommender,
     users: Path,

@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from foretaste.arguments import checked
+from foretaste.config import Seed
 from foretaste.data.sources.load import get_dataset
 from foretaste.data.split_config import TemporalSplitConfig, make_split
 from foretaste.data.splits import Split
@@ -63,8 +65,13 @@ class Quickstart:
         return asdict(self)
 
 
+@checked
 def run_quickstart(
-    out: Path, *, data_dir: Path | None = None, seed: int = 0, say: Callable[[str], object]
+    out: Path | str,
+    *,
+    data_dir: Path | str | None = None,
+    seed: Seed = 0,
+    say: Callable[[str], object],
 ) -> Quickstart:
     """Get MovieLens-100K, train SASRec and the baselines, measure them, write the bundle.
 
@@ -82,6 +89,7 @@ def run_quickstart(
         SourceError: The data set cannot be had.
         BundleError: The bundle cannot be written.
     """
+    out = Path(out)
     say(f"getting {DATASET}")
     dataset = get_dataset(DATASET, data_dir=data_dir)
     events = dataset.events

@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
-from foretaste.config import Config, parse_settings, path_of
+from foretaste.arguments import checked
+from foretaste.config import Config, Seed, parse_settings, path_of
 from foretaste.data.columns import TimestampUnit
 from foretaste.data.fields import FeatureSchema
 from foretaste.data.sorting import Duplicates
@@ -144,7 +145,7 @@ class TuneConfig(Config):
 class ExperimentConfig(Config):
     """Everything that decides a run; the bundle stores it beside the numbers."""
 
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = 0
     data: DataConfig
     split: SplitConfig
     features: FeatureSchema | None = None
@@ -167,7 +168,8 @@ class ExperimentConfig(Config):
     """What a reader of the result should know."""
 
 
-def read_experiment(path: Path, *, overrides: Sequence[str] = ()) -> ExperimentConfig:
+@checked
+def read_experiment(path: Path | str, *, overrides: Sequence[str] = ()) -> ExperimentConfig:
     """Read the settings of one run from a TOML file.
 
     TOML has no word for an absent value: the text "none" stands for it, but where it is one of a
@@ -180,6 +182,7 @@ def read_experiment(path: Path, *, overrides: Sequence[str] = ()) -> ExperimentC
     Raises:
         ConfigError: A setting is missing, unknown or out of range; it says which.
     """
+    path = Path(path)
     try:
         settings = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
@@ -190,6 +193,7 @@ def read_experiment(path: Path, *, overrides: Sequence[str] = ()) -> ExperimentC
     return parse_settings(ExperimentConfig, _with_absent(changed), source=str(path))
 
 
+@checked
 def override(config: ExperimentConfig, overrides: Sequence[str]) -> ExperimentConfig:
     """Return a recipe with some of its settings replaced, each `section.name=value`.
 
@@ -202,6 +206,7 @@ def override(config: ExperimentConfig, overrides: Sequence[str]) -> ExperimentCo
     return parse_settings(ExperimentConfig, settings, source="the recipe")
 
 
+@checked
 def with_overrides(settings: Mapping[str, object], overrides: Sequence[str]) -> dict[str, object]:
     """Return the settings with some of them replaced.
 

@@ -4,11 +4,13 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from foretaste.arguments import checked
 from foretaste.experiment.facts import run_facts
 from foretaste.experiment.recipe import ExperimentConfig
 from foretaste.experiment.run import Run
 
 
+@checked
 def record_run(
     run: Run, config: ExperimentConfig, *, recipe: str, overrides: Sequence[str] = ()
 ) -> dict[str, object]:
@@ -43,8 +45,10 @@ def record_run(
     return record | {"published": dict(config.published), "notes": config.notes}
 
 
-def write_record(record: Mapping[str, object], path: Path) -> None:
+@checked
+def write_record(record: Mapping[str, object], path: Path | str) -> None:
     """Write a record, or nothing where it cannot be written whole."""
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     half = path.with_suffix(".part")
     half.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

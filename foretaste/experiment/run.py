@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from foretaste.arguments import checked
 from foretaste.config import parse_settings
 from foretaste.data.interactions import Interactions
 from foretaste.data.reading import read_interactions
@@ -64,7 +65,8 @@ class Run:
         return self.refitted, self.refitted_report
 
 
-def read_split(config: ExperimentConfig, *, data_dir: Path | None = None) -> Split:
+@checked
+def read_split(config: ExperimentConfig, *, data_dir: Path | str | None = None) -> Split:
     """Read a recipe's data and cut it.
 
     Args:
@@ -77,19 +79,23 @@ def read_split(config: ExperimentConfig, *, data_dir: Path | None = None) -> Spl
         SourceError: The public data set cannot be had.
         BundleError: The event store is missing or broken.
     """
-    return make_split(config.split, _read_events(config.data, data_dir))
+    folder = None if data_dir is None else Path(data_dir)
+    return make_split(config.split, _read_events(config.data, folder))
 
 
-def run_folder(bundle: Path) -> Path:
+@checked
+def run_folder(bundle: Path | str) -> Path:
     """Return where the checkpoints of a bundle in the making lie: beside it."""
+    bundle = Path(bundle)
     return bundle.with_name(f"{bundle.name}.run")
 
 
+@checked
 def run_experiment(
     config: ExperimentConfig,
     split: Split,
     *,
-    folder: Path | None = None,
+    folder: Path | str | None = None,
     resume: bool = False,
     track: TrackerKind | None = None,
     show: bool = True,
@@ -111,6 +117,7 @@ def run_experiment(
         DataError: The test part holds nothing to find; this is seen before anything is trained.
         NonFiniteError: Training left the finite numbers.
     """
+    folder = None if folder is None else Path(folder)
     check_measurable(config, split)
     with _tracker(config, folder, track) as tracker:
         told = None if tracker is None else partial(_tell, tracker)
@@ -173,6 +180,7 @@ def check_measurable(config: ExperimentConfig, split: Split) -> None:
         raise DataError(f"{error}{more}") from error
 
 
+@checked
 def evaluate_split(trained: Trained, config: ExperimentConfig, split: Split) -> Reports:
     """Report a model on the test part of a split, as a recipe says.
 
@@ -242,11 +250,13 @@ def _sampled_rows(trained: Trained, asked: EvaluationConfig) -> SampledNegatives
     return None
 
 
+@checked
 def to_recommender(trained: Trained, report: Report | Reports) -> Recommender:
     """Index a model's items and keep its report, without each user's values, beside it."""
     return build_recommender(trained, report=json.loads(report.to_json(per_user=False)))
 
 
+@checked
 def recipe_of(trained: Trained) -> ExperimentConfig:
     """Return the recipe that a model was made from.
 

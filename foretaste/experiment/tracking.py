@@ -7,6 +7,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, Protocol, final, runtime_checkable
 
+from foretaste.arguments import checked
 from foretaste.errors import ConfigError
 
 TrackerKind = Literal["mlflow", "tensorboard"]
@@ -29,12 +30,14 @@ class Tracker(Protocol):
         ...
 
 
-def open_tracker(kind: TrackerKind, *, folder: Path, run: str) -> Tracker:
+@checked
+def open_tracker(kind: TrackerKind, *, folder: Path | str, run: str) -> Tracker:
     """Open a tracker that writes below `folder`, under the name `run`.
 
     Raises:
         ConfigError: The tracker's package is not installed; it names the extra that brings it.
     """
+    folder = Path(folder)
     match kind:
         case "mlflow":
             return MLflowTracker(folder, run=run)

@@ -10,6 +10,7 @@ from optuna.distributions import BaseDistribution
 from optuna.samplers import TPESampler
 from optuna.trial import FrozenTrial, TrialState
 
+from foretaste.arguments import checked
 from foretaste.config import parse_settings
 from foretaste.data.splits import Split
 from foretaste.data.toml_text import to_toml
@@ -59,11 +60,12 @@ class TuneResult:
         }
 
 
+@checked
 def tune(
     config: ExperimentConfig,
     split: Split,
     *,
-    folder: Path,
+    folder: Path | str,
     trials: int | None = None,
     resume: bool = False,
     watch: Callable[[TrialRow], None] | None = None,
@@ -82,7 +84,7 @@ def tune(
         ConfigError: The folder holds a study already, or one of another recipe; a range is wrong;
             the split has no validation part; no trial came to its end.
     """
-    space = distributions(config)
+    folder, space = Path(folder), distributions(config)
     study = _open_study(config, folder, resume=resume)
     for _ in range((trials or config.tune.trials) - len(_finished(study))):
         row = _run_trial(study, config, split, space)

@@ -10,6 +10,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
+from foretaste.arguments import checked
 from foretaste.config import Config
 from foretaste.data.interactions import Interactions
 from foretaste.data.offered import Offered
@@ -206,6 +207,7 @@ def fit_two_stage(
     )
 
 
+@checked
 def two_stage(
     retriever: Trained, ranker: Trained, *, candidates: int = 200, retriever_weight: float = 0.0
 ) -> Trained:

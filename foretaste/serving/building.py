@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from foretaste.arguments import checked
 from foretaste.errors import ConfigError
 from foretaste.models.interface import Retriever
 from foretaste.models.two_stage import first_stage
@@ -21,6 +22,7 @@ from foretaste.serving.recommender import Recommender
 from foretaste.training.trained import Trained
 
 
+@checked
 def build_recommender(
     trained: Trained,
     *,
@@ -66,6 +68,7 @@ def build_recommender(
     return Recommender(bundle)
 
 
+@checked
 def load(path: str | Path) -> Recommender:
     """Read a recommender that `save` wrote; every checksum is verified.
 

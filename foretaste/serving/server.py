@@ -15,6 +15,7 @@ from types import FrameType
 import torch
 import uvicorn
 
+from foretaste.arguments import checked
 from foretaste.errors import ConfigError, ForetasteError
 from foretaste.serving.api import create_app
 from foretaste.serving.metrics import Metrics
@@ -24,8 +25,9 @@ from foretaste.serving.slot import Loaded, ModelSlot, load_version
 from foretaste.serving.state import open_live_events, state_beside
 
 
+@checked
 def serve(
-    bundle: Path,
+    bundle: Path | str,
     *,
     settings: ServerSettings,
     announce: Callable[[str], object] = sys.stdout.write,
@@ -45,6 +47,7 @@ def serve(
         ForetasteError: The bundle cannot serve, the address is taken, or live events cannot be
             kept where `settings.state` says.
     """
+    bundle = Path(bundle)
     state = state_beside(bundle) if settings.state == "beside" else settings.state
     with _rare_collections():
         slot = ModelSlot(lambda: _load(bundle))

@@ -12,6 +12,7 @@ import platformdirs
 import polars as pl
 from jaxtyping import UInt8
 
+from foretaste.arguments import checked
 from foretaste.data.interactions import Interactions
 from foretaste.data.reading import read_interactions
 from foretaste.data.sources.fetch import Address, Wheel
@@ -45,6 +46,7 @@ class Dataset:
         return None if part_E is None else part_E.astype(np.uint8)
 
 
+@checked
 def get_dataset(
     name: str, *, data_dir: Path | str | None = None, cache_dir: Path | str | None = None
 ) -> Dataset:
