@@ -165,8 +165,9 @@ def _one_of(value: Any, options: Sequence[Any]) -> Any:
     if value is None and NoneType in options:
         return None
     unfit: list[_Unfit] = []
+    is_path = any(get_origin(option) is os.PathLike or option is Path for option in options)
     for option in options:
-        if option is not NoneType:
+        if option is not NoneType and not (is_path and option is str):  # the path takes text
             try:
                 return _converted(value, option)
             except _Unfit as error:
@@ -219,6 +220,8 @@ def _class(value: object, wanted: Any) -> object:
 
 
 def _collection(value: Any, origin: Any, parts: Sequence[Any]) -> Any:
+    if origin is os.PathLike:
+        return _path(value)
     if origin is Callable or not isinstance(origin, type):
         return _callable(value)
     if issubclass(origin, Mapping):
@@ -252,7 +255,7 @@ def _whole(value: object) -> int:
 def _number(value: object) -> float:
     value = plain(value)
     if isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value):
-        return value
+        return float(value)
     raise _Unfit("a number", value)
 
 

@@ -202,6 +202,8 @@ _WANTED = {
     "bool_parsing": "true or false",
     "string_type": "text",
     "tuple_type": "a list, such as [{value}]",
+    "sequence_type": "a list, such as [{value}]",
+    "sequence_str": "a list, such as [{value}]",
     "list_type": "a list, such as [{value}]",
     "dict_type": "a section of names and values",
     "mapping_type": "a section of names and values",

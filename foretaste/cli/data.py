@@ -1,47 +1,71 @@
 """`foretaste data`: tables into an event store, what an audit sees, public data sets."""
 
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import wraps
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 
 import foretaste as ft
 from foretaste.cli.show import JsonFlag, answer, pairs, table
+from foretaste.data.read_config import ReadConfig
 
 app = typer.Typer(help="Import events, audit them, get public data sets.", no_args_is_help=True)
 
 
+_SINGULAR = {"columns": "column"}
+"""Options that may be given several times have a name of one."""
+
+
+def reading_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command an option for each setting of reading; it gets them as one, `reading`."""
+
+    @wraps(command)
+    def call(**options: Any) -> None:
+        given = {name: options.pop(_SINGULAR.get(name, name)) for name in ReadConfig.model_fields}
+        lists = {name: value or () for name, value in given.items() if _is_list(name)}
+        command(**options, reading=given | lists)
+
+    signature, hints = inspect.signature(command), get_type_hints(command, include_extras=True)
+    parameters = [one for name, one in signature.parameters.items() if name != "reading"]
+    for name, field in ReadConfig.model_fields.items():
+        option, default = _SINGULAR.get(name, name), None if _is_list(name) else field.default
+        kind: Any = field.annotation
+        if str in get_args(kind) or _is_list(name):  # columns have names at the prompt
+            kind = list[str] | None if _is_list(name) else str if default else str | None
+        sentence = " ".join((field.description or "").split()).partition(". ")[0].rstrip(".")
+        flag = [f"--{option.replace('_', '-')}"] if default is False else []
+        hints[option] = Annotated[kind, typer.Option(*flag, help=f"{sentence}.")]
+        parameters.append(
+            inspect.Parameter(option, inspect.Parameter.KEYWORD_ONLY, default=default)
+        )
+    del hints["reading"]
+    call.__annotations__ = hints
+    call.__signature__ = signature.replace(  # type: ignore[attr-defined]  # typer reads it
+        parameters=[one.replace(annotation=hints[one.name]) for one in parameters]
+    )
+    return call
+
+
+def _is_list(name: str) -> bool:
+    return isinstance(ReadConfig.model_fields[name].default, tuple)
+
+
 @app.command("import")
+@reading_options
 def import_(
     files: Annotated[list[Path], typer.Argument(help="CSV, TSV or Parquet files, read in order.")],
     *,
     out: Annotated[Path, typer.Option(help="Folder of the event store to write.")],
-    user: Annotated[str, typer.Option(help="Column of user ids.")] = "user_id",
-    item: Annotated[str, typer.Option(help="Column of item ids.")] = "item_id",
     no_users: Annotated[
         bool, typer.Option("--no-users", help="There are none: every row is a user of its own.")
     ] = False,
     no_items: Annotated[
         bool, typer.Option("--no-items", help="There are none: every row is of one item.")
     ] = False,
-    timestamp: Annotated[str | None, typer.Option(help="Column of times.")] = None,
-    timestamp_unit: Annotated[
-        Literal["s", "ms", "us", "ns"], typer.Option(help="What numbers in it count, since 1970.")
-    ] = "s",
-    rating: Annotated[str | None, typer.Option(help="Column of ratings.")] = None,
-    column: Annotated[
-        list[str] | None, typer.Option(help="A further column of numbers to keep: a label, say.")
-    ] = None,
-    context: Annotated[
-        list[str] | None, typer.Option(help="A column of the moment to keep, of any type.")
-    ] = None,
-    separator: Annotated[
-        str | None, typer.Option(help="Between the fields; without it, the first line tells.")
-    ] = None,
-    header: Annotated[
-        bool, typer.Option(help="Without a header, columns are named 0, 1 and so on.")
-    ] = True,
     users: Annotated[Path | None, typer.Option(help="Table about users.")] = None,
     items: Annotated[Path | None, typer.Option(help="Table about items: titles, say.")] = None,
     user_links: Annotated[
@@ -50,33 +74,14 @@ def import_(
     item_links: Annotated[
         Path | None, typer.Option(help="Table of two columns of item ids that go together.")
     ] = None,
-    duplicates: Annotated[
-        Literal["keep", "first", "last"], typer.Option(help="Which of repeated events to keep.")
-    ] = "keep",
-    drop_incomplete: Annotated[
-        bool, typer.Option("--drop-incomplete", help="Leave out rows with a missing value.")
-    ] = False,
     as_json: JsonFlag = False,
+    reading: Mapping[str, Any],
 ) -> None:
     """Read tables of events into an event store that opens at once whatever its size."""
-    events = ft.read_interactions(
-        files,
-        user=None if no_users else user,
-        item=None if no_items else item,
-        timestamp=timestamp,
-        timestamp_unit=timestamp_unit,
-        rating=rating,
-        columns=column or (),
-        context=context or (),
-        separator=separator,
-        header=header,
-        users=users,
-        items=items,
-        user_links=user_links,
-        item_links=item_links,
-        duplicates=duplicates,
-        drop_incomplete=drop_incomplete,
-    )
+    without = {"user": None} if no_users else {}
+    without |= {"item": None} if no_items else {}
+    tables = {"users": users, "items": items, "user_links": user_links, "item_links": item_links}
+    events = ft.read_interactions(files, **{**reading, **without, **tables})
     ft.write_store(events, out)
     _show(str(out), _summary(events, out), as_json=as_json)
 

@@ -4,14 +4,13 @@ A message names the column, the row and the value. Rows are counted from 1, head
 Missing values pass through as nulls: whether they may be dropped is for `reading` to decide.
 """
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import polars as pl
 
+from foretaste.data.read_config import TimestampUnit
 from foretaste.data.vocabulary import id_text
 from foretaste.errors import DataError
-
-TimestampUnit = Literal["s", "ms", "us", "ns"]
 
 _TICKS = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}
 _YEAR_1990_S, _YEAR_2200_S = 631_152_000, 7_258_118_400

@@ -3,7 +3,7 @@
 Shape legend: E events, U users, I items.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -12,10 +12,8 @@ import numpy as np
 import polars as pl
 from jaxtyping import Int32, Int64, Shaped
 
-from foretaste.arguments import checked
 from foretaste.data.columns import (
     Times,
-    TimestampUnit,
     at_row,
     canonical_ids,
     canonical_numbers,
@@ -24,9 +22,15 @@ from foretaste.data.columns import (
 )
 from foretaste.data.interactions import Interactions
 from foretaste.data.links import with_links
+from foretaste.data.read_config import (
+    Duplicates,
+    ReadConfig,
+    ReadTables,
+    TimestampUnit,
+    settings_as_arguments,
+)
 from foretaste.data.side_tables import Side, aligned, alike, notes_about, read_side
 from foretaste.data.sorting import (
-    Duplicates,
     Sorting,
     compile_loops,
     find_repeats,
@@ -38,30 +42,14 @@ from foretaste.data.tables import Source, find_column, open_source
 from foretaste.data.vocabulary import Vocabulary, number_ids
 from foretaste.errors import DataError
 
+EVENTS = "the event table"
+"""What messages call a table of events in memory."""
 ONE_ITEM = "row"
 """The item of every row of a table that has none."""
 
 
-@checked
-def read_interactions(
-    source: object,
-    *,
-    user: str | int | None = "user_id",
-    item: str | int | None = "item_id",
-    timestamp: str | int | None = None,
-    rating: str | int | None = None,
-    columns: Sequence[str | int] = (),
-    context: Sequence[str | int] = (),
-    separator: str | None = None,
-    header: bool = True,
-    users: object = None,
-    items: object = None,
-    user_links: object = None,
-    item_links: object = None,
-    duplicates: Duplicates = "keep",
-    timestamp_unit: TimestampUnit = "s",
-    drop_incomplete: bool = False,
-) -> Interactions:
+@settings_as_arguments(ReadTables)
+def read_interactions(source: object, read: ReadTables) -> Interactions:  # noqa: D417 - see there
     """Read events from any table, each user's oldest first, ties in the order of the table.
 
     Integer ids stay integers; every other type becomes text. Rows of the vocabularies go by
@@ -70,62 +58,29 @@ def read_interactions(
     Args:
         source: A path or list of paths of text (CSV and its kin, also gzipped), Parquet or Arrow
             files; or a pandas, Polars, pyarrow or DuckDB table.
-        user: Column of user ids, by name or, as an integer, by position from 0. None, for a table
-            that has no users: every row is a user of its own, numbered from 0.
-        item: Column of item ids. None, for a table that has no items: every row is of the one
-            item "row".
-        timestamp: Column of times: numbers in `timestamp_unit` since 1970, datetimes, dates or
-            ISO 8601 text, from 1970 to 2200, kept as whole seconds, though fractions decide the
-            order. None: the order of the table stands for time.
-        rating: Column of ratings, kept as `columns["rating"]`, 32-bit floats.
-        columns: Further columns of numbers to keep, such as labels; a missing value becomes NaN.
-        context: Further columns of the moment to keep, of any type, such as the hour or the place:
-            what may be features because it is known when somebody asks.
-        separator: Between the fields of a text file, of any length; None finds it in the first
-            line.
-        header: Whether the first line of text files names the columns; without one they are named
-            by position, "0", "1", …
-        users: A table of users, any kind of source; its key is the column named like `user`, or
-            else, and always without a header, its first. Its users without an event join the
-            vocabulary. Of rows with one key the first is taken.
-        items: A table of items, likewise.
-        user_links: A table of two columns of user ids, any kind of source: who trusts whom. Links
-            to unknown ids, to oneself and repeated ones are left out, and counted.
-        item_links: A table of two columns of item ids that go together, likewise.
-        duplicates: What to do with events that repeat another's user, item and second (user and
-            item where there are no times): "keep" them, or only the "first" or "last" of them.
-        timestamp_unit: What numbers in `timestamp` count.
-        drop_incomplete: Leave out rows without a user, item, time or rating, and count them;
-            otherwise they are an error.
+        (settings)
 
     Raises:
+        ConfigError: A setting is unknown or of another type.
         DataError: The table cannot be read, lacks a column, holds no event, or holds a value that
-            is missing, infinite, or out of range; the message says which, where, and the mend.
+            is missing, infinite, or out of range; the message says which, where, and the fix.
     """
-    opened = open_source(source, separator=separator, header=header, role="the event table")
-    names = _choose(
-        opened,
-        user=user,
-        item=item,
-        timestamp=timestamp,
-        rating=rating,
-        more=columns,
-        context=context,
-    )
+    opened = open_source(source, separator=read.separator, header=read.header, role=EVENTS)
+    names = _choose(opened, read)
     with ThreadPoolExecutor(1) as pool:
         pool.submit(compile_loops)
         frame, notes = opened.read(names.all, names.ids)
     if not frame.height:
         raise DataError(f"{opened.name} holds no events: it has columns but no rows")
-    events = _check(frame, names, timestamp_unit)
+    events = _check(frame, names, read.timestamp_unit)
     del frame
-    events.drop_incomplete(opened.name, allowed=drop_incomplete)
-    sides = [
-        read_side(table, key, role, header=header, drop_incomplete=drop_incomplete)
-        for table, key, role in ((users, names.user, "users"), (items, names.item, "items"))
-    ]
-    arranged = _arrange(events, sides[0], sides[1], duplicates, [*notes, *events.notes])
-    return with_links(arranged, user_links=user_links, item_links=item_links, header=header)
+    events.drop_incomplete(opened.name, allowed=read.drop_incomplete)
+    users = read_side(read.users, names.user, "users", read)
+    items = read_side(read.items, names.item, "items", read)
+    arranged = _arrange(events, users, items, read.duplicates, [*notes, *events.notes])
+    return with_links(
+        arranged, user_links=read.user_links, item_links=read.item_links, header=read.header
+    )
 
 
 class _Names(NamedTuple):
@@ -149,31 +104,24 @@ class _Names(NamedTuple):
         return list(dict.fromkeys((*self.ids, *time, *others)))
 
 
-def _choose(
-    source: Source,
-    *,
-    user: str | int | None,
-    item: str | int | None,
-    timestamp: str | int | None,
-    rating: str | int | None,
-    more: Sequence[str | int],
-    context: Sequence[str | int],
-) -> _Names:
+def _choose(source: Source, read: ReadConfig) -> _Names:
     numbers = {}
-    for wanted in more:
+    for wanted in read.columns:
         name = find_column(source, wanted, argument="columns")
         numbers[name] = name
-    if rating is not None:
-        if "rating" in numbers and rating != "rating":
-            raise DataError("two columns would be called 'rating': leave one out, or rename it")
-        numbers["rating"] = find_column(source, rating, argument="rating")
+    if read.rating is not None:
+        if "rating" in numbers and read.rating != "rating":
+            raise DataError(
+                "two columns would be called 'rating': leave one out, or rename it", column="rating"
+            )
+        numbers["rating"] = find_column(source, read.rating, argument="rating")
     names = _Names(
-        user=_find(source, user, "user"),
-        item=_find(source, item, "item"),
-        timestamp=_find(source, timestamp, "timestamp"),
+        user=_find(source, read.user, "user"),
+        item=_find(source, read.item, "item"),
+        timestamp=_find(source, read.timestamp, "timestamp"),
         numbers=numbers,
         context=tuple(
-            dict.fromkeys(find_column(source, wanted, argument="context") for wanted in context)
+            dict.fromkeys(find_column(source, name, argument="context") for name in read.context)
         ),
     )
     named = [name for name in names[:3] if name is not None]

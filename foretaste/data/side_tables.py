@@ -10,6 +10,7 @@ import polars as pl
 from jaxtyping import Int64
 
 from foretaste.data.columns import at_row, canonical_ids, storable
+from foretaste.data.read_config import ReadConfig
 from foretaste.data.tables import find_column, open_source
 from foretaste.data.vocabulary import Vocabulary
 from foretaste.errors import DataError
@@ -27,30 +28,27 @@ class Side(NamedTuple):
     notes: list[str]
 
 
-def read_side(
-    source: object, key: str | None, role: str, *, header: bool, drop_incomplete: bool
-) -> Side | None:
+def read_side(source: object, key: str | None, role: str, read: ReadConfig) -> Side | None:
     """Read one; None where there is none.
 
     Args:
         source: Any kind of source.
         key: The event table's column of these ids; where the table has none so named, its first.
         role: "users" or "items", for messages.
-        header: Whether the first line of text files names the columns.
-        drop_incomplete: Leave out rows without an id.
+        read: How; where it drops incomplete rows, those without an id are left out.
 
     Raises:
         DataError: It cannot be read, or a row has no id.
     """
     if source is None:
         return None
-    opened = open_source(source, header=header, role=f"the table of {role}")
+    opened = open_source(source, header=read.header, role=f"the table of {role}")
     columns = opened.columns
-    key = key if key is not None and header and key in columns else columns[0]
+    key = key if key is not None and read.header and key in columns else columns[0]
     frame, read_notes = opened.read(columns, [find_column(opened, key, argument=role)])
     ids, notes = canonical_ids(frame[key]), list(read_notes)
     if missing := ids.null_count():
-        if not drop_incomplete:
+        if not read.drop_incomplete:
             raise DataError(
                 f"{opened.name}: column {key!r}, {at_row(ids, ids.is_null())} is missing: mend it, "
                 "or say drop_incomplete=True"

@@ -7,14 +7,13 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from jaxtyping import Bool, Int32, Int64, Integer, Shaped
 
 from foretaste.data import csr
-
-Duplicates = Literal["keep", "first", "last"]
+from foretaste.data.read_config import Duplicates
 
 _T = TypeVar("_T")
 _PARTS = min(8, os.cpu_count() or 1)

@@ -9,9 +9,8 @@ from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError, model_
 
 from foretaste.arguments import checked
 from foretaste.config import Config, Seed, parse_settings, path_of
-from foretaste.data.columns import TimestampUnit
 from foretaste.data.fields import FeatureSchema
-from foretaste.data.sorting import Duplicates
+from foretaste.data.read_config import ReadConfig, ReadTables
 from foretaste.data.split_config import SplitConfig
 from foretaste.errors import ConfigError
 from foretaste.evaluation.cold import Among, Whose
@@ -29,31 +28,12 @@ class PublicData(Config):
     """As `foretaste data get` knows it, `ml-100k` for one."""
 
 
-class FileData(Config):
+class FileData(ReadConfig):
     """Tables of the caller's own."""
 
     kind: Literal["files"] = "files"
     files: tuple[str, ...] = Field(min_length=1)
     """Text, Parquet or Arrow; a path that is not absolute starts at `--data-dir`, or here."""
-    user: str | None = "user_id"
-    """Column of user ids; without a header, columns are named "0", "1" and so on. "none", of a
-    table without users: every row is a user of its own."""
-    item: str | None = "item_id"
-    """Column of item ids; "none", of a table without items: all rows are of one."""
-    timestamp: str | None = None
-    """Column of times; without one, file order stands for time."""
-    timestamp_unit: TimestampUnit = "s"
-    """What numbers in it count, since 1970."""
-    rating: str | None = None
-    """Column of ratings; kept beside the events."""
-    columns: tuple[str, ...] = ()
-    """Further columns of numbers to keep, such as labels."""
-    context: tuple[str, ...] = ()
-    """Further columns of the moment to keep, of any type: `features.context` may read them."""
-    separator: str | None = None
-    """Between the fields of a text file; without it, the first line tells."""
-    header: bool = True
-    """Whether the first line of text files names the columns."""
     users: str | None = None
     """A table about users."""
     items: str | None = None
@@ -62,10 +42,13 @@ class FileData(Config):
     """A table of two columns of user ids: who trusts whom."""
     item_links: str | None = None
     """A table of two columns of item ids that go together."""
-    duplicates: Duplicates = "keep"
-    """What to do with events that repeat another's user, item and second."""
-    drop_incomplete: bool = False
-    """Leave out rows without a user, item, time or rating, and count them."""
+
+    def tables(self, base: Path) -> tuple[list[Path], dict[str, Any]]:
+        """Return the event files, and what else `read_interactions` is given, by name."""
+        settings = self.model_dump(exclude={"kind", "files"})
+        for name in ReadTables.model_fields.keys() - ReadConfig.model_fields.keys():
+            settings[name] = None if settings[name] is None else base / settings[name]
+        return [base / file for file in self.files], settings
 
 
 class StoreData(Config):

@@ -345,21 +345,5 @@ def _read_events(data: PublicData | FileData | StoreData, data_dir: Path | None)
         case StoreData():
             return open_store(base / data.path)
         case FileData():
-            return read_interactions(
-                [base / file for file in data.files],
-                user=data.user,
-                item=data.item,
-                timestamp=data.timestamp,
-                timestamp_unit=data.timestamp_unit,
-                rating=data.rating,
-                columns=data.columns,
-                context=data.context,
-                separator=data.separator,
-                header=data.header,
-                users=None if data.users is None else base / data.users,
-                items=None if data.items is None else base / data.items,
-                user_links=None if data.user_links is None else base / data.user_links,
-                item_links=None if data.item_links is None else base / data.item_links,
-                duplicates=data.duplicates,
-                drop_incomplete=data.drop_incomplete,
-            )
+            files, settings = data.tables(base)
+            return read_interactions(files, **settings)

@@ -1,0 +1,109 @@
+"""The settings of reading a table of events, written once for Python, recipes and the prompt."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Annotated, Any, Concatenate, Literal, ParamSpec, TypeVar
+
+from pydantic import AfterValidator
+
+from foretaste.arguments import checked
+from foretaste.config import Config, parse_settings
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+Column = str | int
+"""A column by its name or, as an integer, by its position from 0."""
+Columns = Annotated[Sequence[Column], AfterValidator(tuple)]
+TimestampUnit = Literal["s", "ms", "us", "ns"]
+Duplicates = Literal["keep", "first", "last"]
+
+
+class ReadConfig(Config):
+    """How a table of events is read: which columns are what, and what to do with odd values."""
+
+    user: Column | None = "user_id"
+    """Column of user ids, by name or position (without a header, columns are named "0", "1" and so
+    on). None ("none" in a recipe), for a table without users: every row is a user of its own."""
+    item: Column | None = "item_id"
+    """Column of item ids. None, for a table without items: all rows are of the one item "row"."""
+    timestamp: Column | None = None
+    """Column of times: numbers, datetimes, dates or ISO 8601 text, from 1970 to 2200, kept as whole
+    seconds, though fractions decide the order. Without one, the order of the table is the order in
+    time."""
+    timestamp_unit: TimestampUnit = "s"
+    """What numbers in it count, since 1970."""
+    rating: Column | None = None
+    """Column of ratings, kept as `columns["rating"]`, 32-bit floats."""
+    columns: Columns = ()
+    """Further columns of numbers to keep, such as labels; a missing value becomes NaN."""
+    context: Columns = ()
+    """Further columns of any type to keep, such as the hour or the place: context features, known
+    when somebody asks."""
+    separator: str | None = None
+    """Between the fields of a text file, of any length; without it, the first line decides."""
+    header: bool = True
+    """Whether the first line of text files names the columns."""
+    duplicates: Duplicates = "keep"
+    """What to do with events that repeat another's user, item and second (user and item where there
+    are no times): keep them, or only the first or last of them."""
+    drop_incomplete: bool = False
+    """Leave out rows without a user, item, time or rating, and count them; otherwise they are an
+    error."""
+
+
+class ReadTables(ReadConfig):
+    """The settings of reading in Python, where the tables beside the events may be in memory."""
+
+    users: Any = None
+    """A table of users, any kind of source; its key is the column named like `user`, or else, and
+    always without a header, its first. Its users without an event join the vocabulary. Of rows with
+    one key the first is taken."""
+    items: Any = None
+    """A table of items, likewise."""
+    user_links: Any = None
+    """A table of two columns of user ids, any kind of source: who trusts whom. Links to unknown
+    ids, to oneself and repeated ones are left out, and counted."""
+    item_links: Any = None
+    """A table of two columns of item ids that go together, likewise."""
+
+
+def settings_as_arguments(
+    settings: Callable[P, ReadTables],
+) -> Callable[[Callable[[object, ReadTables], T]], Callable[Concatenate[object, P], T]]:
+    """Make a function of a source and settings one that takes each setting by its name.
+
+    Its signature and its documentation come from the settings, which are written once; a type
+    checker and an editor see them too.
+    """
+
+    def decorate(read: Callable[[object, ReadTables], T]) -> Callable[Concatenate[object, P], T]:
+        @wraps(read)
+        def call(source: object, /, *args: P.args, **kwargs: P.kwargs) -> T:
+            found = parse_settings(ReadTables, kwargs, source=read.__name__)
+            return read(source, found)
+
+        fields = ReadTables.model_fields
+        first = inspect.Parameter("source", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        call.__signature__ = inspect.signature(read).replace(  # type: ignore[attr-defined]  # read by inspect
+            parameters=[first]
+            + [
+                inspect.Parameter(
+                    name,
+                    inspect.Parameter.KEYWORD_ONLY,
+                    default=field.default,
+                    annotation=field.annotation,
+                )
+                for name, field in fields.items()
+            ]
+        )
+        call.__annotations__ = {}
+        arguments = "\n".join(
+            f"        {name}: {(field.description or '').replace(chr(10), chr(10) + ' ' * 12)}"
+            for name, field in fields.items()
+        )
+        call.__doc__ = (read.__doc__ or "").replace("        (settings)", arguments)
+        return checked(call)
+
+    return decorate
