@@ -552,12 +552,10 @@ def test_a_million_values_are_cut_to_a_hundred_thousand() -> None:
         ([1.0, float("inf")], NumericField(), "column 'x', row 2: inf is infinite"),
         (["1", "two"], NumericField(), "column 'x', row 2: 'two' is not a number"),
         ([[1.0], [2.0]], NumericField(), "column 'x' holds List"),
-        ([datetime.time(1), None], NumericField(), "column 'x' holds Time"),
         ([[1.0], [2.0]], CategoricalField(), "column 'x' holds List.*multi"),
         ([b"a", b"b"], CategoricalField(), "column 'x' holds Binary"),
         ([1.0, -float("inf")], CategoricalField(), "column 'x', row 2: -inf is not a category"),
-        (["a|b", "c"], MultiField(), "column 'x' holds String.*separator"),
-        ([1, 2], MultiField(), "column 'x' holds Int64"),
+        (["a|b", "c"], MultiField(), "column 'x' holds text, such as.*separator"),
         ([[["a"]], [["b"]]], MultiField(), "column 'x' holds List"),
         ([[1.0, 2.0], [1.0]], VectorField(), "row 2 holds a vector of 1 numbers, not 2"),
         ([[1.0], [float("nan")]], VectorField(), "row 2 holds a vector with a number that is"),
@@ -577,7 +575,7 @@ def test_a_wrong_value_is_refused_by_column_and_row_in_training_or_not(
 
 def test_serving_refuses_what_training_would_refuse() -> None:
     side, _ = side_and_table(fit_item(rows_of_all_kinds(9, seed=0), **KINDS))
-    with pytest.raises(DataError, match="column 'n', row 1: 'much' is not a number"):
+    with pytest.raises(DataError, match="column 'n': 'much' is not a number"):
         side.encode(pl.DataFrame({"n": ["much"]}))
     with pytest.raises(DataError, match="a vector of 2 numbers, not 3"):
         side.encode(pl.DataFrame({"v": [[1.0, 2.0]]}))

@@ -3,6 +3,7 @@
 Shape legend: R rows, N known values, W width of a vector.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ import numpy as np
 import polars as pl
 from jaxtyping import Bool, Float32, Float64
 
-from foretaste.data.features_columns import bags_of, joint_of, numbers_of, texts_of, vectors_of
+from foretaste.data.features_columns import bags_of, joint_of, vectors_of
 from foretaste.data.features_fitted import (
     BLOCK,
     Bag,
@@ -26,6 +27,7 @@ from foretaste.data.features_fitted import (
     unit,
 )
 from foretaste.data.features_text import embed_texts
+from foretaste.data.features_values import Held, held_by, numbers_of, texts_of
 from foretaste.data.fields import (
     CategoricalField,
     CrossField,
@@ -35,6 +37,7 @@ from foretaste.data.fields import (
     TextField,
     VectorField,
 )
+from foretaste.errors import DataError
 
 
 class Outcome(NamedTuple):
@@ -46,6 +49,10 @@ class Outcome(NamedTuple):
     """What a person should know of it; follows the field's name."""
 
 
+_FEW_FAR = 0.01
+"""The share of values that may be outliers; one at least."""
+_FLAT = 0.05
+"""Without outliers, the others have less than this share of the standard deviation."""
 _NOTHING = Outcome(None, "has no value on a training row: it was left out")
 
 
@@ -75,15 +82,13 @@ def fit_field(
     column = columns[0]
     match field:
         case CrossField():
-            return _fit_cross(name, field, joint_of(columns).filter(trained_R))
+            return _fit_cross(name, field, columns, trained_R)
         case CategoricalField():
-            return _fit_categories(name, field, texts_of(column).filter(trained_R))
+            return _fit_categories(name, field, column, trained_R)
         case MultiField():
-            text_N, row_N = bags_of(column, separator=field.separator)
-            return _fit_bag(name, field, text_N.filter(trained_R[row_N]))
+            return _fit_bag(name, field, column, trained_R)
         case NumericField():
-            number_R = numbers_of(column)[trained_R]
-            return _fit_number(name, field, number_R[~np.isnan(number_R)])
+            return _fit_number(name, field, column, trained_R)
         case VectorField():
             value_RW, present_R = vectors_of(column)
             return _fit_vector(name, field, value_RW[present_R & trained_R])
@@ -91,10 +96,14 @@ def fit_field(
             return _fit_text(name, field, texts_of(column).filter(trained_R))
 
 
-def _fit_categories(name: str, field: CategoricalField, text: pl.Series) -> Outcome:
+def _fit_categories(
+    name: str, field: CategoricalField, column: pl.Series, trained_R: Bool[np.ndarray, " R"]
+) -> Outcome:
+    holds = held_by(column.filter(trained_R))
+    text = texts_of(column, holds=holds).filter(trained_R)
     if not text.count():
         return _NOTHING
-    values, note = _fit_values(text.drop_nulls(), field.min_count, field.max_values)
+    values, note = _fit_values(text.drop_nulls(), field, holds)
     if not text.null_count() and len(values.texts) == 1 and not values.rare:
         note = f"is {text[0]!r} on every training row: it tells nothing"
     elif len(values.texts) == text.count() > 1:
@@ -102,37 +111,57 @@ def _fit_categories(name: str, field: CategoricalField, text: pl.Series) -> Outc
     return Outcome(Categories(name=name, values=values), note)
 
 
-def _fit_cross(name: str, field: CrossField, text: pl.Series) -> Outcome:
+def _fit_cross(
+    name: str, field: CrossField, columns: Sequence[pl.Series], trained_R: Bool[np.ndarray, " R"]
+) -> Outcome:
+    holds = tuple(held_by(column.filter(trained_R)) for column in columns)
+    text = joint_of(columns, holds=holds).filter(trained_R)
     if not text.count():
         return _NOTHING
-    values, note = _fit_values(text.drop_nulls(), field.min_count, field.max_values)
-    return Outcome(Cross(name=name, of=field.of, values=values), note)
+    values, note = _fit_values(text.drop_nulls(), field, "text")
+    return Outcome(Cross(name=name, of=field.of, values=values, holds=holds), note)
 
 
-def _fit_bag(name: str, field: MultiField, text_N: pl.Series) -> Outcome:
-    values, note = _fit_values(text_N, field.min_count, field.max_values)
+def _fit_bag(
+    name: str, field: MultiField, column: pl.Series, trained_R: Bool[np.ndarray, " R"]
+) -> Outcome:
+    holds = held_by(column)
+    text_N, row_N = bags_of(column, separator=field.separator, holds=holds)
+    text_N = text_N.filter(trained_R[row_N])
     if not len(text_N):
         return _NOTHING
+    if holds == "text":  # what its parts hold
+        holds = held_by(text_N)
+        text_N = texts_of(text_N, holds=holds)
+    values, note = _fit_values(text_N, field, holds)
     return Outcome(Bag(name=name, separator=field.separator, values=values), note)
 
 
-def _fit_values(text_N: pl.Series, min_count: int, max_values: int) -> tuple[Values, str]:
+def _fit_values(
+    text_N: pl.Series, field: CategoricalField | CrossField | MultiField, holds: Held
+) -> tuple[Values, str]:
     counted = text_N.alias("text").value_counts(name="rows")
-    often = counted.filter(pl.col("rows") >= min_count)
-    kept = often.sort("rows", "text", descending=[True, False]).head(max_values)
+    often = counted.filter(pl.col("rows") >= field.min_count)
+    kept = often.sort("rows", "text", descending=[True, False]).head(field.max_values)
     note = (
-        f"has {len(often):,} values, more than max_values: the {max_values:,} most frequent were "
-        "kept, the others share a bucket"
-        if len(often) > max_values
+        f"has {len(often):,} values, more than max_values: the {field.max_values:,} most frequent "
+        "were kept, the others share a bucket"
+        if len(often) > field.max_values
         else ""
     )
     if len(counted) and not len(often):
-        note = f"has no value on {min_count} training rows: all share one bucket"
+        note = f"has no value on {field.min_count} training rows: all share one bucket"
     rare = len(text_N) - int(kept["rows"].sum())
-    return Values(texts=tuple(kept["text"].to_list()), rare=rare), note
+    return Values(texts=tuple(kept["text"].to_list()), rare=rare, holds=holds), note
 
 
-def _fit_number(name: str, field: NumericField, number_N: Float64[np.ndarray, " N"]) -> Outcome:
+def _fit_number(
+    name: str, field: NumericField, column: pl.Series, trained_R: Bool[np.ndarray, " R"]
+) -> Outcome:
+    holds = held_by(column.filter(trained_R), as_number=True)
+    number_R = numbers_of(column, holds=holds)
+    row_N = np.flatnonzero(trained_R & ~np.isnan(number_R))
+    number_N = number_R[row_N]
     if not len(number_N):
         return _NOTHING
     low, high = number_N.min(), number_N.max()
@@ -140,13 +169,50 @@ def _fit_number(name: str, field: NumericField, number_N: Float64[np.ndarray, " 
     if field.transform == "bucketise":
         share = np.arange(1, field.num_buckets) / field.num_buckets
         edges = np.unique(np.quantile(number_N, share, method="inverted_cdf"))
-        return Outcome(Buckets(name=name, edges=tuple(edges[edges < high].tolist())), note)
+        kept = tuple(edges[edges < high].tolist())
+        return Outcome(Buckets(name=name, edges=kept, holds=holds), note)
     logarithm = field.transform == "log1p_standardise"
     scaled_N = log1p(number_N) if logarithm else number_N
-    mean, std = float(scaled_N.mean()), float(scaled_N.std())
+    with np.errstate(over="ignore", invalid="ignore"):  # what overflows is refused
+        mean, std = float(scaled_N.mean()), float(scaled_N.std())
+    if not np.isfinite([mean, std]).all():
+        raise _too_large(column, int(row_N[np.abs(number_N).argmax()]))
     if low == high or std == 0:
         mean, std = float(scaled_N[0]), 1.0
-    return Outcome(Number(name=name, log1p=logarithm, mean=mean, std=std), note)
+    note = note or _flattened(field, number_N, column.gather(row_N))
+    return Outcome(Number(name=name, log1p=logarithm, mean=mean, std=std, holds=holds), note)
+
+
+def _too_large(column: pl.Series, row: int) -> DataError:
+    return DataError(
+        f"column {column.name!r}, row {1 + row}: {column[row]!r} is too large to standardise: "
+        'correct it, or set transform = "log1p_standardise" or "bucketise"',
+        column=column.name,
+        row=1 + row,
+        value=column[row],
+    )
+
+
+def _flattened(field: NumericField, number_N: Float64[np.ndarray, " N"], shown: pl.Series) -> str:
+    """Say if outliers make the others nearly equal, with a transform that helps."""
+    log_N = log1p(number_N)
+    furthest = _flattening(number_N if field.transform == "standardise" else log_N)
+    if furthest is None:
+        return ""
+    helps = [] if _flattening(log_N) is not None else ['"log1p_standardise"']
+    fixes = " or ".join([*helps, '"bucketise"'])
+    return (
+        f"has a value so far away, {shown[furthest]!r}, that nearly all of the {len(number_N):,} "
+        f"become equal: correct it, or set transform = {fixes}"
+    )
+
+
+def _flattening(scaled_N: Float64[np.ndarray, " N"]) -> int | None:
+    """Return the furthest value, if the few furthest make the others nearly equal."""
+    order_N = np.argsort(np.abs(scaled_N - np.median(scaled_N)), kind="stable")
+    rest = scaled_N[order_N[: -math.ceil(_FEW_FAR * len(order_N))]]
+    flat = len(rest) and 0 < rest.std() < _FLAT * scaled_N.std()
+    return int(order_N[-1]) if flat else None
 
 
 def _fit_vector(name: str, field: VectorField, value_NW: Float32[np.ndarray, "N W"]) -> Outcome:

@@ -12,11 +12,12 @@ from typing import Annotated, Literal
 import numpy as np
 import polars as pl
 from jaxtyping import Bool, Float32, Float64, Int64, Shaped
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from foretaste.config import Config
-from foretaste.data.features_columns import bags_of, joint_of, numbers_of, texts_of, vectors_of
+from foretaste.data.features_columns import BETWEEN, bags_of, joint_of, vectors_of
 from foretaste.data.features_text import embed_texts
+from foretaste.data.features_values import Held, held_by, numbers_of, texts_of
 from foretaste.data.vocabulary import Vocabulary
 from foretaste.errors import ConfigError
 
@@ -39,6 +40,17 @@ class Values(Config):
     texts: tuple[str, ...]
     rare: NonNegativeInt
     """Training rows of values left out of `texts`: what the bucket of the unseen learns from."""
+    holds: Held = "text"
+    """What the column held in training, as which a text is read; of a cross, text."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_before(cls, stored: object) -> object:
+        """Read what an earlier version wrote, which kept times as Polars spells them."""
+        if not isinstance(stored, dict) or "holds" in stored:
+            return stored
+        texts, holds = _iso(pl.Series("", stored["texts"], dtype=pl.String))
+        return stored | {"texts": tuple(texts), "holds": holds}
 
     @cached_property
     def _vocabulary(self) -> Vocabulary:
@@ -92,7 +104,7 @@ class Categories(Config):
         return self._codes(column)
 
     def _codes(self, column: pl.Series) -> Int64[np.ndarray, " R"]:
-        return self.values.codes(texts_of(column))
+        return self.values.codes(texts_of(column, holds=self.values.holds))
 
     def says(self, code_R: Int64[np.ndarray, " R"]) -> Bool[np.ndarray, " R"]:
         """Return which codes say something."""
@@ -106,6 +118,31 @@ class Cross(Config):
     name: str
     of: tuple[str, ...]
     values: Values
+    holds: tuple[Held, ...] = ()
+    """What each column held in training; empty: text."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_before(cls, stored: object) -> object:
+        """Read what an earlier version wrote, which kept times as Polars spells them."""
+        if (
+            not isinstance(stored, dict)
+            or "holds" in stored
+            or not isinstance(stored["values"], dict)
+        ):
+            return stored
+        values = stored["values"]
+        parts = pl.DataFrame(
+            [text.split(BETWEEN) for text in values["texts"]],
+            orient="row",
+            schema=dict.fromkeys(stored["of"], pl.String),
+        )
+        columns = [_iso(column) for column in parts]
+        texts = joint_of([text for text, _ in columns])
+        return stored | {
+            "values": values | {"texts": tuple(texts)},
+            "holds": tuple(holds for _, holds in columns),
+        }
 
     @property
     def num_codes(self) -> int:
@@ -119,7 +156,7 @@ class Cross(Config):
 
     def encode(self, *columns: pl.Series) -> Int64[np.ndarray, " R"]:
         """Return local codes, from the crossed columns in the order of `of`."""
-        return self.values.codes(joint_of(columns))
+        return self.values.codes(joint_of(columns, holds=self.holds))
 
     def says(self, code_R: Int64[np.ndarray, " R"]) -> Bool[np.ndarray, " R"]:
         """Return which codes say something."""
@@ -133,6 +170,8 @@ class Buckets(Config):
     name: str
     edges: tuple[float, ...]
     """Bucket b holds numbers above `edges[b - 1]` and up to `edges[b]`."""
+    holds: Held | None = None
+    """What the column held in training; None: numbers or times."""
 
     @property
     def num_codes(self) -> int:
@@ -146,7 +185,7 @@ class Buckets(Config):
 
     def encode(self, column: pl.Series) -> Int64[np.ndarray, " R"]:
         """Return local codes."""
-        number_R = numbers_of(column)
+        number_R = numbers_of(column, holds=self.holds)
         bucket_R = np.searchsorted(np.array(self.edges), number_R, side="left")
         return np.where(np.isnan(number_R), MISSING, bucket_R + 1)
 
@@ -165,7 +204,7 @@ class Bag(Config):
 
     def encode(self, column: pl.Series) -> tuple[Int64[np.ndarray, " N"], Int64[np.ndarray, " N"]]:
         """Return the local codes of all rows and the row of each; a missing bag holds one code."""
-        text_N, row_N = bags_of(column, separator=self.separator)
+        text_N, row_N = bags_of(column, separator=self.separator, holds=self.values.holds)
         code_N = self.values.codes(text_N)
         empty = np.flatnonzero(np.bincount(row_N, minlength=len(column)) == 0)
         row_N = np.concatenate([row_N, empty])
@@ -180,13 +219,16 @@ class Number(Config):
     log1p: bool
     mean: float
     std: float = Field(gt=0)
+    holds: Held | None = None
+    """What the column held in training; None: numbers or times."""
 
     def encode(self, column: pl.Series) -> tuple[Float32[np.ndarray, " R"], Bool[np.ndarray, " R"]]:
         """Return numbers, 0 where missing, and which are there."""
-        number_R = numbers_of(column)
+        number_R = numbers_of(column, holds=self.holds)
         present_R = ~np.isnan(number_R)
-        scaled_R = (log1p(number_R) if self.log1p else number_R) - self.mean
-        held_R = np.clip(scaled_R / self.std, -_FURTHEST, _FURTHEST)
+        with np.errstate(over="ignore"):  # what overflows is held as well
+            scaled_R = (log1p(number_R) if self.log1p else number_R) - self.mean
+            held_R = np.clip(scaled_R / self.std, -_FURTHEST, _FURTHEST)
         return np.where(present_R, held_R, 0.0).astype(np.float32), present_R
 
 
@@ -254,6 +296,15 @@ class Sentence(Config):
                 )
             value_RW[present_R] = vector_NW[place_N.to_numpy()]
         return value_RW, present_R
+
+
+def _iso(texts: pl.Series) -> tuple[pl.Series, Held]:
+    """Return distinct texts as they are spelled now, and what they hold."""
+    holds = held_by(texts)
+    spelled = texts_of(texts, holds=holds)
+    if spelled.n_unique() < texts.n_unique():
+        return texts, "text"
+    return spelled, holds
 
 
 Codes = Annotated[Categories | Buckets | Cross, Field(discriminator="kind")]

@@ -10,7 +10,7 @@ import polars as pl
 from jaxtyping import Bool
 
 from foretaste.arguments import checked
-from foretaste.data.features_columns import numbers_of, texts_of
+from foretaste.data.features_values import numbers_of, texts_of
 from foretaste.data.fields import (
     CategoricalField,
     FeatureSchema,

@@ -25,6 +25,7 @@ from foretaste.data.features_fitted import (
     Vectorised,
 )
 from foretaste.data.features_table import FieldTable
+from foretaste.data.tables import open_source
 
 
 class FieldSide(Config):
@@ -88,15 +89,21 @@ class FieldSide(Config):
         sizes += [bag.values.num_codes for bag in self.bags]
         return [0, *np.cumsum(sizes, dtype=np.int64).tolist()]
 
-    def encode(self, frame: pl.DataFrame) -> FieldTable:
+    def encode(self, frame: object) -> FieldTable:
         """Encode rows; a row's result does not depend on the others.
 
         A column that the frame lacks is missing in every row; further columns do not matter.
+
+        Args:
+            frame: Any table: Polars, pandas, Arrow.
 
         Raises:
             DataError: A column is not of its field's kind; the message names row and value.
             ConfigError: A text needs an encoder that is not there.
         """
+        if not isinstance(frame, pl.DataFrame):
+            opened = open_source(frame, role="the table of features")
+            frame = opened.read([name for name in opened.columns if name in self.columns], []).frame
         num_rows = frame.height
         columns = {
             name: frame[name] if name in frame.columns else _missing(name, num_rows)

@@ -16,7 +16,7 @@ from foretaste.errors import ConfigError
 
 
 class CategoricalField(Config):
-    """One of several values: text, whole numbers, truth values, dates. `42` and `"42"` are one."""
+    """One of several values: text, numbers, truth values, dates. `42` and `"42"` are one."""
 
     kind: Literal["categorical"] = "categorical"
     min_count: PositiveInt = 1
@@ -42,7 +42,7 @@ class MultiField(Config):
 
 
 class NumericField(Config):
-    """A number, or a date or time, which counts as days since 1970."""
+    """A number; of dates and times the days since 1970, of durations and times of day seconds."""
 
     kind: Literal["numeric"] = "numeric"
     transform: Literal["standardise", "bucketise", "log1p_standardise"] = "standardise"

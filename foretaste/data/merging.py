@@ -12,7 +12,7 @@ import polars as pl
 from jaxtyping import Int32, Int64, Shaped, UInt8
 
 from foretaste.data.column_types import kept
-from foretaste.data.features_columns import texts_of
+from foretaste.data.features_values import texts_of
 from foretaste.data.interactions import Interactions
 from foretaste.data.vocabulary import Vocabulary
 from foretaste.errors import DataError

@@ -14,8 +14,9 @@ import polars as pl
 from jaxtyping import Bool, Float64, Int64
 from scipy.sparse import csr_array
 
-from foretaste.data.features_columns import bags_of, numbers_of, texts_of
+from foretaste.data.features_columns import bags_of
 from foretaste.data.features_inspect import separator_of
+from foretaste.data.features_values import numbers_of, texts_of
 from foretaste.data.ranges import ranges
 from foretaste.data.vocabulary import number_ids
 from foretaste.errors import DataError, did_you_mean

@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 from jaxtyping import Int64
 
-from foretaste.data.features_columns import texts_of
+from foretaste.data.features_values import texts_of
 from foretaste.errors import DataError
 from foretaste.serving.item_labels import Carried, ItemLabels, Labels
 from foretaste.serving.new_items import Told

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from foretaste.data.features import FieldSide, FieldTable, concat_rows
+from foretaste.data.features_values import cell_of
 from foretaste.errors import DataError, did_you_mean
 from foretaste.models.interface import JudgesNewItems, Ranker
 from foretaste.models.two_stage import placer, reads_moments, reads_profiles, second_stage
@@ -118,16 +119,6 @@ class Profiles:
                     f"{name!r} is no feature of {role}s; the model reads {', '.join(side.columns)}"
                     f"{did_you_mean(name, side.columns)}"
                 )
-        read = [_cell(name, value) for name, value in told.items() if name in side.columns]
+        read = [cell_of(name, value) for name, value in told.items() if name in side.columns]
         row = side.encode(pl.DataFrame(read)) if read else None
         return row if row is not None and bool(row.present_RF.any()) else None
-
-
-def _cell(name: str, value: object) -> pl.Series:
-    """Return a value as a column of one row."""
-    try:
-        return pl.Series(name, [value])
-    except (TypeError, OverflowError, pl.exceptions.PolarsError) as error:
-        raise DataError(
-            f"column {name!r} cannot hold {value!r}: give a number, a text, or a list of one kind"
-        ) from error

@@ -1,0 +1,366 @@
+"""What a value of a feature is, whether it comes in a table, as JSON or as text.
+
+What a column holds is found once, when training is fitted to it, and kept. A value that comes
+later, in a table, as JSON or as text, is read as what the column held: a date may then come as a
+date or as ISO text, a number as text of digits, and all are the same feature.
+
+A message names the column, the row and the value. Rows are counted from 1, header not counted.
+
+Shape legend: R rows.
+"""
+
+from collections.abc import Callable
+from datetime import UTC, datetime, time, timedelta
+from decimal import Decimal
+from enum import Enum
+from typing import Any, Literal
+from uuid import UUID
+
+import numpy as np
+import polars as pl
+from jaxtyping import Float64
+from pydantic import TypeAdapter, ValidationError
+
+from foretaste.data.columns import canonical_ids
+from foretaste.errors import DataError
+
+Held = Literal["text", "number", "truth", "time", "clock", "duration"]
+"""What a column held in training: `time` is a date or a time of some date, `clock` of any day."""
+
+_WANTED: dict[Held, str] = {
+    "text": "a text",
+    "number": "a number",
+    "truth": "true or false",
+    "time": 'a date or time, such as "2024-02-29" or "2024-02-29T12:30:00Z"',
+    "clock": 'a time of day, such as "12:30:00"',
+    "duration": 'a duration, such as "PT1H30M"',
+}
+_SECONDS_PER_DAY = 86_400
+_DAYS = (-719_162, 2_932_896)
+"""From year 1 to year 9999."""
+_WHOLE = 2.0**53
+"""Up to here a 64-bit float holds every whole number."""
+_ISO_TIME = r"^\d{4}-\d{2}-\d{2}([T ]\d{2}:\d{2}(:\d{2}(\.\d+)?)?(Z|[+-]\d{2}:?\d{2})?)?$"
+_DURATION = TypeAdapter(timedelta)
+
+
+def held_by(column: pl.Series, *, as_number: bool = False) -> Held:
+    """Return what a column holds; of lists, what they hold.
+
+    Text whose every value is an ISO date or time holds times.
+
+    Args:
+        column: Of training.
+        as_number: Whether a number is made of it: text may then hold any kind.
+    """
+    if isinstance(column.dtype, pl.List | pl.Array):
+        column = column.explode()
+    dtype = column.dtype
+    if dtype == pl.Boolean:
+        return "truth"
+    if dtype.is_numeric():
+        return "number"
+    if dtype.is_temporal():
+        return _held_by_times(column)
+    if not is_text(column):
+        return "number" if as_number else "text"
+    text = column.cast(pl.String).unique().drop_nulls()
+    text = text.filter(text != "")
+    if as_number:
+        return _most_like(text)
+    is_time = len(text) and text.str.contains(_ISO_TIME).all()
+    return "time" if is_time and not _typed(text, "time").null_count() else "text"
+
+
+def _held_by_times(column: pl.Series) -> Held:
+    match column.dtype:
+        case pl.Time():
+            return "clock"
+        case pl.Duration():
+            return "duration"
+    return "time"
+
+
+def _most_like(text: pl.Series) -> Held:
+    """Return the kind of which most distinct texts are; numbers, where no other is of more."""
+    kinds: tuple[Held, ...] = ("number", "time", "clock", "duration", "truth")
+    if not _typed(text, "number").null_count():
+        return "number"
+    return min(kinds, key=lambda holds: _typed(text, holds).null_count())
+
+
+def texts_of(column: pl.Series, *, holds: Held = "text") -> pl.Series:
+    """Return categories as text, null where missing.
+
+    Whole numbers are the text of their digits, whatever their type, so that 42, 42.0 and "42" are
+    one category; truth values are `true` and `false`; dates and times are ISO text in UTC, without
+    a time at midnight; durations are ISO text. Other text stays as it is, blanks and case too. NaN
+    and empty text are missing.
+
+    Args:
+        column: The values.
+        holds: What the column held in training: text is read as that, where it can be.
+
+    Raises:
+        DataError: The column holds lists, bytes or the like, or an infinite number.
+    """
+    column = single_of(column)
+    if column.dtype != pl.String:
+        if holds == "number" and column.dtype == pl.Boolean:
+            column = column.cast(pl.Int8)
+        text = _spelled(column)
+        return text if holds != "truth" or column.dtype == pl.Boolean else _respelled(text, holds)
+    return _respelled(column.set(column == "", None), holds)
+
+
+def single_of(column: pl.Series) -> pl.Series:
+    """Return a column of single values, text of any type as `String`."""
+    dtype = column.dtype
+    if dtype == pl.Object:
+        column = canonical_ids(column)
+    elif dtype == pl.Binary or dtype.is_nested():
+        raise DataError(
+            f"column {column.name!r} holds {dtype}, and a category is text, a number or a date: "
+            'set its kind to "multi" or "vector", or leave the column out',
+            column=column.name,
+        )
+    return column.cast(pl.String) if is_text(column) else column
+
+
+def is_text(column: pl.Series) -> bool:
+    """Return whether a column's type is one of text."""
+    return isinstance(column.dtype, pl.String | pl.Categorical | pl.Enum)
+
+
+def _spelled(column: pl.Series) -> pl.Series:
+    """Return the one text of each value that is no text already."""
+    dtype = column.dtype
+    if dtype.is_decimal():
+        column, dtype = column.cast(pl.Float64), pl.Float64()
+    if dtype.is_float():
+        return _texts_of_floats(column)
+    if dtype == pl.Datetime:
+        text = _in_utc(column).dt.to_string("%Y-%m-%dT%H:%M:%S%.f")
+        return text.str.strip_suffix("T00:00:00")
+    if dtype == pl.Time:
+        return column.dt.to_string("%H:%M:%S%.f")
+    if dtype == pl.Duration:
+        return column.dt.cast_time_unit("us").dt.to_string("iso")
+    return column.cast(pl.String)
+
+
+def _in_utc(column: pl.Series) -> pl.Series:
+    """Return times without a zone; those that have none are taken as UTC."""
+    if column.dtype.time_zone is not None:  # type: ignore[attr-defined]  # Datetime has it
+        column = column.dt.convert_time_zone("UTC").dt.replace_time_zone(None)
+    return column.dt.cast_time_unit("us")
+
+
+def _texts_of_floats(column: pl.Series) -> pl.Series:
+    shortest = column.cast(pl.String)  # of 32 bits: 2.1, where 64 bits are 2.0999999046325684
+    column = column.cast(pl.Float64).fill_nan(None)
+    _refuse(column, column.is_infinite(), "is not a category: correct it, or leave it missing")
+    whole = ((column == column.round()) & (column.abs() <= _WHOLE)).fill_null(value=False)
+    digits = column.set(~whole, None).cast(pl.Int64).cast(pl.String)
+    return digits.zip_with(whole, shortest.set(column.is_null(), None))
+
+
+def _respelled(text: pl.Series, holds: Held) -> pl.Series:
+    """Return text as what the column held is spelled; what is none of it stays as it is."""
+    if holds == "text" or not text.count():
+        return text
+    typed = _typed(text, holds)
+    if holds == "number":
+        typed = typed.set(typed.is_infinite(), None)
+    spelled = _spelled(typed)
+    if holds == "number":  # digits are exact, however many
+        whole = text.cast(pl.Int128, strict=False).cast(pl.String)
+        spelled = whole.zip_with(whole.is_not_null(), spelled)
+    return spelled.zip_with(spelled.is_not_null(), text)
+
+
+def _typed(text: pl.Series, holds: Held) -> pl.Series:
+    """Return text read as what a column held, null where it is none of that."""
+    if holds == "number":
+        return text.cast(pl.Float64, strict=False)
+    read, dtype = _READERS[holds]
+    distinct = text.drop_nulls().unique()
+    if not len(distinct):
+        return pl.repeat(None, len(text), dtype=dtype, eager=True).alias(text.name)
+    values = pl.Series([read(value) for value in distinct], dtype=dtype)
+    return text.replace_strict(distinct, values, default=None, return_dtype=dtype)
+
+
+def _read_time(text: str) -> datetime | None:
+    try:
+        read = datetime.fromisoformat(text.strip())
+        return (read.astimezone(UTC) if read.tzinfo else read).replace(tzinfo=None)
+    except (ValueError, OverflowError):
+        return None
+
+
+def _read_clock(text: str) -> time | None:
+    try:
+        read = time.fromisoformat(text.strip())
+    except ValueError:
+        return None
+    return None if read.tzinfo else read
+
+
+def _read_duration(text: str) -> timedelta | None:
+    try:
+        return _DURATION.validate_python(text.strip())
+    except (ValidationError, OverflowError):
+        return None
+
+
+def _read_truth(text: str) -> bool | None:
+    return {"true": True, "1": True, "false": False, "0": False}.get(text.strip().lower())
+
+
+_READERS: dict[Held, tuple[Callable[[str], object], Any]] = {
+    "truth": (_read_truth, pl.Boolean()),
+    "time": (_read_time, pl.Datetime("us")),
+    "clock": (_read_clock, pl.Time()),
+    "duration": (_read_duration, pl.Duration("us")),
+}
+
+
+def numbers_of(column: pl.Series, *, holds: Held | None = None) -> Float64[np.ndarray, " R"]:
+    """Return numbers, NaN where missing.
+
+    Dates and times are days since 1970, times of day seconds since midnight, durations seconds;
+    true is 1.
+
+    Args:
+        column: The values.
+        holds: What the column held in training; None: text may be numbers or times.
+
+    Raises:
+        DataError: It is not of numbers, or not of what training held, or one is infinite.
+    """
+    if column.dtype == pl.Binary or column.dtype.is_nested():
+        raise DataError(
+            f"column {column.name!r} holds {column.dtype}, and a numeric field numbers, dates, "
+            "times or durations: set another kind, or leave the column out",
+            column=column.name,
+        )
+    column = single_of(column)
+    column = column.fill_nan(None) if column.dtype.is_float() else column
+    numbers = _numbers(column, holds)
+    broken = numbers.is_null() & column.is_not_null()
+    if column.dtype == pl.String:
+        broken &= column != ""
+    wanted = _WANTED[holds or "number"]
+    fix = 'correct it, leave it missing, or set kind = "categorical"'
+    _refuse(column, broken, f"is not {wanted}: {fix}")
+    _refuse(column, numbers.is_infinite(), "is infinite: correct it, or leave it missing")
+    return numbers.fill_null(np.nan).to_numpy(writable=True)
+
+
+def _numbers(column: pl.Series, holds: Held | None) -> pl.Series:
+    """Return 64-bit floats, null where there is none of what the column held."""
+    dtype = column.dtype
+    if dtype == pl.String:
+        numbers = _numbers(_typed(column, holds or "number"), holds)
+        if holds is None and numbers.null_count() > column.null_count():
+            numbers = numbers.fill_null(_numbers(_typed(column, "time"), "time"))
+        return numbers
+    if dtype.is_temporal():
+        strange = holds is not None and _held_by_times(column) != holds
+        numbers = _spans(column)
+        return numbers.clear(len(numbers)) if strange else numbers
+    if dtype in (pl.Float32, pl.Float16):
+        column = column.cast(pl.String)  # the number that people wrote: 2.1, not 2.0999999
+    numbers = column.cast(pl.Float64, strict=False)
+    if holds == "time":
+        numbers = numbers.set(~numbers.is_between(*_DAYS), None)
+    return numbers
+
+
+def _spans(column: pl.Series) -> pl.Series:
+    """Return dates and times as days since 1970; times of day and durations as seconds."""
+    if column.dtype == pl.Date:
+        return column.cast(pl.Int32).cast(pl.Float64)
+    if column.dtype == pl.Datetime:
+        return column.dt.epoch("s").cast(pl.Float64) / _SECONDS_PER_DAY
+    if column.dtype == pl.Time:
+        return column.cast(pl.Int64).cast(pl.Float64) / 1e9
+    return column.dt.total_microseconds().cast(pl.Float64) / 1e6
+
+
+def cell_of(name: str, value: object) -> pl.Series:
+    """Return one value of the caller's, from JSON or from Python, as a column of one row.
+
+    Args:
+        name: The column's.
+        value: A text, number, truth value, date, time or duration, of Python, NumPy or pandas; a
+            list or an array of one kind; None, NaN, NaT or NA where it is missing.
+
+    Raises:
+        DataError: It is something else.
+    """
+    try:
+        column = pl.Series(name, [_plain(value)])
+        if column.dtype == pl.Object or column.dtype == pl.Struct:
+            raise TypeError
+    except (TypeError, ValueError, OverflowError, pl.exceptions.PolarsError) as error:
+        raise DataError(
+            f"column {name!r} cannot hold {_short(value)}: give a text, a number, true or false, a "
+            "date, or a list of one kind",
+            column=name,
+            value=value,
+        ) from error
+    return column
+
+
+def _plain(value: object) -> object:
+    """Return a value as Polars takes it; whole numbers among fractions as fractions."""
+    if isinstance(value, set | frozenset):
+        value = sorted(value, key=str)
+    elif not isinstance(value, np.generic | pl.Series) and hasattr(value, "tolist"):
+        value = value.tolist()
+    if not isinstance(value, list | tuple):
+        return _plainsingle_of(value)
+    parts = [_plain(part) for part in value]
+    if {type(part) for part in parts if part is not None} == {int, float}:
+        return [float(part) if isinstance(part, int | float) else None for part in parts]
+    return parts
+
+
+def _plainsingle_of(value: object) -> object:
+    match value:
+        case np.datetime64() | np.timedelta64():
+            return pl.Series(np.array([value]).astype(f"{value.dtype.kind}8[us]"))[0]
+        case Decimal() if not value.is_finite():
+            return float(value)
+        case UUID():
+            return str(value)
+        case Enum():
+            return _plain(value.value)
+        case time() if value.tzinfo is not None:
+            raise ValueError(value)
+    missing = type(value).__name__ in ("NAType", "NaTType")  # of pandas, which may not be there
+    return None if missing else value
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}…"
+
+
+def _refuse(column: pl.Series, wrong: pl.Series, why: str) -> None:
+    wrong = wrong.fill_null(value=False)
+    if wrong.any():
+        row = wrong.arg_max() or 0
+        raise DataError(
+            f"column {column.name!r}{at_row(column, row)}: {column[row]!r} {why}",
+            column=column.name,
+            row=1 + row,
+            value=column[row],
+        )
+
+
+def at_row(column: pl.Series, row: int) -> str:
+    """Return where a row is; nothing of the only one, which is a request's."""
+    return f", row {1 + row}" if len(column) > 1 else ""
