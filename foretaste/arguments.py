@@ -24,6 +24,7 @@ from typing import (
     get_type_hints,
 )
 
+import numpy as np
 from annotated_types import Ge, Gt, Le, Lt
 
 from foretaste.config import Config, plain, shown
@@ -94,8 +95,10 @@ def as_list(values: object) -> list[Any] | None:
     Lists, tuples, sets, views, generators, NumPy arrays, and the series of pandas, Polars and
     Arrow are collections.
     """
-    if isinstance(values, str | bytes | bytearray | Mapping) or hasattr(values, "columns"):
+    if isinstance(values, str | bytes | bytearray | Mapping) or hasattr(type(values), "columns"):
         return None
+    if isinstance(values, np.ndarray) and values.dtype.kind == "M" and values.ndim:
+        return list(values)  # its own list makes numbers of some times
     for name in ("tolist", "to_list", "to_pylist"):  # NumPy and pandas, Polars, Arrow
         if callable(method := getattr(type(values), name, None)):
             found: object = method(values)

@@ -280,6 +280,8 @@ def _is_wish(sentence: str) -> bool:
 
 def shown(value: object) -> str:
     """Return a value as it may stand in a message: short, and never another library's words."""
+    if isinstance(value, int) and value.bit_length() > 10_000:  # Python does not print it
+        return "a number of thousands of digits"
     if isinstance(value, str | int | float | bool | None):
         text = repr(value)
     elif isinstance(value, type):

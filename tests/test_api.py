@@ -219,11 +219,18 @@ def test_similar_items_are_of_the_same_kind(films: Served) -> None:
     assert not any(is_space(item) for item in ids(reply))
 
 
-@pytest.mark.parametrize("item", ["zzz", "131"])
-def test_an_item_without_an_event_has_no_similar_ones(films: Served, item: str) -> None:
+@pytest.mark.parametrize("item", ["zzz", "0120", "120.0"])
+def test_an_item_that_the_catalogue_has_not_is_not_found(films: Served, item: str) -> None:
     reply = films.http.get(f"/v1/items/{item}/similar")
     assert reply.status_code == 404
-    assert item in reply.json()["error"]
+    assert f"no item has the id '{item}'" in reply.json()["error"]
+    assert ("did you mean 120?" in reply.json()["error"]) == (item != "zzz")
+
+
+def test_an_item_of_which_the_model_knows_nothing_has_no_similar_ones(films: Served) -> None:
+    reply = films.http.get("/v1/items/131/similar")  # in the item table, and of no event
+    assert (reply.status_code, reply.json()["items"]) == (200, [])
+    assert "131" in reply.json()["notes"][0]
 
 
 def test_an_id_with_slashes_and_signs_is_found_in_a_path(tmp_path: Path) -> None:

@@ -1,10 +1,18 @@
 """One answer for everybody, whatever the model: ids in, ids out, and where each row came from."""
 
+import datetime as dt
 import inspect
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from decimal import Decimal
+from functools import cache
+from uuid import UUID
 
 import numpy as np
+import pandas as pd
 import polars as pl
+import pyarrow as pa
 import pytest
 import torch
 from serving_worlds import (
@@ -18,7 +26,9 @@ from serving_worlds import (
 )
 
 from foretaste.data.batch import Queries
-from foretaste.errors import ConfigError, DataError
+from foretaste.data.reading import read_interactions
+from foretaste.data.vocabulary import Vocabulary
+from foretaste.errors import ConfigError, DataError, ForetasteError
 from foretaste.serving import histories as histories_module
 from foretaste.serving.answer import Answer
 from foretaste.serving.building import build_recommender
@@ -76,7 +86,7 @@ def test_a_stranger_with_a_history_is_folded_in(recommender: Recommender) -> Non
 def test_somebody_of_whom_nothing_is_known_gets_what_is_popular(recommender: Recommender) -> None:
     counts = recommender.trained.events.item_count
     expected = [500 + int(row) for row in np.argsort(-counts, kind="stable")[:6]]
-    for stranger in (None, "", "nobody", 10**30, -1, float("nan"), 100 + SILENT_USER):
+    for stranger in (None, "nobody", 10**30, -1, "0100", 100 + SILENT_USER):
         answer = recommender.recommend(stranger, k=6)
         assert ids(answer) == expected
         assert [row.score for row in answer.rows] == [counts[i - 500] for i in expected]
@@ -154,25 +164,259 @@ def test_a_list_longer_than_the_catalogue_holds_all_of_it(recommender: Recommend
         assert len(left.rows) == NUM_ITEMS - len(past(recommender, 100))
 
 
-@pytest.mark.parametrize("k", [0, -1, 1_000_001, True])
+@pytest.mark.parametrize("k", [0, -1, 1_000_001, True, 10**50, 2.5, "3", None, [3]])
 def test_an_absurd_k_is_refused(recommender: Recommender, k: int) -> None:
     for ask in (
         lambda: recommender.recommend(k=k),
         lambda: recommender.similar(503, k),
         lambda: recommender.recommend_many([100], k=k),
     ):
-        with pytest.raises(DataError, match="ask for 1 to 1000000"):
+        with pytest.raises(ForetasteError) as caught:
             ask()
+        assert (caught.value.name, caught.value.value) == ("k", k)
+    assert recommender.recommend(k=np.int64(3)) == recommender.recommend(k=3)
 
 
-def test_a_text_in_place_of_a_list_is_refused(recommender: Recommender) -> None:
+# Lists of ids
+
+LISTS = {
+    "list": list,
+    "tuple": tuple,
+    "dictionary": lambda ids: dict.fromkeys(ids).keys(),
+    "generator": iter,
+    "NumPy": np.array,
+    "NumPy of another size": lambda ids: np.array(ids, dtype=np.int16),
+    "NumPy floats": lambda ids: np.array(ids, dtype=np.float32),
+    "pandas": pd.Series,
+    "pandas with its own type": lambda ids: pd.Series(ids, dtype="Int64"),
+    "pandas index": pd.Index,
+    "pandas categories": pd.Categorical,
+    "Polars": pl.Series,
+    "Polars decimals": lambda ids: pl.Series(ids, dtype=pl.Decimal(10, 2)),
+    "Arrow": pa.array,
+    "Arrow in chunks": lambda ids: pa.chunked_array([ids]),
+    "torch": torch.tensor,
+}
+
+
+@pytest.mark.parametrize("kind", LISTS)
+@pytest.mark.parametrize("ids_given", [[503], [503, 507, 511], []])
+def test_whatever_holds_ids_one_after_the_other_is_a_list_of_ids(
+    kind: str, ids_given: list[int]
+) -> None:
+    recommender = popular()
+    make = LISTS[kind]
     for name in ("history", "allow", "deny"):
-        with pytest.raises(DataError, match=f"{name} is the text '503'"):
-            recommender.recommend(**{name: "503"})
-    with pytest.raises(DataError, match="user_ids is the text"):
-        recommender.recommend_many("100")
-    with pytest.raises(DataError, match=r"history holds \[503\]"):
-        recommender.recommend(history=[[503]])
+        expected = recommender.recommend(**{name: ids_given}, k=5)
+        assert recommender.recommend(**{name: make(ids_given)}, k=5) == expected
+    users = [user - 400 for user in ids_given]
+    lists = recommender.recommend_many(make(users), k=3)
+    assert lists.equals(recommender.recommend_many(users, k=3))
+    assert lists.schema["user_id"] == pl.Int64
+    assert recommender.explain_many(make(ids_given), make(ids_given)) == recommender.explain_many(
+        ids_given, ids_given
+    )
+
+
+def test_a_set_is_a_list_too() -> None:
+    recommender = popular()
+    assert recommender.recommend(deny={503}, k=9) == recommender.recommend(deny=[503], k=9)
+
+
+def test_the_first_item_of_a_catalogue_is_an_item_like_others() -> None:
+    # Its id is 0: false to Python, and so is an array of it alone.
+    events = make_events()
+    zero = replace(events, items=Vocabulary(pl.Series(range(NUM_ITEMS + 1))))
+    recommender = build_recommender(make_trained("popularity", zero))
+    assert recommender.recommend(k=1).rows[0].item_id == 0
+    for deny in ([0], (0,), np.array([0]), pl.Series([0]), {0: None}.keys()):
+        assert recommender.recommend(k=1, deny=deny).rows[0].item_id == 1
+    assert recommender.recommend(history=np.array([0]), k=1).source == "fold-in"
+
+
+NO_LISTS = {
+    "text": "503",
+    "bytes": b"503",
+    "number": 503,
+    "float": 503.0,
+    "truth": True,
+    "array of none": np.array(503),
+    "dictionary": {503: 1},
+    "Polars table": pl.DataFrame({"item_id": [503]}),
+    "lazy table": pl.LazyFrame({"item_id": [503]}),
+    "pandas table": pd.DataFrame({"item_id": [503]}),
+    "Arrow table": pa.table({"item_id": [503]}),
+    "object": object(),
+    "expression": pl.col("item_id"),
+}
+
+
+@pytest.mark.parametrize("kind", NO_LISTS)
+def test_what_is_no_list_of_ids_is_refused_by_its_name(kind: str) -> None:
+    given = NO_LISTS[kind]
+    for name, ask in DOORS.items():
+        with pytest.raises(DataError, match=f"{name} is ") as caught:
+            ask(popular(), given)
+        assert (caught.value.name, caught.value.value) == (name, given)
+
+
+NO_IDS = {
+    "None": None,
+    "NaN": float("nan"),
+    "NumPy's NaN": np.float32("nan"),
+    "a decimal NaN": Decimal("NaN"),
+    "a decimal NaN that signals": Decimal("sNaN"),
+    "pandas' NA": pd.NA,
+    "NaT": pd.NaT,
+    "NumPy's NaT": np.datetime64("NaT"),
+    "infinity": float("inf"),
+    "truth": True,
+    "NumPy's truth": np.bool_(1),
+    "fraction": 503.5,
+    "empty text": "",
+    "list": [503],
+    "tuple": (503,),
+    "dictionary": {"item_id": 503},
+    "array": np.array([503]),
+    "bytes": b"503",
+    "object": object(),
+    "number that cannot be printed": 10**5000,
+}
+
+
+@pytest.mark.parametrize("kind", NO_IDS)
+@pytest.mark.parametrize("text_ids", [False, True])
+def test_what_is_no_id_is_refused_by_its_position(kind: str, *, text_ids: bool) -> None:
+    value, recommender = NO_IDS[kind], popular(text_ids=text_ids)
+    for name, ask in DOORS.items():
+        with pytest.raises(DataError, match=rf"{name}\[1\] is ") as caught:
+            ask(recommender, [503, value])
+        assert (caught.value.name, caught.value.row) == (name, 2)
+        assert caught.value.value is value
+    with pytest.raises(DataError, match="item_id is ") as caught:
+        recommender.similar(value)
+    assert caught.value.name == "item_id"
+    if value is not None:
+        with pytest.raises(DataError, match="user_id is ") as caught:
+            recommender.recommend(value)
+        assert caught.value.name == "user_id"
+
+
+DOORS = {
+    "history": lambda recommender, ids: recommender.recommend(history=ids),
+    "allow": lambda recommender, ids: recommender.recommend(allow=ids),
+    "deny": lambda recommender, ids: recommender.recommend(deny=ids),
+    "user_ids": lambda recommender, ids: recommender.recommend_many(ids),
+    "item_ids": lambda recommender, ids: recommender.explain_many([], ids),
+}
+
+
+@cache
+def popular(*, text_ids: bool = False) -> Recommender:
+    return build_recommender(make_trained("popularity", make_events(text_ids=text_ids)))
+
+
+# Every kind of id that can be read
+
+
+def _times(*texts: str) -> list[dt.datetime]:
+    return [dt.datetime.fromisoformat(text) for text in texts]
+
+
+ID_COLUMNS: dict[str, Callable[[], pl.Series | pd.Series]] = {
+    "integers": lambda: pl.Series([3, 0, -7]),
+    "small integers": lambda: pl.Series([3, 0, 7], dtype=pl.UInt8),
+    "large integers": lambda: pl.Series([2**64 - 1, 0, 7], dtype=pl.UInt64),
+    "huge integers": lambda: pl.Series([2**100, 0, -7], dtype=pl.Int128),
+    "floats": lambda: pl.Series([3.0, 0.0, 7.0]),
+    "small floats": lambda: pl.Series([3.0, 0.0, 7.0], dtype=pl.Float32),
+    "decimals": lambda: pl.Series([Decimal(3), Decimal(0), Decimal(7)]),
+    "decimals with places": lambda: pl.Series([Decimal("3.00"), Decimal("0.00"), Decimal("7.00")]),
+    "text": lambda: pl.Series(["3", "03", " 3"]),
+    "text of any sort": lambda: pl.Series(["a,b", "\u00e4/1", "\U0001f600"]),
+    "categories": lambda: pl.Series(["a", "B", "b"], dtype=pl.Categorical),
+    "enumeration": lambda: pl.Series(["a", "B", "b"], dtype=pl.Enum(["a", "B", "b"])),
+    "truth": lambda: pl.Series([True, False, True]),
+    "dates": lambda: pl.Series([dt.date(2024, 5, day) for day in (1, 2, 3)]),
+    "times": lambda: pl.Series(_times("2024-05-01", "2024-05-01T10:00:00.5", "2024-05-02")),
+    "times in nanoseconds": lambda: pl.Series(
+        _times("2024-05-01", "2024-05-01T10:00:00.5"), dtype=pl.Datetime("ns")
+    ),
+    "times of a zone": lambda: pl.Series(
+        _times("2024-05-01T10:00+00:00", "2024-07-01T10:00+00:00")
+    ).dt.convert_time_zone("Europe/Berlin"),
+    "hours": lambda: pl.Series([dt.time(10), dt.time(11, 30)]),
+    "uuids": lambda: pl.Series([UUID(int=n) for n in (1, 2, 3)], dtype=pl.Object),
+    "a mixture": lambda: pl.Series([1, "one", 2.5, 4.0, dt.date(2024, 5, 1)], dtype=pl.Object),
+    "pandas integers": lambda: pd.Series([3, 0, 7], dtype="Int64"),
+    "pandas categories": lambda: pd.Series(pd.Categorical([3, 0, 7])),
+    "pandas times": lambda: pd.Series(
+        pd.to_datetime(["2024-05-01T00:00:00.5", "2024-05-02T10:00:00.0"])
+    ),
+    "pandas times of a zone": lambda: pd.Series(
+        pd.to_datetime(["2024-05-01T10:00:00+02:00", "2024-05-02T10:00:00+02:00"])
+    ),
+    "pandas uuids": lambda: pd.Series([UUID(int=n) for n in (1, 2, 3)]),
+    "pandas mixture": lambda: pd.Series([1, "one", 4.0, UUID(int=1)], dtype=object),
+    "pandas floats": lambda: pd.Series([3.0, 0.0, 7.0]),
+    "pandas text": lambda: pd.Series(["3", "03"], dtype="string"),
+}
+
+
+@pytest.mark.parametrize("kind", ID_COLUMNS)
+def test_an_id_is_found_by_what_the_table_holds_and_by_what_answers_show(kind: str) -> None:
+    column = ID_COLUMNS[kind]()
+    values = column.to_list()
+    twice = [*range(len(values))] * 2
+    if isinstance(column, pl.Series):
+        table = pl.DataFrame(
+            {"user_id": column.gather(twice), "item_id": column.gather(sorted(twice))}
+        )
+    else:
+        taken = [column.iloc[order].reset_index(drop=True) for order in (twice, sorted(twice))]
+        table = pd.DataFrame({"user_id": taken[0], "item_id": taken[1]})
+    events = read_interactions(table, duplicates="first")
+    recommender = build_recommender(make_trained("popularity", events))
+    known = events.items.ids.to_list()
+    found = set()
+    for value in values:
+        answer = recommender.recommend(value, history=[value], k=10, exclude_seen=False)
+        assert (answer.user_known, answer.unknown_items) == (True, ()), value
+        only = recommender.recommend(allow=[value]).rows[0].item_id
+        assert only in known
+        assert recommender.recommend(deny=[value], k=10) == recommender.recommend(deny=[only], k=10)
+        assert (
+            recommender.similar(value)
+            == recommender.similar(only)
+            == recommender.similar(str(only))
+        )
+        assert recommender.recommend(history=[str(only)]).unknown_items == ()
+        found.add(only)
+    assert found == set(known)
+    lists = recommender.recommend_many(column)
+    assert set(lists["source"]) == {"model"}
+    assert set(lists["user_id"]) == set(events.users.ids)
+
+
+@pytest.mark.parametrize(
+    "asked", ["0103", "+103", " 103", "103 ", "103.0", "1_03", "\u0661\u0660\u0663"]
+)
+def test_a_text_is_no_integer_but_for_the_one_that_prints_it(asked: str) -> None:
+    recommender = popular()
+    assert recommender.recommend("103").user_known
+    assert not recommender.recommend(asked).user_known
+    assert recommender.recommend(history=[asked]).unknown_items == (asked,)
+
+
+def test_the_lists_of_many_users_are_named_so_that_they_can_be_joined() -> None:
+    recommender = popular()
+    for asked in ([103, 9], [103.0, 9.0], [Decimal(103), np.int8(9)], pd.Series([103.0, 9])):
+        lists = recommender.recommend_many(asked, k=1)
+        assert lists.select("user_id", "source").rows() == [(103, "model"), (9, "popular")]
+    assert recommender.recommend_many([103, "9"])["user_id"].to_list() == ["103", "9"]
+    assert recommender.recommend_many([2**64])["user_id"].to_list() == [str(2**64)]
+    assert recommender.recommend_many([]).schema["user_id"] == pl.Int64
+    assert popular(text_ids=True).recommend_many([]).schema["user_id"] == pl.String
 
 
 def test_since_forgets_what_was_done_before_it(recommender: Recommender) -> None:
@@ -306,9 +550,27 @@ def test_an_item_is_not_similar_to_itself_and_an_unknown_one_is_said(
 ) -> None:
     everything = recommender.similar(503, 1000)
     assert sorted(map(int, ids(everything))) == [i for i in range(500, 520) if i != 503]
-    unknown = recommender.similar("unheard", 4)
-    assert unknown.rows == recommender.recommend(k=4).rows
-    assert (unknown.source, unknown.unknown_items) == ("popular", ("unheard",))
+    silent = recommender.similar(500 + SILENT_ITEM)  # in the item table, and of no event
+    assert (silent.rows, silent.unknown_items) == ((), (500 + SILENT_ITEM,))
+    with pytest.raises(DataError, match="no item has the id 'unheard': give one") as caught:
+        recommender.similar("unheard", 4)
+    assert (caught.value.name, caught.value.value) == ("item_id", "unheard")
+
+
+@pytest.mark.parametrize(
+    ("asked", "text_ids", "near"),
+    [
+        ("I503", True, "'i503'"),
+        (" i503 ", True, "'i503'"),
+        ("0503", False, "503"),
+        ("503.0", False, "503"),
+    ],
+)
+def test_an_unknown_item_that_is_nearly_one_is_said(
+    asked: str, near: str, *, text_ids: bool
+) -> None:
+    with pytest.raises(DataError, match=f"did you mean {near}"):
+        popular(text_ids=text_ids).similar(asked)
 
 
 def test_the_reason_is_the_item_whose_removal_costs_most(recommender: Recommender) -> None:

@@ -30,8 +30,10 @@ def test_text_and_number_of_an_integer_find_the_same() -> None:
     assert known.find("42") == known.find(42) == known.find(42.0) == known.find(np.int32(42)) == 0
     for stranger in ("4_2", "42.5", 42.5, "", "x", 2**80, True, float("nan"), float("inf"), [42]):
         assert known.find(stranger) == -1, stranger
+    for other in ("042", "+42", " 42", "42.0", "4" * 5000):
+        assert known.find(other) == known.encode(pl.Series([other] * 9))[0] == -1, other
     text = vocabulary("42", "true")
-    assert text.find(42) == 0
+    assert text.find(42) == text.find(42.0) == 0
     assert text.find(True) == 1  # noqa: FBT003
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import polars as pl
 
 from foretaste.data.read_config import TimestampUnit
-from foretaste.data.vocabulary import id_text
+from foretaste.data.vocabulary import id_text, is_missing, time_text
 from foretaste.errors import DataError
 
 _TICKS = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}
@@ -42,18 +42,19 @@ def canonical_ids(ids: pl.Series) -> pl.Series:
         DataError: An id is a fraction, or the column holds lists, bytes or the like.
     """
     dtype = ids.dtype
-    if dtype == pl.Decimal and dtype.scale == 0:  # type: ignore[attr-defined]  # Decimal has it
-        ids, dtype = ids.cast(pl.Int128), pl.Int128()
+    if dtype == pl.Decimal:
+        ids = _whole_decimals(ids)
+        dtype = ids.dtype
     if dtype.is_integer():
         whole = ids.cast(pl.Int64, strict=False)
         return whole if whole.null_count() == ids.null_count() else ids.cast(pl.String)
     if dtype.is_float():
         return _whole_ids(ids.fill_nan(None))
     if dtype == pl.Object:
-        texts = [None if value is None or value != value else id_text(value) for value in ids]
+        texts = [None if is_missing(value) else id_text(value) for value in ids]
         ids = pl.Series(ids.name, texts, dtype=pl.String)
-    if dtype == pl.Datetime:
-        ids = ids.dt.cast_time_unit("us")
+    if dtype.is_temporal() and dtype != pl.Duration:
+        ids = time_text(ids)
     if dtype == pl.Binary or dtype.is_nested():
         raise DataError(
             f"column {ids.name!r} holds {dtype}: ids are integers or text, cast it to text"
@@ -64,6 +65,20 @@ def canonical_ids(ids: pl.Series) -> pl.Series:
 def _no_blanks(text: pl.Series) -> pl.Series:
     """Return text in which what is empty is missing."""
     return text.set(text == "", None)
+
+
+def _whole_decimals(ids: pl.Series) -> pl.Series:
+    whole = ids.cast(pl.Int128, strict=False)
+    fractions = (ids != whole.cast(ids.dtype, strict=False)).fill_null(value=False)
+    if fractions.any():
+        raise DataError(
+            f"column {ids.name!r}, {at_row(ids, fractions)} is a fraction: ids are integers or "
+            "text, cast the column to text if it is meant",
+            column=ids.name,
+            row=1 + (fractions.arg_max() or 0),
+            value=ids.filter(fractions)[0],
+        )
+    return whole
 
 
 def _whole_ids(ids: pl.Series) -> pl.Series:

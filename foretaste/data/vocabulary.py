@@ -1,22 +1,44 @@
-"""External ids and the rows they stand for."""
+"""External ids and the rows they stand for.
 
+One rule holds in Python, at the command line and over HTTP. A whole number is an integer, however
+it is typed: 3, 3.0, NumPy's and `Decimal`'s. A text is what it is, letter by letter; an integer id
+is found by the text that prints it, "3", and not by "03" or " 3". Anything else is the text that
+reading makes of it. What is missing, what is empty and what holds several values is no id.
+"""
+
+import math
 import re
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
-from datetime import datetime
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from datetime import date, datetime, time
 from decimal import Decimal
 from functools import cached_property
-from typing import final
+from typing import TYPE_CHECKING, final
+from uuid import UUID
 
 import numpy as np
 import polars as pl
 from jaxtyping import Int32, Int64, UInt8
 
+from foretaste.arguments import as_list
+from foretaste.config import shown
 from foretaste.data.csr import look_up, mark_present
 from foretaste.errors import DataError
 
-_INTEGER = re.compile(r"[+-]?[0-9]+")
-_INT64 = range(-(2**63), 2**63)
+if TYPE_CHECKING:
+    Ids = Iterable[object]
+else:
+    Ids = object  # `listed` checks it, with an error of its own
+"""What holds ids one after the other: a list, a tuple, a set, a generator, a dictionary's view, or
+an array or a column of NumPy, pandas, Polars or Arrow."""
+
+_INTEGER = re.compile(r"0|-?[1-9][0-9]{0,18}")
+_CLEAR = (str, date, time, UUID, np.datetime64)
+"""What is an id beside whole numbers, whether or not it is known."""
+INT64 = range(-(2**63), 2**63)
+"""The integers that a column of ids holds."""
+_INT2000 = range(-(2**2000), 2**2000)
+"""No id is a longer number: Python does not even print those of 4300 digits."""
 _SMALL = 2**18
 """Up to so many ids a dictionary costs little; beyond, ids are bisected."""
 _FEW = 32
@@ -28,8 +50,8 @@ class Vocabulary:
     """A two-way map between the caller's ids and rows `0 … len - 1`.
 
     Ids are kept as 64-bit integers where every one of them is an integer, and as text
-    otherwise. A look-up accepts either: `42` and `"42"` find the same integer id. Small
-    vocabularies keep a dictionary; large ones bisect their sorted ids, in place.
+    otherwise. A look-up accepts either: `42` and `"42"` find the same id. Small vocabularies keep
+    a dictionary; large ones bisect their sorted ids, in place.
     """
 
     def __init__(self, ids: pl.Series) -> None:
@@ -68,6 +90,10 @@ class Vocabulary:
     def _number(self, load: Callable[[], pl.Series], length: int, *, is_integer: bool) -> None:
         self._load, self._length, self._is_integer = load, length, is_integer
 
+    def __getstate__(self) -> dict[str, object]:
+        """Return what a pickle holds: the ids, loaded; what finds them is made again."""
+        return {"_length": self._length, "_is_integer": self._is_integer, "ids": self.ids}
+
     def __len__(self) -> int:
         return self._length
 
@@ -82,14 +108,56 @@ class Vocabulary:
         return self._load().alias("id")
 
     def find(self, external_id: object) -> int:
-        """Return the row of one id, -1 if it is unknown."""
-        wanted = self._canonical(external_id)
+        """Return the row of one id, -1 if it is unknown or no id at all."""
+        plain = plain_id(external_id)
+        wanted = None if plain is None else self._as_kept(plain)
         if wanted is None or not len(self):
             return -1
         return self._row_of.get(wanted, -1) if len(self) <= _SMALL else self._bisect(wanted)
 
+    def find_given(self, external_id: object, *, name: str, position: int | None = None) -> int:
+        """Return the row of an id that a caller gave, -1 if it is unknown.
+
+        Args:
+            external_id: The id.
+            name: What the caller calls it, for the error.
+            position: Where it stands in a list of that name, from 0.
+
+        Raises:
+            DataError: It is no id: missing, empty, a list, or a truth value, a fraction or another
+                object that stands for no id here.
+        """
+        row, plain = self.find(external_id), plain_id(external_id)
+        clear = isinstance(plain, int) or isinstance(external_id, _CLEAR)
+        if row < 0 and (plain is None or plain == "" or not clear):
+            where = name if position is None else f"{name}[{position}]"
+            raise DataError(
+                f"{where} is {shown(external_id)}: an id is a whole number or a text",
+                name=name,
+                row=None if position is None else position + 1,
+                value=external_id,
+            )
+        return row
+
+    def find_all_given(
+        self, external_ids: object, *, name: str
+    ) -> tuple[list[int | str], Int64[np.ndarray, " N"]]:
+        """Return the ids that a caller gave as answers show them, and their rows, -1 if unknown.
+
+        Args:
+            external_ids: What a caller gave; see `Ids`.
+            name: What the caller calls it, for errors.
+
+        Raises:
+            DataError: It holds no ids one after the other, or one of them is no id.
+        """
+        ids = listed(external_ids, name=name)
+        rows = [self.find_given(one, name=name, position=at) for at, one in enumerate(ids)]
+        plain = [one for one in map(plain_id, ids) if one is not None]
+        return plain, np.array(rows, dtype=np.int64)
+
     def encode(self, external_ids: Sequence[object] | pl.Series) -> Int64[np.ndarray, " N"]:
-        """Return the row of each id, -1 where it is unknown."""
+        """Return the row of each id, -1 where it is unknown or missing."""
         if isinstance(external_ids, pl.Series) and len(external_ids) * _FEW > len(self):
             return self._encode_many(external_ids)
         return np.fromiter(map(self.find, external_ids), np.int64, len(external_ids))
@@ -105,7 +173,7 @@ class Vocabulary:
         return self.ids.gather(idx).to_list()
 
     def _encode_many(self, external_ids: pl.Series) -> Int64[np.ndarray, " N"]:
-        wanted = self._canonical_series(external_ids)
+        wanted = self._kept_series(external_ids)
         if wanted is None:
             return np.fromiter(map(self.find, external_ids), np.int64, len(external_ids))
         rows = pl.DataFrame({"id": self.ids, "row": np.arange(len(self))})
@@ -114,13 +182,16 @@ class Vocabulary:
         )
         return joined["row"].fill_null(-1).to_numpy()
 
-    def _canonical_series(self, ids: pl.Series) -> pl.Series | None:
+    def _kept_series(self, ids: pl.Series) -> pl.Series | None:
         """Return ids in the vocabulary's type, or None where each must be looked at by itself."""
+        if not (ids.dtype.is_integer() or ids.dtype == pl.String):
+            return None
         if not self.is_integer:
-            return ids.cast(pl.String) if ids.dtype.is_integer() or ids.dtype == pl.String else None
-        if ids.dtype.is_integer():
-            return ids.cast(pl.Int64, strict=False)
-        return None
+            return ids.cast(pl.String)
+        whole = ids.cast(pl.Int64, strict=False)
+        if ids.dtype == pl.String:  # no other text than the one that prints the integer
+            whole = whole.set((whole.cast(pl.String) != ids).fill_null(value=False), None)
+        return whole
 
     def _bisect(self, wanted: int | str) -> int:
         if isinstance(wanted, str):
@@ -132,24 +203,15 @@ class Vocabulary:
         row = at if self._order is None else int(self._order[at])
         return row if self.ids[row] == wanted else -1
 
-    def _canonical(self, external_id: object) -> int | str | None:
+    def _as_kept(self, plain: int | str) -> int | str | None:
         """Return an id as the vocabulary would hold it; None for one that it cannot hold."""
-        if external_id is None:
-            return None
         if not self.is_integer:
-            return id_text(external_id)
-        match external_id:
-            case bool():
+            return str(plain)
+        if isinstance(plain, str):
+            if not _INTEGER.fullmatch(plain):
                 return None
-            case str():
-                whole = int(external_id) if _INTEGER.fullmatch(external_id.strip()) else None
-            case int() | np.integer():
-                whole = int(external_id)
-            case float() | np.floating() | Decimal() if float(external_id).is_integer():
-                whole = int(external_id)
-            case _:
-                whole = None
-        return whole if whole is not None and whole in _INT64 else None
+            plain = int(plain)
+        return plain if plain in INT64 else None
 
     @cached_property
     def _row_of(self) -> dict[int | str, int]:
@@ -161,6 +223,19 @@ class Vocabulary:
         if self.ids.is_sorted():
             return None
         return self.ids.arg_sort().cast(pl.Int64).to_numpy()
+
+    def spelled_like(self, external_id: object) -> int | str | None:
+        """Return an id that differs from an unknown one in case and blanks alone, if there is one.
+
+        A zero or a sign before a number counts as a blank.
+        """
+        text = str(plain_id(external_id)).strip()
+        if self.is_integer:
+            number = re.fullmatch(r"([+-]?)0*([0-9]{1,18})(\.0*)?", text)
+            near = "" if number is None else f"{number[1]}{number[2]}".removeprefix("+")
+            return int(near) if near and self.find(near) >= 0 else None
+        alike = self.ids.str.strip_chars().str.to_lowercase() == text.lower()
+        return self.ids[int(alike.arg_max() or 0)] if alike.any() else None
 
     @property
     def _ascending(self) -> pl.Series:
@@ -201,13 +276,108 @@ def text_buffers(
     return ends, np.frombuffer(data or b"", np.uint8)[first : first + ends[-1]]
 
 
+def listed(external_ids: object, *, name: str) -> list[object]:
+    """Return ids, one after the other, as a list.
+
+    Args:
+        external_ids: What a caller gave; see `Ids`.
+        name: What the caller calls it, for errors.
+
+    Raises:
+        DataError: It is a single id, a table or a dictionary.
+    """
+    found = as_list(external_ids)
+    if found is not None:
+        return found
+    match external_ids:
+        case str() | bytes():
+            what = f"the text {shown(external_ids)}"
+        case int() | float():
+            what = f"the number {external_ids}"
+        case Mapping():
+            what = "a dictionary"
+        case _ if hasattr(type(external_ids), "columns"):
+            what = "a table"
+        case _:
+            what = shown(external_ids)
+    fix = 'one of its columns, such as table["user_id"]' if what == "a table" else "a list of ids"
+    raise DataError(f"{name} is {what}: give {fix}", name=name, value=external_ids)
+
+
+def plain_id(external_id: object) -> int | str | None:
+    """Return an id as answers show it: a whole number as an integer, anything else as text.
+
+    None for what is no id: missing, infinite, bytes, or several values.
+    """
+    match external_id:
+        case str():
+            return str.__str__(external_id)  # of an enumeration's member too, its text
+        case bool() | np.bool_():
+            return id_text(external_id)
+        case int() | np.integer() | float() | np.floating() | Decimal():
+            whole = _whole(external_id)
+            if whole is not None:
+                return whole if whole in _INT2000 else None
+            return id_text(external_id) if _is_finite(external_id) else None
+        case object(ndim=0, item=item) if not isinstance(external_id, np.generic):
+            return plain_id(item())  # an array or a tensor of one number
+        case object(as_py=as_py):
+            return plain_id(as_py())  # Arrow's
+        case _:
+            no_id = isinstance(external_id, Collection) or is_missing(external_id)  # bytes too
+            return None if no_id else id_text(external_id)
+
+
+def _whole(number: object) -> int | None:
+    """Return a number without a fraction as an integer; None for any other value."""
+    match number:
+        case bool() | np.bool_():
+            return None
+        case int() | np.integer():
+            return int(number)
+        case float() | np.floating() | Decimal() if _is_finite(number):
+            whole, parts = number.as_integer_ratio()
+            return whole if parts == 1 else None
+    return None
+
+
+def _is_finite(number: int | float | np.number | Decimal) -> bool:
+    return number.is_finite() if isinstance(number, Decimal) else math.isfinite(number)
+
+
+def is_missing(value: object) -> bool:
+    """Whether a single value is one of the many that say nothing: None, NaN, NaT, pandas' NA."""
+    if value is None:
+        return True
+    try:
+        return bool(value != value)
+    except (TypeError, ArithmeticError):  # pandas' NA, and the NaN of `Decimal` that signals
+        return True
+
+
 def id_text(external_id: object) -> str:
     """Return an id as the text that reading makes of it: `true`, `2024-05-01`, `a1`."""
-    if isinstance(external_id, bool | np.bool_):
-        return str(external_id).lower()
-    if isinstance(external_id, datetime):
-        return str(pl.Series([external_id]).dt.cast_time_unit("us").cast(pl.String)[0])
-    return str(external_id)
+    match external_id:
+        case bool() | np.bool_():
+            return str(external_id).lower()
+        case np.datetime64():
+            value = external_id.item()  # a date, a datetime, or nanoseconds
+            whole = external_id.astype("datetime64[us]").item()
+            return id_text(whole if isinstance(value, int) else value)
+        case datetime() | date() | time():
+            return str(time_text(pl.Series([external_id]))[0])
+        case _:
+            whole = _whole(external_id)
+            return str(external_id if whole is None else whole)
+
+
+def time_text(times: pl.Series) -> pl.Series:
+    """Return dates and times as text: to the microsecond, and those of a zone in UTC."""
+    if isinstance(times.dtype, pl.Datetime):
+        times = times.dt.cast_time_unit("us")
+        if times.dtype.time_zone is not None:  # type: ignore[attr-defined]  # Datetime has it
+            times = times.dt.convert_time_zone("UTC")
+    return times.cast(pl.String)
 
 
 def number_ids(

@@ -116,11 +116,8 @@ def _add_answers(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/items/{item_id:path}/similar", tags=["answers"], response_model=SimilarReply)
     def similar(item_id: ItemId, k: Length = 10) -> Response:
-        """Items near to this one."""
-        try:
-            return _sent(service.similar(item_id, k=k))
-        except KeyError as error:
-            raise HTTPException(404, f"no item has the id {item_id!r}") from error
+        """Items near to this one; none, with a note, where the model knows nothing of it."""
+        return _sent(service.similar(item_id, k=k))
 
     @app.get("/v1/items", tags=["catalogue"])
     def find_items(query: Words = "", limit: Limit = 20) -> ItemsReply:
@@ -211,7 +208,7 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(DataError)
     async def wrong_data(_: Request, error: DataError) -> Response:
-        return refuse(422, str(error))
+        return refuse(404 if error.name == "item_id" else 422, str(error))  # the item of a path
 
     @app.exception_handler(SQLAlchemyError)
     async def no_events(_: Request, __: SQLAlchemyError) -> Response:

@@ -1,6 +1,6 @@
 """The items of a request: from ids to rows and back, and what the item table says of them."""
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping
 from functools import cached_property
 from typing import final
 
@@ -11,7 +11,6 @@ from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from foretaste.data.interactions import Interactions
-from foretaste.errors import DataError
 
 KEPT_AS_LISTS = 200_000
 """Item tables up to this long are kept as Python lists: ten times faster to read rows from."""
@@ -36,7 +35,7 @@ class KnownItems:
         return self._events.num_items
 
     def mask_of(
-        self, name: str, item_ids: Sequence[object], unknown: dict[object, None]
+        self, name: str, item_ids: object, unknown: dict[int | str, None]
     ) -> Bool[Tensor, " I"]:
         """Return True for the known of some ids; arguments and errors are those of `rows_of`."""
         mask_I = torch.zeros(self.num_items, dtype=torch.bool)
@@ -44,31 +43,44 @@ class KnownItems:
         return mask_I
 
     def rows_of(
-        self, name: str, item_ids: Sequence[object], unknown: dict[object, None]
+        self, name: str, item_ids: object, unknown: dict[int | str, None]
     ) -> Int64[np.ndarray, " N"]:
         """Return the item_idx of the known ids, and add the others to `unknown`, each once.
 
         Args:
             name: What the ids are called in the request, for errors.
-            item_ids: External ids.
+            item_ids: What a caller gave; see `Ids`. None is none.
             unknown: Grows.
 
         Raises:
-            DataError: The ids are a single text, or one is not an id at all.
+            DataError: It holds no ids one after the other, or one of them is no id.
         """
-        if isinstance(item_ids, str | bytes):
-            raise DataError(f"{name} is the text {item_ids!r}: give a list of item ids")
-        known_I, find = self._known_I, self._events.items.find
-        rows: list[int] = []
-        for item_id in item_ids:
-            if not isinstance(item_id, Hashable):
-                raise DataError(f"{name} holds {item_id!r}: an item id is a number or a text")
-            row = find(item_id)
-            if row >= 0 and known_I[row]:
-                rows.append(row)
-            else:
-                unknown[item_id] = None
-        return np.array(rows, dtype=np.int64)
+        if item_ids is None:
+            return np.empty(0, dtype=np.int64)
+        plain, row_N = self.find(name, item_ids)
+        unknown.update({plain[at]: None for at in np.flatnonzero(row_N < 0)})
+        return row_N[row_N >= 0]
+
+    def find(self, name: str, item_ids: object) -> tuple[list[int | str], Int64[np.ndarray, " N"]]:
+        """Return ids as answers show them and their item_idx, -1 for those that are not ranked.
+
+        Arguments and errors are those of `rows_of`.
+        """
+        plain, row_N = self._events.items.find_all_given(item_ids, name=name)
+        row_N[(row_N >= 0) & ~self._known_I[row_N]] = -1
+        return plain, row_N
+
+    def row_of(self, name: str, item_id: object) -> int:
+        """Return the item_idx of one id, ranked or not; -1 if the catalogue has it not.
+
+        Raises:
+            DataError: It is no id.
+        """
+        return self._events.items.find_given(item_id, name=name)
+
+    def ranks(self, row: int) -> bool:
+        """Whether an item_idx, or -1 for none, is of an item that is ranked."""
+        return row >= 0 and bool(self._known_I[row])
 
     def ids_of(self, item_idx: list[int]) -> list[int | str]:
         """Return the external ids of rows."""

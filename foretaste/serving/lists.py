@@ -10,12 +10,13 @@ import polars as pl
 from jaxtyping import Shaped
 
 from foretaste.data.interactions import Interactions
+from foretaste.data.vocabulary import INT64
 from foretaste.retrieval.index import TopK
 
 
 def lists_table(
     events: Interactions,
-    user_ids: Sequence[object] | pl.Series,
+    user_ids: Sequence[int | str],
     source_B: Shaped[np.ndarray, " B"],
     best: TopK,
 ) -> pl.DataFrame:
@@ -23,7 +24,7 @@ def lists_table(
 
     Args:
         events: Its vocabulary names the items.
-        user_ids: As they were asked for; they become integers if all are, and text otherwise.
+        user_ids: They stay integers if all are, and become text otherwise.
         source_B: Where each list came from, such as "model".
         best: Padded with -1, which the lists leave out.
     """
@@ -40,7 +41,7 @@ def lists_table(
     users = pl.DataFrame(
         {
             "row": np.arange(len(item_BK)),
-            "user_id": _series(user_ids),
+            "user_id": _series(user_ids, is_integer=events.users.is_integer),
             "source": pl.Series(source_B.tolist(), dtype=pl.String),
         }
     )
@@ -49,9 +50,9 @@ def lists_table(
     return joined.with_columns(filled).drop("row")
 
 
-def _series(user_ids: Sequence[object] | pl.Series) -> pl.Series:
-    if isinstance(user_ids, pl.Series):
-        return user_ids.cast(pl.Int64 if user_ids.dtype.is_integer() else pl.String)
-    if all(isinstance(user_id, int | np.integer) for user_id in user_ids):
-        return pl.Series([int(str(user_id)) for user_id in user_ids], dtype=pl.Int64)
+def _series(user_ids: Sequence[int | str], *, is_integer: bool) -> pl.Series:
+    """Return ids as integers if all are; without any, as the vocabulary has them."""
+    whole = all(isinstance(user_id, int) and user_id in INT64 for user_id in user_ids)
+    if whole and (user_ids or is_integer):
+        return pl.Series(user_ids, dtype=pl.Int64)
     return pl.Series([str(user_id) for user_id in user_ids], dtype=pl.String)

@@ -117,6 +117,9 @@ class SimilarReply(_Reply):
 
     item: Item
     items: list[Row]
+    """None for an item without a training event that the model cannot place."""
+    notes: list[str]
+    """Why the list is empty or short."""
     model_version: str
 
 

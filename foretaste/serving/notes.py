@@ -7,7 +7,12 @@ from foretaste.serving.answer import Source
 
 
 def notes(
-    source: Source, *, found: int, k: int, unknown: Mapping[object, None], stranger: object = None
+    source: Source,
+    *,
+    found: int,
+    k: int,
+    unknown: Mapping[int | str, None],
+    stranger: object = None,
 ) -> tuple[str, ...]:
     """Say who and what is unknown, and why a list is of popular items, or short.
 

@@ -1,6 +1,6 @@
 """The answer for everybody: external ids in, external ids out, and where each row came from."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import final
@@ -9,9 +9,11 @@ import numpy as np
 import polars as pl
 import torch
 
+from foretaste.arguments import checked
 from foretaste.data.tasks import Weights
+from foretaste.data.vocabulary import Ids, Vocabulary, plain_id
 from foretaste.errors import DataError
-from foretaste.retrieval.index import ItemIndex
+from foretaste.retrieval.index import ItemIndex, TopK
 from foretaste.serving.answer import Answer, Source
 from foretaste.serving.answer_rows import answer_rows
 from foretaste.serving.bundle import Bundle, write_bundle
@@ -32,6 +34,7 @@ from foretaste.serving.stages import Stages
 from foretaste.training.trained import Trained
 
 _NONE = np.empty(0, dtype=np.int64)
+_NO_ITEMS = TopK(torch.empty((1, 0), dtype=torch.int64), torch.empty((1, 0)))
 
 
 @final
@@ -71,18 +74,19 @@ class Recommender:
         """What was measured about the model, as JSON values."""
         return self.bundle.report
 
+    @checked
     @torch.inference_mode()
     def recommend(
         self,
         user_id: object = None,
         *,
-        history: Sequence[object] | None = None,
+        history: Ids | None = None,
         features: Mapping[str, object] | None = None,
         context: Mapping[str, object] | None = None,
         k: int = 10,
         exclude_seen: bool = True,
-        allow: Sequence[object] | None = None,
-        deny: Sequence[object] | None = None,
+        allow: Ids | None = None,
+        deny: Ids | None = None,
         new_items: Told | None = None,
         since: int | None = None,
         weights: Weights | None = None,
@@ -129,12 +133,12 @@ class Recommender:
         check_weights(weights, self._search.tasks)
         self._rule_book.check(rules, k=k)
         stages = Stages()
-        unknown: dict[object, None] = {}
+        unknown: dict[int | str, None] = {}
         user_idx = self._user(user_id)
         past = training_history(self.trained.events, user_idx, since=since)
-        extra = self._items.rows_of("history", history or (), unknown)
+        extra = self._items.rows_of("history", history, unknown)
         history_idx = np.concatenate([past, extra])
-        banned = self._items.rows_of("deny", deny or (), unknown)
+        banned = self._items.rows_of("deny", deny, unknown)
         if exclude_seen:
             banned = np.concatenate([banned, history_idx])
         allow_I = None if allow is None else self._items.mask_of("allow", allow, unknown)
@@ -145,7 +149,7 @@ class Recommender:
         source: Source = "model" if asker >= 0 else "fold-in" if len(extra) else "popular"
         if source == "popular" and (profile is not None or moment is not None):
             source = "features"
-        new = self._new_items(new_items or {}, unknown)
+        new = None if new_items is None else self._new_items(new_items, unknown)
         uncounted = new if source == "popular" else None
         if uncounted is not None:
             unknown, new = unknown | dict.fromkeys(uncounted.told), None
@@ -174,7 +178,7 @@ class Recommender:
         best = rule_book.choose(rules, min(k, most), find, stages)
         rows = answer_rows(best, source, self._items, new)
         user_known = asker >= 0 or len(training_history(self.trained.events, user_idx)) > 0
-        stranger = None if user_known else user_id
+        stranger = None if user_known else plain_id(user_id)
         return Answer(
             rows=rows,
             source=source,
@@ -189,10 +193,11 @@ class Recommender:
             seconds=stages.seconds,
         )
 
+    @checked
     @torch.inference_mode()
     def recommend_many(
         self,
-        user_ids: Sequence[object] | pl.Series,
+        user_ids: Ids,
         *,
         k: int = 10,
         exclude_seen: bool = True,
@@ -213,21 +218,21 @@ class Recommender:
         """
         check_k(k)
         self._rule_book.check(rules, k=k)
-        if isinstance(user_ids, str | bytes):
-            raise DataError(f"user_ids is the text {user_ids!r}: give a list of ids")
         events = self.trained.events
+        plain, user_B = events.users.find_all_given(user_ids, name="user_ids")
         source_B, lists = best_of_users(
             self._search,
             self._rule_book,
             self._profiles,
             events,
-            events.users.encode(user_ids),
+            user_B,
             min(k, self._items.num_known),
             rules=rules,
             exclude_seen=exclude_seen,
         )
-        return lists_table(events, user_ids, source_B, lists)
+        return lists_table(events, plain, source_B, lists)
 
+    @checked
     @torch.inference_mode()
     def similar(
         self, item_id: object, k: int = 10, *, features: Mapping[str, object] | None = None
@@ -235,31 +240,36 @@ class Recommender:
         """Return the k items most like one.
 
         By the cosine of their vectors; for a model without vectors, what it offers to somebody
-        who did this item alone. An item that training never saw is placed by its `features` if
-        the model reads any; else it is reported as unknown, and the most popular items are the
-        answer.
+        whose history is this item alone. An item that training never saw is placed by its
+        `features`, if the model reads any. The list of an item that stands in the item table alone,
+        and that the model cannot place, is empty.
 
         Args:
-            item_id: An id, known or unknown.
+            item_id: An id of the catalogue, or a new one with `features`.
             k: In [1, 10^6].
             features: What is known of a new item: column of the item table to value.
 
         Raises:
-            DataError: k is out of range, or a feature is unknown or of another kind.
+            DataError: k is out of range, a feature is unknown or of another kind, or the id is
+                unknown and there are no features that place it.
         """
         check_k(k)
-        unknown: dict[object, None] = {}
-        own = self._items.rows_of("item_id", [item_id], unknown)
+        row = self._items.row_of("item_id", item_id)
         wanted = min(k, self._items.num_known)
-        vector_D = None if len(own) else self._profiles.item_vector(features)
-        source: Source = "model" if len(own) else "popular" if vector_D is None else "features"
-        if len(own):
-            best = self._search.similar(int(own[0]), wanted)
+        is_ranked = self._items.ranks(row)
+        vector_D = None if is_ranked else self._profiles.item_vector(features)
+        if is_ranked:
+            best = self._search.similar(row, wanted)
         elif vector_D is not None:
             best = self._search.near(vector_D, wanted)
+        elif row >= 0:
+            best = _NO_ITEMS
         else:
-            best = self._search.most_popular(wanted, exclude=_NONE, allow_I=None)
+            raise _unknown_item(item_id, self.trained.events.items, features)
+        source: Source = "model" if vector_D is None else "features"
         rows = answer_rows(Best(best, {}), source, self._items)
+        plain = plain_id(item_id)
+        unknown = {} if is_ranked or plain is None else {plain: None}
         return Answer(
             rows=rows,
             source=source,
@@ -270,18 +280,17 @@ class Recommender:
             ),
         )
 
-    def explain(
-        self, history: Sequence[object], item_id: object, *, user_id: object = None
-    ) -> int | str | None:
+    def explain(self, history: Ids, item_id: object, *, user_id: object = None) -> int | str | None:
         """Return the item of a history whose removal lowers an item's score most.
 
         `explain_many` answers for a whole list of items in the same time.
         """
         return self.explain_many(history, [item_id], user_id=user_id)[0]
 
+    @checked
     @torch.inference_mode()
     def explain_many(
-        self, history: Sequence[object], item_ids: Sequence[object], *, user_id: object = None
+        self, history: Ids, item_ids: Ids, *, user_id: object = None
     ) -> tuple[int | str | None, ...]:
         """Say for each item which item of the history speaks for it most ("because you watched").
 
@@ -297,13 +306,11 @@ class Recommender:
         """
         extra = self._items.rows_of("history", history, {})
         past = training_history(self.trained.events, self._user(user_id))
-        found = [self._items.rows_of("item_ids", [item_id], {}) for item_id in item_ids]
-        reason_T = reasons(
-            self._search, np.concatenate([past, extra]), np.concatenate([_NONE, *found])
-        )
-        known = iter(reason_T.tolist())
-        told = [next(known) if len(row) else -1 for row in found]
-        return tuple(None if row < 0 else self._items.ids_of([row])[0] for row in told)
+        row_M = self._items.find("item_ids", item_ids)[1]
+        reason_T = reasons(self._search, np.concatenate([past, extra]), row_M[row_M >= 0])
+        reason_M = np.full(len(row_M), -1)
+        reason_M[row_M >= 0] = reason_T
+        return tuple(None if row < 0 else self._items.ids_of([row])[0] for row in reason_M.tolist())
 
     def save(self, path: str | Path) -> None:
         """Write everything into a bundle, whole or not at all; see `write_bundle`.
@@ -314,7 +321,8 @@ class Recommender:
         write_bundle(self.bundle, Path(path))
 
     def _user(self, user_id: object) -> int:
-        return -1 if user_id is None else self.trained.events.users.find(user_id)
+        users = self.trained.events.users
+        return -1 if user_id is None else users.find_given(user_id, name="user_id")
 
     def _knows(
         self, user_idx: int, features: Mapping[str, object] | None, since: int | None
@@ -322,10 +330,25 @@ class Recommender:
         """Return whether a ranker knows a user without a history; features told stand for it."""
         return not features and since is None and bool(self._search.knows(np.array([user_idx]))[0])
 
-    def _new_items(self, told: Told, unknown: dict[object, None]) -> NewItems | None:
+    def _new_items(self, told: Told, unknown: dict[int | str, None]) -> NewItems | None:
         """Return those items that the catalogue has not and features tell; the rest is unknown."""
-        absent: dict[object, None] = {}
-        self._items.rows_of("new_items", list(told), absent)
-        new = self._profiles.of_items({i: said for i, said in told.items() if i in absent})
+        plain, row_N = self._items.find("new_items", told.keys())
+        given = zip(plain, told.values(), row_N, strict=True)
+        absent = {item_id: said for item_id, said, row in given if row < 0}
+        new = self._profiles.of_items(absent)
         unknown.update({i: None for i in absent if new is None or i not in new.told})
         return new
+
+
+def _unknown_item(item_id: object, items: Vocabulary, features: object) -> DataError:
+    near = items.spelled_like(item_id)
+    if near is not None:
+        fix = f"; did you mean {near!r}?"
+    elif features is not None:
+        fix = (
+            ", and its features say nothing that this model reads of items: give an id that it has"
+        )
+    else:
+        fix = ": give one of the catalogue, or the features of a new item"
+    said = f"no item has the id {plain_id(item_id)!r}{fix}"
+    return DataError(said, name="item_id", value=item_id)

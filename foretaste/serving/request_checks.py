@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 
+from foretaste.config import shown
 from foretaste.data.tasks import Weights
 from foretaste.errors import DataError, did_you_mean
 
@@ -10,13 +11,13 @@ MAX_K = 1_000_000
 
 
 def check_k(k: int) -> None:
-    """Refuse a list length that is no whole number in [1, 10^6].
+    """Refuse a list length outside of [1, 10^6].
 
     Raises:
-        DataError: It is none.
+        DataError: It is.
     """
-    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= MAX_K:
-        raise DataError(f"k is {k!r}: ask for 1 to {MAX_K} items")
+    if not 1 <= k <= MAX_K:
+        raise DataError(f"k is {shown(k)}: ask for 1 to {MAX_K} items", name="k", value=k)
 
 
 def check_weights(weights: Weights | None, tasks: Sequence[str]) -> None:
@@ -31,8 +32,16 @@ def check_weights(weights: Weights | None, tasks: Sequence[str]) -> None:
         if name not in tasks:
             known = f"this model's are {', '.join(tasks)}" if tasks else "this model has none"
             advice = did_you_mean(name, tasks)
-            raise DataError(f"weights: {name!r} is no task; {known}{advice}")
+            raise DataError(
+                f"weights: {name!r} is no task; {known}{advice}", name="weights", value=name
+            )
         if isinstance(weight, bool) or not math.isfinite(weight):
-            raise DataError(f"weights: {name!r} is {weight!r}: give a finite number")
+            raise DataError(
+                f"weights: {name!r} is {weight!r}: give a finite number",
+                name=f"weights.{name}",
+                value=weight,
+            )
     if not any(weights.values()):
-        raise DataError("weights: all are 0, which orders nothing: give one that is not")
+        raise DataError(
+            "weights: all are 0, which orders nothing: give one that is not", name="weights"
+        )

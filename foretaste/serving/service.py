@@ -106,17 +106,16 @@ class Service:
         """Return the items nearest to one.
 
         Raises:
-            DataError: `k` is longer than this server allows.
-            KeyError: The model does not know the item.
+            DataError: `k` is longer than this server allows, or, with the error's name `item_id`,
+                no item has the id.
         """
         self._check_k(k)
         loaded = self.slot.current
-        if not loaded.catalogue.knows_item(item_id):
-            raise KeyError(item_id)
         answer = loaded.recommender.similar(item_id, k)
         return SimilarReply(
             item=loaded.catalogue.describe(item_id),
             items=[_row(loaded, row, None) for row in answer.rows],
+            notes=list(answer.notes),
             model_version=loaded.version,
         )
 
