@@ -19,6 +19,7 @@ from foretaste.data.vocabulary import Vocabulary
 from foretaste.errors import ConfigError, DataError, NonFiniteError
 from foretaste.evaluation import task as task_file
 from foretaste.evaluation.compare import compare
+from foretaste.evaluation.measure_queries import ACCURACY
 from foretaste.evaluation.protocol import evaluate
 from foretaste.evaluation.report import Report, Slice
 from foretaste.evaluation.sampled import SampledNegatives
@@ -192,6 +193,53 @@ def test_a_constant_scorer_gets_the_score_of_chance(num_items: int, k: int) -> N
     chance = min(1, k / (num_items - 1))
     assert report.metrics[f"hit_rate_at_{k}"] == pytest.approx(chance)
     assert report.metrics[f"recall_at_{k}"] == pytest.approx(chance)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"exclude_seen": False},
+        {"among": "cold"},
+        {"sampled": SampledNegatives(num=4)},
+        {"users": "new"},
+        {"k": (1, 60)},  # a list longer than the catalogue
+    ],
+    ids=lambda how: "-".join(how) or "usual",
+)
+def test_the_chance_level_is_what_a_constant_scorer_gets(how: dict[str, object]) -> None:
+    # 40 items of which the last 10 are cold; targets in any number, seen and cold ones among them
+    scores, histories, targets = random_case()
+    histories = [
+        [i for i in own if i < 30] if user % 4 else [] for user, own in enumerate(histories)
+    ]
+    asked, events = holdout(histories, targets, 40), interactions([range(30)], 40)
+    settings = {"k": (3, 10), **how}
+    report = evaluate(trained(Fixed(scores), events), asked, **settings)
+    flat = evaluate(trained(Fixed(torch.zeros_like(scores)), events), asked, **settings)
+    assert {name.partition("_at_")[0] for name in report.chance} == set(ACCURACY)
+    for name, level in report.chance.items():
+        assert level == pytest.approx(flat.metrics[name], abs=1e-12)
+    assert report.chance == pytest.approx(flat.chance)
+    assert set(flat.at_chance) == set(flat.chance)
+    assert evaluate(trained(Fixed(scores), events), asked, resamples=0, **how).chance == {}
+
+
+def test_a_figure_at_chance_is_said_to_be_no_better() -> None:
+    # one of ten items is to be found, and nothing tells it: HR@3 of chance is 3/10
+    asked, model = (
+        holdout([[0]] * 50, [[1 + u % 10] for u in range(50)], 11),
+        Fixed(torch.zeros(50, 11)),
+    )
+    blind = evaluate(trained(model, everything(11)), asked, k=(3,))
+    assert blind.chance["hit_rate_at_3"] == pytest.approx(0.3)
+    assert "no better than that" in str(blind)
+    assert "| hit_rate | 0.3000 [0.3000, 0.3000] | 0.3000 |" in blind.to_markdown()
+    sighted = torch.zeros(50, 11)
+    sighted[torch.arange(50), torch.tensor([1 + u % 10 for u in range(50)])] = 1
+    found = evaluate(trained(Fixed(sighted), everything(11)), asked, k=(3,))
+    assert found.at_chance == ()
+    assert "no better" not in str(found)
 
 
 def test_a_constant_scorer_covers_and_leans_like_chance() -> None:

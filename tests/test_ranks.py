@@ -9,7 +9,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from foretaste.evaluation.rank import Hits, best, chance_within, draw_lists, place, settle
+from foretaste.evaluation.rank import (
+    Hits,
+    best,
+    chance_within,
+    draw_lists,
+    place,
+    settle,
+)
 
 
 def settled(scores: list[list[float]], targets: list[list[int]], k: int) -> Hits:

@@ -384,3 +384,12 @@ def test_the_effect_of_a_calibration_stands_beside_the_figures() -> None:
     picture = reliability_svg(report)
     assert picture.count("<path") == 2
     assert "click_isotonic: " in picture
+
+
+def test_an_auc_that_is_no_better_than_chance_is_said_to_be() -> None:
+    blind = measured(world(noise=50.0), resamples=200)
+    assert blind.at_chance == ("click",)
+    assert "no better than that, as the interval reaches down to it: click" in blind.to_markdown()
+    sighted = measured(world(noise=0.1), resamples=200)
+    assert sighted.at_chance == ()
+    assert "chance: a random order gets an auc and a gauc of 0.5\n" in sighted.to_markdown()

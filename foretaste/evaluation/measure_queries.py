@@ -24,7 +24,7 @@ from foretaste.evaluation.metrics.novelty import self_information
 from foretaste.evaluation.metrics.popularity import head_membership
 from foretaste.evaluation.metrics.precision import precision
 from foretaste.evaluation.metrics.recall import recall
-from foretaste.evaluation.rank import Hits, best, draw_lists, place, settle
+from foretaste.evaluation.rank import Hits, all_equal, best, draw_lists, place, settle
 from foretaste.evaluation.sampled import SampledNegatives, kept_items, score_kept
 from foretaste.evaluation.task import Task, block_rows
 from foretaste.training.trained import Trained
@@ -46,6 +46,9 @@ class Measured:
 
     values: dict[str, Float64[np.ndarray, " Q"]]
     """Name to each query's value."""
+    chance: dict[str, Float64[np.ndarray, " Q"]]
+    """Name of a metric of accuracy to its expectation under a random order of the same candidates;
+    empty where it was not asked for."""
     shown: dict[int, Bool[np.ndarray, " I"]]
     """K to the items in the first K of a list; of the queries in the headline."""
     better_N: Int64[np.ndarray, " N"]
@@ -66,11 +69,13 @@ def measure_queries(
     sampled: SampledNegatives | None,
     among: Among,
     asked_Q: Bool[np.ndarray, " Q"],
+    with_chance: bool = False,
 ) -> Measured:
     """Rank what is to be found, a block of queries at a time.
 
     Arguments are those of `evaluate`, `task` is what `holdout` leaves to be found, and `asked_Q`
-    are the queries whose lists count in what is shown.
+    are the queries whose lists count in what is shown. `with_chance` works out what a random order
+    gets, too.
 
     Raises:
         ConfigError: Listed items are asked for, and the data list none.
@@ -83,6 +88,8 @@ def measure_queries(
     }
     names = [f"{family}_at_{n}" for family in (*ACCURACY, *properties) for n in k]
     values = {name: np.empty(len(task.row_Q)) for name in names}
+    of_accuracy = names[: len(ACCURACY) * len(k)] if with_chance else ()
+    chance = {name: np.empty(len(task.row_Q)) for name in of_accuracy}
     shown = {n: np.zeros(len(count_I), dtype=bool) for n in k}
     better_N = np.empty(len(task.target_N), dtype=np.int64)
     equal_N = np.empty(len(task.target_N), dtype=np.int64)
@@ -125,19 +132,57 @@ def measure_queries(
             cold_2N[:, targets] = place(best(cold_BI, max(k)), row_N, cold_N)
         list_BK = draw_lists(score_BI, top, task.key_Q[rows], seed=seed)
         for n in k:
-            found = {family: accuracy(hits, n) for family, accuracy in ACCURACY.items()}
-            found |= {name: list_mean(list_BK, value_I, n) for name, value_I in properties.items()}
-            for family, value_B in found.items():
-                values[f"{family}_at_{n}"][rows] = value_B
             items = list_BK[asked_Q[rows], :n]
             shown[n][items[items >= 0]] = True
+        _put(values, rows, _accuracy(hits, k))
+        _put(values, rows, _of_lists(list_BK, properties, k))
+        if with_chance:
+            _put(chance, rows, _accuracy(_by_chance(score_BI, row_N, score_N, max(k)), k))
     return Measured(
         values=values,
+        chance=chance,
         shown=shown,
         better_N=better_N,
         equal_N=equal_N,
         cold_2N=cold_2N,
     )
+
+
+def _accuracy(hits: Hits, k: tuple[int, ...]) -> dict[str, Float64[np.ndarray, " B"]]:
+    return {f"{name}_at_{n}": metric(hits, n) for name, metric in ACCURACY.items() for n in k}
+
+
+def _of_lists(
+    list_BK: Int64[np.ndarray, "B K"],
+    properties: Mapping[str, Float64[np.ndarray, " I"]],
+    k: tuple[int, ...],
+) -> dict[str, Float64[np.ndarray, " B"]]:
+    return {
+        f"{name}_at_{n}": list_mean(list_BK, value_I, n)
+        for name, value_I in properties.items()
+        for n in k
+    }
+
+
+def _put(
+    values: Mapping[str, Float64[np.ndarray, " Q"]],
+    rows: slice,
+    found: Mapping[str, Float64[np.ndarray, " B"]],
+) -> None:
+    for name, value_B in found.items():
+        values[name][rows] = value_B
+
+
+def _by_chance(
+    score_BI: Float[Tensor, "B I"],
+    row_N: Int64[np.ndarray, " N"],
+    score_N: Float[np.ndarray, " N"],
+    k: int,
+) -> Hits:
+    """Return where the targets stand if all candidates have one score; -inf is no candidate."""
+    num_B = np.count_nonzero((score_BI > -torch.inf).cpu().numpy(), axis=1)
+    flat_N = np.where(np.isneginf(score_N), -np.inf, 0.0)
+    return settle(all_equal(num_B, min(k, score_BI.shape[1])), row_N, flat_N)
 
 
 def _without_seen(

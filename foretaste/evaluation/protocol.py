@@ -1,6 +1,6 @@
 """How a model is measured: against the full catalogue, averaged over users, every choice said.
 
-Shape legend: I items, U users, Q queries.
+Shape legend: I items, U users, Q queries, M metrics.
 """
 
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TypeVar
 
 import numpy as np
-from jaxtyping import Bool, Int64
+from jaxtyping import Bool, Float64, Int64
 
 from foretaste.arguments import checked
 from foretaste.config import Seed
@@ -55,7 +55,7 @@ def evaluate(
         k: List lengths, each at least 1.
         exclude_seen: True leaves the items of a query's history out of its list; a target that
             stands there cannot be found and is no target, which the report counts.
-        resamples: Of the bootstrap over users; 0 gives no intervals.
+        resamples: Of the bootstrap over users; 0 gives no intervals, and no chance levels.
         seed: Decides the resamples, and the order of equal scores where a list must be drawn
             (coverage, novelty, popularity share).
         sampled: Rank the targets among a few sampled items only, as some papers did; the names
@@ -91,10 +91,13 @@ def evaluate(
         sampled=sampled,
         among=among,
         asked_Q=asked_Q,
+        with_chance=resamples > 0,
     )
-    user_idx, means_UM = mean_by_user(
-        task.user_Q[asked_Q], np.stack([v[asked_Q] for v in measured.values.values()], axis=1)
-    )
+    user_idx, means_UM = _user_means(task, measured.values, asked_Q)
+    chance: dict[str, float] = {}
+    if measured.chance:
+        _, chance_UM = _user_means(task, measured.chance, asked_Q)
+        chance = dict(zip(measured.chance, chance_UM.mean(axis=0).tolist(), strict=True))
     metrics = dict(zip(measured.values, means_UM.mean(axis=0).tolist(), strict=True))
     metrics |= {f"coverage_at_{n}": coverage(measured.shown[n], ranked_I) for n in k}
     intervals = bootstrap_intervals(means_UM, resamples=resamples, seed=seed) if resamples else []
@@ -115,6 +118,7 @@ def evaluate(
         k=k,
         metrics=_named(metrics, suffix),
         intervals=_named(dict(zip(measured.values, intervals, strict=False)), suffix),
+        chance=_named(chance, suffix),
         user_idx=user_idx,
         per_user=_named(dict(zip(measured.values, means_UM.T, strict=True)), suffix),
         counts=_counts(task, count_I, ranked_I, asked_Q=asked_Q, num_users=len(user_idx)),
@@ -149,6 +153,13 @@ def to_find(
     if not asked_Q.any():
         raise DataError(_nothing_to_find(holdout, task, users))
     return task, asked_Q
+
+
+def _user_means(
+    task: Task, values: Mapping[str, Float64[np.ndarray, " Q"]], asked_Q: Bool[np.ndarray, " Q"]
+) -> tuple[Int64[np.ndarray, " U"], Float64[np.ndarray, "U M"]]:
+    asked = np.stack([value_Q[asked_Q] for value_Q in values.values()], axis=1)
+    return mean_by_user(task.user_Q[asked_Q], asked)
 
 
 def _named(values: Mapping[str, V], suffix: str) -> dict[str, V]:

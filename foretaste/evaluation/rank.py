@@ -90,6 +90,23 @@ def best(score_BI: Float[Tensor, "B I"], k: int) -> Top:
     return Top(item_BK, score_BK, start_BK, size_BK)
 
 
+def all_equal(num_B: Int64[np.ndarray, " B"], width: int) -> Top:
+    """Return the lists of a scorer that gives every candidate the same score, as chance does.
+
+    Args:
+        num_B: How many candidates each query has.
+        width: K.
+    """
+    position_BK = np.broadcast_to(np.arange(width), (len(num_B), width))
+    is_candidate_BK = position_BK < num_B[:, None]
+    return Top(
+        item_BK=np.full(position_BK.shape, -1),
+        score_BK=np.where(is_candidate_BK, 0.0, -np.inf),
+        start_BK=np.where(is_candidate_BK, 0, num_B[:, None]),
+        size_BK=np.where(is_candidate_BK, num_B[:, None], 0),
+    )
+
+
 def place(
     top: Top, row_N: Int64[np.ndarray, " N"], score_N: Float[np.ndarray, " N"]
 ) -> tuple[Int64[np.ndarray, " N"], Int64[np.ndarray, " N"]]:

@@ -5,7 +5,7 @@ Shape legend: U users that had something to find.
 
 import io
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
@@ -64,6 +64,18 @@ class Report:
     """Of the training run."""
     suffix: str = ""
     """What the names of metrics end in after `_at_K`, such as `_sampled_99`."""
+    chance: Mapping[str, float] = field(default_factory=dict)
+    """Name of a metric of accuracy to what a random order of the same candidates gets, on average;
+    empty where no intervals were asked for."""
+
+    @property
+    def at_chance(self) -> tuple[str, ...]:
+        """The metrics whose interval holds their chance level, or lies below it."""
+        return tuple(
+            name
+            for name, level in self.chance.items()
+            if name in self.intervals and self.intervals[name].low <= level
+        )
 
     def to_json(self, *, per_user: bool = True) -> str:
         """Return the whole report as one JSON document, to the last digit.
@@ -85,6 +97,7 @@ class Report:
             "settings": dict(self.settings),
             "seed": self.seed,
             "suffix": self.suffix,
+            "chance": dict(self.chance),
             "user_idx": self.user_idx.tolist() if per_user else [],
             "per_user": {n: v.tolist() for n, v in self.per_user.items()} if per_user else {},
         }
@@ -119,6 +132,7 @@ class Report:
                 settings=document["settings"],
                 seed=document["seed"],
                 suffix=document.get("suffix", ""),
+                chance=document.get("chance", {}),
             )
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise DataError(
@@ -130,14 +144,23 @@ class Report:
         parts = [f"## {self._title()}", markdown_table(self._headline())]
         if self.slices:
             parts.append(markdown_table(self._sliced()))
-        parts.append("\n".join(f"- {line}" for line in (self._counted(), *self.notes)))
+        parts.append("\n".join(f"- {line}" for line in self._remarks()))
         return "\n\n".join(parts) + "\n"
 
     def __str__(self) -> str:
         tables = [console_table(self._headline(), title=self._title())]
         if self.slices:
             tables.append(console_table(self._sliced(), title="slices"))
-        return printed(tables, (self._counted(), *self.notes))
+        return printed(tables, self._remarks())
+
+    def _remarks(self) -> Iterator[str]:
+        yield self._counted()
+        if self.chance:
+            held = ", ".join(self.at_chance)
+            yield "chance: what a random order of the same candidates gets, on average" + (
+                f"; no better than that, as the interval reaches down to it: {held}" if held else ""
+            )
+        yield from self.notes
 
     def _title(self) -> str:
         users = "1 user" if len(self.user_idx) == 1 else f"{self.counts['users']:,} users"
@@ -148,11 +171,19 @@ class Report:
 
     def _headline(self) -> list[list[str]]:
         families = list(dict.fromkeys(_family(name) for name in self.metrics))
-        rows = [["metric", *(f"@{k}" for k in self.k)]]
+        heads = ["chance"] if self.chance else []
+        rows = [["metric", *(head for k in self.k for head in (f"@{k}", *heads))]]
         for family in families:
-            cells = (self._cell(f"{family}_at_{k}{self.suffix}") for k in self.k)
-            rows.append([family, *cells])
+            names = [f"{family}_at_{k}{self.suffix}" for k in self.k]
+            rows.append([family, *(cell for name in names for cell in self._cells(name))])
         return rows
+
+    def _cells(self, name: str) -> list[str]:
+        """Return a figure with its interval and, in a report that has them, its chance level."""
+        if not self.chance:
+            return [self._cell(name)]
+        level = self.chance.get(name)
+        return [self._cell(name), "" if level is None else f"{level:.4f}"]
 
     def _cell(self, name: str) -> str:
         value = f"{self.metrics[name]:.4f}"

@@ -160,12 +160,27 @@ class RowsReport:
 
     def to_markdown(self) -> str:
         """Return the table and notes as Markdown."""
-        lines = "\n".join(f"- {line}" for line in (self._counted(), *self.notes))
+        lines = "\n".join(f"- {line}" for line in self._remarks())
         return f"## {self._title()}\n\n{markdown_table(list(self._table()))}\n\n{lines}\n"
 
     def __str__(self) -> str:
         table = console_table(list(self._table()), title=self._title())
-        return printed([table], (self._counted(), *self.notes))
+        return printed([table], self._remarks())
+
+    @property
+    def at_chance(self) -> tuple[str, ...]:
+        """The binary tasks whose AUC has an interval that holds 0.5, or lies below it."""
+        intervals = {t.name: self.intervals.get(self.name("auc", t.name)) for t in self.tasks}
+        return tuple(name for name, ends in intervals.items() if ends and ends.low <= 0.5)
+
+    def _remarks(self) -> Iterator[str]:
+        yield self._counted()
+        if any(name.startswith("auc") for name in self.metrics):
+            held = ", ".join(self.at_chance)
+            yield "chance: a random order gets an auc and a gauc of 0.5" + (
+                f"; no better than that, as the interval reaches down to it: {held}" if held else ""
+            )
+        yield from self.notes
 
     def _title(self) -> str:
         return f"{self.model} on {self.holdout}: {self.counts['rows']:,} rows"
