@@ -16,7 +16,7 @@ PIP = $(VENV)/bin/python -m pip --disable-pip-version-check
 .PHONY: quickstart test check clean
 
 quickstart: $(VENV)/.installed
-	$(VENV)/bin/foretaste quickstart $(ARGS)
+	$(VENV)/bin/foretaste quickstart --replace $(ARGS)
 
 test: $(VENV)/.installed-dev
 	VENV=$(VENV) scripts/check

@@ -8,6 +8,7 @@ from foretaste.version import __version__
 if TYPE_CHECKING:
     from foretaste.config import Config, parse_settings
     from foretaste.data.audit import audit_events, audit_split
+    from foretaste.data.disk import check_place
     from foretaste.data.features import Features, fit_features
     from foretaste.data.features_inspect import inspect_schema
     from foretaste.data.fields import (
@@ -83,6 +84,8 @@ if TYPE_CHECKING:
         recipe_of,
         run_experiment,
         run_folder,
+        start_run,
+        stopped_after,
         to_recommender,
     )
     from foretaste.experiment.tracking import Tracker, TrackerKind, open_tracker
@@ -198,6 +201,7 @@ __all__ = [
     "audit_split",
     "build_recommender",
     "calibrate",
+    "check_place",
     "cold_items_split",
     "cold_users_split",
     "compare",
@@ -240,6 +244,8 @@ __all__ = [
     "schema_from_toml",
     "schema_to_toml",
     "serve",
+    "start_run",
+    "stopped_after",
     "temporal_split",
     "to_recommender",
     "transfer",
@@ -330,6 +336,7 @@ _HOME = {
     "audit_split": "data.audit",
     "build_recommender": "serving.building",
     "calibrate": "evaluation.rows_report",
+    "check_place": "data.disk",
     "cold_items_split": "data.splitting",
     "cold_users_split": "data.splitting",
     "compare": "evaluation.compare",
@@ -372,6 +379,8 @@ _HOME = {
     "schema_from_toml": "data.fields",
     "schema_to_toml": "data.fields",
     "serve": "serving.server",
+    "start_run": "experiment.run",
+    "stopped_after": "experiment.run",
     "temporal_split": "data.splitting",
     "to_recommender": "experiment.run",
     "transfer": "evaluation.transfer",

@@ -239,7 +239,10 @@ def test_a_file_of_users_becomes_a_parquet_of_lists(
     code, out, _ = foretaste(
         "recommend", bundle, "--users", users, "--out", lists, "-k", "5", "--json"
     )
-    assert (code, json.loads(out)) == (0, {"users": 3, "unknown": 1})
+    assert (code, json.loads(out)) == (
+        0,
+        {"users": 3, "unknown": 1, "missing": 1, "notes": []},
+    )
     table = pl.read_parquet(lists)
     assert table["user_id"].to_list() == ["u1", "u2", "nobody"]
     assert table["source"].to_list() == ["model", "model", "popular"]

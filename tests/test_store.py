@@ -18,7 +18,7 @@ from foretaste.data import store
 from foretaste.data.interactions import Interactions
 from foretaste.data.reading import read_interactions
 from foretaste.data.store import open_store, write_store
-from foretaste.errors import BundleError, DataError
+from foretaste.errors import BundleError
 
 
 def events(size: int = 500) -> Interactions:
@@ -156,13 +156,15 @@ def test_what_is_no_store(tmp_path: Path, folder: Path) -> None:
         open_store(folder)
 
 
-def test_a_store_is_never_written_over(folder: Path, tmp_path: Path) -> None:
+def test_a_store_is_replaced_only_where_that_is_asked(folder: Path, tmp_path: Path) -> None:
     before = sorted(os.listdir(folder))
-    with pytest.raises(DataError, match="exists"):
+    with pytest.raises(BundleError, match="--replace"):
         write_store(events(), folder)
     assert sorted(os.listdir(folder)) == before
-    with pytest.raises(DataError, match="not a folder"):
-        write_store(events(), tmp_path / "no" / "where")
+    write_store(events(50), folder, replace=True)
+    assert len(open_store(folder, verify=True)) == 50
+    write_store(events(), tmp_path / "no" / "where")
+    assert len(open_store(tmp_path / "no" / "where")) == len(events())
 
 
 @pytest.fixture
@@ -185,7 +187,7 @@ def test_a_full_disk_leaves_nothing_behind(small_disk: Path) -> None:
     assert os.listdir(small_disk) == []
 
 
-@pytest.mark.parametrize("broken", ["_sync", "sync", "_write_table"])
+@pytest.mark.parametrize("broken", ["_write_array", "_write_table", "sha256_of"])
 def test_a_disk_that_fills_at_any_point_leaves_nothing_behind(
     broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,7 +12,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 import foretaste as ft
 from foretaste.data.interactions import Interactions
 from foretaste.data.vocabulary import Vocabulary
-from foretaste.errors import ConfigError
+from foretaste.errors import ConfigError, DataError
 from foretaste.experiment.search_space import USUAL, distributions
 from foretaste.experiment.tune import tune, with_drawn
 
@@ -190,8 +190,12 @@ def test_a_trial_that_was_killed_is_run_again_with_its_settings(tmp_path: Path) 
 def test_a_folder_is_not_searched_into_twice_by_accident(tmp_path: Path) -> None:
     config = recipe(model={"kind": "ease"}, space=EASE)
     tune(config, split(), folder=tmp_path, trials=1)
-    with pytest.raises(ConfigError, match="resume it, or name another folder"):
+    with pytest.raises(DataError, match="--resume"):
         tune(config, split(), folder=tmp_path, trials=1)
+    assert len(tune(config, split(), folder=tmp_path, trials=1, replace=True).trials) == 1
+    with pytest.raises(ConfigError) as both:
+        tune(config, split(), folder=tmp_path, resume=True, replace=True)
+    assert both.value.name == "replace"
     other = config.model_copy(update={"seed": 5})
     with pytest.raises(ConfigError, match="another recipe"):
         tune(other, split(), folder=tmp_path, trials=1, resume=True)

@@ -1,6 +1,7 @@
 """`foretaste recommend` and `foretaste similar`: answers at the prompt, or lists in a file."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -8,7 +9,7 @@ from typing import Annotated
 import typer
 
 import foretaste as ft
-from foretaste.cli.show import JsonFlag, answer, table
+from foretaste.cli.show import JsonFlag, ReplaceFlag, answer, table
 
 Bundle = Annotated[Path, typer.Argument(help="Folder of a bundle.")]
 Features = Annotated[
@@ -29,9 +30,13 @@ def recommend(
         str | None, typer.Option(help='What is known of the moment, as JSON: {"hour": 9}')
     ] = None,
     users: Annotated[
-        Path | None, typer.Option(help="File of user ids: one a line, or the first column.")
+        Path | None,
+        typer.Option(help="File of user ids: one a line, or a table's column of users."),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Parquet of lists, with --users.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="With --users: lists as .parquet, .csv, .json or .jsonl.")
+    ] = None,
+    replace: ReplaceFlag = False,
     k: ListLength = 10,
     weights: Annotated[
         list[str] | None,
@@ -57,11 +62,21 @@ def recommend(
             "--users goes without --user, --history, --features, --context and --weight"
         )
     kept = ft.parse_settings(ft.Rules, ft.with_overrides({}, rules or ()), source="--rule")
-    recommender = ft.load(bundle)
     if users is not None and out is not None:
-        written = ft.write_lists(recommender, users, out, k=k, exclude_seen=not seen, rules=kept)
-        answer(written, f"{written['users']:,} lists in {out}", as_json=as_json)
+        ft.check_place(out, replace=replace)
+        written = ft.write_lists(
+            ft.load(bundle),
+            users,
+            out,
+            k=k,
+            exclude_seen=not seen,
+            rules=kept,
+            replace=replace,
+        )
+        notes = _notes(written)
+        answer(written, f"{written['users']} lists in {out}", *notes, as_json=as_json)
         return
+    recommender = ft.load(bundle)
     past = [] if history is None else [item.strip() for item in history.split(",")]
     told = _told(features)
     found = recommender.recommend(
@@ -126,3 +141,10 @@ def _answer(found: "ft.Answer", title: str, *, as_json: bool) -> None:
     ]
     made = table(title, ("", "item", "title", "score", *tasks, "from"), rows)
     answer(asdict(found), made, *found.notes, as_json=as_json)
+
+
+def _notes(written: Mapping[str, object]) -> list[str]:
+    notes = written["notes"]
+    said = [f"· {note}" for note in notes] if isinstance(notes, list) else []
+    counts = ((written["unknown"], "are unknown to training"), (written["missing"], "had no id"))
+    return [*said, *(f"· {count} of the users {what}" for count, what in counts if count)]

@@ -7,7 +7,7 @@ import typer
 
 import foretaste as ft
 from foretaste.cli.fit import DataDir, Overrides
-from foretaste.cli.show import JsonFlag, answer, log
+from foretaste.cli.show import JsonFlag, ReplaceFlag, answer, log
 
 
 def compare(
@@ -23,6 +23,7 @@ def compare(
     out: Annotated[
         Path | None, typer.Option(help="Folder of the table, the picture and the best bundle.")
     ] = None,
+    replace: ReplaceFlag = False,
     overrides: Overrides = None,
     data_dir: DataDir = None,
     as_json: JsonFlag = False,
@@ -34,8 +35,12 @@ def compare(
     first = next(iter(configs.values()))
     if families is not None:
         configs = ft.family_recipes(first, [name.strip() for name in families.split(",")])
+    if out is not None:
+        ft.check_place(out / "bundle", "bundle", replace=replace)
     split = ft.read_split(first, data_dir=data_dir)
-    found = ft.compare_models(configs, split, budget_seconds=budget_seconds, folder=out, say=log)
+    found = ft.compare_models(
+        configs, split, budget_seconds=budget_seconds, folder=out, replace=replace, say=log
+    )
     if out is not None:
         log(f"wrote the table, the picture and the bundle of {found.pick} into {out}")
     answer(found.to_json(), str(found), as_json=as_json)

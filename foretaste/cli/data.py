@@ -10,7 +10,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 import typer
 
 import foretaste as ft
-from foretaste.cli.show import JsonFlag, answer, pairs, table
+from foretaste.cli.show import JsonFlag, ReplaceFlag, answer, pairs, table
 from foretaste.data.read_config import ReadConfig
 
 app = typer.Typer(help="Import events, audit them, get public data sets.", no_args_is_help=True)
@@ -60,6 +60,7 @@ def import_(
     files: Annotated[list[Path], typer.Argument(help="CSV, TSV or Parquet files, read in order.")],
     *,
     out: Annotated[Path, typer.Option(help="Folder of the event store to write.")],
+    replace: ReplaceFlag = False,
     no_users: Annotated[
         bool, typer.Option("--no-users", help="There are none: every row is a user of its own.")
     ] = False,
@@ -78,11 +79,12 @@ def import_(
     reading: Mapping[str, Any],
 ) -> None:
     """Read tables of events into an event store that opens at once whatever its size."""
+    ft.check_place(out, "event store", replace=replace)
     without = {"user": None} if no_users else {}
     without |= {"item": None} if no_items else {}
     tables = {"users": users, "items": items, "user_links": user_links, "item_links": item_links}
     events = ft.read_interactions(files, **{**reading, **without, **tables})
-    ft.write_store(events, out)
+    ft.write_store(events, out, replace=replace)
     _show(str(out), _summary(events, out), as_json=as_json)
 
 
@@ -109,12 +111,15 @@ def get(
     *,
     data_dir: Annotated[Path | None, typer.Option(help="Where its files lie already.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write it as an event store too.")] = None,
+    replace: ReplaceFlag = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Get a public data set into the cache, its checksum verified."""
+    if out is not None:
+        ft.check_place(out, "event store", replace=replace)
     dataset = ft.get_dataset(name, data_dir=data_dir)
     if out is not None:
-        ft.write_store(dataset.events, out)
+        ft.write_store(dataset.events, out, replace=replace)
     summary = {
         **_summary(dataset.events, out),
         "origin": dataset.origin,

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import foretaste as ft
-from foretaste.cli.show import JsonFlag, answer, log
+from foretaste.cli.show import JsonFlag, ReplaceFlag, answer, log
 
 Overrides = Annotated[
     list[str] | None,
@@ -23,6 +23,7 @@ def fit(
     out: Annotated[Path, typer.Option(help="Folder of the bundle to write.")],
     overrides: Overrides = None,
     resume: Resume = False,
+    replace: ReplaceFlag = False,
     data_dir: DataDir = None,
     result: Annotated[Path | None, typer.Option(help="Record the run in this JSON file.")] = None,
     track: Annotated[ft.TrackerKind | None, typer.Option(help="Where to follow the run.")] = None,
@@ -30,18 +31,18 @@ def fit(
 ) -> None:
     """Train a recipe's model, report it on the test part, and write the bundle."""
     config = ft.read_experiment(recipe, overrides=overrides or ())
+    folder = ft.start_run(out, result=result, resume=resume, replace=replace)
     split = ft.read_split(config, data_dir=data_dir)
     for note in split.events.notes:
         log(note)
-    folder = ft.run_folder(out)
     run = ft.run_experiment(config, split, folder=folder, resume=resume, track=track)
     trained, report = run.final
     for note in trained.notes:
         log(note)
-    ft.to_recommender(trained, report).save(out)
+    ft.to_recommender(trained, report).save(out, replace=resume or replace)
     if result is not None:
         record = ft.record_run(run, config, recipe=recipe.stem, overrides=overrides or ())
-        ft.write_record(record, result)
+        ft.write_record(record, result, replace=resume or replace)
     log(f"wrote {out}; checkpoints and the log of steps are in {folder}")
     answer(json.loads(report.to_json(per_user=False)), report, as_json=as_json)
 

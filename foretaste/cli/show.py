@@ -9,6 +9,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+ReplaceFlag = Annotated[
+    bool, typer.Option("--replace", help="Replace what an earlier run wrote there.")
+]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document instead.")]
 
 _people = Console()

@@ -7,7 +7,7 @@ import typer
 
 import foretaste as ft
 from foretaste.cli.fit import DataDir, Overrides, Resume
-from foretaste.cli.show import JsonFlag, answer, log, table
+from foretaste.cli.show import JsonFlag, ReplaceFlag, answer, log, table
 
 
 def tune(
@@ -18,12 +18,14 @@ def tune(
     ),
     trials: Annotated[int | None, typer.Option(min=1, help="In all, resumed ones too.")] = None,
     resume: Resume = False,
+    replace: ReplaceFlag = False,
     overrides: Overrides = None,
     data_dir: DataDir = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Search a recipe's settings by validation; write the best as a recipe."""
     config = ft.read_experiment(recipe, overrides=overrides or ())
+    ft.check_place(out / "best.toml", replace=True)
     split = ft.read_split(config, data_dir=data_dir)
     found = ft.tune(
         config,
@@ -31,6 +33,7 @@ def tune(
         folder=out,
         trials=trials,
         resume=resume,
+        replace=replace,
         watch=lambda row: log(f"trial {row.number}: {row.state} {row.value or ''} {row.settings}"),
     )
     names = list(found.best.settings)

@@ -1,8 +1,32 @@
-"""Files that are whole, and known to be: their checksums, and forcing them to the disk."""
+"""Files and folders that are written whole or not at all, and replaced only where that is asked.
+
+All of foretaste's writers go through here. What is written stands under a hidden name beside its
+place until it is complete and forced to the disk; then it is renamed. It gets the permissions that
+the process's umask gives to a new file.
+"""
 
 import hashlib
+import json
 import os
+import re
+import secrets
+import shutil
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
+
+import polars as pl
+from safetensors import SafetensorError
+
+from foretaste.arguments import checked
+from foretaste.errors import BundleError, DataError, ForetasteError
+
+Kind = Literal["file", "bundle", "event store"]
+_MANIFEST = "manifest.json"
+_FORMATS = {"bundle": "foretaste-bundle", "event store": "foretaste-event-store"}
+_OS_ERROR = re.compile(r"os error (\d+)")
 
 
 def sha256_of(path: Path) -> str:
@@ -18,3 +42,221 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@checked
+def check_place(
+    path: str | os.PathLike[str], kind: Kind = "file", *, replace: bool = False
+) -> None:
+    """See, before hours of work, that its result can be written.
+
+    Args:
+        path: Where the result goes. Folders above it that are missing are made when it is written.
+        kind: What is written: a "file", a "bundle" or an "event store".
+        replace: Something of the same kind may be there, and is replaced.
+
+    Raises:
+        DataError: Of a file: one is there and `replace` is false, it is no regular file, or its
+            folder cannot be made or written.
+        BundleError: The same of a bundle or an event store; `replace` does not help where
+            something else is there, or files that are not of it.
+    """
+    with _in_our_words(path, kind):
+        place = _resolved(path)
+        if place.exists():
+            _check_replaceable(path, place, kind, replace=replace)
+        _check_folder(path, place.parent, kind)
+
+
+@contextmanager
+def whole_file(path: str | os.PathLike[str], *, replace: bool = False) -> Iterator[Path]:
+    """Give a path to write to; when the block ends well, the file there becomes `path`.
+
+    Raises:
+        DataError: `path` is taken, or the disk is full or refuses: nothing is left behind.
+    """
+    check_place(path, "file", replace=replace)
+    with _in_our_words(path, "file"):
+        place = _resolved(path)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        part = _beside(place, "writing")
+        try:
+            part.open("xb").close()
+            mode = part.stat().st_mode
+            yield part
+            part.chmod(stat.S_IMODE(mode))  # some libraries write files for their owner alone
+            sync(part)
+            part.replace(place)
+        finally:
+            part.unlink(missing_ok=True)
+        sync(place.parent)
+
+
+@contextmanager
+def whole_folder(
+    path: str | os.PathLike[str], kind: Kind, *, replace: bool = False
+) -> Iterator[Path]:
+    """Give a new folder to fill; when the block ends well, it becomes `path`.
+
+    What is replaced is moved away first and deleted last; a failure puts it back.
+
+    Raises:
+        BundleError: `path` is taken, or the disk is full or refuses: nothing is left behind.
+    """
+    check_place(path, kind, replace=replace)
+    with _in_our_words(path, kind):
+        place = _resolved(path)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        part = _beside(place, "writing")
+        try:
+            part.mkdir()
+            mode = part.stat().st_mode
+            yield part
+            for made in [*part.rglob("*"), part]:
+                made.chmod(stat.S_IMODE(mode if made.is_dir() else mode & 0o666))
+                sync(made)
+            _put_in_place(part, place)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+
+
+def leftover(path: Path) -> str:
+    """Say where the older folder lies, if a replacement was cut off between its two renames."""
+    place = path.absolute()
+    found = sorted(place.parent.glob(f".{place.name[:100]}.*.replaced/{place.name}"))
+    return f"; {found[-1]} was left there by an interrupted save: move it back" if found else ""
+
+
+def reason_of(error: BaseException) -> str:
+    """Return what the system said, without the words of the library that passed it on."""
+    if isinstance(error, ForetasteError) and error.__cause__ is not None:
+        return reason_of(error.__cause__)
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    number = _OS_ERROR.search(str(error))
+    return os.strerror(int(number[1])) if number else str(error).partition("\n")[0]
+
+
+def _resolved(path: str | os.PathLike[str]) -> Path:
+    """Follow links, so that what a link points to is replaced and not the link."""
+    return Path(os.path.realpath(path))
+
+
+def _error(message: str, path: str | os.PathLike[str], kind: Kind) -> ForetasteError:
+    made = DataError if kind == "file" else BundleError
+    return made(message, name=str(path), value=str(path))
+
+
+@contextmanager
+def _in_our_words(path: str | os.PathLike[str], kind: Kind) -> Iterator[None]:
+    try:
+        yield
+    except BundleError as error:
+        if error.__cause__ is None:  # ours already
+            raise
+        raise _unwritten(path, kind, error) from error
+    except (OSError, pl.exceptions.PolarsError, SafetensorError) as error:
+        raise _unwritten(path, kind, error) from error
+
+
+def _unwritten(path: str | os.PathLike[str], kind: Kind, error: Exception) -> ForetasteError:
+    what = "" if kind == "file" else f"the {kind} "
+    return _error(
+        f"{what}{path} cannot be written: {reason_of(error)}: nothing was left there; make room "
+        "or choose another place",
+        path,
+        kind,
+    )
+
+
+def _check_replaceable(
+    path: str | os.PathLike[str], place: Path, kind: Kind, *, replace: bool
+) -> None:
+    if kind == "file":
+        if not place.is_file():
+            what = "a folder" if place.is_dir() else "no regular file"
+            raise _error(f"{path} is {what}: name another file to write", path, kind)
+    elif place.is_dir() and not any(place.iterdir()):
+        return
+    else:
+        listed = _listed_files(place, kind)
+        if listed is None:
+            raise _error(
+                f"{path} exists and is not {_a(kind)}: it is left alone; choose another place",
+                path,
+                kind,
+            )
+        foreign = [found for found in _files_below(place) if found not in listed]
+        if foreign:
+            raise _error(
+                f"{path} holds {foreign[0]}, which is not of the {kind}: move it away, or choose "
+                "another place",
+                path,
+                kind,
+            )
+    if not replace:
+        raise _error(
+            f"{path} exists already: give --replace (in Python replace=True) to replace it, or "
+            "choose another place",
+            path,
+            kind,
+        )
+
+
+def _listed_files(place: Path, kind: Kind) -> set[str] | None:
+    """Return the files that a bundle or an event store consists of; None if it is none."""
+    try:
+        document = json.loads((place / _MANIFEST).read_bytes())
+        if document["format"] != _FORMATS[kind]:
+            return None
+        return {_MANIFEST, *document["files"]}
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def _files_below(place: Path) -> list[str]:
+    found = (path for path in place.rglob("*") if not path.is_dir())
+    return sorted(path.relative_to(place).as_posix() for path in found)
+
+
+def _a(kind: Kind) -> str:
+    return f"an {kind}" if kind[0] in "aeiou" else f"a {kind}"
+
+
+def _check_folder(path: str | os.PathLike[str], folder: Path, kind: Kind) -> None:
+    """Try to write where the folder is, or where the first missing folder above it would be."""
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir():
+        raise _error(
+            f"{path} cannot be written: {folder} is not a folder; choose another place", path, kind
+        )
+    trial = _beside(folder / Path(path).name, "trial")
+    try:
+        trial.open("xb").close()
+    finally:
+        trial.unlink(missing_ok=True)
+
+
+def _beside(place: Path, purpose: str) -> Path:
+    """Return an unused hidden name next to a place; a long name is shortened in it."""
+    return place.with_name(f".{place.name[:100]}.{secrets.token_hex(4)}.{purpose}")
+
+
+def _put_in_place(folder: Path, place: Path) -> None:
+    """Rename `folder` to `place`; what is there moves away first, and back if that fails."""
+    if not place.exists() or not any(place.iterdir()):
+        folder.replace(place)
+    else:
+        aside = _beside(place, "replaced")
+        aside.mkdir()
+        try:
+            place.rename(aside / place.name)
+            folder.rename(place)
+        except OSError:
+            if not place.exists():
+                (aside / place.name).rename(place)
+            aside.rmdir()
+            raise
+        shutil.rmtree(aside, ignore_errors=True)
+    sync(place.parent)

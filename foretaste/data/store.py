@@ -8,12 +8,10 @@ size and SHA-256. A store is written beside its place and renamed into it: whole
 import hashlib
 import os
 import re
-import shutil
-import tempfile
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import IO, Literal
+from typing import Literal
 
 import numpy as np
 import polars as pl
@@ -23,10 +21,10 @@ from pydantic import NonNegativeInt, ValidationError
 
 from foretaste.arguments import checked
 from foretaste.config import Config
-from foretaste.data.disk import sha256_of, sync
+from foretaste.data.disk import sha256_of, whole_folder
 from foretaste.data.interactions import Interactions
 from foretaste.data.vocabulary import Vocabulary
-from foretaste.errors import BundleError, DataError
+from foretaste.errors import BundleError
 
 _MANIFEST = "manifest.json"
 _CONTEXT = "context.arrow"
@@ -63,38 +61,28 @@ class StoreManifest(Config):
 
 
 @checked
-def write_store(events: Interactions, path: str | os.PathLike[str]) -> None:
-    """Write events into a new folder, whole or not at all.
+def write_store(
+    events: Interactions, path: str | os.PathLike[str], *, replace: bool = False
+) -> None:
+    """Write events into a folder, whole or not at all; see `whole_folder`.
 
     Args:
         events: What to write.
-        path: Must not exist yet; its parent folder must.
+        path: The folder; folders above it that are missing are made.
+        replace: A store that is there is replaced; a failure leaves it as it was.
 
     Raises:
-        DataError: Something stands at `path` already, or its parent does not exist.
-        BundleError: It cannot be written, because the disk is full for example; nothing is left.
+        BundleError: `path` exists and `replace` is false, or it is something else than a store,
+            or the disk is full or refuses.
     """
-    target = Path(path)
-    if target.exists():
-        raise DataError(f"{target} exists: remove it, or choose another place for the store")
-    if not target.absolute().parent.is_dir():
-        raise DataError(f"{target.absolute().parent} is not a folder: make it first")
-    part: Path | None = None
-    try:
-        part = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.absolute().parent))
-        part.chmod(0o777 & ~_umask())
-        _write_files(events, part)
-        part.rename(target)
-        sync(target.absolute().parent)
-    except (OSError, pl.exceptions.PolarsError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise BundleError(
-            f"the store {target} cannot be written ({reason}): nothing was left there; make room, "
-            "or choose another place"
-        ) from error
-    finally:
-        if part is not None and part.exists():
-            shutil.rmtree(part, ignore_errors=True)
+    with whole_folder(path, "event store", replace=replace) as folder:
+        _write_files(events, folder)
+
+
+def fill_store(events: Interactions, folder: Path) -> None:
+    """Write events into a new folder of a bundle that is being written."""
+    folder.mkdir()
+    _write_files(events, folder)
 
 
 @checked
@@ -193,10 +181,7 @@ def _write_files(events: Interactions, folder: Path) -> None:
         notes=events.notes,
         files=files,
     )
-    with (folder / _MANIFEST).open("wb") as file:
-        file.write(manifest.model_dump_json(indent=2).encode())
-        _sync(file)
-    sync(folder)
+    (folder / _MANIFEST).write_bytes(manifest.model_dump_json(indent=2).encode())
 
 
 def _write_array(path: Path, array: Shaped[np.ndarray, " N"]) -> StoredFile:
@@ -211,7 +196,6 @@ def _write_array(path: Path, array: Shaped[np.ndarray, " N"]) -> StoredFile:
             digest.update(block)
             file.write(block)
         size = file.tell()
-        _sync(file)
     return StoredFile(bytes=size, sha256=digest.hexdigest())
 
 
@@ -224,7 +208,6 @@ def _write_table(
             compression="uncompressed",
             compat_level=pl.CompatLevel.oldest() if level is None else level,
         )
-        _sync(file)
     return StoredFile(bytes=path.stat().st_size, sha256=sha256_of(path))
 
 
@@ -296,15 +279,3 @@ def _read_table(path: Path, *, height: int | None = None) -> pl.DataFrame:
     if height not in (None, table.height):
         raise BundleError(f"{path} has {table.height} rows, not {height}: import the events anew")
     return table
-
-
-def _sync(file: IO[bytes]) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _umask() -> int:
-    """Return the process's umask, which can only be read by setting it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

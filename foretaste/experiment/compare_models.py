@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from foretaste.arguments import checked
+from foretaste.data.disk import check_place, reason_of, whole_file
 from foretaste.data.splits import Split
 from foretaste.data.tasks import Task
 from foretaste.errors import ConfigError, DataError, ForetasteError
@@ -35,6 +36,7 @@ from foretaste.serving.recommender import Recommender
 ASKED = 200
 """How many single questions the time of an answer is the median of."""
 _WARM_UP = 10
+_FILES = ("comparison.svg", "comparison.json", "comparison.md")
 
 
 @checked
@@ -66,7 +68,8 @@ def compare_models(
     split: Split,
     *,
     budget_seconds: float | None = None,
-    folder: Path | str | None = None,
+    folder: str | Path | None = None,
+    replace: bool = False,
     say: Callable[[str], object] | None = None,
 ) -> ModelComparison:
     """Train several models and the baselines on one split, measure all on its test part, choose.
@@ -85,16 +88,23 @@ def compare_models(
         split: Their data, from `read_split`.
         budget_seconds: Of all trainings together, validations counted in; None sets no end.
         folder: Where `comparison.md`, `.json` and `.svg` go, and the `bundle` of the one to take.
+        replace: An earlier comparison in `folder` is replaced.
         say: Told what is being done; with it, trainings show their progress.
 
     Raises:
         ConfigError: There is no recipe, they are not of one data set and split, some are measured
             by lists and others are not, or the budget is not above 0; by rows, a model predicts no
             labels, or they have no task in common; or none of the models could be measured.
-        BundleError: The folder holds something else under the name `bundle`.
+        BundleError: The folder holds a bundle and `replace` is false, or something else under the
+            name `bundle`.
+        DataError: The folder holds a comparison and `replace` is false, or cannot be written.
     """
-    folder = None if folder is None else Path(folder)
     _check(recipes, budget_seconds)
+    folder = None if folder is None else Path(folder)
+    if folder is not None:
+        check_place(folder / "bundle", "bundle", replace=replace)
+        for file in _FILES:
+            check_place(folder / file, replace=replace)
     tasks = common_tasks(recipes, split)
     entries = dict(recipes) if tasks else with_baselines(recipes)
     in_order = sorted(entries, key=lambda name: not _in_one_piece(entries[name]))
@@ -121,8 +131,8 @@ def compare_models(
         comparison = _compare(measured, failed, split, budget_seconds, tasks)
         if folder is not None:
             (pick,) = (found for found in measured if found.name == comparison.pick)
-            load(pick.bundle).save(folder / "bundle")
-            _write(comparison, folder)
+            load(pick.bundle).save(folder / "bundle", replace=replace)
+            _write(comparison, folder, replace=replace)
     return comparison
 
 
@@ -153,7 +163,11 @@ def _workplace(folder: Path | None) -> Iterator[Path]:
             folder.mkdir(parents=True, exist_ok=True)
         made = tempfile.TemporaryDirectory(prefix=".compare.", dir=folder)
     except OSError as error:
-        raise DataError(f"{folder} cannot be written: {error.strerror or error}") from error
+        raise DataError(
+            f"{folder} cannot be written: {reason_of(error)}: choose another place",
+            name=str(folder),
+            value=str(folder),
+        ) from error
     with made as place:
         yield Path(place)
 
@@ -279,11 +293,12 @@ def _notes(budget_seconds: float | None, *, by_rows: bool) -> tuple[str, ...]:
     )
 
 
-def _write(comparison: ModelComparison, folder: Path) -> None:
-    files = {
-        "comparison.svg": comparison_svg(comparison),
-        "comparison.json": json.dumps(comparison.to_json(), indent=2) + "\n",
-        "comparison.md": comparison.to_markdown(picture="comparison.svg"),
-    }
-    for name, text in files.items():
-        (folder / name).write_text(text, encoding="utf-8")
+def _write(comparison: ModelComparison, folder: Path, *, replace: bool) -> None:
+    texts = (
+        comparison_svg(comparison),
+        json.dumps(comparison.to_json(), indent=2) + "\n",
+        comparison.to_markdown(picture=_FILES[0]),
+    )
+    for name, text in zip(_FILES, texts, strict=True):
+        with whole_file(folder / name, replace=replace) as part:
+            part.write_text(text, encoding="utf-8")

@@ -1,70 +1,159 @@
-"""Lists for a file of users, into a Parquet file."""
+"""Lists for a file of users, into a file."""
 
+import os
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import polars as pl
 
 from foretaste.arguments import checked
+from foretaste.data.disk import check_place, reason_of, whole_file
+from foretaste.data.tables import Source, open_source
+from foretaste.data.vocabulary import Vocabulary
 from foretaste.errors import DataError
 from foretaste.serving.recommender import Recommender
 from foretaste.serving.rules import NO_RULES, Rules
+
+USER_COLUMN = "user_id"
+_NO_SEPARATOR = "\x1f"
+_NAME_OF_USERS = re.compile(
+    r"\D*(user|customer|client|member|visitor|account|session|email|_id\b| id\b|Id\b|ID\b)\D*|id",
+    re.IGNORECASE,
+)
+"""A word that is more likely the name of a column than an id."""
 
 
 @checked
 def write_lists(
     recommender: Recommender,
-    users: Path,
-    out: Path,
+    users: str | os.PathLike[str],
+    out: str | os.PathLike[str],
     *,
     k: int = 10,
     exclude_seen: bool = True,
     rules: Rules = NO_RULES,
-) -> dict[str, int]:
+    replace: bool = False,
+) -> dict[str, object]:
     """Write each user's k best items; the file is written whole or not at all.
 
     Args:
-        recommender: Users whom training never saw are answered by what its table of users says of
-            them, or by its most popular items; their `source` says so.
-        users: Parquet with a column `user_id`, or text with one id a line.
-        out: The Parquet file: `user_id`, `source`, and the lists `item_id` and `score`.
+        recommender: Unknown users are answered by what its table of users says of them, or by its
+            most popular items; their `source` says so.
+        users: A file as `read_interactions` takes one. The ids are its column `user_id`, or the
+            one that the recipe's events name, or else its first column. A file of text needs no
+            header: its first line is taken for one where it is such a name or like one
+            (`customer_email`), or no whole number where the ids of training and all below it are.
+        out: The file; its suffix says of what kind. `.parquet`, `.json` and `.jsonl`: a row per
+            user with `user_id`, `source`, and the lists `item_id` and `score`. `.csv`: a row per
+            item with `user_id`, `source`, `rank`, `item_id` and `score`; a user without any item
+            has one row, its rank missing.
         k: Length of the lists.
         exclude_seen: Leave out what a user had.
         rules: Filters on attributes, caps on categories, diversity, for every list.
+        replace: A file that is there is replaced.
 
     Returns:
-        How many `users` there were, and how many of them training never saw (`unknown`).
+        How many `users` there were, how many of them training does not know (`unknown`), and how
+        many rows had no user id and were left out (`missing`); what was assumed, as `notes`.
 
     Raises:
-        DataError: The file of users cannot be read or is empty, the other not written, or rules
-            name a column that is not there or not of their kind.
+        DataError: `out` is of another kind, exists while `replace` is false, or cannot be written;
+            the file of users cannot be read or holds no id; or rules name a column that is not
+            there or not of their kind.
     """
-    lists = recommender.recommend_many(
-        _read_users(users), k=k, exclude_seen=exclude_seen, rules=rules
-    )
-    half = out.with_name(f"{out.name}.part")
+    write = _writer(Path(out))
+    check_place(out, replace=replace)
+    ids, notes = _read_users(Path(users), recommender)
+    known = ids.drop_nulls()
+    if not len(known):
+        raise DataError(
+            f"{users} holds no user id: write one a line", name="users", value=str(users)
+        )
+    lists = recommender.recommend_many(known, k=k, exclude_seen=exclude_seen, rules=rules)
+    with whole_file(out, replace=replace) as part:
+        write(lists, part)
+    unknown = int((lists["source"] != "model").sum())
+    counts = {"users": len(lists), "unknown": unknown, "missing": ids.null_count()}
+    return counts | {"notes": notes}
+
+
+def _writer(out: Path) -> Callable[[pl.DataFrame, Path], object]:
+    writers: dict[str, Callable[[pl.DataFrame, Path], object]] = {
+        ".parquet": pl.DataFrame.write_parquet,
+        ".csv": lambda lists, path: _by_item(lists).write_csv(path),
+        ".json": lambda lists, path: path.write_text(lists.write_json(), encoding="utf-8"),
+        ".jsonl": lambda lists, path: path.write_text(lists.write_ndjson(), encoding="utf-8"),
+    }
+    if out.suffix.lower() not in writers:
+        raise DataError(
+            f"{out} ends in {out.suffix or 'no suffix'!r}: name a file that ends in "
+            f"{', '.join(writers)}, which decides what is written",
+            name="out",
+            value=str(out),
+        )
+    return writers[out.suffix.lower()]
+
+
+def _by_item(lists: pl.DataFrame) -> pl.DataFrame:
+    rank = pl.int_ranges(1, pl.col("item_id").list.len() + 1).alias("rank")
+    columns = ("user_id", "source", "rank", "item_id", "score")
+    return lists.with_columns(rank).select(columns).explode("rank", "item_id", "score")
+
+
+def _read_users(file: Path, recommender: Recommender) -> tuple[pl.Series, list[str]]:
+    """Return the ids, missing ones as nulls, and what was assumed."""
+    trained = recommender.trained
+    names = {USER_COLUMN, _column_of_training(trained.settings)}
+    separator = _separator(file, trained.events.users)
+    whole = open_source(file, separator=separator, header=False, role="the users")
+    first = whole.columns[0]
+    if first != "0":  # the kind of file names its columns
+        return _ids(whole, next((name for name in whole.columns if name in names), first))
+    ids, notes = _ids(whole, first)
+    if len(ids) < 2 or not _is_header(ids[0], ids[1:], trained.events.users, names):
+        return ids, notes
+    named = open_source(file, separator=separator, role="the users")
+    column = next((name for name in named.columns if name in names), named.columns[0])
+    ids, notes = _ids(named, column)
+    return ids, [
+        *notes,
+        f"the first line of {file} was taken for a header: {column!r} are the users",
+    ]
+
+
+def _separator(file: Path, users: Vocabulary) -> str | None:
+    """Return what no id holds, where a line of text is one id; None: it is to be found."""
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        lists.write_parquet(half)
-        half.replace(out)
+        with file.open("rb") as lines:
+            line = lines.readline(1 << 16).decode("utf-8", "replace").strip()
     except OSError as error:
-        half.unlink(missing_ok=True)
-        raise DataError(f"{out} cannot be written: {error.strerror or error}") from error
-    return {"users": len(lists), "unknown": int((lists["source"] != "model").sum())}
+        raise DataError(
+            f"the users in {file} cannot be read: {reason_of(error)}", name="users", value=str(file)
+        ) from error
+    is_one = users.find(line) >= 0 or not any(mark in line for mark in ("::", *"\t,;|"))
+    return _NO_SEPARATOR if is_one else None
 
 
-def _read_users(file: Path) -> list[object]:
-    try:
-        if file.suffix == ".parquet":
-            table = pl.read_parquet(file)
-            if "user_id" not in table.columns:
-                raise DataError(f"{file} has no column user_id, but {', '.join(table.columns)}")
-            ids: list[object] = table["user_id"].to_list()
-        else:
-            lines = file.read_text(encoding="utf-8-sig").splitlines()
-            ids = [line.strip() for line in lines if line.strip()]
-    except (OSError, UnicodeDecodeError, pl.exceptions.PolarsError) as error:
-        reason = str(error).splitlines()[0]
-        raise DataError(f"the users in {file} cannot be read: {reason}") from error
-    if not ids:
-        raise DataError(f"{file} holds no user id: write one a line")
-    return ids
+def _ids(source: Source, column: str) -> tuple[pl.Series, list[str]]:
+    frame, notes = source.read([column], [column])
+    ids = frame[column]
+    if ids.dtype == pl.String:
+        ids = ids.str.strip_chars().replace("", None)
+    return ids, list(notes)
+
+
+def _column_of_training(settings: Mapping[str, object]) -> object:
+    """Return what the events that a recipe names call their users."""
+    data = settings.get("data")
+    return data.get("user") if isinstance(data, Mapping) else None
+
+
+def _is_header(first: object, rest: pl.Series, users: Vocabulary, names: set[object]) -> bool:
+    """Whether the first value of a column is its name and no id."""
+    if not isinstance(first, str) or users.find(first) >= 0:
+        return False
+    rest = rest.drop_nulls()
+    all_whole = bool(rest.len() and rest.str.contains(r"^-?[0-9]+$").all())
+    is_named = first in names or _NAME_OF_USERS.fullmatch(first) is not None
+    return is_named or (users.is_integer and all_whole)

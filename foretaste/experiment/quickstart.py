@@ -6,6 +6,7 @@ from pathlib import Path
 
 from foretaste.arguments import checked
 from foretaste.config import Seed
+from foretaste.data.disk import check_place
 from foretaste.data.sources.load import get_dataset
 from foretaste.data.split_config import TemporalSplitConfig, make_split
 from foretaste.data.splits import Split
@@ -67,10 +68,11 @@ class Quickstart:
 
 @checked
 def run_quickstart(
-    out: Path | str,
+    out: str | Path,
     *,
     data_dir: Path | str | None = None,
     seed: Seed = 0,
+    replace: bool = False,
     say: Callable[[str], object],
 ) -> Quickstart:
     """Get MovieLens-100K, train SASRec and the baselines, measure them, write the bundle.
@@ -83,13 +85,15 @@ def run_quickstart(
         out: Folder of the bundle.
         data_dir: Where the data set's files lie already.
         seed: Decides the run.
+        replace: A bundle that is there is replaced.
         say: Told what is being done.
 
     Raises:
         SourceError: The data set cannot be had.
-        BundleError: The bundle cannot be written.
+        BundleError: `out` exists and `replace` is false, or the bundle cannot be written.
     """
     out = Path(out)
+    check_place(out, "bundle", replace=replace)
     say(f"getting {DATASET}")
     dataset = get_dataset(DATASET, data_dir=data_dir)
     events = dataset.events
@@ -105,7 +109,7 @@ def run_quickstart(
     ]
     trained, report = found[1].best
     say("building the index and writing the bundle")
-    to_recommender(trained, report).save(out)
+    to_recommender(trained, report).save(out, replace=replace)
     sentences = [sentence for part in found for sentence in part.sentences]
     return Quickstart(
         bundle=str(out),

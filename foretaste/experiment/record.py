@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from foretaste.arguments import checked
+from foretaste.data.disk import whole_file
 from foretaste.experiment.facts import run_facts
 from foretaste.experiment.recipe import ExperimentConfig
 from foretaste.experiment.run import Run
@@ -46,10 +47,11 @@ def record_run(
 
 
 @checked
-def write_record(record: Mapping[str, object], path: Path | str) -> None:
-    """Write a record, or nothing where it cannot be written whole."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    half = path.with_suffix(".part")
-    half.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    half.replace(path)
+def write_record(record: Mapping[str, object], path: str | Path, *, replace: bool = False) -> None:
+    """Write a record, whole or not at all.
+
+    Raises:
+        DataError: A file is there and `replace` is false, or the disk is full or refuses.
+    """
+    with whole_file(path, replace=replace) as part:
+        part.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

@@ -11,6 +11,7 @@ import numpy as np
 
 from foretaste.arguments import checked
 from foretaste.config import parse_settings
+from foretaste.data.disk import check_place
 from foretaste.data.interactions import Interactions
 from foretaste.data.reading import read_interactions
 from foretaste.data.rows import happened_split
@@ -18,7 +19,7 @@ from foretaste.data.sources.load import get_dataset
 from foretaste.data.split_config import make_split
 from foretaste.data.splits import Split
 from foretaste.data.store import open_store
-from foretaste.errors import ConfigError, DataError
+from foretaste.errors import BundleError, ConfigError, DataError
 from foretaste.evaluation.protocol import evaluate, to_find
 from foretaste.evaluation.report import Report
 from foretaste.evaluation.reports import Reports
@@ -40,10 +41,13 @@ from foretaste.models.interface import Ranker
 from foretaste.models.two_stage import TwoStage, second_stage
 from foretaste.serving.building import build_recommender
 from foretaste.serving.recommender import Recommender
+from foretaste.training.checkpoint import CHECKPOINT_FILE, epochs_done, forget_checkpoint
 from foretaste.training.fit import Epoch
 from foretaste.training.objectives.rows import RowsConfig
 from foretaste.training.settings import TrainingConfig
 from foretaste.training.trained import Trained
+
+_REFIT = "refit"
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -91,6 +95,57 @@ def run_folder(bundle: Path | str) -> Path:
 
 
 @checked
+def start_run(
+    bundle: str | Path,
+    *,
+    result: str | Path | None = None,
+    resume: bool = False,
+    replace: bool = False,
+) -> Path:
+    """See before training that what it gives can be written; return the folder of checkpoints.
+
+    Args:
+        bundle: The folder of the bundle that will be written.
+        result: The file of the run's record, if there will be one.
+        resume: Go on with the run whose checkpoints lie beside `bundle`, and replace what it wrote.
+        replace: Replace a bundle, a record and the checkpoints of an earlier run.
+
+    Raises:
+        BundleError: The bundle is there already, or an unfinished run of it, and neither is given;
+            or something else is there; or its folder cannot be written.
+        DataError: The same of the record.
+    """
+    bundle, folder = Path(bundle), run_folder(bundle)
+    may_replace = replace or (resume and (folder / CHECKPOINT_FILE).is_file())
+    check_place(bundle, "bundle", replace=may_replace)
+    check_place(folder / CHECKPOINT_FILE, replace=True)
+    if result is not None:
+        check_place(result, replace=may_replace)
+        if Path(result).absolute() in (bundle.absolute(), folder.absolute()):
+            raise DataError(
+                f"{result} is the place of the run itself: name another file for its record",
+                name="result",
+                value=str(result),
+            )
+    if not (resume or replace) and (epochs := stopped_after(folder)) is not None:
+        raise BundleError(
+            f"{folder} holds a run that was stopped after {epochs} epochs: give --resume to go on "
+            "with it, --replace to begin again, or choose another place",
+            name=str(bundle),
+            value=str(bundle),
+        )
+    return folder
+
+
+@checked
+def stopped_after(folder: str | Path) -> int | None:
+    """Return how many epochs a run had completed when it was stopped; None if it was not."""
+    folder = Path(folder)
+    refitted = folder / _REFIT / CHECKPOINT_FILE
+    return epochs_done(refitted if refitted.exists() else folder / CHECKPOINT_FILE)
+
+
+@checked
 def run_experiment(
     config: ExperimentConfig,
     split: Split,
@@ -119,6 +174,8 @@ def run_experiment(
     """
     folder = None if folder is None else Path(folder)
     check_measurable(config, split)
+    if folder is not None and not resume:
+        forget_checkpoint(folder / _REFIT)
     with _tracker(config, folder, track) as tracker:
         told = None if tracker is None else partial(_tell, tracker)
         trained = _fit(
@@ -139,7 +196,7 @@ def run_experiment(
     refitted = _fit(
         _with_chosen_epochs(config, trained.log),
         split.refit(),
-        folder=None if folder is None else folder / "refit",
+        folder=None if folder is None else folder / _REFIT,
         resume=resume,
         on_epoch=None,
         show=show,

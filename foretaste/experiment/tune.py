@@ -12,15 +12,17 @@ from optuna.trial import FrozenTrial, TrialState
 
 from foretaste.arguments import checked
 from foretaste.config import parse_settings
+from foretaste.data.disk import check_place, whole_file
 from foretaste.data.splits import Split
 from foretaste.data.toml_text import to_toml
-from foretaste.errors import ConfigError, NonFiniteError, TooLargeError
+from foretaste.errors import ConfigError, DataError, NonFiniteError, TooLargeError
 from foretaste.experiment.fit import fit
 from foretaste.experiment.recipe import ExperimentConfig, with_setting
 from foretaste.experiment.search_space import distributions
 from foretaste.experiment.validation import STOP_METRIC, make_validation
 from foretaste.training.fit import Epoch
 
+_STUDY, _BEST, _TRIALS = _FILES = ("study.db", "best.toml", "trials.json")
 _FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
 
@@ -65,9 +67,10 @@ def tune(
     config: ExperimentConfig,
     split: Split,
     *,
-    folder: Path | str,
+    folder: str | Path,
     trials: int | None = None,
     resume: bool = False,
+    replace: bool = False,
     watch: Callable[[TrialRow], None] | None = None,
 ) -> TuneResult:
     """Search a recipe's settings by what early stopping watches; the test part is never looked at.
@@ -78,14 +81,17 @@ def tune(
         folder: Keeps the study, and in the end `best.toml` and `trials.json`.
         trials: How many the study shall hold in the end; without it the recipe's number.
         resume: Go on with the study in `folder`; a trial that was killed is run again.
+        replace: Delete an earlier study in `folder`, and begin again.
         watch: Called with each trial when it ends.
 
     Raises:
-        ConfigError: The folder holds a study already, or one of another recipe; a range is wrong;
-            the split has no validation part; no trial came to its end.
+        ConfigError: `resume` and `replace` are both given; the folder holds a study of another
+            recipe; a range is wrong; the split has no validation part; no trial came to its end.
+        DataError: The folder holds a study and neither is given, or it cannot be written.
     """
-    folder, space = Path(folder), distributions(config)
-    study = _open_study(config, folder, resume=resume)
+    space, folder = distributions(config), Path(folder)
+    _check_folder(folder, resume=resume, replace=replace)
+    study = _open_study(config, folder)
     for _ in range((trials or config.tune.trials) - len(_finished(study))):
         row = _run_trial(study, config, split, space)
         if watch is not None:
@@ -93,12 +99,33 @@ def tune(
     return _result(study, config, folder)
 
 
-def _open_study(config: ExperimentConfig, folder: Path, *, resume: bool) -> optuna.Study:
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    file = folder / "study.db"
-    if file.exists() and not resume:
-        raise ConfigError(f"{folder} holds a study already: resume it, or name another folder")
+def _check_folder(folder: Path, *, resume: bool, replace: bool) -> None:
+    """See that the study can be written; delete the one to be replaced."""
+    if resume and replace:
+        raise ConfigError(
+            "resume goes on with the study, and replace deletes it: give one of them",
+            name="replace",
+            value=True,
+        )
+    found = [name for name in _FILES if (folder / name).is_file()]
+    if found and not (resume or replace):
+        raise DataError(
+            f"{folder / found[0]} exists already: give --resume to go on with that search (in "
+            "Python resume=True), --replace to delete it and begin again, or choose another place",
+            name=str(folder),
+            value=str(folder),
+        )
+    for name in _FILES:
+        check_place(folder / name, replace=True)
+    if replace:
+        for name in _FILES:
+            (folder / name).unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
+
+
+def _open_study(config: ExperimentConfig, folder: Path) -> optuna.Study:
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    file = folder / _STUDY
     study = optuna.create_study(
         storage=f"sqlite:///{file.absolute()}",
         study_name="tune",
@@ -206,8 +233,10 @@ def _result(study: optuna.Study, config: ExperimentConfig, folder: Path) -> Tune
         best_recipe=with_drawn(config, best.settings),
     )
     settings = result.best_recipe.model_dump(mode="json")
-    (folder / "best.toml").write_text(to_toml(settings), encoding="utf-8")
-    (folder / "trials.json").write_text(json.dumps(result.to_json(), indent=2), encoding="utf-8")
+    texts = {_BEST: to_toml(settings), _TRIALS: json.dumps(result.to_json(), indent=2)}
+    for name, text in texts.items():
+        with whole_file(folder / name, replace=True) as part:  # of this very study
+            part.write_text(text, encoding="utf-8")
     return result
 
 

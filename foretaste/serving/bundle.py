@@ -12,10 +12,7 @@ calibration.json      what a ranker's probabilities become, where that was fitte
 
 import json
 import platform
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -26,9 +23,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from foretaste.data.disk import sync
+from foretaste.data.disk import leftover, whole_folder
 from foretaste.data.features import Features
-from foretaste.data.store import open_store, write_store
+from foretaste.data.store import fill_store, open_store
 from foretaste.errors import BundleError
 from foretaste.models.catalogue import ModelConfig, build_model
 from foretaste.retrieval.choose import load_index
@@ -74,30 +71,21 @@ class Bundle:
     """Measured figures, as JSON values."""
 
 
-def write_bundle(bundle: Bundle, path: Path) -> None:
-    """Write a bundle, whole or not at all.
+def write_bundle(bundle: Bundle, path: Path, *, replace: bool = False) -> None:
+    """Write a bundle, whole or not at all; see `whole_folder`.
 
-    It is written beside `path` under a hidden name, forced to disk, and renamed. An older bundle
-    at `path` is moved away first and deleted last; a failure leaves it as it was.
+    Args:
+        bundle: What to write.
+        path: Its folder; folders above it that are missing are made.
+        replace: A bundle that is there is replaced; a failure leaves it as it was.
 
     Raises:
-        BundleError: `path` is something else than a bundle, the model is not one of foretaste's,
-            or the disk is full or refuses.
+        BundleError: `path` exists and `replace` is false, or it is something else than a bundle,
+            the model is not one of foretaste's, or the disk is full or refuses.
     """
-    path = path.absolute()
-    _check_replaceable(path)
     _check_model(bundle.trained)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _beside(path) as folder:
-            _write_parts(bundle, folder)
-            _sync(folder)
-            _put_in_place(folder, path)
-    except (OSError, SafetensorError, BundleError) as error:
-        raise BundleError(
-            f"{path} could not be written: {error}: nothing of it was left behind; make room or "
-            "choose another place"
-        ) from error
+    with whole_folder(path, "bundle", replace=replace) as folder:
+        _write_parts(bundle, folder)
 
 
 def read_bundle(path: Path) -> Bundle:
@@ -110,7 +98,7 @@ def read_bundle(path: Path) -> Bundle:
         BundleError: Something is missing, changed or broken, or the format is a newer one.
     """
     if not path.is_dir():
-        raise BundleError(f"{path} is not a folder: name the folder of a bundle{_leftover(path)}")
+        raise BundleError(f"{path} is not a folder: name the folder of a bundle{leftover(path)}")
     manifest = read_manifest(path)
     verify_files(path, manifest)
     try:
@@ -120,14 +108,6 @@ def read_bundle(path: Path) -> Bundle:
             f"{path} cannot be used although its checksums are right: {error}: it was written by "
             f"foretaste {manifest.foretaste}; save it anew with that version"
         ) from error
-
-
-def _check_replaceable(path: Path) -> None:
-    if not path.exists() or (path / MANIFEST_FILE).is_file():
-        return
-    if path.is_dir() and not any(path.iterdir()):
-        return
-    raise BundleError(f"{path} exists and is not a bundle: it is left alone; choose another place")
 
 
 def _check_model(trained: Trained) -> None:
@@ -140,26 +120,11 @@ def _check_model(trained: Trained) -> None:
         ) from error
 
 
-def _make_beside(path: Path, purpose: str) -> Path:
-    return Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=f".{purpose}", dir=path.parent))
-
-
-@contextmanager
-def _beside(path: Path) -> Iterator[Path]:
-    """Give a new hidden folder next to `path`; it is deleted unless it was renamed."""
-    folder = _make_beside(path, "writing")
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 def _write_parts(bundle: Bundle, folder: Path) -> None:
-    folder.chmod(0o755)  # mkdtemp makes it private
     trained = bundle.trained
     save_file(_owned(trained.model.state_dict()), folder / WEIGHTS_FILE)
     save_file({"popular_I": bundle.popular_I.contiguous()}, folder / POPULAR_FILE)
-    write_store(trained.events, folder / EVENTS_FOLDER)
+    fill_store(trained.events, folder / EVENTS_FOLDER)
     if bundle.index is not None:
         (folder / INDEX_FOLDER).mkdir()
         bundle.index.save(folder / INDEX_FOLDER)
@@ -210,36 +175,6 @@ def _manifest(bundle: Bundle) -> Manifest:
 
 def _mapping(values: Mapping[str, object]) -> dict[str, object]:
     return {str(name): plain(value) for name, value in values.items()}
-
-
-def _sync(folder: Path) -> None:
-    """Force a folder, all below it and its own entry to the disk."""
-    for path in [*folder.rglob("*"), folder, folder.parent]:
-        sync(path)
-
-
-def _put_in_place(folder: Path, path: Path) -> None:
-    """Rename `folder` to `path`; what stood there moves away first, and back if that fails."""
-    if not path.exists():
-        folder.rename(path)
-    else:
-        aside = _make_beside(path, "replaced")
-        try:
-            path.rename(aside / path.name)
-            folder.rename(path)
-        except OSError:
-            if not path.exists():
-                (aside / path.name).rename(path)
-            aside.rmdir()
-            raise
-        shutil.rmtree(aside, ignore_errors=True)
-    sync(path.parent)
-
-
-def _leftover(path: Path) -> str:
-    """Say where the older bundle lies, if a replacement was cut off between its two renames."""
-    found = sorted(path.absolute().parent.glob(f".{path.name}.*.replaced/{path.name}"))
-    return f"; {found[-1]} was left there by an interrupted save: move it back" if found else ""
 
 
 def _read_parts(manifest: Manifest, path: Path) -> Bundle:

@@ -312,13 +312,18 @@ class Recommender:
         reason_M[row_M >= 0] = reason_T
         return tuple(None if row < 0 else self._items.ids_of([row])[0] for row in reason_M.tolist())
 
-    def save(self, path: str | Path) -> None:
-        """Write everything into a bundle, whole or not at all; see `write_bundle`.
+    def save(self, path: str | Path, *, replace: bool = False) -> None:
+        """Write everything into a bundle, whole or not at all.
+
+        Args:
+            path: The folder; folders above it that are missing are made.
+            replace: A bundle that is there is replaced; a failure leaves it as it was.
 
         Raises:
-            BundleError: The path is something else than a bundle, or the disk refuses.
+            BundleError: The path exists and `replace` is false, or it is something else than a
+                bundle, or the disk is full or refuses.
         """
-        write_bundle(self.bundle, Path(path))
+        write_bundle(self.bundle, Path(path), replace=replace)
 
     def _user(self, user_id: object) -> int:
         users = self.trained.events.users

@@ -13,7 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from foretaste.errors import ConfigError, NonFiniteError
-from foretaste.training.checkpoint import read_checkpoint, write_checkpoint
+from foretaste.training.checkpoint import (
+    CHECKPOINT_FILE,
+    forget_checkpoint,
+    read_checkpoint,
+    write_checkpoint,
+)
 from foretaste.training.optimizer import make_optimizer, move_average, rate_factor
 from foretaste.training.prefetch import Plan as Plan
 from foretaste.training.prefetch import Prefetch
@@ -161,6 +166,8 @@ class Fit(Generic[Model, Batch]):
         """
         if resume:
             self._restore()
+        elif self.folder is not None:
+            forget_checkpoint(self.folder)
         with StepLog(self.folder, self.progress.step) as log:
             while not self.progress.done:
                 self._epoch(log, on_epoch, on_step, max_seconds)
@@ -333,12 +340,12 @@ class Fit(Generic[Model, Batch]):
             "settings": self.config.model_dump(mode="json"),
             "seed": self.seed,
         }
-        write_checkpoint(self.folder / "checkpoint.safetensors", tensors, facts)
+        write_checkpoint(self.folder / CHECKPOINT_FILE, tensors, facts)
 
     def _restore(self) -> None:
         if self.folder is None:
             raise ConfigError("to resume, say which folder holds the checkpoint")
-        path = self.folder / "checkpoint.safetensors"
+        path = self.folder / CHECKPOINT_FILE
         if not path.exists():
             return
         tensors, facts = read_checkpoint(path)

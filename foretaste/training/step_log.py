@@ -1,8 +1,15 @@
 """The loss of every step, on disk."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import final
+
+from foretaste.data.disk import reason_of
+from foretaste.errors import DataError
+
+STEPS_FILE = "steps.jsonl"
 
 
 @final
@@ -11,20 +18,36 @@ class StepLog:
 
     def __init__(self, folder: Path | None, step: int) -> None:
         self.file = None
-        if folder is not None:
+        self.path = Path(STEPS_FILE) if folder is None else folder / STEPS_FILE
+        if folder is None:
+            return
+        with self._in_our_words():
             folder.mkdir(parents=True, exist_ok=True)
-            path = folder / "steps.jsonl"
-            kept = path.read_text().splitlines(keepends=True)[:step] if step else []
-            path.write_text("".join(kept))
-            self.file = path.open("a", buffering=1)
+            kept = self.path.read_text().splitlines(keepends=True)[:step] if step else []
+            self.path.write_text("".join(kept))
+            self.file = self.path.open("a", buffering=1)
 
     def __enter__(self) -> "StepLog":
         return self
 
     def __exit__(self, *_: object) -> None:
         if self.file is not None:
-            self.file.close()
+            with suppress(OSError):  # what could not be written was said by `write`
+                self.file.close()
 
     def write(self, step: int, epoch: int, loss: float) -> None:
         if self.file is not None:
-            self.file.write(json.dumps({"step": step, "epoch": epoch, "loss": loss}) + "\n")
+            with self._in_our_words():
+                self.file.write(json.dumps({"step": step, "epoch": epoch, "loss": loss}) + "\n")
+
+    @contextmanager
+    def _in_our_words(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise DataError(
+                f"{self.path} cannot be written: {reason_of(error)}: make room, then resume from "
+                "the last checkpoint",
+                name=str(self.path),
+                value=str(self.path),
+            ) from error
