@@ -39,6 +39,8 @@ class Holdout:
     """Position in `events` where the query's history ends."""
     target_offsets: Int64[np.ndarray, " Q1"]
     target_item: Int32[np.ndarray, " N"]
+    target_timestamp_s: Int64[np.ndarray, " N"] | None = None
+    """Unix seconds of each target; None where the events have no times."""
     context: pl.DataFrame | None = None
     """The context of each query's first target: the moment at which a list is asked for."""
     listed: Interactions | None = None
@@ -153,6 +155,7 @@ class Split:
             end_Q = np.flatnonzero(part_of == part)
             user_Q = events.user_idx[end_Q].astype(np.int64)
             targets, counts = events.item_idx[end_Q], np.ones(len(end_Q), np.int64)
+            time_N = None if events.timestamp_s is None else events.timestamp_s[end_Q]
             context = None if events.context is None else events.context[end_Q]
         else:
             events, wanted = (
@@ -163,6 +166,7 @@ class Split:
             user_Q = np.flatnonzero(counts)
             end_Q, counts = events.offsets[user_Q + 1], counts[user_Q]
             targets, context = wanted.item_idx, wanted.context
+            time_N = wanted.timestamp_s
             context = None if context is None else context[wanted.offsets[user_Q]]
         return Holdout(
             name=name,
@@ -171,6 +175,7 @@ class Split:
             end_Q=end_Q,
             target_offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
             target_item=targets,
+            target_timestamp_s=time_N,
             context=context,
             listed=self._listed if part == TEST else None,
         )

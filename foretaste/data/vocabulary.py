@@ -6,6 +6,7 @@ is found by the text that prints it, "3", and not by "03" or " 3". Anything else
 reading makes of it. What is missing, what is empty and what holds several values is no id.
 """
 
+import hashlib
 import math
 import re
 from bisect import bisect_left
@@ -106,6 +107,17 @@ class Vocabulary:
     def ids(self) -> pl.Series:
         """The ids, Int64 or String, row by row."""
         return self._load().alias("id")
+
+    @cached_property
+    def digest(self) -> str:
+        """A SHA-256 of the ids, row by row."""
+        sha = hashlib.sha256(f"{self.ids.dtype} {len(self)}\0".encode())
+        if self.is_integer:
+            sha.update(np.ascontiguousarray(self.ids.to_numpy()).data)
+        else:
+            for buffer in text_buffers(self.ids):
+                sha.update(buffer.data)
+        return sha.hexdigest()
 
     def find(self, external_id: object) -> int:
         """Return the row of one id, -1 if it is unknown or no id at all."""

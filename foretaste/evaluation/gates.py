@@ -13,7 +13,7 @@ from foretaste.arguments import checked
 from foretaste.data.rows import PartName
 from foretaste.data.splits import Split
 from foretaste.errors import ConfigError
-from foretaste.evaluation.rows import ranker_of, rows_to_judge
+from foretaste.evaluation.rows import blocks_of, known_rows, ranker_of, rows_to_judge
 from foretaste.evaluation.svg import line, page, text
 from foretaste.models.interface import Gated
 from foretaste.training.trained import Trained
@@ -46,21 +46,17 @@ def read_gates(model: Trained, split: Split, *, part: PartName = "test") -> Gate
 
     Raises:
         ConfigError: The model has no gates, or the part no rows.
+        DataError: The model knows hardly an item of the rows, or was trained on most of them.
     """
-    network, ranker = model.model, ranker_of(model)
+    network, ranker, model = model.model, ranker_of(model), model.asked_by(split.events)
     if not isinstance(network, Gated):
         raise ConfigError(f"{type(network).__name__} has no gates: MMoE has")
+    split = known_rows(model, split, part=part)[0]
     rows, _, _ = rows_to_judge(model, split, part=part)
     if not len(rows):
         raise ConfigError(f"{part!r} has no rows: read the gates on another part")
     blocks = []
-    for begin in range(0, len(rows), _BLOCK_ROWS):
-        batch = rows.batch(
-            np.arange(begin, min(begin + _BLOCK_ROWS, len(rows))),
-            reads=ranker.reads,
-            max_len=ranker.max_len,
-            seed=begin,
-        )
+    for batch in blocks_of(model, rows, _BLOCK_ROWS):
         with torch.inference_mode():
             gates = network.gates(batch.queries, batch.item_BC[:, :1])
         blocks.append(torch.stack([gates[task.name][:, 0] for task in ranker.tasks]))

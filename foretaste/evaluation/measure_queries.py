@@ -81,7 +81,7 @@ def measure_queries(
         ConfigError: Listed items are asked for, and the data list none.
         NonFiniteError: The model scores an item with NaN or infinity.
     """
-    score, count_I = model.scorer(exclude_seen=exclude_seen), model.events.item_count
+    score, count_I = model.scorer(exclude_seen=exclude_seen), model.item_count
     properties = {
         "novelty": self_information(count_I),
         "popularity_share": head_membership(count_I),

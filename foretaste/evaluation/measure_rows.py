@@ -4,7 +4,7 @@ Shape legend: N rows, T tasks.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from jaxtyping import Float64, Int64
@@ -33,6 +33,8 @@ class Predicted:
     """NaN where one is missing."""
     prediction_NT: Float64[np.ndarray, "N T"]
     notes: tuple[str, ...] = ()
+    counts: Mapping[str, int] = field(default_factory=dict)
+    """Further counts for the report."""
     suffix: str = ""
     """What the names of metrics end in, such as `_sampled_99`."""
 
@@ -93,6 +95,7 @@ def measure_rows(
         counts={
             "rows": len(user_N),
             "users": len(users),
+            **predicted.counts,
             **{f"labels_{part.task.name}": len(part.label_N) for part in parts},
         },
         notes=(

@@ -18,6 +18,7 @@ from foretaste.evaluation.bootstrap import bootstrap_intervals
 from foretaste.evaluation.cold import COLD_SUFFIX, NEW_SUFFIX, Among, Whose
 from foretaste.evaluation.measure_queries import measure_queries
 from foretaste.evaluation.metrics.coverage import coverage
+from foretaste.evaluation.overlap import Asked, overlap
 from foretaste.evaluation.protocol_notes import protocol_notes
 from foretaste.evaluation.rank import chance_within
 from foretaste.evaluation.report import Report
@@ -51,7 +52,9 @@ def evaluate(
 
     Args:
         model: Gives the scores. Equal ones are settled as by chance.
-        holdout: What is to be predicted, from which histories.
+        holdout: What is to be predicted, from which histories. Of other events than the model's own
+            users and items are found by their ids: an unknown user is a new one, told by the
+            history; a target of an unknown item is a miss. The report counts both.
         k: List lengths, each at least 1.
         exclude_seen: True leaves the items of a query's history out of its list; a target that
             stands there cannot be found and is no target, which the report counts.
@@ -67,7 +70,8 @@ def evaluate(
 
     Raises:
         ConfigError: `k` or `resamples` is out of range, or both `sampled` and `among` are asked.
-        DataError: The model was trained on another catalogue, or nothing can be measured.
+        DataError: The model knows hardly an item of the holdout, was trained on most of it, or
+            nothing can be measured.
         NonFiniteError: The model scores an item with NaN or infinity.
     """
     k = (k,) if isinstance(k, int) else tuple(k)
@@ -77,9 +81,12 @@ def evaluate(
         raise ConfigError(f"resamples is {resamples}: give 0 or more")
     if sampled is not None and among != "all":
         raise ConfigError(f"rank among sampled items or among {among!r} ones, not both")
-    count_I, known_I = model.events.item_count, model.known_I.numpy()
+    if not len(model.events):
+        raise DataError("the model's training events are empty: there is nothing to recommend")
+    model = model.asked_by(holdout.events)
+    count_I, known_I = model.item_count, model.known_I.numpy()
     ranked_I = known_I if among == "all" else count_I == 0
-    _check_catalogue(model, holdout, count_I)
+    known = overlap(model, Asked.of_holdout(holdout))
     task, asked_Q = to_find(holdout, exclude_seen=exclude_seen, users=users)
     measured = measure_queries(
         model,
@@ -121,17 +128,21 @@ def evaluate(
         chance=_named(chance, suffix),
         user_idx=user_idx,
         per_user=_named(dict(zip(measured.values, means_UM.T, strict=True)), suffix),
-        counts=_counts(task, count_I, ranked_I, asked_Q=asked_Q, num_users=len(user_idx)),
-        notes=protocol_notes(
-            model,
-            holdout,
-            task,
-            exclude_seen=exclude_seen,
-            resamples=resamples,
-            seed=seed,
-            sampled=sampled,
-            among=among,
-            users=users,
+        counts=_counts(task, count_I, ranked_I, asked_Q=asked_Q, num_users=len(user_idx))
+        | known.counts,
+        notes=(
+            *known.notes,
+            *protocol_notes(
+                model,
+                holdout,
+                task,
+                exclude_seen=exclude_seen,
+                resamples=resamples,
+                seed=seed,
+                sampled=sampled,
+                among=among,
+                users=users,
+            ),
         ),
         slices=tuple(replace(part, metrics=_named(part.metrics, suffix)) for part in slices),
         settings=model.settings,
@@ -164,19 +175,6 @@ def _user_means(
 
 def _named(values: Mapping[str, V], suffix: str) -> dict[str, V]:
     return {f"{name}{suffix}": value for name, value in values.items()}
-
-
-def _check_catalogue(model: Trained, holdout: Holdout, count_I: Int64[np.ndarray, " I"]) -> None:
-    same = model.events.items is holdout.events.items or model.events.items.ids.equals(
-        holdout.events.items.ids
-    )
-    if not same:
-        raise DataError(
-            f"the model was trained on a catalogue of {model.events.num_items} items, the holdout "
-            f"has another of {holdout.events.num_items}: evaluate on a part of the same split"
-        )
-    if not count_I.any():
-        raise DataError("the model's training events are empty: there is nothing to recommend")
 
 
 def _nothing_to_find(holdout: Holdout, task: Task, users: Whose) -> str:

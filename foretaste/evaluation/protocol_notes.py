@@ -56,7 +56,7 @@ def protocol_notes(
 
 def _candidates(model: Trained, sampled: SampledNegatives | None, among: Among) -> tuple[str, str]:
     """Return which items are ranked, and which targets are never found."""
-    cold_I = model.events.item_count == 0
+    cold_I = model.item_count == 0
     num_placed = int((model.known_I.numpy() & cold_I).sum())
     if among == "cold":
         return (

@@ -6,6 +6,7 @@ each, T tasks.
 
 import hashlib
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -15,11 +16,12 @@ from torch import Tensor
 from foretaste.arguments import checked
 from foretaste.config import Seed
 from foretaste.data.batch import RowBatch
-from foretaste.data.parts import TEST, TRAIN, VALIDATION
-from foretaste.data.rows import PartName, Rows, rows_of
+from foretaste.data.parts import TEST, TRAIN, UNUSED, VALIDATION
+from foretaste.data.rows import PartName, Rows, happened_split, rows_of
 from foretaste.data.splits import Split
 from foretaste.errors import ConfigError
 from foretaste.evaluation.measure_rows import Predicted, measure_rows
+from foretaste.evaluation.overlap import Asked, Overlap, overlap
 from foretaste.evaluation.rows_report import RowsReport
 from foretaste.evaluation.sampled import SampledNegatives
 from foretaste.models.interface import Ranker
@@ -34,6 +36,8 @@ from foretaste.training.objectives.rows import RowsConfig
 from foretaste.training.trained import Trained
 
 _BLOCK_ROWS = 2**13
+_NEW_USERS_EVENTS = 50
+"""How many events of a user that the model does not know are read, where training read none."""
 _LAST = {"train": TRAIN, "validation": VALIDATION, "test": TEST}
 
 
@@ -55,7 +59,8 @@ def evaluate_rows(
 
     Args:
         model: A ranker.
-        split: What it was trained on.
+        split: What it was trained on, or other events: users and items are found by their ids, and
+            rows of items that the model does not know are left out and counted.
         part: Which part.
         sampled: Draw so many items for each row instead, and so.
         calibration: From a binary task's name to what `fit_calibration` made of other rows: the
@@ -65,22 +70,26 @@ def evaluate_rows(
 
     Raises:
         ConfigError: The model is no ranker, or a setting is out of range.
-        DataError: No row has a label.
+        DataError: No row has a label, the model knows hardly an item of them, or it was trained on
+            most of them.
         NonFiniteError: A prediction is NaN or infinite.
     """
+    ranker_of(model)  # or it predicts no labels
+    model = model.asked_by(split.events)
+    split, known = known_rows(model, split, part=part)
     rows, notes, suffix = rows_to_judge(model, split, part=part, sampled=sampled)
-    ranker = ranker_of(model)
-    parts = list(_predict(ranker, rows))
+    parts = list(_predict(model, rows))
     label_NT = np.concatenate([label_NT for label_NT, _ in parts])
     return measure_rows(
         Predicted(
             name=part,
             digest=_digest(rows),
-            tasks=ranker.tasks,
+            tasks=rows.tasks,
             user_N=np.repeat(rows.events.user_idx, 1 + rows.drawn_EN.shape[1]).astype(np.int64),
             label_NT=label_NT,
             prediction_NT=np.concatenate([prediction_NT for _, prediction_NT in parts]),
-            notes=notes,
+            notes=(*notes, *(() if known is None else known.notes)),
+            counts={} if known is None else known.counts,
             suffix=suffix,
         ),
         model=type(model.model).__name__,
@@ -128,12 +137,37 @@ def rows_to_judge(
     if sampled is None or not sampled.num:
         return rows, notes, ""
     seen = Seen.of(split.events.select(split.part_E <= _LAST[part]))
-    draw = RowNegatives(_sampler(model, sampled), seen)
+    draw = RowNegatives(_sampler(model, sampled, split.events.num_items), seen)
     note = (
         f"zeros: {sampled.num} items drawn for each row, {sampled.by}, that the user has not done "
         f"up to here (seed {sampled.seed})"
     )
     return rows.draw(sampled.num, draw, seed=sampled.seed), (*notes, note), sampled.suffix
+
+
+def known_rows(model: Trained, split: Split, *, part: PartName) -> tuple[Split, Overlap | None]:
+    """Leave out a part's rows of items that a model does not know, and count what it knows of it.
+
+    Args:
+        model: As one that is asked by the split's events.
+        split: Whose rows are to be predicted.
+        part: Which of them.
+
+    Returns:
+        The split, and what is known; None for the split that the model was trained on.
+
+    Raises:
+        DataError: The model knows hardly an item of them, or was trained on most of them.
+    """
+    if model.events is split.train:
+        return split, None
+    happened = happened_split(split, rows_settings(model).positive)
+    found = overlap(model, Asked.of_rows(rows_of(happened, part, tasks=())))
+    if model.translation is None:
+        return split, found
+    unknown_E = model.translation.item_X[split.events.item_idx] < 0
+    part_E = np.where(unknown_E, UNUSED, split.part_E).astype(np.uint8)
+    return replace(split, part_E=part_E), found
 
 
 def _has_zeros(rows: Rows) -> bool:
@@ -142,8 +176,8 @@ def _has_zeros(rows: Rows) -> bool:
     return bool((rows.label_ET[:, binary_T] == 0).any())
 
 
-def _sampler(model: Trained, sampled: SampledNegatives) -> Sampler:
-    count_I = model.events.item_count
+def _sampler(model: Trained, sampled: SampledNegatives, num_items: int) -> Sampler:
+    count_I = model.item_count[:num_items]
     match sampled.by:
         case "uniform":
             return UniformSampler(len(count_I), known_I=torch.from_numpy(count_I > 0))
@@ -154,20 +188,32 @@ def _sampler(model: Trained, sampled: SampledNegatives) -> Sampler:
 
 
 def _predict(
-    ranker: Ranker, rows: Rows
+    model: Trained, rows: Rows
 ) -> Iterator[tuple[Float64[np.ndarray, "N T"], Float64[np.ndarray, "N T"]]]:
     """Give labels and predictions, block by block, in the order of the rows."""
     step = max(1, _BLOCK_ROWS // (1 + rows.drawn_EN.shape[1]))
-    for begin in range(0, len(rows), step):
-        batch = rows.batch(
-            np.arange(begin, min(begin + step, len(rows))),
-            reads=ranker.reads,
-            max_len=ranker.max_len,
-            seed=begin,
-        )
-        prediction_BCT = predict_tasks(ranker, batch)
+    for batch in blocks_of(model, rows, step):
+        prediction_BCT = predict_tasks(ranker_of(model), batch)
         label_BCT = batch.label_BCT.double()
         yield label_BCT.flatten(0, 1).numpy(), prediction_BCT.flatten(0, 1).numpy()
+
+
+def blocks_of(model: Trained, rows: Rows, step: int) -> Iterator[RowBatch]:
+    """Give rows as a model's ranker reads them, `step` at a time.
+
+    A user that the model does not know is told by the history where training read none.
+    """
+    ranker, translation = ranker_of(model), model.translation
+    reads, max_len = ranker.reads, ranker.max_len
+    only_new = translation is not None and reads == "nothing"
+    if only_new:
+        reads, max_len = "before", _NEW_USERS_EVENTS
+    for begin in range(0, len(rows), step):
+        row_B = np.arange(begin, min(begin + step, len(rows)))
+        batch = rows.batch(row_B, reads=reads, max_len=max_len, seed=begin)
+        if translation is not None:
+            batch = translation.batch(batch, new_users_histories=only_new)
+        yield batch
 
 
 @torch.inference_mode()
@@ -179,7 +225,8 @@ def predict_tasks(ranker: Ranker, batch: RowBatch) -> Float64[Tensor, "B C T"]:
 
 def _digest(rows: Rows) -> str:
     """Return a SHA-256 of what is asked: models of one task and of several are asked the same."""
-    sha = hashlib.sha256(f"{rows.events.num_users} {rows.events.num_items}".encode())
+    events = rows.events
+    sha = hashlib.sha256(f"{events.users.digest} {events.items.digest}".encode())
     for column in (rows.events.user_idx, rows.events.item_idx, rows.drawn_EN):
         sha.update(np.ascontiguousarray(column).data)
     return sha.hexdigest()

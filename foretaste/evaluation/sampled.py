@@ -136,7 +136,10 @@ def score_kept(
         score_BI = score(queries)
         return score_BI.masked_fill_(~keep_BI.to(score_BI.device), -torch.inf)
     item_BC = keep_BI.byte().topk(int(keep_BI.sum(dim=1).max()), dim=1).indices
-    score_BC = judge(ranker, queries, item_BC).score_BC
+    asked, own_BC = queries, item_BC
+    if model.translation is not None:
+        asked, own_BC = model.translation.queries(queries), model.translation.items(item_BC)
+    score_BC = judge(ranker, asked, own_BC).score_BC
     score_BI = score_BC.new_full(keep_BI.shape, -torch.inf).scatter_(1, item_BC, score_BC)
     return score_BI.masked_fill_(~(keep_BI & model.known_I), -torch.inf)
 

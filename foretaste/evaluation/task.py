@@ -94,7 +94,8 @@ def make_task(holdout: Holdout, *, without_repeats: bool) -> Task:
 def digest(holdout: Holdout) -> str:
     """Return a SHA-256 of what a holdout asks, whatever order it asks in."""
     task = make_task(holdout, without_repeats=False)
-    sha = hashlib.sha256(f"{holdout.events.num_users} {holdout.events.num_items}".encode())
+    events = holdout.events
+    sha = hashlib.sha256(f"{events.users.digest} {events.items.digest}".encode())
     for column in (task.user_Q, task.key_Q, task.offsets_Q1, task.target_N):
         sha.update(np.ascontiguousarray(column).data)
     return sha.hexdigest()

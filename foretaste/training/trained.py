@@ -1,16 +1,18 @@
 """What training gives back, and all that evaluation and serving need."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from foretaste.config import Config
 from foretaste.data.batch import Queries
 from foretaste.data.features import Features, FieldSide
 from foretaste.data.interactions import Interactions
+from foretaste.data.translation import Translation
 from foretaste.errors import ConfigError, NonFiniteError
 from foretaste.models.interface import CatalogueScorer, JudgesNewItems, PlacesItems, Retriever
 from foretaste.models.two_stage import (
@@ -47,6 +49,29 @@ class Trained:
     calibration: Mapping[str, Calibration] = field(default_factory=dict)
     """By a binary task's name, what its probabilities become before they are answered. Lists are
     ordered by what the model said itself: calibrated probabilities may tie."""
+    translation: Translation | None = None
+    """From the rows in which users and items are asked about to those of `events`; None where
+    these are the same. `known_I`, `item_count` and scores are in the rows of what is asked."""
+
+    def asked_by(self, events: Interactions) -> "Trained":
+        """Return the model as one that is asked in the rows of other events, by their ids.
+
+        A user that it does not know is a new one, answered by history and features; an item that
+        it does not know has no score, and is left out of histories.
+        """
+        found = Translation.of(self.events, events)
+        if found is None:
+            return self
+        told = None if self.features is None else self.features.user
+        if told is not None and events.user_table is not None and reads_profiles(self.model):
+            found = replace(found, profile=told.encode(events.user_table))
+        return replace(self, translation=found)
+
+    @property
+    def item_count(self) -> Int64[np.ndarray, " I"]:
+        """How many training events each item has."""
+        count_I = self.events.item_count
+        return count_I if self.translation is None else self.translation.counts(count_I)
 
     @property
     def known_I(self) -> Bool[Tensor, " I"]:
@@ -55,6 +80,11 @@ class Trained:
         Items with a training event, and others that the model places without one: by their
         features or their edges.
         """
+        known_I = self._own_known_I
+        return known_I if self.translation is None else self.translation.known(known_I)
+
+    @property
+    def _own_known_I(self) -> Bool[Tensor, " I"]:
         known_I = torch.from_numpy(self.events.item_count > 0)
         model = first_stage(self.model)
         if isinstance(model, PlacesItems):
@@ -114,12 +144,14 @@ class Trained:
             exclude_seen: Give the items of a query's history -inf; of a model in two stages, they
                 are no candidates then.
         """
-        model = self.model
+        model, translation = self.model, self.translation
         find = find_scores(first_stage(model))
-        unknown_X = (~self.known_I).nonzero().squeeze(1)
+        unknown_X = (~self._own_known_I).nonzero().squeeze(1)
 
         @torch.inference_mode()
         def score(queries: Queries) -> Tensor:
+            if translation is not None:
+                queries = translation.queries(queries)
             score_BI = find(queries)
             score_BI.index_fill_(1, unknown_X.to(score_BI.device), 0.0)
             if score_BI.numel() and not torch.stack(score_BI.aminmax()).isfinite().all():
@@ -130,7 +162,9 @@ class Trained:
             if exclude_seen:
                 seen_N = torch.arange(len(queries)).repeat_interleave(queries.offsets_B1.diff())
                 score_BI[seen_N, queries.history_N] = -torch.inf
-            return model.rerank(queries, score_BI) if isinstance(model, TwoStage) else score_BI
+            if isinstance(model, TwoStage):
+                score_BI = model.rerank(queries, score_BI)
+            return score_BI if translation is None else translation.scores(score_BI)
 
         return score
 

@@ -1,0 +1,255 @@
+"""What a test and a model's training have in common: ids that the model knows, events that it saw.
+
+Shape legend: N events of a test, U users, I items.
+"""
+
+from dataclasses import dataclass
+from typing import no_type_check
+
+import numba
+import numpy as np
+from jaxtyping import Bool, Int64
+
+from foretaste.data.interactions import Interactions
+from foretaste.data.rows import Rows
+from foretaste.data.splits import Holdout
+from foretaste.data.vocabulary import Vocabulary
+from foretaste.errors import DataError
+from foretaste.training.trained import Trained
+
+_MOST_TRAINED_ON = 0.5
+"""Of a test's events, how many training may hold: beyond, the figure is of what was learned by
+heart."""
+_FEWEST_KNOWN = 0.1
+"""Of a test's events, how many must be of items that the model knows: below, equal ids are more
+likely to be chance."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Asked:
+    """The events of a test, and what is known before each of them."""
+
+    name: str
+    past: Interactions
+    """The events before, all users' together."""
+    user_N: Int64[np.ndarray, " N"]
+    """user_idx in `past`."""
+    end_N: Int64[np.ndarray, " N"]
+    """Position in `past` where the history of each event ends."""
+    item_N: Int64[np.ndarray, " N"]
+    time_N: Int64[np.ndarray, " N"] | None
+    """Unix seconds; None where there are none."""
+
+    @staticmethod
+    def of_holdout(holdout: Holdout) -> "Asked":
+        """Return a holdout's targets."""
+        num_Q = np.diff(holdout.target_offsets)
+        return Asked(
+            name=holdout.name,
+            past=holdout.events,
+            user_N=np.repeat(holdout.user_Q, num_Q),
+            end_N=np.repeat(holdout.end_Q, num_Q),
+            item_N=holdout.target_item.astype(np.int64),
+            time_N=holdout.target_timestamp_s,
+        )
+
+    @staticmethod
+    def of_rows(rows: Rows) -> "Asked":
+        """Return labelled rows' events."""
+        return Asked(
+            name=rows.name,
+            past=rows.past,
+            user_N=rows.user_E,
+            end_N=rows.end_E,
+            item_N=rows.item_E.numpy(),
+            time_N=rows.events.timestamp_s,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Overlap:
+    """How much of a test a model knows."""
+
+    events: int
+    users: int
+    unknown_users: int
+    unknown_items: int
+    """Events of the test whose item the model does not know."""
+    trained_on: int
+    """Events of the test that the model saw in training."""
+    timed: bool
+    """Whether events are told apart by their times."""
+    own_rows: bool
+    """Whether users and items stand in the rows of the model's own events."""
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """For a report; nothing where all is known and nothing was seen, as in a split's own."""
+        found = {} if not self.trained_on else {"trained_on": self.trained_on}
+        if self.own_rows:
+            return found
+        unknown = {"unknown_users": self.unknown_users, "unknown_items": self.unknown_items}
+        return {**unknown, "trained_on": self.trained_on}
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """For a report, likewise."""
+        seen = "user, item and time" if self.timed else "user and item, as there are no times"
+        trained_on = (
+            f"trained on: {self.trained_on:,} of {self.events:,} events of the test were in the "
+            f"model's training too, by {seen}"
+        )
+        if self.own_rows:
+            return (trained_on,) if self.trained_on else ()
+        return (
+            "other events than the model's own: users and items are found by their ids; the model "
+            f"knows {self.users - self.unknown_users:,} of {self.users:,} users of the test, and "
+            f"the items of {self.events - self.unknown_items:,} of {self.events:,} of its events; "
+            "other users are new ones, told by their history",
+            trained_on,
+        )
+
+
+def overlap(model: Trained, test: Asked) -> Overlap:
+    """Count what of a test a model knows, and refuse a test that would measure nothing.
+
+    An event of a test was trained on if training holds its user, item and time more often than the
+    events before it do. Where there are no times, user and item decide.
+
+    Args:
+        model: As one that is asked by `test.past`.
+        test: What is to be predicted. Of training's own part it is no fault that training saw it.
+
+    Raises:
+        DataError: Users and items of the test are not the model's, or training saw most of it.
+    """
+    translation, users = model.translation, np.unique(test.user_N)
+    unknown_N, unknown_U = np.zeros(len(test.item_N), np.bool_), np.zeros(len(users), np.bool_)
+    if translation is not None:
+        unknown_N = translation.item_X[test.item_N] < 0
+        unknown_U = translation.user_U[users] < 0
+    trained_on = 0 if test.name == "train" else int(trained_on_events(model, test).sum())
+    found = Overlap(
+        events=len(test.item_N),
+        users=len(users),
+        unknown_users=int(unknown_U.sum()),
+        unknown_items=int(unknown_N.sum()),
+        trained_on=trained_on,
+        timed=_timed(model, test),
+        own_rows=translation is None,
+    )
+    _check_known(model, test, found)
+    if trained_on > _MOST_TRAINED_ON * found.events:
+        raise DataError(
+            f"the model was trained on {trained_on:,} of the {found.events:,} events of "
+            f"{test.name!r}: what it learned by heart measures nothing; give it the test of the "
+            "split that it was trained on, or events after its training",
+            name=test.name,
+            value=trained_on,
+        )
+    return found
+
+
+def trained_on_events(model: Trained, test: Asked) -> Bool[np.ndarray, " N"]:
+    """Return which events of a test the model saw in training."""
+    own, past, translation = model.events, test.past, model.translation
+    user_N, item_N = test.user_N, test.item_N
+    if translation is not None:
+        user_N, item_N = translation.user_U[user_N], translation.item_X[item_N]
+    start_N = own.offsets[user_N]
+    end_N = np.where((user_N < 0) | (item_N < 0), start_N, own.offsets[user_N + 1])
+    none_E, timed = np.empty(0, np.int64), _timed(model, test)
+    seen_N = np.zeros(len(item_N), np.bool_)
+    _mark_trained_on(
+        (own.item_idx, own.timestamp_s if timed else none_E, start_N, end_N, item_N),
+        (
+            past.item_idx,
+            past.timestamp_s if timed else none_E,
+            past.offsets[test.user_N],
+            np.minimum(test.end_N, len(past)),
+            test.item_N,
+        ),
+        test.time_N if timed else np.zeros_like(item_N),
+        seen_N,
+    )
+    return seen_N
+
+
+def _timed(model: Trained, test: Asked) -> bool:
+    times = (model.events.timestamp_s, test.past.timestamp_s, test.time_N)
+    return all(time is not None for time in times)
+
+
+def _check_known(model: Trained, test: Asked, found: Overlap) -> None:
+    if found.own_rows or not found.events:
+        return
+    own, past = model.events, test.past
+    sides = (("item", own.items, past.items), ("user", own.users, past.users))
+    for what, mine, other in sides:
+        if mine.is_integer != other.is_integer and _in_common(found, what) == 0:
+            raise DataError(
+                f"the model's {what} ids are {_kind(mine)}, those of {test.name!r} are "
+                f"{_kind(other)}, and none is equal: read both by the same column, as the same "
+                "type",
+                name=test.name,
+                column=what,
+                value=_first(other),
+            )
+    if found.events - found.unknown_items < _FEWEST_KNOWN * found.events:
+        raise DataError(
+            f"the model knows the items of {found.events - found.unknown_items:,} of the "
+            f"{found.events:,} events of {test.name!r}: it was trained on another catalogue of "
+            f"{own.num_items:,} items, such as {_first(own.items)!r}, and this one has "
+            f"{past.num_items:,}, such as {_first(past.items)!r}; evaluate on events of its own "
+            "catalogue, or train it on these",
+            name=test.name,
+            column="item",
+            value=_first(past.items),
+        )
+
+
+def _in_common(found: Overlap, what: str) -> int:
+    if what == "item":
+        return found.events - found.unknown_items
+    return found.users - found.unknown_users
+
+
+def _kind(vocabulary: Vocabulary) -> str:
+    kind = "integers" if vocabulary.is_integer else "texts"
+    return f"{kind} such as {_first(vocabulary)!r}"
+
+
+def _first(vocabulary: Vocabulary) -> object:
+    return vocabulary.ids[0] if len(vocabulary) else None
+
+
+@numba.njit(cache=True, nogil=True)
+@no_type_check
+def _count(item, time, start, end, wanted, moment):
+    """Count events of one user that are of an item, and of a time where there are times."""
+    found = 0
+    if time.shape[0] > 0:
+        place = start + np.searchsorted(time[start:end], moment)
+        while place < end and time[place] == moment:
+            found += item[place] == wanted
+            place += 1
+        return found
+    for place in range(start, end):
+        found += item[place] == wanted
+    return found
+
+
+@numba.njit(cache=True, nogil=True)
+@no_type_check
+def _mark_trained_on(own, past, time_N, seen_N):
+    """Mark events that training holds more often than the events before them do.
+
+    Users' events are sorted by time, so that a time is found by halving.
+    """
+    own_item, own_time, own_start, own_end, own_wanted = own
+    item, time, start, end, wanted = past
+    for n in range(seen_N.shape[0]):
+        trained = _count(own_item, own_time, own_start[n], own_end[n], own_wanted[n], time_N[n])
+        if trained > 0:
+            before = _count(item, time, start[n], end[n], wanted[n], time_N[n])
+            seen_N[n] = trained > before
