@@ -10,7 +10,7 @@ import torch
 import foretaste as ft
 from foretaste.data.features import fit_features
 from foretaste.data.graph import graph_of
-from foretaste.data.translation import Translation, rows_in, same_ids
+from foretaste.data.translation import Translation, rows_in
 from foretaste.errors import DataError
 from foretaste.models.catalogue import ModelConfig, build_model
 from foretaste.models.interface import Begins, ClosedForm, Finishes, LearnsNewcomers
@@ -175,10 +175,9 @@ def test_rows_are_found_by_ids() -> None:
     assert rows_in(of(5, 7, 9), of(9, 8, 5)).tolist() == [2, -1, 0]
     assert rows_in(of("5", "07", "x"), of(5, 7)).tolist() == [0, -1]
     assert rows_in(of(5, 7), of("7", "07", "x")).tolist() == [1, -1, -1]
-    assert same_ids(of(1, 2), of(1, 2))
-    assert not same_ids(of(1, 2), of(2, 1))
-    assert not same_ids(of(1, 2), of("1", "2"))
-    assert not same_ids(of(1, 2), of(1))
+    assert of(1, 2).same_as(of(1, 2))
+    for other in (of(2, 1), of("1", "2"), of(1), of(1, 3)):
+        assert not of(1, 2).same_as(other)
 
 
 def test_the_same_ids_cost_no_translation() -> None:
@@ -368,3 +367,100 @@ def test_reports_of_other_people_are_not_compared_by_their_rows() -> None:
         ft.compare_rows(*rows, "auc")
     with pytest.raises(DataError, match="different holdouts"):
         ft.transfer({"both": rows[:1]}, {"click": rows[1:]})
+
+
+# --- features and models that were fitted elsewhere -----------------------------------------------
+
+
+def test_features_that_were_fitted_to_other_events_are_encoded_for_these() -> None:
+    _, elsewhere = aged(0, more_rows(table(), user=101 - 7, item=2))
+    split, own = aged(0)
+    fitted = elsewhere.for_training(split.train)
+    assert own.user_table is not None
+    assert fitted.user_table is not None
+    assert elsewhere.user_table is not None
+    assert len(elsewhere.user_table) == NUM_USERS + 1
+    names = {age: code for code, age in enumerate(sorted(str(n) for n in range(7)))}
+    ages = [str(n % 7) for n in split.events.users.ids]
+    order = [fitted.user_table.code_RC[row, 0].item() for row in range(NUM_USERS)]
+    assert len({(names[age], code) for age, code in zip(ages, order, strict=True)}) == 7
+    trained = ft.fit(TOWER, split, features=elsewhere, training=ONE_EPOCH, show=False)
+    assert trained.features is not None
+    assert trained.features.events is trained.events
+
+
+def test_features_of_the_same_events_are_taken_as_they_are() -> None:
+    split, features = aged(0)
+    assert features.for_training(split.train) is features
+    again = features.for_training(split.refit().train)
+    assert again.user_table is features.user_table
+
+
+def test_the_context_of_other_events_of_equal_number_is_encoded_for_these() -> None:
+    schema = ft.FeatureSchema(context={"hour": ft.CategoricalField()})
+    first, second = (ft.random_split(read(table()), seed=seed) for seed in (0, 1))
+    assert len(first.train) == len(second.train)
+    elsewhere = fit_features(schema, first.train)
+    assert elsewhere.context is not None
+    context = elsewhere.for_training(second.train).context_table
+    assert context is not None
+    expected = elsewhere.context.encode(second.train.context)
+    assert torch.equal(context.code_RC, expected.code_RC)
+
+
+@pytest.mark.parametrize("column", ["age", "hour"])
+def test_features_whose_columns_the_events_lack_are_refused_by_name(column: str) -> None:
+    _, features = aged(0)
+    if column == "hour":
+        schema = ft.FeatureSchema(context={"hour": ft.CategoricalField()})
+        features = fit_features(schema, OWN.train)
+    bare = ft.leave_last_split(read(table(), context=[]))
+    with pytest.raises(ft.ConfigError, match=column):
+        ft.fit(TOWER, bare, features=features, show=False)
+
+
+def test_a_context_that_the_model_reads_and_other_events_lack_is_refused_by_name() -> None:
+    schema = ft.FeatureSchema(context={"hour": ft.CategoricalField()})
+    features = fit_features(schema, OWN.train)
+    model = made(MMOE, OWN, features)
+    other = split_of(more_rows(table()), context=[])
+    for measure in (evaluate, evaluate_rows):
+        with pytest.raises(DataError) as caught:
+            measure(model, other)
+        assert caught.value.column == "hour"
+        measure(model, OTHER)  # has it
+
+
+def test_features_of_new_users_that_the_other_events_lack_are_said() -> None:
+    model = made(TOWER, *aged(0))
+    strangers = split_of(table().with_columns(pl.col("user_id") + 7000))
+    report = ft.evaluate(model, strangers.test, resamples=0)
+    assert any("age is missing" in note for note in report.notes)
+
+
+ONE_EPOCH = ft.TrainingConfig(epochs=1, patience=None, device="cpu")
+
+
+def test_models_of_other_users_or_items_are_not_joined() -> None:
+    retriever = made(ft.ItemKNNConfig(), OWN)
+    ranker = made(ft.GMFConfig(factors=4), OTHER)
+    with pytest.raises(DataError) as caught:
+        ft.two_stage(retriever, ranker)
+    assert caught.value.name == "users"
+    candidates = ft.Candidates(retriever=retriever)
+    with pytest.raises(DataError) as caught:
+        ft.fit(ft.GMFConfig(), OTHER, candidates=candidates, training=ONE_EPOCH, show=False)
+    assert caught.value.name == "users"
+    with pytest.raises(ft.ConfigError, match="other items"):
+        ft.build_recommender(retriever, fallback=made(ft.PopularityConfig(), OTHER))
+
+
+def test_models_whose_features_were_fitted_apart_are_not_joined() -> None:
+    split, features = aged(0)
+    frame = pl.DataFrame({"user_id": split.events.users.ids, "age": ["x", "y", *["z"] * 38]})
+    other = fit_features(AGE, split_of(table(), users=frame).train)
+    retriever = made(TOWER, split, features)
+    with pytest.raises(ft.ConfigError) as caught:
+        ft.two_stage(retriever, made(MMOE, split, other))
+    assert caught.value.name == "user"
+    ft.two_stage(retriever, made(MMOE, split, fit_features(AGE, split.train)))

@@ -1,5 +1,6 @@
 """Metrics over a few sampled items: named so, exact where the data list them, fair where drawn."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -113,6 +114,63 @@ def test_chance_is_k_over_the_candidates() -> None:
     assert report.metrics["hit_rate_at_5_sampled_9"] == pytest.approx(0.5)
 
 
+def random_split() -> Split:
+    """30 users, 20 items, some 20 events each."""
+    rng = np.random.default_rng(0)
+    histories = [rng.integers(20, size=rng.integers(3, 20)).tolist() for _ in range(30)]
+    return leave_last_split(events_of(histories, num_items=20))
+
+
+RANDOM = random_split()
+POPULAR = fit(PopularityConfig(), RANDOM, show=False)
+
+
+@pytest.mark.parametrize("by", ["uniform", "popularity"])
+@pytest.mark.parametrize("num", [19, 20, 1000])
+def test_more_sampled_items_than_there_are_are_refused(num: int, by) -> None:
+    with pytest.raises(ConfigError) as caught:
+        evaluate(POPULAR, RANDOM.test, k=(5,), sampled=SampledNegatives(num=num, by=by))
+    assert (caught.value.name, caught.value.value) == ("num", num)
+
+
+def test_the_most_that_any_query_has_is_said_and_can_be_had_and_fewer_are_counted() -> None:
+    with pytest.raises(ConfigError, match="no query has more than") as caught:
+        evaluate(POPULAR, RANDOM.test, k=(5,), sampled=SampledNegatives(num=19))
+    most = int(str(caught.value).split("give ")[1].split(" or")[0])
+    lengths = [
+        19 - len(set(RANDOM.test.events.history(int(user)).tolist()) - {int(target)})
+        for user, target in zip(RANDOM.test.user_Q, RANDOM.test.target_item, strict=True)
+    ]
+    assert most == max(lengths)
+    report = evaluate(POPULAR, RANDOM.test, k=(5,), sampled=SampledNegatives(num=most))
+    assert f"ndcg_at_5_sampled_{most}" in report.metrics
+    (note,) = (note for note in report.notes if "sampled items" in note)
+    assert f"{min(lengths)} at the least" in note
+
+
+def test_listed_items_are_named_by_how_many_the_data_list() -> None:
+    split = listed_split()
+    model = fit(PopularityConfig(), split, show=False)
+    report = evaluate(model, split.test, k=(1,), sampled=SampledNegatives(by="listed"))
+    assert "ndcg_at_1_sampled_2" in report.metrics
+    assert "2 sampled items, the items that the data list" in report.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("num", 0),
+        ("num", -1),
+        ("num", True),
+        ("power", math.nan),
+    ],
+)
+def test_sampled_items_that_cannot_be_are_refused(name: str, value: object) -> None:
+    with pytest.raises(ConfigError) as caught:
+        SampledNegatives(**{name: value})  # type: ignore[arg-type]
+    assert caught.value.name == name
+
+
 class OnlyTheCatalogue(nn.Module):
     """A ranker that can no longer be asked about given items."""
 
@@ -145,7 +203,7 @@ def test_a_ranker_says_of_some_items_what_it_says_of_them_among_all(
     fast = evaluate(trained, split.test, k=(1, 5), **asked)  # type: ignore[arg-type]
 
     assert replace(slow, model="").to_json() == replace(fast, model="").to_json()
-    assert fast.metrics["coverage_at_5_sampled_9"] > 0.5
+    assert fast.metrics["coverage_at_5" + fast.suffix] > 0.5
 
 
 def ncf(shared_data: Path) -> Interactions:

@@ -4,7 +4,7 @@ Shape legend: R rows.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -68,6 +68,8 @@ class Features:
     other event has these rows."""
     notes: tuple[str, ...] = ()
     """What fitting left out, merged or found, with counts."""
+    events: Interactions | None = None
+    """Whose users, items and events the rows are of; it is not saved."""
 
     def of(self, events: Interactions) -> "Features":
         """Return the tables of other events, encoded by what was fitted before.
@@ -83,7 +85,34 @@ class Features:
             context=self.context,
             context_table=self.context_of(events),
             notes=self.notes,
+            events=events,
         )
+
+    def for_training(self, events: Interactions) -> "Features":
+        """Return the tables of events to be trained on, by what was fitted here or to others.
+
+        Raises:
+            ConfigError: The events lack a column of a fitted field.
+            DataError: A column is not of its field's kind.
+        """
+        if self.events is events:
+            return self
+        frames = {"user": events.user_table, "item": events.item_table, "context": events.context}
+        for role, side in (("user", self.user), ("item", self.item), ("context", self.context)):
+            if side is None:
+                continue
+            frame = frames[role]
+            if frame is None:
+                raise ConfigError(
+                    f"the features have {role} fields ({', '.join(side.columns)}), {_ABSENT[role]}",
+                    name=role,
+                )
+            for name in side.columns:
+                _column(role, name, frame)
+        own = self.events
+        if own is None or not (own.users.same_as(events.users) and own.items.same_as(events.items)):
+            return self.of(events)
+        return replace(self, context_table=self.context_of(events), events=events)
 
     def context_of(self, events: Interactions) -> FieldTable | None:
         """Return the context of other events alone, a row for each; None without such features.

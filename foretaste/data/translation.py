@@ -21,14 +21,6 @@ from foretaste.data.interactions import Interactions
 from foretaste.data.vocabulary import Vocabulary
 
 
-def same_ids(one: Vocabulary, other: Vocabulary) -> bool:
-    """Return whether two vocabularies hold equal ids in equal rows."""
-    if one is other:
-        return True
-    is_alike = len(one) == len(other) and one.is_integer == other.is_integer
-    return is_alike and one.ids.equals(other.ids)
-
-
 def rows_in(own: Vocabulary, other: Vocabulary) -> Int64[np.ndarray, " N"]:
     """Return the row in `own` of each id of `other`, -1 where there is none.
 
@@ -56,7 +48,7 @@ class Translation:
     @staticmethod
     def of(own: Interactions, other: Interactions) -> "Translation | None":
         """Translate rows of `other` into rows of `own`; None where they are the same."""
-        if same_ids(own.users, other.users) and same_ids(own.items, other.items):
+        if own.users.same_as(other.users) and own.items.same_as(other.items):
             return None
         item_I = rows_in(own.items, other.items)
         is_other = np.ones(own.num_items, np.bool_)

@@ -108,6 +108,13 @@ class Vocabulary:
         """The ids, Int64 or String, row by row."""
         return self._load().alias("id")
 
+    def same_as(self, other: "Vocabulary") -> bool:
+        """Return whether another vocabulary has equal ids in equal rows."""
+        if self is other:
+            return True
+        is_alike = len(self) == len(other) and self.is_integer == other.is_integer
+        return is_alike and self.ids.equals(other.ids)
+
     @cached_property
     def digest(self) -> str:
         """A SHA-256 of the ids, row by row."""

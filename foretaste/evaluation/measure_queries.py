@@ -55,6 +55,8 @@ class Measured:
     equal_N: Int64[np.ndarray, " N"]
     cold_2N: Int64[np.ndarray, "2 N"] | None
     """Better and equal ones among cold items; None where no target is cold."""
+    sampled_Q: Int64[np.ndarray, " Q"]
+    """Sampled items beside the targets; 0 where the catalogue is ranked."""
 
 
 @torch.inference_mode()
@@ -93,6 +95,7 @@ def measure_queries(
     shown = {n: np.zeros(len(count_I), dtype=bool) for n in k}
     better_N = np.empty(len(task.target_N), dtype=np.int64)
     equal_N = np.empty(len(task.target_N), dtype=np.int64)
+    sampled_Q = np.zeros(len(task.row_Q), dtype=np.int64)
     cold_I = count_I == 0
     only_cold = partial(among_cold, cold_I=torch.from_numpy(cold_I), placed_I=model.known_I)
     leave_out_seen = partial(_without_seen, excluded=exclude_seen)
@@ -118,6 +121,9 @@ def measure_queries(
                 torch.stack([torch.from_numpy(row_N), item_N]),
                 count_I=count_I,
                 listed=holdout.listed,
+            )
+            sampled_Q[rows] = keep_BI.sum(dim=1).numpy() - np.bincount(
+                row_N, minlength=len(queries)
             )
             score_BI = leave_out_seen(score_kept(model, score, queries, keep_BI), queries)
         if among == "cold":
@@ -145,6 +151,7 @@ def measure_queries(
         better_N=better_N,
         equal_N=equal_N,
         cold_2N=cold_2N,
+        sampled_Q=sampled_Q,
     )
 
 

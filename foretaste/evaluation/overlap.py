@@ -8,6 +8,7 @@ from typing import no_type_check
 
 import numba
 import numpy as np
+import polars as pl
 from jaxtyping import Bool, Int64
 
 from foretaste.data.interactions import Interactions
@@ -15,6 +16,7 @@ from foretaste.data.rows import Rows
 from foretaste.data.splits import Holdout
 from foretaste.data.vocabulary import Vocabulary
 from foretaste.errors import DataError
+from foretaste.models.two_stage import reads_moments, reads_profiles
 from foretaste.training.trained import Trained
 
 _MOST_TRAINED_ON = 0.5
@@ -39,6 +41,8 @@ class Asked:
     item_N: Int64[np.ndarray, " N"]
     time_N: Int64[np.ndarray, " N"] | None
     """Unix seconds; None where there are none."""
+    context: pl.DataFrame | None
+    """What is known of the moments."""
 
     @staticmethod
     def of_holdout(holdout: Holdout) -> "Asked":
@@ -51,6 +55,7 @@ class Asked:
             end_N=np.repeat(holdout.end_Q, num_Q),
             item_N=holdout.target_item.astype(np.int64),
             time_N=holdout.target_timestamp_s,
+            context=holdout.context,
         )
 
     @staticmethod
@@ -63,6 +68,7 @@ class Asked:
             end_N=rows.end_E,
             item_N=rows.item_E.numpy(),
             time_N=rows.events.timestamp_s,
+            context=rows.events.context,
         )
 
 
@@ -79,6 +85,8 @@ class Overlap:
     """Events of the test that the model saw in training."""
     timed: bool
     """Whether events are told apart by their times."""
+    untold: tuple[str, ...]
+    """Columns about users that the model reads and the test's table has not."""
     own_rows: bool
     """Whether users and items stand in the rows of the model's own events."""
 
@@ -105,8 +113,13 @@ class Overlap:
             "other events than the model's own: users and items are found by their ids; the model "
             f"knows {self.users - self.unknown_users:,} of {self.users:,} users of the test, and "
             f"the items of {self.events - self.unknown_items:,} of {self.events:,} of its events; "
-            "other users are new ones, told by their history",
+            "other users are new ones, answered by their history",
             trained_on,
+            *(
+                (f"of users that the model does not know, {', '.join(self.untold)} is missing",)
+                if self.untold and self.unknown_users
+                else ()
+            ),
         )
 
 
@@ -136,6 +149,7 @@ def overlap(model: Trained, test: Asked) -> Overlap:
         unknown_items=int(unknown_N.sum()),
         trained_on=trained_on,
         timed=_timed(model, test),
+        untold=_untold(model, test),
         own_rows=translation is None,
     )
     _check_known(model, test, found)
@@ -195,6 +209,7 @@ def _check_known(model: Trained, test: Asked, found: Overlap) -> None:
                 column=what,
                 value=_first(other),
             )
+    _check_context(model, test)
     if found.events - found.unknown_items < _FEWEST_KNOWN * found.events:
         raise DataError(
             f"the model knows the items of {found.events - found.unknown_items:,} of the "
@@ -206,6 +221,28 @@ def _check_known(model: Trained, test: Asked, found: Overlap) -> None:
             column="item",
             value=_first(past.items),
         )
+
+
+def _check_context(model: Trained, test: Asked) -> None:
+    """Refuse other events whose moments lack a column that the model reads."""
+    moment = model.moment if reads_moments(model.model) else None
+    there = () if test.context is None else test.context.columns
+    for name in () if moment is None else moment.columns:
+        if name not in there:
+            raise DataError(
+                f"the model reads {name!r} of the context, which the events of {test.name!r} have "
+                "not: read it with context=",
+                name=test.name,
+                column=name,
+            )
+
+
+def _untold(model: Trained, test: Asked) -> tuple[str, ...]:
+    told = None if model.features is None else model.features.user
+    if told is None or not reads_profiles(model.model):
+        return ()
+    there = () if test.past.user_table is None else test.past.user_table.columns
+    return tuple(name for name in told.columns if name not in there)
 
 
 def _in_common(found: Overlap, what: str) -> int:

@@ -69,23 +69,21 @@ def evaluate(
             names of the metrics say so.
 
     Raises:
-        ConfigError: `k` or `resamples` is out of range, or both `sampled` and `among` are asked.
+        ConfigError: `k` or `resamples` is out of range, both `sampled` and `among` are asked, or
+            more sampled items than there are.
         DataError: The model knows hardly an item of the holdout, was trained on most of it, or
             nothing can be measured.
         NonFiniteError: The model scores an item with NaN or infinity.
     """
     k = (k,) if isinstance(k, int) else tuple(k)
-    if not k or min(k) < 1 or len(set(k)) < len(k):
-        raise ConfigError(f"k is {k}: give list lengths of at least 1, no two alike")
-    if resamples < 0:
-        raise ConfigError(f"resamples is {resamples}: give 0 or more")
-    if sampled is not None and among != "all":
-        raise ConfigError(f"rank among sampled items or among {among!r} ones, not both")
+    _check_asked(k, resamples, sampled, among)
     if not len(model.events):
         raise DataError("the model's training events are empty: there is nothing to recommend")
     model = model.asked_by(holdout.events)
     count_I, known_I = model.item_count, model.known_I.numpy()
     ranked_I = known_I if among == "all" else count_I == 0
+    if sampled is not None:
+        sampled.check(int((count_I > 0).sum()))
     known = overlap(model, Asked.of_holdout(holdout))
     task, asked_Q = to_find(holdout, exclude_seen=exclude_seen, users=users)
     measured = measure_queries(
@@ -105,6 +103,10 @@ def evaluate(
     if measured.chance:
         _, chance_UM = _user_means(task, measured.chance, asked_Q)
         chance = dict(zip(measured.chance, chance_UM.mean(axis=0).tolist(), strict=True))
+    sampled_note = None
+    if sampled is not None:
+        sampled = sampled.as_done(measured.sampled_Q[asked_Q])
+        sampled_note = sampled.note(measured.sampled_Q[asked_Q])
     metrics = dict(zip(measured.values, means_UM.mean(axis=0).tolist(), strict=True))
     metrics |= {f"coverage_at_{n}": coverage(measured.shown[n], ranked_I) for n in k}
     intervals = bootstrap_intervals(means_UM, resamples=resamples, seed=seed) if resamples else []
@@ -139,7 +141,7 @@ def evaluate(
                 exclude_seen=exclude_seen,
                 resamples=resamples,
                 seed=seed,
-                sampled=sampled,
+                sampled=sampled_note,
                 among=among,
                 users=users,
             ),
@@ -171,6 +173,21 @@ def _user_means(
 ) -> tuple[Int64[np.ndarray, " U"], Float64[np.ndarray, "U M"]]:
     asked = np.stack([value_Q[asked_Q] for value_Q in values.values()], axis=1)
     return mean_by_user(task.user_Q[asked_Q], asked)
+
+
+def _check_asked(
+    k: tuple[int, ...], resamples: int, sampled: SampledNegatives | None, among: Among
+) -> None:
+    if not k or min(k) < 1 or len(set(k)) < len(k):
+        raise ConfigError(
+            f"k is {k}: give list lengths of at least 1, no two the same", name="k", value=k
+        )
+    if resamples < 0:
+        raise ConfigError(
+            f"resamples is {resamples}: give 0 or more", name="resamples", value=resamples
+        )
+    if sampled is not None and among != "all":
+        raise ConfigError(f"rank among sampled items or among {among!r} ones, not both")
 
 
 def _named(values: Mapping[str, V], suffix: str) -> dict[str, V]:

@@ -5,7 +5,6 @@ Shape legend: I items.
 
 from foretaste.data.splits import Holdout
 from foretaste.evaluation.cold import Among, Whose
-from foretaste.evaluation.sampled import SampledNegatives
 from foretaste.evaluation.task import Task
 from foretaste.training.trained import Trained
 
@@ -18,11 +17,13 @@ def protocol_notes(
     exclude_seen: bool,
     resamples: int,
     seed: int,
-    sampled: SampledNegatives | None,
+    sampled: str | None,
     among: Among,
     users: Whose,
 ) -> tuple[str, ...]:
-    """Say what was ranked, averaged and divided by what; arguments are those of `evaluate`."""
+    """Say what was ranked, averaged and divided by what; arguments are those of `evaluate`, and
+    `sampled` is the note of the sampled items.
+    """
     seen = (
         f"seen items are excluded: what a query's history holds is not in its list; left out are "
         f"{task.repeats} targets that stand there, and {task.idle} queries that had no other"
@@ -54,7 +55,7 @@ def protocol_notes(
     )
 
 
-def _candidates(model: Trained, sampled: SampledNegatives | None, among: Among) -> tuple[str, str]:
+def _candidates(model: Trained, sampled: str | None, among: Among) -> tuple[str, str]:
     """Return which items are ranked, and which targets are never found."""
     cold_I = model.item_count == 0
     num_placed = int((model.known_I.numpy() & cold_I).sum())
@@ -71,13 +72,13 @@ def _candidates(model: Trained, sampled: SampledNegatives | None, among: Among) 
         " and the model does not place" if num_placed else ""
     )
     return (
-        f"{whole}; none sampled" if sampled is None else sampled.note(),
+        f"{whole}; none sampled" if sampled is None else sampled,
         f"{misses} are never found and count as misses",
     )
 
 
 def _of_moments(model: Trained, holdout: Holdout) -> tuple[str, ...]:
-    """Say what a model with features of the moment was told of it."""
+    """Say what a model with features of the moment was given of it."""
     if model.moment is None:
         return ()
     if holdout.context is None:

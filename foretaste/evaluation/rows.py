@@ -134,15 +134,26 @@ def rows_to_judge(
     num = learned.num_negatives(ranker.tasks)
     if sampled is None and num and not _has_zeros(rows):
         sampled = SampledNegatives(num=num)
-    if sampled is None or not sampled.num:
+    if sampled is None:
         return rows, notes, ""
     seen = Seen.of(split.events.select(split.part_E <= _LAST[part]))
     draw = RowNegatives(_sampler(model, sampled, split.events.num_items), seen)
-    note = (
-        f"zeros: {sampled.num} items drawn for each row, {sampled.by}, that the user has not done "
-        f"up to here (seed {sampled.seed})"
+    rows = rows.draw(sampled.num, draw, seed=sampled.seed)
+    return rows, (*notes, *_drawn_notes(model, rows, sampled)), sampled.suffix
+
+
+def _drawn_notes(model: Trained, rows: Rows, sampled: SampledNegatives) -> Iterator[str]:
+    yield (
+        f"zeros: {sampled.num} items drawn for each row, {sampled.by}, of "
+        f"{int((model.item_count > 0).sum()):,}, the same one more than once if chance has it, "
+        f"that the user has not done up to here (seed {sampled.seed})"
     )
-    return rows.draw(sampled.num, draw, seed=sampled.seed), (*notes, note), sampled.suffix
+    nothing_E = (rows.drawn_EN == rows.events.item_idx[:, None]).all(axis=1)
+    if nothing_E.any():
+        yield (
+            f"zeros: none for {int(nothing_E.sum()):,} of {len(rows):,} rows, whose user has done "
+            "every item"
+        )
 
 
 def known_rows(model: Trained, split: Split, *, part: PartName) -> tuple[Split, Overlap | None]:

@@ -4,13 +4,14 @@ Krichene and Rendle, "On Sampled Metrics for Item Recommendation", KDD 2020,
 https://doi.org/10.1145/3394486.3403226: such metrics may order models otherwise than those over
 the whole catalogue do.
 
-Shape legend: B queries of a block, I items, P pairs, S sampled items, C items
+Shape legend: Q queries, B of a block, I items, P pairs, S sampled items, C items
 that are kept, R rows of a block, K items that training knows.
 """
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 from foretaste.data.batch import Queries
 from foretaste.data.interactions import Interactions
 from foretaste.data.ranges import ranges
-from foretaste.errors import ConfigError
+from foretaste.errors import ConfigError, did_you_mean
 from foretaste.evaluation.rank import noise
 from foretaste.models.interface import Ranker, Retriever
 from foretaste.models.two_stage import judge
@@ -30,34 +31,104 @@ _BLOCK_ELEMENTS = 2**18
 """How many items race at once: few enough that they stay in the processor's caches."""
 
 
+_By = Literal["listed", "uniform", "popularity"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class SampledNegatives:
     """How the candidates beside a query's targets are found."""
 
     num: int = 99
-    """How many, no two alike."""
-    by: Literal["listed", "uniform", "popularity"] = "uniform"
+    """How many, no two the same. Of "listed" ones it is the data that say how many."""
+    by: _By = "uniform"
     """"listed": those that the data list for the user. The others are drawn for each query among
-    the items that neither its history nor its targets hold: alike, or in favour of the popular
+    the items that neither its history nor its targets hold: uniformly, or in favour of the popular
     (each next one with probability ~ count^power of those that are left)."""
     power: float = 0.75
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        wrong = not isinstance(self.num, int | np.integer) or isinstance(self.num, bool)
+        if wrong or self.num < 1:
+            raise ConfigError(
+                f"num is {self.num!r}: give a whole number of sampled items, 1 or more (with none "
+                "every target would be first)",
+                name="num",
+                value=self.num,
+            )
+        if self.by not in get_args(_By):
+            near = did_you_mean(str(self.by), get_args(_By))
+            raise ConfigError(
+                f"by is {self.by!r}: give one of {', '.join(get_args(_By))}{near}",
+                name="by",
+                value=self.by,
+            )
+        if not isinstance(self.power, int | float) or not math.isfinite(self.power):
+            raise ConfigError(
+                f"power is {self.power!r}: give a number, such as 0.75",
+                name="power",
+                value=self.power,
+            )
+
+    def check(self, num_known: int) -> None:
+        """Refuse to draw more items than there are.
+
+        Args:
+            num_known: Items that can be drawn: those with a training event.
+
+        Raises:
+            ConfigError: No query could be compared with so many.
+        """
+        if self.by != "listed" and self.num >= num_known:
+            raise ConfigError(
+                f"{self.num} sampled items, but only {num_known} items have a training event, and "
+                f"the targets are among them: give {num_known - 1} or fewer, or rank the whole "
+                "catalogue (no sampled items)",
+                name="num",
+                value=self.num,
+            )
 
     @property
     def suffix(self) -> str:
         """What metric names end in."""
         return f"_sampled_{self.num}"
 
-    def note(self) -> str:
-        """Return the sentence for the report."""
+    def as_done(self, num_Q: Int64[np.ndarray, " Q"]) -> "SampledNegatives":
+        """Return it with the number that queries were in fact compared with.
+
+        Args:
+            num_Q: That of each query.
+
+        Raises:
+            ConfigError: They are drawn, and no query has so many that it may be compared with.
+        """
+        most = int(num_Q.max(initial=0))
+        if self.by != "listed" and most < self.num:
+            raise ConfigError(
+                f"{self.num} sampled items, but after its history and targets no query has more "
+                f"than {most} left: give {most} or fewer, or rank the whole catalogue",
+                name="num",
+                value=self.num,
+            )
+        return replace(self, num=max(1, most))
+
+    def note(self, num_Q: Int64[np.ndarray, " Q"]) -> str:
+        """Return the sentence for the report; `num_Q` is that of `as_done`."""
         how = {
             "listed": "the items that the data list for the user",
-            "uniform": f"drawn alike for each query (seed {self.seed})",
+            "uniform": f"drawn uniformly for each query (seed {self.seed})",
             "popularity": f"drawn ~ count^{self.power:g} for each query (seed {self.seed})",
         }[self.by]
+        few_Q = num_Q < self.num
+        fewer = (
+            f" (fewer for {int(few_Q.sum()):,} of {len(num_Q):,} queries, {int(num_Q.min()):,} at "
+            "the least: no more are left)"
+            if few_Q.any()
+            else ""
+        )
         return (
             f"candidates: NOT the full catalogue but each query's targets and {self.num} sampled "
-            f"items, {how}; not comparable with metrics over the catalogue"
+            f"items{fewer}, {how}; not comparable with metrics over the catalogue"
         )
 
 

@@ -21,7 +21,7 @@ from foretaste.data.splits import Split
 from foretaste.errors import DataError
 from foretaste.experiment.learning import make_learning, usual_objective
 from foretaste.experiment.mining import CandidateNegatives
-from foretaste.experiment.two_stage import Candidates, FirstStage, fit_two_stage
+from foretaste.experiment.two_stage import Candidates, FirstStage, check_same, fit_two_stage
 from foretaste.experiment.validation import make_validation
 from foretaste.models.catalogue import ModelConfig, TwoStageConfig, build_model
 from foretaste.models.interface import Begins, ClosedForm, Finishes, LearnsNewcomers
@@ -65,7 +65,7 @@ def fit(
         training: The loop's settings.
         objective: What the loss is and how negatives are drawn.
         features: What is known of users and items, or which columns say it: those are fitted to
-            the training part.
+            the training part. Features that were fitted to other events are encoded for these.
         folder: Where checkpoints and the log of steps go.
         resume: Go on from the checkpoint in `folder`, to the same result as without the break.
         show: Report progress on standard error.
@@ -79,7 +79,8 @@ def fit(
 
     Raises:
         ConfigError: The model has nothing to read, or the schema names a column that is not there.
-        DataError: The training part is empty, or a feature is not of its kind.
+        DataError: The training part is empty, a feature is not of its kind, or the retriever of
+            `candidates` knows other users or items.
         NonFiniteError: Training left the finite numbers.
         TooLargeError: The model would not fit in memory.
     """
@@ -88,8 +89,9 @@ def fit(
     events = split.train
     if len(events) == 0:
         raise DataError("the training part of the split is empty: there is nothing to learn from")
-    if isinstance(features, FeatureSchema):
-        features = fit_features(features, events)
+    if candidates is not None:
+        check_same(candidates.retriever.events, events, "the candidates and the split")
+    features = _features_of(features, events)
     fit_part = partial(
         fit,
         split=split,
@@ -164,6 +166,14 @@ def fit(
         )
     _finish(model, trained.events)
     return replace(trained, train_seconds=time.perf_counter() - started)
+
+
+def _features_of(
+    features: Features | FeatureSchema | None, events: Interactions
+) -> Features | None:
+    if isinstance(features, FeatureSchema):
+        return fit_features(features, events)
+    return None if features is None else features.for_training(events)
 
 
 def _finish(model: nn.Module, events: Interactions) -> None:

@@ -268,13 +268,13 @@ def _has_lists(asked: EvaluationConfig, split: Split) -> bool:
 
 
 def _evaluate_lists(trained: Trained, asked: EvaluationConfig, split: Split) -> Report:
-    sampled = SampledNegatives(num=asked.sampled_negatives, by=asked.sampled_by)
+    num = asked.sampled_negatives
     return evaluate(
         trained,
         split.test,
         k=asked.k,
         exclude_seen=asked.exclude_seen,
-        sampled=sampled if asked.sampled_negatives else None,
+        sampled=SampledNegatives(num=num, by=asked.sampled_by) if num else None,
         among=asked.among,
         users=asked.users,
     )

@@ -12,6 +12,7 @@ from torch import nn
 
 from foretaste.arguments import checked
 from foretaste.config import Config
+from foretaste.data.features import Features
 from foretaste.data.interactions import Interactions
 from foretaste.data.offered import Offered
 from foretaste.data.rows import happened_split
@@ -220,14 +221,15 @@ def two_stage(
         retriever_weight: How much the retriever's own score counts beside the ranker's.
 
     Raises:
-        ConfigError: The second is no ranker, or they were told different features.
+        ConfigError: The second is no ranker, or they were given different features.
         DataError: They know different users or items.
     """
     if not isinstance(ranker.model, Ranker):
         raise ConfigError(
             f"{type(ranker.model).__name__} is no ranker: it cannot be asked about given items"
         )
-    _check_same(retriever.events, ranker.events)
+    check_same(retriever.events, ranker.events, "the retriever and the ranker")
+    _check_sides(retriever.features, ranker.features)
     config = TwoStageConfig.model_validate(
         {
             "retriever": retriever.config.model_dump(),
@@ -280,14 +282,39 @@ def ranking_gain(both: Report, retrieval: Report) -> RankingGain:
     return RankingGain(retrieval=retrieval, comparison=compare(both, retrieval, metric))
 
 
-def _check_same(first: Interactions, second: Interactions) -> None:
-    for what, one, other in (
+def check_same(first: Interactions, second: Interactions, what: str) -> None:
+    """Refuse to join models over different users or items.
+
+    Args:
+        first: Of the retriever.
+        second: Of the ranker.
+        what: Whose they are, such as "the retriever and the ranker".
+
+    Raises:
+        DataError: Their ids differ.
+    """
+    for side, one, other in (
         ("users", first.users, second.users),
         ("items", first.items, second.items),
     ):
-        if one is not other and not one.ids.equals(other.ids):
+        if not one.same_as(other):
             raise DataError(
-                f"the retriever and the ranker know different {what}: fit both on the same split"
+                f"{what} know different {side}, {len(one):,} and {len(other):,}: fit both on the "
+                "same split",
+                name=side,
+            )
+
+
+def _check_sides(first: Features | None, second: Features | None) -> None:
+    """Refuse features that were fitted apart: one code may stand for two values."""
+    if first is None or second is None or first is second:
+        return
+    for name in ("user", "item", "context"):
+        if getattr(first, name) != getattr(second, name):
+            raise ConfigError(
+                f"the retriever and the ranker were given different features of the {name}: fit "
+                "both with the same Features, from fit_features",
+                name=name,
             )
 
 
