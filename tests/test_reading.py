@@ -201,7 +201,8 @@ def test_latin_1_is_read_and_said(tmp_path: Path) -> None:
     path = written(tmp_path / "l.csv", "user_id,item_id\nzoë,1\n".encode("latin-1"))
     events = read_interactions(path)
     assert events.users.ids.to_list() == ["zoë"]
-    assert "Latin-1" in events.notes[0]
+    assert "read as cp1252" in events.notes[0]
+    assert "encoding=" in events.notes[0]
 
 
 def test_a_fraction_is_no_id() -> None:
@@ -212,7 +213,7 @@ def test_a_fraction_is_no_id() -> None:
 
 def test_lists_are_no_ids() -> None:
     frame = pl.DataFrame({"user_id": [[1], [2]], "item_id": [1, 2]})
-    with pytest.raises(DataError, match="'user_id' holds List"):
+    with pytest.raises(DataError, match="'user_id' holds lists"):
         read_interactions(frame)
 
 
@@ -229,15 +230,16 @@ def timed(times: object, **more: object) -> list[int]:
 def test_times_of_any_kind() -> None:
     utc = dt.datetime(2020, 1, 5, 10, 0, 0, tzinfo=dt.UTC)
     moment = int(utc.timestamp())
-    assert timed([moment, 5]) == [5, moment]
-    assert timed([moment + 0.75, 5.0]) == [5, moment]
+    early = 700_000_000
+    assert timed([moment, early]) == [early, moment]
+    assert timed([moment + 0.75, early + 0.0]) == [early, moment]
     assert timed([utc]) == timed([utc.replace(tzinfo=None)]) == [moment]
     assert timed([utc.astimezone(dt.timezone(dt.timedelta(hours=2)))]) == [moment]
     assert timed([dt.date(1970, 1, 2)]) == [86_400]
     assert timed([moment * 1_000 + 1], timestamp_unit="ms") == [moment]
     assert timed([moment * 10**6 + 1], timestamp_unit="us") == [moment]
     assert timed([moment * 10**9 + 1], timestamp_unit="ns") == [moment]
-    assert timed([f"{moment}", "5"]) == [5, moment]
+    assert timed([f"{moment}", f"{early}"]) == [early, moment]
 
 
 @pytest.mark.parametrize(
@@ -253,7 +255,7 @@ def test_times_of_any_kind() -> None:
 )
 def test_iso_text_is_a_time(text: str, tmp_path: Path) -> None:
     moment = int(dt.datetime(2020, 1, 5, 10, tzinfo=dt.UTC).timestamp())
-    assert timed([text, "1970-01-02"]) == [86_400, moment]
+    assert timed([text, "1990-01-02"]) == [631_238_400, moment]
     path = written(tmp_path / "t.csv", f"user_id,item_id,t\n1,1,{text}\n")
     events = read_interactions(path, timestamp="t")
     assert events.timestamp_s is not None
@@ -264,29 +266,25 @@ def test_fractions_of_a_second_decide_the_order() -> None:
     frame = pl.DataFrame({"user_id": [1, 1], "item_id": [1, 2], "t": [5.9, 5.1]})
     events = read_interactions(frame, timestamp="t")
     assert events.items.decode(events.item_idx.astype(np.int64)) == [2, 1]
-    assert "fractions of a second" in events.notes[0]
+    assert "fractions of a second" in " ".join(events.notes)
 
 
 def test_seconds_beside_milliseconds_are_refused_by_their_row() -> None:
     frame = pl.DataFrame({"user_id": [1, 1, 1], "item_id": [2, 3, 4], "time": [NOW * 1000, NOW, 0]})
     with pytest.raises(DataError, match=rf"'time', row 2: {NOW} lies before 1990 in ms, .* in s"):
         read_interactions(frame, timestamp="time", timestamp_unit="ms")
-    read_interactions(frame[[0, 2]], timestamp="time", timestamp_unit="ms")  # 1970 itself may be
 
 
 @pytest.mark.parametrize(
     ("time", "unit", "coarser"),
     [(NOW, "ms", "s"), (NOW, "ns", "s"), (NOW * 1_000, "us", "ms"), (NOW * 10**6, "ns", "us")],
 )
-def test_seconds_given_as_finer_units_are_refused_with_the_mend(
+def test_seconds_given_as_finer_units_are_refused_with_the_fix(
     time: int, unit: str, coarser: str
 ) -> None:
     frame = pl.DataFrame({"user_id": [1, 1], "item_id": [2, 3], "time": [time, time + 5]})
     with pytest.raises(DataError, match=f'before 1990 in {unit}.*timestamp_unit="{coarser}"'):
         read_interactions(frame, timestamp="time", timestamp_unit=unit)  # type: ignore[arg-type]
-    # the first second of 1970 may be meant: no unit makes sense of both
-    toy = frame.with_columns(time=pl.Series([0, time]))
-    assert len(read_interactions(toy, timestamp="time", timestamp_unit=unit)) == 2  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -340,13 +338,13 @@ def test_incomplete_rows_are_refused_or_dropped_and_counted(tmp_path: Path) -> N
         read_interactions(path, timestamp="timestamp")
     events = read_interactions(path, timestamp="timestamp", drop_incomplete=True)
     assert as_rows(events) == [(1, 1, 5), (5, 5, 8)]
-    assert events.notes == ("2 empty rows were left out", "3 incomplete rows were left out")
+    assert events.notes[:2] == ("2 empty rows were left out", "3 incomplete rows were left out")
 
 
 def test_an_empty_text_is_a_missing_value_however_it_is_written(tmp_path: Path) -> None:
     text = 'user_id,item_id,at,n\na,1,2020-01-01,2\n"",2,2020-01-01,2\nb,3,"",2\nc,4,2020-01-01,""'
     path = written(tmp_path / "quoted.csv", text)
-    with pytest.raises(DataError, match=r"'user_id', row 2: None is missing or NaN: mend"):
+    with pytest.raises(DataError, match=r"'user_id', row 2: None is missing or NaN: fix it"):
         read_interactions(path, timestamp="at")
     events = read_interactions(path, timestamp="at", columns=["n"], drop_incomplete=True)
     assert events.users.ids.to_list() == ["a", "c"]
@@ -382,12 +380,12 @@ def test_repeated_events_are_counted_and_dropped_on_request() -> None:
     # User 1 at time 9: item 5 twice, with item 6 between. All else differs in user or time.
     kept = read(frame, columns=())
     assert len(kept) == 5
-    assert kept.notes == ("1 events repeat the user, item and second of another: kept",)
+    assert kept.notes[1:] == ("1 events repeat the user, item and second of another: kept",)
     first = read(frame, columns=(), duplicates="first")
     assert as_rows(first) == [(1, 5, 8, 4.0), (1, 5, 9, 1.0), (1, 6, 9, 2.0), (2, 5, 9, 5.0)]
     last = read(frame, columns=(), duplicates="last")
     assert as_rows(last) == [(1, 5, 8, 4.0), (1, 6, 9, 2.0), (1, 5, 9, 3.0), (2, 5, 9, 5.0)]
-    assert "left out, the last of each kept" in last.notes[0]
+    assert "left out, the last of each kept" in last.notes[1]
     timeless = read_interactions(frame, duplicates="first")
     assert as_rows(timeless) == [(1, 5), (1, 6), (2, 5)]
 
@@ -504,7 +502,7 @@ def test_a_missing_header_is_guessed_at(tmp_path: Path) -> None:
             "broken gzip",
         ),
         ("e.csv.gz", gzip.compress(b"", mtime=0), "empty"),
-        ("e.zip", b"PK\x03\x04rest", "is a zip archive: unpack it"),
+        ("e.zip", b"PK\x03\x04rest", "is a zip archive or a spreadsheet: unpack it"),
     ],
 )
 def test_files_that_are_no_tables(

@@ -1,29 +1,47 @@
-"""Tables in text files: CSV and its kin, any separator, with or without a header, gzipped or not.
+r"""Tables in text files: CSV and its kin, any separator, with or without a header, gzipped or not.
 
 Fields may be quoted as in RFC 4180, with separators, quotes and line ends inside, unless the
-separator is longer than one character.
+separator is longer than one character. Lines before the table that start with `#` or `%`, and the
+line `sep=;` of spreadsheets, are no part of it.
 """
 
+import codecs
 import csv
 import gzip
 import io
+import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, NamedTuple, final
+from typing import NamedTuple, final
 
 import polars as pl
 
-from foretaste.errors import DataError
+from foretaste.data.columns import without_markers
+from foretaste.data.read_config import MISSING
+from foretaste.errors import ConfigError, DataError
 
 _GZIP = b"\x1f\x8b"
 _UNIT_SEPARATOR = "\x1f"
-_HEAD_ROWS = 10_000
-_INTEGER = r"^-?(0|[1-9][0-9]*)$"
-_Kind = Literal["integer", "float", "text"]
-_PATTERNS: dict[_Kind, str] = {"integer": _INTEGER, "float": r"^-?(0|[1-9][0-9]*)\.0*$"}
-_DTYPES = {"integer": pl.Int64, "float": pl.Float64, "text": pl.String}
+_BLANKS = " +"
+"""Runs of blanks and tabs as one separator, with or without some before the first field."""
+_WRITTEN = {"\\t": "\t", "tab": "\t", "\\s+": _BLANKS, _BLANKS: _BLANKS}
+_LOOK_BYTES, _LOOK_ROWS = 1 << 16, 10_000
+_MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+_OTHER_TEXT = (
+    (r"\{|\[\s*[\[{\n]", "JSON", "read it with pandas or Polars, and give the table"),
+    (r"(?i)<!doctype|<html|<\?xml", "a web page or XML", "get the file itself"),
+    (r"%%MatrixMarket", "a matrix", "write its rows, columns and values as CSV"),
+)
+_FOREIGN = re.compile(rb"[\x80-\xff]{4}")
+_CODE = r"^[+-]?0[0-9]"
+_FLOAT_ID = r"^-?(0|[1-9][0-9]*)\.0+$"
 
 
 class TextTable(NamedTuple):
@@ -36,143 +54,176 @@ class TextTable(NamedTuple):
 @final
 @dataclass(frozen=True, kw_only=True)
 class TextFile:
-    """An open text file, its columns known and its head looked at.
+    """An open text file, whose columns are known.
 
-    A column of ids is taken as integers where the head holds nothing but plain ones (no leading
-    zeros, no plus sign) and every later value is one too, as text otherwise. Of other columns,
-    digits with leading zeros, as in a postal code, stay text.
+    A column of ids is taken as integers where every value is a plain one (no leading zeros, no
+    plus sign, or all of them with `.0` behind), as text otherwise. Of other columns, digits with
+    leading zeros, as in a postal code, stay text.
     """
 
     name: str
     data: Path | bytes
     separator: str
     header: bool
-    head: pl.DataFrame
+    encoding: str | None
+    missing: Collection[str]
+    num_skipped: int
+    """Lines before the table."""
+    columns: Sequence[str] = ()
+    """Names from the header, or "0", "1", … by position."""
+    inner: Sequence[str] = ()
+    """What the parser calls them, each name once."""
     notes: tuple[str, ...] = ()
 
-    @property
-    def columns(self) -> list[str]:
-        """Names from the header, or "0", "1", … by position."""
-        found = self.head.columns
-        return found if self.header else [str(position) for position in range(len(found))]
-
-    def read(self, columns: list[str], ids: list[str]) -> "TextTable":
+    def read(self, columns: list[str], ids: list[str], numbers: Collection[str]) -> TextTable:
         """Return some of the columns, those of `ids` typed as ids.
+
+        Args:
+            columns: Some of `columns`.
+            ids: Those of them that hold ids.
+            numbers: Those that are nothing but numbers, of which the writing does not matter.
 
         Raises:
             DataError: The file cannot be parsed.
         """
-        kinds = {name: _id_kind(self.head[self._inner[name]]) for name in ids}
-        others = [name for name in columns if name not in ids]
-        kinds |= {name: "text" for name in others if _is_code(self.head[self._inner[name]])}
+        file = self
         try:
-            return TextTable(self._scan(kinds, _HEAD_ROWS, columns), self.notes)
+            frame = self._scan(columns, numbers)
         except pl.exceptions.PolarsError:
-            # A value later in the file is not what the head promised: take all as text.
-            file = in_utf8(self)
-        try:
-            frame = file._scan(_all_text(columns), None, columns)
-        except pl.exceptions.PolarsError as error:
-            raise DataError(file.explain(error)) from error
-        return TextTable(
-            frame.with_columns(_narrowed(frame[name], is_id=name in ids) for name in columns),
-            file.notes,
-        )
+            # A value later in the file is no number, or the file is not UTF-8: take all as text.
+            file = _in_utf8(self)
+            try:
+                frame = file._scan(columns, ())
+            except pl.exceptions.PolarsError as error:
+                raise DataError(file.explain(), name=file.name) from error
+        frame, notes = without_markers(frame, file.missing)
+        typed = [
+            _id_column(column) if column.name in ids else _narrowed(column)
+            for column in frame.iter_columns()
+        ]
+        return TextTable(pl.DataFrame(typed), (*file.notes, *notes))
 
-    @property
-    def _inner(self) -> dict[str, str]:
-        """Polars' name of each column."""
-        return dict(zip(self.columns, self.head.columns, strict=True))
-
-    def _scan(
-        self,
-        kinds: Mapping[str, _Kind],
-        infer: int | None,
-        columns: list[str],
-    ) -> pl.DataFrame:
-        inner = self._inner
+    def _scan(self, columns: list[str], numbers: Collection[str]) -> pl.DataFrame:
+        inner = dict(zip(self.columns, self.inner, strict=True))
         scan = pl.scan_csv(
             self.data,
             separator=self.separator,
             quote_char=_quote(self.separator),
             has_header=self.header,
-            schema_overrides={inner[name]: _DTYPES[kind] for name, kind in kinds.items()},
-            infer_schema_length=infer,
+            skip_lines=self.num_skipped,
+            schema_overrides={inner[name]: pl.String for name in columns if name not in numbers},
+            infer_schema_length=_LOOK_ROWS if numbers else 0,
         )
         return scan.select(pl.col(inner[name]).alias(name) for name in columns).collect()
 
-    def explain(self, error: Exception) -> str:
+    def explain(self) -> str:
         """Say what is wrong with the file in terms of its lines, as far as one can tell."""
-        raw = self.data.read_bytes() if isinstance(self.data, Path) else self.data
-        text = io.StringIO(raw.decode("utf-8", "replace"), newline="")
-        lines = csv.reader(text, delimiter=self.separator)
-        width = None
+        text = io.StringIO(_bytes(self.data).decode("utf-8", "replace"), newline="")
+        for _ in range(self.num_skipped):
+            text.readline()
+        if _quote(self.separator):
+            lines = csv.reader(text, delimiter=self.separator, strict=True)
+        else:
+            lines = csv.reader(text, delimiter=self.separator, quoting=csv.QUOTE_NONE)
+        width, line = None, self.num_skipped + 1
         try:
             for fields in lines:
                 width = len(fields) if width is None else width
                 if len(fields) > width:
                     return (
-                        f"{self.name}, line {lines.line_num} has {len(fields)} fields, the first "
-                        f"line {width}: mend or quote it, or say another separator"
+                        f"{self.name}, line {line} has {len(fields)} fields, the first line "
+                        f"{width}: fix or quote it, or say another separator"
                     )
-        except csv.Error as reason:
-            return f"{self.name}, line {lines.line_num} cannot be read: {reason}"
-        return f"{self.name} cannot be read as a table of text: {str(error).splitlines()[0]}"
+                line = self.num_skipped + lines.line_num + 1
+        except csv.Error:
+            return (
+                f"{self.name}, line {line} cannot be read: a quote in it is not closed, or a quote "
+                'inside a quoted field is not doubled ("")'
+            )
+        return (
+            f"{self.name} cannot be read as a table of text: say separator= and encoding=, or fix "
+            "its quotes"
+        )
 
 
-def open_text(path: Path, *, separator: str | None, header: bool) -> TextFile:
-    """Look at a text file's first lines.
+def open_text(
+    path: Path,
+    *,
+    separator: str | None,
+    header: bool,
+    encoding: str | None = None,
+    missing: Collection[str] = MISSING,
+) -> TextFile:
+    r"""Look at a text file's first lines.
 
     Args:
-        path: Not empty; UTF-8, or Latin-1, which is noted. May be gzipped.
+        path: Not empty. May be gzipped.
         separator: None finds it in the first line: `::`, tab, the most frequent of `,` `;` `|`,
-            or a blank.
+            or blanks. `\t` may be written as two characters, and runs of blanks as ` +` or `\s+`.
         header: Whether the first line names the columns.
+        encoding: A codec's name. None: UTF-8, or UTF-16 by the first bytes, or else cp1252, which
+            is noted.
+        missing: Texts that mean a missing value.
 
     Raises:
         DataError: There is no table in it, or the archive is broken.
+        ConfigError: There is no such encoding, or the separator cannot be one.
     """
-    data = _plain(path)
-    separator = separator or _sniff(data)
-    if len(separator.encode()) > 1:  # Polars wants one byte
-        raw = data.read_bytes() if isinstance(data, Path) else data
-        data, separator = raw.replace(separator.encode(), _UNIT_SEPARATOR.encode()), _UNIT_SEPARATOR
+    data, notes = _line_ends(_plain(path)), list[str]()
+    encoding = _encoding_of(data, encoding)
+    if encoding is not None:
+        data = _line_ends(_decoded(data, encoding, str(path)).encode())
+    lines = _first_lines(data, str(path))
+    found = _layout(lines, separator, header=header)
+    if found.num_comments:
+        notes.append(
+            f"{path}: the first {found.num_comments} lines, which start with "
+            f"{lines[found.num_skipped - 1][:1]!r}, were left out"
+        )
+    data, separator = _one_byte(data, found.separator)
     file = TextFile(
-        name=str(path), data=data, separator=separator, header=header, head=pl.DataFrame()
+        name=str(path),
+        data=data,
+        separator=separator,
+        header=header,
+        encoding=encoding,
+        missing=missing,
+        num_skipped=found.num_skipped,
+        notes=tuple(notes),
     )
     try:
-        return _with_head(file)
+        return _with_columns(file)
     except pl.exceptions.NoDataError as error:
-        raise DataError(f"{path} is empty: it holds no table") from error
+        raise DataError(f"{path} is empty: it holds no table", name=str(path)) from error
     except pl.exceptions.PolarsError:
-        file = in_utf8(file)
+        file = _in_utf8(file)
     try:
-        return _with_head(file)
+        return _with_columns(file)
     except pl.exceptions.PolarsError as error:
-        raise DataError(file.explain(error)) from error
+        raise DataError(file.explain(), name=file.name) from error
 
 
-def in_utf8(file: TextFile) -> TextFile:
-    """Return the file itself where it is UTF-8, else its bytes taken for Latin-1, and say so."""
-    raw = file.data.read_bytes() if isinstance(file.data, Path) else file.data
-    try:
-        raw.decode()
-    except UnicodeDecodeError:
-        note = f"{file.name} is not UTF-8: it was read as Latin-1"
-        return replace(file, data=raw.decode("latin-1").encode(), notes=(*file.notes, note))
-    return file
+def _with_columns(file: TextFile) -> TextFile:
+    def rows(number: int, *, header: bool) -> pl.DataFrame:
+        return pl.read_csv(
+            file.data,
+            separator=file.separator,
+            quote_char=_quote(file.separator),
+            has_header=header,
+            skip_lines=file.num_skipped,
+            infer_schema=False,
+            n_rows=number,
+        )
+
+    inner = rows(_LOOK_ROWS, header=file.header).columns
+    if not file.header:
+        return replace(file, columns=[str(position) for position in range(len(inner))], inner=inner)
+    written = [name or "" for name in rows(1, header=False).row(0)]
+    names = [name.lstrip("#% ") if not n else name for n, name in enumerate(written)]
+    return replace(file, columns=names, inner=inner)
 
 
-def _with_head(file: TextFile) -> TextFile:
-    head = pl.read_csv(
-        file.data,
-        separator=file.separator,
-        quote_char=_quote(file.separator),
-        has_header=file.header,
-        infer_schema=False,
-        n_rows=_HEAD_ROWS,
-    )
-    return replace(file, head=head)
+# Bytes
 
 
 def _plain(path: Path) -> Path | bytes:
@@ -182,51 +233,217 @@ def _plain(path: Path) -> Path | bytes:
     try:
         raw: Path | bytes = gzip.decompress(path.read_bytes()) if zipped else path
     except (EOFError, OSError, zlib.error) as error:
-        raise DataError(f"{path} is a broken gzip file: get it anew ({error})") from error
+        raise DataError(f"{path} is a broken gzip file: get it again", name=str(path)) from error
     if raw == b"":
-        raise DataError(f"{path} is empty: it holds no table")
+        raise DataError(f"{path} is empty: it holds no table", name=str(path))
     return raw
 
 
-def _sniff(data: Path | bytes) -> str:
+def _bytes(data: Path | bytes) -> bytes:
+    return data.read_bytes() if isinstance(data, Path) else data
+
+
+def _look(data: Path | bytes) -> bytes:
+    """Return the first bytes."""
     with data.open("rb") if isinstance(data, Path) else io.BytesIO(data) as file:
-        line = file.readline(1 << 20).decode("utf-8", "replace")
+        return file.read(_LOOK_BYTES)
+
+
+def _line_ends(data: Path | bytes) -> Path | bytes:
+    """Write the line ends of old Macs, a lone CR, as others do."""
+    look = _look(data)
+    lone = b"\r" in look[:-1] and b"\n" not in look and b"\x00" not in look
+    return _bytes(data).replace(b"\r", b"\n") if lone else data
+
+
+def _encoding_of(data: Path | bytes, encoding: str | None) -> str | None:
+    """Return the encoding, if it is known not to be UTF-8; UTF-16 is known by its first bytes."""
+    if encoding is not None:
+        try:
+            name = codecs.lookup(encoding).name
+            b"".decode(name)
+        except (LookupError, ValueError, TypeError) as error:
+            raise ConfigError(
+                f"there is no encoding {encoding!r}: say one such as utf-8, utf-16, cp1252, gbk or "
+                "shift_jis",
+                name="encoding",
+                value=encoding,
+            ) from error
+        return name
+    look = _look(data)
+    for mark, name in _MARKS.items():
+        if look.startswith(mark):
+            return name
+    even, odd = look[0:200:2], look[1:200:2]
+    if even and 2 * odd.count(0) > len(odd) and not even.count(0):
+        return "utf-16-le"
+    return "utf-16-be" if odd and 2 * even.count(0) > len(even) and not odd.count(0) else None
+
+
+def _decoded(data: Path | bytes, encoding: str, name: str) -> str:
+    raw = _bytes(data)
+    try:
+        return raw.decode(encoding).removeprefix("\ufeff")
+    except UnicodeError as error:
+        start = error.start if isinstance(error, UnicodeDecodeError) else 0
+        raise DataError(
+            f"{name}, line {1 + raw[:start].count(10)} is not {encoding}: say another encoding",
+            name="encoding",
+            value=encoding,
+        ) from error
+
+
+def _in_utf8(file: TextFile) -> TextFile:
+    """Return the file itself where it is UTF-8, else its bytes taken for cp1252, and say so.
+
+    Raises:
+        DataError: It cannot be cp1252, or holds runs of letters that no language written so has.
+    """
+    raw = _bytes(file.data)
+    try:
+        raw.decode()
+    except UnicodeDecodeError as error:
+        wrong = f"{file.name}, line {1 + raw[: error.start].count(10)} is not UTF-8"
+        try:
+            text = None if _FOREIGN.search(raw) else raw.decode("cp1252")
+        except UnicodeDecodeError:
+            text = None
+        if text is None:
+            raise DataError(
+                f'{wrong}: say its encoding, such as encoding="gbk", "shift_jis", "cp1251" or '
+                '"latin-1"',
+                name=file.name,
+            ) from error
+        note = f"{wrong}: it was read as cp1252, Western European; if it is another, say encoding="
+        return replace(file, data=text.encode(), notes=(*file.notes, note))
+    return file
+
+
+# Lines
+
+
+class _Layout(NamedTuple):
+    separator: str
+    num_skipped: int
+    num_comments: int
+
+
+def _first_lines(data: Path | bytes, name: str) -> list[str]:
+    look = _look(data)
+    if b"\x00" in look:
+        raise DataError(
+            f"{name} is not text, and of no kind that is known here: give CSV, Parquet or Arrow",
+            name=name,
+        )
+    text = look.decode("utf-8", "replace").removeprefix("\ufeff")
+    for pattern, what, fix in _OTHER_TEXT:
+        if re.match(pattern, text.lstrip()):
+            raise DataError(f"{name} is {what}, not a table of text: {fix}", name=name)
+    return text.splitlines() or [""]
+
+
+def _layout(lines: list[str], separator: str | None, *, header: bool) -> _Layout:
+    """Find the separator, and the lines before the table."""
+    skipped, said = 0, None
+    if spreadsheet := re.fullmatch(r'"?sep=(.|\\t)"?', lines[0], re.IGNORECASE):
+        skipped, said = 1, spreadsheet[1]
+    before = skipped
+    while skipped < len(lines) and lines[skipped][:1] in ("#", "%"):
+        skipped += 1
+    if skipped == len(lines):  # nothing but such lines: they are ids
+        skipped = before
+    wanted = separator or said
+    found = _written(wanted) if wanted else _sniff(lines[skipped:])
+    if header and skipped > before:
+        names, values = (_fields(line, found) for line in lines[skipped - 1 : skipped + 1])
+        numbers = [value for value in values if value.strip('"').replace(".", "", 1).isdigit()]
+        skipped -= len(names) == len(values) and bool(numbers)  # it names the columns
+    return _Layout(found, skipped, skipped - before)
+
+
+def _written(separator: str) -> str:
+    """Return a separator as people write it in the form that is used here."""
+    if any(character in separator for character in '"\r\n'):
+        raise ConfigError(
+            f"separator cannot be {separator!r}: quotes and line ends have their own meaning",
+            name="separator",
+            value=separator,
+        )
+    return _WRITTEN.get(separator, separator)
+
+
+def _fields(line: str, separator: str) -> list[str]:
+    line = line.lstrip("#% ")
+    return line.split() if separator == _BLANKS else line.split(separator)
+
+
+def _sniff(lines: list[str]) -> str:
+    line = lines[0]
     for sure in ("::", "\t"):
         if sure in line:
             return sure
     likely = max((",", ";", "|"), key=line.count)
     if likely in line:
         return likely
-    return " " if " " in line.strip() else ","
+    if " " not in line.strip():
+        return ","
+    aligned = any("  " in one.rstrip() or one.startswith(" ") for one in lines[:1_000])
+    return _BLANKS if aligned else " "
+
+
+def _one_byte(data: Path | bytes, separator: str) -> tuple[Path | bytes, str]:
+    """Bring a separator that is longer than the parser's one byte to one that is."""
+    if separator == _BLANKS:
+        raw = _bytes(data).replace(b"\t", b" ").replace(b"\r\n", b"\n")
+        while b"  " in raw:
+            raw = raw.replace(b"  ", b" ")
+        return raw.replace(b"\n ", b"\n").replace(b" \n", b"\n").strip(b" "), " "
+    if len(separator.encode()) > 1:
+        raw = _bytes(data).replace(separator.encode(), _UNIT_SEPARATOR.encode())
+        return raw, _UNIT_SEPARATOR
+    return data, separator
 
 
 def _quote(separator: str) -> str | None:
     return None if separator == _UNIT_SEPARATOR else '"'
 
 
-def _all_text(columns: list[str]) -> dict[str, _Kind]:
-    return dict.fromkeys(columns, "text")
+# Values
 
 
-def _id_kind(head: pl.Series) -> _Kind:
-    for kind, pattern in _PATTERNS.items():
-        if head.str.contains(pattern).all():  # nulls pass
-            return kind
-    return "text"
-
-
-def _is_code(text: pl.Series) -> bool:
-    """Return whether leading zeros mean something, as in a postal code: no number keeps them."""
-    return bool(text.str.contains(r"^[+-]?0[0-9]").any())
-
-
-def _narrowed(text: pl.Series, *, is_id: bool) -> pl.Series:
-    """Return text as integers if all of it is such, or, unless it is of ids, as other numbers."""
-    kinds = (pl.Int64,) if is_id else (pl.Int64, pl.Float64)
-    if (is_id and not text.str.contains(_INTEGER).all()) or _is_code(text):
+def _id_column(text: pl.Series) -> pl.Series:
+    """Return ids as integers if all of them are plain ones, or plain ones with `.0` behind."""
+    if text.dtype != pl.String or not text.len():
         return text
-    for dtype in kinds:
-        numbers = text.cast(dtype, strict=False)
-        if numbers.null_count() == text.null_count():
-            return numbers
-    return text
+    digits, look = text, text.head(_LOOK_ROWS)
+    if look.str.contains(_FLOAT_ID).all() and text.str.contains(_FLOAT_ID).all():
+        digits = text.str.replace(r"\.0+$", "")
+    whole = digits.cast(pl.Int64, strict=False)
+    return whole if _is_plain(digits, whole) else text
+
+
+def _is_plain(text: pl.Series, whole: pl.Series) -> bool:
+    """Return whether all texts are the shortest of their integers, by counting their bytes."""
+    if whole.null_count() > text.null_count():
+        return False
+    low, high = (bound if isinstance(bound, int) else 0 for bound in (whole.min(), whole.max()))
+    num_bytes = whole.count() + int((whole < 0).sum())
+    power = 10
+    while power <= max(high, -low):
+        num_bytes += int((whole >= power).sum()) + int((whole <= -power).sum() if low < 0 else 0)
+        power *= 10
+    return num_bytes == int(text.str.len_bytes().sum())
+
+
+def _narrowed(column: pl.Series) -> pl.Series:
+    """Return text as integers, other numbers or truth values, if all of it is such."""
+    is_text = column.dtype == pl.String and column.null_count() < len(column)
+    if not is_text or column.str.contains(_CODE).any():
+        return column
+    for text in (column, column.str.strip_chars()):
+        for dtype in (pl.Int64, pl.Float64):
+            numbers = text.cast(dtype, strict=False)
+            if numbers.null_count() == text.null_count():
+                return numbers
+    lower = column.str.to_lowercase()
+    return (lower == "true") if lower.is_in(["true", "false"]).all() else column

@@ -16,8 +16,34 @@ T = TypeVar("T")
 Column = str | int
 """A column by its name or, as an integer, by its position from 0."""
 Columns = Annotated[Sequence[Column], AfterValidator(tuple)]
-TimestampUnit = Literal["s", "ms", "us", "ns"]
+TimestampUnit = Literal[
+    "s",
+    "ms",
+    "us",
+    "ns",
+    "minutes",
+    "hours",
+    "days",
+    "excel",
+    "years",
+    "YYYYMM",
+    "YYYYMMDD",
+    "YYYYMMDDHHMM",
+    "YYYYMMDDHHMMSS",
+    "DD.MM.YYYY",
+    "DD/MM/YYYY",
+    "MM/DD/YYYY",
+    "order",
+]
+"""What numbers count: seconds and finer or coarser units since 1970; "excel", days since
+1899-12-30; "years" such as 2024 or 2024.5; the digits of a date; "order", a mere count, not of
+seconds. The three with a separator are of texts, with a time of day behind if there is one."""
 Duplicates = Literal["keep", "first", "last"]
+MISSING = (
+    *("", "NA", "N/A", "n/a", "#N/A", "<NA>", "NULL", "Null", "null", "\\N", "None"),
+    *("nan", "NaN", "NAN", "NaT"),
+)
+"""Texts that mean a missing value if nothing else is said: those of R, SQL, MySQL and pandas."""
 
 
 class ReadConfig(Config):
@@ -33,7 +59,9 @@ class ReadConfig(Config):
     seconds, though fractions decide the order. Without one, the order of the table is the order in
     time."""
     timestamp_unit: TimestampUnit = "s"
-    """What numbers in it count, since 1970."""
+    """What numbers in it count: seconds, or finer or coarser units, since 1970; "excel", days since
+    1899-12-30; "years" such as 2024 or 2024.5; the digits of a date; "order", a mere count. For
+    text that is not ISO 8601, the order of day, month and year."""
     rating: Column | None = None
     """Column of ratings, kept as `columns["rating"]`, 32-bit floats."""
     columns: Columns = ()
@@ -41,8 +69,15 @@ class ReadConfig(Config):
     context: Columns = ()
     """Further columns of any type to keep, such as the hour or the place: context features, known
     when somebody asks."""
+    missing: Annotated[Sequence[str], AfterValidator(tuple)] = MISSING
+    """Texts that mean a missing value, in files and tables alike, in all columns that are read;
+    with an empty list only the empty text does."""
     separator: str | None = None
-    """Between the fields of a text file, of any length; without it, the first line decides."""
+    """Between the fields of a text file, of any length; without it, the first line decides. A tab
+    may be written as `\\t`, runs of blanks as ` +`."""
+    encoding: str | None = None
+    """Of text files, as Python names it, such as gbk or cp1251. Without it: UTF-8, UTF-16 by the
+    first bytes, or cp1252, which is noted."""
     header: bool = True
     """Whether the first line of text files names the columns."""
     duplicates: Duplicates = "keep"

@@ -3,7 +3,7 @@
 Shape legend: E events, U users, I items.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -12,21 +12,13 @@ import numpy as np
 import polars as pl
 from jaxtyping import Int32, Int64, Shaped
 
-from foretaste.data.columns import (
-    Times,
-    at_row,
-    canonical_ids,
-    canonical_numbers,
-    canonical_times,
-    storable,
-)
+from foretaste.data.columns import at_row, canonical_ids, canonical_numbers, storable
 from foretaste.data.interactions import Interactions
 from foretaste.data.links import with_links
 from foretaste.data.read_config import (
     Duplicates,
     ReadConfig,
     ReadTables,
-    TimestampUnit,
     settings_as_arguments,
 )
 from foretaste.data.side_tables import Side, aligned, alike, notes_about, read_side
@@ -39,6 +31,7 @@ from foretaste.data.sorting import (
     sort_by_time,
 )
 from foretaste.data.tables import Source, find_column, open_source
+from foretaste.data.times import Times, canonical_times
 from foretaste.data.vocabulary import Vocabulary, number_ids
 from foretaste.errors import DataError
 
@@ -65,19 +58,26 @@ def read_interactions(source: object, read: ReadTables) -> Interactions:  # noqa
         DataError: The table cannot be read, lacks a column, holds no event, or holds a value that
             is missing, infinite, or out of range; the message says which, where, and the fix.
     """
-    opened = open_source(source, separator=read.separator, header=read.header, role=EVENTS)
+    opened = open_source(
+        source,
+        separator=read.separator,
+        header=read.header,
+        encoding=read.encoding,
+        missing=read.missing,
+        role=EVENTS,
+    )
     names = _choose(opened, read)
     with ThreadPoolExecutor(1) as pool:
         pool.submit(compile_loops)
-        frame, notes = opened.read(names.all, names.ids)
+        frame, notes = opened.read(names.all, names.ids, numbers=names.measured)
     if not frame.height:
         raise DataError(f"{opened.name} holds no events: it has columns but no rows")
-    events = _check(frame, names, read.timestamp_unit)
+    events = _check(frame, names, read, notes)
     del frame
     events.drop_incomplete(opened.name, allowed=read.drop_incomplete)
     users = read_side(read.users, names.user, "users", read)
     items = read_side(read.items, names.item, "items", read)
-    arranged = _arrange(events, users, items, read.duplicates, [*notes, *events.notes])
+    arranged = _arrange(events, users, items, read.duplicates, events.notes)
     return with_links(
         arranged, user_links=read.user_links, item_links=read.item_links, header=read.header
     )
@@ -96,6 +96,13 @@ class _Names(NamedTuple):
     @property
     def ids(self) -> list[str]:
         return [name for name in (self.user, self.item) if name is not None]
+
+    @property
+    def measured(self) -> list[str]:
+        """Those that are nothing but numbers or times."""
+        time = () if self.timestamp is None else (self.timestamp,)
+        others = (*self.ids, *self.context)
+        return [name for name in (*self.numbers.values(), *time) if name not in others]
 
     @property
     def all(self) -> list[str]:
@@ -162,9 +169,12 @@ class _Events:
             if gaps.any() and not allowed:
                 others = _true(gaps) - 1
                 more = f", and so are {others} more" if others else ""
+                why = [note for note in self.notes if note.startswith(f"column {name!r}: ")]
                 raise DataError(
                     f"{source}: column {name!r}, {at_row(column, gaps)} is missing or NaN{more}: "
-                    "mend it, or say drop_incomplete=True"
+                    + "; ".join(["fix it, or say drop_incomplete=True", *why]),
+                    column=name,
+                    row=1 + (gaps.arg_max() or 0),
                 )
         keep = pl.select(pl.all_horizontal(c.is_not_null().alias(n) for n, c in needed.items()))
         keep_E = keep.to_series()
@@ -201,8 +211,14 @@ def _true(mask: pl.Series) -> int:
     return int(mask.sum() or 0)
 
 
-def _check(frame: pl.DataFrame, names: _Names, unit: TimestampUnit) -> _Events:
-    notes = []
+def _check(
+    frame: pl.DataFrame, names: _Names, read: ReadConfig, read_notes: Sequence[str]
+) -> _Events:
+    notes, times = list(read_notes), None
+    if names.timestamp is not None:
+        times = canonical_times(
+            frame[names.timestamp], read.timestamp_unit, drop_unknown=read.drop_incomplete
+        )
     if names.user is None:
         notes.append("there is no column of users: every row is a user of its own")
     if names.item is None:
@@ -215,7 +231,7 @@ def _check(frame: pl.DataFrame, names: _Names, unit: TimestampUnit) -> _Events:
         item=pl.repeat(ONE_ITEM, frame.height, eager=True)
         if names.item is None
         else canonical_ids(frame[names.item]),
-        times=None if names.timestamp is None else canonical_times(frame[names.timestamp], unit),
+        times=times,
         numbers={
             kept: _number_column(frame[name], is_rating=kept == "rating")
             for kept, name in names.numbers.items()
@@ -302,7 +318,10 @@ def _sorted(context: pl.DataFrame, sorting: Sorting) -> pl.DataFrame | None:
 def _seconds(
     time_E: Int64[np.ndarray, " E"] | None, times: Times | None, notes: list[str]
 ) -> Int64[np.ndarray, " E"] | None:
-    if time_E is None or times is None or times.per_second == 1:
+    if time_E is None or times is None:
+        return time_E
+    notes += times.notes
+    if times.per_second == 1:
         return time_E
     if fractions := int(np.count_nonzero(time_E % times.per_second)):
         notes.append(f"{fractions} times had fractions of a second: used for order, not kept")

@@ -42,15 +42,23 @@ def read_side(source: object, key: str | None, role: str, read: ReadConfig) -> S
     """
     if source is None:
         return None
-    opened = open_source(source, header=read.header, role=f"the table of {role}")
+    opened = open_source(
+        source,
+        header=read.header,
+        encoding=read.encoding,
+        missing=read.missing,
+        role=f"the table of {role}",
+    )
     columns = opened.columns
     key = key if key is not None and read.header and key in columns else columns[0]
-    frame, read_notes = opened.read(columns, [find_column(opened, key, argument=role)])
+    frame, read_notes = opened.read(
+        columns, [find_column(opened, key, argument=role)], optional=set(columns) - {key}
+    )
     ids, notes = canonical_ids(frame[key]), list(read_notes)
     if missing := ids.null_count():
         if not read.drop_incomplete:
             raise DataError(
-                f"{opened.name}: column {key!r}, {at_row(ids, ids.is_null())} is missing: mend it, "
+                f"{opened.name}: column {key!r}, {at_row(ids, ids.is_null())} is missing: fix it, "
                 "or say drop_incomplete=True"
             )
         frame, ids = frame.filter(ids.is_not_null()), ids.drop_nulls()

@@ -5,26 +5,46 @@ Polars and pyarrow is ever imported here.
 """
 
 import os
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar, final, runtime_checkable
 
 import polars as pl
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from foretaste.data.columns import canonical_ids, without_markers
 from foretaste.data.delimited import TextFile, open_text
+from foretaste.data.read_config import MISSING
 from foretaste.data.vocabulary import id_text
 from foretaste.errors import DataError, nearest
 
 _T = TypeVar("_T")
-_BROKEN = (pl.exceptions.PolarsError, pl.exceptions.PanicException, pa.ArrowException, OSError)
-_NOT_TABLES = {
-    b"PK\x03\x04": "a zip archive",
-    b"\x28\xb5\x2f\xfd": "a zstd archive",
-    b"BZh": "bzip2",
-}
+_BROKEN = (Exception, pl.exceptions.PanicException)
+"""All by which Polars, Arrow, DuckDB and pandas refuse: no list of their classes was complete."""
+_UNPACK, _EXPORT = "unpack it first", "write it as CSV or Parquet"
+_NOT_TABLES = (
+    (0, b"PK\x03\x04", "a zip archive or a spreadsheet", "unpack it first, or save it as CSV"),
+    (0, b"\xd0\xcf\x11\xe0", "a spreadsheet", "save it as CSV"),
+    (0, b"\x28\xb5\x2f\xfd", "a zstd archive", _UNPACK),
+    (0, b"BZh", "a bzip2 archive", _UNPACK),
+    (0, b"\xfd7zXZ\x00", "an xz archive", _UNPACK),
+    (0, b"7z\xbc\xaf\x27\x1c", "a 7z archive", _UNPACK),
+    (0, b"Rar!", "a rar archive", _UNPACK),
+    (0, b"\x04\x22\x4d\x18", "an lz4 archive", _UNPACK),
+    (257, b"ustar", "a tar archive", _UNPACK),
+    (8, b"DUCK", "a DuckDB database", "give the result of a query, duckdb.connect(FILE).sql(…)"),
+    (0, b"SQLite format 3", "an SQLite database", "give the result of pandas.read_sql"),
+    (0, b"\x89HDF", "an HDF5 file", _EXPORT),
+    (0, b"\x93NUMPY", "a NumPy array", _EXPORT),
+    (0, b"ORC", "an ORC file", "read it with pyarrow.orc, and give the table"),
+    (0, b"Obj\x01", "an Avro file", "read it with polars.read_avro, and give the table"),
+    (0, b"\xff\xff\xff\xff", "an Arrow stream", "read it with pyarrow.ipc, and give the table"),
+    (0, b"FEA1", "a Feather file of the first version", _EXPORT),
+    (0, b"%PDF", "a PDF", _EXPORT),
+)
+"""Where which bytes stand in a file, what it is then, and what to do."""
 
 
 class Table(NamedTuple):
@@ -48,13 +68,33 @@ class Source(Protocol):
         """The names of all columns, in order."""
         ...
 
-    def read(self, columns: list[str], ids: list[str]) -> Table:
-        """Read some of the columns, those of `ids` typed as ids where the source has no types."""
+    def read(
+        self,
+        columns: list[str],
+        ids: list[str],
+        *,
+        numbers: Collection[str] = (),
+        optional: Collection[str] = (),
+    ) -> Table:
+        """Read some of the columns.
+
+        Args:
+            columns: Their names.
+            ids: Those that are typed as ids where the source has no types.
+            numbers: Those that are nothing but numbers or times.
+            optional: Those that may be left out, with a note, if their type cannot be read.
+        """
         ...
 
 
 def open_source(
-    source: object, *, separator: str | None = None, header: bool = True, role: str = "the table"
+    source: object,
+    *,
+    separator: str | None = None,
+    header: bool = True,
+    role: str = "the table",
+    encoding: str | None = None,
+    missing: Collection[str] = MISSING,
 ) -> Source:
     """Look at a table without reading its rows.
 
@@ -64,24 +104,35 @@ def open_source(
         separator: Between the fields of text files; None finds it.
         header: Whether the first line of text files names the columns.
         role: What a table in memory is called in messages.
+        encoding: Of text files; None: UTF-8, UTF-16 or cp1252, by what they hold.
+        missing: Texts that mean a missing value, in any kind of source.
 
     Raises:
         DataError: It is not such a thing, or a file is missing, empty or broken.
+        ConfigError: The separator or the encoding cannot be one.
     """
+    missing = (missing,) if isinstance(missing, str) else tuple(missing)
+
+    def opened(path: str | os.PathLike[str]) -> Source:
+        return _open_file(
+            path, separator=separator, header=header, encoding=encoding, missing=missing
+        )
+
     match source:
         case str() | os.PathLike():
-            return _open_file(Path(source), separator=separator, header=header)
+            return opened(source)
         case list() | tuple() if source and all(isinstance(s, str | os.PathLike) for s in source):
-            files = [_open_file(Path(s), separator=separator, header=header) for s in source]
+            files = [opened(file) for file in source]
             return files[0] if len(files) == 1 else _Many(files)
         case pl.DataFrame():
-            return _Scan(role, source.lazy())
+            return _Scan(role, source.lazy(), missing)
         case pl.LazyFrame():
-            return _Scan(role, source)
+            return _Scan(role, source, missing)
     if type(source).__module__.split(".")[0] == "pandas" and hasattr(source, "columns"):
-        return _Pandas(role, source)
+        return _Pandas(role, source, missing)
     if hasattr(source, "__arrow_c_stream__"):
-        return _Stream(role, _quietly(role, lambda: pa.RecordBatchReader.from_stream(source)))
+        batches = _quietly(role, lambda: pa.RecordBatchReader.from_stream(source))
+        return _Stream(role, batches, missing)
     raise DataError(
         f"{role} cannot be a {type(source).__name__}: give a path, a list of paths, or a pandas, "
         "Polars, pyarrow or DuckDB table"
@@ -97,6 +148,7 @@ def find_column(source: Source, wanted: str | int, *, argument: str) -> str:
     columns = source.columns
     if isinstance(wanted, int):
         if 0 <= wanted < len(columns):
+            _each_once(source, [name for name in columns if name == columns[wanted]])
             return columns[wanted]
         raise DataError(
             f"{source.name} has no column at position {wanted} ({argument}): it has "
@@ -105,8 +157,8 @@ def find_column(source: Source, wanted: str | int, *, argument: str) -> str:
     if columns.count(wanted) == 1:
         return wanted
     if wanted in columns:
-        raise DataError(f"{source.name} has more than one column {wanted!r}: rename them")
-    raise DataError(_no_column(source, wanted, argument))
+        _each_once(source, [name for name in columns if name == wanted])
+    raise DataError(_no_column(source, wanted, argument), name=argument, value=wanted)
 
 
 def _no_column(source: Source, wanted: str, argument: str) -> str:
@@ -128,13 +180,24 @@ class _Scan:
 
     name: str
     lazy: pl.LazyFrame
+    missing: tuple[str, ...]
 
     @property
     def columns(self) -> list[str]:
         return _quietly(self.name, lambda: self.lazy.collect_schema().names())
 
-    def read(self, columns: list[str], ids: list[str]) -> Table:
-        return Table(_quietly(self.name, lambda: self.lazy.select(columns).collect()))
+    def read(
+        self,
+        columns: list[str],
+        ids: list[str],
+        *,
+        numbers: Collection[str] = (),
+        optional: Collection[str] = (),
+    ) -> Table:
+        def load(names: list[str]) -> pl.DataFrame:
+            return self.lazy.select(names).collect()
+
+        return _gathered(self, columns, load, self.missing, optional)
 
 
 @final
@@ -150,10 +213,18 @@ class _Text:
 
     @property
     def columns(self) -> list[str]:
-        return self.file.columns
+        return list(self.file.columns)
 
-    def read(self, columns: list[str], ids: list[str]) -> Table:
-        return Table(*self.file.read(columns, ids))
+    def read(
+        self,
+        columns: list[str],
+        ids: list[str],
+        *,
+        numbers: Collection[str] = (),
+        optional: Collection[str] = (),
+    ) -> Table:
+        _each_once(self, columns)
+        return Table(*self.file.read(columns, ids, numbers))
 
 
 @final
@@ -163,15 +234,26 @@ class _Stream:
 
     name: str
     batches: pa.RecordBatchReader
+    missing: tuple[str, ...]
 
     @property
     def columns(self) -> list[str]:
         return list(self.batches.schema.names)
 
-    def read(self, columns: list[str], ids: list[str]) -> Table:
-        return Table(
-            _quietly(self.name, lambda: _of_arrow(self.batches.read_all().select(columns)))
-        )
+    def read(
+        self,
+        columns: list[str],
+        ids: list[str],
+        *,
+        numbers: Collection[str] = (),
+        optional: Collection[str] = (),
+    ) -> Table:
+        table = _quietly(self.name, self.batches.read_all)
+
+        def load(names: list[str]) -> pl.DataFrame:
+            return pl.DataFrame([_of_arrow(name, table[name]) for name in names])
+
+        return _gathered(self, columns, load, self.missing, optional)
 
 
 @final
@@ -181,20 +263,30 @@ class _Pandas:
 
     name: str
     frame: Any  # pandas is not imported here, so it has no type
+    missing: tuple[str, ...]
 
     @property
     def columns(self) -> list[str]:
         return [str(label) for label in self.frame.columns]
 
-    def read(self, columns: list[str], ids: list[str]) -> Table:
-        return Table(pl.DataFrame([self._column(name) for name in columns]))
+    def read(
+        self,
+        columns: list[str],
+        ids: list[str],
+        *,
+        numbers: Collection[str] = (),
+        optional: Collection[str] = (),
+    ) -> Table:
+        def load(names: list[str]) -> pl.DataFrame:
+            return pl.DataFrame([self._column(name) for name in names])
+
+        return _gathered(self, columns, load, self.missing, optional)
 
     def _column(self, name: str) -> pl.Series:
         one = self.frame.iloc[:, [self.columns.index(name)]]
         try:
-            table = pa.RecordBatchReader.from_stream(one).read_all().select([0])
-            return _of_arrow(table).to_series().alias(name)
-        except pa.ArrowException:
+            return _of_arrow(name, pa.RecordBatchReader.from_stream(one).read_all()[0])
+        except _BROKEN:
             column = one.iloc[:, 0]
             pairs = zip(column.isna(), column, strict=True)
             values = [None if missing else id_text(value) for missing, value in pairs]
@@ -220,45 +312,138 @@ class _Many:
     def columns(self) -> list[str]:
         return self.files[0].columns
 
-    def read(self, columns: list[str], ids: list[str]) -> Table:
+    def read(
+        self,
+        columns: list[str],
+        ids: list[str],
+        *,
+        numbers: Collection[str] = (),
+        optional: Collection[str] = (),
+    ) -> Table:
         for file in self.files:
             for name in columns:
                 find_column(file, name, argument="in every file")
-        tables = [file.read(columns, ids) for file in self.files]
-        frames = _alike([table.frame for table in tables])
-        together = _quietly(self.name, lambda: pl.concat(frames, how="vertical_relaxed"))
-        return Table(together, tuple(note for table in tables for note in table.notes))
+        tables = [
+            file.read(columns, ids, numbers=numbers, optional=optional) for file in self.files
+        ]
+        read = [set(table.frame.columns) for table in tables]
+        together = [
+            self._together(name, [table.frame[name] for table in tables], is_id=name in ids)
+            for name in columns
+            if all(name in names for names in read)
+        ]
+        notes = (note for table in tables for note in table.notes)
+        return Table(pl.DataFrame(together), tuple(notes))
+
+    def _together(self, name: str, parts: list[pl.Series], *, is_id: bool) -> pl.Series:
+        try:
+            return pl.concat(
+                [part.to_frame() for part in _alike(parts, is_id=is_id)], how="vertical_relaxed"
+            )[name]
+        except _BROKEN as error:
+            kinds = ", ".join(f"{part.dtype} in {file.name}"
+                              for part, file in zip(parts, self.files, strict=True))  # fmt: skip
+            raise DataError(
+                f"{self.name}: column {name!r} is of types that do not go together ({kinds}): "
+                "bring it to one type in all files",
+                column=name,
+            ) from error
 
 
-def _alike(frames: list[pl.DataFrame]) -> list[pl.DataFrame]:
-    """Take as text, everywhere, a column that is text in one of the files."""
-    text = [
-        name
-        for name in frames[0].columns
-        if Counter(frame.schema[name] == pl.String for frame in frames).keys() == {True, False}
-    ]
-    return [frame.with_columns(pl.col(text).cast(pl.String)) if text else frame for frame in frames]
+def _alike(parts: list[pl.Series], *, is_id: bool) -> list[pl.Series]:
+    """Bring one column of several files to one type, where types differ."""
+    dtypes = {part.dtype for part in parts if part.dtype != pl.Null}
+    if len(dtypes) < 2:
+        return parts
+    if not is_id and all(dtype in (pl.Date, pl.Datetime) for dtype in dtypes):
+        return [_in_utc(part) for part in parts]
+    if not is_id and all(dtype.is_numeric() or dtype.is_nested() for dtype in dtypes):
+        return parts
+    texts = [
+        part if part.dtype == pl.Null
+        else canonical_ids(part if is_id or part.dtype != pl.Datetime else _in_utc(part))
+        for part in parts
+    ]  # fmt: skip
+    same = len({text.dtype for text in texts if text.dtype != pl.Null}) == 1
+    return texts if same else [text.cast(pl.String) for text in texts]
 
 
-def _open_file(path: Path, *, separator: str | None, header: bool) -> Source:
+def _in_utc(times: pl.Series) -> pl.Series:
+    """Return dates and times as times in UTC; those without a zone are taken for such."""
+    if times.dtype == pl.Datetime and times.dtype.time_zone is not None:  # type: ignore[attr-defined]  # Datetime has it
+        return times.cast(pl.Datetime("us", "UTC"))
+    return times.cast(pl.Datetime("us")).dt.replace_time_zone("UTC")
+
+
+def _open_file(
+    source: str | os.PathLike[str],
+    *,
+    separator: str | None,
+    header: bool,
+    encoding: str | None,
+    missing: tuple[str, ...],
+) -> Source:
+    path = _place(source)
     if path.is_dir():
-        raise DataError(f"{path} is a folder: give its files as a list")
+        return _open_folder(path, missing)
+    magic = _first_bytes(path)
+    suffix = path.suffix.lower()
+    if magic[:4] == b"PAR1" or suffix in (".parquet", ".pq"):
+        return _checked(_Scan(str(path), pl.scan_parquet(path), missing))
+    if magic[:6] == b"ARROW1" or suffix in (".arrow", ".feather", ".ipc"):
+        return _checked(_Scan(str(path), pl.scan_ipc(path), missing))
+    return _Text(
+        open_text(path, separator=separator, header=header, encoding=encoding, missing=missing)
+    )
+
+
+def _place(source: str | os.PathLike[str]) -> Path:
+    text = os.fspath(source)
+    if "://" in text:  # what follows may hold a password
+        raise DataError(
+            f"{text.split('://')[0]}:// is no path: read it with pandas, Polars or DuckDB, and "
+            "give the table"
+        )
+    if "\x00" in text:
+        raise DataError(f"{text!r} is no path")
+    return Path(text)
+
+
+def _first_bytes(path: Path) -> bytes:
+    """Return the first bytes of what may be a table."""
     try:
         with path.open("rb") as file:
-            magic = file.read(6)
+            magic = file.read(512)
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+        raise DataError(f"{path} cannot be read: {error.strerror}", name=str(path)) from error
     if not magic:
-        raise DataError(f"{path} is empty (0 bytes): it holds no table")
-    suffix = path.suffix.lower()
-    for start, what in _NOT_TABLES.items():
-        if magic.startswith(start):
-            raise DataError(f"{path} is {what}: unpack it first")
-    if magic[:4] == b"PAR1" or suffix in (".parquet", ".pq"):
-        return _checked(_Scan(str(path), pl.scan_parquet(path)))
-    if magic == b"ARROW1" or suffix in (".arrow", ".feather", ".ipc"):
-        return _checked(_Scan(str(path), pl.scan_ipc(path)))
-    return _Text(open_text(path, separator=separator, header=header))
+        raise DataError(f"{path} is empty (0 bytes): it holds no table", name=str(path))
+    for start, there, what, fix in _NOT_TABLES:
+        if magic.startswith(there, start):
+            raise DataError(f"{path} is {what}: {fix}", name=str(path))
+    return magic
+
+
+def _open_folder(path: Path, missing: tuple[str, ...]) -> Source:
+    """Open the Parquet files of a folder, whose folders may be values: `day=2024-05-01`."""
+    if (path / "_delta_log").is_dir() or (path / "metadata").is_dir():
+        raise DataError(
+            f"{path} is a Delta or Iceberg table: read it with polars.scan_delta or scan_iceberg, "
+            "and give the result",
+            name=str(path),
+        )
+    if (path / "manifest.json").is_file():
+        raise DataError(
+            f"{path} is an event store or a bundle: open it with open_store or load",
+            name=str(path),
+        )
+    if any(path.glob("**/*.parquet")):
+        lazy = pl.scan_parquet(path / "**/*.parquet", hive_partitioning=True)
+        return _checked(_Scan(str(path), lazy, missing))
+    names = sorted(str(file) for file in path.iterdir() if file.is_file())[:2]
+    raise DataError(
+        f"{path} is a folder: give its files as a list, such as {[*names, '…']}", name=str(path)
+    )
 
 
 def _checked(scan: _Scan) -> _Scan:
@@ -267,15 +452,64 @@ def _checked(scan: _Scan) -> _Scan:
     return scan
 
 
-def _of_arrow(table: pa.Table) -> pl.DataFrame:
-    columns = {}
-    for field in table.schema:
-        column = table[field.name]
-        if getattr(field.type, "extension_name", "") == "arrow.uuid":
-            values = column.to_pylist()
-            column = pa.array([None if v is None else str(v) for v in values], pa.large_string())
-        columns[field.name] = pl.Series(field.name, column)
-    return pl.DataFrame(columns)
+def _each_once(source: Source, columns: list[str]) -> None:
+    for name in columns:
+        if columns.count(name) > 1:
+            raise DataError(
+                f"{source.name} has more than one column {name!r}: rename them", column=name
+            )
+
+
+def _gathered(
+    source: Source,
+    columns: list[str],
+    load: Callable[[list[str]], pl.DataFrame],
+    missing: tuple[str, ...],
+    optional: Collection[str],
+) -> Table:
+    """Load columns; where one cannot be, name it, or leave it out if it may be."""
+    _each_once(source, columns)
+    left_out: list[str] = []
+    try:
+        frame = load(columns)
+    except _BROKEN:
+        parts = []
+        for name in columns:
+            try:
+                parts.append(load([name]))
+            except _BROKEN as error:
+                if name not in optional:
+                    raise DataError(
+                        f"{source.name}: column {name!r} cannot be read: its type is unknown here, "
+                        "or the file is broken or cut short; cast it to text or numbers, leave "
+                        "the column out, or get the file again",
+                        column=name,
+                    ) from error
+                left_out.append(
+                    f"{source.name}: column {name!r} was left out: its type cannot be read here"
+                )
+        frame = pl.concat(parts, how="horizontal")
+    frame, notes = without_markers(frame, missing)
+    return Table(frame, (*left_out, *notes))
+
+
+def _of_arrow(name: str, column: pa.ChunkedArray) -> pl.Series:
+    """Return an Arrow column; types that Polars lacks are brought to those that it has."""
+    kind = column.type
+    if getattr(kind, "extension_name", "") == "arrow.uuid":
+        values = column.to_pylist()
+        column = pa.array([None if v is None else str(v) for v in values], pa.large_string())
+    elif isinstance(kind, pa.BaseExtensionType):
+        storage = [chunk.storage for chunk in column.chunks]
+        return _of_arrow(name, pa.chunked_array(storage, kind.storage_type))
+    elif pa.types.is_run_end_encoded(kind):
+        decoded = [pc.run_end_decode(chunk) for chunk in column.chunks]
+        return _of_arrow(name, pa.chunked_array(decoded, kind.value_type))
+    elif pa.types.is_decimal256(kind):
+        column = column.cast(pa.decimal128(38, kind.scale))
+    elif pa.types.is_list_view(kind) or pa.types.is_large_list_view(kind):
+        column = column.cast(pa.large_list(kind.value_type))
+    return pl.Series(name, column)
 
 
 def _quietly(name: str, work: Callable[[], _T]) -> _T:
@@ -283,8 +517,8 @@ def _quietly(name: str, work: Callable[[], _T]) -> _T:
     try:
         return work()
     except _BROKEN as error:
-        reason = str(error).strip().splitlines()[0]
         raise DataError(
-            f"{name} cannot be read ({reason}): if it is a file, it is broken or cut short, get it "
-            "anew"
+            f"{name} cannot be read: if it is a file, it is broken or cut short, get it again; if "
+            "it is a table or a query, it fails before it gives rows",
+            name=name,
         ) from error
