@@ -44,6 +44,9 @@ class Interactions:
     """Pairs of user_idx, who trusts whom; they do not belong to any event, so parts keep all."""
     item_links: Int32[np.ndarray, "2 Q"] | None = None
     """Pairs of item_idx that go together, likewise."""
+    positive: str = ""
+    """The column whose values above 0 make an event positive: what models recommend from, what is
+    to be found, what histories hold. "": every event is positive."""
     notes: tuple[str, ...] = ()
     """What reading dropped, merged or assumed, with counts."""
 
@@ -90,6 +93,14 @@ class Interactions:
             context=None if self.context is None else self.context.filter(pl.Series(keep)),
         )
 
+    @cached_property
+    def positive_E(self) -> Bool[np.ndarray, " E"]:
+        """Which events are positive."""
+        if not self.positive:
+            return np.ones(len(self), np.bool_)
+        positive_E: Bool[np.ndarray, " E"] = np.asarray(self.columns[self.positive] > 0)
+        return positive_E
+
     def history(self, user_idx: int) -> Int32[np.ndarray, " L"]:
         """Return one user's items, oldest first."""
         return self.item_idx[self.offsets[user_idx] : self.offsets[user_idx + 1]]
@@ -110,6 +121,8 @@ class Interactions:
             digest.update(np.ascontiguousarray(self.columns[name]).data)
         for part in () if self.context is None else _context_parts(self.context):
             digest.update(part)
+        if self.positive:
+            digest.update(f"positive {self.positive}\0".encode())
         for side, links in (("user", self.user_links), ("item", self.item_links)):
             if links is not None:
                 digest.update(f"{side}_links {links.shape[1]}\0".encode())

@@ -81,7 +81,7 @@ def no_column(events: Interactions, column: str, wanted: str) -> ConfigError:
 
 def _labels(events: Interactions, task: Task) -> Float32[np.ndarray, " E"]:
     if not task.column:
-        return np.ones(len(events), np.float32)
+        return events.positive_E.astype(np.float32)
     if task.column not in events.columns:
         raise no_column(
             events, task.column, f"task {task.name!r} takes its labels from column {task.column!r}"

@@ -64,9 +64,22 @@ def concatenate(
         item_table=items.table,
         user_links=_links([s.user_links for s in sets], users.row_of),
         item_links=_links([s.item_links for s in sets], items.row_of),
+        positive=_positive(sets),
         notes=tuple(notes),
     )
     return merged, source_E[order_E]
+
+
+def _positive(sets: Sequence[Interactions]) -> str:
+    """Return the column that says which events are positive: the same in all sets."""
+    said = {s.positive for s in sets}
+    if len(said) > 1:
+        raise DataError(
+            f"positive is {' and '.join(map(repr, sorted(said)))} in different sets of events: "
+            "read all of them with the same positive=",
+            name="positive",
+        )
+    return said.pop()
 
 
 @dataclass(frozen=True, eq=False)

@@ -46,7 +46,19 @@ MISSING = (
 """Texts that mean a missing value if nothing else is said: those of R, SQL, MySQL and pandas."""
 
 
-class ReadConfig(Config):
+class WhichEvents(Config):
+    """Which rows are events, and which of these are positive."""
+
+    where: str = ""
+    """A condition as SQL writes it, such as `quantity > 0 AND country = 'DE'`: rows for which it
+    does not hold are left out, and counted."""
+    positive: str = ""
+    """Which events are positive: a column whose values above 0 say so, or a condition as SQL writes
+    it, such as `rating >= 4`. Retrievers and baselines learn from those alone, histories and lists
+    to be found hold those alone; rankers learn from all. Without it, every event is positive."""
+
+
+class ReadConfig(WhichEvents):
     """How a table of events is read: which columns are what, and what to do with odd values."""
 
     user: Column | None = "user_id"

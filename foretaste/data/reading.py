@@ -13,6 +13,13 @@ import polars as pl
 from jaxtyping import Int32, Int64, Shaped
 
 from foretaste.data.columns import at_row, canonical_ids, canonical_numbers, storable
+from foretaste.data.conditions import (
+    check_some,
+    columns_in,
+    left_out,
+    positive_note,
+    rows_where,
+)
 from foretaste.data.interactions import Interactions
 from foretaste.data.links import with_links
 from foretaste.data.read_config import (
@@ -67,17 +74,30 @@ def read_interactions(source: object, read: ReadTables) -> Interactions:  # noqa
         role=EVENTS,
     )
     names = _choose(opened, read)
+    asked = [
+        find_column(opened, column, argument=name)
+        for name, condition in (("where", read.where), ("positive", read.positive))
+        for column in columns_in(condition, name)
+    ]
     with ThreadPoolExecutor(1) as pool:
         pool.submit(compile_loops)
-        frame, notes = opened.read(names.all, names.ids, numbers=names.measured)
+        wanted = list(dict.fromkeys((*names.all, *asked)))
+        frame, notes = opened.read(wanted, names.ids, numbers=names.measured)
     if not frame.height:
         raise DataError(f"{opened.name} holds no events: it has columns but no rows")
-    events = _check(frame, names, read, notes)
-    del frame
-    events.drop_incomplete(opened.name, allowed=read.drop_incomplete)
+    chosen, choices = _chosen(frame, read)
+    try:
+        events = _check(chosen, names, read, [*notes, *choices])
+        events.drop_incomplete(opened.name, allowed=read.drop_incomplete)
+    except DataError as error:
+        if chosen is not frame and error.row is not None:
+            error.args = (f"{error} (rows are counted among those that where keeps)",)
+        raise
+    del frame, chosen
     users = read_side(read.users, names.user, "users", read)
     items = read_side(read.items, names.item, "items", read)
     arranged = _arrange(events, users, items, read.duplicates, events.notes)
+    arranged = replace(arranged, positive=read.positive)
     return with_links(
         arranged, user_links=read.user_links, item_links=read.item_links, header=read.header
     )
@@ -139,6 +159,21 @@ def _choose(source: Source, read: ReadConfig) -> _Names:
     return names
 
 
+def _chosen(frame: pl.DataFrame, read: ReadConfig) -> tuple[pl.DataFrame, list[str]]:
+    """Leave out the rows that `where` does not keep; return the others, and what was done."""
+    notes: list[str] = []
+    if read.where:
+        keep_E = rows_where(frame, read.where, "where")
+        check_some(keep_E, read.where, "where")
+        notes += left_out(keep_E, read.where)
+        frame = frame if keep_E.all() else frame.filter(pl.Series(keep_E))
+    if read.positive:
+        positive_E = rows_where(frame, read.positive, "positive")
+        check_some(positive_E, read.positive, "positive")
+        notes.append(positive_note(positive_E, read.positive))
+    return frame, notes
+
+
 def _find(source: Source, wanted: str | int | None, argument: str) -> str | None:
     return None if wanted is None else find_column(source, wanted, argument=argument)
 
@@ -172,7 +207,7 @@ class _Events:
                 why = [note for note in self.notes if note.startswith(f"column {name!r}: ")]
                 raise DataError(
                     f"{source}: column {name!r}, {at_row(column, gaps)} is missing or NaN{more}: "
-                    + "; ".join(["fix it, or say drop_incomplete=True", *why]),
+                    + "; ".join(["fix it, or give drop_incomplete=True", *why]),
                     column=name,
                     row=1 + (gaps.arg_max() or 0),
                 )
@@ -219,6 +254,12 @@ def _check(
         times = canonical_times(
             frame[names.timestamp], read.timestamp_unit, drop_unknown=read.drop_incomplete
         )
+    numbers = {
+        kept: _number_column(frame[name], is_rating=kept == "rating")
+        for kept, name in names.numbers.items()
+    }
+    if read.positive and read.positive not in numbers:
+        numbers[read.positive] = pl.Series(rows_where(frame, read.positive, "positive"))
     if names.user is None:
         notes.append("there is no column of users: every row is a user of its own")
     if names.item is None:
@@ -232,10 +273,7 @@ def _check(
         if names.item is None
         else canonical_ids(frame[names.item]),
         times=times,
-        numbers={
-            kept: _number_column(frame[name], is_rating=kept == "rating")
-            for kept, name in names.numbers.items()
-        },
+        numbers=numbers,
         context=storable(frame.select(names.context)),
         notes=notes,
     )

@@ -25,7 +25,7 @@ from foretaste.data.features_table import FieldTable
 from foretaste.data.histories import Reads, read_histories
 from foretaste.data.interactions import Interactions
 from foretaste.data.labels import labels_of, no_column
-from foretaste.data.parts import TEST, TRAIN, VALIDATION
+from foretaste.data.parts import NEGATIVE, TEST, TRAIN, VALIDATION
 from foretaste.data.seeds import torch_generator
 from foretaste.data.splits import Split
 from foretaste.data.tasks import Task
@@ -37,27 +37,31 @@ _DRAWN_AT_ONCE = 1 << 16
 
 
 def positives_of(events: Interactions, positive: str = "") -> Interactions:
-    """Return the events that happened: those with a value above 0 in a column.
+    """Return the positive events: those with a value above 0 in a column.
 
     Args:
         events: Any.
-        positive: The column; "": every event happened.
+        positive: The column; "": as the events say themselves, `Interactions.positive`.
 
     Raises:
         ConfigError: There is no such column.
     """
-    return events.select(_happened(events, positive)) if positive else events
+    if not (positive or events.positive):
+        return events
+    return events.select(_positive(events, positive))
 
 
 def happened_split(split: Split, positive: str = "") -> Split:
-    """Return a split of the events that happened alone: what lists over the catalogue must find.
+    """Return a split of the positive events alone: what lists over the catalogue must find.
+
+    Negatives that the data list for the test stay, whatever they say of themselves.
 
     Raises:
         ConfigError: There is no such column.
     """
-    if not positive:
+    if not (positive or split.events.positive):
         return split
-    keep_E = _happened(split.events, positive)
+    keep_E = _positive(split.events, positive) | (split.part_E == NEGATIVE)
     return replace(split, events=split.events.select(keep_E), part_E=split.part_E[keep_E])
 
 
@@ -196,11 +200,11 @@ def training_rows(
     """
     if context is not None and len(context) != len(events):
         raise DataError(f"a context of {len(context)} rows for {len(events)} events: encode theirs")
-    happened_E = _happened(events, positive)
-    past = events.select(happened_E) if positive else events
+    happened_E = _positive(events, positive)
+    past = positives_of(events, positive)
     before_E = np.cumsum(happened_E, dtype=np.int64) - happened_E
     end_E = before_E
-    if positive and events.timestamp_s is not None:
+    if (positive or events.positive) and events.timestamp_s is not None:
         end_E = before_E[_first_of_its_second(events)]
     return Rows(
         name="train",
@@ -234,7 +238,8 @@ def rows_of(
         part: "train", "validation" or "test".
         tasks: What was predicted.
         features: What was fitted to training, to encode the rows' context.
-        positive: Column whose values above 0 make an event part of histories; "": every event is.
+        positive: Column whose values above 0 make an event part of histories; "": as the events
+            say themselves.
 
     Raises:
         ConfigError: A column is not there.
@@ -265,9 +270,9 @@ def rows_of(
     )
 
 
-def _happened(events: Interactions, positive: str) -> Bool[np.ndarray, " E"]:
+def _positive(events: Interactions, positive: str) -> Bool[np.ndarray, " E"]:
     if not positive:
-        return np.ones(len(events), np.bool_)
+        return events.positive_E
     if positive not in events.columns:
         raise no_column(events, positive, f"positive is column {positive!r}")
     happened_E: Bool[np.ndarray, " E"] = events.columns[positive] > 0

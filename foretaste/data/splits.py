@@ -148,7 +148,16 @@ class Split:
             events_of_new_items=int((self.train.item_count[part.target_item] == 0).sum()),
         )
 
+    def _positives(self) -> "Split":
+        """Return the split of the positive events alone: lists are measured by those."""
+        keep_E = self.events.positive_E | (self.part_E == NEGATIVE)
+        if keep_E.all():
+            return self
+        return replace(self, events=self.events.select(keep_E), part_E=self.part_E[keep_E])
+
     def _holdout(self, part: int, name: str) -> Holdout:
+        if (positives := self._positives()) is not self:
+            return positives._holdout(part, name)
         if self.rolling:
             events = self.events.select(self.part_E <= part)
             part_of = self.part_E[self.part_E <= part]

@@ -66,6 +66,7 @@ def temporal_split(events: Interactions, *, validation: float = 0.1, test: float
 def leave_last_split(events: Interactions, *, validation: bool = True) -> Split:
     """Hold out each user's last event for the test and the last but one for validation.
 
+    Of events of which some are positive, the last positive one and what follows it are the test.
     Users with fewer than three events (two without validation) stay in training whole; the
     split's notes count them.
 
@@ -90,7 +91,7 @@ def ratio_split(events: Interactions, *, validation: float = 0.1, test: float = 
         DataError: No user has events enough.
     """
     _check_shares(validation, test)
-    length_U = np.diff(events.offsets)
+    length_U = _num_positives(events)
     test_U = np.floor(length_U * test + _ROUNDING).astype(np.int64)
     validation_U = np.floor(length_U * validation + _ROUNDING).astype(np.int64)
     from_end_E = _from_end(events)
@@ -319,11 +320,18 @@ def _cut(timestamp_E: Int64[np.ndarray, " E"], share_before: float) -> int:
 
 
 def _from_end(events: Interactions) -> Int64[np.ndarray, " E"]:
-    """Number each user's events from the last, which is 0."""
+    """Return for each event how many positive ones its user has after it: the last has 0."""
+    until_E1 = np.concatenate([[0], np.cumsum(events.positive_E, dtype=np.int64)])
     from_end_E: Int64[np.ndarray, " E"] = (
-        events.offsets[1:][events.user_idx] - 1 - np.arange(len(events))
+        until_E1[events.offsets[1:]][events.user_idx] - until_E1[1:]
     )
     return from_end_E
+
+
+def _num_positives(events: Interactions) -> Int64[np.ndarray, " U"]:
+    until_E1 = np.concatenate([[0], np.cumsum(events.positive_E, dtype=np.int64)])
+    num_U: Int64[np.ndarray, " U"] = np.diff(until_E1[events.offsets])
+    return num_U
 
 
 def _leave_last(
@@ -331,7 +339,7 @@ def _leave_last(
 ) -> tuple[UInt8[np.ndarray, " E"], tuple[str, ...]]:
     """Give the last event to `parts[0]`, the one before it to `parts[1]`, and say who is short."""
     fewest = fewest or len(parts) + 1
-    length_U = np.diff(events.offsets)
+    length_U = _num_positives(events)
     long_E = (length_U >= fewest)[events.user_idx]
     from_end_E = _from_end(events)
     part_E = np.full(len(events), TRAIN, dtype=np.uint8)

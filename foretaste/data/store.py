@@ -56,6 +56,8 @@ class StoreManifest(Config):
     items: StoredIds
     columns: Mapping[str, str]
     """The file of each further column."""
+    positive: str = ""
+    """The column that says which events are positive."""
     notes: tuple[str, ...] = ()
     files: dict[str, StoredFile]
 
@@ -114,6 +116,7 @@ def open_store(path: str | os.PathLike[str], *, verify: bool = False) -> Interac
         item_table=_read_table(folder / "item_table.arrow") if "item_table.arrow" in has else None,
         user_links=_map_links(folder, "user_links.npy") if "user_links.npy" in has else None,
         item_links=_map_links(folder, "item_links.npy") if "item_links.npy" in has else None,
+        positive=manifest.positive,
         notes=manifest.notes,
     )
 
@@ -178,6 +181,7 @@ def _write_files(events: Interactions, folder: Path) -> None:
         users=StoredIds(count=len(events.users), is_integer=events.users.is_integer),
         items=StoredIds(count=len(events.items), is_integer=events.items.is_integer),
         columns=columns,
+        positive=events.positive,
         notes=events.notes,
         files=files,
     )

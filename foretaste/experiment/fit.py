@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -16,14 +17,14 @@ from foretaste.data.features import Features, fit_features
 from foretaste.data.fields import FeatureSchema
 from foretaste.data.graph import Graph, graph_of
 from foretaste.data.interactions import Interactions
-from foretaste.data.rows import positives_of
+from foretaste.data.rows import happened_split, positives_of
 from foretaste.data.splits import Split
-from foretaste.errors import DataError
+from foretaste.errors import ConfigError, DataError
 from foretaste.experiment.learning import make_learning, usual_objective
 from foretaste.experiment.mining import CandidateNegatives
 from foretaste.experiment.two_stage import Candidates, FirstStage, check_same, fit_two_stage
 from foretaste.experiment.validation import make_validation
-from foretaste.models.catalogue import ModelConfig, TwoStageConfig, build_model
+from foretaste.models.catalogue import ModelConfig, TwoStageConfig, build_model, tasks_of
 from foretaste.models.interface import Begins, ClosedForm, Finishes, LearnsNewcomers
 from foretaste.models.lightgcn import LightGCNConfig
 from foretaste.models.neumf import NCF, NeuMFConfig
@@ -86,9 +87,15 @@ def fit(
     """
     started = time.perf_counter()
     folder = None if folder is None else Path(folder)
+    if not (tasks_of(config) and isinstance(objective, RowsConfig | NoneType)):
+        _refuse_positive(config, objective)
+        split = happened_split(split)
     events = split.train
     if len(events) == 0:
-        raise DataError("the training part of the split is empty: there is nothing to learn from")
+        which = f" of positive events ({split.events.positive})" if split.events.positive else ""
+        raise DataError(
+            f"the training part of the split is empty{which}: there is nothing to learn from"
+        )
     if candidates is not None:
         check_same(candidates.retriever.events, events, "the candidates and the split")
     features = _features_of(features, events)
@@ -174,6 +181,16 @@ def _features_of(
     if isinstance(features, FeatureSchema):
         return fit_features(features, events)
     return None if features is None else features.for_training(events)
+
+
+def _refuse_positive(config: ModelConfig, objective: ObjectiveConfig | None) -> None:
+    if isinstance(objective, RowsConfig) and objective.positive:
+        raise ConfigError(
+            f"objective.positive is {objective.positive!r}, and {config.kind} does not learn from "
+            f"rows: give positive = {objective.positive!r} when reading ([data] of a recipe)",
+            name="objective.positive",
+            value=objective.positive,
+        )
 
 
 def _finish(model: nn.Module, events: Interactions) -> None:

@@ -10,7 +10,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError, model_
 from foretaste.arguments import checked
 from foretaste.config import Config, Seed, parse_settings, path_of
 from foretaste.data.fields import FeatureSchema
-from foretaste.data.read_config import ReadConfig, ReadTables
+from foretaste.data.read_config import ReadConfig, ReadTables, WhichEvents
 from foretaste.data.split_config import SplitConfig
 from foretaste.errors import ConfigError
 from foretaste.evaluation.cold import Among, Whose
@@ -20,7 +20,7 @@ from foretaste.training.objectives.catalogue import ObjectiveConfig
 from foretaste.training.settings import TrainingConfig
 
 
-class PublicData(Config):
+class PublicData(WhichEvents):
     """A public data set by its registry name."""
 
     kind: Literal["public"] = "public"
@@ -51,7 +51,7 @@ class FileData(ReadConfig):
         return [base / file for file in self.files], settings
 
 
-class StoreData(Config):
+class StoreData(WhichEvents):
     """An event store that `foretaste data import` wrote."""
 
     kind: Literal["store"] = "store"

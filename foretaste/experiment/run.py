@@ -11,8 +11,10 @@ import numpy as np
 
 from foretaste.arguments import checked
 from foretaste.config import parse_settings
+from foretaste.data.conditions import counted_as_positive, only_where
 from foretaste.data.disk import check_place
 from foretaste.data.interactions import Interactions
+from foretaste.data.read_config import WhichEvents
 from foretaste.data.reading import read_interactions
 from foretaste.data.rows import happened_split
 from foretaste.data.sources.load import get_dataset
@@ -398,9 +400,15 @@ def _read_events(data: PublicData | FileData | StoreData, data_dir: Path | None)
     base = data_dir or Path()
     match data:
         case PublicData():
-            return get_dataset(data.name, data_dir=data_dir).events
+            return _which(get_dataset(data.name, data_dir=data_dir).events, data)
         case StoreData():
-            return open_store(base / data.path)
+            return _which(open_store(base / data.path), data)
         case FileData():
             files, settings = data.tables(base)
             return read_interactions(files, **settings)
+
+
+def _which(events: Interactions, data: WhichEvents) -> Interactions:
+    """Leave out what the recipe's `where` leaves out, and mark what its `positive` asks for."""
+    events = only_where(events, data.where) if data.where else events
+    return counted_as_positive(events, data.positive) if data.positive else events

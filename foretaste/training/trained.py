@@ -10,11 +10,18 @@ from torch import Tensor, nn
 
 from foretaste.config import Config
 from foretaste.data.batch import Queries
+from foretaste.data.conditions import unread_labels
 from foretaste.data.features import Features, FieldSide
 from foretaste.data.interactions import Interactions
 from foretaste.data.translation import Translation
 from foretaste.errors import ConfigError, NonFiniteError
-from foretaste.models.interface import CatalogueScorer, JudgesNewItems, PlacesItems, Retriever
+from foretaste.models.interface import (
+    CatalogueScorer,
+    JudgesNewItems,
+    PlacesItems,
+    Ranker,
+    Retriever,
+)
 from foretaste.models.two_stage import (
     TwoStage,
     first_stage,
@@ -98,10 +105,12 @@ class Trained:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What fitting features left out, and which of them the model does not read."""
+        """What fitting features left out, what the model does not read of them and of labels."""
         told, ranker = self.features, second_stage(self.model)
+        reads_labels = isinstance(ranker, Ranker) and any(task.column for task in ranker.tasks)
+        labels = () if reads_labels else unread_labels(self.events)
         if told is None:
-            return ()
+            return labels
         judges = isinstance(ranker, JudgesNewItems) and ranker.judges_new_items
         sides = (
             ("users", told.user, reads_profiles(self.model)),
@@ -113,7 +122,7 @@ class Trained:
             for name, side, is_read in sides
             if side is not None and not is_read
         )
-        return (*told.notes, *unread)
+        return (*labels, *told.notes, *unread)
 
     def calibrated(self, prediction: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return a ranker's predictions, by the task's name, calibrated where a task is."""
