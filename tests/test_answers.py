@@ -149,7 +149,7 @@ def test_features_told_of_a_known_user_are_said_to_be_in_vain(
     plain, told = (recommender.recommend("user-3", features=f) for f in (None, {"age": 60.0}))
     assert plain.rows == told.rows
     why = "by its own" if reads_profiles(recommender.trained.model) else "reads none of users"
-    assert "the features told had no influence: " in (said := " ".join(told.notes))
+    assert "the features given had no influence: " in (said := " ".join(told.notes))
     assert why in said
 
 
@@ -162,7 +162,7 @@ def test_an_unseen_user_with_features_only(served: tuple[str, ft.Recommender]) -
         assert share(old, 2) >= 0.75
     else:
         assert (young.source, len(young.rows)) == ("popular", 4)
-        assert "the features told had no influence" in " ".join(young.notes)
+        assert "the features given had no influence" in " ".join(young.notes)
 
 
 @pytest.mark.parametrize("name", ["two_tower", "pinsage", "din", "two_stage behind sasrec", "ease"])

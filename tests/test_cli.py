@@ -102,6 +102,26 @@ def test_a_table_becomes_a_store_that_the_audit_reads(
     assert "[" not in out  # a list of nothing, as Python writes it
 
 
+def test_a_schema_is_proposed_for_files_and_for_a_store_as_a_recipe_takes_it(
+    foretaste: Run, world: Path, tmp_path: Path
+) -> None:
+    lines = [f"{n},{'new' if n % 3 else 'old'},2024-01-{1 + n:02}" for n in range(20)]
+    (tmp_path / "items.csv").write_text("what,state,since\n" + "\n".join(lines))
+    columns = ("--user", "who", "--item", "what", "--items", tmp_path / "items.csv")
+    code, out, _ = foretaste("data", "schema", world / "events.csv", *columns)
+    assert code == 0
+    found = ft.schema_from_toml(out)
+    assert found.item["state"].kind == "categorical"
+    assert found.item["since"].why == "times"
+    store = tmp_path / "store"
+    foretaste("data", "import", world / "events.csv", *columns, "--out", store)
+    assert foretaste("data", "schema", store)[1] == out
+    assert json.loads(foretaste("data", "schema", store, "--json")[1])["item"]["since"]
+    (tmp_path / "features.toml").write_text(out)
+    (tmp_path / "run.toml").write_text(f'features = "features.toml"\n{RECIPE}')
+    assert ft.read_experiment(tmp_path / "run.toml").features == found
+
+
 def test_labels_and_a_context_are_imported_and_audited(foretaste: Run, tmp_path: Path) -> None:
     lines = [f"{n % 5},{int(n % 3 == 0)},{'paid' if n % 3 == 0 else 'free'}" for n in range(60)]
     (tmp_path / "people.csv").write_text("hour,bought,after\n" + "\n".join(lines))

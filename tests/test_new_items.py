@@ -1,6 +1,7 @@
 """Items that no table has: told by their features, they are ranked as if the catalogue had them."""
 
 import math
+import re
 from contextlib import closing
 from datetime import UTC, date, datetime
 from pathlib import Path
@@ -330,7 +331,7 @@ def test_any_column_of_the_items_may_be_told_though_the_model_does_not_read_it()
     assert row_of(answer, "a").score == row_of(answer, "c").score
     mute = recommender.recommend(3, new_items={"a": {"year": 9}})
     assert mute.unknown_items == ("a",)
-    assert any("or training saw no such value" in note for note in mute.notes)
+    assert any("of items this model reads genre" in note for note in mute.notes)
     with pytest.raises(ft.DataError, match=r"column 'year', which holds .*; the new item 'd' has"):
         recommender.recommend(3, new_items={"d": {"genre": "g1", "year": "new"}}, rules=rules)
     told = {"a": {"genre": "g1"}}
@@ -445,3 +446,49 @@ def test_over_http_new_items_have_their_features_in_a_saved_model_too(tmp_path: 
     assert found.source == "features"
     assert found.attributes["genre"] == "g2"
     assert found.predictions == pytest.approx(dict(row_of(expected, "a").predictions), abs=1e-6)
+
+
+def notes_of(answer: ft.Answer) -> str:
+    return " ".join(note for note in answer.notes if "no influence" in note)
+
+
+@pytest.fixture(scope="module")
+def tower() -> ft.Recommender:
+    schema = ft.FeatureSchema(item={"genre": ft.CategoricalField()})
+    return make(TOWERS, schema)
+
+
+@pytest.mark.parametrize(
+    ("item_id", "features", "said"),
+    [
+        ("new", {"genre": "g1"}, ""),
+        ("new", {"genre": "g1", "year": None}, "year had no influence: of items this model reads"),
+        ("new", {"genre": "G1 "}, "genre = 'G1 ' had no influence: .* no such value .*has 'g1'"),
+        ("new", {"genre": "opera"}, "genre = 'opera' had no influence: training has no such value"),
+        ("new", {"genre": None}, "of items had no influence: all are missing"),
+        ("new", {"genre": math.nan, "year": ""}, "of items had no influence: all are missing"),
+        ("new", {"year": 9}, "year had no influence: of items this model reads genre"),
+        (3, {"genre": "g1"}, "training knows item 3 by its own"),
+    ],
+)
+def test_each_reason_why_a_feature_had_no_influence_is_said(
+    tower: ft.Recommender, item_id: object, features: dict[str, object], said: str
+) -> None:
+    try:
+        notes = notes_of(tower.similar(item_id, 3, features=features))
+    except ft.DataError as error:  # nothing is known of it
+        notes = str(error)
+    assert re.search(said, notes) if said else not notes
+    asked = tower.recommend(history=[1], k=3, new_items={item_id: features})
+    if "year" not in features or "of items had" in said:  # rules may read other columns
+        assert re.search(said.replace("item 3 by its", "the new items 3 by their"), notes_of(asked))
+
+
+def test_a_model_that_reads_no_features_says_that() -> None:
+    recommender = make(ft.MFConfig(embedding_dim=4))
+    with pytest.raises(ft.DataError, match="this model reads none of items here"):
+        recommender.similar("new", 3, features={"genre": "g1"})
+    told = recommender.recommend(history=[1], k=3, new_items={"new": {"genre": "g1"}})
+    assert "this model reads none of items here" in notes_of(told)
+    assert "none of users here" in notes_of(recommender.recommend("u", features={"age": 3}))
+    assert "none of the context here" in notes_of(recommender.recommend(3, context={"hour": 3}))

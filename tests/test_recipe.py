@@ -8,6 +8,7 @@ import pytest
 
 import foretaste as ft
 from foretaste.config import parse_settings
+from foretaste.data.fields import schema_from_toml, schema_to_toml
 from foretaste.data.toml_text import to_toml
 from foretaste.errors import ConfigError
 from foretaste.experiment.recipe import (
@@ -46,6 +47,62 @@ def test_a_recipe_is_read_as_written_and_the_rest_has_defaults(recipe: Path) -> 
     config = read_experiment(recipe)
     assert (config.seed, config.model.embedding_dim, config.model.num_blocks) == (3, 16, 2)
     assert config.evaluation.k == (10, 20)
+
+
+FEATURES = """
+[item.genres]
+kind = "multi"
+separator = "|"
+[left_out]
+"item.title" = "another text in every row"
+"""
+
+
+@pytest.mark.parametrize("place", ["beside the recipe", "data_dir", "here", "absolute"])
+def test_a_recipe_takes_a_file_of_features(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    for name in ("recipe", "data", "here"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    folder = {"data_dir": "data", "here": "here"}.get(place, "recipe")
+    written = tmp_path / folder / "features.toml"
+    schema = schema_from_toml(FEATURES)
+    written.write_text(schema_to_toml(schema))  # which is such a file
+    name = str(written) if place == "absolute" else "features.toml"
+    recipe = tmp_path / "recipe" / "run.toml"
+    recipe.write_text(f'features = "{name}"\n' + SMALL)
+    config = read_experiment(recipe, data_dir=tmp_path / "data")
+    assert config.features == schema
+    config = read_experiment(
+        recipe, overrides=["features.item.genres.min_count=3"], data_dir=written.parent
+    )
+    assert config.features is not None
+    assert config.features.item["genres"].min_count == 3
+    assert (
+        read_experiment(recipe, overrides=["features=none"], data_dir=tmp_path / "data").features
+        is None
+    )
+    recipe.write_text(SMALL)
+    assert read_experiment(recipe, overrides=[f"features={written}"]).features == schema
+    assert override(read_experiment(recipe), [f"features={written}"]).features == schema
+
+
+def test_a_file_of_features_that_is_missing_or_wrong_is_named(tmp_path: Path) -> None:
+    recipe = tmp_path / "run.toml"
+    recipe.write_text('features = "fetures.toml"\n' + SMALL)
+    with pytest.raises(ConfigError, match="foretaste data schema") as caught:
+        read_experiment(recipe)
+    assert (caught.value.name, caught.value.value) == ("features", "fetures.toml")
+    assert str(tmp_path / "fetures.toml") in str(caught.value)
+    for text in (
+        "[item.x]\nkind = 'multy'",
+        "not TOML",
+        "[item.x]\nkind = 'numeric'\nmincount = 2",
+    ):
+        (tmp_path / "fetures.toml").write_text(text)
+        with pytest.raises(ConfigError, match=r"fetures\.toml"):
+            read_experiment(recipe)
 
 
 def test_a_recipe_may_read_a_table_without_items_and_its_context(tmp_path: Path) -> None:

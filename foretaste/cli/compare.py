@@ -31,7 +31,7 @@ def compare(
     """Train several models and the baselines, measure all alike, and say which one to take."""
     if families is not None and len(recipes) > 1:
         raise typer.BadParameter("--families takes its data and split from one recipe")
-    configs = ft.read_recipes(recipes, overrides=overrides or ())
+    configs = ft.read_recipes(recipes, overrides=overrides or (), data_dir=data_dir)
     first = next(iter(configs.values()))
     if families is not None:
         configs = ft.family_recipes(first, [name.strip() for name in families.split(",")])

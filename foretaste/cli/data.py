@@ -89,6 +89,27 @@ def import_(
 
 
 @app.command()
+@reading_options
+def schema(
+    sources: Annotated[
+        list[Path], typer.Argument(help="Folder of an event store, or files of events.")
+    ],
+    *,
+    users: Annotated[Path | None, typer.Option(help="Table about users.")] = None,
+    items: Annotated[Path | None, typer.Option(help="Table about items.")] = None,
+    as_json: JsonFlag = False,
+    reading: Mapping[str, Any],
+) -> None:
+    """Propose which columns are features; print a file for a recipe: features = "FILE"."""
+    if len(sources) == 1 and sources[0].is_dir():
+        events = ft.open_store(sources[0])
+    else:
+        events = ft.read_interactions(sources, **{**reading, "users": users, "items": items})
+    found = ft.inspect_schema(events)
+    answer(found.model_dump(), ft.schema_to_toml(found).strip(), as_json=as_json)
+
+
+@app.command()
 def audit(
     store: Annotated[Path, typer.Argument(help="Folder of an event store.")],
     *,

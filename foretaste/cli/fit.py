@@ -30,7 +30,7 @@ def fit(
     as_json: JsonFlag = False,
 ) -> None:
     """Train a recipe's model, report it on the test part, and write the bundle."""
-    config = ft.read_experiment(recipe, overrides=overrides or ())
+    config = ft.read_experiment(recipe, overrides=overrides or (), data_dir=data_dir)
     folder = ft.start_run(out, result=result, resume=resume, replace=replace)
     split = ft.read_split(config, data_dir=data_dir)
     for note in split.events.notes:
@@ -59,7 +59,11 @@ def evaluate(
 ) -> None:
     """Measure a bundle on the test part of the recipe that it was made from."""
     recommender = ft.load(bundle)
-    config = ft.recipe_of(recommender.trained) if recipe is None else ft.read_experiment(recipe)
+    config = (
+        ft.recipe_of(recommender.trained)
+        if recipe is None
+        else ft.read_experiment(recipe, data_dir=data_dir)
+    )
     config = ft.override(config, overrides or ())
     split = ft.read_split(config, data_dir=data_dir)
     report = ft.evaluate_split(recommender.trained, config, split)

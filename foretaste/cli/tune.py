@@ -24,7 +24,7 @@ def tune(
     as_json: JsonFlag = False,
 ) -> None:
     """Search a recipe's settings by validation; write the best as a recipe."""
-    config = ft.read_experiment(recipe, overrides=overrides or ())
+    config = ft.read_experiment(recipe, overrides=overrides or (), data_dir=data_dir)
     ft.check_place(out / "best.toml", replace=True)
     split = ft.read_split(config, data_dir=data_dir)
     found = ft.tune(

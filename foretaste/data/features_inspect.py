@@ -10,7 +10,7 @@ import polars as pl
 from jaxtyping import Bool
 
 from foretaste.arguments import checked
-from foretaste.data.features_values import numbers_of, texts_of
+from foretaste.data.features_values import Held, held_by, is_text, numbers_of, texts_of
 from foretaste.data.fields import (
     CategoricalField,
     FeatureSchema,
@@ -28,6 +28,7 @@ _NEARLY_ALL = 0.5
 _SEPARATORS = ("|", ";", ",")
 _CUT = 0.05
 """A separator stands in at least this share of texts."""
+_WHY: dict[Held, str] = {"time": "times", "clock": "times of day", "duration": "durations"}
 _LONG_TAIL = 2.0
 """The mean of positive numbers over their median from which a logarithm is taken."""
 
@@ -64,21 +65,19 @@ def _choose(column: pl.Series) -> FieldConfig | str:
     dtype = column.dtype
     if isinstance(dtype, pl.List | pl.Array):
         return _of_lists(column)
-    if dtype.is_nested() or dtype in (pl.Binary, pl.Object, pl.Time, pl.Duration):
+    if dtype.is_nested() or dtype in (pl.Binary, pl.Object):
         return f"holds {dtype}, which is no feature"
-    known = column.drop_nulls()
-    if dtype.is_float():
-        known = known.drop_nans()
+    known = (column.fill_nan(None) if dtype.is_float() else column).drop_nulls()
     distinct = known.n_unique()
     if not len(known):
         return "has no value"
     if distinct == 1 and len(known) == len(column):
         return f"is {known[0]!r} in every row"
-    if dtype == pl.String or isinstance(dtype, pl.Categorical | pl.Enum):
-        return _of_texts(texts_of(known))
+    if dtype.is_temporal() or held_by(known) == "time":
+        return NumericField(transform="bucketise", why=_WHY[held_by(known)])
     if dtype == pl.Boolean:
         return CategoricalField(why="true or false")
-    return _of_numbers(known, distinct)
+    return _of_texts(texts_of(known)) if is_text(known) else _of_numbers(known, distinct)
 
 
 def _of_lists(column: pl.Series) -> FieldConfig | str:
@@ -158,8 +157,6 @@ def _of_numbers(known: pl.Series, distinct: int) -> FieldConfig | str:
     reach = f"{low:g} to {high:g}"
     if whole and distinct == len(known) and high - low < 2 * distinct:
         return f"another whole number in every row, {reach}: an id"
-    if known.dtype.is_temporal():
-        return NumericField(transform="bucketise", why="times")
     if low >= 0 and number_R.mean() > _LONG_TAIL * np.median(number_R):
         return NumericField(transform="log1p_standardise", why=f"{reach}, most of them small")
     if whole:

@@ -18,6 +18,7 @@ from jaxtyping import Bool, Int64
 from foretaste.config import Config
 from foretaste.data.features_fitted import (
     Bag,
+    Categories,
     Codes,
     Cross,
     Fitted,
@@ -26,6 +27,10 @@ from foretaste.data.features_fitted import (
 )
 from foretaste.data.features_table import FieldTable
 from foretaste.data.tables import open_source
+from foretaste.errors import nearest
+
+_MANY = 1_000
+"""So many categories, the most frequent, are compared letter by letter."""
 
 
 class FieldSide(Config):
@@ -133,6 +138,26 @@ class FieldSide(Config):
             vectors=tuple(vectors),
             present_RF=torch.from_numpy(present),
         )
+
+    def columns_read(self, table: FieldTable) -> frozenset[str]:
+        """Return the columns of which a row says something: neither missing nor unknown.
+
+        Args:
+            table: A row of this side.
+        """
+        present = zip(self._fields, table.present_RF[0].tolist(), strict=True)
+        return frozenset(column for field, says in present if says for column in _columns_of(field))
+
+    def nearest_value(self, column: str, text: str) -> str | None:
+        """Return the category of a column that a text most likely means: in another case, say."""
+        values = [
+            field.values.texts
+            for field in (*self.codes, *self.bags)
+            if isinstance(field, Categories | Bag) and field.name == column
+        ]
+        texts = values[0] if values else ()
+        same = [known for known in texts if known.strip().casefold() == text.strip().casefold()]
+        return same[0] if same else nearest(text, texts[:_MANY], likeness=0.8)
 
     def unknown(self, num_rows: int) -> FieldTable:
         """Return rows of which nothing is known."""

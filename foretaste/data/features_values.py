@@ -318,7 +318,9 @@ def _plain(value: object) -> object:
     """Return a value as Polars takes it; whole numbers among fractions as fractions."""
     if isinstance(value, set | frozenset):
         value = sorted(value, key=str)
-    elif not isinstance(value, np.generic | pl.Series) and hasattr(value, "tolist"):
+    elif isinstance(value, pl.Series):
+        value = value.to_list()
+    elif not isinstance(value, np.generic) and hasattr(value, "tolist"):
         value = value.tolist()
     if not isinstance(value, list | tuple):
         return _plainsingle_of(value)
@@ -340,7 +342,8 @@ def _plainsingle_of(value: object) -> object:
             return _plain(value.value)
         case time() if value.tzinfo is not None:
             raise ValueError(value)
-    missing = type(value).__name__ in ("NAType", "NaTType")  # of pandas, which may not be there
+    # NA and NaT are of pandas, which may not be there
+    missing = type(value).__name__ in ("NAType", "NaTType") or value == "" or value != value
     return None if missing else value
 
 

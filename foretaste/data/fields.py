@@ -7,10 +7,10 @@ stands in `features`, how a schema is found in a table in `features_inspect`.
 import tomllib
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt, ValidationError, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
 from foretaste.arguments import checked
-from foretaste.config import Config
+from foretaste.config import Config, parse_settings
 from foretaste.data.toml_text import toml_key, toml_value
 from foretaste.errors import ConfigError
 
@@ -131,6 +131,7 @@ _SHOWN = ("kind", "min_count", "transform", "normalise")
 """Settings that are written out though they have their usual value."""
 _HEAD = """\
 # Which columns about users, items and moments are features: correct it where it is wrong.
+# A recipe takes this file as features = "FILE", or its sections as [features.item.genres].
 # A section is a field, named after its side and column; delete one to leave the column out.
 # kind = "categorical"  one of several values; those rarer than min_count share a bucket
 #        "multi"        several values: a list, or text cut at separator
@@ -163,19 +164,18 @@ def schema_to_toml(schema: FeatureSchema) -> str:
 
 
 @checked
-def schema_from_toml(text: str) -> FeatureSchema:
+def schema_from_toml(text: str, *, source: str = "the schema") -> FeatureSchema:
     """Read a schema that `schema_to_toml` or a person wrote.
+
+    Args:
+        text: In TOML.
+        source: Where it came from, for messages.
 
     Raises:
         ConfigError: It is not TOML, or a setting is missing, unknown or out of range.
     """
     try:
-        return FeatureSchema.model_validate(tomllib.loads(text))
+        settings = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"the schema is not TOML: {error}") from error
-    except ValidationError as error:
-        found = [
-            f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
-            for problem in error.errors(include_url=False)
-        ]
-        raise ConfigError(f"the schema: {'; '.join(found)}") from error
+        raise ConfigError(f"{source} is not TOML: {error}") from error
+    return parse_settings(FeatureSchema, settings, source=source)

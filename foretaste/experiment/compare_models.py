@@ -41,13 +41,17 @@ _FILES = ("comparison.svg", "comparison.json", "comparison.md")
 
 @checked
 def read_recipes(
-    paths: Sequence[Path | str], *, overrides: Sequence[str] = ()
+    paths: Sequence[Path | str],
+    *,
+    overrides: Sequence[str] = (),
+    data_dir: Path | str | None = None,
 ) -> dict[str, ExperimentConfig]:
     """Read several recipes, each under its file's name, or its path where two share a name.
 
     Args:
         paths: The recipes.
         overrides: What replaces a setting of each of them; see `read_experiment`.
+        data_dir: Where a file of `features` is looked for first.
 
     Raises:
         ConfigError: A setting is missing, unknown or out of range; it says which.
@@ -56,7 +60,7 @@ def read_recipes(
     stems = [file.stem for file in files]
     return {
         file.stem if stems.count(file.stem) == 1 else str(file): read_experiment(
-            file, overrides=overrides
+            file, overrides=overrides, data_dir=data_dir
         )
         for file in files
     }

@@ -9,7 +9,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError, model_
 
 from foretaste.arguments import checked
 from foretaste.config import Config, Seed, parse_settings, path_of
-from foretaste.data.fields import FeatureSchema
+from foretaste.data.fields import FeatureSchema, schema_from_toml
 from foretaste.data.read_config import ReadConfig, ReadTables, WhichEvents
 from foretaste.data.split_config import SplitConfig
 from foretaste.errors import ConfigError
@@ -132,7 +132,9 @@ class ExperimentConfig(Config):
     data: DataConfig
     split: SplitConfig
     features: FeatureSchema | None = None
-    """Which columns about users, items and moments the model is told."""
+    """Which columns about users, items and moments the model reads: sections, or the path of a file
+    of them, such as `foretaste data schema` writes; one that is not absolute starts at
+    `--data-dir`, beside the recipe, or here."""
     model: ModelConfig
     objective: ObjectiveConfig | None = None
     """How it learns; without it, the model's usual way."""
@@ -152,7 +154,9 @@ class ExperimentConfig(Config):
 
 
 @checked
-def read_experiment(path: Path | str, *, overrides: Sequence[str] = ()) -> ExperimentConfig:
+def read_experiment(
+    path: Path | str, *, overrides: Sequence[str] = (), data_dir: Path | str | None = None
+) -> ExperimentConfig:
     """Read the settings of one run from a TOML file.
 
     TOML has no word for an absent value: the text "none" stands for it, but where it is one of a
@@ -161,6 +165,7 @@ def read_experiment(path: Path | str, *, overrides: Sequence[str] = ()) -> Exper
     Args:
         path: The recipe.
         overrides: Each `section.name=value`, the value written as in TOML; a bare word is text.
+        data_dir: Where a file of `features` is looked for first.
 
     Raises:
         ConfigError: A setting is missing, unknown or out of range; it says which.
@@ -172,8 +177,10 @@ def read_experiment(path: Path | str, *, overrides: Sequence[str] = ()) -> Exper
         raise ConfigError(f"{path}: {error.strerror}: give the path of a recipe") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not TOML: {error}") from error
-    changed = with_overrides(settings, overrides)
-    return parse_settings(ExperimentConfig, _with_absent(changed), source=str(path))
+    folders = [*([] if data_dir is None else [Path(data_dir)]), path.parent, Path()]
+    changed = with_overrides(_with_features(settings, folders), overrides)
+    absent = _with_absent(_with_features(changed, folders))
+    return parse_settings(ExperimentConfig, absent, source=str(path))
 
 
 @checked
@@ -185,7 +192,8 @@ def override(config: ExperimentConfig, overrides: Sequence[str]) -> ExperimentCo
     """
     if not overrides:
         return config
-    settings = _with_absent(with_overrides(config.model_dump(), overrides))
+    changed = with_overrides(config.model_dump(), overrides)
+    settings = _with_absent(_with_features(changed, [Path()]))
     return parse_settings(ExperimentConfig, settings, source="the recipe")
 
 
@@ -211,6 +219,26 @@ def with_setting(settings: Mapping[str, object], name: str, value: object) -> di
     inner = settings.get(first)
     section = inner if isinstance(inner, Mapping) else {}
     return dict(settings) | {first: with_setting(section, rest, value) if rest else value}
+
+
+def _with_features(settings: Mapping[str, object], folders: Sequence[Path]) -> dict[str, object]:
+    """Put the schema in the place of its file's path, where a recipe names one."""
+    name = settings.get("features")
+    if not isinstance(name, str) or name == "none":
+        return dict(settings)
+    files = [folder / name for folder in folders]
+    file = next((file for file in files if file.is_file()), files[0])
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        looked = " or ".join(dict.fromkeys(str(file.absolute()) for file in files))
+        raise ConfigError(
+            f"features: {name!r} cannot be read: there is no such text file at {looked}; write one "
+            "with `foretaste data schema`",
+            name="features",
+            value=name,
+        ) from error
+    return dict(settings) | {"features": schema_from_toml(text, source=str(file)).model_dump()}
 
 
 def _with_absent(settings: Mapping[str, object]) -> dict[str, object]:

@@ -1,7 +1,6 @@
 """What a person should know about an answer, in sentences."""
 
 from collections.abc import Mapping
-from typing import Any
 
 from foretaste.serving.answer import Source
 
@@ -33,32 +32,3 @@ def notes(
     if found < k:
         said.append(f"{k} were asked for, and {found} are all that may be answered")
     return tuple(said)
-
-
-def told_in_vain(
-    whose: str,
-    told: Mapping[Any, object] | None,
-    *,
-    used: bool,
-    known: bool = False,
-    uncounted: bool = False,
-) -> tuple[str, ...]:
-    """Say if features were told and had no influence; of whom training knows, none have.
-
-    Args:
-        whose: "users", "items" or "moments".
-        told: The features.
-        used: Whether the model read them.
-        known: Whether training knows the user whose they are.
-        uncounted: Whether they are of new items in an answer of popular ones.
-    """
-    if not told or (used and not known):
-        return ()
-    if uncounted:
-        return ("the features told had no influence: new items have no place among popular ones",)
-    if used:
-        return ("the features told had no influence: training knows this user by its own",)
-    return (
-        f"the features told had no influence: this model reads none of {whose} here, or training "
-        "saw no such value",
-    )

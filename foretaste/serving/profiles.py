@@ -1,7 +1,7 @@
 """What a caller tells of a user or an item that training never saw, as the model reads it."""
 
-from collections.abc import Mapping
-from typing import final
+from collections.abc import Collection, Mapping
+from typing import Literal, final
 
 import numpy as np
 import polars as pl
@@ -17,6 +17,17 @@ from foretaste.models.two_stage import placer, reads_moments, reads_profiles, se
 from foretaste.serving.new_items import NewItems, Told
 from foretaste.training.trained import Trained
 
+Role = Literal["user", "item", "place", "context"]
+"""Whose features: `place` is an item that is given a vector, `item` one that is ranked."""
+_WHOSE: dict[Role, str] = {
+    "user": "users",
+    "item": "items",
+    "place": "items",
+    "context": "the context",
+}
+_SHOWN = 5
+"""Notes on new items in an answer."""
+
 
 @final
 class Profiles:
@@ -25,10 +36,9 @@ class Profiles:
     def __init__(self, trained: Trained) -> None:
         self._model, self._features = trained.model, trained.features
         events = trained.events
+        tables = {"user": events.user_table, "item": events.item_table, "context": events.context}
         self._columns = {
-            "user": () if events.user_table is None else events.user_table.columns,
-            "item": () if events.item_table is None else events.item_table.columns,
-            "moment": () if events.context is None else events.context.columns,
+            role: () if table is None else table.columns for role, table in tables.items()
         }
 
     def of_user(self, told: Mapping[str, object] | None, user_idx: int) -> FieldTable | None:
@@ -71,7 +81,7 @@ class Profiles:
         features = self._features
         if not told or features is None or features.context is None:
             return None
-        row = self._row(features.context, told, "moment")
+        row = self._row(features.context, told, "context")
         return row if reads_moments(self._model) else None
 
     def item_vector(self, told: Mapping[str, object] | None) -> Float[Tensor, " D"] | None:
@@ -80,10 +90,10 @@ class Profiles:
         Raises:
             DataError: A feature is unknown, or its value of another kind.
         """
-        model, features = placer(self._model), self._features
-        if not told or model is None or features is None or features.item is None:
+        model, side = placer(self._model), self._read_side("place")
+        if not told or model is None or side is None:
             return None
-        row = self._row(features.item, told, "item")
+        row = self._row(side, told, "item")
         return None if row is None else model.item_from_features(row)[0]
 
     def of_items(self, told: Told) -> NewItems | None:
@@ -95,14 +105,9 @@ class Profiles:
         Raises:
             DataError: A feature is unknown, or its value of another kind.
         """
-        features, ranker = self._features, second_stage(self._model)
-        if isinstance(ranker, Ranker):
-            can = isinstance(ranker, JudgesNewItems) and ranker.judges_new_items
-        else:
-            can = placer(self._model) is not None
-        if not told or not can or features is None or features.item is None:
+        side = self._read_side("item")
+        if not told or side is None:
             return None
-        side = features.item
         rows = {item_id: self._row(side, said, "item") for item_id, said in told.items()}
         found = {item_id: row for item_id, row in rows.items() if row is not None}
         if not found:
@@ -111,14 +116,120 @@ class Profiles:
             {item_id: told[item_id] for item_id in found}, concat_rows([*found.values()])
         )
 
+    def without_influence(
+        self,
+        role: Role,
+        given: Mapping[str, object] | None,
+        *,
+        known: str = "",
+        may_be_unread: bool = False,
+    ) -> tuple[str, ...]:
+        """Say which of the features given had no influence on an answer, and why.
+
+        Args:
+            role: Whose they are.
+            given: From column to value.
+            known: The user or item, if training knows it: then its own are read.
+            may_be_unread: Whether columns that the model does not read have another use.
+        """
+        if not given:
+            return ()
+        side, whose = self._read_side(role), _WHOSE[role]
+        if side is None:
+            return (f"the features given had no influence: this model reads none of {whose} here",)
+        if known:
+            return (f"the features given had no influence: training knows {known} by its own",)
+        if all(_is_missing(cell_of(*feature)) for feature in given.items()):
+            return (f"the features given of {whose} had no influence: all are missing",)
+        said = [_unknown(side, *feature) for feature in given.items() if feature[0] in side.columns]
+        unread = [name for name in given if name not in side.columns]
+        if unread and not may_be_unread:
+            said.append(
+                f"{', '.join(unread)} had no influence: of {whose} this model reads "
+                f"{', '.join(side.columns)}"
+            )
+        return tuple(filter(None, said))
+
+    def about_new_items(
+        self, given: Told, unknown: Collection[object], placed: Told
+    ) -> tuple[str, ...]:
+        """Say which new items, or features of theirs, had no influence on an answer, and why.
+
+        Args:
+            given: All of the request.
+            unknown: Those that the answer leaves out.
+            placed: Those of which a feature says something.
+        """
+        said: list[str] = []
+        known = [
+            repr(item_id) for item_id in given if item_id not in unknown and item_id not in placed
+        ]
+        if known:
+            said.append(
+                f"the features given had no influence: training knows the new items "
+                f"{', '.join(known[:_SHOWN])}{', …' * (len(known) > _SHOWN)} by their own"
+            )
+        if any(item_id in unknown for item_id in placed):
+            said.append(
+                "the features given had no influence: new items have no place among popular ones"
+            )
+        for item_id, features in given.items():
+            if item_id in unknown or item_id in placed:
+                about = self.without_influence("item", features, may_be_unread=item_id in placed)
+                said += [f"new item {item_id!r}: {sentence}" for sentence in about]
+        more = [f"{len(said) - _SHOWN} more notes on new items"] if len(said) > _SHOWN else []
+        return (*said[:_SHOWN], *more)
+
+    def _read_side(self, role: Role) -> FieldSide | None:
+        """Return the features of a role that the model reads of what is new to it."""
+        features = self._features
+        if features is None:
+            return None
+        match role:
+            case "user":
+                return features.user if reads_profiles(self._model) else None
+            case "context":
+                return features.context if reads_moments(self._model) else None
+            case "place":
+                return features.item if placer(self._model) is not None else None
+        return features.item if self._judges_new_items else None
+
+    @property
+    def _judges_new_items(self) -> bool:
+        ranker = second_stage(self._model)
+        if isinstance(ranker, Ranker):
+            return isinstance(ranker, JudgesNewItems) and ranker.judges_new_items
+        return placer(self._model) is not None
+
     def _row(self, side: FieldSide, told: Mapping[str, object], role: str) -> FieldTable | None:
         """Encode what the model reads; other columns of the same table may be told too."""
         for name in told:
             if name not in side.columns and name not in self._columns[role]:
+                whose = "the context" if role == "context" else f"{role}s"
                 raise DataError(
-                    f"{name!r} is no feature of {role}s; the model reads {', '.join(side.columns)}"
-                    f"{did_you_mean(name, side.columns)}"
+                    f"{name!r} is no feature of {whose}; the model reads {', '.join(side.columns)}"
+                    f"{did_you_mean(name, side.columns)}",
+                    name=name,
                 )
         read = [cell_of(name, value) for name, value in told.items() if name in side.columns]
         row = side.encode(pl.DataFrame(read)) if read else None
         return row if row is not None and bool(row.present_RF.any()) else None
+
+
+def _unknown(side: FieldSide, name: str, value: object) -> str:
+    """Say why a feature says nothing to the model; empty if it does, or is missing."""
+    cell = cell_of(name, value)
+    if _is_missing(cell) or name in side.columns_read(side.encode(pl.DataFrame([cell]))):
+        return ""
+    parts = value if isinstance(value, list | tuple) else [value]
+    near = side.nearest_value(name, str(parts[0])) if parts else None
+    hint = f" (text must be equal: it has {near!r})" if near else ""
+    return f"{name} = {value!r} had no influence: training has no such value{hint}"
+
+
+def _is_missing(cell: pl.Series) -> bool:
+    """Return whether a value says nothing to any model: null, an empty list, a vector of zeros."""
+    if not isinstance(cell.dtype, pl.List):
+        return bool(cell.null_count())
+    parts = cell.explode().drop_nulls()
+    return not len(parts) or (parts.dtype.is_float() and bool((parts == 0).all()))

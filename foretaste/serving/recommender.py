@@ -1,6 +1,6 @@
 """The answer for everybody: external ids in, external ids out, and where each row came from."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import final
@@ -24,7 +24,7 @@ from foretaste.serving.items import KnownItems
 from foretaste.serving.lists import lists_table
 from foretaste.serving.many_users import best_of_users
 from foretaste.serving.new_items import NewItems, Told
-from foretaste.serving.notes import notes, told_in_vain
+from foretaste.serving.notes import notes
 from foretaste.serving.profiles import Profiles
 from foretaste.serving.reasons import reasons
 from foretaste.serving.request_checks import check_k, check_weights
@@ -150,10 +150,9 @@ class Recommender:
         if source == "popular" and (profile is not None or moment is not None):
             source = "features"
         new = None if new_items is None else self._new_items(new_items, unknown)
-        uncounted = new if source == "popular" else None
-        if uncounted is not None:
-            unknown, new = unknown | dict.fromkeys(uncounted.told), None
-        new_used = new is not None
+        placed = {} if new is None else new.told
+        if source == "popular":
+            unknown, new = unknown | dict.fromkeys(placed), None
         rule_book = self._rule_book
         if new is not None and rules != NO_RULES:
             vector_RD = self._search.vectors_of_new(new.table)
@@ -186,9 +185,11 @@ class Recommender:
             user_known=user_known,
             notes=(
                 *notes(source, found=len(rows), k=k, unknown=unknown, stranger=stranger),
-                *told_in_vain("users", features, used=profile is not None, known=asker >= 0),
-                *told_in_vain("items", new_items, used=new_used, uncounted=uncounted is not None),
-                *told_in_vain("moments", context, used=moment is not None),
+                *self._profiles.without_influence(
+                    "user", features, known=f"user {plain_id(user_id)!r}" if asker >= 0 else ""
+                ),
+                *self._profiles.about_new_items(_by_plain_id(new_items), unknown, placed),
+                *self._profiles.without_influence("context", context),
             ),
             seconds=stages.seconds,
         )
@@ -265,7 +266,8 @@ class Recommender:
         elif row >= 0:
             best = _NO_ITEMS
         else:
-            raise _unknown_item(item_id, self.trained.events.items, features)
+            why = self._profiles.without_influence("place", features)
+            raise _unknown_item(item_id, self.trained.events.items, why)
         source: Source = "model" if vector_D is None else "features"
         rows = answer_rows(Best(best, {}), source, self._items)
         plain = plain_id(item_id)
@@ -276,7 +278,9 @@ class Recommender:
             unknown_items=tuple(unknown),
             notes=(
                 *notes(source, found=len(rows), k=k, unknown=unknown),
-                *told_in_vain("items", features, used=source == "features"),
+                *self._profiles.without_influence(
+                    "place", features, known=f"item {plain!r}" if is_ranked else ""
+                ),
             ),
         )
 
@@ -345,14 +349,23 @@ class Recommender:
         return new
 
 
-def _unknown_item(item_id: object, items: Vocabulary, features: object) -> DataError:
+def _by_plain_id(given: Told | None) -> Told:
+    return {plain_id(item_id): features for item_id, features in (given or {}).items()}
+
+
+def _unknown_item(item_id: object, items: Vocabulary, why: Sequence[str]) -> DataError:
+    """Return the error for an item without a place.
+
+    Args:
+        item_id: Which no item has.
+        items: The catalogue's.
+        why: What the features given did not do; empty without any.
+    """
     near = items.spelled_like(item_id)
     if near is not None:
         fix = f"; did you mean {near!r}?"
-    elif features is not None:
-        fix = (
-            ", and its features say nothing that this model reads of items: give an id that it has"
-        )
+    elif why:
+        fix = f", and its features say nothing that this model reads of items: {'; '.join(why)}"
     else:
         fix = ": give one of the catalogue, or the features of a new item"
     said = f"no item has the id {plain_id(item_id)!r}{fix}"
