@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args
 
-from annotated_types import Ge, Lt
+from annotated_types import Ge, Le, Lt, MaxLen
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
@@ -20,6 +20,22 @@ C = TypeVar("C", bound="Config")
 Seed = Annotated[int, Ge(0), Lt(2**63)]
 """What every random draw starts from: one seed gives one result."""
 Schema = Mapping[str, Any]
+
+Count = Annotated[int, Ge(1), Le(2_000_000_000)]
+"""How many, how wide or how long: what 32 bits count; the memory there is decides further."""
+CountOrZero = Annotated[int, Ge(0), Le(2_000_000_000)]
+Depth = Annotated[int, Ge(1), Le(100)]
+"""Layers or blocks on top of each other."""
+Widths = Annotated[tuple[Count, ...], MaxLen(100)]
+"""Of layers on top of each other."""
+Rounds = Annotated[int, Ge(1), Le(1_000_000)]
+"""How often all of something is done, such as epochs."""
+Resamples = Annotated[int, Ge(0), Le(1_000_000)]
+"""Draws of a bootstrap; 0: none."""
+Weight = Annotated[float, Ge(0), Le(1e6)]
+"""Of a term in a sum, or an exponent: float32 holds what it multiplies."""
+Positive = Annotated[float, Ge(1e-6), Le(1e6)]
+"""A factor or a divisor: float32 holds what it multiplies and divides."""
 
 
 if TYPE_CHECKING:  # type checkers read the fields
@@ -211,10 +227,10 @@ _WANTED = {
     "model_attributes_type": "a section of settings",
     "dataclass_type": "a section of settings",
     "none_required": "absent",
-    "greater_than": "above {gt:g}",
-    "greater_than_equal": "at least {ge:g}",
-    "less_than": "below {lt:g}",
-    "less_than_equal": "at most {le:g}",
+    "greater_than": "above {gt}",
+    "greater_than_equal": "at least {ge}",
+    "less_than": "below {lt}",
+    "less_than_equal": "at most {le}",
     "literal_error": "{expected}",
     "enum": "{expected}",
     "too_short": "a list of at least {min_length}",
@@ -246,9 +262,16 @@ def _said(problem: ErrorDetails, kind: type[BaseModel] | None) -> str:
         case "value_error" | "assertion_error":
             return str(facts.get("error", problem["msg"]))
         case known if known in _WANTED:
-            return "must be " + _WANTED[known].format(value=value, **facts)
+            limits = {name: _plainly(limit) for name, limit in facts.items()}
+            return "must be " + _WANTED[known].format(value=value, **limits)
         case _:
             return f"{value} cannot stand here"
+
+
+def _plainly(limit: object) -> object:
+    """Return a limit without a fraction of 0: 1000000, not 1000000.0 or 1e+06."""
+    whole = isinstance(limit, float) and limit.is_integer() and abs(limit) < 2**53
+    return int(limit) if isinstance(limit, float) and whole else limit
 
 
 def _advice(name: str, there: Sequence[str]) -> str:

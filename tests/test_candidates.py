@@ -165,7 +165,7 @@ def test_a_loss_without_negatives_is_refused() -> None:
 )
 def test_settings_that_would_do_nothing_are_refused(settings: dict[str, object], word: str) -> None:
     with pytest.raises(ConfigError, match=word):
-        CandidateConfig.model_validate(settings)
+        CandidateConfig(**settings)
 
 
 def test_bpr_by_hand() -> None:

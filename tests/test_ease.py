@@ -69,7 +69,7 @@ def test_more_memory_than_allowed_is_refused_before_it_is_taken() -> None:
 
 
 def test_a_catalogue_of_millions_is_refused_at_once() -> None:
-    with pytest.raises(TooLargeError, match=r"EASE over 10000000 items needs 372529\.0 GiB"):
+    with pytest.raises(TooLargeError, match=r"EASE over 10,000,000 items needs 372,529\.0 GiB"):
         EASE(EASEConfig(), num_items=10_000_000)
 
 

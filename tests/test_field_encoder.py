@@ -12,10 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from foretaste.data import memory
 from foretaste.data.features import FieldSide, FieldTable
 from foretaste.data.features_fitted import Bag, Buckets, Categories, Number, Values, Vector
-from foretaste.errors import ConfigError, TooLargeError
+from foretaste.errors import ConfigError
 from foretaste.models.layers import embedding
 from foretaste.models.layers.embedding import FieldEncoder, look_up, mean_bags
 
@@ -264,15 +263,6 @@ def test_ten_fields_of_4096_rows_are_one_look_up(
 
 
 # --- doors ---------------------------------------------------------------------------------------
-
-
-def test_a_table_that_would_not_fit_is_refused_before_it_is_made(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    assert memory.available_bytes() > 0
-    monkeypatch.setattr(embedding, "available_bytes", lambda: 1000)
-    with pytest.raises(TooLargeError, match=r"11 codes.*raise min_count"):
-        encoder("concat")
 
 
 def test_no_field_at_all_is_refused() -> None:

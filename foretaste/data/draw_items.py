@@ -9,6 +9,23 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
+from foretaste.data.memory import check_fits
+
+
+def check_drawn(num_rows: int, num: int) -> None:
+    """Refuse to draw more items than fit in memory.
+
+    Raises:
+        TooLargeError: They do not.
+    """
+    check_fits(
+        num_rows * num * 32,
+        f"{num:,} items drawn for each of {num_rows:,} rows",
+        "lower objective.negatives or training.batch_events",
+        name="negatives",
+        value=num,
+    )
+
 
 @runtime_checkable
 class DrawItems(Protocol):

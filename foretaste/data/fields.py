@@ -7,10 +7,10 @@ stands in `features`, how a schema is found in a table in `features_inspect`.
 import tomllib
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, model_validator
 
 from foretaste.arguments import checked
-from foretaste.config import Config, parse_settings
+from foretaste.config import Config, Count, parse_settings
 from foretaste.data.toml_text import toml_key, toml_value
 from foretaste.errors import ConfigError
 
@@ -19,9 +19,9 @@ class CategoricalField(Config):
     """One of several values: text, numbers, truth values, dates. `42` and `"42"` are one."""
 
     kind: Literal["categorical"] = "categorical"
-    min_count: PositiveInt = 1
+    min_count: Count = 1
     """Values on fewer training rows share one bucket with values that training never saw."""
-    max_values: PositiveInt = 100_000
+    max_values: Count = 100_000
     """Beyond so many, the most frequent are kept and the others join the same bucket."""
     why: str = ""
     """Why the column is taken so; nothing reads it but people."""
@@ -33,9 +33,9 @@ class MultiField(Config):
     kind: Literal["multi"] = "multi"
     separator: str | None = Field(default=None, min_length=1)
     """What stands between the values of a text, "|" in "Action|Comedy"; lists need none."""
-    min_count: PositiveInt = 1
+    min_count: Count = 1
     """Values that stand in training rows fewer times share one bucket with those never seen."""
-    max_values: PositiveInt = 100_000
+    max_values: Count = 100_000
     """Beyond so many, the most frequent are kept and the others join the same bucket."""
     why: str = ""
     """Why the column is taken so; nothing reads it but people."""
@@ -77,7 +77,7 @@ class TextField(Config):
     kind: Literal["text"] = "text"
     encoder: str
     """Folder or name of a sentence-transformers model that is on this machine already."""
-    batch_size: PositiveInt = 1
+    batch_size: Count = 1
     """Texts encoded at a time. More is faster; then a vector's last digits may depend on what
     stood beside its text, and serving may differ from training by them."""
     why: str = ""
@@ -93,10 +93,10 @@ class CrossField(Config):
     kind: Literal["cross"] = "cross"
     of: tuple[str, ...] = Field(min_length=2)
     """Columns of the same table, each taken as a category; where one is missing, all are."""
-    min_count: PositiveInt = 1
+    min_count: Count = 1
     """Pairs of values on fewer training rows share one bucket with those that training never
     saw."""
-    max_values: PositiveInt = 100_000
+    max_values: Count = 100_000
     """Beyond so many, the most frequent are kept and the others join the same bucket."""
     why: str = ""
     """Why the columns are crossed; nothing reads it but people."""

@@ -8,11 +8,10 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float32, Int32, Int64
-from pydantic import Field
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import reverse_cuthill_mckee
 
-from foretaste.config import Config
+from foretaste.config import Config, Positive, Weight
 from foretaste.data.distinct import distinct
 from foretaste.data.interactions import Interactions
 from foretaste.data.links import attribute_ties
@@ -22,13 +21,13 @@ from foretaste.errors import DataError
 class GraphConfig(Config):
     """What besides the events ties nodes, and how much. The tie of an event weighs 1."""
 
-    user_links: float = Field(default=1.0, ge=0)
+    user_links: Weight = 1.0
     """Weight of a tie between two users, where the data have such links; 0 leaves them out."""
-    item_links: float = Field(default=1.0, ge=0)
+    item_links: Weight = 1.0
     """Weight of a tie between two items, likewise."""
     attributes: tuple[str, ...] = ()
     """Columns of the item table; each of their values is a node, tied to the items that have it."""
-    attribute_weight: float = Field(default=1.0, gt=0)
+    attribute_weight: Positive = 1.0
     """Weight of the tie between an item and such a value."""
 
 

@@ -1,48 +1,58 @@
-"""How much memory there is, and refusing what would not fit before it is tried."""
+"""How much memory is free, and refusing what would not fit before it is made."""
 
-import os
 from pathlib import Path
+
+import psutil
 
 from foretaste.errors import TooLargeError
 
-_MEMINFO = Path("/proc/meminfo")
 _CGROUP = Path("/sys/fs/cgroup")
+_SURELY_FITS = 2**26
+"""Bytes below which nobody asks how many are free, so that a check may stand in every step."""
 
 
 def available_bytes() -> int:
-    """Return the memory that can still be had: the machine's, or the container's where less."""
-    return min(_machine_bytes(), _container_bytes())
+    """Return the memory that is free: the machine's, or the container's where less."""
+    machine = int(psutil.virtual_memory().available)
+    limit, used = _CGROUP / "memory.max", _CGROUP / "memory.current"
+    if not (limit.is_file() and used.is_file()) or limit.read_text().strip() == "max":
+        return machine
+    return min(machine, max(0, int(limit.read_text()) - int(used.read_text())))
 
 
-def refuse_beyond(limit_bytes: int, needed_bytes: int, what: str, mend: str) -> None:
-    """Raise unless `needed_bytes` are within `limit_bytes`.
+def check_fits(
+    needed_bytes: int,
+    what: str,
+    fix: str,
+    *,
+    name: str,
+    value: object = None,
+    limit_bytes: int | None = None,
+) -> None:
+    """Raise unless something fits in memory; call it before anything large is made.
 
     Args:
-        limit_bytes: What may be used.
-        needed_bytes: What would be.
-        what: What needs them, the subject of the message.
-        mend: What to do about it.
+        needed_bytes: What it takes.
+        what: What would be made, the subject of the message.
+        fix: What to do about it.
+        name: The setting or argument that makes it smaller.
+        value: What that setting is.
+        limit_bytes: What may be used; None: what is free.
 
     Raises:
-        TooLargeError: It would not fit.
+        TooLargeError: It does not fit.
     """
-    if needed_bytes > limit_bytes:
+    if limit_bytes is None and needed_bytes <= _SURELY_FITS:
+        return
+    limit = available_bytes() if limit_bytes is None else limit_bytes
+    if needed_bytes > limit:
         raise TooLargeError(
-            f"{what} needs {needed_bytes / 2**30:.1f} GiB, and {limit_bytes / 2**30:.1f} GiB "
-            f"may be used: {mend}"
+            f"{what} needs {_gib(needed_bytes)} of memory, and "
+            f"{_gib(limit)} {'are free' if limit_bytes is None else 'may be used'}: {fix}",
+            name=name,
+            value=value,
         )
 
 
-def _machine_bytes() -> int:
-    if _MEMINFO.is_file():
-        for line in _MEMINFO.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def _container_bytes() -> int:
-    limit, used = _CGROUP / "memory.max", _CGROUP / "memory.current"
-    if not (limit.is_file() and used.is_file()) or limit.read_text().strip() == "max":
-        return _machine_bytes()
-    return max(0, int(limit.read_text()) - int(used.read_text()))
+def _gib(size: int) -> str:
+    return f"{min(size, 2**100) / 2**30:,.1f} GiB"

@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Float32, Int32, Int64, Integer
 from torch import Tensor
 
+from foretaste.data.memory import check_fits
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Neighbourhoods:
@@ -28,7 +30,18 @@ class Neighbourhoods:
 
     @staticmethod
     def empty(num_nodes: int, top: int) -> "Neighbourhoods":
-        """Return the table in which nobody has a neighbour."""
+        """Return the table in which nobody has a neighbour.
+
+        Raises:
+            TooLargeError: It would not fit in memory.
+        """
+        check_fits(
+            num_nodes * top * 8,
+            f"a table of {top:,} neighbours for each of {num_nodes:,} nodes",
+            "keep fewer",
+            name="top",
+            value=top,
+        )
         return Neighbourhoods(
             neighbour_VT=np.full((num_nodes, top), -1, np.int32),
             weight_VT=np.zeros((num_nodes, top), np.float32),

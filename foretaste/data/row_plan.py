@@ -11,7 +11,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from foretaste.data.batch import RowBatch
-from foretaste.data.draw_items import DrawItems
+from foretaste.data.draw_items import DrawItems, check_drawn
 from foretaste.data.histories import Reads
 from foretaste.data.offered import Offered
 from foretaste.data.rows import Rows
@@ -57,6 +57,7 @@ class RowPlan:
                 generator=torch_generator(self.seed, index),
             )
         elif self.draw is not None and self.num_drawn:
+            check_drawn(len(row_B), self.num_drawn)
             drawn_BN = self.draw(
                 torch.from_numpy(self.rows.user_E[row_B]),
                 self.rows.item_E[row_B],

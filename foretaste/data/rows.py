@@ -18,8 +18,9 @@ from jaxtyping import Bool, Float32, Int64
 from torch import Tensor
 
 from foretaste.arguments import checked
+from foretaste.config import Seed
 from foretaste.data.batch import Queries, RowBatch
-from foretaste.data.draw_items import DrawItems
+from foretaste.data.draw_items import DrawItems, check_drawn
 from foretaste.data.features import Features
 from foretaste.data.features_table import FieldTable
 from foretaste.data.histories import Reads, read_histories
@@ -104,7 +105,11 @@ class Rows:
             num: N, how many items a row gets.
             draw: Who draws them.
             seed: Decides the draws.
+
+        Raises:
+            TooLargeError: They would not fit in memory.
         """
+        check_drawn(len(self), num)
         drawn = [np.empty((0, num), np.int64)]
         for start in range(0, len(self), _DRAWN_AT_ONCE):
             rows = slice(start, start + _DRAWN_AT_ONCE)
@@ -120,7 +125,7 @@ class Rows:
         *,
         reads: Reads = "before",
         max_len: int = 50,
-        seed: int = 0,
+        seed: Seed = 0,
         drawn_BN: Int64[Tensor, "B N"] | None = None,
     ) -> RowBatch:
         """Gather some rows.

@@ -7,7 +7,9 @@ import numpy as np
 import polars as pl
 from jaxtyping import Float64
 
+from foretaste.config import Seed
 from foretaste.data.interactions import Interactions
+from foretaste.data.memory import check_fits
 from foretaste.data.vocabulary import Vocabulary
 from foretaste.errors import ConfigError
 
@@ -24,7 +26,7 @@ def correlated_tasks(
     frequencies: tuple[float, ...] = (1.0, 2.0, 3.0),
     phases: tuple[float, ...] = (0.0, 1.0, 2.0),
     noise: float = 0.1,
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> Interactions:
     r"""Make rows of an input and two quantities, columns `first` and `second`.
 
@@ -46,6 +48,7 @@ def correlated_tasks(
 
     Raises:
         ConfigError: A number is out of range.
+        TooLargeError: The rows would not fit in memory.
 
     References:
         Ma et al., "Modeling Task Relationships in Multi-task Learning with Multi-gate
@@ -58,6 +61,13 @@ def correlated_tasks(
             f"{num_events} rows of width {dim}, {len(frequencies)} frequencies and {len(phases)} "
             "phases: give rows, a width of 2 or more, and a phase for each frequency"
         )
+    check_fits(
+        num_events * dim * 16,
+        f"{num_events:,} rows of width {dim:,}",
+        "make fewer or narrower ones",
+        name="num_events" if num_events > dim else "dim",
+        value=max(num_events, dim),
+    )
     draw = np.random.default_rng(seed)
     axes, _ = np.linalg.qr(draw.normal(size=(dim, 2)))
     weights_2D = scale * np.array([[1.0, 0.0], [correlation, np.sqrt(1 - correlation**2)]]) @ axes.T

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from foretaste.config import Config
+from foretaste.config import Config, Weight
 from foretaste.errors import DataError
 
 Weights = Mapping[str, float | int]
@@ -49,11 +49,11 @@ class Task(Config):
     are in the label's own unit either way."""
     loss: Literal["squared", "huber"] = "squared"
     """Of a regression: Huber's is less moved by far-out labels."""
-    weight: float = Field(default=1.0, ge=0)
+    weight: Weight = 1.0
     """In the sum of the tasks' losses; and in the score that orders a list of several tasks, where
     each answers between 0 and 1: its probability, the expected level's place between the lowest and
     the highest, or about the share of training labels below the quantity that it predicts."""
-    list_weight: float | None = Field(default=None, ge=0)
+    list_weight: Weight | None = None
     """In the score that orders a list, where it is another than `weight`: with 0 for all tasks but
     one, that one alone orders."""
 

@@ -81,7 +81,9 @@ def most_visited(
     if walks * hops > _MOST_VISITS:
         raise ConfigError(
             f"{walks} walks of {hops} hops are {walks * hops} visits a node: take at most "
-            f"{_MOST_VISITS}"
+            f"{_MOST_VISITS}",
+            name="walks" if walks > hops else "hops",
+            value=max(walks, hops),
         )
     node_N = _start_nodes(graph, nodes)
     first, last = counted or (0, graph.num_nodes)

@@ -9,7 +9,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from foretaste.arguments import checked
-from foretaste.config import Seed
+from foretaste.config import Resamples, Seed
 from foretaste.errors import DataError
 from foretaste.evaluation.bootstrap import Interval, bootstrap_intervals, sign_flip_p_value
 from foretaste.evaluation.report import Report
@@ -40,7 +40,7 @@ class Comparison:
 
 @checked
 def compare(
-    a: Report, b: Report, metric: str, *, resamples: int = 10_000, seed: Seed = 0
+    a: Report, b: Report, metric: str, *, resamples: Resamples = 10_000, seed: Seed = 0
 ) -> Comparison:
     """Compare two models user by user on what both had to predict.
 

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float64
 
 from foretaste.arguments import checked
-from foretaste.config import Seed
+from foretaste.config import Resamples, Seed
 from foretaste.errors import DataError
 from foretaste.evaluation.bootstrap import percentile_interval
 from foretaste.evaluation.compare import Comparison, check_comparable
@@ -26,7 +26,7 @@ def compare_rows(
     metric: str,
     *,
     task: str = "",
-    resamples: int = 2000,
+    resamples: Resamples = 2000,
     seed: Seed = 0,
 ) -> Comparison:
     """Compare two models on the rows that both predicted, user by user.

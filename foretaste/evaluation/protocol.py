@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Float64, Int64
 
 from foretaste.arguments import checked
-from foretaste.config import Seed
+from foretaste.config import Count, Resamples, Seed
 from foretaste.data.splits import Holdout
 from foretaste.errors import ConfigError, DataError
 from foretaste.evaluation.bootstrap import bootstrap_intervals
@@ -35,9 +35,9 @@ def evaluate(
     model: Trained,
     holdout: Holdout,
     *,
-    k: int | Sequence[int] = (10,),
+    k: Count | Sequence[Count] = (10,),
     exclude_seen: bool = True,
-    resamples: int = 1000,
+    resamples: Resamples = 1000,
     seed: Seed = 0,
     sampled: SampledNegatives | None = None,
     among: Among = "all",

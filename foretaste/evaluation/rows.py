@@ -14,7 +14,7 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from foretaste.arguments import checked
-from foretaste.config import Seed
+from foretaste.config import Resamples, Seed
 from foretaste.data.batch import RowBatch
 from foretaste.data.parts import TEST, TRAIN, UNUSED, VALIDATION
 from foretaste.data.rows import PartName, Rows, happened_split, rows_of
@@ -49,7 +49,7 @@ def evaluate_rows(
     part: PartName = "test",
     sampled: SampledNegatives | None = None,
     calibration: Mapping[str, Calibration] | None = None,
-    resamples: int = 1000,
+    resamples: Resamples = 1000,
     seed: Seed = 0,
 ) -> RowsReport:
     """Measure what a ranker predicts of a part's labelled rows against their labels.

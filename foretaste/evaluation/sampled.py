@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from foretaste.config import Seed
 from foretaste.data.batch import Queries
 from foretaste.data.interactions import Interactions
 from foretaste.data.ranges import ranges
@@ -45,7 +46,7 @@ class SampledNegatives:
     the items that neither its history nor its targets hold: uniformly, or in favour of the popular
     (each next one with probability ~ count^power of those that are left)."""
     power: float = 0.75
-    seed: int = 0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
         wrong = not isinstance(self.num, int | np.integer) or isinstance(self.num, bool)

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from foretaste.arguments import checked
-from foretaste.config import Seed
+from foretaste.config import Resamples, Seed
 from foretaste.errors import DataError
 from foretaste.evaluation.compare import Comparison
 from foretaste.evaluation.compare_rows import compare_rows
@@ -62,7 +62,7 @@ def transfer(
     joint: Mapping[str, Sequence[RowsReport]],
     single: Mapping[str, Sequence[RowsReport]],
     *,
-    resamples: int = 2000,
+    resamples: Resamples = 2000,
     seed: Seed = 0,
 ) -> Transfer:
     """Compare joint models with single ones, task by task, on the same rows and users.

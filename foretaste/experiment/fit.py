@@ -24,7 +24,13 @@ from foretaste.experiment.learning import make_learning, usual_objective
 from foretaste.experiment.mining import CandidateNegatives
 from foretaste.experiment.two_stage import Candidates, FirstStage, check_same, fit_two_stage
 from foretaste.experiment.validation import make_validation
-from foretaste.models.catalogue import ModelConfig, TwoStageConfig, build_model, tasks_of
+from foretaste.models.catalogue import (
+    LEARNING_COPIES,
+    ModelConfig,
+    TwoStageConfig,
+    build_model,
+    tasks_of,
+)
 from foretaste.models.interface import Begins, ClosedForm, Finishes, LearnsNewcomers
 from foretaste.models.lightgcn import LightGCNConfig
 from foretaste.models.neumf import NCF, NeuMFConfig
@@ -139,6 +145,7 @@ def fit(
         num_items=events.num_items,
         graph=graph,
         features=features,
+        copies=LEARNING_COPIES,
     )
     if isinstance(model, Begins):
         model.begin(events)

@@ -17,7 +17,7 @@ from foretaste.models.interface import Retriever
 from foretaste.models.layers.top_k import top_k
 from foretaste.retrieval.choose import build_index
 from foretaste.retrieval.index import ItemIndex
-from foretaste.sampling.hard import draw_by_rank
+from foretaste.sampling.hard import check_ranks, draw_by_rank
 from foretaste.sampling.unseen import Seen
 from foretaste.serving.histories import training_histories
 from foretaste.training.objectives.pairs import PairsConfig
@@ -47,7 +47,11 @@ class IndexNegatives:
                 searched for.
             events: Those of training; items without any are no negatives.
             seed: Decides how an approximate index is built.
+
+        Raises:
+            TooLargeError: The ranks would not fit in memory.
         """
+        check_ranks(events.num_users, config.hard_ranks[1])
         self.config, self.events, self.seed = config, events, seed
         self.seen = Seen.of(events)
         self._ranked_UT: Int32[Tensor, "U T"] | None = None
@@ -155,7 +159,7 @@ def best_unseen(trained: Trained, num: int) -> Int32[Tensor, "U T"]:
 
     Args:
         trained: A model with vectors, whose items are indexed, or one that scores them all.
-        num: T.
+        num: T, cut to the size of the catalogue.
 
     Returns:
         item_idx, best first, -1 where the catalogue ran out.
@@ -164,6 +168,7 @@ def best_unseen(trained: Trained, num: int) -> Int32[Tensor, "U T"]:
         NonFiniteError: A score is NaN or infinite.
     """
     events, model = trained.events, trained.model
+    num = min(num, events.num_items)
     if isinstance(model, Retriever):
         known_I = trained.known_I
         index = build_index(model.item_table().float().cpu(), known_I=known_I, seed=trained.seed)

@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from foretaste.arguments import checked
-from foretaste.config import Config, Seed, parse_settings, path_of
+from foretaste.config import Config, Count, CountOrZero, Rounds, Seed, parse_settings, path_of
 from foretaste.data.fields import FeatureSchema, schema_from_toml
 from foretaste.data.read_config import ReadConfig, ReadTables, WhichEvents
 from foretaste.data.split_config import SplitConfig
@@ -65,7 +65,7 @@ DataConfig = Annotated[PublicData | FileData | StoreData, Field(discriminator="k
 class EvaluationConfig(Config):
     """How the test events are reported."""
 
-    k: tuple[PositiveInt, ...] = Field(default=(10, 20), min_length=1)
+    k: tuple[Count, ...] = Field(default=(10, 20), min_length=1)
     """Lengths of the lists that are measured; the first one leads."""
     exclude_seen: bool = True
     """Whether items that the user has had already are left out of the ranking."""
@@ -75,7 +75,7 @@ class EvaluationConfig(Config):
     users: Whose = "known"
     """Whose lists are measured: those of users with a history, or "new" for the others alone, and
     metrics are named so."""
-    sampled_negatives: NonNegativeInt = 0
+    sampled_negatives: CountOrZero = 0
     """Above 0, targets are ranked among so many sampled items only, and metrics are named so."""
     sampled_by: Literal["listed", "uniform", "popularity"] = "uniform"
     """Where they come from: the data's own list, or drawn alike, or in favour of the popular."""
@@ -120,7 +120,7 @@ class ChoiceConfig(Config):
 class TuneConfig(Config):
     """What `foretaste tune` searches."""
 
-    trials: PositiveInt = 20
+    trials: Rounds = 20
     space: dict[str, RangeConfig | ChoiceConfig] = Field(default_factory=dict)
     """From a setting's dotted name to a range or a list; empty searches the model's usual ones."""
 

@@ -142,7 +142,7 @@ def _open_study(config: ExperimentConfig, folder: Path) -> optuna.Study:
         study.set_user_attr("killed", [*study.user_attrs.get("killed", ()), trial.number])
         study.tell(trial.number, state=TrialState.FAIL)
     # A seed for this point of the study: a resumed search does not repeat its first draws.
-    study.sampler = TPESampler(seed=config.seed * 1_000_003 + len(study.trials))
+    study.sampler = TPESampler(seed=(config.seed * 1_000_003 + len(study.trials)) % 2**32)
     return study
 
 

@@ -40,7 +40,7 @@ class FirstStage(Config):
     objective: ObjectiveConfig | None = None
     """How it learns; without it, the model's usual way."""
     training: TrainingConfig = Field(default_factory=TrainingConfig)
-    folds: Literal[0] | Annotated[int, Field(ge=2)] = 0
+    folds: Literal[0] | Annotated[int, Field(ge=2, le=100)] = 0
     """Parts into which users are dealt, each answered by a further retriever fitted to all other
     users. The ranker then learns to tell each row's item from those offered before it, its logit
     and `retriever_weight` times the score added as in answers. 0: it learns alone, from candidates

@@ -19,12 +19,11 @@ import numpy as np
 import torch
 from implicit.cpu.als import AlternatingLeastSquares
 from jaxtyping import Float
-from pydantic import Field, PositiveInt
 from scipy import sparse
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
-from foretaste.config import Config
+from foretaste.config import Config, Count, Positive, Rounds, Weight
 from foretaste.data.batch import Queries
 from foretaste.data.interactions import Interactions
 from foretaste.models.item_sets import ItemSets, check_events, distinct_items, interaction_matrix
@@ -37,12 +36,12 @@ class ImplicitALSConfig(Config):
     """Settings of implicit ALS."""
 
     kind: Literal["als"] = "als"
-    factors: PositiveInt = 64
-    regularization: float = Field(default=0.1, gt=0)
+    factors: Count = 64
+    regularization: Positive = 0.1
     """λ: weight of the squared factors in the loss."""
-    alpha: float = Field(default=10.0, ge=0)
+    alpha: Weight = 10.0
     """How much more an observed pair counts than one that was not observed."""
-    iterations: PositiveInt = 15
+    iterations: Rounds = 15
 
 
 @final

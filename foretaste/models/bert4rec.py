@@ -20,10 +20,10 @@ from typing import Literal, final
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
-from pydantic import Field, PositiveInt
+from pydantic import Field
 from torch import Tensor, nn
 
-from foretaste.config import Config
+from foretaste.config import Config, Count, Depth
 from foretaste.data.batch import Queries, SequenceBatch, last_events
 from foretaste.models.layers.attention import MultiHeadAttention
 from foretaste.models.layers.dropout import Dropout
@@ -34,10 +34,10 @@ class BERT4RecConfig(Config):
     """Settings of BERT4Rec."""
 
     kind: Literal["bert4rec"] = "bert4rec"
-    embedding_dim: PositiveInt = 64
+    embedding_dim: Count = 64
     """Width of item vectors and states; a multiple of num_heads."""
-    num_blocks: PositiveInt = 2
-    num_heads: PositiveInt = 2
+    num_blocks: Depth = 2
+    num_heads: Count = 2
     max_len: int = Field(default=200, ge=2)
     """Length of a training window; to recommend, one less of the last events, and [MASK]."""
     dropout: float = Field(default=0.2, ge=0, lt=1)
@@ -46,7 +46,7 @@ class BERT4RecConfig(Config):
     """Share of attention weights dropped; 0 lets the fused kernel run, twice as fast on a CPU."""
     block: Literal["original", "modern"] = "original"
     """"original": the paper's; "modern": normalise first, SwiGLU, gated residuals."""
-    hidden_ratio: float = Field(default=4.0, gt=0)
+    hidden_ratio: float = Field(default=4.0, gt=0, le=1000)
     """Width of the feed-forward layer over embedding_dim; 4 in the paper."""
     output_projection: bool = False
     """Whether a GELU layer stands between a state and its comparison with items, as in print."""
@@ -131,7 +131,7 @@ def _with_one_more(batch: SequenceBatch) -> tuple[SequenceBatch, Int64[Tensor, "
 
 
 def _block(config: BERT4RecConfig) -> nn.Module:
-    hidden_dim = round(config.embedding_dim * config.hidden_ratio)
+    hidden_dim = max(1, round(config.embedding_dim * config.hidden_ratio))
     block = _OriginalBlock if config.block == "original" else GatedBlock
     return block(
         config.embedding_dim,

@@ -4,15 +4,20 @@ A new model is one more member of the union and one more arm of the `match`; a f
 fails the type check.
 """
 
+import sys
+from collections.abc import Callable, Iterator
 from typing import Annotated, Literal, assert_never
 
-from pydantic import Field, PositiveInt
+import torch
+from pydantic import Field
 from torch import nn
 
-from foretaste.config import Config
+from foretaste.config import Config, Count, Weight
+from foretaste.data import memory
 from foretaste.data.features import Features
 from foretaste.data.graph import Graph
 from foretaste.data.tasks import Task
+from foretaste.errors import ConfigError
 from foretaste.models.als import ImplicitALS, ImplicitALSConfig
 from foretaste.models.bert4rec import BERT4Rec, BERT4RecConfig
 from foretaste.models.deepfm import DeepFM, DeepFMConfig
@@ -58,9 +63,9 @@ class TwoStageConfig(Config):
     """The model that finds candidates in the whole catalogue."""
     ranker: Annotated[RankerConfig, Field(discriminator="kind")]
     """The model that judges them, for one task or several."""
-    candidates: PositiveInt = 200
+    candidates: Count = 200
     """How many of the retriever's best items are ranked anew; all others stand below them."""
-    retriever_weight: float = Field(default=0.0, ge=0)
+    retriever_weight: Weight = 0.0
     """How much the retriever's own score counts beside the ranker's; not where a request brings
     weights of its own."""
 
@@ -83,13 +88,19 @@ def tasks_of(config: ModelConfig) -> tuple[Task, ...]:
             return ()
 
 
-def build_model(  # noqa: C901  # one arm a model
+LEARNING_COPIES = 5
+"""Of what is learned, while it is: weights, gradient, two moments of the optimizer, and the best
+weights so far."""
+
+
+def build_model(
     config: ModelConfig,
     *,
     num_users: int,
     num_items: int,
     graph: Graph | None = None,
     features: Features | None = None,
+    copies: int = 1,
 ) -> nn.Module:
     """Make the untrained network that `config` describes.
 
@@ -102,11 +113,101 @@ def build_model(  # noqa: C901  # one arm a model
         graph: Of the training events, for models that learn on one; None where the model's state
             is loaded next.
         features: What is known of users and items, for models that read it.
+        copies: How often what is learned will be in memory; `LEARNING_COPIES` to learn it.
 
     Raises:
         ConfigError: The model has nothing to read.
-        TooLargeError: What the model keeps would not fit in memory.
+        TooLargeError: What the model keeps would not fit in memory; nothing is made before.
     """
+    if isinstance(config, TwoStageConfig):
+        retriever, ranker = (
+            build_model(
+                part,
+                num_users=num_users,
+                num_items=num_items,
+                graph=graph if part is config.retriever else None,
+                features=features,
+                copies=copies,
+            )
+            for part in (config.retriever, config.ranker)
+        )
+        return TwoStage(
+            retriever,
+            ranker,
+            num_candidates=config.candidates,
+            retriever_weight=config.retriever_weight,
+        )
+    num_nodes = num_users + num_items if graph is None else graph.num_nodes
+    known_users = num_nodes - num_items if isinstance(config, LightGCNConfig) else num_users
+
+    def bytes_of(config: RetrieverConfig | RankerConfig) -> int:
+        return _bytes_of(
+            lambda: _make(config, num_users=known_users, num_items=num_items, features=features),
+            copies=copies,
+        )
+
+    needed = bytes_of(config)
+    if needed > memory.available_bytes():
+        name, value = _size_to_lower(config, bytes_of)
+        memory.check_fits(
+            needed,
+            f"{config.kind} over {num_users:,} users and {num_items:,} items",
+            f"lower model.{name}, which is {value}, or leave rare users and items, and the "
+            "feature of the most values, out",
+            name=name,
+            value=value,
+        )
+    return _make(config, num_users=num_users, num_items=num_items, graph=graph, features=features)
+
+
+def _bytes_of(make: Callable[[], nn.Module], *, copies: int) -> int:
+    """Count what a network would keep: on torch's meta device a tensor has a size and no memory."""
+    try:
+        with torch.device("meta"):
+            model = make()
+    except (RuntimeError, TypeError) as error:
+        if "overflow" not in str(error).lower():
+            raise
+        return sys.maxsize  # torch cannot count so many bytes
+    learned = sum(parameter.nbytes for parameter in model.parameters())
+    return copies * learned + sum(buffer.nbytes for buffer in model.buffers())
+
+
+def _size_to_lower(
+    config: RetrieverConfig | RankerConfig,
+    bytes_of: Callable[[RetrieverConfig | RankerConfig], int],
+) -> tuple[str, object]:
+    """Return the setting that makes a network smallest if it is lowered, and what it is."""
+    found: list[tuple[int, str, object]] = []
+    for name, value, lower in _lowered(config):
+        try:
+            found.append((bytes_of(config.model_copy(update={name: lower})), name, value))
+        except ConfigError:  # settings that do not go together
+            continue
+    _, name, value = min(found, key=lambda each: each[0], default=(0, "", None))
+    return name, value
+
+
+def _lowered(config: Config) -> Iterator[tuple[str, object, object]]:
+    """Give each whole-numbered setting's name and value, and lower ones: 1, half, the usual."""
+    for name, field in type(config).model_fields.items():
+        value = getattr(config, name)
+        if isinstance(value, tuple) and value and all(isinstance(n, int) for n in value):
+            yield name, value, (1,) * len(value)
+        elif isinstance(value, int) and not isinstance(value, bool):
+            for lower in (1, value // 2, field.default):
+                if isinstance(lower, int) and 0 < lower < value:
+                    yield name, value, lower
+
+
+def _make(  # noqa: C901  # one arm a model
+    config: RetrieverConfig | RankerConfig,
+    *,
+    num_users: int,
+    num_items: int,
+    graph: Graph | None = None,
+    features: Features | None = None,
+) -> nn.Module:
     match config:
         case SASRecConfig():
             return SASRec(config, num_items=num_items)
@@ -140,22 +241,5 @@ def build_model(  # noqa: C901  # one arm a model
             return EASE(config, num_items=num_items)
         case ImplicitALSConfig():
             return ImplicitALS(config, num_items=num_items)
-        case TwoStageConfig():
-            retriever, ranker = (
-                build_model(
-                    part,
-                    num_users=num_users,
-                    num_items=num_items,
-                    graph=graph if part is config.retriever else None,
-                    features=features,
-                )
-                for part in (config.retriever, config.ranker)
-            )
-            return TwoStage(
-                retriever,
-                ranker,
-                num_candidates=config.candidates,
-                retriever_weight=config.retriever_weight,
-            )
         case _:
             assert_never(config)

@@ -23,9 +23,10 @@ from typing import Literal, final
 
 import torch
 from jaxtyping import Float
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from foretaste.config import Widths
 from foretaste.data.features import Features
 from foretaste.data.tasks import Task
 from foretaste.models.layers.field_ranker import PairRanker
@@ -47,7 +48,7 @@ class DeepFMConfig(RowFieldsConfig):
     """Whether pairs of fields do."""
     deep: bool = True
     """Whether the deep network does."""
-    hidden: tuple[PositiveInt, ...] = (128, 128, 128)
+    hidden: Widths = (128, 128, 128)
     """Widths of its hidden layers."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of values dropped after each of them."""
@@ -83,7 +84,6 @@ class DeepFM(PairRanker):
 
         Raises:
             ConfigError: There is nothing to tell an item by.
-            TooLargeError: A table would not fit in memory.
         """
         super().__init__()
         self.config, self.tasks = config, (config.task,)

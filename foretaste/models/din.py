@@ -21,9 +21,10 @@ from typing import Literal, final
 
 import torch
 from jaxtyping import Float, Int64
-from pydantic import Field, PositiveInt
+from pydantic import Field
 from torch import Tensor, nn
 
+from foretaste.config import Count, Widths
 from foretaste.data.batch import Queries
 from foretaste.data.features import Features
 from foretaste.data.histories import Reads
@@ -51,7 +52,7 @@ class DINConfig(RowFieldsConfig):
     reads: Literal["before", "others"] = "before"
     """What training reads as the history of a row: the user's events before it, or others drawn at
     random, for data whose order means nothing."""
-    max_len: PositiveInt = 50
+    max_len: Count = 50
     """How many events of a history are read, the last ones."""
     pooling: Literal["attention", "mean", "none"] = "attention"
     """How a history becomes a vector: by what each event has to say of the item, by the mean of
@@ -59,9 +60,9 @@ class DINConfig(RowFieldsConfig):
     weights: Literal["softmax", "unnormalised"] = "softmax"
     """Whether attention weights sum to 1; unnormalised, as in the paper, they also say how strong
     an interest is."""
-    attention_hidden: tuple[PositiveInt, ...] = Field(default=(36,), min_length=1)
+    attention_hidden: Widths = Field(default=(36,), min_length=1)
     """Widths of the activation unit's hidden layers."""
-    hidden: tuple[PositiveInt, ...] = (200, 80)
+    hidden: Widths = (200, 80)
     """Widths of the MLP's hidden layers."""
     activation: Literal["prelu", "dice"] = "prelu"
     """What follows hidden layers."""
@@ -91,7 +92,6 @@ class DIN(FieldRanker):
 
         Raises:
             ConfigError: There is nothing to tell an item by.
-            TooLargeError: A table would not fit in memory.
         """
         super().__init__()
         self.config, self.tasks, self.max_len = config, (config.task,), config.max_len

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from foretaste.config import Config
 from foretaste.data.batch import Queries
 from foretaste.data.interactions import Interactions
-from foretaste.data.memory import available_bytes, refuse_beyond
+from foretaste.data.memory import available_bytes, check_fits
+from foretaste.errors import NonFiniteError
 from foretaste.models.item_sets import check_events, distinct_items, interaction_matrix
 
 _BLOCK_ITEMS = 1024
@@ -34,7 +35,7 @@ class EASEConfig(Config):
     """Settings of EASE."""
 
     kind: Literal["ease"] = "ease"
-    l2: float = Field(default=500.0, gt=0)
+    l2: float = Field(default=500.0, gt=0, le=1e12)
     """Weight of the squared weights in the loss; more for sparser data."""
     max_bytes: PositiveInt | Literal["auto"] = "auto"
     """Memory that learning may take (12 bytes times items squared); "auto" is three quarters of
@@ -61,11 +62,13 @@ class EASE(nn.Module):
 
     def _refuse_beyond_limit(self, *, matrices: int) -> None:
         limit = self.config.max_bytes
-        refuse_beyond(
-            available_bytes() * 3 // 4 if limit == "auto" else limit,
+        check_fits(
             matrices * 4 * self.num_items**2,
-            f"EASE over {self.num_items} items",
-            "drop rare items, raise ease.max_bytes, or take item_knn",
+            f"EASE over {self.num_items:,} items",
+            "leave rare items out, raise model.max_bytes, or take item_knn",
+            name="max_bytes",
+            value=limit,
+            limit_bytes=available_bytes() * 3 // 4 if limit == "auto" else limit,
         )
 
     @torch.no_grad()
@@ -74,11 +77,18 @@ class EASE(nn.Module):
 
         Raises:
             DataError: There is no event, or the catalogue has another size than the model.
+            NonFiniteError: The weight of squared weights is too small for float32.
             TooLargeError: Learning would not fit in memory; said before it is tried.
         """
         check_events(events, num_items=self.num_items)
         self._refuse_beyond_limit(matrices=_MATRICES)
-        factor_II = torch.linalg.cholesky(self._gram(events))
+        factor_II, broken = torch.linalg.cholesky_ex(self._gram(events))
+        if broken:
+            raise NonFiniteError(
+                f"EASE has no solution with l2 {self.config.l2:g}: raise model.l2",
+                name="l2",
+                value=self.config.l2,
+            )
         inverse_II = torch.cholesky_inverse(factor_II)
         del factor_II
         self.weight_II.copy_(inverse_II.div_(-inverse_II.diagonal().clone()))

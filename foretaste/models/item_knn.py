@@ -20,11 +20,11 @@ from typing import Literal, final
 import numpy as np
 import torch
 from jaxtyping import Float
-from pydantic import Field, NonNegativeFloat, PositiveInt
+from pydantic import Field
 from scipy import sparse
 from torch import Tensor, nn
 
-from foretaste.config import Config
+from foretaste.config import Config, Count, Weight
 from foretaste.data.batch import Queries
 from foretaste.data.interactions import Interactions
 from foretaste.models.item_sets import check_events, distinct_items, interaction_matrix
@@ -37,14 +37,14 @@ class ItemKNNConfig(Config):
     """Settings of item-kNN."""
 
     kind: Literal["item_knn"] = "item_knn"
-    neighbours: PositiveInt = 100
+    neighbours: Count = 100
     """How many items most like it are kept for each item."""
     asymmetry: float = Field(default=0.5, ge=0, le=1)
     """0.5 is the cosine; 1 is the share of an item's users who did the other one too; between
     them, how far popular items are let through."""
-    shrinkage: NonNegativeFloat = 10.0
+    shrinkage: Weight = 10.0
     """Added to the denominator: how many users a likeness must have to be believed."""
-    damping: NonNegativeFloat = 0.5
+    damping: float = Field(default=0.5, ge=0, le=10)
     """How much less users with long histories count: each by length to the power -damping."""
 
 

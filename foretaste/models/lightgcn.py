@@ -27,10 +27,10 @@ from typing import Literal, final
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from foretaste.config import Config
+from foretaste.config import Config, Count, CountOrZero, Depth, Positive, Weight
 from foretaste.data.batch import Queries
 from foretaste.data.graph import Graph, GraphConfig
 from foretaste.data.histories import Reads
@@ -52,19 +52,19 @@ class LightGCNConfig(Config):
     """Settings of LightGCN."""
 
     kind: Literal["lightgcn"] = "lightgcn"
-    embedding_dim: PositiveInt = 64
-    num_layers: PositiveInt = 3
+    embedding_dim: Count = 64
+    num_layers: Depth = 3
     """L: how far vectors travel."""
     similarity: Similarity = "dot"
-    temperature: float = Field(default=1.0, gt=0)
+    temperature: Positive = 1.0
     """Divides scores; below 1 for the cosine, whose range is narrow."""
-    init_std: float = Field(default=0.1, gt=0)
-    noise: float = Field(default=0.0, ge=0)
+    init_std: Positive = 0.1
+    noise: Weight = 0.0
     """Length of the random vector added to each node after each layer in training (SimGCL)."""
-    contrast_layer: NonNegativeInt = 0
+    contrast_layer: CountOrZero = 0
     """Layer whose vectors should agree with the final ones (XSimGCL); 0: none. Its weight is
     the objective's `contrast`."""
-    contrast_rows: PositiveInt = 2048
+    contrast_rows: Count = 2048
     """How many users, and how many items, of a batch are compared so."""
     edge_dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of ties left out at each step."""

@@ -15,10 +15,10 @@ from typing import Literal, final
 
 import torch
 from jaxtyping import Float, Int64
-from pydantic import Field, PositiveInt
+from pydantic import Field
 from torch import Tensor, nn
 
-from foretaste.config import Config
+from foretaste.config import Config, Count, Positive
 from foretaste.data.batch import Queries
 from foretaste.data.histories import Reads
 from foretaste.data.interactions import Interactions
@@ -31,15 +31,15 @@ class MFConfig(Config):
     """Settings of matrix factorisation."""
 
     kind: Literal["mf"] = "mf"
-    embedding_dim: PositiveInt = 64
+    embedding_dim: Count = 64
     biases: bool = False
     """Whether items have a bias; it is one more column of their vectors."""
     similarity: Similarity = "dot"
-    temperature: float = Field(default=1.0, gt=0)
+    temperature: Positive = 1.0
     """Divides scores; below 1 for the cosine, whose range is narrow."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of the users' coordinates dropped in training."""
-    init_std: float = Field(default=0.05, gt=0)
+    init_std: Positive = 0.05
 
 
 @final

@@ -16,9 +16,10 @@ from collections.abc import Mapping
 from typing import Literal, final
 
 from jaxtyping import Float, Int64
-from pydantic import Field, PositiveInt
+from pydantic import Field
 from torch import Tensor
 
+from foretaste.config import Count, Widths
 from foretaste.data.batch import Queries
 from foretaste.data.features import Features
 from foretaste.data.tasks import Task
@@ -35,11 +36,11 @@ class MMoEConfig(RowFieldsConfig):
     kind: Literal["mmoe"] = "mmoe"
     tasks: tuple[Task, ...] = (Task(name="click"),)
     """What is predicted."""
-    num_experts: PositiveInt = 4
+    num_experts: Count = 4
     """Networks that the tasks share."""
-    expert_hidden: tuple[PositiveInt, ...] = Field(default=(64,), min_length=1)
+    expert_hidden: Widths = Field(default=(64,), min_length=1)
     """Widths of each expert's layers."""
-    tower_hidden: tuple[PositiveInt, ...] = (32,)
+    tower_hidden: Widths = (32,)
     """Widths of each task's own hidden layers."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of values dropped after each layer."""
@@ -67,7 +68,6 @@ class MMoE(PairRanker):
 
         Raises:
             ConfigError: There is nothing to tell an item by, or the tasks are not whole.
-            TooLargeError: A table would not fit in memory.
         """
         super().__init__()
         self.config, self.tasks = config, config.tasks

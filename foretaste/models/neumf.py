@@ -19,10 +19,10 @@ from typing import Literal, final
 
 import torch
 from jaxtyping import Float
-from pydantic import Field, PositiveInt
+from pydantic import Field
 from torch import Tensor, nn
 
-from foretaste.config import Config
+from foretaste.config import Config, Count, Depth, Positive, Rounds
 from foretaste.data.tasks import Task
 from foretaste.models.layers.field_ranker import PairRanker
 from foretaste.models.layers.heads import Heads
@@ -37,9 +37,9 @@ class GMFConfig(Config):
     kind: Literal["gmf"] = "gmf"
     task: Task = Task(name="click")
     """What is predicted."""
-    factors: PositiveInt = 32
+    factors: Count = 32
     """Width of the vectors."""
-    init_std: float = Field(default=0.01, gt=0)
+    init_std: Positive = 0.01
     """Spread of the first vectors."""
 
 
@@ -49,14 +49,14 @@ class MLPConfig(Config):
     kind: Literal["mlp"] = "mlp"
     task: Task = Task(name="click")
     """What is predicted."""
-    factors: PositiveInt = 32
+    factors: Count = 32
     """Width of the last hidden layer; each layer before it is twice as wide as the next, and the
     two vectors side by side are as wide as the first."""
-    num_layers: PositiveInt = 3
+    num_layers: Depth = 3
     """Hidden layers."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of values dropped after each hidden layer."""
-    init_std: float = Field(default=0.01, gt=0)
+    init_std: Positive = 0.01
     """Spread of the first vectors."""
 
 
@@ -66,19 +66,19 @@ class NeuMFConfig(Config):
     kind: Literal["neumf"] = "neumf"
     task: Task = Task(name="click")
     """What is predicted."""
-    factors: PositiveInt = 32
+    factors: Count = 32
     """Width of GMF's vectors and of MLP's last hidden layer."""
-    num_layers: PositiveInt = 3
+    num_layers: Depth = 3
     """Hidden layers of MLP, each twice as wide as the next."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of values dropped after each of them."""
-    init_std: float = Field(default=0.01, gt=0)
+    init_std: Positive = 0.01
     """Spread of the first vectors."""
     pretrain: bool = False
     """Train GMF and MLP first, with the same settings, and start from them."""
-    pretrain_epochs: PositiveInt | None = None
+    pretrain_epochs: Rounds | None = None
     """Epochs of each of them, in a refit too; none: as many as training has."""
-    fine_tuning: float = Field(default=1.0, gt=0)
+    fine_tuning: float = Field(default=1.0, gt=0, le=1000)
     """The learning rate after them, as a share of training's: they have nearly arrived."""
     alpha: float = Field(default=0.5, gt=0, lt=1)
     """Share of GMF in the output layer that a pre-trained NeuMF starts with."""
@@ -109,9 +109,6 @@ class NCF(PairRanker):
             config: The settings, which say which paths there are.
             num_users: Users that training knows, 0 or more.
             num_items: Items of the catalogue, 1 or more.
-
-        Raises:
-            TooLargeError: The table of vectors would not fit in memory.
         """
         super().__init__()
         self.config = config

@@ -28,10 +28,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
-from pydantic import Field, PositiveInt
+from pydantic import Field
 from torch import Tensor, nn
 
-from foretaste.config import Config
+from foretaste.config import Config, Count, Depth, Positive
 from foretaste.data.batch import Queries
 from foretaste.data.features import Features, FieldTable
 from foretaste.data.graph import Graph, GraphConfig
@@ -53,19 +53,19 @@ class PinSageConfig(Config):
     """Settings of PinSage."""
 
     kind: Literal["pinsage"] = "pinsage"
-    embedding_dim: PositiveInt = 64
+    embedding_dim: Count = 64
     """Width of inputs, states and vectors."""
-    message_dim: PositiveInt | None = None
+    message_dim: Count | None = None
     """Width of what neighbours say; none: as embedding_dim."""
-    num_layers: PositiveInt = 2
+    num_layers: Depth = 2
     neighbours: Literal["ppr", "uniform"] = "ppr"
     """"ppr": the nodes that random walks visit most, weighted by how often; "uniform": direct
     neighbours drawn alike, as GraphSAGE does."""
-    num_neighbours: PositiveInt = 10
+    num_neighbours: Count = 10
     """How many neighbours a node pools at most."""
-    walks: PositiveInt = 200
+    walks: Count = 200
     """Random walks from each node."""
-    hops: PositiveInt = 3
+    hops: Count = 3
     """Length of a walk."""
     restart: float = Field(default=0.0, ge=0, lt=1)
     """Chance that a walk goes back to its start before a hop."""
@@ -80,9 +80,9 @@ class PinSageConfig(Config):
     """Share of a batch's nodes that training shows without id and without neighbours, so that
     features learn to stand alone."""
     similarity: Similarity = "cosine"
-    temperature: float = Field(default=0.1, gt=0)
+    temperature: Positive = 0.1
     """Divides scores; below 1 for the cosine, whose range is narrow."""
-    init_std: float = Field(default=0.1, gt=0)
+    init_std: Positive = 0.1
     """Spread of the first id vectors."""
     graph: GraphConfig = Field(default_factory=GraphConfig)
     """Which ties there are besides the events'."""
@@ -346,13 +346,12 @@ def find_neighbours(config: PinSageConfig, graph: Graph) -> Neighbourhoods:
     """Find the neighbours of users and items, by a seed out of torch's global generator."""
     seed, last = int(torch.randint(2**63 - 1, ())), graph.num_users + graph.num_items
     nodes, counted = np.arange(last), (0, last)
+    top = min(config.num_neighbours, last)  # so many there are
     if config.neighbours == "uniform":
-        return uniform_neighbours(
-            graph, top=config.num_neighbours, seed=seed, nodes=nodes, counted=counted
-        )
+        return uniform_neighbours(graph, top=top, seed=seed, nodes=nodes, counted=counted)
     return most_visited(
         graph,
-        top=config.num_neighbours,
+        top=top,
         seed=seed,
         walks=config.walks,
         hops=config.hops,

@@ -17,10 +17,10 @@ from typing import Literal, NamedTuple, final
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
-from pydantic import Field, PositiveInt
+from pydantic import Field
 from torch import Tensor, nn
 
-from foretaste.config import Config
+from foretaste.config import Config, Count, Depth
 from foretaste.data.batch import Queries, SequenceBatch, last_events
 from foretaste.models.layers.attention import MultiHeadAttention
 from foretaste.models.layers.dropout import Dropout
@@ -31,11 +31,11 @@ class SASRecConfig(Config):
     """Settings of SASRec."""
 
     kind: Literal["sasrec"] = "sasrec"
-    embedding_dim: PositiveInt = 64
+    embedding_dim: Count = 64
     """Width of item vectors and states; a multiple of num_heads."""
-    num_blocks: PositiveInt = 2
-    num_heads: PositiveInt = 2
-    max_len: PositiveInt = 200
+    num_blocks: Depth = 2
+    num_heads: Count = 2
+    max_len: Count = 200
     """How many of a user's last events the model reads."""
     dropout: float = Field(default=0.2, ge=0, lt=1)
     """Share of values dropped after the embedding, in attention and in the feed-forward layers."""
@@ -43,7 +43,7 @@ class SASRecConfig(Config):
     """Share of attention weights dropped; 0 lets the fused kernel run, twice as fast on a CPU."""
     block: Literal["original", "modern"] = "original"
     """"original": the paper's; "modern": normalise first, SwiGLU, gated residuals."""
-    hidden_ratio: float = Field(default=1.0, gt=0)
+    hidden_ratio: float = Field(default=1.0, gt=0, le=1000)
     """Width of the feed-forward layer over embedding_dim; 1 in the paper."""
 
 
@@ -139,7 +139,7 @@ def _block(config: SASRecConfig) -> nn.Module:
     return GatedBlock(
         config.embedding_dim,
         config.num_heads,
-        hidden_dim=round(config.embedding_dim * config.hidden_ratio),
+        hidden_dim=max(1, round(config.embedding_dim * config.hidden_ratio)),
         dropout=config.dropout,
         attention_dropout=config.attention_dropout,
         causal=True,
@@ -150,7 +150,8 @@ def _block(config: SASRecConfig) -> nn.Module:
 class _OriginalBlock(nn.Module):
     def __init__(self, config: SASRecConfig) -> None:
         super().__init__()
-        width, hidden = config.embedding_dim, round(config.embedding_dim * config.hidden_ratio)
+        width = config.embedding_dim
+        hidden = max(1, round(width * config.hidden_ratio))
         self.attention_norm, self.feed_norm = nn.LayerNorm(width), nn.LayerNorm(width)
         self.attention = MultiHeadAttention(
             width, config.num_heads, dropout=config.attention_dropout

@@ -12,9 +12,10 @@ from collections.abc import Mapping
 from typing import Literal, final
 
 from jaxtyping import Float
-from pydantic import Field, PositiveInt
+from pydantic import Field
 from torch import Tensor
 
+from foretaste.config import Widths
 from foretaste.data.features import Features
 from foretaste.data.tasks import Task
 from foretaste.models.layers.experts import Towers
@@ -31,9 +32,9 @@ class SharedBottomConfig(RowFieldsConfig):
     kind: Literal["shared_bottom"] = "shared_bottom"
     tasks: tuple[Task, ...] = (Task(name="click"),)
     """What is predicted."""
-    bottom_hidden: tuple[PositiveInt, ...] = Field(default=(128, 64), min_length=1)
+    bottom_hidden: Widths = Field(default=(128, 64), min_length=1)
     """Widths of the layers that all tasks share."""
-    tower_hidden: tuple[PositiveInt, ...] = (32,)
+    tower_hidden: Widths = (32,)
     """Widths of each task's own hidden layers."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of values dropped after each layer."""
@@ -61,7 +62,6 @@ class SharedBottom(PairRanker):
 
         Raises:
             ConfigError: There is nothing to tell an item by, or the tasks are not whole.
-            TooLargeError: A table would not fit in memory.
         """
         super().__init__()
         self.config, self.tasks = config, config.tasks

@@ -27,10 +27,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from foretaste.config import Config
+from foretaste.config import Config, Count, Depth, Positive, Widths
 from foretaste.data.batch import Queries
 from foretaste.data.features import Features, FieldTable
 from foretaste.data.histories import Reads
@@ -52,7 +52,7 @@ class TwoTowerConfig(Config):
     """Settings of Two-Tower."""
 
     kind: Literal["two_tower"] = "two_tower"
-    embedding_dim: PositiveInt = 64
+    embedding_dim: Count = 64
     """Width of every part and of both towers' vectors."""
     user_id: bool = True
     """Whether each user has a vector of their own."""
@@ -69,15 +69,15 @@ class TwoTowerConfig(Config):
     reads: Literal["before", "others"] = "before"
     """What training reads as the history of a pair: the user's events before it, or others drawn
     at random, for data whose order means nothing."""
-    max_len: PositiveInt = 50
+    max_len: Count = 50
     """How many events of a history are read; of "others" only while training."""
-    num_heads: PositiveInt = 2
+    num_heads: Count = 2
     """Heads of "attention" and "sasrec"."""
-    num_blocks: PositiveInt = 2
+    num_blocks: Depth = 2
     """Blocks of "sasrec"."""
-    query_hidden: tuple[PositiveInt, ...] = ()
+    query_hidden: Widths = ()
     """Widths of the query tower's hidden layers; without any, its parts are added up."""
-    item_hidden: tuple[PositiveInt, ...] = ()
+    item_hidden: Widths = ()
     """Widths of the item tower's hidden layers, likewise."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of values dropped in hidden layers and in "sasrec"."""
@@ -85,9 +85,9 @@ class TwoTowerConfig(Config):
     """Share of rows that are told in training without their id: items by their features alone,
     users by features and history."""
     similarity: Similarity = "dot"
-    temperature: float = Field(default=1.0, gt=0)
+    temperature: Positive = 1.0
     """Divides scores; below 1 for the cosine, whose range is narrow."""
-    init_std: float = Field(default=0.05, gt=0)
+    init_std: Positive = 0.05
     """Spread of the first id vectors."""
 
     @model_validator(mode="after")
@@ -122,7 +122,6 @@ class TwoTower(nn.Module):
 
         Raises:
             ConfigError: A tower has nothing to read.
-            TooLargeError: A table of features would not fit in memory.
         """
         super().__init__()
         width = config.embedding_dim

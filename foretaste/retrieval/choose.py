@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from torch import Tensor
 
+from foretaste.config import Seed
 from foretaste.errors import BundleError, ConfigError, DataError, NonFiniteError
 from foretaste.retrieval.exact import ExactIndex, load_vectors
 from foretaste.retrieval.faiss_index import FAISS_FILE, FaissIndex
@@ -31,7 +32,7 @@ def build_index(
     *,
     kind: IndexChoice = "auto",
     known_I: Bool[Tensor, " I"],
-    seed: int = 0,
+    seed: Seed = 0,
     recall_target: float = 0.95,
     query_QD: Float[Tensor, "Q D"] | None = None,
     exact_below: int = EXACT_BELOW,

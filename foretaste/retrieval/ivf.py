@@ -36,7 +36,7 @@ def build_ivf(exact: ExactIndex, *, kind: Literal["ivf_flat", "ivf_sq8"], seed: 
             faiss.ScalarQuantizer.QT_8bit,
             faiss.METRIC_INNER_PRODUCT,
         )
-    lists.cp.seed = seed
+    lists.cp.seed = seed % 2**31
     lists.cp.min_points_per_centroid = 1
     vectors_ND = np.ascontiguousarray(exact.vectors_ND.float().numpy())
     sample = np.random.default_rng(seed).permutation(num_items)[: num_lists * POINTS_PER_LIST]

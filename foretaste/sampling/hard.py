@@ -10,11 +10,27 @@ import torch
 from jaxtyping import Int32, Int64
 from torch import Tensor
 
+from foretaste.data.memory import check_fits
 from foretaste.errors import ConfigError
 from foretaste.sampling.unseen import Seen
 
 _TRIES = 4
 """Draws before a place is left empty."""
+
+
+def check_ranks(num_rows: int, ranks: int) -> None:
+    """Refuse more ranks than fit in memory.
+
+    Raises:
+        TooLargeError: They do not.
+    """
+    check_fits(
+        num_rows * ranks * 20,  # while an index answers: ids of 8 bytes, scores, and ids of 4
+        f"{ranks:,} ranks of each of {num_rows:,} rows",
+        "lower the farthest of objective.hard_ranks",
+        name="hard_ranks",
+        value=ranks,
+    )
 
 
 def draw_by_rank(

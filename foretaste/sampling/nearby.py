@@ -12,7 +12,7 @@ from torch import Tensor
 
 from foretaste.data.graph import Graph
 from foretaste.data.walks import most_visited
-from foretaste.sampling.hard import draw_by_rank
+from foretaste.sampling.hard import check_ranks, draw_by_rank
 from foretaste.sampling.unseen import Seen
 
 _WALKS, _HOPS = 1000, 4
@@ -36,7 +36,11 @@ class NearbyNegatives:
             seen: What may not be drawn for a user.
             ranks: How many ranks are kept of each item.
             seed: Decides the walks.
+
+        Raises:
+            TooLargeError: The ranks would not fit in memory.
         """
+        check_ranks(graph.num_items, ranks)
         first, last = graph.num_users, graph.num_users + graph.num_items
         found = most_visited(
             graph,

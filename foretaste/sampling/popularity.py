@@ -68,7 +68,8 @@ def _alias_table(
     heavy item that is used up gives the rest of its own cell to the next heavy one.
     """
     share_I, alias_I = probability_I * len(probability_I), np.arange(len(probability_I))
-    light, heavy = np.flatnonzero(share_I < 1), np.flatnonzero(share_I >= 1)
+    is_heavy_I = share_I >= min(1.0, share_I.max())  # equal ones may all round to less than 1
+    light, heavy = np.flatnonzero(~is_heavy_I), np.flatnonzero(is_heavy_I)
     room, excess = np.cumsum(1 - share_I[light]), np.cumsum(share_I[heavy] - 1)
     room_before = np.concatenate([[0.0], room])
     giver = np.searchsorted(excess, room_before[:-1], side="right").clip(max=len(heavy) - 1)

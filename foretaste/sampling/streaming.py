@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from foretaste.config import Seed
 from foretaste.sampling.distinct import Drawn
 
 _PRIME = 2**31 - 1
@@ -45,7 +46,7 @@ class StreamedFrequency(nn.Module):
         num_cells: int,
         num_hashes: int = 2,
         rate: float = 0.01,
-        seed: int = 0,
+        seed: Seed = 0,
     ) -> None:
         """Prepare to watch.
 

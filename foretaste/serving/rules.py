@@ -13,7 +13,7 @@ from pydantic import (
     model_validator,
 )
 
-from foretaste.config import Config
+from foretaste.config import Config, Count
 
 
 def _as_many(values: object) -> object:
@@ -75,7 +75,7 @@ class Rules(Config):
 
     where: dict[str, Condition] = Field(default_factory=dict, max_length=100)
     """From a column of the item table to what it must say."""
-    caps: dict[str, PositiveInt] = Field(default_factory=dict, max_length=100)
+    caps: dict[str, Count] = Field(default_factory=dict, max_length=100)
     """From a column of the item table to how many items of a list may share a value of it. Items
     without a value are not counted."""
     diversity: Diversity | None = None

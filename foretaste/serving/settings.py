@@ -1,8 +1,8 @@
 """What a person chooses about the server."""
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat
 
-from foretaste.config import Config
+from foretaste.config import Config, Count
 
 
 class ServerSettings(Config):
@@ -18,19 +18,19 @@ class ServerSettings(Config):
     token: str = Field(default="", repr=False)
     """If given, every request for data must carry it as `Authorization: Bearer TOKEN`; health and
     readiness, and the page's own files, are open."""
-    max_body_bytes: PositiveInt = 1_048_576
+    max_body_bytes: Count = 1_048_576
     """A larger request body is refused with 413."""
-    max_k: PositiveInt = 1000
+    max_k: Count = 1000
     """The longest list that may be asked for."""
-    max_history: PositiveInt = 2000
+    max_history: Count = 2000
     """The longest history in a request; of live events, the newest this many are used."""
-    max_events: PositiveInt = 1000
+    max_events: Count = 1000
     """The most events in one request."""
-    max_concurrency: PositiveInt = 64
+    max_concurrency: Count = 64
     """Requests at work or waiting at one time; the next is answered 503 with Retry-After."""
-    num_threads: PositiveInt = 4
+    num_threads: Count = Field(default=4, le=1024)
     """Threads that compute answers; torch uses one core in each."""
     body_timeout_s: PositiveFloat = 20.0
     """Seconds a client may take to send its body, before 408."""
-    drain_s: PositiveInt = 30
+    drain_s: Count = 30
     """Seconds that requests at work may take to end after SIGTERM."""

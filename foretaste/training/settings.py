@@ -2,30 +2,30 @@
 
 from typing import Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field
 
-from foretaste.config import Config
+from foretaste.config import Config, Count, CountOrZero, Positive, Rounds
 
 
 class TrainingConfig(Config):
     """Settings of the training loop."""
 
-    epochs: PositiveInt = 100
+    epochs: Rounds = 100
     """At most so many passes over the training events; the schedule is laid over all of them."""
-    batch_events: PositiveInt | Literal["auto"] = "auto"
+    batch_events: Count | Literal["auto"] = "auto"
     """About how many events a step learns from; "auto": a 32nd of the training events, but 32 at
     least and 8192 at most."""
-    learning_rate: float = Field(default=1e-3, gt=0)
-    weight_decay: float = Field(default=0.0, ge=0)
+    learning_rate: float = Field(default=1e-3, gt=0, le=100)
+    weight_decay: float = Field(default=0.0, ge=0, le=100)
     """AdamW's decoupled decay, of matrices and tables, not of biases and scales."""
     beta2: float = Field(default=0.98, gt=0, lt=1)
     """AdamW's decay of squared gradients; SASRec's authors use 0.98."""
-    warmup_steps: NonNegativeInt | Literal["auto"] = "auto"
+    warmup_steps: CountOrZero | Literal["auto"] = "auto"
     """Steps over which the learning rate rises from 0; "auto": those of two epochs, but 200 at
     most."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     """How the learning rate goes after the warm-up; all but constant end at 2 % of it."""
-    gradient_clip: float | None = Field(default=None, gt=0)
+    gradient_clip: Positive | None = None
     """Largest Euclidean norm of the whole gradient; none clips nothing."""
     ema_decay: float = Field(default=0.0, ge=0, lt=1)
     """Above 0, an exponential moving average of the weights is validated and kept."""
@@ -34,13 +34,13 @@ class TrainingConfig(Config):
     bf16 pays where the processor multiplies it natively (avx512_bf16, amx, a GPU)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """"auto" takes a GPU where there is one."""
-    validate_every: PositiveInt = 1
+    validate_every: Count = 1
     """Epochs between two validations."""
-    patience: PositiveInt | None = 5
+    patience: Count | None = 5
     """Stop after so many validations without a better one; none never stops early."""
     checkpoint_seconds: float = Field(default=60.0, ge=0)
     """Seconds between two checkpoints, where a folder for them is given; 0 writes one a step."""
-    producers: NonNegativeInt = 0
+    producers: int = Field(default=0, ge=0, le=256)
     """Threads that make batches ahead of the trainer: gathering, negatives, and what else a step
     needs that takes no weights. The result is the same."""
 

@@ -20,7 +20,8 @@ def ndcg(hits: Hits, k: int) -> Float64[np.ndarray, " B"]:
         TOIS 2002, https://doi.org/10.1145/582415.582418
     """
     width = min(k, hits.relevance_BK.shape[1])
-    discount_K = 1 / np.log2(np.arange(2, k + 2))
+    longest = min(k, max(width, int(hits.num_targets_B.max(initial=1))))
+    discount_K = 1 / np.log2(np.arange(2, longest + 2))
     ideal_K = np.cumsum(discount_K)
     gain_B = (hits.relevance_BK[:, :width] * discount_K[:width]).sum(axis=1)
     ndcg_B: np.ndarray = gain_B / ideal_K[np.minimum(hits.num_targets_B, k) - 1]

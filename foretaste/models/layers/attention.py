@@ -25,7 +25,10 @@ class MultiHeadAttention(nn.Module):
         super().__init__()
         if embedding_dim % num_heads:
             raise ConfigError(
-                f"embedding_dim {embedding_dim} is not a multiple of num_heads {num_heads}"
+                f"embedding_dim {embedding_dim} is not a multiple of num_heads {num_heads}: "
+                "change one of them",
+                name="num_heads",
+                value=num_heads,
             )
         self.num_heads = num_heads
         self.dropout = dropout

@@ -16,15 +16,11 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from foretaste.data.features import FieldSide, FieldTable
-from foretaste.data.memory import available_bytes, refuse_beyond
 from foretaste.errors import ConfigError
 
 Fusion = Literal["concat", "gate"]
 """How a row's fields become one vector: all side by side through a linear layer, or their sum,
 weighted by a softmax that the fields themselves decide."""
-
-_COPIES = 4
-"""A table in training: weights, gradient, and two moments of the optimizer."""
 
 
 @final
@@ -43,12 +39,10 @@ class FieldVectors(nn.Module):
 
         Raises:
             ConfigError: There is no field.
-            TooLargeError: The table of codes would not fit in memory.
         """
         super().__init__()
         if not side.num_fields:
             raise ConfigError("no field to encode: name one in the schema, or do without features")
-        refuse_codes(side.num_codes, embedding_dim)
         std = embedding_dim**-0.5 if init_std is None else init_std
         self.num_bags = len(side.bags)
         self.embedding_dim = embedding_dim
@@ -123,7 +117,6 @@ class FieldEncoder(nn.Module):
 
         Raises:
             ConfigError: There is no field.
-            TooLargeError: The table of codes would not fit in memory.
         """
         super().__init__()
         self.fields = FieldVectors(side, embedding_dim=embedding_dim)
@@ -159,20 +152,6 @@ def gated_sum(
     lowest = torch.finfo(logit_XF.dtype).min
     weight_XF = logit_XF.masked_fill(~says_XF, lowest).softmax(dim=-1) * says_XF
     return torch.einsum("...f,...fd->...d", weight_XF, silenced_XFD)
-
-
-def refuse_codes(num_codes: int, width: int) -> None:
-    """Refuse a table that training would have no memory for.
-
-    Raises:
-        TooLargeError: It would not fit.
-    """
-    refuse_beyond(
-        available_bytes(),
-        num_codes * width * 4 * _COPIES,
-        f"a table of {num_codes:,} codes of features, {width} wide,",
-        "raise min_count, lower max_values, or leave the largest field out",
-    )
 
 
 def mean_bags(

@@ -20,11 +20,7 @@ class KnownFields(nn.Module):
     def __init__(
         self, side: FieldSide, table: FieldTable, *, embedding_dim: int, fusion: Fusion
     ) -> None:
-        """Make untrained weights.
-
-        Raises:
-            TooLargeError: The table of codes would not fit in memory.
-        """
+        """Make untrained weights."""
         super().__init__()
         self.encoder = FieldEncoder(side, embedding_dim=embedding_dim, fusion=fusion)
         self.rows = KnownRows(side, table)

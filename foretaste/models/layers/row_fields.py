@@ -21,7 +21,7 @@ from foretaste.data.batch import Queries
 from foretaste.data.features import Features, FieldTable
 from foretaste.data.interactions import Interactions
 from foretaste.errors import ConfigError
-from foretaste.models.layers.embedding import look_up, refuse_codes
+from foretaste.models.layers.embedding import look_up
 from foretaste.models.layers.fold_in import FoldIn
 from foretaste.models.layers.new_users import with_likely_features, with_likely_ids
 from foretaste.models.layers.row_sides import RowFieldsConfig, sides_of_rows
@@ -76,7 +76,6 @@ class RowFields(nn.Module):
 
         Raises:
             ConfigError: There is nothing to tell an item by.
-            TooLargeError: A table would not fit in memory.
         """
         super().__init__()
         self.config, self.num_users, self.num_items = config, num_users, num_items
@@ -252,7 +251,6 @@ class RowFields(nn.Module):
             self.fold_features.learn(events, known_UX, self._item_table())
 
     def _table(self) -> nn.Embedding:
-        refuse_codes(self.num_codes, self.width)
         table = nn.Embedding(self.num_codes, self.width, padding_idx=0)
         nn.init.normal_(table.weight, std=self.config.init_std)
         sides = (self.user, self.item, self.context)

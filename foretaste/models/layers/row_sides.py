@@ -6,9 +6,9 @@ values of users, items and moments.
 
 from typing import NamedTuple
 
-from pydantic import Field, PositiveInt
+from pydantic import Field
 
-from foretaste.config import Config
+from foretaste.config import Config, Count, Positive, Weight
 from foretaste.data.features import Features, FieldSide
 from foretaste.errors import ConfigError
 from foretaste.models.layers.embedding import Fusion
@@ -20,7 +20,7 @@ from foretaste.models.layers.used_rows_l2 import L2Of
 class RowFieldsConfig(Config):
     """Settings of what a ranker reads."""
 
-    embedding_dim: PositiveInt = 16
+    embedding_dim: Count = 16
     """Width of each field's vector."""
     user_id: bool = True
     """Whether each user has a vector of their own; nobody has where each row is a user of its
@@ -39,9 +39,9 @@ class RowFieldsConfig(Config):
     id_dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of rows that are told in training without their id, where something else is known:
     features learn to stand alone."""
-    init_std: float = Field(default=0.05, gt=0)
+    init_std: Positive = 0.05
     """Spread of the first vectors."""
-    l2: float = Field(default=0.0, ge=0)
+    l2: Weight = 0.0
     """Weight of half the squared length of the vectors of ids and single values that a batch
     uses."""
     l2_of: L2Of = "rows"

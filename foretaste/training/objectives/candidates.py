@@ -15,11 +15,12 @@ from typing import Literal, final
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64
-from pydantic import Field, NonNegativeInt, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from foretaste.config import Config
+from foretaste.config import Config, CountOrZero, Positive
 from foretaste.data.interactions import Interactions
+from foretaste.data.memory import check_fits
 from foretaste.losses.bce import bce_loss_gradient, gbce_power
 from foretaste.losses.bpr import bpr_loss_gradient, margin_loss_gradient
 from foretaste.losses.chunked import LossGradient, chunked_loss
@@ -41,18 +42,18 @@ class CandidateConfig(Config):
 
     loss: Loss = "softmax"
     """"softmax": cross-entropy over the whole catalogue. The others need negatives."""
-    negatives: NonNegativeInt = 512
+    negatives: CountOrZero = 512
     """How many items a batch draws, distinct, shared by all its rows."""
-    row_negatives: NonNegativeInt = 0
+    row_negatives: CountOrZero = 0
     """How many items are drawn for each row alone, as BPR's authors do."""
     in_batch: bool = False
     """Whether the batch's other positives are negatives too; with `negatives`, a mixture."""
     frequency: Literal["counted", "streamed"] = "counted"
     """How often an item is in a batch: exactly, from its training events, or estimated from the
     batches that went by, as for a stream."""
-    popularity_power: float = Field(default=0.0, ge=0)
+    popularity_power: float = Field(default=0.0, ge=0, le=10)
     """Negatives are drawn with probability ~ count^power; 0 is uniform."""
-    hardest: NonNegativeInt = 0
+    hardest: CountOrZero = 0
     """Only so many negatives of a row count, those scored highest; 0: all do."""
     exclude_known: bool = False
     """Never take for a negative what the user has in training; else only the row's own item."""
@@ -60,7 +61,7 @@ class CandidateConfig(Config):
     """Sampled softmax corrects each negative by its expected number of draws."""
     calibration: float = Field(default=0.75, ge=0, le=1)
     """gBCE's t: 0 is BCE, 1 calibrates probabilities fully."""
-    margin: float = Field(default=1.0, gt=0)
+    margin: Positive = 1.0
     """How far above a negative the positive should stand, for the margin loss."""
 
     @model_validator(mode="after")
@@ -150,6 +151,7 @@ class CandidateLoss(nn.Module):
 
         Raises:
             DataError: Known items are excluded, and a user has done every item.
+            TooLargeError: The rows' own negatives would not fit in memory.
         """
         config, device = self.config, target_N.device
         num = self.num_known if config.loss == "softmax" else config.negatives
@@ -193,6 +195,7 @@ class CandidateLoss(nn.Module):
         """Return the mean loss over rows, given the vectors of `candidates.item_V`."""
         corrected = self.config.loss == "sampled_softmax" and self.config.log_q
         has_own = candidates.own_NH.shape[1] > 0
+        self._check_own(len(query_ND), bytes_each=12 * query_ND.shape[1])
         loss = chunked_loss(
             query_ND,
             F.embedding(candidates.target_N, item_VD),
@@ -205,8 +208,19 @@ class CandidateLoss(nn.Module):
         )
         return loss / len(query_ND)
 
+    def _check_own(self, num_rows: int, *, bytes_each: int) -> None:
+        num = self.config.row_negatives
+        check_fits(
+            num_rows * num * bytes_each,
+            f"{num:,} negatives of each of {num_rows:,} rows",
+            "lower objective.row_negatives or training.batch_events",
+            name="row_negatives",
+            value=num,
+        )
+
     def _draw_own(self, user_N: Tensor, target_N: Tensor, generator: torch.Generator) -> Tensor:
         num = self.config.row_negatives
+        self._check_own(len(user_N), bytes_each=32)
         if self.own is None or self.seen is None:
             drawn = self.own.draw((len(user_N), num), generator=generator) if self.own else None
             return target_N.new_empty(len(user_N), 0) if drawn is None else drawn.to(target_N)

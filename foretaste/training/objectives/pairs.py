@@ -9,9 +9,10 @@ from typing import Literal, final
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import model_validator
 from torch import Tensor, nn
 
+from foretaste.config import Count, CountOrZero, Positive, Weight
 from foretaste.data.batch import PairBatch
 from foretaste.data.interactions import Interactions
 from foretaste.errors import ConfigError
@@ -29,27 +30,27 @@ class PairsConfig(CandidateConfig):
 
     kind: Literal["pairs"] = "pairs"
     loss: Loss = "sampled_softmax"
-    l2: float = Field(default=0.0, ge=0)
+    l2: Weight = 0.0
     """Weight of half the squared length of the base vectors that a pair uses: user, item and, for
     each, the mean over its batch of candidates."""
-    contrast: float = Field(default=0.0, ge=0)
+    contrast: Weight = 0.0
     """Weight of the agreement of a model's two views of the same users and items, if it has any."""
-    contrast_temperature: float = Field(default=0.2, gt=0)
-    hard_negatives: NonNegativeInt = 0
+    contrast_temperature: Positive = 0.2
+    hard_negatives: CountOrZero = 0
     """At most so many hard negatives of each pair, which its user has not done; what share of all
     they are, the other counts of negatives decide."""
     hard_from: Literal["walks", "index"] = "walks"
     """Where they come from: "walks", items that random walks from the pair's item visit much;
     "index", items that the model itself scores high for the pair's user."""
-    hard_refresh: PositiveInt = 1
+    hard_refresh: Count = 1
     """Epochs between two searches of the "index", each with the weights of its time."""
-    hard_from_epoch: PositiveInt = 2
+    hard_from_epoch: Count = 2
     """The first epoch with hard negatives, counted from 1: one a pair; each epoch after it has one
     more."""
-    hard_ranks: tuple[NonNegativeInt, PositiveInt] = (10, 100)
+    hard_ranks: tuple[CountOrZero, Count] = (10, 100)
     """The nearest and the farthest rank of them, by visits or by score. A window of half of the
     range moves from the farthest ranks to the nearest."""
-    hard_epochs: PositiveInt = 10
+    hard_epochs: Count = 10
     """Epochs that the window takes."""
 
     @model_validator(mode="after")

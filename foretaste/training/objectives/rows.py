@@ -8,11 +8,12 @@ from typing import Literal, final
 
 import torch
 from jaxtyping import Float
-from pydantic import Field, NonNegativeInt
+from pydantic import Field
 from torch import Tensor, nn
 
-from foretaste.config import Config
+from foretaste.config import Config, CountOrZero
 from foretaste.data.batch import RowBatch
+from foretaste.data.memory import check_fits
 from foretaste.data.tasks import LabelScale, Task
 from foretaste.losses.multitask import listwise_loss, task_loss, uncertain_terms
 from foretaste.models.interface import Penalised, Ranker
@@ -28,14 +29,14 @@ class RowsConfig(Config):
     weighting: Literal["fixed", "uncertainty"] = "fixed"
     """Of the tasks in the sum: by each task's `weight`; or, times that, by a learned uncertainty:
     noisy tasks weigh less."""
-    negatives: NonNegativeInt | Literal["usual"] = "usual"
+    negatives: CountOrZero | Literal["usual"] = "usual"
     """Items drawn for each row, a 0 for every binary task and without a label for the others.
     "usual": 4 where no task has a column, so that the data hold only what happened; else 0."""
     negatives_from: Literal["uniform", "popularity", "retriever"] = "uniform"
     """Who is drawn: all items alike, the popular more often, or a retriever's candidates."""
     retriever_share: float = Field(default=1.0, ge=0, le=1)
     """Of "retriever": the probability that a drawn item is a candidate, and not any item."""
-    popularity_power: float = Field(default=0.75, ge=0)
+    popularity_power: float = Field(default=0.75, ge=0, le=10)
     """Of "popularity": items are drawn with probability ~ count^power."""
     exclude_known: bool = True
     """Never draw an item that the user has in training; else only not the row's own."""
@@ -82,6 +83,7 @@ class LabelledRows(nn.Module):
         )
 
     def forward(self, model: Ranker, batch: RowBatch) -> Float[Tensor, ""]:
+        self._check_judged(model, batch)
         outputs = model(batch.queries, batch.item_BC)
         if batch.first_BC is None:
             loss = self._of_labels(outputs, batch.label_BCT)
@@ -91,6 +93,19 @@ class LabelledRows(nn.Module):
         if isinstance(model, Penalised):
             loss = loss + model.penalty(batch.queries, batch.item_BC)
         return loss
+
+    def _check_judged(self, model: Ranker, batch: RowBatch) -> None:
+        """Count what the layers make of each item: values, their gradient, and what ReLU keeps."""
+        layers = model.modules() if isinstance(model, nn.Module) else ()
+        widths = sum(layer.out_features for layer in layers if isinstance(layer, nn.Linear))
+        num = batch.item_BC.shape[1] - 1
+        check_fits(
+            batch.item_BC.numel() * widths * 12,
+            f"judging {num:,} drawn items for each of {len(batch.item_BC):,} rows",
+            "lower objective.negatives or training.batch_events",
+            name="negatives" if num else "batch_events",
+            value=num or len(batch.item_BC),
+        )
 
     def _of_labels(
         self, outputs: Mapping[str, Tensor], label_BCT: Float[Tensor, "B C T"]
