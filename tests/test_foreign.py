@@ -1,6 +1,9 @@
 """A model that meets events that are not its own: found by their ids, counted, or refused."""
 
+import contextlib
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -8,6 +11,7 @@ import pytest
 import torch
 
 import foretaste as ft
+from foretaste.cli.main import run as run_command
 from foretaste.data.features import fit_features
 from foretaste.data.graph import graph_of
 from foretaste.data.translation import Translation, rows_in
@@ -343,6 +347,78 @@ def test_a_user_who_does_an_item_again_was_not_trained_on_the_second_time() -> N
         model = made(ft.ItemKNNConfig(), split)
         report = ft.evaluate(model, split.test, resamples=0, exclude_seen=False)
         assert "trained_on" not in report.counts
+
+
+def test_users_whom_the_model_knows_are_not_measured_as_new_ones() -> None:
+    # the other file begins later: nothing is known there of whom the model was trained on
+    later = table(seed=1).with_columns(pl.col("t") + 86_400)
+    strangers = later.with_columns(pl.col("user_id") + 1000)
+    model = made(ft.PopularityConfig(), OWN)
+    for frame, known in ((later, True), (pl.concat([later, strangers]), False)):
+        split = ft.cold_users_split(read(frame), validation=0.1, test=0.5)
+        if known:
+            with pytest.raises(DataError) as caught:
+                ft.evaluate(model, split.test, users="new", resamples=0)
+            assert (caught.value.name, caught.value.value) == ("users", "new")
+        else:
+            report = ft.evaluate(model, split.test, users="new", resamples=0)
+            assert any("are not new to it" in note for note in report.notes)
+
+
+def test_training_rows_are_judged_and_not_calibrated_on() -> None:
+    report = ft.evaluate_rows(made(MMOE, OWN), OWN, part="train", resamples=0)
+    assert "trained_on" not in report.counts
+    with pytest.raises(DataError, match='part="validation"'):
+        ft.calibrate(report, "platt")
+
+
+def test_a_run_on_other_events_is_not_gone_on_with(tmp_path: Path) -> None:
+    def run(split: ft.Split, **changes: object) -> ft.Trained:
+        config = ft.MFConfig(embedding_dim=4)
+        return ft.fit(
+            config,
+            split,
+            training=ONE_EPOCH,
+            folder=tmp_path,
+            show=False,
+            **changes,  # type: ignore[arg-type]
+        )
+
+    run(OWN)
+    run(OWN, resume=True)
+    renamed = split_of(table().with_columns(pl.col("user_id") + 1000))
+    with pytest.raises(ft.ConfigError) as caught:
+        run(renamed, resume=True)
+    assert caught.value.name == "resume"
+
+
+def test_the_command_line_measures_a_bundle_on_another_file_by_ids(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = tmp_path / "bundle"
+    ft.build_recommender(made(ft.ItemKNNConfig(), OWN)).save(bundle)
+    more_rows(table()).write_csv(tmp_path / "other.csv")
+    recipe = tmp_path / "other.toml"
+    recipe.write_text(
+        '[data]\nkind = "files"\nfiles = ["other.csv"]\ntimestamp = "t"\n'
+        '[split]\nkind = "leave_last"\n[model]\nkind = "item_knn"\n'
+    )
+    with contextlib.suppress(SystemExit):
+        run_command(
+            [
+                "evaluate",
+                str(bundle),
+                "--recipe",
+                str(recipe),
+                "--data-dir",
+                str(tmp_path),
+                "--json",
+            ]
+        )
+    told = json.loads(capsys.readouterr().out)
+    own = ft.evaluate(made(ft.ItemKNNConfig(), OWN), OWN.test, resamples=0)
+    assert told["counts"]["unknown_users"] == 0
+    assert told["metrics"]["ndcg_at_10"] == pytest.approx(own.metrics["ndcg_at_10"])
 
 
 # --- reports --------------------------------------------------------------------------------------

@@ -97,18 +97,9 @@ class Features:
         """
         if self.events is events:
             return self
-        frames = {"user": events.user_table, "item": events.item_table, "context": events.context}
-        for role, side in (("user", self.user), ("item", self.item), ("context", self.context)):
-            if side is None:
-                continue
-            frame = frames[role]
-            if frame is None:
-                raise ConfigError(
-                    f"the features have {role} fields ({', '.join(side.columns)}), {_ABSENT[role]}",
-                    name=role,
-                )
-            for name in side.columns:
-                _column(role, name, frame)
+        _check_columns("user", self.user, events.user_table)
+        _check_columns("item", self.item, events.item_table)
+        _check_columns("context", self.context, events.context)
         own = self.events
         if own is None or not (own.users.same_as(events.users) and own.items.same_as(events.items)):
             return self.of(events)
@@ -244,9 +235,20 @@ def _fit_side(
     )
 
 
+def _check_columns(role: str, side: FieldSide | None, frame: pl.DataFrame | None) -> None:
+    if side is not None and frame is None:
+        raise ConfigError(
+            f"the features have {role} fields ({', '.join(side.columns)}), {_ABSENT[role]}",
+            name=role,
+        )
+    if side is not None and frame is not None:
+        for name in side.columns:
+            _column(role, name, frame)
+
+
 def _column(role: str, name: str, frame: pl.DataFrame) -> pl.Series:
     if name not in frame.columns:
-        raise ConfigError(_no_column(role, name, frame.columns))
+        raise ConfigError(_no_column(role, name, frame.columns), name=name, column=name)
     return frame[name]
 
 

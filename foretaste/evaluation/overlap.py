@@ -164,6 +164,37 @@ def overlap(model: Trained, test: Asked) -> Overlap:
     return found
 
 
+def check_new(
+    model: Trained, holdout: Holdout, user_idx: Int64[np.ndarray, " U"]
+) -> tuple[str, ...]:
+    """Say how many users without history in a holdout are no new ones to the model.
+
+    Args:
+        model: As one that is asked by the holdout's events.
+        holdout: Whose users.
+        user_idx: Those whose lists are measured as new users'.
+
+    Raises:
+        DataError: All of them have events in the model's training.
+    """
+    known_U = np.diff(model.events.offsets) > 0
+    own_U = user_idx if model.translation is None else model.translation.user_U[user_idx]
+    num = int((known_U[own_U] & (own_U >= 0)).sum())
+    if num and num == len(user_idx):
+        raise DataError(
+            f'users is "new", and the model was trained on events of all {num:,} users of '
+            f'{holdout.name!r} that have no history there: measure users="known"',
+            name="users",
+            value="new",
+        )
+    if not num:
+        return ()
+    return (
+        f"new users: {num:,} of {len(user_idx):,} users without history here have events in the "
+        "model's training, and are not new to it",
+    )
+
+
 def trained_on_events(model: Trained, test: Asked) -> Bool[np.ndarray, " N"]:
     """Return which events of a test the model saw in training."""
     own, past, translation = model.events, test.past, model.translation

@@ -18,7 +18,7 @@ from foretaste.evaluation.bootstrap import bootstrap_intervals
 from foretaste.evaluation.cold import COLD_SUFFIX, NEW_SUFFIX, Among, Whose
 from foretaste.evaluation.measure_queries import measure_queries
 from foretaste.evaluation.metrics.coverage import coverage
-from foretaste.evaluation.overlap import Asked, overlap
+from foretaste.evaluation.overlap import Asked, check_new, overlap
 from foretaste.evaluation.protocol_notes import protocol_notes
 from foretaste.evaluation.rank import chance_within
 from foretaste.evaluation.report import Report
@@ -134,6 +134,7 @@ def evaluate(
         | known.counts,
         notes=(
             *known.notes,
+            *(check_new(model, holdout, user_idx) if users == "new" else ()),
             *protocol_notes(
                 model,
                 holdout,

@@ -218,8 +218,15 @@ def calibrate(report: RowsReport, method: Method) -> dict[str, Calibration]:
         method: "platt" or "isotonic".
 
     Raises:
-        DataError: The report was kept without its rows.
+        DataError: The report was kept without its rows, or is of rows that training saw.
     """
+    if report.holdout == "train":
+        raise DataError(
+            "the report is of training's own rows, of which the model is too sure: calibrate on "
+            'those of validation, evaluate_rows(model, split, part="validation")',
+            name="report",
+            value=report.holdout,
+        )
     found: dict[str, Calibration] = {}
     for task in report.tasks:
         if task.kind == "binary" and report.name("auc", task.name) in report.metrics:

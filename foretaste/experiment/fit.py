@@ -284,6 +284,7 @@ def _learn(
         validate=None if validation is None else validation.value,
         folder=folder,
         refreshed=learning.refreshed,
+        data="" if folder is None else events.fingerprint(),
     )
     log = _run(run, training, resume=resume, show=show, on_epoch=on_epoch, max_seconds=max_seconds)
     if isinstance(learning.objective, LabelledRows) and learning.objective.sigmas():

@@ -91,7 +91,7 @@ def tune(
     """
     space, folder = distributions(config), Path(folder)
     _check_folder(folder, resume=resume, replace=replace)
-    study = _open_study(config, folder)
+    study = _open_study(config, split, folder)
     for _ in range((trials or config.tune.trials) - len(_finished(study))):
         row = _run_trial(study, config, split, space)
         if watch is not None:
@@ -123,7 +123,7 @@ def _check_folder(folder: Path, *, resume: bool, replace: bool) -> None:
     folder.mkdir(parents=True, exist_ok=True)
 
 
-def _open_study(config: ExperimentConfig, folder: Path) -> optuna.Study:
+def _open_study(config: ExperimentConfig, split: Split, folder: Path) -> optuna.Study:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     file = folder / _STUDY
     study = optuna.create_study(
@@ -137,6 +137,14 @@ def _open_study(config: ExperimentConfig, folder: Path) -> optuna.Study:
     if study.user_attrs.get("recipe", recipe) != recipe:
         raise ConfigError(f"{file} searches another recipe: name another folder")
     study.set_user_attr("recipe", recipe)
+    data = f"{split.train.fingerprint()} {split.refit().train.fingerprint()}"
+    if study.user_attrs.get("data", data) != data:
+        raise ConfigError(
+            f"{file} searched on other events: name another folder, or replace the search",
+            name="folder",
+            value=str(folder),
+        )
+    study.set_user_attr("data", data)
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         study.enqueue_trial(trial.params)  # it was killed: run it again, under a new number
         study.set_user_attr("killed", [*study.user_attrs.get("killed", ()), trial.number])

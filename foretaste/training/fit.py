@@ -111,6 +111,7 @@ class Fit(Generic[Model, Batch]):
         validate: Callable[[nn.Module], float] | None = None,
         folder: Path | None = None,
         refreshed: Refreshed | None = None,
+        data: str = "",
     ) -> None:
         """Prepare a run.
 
@@ -126,6 +127,7 @@ class Fit(Generic[Model, Batch]):
             folder: Where checkpoints and the log of steps go; none writes neither.
             refreshed: What batches are made with that the weights decide; it sees them as
                 validation does.
+            data: A fingerprint of what is learned from: a run of another one is not gone on with.
         """
         keep_memory()
         self.device = choose_device(config.device)
@@ -133,7 +135,7 @@ class Fit(Generic[Model, Batch]):
         self.plan, self.objective, self.validate, self.folder = plan, objective, validate, folder
         if isinstance(objective, nn.Module):
             objective.to(self.device)
-        self.refreshed = refreshed
+        self.refreshed, self.data = refreshed, data
         self.progress = Progress()
         self.average = copy.deepcopy(model) if config.ema_decay else None
         self.best_weights: dict[str, Tensor] = {}
@@ -339,6 +341,7 @@ class Fit(Generic[Model, Batch]):
             "scaler": self.scaler.state_dict(),
             "settings": self.config.model_dump(mode="json"),
             "seed": self.seed,
+            "data": self.data,
         }
         write_checkpoint(self.folder / CHECKPOINT_FILE, tensors, facts)
 
@@ -370,6 +373,13 @@ class Fit(Generic[Model, Batch]):
         self.progress = Progress(**facts["progress"])
 
     def _check_same(self, path: Path, facts: Mapping[str, Any]) -> None:
+        if facts.get("data", self.data) != self.data:
+            raise ConfigError(
+                f"{path} was trained on other events: give those that it was started with, or "
+                "start again without --resume",
+                name="resume",
+                value=True,
+            )
         asked = {"settings": self.config.model_dump(mode="json"), "seed": self.seed}
         for name, value in asked.items():
             if facts[name] != value:
