@@ -553,7 +553,6 @@ def test_a_million_values_are_cut_to_a_hundred_thousand() -> None:
         (["1", "two"], NumericField(), "column 'x', row 2: 'two' is not a number"),
         ([[1.0], [2.0]], NumericField(), "column 'x' holds List"),
         ([[1.0], [2.0]], CategoricalField(), "column 'x' holds List.*multi"),
-        ([b"a", b"b"], CategoricalField(), "column 'x' holds Binary"),
         ([1.0, -float("inf")], CategoricalField(), "column 'x', row 2: -inf is not a category"),
         (["a|b", "c"], MultiField(), "column 'x' holds text, such as.*separator"),
         ([[["a"]], [["b"]]], MultiField(), "column 'x' holds List"),

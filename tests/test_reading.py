@@ -421,7 +421,7 @@ def test_side_tables_are_aligned_and_cold_ids_join(tmp_path: Path) -> None:
     assert as_rows(events) == EXPECTED
     assert "1 rows of" in " ".join(events.notes)
     assert "1 items of the table of items have no event" in events.notes
-    assert "1 items with events are not in the table of items" in events.notes
+    assert "1 of 3 items with events are not in the table of items" in events.notes
     assert "1 users of the table of users have no event" in events.notes
     assert events.offsets.tolist() == [0, 2, 5, 5]
 

@@ -161,8 +161,8 @@ def test_a_store_is_replaced_only_where_that_is_asked(folder: Path, tmp_path: Pa
     with pytest.raises(BundleError, match="--replace"):
         write_store(events(), folder)
     assert sorted(os.listdir(folder)) == before
-    write_store(events(50), folder, replace=True)
-    assert len(open_store(folder, verify=True)) == 50
+    write_store(events(60), folder, replace=True)
+    assert len(open_store(folder, verify=True)) == 60
     write_store(events(), tmp_path / "no" / "where")
     assert len(open_store(tmp_path / "no" / "where")) == len(events())
 

@@ -1,9 +1,9 @@
 """The types in which a column about users, items or the moment of an event is kept.
 
 Whatever reads such a column later (features, rules, the server, a store) knows these types alone:
-true and false, whole numbers of up to 64 bits, floats, text, dates, times in UTC, and lists of
-these. A column of another type is brought into one of them when it is read, or left out, and a
-note says so.
+true and false, whole numbers of up to 64 bits, floats, text, dates, times in UTC, times of day,
+durations, and lists of these. A column of another type is brought into one of them when it is read,
+or left out, and a note says so.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,7 +18,7 @@ from foretaste.errors import DataError
 
 _KEPT = (
     *(pl.Int8, pl.Int16, pl.Int32, pl.Int64, pl.UInt8, pl.UInt16, pl.UInt32, pl.UInt64),
-    *(pl.Float32, pl.Float64, pl.Null, pl.Boolean, pl.String, pl.Date),
+    *(pl.Float32, pl.Float64, pl.Null, pl.Boolean, pl.String, pl.Date, pl.Time, pl.Duration),
 )
 _AS_STORED = "holds an extension type: kept as what it is stored as"
 
@@ -83,6 +83,8 @@ def _stored(column: pl.Series) -> pl.Series:
 def _is_kept(column: pl.Series) -> bool:
     dtype = column.dtype
     while isinstance(dtype, pl.List | pl.Array):
+        if isinstance(dtype, pl.Array) and 0 in dtype.shape:
+            return False  # no store can be read with such a column
         dtype = dtype.inner  # type: ignore[assignment]  # a type, or the class of one
     return dtype in _KEPT or (isinstance(dtype, pl.Datetime) and dtype.time_zone is None)
 
@@ -114,18 +116,6 @@ def _utc(column: pl.Series) -> _Change:
     zone = column.dtype.time_zone  # type: ignore[attr-defined]  # a datetime's
     utc = column.dt.convert_time_zone("UTC").dt.replace_time_zone(None)
     return _Change(utc, "" if zone == "UTC" else f"holds times of the zone {zone}: kept in UTC")
-
-
-def _seconds(column: pl.Series) -> _Change:
-    per_second = {"ms": 10**3, "us": 10**6, "ns": 10**9}
-    unit = column.dtype.time_unit  # type: ignore[attr-defined]  # a duration's
-    seconds = column.cast(pl.Int64) / per_second[unit]
-    return _Change(seconds, "holds durations: kept as seconds")
-
-
-def _times_of_day(column: pl.Series) -> _Change:
-    text = column.dt.to_string("%H:%M:%S%.f")
-    return _Change(text, "holds times of day: kept as text such as 12:30:00")
 
 
 def _number(column: pl.Series) -> _Change:
@@ -171,8 +161,6 @@ _CHANGES: Mapping[type, Callable[[pl.Series], _Change]] = {
     pl.Enum: _names,
     pl.Float16: _small_floats,
     pl.Datetime: _utc,
-    pl.Duration: _seconds,
-    pl.Time: _times_of_day,
     pl.Int128: _number,
     pl.UInt128: _number,
     pl.Decimal: _number,

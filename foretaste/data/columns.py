@@ -130,12 +130,6 @@ def _whole_ids(ids: pl.Series) -> pl.Series:
     return ids.cast(pl.Int64)
 
 
-def storable(frame: pl.DataFrame) -> pl.DataFrame:
-    """Return a table with its columns of mixed types, which no store could keep, as text."""
-    mixed = [name for name, dtype in frame.schema.items() if dtype == pl.Object]
-    return frame.with_columns(canonical_ids(frame[name]) for name in mixed)
-
-
 def canonical_numbers(column: pl.Series, *, what: str) -> pl.Series:
     """Return a column of numbers as Int64, Float32 or Boolean; NaN becomes null.
 

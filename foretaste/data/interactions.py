@@ -9,6 +9,7 @@ import numpy as np
 import polars as pl
 from jaxtyping import Bool, Int32, Int64, Shaped
 
+from foretaste.data.column_types import kept
 from foretaste.data.vocabulary import Vocabulary, text_buffers
 from foretaste.errors import DataError
 
@@ -35,7 +36,8 @@ class Interactions:
     """Further columns of numbers, such as `rating` (float32): what is to be predicted."""
     context: pl.DataFrame | None = None
     """One row per event; the caller's other columns of the moment, such as the hour or the
-    place, of any type: what is known when somebody asks."""
+    place: what is known when somebody asks. Columns here and in the two tables below are brought
+    into the types of `column_types`."""
     user_table: pl.DataFrame | None = None
     """One row per user_idx; the caller's other columns about users."""
     item_table: pl.DataFrame | None = None
@@ -49,6 +51,16 @@ class Interactions:
     to be found, what histories hold. "": every event is positive."""
     notes: tuple[str, ...] = ()
     """What reading dropped, merged or assumed, with counts."""
+
+    def __post_init__(self) -> None:
+        told = list(self.notes)
+        for name in ("context", "user_table", "item_table"):
+            table = getattr(self, name)
+            if table is not None:
+                brought = kept(table, name.replace("_table", " table"))
+                told += brought.notes
+                object.__setattr__(self, name, brought.frame if brought.frame.width else None)
+        object.__setattr__(self, "notes", tuple(told))
 
     def __len__(self) -> int:
         return len(self.item_idx)
@@ -152,11 +164,10 @@ def _parts(column: pl.Series) -> Iterator[bytes]:
     if isinstance(column.dtype, pl.List):
         yield column.list.len().fill_null(0).to_numpy().tobytes()
         yield from _parts(column.drop_nulls().explode())
-    elif isinstance(column.dtype, pl.Struct):
-        for inner in column.struct.unnest().iter_columns():
-            yield from _parts(inner)
-    elif column.dtype.is_numeric() and not column.dtype.is_decimal():
+    elif column.dtype.is_numeric():
         yield column.fill_null(0).to_numpy().tobytes()
+    elif column.dtype in (pl.Duration, pl.Time):
+        yield column.cast(pl.Int64).fill_null(0).to_numpy().tobytes()
     else:
         for buffer in text_buffers(column.cast(pl.String).fill_null("")):
             yield buffer.tobytes()

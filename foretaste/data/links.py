@@ -31,18 +31,31 @@ def read_links(
         The rows of both ends, each link once as it stands; and what was left out, with counts.
 
     Raises:
-        DataError: The table cannot be read or has fewer than two columns.
+        DataError: The table cannot be read, has fewer than two columns, or no known id.
     """
     opened = open_source(source, header=header, role=f"the links of {role}")
     if len(opened.columns) < 2:
-        raise DataError(f"{opened.name} has one column: a link of {role} takes two, of ids")
+        raise DataError(
+            f"{opened.name} has one column: a link of {role} takes two, of ids",
+            column=opened.columns[0],
+        )
     ends = opened.columns[:2]
     frame, notes = opened.read(ends, ends)
     if more := opened.columns[2:]:
         unread = ", ".join(map(repr, more))
         notes = (*notes, f"of the links of {role} {unread} is not read: all links weigh the same")
-    one_P, other_P = (vocabulary.encode(canonical_ids(frame[end])) for end in ends)
+    ids = [canonical_ids(frame[end]) for end in ends]
+    one_P, other_P = (vocabulary.encode(column) for column in ids)
     known_P, own_P = (one_P >= 0) & (other_P >= 0), one_P == other_P
+    if len(known_P) and max(one_P.max(), other_P.max()) < 0:
+        raise DataError(
+            f"none of the ids in {opened.name} is known: columns {ends[0]!r} and {ends[1]!r} begin "
+            f"with {ids[0][0]!r} and {ids[1][0]!r}, the ids of {role} with {vocabulary.ids[0]!r}; "
+            "give a table whose first two columns hold these ids",
+            column=ends[0],
+            row=1,
+            value=ids[0][0],
+        )
     pair_P2 = np.stack([one_P, other_P], axis=1)[known_P & ~own_P]
     links_P2 = np.unique(pair_P2, axis=0)
     counts = {

@@ -174,6 +174,8 @@ def _family(column: pl.Series) -> str:
         return "nothing"
     if dtype.is_nested():
         return "lists"
+    if dtype in (pl.Time, pl.Duration):
+        return str(dtype.base_type())
     if dtype.is_temporal():
         return "times"
     return "numbers" if dtype.is_numeric() or dtype == pl.Boolean else "text"

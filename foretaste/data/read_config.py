@@ -79,8 +79,13 @@ class ReadConfig(WhichEvents):
     columns: Columns = ()
     """Further columns of numbers to keep, such as labels; a missing value becomes NaN."""
     context: Columns = ()
-    """Further columns of any type to keep, such as the hour or the place: context features, known
-    when somebody asks."""
+    """Further columns to keep, such as the hour or the place: context features, known when somebody
+    asks. Numbers, truth values, text, dates, times and durations, or lists of these."""
+    user_key: Column | None = None
+    """Column of ids in the table of users. Without one, it is the column named like `user`, or else
+    the one that holds the ids of at least half of the users with events."""
+    item_key: Column | None = None
+    """Column of ids in the table of items, likewise."""
     missing: Annotated[Sequence[str], AfterValidator(tuple)] = MISSING
     """Texts that mean a missing value, in files and tables alike, in all columns that are read;
     with an empty list only the empty text does."""
@@ -104,9 +109,8 @@ class ReadTables(ReadConfig):
     """The settings of reading in Python, where the tables beside the events may be in memory."""
 
     users: Any = None
-    """A table of users, any kind of source; its key is the column named like `user`, or else, and
-    always without a header, its first. Its users without an event join the vocabulary. Of rows with
-    one key the first is taken."""
+    """A table of users, any kind of source; `user_key` is its column of ids. Its users without an
+    event join the vocabulary. Of rows with one key the first is taken."""
     items: Any = None
     """A table of items, likewise."""
     user_links: Any = None

@@ -12,7 +12,8 @@ import numpy as np
 import polars as pl
 from jaxtyping import Int32, Int64, Shaped
 
-from foretaste.data.columns import at_row, canonical_ids, canonical_numbers, storable
+from foretaste.data.column_types import kept
+from foretaste.data.columns import at_row, canonical_ids, canonical_numbers
 from foretaste.data.conditions import (
     check_some,
     columns_in,
@@ -94,8 +95,8 @@ def read_interactions(source: object, read: ReadTables) -> Interactions:  # noqa
             error.args = (f"{error} (rows are counted among those that where keeps)",)
         raise
     del frame, chosen
-    users = read_side(read.users, names.user, "users", read)
-    items = read_side(read.items, names.item, "items", read)
+    users = read_side(read.users, names.user, "users", read, ids=events.user)
+    items = read_side(read.items, names.item, "items", read, ids=events.item)
     arranged = _arrange(events, users, items, read.duplicates, events.notes)
     arranged = replace(arranged, positive=read.positive)
     return with_links(
@@ -255,8 +256,8 @@ def _check(
             frame[names.timestamp], read.timestamp_unit, drop_unknown=read.drop_incomplete
         )
     numbers = {
-        kept: _number_column(frame[name], is_rating=kept == "rating")
-        for kept, name in names.numbers.items()
+        called: _number_column(frame[name], is_rating=called == "rating")
+        for called, name in names.numbers.items()
     }
     if read.positive and read.positive not in numbers:
         numbers[read.positive] = pl.Series(rows_where(frame, read.positive, "positive"))
@@ -264,6 +265,7 @@ def _check(
         notes.append("there is no column of users: every row is a user of its own")
     if names.item is None:
         notes.append(f"there is no column of items: every row is of the one item {ONE_ITEM!r}")
+    context, told = kept(frame.select(names.context), "the event table", needed=True)
     return _Events(
         names=names,
         user=pl.int_range(frame.height, dtype=pl.Int64, eager=True)
@@ -274,8 +276,8 @@ def _check(
         else canonical_ids(frame[names.item]),
         times=times,
         numbers=numbers,
-        context=storable(frame.select(names.context)),
-        notes=notes,
+        context=context,
+        notes=[*notes, *told],
     )
 
 

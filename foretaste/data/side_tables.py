@@ -9,18 +9,29 @@ import numpy as np
 import polars as pl
 from jaxtyping import Int64
 
-from foretaste.data.columns import at_row, canonical_ids, storable
+from foretaste.data.column_types import kept
+from foretaste.data.columns import at_row, canonical_ids
 from foretaste.data.read_config import ReadConfig
-from foretaste.data.tables import find_column, open_source
+from foretaste.data.tables import Source, find_column, open_source
 from foretaste.data.vocabulary import Vocabulary
 from foretaste.errors import DataError
 
 _INTEGER = r"^-?(0|[1-9][0-9]*)$"
+_ENOUGH = 0.5
+"""A table of users or items is about the events if it holds this share of their ids."""
+_DISTINCT = 0.9
+"""A column is taken for a key by its values if at least this share of them is distinct."""
 
 
 class Side(NamedTuple):
     """A table about users or items."""
 
+    name: str
+    """What messages call it."""
+    key: str
+    """The column of ids."""
+    is_named: bool
+    """Whether the caller named the key."""
     ids: pl.Series
     """Distinct."""
     table: pl.DataFrame | None
@@ -28,17 +39,21 @@ class Side(NamedTuple):
     notes: list[str]
 
 
-def read_side(source: object, key: str | None, role: str, read: ReadConfig) -> Side | None:
+def read_side(
+    source: object, like: str | None, role: str, read: ReadConfig, *, ids: pl.Series
+) -> Side | None:
     """Read one; None where there is none.
 
     Args:
         source: Any kind of source.
-        key: The event table's column of these ids; where the table has none so named, its first.
+        like: The event table's column of these ids: the key, where the table has one so named.
         role: "users" or "items", for messages.
-        read: How; where it drops incomplete rows, those without an id are left out.
+        read: How. Without a key there, it is the column so named, or else the one that holds the
+            ids of the events; where it drops incomplete rows, those without an id are left out.
+        ids: Of the events.
 
     Raises:
-        DataError: It cannot be read, or a row has no id.
+        DataError: It cannot be read, no column is the key, or a row has no id.
     """
     if source is None:
         return None
@@ -49,28 +64,105 @@ def read_side(source: object, key: str | None, role: str, read: ReadConfig) -> S
         missing=read.missing,
         role=f"the table of {role}",
     )
-    columns = opened.columns
-    key = key if key is not None and read.header and key in columns else columns[0]
-    frame, read_notes = opened.read(
-        columns, [find_column(opened, key, argument=role)], optional=set(columns) - {key}
-    )
-    ids, notes = canonical_ids(frame[key]), list(read_notes)
-    if missing := ids.null_count():
+    key, notes = read.user_key if role == "users" else read.item_key, []
+    if key is not None:
+        name = find_column(opened, key, argument=_setting(role))
+    elif like is not None and read.header and like in opened.columns:
+        name = find_column(opened, like, argument=_setting(role))
+    else:
+        name = _find_key(opened, like, ids, role)
+        notes.append(f"column {name!r} of {opened.name} holds the ids of the events: it is the key")
+    frame, read_notes = opened.read(opened.columns, [name], optional=set(opened.columns) - {name})
+    side_ids = canonical_ids(frame[name])
+    others, told = kept(frame.drop(name), opened.name)
+    notes += [*read_notes, *told]
+    if missing := side_ids.null_count():
         if not read.drop_incomplete:
             raise DataError(
-                f"{opened.name}: column {key!r}, {at_row(ids, ids.is_null())} is missing: fix it, "
-                "or say drop_incomplete=True"
+                f"{opened.name}: column {name!r}, {at_row(side_ids, side_ids.is_null())} is "
+                "missing: give an id, or say drop_incomplete=True",
+                column=name,
+                row=1 + int(side_ids.is_null().arg_max() or 0),
             )
-        frame, ids = frame.filter(ids.is_not_null()), ids.drop_nulls()
+        others, side_ids = others.filter(side_ids.is_not_null()), side_ids.drop_nulls()
         notes.append(f"{missing} rows of {opened.name} without an id were left out")
+    others, side_ids = _first_of_each(others, side_ids, opened.name, notes)
+    if ids.dtype == pl.Int64 and (text := _not_integers(side_ids)):
+        notes.append(f"the ids of {role} are kept as text: {opened.name} has {text[0]!r}")
+    return Side(
+        name=opened.name,
+        key=name,
+        is_named=key is not None,
+        ids=side_ids,
+        table=others if others.width else None,
+        notes=notes,
+    )
+
+
+def _setting(role: str) -> str:
+    return f"{role.removesuffix('s')}_key"
+
+
+def _first_of_each(
+    others: pl.DataFrame, ids: pl.Series, name: str, notes: list[str]
+) -> tuple[pl.DataFrame, pl.Series]:
+    """Keep the first row of each id; say how many more there are, and how many say otherwise."""
     first = ids.is_first_distinct()
-    if not first.all():
-        notes.append(
-            f"{(~first).sum()} rows of {opened.name} repeat an id: its first row was taken"
-        )
-        frame, ids = frame.filter(first), ids.filter(first)
-    others = storable(frame.drop(key))
-    return Side(ids, others if others.width else None, notes)
+    if first.all():
+        return others, ids
+    rows = others.with_columns(ids.alias("id of the row"))
+    differing = rows.unique().height - int(first.sum())
+    also = f", and {differing} of them differ from it" if differing else ""
+    notes.append(f"{(~first).sum()} rows of {name} repeat an id: its first row was taken{also}")
+    return others.filter(first) if others.width else others, ids.filter(first)
+
+
+def _not_integers(ids: pl.Series) -> list[str]:
+    """Return the first id that is no integer, if one is none."""
+    if ids.dtype != pl.String:
+        return []
+    return ids.filter(~ids.str.contains(_INTEGER)).head(1).to_list()
+
+
+def _find_key(opened: Source, like: str | None, ids: pl.Series, role: str) -> str:
+    """Return the column that holds the ids of the events; where two do, the table's first.
+
+    Raises:
+        DataError: None does, or several others do.
+    """
+    columns = opened.columns
+    fitting = _fitting(
+        kept(opened.read(columns, columns, optional=columns).frame, "the table").frame, ids
+    )
+    best = [name for name, share in fitting.items() if share == max(fitting.values())]
+    if columns[0] in best or len(best) == 1:
+        return columns[0] if columns[0] in best else best[0]
+    has = "" if like is None else f"no column {like!r}, and "
+    fits = (
+        f"{' and '.join(map(repr, best))} each hold the ids of the events"
+        if best
+        else f"none of its columns holds the ids of the events, which are like {ids[0]!r}"
+    )
+    raise DataError(
+        f"{opened.name} has {has}{fits}: say {_setting(role)}=NAME, one of "
+        f"{', '.join(map(repr, columns[:30]))}",
+        name=_setting(role),
+        value=ids[0],
+    )
+
+
+def _fitting(frame: pl.DataFrame, ids: pl.Series) -> dict[str, float]:
+    """Return the columns that may be a key, and the share of the events' ids that each holds."""
+    wanted, shares = ids.unique().cast(pl.String), {}
+    for column in frame.iter_columns():
+        if not (column.dtype.is_integer() or column.dtype in (pl.String, pl.Date)):
+            continue
+        texts = column.cast(pl.String).drop_nulls()
+        values = texts.unique()
+        share = wanted.is_in(values.implode()).mean()
+        if len(values) > _DISTINCT * len(texts) and isinstance(share, float) and share >= _ENOUGH:
+            shares[column.name] = share
+    return shares
 
 
 def alike(ids: pl.Series, side: Side | None) -> tuple[pl.Series, pl.Series | None]:
@@ -87,16 +179,48 @@ def alike(ids: pl.Series, side: Side | None) -> tuple[pl.Series, pl.Series | Non
 def notes_about(
     vocabulary: Vocabulary, count: Int64[np.ndarray, " N"], side: Side | None, role: str
 ) -> list[str]:
-    """Say what reading the table left out, and who stands in it or among the events alone."""
+    """Say what reading the table left out, and who stands in it or among the events alone.
+
+    Raises:
+        DataError: The table's key holds none of the ids with events, or, where the caller did not
+            name it, fewer than half of them while another column holds more.
+    """
     if side is None:
         return []
-    cold, bare = int((count == 0).sum()), len(vocabulary) - len(side.ids)
-    notes = list(side.notes)
+    active, cold = int((count > 0).sum()), int((count == 0).sum())
+    bare, notes = len(vocabulary) - len(side.ids), list(side.notes)
+    if bare > (1 - _ENOUGH) * active:
+        fitting = _fitting(
+            side.table if side.table is not None else pl.DataFrame(),
+            vocabulary.ids.filter(pl.Series(count > 0)),
+        )
+        if bare == active or (fitting and not side.is_named):
+            raise _unfit(side, vocabulary.ids[int(count.argmax())], active - bare, fitting, role)
     if cold:
         notes.append(f"{cold} {role} of the table of {role} have no event")
     if bare:
-        notes.append(f"{bare} {role} with events are not in the table of {role}")
+        notes.append(f"{bare} of {active} {role} with events are not in the table of {role}")
     return notes
+
+
+def _unfit(side: Side, seen: object, found: int, fitting: dict[str, float], role: str) -> DataError:
+    """Return the error about a table whose key hardly knows the ids of the events."""
+    setting = _setting(role)
+    if fitting:
+        better = max(fitting, key=lambda name: fitting[name])
+        advice = f"say {setting}={better!r}, which holds more of them"
+    else:
+        advice = f"say {setting}=NAME if another column holds them, or give the table of these ids"
+    if found:
+        advice += f", or {setting}={side.key!r} if it is right all the same"
+    return DataError(
+        f"column {side.key!r} of {side.name} was taken for the ids of {role}, such as "
+        f"{side.ids[0]!r}, and holds {found or 'none'} of those with events, such as {seen!r}: "
+        f"{advice}",
+        name=setting,
+        column=side.key,
+        value=side.ids[0],
+    )
 
 
 def aligned(vocabulary: Vocabulary, side: Side | None) -> pl.DataFrame | None:

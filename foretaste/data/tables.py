@@ -7,6 +7,7 @@ Polars and pyarrow is ever imported here.
 import os
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar, final, runtime_checkable
 
@@ -14,6 +15,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from foretaste.data.column_types import without_extensions
 from foretaste.data.columns import canonical_ids, without_markers
 from foretaste.data.delimited import TextFile, open_text
 from foretaste.data.read_config import MISSING
@@ -21,6 +23,10 @@ from foretaste.data.vocabulary import id_text
 from foretaste.errors import DataError, nearest
 
 _T = TypeVar("_T")
+_UNKNOWN_TO_POLARS = (
+    *(pa.types.is_union, pa.types.is_interval, pa.types.is_decimal256),
+    *(pa.types.is_list_view, pa.types.is_large_list_view, pa.types.is_run_end_encoded),
+)
 _BROKEN = (Exception, pl.exceptions.PanicException)
 """All by which Polars, Arrow, DuckDB and pandas refuse: no list of their classes was complete."""
 _UNPACK, _EXPORT = "unpack it first", "write it as CSV or Parquet"
@@ -129,7 +135,7 @@ def open_source(
         case pl.LazyFrame():
             return _Scan(role, source, missing)
     if type(source).__module__.split(".")[0] == "pandas" and hasattr(source, "columns"):
-        return _Pandas(role, source, missing)
+        return _Pandas(role, _with_index(source), missing)
     if hasattr(source, "__arrow_c_stream__"):
         batches = _quietly(role, lambda: pa.RecordBatchReader.from_stream(source))
         return _Stream(role, batches, missing)
@@ -248,12 +254,14 @@ class _Stream:
         numbers: Collection[str] = (),
         optional: Collection[str] = (),
     ) -> Table:
-        table = _quietly(self.name, self.batches.read_all)
-
         def load(names: list[str]) -> pl.DataFrame:
-            return pl.DataFrame([_of_arrow(name, table[name]) for name in names])
+            return pl.DataFrame([_of_arrow(name, self._table[name]) for name in names])
 
         return _gathered(self, columns, load, self.missing, optional)
+
+    @cached_property
+    def _table(self) -> pa.Table:
+        return _quietly(self.name, self.batches.read_all)
 
 
 @final
@@ -284,7 +292,15 @@ class _Pandas:
 
     def _column(self, name: str) -> pl.Series:
         one = self.frame.iloc[:, [self.columns.index(name)]]
+        dtype = one.dtypes.iloc[0]
+        kind = str(dtype.categories.dtype if hasattr(dtype, "categories") else dtype)
         try:
+            if kind.startswith(("period", "interval")):
+                raise TypeError(kind)  # Arrow takes them for numbers and records
+            if kind.startswith("Sparse"):
+                one = one.sparse.to_dense()
+            if kind in ("float96", "float128"):
+                one = one.astype("float64")
             return _of_arrow(name, pa.RecordBatchReader.from_stream(one).read_all()[0])
         except _BROKEN:
             column = one.iloc[:, 0]
@@ -489,7 +505,7 @@ def _gathered(
                     f"{source.name}: column {name!r} was left out: its type cannot be read here"
                 )
         frame = pl.concat(parts, how="horizontal")
-    frame, notes = without_markers(frame, missing)
+    frame, notes = without_markers(without_extensions(frame), missing)
     return Table(frame, (*left_out, *notes))
 
 
@@ -501,15 +517,39 @@ def _of_arrow(name: str, column: pa.ChunkedArray) -> pl.Series:
         column = pa.array([None if v is None else str(v) for v in values], pa.large_string())
     elif isinstance(kind, pa.BaseExtensionType):
         storage = [chunk.storage for chunk in column.chunks]
-        return _of_arrow(name, pa.chunked_array(storage, kind.storage_type))
+        stored = _of_arrow(name, pa.chunked_array(storage, kind.storage_type))
+        return stored.cast(pl.Boolean) if kind.extension_name == "arrow.bool8" else stored
     elif pa.types.is_run_end_encoded(kind):
         decoded = [pc.run_end_decode(chunk) for chunk in column.chunks]
         return _of_arrow(name, pa.chunked_array(decoded, kind.value_type))
     elif pa.types.is_decimal256(kind):
         column = column.cast(pa.decimal128(38, kind.scale))
     elif pa.types.is_list_view(kind) or pa.types.is_large_list_view(kind):
-        column = column.cast(pa.large_list(kind.value_type))
+        # value by value: Arrow's own cast of views loses rows
+        column = pa.array(column.to_pylist(), pa.large_list(kind.value_type))
+    if unknown := _unknown_to_polars(column.type):
+        raise TypeError(str(unknown))
     return pl.Series(name, column)
+
+
+def _unknown_to_polars(kind: pa.DataType) -> pa.DataType | None:
+    """Return the first part of a type at which Polars stops or panics; None if it knows all."""
+    if isinstance(kind, pa.BaseExtensionType):
+        return _unknown_to_polars(kind.storage_type)
+    if any(is_unknown(kind) for is_unknown in _UNKNOWN_TO_POLARS):
+        return kind
+    inner = [kind.value_type] if pa.types.is_dictionary(kind) else []
+    inner += [kind.field(n).type for n in range(kind.num_fields)]
+    return next((found for part in inner if (found := _unknown_to_polars(part))), None)
+
+
+def _with_index(frame: Any) -> Any:
+    """Return a pandas frame with the named levels of its index as its last columns."""
+    named = [name for name in frame.index.names if name is not None and name not in frame.columns]
+    if not named:
+        return frame
+    last = [*range(len(named), len(named) + frame.shape[1]), *range(len(named))]
+    return frame.reset_index(level=named).iloc[:, last]
 
 
 def _quietly(name: str, work: Callable[[], _T]) -> _T:

@@ -15,7 +15,7 @@ from foretaste.serving.messages import Item, PastEvent
 from foretaste.serving.state import LiveEvent
 
 TITLE_COLUMNS = ("title", "name", "item_title", "item_name", "movie_title", "product_name")
-"""The first of these that the item table has is the items' title."""
+"""The first of these that the item table has, with one value an item, is the items' title."""
 
 KEPT_ITEMS = 65_536
 """So many items are kept as they are shown: most answers name the same ones."""
@@ -29,7 +29,8 @@ class Catalogue:
         self._events = events
         self._table = events.item_table
         columns = [] if self._table is None else self._table.columns
-        by_name = {name.casefold(): name for name in reversed(columns)}
+        single = [name for name in columns if not self._is_list(name)]
+        by_name = {name.casefold(): name for name in reversed(single)}
         self._title = next((by_name[name] for name in TITLE_COLUMNS if name in by_name), None)
         self._attributes = [
             name
@@ -132,17 +133,21 @@ class Catalogue:
             if (self._events.items.find(event.item_id), event.timestamp_s) not in trained
         ]
 
+    def _is_list(self, column: str) -> bool:
+        return self._table is not None and self._table.schema[column].is_nested()
+
     def _can_show(self, column: str) -> bool:
-        """Whether a column is for people: no vector, nothing binary."""
+        """Whether a column is for people: no vector."""
         dtype = pl.Null() if self._table is None else self._table.schema[column]
-        return dtype == pl.List(pl.String) or not (dtype.is_nested() or dtype == pl.Binary)
+        return dtype == pl.List(pl.String) or not dtype.is_nested()
 
     def _is_id(self, column: str) -> bool:
         """Whether a column of the item table only says the id again."""
-        if self._table is None or self._table.schema[column].is_nested():
+        dtype = pl.Null() if self._table is None else self._table.schema[column]
+        if self._table is None or not (dtype.is_integer() or dtype == pl.String):
             return False
         ids = self._events.items.ids.cast(pl.String)
-        return bool((self._table[column].cast(pl.String, strict=False) == ids).all())
+        return bool((self._table[column].cast(pl.String) == ids).all())
 
     def _past_event(self, item_id: object, timestamp_s: int | None, *, live: bool) -> PastEvent:
         item = self.describe(item_id)

@@ -23,7 +23,7 @@ from foretaste.errors import DataError, did_you_mean
 from foretaste.serving.rules import Bound, Condition, Value
 
 _NONE = np.empty(0, dtype=np.int64)
-_WHOLE = re.compile(r"[+-]?[0-9]{1,18}")
+_WHOLE = re.compile(r"[+-]?[0-9]{1,20}")
 
 
 class Carried(NamedTuple):
@@ -102,8 +102,9 @@ class Labels:
             if inner == pl.Date:
                 return date.fromisoformat(text).isoformat()
             if inner.is_numeric():
-                number = int(text) if _WHOLE.fullmatch(text) else float(text)
-                return str(texts_of(pl.Series([number]))[0])
+                if _WHOLE.fullmatch(text):
+                    return str(int(text))
+                return str(texts_of(pl.Series([float(text)]))[0])
         except ValueError:
             message = f"column {self.name!r} holds {inner}, and {value!r} is none"
             raise DataError(message) from None

@@ -66,7 +66,8 @@ def _held(like: pl.Series) -> pl.Series:
     """Return an empty column for single values as `_as_one` gives them."""
     if like.dtype.is_numeric():
         return like.cast(pl.Float64)
-    return like if like.dtype in (pl.Boolean, pl.Date, pl.Datetime) else like.cast(pl.String)
+    typed = like.dtype in (pl.Boolean, pl.Date, pl.Datetime)
+    return like if typed else pl.Series(like.name, [], dtype=pl.String)
 
 
 def _as_told(item_id: object, value: object, own: Labels, like: pl.Series) -> object:
