@@ -1,11 +1,14 @@
 """Labels: what columns say of tasks, and what is refused at the door."""
 
+import math
+from typing import Literal
+
 import numpy as np
 import polars as pl
 import pytest
 
 from foretaste.data.interactions import Interactions
-from foretaste.data.labels import check_learnable, labels_of
+from foretaste.data.labels import check_learnable, labels_of, notes_about_labels
 from foretaste.data.reading import read_interactions
 from foretaste.data.tasks import Task
 from foretaste.errors import ConfigError, DataError
@@ -132,3 +135,29 @@ def test_a_setting_of_another_kind_of_task_is_refused(
     (name,) = setting
     with pytest.raises(ValueError, match=f"task 'x' is {kind}, and `{name}` is of .* tasks alone"):
         Task.model_validate({"name": "x", "column": "stars", "kind": kind, **setting})
+
+
+@pytest.mark.parametrize(
+    ("labels", "transform", "said"),
+    [
+        ([1e30, *range(1, 40)], "none", "1e+30"),
+        ([1e30, *range(1, 40)], "log1p", ""),
+        ([-1e9, *range(1, 40)], "none", "-1e+09"),
+        ([1e6, *range(1, 40)], "none", 'transform = "log1p"'),
+        ([math.nan, *range(1, 40)], "none", ""),
+        ([5, 5, 5, 5], "none", ""),
+    ],
+)
+def test_a_label_that_makes_the_others_equal_is_said(
+    labels: list[float], transform: Literal["none", "log1p"], said: str
+) -> None:
+    frame = pl.DataFrame(
+        {"user_id": range(len(labels)), "item_id": 1, "minutes": [float(x) for x in labels]}
+    )
+    read = read_interactions(frame, columns=("minutes",))
+    task = Task(name="watched", kind="regression", column="minutes", transform=transform)
+    notes = notes_about_labels(read, [task])
+    if not said:
+        assert notes == ()
+    else:
+        assert all(part in notes[0] for part in ("'watched'", "'minutes'", said))

@@ -3,7 +3,6 @@
 Shape legend: R rows, N known values, W width of a vector.
 """
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -37,6 +36,7 @@ from foretaste.data.fields import (
     TextField,
     VectorField,
 )
+from foretaste.data.outliers import flattening
 from foretaste.errors import DataError
 
 
@@ -49,10 +49,6 @@ class Outcome(NamedTuple):
     """What a person should know of it; follows the field's name."""
 
 
-_FEW_FAR = 0.01
-"""The share of values that may be outliers; one at least."""
-_FLAT = 0.05
-"""Without outliers, the others have less than this share of the standard deviation."""
 _NOTHING = Outcome(None, "has no value on a training row: it was left out")
 
 
@@ -196,23 +192,15 @@ def _too_large(column: pl.Series, row: int) -> DataError:
 def _flattened(field: NumericField, number_N: Float64[np.ndarray, " N"], shown: pl.Series) -> str:
     """Say if outliers make the others nearly equal, with a transform that helps."""
     log_N = log1p(number_N)
-    furthest = _flattening(number_N if field.transform == "standardise" else log_N)
+    furthest = flattening(number_N if field.transform == "standardise" else log_N)
     if furthest is None:
         return ""
-    helps = [] if _flattening(log_N) is not None else ['"log1p_standardise"']
+    helps = [] if flattening(log_N) is not None else ['"log1p_standardise"']
     fixes = " or ".join([*helps, '"bucketise"'])
     return (
         f"has a value so far away, {shown[furthest]!r}, that nearly all of the {len(number_N):,} "
         f"become equal: correct it, or set transform = {fixes}"
     )
-
-
-def _flattening(scaled_N: Float64[np.ndarray, " N"]) -> int | None:
-    """Return the furthest value, if the few furthest make the others nearly equal."""
-    order_N = np.argsort(np.abs(scaled_N - np.median(scaled_N)), kind="stable")
-    rest = scaled_N[order_N[: -math.ceil(_FEW_FAR * len(order_N))]]
-    flat = len(rest) and 0 < rest.std() < _FLAT * scaled_N.std()
-    return int(order_N[-1]) if flat else None
 
 
 def _fit_vector(name: str, field: VectorField, value_NW: Float32[np.ndarray, "N W"]) -> Outcome:

@@ -9,8 +9,11 @@ import numpy as np
 from jaxtyping import Bool, Float32
 
 from foretaste.data.interactions import Interactions
+from foretaste.data.outliers import flattening
 from foretaste.data.tasks import Task
 from foretaste.errors import ConfigError, DataError, nearest
+
+_LOG = ', or set transform = "log1p"'
 
 
 def labels_of(events: Interactions, tasks: Sequence[Task]) -> Float32[np.ndarray, "E T"]:
@@ -57,6 +60,31 @@ def check_learnable(
                 f"task {task.name!r} has one class only: every label of training is {high:g}; "
                 f"give it {mend}, or leave it out"
             )
+
+
+def notes_about_labels(events: Interactions, tasks: Sequence[Task]) -> tuple[str, ...]:
+    """Say of each regression whether outliers make its other labels nearly equal.
+
+    Raises:
+        ConfigError: A task names a column that the events do not have.
+        DataError: A label is none that its task can have.
+    """
+    said = []
+    for task in tasks:
+        if task.kind != "regression":
+            continue
+        label_E = _labels(events, task).astype(np.float64)
+        label_E = label_E[~np.isnan(label_E)]
+        furthest = flattening(np.log1p(label_E) if task.transform == "log1p" else label_E)
+        if furthest is not None:
+            log = task.transform == "none" and label_E.min() >= 0
+            helps = log and flattening(np.log1p(label_E)) is None
+            said.append(
+                f"task {task.name!r}: column {task.column!r} has a label so far away, "
+                f"{label_E[furthest]:g}, that nearly all of the {len(label_E):,} become equal: "
+                f"correct it, or leave out its row{_LOG if helps else ''}"
+            )
+    return tuple(said)
 
 
 def no_column(events: Interactions, column: str, wanted: str) -> ConfigError:

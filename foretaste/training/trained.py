@@ -13,6 +13,7 @@ from foretaste.data.batch import Queries
 from foretaste.data.conditions import unread_labels
 from foretaste.data.features import Features, FieldSide
 from foretaste.data.interactions import Interactions
+from foretaste.data.labels import notes_about_labels
 from foretaste.data.translation import Translation
 from foretaste.errors import ConfigError, NonFiniteError
 from foretaste.models.interface import (
@@ -108,7 +109,11 @@ class Trained:
         """What fitting features left out, what the model does not read of them and of labels."""
         told, ranker = self.features, second_stage(self.model)
         reads_labels = isinstance(ranker, Ranker) and any(task.column for task in ranker.tasks)
-        labels = () if reads_labels else unread_labels(self.events)
+        labels = (
+            notes_about_labels(self.events, ranker.tasks)
+            if isinstance(ranker, Ranker) and reads_labels
+            else unread_labels(self.events)
+        )
         if told is None:
             return labels
         judges = isinstance(ranker, JudgesNewItems) and ranker.judges_new_items
