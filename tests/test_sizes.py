@@ -21,6 +21,7 @@ from foretaste.evaluation.sampled import SampledNegatives
 from foretaste.experiment.recipe import EvaluationConfig, TuneConfig
 from foretaste.experiment.two_stage import FirstStage
 from foretaste.models.catalogue import ModelConfig, TwoStageConfig, build_model
+from foretaste.models.item_knn import ItemKNN
 from foretaste.training.objectives.catalogue import ObjectiveConfig
 
 GIB = 2**30
@@ -221,3 +222,30 @@ def test_learning_counts_five_times_the_weights(free: int, monkeypatch: pytest.M
         build_model(wide, num_users=30, num_items=NUM_ITEMS)  # to answer, once is enough
         with pytest.raises(ft.TooLargeError):
             ft.fit(wide, SPLIT, show=False)
+
+
+@pytest.mark.parametrize(
+    "failure", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_memory_that_runs_out_while_learning_is_said_in_our_words(
+    failure: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def learn(*_: object) -> None:
+        raise failure
+
+    monkeypatch.setattr(ItemKNN, "learn", learn)
+    with pytest.raises(ft.TooLargeError, match="learning item_knn ran out of memory"):
+        ft.fit(ft.ItemKNNConfig(), SPLIT)
+
+
+def test_an_index_that_would_not_fit_is_refused_before_it_is_built(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    trained = ft.fit(SMALL, SPLIT, training=ft.TrainingConfig(epochs=1), show=False)
+    monkeypatch.setattr(memory, "_SURELY_FITS", 0)
+    monkeypatch.setattr(memory, "available_bytes", lambda: 1000)
+    ft.build_recommender(trained, index="exact")
+    for kind in ("ivf_flat", "ivf_sq8", "hnsw"):
+        with pytest.raises(ft.TooLargeError) as caught:
+            ft.build_recommender(trained, index=kind)
+        assert caught.value.name == "index"

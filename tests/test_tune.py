@@ -264,3 +264,25 @@ def test_a_range_that_cannot_be_is_named(
 ) -> None:
     with pytest.raises(ConfigError, match=word):
         tune(recipe(model={"kind": "ease"}, space=space), split(), folder=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "choices"),
+    [
+        ("model.embedding_dim", [4, 10**9]),  # does not fit
+        ("model.num_heads", [1, 3]),  # does not go with 4 dimensions
+        ("training.learning_rate", [0.01, 1e300]),  # out of range
+    ],
+)
+def test_a_trial_that_cannot_be_is_one_failed_trial(
+    tmp_path: Path, name: str, choices: list[float]
+) -> None:
+    config = recipe(
+        model={"kind": "sasrec", "embedding_dim": 4, "max_len": 5},
+        space={name: {"choices": choices}},
+        trials=8,
+    )
+    found = tune(config, split(), folder=tmp_path)
+    assert len(found.trials) == 8
+    states = {trial.settings[name]: trial.state for trial in found.trials}
+    assert states == {choices[0]: "complete", choices[1]: "fail"}

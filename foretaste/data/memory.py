@@ -1,5 +1,7 @@
 """How much memory is free, and refusing what would not fit before it is made."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -9,6 +11,9 @@ from foretaste.errors import TooLargeError
 _CGROUP = Path("/sys/fs/cgroup")
 _SURELY_FITS = 2**26
 """Bytes below which nobody asks how many are free, so that a check may stand in every step."""
+
+_NO_MORE = ("out of memory", "not enough memory", "can't allocate memory")
+"""How torch says that it got none."""
 
 
 def available_bytes() -> int:
@@ -52,6 +57,27 @@ def check_fits(
             name=name,
             value=value,
         )
+
+
+@contextmanager
+def out_of_memory(what: str, fix: str, *, name: str) -> Iterator[None]:
+    """Say in our words that memory ran out after all, for work that nobody can count before.
+
+    Args:
+        what: The work, the subject of the message.
+        fix: What to do about it.
+        name: The setting that makes it smaller.
+
+    Raises:
+        TooLargeError: The system, or the GPU, gave no more memory.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        said = str(error).lower()
+        if isinstance(error, RuntimeError) and not any(words in said for words in _NO_MORE):
+            raise
+        raise TooLargeError(f"{what} ran out of memory: {fix}", name=name) from error
 
 
 def _gib(size: int) -> str:

@@ -17,6 +17,7 @@ from foretaste.data.features import Features, fit_features
 from foretaste.data.fields import FeatureSchema
 from foretaste.data.graph import Graph, graph_of
 from foretaste.data.interactions import Interactions
+from foretaste.data.memory import out_of_memory
 from foretaste.data.rows import happened_split, positives_of
 from foretaste.data.splits import Split
 from foretaste.errors import ConfigError, DataError
@@ -162,22 +163,27 @@ def fit(
         settings={"model": config.model_dump(mode="json"), "split": split.kind},
         log={name: part.log for name, part in parts.items()},
     )
-    if isinstance(model, ClosedForm):
-        model.learn(events)
-    else:
-        trained = _learn(
-            trained,
-            split,
-            training=training,
-            objective=objective or usual_objective(model),
-            graph=graph,
-            folder=folder,
-            resume=resume,
-            show=show,
-            on_epoch=on_epoch,
-            max_seconds=None if max_seconds is None else max_seconds / (1 + len(parts)),
-            candidates=candidates,
-        )
+    with out_of_memory(
+        f"learning {config.kind}",
+        "lower training.batch_events, how many negatives are drawn, or the model's widths",
+        name="batch_events",
+    ):
+        if isinstance(model, ClosedForm):
+            model.learn(events)
+        else:
+            trained = _learn(
+                trained,
+                split,
+                training=training,
+                objective=objective or usual_objective(model),
+                graph=graph,
+                folder=folder,
+                resume=resume,
+                show=show,
+                on_epoch=on_epoch,
+                max_seconds=None if max_seconds is None else max_seconds / (1 + len(parts)),
+                candidates=candidates,
+            )
     _finish(model, trained.events)
     return replace(trained, train_seconds=time.perf_counter() - started)
 

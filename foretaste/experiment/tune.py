@@ -13,6 +13,7 @@ from optuna.trial import FrozenTrial, TrialState
 from foretaste.arguments import checked
 from foretaste.config import parse_settings
 from foretaste.data.disk import check_place, whole_file
+from foretaste.data.memory import out_of_memory
 from foretaste.data.splits import Split
 from foretaste.data.toml_text import to_toml
 from foretaste.errors import ConfigError, DataError, NonFiniteError, TooLargeError
@@ -181,12 +182,13 @@ def _run_trial(
                 raise optuna.TrialPruned
 
     try:
-        metric, value = _validated(drawn, split, report)
+        with out_of_memory("a trial", "narrow [tune.space]", name="space"):
+            metric, value = _validated(drawn, split, report)
         study.set_user_attr("metric", metric)
         study.tell(trial, value)
     except optuna.TrialPruned:
         study.tell(trial, state=TrialState.PRUNED)
-    except (NonFiniteError, TooLargeError) as error:
+    except (ConfigError, NonFiniteError, TooLargeError) as error:
         trial.set_user_attr("error", str(error))
         study.tell(trial, state=TrialState.FAIL)
     return _row(study.trials[trial.number])

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from foretaste.config import Seed
+from foretaste.data.memory import check_fits
 from foretaste.errors import BundleError, ConfigError, DataError, NonFiniteError
 from foretaste.retrieval.exact import ExactIndex, load_vectors
 from foretaste.retrieval.faiss_index import FAISS_FILE, FaissIndex
@@ -55,6 +56,7 @@ def build_index(
     Raises:
         DataError: No item is known, or `recall_target` is out of range.
         NonFiniteError: A known item's vector is NaN or infinite.
+        TooLargeError: The index would not fit in memory.
     """
     if not 0 < recall_target <= 1:
         raise DataError(f"recall_target is {recall_target}, not in (0, 1]")
@@ -62,6 +64,14 @@ def build_index(
     kind = choose_kind(kind, num_items=exact.facts.num_items, exact_below=exact_below)
     if kind == "exact":
         return exact
+    num, width = exact.facts.num_items, exact.facts.embedding_dim
+    check_fits(
+        num * (8 * width + 512),  # a copy for FAISS and its own, and HNSW's edges
+        f"an index of {num:,} items, {width:,} wide,",
+        'take kind "exact", or train a model of fewer dimensions',
+        name="index",
+        value=kind,
+    )
     if query_QD is None or len(query_QD) == 0:
         origin, query_QD = "item vectors with noise", _noisy_items(exact, seed)
     else:

@@ -163,7 +163,8 @@ class Fit(Generic[Model, Batch]):
                 ends there, is validated, and is the last. The clock decides such a run, too.
 
         Raises:
-            NonFiniteError: Twenty steps in a row had no finite loss or gradient.
+            NonFiniteError: Twenty steps in a row had no finite loss or gradient, or weights are
+                not finite in the end.
             ConfigError: To resume was asked for without a folder.
         """
         if resume:
@@ -177,8 +178,18 @@ class Fit(Generic[Model, Batch]):
             self.model.load_state_dict(self.best_weights)
         elif self.average is not None:
             self.model.load_state_dict(self._judged().state_dict())
+        self._refuse_broken_weights()
         self.model.eval()
         return self.progress
+
+    def _refuse_broken_weights(self) -> None:
+        if not all(bool(weights.isfinite().all()) for weights in self.model.parameters()):
+            raise NonFiniteError(
+                "training left weights that are NaN or infinite: lower training.learning_rate or "
+                "set training.gradient_clip",
+                name="learning_rate",
+                value=self.config.learning_rate,
+            )
 
     def _epoch(
         self,
