@@ -8,7 +8,7 @@ and a recipe with the same mistake says the same with the recipe's path.
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_origin
 
 from annotated_types import Ge, Le, Lt, MaxLen
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
@@ -91,7 +91,14 @@ class Config(BaseModel, metaclass=_SettingsClass):
 
 def _lookalike(value: object, kinds: frozenset[type]) -> str | None:
     """Say why a value is not taken though it could be read as a number or a truth value."""
-    for part in value if isinstance(value, list | tuple) else (value,):
+    match value:
+        case list() | tuple():
+            inside = tuple(value)
+        case Mapping():
+            inside = tuple(value.values())
+        case _:
+            inside = (value,)
+    for part in inside:
         if isinstance(part, bool) and kinds & {int, float} and bool not in kinds:
             return f"must be a number, not {str(part).lower()}"
         if isinstance(part, str) and kinds and str not in kinds:
@@ -127,6 +134,8 @@ def _kinds(owner: type[Config], field: str) -> frozenset[type]:
             if not (isinstance(hint, type) and hint in (int, float, bool, str, type(None))):
                 return frozenset()
             found.add(hint)
+        elif get_origin(hint) is dict:
+            waiting.append(parts[1])
         elif all(isinstance(part, str | int | bool) for part in parts):  # a Literal's choices
             found.update(map(type, parts))
         elif getattr(hint, "__metadata__", None) is not None:

@@ -13,6 +13,7 @@ message names is also an attribute of the error, so that a program need not read
 """
 
 import difflib
+import pickle
 from collections.abc import Iterable
 
 
@@ -41,6 +42,15 @@ class ForetasteError(Exception):
         self.column = column
         self.row = row
         self.value = value
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Pickle the error, for a pool of processes; a value that has no pickle is left out."""
+        facts = dict(self.__dict__)
+        try:
+            pickle.dumps(self.value)
+        except (pickle.PicklingError, TypeError, AttributeError, ValueError, RuntimeError):
+            facts["value"] = None
+        return type(self), self.args, facts
 
 
 class DataError(ForetasteError):

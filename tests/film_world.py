@@ -75,5 +75,5 @@ def write_film_bundle(folder: Path, *, seed: int = 0, popularity: bool = False) 
     if isinstance(model, ClosedForm):
         model.learn(events)
     trained = Trained(config=config, model=model.eval(), events=events, seed=seed)
-    build_recommender(trained, report=REPORT).save(folder)
+    build_recommender(trained, report=REPORT).save(folder, replace=folder.exists())
     return folder

@@ -1,5 +1,6 @@
 """One answer for everybody: every model, whoever asks, and no model raises."""
 
+import pickle
 from dataclasses import replace
 from pathlib import Path
 
@@ -191,6 +192,15 @@ def test_a_user_of_the_table_without_an_event_is_told_by_it(name: str, split: ft
         assert lists["item_id"][row].to_list() == [row.item_id for row in told.rows]
     other = recommender.recommend("user-0", features={"age": 60.0}, k=4)
     assert (other.rows != answer.rows) == (name in READS_USERS)
+
+
+def test_a_pickle_of_a_recommender_answers_as_it_does(served: tuple[str, ft.Recommender]) -> None:
+    _, recommender = served
+    again = pickle.loads(pickle.dumps(recommender))  # noqa: S301  # our own
+    for user in ("user-3", "new"):
+        asked = {"history": ["film-2-0"], "features": {"age": 20.0}, "k": 5}
+        assert again.recommend(user, **asked) == recommender.recommend(user, **asked)
+    assert again.similar("film-2-1") == recommender.similar("film-2-1")
 
 
 def test_nobody_known_is_answered_by_what_is_popular(served: tuple[str, ft.Recommender]) -> None:

@@ -7,10 +7,12 @@ from typing import Annotated
 import anyio.to_thread
 from fastapi import Body, FastAPI, Path, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, Discriminator, Tag
+from pydantic import BaseModel, Discriminator, RootModel, Tag
+from pydantic_core import ErrorDetails
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.exceptions import HTTPException
 
+from foretaste.config import findings
 from foretaste.errors import DataError, ForetasteError
 from foretaste.serving.guard import Guard, refuse
 from foretaste.serving.messages import (
@@ -23,6 +25,7 @@ from foretaste.serving.messages import (
     HistoryReply,
     ItemsReply,
     ModelReply,
+    PathId,
     RecommendReply,
     RecommendRequest,
     ReloadReply,
@@ -38,8 +41,8 @@ OneOrMany = Annotated[
     Discriminator(lambda body: "many" if isinstance(body, list) else "one"),
     Body(),
 ]
-UserId = Annotated[str, Path(max_length=512, pattern=r"^[^\x00]+$", description="A user's id.")]
-ItemId = Annotated[str, Path(max_length=512, pattern=r"^[^\x00]+$", description="An item's id.")]
+UserId = Annotated[PathId, Path(description="A user's id.")]
+ItemId = Annotated[PathId, Path(description="An item's id.")]
 Length = Annotated[int, Query(description="Length of the list, from 1.")]
 Limit = Annotated[int, Query(ge=1, le=200, description="At most so many.")]
 Words = Annotated[str, Query(max_length=200, description="Words or the beginning of an id.")]
@@ -197,7 +200,7 @@ def _sent(reply: BaseModel) -> Response:
 def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def wrong_request(_: Request, error: RequestValidationError) -> Response:
-        return refuse(422, "; ".join(_sentence(part) for part in error.errors()[:3]))
+        return refuse(422, _sentence(error))
 
     @app.exception_handler(HTTPException)
     async def refused(request: Request, error: HTTPException) -> Response:
@@ -220,13 +223,37 @@ def _add_errors(app: FastAPI) -> None:
         return refuse(500, "the server failed on this request; its log says how")
 
 
-def _sentence(part: dict[str, object]) -> str:
-    location = part["loc"]
-    names = [str(name) for name in location] if isinstance(location, tuple) else []
-    where = ".".join(name for name in names[1:] if name not in ("one", "many"))
-    message = str(part["msg"]).removeprefix("Value error, ")
-    if part["type"] == "json_invalid":
-        return f"the body is not JSON: {message} at character {where}"
-    if part["type"] == "model_attributes_type":
-        message = "send a JSON object, with the header Content-Type: application/json"
-    return f"{where}: {message}" if where else message
+_BODIES: dict[object, type[BaseModel]] = {
+    "one": EventRequest,
+    "many": RootModel[list[EventRequest]],
+}
+"""What a body of `OneOrMany` is checked as, by its tag."""
+_AS_JSON = (
+    ("no such setting", "no such field"),
+    ("a section of names and values", "a JSON object"),
+    ("a section of settings", "a JSON object"),
+)
+"""Words of settings, and what a request calls them."""
+_SEND_JSON = "send a JSON object, with the header Content-Type: application/json"
+
+
+def _sentence(error: RequestValidationError) -> str:
+    """Say what is wrong with a request in the words of whoever wrote it."""
+    problems: list[ErrorDetails] = [*error.errors()]
+    place, *path = problems[0]["loc"]
+    if problems[0]["type"] == "json_invalid":
+        return f"the body is not JSON: look at character {path[-1]}"
+    if problems[0]["type"] == "missing" and not path:
+        return f"the body is empty: {_SEND_JSON}"
+    tag = path[0] if path and path[0] in _BODIES else None
+    for problem in problems:
+        problem["loc"] = problem["loc"][1 if tag is None else 2 :]
+    if not problems[0]["loc"]:
+        return _SEND_JSON
+    kind = RecommendRequest if tag is None else _BODIES[tag]
+    parts = {problem["loc"][0]: problem["input"] for problem in problems}
+    found = findings(problems, kind, error.body if place == "body" else parts)
+    said = "; ".join(f"{name}: {sentence}" for name, sentence, _ in found[:3])
+    for words, ours in _AS_JSON:
+        said = said.replace(words, ours)
+    return said

@@ -69,7 +69,7 @@ def build_recommender(
 
 
 @checked
-def load(path: str | Path) -> Recommender:
+def load(path: Path | str) -> Recommender:
     """Read a recommender that `save` wrote; every checksum is verified.
 
     Raises:

@@ -1,25 +1,36 @@
 """What goes over HTTP: the bodies of requests and replies."""
 
+from contextlib import suppress
 from typing import Annotated
 
+import polars as pl
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     JsonValue,
-    StrictInt,
     StrictStr,
-    model_validator,
+    WithJsonSchema,
 )
 
+from foretaste.config import Config, shown
+from foretaste.data.times import canonical_times
+from foretaste.data.vocabulary import plain_id
+from foretaste.errors import DataError
 from foretaste.serving.rules import NO_RULES, Rules
 
 MAX_ID_LENGTH = 512
+MAX_SECONDS = 10**11
+"""Unix seconds beyond are milliseconds."""
 
 
-def _id_text(value: str | int) -> str:
-    text = str(value)
+def _id_text(value: object) -> str:
+    plain = plain_id(value)
+    if not isinstance(plain, int) and not isinstance(value, str):
+        raise ValueError(f"an id is a whole number or a text, not {shown(value)}")
+    text = str(plain)
     if not text or len(text) > MAX_ID_LENGTH:
         raise ValueError(f"an id has 1 to {MAX_ID_LENGTH} characters, not {len(text)}")
     if "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
@@ -27,20 +38,44 @@ def _id_text(value: str | int) -> str:
     return text
 
 
-Id = Annotated[StrictStr | StrictInt, AfterValidator(_id_text)]
+def _seconds(value: object) -> int | None:
+    """Return a time as reading a table takes it, in whole seconds."""
+    match value:
+        case None:
+            return None
+        case bool():
+            pass
+        case int() | float() if value < 0:
+            raise ValueError(f"timestamp {shown(value)} is before 1970: give Unix seconds")
+        case int() | float() if value > MAX_SECONDS:
+            raise ValueError(f"timestamp {shown(value)} looks like milliseconds: give Unix seconds")
+        case int() | float() | str():
+            with suppress(DataError):
+                found = canonical_times(pl.Series("timestamp", [value]), "s")
+                if found.ticks[0] is not None:
+                    return int(found.ticks[0]) // found.per_second
+    raise ValueError(
+        f"{shown(value)} is no time: give Unix seconds, or ISO 8601 text such as "
+        "2024-05-01T12:30:00Z"
+    )
+
+
+_TEXT, _WHOLE, _NULL = ({"type": kind} for kind in ("string", "integer", "null"))
+PathId = Annotated[str, AfterValidator(_id_text)]
+"""An id in a path, where all is text."""
+Id = Annotated[str, BeforeValidator(_id_text), WithJsonSchema({"anyOf": [_TEXT, _WHOLE]})]
 """An id of the caller's, text or a whole number; within the server it is text."""
 _NewId = Annotated[StrictStr, AfterValidator(_id_text)]
-
-
-class _Request(BaseModel):
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, frozen=True)
+_Time = Annotated[
+    int | None, BeforeValidator(_seconds), WithJsonSchema({"anyOf": [_WHOLE, _TEXT, _NULL]})
+]
 
 
 class _Reply(BaseModel):
     model_config = ConfigDict(use_attribute_docstrings=True, frozen=True)
 
 
-class RecommendRequest(_Request):
+class RecommendRequest(Config):
     """Whom to recommend for: a user, somebody with a history, both, or nobody known."""
 
     user_id: Id | None = None
@@ -179,24 +214,18 @@ class HistoryReply(_Reply):
     """Events of this user in training and since."""
 
 
-class EventRequest(_Request):
+class EventRequest(BaseModel):
     """Somebody did something with an item."""
+
+    model_config = Config.model_config
 
     user_id: Id
     item_id: Id
-    timestamp: int | None = None
-    """Unix seconds; without it, the server's clock."""
+    timestamp: _Time = None
+    """Unix seconds, or a time as ISO 8601 text, of UTC if it names no zone; without it, the
+    server's clock."""
     event_id: Id | None = None
     """The sender's own id: sent again, the event is stored once."""
-
-    @model_validator(mode="after")
-    def _in_seconds(self) -> "EventRequest":
-        at = self.timestamp
-        if at is not None and at < 0:
-            raise ValueError(f"timestamp {at} is before 1970: give Unix seconds")
-        if at is not None and at > 10**11:
-            raise ValueError(f"timestamp {at} looks like milliseconds: give Unix seconds")
-        return self
 
 
 class EventsReply(_Reply):

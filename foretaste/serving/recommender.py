@@ -59,6 +59,10 @@ class Recommender:
             at_once=self._search.at_once,
         )
 
+    def __reduce__(self) -> tuple[type["Recommender"], tuple[Bundle]]:
+        """Pickle what the bundle holds; all else is worked out again."""
+        return Recommender, (self.bundle,)
+
     @property
     def trained(self) -> Trained:
         """The model, its vocabularies and training events."""
@@ -316,7 +320,8 @@ class Recommender:
         reason_M[row_M >= 0] = reason_T
         return tuple(None if row < 0 else self._items.ids_of([row])[0] for row in reason_M.tolist())
 
-    def save(self, path: str | Path, *, replace: bool = False) -> None:
+    @checked
+    def save(self, path: Path | str, *, replace: bool = False) -> None:
         """Write everything into a bundle, whole or not at all.
 
         Args:

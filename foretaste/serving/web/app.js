@@ -160,7 +160,8 @@ async function showSimilar(item) {
           make("span", { cls: "year", text: year(row) }))),
       make("button", { type: "button", cls: "quiet", text: "+", "aria-label": `Watched ${shown(row.title)}`,
         title: "Watched it", on: { click: () => watched(row, byId("answer-title")) } }))));
-    say(`${found.items.length} items similar to ${shown(found.item.title)}`);
+    say(found.items.length ? `${found.items.length} items similar to ${shown(found.item.title)}`
+      : found.notes.join(" "));
     byId("similar-title").focus({ preventScroll: true });
     byId("similar-title").scrollIntoView({ block: "nearest" });
     if (matchMedia("(max-width: 60rem)").matches) byId("similar-title").scrollIntoView();
