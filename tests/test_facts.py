@@ -1,9 +1,14 @@
+import json
 from datetime import UTC, datetime, timedelta
 from importlib.metadata import version
+from pathlib import Path
 
+import pytest
 import torch
 
 from foretaste.experiment.facts import run_facts
+from foretaste.experiment.recipe import ExperimentConfig, Protocol, read_experiment
+from foretaste.experiment.record import protocol_of
 
 
 def test_a_run_s_date_is_now_in_utc_to_the_second() -> None:
@@ -24,3 +29,54 @@ def test_versions_of_further_packages_stand_beside_the_usual_ones() -> None:
     assert isinstance(usual, dict)
     assert "pandas" not in usual
     assert more == {**usual, "pandas": version("pandas")}
+
+
+RESULTS = sorted((Path(__file__).parents[1] / "recipes" / "results").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", [p for p in RESULTS if p.stem != "times"], ids=lambda p: p.stem)
+def test_every_result_says_what_it_may_be_compared_by(path: Path) -> None:
+    record = json.loads(path.read_text(encoding="utf-8"))
+    ours = Protocol(**{name: record[name] for name in Protocol.model_fields})
+    config = read_experiment(path.parents[1] / f"{record['recipe']}.toml")
+    assert ours.negatives == protocol_of(config, {}).negatives
+    if record["published"]:
+        assert Protocol(**record["published_as"]) == config.published_as
+    if "refitted" in record:
+        assert record["refitted"]["trained_on"] == "train and validation"
+
+
+def test_figures_are_compared_with_those_of_as_many_events_and_the_same_negatives() -> None:
+    first, refit = Protocol(), Protocol(trained_on="train and validation")
+    assert first.may_be_compared(Protocol(selection="test"))  # how an epoch is chosen is said apart
+    assert first.may_be_compared(Protocol(negatives="all items"))
+    assert not first.may_be_compared(refit)
+    assert not first.may_be_compared(Protocol(negatives="fixed"))
+
+
+@pytest.mark.parametrize(
+    ("model", "objective", "negatives"),
+    [
+        ({"kind": "ease"}, None, "none"),
+        ({"kind": "sasrec"}, None, "all items"),
+        ({"kind": "sasrec"}, {"kind": "next_item", "loss": "bce"}, "drawn again"),
+        ({"kind": "mf"}, {"kind": "pairs", "loss": "softmax"}, "all items"),
+        ({"kind": "mf"}, None, "drawn again"),
+        ({"kind": "din", "task": {"name": "click", "column": "click"}}, None, "fixed"),
+        ({"kind": "din"}, None, "drawn again"),
+    ],
+)
+def test_a_protocol_says_what_negatives_a_recipe_has(
+    model: dict[str, object], objective: dict[str, object] | None, negatives: str
+) -> None:
+    config = ExperimentConfig.model_validate(
+        {
+            "data": {"kind": "public", "name": "ml-100k"},
+            "split": {"kind": "leave_last"},
+            "model": model,
+            "objective": objective,
+        }
+    )
+    seen = {"epochs": [{"validation": 0.5}]}
+    assert protocol_of(config, seen) == Protocol(negatives=negatives)  # type: ignore[arg-type]
+    assert protocol_of(config, {}).selection == "fixed epochs"

@@ -125,6 +125,32 @@ class TuneConfig(Config):
     """From a setting's dotted name to a range or a list; empty searches the model's usual ones."""
 
 
+TrainedOn = Literal["train", "train and validation"]
+Negatives = Literal["drawn again", "fixed", "all items", "none"]
+Selection = Literal["validation", "fixed epochs", "test"]
+
+
+class Protocol(Config):
+    """What decides whether two figures may be compared."""
+
+    trained_on: TrainedOn = "train"
+    """The events that the model learned from: those before validation, or those with it."""
+    negatives: Negatives = "drawn again"
+    """Whether what is told apart from the positives is drawn again in each epoch, given in the data
+    once and for all ("fixed"), the whole catalogue, or nothing."""
+    selection: Selection = "validation"
+    """What chose the epoch. Many papers report the best epoch on the test."""
+
+    def may_be_compared(self, other: "Protocol") -> bool:
+        """Whether figures of the two are like for like: as many events, and the same negatives.
+
+        Drawn negatives and the whole catalogue are two losses over the same data; rows with fixed
+        negatives are other data. How the epoch was chosen is said beside the figures.
+        """
+        is_fixed, other_is = (one.negatives == "fixed" for one in (self, other))
+        return self.trained_on == other.trained_on and is_fixed == other_is
+
+
 class ExperimentConfig(Config):
     """Everything that decides a run; the bundle stores it beside the numbers."""
 
@@ -149,6 +175,8 @@ class ExperimentConfig(Config):
     tune: TuneConfig = Field(default_factory=TuneConfig)
     published: dict[str, float] = Field(default_factory=dict)
     """Figures in print that the recipe is held against, such as `ndcg_at_10`."""
+    published_as: Protocol = Field(default_factory=Protocol)
+    """How those were made."""
     notes: str = ""
     """What a reader of the result should know."""
 

@@ -7,8 +7,14 @@ from pathlib import Path
 from foretaste.arguments import checked
 from foretaste.data.disk import whole_file
 from foretaste.experiment.facts import run_facts
-from foretaste.experiment.recipe import ExperimentConfig
+from foretaste.experiment.recipe import ExperimentConfig, Negatives, Protocol
 from foretaste.experiment.run import Run
+from foretaste.models.catalogue import tasks_of
+from foretaste.training.objectives.candidates import CandidateConfig
+from foretaste.training.objectives.masked_item import MaskedItemConfig
+from foretaste.training.objectives.next_item import NextItemConfig
+from foretaste.training.objectives.pairs import PairsConfig
+from foretaste.training.objectives.rows import RowsConfig
 
 
 @checked
@@ -34,16 +40,57 @@ def record_run(
         **run_facts(),
         "train_seconds": round(run.trained.train_seconds, 1),
         "epochs": run.trained.log.get("best_epoch", 0),
+        **protocol_of(config, run.trained.log).model_dump(),
         "metrics": dict(run.report.metrics),
         "intervals": {name: list(ends) for name, ends in run.report.intervals.items()},
     }
     if run.refitted is not None and run.refitted_report is not None:
         record["refitted"] = {
+            "trained_on": "train and validation",
             "train_seconds": round(run.refitted.train_seconds, 1),
             "metrics": dict(run.refitted_report.metrics),
             "intervals": {n: list(ends) for n, ends in run.refitted_report.intervals.items()},
         }
-    return record | {"published": dict(config.published), "notes": config.notes}
+    published: dict[str, object] = {"published": dict(config.published)}
+    if config.published:
+        published["published_as"] = config.published_as.model_dump()
+    return record | published | {"notes": config.notes}
+
+
+def protocol_of(config: ExperimentConfig, log: Mapping[str, object]) -> Protocol:
+    """Return what a figure of a recipe's first run may be compared by.
+
+    Args:
+        config: The recipe.
+        log: What training saw.
+    """
+    epochs = log.get("epochs", ())
+    chosen = isinstance(epochs, list | tuple) and any(
+        isinstance(epoch, Mapping) and epoch.get("validation") is not None for epoch in epochs
+    )
+    return Protocol(
+        trained_on="train",
+        negatives=_negatives(config),
+        selection="validation" if chosen else "fixed epochs",
+    )
+
+
+def _negatives(config: ExperimentConfig) -> Negatives:
+    objective, tasks = config.objective, tasks_of(config.model)
+    if tasks:
+        rows = objective if isinstance(objective, RowsConfig) else RowsConfig()
+        return "drawn again" if rows.num_negatives(tasks) else "fixed"
+    match config.model.kind:
+        case "mf" | "two_tower" | "lightgcn" | "pinsage":
+            usual: CandidateConfig = PairsConfig()
+        case "sasrec":
+            usual = NextItemConfig()
+        case "bert4rec":
+            usual = MaskedItemConfig()
+        case _:
+            return "none"
+    learned = objective if isinstance(objective, CandidateConfig) else usual
+    return "all items" if learned.loss == "softmax" else "drawn again"
 
 
 @checked
