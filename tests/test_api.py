@@ -176,7 +176,7 @@ def test_rules_are_obeyed_and_a_short_list_says_so(films: Served) -> None:
             {"where": {"year": {"at_lest": 3}}},
             "rules.where.year.at_lest: there is no such field; did you mean at_least?",
         ),
-        ({"caps": {"genres": 0}}, "rules.caps.genres: must be above 0"),
+        ({"caps": {"genres": 0}}, "rules.caps.genres: must be at least 1"),
         ({"diversity": {}}, "this model has no item vectors to be diverse by"),
     ],
 )
