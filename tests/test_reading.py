@@ -3,22 +3,27 @@
 import datetime as dt
 import gzip
 import uuid
+from decimal import Decimal
 from pathlib import Path
+from typing import get_args
 
 import duckdb
 import hypothesis.strategies as st
 import numpy as np
 import pandas as pd
 import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 
 from foretaste.data.audit import audit_events
 from foretaste.data.interactions import Interactions
+from foretaste.data.read_config import MISSING, TimestampUnit
 from foretaste.data.reading import read_interactions
 from foretaste.data.sorting import find_repeats, group_events, sort_by_time
 from foretaste.data.store import write_store
-from foretaste.errors import DataError
+from foretaste.errors import ConfigError, DataError
 
 NOW = 1_600_000_000
 ID_4, ID_5 = uuid.UUID(int=4), uuid.UUID(int=5)
@@ -217,6 +222,103 @@ def test_lists_are_no_ids() -> None:
         read_interactions(frame)
 
 
+@pytest.mark.parametrize(
+    "late",
+    ["007", "+7", " 7", "7 ", "-0", "00", "7.0", "7.5", "1e3", "0x7", "1_000", "9" * 20, "x"],
+)
+@pytest.mark.parametrize("before", [3, 12_000])
+def test_one_id_that_is_no_plain_integer_makes_all_text_wherever_it_is(
+    late: str, before: int, tmp_path: Path
+) -> None:
+    rows = "".join(f"{n},1\n" for n in range(before))
+    events = read_interactions(written(tmp_path / "e.csv", f"user_id,item_id\n{rows}{late},1\n"))
+    assert not events.users.is_integer
+    assert events.num_users == before + 1
+    assert late in set(events.users.ids)
+
+
+def test_quoted_and_whole_floating_ids_are_integers_and_all_of_their_digits_count(
+    tmp_path: Path,
+) -> None:
+    quoted = written(tmp_path / "q.csv", 'user_id,item_id\n"7",-5\n8,0\n')
+    assert read_interactions(quoted).users.ids.to_list() == [7, 8]
+    text = "user_id,item_id\n9007199254740993.0,1\n9007199254740992.0,1\n"
+    floats = read_interactions(written(tmp_path / "f.csv", text))
+    assert floats.users.ids.to_list() == [2**53, 2**53 + 1]
+    mixed = read_interactions(written(tmp_path / "m.csv", text + "007,1\n"))
+    assert "9007199254740993.0" in mixed.users.ids.to_list()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "limit"), [(pl.Float16, 2**11), (pl.Float32, 2**24), (pl.Float64, 2**53)]
+)
+def test_ids_in_floats_are_refused_from_where_neighbours_become_one(
+    dtype: pl.DataType, limit: int
+) -> None:
+    def frame(value: int) -> pl.DataFrame:
+        return pl.DataFrame({"user_id": pl.Series([1, value]).cast(dtype), "item_id": [1, 2]})
+
+    assert read_interactions(frame(limit - 1)).users.ids.to_list() == [1, limit - 1]
+    with pytest.raises(DataError) as caught:
+        read_interactions(frame(limit))
+    assert (caught.value.column, caught.value.row, caught.value.value) == ("user_id", 2, limit)
+
+
+# What means a missing value
+
+
+@pytest.mark.parametrize("marker", [*MISSING, " NA", "NULL ", "  "])
+@pytest.mark.parametrize("kind", ["csv", "polars", "pandas", "categorical", "object"])
+def test_a_text_that_means_a_missing_value_is_missing_in_every_column(
+    marker: str, kind: str, tmp_path: Path
+) -> None:
+    columns = {
+        "user_id": ["1", marker, "3", "4", "5"],
+        "item_id": ["a", "b", marker, "d", "e"],
+        "t": ["2020-01-05", "2020-01-05", "2020-01-05", marker, "2020-01-05"],
+        "rating": ["1", "2", "3", "4", marker],
+    }
+    frame = pl.DataFrame(columns)
+    source = {
+        "csv": lambda: written(tmp_path / "e.csv", frame.write_csv()),
+        "polars": lambda: frame,
+        "pandas": frame.to_pandas,
+        "categorical": lambda: frame.cast(pl.Categorical),
+        "object": lambda: pl.DataFrame(
+            [pl.Series(name, values, dtype=pl.Object) for name, values in columns.items()]
+        ),
+    }[kind]()  # fmt: skip
+    with pytest.raises(DataError) as caught:
+        read_interactions(source, timestamp="t", rating="rating")
+    assert (caught.value.column, caught.value.row) == ("user_id", 2)
+    events = read_interactions(source, timestamp="t", rating="rating", drop_incomplete=True)
+    assert [str(one) for one in events.users.ids] == ["1"]
+    assert events.users.is_integer == (kind == "csv")
+    assert events.columns["rating"].tolist() == [1]
+    said = [note for note in events.notes if "taken as missing" in note]
+    parsed = kind == "csv" and marker == "NaN"  # the parser's own missing number
+    assert len(said) == (4 - parsed if marker.strip() else 0)
+
+
+def test_what_means_a_missing_value_can_be_said(tmp_path: Path) -> None:
+    path = written(tmp_path / "e.csv", "user_id,item_id\nNA,1\n-,2\nb,3\n,4\n")
+    kept = read_interactions(path, missing=(), drop_incomplete=True)
+    assert kept.users.ids.to_list() == ["-", "NA", "b"]
+    other = read_interactions(path, missing=["-"], drop_incomplete=True)
+    assert other.users.ids.to_list() == ["NA", "b"]
+
+
+def test_a_late_marker_among_numbers_leaves_them_numbers(tmp_path: Path) -> None:
+    rows = "".join(f"{n},1,{n},{n}\n" for n in range(12_000))
+    text = f"user_id,item_id,label,code\n{rows}NULL,1,1,2\n7,1,NA,NULL\n"
+    path = written(tmp_path / "e.csv", text)
+    events = read_interactions(path, columns=["label"], context=["code"], drop_incomplete=True)
+    assert events.users.is_integer
+    assert int(np.isnan(events.columns["label"]).sum()) == 1
+    assert events.context is not None
+    assert (events.context["code"].dtype, events.context["code"].null_count()) == (pl.Int64, 1)
+
+
 # Times
 
 
@@ -304,12 +406,112 @@ def test_seconds_given_as_finer_units_are_refused_with_the_fix(
         (["05/01/2020"], "row 1: '05/01/2020' is not a time"),
         ([dt.date(1960, 1, 1)], "row 1: .* before 1970 or after 2200"),
         ([dt.datetime(2300, 1, 1)], "row 1: .* before 1970 or after 2200"),
-        ([[1]], "holds List"),
+        ([[1]], "holds lists"),
     ],
 )  # fmt: skip
 def test_times_that_cannot_be_are_refused(times: list[object], message: str) -> None:
     with pytest.raises(DataError, match=message):
         timed(times)
+
+
+def told(times: list[object], **more: object) -> str:
+    with pytest.raises(DataError) as caught:
+        timed(times, **more)
+    assert caught.value.column == "timestamp"
+    return str(caught.value)
+
+
+NOON = 1_698_840_000  # 2023-11-01 12:00
+DAY = 1_698_796_800
+
+
+@pytest.mark.parametrize(
+    ("times", "unit", "seconds"),
+    [
+        ([2023_11_01, 2023_11_03], "YYYYMMDD", [DAY, DAY + 172_800]),
+        ([2023_11_01.0, 2023_11_03.0], "YYYYMMDD", [DAY, DAY + 172_800]),
+        (["20231101", "20231103"], "YYYYMMDD", [DAY, DAY + 172_800]),
+        ([2023_11, 2023_12], "YYYYMM", [DAY, 1_701_388_800]),
+        ([2023_11_01_12_00], "YYYYMMDDHHMM", [NOON]),
+        ([2023_11_01_12_00_01], "YYYYMMDDHHMMSS", [NOON + 1]),
+        ([45_231, 45_231.5], "excel", [DAY, NOON]),
+        ([19_662, 19_662.5], "days", [DAY, NOON]),
+        ([2023, 2024], "years", [1_672_531_200, 1_704_067_200]),
+        ([2023.5, 2024], "years", [1_672_531_200 + 365 * 43_200, 1_704_067_200]),
+        ([NOON // 3_600], "hours", [NOON]),
+        ([NOON // 60], "minutes", [NOON]),
+        (["01.11.2023 12:00", "02.11.2023"], "DD.MM.YYYY", [NOON, DAY + 86_400]),
+        (["13/11/2023", "01/11/2023"], "DD/MM/YYYY", [DAY, DAY + 12 * 86_400]),
+        (["11/01/2023 12:00:00"], "MM/DD/YYYY", [NOON]),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("said", ["s", "ms", "ns"])
+def test_times_of_another_unit_are_refused_with_the_unit_that_reads_them(
+    times: list[object], unit: str, seconds: list[int], said: str
+) -> None:
+    times = [float(time) if isinstance(times[-1], float) else time for time in times]  # type: ignore[arg-type]
+    if said == "s" or max(len(str(time)) for time in times) < 12:
+        assert f'"{unit}"' in told(times, timestamp_unit=said)
+    assert timed(times, timestamp_unit=unit) == seconds
+
+
+@pytest.mark.parametrize("unit", get_args(TimestampUnit))
+def test_every_unit_refuses_infinity_and_text_and_negative_numbers(unit: str) -> None:
+    for times in ([1.5, float("inf")], ["x", "y"], [-7, -8], [2.0**80], [2**63 - 1]):
+        told(times, timestamp_unit=unit)
+
+
+@pytest.mark.parametrize(
+    ("known", "unknown"),
+    [
+        (NOW, 0), (NOW, -1), (NOW + 0.5, 0.0), (2023_11_01, 0), (45_231, 0), (2023, -1),
+        (dt.datetime(2023, 1, 1), dt.datetime(1970, 1, 1)),
+        (dt.date(2023, 1, 1), dt.date(1900, 1, 1)),
+        (dt.datetime(2023, 1, 1), dt.datetime(9999, 12, 31, 23, 59, 59)),
+        ("2023-01-01", "0001-01-01"), ("2023-01-01T10:00Z", "1970-01-01"), (NOW, 2023_11_01),
+    ],
+)  # fmt: skip
+def test_an_unknown_time_among_times_of_today_is_refused_or_left_out(
+    known: object, unknown: object
+) -> None:
+    unit = {2023_11_01: "YYYYMMDD", 45_231: "excel", 2023: "years"}.get(known, "s")  # type: ignore[call-overload]
+    assert "drop_incomplete=True" in told([known, unknown, known], timestamp_unit=unit)
+    frame = pl.DataFrame({"user_id": 1, "item_id": [1, 2, 3], "t": [known, unknown, known]})
+    more = {"timestamp": "t", "timestamp_unit": unit, "drop_incomplete": True}
+    events = read_interactions(frame, **more)  # type: ignore[arg-type]
+    assert events.items.ids.to_list() == [1, 3]
+    assert "1 incomplete rows were left out" in events.notes
+    assert any("column 't': 1 times such as" in note for note in events.notes)
+
+
+def test_numbers_that_only_count_are_taken_as_an_order_and_said() -> None:
+    frame = pl.DataFrame({"user_id": 1, "item_id": range(5), "t": range(5)})
+    assert "taken as an order" in " ".join(read_interactions(frame, timestamp="t").notes)
+    said = read_interactions(frame, timestamp="t", timestamp_unit="order")
+    assert said.notes == ()
+    assert timed([2023, 2024], timestamp_unit="order") == [2023, 2024]
+    spread = list(range(0, NOW, NOW // 200))  # from 1970 to today, with the years between
+    assert timed(spread[1:]) == spread[1:]
+
+
+@pytest.mark.parametrize(
+    ("times", "said"),
+    [
+        ([dt.datetime(2020, 1, 1, 9)], True),
+        ([dt.datetime(2020, 1, 1)], False),
+        ([dt.datetime(2020, 1, 1, 9, tzinfo=dt.UTC)], False),
+        (["2020-01-01 09:00", "2020-01-01T09:00Z"], True),
+        (["2020-01-01 09:00:00 UTC", "2020/01/01 09:00:00+02:00"], False),
+        (["2020-01-01"], False),
+    ],
+)  # fmt: skip
+def test_times_of_day_without_a_zone_are_taken_as_utc_and_said(
+    times: list[object],
+    said: bool,  # noqa: FBT001 - one of the table's columns
+) -> None:
+    frame = pl.DataFrame({"user_id": 1, "item_id": range(len(times)), "t": times})
+    notes = read_interactions(frame, timestamp="t").notes
+    assert any("UTC" in note for note in notes) == said
 
 
 # Numbers and gaps
@@ -403,6 +605,211 @@ def test_events_of_one_second_repeat_each_other_as_the_audit_says() -> None:
     first = read(frame, columns=(), duplicates="first")
     assert as_rows(first) == [(1, 5, 9, 2.0), (1, 5, 10, 3.0)]
     assert "repeated_event" not in [finding.what for finding in audit_events(first)]
+
+
+# Columns of every type
+
+ONE = pa.array([1, 2])
+TYPES = {
+    "null": pa.nulls(2), "bool": pa.array([True, None]), "int8": pa.array([1, 2], pa.int8()),
+    "uint64": pa.array([2**64 - 1, 1], pa.uint64()), "float16": pa.array([1, 2]).cast(pa.float16()),
+    "decimal32": pa.array([Decimal("1.5"), None], pa.decimal32(5, 1)),
+    "decimal256": pa.array([Decimal("2"), None], pa.decimal256(60, 1)),
+    "large_string": pa.array(["a", "b"], pa.large_string()),
+    "string_view": pa.array(["a", "b"], pa.string_view()), "bytes": pa.array([b"a", b"b"]),
+    "binary_view": pa.array([b"a", b"b"], pa.binary_view()),
+    "dictionary": pa.array(["a", "b"]).dictionary_encode(),
+    "run_end": pa.RunEndEncodedArray.from_arrays(pa.array([1, 2], pa.int32()), ONE),
+    "date32": pa.array([1, 2], pa.date32()), "date64": pa.array([0, 86_400_000], pa.date64()),
+    "time64": pa.array([1, 2], pa.time64("us")), "seconds": pa.array([1, 2], pa.timestamp("s")),
+    "zoned": pa.array([1, 2], pa.timestamp("ns", "Europe/Paris")),
+    "no such zone": pa.array([1, 2], pa.timestamp("us", "Mars/One")),
+    "duration": pa.array([1, 2], pa.duration("s")),
+    "interval": pa.array([(1, 2, 3), None], pa.month_day_nano_interval()),
+    "list": pa.array([[1], [2]]), "list_view": pa.array([[1], [2]], pa.list_view(pa.int64())),
+    "struct": pa.array([{"a": 1}, {"a": 2}]),
+    "map": pa.array([[("a", 1)], [("b", 2)]], pa.map_(pa.string(), pa.int64())),
+    "union": pa.UnionArray.from_sparse(pa.array([0, 1], pa.int8()), [ONE, pa.array(["a", "b"])]),
+    "uuid": pa.array([b"0" * 16, b"1" * 16], pa.uuid()), "json": pa.array(["1", "{}"], pa.json_()),
+}  # fmt: skip
+PANDAS = {
+    "period": pd.period_range("2020", periods=2, freq="Y"), "range": pd.interval_range(0, 2),
+    "complex": [1j, 2j], "sparse": pd.arrays.SparseArray([1, 0]), "delta": pd.to_timedelta([1, 2]),
+    "nullable": pd.array([1, None], dtype="Int64"), "categories": pd.Categorical(["a", None]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*TYPES, *PANDAS])
+@pytest.mark.parametrize("part", ["user", "timestamp", "rating", "columns", "context", "items"])
+def test_a_column_of_any_type_is_read_or_refused_by_its_name(name: str, part: str) -> None:
+    if name in TYPES:
+        source: object = pa.table({"user_id": ONE, "item_id": ONE, "odd": TYPES[name]})
+    else:
+        source = pd.DataFrame({"user_id": [1, 2], "item_id": [1, 2], "odd": PANDAS[name]})
+    assert len(read_interactions(source)) == 2  # nobody asked for it
+    listed = {"columns": ["odd"], "context": ["odd"], "items": source}
+    more = {part: listed.get(part, "odd"), "drop_incomplete": True}
+    try:
+        read_interactions(source, **more)  # type: ignore[arg-type]
+    except DataError as error:
+        assert part != "items"
+        assert error.column == "odd" or "holds no events" in str(error)
+
+
+@pytest.mark.parametrize("name", ["no such zone", "list_view", "decimal256", "json"])
+def test_a_type_that_one_library_lacks_does_not_stop_a_file(name: str, tmp_path: Path) -> None:
+    table = pa.table({"user_id": ONE, "item_id": ONE, "odd": TYPES[name]})
+    pq.write_table(table, tmp_path / "e.parquet")
+    assert read_interactions(tmp_path / "e.parquet").users.ids.to_list() == [1, 2]
+
+
+def test_a_period_is_its_text_and_no_number() -> None:
+    frame = pd.DataFrame({"user_id": PANDAS["period"], "item_id": [1, 2]})
+    assert read_interactions(frame).users.ids.to_list() == ["2020", "2021"]
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (dt.date(2024, 1, 1), dt.datetime(2024, 1, 1, 5)),
+        (dt.datetime(2024, 1, 1), dt.datetime(2024, 1, 1, 5, tzinfo=dt.UTC)),
+        (dt.datetime(2024, 1, 1, tzinfo=dt.UTC), "2024-01-01T05:00Z"),
+        (dt.date(2024, 1, 1), "2024-01-01T05:00Z"),
+        (1_704_067_200, "1704085200"),
+        (1_704_067_200, 1_704_085_200.0),
+    ],
+)
+def test_files_of_unlike_types_are_brought_together(
+    first: object, second: object, tmp_path: Path
+) -> None:
+    for name, time, user in (("a", first, 2**53 + 1), ("b", second, 7.0)):
+        frame = pl.DataFrame({"user_id": [user], "item_id": ["x"], "t": [time]})
+        frame.cast({"item_id": pl.Categorical if name == "a" else pl.String}).write_parquet(
+            tmp_path / f"{name}.parquet"
+        )
+    events = read_interactions([tmp_path / "a.parquet", tmp_path / "b.parquet"], timestamp="t")
+    assert events.users.ids.to_list() == [7, 2**53 + 1]
+    assert events.items.ids.to_list() == ["x"]
+    assert events.timestamp_s is not None
+    assert events.timestamp_s.tolist() == [1_704_085_200, 1_704_067_200]
+
+
+def test_files_whose_types_do_not_go_together_are_named(tmp_path: Path) -> None:
+    for name, tags in (("a", [["x"]]), ("b", [1])):
+        frame = pl.DataFrame({"user_id": [1], "item_id": [1], "tags": tags})
+        frame.write_parquet(tmp_path / f"{name}.parquet")
+    files = [tmp_path / "a.parquet", tmp_path / "b.parquet"]
+    with pytest.raises(DataError, match="do not go together") as caught:
+        read_interactions(files, context=["tags"])
+    assert caught.value.column == "tags"
+
+
+# Text of every layout and encoding
+
+
+@pytest.mark.parametrize(
+    ("text", "more"),
+    [
+        (" user_id item_id  n\n 00001 10  1\r\n   2  7 12.5\n", {}),
+        (" 00001 10\n 2  7\n", {"header": False, "user": 0, "item": 1}),
+        ("user_id \t item_id\n00001 \t 10\n2\t\t7\n", {"separator": "\\s+"}),
+        ("user_id  item_id\n00001  10\n2  7\n", {"separator": " +"}),
+        ("sep=;\nuser_id;item_id\n00001;10\n2;7\n", {}),
+        ('"sep=\t"\r\nuser_id\titem_id\r\n00001\t10\r\n2\t7\r\n', {}),
+        ("# made by x\n# in 2020\nuser_id,item_id\n00001,10\n2,7\n", {}),
+        ("% sym\n00001 10\n2 7\n", {"header": False, "user": 0, "item": 1}),
+        ("# user_id item_id\n00001 10\n2 7\n", {}),
+        ("#user_id,item_id\n00001,10\n2,7\n", {}),
+        ("\n\nuser_id,item_id\n00001,10\n2,7\n", {}),
+        ("user_id,item_id\r00001,10\r2,7\r", {}),
+        ("user_id\titem_id\n00001\t10\n2\t7\n", {"separator": "\\t"}),
+        ("user_id\x01item_id\n00001\x0110\n2\x017\n", {}),
+        ("user_id¦item_id\n00001¦10\n2¦7\n", {"separator": "¦"}),
+    ],
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-32"])
+def test_text_of_any_layout_is_read(
+    text: str, more: dict[str, object], encoding: str, tmp_path: Path
+) -> None:
+    path = written(tmp_path / "e.txt", text.encode(encoding))
+    events = read_interactions(path, **more)  # type: ignore[arg-type]
+    assert as_rows(events) == [("00001", 10), ("2", 7)]
+    path = written(tmp_path / "e.txt.gz", gzip.compress(text.encode(encoding)))
+    assert as_rows(read_interactions(path, **more)) == [("00001", 10), ("2", 7)]  # type: ignore[arg-type]
+
+
+def test_lines_that_were_left_out_before_a_table_are_counted(tmp_path: Path) -> None:
+    path = written(tmp_path / "e.csv", "# made by x\n# in 2020\nuser_id,item_id\n1,2\n")
+    assert "the first 2 lines, which start with '#'" in read_interactions(path).notes[0]
+    ids = written(tmp_path / "ids.csv", "#a,#b\n#c,#d\n")
+    kept = read_interactions(ids, header=False, user=0, item=1)
+    assert as_rows(kept) == [("#a", "#b"), ("#c", "#d")]
+
+
+@pytest.mark.parametrize(
+    ("word", "encoding"),
+    [("田中", "gbk"), ("テスト", "shift_jis"), ("Привет", "cp1251"), ("Привет", "koi8-r"),
+     ("한국어", "euc-kr"), ("مرحبا", "cp1256"), ("“5 €”", "cp1252"), ("zoë", "latin-1")],
+)  # fmt: skip
+def test_an_encoding_is_read_as_it_is_said_and_not_misread_in_silence(
+    word: str, encoding: str, tmp_path: Path
+) -> None:
+    path = written(tmp_path / "e.csv", f"user_id,item_id\n{word},1\n".encode(encoding))
+    events = read_interactions(path, encoding=encoding)
+    assert events.users.find(word) == 0
+    try:
+        guessed = read_interactions(path)
+    except DataError as error:
+        assert "encoding=" in str(error)
+    else:
+        assert "say encoding=" in guessed.notes[0]
+
+
+@pytest.mark.parametrize("encoding", ["klingon", "rot13", "base64", ""])
+def test_an_encoding_that_is_none_is_refused(encoding: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read_interactions(written(tmp_path / "e.csv", "user_id,item_id\n1,2\n"), encoding=encoding)
+    assert (caught.value.name, caught.value.value) == ("encoding", encoding)
+
+
+def test_text_that_is_not_of_the_encoding_said_is_refused_by_its_line(tmp_path: Path) -> None:
+    path = written(tmp_path / "e.csv", "user_id,item_id\n1,2\né,3\n".encode("cp1252"))
+    with pytest.raises(DataError, match="line 3 is not utf-8"):
+        read_interactions(path, encoding="utf8")
+
+
+@pytest.mark.parametrize("separator", ["\n", '"', "a\r"])
+def test_a_separator_that_cannot_be_one_is_refused(separator: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read_interactions(written(tmp_path / "e.csv", "user_id,item_id\n"), separator=separator)
+    assert caught.value.name == "separator"
+
+
+@pytest.mark.parametrize(
+    "text", ["user_id,item_id,item_id\n1,2,3\n", "item_id,user_id,user_id\n1,2,3\n"]
+)
+def test_a_column_that_stands_twice_is_refused_in_text_as_in_frames(
+    text: str, tmp_path: Path
+) -> None:
+    path = written(tmp_path / "e.csv", text)
+    for source in (path, pd.DataFrame([[1, 2, 3]], columns=text.split("\n")[0].split(","))):
+        for user in ("user_id", 1 if text.startswith("item") else "user_id"):
+            with pytest.raises(DataError, match="more than one column") as caught:
+                read_interactions(source, user=user)
+            assert caught.value.column in ("user_id", "item_id")
+        with pytest.raises(DataError, match="more than one column"):
+            read_interactions(EVENTS, items=source)
+
+
+def test_a_folder_of_parquet_files_is_read_with_its_partitions(tmp_path: Path) -> None:
+    for day in ("2024-05-01", "2024-05-02"):
+        (tmp_path / f"day={day}").mkdir()
+        pl.DataFrame({"user_id": [1], "item_id": [2]}).write_parquet(
+            tmp_path / f"day={day}/a.parquet"
+        )
+    events = read_interactions(tmp_path, timestamp="day")
+    assert events.timestamp_s is not None
+    assert events.timestamp_s.tolist() == [1_714_521_600, 1_714_608_000]
 
 
 # Tables about users and items
@@ -502,6 +909,19 @@ def test_a_missing_header_is_guessed_at(tmp_path: Path) -> None:
             "broken gzip",
         ),
         ("e.csv.gz", gzip.compress(b"", mtime=0), "empty"),
+        (
+            "e.csv",
+            'user_id,item_id\n1,"a \\"b\\" c"\n',
+            "line 2 has .* inside a quoted field: write",
+        ),
+        ("e.csv", '{"user_id":1,"item_id":2}\n', "is JSON, .* read it with pandas or Polars"),
+        ("e.csv", '[\n{"user_id":1}]', "is JSON"),
+        ("e.csv", "<!DOCTYPE html>", "is a web page"),
+        ("e.csv", b"user_id,item_id\na\x00\x01\x02,1\n", "is not text"),
+        ("e.xz", b"\xfd7zXZ\x00rest", "is an xz archive: unpack it"),
+        ("e.db", b"SQLite format 3\x00", "is an SQLite database: give the result of"),
+        ("e.duckdb", b"12345678DUCK", "is a DuckDB database: give the result of a query"),
+        ("e.xls", b"\xd0\xcf\x11\xe0", "is a spreadsheet: save it as CSV"),
         ("e.zip", b"PK\x03\x04rest", "is a zip archive or a spreadsheet: unpack it"),
     ],
 )
@@ -525,6 +945,9 @@ def test_what_is_no_table_at_all(tmp_path: Path) -> None:
         read_interactions(tmp_path / "none.csv")
     with pytest.raises(DataError, match="is a folder"):
         read_interactions(tmp_path)
+    with pytest.raises(DataError, match="postgresql:// is no path") as caught:
+        read_interactions("postgresql://me:secret@host/db")
+    assert "secret" not in str(caught.value)
     with pytest.raises(DataError, match="cannot be a dict"):
         read_interactions({"user_id": [1]})
     with pytest.raises(DataError, match="holds no events"):

@@ -84,22 +84,22 @@ def canonical_ids(ids: pl.Series) -> pl.Series:
         ids = pl.Series(ids.name, texts, dtype=pl.String)
     if dtype.is_temporal() and dtype != pl.Duration:
         ids = time_text(ids)
-    if dtype == pl.Binary or dtype.is_nested():
+    if dtype in (pl.Binary, pl.Duration) or dtype.is_nested():
         raise DataError(
-            f"column {ids.name!r} holds {_in_words(ids)}: ids are integers or text, make text "
-            "of it",
+            f"column {ids.name!r} holds {in_words(ids)}: ids are integers or text, make text of it",
             column=ids.name,
         )
     return _no_blanks(ids.cast(pl.String))
 
 
-def _in_words(column: pl.Series) -> str:
+def in_words(column: pl.Series) -> str:
     """Return what a column holds, for a message."""
     named = {pl.Binary: "bytes", pl.List: "lists", pl.Array: "lists", pl.Struct: "records"}
     named |= {pl.Boolean: "truth values", pl.Duration: "durations", pl.Time: "times of day"}
     named |= {pl.Date: "dates", pl.Datetime: "times", pl.Object: "a mixture of types"}
     named |= {pl.String: "text", pl.Categorical: "text", pl.Enum: "text"}
-    return next((words for kind, words in named.items() if column.dtype == kind), "numbers")
+    other = "numbers" if column.dtype.is_numeric() else "values of another type"
+    return next((words for kind, words in named.items() if column.dtype == kind), other)
 
 
 def _no_blanks(text: pl.Series) -> pl.Series:
@@ -150,7 +150,7 @@ def canonical_numbers(column: pl.Series, *, what: str) -> pl.Series:
     numbers = _as_floats(column)
     if numbers is None:
         raise DataError(
-            f"column {column.name!r} holds {_in_words(column)}: {what} must be numbers",
+            f"column {column.name!r} holds {in_words(column)}: {what} must be numbers",
             column=column.name,
         )
     broken = numbers.is_null() & column.is_not_null()

@@ -12,7 +12,9 @@ import io
 import re
 import zlib
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import NamedTuple, final
 
@@ -69,6 +71,8 @@ class TextFile:
     missing: Collection[str]
     num_skipped: int
     """Lines before the table."""
+    names: Sequence[str] | None = None
+    """What a comment before the table calls the columns, where it does."""
     columns: Sequence[str] = ()
     """Names from the header, or "0", "1", … by position."""
     inner: Sequence[str] = ()
@@ -109,7 +113,7 @@ class TextFile:
             self.data,
             separator=self.separator,
             quote_char=_quote(self.separator),
-            has_header=self.header,
+            has_header=self.header and self.names is None,
             skip_lines=self.num_skipped,
             schema_overrides={inner[name]: pl.String for name in columns if name not in numbers},
             infer_schema_length=_LOOK_ROWS if numbers else 0,
@@ -181,6 +185,7 @@ def open_text(
             f"{lines[found.num_skipped - 1][:1]!r}, were left out"
         )
     data, separator = _one_byte(data, found.separator)
+    _refuse_backslashes(data, separator, str(path))
     file = TextFile(
         name=str(path),
         data=data,
@@ -189,6 +194,7 @@ def open_text(
         encoding=encoding,
         missing=missing,
         num_skipped=found.num_skipped,
+        names=found.names,
         notes=tuple(notes),
     )
     try:
@@ -215,11 +221,10 @@ def _with_columns(file: TextFile) -> TextFile:
             n_rows=number,
         )
 
-    inner = rows(_LOOK_ROWS, header=file.header).columns
+    inner = rows(_LOOK_ROWS, header=file.header and file.names is None).columns
     if not file.header:
         return replace(file, columns=[str(position) for position in range(len(inner))], inner=inner)
-    written = [name or "" for name in rows(1, header=False).row(0)]
-    names = [name.lstrip("#% ") if not n else name for n, name in enumerate(written)]
+    names = file.names or [name or "" for name in rows(1, header=False).row(0)]
     return replace(file, columns=names, inner=inner)
 
 
@@ -261,7 +266,7 @@ def _encoding_of(data: Path | bytes, encoding: str | None) -> str | None:
     if encoding is not None:
         try:
             name = codecs.lookup(encoding).name
-            b"".decode(name)
+            _is_text(name)
         except (LookupError, ValueError, TypeError) as error:
             raise ConfigError(
                 f"there is no encoding {encoding!r}: say one such as utf-8, utf-16, cp1252, gbk or "
@@ -278,6 +283,12 @@ def _encoding_of(data: Path | bytes, encoding: str | None) -> str | None:
     if even and 2 * odd.count(0) > len(odd) and not even.count(0):
         return "utf-16-le"
     return "utf-16-be" if odd and 2 * even.count(0) > len(even) and not odd.count(0) else None
+
+
+def _is_text(codec: str) -> None:
+    """Raise LookupError for codecs such as base64, which make no text."""
+    with suppress(UnicodeError):
+        b"a".decode(codec)
 
 
 def _decoded(data: Path | bytes, encoding: str, name: str) -> str:
@@ -310,7 +321,7 @@ def _in_utf8(file: TextFile) -> TextFile:
             text = None
         if text is None:
             raise DataError(
-                f'{wrong}: say its encoding, such as encoding="gbk", "shift_jis", "cp1251" or '
+                f'{wrong}: say its encoding, such as encoding="cp1252", "gbk", "shift_jis" or '
                 '"latin-1"',
                 name=file.name,
             ) from error
@@ -326,6 +337,7 @@ class _Layout(NamedTuple):
     separator: str
     num_skipped: int
     num_comments: int
+    names: list[str] | None
 
 
 def _first_lines(data: Path | bytes, name: str) -> list[str]:
@@ -345,8 +357,10 @@ def _first_lines(data: Path | bytes, name: str) -> list[str]:
 def _layout(lines: list[str], separator: str | None, *, header: bool) -> _Layout:
     """Find the separator, and the lines before the table."""
     skipped, said = 0, None
-    if spreadsheet := re.fullmatch(r'"?sep=(.|\\t)"?', lines[0], re.IGNORECASE):
-        skipped, said = 1, spreadsheet[1]
+    while skipped < len(lines) - 1 and not lines[skipped].strip():
+        skipped += 1
+    if spreadsheet := re.fullmatch(r'"?sep=(.|\\t)"?', lines[skipped], re.IGNORECASE):
+        skipped, said = skipped + 1, spreadsheet[1]
     before = skipped
     while skipped < len(lines) and lines[skipped][:1] in ("#", "%"):
         skipped += 1
@@ -354,11 +368,16 @@ def _layout(lines: list[str], separator: str | None, *, header: bool) -> _Layout
         skipped = before
     wanted = separator or said
     found = _written(wanted) if wanted else _sniff(lines[skipped:])
-    if header and skipped > before:
-        names, values = (_fields(line, found) for line in lines[skipped - 1 : skipped + 1])
-        numbers = [value for value in values if value.strip('"').replace(".", "", 1).isdigit()]
-        skipped -= len(names) == len(values) and bool(numbers)  # it names the columns
-    return _Layout(found, skipped, skipped - before)
+    comments = lines[before:skipped]
+    names = _names_in(comments[-1], lines[skipped], found) if header and comments else None
+    return _Layout(found, skipped, len(comments) - (names is not None), names)
+
+
+def _names_in(comment: str, first: str, separator: str) -> list[str] | None:
+    """Return what a comment calls the columns: as many names as the first line has values."""
+    names, values = (_fields(line, separator) for line in (comment.lstrip("#% "), first))
+    numbers = [value for value in values if value.strip('"').replace(".", "", 1).isdigit()]
+    return [name.strip('"') for name in names] if numbers and len(names) == len(values) else None
 
 
 def _written(separator: str) -> str:
@@ -369,17 +388,18 @@ def _written(separator: str) -> str:
             name="separator",
             value=separator,
         )
+    if re.fullmatch(r"\\x[0-9a-fA-F]{2}", separator):
+        return chr(int(separator[2:], 16))
     return _WRITTEN.get(separator, separator)
 
 
 def _fields(line: str, separator: str) -> list[str]:
-    line = line.lstrip("#% ")
     return line.split() if separator == _BLANKS else line.split(separator)
 
 
 def _sniff(lines: list[str]) -> str:
     line = lines[0]
-    for sure in ("::", "\t"):
+    for sure in ("::", "\t", "\x01"):
         if sure in line:
             return sure
     likely = max((",", ";", "|"), key=line.count)
@@ -394,7 +414,9 @@ def _sniff(lines: list[str]) -> str:
 def _one_byte(data: Path | bytes, separator: str) -> tuple[Path | bytes, str]:
     """Bring a separator that is longer than the parser's one byte to one that is."""
     if separator == _BLANKS:
-        raw = _bytes(data).replace(b"\t", b" ").replace(b"\r\n", b"\n")
+        raw = (
+            _bytes(data).removeprefix(codecs.BOM_UTF8).replace(b"\t", b" ").replace(b"\r\n", b"\n")
+        )
         while b"  " in raw:
             raw = raw.replace(b"  ", b" ")
         return raw.replace(b"\n ", b"\n").replace(b" \n", b"\n").strip(b" "), " "
@@ -402,6 +424,31 @@ def _one_byte(data: Path | bytes, separator: str) -> tuple[Path | bytes, str]:
         raw = _bytes(data).replace(separator.encode(), _UNIT_SEPARATOR.encode())
         return raw, _UNIT_SEPARATOR
     return data, separator
+
+
+def _refuse_backslashes(data: Path | bytes, separator: str, name: str) -> None:
+    """Refuse quotes that a backslash escapes inside a quoted field: they would be misread."""
+    if _quote(separator) is None:
+        return
+    if isinstance(data, Path):
+        with data.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as raw:
+            found = _backslashed(raw, separator)
+    else:
+        found = _backslashed(data, separator)
+    if found is not None:
+        raise DataError(
+            f'{name}, line {found} has \\" inside a quoted field: write the quote twice, as ""',
+            name=name,
+        )
+
+
+def _backslashed(raw: bytes | mmap, separator: str) -> int | None:
+    """Return the line of the first quote that a backslash escapes, if there is one."""
+    if raw.find(b'\\"') < 0:
+        return None
+    mark = re.escape(separator.encode())
+    field = re.search(b"(?:^|[\n" + mark + b'])"[^"\n]*\\\\"[^\r\n' + mark + b"]", raw)
+    return None if field is None else 1 + raw[: field.end() - 1].count(b"\n")
 
 
 def _quote(separator: str) -> str | None:

@@ -14,10 +14,12 @@ from typing import Any, NamedTuple, Protocol, TypeVar, final, runtime_checkable
 import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from foretaste.data.column_types import without_extensions
 from foretaste.data.columns import canonical_ids, without_markers
 from foretaste.data.delimited import TextFile, open_text
+from foretaste.data.file_kinds import first_bytes, place_of
 from foretaste.data.read_config import MISSING
 from foretaste.data.vocabulary import id_text
 from foretaste.errors import DataError, nearest
@@ -29,28 +31,6 @@ _UNKNOWN_TO_POLARS = (
 )
 _BROKEN = (Exception, pl.exceptions.PanicException)
 """All by which Polars, Arrow, DuckDB and pandas refuse: no list of their classes was complete."""
-_UNPACK, _EXPORT = "unpack it first", "write it as CSV or Parquet"
-_NOT_TABLES = (
-    (0, b"PK\x03\x04", "a zip archive or a spreadsheet", "unpack it first, or save it as CSV"),
-    (0, b"\xd0\xcf\x11\xe0", "a spreadsheet", "save it as CSV"),
-    (0, b"\x28\xb5\x2f\xfd", "a zstd archive", _UNPACK),
-    (0, b"BZh", "a bzip2 archive", _UNPACK),
-    (0, b"\xfd7zXZ\x00", "an xz archive", _UNPACK),
-    (0, b"7z\xbc\xaf\x27\x1c", "a 7z archive", _UNPACK),
-    (0, b"Rar!", "a rar archive", _UNPACK),
-    (0, b"\x04\x22\x4d\x18", "an lz4 archive", _UNPACK),
-    (257, b"ustar", "a tar archive", _UNPACK),
-    (8, b"DUCK", "a DuckDB database", "give the result of a query, duckdb.connect(FILE).sql(…)"),
-    (0, b"SQLite format 3", "an SQLite database", "give the result of pandas.read_sql"),
-    (0, b"\x89HDF", "an HDF5 file", _EXPORT),
-    (0, b"\x93NUMPY", "a NumPy array", _EXPORT),
-    (0, b"ORC", "an ORC file", "read it with pyarrow.orc, and give the table"),
-    (0, b"Obj\x01", "an Avro file", "read it with polars.read_avro, and give the table"),
-    (0, b"\xff\xff\xff\xff", "an Arrow stream", "read it with pyarrow.ipc, and give the table"),
-    (0, b"FEA1", "a Feather file of the first version", _EXPORT),
-    (0, b"%PDF", "a PDF", _EXPORT),
-)
-"""Where which bytes stand in a file, what it is then, and what to do."""
 
 
 class Table(NamedTuple):
@@ -399,45 +379,18 @@ def _open_file(
     encoding: str | None,
     missing: tuple[str, ...],
 ) -> Source:
-    path = _place(source)
+    path = place_of(source)
     if path.is_dir():
         return _open_folder(path, missing)
-    magic = _first_bytes(path)
+    magic = first_bytes(path)
     suffix = path.suffix.lower()
     if magic[:4] == b"PAR1" or suffix in (".parquet", ".pq"):
-        return _checked(_Scan(str(path), pl.scan_parquet(path), missing))
+        return _open_parquet(path, missing)
     if magic[:6] == b"ARROW1" or suffix in (".arrow", ".feather", ".ipc"):
         return _checked(_Scan(str(path), pl.scan_ipc(path), missing))
     return _Text(
         open_text(path, separator=separator, header=header, encoding=encoding, missing=missing)
     )
-
-
-def _place(source: str | os.PathLike[str]) -> Path:
-    text = os.fspath(source)
-    if "://" in text:  # what follows may hold a password
-        raise DataError(
-            f"{text.split('://')[0]}:// is no path: read it with pandas, Polars or DuckDB, and "
-            "give the table"
-        )
-    if "\x00" in text:
-        raise DataError(f"{text!r} is no path")
-    return Path(text)
-
-
-def _first_bytes(path: Path) -> bytes:
-    """Return the first bytes of what may be a table."""
-    try:
-        with path.open("rb") as file:
-            magic = file.read(512)
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}", name=str(path)) from error
-    if not magic:
-        raise DataError(f"{path} is empty (0 bytes): it holds no table", name=str(path))
-    for start, there, what, fix in _NOT_TABLES:
-        if magic.startswith(there, start):
-            raise DataError(f"{path} is {what}: {fix}", name=str(path))
-    return magic
 
 
 def _open_folder(path: Path, missing: tuple[str, ...]) -> Source:
@@ -460,6 +413,19 @@ def _open_folder(path: Path, missing: tuple[str, ...]) -> Source:
     raise DataError(
         f"{path} is a folder: give its files as a list, such as {[*names, '…']}", name=str(path)
     )
+
+
+def _open_parquet(path: Path, missing: tuple[str, ...]) -> Source:
+    """Open a Parquet file with Polars, or, if it lacks the type of a column, with Arrow."""
+    try:
+        return _checked(_Scan(str(path), pl.scan_parquet(path), missing))
+    except DataError as error:
+        try:
+            file = pq.ParquetFile(path)
+            batches = pa.RecordBatchReader.from_batches(file.schema_arrow, file.iter_batches())
+        except _BROKEN:
+            raise error from None
+        return _Stream(str(path), batches, missing)
 
 
 def _checked(scan: _Scan) -> _Scan:
@@ -516,6 +482,8 @@ def _of_arrow(name: str, column: pa.ChunkedArray) -> pl.Series:
         values = column.to_pylist()
         column = pa.array([None if v is None else str(v) for v in values], pa.large_string())
     elif isinstance(kind, pa.BaseExtensionType):
+        if not kind.extension_name.startswith("arrow."):  # a period's number means another thing
+            raise TypeError(kind.extension_name)
         storage = [chunk.storage for chunk in column.chunks]
         stored = _of_arrow(name, pa.chunked_array(storage, kind.storage_type))
         return stored.cast(pl.Boolean) if kind.extension_name == "arrow.bool8" else stored

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import polars as pl
 
-from foretaste.data.columns import canonical_ids, refusal
+from foretaste.data.columns import canonical_ids, in_words, refusal
 from foretaste.data.read_config import TimestampUnit
 from foretaste.errors import DataError
 
@@ -38,6 +38,7 @@ _SANE = {
     for unit, scale in _PER_SECOND.items()
     if unit != "order"
 }
+_SANE["ns"] = (644 * 10**15, _SANE["ns"][1])  # what is less are .NET's ticks since the year 1
 """Numbers that make sense in a unit: 1990 to 2040 of counts, of which no two overlap."""
 _UNKNOWN_S = (-62_135_596_800, -2_208_988_800, -1, 253_402_214_400, 253_402_300_799)
 """Years 1, 1900 and 9999, and a second before 1970: how programs write that they do not know."""
@@ -85,8 +86,8 @@ def canonical_times(times: pl.Series, unit: TimestampUnit, *, drop_unknown: bool
         found = _of_numbers(times, unit)
     else:
         raise DataError(
-            f"column {times.name!r} holds {times.dtype}: times are numbers, datetimes, dates or "
-            "ISO text",
+            f"column {times.name!r} holds {in_words(times)}: times are numbers, datetimes, dates "
+            "or ISO text",
             column=times.name,
         )
     return _bounded(times, found if unit == "order" else _known(times, found, drop=drop_unknown))
@@ -133,8 +134,9 @@ def _plain_numbers(times: pl.Series) -> pl.Series:
         return times.cast(pl.Int64)
     if times.dtype == pl.Decimal:
         times = times.cast(pl.Int128 if times.dtype.scale == 0 else pl.Float64)  # type: ignore[attr-defined]  # Decimal has it
-    if times.dtype.is_integer():
-        return times
+    if times.dtype.is_integer():  # signed: a negative number is compared with
+        small = times.cast(pl.Int64, strict=False)
+        return small if small.null_count() == times.null_count() else times.cast(pl.Int128)
     times = times.cast(pl.Float64).fill_nan(None)
     whole = times.cast(pl.Int64, strict=False)
     return whole if (times == whole).all() and times.null_count() == whole.null_count() else times
@@ -161,8 +163,8 @@ def _refuse_other_units(times: pl.Series, unit: TimestampUnit) -> tuple[str, ...
     if low < -1 or high > limit:
         scale = _PER_SECOND.get(unit, 1)
         outside = ((times < 0) | (times > limit)).fill_null(value=False)
-        for second in _UNKNOWN_S:
-            outside &= times != second * scale
+        for tick in (second * scale for second in _UNKNOWN_S):
+            outside &= (times != tick) if abs(tick) < 2**63 else True
         if outside.any():
             raise _outside(times, outside, unit)
     if unit == "order" or (low > 0 and low >= _SANE[unit][0]):
@@ -296,7 +298,7 @@ def _readable(times: pl.Series, micros: pl.Series, unit: TimestampUnit) -> pl.Se
     if fits:
         fix = "say timestamp_unit=" + " or ".join(f'"{form}"' for form in fits)
     else:
-        fix = "give unix seconds or ISO 8601 text such as 2024-05-01T12:30:00Z"
+        fix = "give all as unix seconds, or all as ISO 8601 text such as 2024-05-01T12:30:00Z"
     fix += "; if it means a missing time, list it in the setting `missing`"
     raise refusal(
         times, broken, f"is not a time: {fix}" if unit not in _DATES else f"is no {unit}: {fix}"
@@ -345,13 +347,14 @@ def _without(shown: pl.Series, times: Times, unknown: pl.Series, *, drop: bool) 
     count = int(unknown.sum())
     if not drop:
         more = f", and so would {count - 1:,} more" if count > 1 else ""
+        may_stay = 0 <= times.ticks.filter(unknown)[0] <= _YEAR_2200_S * times.per_second
+        keep = '; to keep it as it is, say timestamp_unit="order"' if may_stay else ""
         raise refusal(
             shown,
             unknown,
-            f"would be a time of 1970 or of no known year{more}, "
-            "while others are of today: if it means an unknown time, leave it empty or say "
-            "drop_incomplete=True, which leaves the row out; to keep it as it is, say "
-            'timestamp_unit="order"',
+            f"would be a time of 1970 or of no known year{more}, while others are of today: if it "
+            "means an unknown time, leave it empty or say drop_incomplete=True, which leaves the "
+            f"row out{keep}",
         )
     note = (
         f"column {shown.name!r}: {count:,} times such as {shown.filter(unknown)[0]!r} were "
@@ -370,5 +373,8 @@ def _outside(times: pl.Series, outside: pl.Series, unit: TimestampUnit) -> DataE
     if other:
         why = f'is after the year 2200 in {unit}, but sane in {other}: say timestamp_unit="{other}"'
     else:
-        why = f"is after the year 2200 in {unit}: fix it, or say another timestamp_unit"
+        why = (
+            f"is after the year 2200 in {unit}, and a time of today in no unit that is known here: "
+            "fix it, or bring the column to unix seconds"
+        )
     return refusal(times, outside, why)
