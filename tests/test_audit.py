@@ -360,6 +360,26 @@ def test_times_that_are_a_default_are_found() -> None:
     assert the(audit_events(replace(events, timestamp_s=time)), "one_second").count == NUM_USERS
 
 
+@pytest.mark.parametrize("unit", ["YYYYMMDD", "days"])
+def test_times_that_are_no_seconds_are_found_and_called_so(unit: str) -> None:
+    events = clean()
+    assert events.timestamp_s is not None
+    days = events.timestamp_s // DAY_S
+    time = days if unit == "days" else 2023_01_01 + days - days.min()
+    found = audit_events(replace(events, timestamp_s=time))
+    assert the(found, "times_before_1990").count == len(events)
+    assert "one_second" not in [finding.what for finding in found]
+
+
+def test_times_of_1970_among_those_of_today_are_counted() -> None:
+    events = clean()
+    assert events.timestamp_s is not None
+    time = events.timestamp_s.copy()
+    time[events.offsets[:-1]] = 0
+    found = audit_events(replace(events, timestamp_s=time))
+    assert the(found, "times_of_1970").count == NUM_USERS
+
+
 def test_times_without_hours_are_noted() -> None:
     events = clean()
     assert events.timestamp_s is not None

@@ -22,6 +22,7 @@ from foretaste.data.parts import TEST, TRAIN
 from foretaste.data.splits import Split
 
 _DAY_S = 86_400
+_YEAR_1971_S, _YEAR_1990_S = 31_536_000, 631_152_000
 _CROWD = 100  # events that one second or one day of an item needs to be noticed
 
 
@@ -42,7 +43,7 @@ def audit_events(events: Interactions, *, labels: Sequence[str] = ()) -> tuple[F
         return ()
     found = [
         finding
-        for look in (repeats, _heavy_user, _times, _spikes, ids_in_order)
+        for look in (repeats, _heavy_user, _years, _times, _spikes, ids_in_order)
         for finding in look(events)
     ]
     for look in (columns_that_tell, features_of_the_future, ids_that_tell):
@@ -98,7 +99,8 @@ def _times(events: Interactions) -> Iterator[Finding]:
         yield Finding("note", "no_times", len(events), "no times: order stands for time")
         return
     second, users_of = _most_crowded_second(events)
-    if users_of >= _CROWD and users_of > 0.01 * (np.diff(events.offsets) > 0).sum():
+    is_today = events.timestamp_s.max() >= _YEAR_1990_S
+    if is_today and users_of >= _CROWD and users_of > 0.01 * (np.diff(events.offsets) > 0).sum():
         yield Finding(
             severity="warning",
             what="one_second",
@@ -115,6 +117,31 @@ def _times(events: Interactions) -> Iterator[Finding]:
             count=int(same.sum()),
             sentence=f"{same.mean():.1%} of events share a second with the one before them of "
             f"their user{days}: which came first is the order of the file",
+        )
+
+
+def _years(events: Interactions) -> Iterator[Finding]:
+    """Find times that are no times of today: a mere count, another unit, or unknown ones."""
+    if events.timestamp_s is None:
+        return
+    low, high = int(events.timestamp_s.min()), int(events.timestamp_s.max())
+    early = int((events.timestamp_s < _YEAR_1971_S).sum())
+    if high < _YEAR_1990_S:
+        yield Finding(
+            severity="warning",
+            what="times_before_1990",
+            count=len(events),
+            sentence=f"all times lie before 1990 if they are seconds, from {low} to {high}: a mere "
+            "count, or read with the wrong timestamp_unit? Days and windows of time mean nothing "
+            "then",
+        )
+    elif early:
+        yield Finding(
+            severity="warning",
+            what="times_of_1970",
+            count=early,
+            sentence=f"{early:,} of {len(events):,} times lie in 1970, while others are of today: "
+            "unknown times, or another unit? They are the oldest events of their users",
         )
 
 
