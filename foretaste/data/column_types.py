@@ -12,10 +12,15 @@ from typing import NamedTuple
 import numpy as np
 import polars as pl
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from foretaste.data.vocabulary import id_text
 from foretaste.errors import DataError
 
+_UNKNOWN_TO_POLARS = (
+    *(pa.types.is_union, pa.types.is_interval, pa.types.is_decimal256),
+    *(pa.types.is_list_view, pa.types.is_large_list_view, pa.types.is_run_end_encoded),
+)
 _KEPT = (
     *(pl.Int8, pl.Int16, pl.Int32, pl.Int64, pl.UInt8, pl.UInt16, pl.UInt32, pl.UInt64),
     *(pl.Float32, pl.Float64, pl.Null, pl.Boolean, pl.String, pl.Date, pl.Time, pl.Duration),
@@ -169,3 +174,43 @@ _CHANGES: Mapping[type, Callable[[pl.Series], _Change]] = {
     pl.Array: _lists,
 }
 """What becomes of a type that is not kept; one that is not named here is left out."""
+
+
+def of_arrow(name: str, column: pa.ChunkedArray) -> pl.Series:
+    """Return an Arrow column; types that Polars lacks are brought to those that it has.
+
+    Raises:
+        TypeError: There is no such type.
+    """
+    kind = column.type
+    if getattr(kind, "extension_name", "") == "arrow.uuid":
+        values = column.to_pylist()
+        column = pa.array([None if v is None else str(v) for v in values], pa.large_string())
+    elif isinstance(kind, pa.BaseExtensionType):
+        if not kind.extension_name.startswith("arrow."):  # a period's number means another thing
+            raise TypeError(kind.extension_name)
+        storage = [chunk.storage for chunk in column.chunks]
+        stored = of_arrow(name, pa.chunked_array(storage, kind.storage_type))
+        return stored.cast(pl.Boolean) if kind.extension_name == "arrow.bool8" else stored
+    elif pa.types.is_run_end_encoded(kind):
+        decoded = [pc.run_end_decode(chunk) for chunk in column.chunks]
+        return of_arrow(name, pa.chunked_array(decoded, kind.value_type))
+    elif pa.types.is_decimal256(kind):
+        column = column.cast(pa.decimal128(38, kind.scale))
+    elif pa.types.is_list_view(kind) or pa.types.is_large_list_view(kind):
+        # value by value: Arrow's own cast of views loses rows
+        column = pa.array(column.to_pylist(), pa.large_list(kind.value_type))
+    if unknown := _unknown_to_polars(column.type):
+        raise TypeError(str(unknown))
+    return pl.Series(name, column)
+
+
+def _unknown_to_polars(kind: pa.DataType) -> pa.DataType | None:
+    """Return the first part of a type at which Polars stops or panics; None if it knows all."""
+    if isinstance(kind, pa.BaseExtensionType):
+        return _unknown_to_polars(kind.storage_type)
+    if any(is_unknown(kind) for is_unknown in _UNKNOWN_TO_POLARS):
+        return kind
+    inner = [kind.value_type] if pa.types.is_dictionary(kind) else []
+    inner += [kind.field(n).type for n in range(kind.num_fields)]
+    return next((found for part in inner if (found := _unknown_to_polars(part))), None)

@@ -13,10 +13,9 @@ from typing import Any, NamedTuple, Protocol, TypeVar, final, runtime_checkable
 
 import polars as pl
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from foretaste.data.column_types import without_extensions
+from foretaste.data.column_types import of_arrow, without_extensions
 from foretaste.data.columns import canonical_ids, without_markers
 from foretaste.data.delimited import TextFile, open_text
 from foretaste.data.file_kinds import first_bytes, place_of
@@ -25,10 +24,6 @@ from foretaste.data.vocabulary import id_text
 from foretaste.errors import DataError, nearest
 
 _T = TypeVar("_T")
-_UNKNOWN_TO_POLARS = (
-    *(pa.types.is_union, pa.types.is_interval, pa.types.is_decimal256),
-    *(pa.types.is_list_view, pa.types.is_large_list_view, pa.types.is_run_end_encoded),
-)
 _BROKEN = (Exception, pl.exceptions.PanicException)
 """All by which Polars, Arrow, DuckDB and pandas refuse: no list of their classes was complete."""
 
@@ -235,7 +230,7 @@ class _Stream:
         optional: Collection[str] = (),
     ) -> Table:
         def load(names: list[str]) -> pl.DataFrame:
-            return pl.DataFrame([_of_arrow(name, self._table[name]) for name in names])
+            return pl.DataFrame([of_arrow(name, self._table[name]) for name in names])
 
         return _gathered(self, columns, load, self.missing, optional)
 
@@ -281,7 +276,7 @@ class _Pandas:
                 one = one.sparse.to_dense()
             if kind in ("float96", "float128"):
                 one = one.astype("float64")
-            return _of_arrow(name, pa.RecordBatchReader.from_stream(one).read_all()[0])
+            return of_arrow(name, pa.RecordBatchReader.from_stream(one).read_all()[0])
         except _BROKEN:
             column = one.iloc[:, 0]
             pairs = zip(column.isna(), column, strict=True)
@@ -473,42 +468,6 @@ def _gathered(
         frame = pl.concat(parts, how="horizontal")
     frame, notes = without_markers(without_extensions(frame), missing)
     return Table(frame, (*left_out, *notes))
-
-
-def _of_arrow(name: str, column: pa.ChunkedArray) -> pl.Series:
-    """Return an Arrow column; types that Polars lacks are brought to those that it has."""
-    kind = column.type
-    if getattr(kind, "extension_name", "") == "arrow.uuid":
-        values = column.to_pylist()
-        column = pa.array([None if v is None else str(v) for v in values], pa.large_string())
-    elif isinstance(kind, pa.BaseExtensionType):
-        if not kind.extension_name.startswith("arrow."):  # a period's number means another thing
-            raise TypeError(kind.extension_name)
-        storage = [chunk.storage for chunk in column.chunks]
-        stored = _of_arrow(name, pa.chunked_array(storage, kind.storage_type))
-        return stored.cast(pl.Boolean) if kind.extension_name == "arrow.bool8" else stored
-    elif pa.types.is_run_end_encoded(kind):
-        decoded = [pc.run_end_decode(chunk) for chunk in column.chunks]
-        return _of_arrow(name, pa.chunked_array(decoded, kind.value_type))
-    elif pa.types.is_decimal256(kind):
-        column = column.cast(pa.decimal128(38, kind.scale))
-    elif pa.types.is_list_view(kind) or pa.types.is_large_list_view(kind):
-        # value by value: Arrow's own cast of views loses rows
-        column = pa.array(column.to_pylist(), pa.large_list(kind.value_type))
-    if unknown := _unknown_to_polars(column.type):
-        raise TypeError(str(unknown))
-    return pl.Series(name, column)
-
-
-def _unknown_to_polars(kind: pa.DataType) -> pa.DataType | None:
-    """Return the first part of a type at which Polars stops or panics; None if it knows all."""
-    if isinstance(kind, pa.BaseExtensionType):
-        return _unknown_to_polars(kind.storage_type)
-    if any(is_unknown(kind) for is_unknown in _UNKNOWN_TO_POLARS):
-        return kind
-    inner = [kind.value_type] if pa.types.is_dictionary(kind) else []
-    inner += [kind.field(n).type for n in range(kind.num_fields)]
-    return next((found for part in inner if (found := _unknown_to_polars(part))), None)
 
 
 def _with_index(frame: Any) -> Any:
