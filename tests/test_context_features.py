@@ -109,12 +109,12 @@ def test_a_context_that_is_not_there_is_refused_by_name() -> None:
         fit_features(other, events())
 
 
-def test_text_where_numbers_were_declared_is_refused_with_its_row() -> None:
+def test_text_where_numbers_were_declared_is_refused_by_its_event() -> None:
     late = TRAIN.with_columns(hour=pl.Series(["8", "noon", "16", "20"]))
-    with pytest.raises(DataError, match=r"'hour', row 2: 'noon' is not a number"):
+    with pytest.raises(DataError, match=r"'hour', the event of user .*: 'noon' is not a number"):
         fit_features(SCHEMA, events(late))
     features = fit_features(SCHEMA, events())
-    with pytest.raises(DataError, match=r"'hour', row 2: 'noon' is not a number"):
+    with pytest.raises(DataError, match=r"'hour', the event of user .*: 'noon' is not a number"):
         features.of(events(late))
 
 

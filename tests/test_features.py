@@ -30,6 +30,7 @@ from foretaste.data.fields import (
     schema_to_toml,
 )
 from foretaste.data.interactions import Interactions
+from foretaste.data.reading import read_interactions
 from foretaste.data.sources.load import get_dataset
 from foretaste.data.vocabulary import Vocabulary
 from foretaste.errors import BundleError, ConfigError, DataError
@@ -549,27 +550,68 @@ def test_a_million_values_are_cut_to_a_hundred_thousand() -> None:
 @pytest.mark.parametrize(
     ("column", "field", "message"),
     [
-        ([1.0, float("inf")], NumericField(), "column 'x', row 2: inf is infinite"),
-        (["1", "two"], NumericField(), "column 'x', row 2: 'two' is not a number"),
+        ([1.0, float("inf")], NumericField(), "column 'x', item 1: inf is infinite"),
+        (["1", "two"], NumericField(), "column 'x', item 1: 'two' is not a number"),
         ([[1.0], [2.0]], NumericField(), "column 'x' holds List"),
         ([[1.0], [2.0]], CategoricalField(), "column 'x' holds List.*multi"),
-        ([1.0, -float("inf")], CategoricalField(), "column 'x', row 2: -inf is not a category"),
+        ([1.0, -float("inf")], CategoricalField(), "column 'x', item 1: -inf is not a category"),
         (["a|b", "c"], MultiField(), "column 'x' holds text, such as.*separator"),
         ([[["a"]], [["b"]]], MultiField(), "column 'x' holds List"),
-        ([[1.0, 2.0], [1.0]], VectorField(), "row 2 holds a vector of 1 numbers, not 2"),
-        ([[1.0], [float("nan")]], VectorField(), "row 2 holds a vector with a number that is"),
-        ([[1.0], [None]], VectorField(), "row 2 holds a vector with a number that is"),
-        ([[1.0], [1e39]], VectorField(), "row 2 holds a vector with a number that is"),
+        ([[1.0, 2.0], [1.0]], VectorField(), "item 1 holds a vector of 1 numbers, not 2"),
+        ([[1.0], [float("nan")]], VectorField(), "item 1 holds a vector with a number that is"),
+        ([[1.0], [None]], VectorField(), "item 1 holds a vector with a number that is"),
+        ([[1.0], [1e39]], VectorField(), "item 1 holds a vector with a number that is"),
         ([["a"], ["b"]], VectorField(), "column 'x' holds List"),
         ([1.0, 2.0], VectorField(), "column 'x' holds Float64"),
     ],
 )
 @pytest.mark.parametrize("held_out", [0, 1])
-def test_a_wrong_value_is_refused_by_column_and_row_in_training_or_not(
+def test_a_wrong_value_is_refused_by_column_and_item_in_training_or_not(
     column: list[object], field: FieldConfig, message: str, held_out: int
 ) -> None:
     with pytest.raises(DataError, match=message):
         fit_item(pl.DataFrame({"x": column}), held_out=held_out, x=field)
+
+
+SHUFFLED = pl.DataFrame({"user_id": [3, 1, 2], "item_id": [30, 10, 20], "at": [5, 6, 7]})
+
+
+@pytest.mark.parametrize(
+    ("kind", "good", "bad", "shown"),
+    [
+        ("numeric", "2", "x", "'x' is not a number"),
+        ("categorical", 1.0, float("inf"), "inf is not a category"),
+        ("multi", [1.0, 2.0], [1.0, float("inf")], "inf is not a category"),
+        ("vector", [1.0, 2.0], [1.0], "holds a vector of 1 numbers"),
+    ],
+)
+@pytest.mark.parametrize("role", ["user", "item", "context"])
+def test_a_wrong_value_is_refused_by_the_id_that_the_caller_knows(
+    role: str, kind: str, good: object, bad: object, shown: str
+) -> None:
+    ids = {"user": [3, 1, 2], "item": [30, 10, 20]}
+    values = pl.Series("x", [bad, good, good], strict=False)
+    fields = schema_from_toml(f'[{role}.x]\nkind = "{kind}"')
+    if role == "context":
+        events = read_interactions(SHUFFLED.with_columns(values), context=["x"])
+        place = "the event of user 3 and item 30"
+    else:
+        table = pl.DataFrame({f"{role}_id": ids[role], "x": values})
+        events = read_interactions(SHUFFLED, **{f"{role}s": table})
+        place = f"{role} {ids[role][0]}"
+    with pytest.raises(DataError) as caught:
+        fit_features(fields, events)
+    assert f"column 'x', {place}" in str(caught.value)
+    assert shown in str(caught.value)
+    assert (caught.value.column, caught.value.row) == ("x", None)
+
+
+def test_a_column_that_reading_left_out_is_refused_by_what_it_held() -> None:
+    items = pl.DataFrame({"item_id": [10, 20, 30], "x": [b"a", b"b", b"c"]})
+    events = read_interactions(SHUFFLED, items=items)
+    with pytest.raises(DataError, match="'x' of the table of items holds bytes") as caught:
+        fit_features(FeatureSchema(item={"x": CategoricalField()}), events)
+    assert caught.value.column == "x"
 
 
 def test_serving_refuses_what_training_would_refuse() -> None:

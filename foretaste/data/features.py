@@ -3,7 +3,8 @@
 Shape legend: R rows.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -30,9 +31,10 @@ from foretaste.data.features_fitted import (
 )
 from foretaste.data.features_side import FieldSide
 from foretaste.data.features_table import FieldTable, concat_rows, of_tensors
+from foretaste.data.features_values import moved
 from foretaste.data.fields import FeatureSchema, FieldConfig
 from foretaste.data.interactions import Interactions
-from foretaste.errors import BundleError, ConfigError, nearest
+from foretaste.errors import BundleError, ConfigError, DataError, nearest
 
 __all__ = ["Features", "FieldSide", "FieldTable", "concat_rows", "fit_features"]
 
@@ -80,8 +82,8 @@ class Features:
         return Features(
             user=self.user,
             item=self.item,
-            user_table=_encode(self.user, events.user_table, events.num_users),
-            item_table=_encode(self.item, events.item_table, events.num_items),
+            user_table=_encode("user", self.user, events),
+            item_table=_encode("item", self.item, events),
             context=self.context,
             context_table=self.context_of(events),
             notes=self.notes,
@@ -111,7 +113,7 @@ class Features:
         Raises:
             DataError: A column is not of its field's kind.
         """
-        return _encode(self.context, events.context, len(events))
+        return _encode("context", self.context, events)
 
     @checked
     def save(self, folder: Path | str) -> None:
@@ -176,14 +178,19 @@ def fit_features(schema: FeatureSchema, events: Interactions) -> Features:
 
     Raises:
         ConfigError: The schema names a column that is not there.
-        DataError: A column is not of its field's kind; the message names row and value.
+        DataError: A column is not of its field's kind; the message names the value and whose it is.
     """
     notes: list[str] = []
     trained_U, trained_I = np.diff(events.offsets) > 0, events.item_count > 0
-    user = _fit_side("user", schema.user, events.user_table, trained_U, notes)
-    item = _fit_side("item", schema.item, events.item_table, trained_I, notes)
+    _refuse_left_out(schema.user, events.user_table, events.notes)
+    _refuse_left_out(schema.item, events.item_table, events.notes)
+    with _named_by_id("user", events):
+        user = _fit_side("user", schema.user, events.user_table, trained_U, notes)
+    with _named_by_id("item", events):
+        item = _fit_side("item", schema.item, events.item_table, trained_I, notes)
     every_E = np.ones(len(events), np.bool_)
-    context = _fit_side("context", schema.context, events.context, every_E, notes)
+    with _named_by_id("context", events):
+        context = _fit_side("context", schema.context, events.context, every_E, notes)
     fitted = Features(
         user=user,
         item=item,
@@ -261,10 +268,46 @@ def _no_column(role: str, name: str, columns: Sequence[str]) -> str:
     )
 
 
-def _encode(side: FieldSide | None, frame: pl.DataFrame | None, num_rows: int) -> FieldTable | None:
+def _encode(role: str, side: FieldSide | None, events: Interactions) -> FieldTable | None:
     if side is None:
         return None
-    return side.unknown(num_rows) if frame is None else side.encode(frame)
+    frame, num_rows = {
+        "user": (events.user_table, events.num_users),
+        "item": (events.item_table, events.num_items),
+        "context": (events.context, len(events)),
+    }[role]
+    with _named_by_id(role, events):
+        return side.unknown(num_rows) if frame is None else side.encode(frame)
+
+
+@contextmanager
+def _named_by_id(role: str, events: Interactions) -> Iterator[None]:
+    """Say of a refused value whose it is: the rows here are in another order than the caller's."""
+    try:
+        yield
+    except DataError as error:
+        if error.row is None:
+            raise
+        raise moved(error, _whose(role, events, error.row - 1)) from error
+
+
+def _whose(role: str, events: Interactions, row: int) -> str:
+    if role != "context":
+        ids = events.users.ids if role == "user" else events.items.ids
+        return f"{role} {ids[row]!r}"
+    user = events.users.ids[int(np.searchsorted(events.offsets, row, side="right")) - 1]
+    return f"the event of user {user!r} and item {events.items.ids[int(events.item_idx[row])]!r}"
+
+
+def _refuse_left_out(
+    fields: Iterable[str], table: pl.DataFrame | None, notes: Sequence[str]
+) -> None:
+    """Refuse a column that was left out when its table was read, and say why it was."""
+    there = () if table is None else table.columns
+    for name in (field for field in fields if field not in there):
+        for note in notes:
+            if f"column {name!r} " in note and "left out" in note:
+                raise DataError(f"the schema names a column that is not there: {note}", column=name)
 
 
 def _load_table(

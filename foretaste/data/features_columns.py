@@ -12,7 +12,7 @@ import numpy as np
 import polars as pl
 from jaxtyping import Bool, Float32, Int64
 
-from foretaste.data.features_values import Held, at_row, single_of, texts_of
+from foretaste.data.features_values import Held, at_row, moved, single_of, texts_of
 from foretaste.errors import DataError
 
 BETWEEN = "\x1f"
@@ -62,9 +62,15 @@ def bags_of(column: pl.Series, *, separator: str | None, holds: Held = "text") -
         return _bags_of_single(single_of(column), separator, holds)
     length_R = column.list.len().fill_null(0).to_numpy()
     values = column.filter(length_R > 0).explode() if length_R.any() else column.clear().explode()
-    text = texts_of(values, holds=holds)
-    present = text.is_not_null()
     row_N = np.repeat(np.arange(len(column)), length_R)
+    try:
+        text = texts_of(values, holds=holds)
+    except DataError as error:
+        if error.row is None:
+            raise
+        row = 1 + int(row_N[error.row - 1])
+        raise moved(error, f"row {row}", row=row) from error
+    present = text.is_not_null()
     return Bags(text.filter(present), row_N[present.to_numpy()])
 
 

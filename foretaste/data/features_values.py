@@ -364,6 +364,16 @@ def _refuse(column: pl.Series, wrong: pl.Series, why: str) -> None:
         )
 
 
+def moved(error: DataError, place: str, *, row: int | None = None) -> DataError:
+    """Return a refusal of a row that names the place where the caller finds it instead."""
+    return DataError(
+        str(error).replace(f", row {error.row}", f", {place}", 1),
+        column=error.column,
+        row=row,
+        value=error.value,
+    )
+
+
 def at_row(column: pl.Series, row: int) -> str:
     """Return where a row is; nothing of the only one, which is a request's."""
     return f", row {1 + row}" if len(column) > 1 else ""
