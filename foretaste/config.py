@@ -188,6 +188,8 @@ def findings(
     sentences: dict[str, list[str]] = {}
     values: dict[str, object] = {}
     for problem in problems:
+        if problem["type"] == "too_short" and len(problem["input"]) >= problem["ctx"]["min_length"]:
+            continue  # long enough, but for the elements that are wrong themselves
         path = path_of(problem["loc"], settings)
         if problem["type"] == "missing":
             path = [*path, problem["loc"][-1]]

@@ -249,3 +249,10 @@ def test_an_index_that_would_not_fit_is_refused_before_it_is_built(
         with pytest.raises(ft.TooLargeError) as caught:
             ft.build_recommender(trained, index=kind)
         assert caught.value.name == "index"
+
+
+def test_a_list_with_one_wrong_number_is_not_said_to_be_too_short_as_well() -> None:
+    with pytest.raises(ft.ConfigError, match=r"k\.0: must be at most 2000000000, not 10\d+$"):
+        EvaluationConfig(k=(10**12,))
+    with pytest.raises(ft.ConfigError, match="must be a list of at least 1"):
+        EvaluationConfig(k=())
