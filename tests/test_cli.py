@@ -306,7 +306,7 @@ def test_work_that_fails_ends_with_one_line_and_exit_code_1(
         ["recommend", "bundle", "--users", "a.txt"],
         ["recommend", "bundle", "--users", "a.txt", "--out", "b", "--user", "1"],
         ["serve", "bundle", "--port", "70000"],
-        ["data", "import", "a.csv", "--out", "b", "--timestamp-unit", "years"],
+        ["data", "import", "a.csv", "--out", "b", "--timestamp-unit", "weeks"],
         ["fit", "run.toml", "--out", "b", "--track", "paper"],
     ],
     ids=" ".join,
