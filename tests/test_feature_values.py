@@ -368,7 +368,7 @@ def test_a_number_that_is_none_is_refused_by_name_and_value(
         time(1, tzinfo=UTC),
         int,
     ],
-    ids=repr,
+    ids=lambda said: type(said).__name__,
 )
 def test_a_value_of_no_kind_is_refused_by_name(said: object) -> None:
     side, _ = parts(fit(pl.Series("x", ["a", "b"]), CATEGORY))
