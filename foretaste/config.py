@@ -305,7 +305,7 @@ def _near_choice(value: object, wanted: Sequence[str]) -> str:
     """Return the advice about a word that is nearly one of the quoted choices."""
     choices = [quoted for wish in wanted for quoted in wish.split("'")[1::2]]
     near = nearest(value, choices) if isinstance(value, str) else None
-    return f"; did you mean {near!r}?" if near else ""
+    return f"; did you mean {near!r}?" if near and near != value else ""
 
 
 def _is_wish(sentence: str) -> bool:

@@ -1,5 +1,6 @@
 """Which events are kept, and which of them are positive, for every model."""
 
+import datetime as dt
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ LOG = pl.DataFrame(
         "country": ["DE", "DE", "FR", "FR", "DE", "DE", "DE", None],
     }
 )
+AT = pl.Series([dt.date(2024, 1, 1)] * 8)
 
 
 def log(**settings: Any) -> Interactions:
@@ -59,19 +61,64 @@ def test_a_condition_holds_as_sql_says(condition: str, rows: list[int]) -> None:
     [
         ("rating >=", ft.ConfigError, "is not a condition"),
         ("SELECT 1", ft.ConfigError, "is not a condition"),
-        ("raiting >= 4", ft.DataError, "rating"),
-        ("country > 3", ft.DataError, "does not fit the types"),
+        ("raiting >= 4", ft.ConfigError, "did you mean 'rating'?"),
+        ("Rating >= 4", ft.ConfigError, "did you mean 'rating'?"),
+        ('country = "DE"', ft.ConfigError, "text stands in 'single' quotes"),
+        ("2", ft.ConfigError, "reads no column"),  # not the third one
+        ("1 = 1", ft.ConfigError, "reads no column"),
+        ("user_id IN (SELECT 1)", ft.ConfigError, "is not a condition"),
+        ("country > 3", ft.DataError, "'country' holds text, such as 'DE' in row 1"),
+        ("UNNEST(genres)", ft.DataError, "no true or false for each row"),
+        ("at > '2024-01-01'", ft.DataError, "DATE '2024-05-01'"),
         ("rating > 9", ft.DataError, "holds for none of 8 rows"),
-        ("country", ft.DataError, "neither true nor false"),
+        ("country", ft.DataError, "no true or false for each row"),
     ],
 )
 def test_a_condition_that_is_none_is_refused_by_its_setting(
     name: str, condition: str, error: type[ft.ForetasteError], words: str
 ) -> None:
+    table = LOG.with_columns(genres=pl.lit([True, False], pl.List(pl.Boolean)), at=AT)
     with pytest.raises(error) as caught:
-        log(**{name: condition})
+        ft.read_interactions(table, **{name: condition})
     assert words in str(caught.value)
+    assert caught.value.value == condition
     assert "polars" not in str(caught.value).lower()
+
+
+@pytest.mark.parametrize(
+    ("values", "condition", "holds"),
+    [
+        (pl.Series([1.0, np.nan, None, 5.0]), "x > 2", "3"),  # NaN is missing, not the highest
+        (pl.Series([1.0, np.nan, None, 5.0]), "x", "03"),
+        (pl.Series([1.0, np.nan, None, 5.0]), "x IS NULL", "12"),
+        (pl.Series([1.0, np.nan, None, 5.0], dtype=pl.Float32), "NOT x > 2", "0"),
+        (pl.Series([100, 2, 27, 28], dtype=pl.Int8), "x + 100 > 127", "03"),  # no sum overflows
+        (pl.Series([1, 2, 10, 9], dtype=pl.UInt8), "x - 5 < 0", "01"),
+        (pl.Series([2**64 - 1, 2, 10, 9], dtype=pl.UInt64), "x > 9", "02"),
+        (pl.Series([1, 10, 20, 3], dtype=pl.Int128), "x > 5", "12"),
+        (pl.Series(["1.50", "2.25", "3", "4"]).cast(pl.Decimal(10, 2)), "x >= 2.25", "123"),
+        (pl.Series(["a", "b", "a", "b"], dtype=pl.Categorical), "x > 'a'", "13"),
+        (pl.Series(["a", "b", "a", "b"], dtype=pl.Enum(["b", "a"])), "x > 'a'", "13"),
+        (pl.Series([dt.timedelta(seconds=n) for n in range(4)]), "x > 1.5", "23"),
+        (pl.Series([dt.date(2024, 1, n + 1) for n in range(4)]), "x > DATE '2024-01-02'", "23"),
+        (
+            pl.Series([dt.datetime(2024, 1, 1, n) for n in range(4)])
+            .dt.replace_time_zone("Asia/Tokyo"),
+            "x >= TIMESTAMP '2023-12-31 16:00:00'",  # in UTC, nine hours earlier
+            "123",
+        ),
+        (pl.Series([[1], [2], [1, 2], []]), "array_contains(x, 2)", "12"),
+        (pl.Series([True, None, False, True]), "x", "03"),
+    ],
+)  # fmt: skip
+def test_columns_of_every_type_compare_as_in_sql(
+    values: pl.Series, condition: str, holds: str
+) -> None:
+    table = pl.DataFrame({"user_id": [1, 1, 2, 2], "item_id": [0, 1, 2, 3], "x": values})
+    kept = ft.read_interactions(table, where=condition)
+    assert sorted(kept.items.ids.to_list()) == [int(row) for row in holds]
+    marked = ft.read_interactions(table, positive=condition)
+    assert np.flatnonzero(marked.positive_E).tolist() == [int(row) for row in holds]
 
 
 def test_a_row_that_where_leaves_out_need_not_be_whole() -> None:

@@ -5,7 +5,7 @@ import gzip
 import uuid
 from decimal import Decimal
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import duckdb
 import hypothesis.strategies as st
@@ -308,6 +308,27 @@ def test_what_means_a_missing_value_can_be_said(tmp_path: Path) -> None:
     assert other.users.ids.to_list() == ["NA", "b"]
 
 
+@pytest.mark.parametrize("dtype", [pl.Int8, pl.UInt64, pl.Int128, pl.Float32, pl.Decimal(10, 1)])
+@pytest.mark.parametrize("kind", ["csv", "polars"])
+def test_a_number_that_means_a_missing_value_is_missing_in_columns_of_numbers(
+    dtype: pl.DataType, kind: str, tmp_path: Path
+) -> None:
+    number = pl.Series([7, 9, 3, 9], dtype=dtype)
+    frame = pl.DataFrame({"user_id": number, "item_id": [1, 2, 3, 9], "r": number, "x": number})
+    source: object = frame
+    if kind == "csv":
+        source = written(tmp_path / "e.csv", frame.with_columns(pl.all().cast(int)).write_csv())
+    settings: Any = {"columns": ["x"], "rating": "r", "missing": ["9"]}
+    events = read_interactions(source, drop_incomplete=True, **settings)
+    assert events.users.ids.to_list() == [3, 7]
+    assert events.columns["rating"].tolist() == events.columns["x"].tolist() == [3, 7]
+    said = [note for note in events.notes if "taken as missing" in note]
+    assert len(said) == 4
+    with pytest.raises(DataError) as caught:
+        read_interactions(source, **settings)
+    assert (caught.value.column, caught.value.row) == ("user_id", 2)
+
+
 def test_a_late_marker_among_numbers_leaves_them_numbers(tmp_path: Path) -> None:
     rows = "".join(f"{n},1,{n},{n}\n" for n in range(12_000))
     text = f"user_id,item_id,label,code\n{rows}NULL,1,1,2\n7,1,NA,NULL\n"
@@ -362,6 +383,35 @@ def test_iso_text_is_a_time(text: str, tmp_path: Path) -> None:
     events = read_interactions(path, timestamp="t")
     assert events.timestamp_s is not None
     assert events.timestamp_s.tolist() == [moment]
+
+
+@pytest.mark.parametrize(
+    ("times", "step"),
+    [
+        (pl.Series([NOW, NOW + 1], dtype=pl.Float32), 128),
+        (pl.Series([5_000, 5_001], dtype=pl.Float16), 4),
+    ],
+)
+def test_times_in_small_floats_are_noted_with_what_they_cannot_tell_apart(
+    times: pl.Series, step: int
+) -> None:
+    frame = pl.DataFrame({"user_id": [1, 1], "item_id": [1, 2], "t": times})
+    events = read_interactions(frame, timestamp="t", timestamp_unit="order" if step == 4 else "s")
+    assert events.timestamp_s is not None
+    assert len(set(events.timestamp_s.tolist())) == 1
+    assert f"to {step} only" in " ".join(events.notes)
+    exact = pl.Series([19_662.5, 19_663], dtype=pl.Float32)
+    days = read_interactions(frame.with_columns(t=exact), timestamp="t", timestamp_unit="days")
+    assert days.notes == ()
+
+
+def test_times_that_mix_units_are_refused_without_the_advice_of_one_unit() -> None:
+    assert "the column mixes units" in told([NOW] * 20_000 + [NOW * 1_000])
+
+
+def test_the_unit_that_an_error_advises_reads_the_column() -> None:
+    said = told(["01/05/24"])  # the year 24 is none of today
+    assert "timestamp_unit" not in said
 
 
 def test_fractions_of_a_second_decide_the_order() -> None:

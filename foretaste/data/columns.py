@@ -4,7 +4,7 @@ A message names the column, the row and the value. Rows are counted from 1, head
 Missing values pass through as nulls: whether they may be dropped is for `reading` to decide.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 import polars as pl
 
@@ -20,13 +20,21 @@ def without_markers(
 ) -> tuple[pl.DataFrame, tuple[str, ...]]:
     """Return a table whose texts that mean a missing value are null, and notes that count them.
 
-    Blanks around such a text do not matter. An empty text is missing and needs no note.
+    Blanks around such a text do not matter. An empty text is missing and needs no note. A text
+    that writes a number, such as -1, means that number too.
     """
     markers = {padded for text in missing for padded in (text, " " + text, text + " ")}
     if "" in markers:
         markers |= {" " * length for length in range(1, 9)}
-    columns, notes = [], []
+    numbers = pl.Series(sorted(missing), dtype=pl.String).cast(pl.Float64, strict=False)
+    numbers = numbers.filter(numbers.is_finite())
+    columns, notes = [], list[str]()
     for column in frame.iter_columns():
+        if column.dtype.is_numeric() and numbers.len():
+            without, note = _without_numbers(column, numbers)
+            columns.append(without)
+            notes += note
+            continue
         texts = _texts(column)
         found = None if texts is None else texts.is_in(list(markers)).fill_null(value=False)
         if texts is None or found is None or not found.any():
@@ -36,11 +44,25 @@ def without_markers(
         named = sorted({text.strip() for text in texts.filter(found).unique()} - {""})
         if named:
             count = int((found & ~texts.str.strip_chars().is_in([""])).sum())
-            notes.append(
-                f"column {column.name!r}: {count:,} values were taken as missing "
-                f"({', '.join(map(repr, named))}); the setting `missing` lists such texts"
-            )
+            notes.append(_taken_as_missing(column.name, count, map(repr, named)))
     return pl.DataFrame(columns), tuple(notes)
+
+
+def _taken_as_missing(name: str, count: int, values: Iterable[str]) -> str:
+    return (
+        f"column {name!r}: {count:,} values were taken as missing ({', '.join(values)}); the "
+        "setting `missing` lists such texts"
+    )
+
+
+def _without_numbers(column: pl.Series, numbers: pl.Series) -> tuple[pl.Series, tuple[str, ...]]:
+    """Return a column of numbers without those that mean a missing value, and a note."""
+    found = column.cast(pl.Float64).is_in(numbers.implode()).fill_null(value=False)
+    if not found.any():
+        return column, ()
+    values = sorted(column.filter(found).unique().to_list())
+    note = _taken_as_missing(column.name, int(found.sum()), map(str, values))
+    return _set_missing(column, found), (note,)
 
 
 def _texts(column: pl.Series) -> pl.Series | None:

@@ -1,30 +1,57 @@
 """Which events are kept, and which of them count as positive: conditions as SQL writes them.
 
 `rating >= 4`, `quantity > 0 AND country = 'DE'`, `"watch minutes" > 5 OR liked`. A condition that
-is a number holds where it is above 0; one that is missing for a row does not hold there.
+is a number holds where it is above 0; one that is missing or NaN for a row does not hold there.
+Times of a zone are compared in UTC, and durations in seconds.
 """
 
+from collections.abc import Collection
 from dataclasses import replace
 
 import numpy as np
 import polars as pl
 from jaxtyping import Bool
 
+from foretaste.data.column_types import kept
+from foretaste.data.columns import in_words
 from foretaste.data.interactions import Interactions
 from foretaste.errors import ConfigError, DataError, did_you_mean
 
 
-def columns_in(condition: str, name: str) -> list[str]:
+def columns_in(condition: str, name: str, columns: Collection[str] | None = None) -> list[str]:
     """Return the columns that a condition reads.
 
     Args:
         condition: As SQL writes it; "" reads none.
         name: The setting that holds it, for messages.
+        columns: Those that there are; None does not look.
 
     Raises:
-        ConfigError: It is not a condition.
+        ConfigError: It is not a condition, reads no column, or one that is not there.
     """
-    return list(dict.fromkeys(_parsed(condition, name).meta.root_names())) if condition else []
+    found = list(dict.fromkeys(_parsed(condition, name).meta.root_names())) if condition else []
+    if condition and not found:
+        raise ConfigError(
+            f"{name} = {condition!r} reads no column, so that it says the same of every row: "
+            'compare a column with something, such as rating >= 4; a name such as "2" stands in '
+            "double quotes",
+            name=name,
+            value=condition,
+        )
+    for column in found:
+        if columns is not None and column not in columns:
+            has = ", ".join(map(repr, list(columns)[:30]))
+            lower = {known.lower(): known for known in columns}
+            near = lower.get(column.lower(), column)
+            raise ConfigError(
+                f"{name} = {condition!r} reads column {column!r}, which is not there; there are "
+                f"{has}{did_you_mean(near, columns)} (text stands in 'single' quotes, and a name "
+                'with blanks or dashes in "double" ones)',
+                name=name,
+                column=column,
+                value=condition,
+            )
+    return found
 
 
 def rows_where(frame: pl.DataFrame, condition: str, name: str) -> Bool[np.ndarray, " E"]:
@@ -34,37 +61,63 @@ def rows_where(frame: pl.DataFrame, condition: str, name: str) -> Bool[np.ndarra
         ConfigError: It is not a condition, or reads a column that is not there.
         DataError: It asks a column what its type cannot answer, or its result is no truth value.
     """
-    for column in columns_in(condition, name):
-        if column not in frame.columns:
-            raise ConfigError(
-                f"{name} = {condition!r} reads column {column!r}, which is not there"
-                f"{did_you_mean(column, frame.columns)}",
-                name=name,
-                column=column,
-                value=condition,
-            )
+    asked = _comparable(frame.select(columns_in(condition, name, frame.columns)))
     try:
-        holds = frame.select(_parsed(condition, name).alias("holds"))["holds"]
-    except pl.exceptions.PolarsError:
-        types = ", ".join(f"{c!r} of {frame.schema[c]}" for c in columns_in(condition, name))
+        holds = asked.select(_parsed(condition, name).alias("holds"))["holds"]
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException):
         raise DataError(
-            f"{name} = {condition!r} does not fit the types of its columns ({types}): compare "
-            "numbers with numbers and text with 'text'",
+            f"{name} = {condition!r} does not fit its columns ({_described(asked)}): compare "
+            "numbers with numbers, text with 'text', and times with DATE '2024-05-01' or "
+            "TIMESTAMP '2024-05-01 12:30:00'",
             name=name,
             value=condition,
         ) from None
     if holds.dtype.is_numeric():
-        holds = holds > 0
-    if holds.dtype != pl.Boolean:
+        holds = (holds.fill_nan(None) if holds.dtype.is_float() else holds) > 0
+    if holds.dtype != pl.Boolean or holds.len() not in (1, frame.height):
         raise DataError(
-            f"{name} = {condition!r} gives {holds.dtype}, neither true nor false: compare it with "
-            "something, such as rating >= 4",
+            f"{name} = {condition!r} gives no true or false for each row ({_described(asked)}): "
+            "compare a column with something, such as rating >= 4 or answer = 'yes'",
             name=name,
             value=condition,
         )
-    if holds.len() == 1 and frame.height != 1:  # a condition of no column
+    if holds.len() == 1 and frame.height != 1:  # of a sum or another figure of all rows
         holds = holds.new_from_index(0, frame.height)
     return holds.fill_null(value=False).to_numpy()
+
+
+def _comparable(frame: pl.DataFrame) -> pl.DataFrame:
+    """Return columns of types that compare as SQL's do, whatever the table has them in.
+
+    Small integers would overflow in a sum, NaN would be above every number, and a category would
+    go by its place among the categories.
+    """
+    frame = kept(frame, "the event table", needed=True).frame
+    return pl.DataFrame([_wide(column) for column in frame.iter_columns()])
+
+
+def _wide(column: pl.Series) -> pl.Series:
+    if column.dtype == pl.Duration:
+        return column.dt.total_microseconds() / 1e6
+    if column.dtype.is_float():
+        return column.fill_nan(None)
+    if not column.dtype.is_integer():
+        return column
+    whole = column.cast(pl.Int64, strict=False)
+    return whole if whole.null_count() == column.null_count() else column.cast(pl.Int128)
+
+
+def _described(frame: pl.DataFrame) -> str:
+    """Say what columns hold; of text, show the first one that is no number."""
+    words = []
+    for column in frame.iter_columns():
+        shown = ""
+        if column.dtype == pl.String and column.count():
+            odd = column.is_not_null() & column.cast(pl.Float64, strict=False).is_null()
+            row = odd.arg_max() if odd.any() else column.is_not_null().arg_max()
+            shown = f", such as {column[row or 0]!r} in row {1 + (row or 0)}"
+        words.append(f"{column.name!r} holds {in_words(column)}{shown}")
+    return "; ".join(words)
 
 
 def only_where(events: Interactions, condition: str) -> Interactions:
@@ -148,14 +201,17 @@ def positive_note(positive_E: Bool[np.ndarray, " E"], condition: str) -> str:
 
 def _parsed(condition: str, name: str) -> pl.Expr:
     try:
-        return pl.sql_expr(condition)
+        found = pl.sql_expr(condition)
+        if not any(column.startswith("_POLARS") for column in found.meta.root_names()):
+            return found  # there is no other table that a condition could read
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException):
-        raise ConfigError(
-            f"{name} = {condition!r} is not a condition: write it as in SQL, such as rating >= 4 "
-            "or clicked = 1 AND country = 'DE', column names with blanks in double quotes",
-            name=name,
-            value=condition,
-        ) from None
+        pass
+    raise ConfigError(
+        f"{name} = {condition!r} is not a condition: write it as in SQL, such as rating >= 4 "
+        "or clicked = 1 AND country = 'DE', column names with blanks in double quotes",
+        name=name,
+        value=condition,
+    )
 
 
 def _table(events: Interactions, condition: str, name: str) -> pl.DataFrame:
@@ -163,11 +219,7 @@ def _table(events: Interactions, condition: str, name: str) -> pl.DataFrame:
     found = {}
     for column in columns_in(condition, name):
         if column in events.columns:
-            found[column] = (
-                pl.Series(column, events.columns[column]).fill_nan(None)
-                if (events.columns[column].dtype.kind == "f")
-                else pl.Series(column, events.columns[column])
-            )
+            found[column] = pl.Series(column, events.columns[column])
         elif events.context is not None and column in events.context.columns:
             found[column] = events.context[column]
         elif column == "timestamp_s" and events.timestamp_s is not None:

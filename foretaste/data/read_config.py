@@ -87,8 +87,9 @@ class ReadConfig(WhichEvents):
     item_key: Column | None = None
     """Column of ids in the table of items, likewise."""
     missing: Annotated[Sequence[str], AfterValidator(tuple)] = MISSING
-    """Texts that mean a missing value, in files and tables alike, in all columns that are read;
-    with an empty list only the empty text does."""
+    """Texts that mean a missing value, in files and tables alike, in all columns that are read; one
+    that writes a number, such as "-1", means it in columns of numbers too. With an empty list only
+    the empty text does."""
     separator: str | None = None
     """Between the fields of a text file, of any length; without it, the first line decides. A tab
     may be written as `\\t`, runs of blanks as ` +`."""

@@ -76,9 +76,9 @@ def read_interactions(source: object, read: ReadTables) -> Interactions:  # noqa
     )
     names = _choose(opened, read)
     asked = [
-        find_column(opened, column, argument=name)
+        column
         for name, condition in (("where", read.where), ("positive", read.positive))
-        for column in columns_in(condition, name)
+        for column in columns_in(condition, name, opened.columns)
     ]
     with ThreadPoolExecutor(1) as pool:
         pool.submit(compile_loops)

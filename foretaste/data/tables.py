@@ -133,7 +133,9 @@ def find_column(source: Source, wanted: str | int, *, argument: str) -> str:
             return columns[wanted]
         raise DataError(
             f"{source.name} has no column at position {wanted} ({argument}): it has "
-            f"{len(columns)}, counted from 0"
+            f"{len(columns)}, counted from 0",
+            name=argument,
+            value=wanted,
         )
     if columns.count(wanted) == 1:
         return wanted

@@ -5,6 +5,7 @@ another is refused, and the message says the other. Numbers that are small in ev
 order the events, which is noted.
 """
 
+import math
 from typing import NamedTuple
 
 import polars as pl
@@ -103,8 +104,9 @@ def _of_numbers(times: pl.Series, unit: TimestampUnit) -> Times:
             'what they count, such as "s" or "YYYYMMDD"',
             column=times.name,
         )
+    coarse = _coarseness(times)
     times = _plain_numbers(times)
-    notes = _refuse_other_units(times, unit)
+    notes = (*_refuse_other_units(times, unit), *coarse)
     if unit in _PER_SECOND:
         scale = _PER_SECOND[unit]
         if times.dtype.is_float():
@@ -126,6 +128,19 @@ def _of_numbers(times: pl.Series, unit: TimestampUnit) -> Times:
     if (micros % 1_000_000 == 0).all():
         return Times(micros // 1_000_000, 1, notes)
     return Times(micros, 1_000_000, notes)
+
+
+def _coarseness(times: pl.Series) -> tuple[str, ...]:
+    """Say how far apart small floats hold such large numbers."""
+    high = _bound(times.max()) if times.dtype in (pl.Float16, pl.Float32) else 0
+    digits = 11 if times.dtype == pl.Float16 else 24
+    if not 2**digits <= high < math.inf:
+        return ()
+    return (
+        f"column {times.name!r}: floats of {32 if digits == 24 else 16} bits hold such numbers to "
+        f"{2 ** (math.frexp(high)[1] - digits):,} only, and what is nearer has become one time: "
+        "keep them as integers",
+    )
 
 
 def _plain_numbers(times: pl.Series) -> pl.Series:
@@ -293,7 +308,7 @@ def _readable(times: pl.Series, micros: pl.Series, unit: TimestampUnit) -> pl.Se
         form
         for form, date in _DATES.items()
         if form != unit
-        and _parsed(pl.Series([value]), (date, f"{date} %H:%M", f"{date} %H:%M:%S%.f")).count()
+        and (_parsed(pl.Series([value]), (date, f"{date} %H:%M", f"{date} %H:%M:%S%.f")) >= 0).any()
     ]
     if fits:
         fix = "say timestamp_unit=" + " or ".join(f'"{form}"' for form in fits)
@@ -370,7 +385,12 @@ def _outside(times: pl.Series, outside: pl.Series, unit: TimestampUnit) -> DataE
             times, outside, "is a negative time, before 1970: fix it, or leave out the row"
         )
     other = _unit_of(value, unit) if abs(value[0]) < 2**62 else None
-    if other:
+    if other and (own := times.is_between(_SANE[unit][0], _limit(unit))).any():
+        why = (
+            f"is after the year 2200 in {unit}, but sane in {other}, while {int(own.sum()):,} rows "
+            f"are sane in {unit}: the column mixes units; bring all of it to one"
+        )
+    elif other:
         why = f'is after the year 2200 in {unit}, but sane in {other}: say timestamp_unit="{other}"'
     else:
         why = (
