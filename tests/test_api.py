@@ -19,8 +19,12 @@ import uvicorn
 from film_world import HOSTILE, is_space, write_film_bundle
 from serving_worlds import make_trained
 
+from foretaste.data.fields import schema_from_toml
 from foretaste.data.reading import read_interactions
+from foretaste.data.splitting import leave_last_split
 from foretaste.errors import BundleError, NonFiniteError
+from foretaste.experiment.fit import fit
+from foretaste.models.two_tower import TwoTowerConfig
 from foretaste.serving.api import create_app
 from foretaste.serving.building import build_recommender
 from foretaste.serving.messages import RecommendReply, SimilarReply
@@ -29,6 +33,7 @@ from foretaste.serving.service import Service
 from foretaste.serving.settings import ServerSettings
 from foretaste.serving.slot import ModelSlot, load_version
 from foretaste.serving.state import open_live_events
+from foretaste.training.settings import TrainingConfig
 
 pytest_plugins = ["postgres_server"]
 
@@ -231,6 +236,33 @@ def test_an_item_that_the_catalogue_has_not_is_not_found(films: Served, item: st
     assert ("did you mean 120?" in reply.json()["error"]) == (item != "zzz")
 
 
+def test_an_item_that_the_model_places_by_its_features_is_known_to_every_route(
+    tmp_path: Path,
+) -> None:
+    events = read_interactions(
+        pl.DataFrame(
+            {"user_id": [n // 8 for n in range(80)], "item_id": [n % 9 for n in range(80)]}
+        ),
+        items=pl.DataFrame({"item_id": range(10), "genre": ["a", "b"] * 5}),
+    )
+    trained = fit(
+        TwoTowerConfig(embedding_dim=4),
+        leave_last_split(events),
+        features=schema_from_toml('[item.genre]\nkind = "categorical"'),
+        training=TrainingConfig(epochs=1),
+        show=False,
+    )
+    recommender = build_recommender(trained)
+    recommender.save(tmp_path / "bundle")
+    with served(tmp_path / "bundle", str(tmp_path / "e.sqlite")) as one:
+        reply = one.http.get("/v1/items/9/similar?k=3")  # of no event
+        assert ids(reply.json()) == [str(row.item_id) for row in recommender.similar(9, 3).rows]
+        stored = one.http.post("/v1/events", json={"user_id": "new", "item_id": 9}).json()
+        assert stored["unknown_items"] == []
+        answer = one.recommend(user_id="new")
+        assert (answer["source"], answer["unknown_items"]) == ("fold-in", [])
+
+
 def test_an_item_of_which_the_model_knows_nothing_has_no_similar_ones(films: Served) -> None:
     reply = films.http.get("/v1/items/131/similar")  # in the item table, and of no event
     assert (reply.status_code, reply.json()["items"]) == (200, [])
@@ -393,7 +425,9 @@ def test_a_wrong_question_is_refused_with_a_sentence(
     assert says in reply.json()["error"]
 
 
-WORDS_OF_OTHERS = re.compile(r"Input|valid|pydantic|pattern|\^|Field required|Extra|tuple|\bstr\b")
+WORDS_OF_OTHERS = re.compile(
+    r"Input|valid|pydantic|pattern|\^|Field required|Extra|tuple|\bstr\b|not None|not True"
+)
 NO_NUMBERS = (True, "3", [3], {"k": 3}, 2.5)
 NO_TRUTHS = ("true", 1, 0, "yes", [True])
 NO_IDS = (True, 2.5, "", [1], {"id": 1}, "a\0b", "x" * 513)

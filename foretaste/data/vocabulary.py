@@ -128,11 +128,7 @@ class Vocabulary:
 
     def find(self, external_id: object) -> int:
         """Return the row of one id, -1 if it is unknown or no id at all."""
-        plain = plain_id(external_id)
-        wanted = None if plain is None else self._as_kept(plain)
-        if wanted is None or not len(self):
-            return -1
-        return self._row_of.get(wanted, -1) if len(self) <= _SMALL else self._bisect(wanted)
+        return self._find(plain_id(external_id))
 
     def find_given(self, external_id: object, *, name: str, position: int | None = None) -> int:
         """Return the row of an id that a caller gave, -1 if it is unknown.
@@ -146,7 +142,8 @@ class Vocabulary:
             DataError: It is no id: missing, empty, a list, or a truth value, a fraction or another
                 object that stands for no id here.
         """
-        row, plain = self.find(external_id), plain_id(external_id)
+        plain = plain_id(external_id)
+        row = self._find(plain)
         clear = isinstance(plain, int) or isinstance(external_id, _CLEAR)
         if row < 0 and (plain is None or plain == "" or not clear):
             where = name if position is None else f"{name}[{position}]"
@@ -171,9 +168,18 @@ class Vocabulary:
             DataError: It holds no ids one after the other, or one of them is no id.
         """
         ids = listed(external_ids, name=name)
-        rows = [self.find_given(one, name=name, position=at) for at, one in enumerate(ids)]
-        plain = [one for one in map(plain_id, ids) if one is not None]
-        return plain, np.array(rows, dtype=np.int64)
+        plain = [plain_id(one) for one in ids]
+        rows = [self._find(one) for one in plain]
+        for position, row in enumerate(rows):
+            if row < 0:
+                self.find_given(ids[position], name=name, position=position)
+        return [one for one in plain if one is not None], np.array(rows, dtype=np.int64)
+
+    def _find(self, plain: int | str | None) -> int:
+        wanted = None if plain is None else self._as_kept(plain)
+        if wanted is None or not len(self):
+            return -1
+        return self._row_of.get(wanted, -1) if len(self) <= _SMALL else self._bisect(wanted)
 
     def encode(self, external_ids: Sequence[object] | pl.Series) -> Int64[np.ndarray, " N"]:
         """Return the row of each id, -1 where it is unknown or missing."""
@@ -333,7 +339,9 @@ def plain_id(external_id: object) -> int | str | None:
             return str.__str__(external_id)  # of an enumeration's member too, its text
         case bool() | np.bool_():
             return id_text(external_id)
-        case int() | np.integer() | float() | np.floating() | Decimal():
+        case int():
+            return external_id if external_id in _INT2000 else None
+        case np.integer() | float() | np.floating() | Decimal():
             whole = _whole(external_id)
             if whole is not None:
                 return whole if whole in _INT2000 else None

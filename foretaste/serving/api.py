@@ -232,6 +232,9 @@ _AS_JSON = (
     ("no such setting", "no such field"),
     ("a section of names and values", "a JSON object"),
     ("a section of settings", "a JSON object"),
+    (", not None", ", not null"),
+    (", not True", ", not true"),
+    (", not False", ", not false"),
 )
 """Words of settings, and what a request calls them."""
 _SEND_JSON = "send a JSON object, with the header Content-Type: application/json"

@@ -60,11 +60,6 @@ class Catalogue:
         """Return the one spelling of an item's id."""
         return _spelled(self._events.items.find(text), self._events.items.ids, text)
 
-    def knows_item(self, item_id: object) -> bool:
-        """Whether training saw an event of the item."""
-        idx = self._events.items.find(item_id)
-        return idx >= 0 and bool(self._events.item_count[idx] > 0)
-
     def knows_user(self, user_id: object) -> bool:
         """Whether training saw an event of the user."""
         idx = self._events.users.find(user_id)

@@ -55,8 +55,7 @@ def _seconds(value: object) -> int | None:
                 if found.ticks[0] is not None:
                     return int(found.ticks[0]) // found.per_second
     raise ValueError(
-        f"{shown(value)} is no time: give Unix seconds, or ISO 8601 text such as "
-        "2024-05-01T12:30:00Z"
+        f"a time is Unix seconds or ISO 8601 text such as 2024-05-01T12:30:00Z, not {shown(value)}"
     )
 
 

@@ -78,6 +78,10 @@ class Recommender:
         """What was measured about the model, as JSON values."""
         return self.bundle.report
 
+    def ranks(self, item_id: object) -> bool:
+        """Whether an item is in the catalogue that the model ranks."""
+        return self._items.ranks(self.trained.events.items.find(item_id))
+
     @checked
     @torch.inference_mode()
     def recommend(

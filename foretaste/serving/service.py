@@ -164,7 +164,8 @@ class Service:
                 f"{self._settings.max_events}: send them in parts"
             )
         now_s = int(self._clock())
-        catalogue = self.slot.current.catalogue
+        loaded = self.slot.current
+        catalogue, ranks = loaded.catalogue, loaded.recommender.ranks
         for position, event in enumerate(asked):
             if event.timestamp is not None and event.timestamp > now_s + FUTURE_S:
                 raise DataError(
@@ -185,7 +186,7 @@ class Service:
         return EventsReply(
             stored=stored,
             duplicates=len(rows) - stored,
-            unknown_items=_distinct(r.item_id for r in rows if not catalogue.knows_item(r.item_id)),
+            unknown_items=_distinct(r.item_id for r in rows if not ranks(r.item_id)),
             unknown_users=_distinct(r.user_id for r in rows if not catalogue.knows_user(r.user_id)),
         )
 
