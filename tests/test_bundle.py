@@ -15,10 +15,11 @@ from serving_worlds import CONFIGS, make_events, make_trained
 
 from foretaste.config import Config
 from foretaste.errors import BundleError
+from foretaste.json_values import json_value
 from foretaste.retrieval.index import IndexChoice
 from foretaste.serving.building import build_recommender, load
 from foretaste.serving.bundle import read_bundle
-from foretaste.serving.manifest import FORMAT_VERSION, list_files, plain, read_manifest
+from foretaste.serving.manifest import FORMAT_VERSION, list_files, read_manifest
 from foretaste.serving.recommender import Recommender
 from foretaste.training.trained import Trained
 
@@ -315,7 +316,7 @@ def test_a_model_outside_the_catalogue_cannot_be_saved(tmp_path: Path) -> None:
 
 
 def test_settings_and_logs_become_plain_json() -> None:
-    assert plain({"a": (1, 2.5), "b": {"c": float("nan"), "d": None}, "e": Path("x")}) == {
+    assert json_value({"a": (1, 2.5), "b": {"c": float("nan"), "d": None}, "e": Path("x")}) == {
         "a": [1, 2.5],
         "b": {"c": None, "d": None},
         "e": "x",

@@ -1,7 +1,7 @@
 """`foretaste recommend` and `foretaste similar`: answers at the prompt, or lists in a file."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -23,7 +23,8 @@ def recommend(
     *,
     user: Annotated[str | None, typer.Option(help="A user id.")] = None,
     history: Annotated[
-        str | None, typer.Option(help="Item ids, oldest first, between commas.")
+        list[str] | None,
+        typer.Option(help="Item ids, oldest first: between commas, or given several times."),
     ] = None,
     features: Features = None,
     context: Annotated[
@@ -53,7 +54,7 @@ def recommend(
     seen: Annotated[bool, typer.Option("--seen", help="Allow items that the user had.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Recommend for a user, for a history, for nobody known, or for a file of users."""
+    """Recommend for a user, for a history, for an unknown user, or for a file of users."""
     if (users is None) != (out is None):
         raise typer.BadParameter("--users and --out go together")
     alone = (user, history, features, context, weights)
@@ -77,7 +78,7 @@ def recommend(
         answer(written, f"{written['users']} lists in {out}", *notes, as_json=as_json)
         return
     recommender = ft.load(bundle)
-    past = [] if history is None else [item.strip() for item in history.split(",")]
+    past = _history(history or (), recommender.trained.events.items)
     told = _told(features)
     found = recommender.recommend(
         user,
@@ -89,8 +90,8 @@ def recommend(
         weights=_weights(weights) if weights else None,
         rules=kept,
     )
-    whom = user or ("this history" if past else "these features" if told else "nobody known")
-    _answer(found, f"for {whom}", as_json=as_json)
+    known = "this history" if past else "these features" if told else "an unknown user"
+    _answer(found, f"for {known if user is None else user}", as_json=as_json)
 
 
 def similar(
@@ -104,6 +105,15 @@ def similar(
     """Show the items most like one; a new item by its features."""
     found = ft.load(bundle).similar(item, k, features=_told(features))
     _answer(found, f"like {item}", as_json=as_json)
+
+
+def _history(given: Sequence[str], items: "ft.Vocabulary") -> list[str]:
+    """Return the item ids: a text that is no item of training is taken apart at its commas."""
+    found = []
+    for text in given:
+        parts = [text] if items.find(text) >= 0 else [part.strip() for part in text.split(",")]
+        found += [part for part in parts if part]
+    return found
 
 
 def _told(text: str | None, option: str = "--features") -> dict[str, object] | None:
@@ -131,8 +141,8 @@ def _answer(found: "ft.Answer", title: str, *, as_json: bool) -> None:
     rows = [
         (
             place,
-            row.item_id,
-            row.attributes.get("title", ""),
+            str(row.item_id),
+            row.title,
             row.score,
             *(row.predictions.get(task, "") for task in tasks),
             row.source,

@@ -13,7 +13,11 @@ import foretaste as ft
 from foretaste.cli.show import JsonFlag, ReplaceFlag, answer, pairs, table
 from foretaste.data.read_config import ReadConfig
 
-app = typer.Typer(help="Import events, audit them, get public data sets.", no_args_is_help=True)
+app = typer.Typer(
+    help="Import events, audit them, get public data sets.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
 
 
 _SINGULAR = {"columns": "column"}

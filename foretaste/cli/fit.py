@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import foretaste as ft
-from foretaste.cli.show import JsonFlag, ReplaceFlag, answer, log
+from foretaste.cli.show import JsonFlag, ReplaceFlag, Stopped, answer, log
 
 Overrides = Annotated[
     list[str] | None,
@@ -35,7 +35,10 @@ def fit(
     split = ft.read_split(config, data_dir=data_dir)
     for note in split.events.notes:
         log(note)
-    run = ft.run_experiment(config, split, folder=folder, resume=resume, track=track)
+    try:
+        run = ft.run_experiment(config, split, folder=folder, resume=resume, track=track)
+    except Stopped as stop:
+        raise Stopped(stop.signum, _kept(ft.stopped_after(folder), folder)) from stop
     trained, report = run.final
     for note in trained.notes:
         log(note)
@@ -45,6 +48,12 @@ def fit(
         ft.write_record(record, result, replace=resume or replace)
     log(f"wrote {out}; checkpoints and the log of steps are in {folder}")
     answer(json.loads(report.to_json(per_user=False)), report, as_json=as_json)
+
+
+def _kept(epochs: int | None, folder: Path) -> str:
+    if epochs is None:
+        return "stopped: there is no checkpoint yet, so start again"
+    return f"stopped at epoch {epochs + 1}: {folder} holds a checkpoint, and --resume goes on"
 
 
 def evaluate(

@@ -14,13 +14,14 @@ import typer
 
 import foretaste as ft
 from foretaste.cli import answers, compare, data, fit, inspect, quickstart, serve, tune
-from foretaste.cli.show import fail
+from foretaste.cli.show import Stopped, answer, fail, stoppable
 
 app = typer.Typer(
     help=ft.__doc__,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(quickstart.quickstart)
@@ -37,7 +38,7 @@ app.command()(serve.serve)
 
 def _version(wanted: bool | None) -> None:  # noqa: FBT001 - typer calls it so
     if wanted:
-        sys.stdout.write(f"foretaste {ft.__version__}\n")
+        answer({}, f"foretaste {ft.__version__}", as_json=False)
         raise typer.Exit
 
 
@@ -57,6 +58,8 @@ def _foretaste(
 def run(arguments: Sequence[str] | None = None) -> None:
     """Run the command line: exit code 0, 1 (the work failed: one line says why), 2 (a wrong call).
 
+    Stopped by Ctrl-C it is 130, by SIGTERM 143.
+
     Args:
         arguments: What follows `foretaste`; without them, those of the process.
     """
@@ -65,9 +68,14 @@ def run(arguments: Sequence[str] | None = None) -> None:
     # neighbour; two that sleep at once took 3 times as long on a quiet machine.
     os.environ.setdefault("GOMP_SPINCOUNT", "100000")
     try:
-        app(arguments)
+        with stoppable():
+            app(arguments)
     except ft.ForetasteError as error:
         fail(str(error))
+    except Stopped as stop:
+        fail(str(stop), stop.code)
+    except MemoryError:
+        fail("there is not enough memory for this: choose smaller sizes")
 
 
 if __name__ == "__main__":

@@ -1,54 +1,114 @@
-"""How every command answers: for people by default, one JSON document with `--json`."""
+"""How every command answers: for people by default, one JSON document with `--json`.
 
+In a pipe or a file every id, name and sentence stands whole; characters that the stream cannot hold
+are replaced. In JSON, NaN and infinity are null.
+"""
+
+import io
 import json
+import os
+import signal
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from types import FrameType
 from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+
+from foretaste.json_values import json_value
 
 ReplaceFlag = Annotated[
     bool, typer.Option("--replace", help="Replace what an earlier run wrote there.")
 ]
-JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document instead.")]
+JsonFlag = Annotated[
+    bool, typer.Option("--json", help="Print one JSON document instead; NaN and infinity are null.")
+]
 
-_people = Console()
-_log = Console(stderr=True)
+_BROKEN_PIPE = 128 + signal.SIGPIPE if hasattr(signal, "SIGPIPE") else 1
+_WIDE = 1_000_000
+_PLAIN_LINES = dict.fromkeys(range(9472, 9600), "+") | str.maketrans("─━│┃", "--||")
+"""Lines of tables for streams that have none."""
+
+
+class Stopped(BaseException):
+    """Ctrl-C or SIGTERM: the work ends here; the message says what was kept."""
+
+    def __init__(self, signum: int, kept: str = "stopped") -> None:
+        super().__init__(kept)
+        self.code = 128 + signum
+        self.signum = signum
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Raise `Stopped` where Ctrl-C or SIGTERM comes, and put the handlers back in the end."""
+
+    def stop(signum: int, _: FrameType | None) -> None:
+        raise Stopped(signum)
+
+    before = {}
+    with suppress(ValueError):  # signals are handled in the main thread alone
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+                before[number] = signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def answer(document: object, *people: object, as_json: bool) -> None:
     """Print the document as JSON, or what is meant for people, to standard output."""
     if as_json:
-        sys.stdout.write(json.dumps(document, default=str, allow_nan=False) + "\n")
-        return
-    for part in people:
-        is_table = isinstance(part, Table)
-        shown = part if is_table else str(part)
-        _people.print(shown, highlight=False, markup=False, soft_wrap=not is_table)
+        text = json.dumps(json_value(document), allow_nan=False) + "\n"
+    else:
+        text = "".join(map(_for_people, people))
+    if sys.stdout is None:
+        fail("the answer cannot be written: standard output is closed")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+        if not sys.stdout.encoding.lower().startswith("utf"):
+            text = text.translate(_PLAIN_LINES)
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads has enough, as `head` does
+        _forget_output()
+        sys.exit(_BROKEN_PIPE)
+    except OSError as error:
+        _forget_output()
+        fail(f"the answer cannot be written to standard output: {error.strerror}")
 
 
 def log(line: str) -> None:
-    """Print a line to standard error."""
-    _log.print(line, highlight=False, markup=False, soft_wrap=True)
+    """Print a line to standard error, if anybody reads it."""
+    with suppress(OSError, AttributeError):
+        sys.stderr.write(f"{line}\n")
+        sys.stderr.flush()
 
 
-def fail(sentence: str) -> NoReturn:
-    """End with the one line that says why the work failed, and exit code 1."""
+def fail(sentence: str, code: int = 1) -> NoReturn:
+    """End with the one line that says why the work failed, and its exit code."""
     log(f"foretaste: {' '.join(sentence.split())}")
-    sys.exit(1)
+    sys.exit(code)
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
-    """Return a table for people; numbers stand to the right."""
+    """Return a table for people; numbers are at the right."""
     rows = [list(row) for row in rows]
-    made = Table(title=title or None, title_justify="left")
+    made = Table(title=Text(one_line(title)) if title else None)
     for place, name in enumerate(columns):
         number = all(isinstance(row[place], int | float) for row in rows)
-        made.add_column(name, justify="right" if number and rows else "left")
+        justify = "right" if number and rows else "left"
+        made.add_column(Text(name), justify=justify, overflow="fold")  # type: ignore[arg-type]
     for row in rows:
-        made.add_row(*(_cell(value) for value in row))
+        made.add_row(*(Text(one_line(_cell(value))) for value in row))
     return made
 
 
@@ -62,16 +122,39 @@ def pairs(title: str, values: Mapping[str, object]) -> Table:
     return table(title, ("", "value"), [(name, _cell(value)) for name, value in values.items()])
 
 
+def one_line(text: str) -> str:
+    """Return a text with its line ends and control characters written out."""
+    return "".join(
+        repr(mark)[1:-1] if unicodedata.category(mark) in ("Cc", "Zl", "Zp") else mark
+        for mark in text
+    )
+
+
+def _for_people(part: object) -> str:
+    if not isinstance(part, Table):
+        return f"{part}\n"
+    title, part.title = part.title, None
+    is_terminal = sys.stdout is not None and sys.stdout.isatty()
+    page = io.StringIO()
+    width = None if is_terminal else _WIDE
+    Console(file=page, width=width, force_terminal=is_terminal).print(part, highlight=False)
+    return (f"{title}\n" if title else "") + page.getvalue()
+
+
+def _forget_output() -> None:
+    """Send what is still to be written nowhere, so that the end of the process is quiet."""
+    with suppress(OSError, ValueError, io.UnsupportedOperation):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _cell(value: object) -> str:
     match value:
         case None:
             return ""
         case float():
-            return f"{value:.4f}" if abs(value) < 10 else f"{value:,.1f}"
+            return f"{value:.4f}" if abs(value) < 10 else f"{value:.1f}"
         case bool():
             return "yes" if value else "no"
-        case int():
-            return f"{value:,}"
         case list():
             return ", ".join(map(str, value))
         case _:

@@ -1,13 +1,16 @@
 """`foretaste tune`: the search."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 import foretaste as ft
 from foretaste.cli.fit import DataDir, Overrides, Resume
-from foretaste.cli.show import JsonFlag, ReplaceFlag, answer, log, table
+from foretaste.cli.show import JsonFlag, ReplaceFlag, Stopped, answer, log, table
+
+if TYPE_CHECKING:
+    from foretaste.experiment.tune import TrialRow
 
 
 def tune(
@@ -27,19 +30,31 @@ def tune(
     config = ft.read_experiment(recipe, overrides=overrides or (), data_dir=data_dir)
     ft.check_place(out / "best.toml", replace=True)
     split = ft.read_split(config, data_dir=data_dir)
-    found = ft.tune(
-        config,
-        split,
-        folder=out,
-        trials=trials,
-        resume=resume,
-        replace=replace,
-        watch=lambda row: log(f"trial {row.number}: {row.state} {row.value or ''} {row.settings}"),
-    )
+    try:
+        found = ft.tune(
+            config,
+            split,
+            folder=out,
+            trials=trials,
+            resume=resume,
+            replace=replace,
+            watch=_log,
+        )
+    except Stopped as stop:
+        kept = f"stopped: its trials are in {out}, and --resume goes on with them"
+        raise Stopped(stop.signum, kept) from stop
     names = list(found.best.settings)
     best_first = sorted(found.trials, key=lambda row: -1.0 if row.value is None else -row.value)
-    rows = [(t.number, t.state, t.value, t.seconds, *t.settings.values()) for t in best_first]
+    rows = [
+        (t.number, t.state, t.value, t.seconds, *map(str, t.settings.values())) for t in best_first
+    ]
     made = table(
         f"{found.metric} on validation, best first", ("trial", "", "value", "s", *names), rows
     )
     answer(found.to_json(), made, f"best recipe: {out / 'best.toml'}", as_json=as_json)
+
+
+def _log(trial: "TrialRow") -> None:
+    value = "" if trial.value is None else f"{trial.value:.4f} "
+    settings = ", ".join(f"{name} = {drawn}" for name, drawn in trial.settings.items())
+    log(f"trial {trial.number}: {trial.state} {value}{settings}")

@@ -12,11 +12,13 @@ import numpy as np
 from jaxtyping import Float64, Int64
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from foretaste.errors import DataError
 from foretaste.evaluation.bootstrap import Interval
 
 _FORMAT = 1
+_WIDE = 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,23 +210,25 @@ def _family(name: str) -> str:
 
 def console_table(rows: list[list[str]], *, title: str) -> Table:
     """Return rows, the first of which are headings, as a table for a terminal."""
-    table = Table(title=title, title_justify="left")
+    table = Table(title=Text(title))
     for position, name in enumerate(rows[0]):
-        table.add_column(name, justify="left" if position == 0 else "right")
+        table.add_column(Text(name), justify="left" if position == 0 else "right")
     for row in rows[1:]:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
     return table
 
 
-def printed(tables: Iterable[Table], notes: Iterable[str] = (), *, width: int = 110) -> str:
-    """Return tables, and notes below them, as a terminal without colours would show them."""
-    out = Console(file=io.StringIO(), width=width, color_system=None, force_terminal=False)
+def printed(tables: Iterable[Table], notes: Iterable[str] = ()) -> str:
+    """Return tables and notes below them as text: nothing is cut or folded, whatever is wide."""
+    lines: list[str] = []
     for table in tables:
+        title, table.title = table.title, None
+        text = io.StringIO()
+        # in a notebook, a console shows each table at once in place of writing it
+        out = Console(file=text, width=_WIDE, color_system=None, force_jupyter=False)
         out.print(table, highlight=False)
-    for note in notes:
-        out.print(f"· {note}", highlight=False, markup=False)
-    text: str = out.file.getvalue()  # type: ignore[attr-defined]  # it is the StringIO above
-    return "\n".join(line.rstrip() for line in text.splitlines())
+        lines += [str(title), *(line.rstrip() for line in text.getvalue().splitlines())]
+    return "\n".join([*lines, *(f"· {note}" for note in notes)])
 
 
 def markdown_table(rows: Iterable[list[str]]) -> str:

@@ -4,21 +4,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from rich.markup import escape
-from rich.table import Table
-
 from foretaste.evaluation.bootstrap import Interval
 from foretaste.evaluation.compare import Comparison
-from foretaste.evaluation.report import Report, markdown_table, printed
+from foretaste.evaluation.report import Report, console_table, markdown_table, printed
 from foretaste.evaluation.rows_report import RowsReport
 from foretaste.training.fit import OUT_OF_TIME
 
 COLUMNS = ("model", "quality", "behind the best", "p", "training s", "bundle MB", "answer ms")
 """Of a comparison by lists."""
-_WIDTH = 200
-"""More than a table of usual names needs, so that nothing is folded."""
-_WIDTH_OF_TASK = 80
-"""So much more for each task after the first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,12 +146,10 @@ class ModelComparison:
         return "\n\n".join(parts) + "\n"
 
     def __str__(self) -> str:
-        width = _WIDTH + _WIDTH_OF_TASK * len(self.rows[0].tasks)
-        table = Table(*self.columns, title=self.title(), title_justify="left")
-        for row in self.cells():
-            table.add_row(*(escape(cell) for cell in row))
+        rows = [list(row) for row in (self.columns, *self.cells())]
+        table = console_table(rows, title=self.title())
         remarks = [f"· {_one_line(remark)}" for remark in self.remarks()]
-        return "\n".join([printed([table], width=width), *remarks, self.sentence])
+        return "\n".join([printed([table]), *remarks, self.sentence])
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

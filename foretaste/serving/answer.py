@@ -1,6 +1,6 @@
 """What a recommender answers: rows with external ids, and where each came from."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -10,6 +10,19 @@ Source = Literal["model", "fold-in", "features", "popular"]
 """Where a row came from. "model": a user (or, for similar items, an item) of training;
 "fold-in": a history of somebody whom training never saw; "features": a profile, or the features of
 a new item; "popular": the most popular items, for somebody of whom nothing is known."""
+
+
+TITLE_COLUMNS = ("title", "name", "item_title", "item_name", "movie_title", "product_name")
+
+
+def title_column(columns: Iterable[str]) -> str | None:
+    """Return the column of titles: the first of `TITLE_COLUMNS` that is there, in any case.
+
+    Args:
+        columns: Of the item table, those with one value an item.
+    """
+    by_name = {name.casefold(): name for name in reversed(list(columns))}
+    return next((by_name[name] for name in TITLE_COLUMNS if name in by_name), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +39,14 @@ class Recommendation:
     """What a ranker predicts, by the task's name: a probability, a value in the label's own unit,
     or the expected level; calibrated where the model keeps a calibration, which orders nothing.
     Empty for a model without tasks, and for what was not ranked."""
+
+    @property
+    def title(self) -> str:
+        """The item's title, where its table has one; empty otherwise."""
+        one_value = {n: v for n, v in self.attributes.items() if not isinstance(v, list)}
+        column = title_column(one_value)
+        value = None if column is None else self.attributes[column]
+        return "" if value is None else str(value)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

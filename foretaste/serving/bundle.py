@@ -27,6 +27,7 @@ from foretaste.data.disk import leftover, whole_folder
 from foretaste.data.features import Features
 from foretaste.data.store import fill_store, open_store
 from foretaste.errors import BundleError
+from foretaste.json_values import json_value
 from foretaste.models.catalogue import ModelConfig, build_model
 from foretaste.retrieval.choose import load_index
 from foretaste.retrieval.index import ItemIndex
@@ -35,7 +36,6 @@ from foretaste.serving.manifest import (
     DataFacts,
     Manifest,
     list_files,
-    plain,
     read_manifest,
     verify_files,
 )
@@ -135,7 +135,7 @@ def _write_parts(bundle: Bundle, folder: Path) -> None:
         written = _CALIBRATION.dump_json(dict(trained.calibration), indent=2)
         (folder / CALIBRATION_FILE).write_bytes(written + b"\n")
     if bundle.report is not None:
-        text = json.dumps(plain(bundle.report), indent=2)
+        text = json.dumps(json_value(bundle.report), indent=2)
         (folder / REPORT_FILE).write_text(text + "\n", encoding="utf-8")
     manifest = _manifest(bundle).model_copy(update={"files": list_files(folder)})
     (folder / MANIFEST_FILE).write_text(manifest.render(), encoding="utf-8")
@@ -174,7 +174,7 @@ def _manifest(bundle: Bundle) -> Manifest:
 
 
 def _mapping(values: Mapping[str, object]) -> dict[str, object]:
-    return {str(name): plain(value) for name, value in values.items()}
+    return {str(name): json_value(value) for name, value in values.items()}
 
 
 def _read_parts(manifest: Manifest, path: Path) -> Bundle:

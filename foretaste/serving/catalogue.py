@@ -1,21 +1,17 @@
 """Names and pasts: what a person sees of the users and items that a model was trained on."""
 
-import math
 from collections.abc import Mapping, Sequence
-from datetime import date, datetime, time, timedelta
 from functools import lru_cache, partial
 from typing import final
 
 import numpy as np
 import polars as pl
-from pydantic import JsonValue
 
 from foretaste.data.interactions import Interactions
+from foretaste.json_values import json_value
+from foretaste.serving.answer import title_column
 from foretaste.serving.messages import Item, PastEvent
 from foretaste.serving.state import LiveEvent
-
-TITLE_COLUMNS = ("title", "name", "item_title", "item_name", "movie_title", "product_name")
-"""The first of these that the item table has, with one value an item, is the items' title."""
 
 KEPT_ITEMS = 65_536
 """So many items are kept as they are shown: most answers name the same ones."""
@@ -29,9 +25,7 @@ class Catalogue:
         self._events = events
         self._table = events.item_table
         columns = [] if self._table is None else self._table.columns
-        single = [name for name in columns if not self._is_list(name)]
-        by_name = {name.casefold(): name for name in reversed(single)}
-        self._title = next((by_name[name] for name in TITLE_COLUMNS if name in by_name), None)
+        self._title = title_column(name for name in columns if not self._is_list(name))
         self._attributes = [
             name
             for name in columns
@@ -71,7 +65,7 @@ class Catalogue:
         if idx < 0:
             told = told or {}
             title = told.get(self._title or "") or item_id
-            attributes = {name: _plain(told[name]) for name in self._attributes if name in told}
+            attributes = {name: json_value(told[name]) for name in self._attributes if name in told}
             return Item(item_id=str(item_id), title=str(title), attributes=attributes)
         return self._known_item(idx)
 
@@ -167,26 +161,9 @@ def _read_item(
     return Item(
         item_id=item_id,
         title=item_id if title is None else str(title),
-        attributes={name: _plain(row[name]) for name in attributes},
+        attributes={name: json_value(row[name]) for name in attributes},
     )
 
 
 def _spelled(idx: int, ids: pl.Series, text: str) -> str:
     return text if idx < 0 else str(ids[idx])
-
-
-def _plain(value: object) -> JsonValue:
-    """Return a table's cell as JSON can say it."""
-    match value:
-        case None | bool() | int() | str():
-            return value
-        case float():
-            return value if math.isfinite(value) else None
-        case list() | tuple() | pl.Series():
-            return [_plain(part) for part in value]
-        case datetime() | date() | time():
-            return value.isoformat()
-        case timedelta():
-            return value.total_seconds()
-        case _:
-            return str(value)

@@ -2,8 +2,7 @@
 
 import hashlib
 import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
@@ -68,21 +67,6 @@ class Manifest(Config):
 def _render(document: Mapping[str, object]) -> str:
     own = hashlib.sha256(json.dumps(document, indent=2).encode()).hexdigest()
     return json.dumps({**document, "checksum": own}, indent=2) + "\n"
-
-
-def plain(value: object) -> object:
-    """Return settings or a log as JSON values; NaN and infinity become null."""
-    match value:
-        case None | bool() | int() | str():
-            return value
-        case float():
-            return value if math.isfinite(value) else None
-        case Mapping():
-            return {str(key): plain(inner) for key, inner in value.items()}
-        case Sequence():
-            return [plain(inner) for inner in value]
-        case _:
-            return str(value)
 
 
 def list_files(folder: Path) -> dict[str, FileEntry]:

@@ -12,9 +12,9 @@ from typing import final
 from pydantic import JsonValue, TypeAdapter
 
 from foretaste.errors import BundleError, ForetasteError
+from foretaste.json_values import json_value
 from foretaste.serving.building import load
 from foretaste.serving.catalogue import Catalogue
-from foretaste.serving.manifest import plain
 from foretaste.serving.recommender import Recommender
 
 _JSON: TypeAdapter[JsonValue] = TypeAdapter(JsonValue)
@@ -54,7 +54,7 @@ def load_version(bundle: Path) -> Loaded:
         catalogue=Catalogue(recommender.trained.events),
         version=hashlib.sha256(manifest_bytes).hexdigest()[:12],
         manifest=json.loads(manifest_bytes),
-        report=_JSON.validate_python(plain(recommender.report)),
+        report=_JSON.validate_python(json_value(recommender.report)),
         loaded_at_s=time.time(),
     )
 

@@ -1,0 +1,5 @@
+"""`python -m foretaste` is the command `foretaste`."""
+
+from foretaste.cli.main import run
+
+run()
