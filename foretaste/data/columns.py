@@ -11,6 +11,9 @@ import polars as pl
 from foretaste.data.vocabulary import id_text, is_missing, time_text
 from foretaste.errors import DataError
 
+_CODE = r"^[+-]?0[0-9]"
+_FLOAT_ID = r"^-?(0|[1-9][0-9]*)\.0+$"
+_LOOK_ROWS = 10_000
 _EXACT = {pl.Float16: (16, 2**11), pl.Float32: (32, 2**24), pl.Float64: (64, 2**53)}
 """Its bits, and from where on a float cannot hold every whole number: neighbours become one."""
 
@@ -80,6 +83,51 @@ def _set_missing(column: pl.Series, where: pl.Series) -> pl.Series:
         values = [None if gone else value for value, gone in zip(column, where, strict=True)]
         return pl.Series(column.name, values, dtype=pl.Object)
     return pl.select(pl.when(~where).then(column).alias(column.name)).to_series()
+
+
+def plain_integers(text: pl.Series) -> pl.Series | None:
+    """Return the integers that all texts are, written plainly; None if one is not."""
+    look = text.head(_LOOK_ROWS)
+    if look.cast(pl.Int64, strict=False).null_count() > look.null_count():
+        return None
+    whole = text.cast(pl.Int64, strict=False)
+    return whole if _is_plain(text, whole) else None
+
+
+def ids_of_text(text: pl.Series) -> pl.Series:
+    """Return ids as integers if all of them are plain ones, or plain ones with `.0` behind."""
+    digits, look = text, text.head(_LOOK_ROWS)
+    if look.str.contains(_FLOAT_ID).all() and text.str.contains(_FLOAT_ID).all():
+        digits = text.str.replace(r"\.0+$", "")
+    whole = plain_integers(digits)
+    return text if whole is None else whole
+
+
+def _is_plain(text: pl.Series, whole: pl.Series) -> bool:
+    """Return whether all texts are the shortest of their integers, by counting their bytes."""
+    if whole.null_count() > text.null_count():
+        return False
+    low, high = (bound if isinstance(bound, int) else 0 for bound in (whole.min(), whole.max()))
+    num_bytes = whole.count() + int((whole < 0).sum())
+    power = 10
+    while power <= max(high, -low):
+        num_bytes += int((whole >= power).sum()) + int((whole <= -power).sum() if low < 0 else 0)
+        power *= 10
+    return num_bytes == int(text.str.len_bytes().sum())
+
+
+def narrowed(column: pl.Series) -> pl.Series:
+    """Return text as integers, other numbers or truth values, if all of it is such."""
+    is_text = column.dtype == pl.String and column.null_count() < len(column)
+    if not is_text or column.str.contains(_CODE).any():
+        return column
+    for text in (column, column.str.strip_chars()):
+        for dtype in (pl.Int64, pl.Float64):
+            numbers = text.cast(dtype, strict=False)
+            if numbers.null_count() == text.null_count():
+                return numbers
+    lower = column.str.to_lowercase()
+    return (lower == "true") if lower.is_in(["true", "false"]).all() else column
 
 
 def canonical_ids(ids: pl.Series) -> pl.Series:

@@ -12,6 +12,7 @@ import io
 import re
 import zlib
 from collections.abc import Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from mmap import ACCESS_READ, mmap
@@ -20,7 +21,7 @@ from typing import NamedTuple, final
 
 import polars as pl
 
-from foretaste.data.columns import without_markers
+from foretaste.data.columns import ids_of_text, narrowed, plain_integers, without_markers
 from foretaste.data.read_config import MISSING
 from foretaste.errors import ConfigError, DataError
 
@@ -42,8 +43,6 @@ _OTHER_TEXT = (
     (r"%%MatrixMarket", "a matrix", "write its rows, columns and values as CSV"),
 )
 _FOREIGN = re.compile(rb"[\x80-\xff]{4}")
-_CODE = r"^[+-]?0[0-9]"
-_FLOAT_ID = r"^-?(0|[1-9][0-9]*)\.0+$"
 
 
 class TextTable(NamedTuple):
@@ -100,12 +99,20 @@ class TextFile:
                 frame = file._scan(columns, ())
             except pl.exceptions.PolarsError as error:
                 raise DataError(file.explain(), name=file.name) from error
-        frame, notes = without_markers(frame, file.missing)
-        typed = [
-            _id_column(column) if column.name in ids else _narrowed(column)
-            for column in frame.iter_columns()
-        ]
-        return TextTable(pl.DataFrame(typed), (*file.notes, *notes))
+        with ThreadPoolExecutor(2) as pool:
+            whole = dict(
+                zip(ids, pool.map(plain_integers, (frame[name] for name in ids)), strict=True)
+            )
+        done = {name: column for name, column in whole.items() if column is not None}
+        if len(done) == len(columns):
+            return TextTable(pl.DataFrame([done[name] for name in columns]), file.notes)
+        rest, notes = without_markers(frame.drop(done), file.missing)
+        for column in rest.iter_columns():
+            typed = ids_of_text(column) if column.name in ids else narrowed(column)
+            done[column.name] = typed
+        if any(column.dtype == pl.String for column in done.values()):
+            _refuse_backslashes(file)
+        return TextTable(pl.DataFrame([done[name] for name in columns]), (*file.notes, *notes))
 
     def _scan(self, columns: list[str], numbers: Collection[str]) -> pl.DataFrame:
         inner = dict(zip(self.columns, self.inner, strict=True))
@@ -185,7 +192,6 @@ def open_text(
             f"{lines[found.num_skipped - 1][:1]!r}, were left out"
         )
     data, separator = _one_byte(data, found.separator)
-    _refuse_backslashes(data, separator, str(path))
     file = TextFile(
         name=str(path),
         data=data,
@@ -426,19 +432,19 @@ def _one_byte(data: Path | bytes, separator: str) -> tuple[Path | bytes, str]:
     return data, separator
 
 
-def _refuse_backslashes(data: Path | bytes, separator: str, name: str) -> None:
+def _refuse_backslashes(file: TextFile) -> None:
     """Refuse quotes that a backslash escapes inside a quoted field: they would be misread."""
-    if _quote(separator) is None:
+    if _quote(file.separator) is None:
         return
-    if isinstance(data, Path):
-        with data.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as raw:
-            found = _backslashed(raw, separator)
+    if isinstance(file.data, Path):
+        with file.data.open("rb") as opened, mmap(opened.fileno(), 0, access=ACCESS_READ) as raw:
+            found = _backslashed(raw, file.separator)
     else:
-        found = _backslashed(data, separator)
+        found = _backslashed(file.data, file.separator)
     if found is not None:
         raise DataError(
-            f'{name}, line {found} has \\" inside a quoted field: write the quote twice, as ""',
-            name=name,
+            f'{file.name}, line {found} has \\" inside a quoted field: write quotes twice, as ""',
+            name=file.name,
         )
 
 
@@ -453,44 +459,3 @@ def _backslashed(raw: bytes | mmap, separator: str) -> int | None:
 
 def _quote(separator: str) -> str | None:
     return None if separator == _UNIT_SEPARATOR else '"'
-
-
-# Values
-
-
-def _id_column(text: pl.Series) -> pl.Series:
-    """Return ids as integers if all of them are plain ones, or plain ones with `.0` behind."""
-    if text.dtype != pl.String or not text.len():
-        return text
-    digits, look = text, text.head(_LOOK_ROWS)
-    if look.str.contains(_FLOAT_ID).all() and text.str.contains(_FLOAT_ID).all():
-        digits = text.str.replace(r"\.0+$", "")
-    whole = digits.cast(pl.Int64, strict=False)
-    return whole if _is_plain(digits, whole) else text
-
-
-def _is_plain(text: pl.Series, whole: pl.Series) -> bool:
-    """Return whether all texts are the shortest of their integers, by counting their bytes."""
-    if whole.null_count() > text.null_count():
-        return False
-    low, high = (bound if isinstance(bound, int) else 0 for bound in (whole.min(), whole.max()))
-    num_bytes = whole.count() + int((whole < 0).sum())
-    power = 10
-    while power <= max(high, -low):
-        num_bytes += int((whole >= power).sum()) + int((whole <= -power).sum() if low < 0 else 0)
-        power *= 10
-    return num_bytes == int(text.str.len_bytes().sum())
-
-
-def _narrowed(column: pl.Series) -> pl.Series:
-    """Return text as integers, other numbers or truth values, if all of it is such."""
-    is_text = column.dtype == pl.String and column.null_count() < len(column)
-    if not is_text or column.str.contains(_CODE).any():
-        return column
-    for text in (column, column.str.strip_chars()):
-        for dtype in (pl.Int64, pl.Float64):
-            numbers = text.cast(dtype, strict=False)
-            if numbers.null_count() == text.null_count():
-                return numbers
-    lower = column.str.to_lowercase()
-    return (lower == "true") if lower.is_in(["true", "false"]).all() else column
