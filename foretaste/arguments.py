@@ -176,6 +176,8 @@ def _one_of(value: Any, options: Sequence[Any]) -> Any:
             except _Unfit as error:
                 unfit.append(error)
     wishes = list(dict.fromkeys(error.wanted for error in unfit))
+    if "a number" in wishes and "a whole number" in wishes:
+        wishes.remove("a whole number")
     wanted = " or ".join(wishes) if len(wishes) < 5 else f"settings, such as {wishes[0]}"
     advice = _meant(value, [option for option in options if _is_settings(option)])
     raise _Unfit(wanted, value, advice or next((e.advice for e in unfit if e.advice), ""))
@@ -212,7 +214,7 @@ def _choice(value: object, choices: Sequence[object]) -> object:
     for choice in choices:
         if type(value) is type(choice) and value == choice:
             return value
-    near = did_you_mean(value, map(str, choices)) if isinstance(value, str) else ""
+    near = did_you_mean(value.lower(), map(str, choices)) if isinstance(value, str) else ""
     raise _Unfit(" or ".join(map(repr, choices)), value, near)
 
 
@@ -230,7 +232,7 @@ def _collection(value: Any, origin: Any, parts: Sequence[Any]) -> Any:
     if issubclass(origin, Mapping):
         if not isinstance(value, Mapping):
             raise _Unfit("a dictionary", value)
-        return {key: _converted(inner, parts[1]) for key, inner in value.items()}
+        return {key: _named_part(key, inner, parts[1]) for key, inner in value.items()}
     if origin is Iterator or not issubclass(origin, Iterable) or issubclass(origin, Set):
         return value
     found = as_list(value)
@@ -240,6 +242,13 @@ def _collection(value: Any, origin: Any, parts: Sequence[Any]) -> Any:
     if element not in (object, Any):
         found = [_converted(one, element) for one in found]
     return tuple(found) if origin is tuple else found
+
+
+def _named_part(key: object, value: Any, hint: Any) -> Any:
+    try:
+        return _converted(value, hint)
+    except _Unfit as unfit:
+        raise _Unfit(f"{unfit.wanted} for {key!r}", value, unfit.advice) from None
 
 
 def _callable(value: object) -> object:

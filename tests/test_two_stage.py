@@ -387,7 +387,7 @@ def test_weights_of_no_task_are_refused_by_name() -> None:
     recommender = two_tasks(4)
     with pytest.raises(DataError, match="'bye' is no task; this model's are click, buy; did you"):
         recommender.recommend(100, weights={"bye": 1.0})
-    with pytest.raises(DataError, match="'buy' is nan: give a finite number"):
+    with pytest.raises(ft.ConfigError, match="must be a number for 'buy', not nan"):
         recommender.recommend(100, weights={"buy": float("nan")})
     with pytest.raises(DataError, match="all are 0"):
         recommender.recommend(100, weights={"buy": 0})
@@ -452,7 +452,7 @@ def test_what_is_predicted_of_a_held_out_row_is_served_for_its_moment(tmp_path: 
     user = events.users.ids[0]
     noon, night = (recommender.recommend(user, context={"hour": h}) for h in ("noon", "night"))
     assert [row.score for row in noon.rows] != [row.score for row in night.rows]
-    with pytest.raises(DataError, match=r"'our' is no feature of moments; .*mean 'hour'"):
+    with pytest.raises(DataError, match=r"'our' is no feature of the context; .*mean 'hour'"):
         recommender.recommend(user, context={"our": "noon"})
 
 
