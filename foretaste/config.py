@@ -5,6 +5,7 @@ Settings are frozen and refuse what they do not know. `SASRecConfig(embeding_dim
 and a recipe with the same mistake says the same with the recipe's path.
 """
 
+import inspect
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
@@ -20,6 +21,8 @@ C = TypeVar("C", bound="Config")
 Seed = Annotated[int, Ge(0), Lt(2**63)]
 """What every random draw starts from: one seed gives one result."""
 Schema = Mapping[str, Any]
+SETTINGS = "\nSettings:"
+"""After it, the docstring of settings says what each of them is."""
 
 Count = Annotated[int, Ge(1), Le(2_000_000_000)]
 """How many, how wide or how long: what 32 bits count; the memory there is decides further."""
@@ -58,6 +61,10 @@ else:
             except ValidationError as error:
                 raise config_error(error, cls, settings, source=cls.__name__) from None
 
+        def __dir__(cls) -> list[str]:
+            """List what is of these settings: `help` leaves out what all settings inherit."""
+            return [name for name in vars(cls) if not name.startswith(("_", "model_"))]
+
 
 class Config(BaseModel, metaclass=_SettingsClass):
     """Settings that come from outside.
@@ -71,6 +78,17 @@ class Config(BaseModel, metaclass=_SettingsClass):
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
     )
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: object) -> None:
+        """Let `help` show what each setting means."""
+        told = []
+        for name, field in cls.model_fields.items():
+            default = "" if field.is_required() else f" = {shown(field.get_default())}"
+            meaning = " ".join((field.description or "").split())
+            told.append(f"    {name}{default}" + (f": {meaning}" if meaning else ""))
+        own = inspect.cleandoc(vars(cls).get("__doc__") or "")
+        cls.__doc__ = "\n".join([own, SETTINGS, *told]) if told else own
 
     @model_validator(mode="before")
     @classmethod

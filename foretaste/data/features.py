@@ -35,6 +35,7 @@ from foretaste.data.features_values import moved
 from foretaste.data.fields import FeatureSchema, FieldConfig
 from foretaste.data.interactions import Interactions
 from foretaste.errors import BundleError, ConfigError, DataError, nearest
+from foretaste.shown import Shown
 
 __all__ = ["Features", "FieldSide", "FieldTable", "concat_rows", "fit_features"]
 
@@ -52,8 +53,8 @@ class _Stored(Config):
     notes: tuple[str, ...]
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Features:
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
+class Features(Shown):
     """What was fitted, and the encoded rows of all users, items and events."""
 
     user: FieldSide | None
@@ -163,6 +164,12 @@ class Features:
                 f"the features in {folder} cannot be read ({reason}): they are broken, or of a "
                 "later foretaste"
             ) from error
+
+    def _facts(self) -> dict[str, object]:
+        sides = {"user": self.user, "item": self.item, "context": self.context}
+        return {
+            f"{name}:": ", ".join(side.names) for name, side in sides.items() if side is not None
+        }
 
 
 @checked

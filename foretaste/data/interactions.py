@@ -12,10 +12,11 @@ from jaxtyping import Bool, Int32, Int64, Shaped
 from foretaste.data.column_types import kept
 from foretaste.data.vocabulary import Vocabulary, text_buffers
 from foretaste.errors import DataError
+from foretaste.shown import Shown
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Interactions:
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
+class Interactions(Shown):
     """Events in columns, sorted by user and, within a user, oldest first (CSR).
 
     User `u` owns rows `offsets[u]` to `offsets[u + 1]` of every column. Columns may be memory
@@ -64,14 +65,6 @@ class Interactions:
 
     def __len__(self) -> int:
         return len(self.item_idx)
-
-    def __repr__(self) -> str:
-        columns = [*self.columns, *([] if self.context is None else self.context.columns)]
-        told = f", columns {', '.join(columns)}" if columns else ""
-        return (
-            f"Interactions({len(self):,} events, {self.num_users:,} users, "
-            f"{self.num_items:,} items{told})"
-        )
 
     @property
     def num_users(self) -> int:
@@ -140,6 +133,11 @@ class Interactions:
                 digest.update(f"{side}_links {links.shape[1]}\0".encode())
                 digest.update(np.ascontiguousarray(links, np.int32).data)
         return digest.hexdigest()
+
+    def _facts(self) -> dict[str, object]:
+        columns = [*self.columns, *([] if self.context is None else self.context.columns)]
+        counts = {"events": len(self), "users": self.num_users, "items": self.num_items}
+        return counts | ({"columns": ", ".join(columns)} if columns else {})
 
 
 def _id_parts(vocabulary: Vocabulary) -> Iterator[bytes | memoryview]:

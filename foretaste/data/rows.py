@@ -31,6 +31,7 @@ from foretaste.data.seeds import torch_generator
 from foretaste.data.splits import Split
 from foretaste.data.tasks import Task
 from foretaste.errors import DataError
+from foretaste.shown import Shown
 
 PartName = Literal["train", "validation", "test"]
 _PARTS = {"train": TRAIN, "validation": VALIDATION, "test": TEST}
@@ -66,8 +67,8 @@ def happened_split(split: Split, positive: str = "") -> Split:
     return replace(split, events=split.events.select(keep_E), part_E=split.part_E[keep_E])
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Rows:
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
+class Rows(Shown):
     """Labelled rows of one part of a split, and for each what its user had done before."""
 
     name: str
@@ -188,6 +189,10 @@ class Rows:
         not_found_BN1 = (drawn_BN == item_B1).unsqueeze(2)
         drawn_BNT = self._label_of_drawn_T.expand(*drawn_BN.shape, -1)
         return torch.cat([own_B1T, drawn_BNT.masked_fill(not_found_BN1, np.nan)], dim=1)
+
+    def _facts(self) -> dict[str, object]:
+        tasks = ", ".join(task.name for task in self.tasks)
+        return {"": repr(self.name), "rows": len(self), "tasks": tasks}
 
 
 def training_rows(

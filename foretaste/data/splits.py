@@ -17,12 +17,13 @@ from foretaste.data.interactions import Interactions
 from foretaste.data.leaks import find_leaks
 from foretaste.data.parts import NEGATIVE, TEST, TRAIN, UNUSED, VALIDATION, SplitKind
 from foretaste.data.ranges import ranges
+from foretaste.shown import Shown
 
 __all__ = ["TEST", "TRAIN", "UNUSED", "VALIDATION", "Holdout", "PartSize", "Split"]
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Holdout:
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
+class Holdout(Shown):
     """What is to be predicted, and for each prediction what may be known.
 
     Query `q` is user `user_Q[q]` having done `events.item_idx[events.offsets[user] : end_Q[q]]`;
@@ -49,9 +50,6 @@ class Holdout:
     def __len__(self) -> int:
         return len(self.user_Q)
 
-    def __repr__(self) -> str:
-        return f"Holdout({self.name!r}, {len(self):,} queries, {len(self.target_item):,} targets)"
-
     @cached_property
     def has_history_Q(self) -> Bool[np.ndarray, " Q"]:
         """True where the user did something before: the other queries are counted apart."""
@@ -69,6 +67,9 @@ class Holdout:
             offsets_B1=torch.from_numpy(offsets),
             context=None if moment is None or told is None else moment.encode(told),
         )
+
+    def _facts(self) -> dict[str, object]:
+        return {"": repr(self.name), "queries": len(self), "targets": len(self.target_item)}
 
 
 @dataclass(frozen=True)
@@ -88,8 +89,8 @@ class PartSize:
     """Targets that no training event has: no trained model can rank them."""
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Split:
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
+class Split(Shown):
     """Events and the part that each belongs to.
 
     Shape legend: E events.
@@ -105,13 +106,6 @@ class Split:
     """One sentence for each way in which this split lets the future into training."""
     notes: tuple[str, ...] = ()
     """What the split left where it was, with counts, such as users with too few events."""
-
-    def __repr__(self) -> str:
-        train, validation, test, *_ = np.bincount(self.part_E, minlength=3)
-        return (
-            f"Split({self.kind!r}, {train:,} events to train, {validation:,} to validate, "
-            f"{test:,} to test)"
-        )
 
     @cached_property
     def train(self) -> Interactions:
@@ -193,3 +187,16 @@ class Split:
     def _listed(self) -> Interactions | None:
         listed_E = self.part_E == NEGATIVE
         return self.events.select(listed_E) if listed_E.any() else None
+
+    def _facts(self) -> dict[str, object]:
+        train, validation, test, *_ = np.bincount(self.part_E, minlength=3).tolist()
+        counts = {"events to train": train, "to validate": validation, "to test": test}
+        return {"": repr(self.kind), **counts}
+
+    def _rows(self) -> list[tuple[object, ...]]:
+        heads = ("part", "events", "users", "queries", "queries without a history")
+        sizes = [
+            (size.name, size.events, size.users, size.queries, size.queries_without_history)
+            for size in self.sizes()
+        ]
+        return [heads, *sizes]

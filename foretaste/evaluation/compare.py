@@ -13,10 +13,11 @@ from foretaste.config import Resamples, Seed
 from foretaste.errors import DataError
 from foretaste.evaluation.bootstrap import Interval, bootstrap_intervals, sign_flip_p_value
 from foretaste.evaluation.report import Report
+from foretaste.shown import Shown
 
 
-@dataclass(frozen=True, kw_only=True)
-class Comparison:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Comparison(Shown):
     """One metric of two models over the users that both were measured on."""
 
     metric: str
@@ -36,6 +37,15 @@ class Comparison:
             f"[{self.interval.low:+.4f}, {self.interval.high:+.4f}], p = {self.p_value:.4f}, "
             f"{self.users:,} users"
         )
+
+    def _facts(self) -> dict[str, object]:
+        return {"": str(self)}
+
+    def _rows(self) -> list[tuple[object, ...]]:
+        heads = ("metric", "first", "second", "difference", "95 % interval", "p", "users")
+        interval = f"[{self.interval.low:+.4f}, {self.interval.high:+.4f}]"
+        figures = (self.mean_a, self.mean_b, self.difference, interval, self.p_value, self.users)
+        return [heads, (self.metric, *figures)]
 
 
 @checked

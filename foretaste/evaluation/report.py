@@ -16,6 +16,7 @@ from rich.text import Text
 
 from foretaste.errors import DataError
 from foretaste.evaluation.bootstrap import Interval
+from foretaste.shown import Shown
 
 _FORMAT = 1
 _WIDE = 1_000_000
@@ -36,8 +37,8 @@ class Slice:
     """Mean over the slice's users, in whose mean only what belongs to the slice is counted."""
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Report:
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
+class Report(Shown):
     """The metrics of one model on one holdout. Printed, it is a table."""
 
     model: str
@@ -202,6 +203,14 @@ class Report:
             values = (f"{part.metrics[n]:.4f}" if n in part.metrics else "" for n in names)
             rows.append([part.group, part.label, f"{part.users:,}", f"{part.targets:,}", *values])
         return rows
+
+    def _facts(self) -> dict[str, object]:
+        leading = next((name for name in self.metrics if name.startswith("ndcg")), None)
+        figure = {} if leading is None else {leading: self._cell(leading)}
+        return {"": f"{self.model} on {self.holdout}", "users": self.counts["users"], **figure}
+
+    def _rows(self) -> list[list[str]]:
+        return self._headline()
 
 
 def _family(name: str) -> str:

@@ -8,10 +8,11 @@ from foretaste.evaluation.bootstrap import Interval
 from foretaste.evaluation.compare import Comparison
 from foretaste.evaluation.report import Report
 from foretaste.evaluation.rows_report import RowsReport
+from foretaste.shown import Shown
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class RankingGain:
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
+class RankingGain(Shown):
     """What ranking anew brings: two stages against the first of them alone."""
 
     retrieval: Report
@@ -37,9 +38,12 @@ class RankingGain:
     def __str__(self) -> str:
         return f"two stages - retrieval alone, {self.comparison}"
 
+    def _facts(self) -> dict[str, object]:
+        return {"": str(self)}
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Reports:
+
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
+class Reports(Shown):
     """One report or two of the same model. Printed, their tables."""
 
     lists: Report | None = None
@@ -80,3 +84,9 @@ class Reports:
 
     def _parts(self) -> list[Report | RowsReport | RankingGain]:
         return [part for part in (self.lists, self.gain, self.rows) if part is not None]
+
+    def _facts(self) -> dict[str, object]:
+        return {"": ", ".join(map(repr, self._parts()))}
+
+    def _repr_html_(self) -> str:
+        return "".join(part._repr_html_() for part in self._parts())

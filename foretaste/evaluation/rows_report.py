@@ -19,14 +19,15 @@ from foretaste.evaluation.calibration import Method, fit_calibration
 from foretaste.evaluation.metrics.calibration import Reliability
 from foretaste.evaluation.report import console_table, markdown_table, printed
 from foretaste.evaluation.row_metrics import TaskRows
+from foretaste.shown import Shown
 from foretaste.training.calibration import Calibration
 
 _FORMAT = 1
 _CALIBRATIONS: TypeAdapter[dict[str, Calibration]] = TypeAdapter(dict[str, Calibration])
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class RowsReport:
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
+class RowsReport(Shown):
     """The pointwise metrics of one model on the labelled rows of one part. Printed, a table."""
 
     model: str
@@ -206,6 +207,13 @@ class RowsReport:
         if name not in self.intervals:
             return value
         return "{} [{:.4f}, {:.4f}]".format(value, *self.intervals[name])
+
+    def _facts(self) -> dict[str, object]:
+        figures = {name: self._cell(name) for name in list(self.metrics)[:3]}
+        return {"": f"{self.model} on {self.holdout}", "rows": self.counts["rows"], **figures}
+
+    def _rows(self) -> list[list[str]]:
+        return list(self._table())
 
 
 @checked

@@ -8,6 +8,7 @@ from foretaste.evaluation.bootstrap import Interval
 from foretaste.evaluation.compare import Comparison
 from foretaste.evaluation.report import Report, console_table, markdown_table, printed
 from foretaste.evaluation.rows_report import RowsReport
+from foretaste.shown import Shown
 from foretaste.training.fit import OUT_OF_TIME
 
 COLUMNS = ("model", "quality", "behind the best", "p", "training s", "bundle MB", "answer ms")
@@ -72,8 +73,8 @@ class FailedModel:
     error: str
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class ModelComparison:
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
+class ModelComparison(Shown):
     """Several models on one holdout. Printed, it is a table and the sentence."""
 
     metric: str
@@ -150,6 +151,12 @@ class ModelComparison:
         table = console_table(rows, title=self.title())
         remarks = [f"· {_one_line(remark)}" for remark in self.remarks()]
         return "\n".join([printed([table]), *remarks, self.sentence])
+
+    def _facts(self) -> dict[str, object]:
+        return {"models": len(self.rows), "": self.sentence}
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        return [self.columns, *self.cells()]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -46,12 +46,12 @@ from foretaste.training.trained import Trained
 
 @checked
 def fit(
-    config: ModelConfig,
+    config: "ModelConfig",
     split: Split,
     *,
     seed: Seed = 0,
     training: TrainingConfig | None = None,
-    objective: ObjectiveConfig | None = None,
+    objective: "ObjectiveConfig | None" = None,
     features: Features | FeatureSchema | None = None,
     folder: Path | str | None = None,
     resume: bool = False,

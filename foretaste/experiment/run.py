@@ -43,6 +43,7 @@ from foretaste.models.interface import Ranker
 from foretaste.models.two_stage import TwoStage, second_stage
 from foretaste.serving.building import build_recommender
 from foretaste.serving.recommender import Recommender
+from foretaste.shown import Shown
 from foretaste.training.checkpoint import CHECKPOINT_FILE, epochs_done, forget_checkpoint
 from foretaste.training.fit import Epoch
 from foretaste.training.objectives.rows import RowsConfig
@@ -52,8 +53,8 @@ from foretaste.training.trained import Trained
 _REFIT = "refit"
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Run:
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
+class Run(Shown):
     """What a recipe gave."""
 
     trained: Trained
@@ -69,6 +70,10 @@ class Run:
         if self.refitted is None or self.refitted_report is None:
             return self.trained, self.report
         return self.refitted, self.refitted_report
+
+    def _facts(self) -> dict[str, object]:
+        trained, report = self.final
+        return {"": f"{trained}, {report!r}"}
 
 
 @checked

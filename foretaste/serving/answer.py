@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from foretaste.serving.stages import Stage
+from foretaste.shown import Shown
 
 Source = Literal["model", "fold-in", "features", "popular"]
 """Where a row came from. "model": a user (or, for similar items, an item) of training;
@@ -49,8 +50,8 @@ class Recommendation:
         return "" if value is None else str(value)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class Answer(Shown):
     """What was found for one user or item, best first."""
 
     rows: tuple[Recommendation, ...]
@@ -63,3 +64,15 @@ class Answer:
     """What a person should know about this answer, in sentences."""
     seconds: Mapping[Stage, float] = field(default_factory=dict, compare=False)
     """How long each stage took."""
+
+    def _facts(self) -> dict[str, object]:
+        ids = ", ".join(repr(row.item_id) for row in self.rows[:5])
+        more = ", …" if len(self.rows) > 5 else ""
+        return {"rows": len(self.rows), "from": self.source, "item_ids": f"[{ids}{more}]"}
+
+    def _rows(self) -> list[tuple[object, ...]]:
+        rows = [
+            (str(place), str(row.item_id), row.title, row.score, row.source)
+            for place, row in enumerate(self.rows, 1)
+        ]
+        return [("", "item_id", "title", "score", "source"), *rows]

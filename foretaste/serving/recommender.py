@@ -31,6 +31,7 @@ from foretaste.serving.request_checks import check_k, check_weights
 from foretaste.serving.rule_book import RuleBook
 from foretaste.serving.rules import NO_RULES, Rules
 from foretaste.serving.stages import Stages
+from foretaste.shown import Shown
 from foretaste.training.trained import Trained
 
 _NONE = np.empty(0, dtype=np.int64)
@@ -38,7 +39,7 @@ _NO_ITEMS = TopK(torch.empty((1, 0), dtype=torch.int64), torch.empty((1, 0)))
 
 
 @final
-class Recommender:
+class Recommender(Shown):
     """A trained model with its index and histories. Safe to ask from several threads."""
 
     def __init__(self, bundle: Bundle) -> None:
@@ -356,6 +357,16 @@ class Recommender:
         new = self._profiles.of_items(absent)
         unknown.update({i: None for i in absent if new is None or i not in new.told})
         return new
+
+    def _facts(self) -> dict[str, object]:
+        events = self.trained.events
+        return {
+            "": type(self.trained.model).__name__,
+            "events": len(events),
+            "users": events.num_users,
+            "items": events.num_items,
+            "index": "none" if self.index is None else self.index.facts.kind,
+        }
 
 
 def _by_plain_id(given: Told | None) -> Told:

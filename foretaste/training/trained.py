@@ -31,11 +31,12 @@ from foretaste.models.two_stage import (
     reads_profiles,
     second_stage,
 )
+from foretaste.shown import Shown
 from foretaste.training.calibration import Calibration, calibrated
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Trained:
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
+class Trained(Shown):
     """A model with the vocabularies and histories it was trained on.
 
     Shape legend: B queries, I items.
@@ -181,6 +182,17 @@ class Trained:
             return score_BI if translation is None else translation.scores(score_BI)
 
         return score
+
+    def _facts(self) -> dict[str, object]:
+        events = self.events
+        return {
+            "": getattr(self.config, "kind", type(self.config).__name__),
+            "events": len(events),
+            "users": events.num_users,
+            "items": events.num_items,
+            "seed": str(self.seed),
+            "trained in": f"{self.train_seconds:.1f} s",
+        }
 
 
 def find_scores(model: nn.Module) -> Callable[[Queries], Float[Tensor, "B I"]]:
