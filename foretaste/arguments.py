@@ -112,6 +112,7 @@ class _Unfit(Exception):
     def __init__(self, wanted: str, value: object, advice: str = "") -> None:
         super().__init__(f"must be {wanted}, not {shown(value)}{advice}")
         self.wanted = wanted
+        self.value = value
         self.advice = advice
 
 
@@ -180,7 +181,8 @@ def _one_of(value: Any, options: Sequence[Any]) -> Any:
         wishes.remove("a whole number")
     wanted = " or ".join(wishes) if len(wishes) < 5 else f"settings, such as {wishes[0]}"
     advice = _meant(value, [option for option in options if _is_settings(option)])
-    raise _Unfit(wanted, value, advice or next((e.advice for e in unfit if e.advice), ""))
+    inner = next((error.value for error in unfit if error.value is not value), value)
+    raise _Unfit(wanted, inner, advice or next((e.advice for e in unfit if e.advice), ""))
 
 
 def _is_settings(hint: object) -> bool:
