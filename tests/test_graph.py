@@ -11,6 +11,7 @@ from foretaste.data.graph import Graph, GraphConfig, Ties, cache_order, graph_of
 from foretaste.data.interactions import Interactions
 from foretaste.data.links import attribute_ties, read_links
 from foretaste.data.merging import concatenate
+from foretaste.data.read_config import ReadConfig
 from foretaste.data.reading import read_interactions
 from foretaste.data.sources.load import get_dataset
 from foretaste.data.split_config import GivenSplitConfig, make_split
@@ -169,7 +170,10 @@ def test_links_are_read_from_files_and_find_ids_of_either_type(tmp_path: Path) -
     assert events.user_links.tolist() == [[0, 2], [1, 0]]
     as_text = pl.DataFrame({"a": ["1", "3"], "b": ["2", "1"]})
     vocabulary = Vocabulary(pl.Series([1, 2, 3]))
-    assert read_links(as_text, vocabulary, role="users")[0].tolist() == [[0, 2], [1, 0]]
+    assert read_links(as_text, vocabulary, role="users", read=ReadConfig())[0].tolist() == [
+        [0, 2],
+        [1, 0],
+    ]
 
 
 def test_a_missing_end_is_an_unknown_one() -> None:

@@ -11,13 +11,14 @@ from jaxtyping import Int32, Int64
 
 from foretaste.data.columns import canonical_ids
 from foretaste.data.interactions import Interactions
+from foretaste.data.read_config import ReadConfig, ReadTables
 from foretaste.data.tables import open_source
 from foretaste.data.vocabulary import Vocabulary
 from foretaste.errors import DataError
 
 
 def read_links(
-    source: object, vocabulary: Vocabulary, *, role: str, header: bool = True
+    source: object, vocabulary: Vocabulary, *, role: str, read: ReadConfig
 ) -> tuple[Int32[np.ndarray, "2 P"], tuple[str, ...]]:
     """Read a table of two columns of ids: who trusts whom, or which item goes with which.
 
@@ -25,7 +26,7 @@ def read_links(
         source: Any kind of table; its first two columns count.
         vocabulary: Of the ids in both columns.
         role: "users" or "items", for messages.
-        header: Whether the first line of text files names the columns.
+        read: How the table of events was read: header, encoding and missing values hold here too.
 
     Returns:
         The rows of both ends, each link once as it stands; and what was left out, with counts.
@@ -33,7 +34,13 @@ def read_links(
     Raises:
         DataError: The table cannot be read, has fewer than two columns, or no known id.
     """
-    opened = open_source(source, header=header, role=f"the links of {role}")
+    opened = open_source(
+        source,
+        header=read.header,
+        encoding=read.encoding,
+        missing=read.missing,
+        role=f"the links of {role}",
+    )
     if len(opened.columns) < 2:
         raise DataError(
             f"{opened.name} has one column: a link of {role} takes two, of ids",
@@ -68,23 +75,17 @@ def read_links(
     return np.ascontiguousarray(links_P2.T.astype(np.int32)), (*notes, *kept)
 
 
-def with_links(
-    events: Interactions,
-    *,
-    user_links: object = None,
-    item_links: object = None,
-    header: bool = True,
-) -> Interactions:
+def with_links(events: Interactions, read: ReadTables) -> Interactions:
     """Return the events with links read from tables; their notes say what was left out.
 
     Raises:
         DataError: A table cannot be read or has fewer than two columns.
     """
-    if user_links is not None:
-        links_2P, notes = read_links(user_links, events.users, role="users", header=header)
+    if read.user_links is not None:
+        links_2P, notes = read_links(read.user_links, events.users, role="users", read=read)
         events = replace(events, user_links=links_2P, notes=(*events.notes, *notes))
-    if item_links is not None:
-        links_2P, notes = read_links(item_links, events.items, role="items", header=header)
+    if read.item_links is not None:
+        links_2P, notes = read_links(read.item_links, events.items, role="items", read=read)
         events = replace(events, item_links=links_2P, notes=(*events.notes, *notes))
     return events
 

@@ -99,9 +99,7 @@ def read_interactions(source: object, read: ReadTables) -> Interactions:  # noqa
     items = read_side(read.items, names.item, "items", read, ids=events.item)
     arranged = _arrange(events, users, items, read.duplicates, events.notes)
     arranged = replace(arranged, positive=read.positive)
-    return with_links(
-        arranged, user_links=read.user_links, item_links=read.item_links, header=read.header
-    )
+    return with_links(arranged, read)
 
 
 class _Names(NamedTuple):
