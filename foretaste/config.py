@@ -12,7 +12,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_origin
 
 from annotated_types import Ge, Le, Lt, MaxLen
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
 from foretaste.errors import ConfigError, nearest
@@ -396,3 +396,22 @@ def _options(schema: Schema, parts: Mapping[str, Schema]) -> list[Schema]:
     if "$ref" in schema:
         return [parts[schema["$ref"].rpartition("/")[2]]]
     return [*schema.get("anyOf", ()), *schema.get("oneOf", ())] or [schema]
+
+
+class RangeConfig(Config):
+    """A setting that the search draws from a range."""
+
+    low: float
+    high: float
+    log: bool = False
+    """Draw uniformly in the logarithm."""
+
+
+class ChoiceConfig(Config):
+    """A setting that the search draws from a list."""
+
+    choices: tuple[bool | int | float | str, ...] = Field(min_length=1)
+
+
+Space = Mapping[str, RangeConfig | ChoiceConfig]
+"""From a setting's name to the values that a search may give it."""

@@ -4,11 +4,14 @@ import itertools
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from foretaste.evaluation import bootstrap
 from foretaste.evaluation.bootstrap import (
     bootstrap_intervals,
     bootstrap_means,
+    holm,
     sign_flip_p_value,
 )
 
@@ -79,3 +82,21 @@ def test_p_values_of_equal_models_are_spread_evenly() -> None:
     ]
     assert np.mean(np.array(values) < 0.05) < 0.05 + 3 * np.sqrt(0.05 * 0.95 / 300)
     assert np.mean(values) == pytest.approx(0.5, abs=4 * np.sqrt(1 / 12 / 300))
+
+
+def test_holm_by_hand() -> None:
+    # smallest of four times 4, the next times 3, 2, 1; none below the one before it, none above 1
+    assert holm([0.03, 0.01, 0.04, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
+    assert holm([0.9, 0.5]) == [1.0, 1.0]
+    assert holm([0.02]) == [0.02]
+    assert holm([]) == []
+
+
+@settings(deadline=None, derandomize=True)
+@given(p_values=st.lists(st.floats(0, 1), min_size=1, max_size=8))
+def test_holm_lies_between_the_p_value_and_its_multiple(p_values: list[float]) -> None:
+    found = holm(p_values)
+    pairs = list(zip(p_values, found, strict=True))
+    assert all(p <= q <= min(1, p * len(p_values)) + 1e-12 for p, q in pairs)
+    rising = [q for _, q in sorted(pairs)]
+    assert rising == sorted(rising)

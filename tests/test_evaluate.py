@@ -445,14 +445,15 @@ def test_intervals_hold_the_mean_and_can_be_left_out() -> None:
 
 @pytest.mark.parametrize("k", [(), (0,), (10, 10), (10, -1)])
 def test_a_wrong_k_is_refused(k: tuple[int, ...]) -> None:
-    with pytest.raises(ConfigError, match="list lengths"):
+    with pytest.raises(ConfigError, match="at least 1|list lengths"):
         evaluate(trained(Fixed(torch.zeros(1, 3)), everything(3)), holdout([[0]], [[1]], 3), k=k)
 
 
 def test_wrong_doors_say_so() -> None:
     model, asked = trained(Fixed(torch.zeros(1, 3)), everything(3)), holdout([[0]], [[1]], 3)
-    with pytest.raises(ConfigError, match="resamples is -1"):
+    with pytest.raises(ConfigError) as caught:
         evaluate(model, asked, resamples=-1)
+    assert (caught.value.name, caught.value.value) == ("resamples", -1)
     with pytest.raises(DataError, match="no query of 'test'"):
         evaluate(model, holdout([[]], [[1]], 3))
     with pytest.raises(DataError, match="no query of 'test'"):
@@ -498,7 +499,9 @@ def test_a_report_reads_as_a_table() -> None:
         assert "200 users" in text
         assert "seen items are excluded" in text
         assert "min(k, targets)" in text
-    assert all(line == line.rstrip() and len(line) <= 110 for line in str(report).splitlines())
+    lines = str(report).splitlines()
+    assert all(line == line.rstrip() for line in lines)
+    assert all(len(line) <= 110 for line in lines if not line.startswith("·"))  # notes may be long
     table = [line for line in report.to_markdown().splitlines() if line.startswith("|")]
     assert len({line.count("|") for line in table[:8]}) == 1
 

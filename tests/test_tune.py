@@ -1,6 +1,8 @@
 """The search: what it draws, what it cuts short, and how it goes on after a kill."""
 
 import json
+import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +13,15 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 
 import foretaste as ft
 from foretaste.data.interactions import Interactions
+from foretaste.data.toml_text import to_toml
 from foretaste.data.vocabulary import Vocabulary
 from foretaste.errors import ConfigError, DataError
-from foretaste.experiment.search_space import USUAL, distributions
+from foretaste.experiment.compare_families import CLOSED_FORM, FAMILIES
+from foretaste.experiment.recipe import without_defaults
+from foretaste.experiment.search_space import distributions
 from foretaste.experiment.tune import tune, with_drawn
+
+RECIPES = Path(__file__).parents[1] / "recipes"
 
 
 def split() -> ft.Split:
@@ -233,12 +240,106 @@ def test_a_range_over_whole_numbers_draws_whole_numbers() -> None:
     }
 
 
-@pytest.mark.parametrize("kind", sorted(USUAL))
-def test_the_usual_ranges_of_every_model_are_settings_it_takes(kind: str) -> None:
-    config = recipe(model={"kind": kind}, space={})
-    for name, part in distributions(config).items():
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_every_model_has_usual_ranges_and_takes_what_they_give(kind: str) -> None:
+    model = TWO_STAGES if kind == "two_stage" else {"kind": kind}
+    config = recipe(model=model, space={})
+    ranges = distributions(config)
+    for name, part in ranges.items():
         for value in _ends(part):
             with_drawn(config, {name: value})
+    assert len(ranges) > 0
+    assert ("training.learning_rate" in ranges) != isinstance(config.model, CLOSED_FORM)
+
+
+def test_two_stages_search_both_of_their_models() -> None:
+    names = set(distributions(recipe(model=TWO_STAGES, space={})))
+    assert {
+        "model.candidates",
+        "model.retriever.dropout",
+        "model.ranker.embedding_dim",
+        "first_stage.training.learning_rate",
+        "training.learning_rate",
+    } <= names
+    by_counts = TWO_STAGES | {"retriever": {"kind": "popularity"}}
+    names = set(distributions(recipe(model=by_counts, space={})))
+    assert "first_stage.training.learning_rate" not in names
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"kind": "mf", "embedding_dim": 4},
+        {"kind": "sasrec", "num_heads": 1, "max_len": 8},
+        {"kind": "gmf"},
+        {"kind": "popularity"},
+    ],
+    ids=lambda model: model["kind"],
+)
+def test_a_search_without_ranges_comes_to_its_end(model: dict[str, object], tmp_path: Path) -> None:
+    config = recipe(model=model, space={}, trials=1)
+    events = replace(split().events, timestamp_s=np.arange(320, dtype=np.int64))
+    found = tune(config, replace(split(), events=events), folder=tmp_path)
+    assert found.best.value is not None
+    assert ft.read_experiment(tmp_path / "best.toml") == found.best_recipe
+
+
+def test_best_toml_holds_what_differs_from_the_defaults_alone(tmp_path: Path) -> None:
+    config = recipe(model={"kind": "ease"}, space=EASE, trials=1)
+    found = tune(config, split(), folder=tmp_path)
+    assert tomllib.loads((tmp_path / "best.toml").read_text()) == {
+        "data": {"kind": "public", "name": "ml-100k"},
+        "split": {"kind": "leave_last"},
+        "model": {"kind": "ease", "l2": found.best.settings["model.l2"]},
+        "training": {"epochs": 2, "batch_events": 64},
+        "tune": {"trials": 1, "space": {"model.l2": EASE["model.l2"]}},
+    }
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.stem)
+def test_a_recipe_without_its_defaults_is_the_same_recipe(path: Path, tmp_path: Path) -> None:
+    config = ft.read_experiment(path)
+    short = to_toml(without_defaults(config))
+    (tmp_path / "short.toml").write_text(short)
+    assert ft.read_experiment(tmp_path / "short.toml") == config
+    assert len(short) < len(to_toml(config.model_dump(mode="json")))
+
+
+def test_a_search_ends_with_its_time_and_says_so(tmp_path: Path) -> None:
+    config = recipe(model={"kind": "ease"}, space=EASE, trials=50)
+    found = tune(config, split(), folder=tmp_path, max_seconds=1e-9)
+    assert len(found.trials) == 1  # one is made whatever the time
+    assert found.ended == "out of time after 1 trials and 1e-09 s"
+    assert found.seconds == found.trials[0].seconds > 0
+    more = tune(config, split(), folder=tmp_path, trials=3, resume=True)
+    assert (len(more.trials), more.ended) == (3, "all 3 trials are done")
+    with pytest.raises(ConfigError, match="more than 0 s") as caught:
+        tune(config, split(), folder=tmp_path / "no", max_seconds=-1.0)
+    assert caught.value.name == "max_seconds"
+    with pytest.raises(ConfigError, match="above 0"):
+        ft.override(config, ["tune.max_seconds=0"])
+
+
+def test_the_time_of_a_search_ends_a_training_too(tmp_path: Path) -> None:
+    endless = recipe(model={"kind": "mf", "embedding_dim": 2}, space={}, trials=5).model_copy(
+        update={"training": ft.TrainingConfig(epochs=100_000, patience=None)}
+    )
+    found = tune(ft.override(endless, ["tune.max_seconds=0.5"]), split(), folder=tmp_path)
+    assert 1 <= len(found.trials) <= 5
+    assert found.trials[0].state == "complete"
+    assert found.seconds < 60  # all epochs would take hours
+
+
+def test_the_frame_of_a_search_has_a_row_a_trial_and_a_column_a_setting(tmp_path: Path) -> None:
+    space = {**EASE, "objective.loss": {"choices": ["softmax", "bce"]}}
+    config = recipe(model={"kind": "ease"}, space=space, trials=3)
+    config = config.model_copy(update={"objective": ft.PairsConfig(loss="bce", in_batch=True)})
+    found = tune(config, split(), folder=tmp_path)
+    frame = found.to_frame()
+    assert frame.columns == ["number", "state", "value", "seconds", *found.best.settings]
+    assert frame["number"][0] == found.best.number
+    assert frame["value"].drop_nulls().is_sorted(descending=True)
+    assert sorted(frame["number"]) == [0, 1, 2]
 
 
 def _ends(part: object) -> tuple[object, ...]:

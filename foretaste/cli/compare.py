@@ -24,6 +24,10 @@ def compare(
         Path | None, typer.Option(help="Folder of the table, the picture and the best bundle.")
     ] = None,
     replace: ReplaceFlag = False,
+    seeds: Annotated[
+        str | None,
+        typer.Option(help="Train each model once with each, between commas: 0,1,2"),
+    ] = None,
     overrides: Overrides = None,
     data_dir: DataDir = None,
     as_json: JsonFlag = False,
@@ -39,8 +43,23 @@ def compare(
         ft.check_place(out / "bundle", "bundle", replace=replace)
     split = ft.read_split(first, data_dir=data_dir)
     found = ft.compare_models(
-        configs, split, budget_seconds=budget_seconds, folder=out, replace=replace, say=log
+        configs,
+        split,
+        budget_seconds=budget_seconds,
+        folder=out,
+        replace=replace,
+        say=log,
+        seeds=None if seeds is None else _numbers(seeds),
     )
     if out is not None:
         log(f"wrote the table, the picture and the bundle of {found.pick} into {out}")
     answer(found.to_json(), str(found), as_json=as_json)
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(
+            f"--seeds takes whole numbers between commas, as in 0,1,2, not {text!r}"
+        ) from None

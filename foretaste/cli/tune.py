@@ -20,6 +20,9 @@ def tune(
         "tuned"
     ),
     trials: Annotated[int | None, typer.Option(min=1, help="In all, resumed ones too.")] = None,
+    max_seconds: Annotated[
+        float | None, typer.Option(help="Begin no trial after so long, and end the last one there.")
+    ] = None,
     resume: Resume = False,
     replace: ReplaceFlag = False,
     overrides: Overrides = None,
@@ -36,6 +39,7 @@ def tune(
             split,
             folder=out,
             trials=trials,
+            max_seconds=max_seconds,
             resume=resume,
             replace=replace,
             watch=_log,
@@ -43,14 +47,10 @@ def tune(
     except Stopped as stop:
         kept = f"stopped: its trials are in {out}, and --resume goes on with them"
         raise Stopped(stop.signum, kept) from stop
-    names = list(found.best.settings)
-    best_first = sorted(found.trials, key=lambda row: -1.0 if row.value is None else -row.value)
-    rows = [
-        (t.number, t.state, t.value, t.seconds, *map(str, t.settings.values())) for t in best_first
-    ]
-    made = table(
-        f"{found.metric} on validation, best first", ("trial", "", "value", "s", *names), rows
-    )
+    frame = found.to_frame()
+    rows = [(*row[:4], *map(str, row[4:])) for row in frame.rows()]
+    made = table(f"{found.metric} on validation, best first", frame.columns, rows)
+    log(f"{found.ended}; they took {found.seconds:.1f} s")
     answer(found.to_json(), made, f"best recipe: {out / 'best.toml'}", as_json=as_json)
 
 

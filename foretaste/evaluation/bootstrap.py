@@ -1,9 +1,9 @@
 """How sure a mean over users is: intervals by resampling users, and a paired test.
 
-Shape legend: U users, M metrics, R resamples.
+Shape legend: U users, M metrics, R resamples, P p-values.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -97,3 +97,22 @@ def sign_flip_p_value(
         sums_R = 2 * (positive_RU @ moving_U) - moving_U.sum()
         as_far += int((np.abs(sums_R) >= observed - tolerance).sum())
     return (1 + as_far) / (1 + resamples)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Return p-values corrected for how many there are, each in its own place.
+
+    Of P tests whose differences are all luck, the chance that any corrected value is at most .05
+    is .05 at most, however the tests depend on each other: the smallest is multiplied by P, the
+    next one by P - 1, and so on, and none falls below the one before it.
+
+    References:
+        Holm, "A Simple Sequentially Rejective Multiple Test Procedure", Scandinavian Journal of
+        Statistics 1979.
+    """
+    p_P = np.array(p_values)
+    order = np.argsort(p_P)
+    raised_P = np.maximum.accumulate(p_P[order] * np.arange(len(p_P), 0, -1)).clip(max=1.0)
+    found_P = np.empty(len(p_P))
+    found_P[order] = raised_P
+    return found_P.tolist()

@@ -1,12 +1,15 @@
 """Is one model better than another, or was it luck.
 
-Shape legend: U users that both reports have.
+Shape legend: U users that all reports have.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Protocol, runtime_checkable
 
 import numpy as np
+from jaxtyping import Float64, Int64
 
 from foretaste.arguments import checked
 from foretaste.config import Resamples, Seed
@@ -14,6 +17,8 @@ from foretaste.errors import DataError
 from foretaste.evaluation.bootstrap import Interval, bootstrap_intervals, sign_flip_p_value
 from foretaste.evaluation.report import Report
 from foretaste.shown import Shown
+
+Reports = Report | Sequence[Report]
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -50,31 +55,34 @@ class Comparison(Shown):
 
 @checked
 def compare(
-    a: Report, b: Report, metric: str, *, resamples: Resamples = 10_000, seed: Seed = 0
+    a: Reports, b: Reports, metric: str, *, resamples: Resamples = 10_000, seed: Seed = 0
 ) -> Comparison:
     """Compare two models user by user on what both had to predict.
 
     Args:
-        a: Report of the first model.
-        b: Report of the second, on the same holdout.
-        metric: A name that both have for each user, such as "ndcg_at_10".
+        a: Report of the first model; or several, trained in the same way from several seeds: a
+            user's value is the mean over them then.
+        b: Of the second, on the same holdout.
+        metric: A name that all have for each user, such as "ndcg_at_10".
         resamples: How often users are drawn again, and signs flipped.
         seed: Decides both.
 
     Raises:
         DataError: The holdouts differ, a report lacks the metric per user, or no user is common.
     """
-    check_comparable(a, b)
-    for report in (a, b):
+    reports_a, reports_b = _several(a), _several(b)
+    for report in (*reports_a, *reports_b):
+        check_comparable(reports_a[0], report)
         if metric not in report.per_user:
             raise DataError(
                 f"the report of {report.model} has no {metric!r} per user, but "
                 f"{', '.join(report.per_user) or 'none at all'}"
             )
-    _, row_a, row_b = np.intersect1d(a.user_idx, b.user_idx, return_indices=True)
-    if len(row_a) == 0:
-        raise DataError("the two reports have no user in common")
-    value_a_U, value_b_U = a.per_user[metric][row_a], b.per_user[metric][row_b]
+    user_U = reduce(np.intersect1d, [report.user_idx for report in (*reports_a, *reports_b)])
+    if len(user_U) == 0:
+        raise DataError("the reports have no user in common")
+    value_a_U = mean_per_user(reports_a, metric, user_U)
+    value_b_U = mean_per_user(reports_b, metric, user_U)
     difference_U = value_a_U - value_b_U
     return Comparison(
         metric=metric,
@@ -85,6 +93,22 @@ def compare(
         interval=bootstrap_intervals(difference_U[:, None], resamples=resamples, seed=seed)[0],
         p_value=sign_flip_p_value(difference_U, resamples=resamples, seed=seed),
     )
+
+
+def mean_per_user(
+    reports: Sequence[Report], metric: str, user_U: Int64[np.ndarray, " U"]
+) -> Float64[np.ndarray, " U"]:
+    """Return some users' values of a metric, each the mean over the reports, which all have it."""
+    values = [r.per_user[metric][np.searchsorted(r.user_idx, user_U)] for r in reports]
+    mean_U: np.ndarray = np.mean(values, axis=0)
+    return mean_U
+
+
+def _several(reports: Reports) -> Sequence[Report]:
+    several = [reports] if isinstance(reports, Report) else reports
+    if not several:
+        raise DataError("there is no report to compare: give one at least")
+    return several
 
 
 @runtime_checkable

@@ -11,7 +11,7 @@ from jaxtyping import Float64
 from foretaste.arguments import checked
 from foretaste.config import Resamples, Seed
 from foretaste.errors import DataError
-from foretaste.evaluation.bootstrap import percentile_interval
+from foretaste.evaluation.bootstrap import Interval, percentile_interval
 from foretaste.evaluation.compare import Comparison, check_comparable
 from foretaste.evaluation.row_metrics import point_values, resampled
 from foretaste.evaluation.rows_report import RowsReport
@@ -33,7 +33,8 @@ def compare_rows(
 
     Users are drawn again with all their rows, the same for both models, and the metric is worked
     out anew: AUC is no mean over users, so its difference is not one either. The p-value is twice
-    the share of resamples on the other side of 0, the observed one counted in.
+    the share of resamples on the other side of 0, the observed one counted in; and never below
+    2 / 2^U of U users, the chance that all their differences have one sign.
 
     Args:
         a: Report of the first model; or several, trained alike from several seeds: the metric is
@@ -64,20 +65,32 @@ def compare_rows(
     )
     apart_R = a_R - b_R
     apart_R = apart_R[~np.isnan(apart_R)]
+    users = reports_a[0].counts["users"]
     beyond = min(int((apart_R <= 0).sum()), int((apart_R >= 0).sum()))
     return Comparison(
         metric=first.name(metric, task),
-        users=first.counts["users"],
+        users=users,
         mean_a=mean_a,
         mean_b=mean_b,
         difference=mean_a - mean_b,
         interval=percentile_interval(apart_R),
-        p_value=min(1.0, 2 * (1 + beyond) / (1 + len(apart_R))),
+        p_value=min(1.0, max(2 * (1 + beyond) / (1 + len(apart_R)), 2.0 ** (1 - users))),
     )
 
 
+def mean_and_interval(
+    reports: Sequence[RowsReport], metric: str, task: str
+) -> tuple[float, Interval]:
+    """Return the mean of a metric over reports from several seeds, and its 95 % interval."""
+    mean, mean_R = _resampled_mean(reports, metric, task, resamples=1000, seed=0)
+    return mean, percentile_interval(mean_R)
+
+
 def _several(reports: Reports) -> Sequence[RowsReport]:
-    return [reports] if isinstance(reports, RowsReport) else reports
+    several = [reports] if isinstance(reports, RowsReport) else reports
+    if not several:
+        raise DataError("there is no report to compare: give one at least")
+    return several
 
 
 def _resampled_mean(

@@ -245,3 +245,28 @@ def markdown_table(rows: Iterable[list[str]]) -> str:
     lines = [f"| {' | '.join(row)} |" for row in rows]
     lines.insert(1, f"|{' --- |' * lines[0].count(' | ')} --- |")
     return "\n".join(lines)
+
+
+def latex_table(rows: Iterable[list[str]]) -> str:
+    r"""Return rows, the first of which are headings, as a `tabular` with rules of booktabs."""
+    rows = list(rows)
+    heads, *others = [" & ".join(map(_in_latex, row)) + r" \\" for row in rows]
+    layout = "l" + "r" * (len(rows[0]) - 1)
+    lines = [r"\toprule", heads, r"\midrule", *others, r"\bottomrule"]
+    return "\n".join([rf"\begin{{tabular}}{{{layout}}}", *lines, r"\end{tabular}"]) + "\n"
+
+
+_LATEX = {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "±": r"$\pm$",
+    "<": r"$<$",
+    ">": r"$>$",
+    "|": r"$|$",
+    **{sign: f"\\{sign}" for sign in "&%$#_{}"},
+}
+
+
+def _in_latex(text: str) -> str:
+    return "".join(_LATEX.get(sign, sign) for sign in " ".join(text.split()))

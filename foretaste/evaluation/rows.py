@@ -132,7 +132,7 @@ def rows_to_judge(
     history = "its user's history before it, the weights as training left them"
     notes = (f"rows: every event of {part}, each with {history}",)
     num = learned.num_negatives(ranker.tasks)
-    if sampled is None and num and not _has_zeros(rows):
+    if sampled is None and num and not has_zeros(rows):
         sampled = SampledNegatives(num=num)
     if sampled is None:
         return rows, notes, ""
@@ -181,7 +181,7 @@ def known_rows(model: Trained, split: Split, *, part: PartName) -> tuple[Split, 
     return replace(split, part_E=part_E), found
 
 
-def _has_zeros(rows: Rows) -> bool:
+def has_zeros(rows: Rows) -> bool:
     """Return whether the labels themselves tell what did not happen, of any binary task."""
     binary_T = np.array([task.kind == "binary" for task in rows.tasks])
     return bool((rows.label_ET[:, binary_T] == 0).any())

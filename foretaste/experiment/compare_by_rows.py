@@ -8,33 +8,38 @@ import time
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from jaxtyping import Float32
 
-from foretaste.data.parts import TEST
-from foretaste.data.rows import rows_of
+from foretaste.data.rows import Rows, rows_of
 from foretaste.data.splits import Split
 from foretaste.data.tasks import Task
 from foretaste.errors import ConfigError
 from foretaste.evaluation.compare import Comparison
-from foretaste.evaluation.compare_rows import compare_rows
+from foretaste.evaluation.compare_rows import compare_rows, mean_and_interval
 from foretaste.evaluation.measure_rows import Predicted, measure_rows
-from foretaste.evaluation.rows import predict_tasks, ranker_of, rows_to_judge
+from foretaste.evaluation.rows import has_zeros, predict_tasks, ranker_of
 from foretaste.evaluation.rows_report import RowsReport
+from foretaste.experiment.compare_advice import choose
+from foretaste.experiment.compare_counts import BASE_RATE, count_baselines
 from foretaste.experiment.compare_table import (
     FailedModel,
     Measured,
     ModelComparison,
     ModelRow,
     TaskFigure,
-    choose,
+    corrected,
+    difference,
     model_row,
 )
 from foretaste.experiment.recipe import ExperimentConfig
 from foretaste.models.catalogue import tasks_of
+from foretaste.training.objectives.rows import RowsConfig
 from foretaste.training.trained import Trained
 
-BASE_RATE = "base rate"
-"""The baseline's name: to every row it says the mean label of training."""
 _TIMED_ROWS, _TIMES = 1000, 7
+_RESAMPLES = 1000
+_MANY_ROWS, _FEW_RESAMPLES = 300_000, 200
+"""From so many rows on, baselines are resampled less often: it would take longer than training."""
 
 
 def common_tasks(recipes: Mapping[str, ExperimentConfig], split: Split) -> tuple[Task, ...]:
@@ -89,6 +94,55 @@ def _has(config: ExperimentConfig, task: Task) -> bool:
     return any(own.model_dump(include=labels) == asked for own in tasks_of(config.model))
 
 
+def judged_tasks(
+    recipes: Mapping[str, ExperimentConfig], split: Split, tasks: tuple[Task, ...]
+) -> tuple[Task, ...]:
+    """Return the tasks whose test labels tell a good model from a bad one.
+
+    Raises:
+        ConfigError: There is none, or other numbers of items are drawn for the models' rows.
+        DataError: A label is none that its task can have.
+    """
+    drawn = {name: _num_drawn(config, split) for name, config in recipes.items()}
+    first, *others = drawn
+    for name in others:
+        if drawn[name] != drawn[first]:
+            raise ConfigError(
+                f"{name} is judged beside {drawn[name]} drawn items a row, {first} beside "
+                f"{drawn[first]}, so their rows differ: set objective.negatives to one number for "
+                "all, or evaluation.sampled_negatives",
+                name="objective.negatives",
+                value=drawn[name],
+            )
+    label_ET = rows_of(split, "test", tasks=tasks).label_ET
+    found = tuple(
+        task
+        for task, label_E in zip(tasks, label_ET.T, strict=True)
+        if _tells(task, label_E, drawn[first])
+    )
+    if not found:
+        raise ConfigError(
+            "of no common task have the test rows labels of both classes: cut the data otherwise"
+        )
+    return found
+
+
+def _num_drawn(config: ExperimentConfig, split: Split) -> int:
+    """Return how many items are drawn for each test row, as `evaluate_split` will do."""
+    tasks, asked, learned = tasks_of(config.model), config.evaluation, config.objective
+    num = (learned if isinstance(learned, RowsConfig) else RowsConfig()).num_negatives(tasks)
+    if num and asked.sampled_negatives and asked.sampled_by != "listed":
+        return asked.sampled_negatives
+    return 0 if num and has_zeros(rows_of(split, "test", tasks=tasks)) else num
+
+
+def _tells(task: Task, label_E: Float32[np.ndarray, " E"], num_drawn: int) -> bool:
+    values = set(label_E[~np.isnan(label_E)].tolist())
+    if values and num_drawn:
+        values.add(0.0)  # of what is drawn
+    return len(values) > (1 if task.kind == "binary" else 0)
+
+
 def compare_by_rows(
     measured: Sequence[Measured],
     failed: Sequence[FailedModel],
@@ -98,77 +152,102 @@ def compare_by_rows(
     *,
     notes: tuple[str, ...],
 ) -> ModelComparison:
-    """Compare models task by task on the rows that all of them judged.
+    """Compare models, and baselines that count, task by task on the rows that all of them judged.
 
     Args:
-        measured: With reports of rows, one at least; the first one's rows count.
+        measured: With reports of rows, one at least.
         failed: Models without figures.
         split: What they learned from.
-        tasks: Common to all; the first leads.
+        tasks: Common to all, with labels that tell models apart; the first leads.
         budget_seconds: Of all trainings.
         notes: What the columns mean.
-
-    Raises:
-        ConfigError: The test rows' labels tell no good model of any task from a bad one.
     """
-    reports = {f.name: f.report for f in measured if isinstance(f.report, RowsReport)}
-    first, *_ = reports.values()
-    tasks = tuple(t for t in tasks if first.name(leading(t), t.name) in first.metrics)
-    if not tasks:
-        raise ConfigError(
-            "of no common task have the test rows labels of both classes: cut the data otherwise"
+    measured = sorted(measured, key=lambda found: _badness(_reports(found), tasks[0]))
+    reports = {found.name: _reports(found) for found in measured}
+    best = reports[measured[0].name]
+    floors, left_out = _baselines(measured[0], best[0], tasks, split)
+    every = {**reports, **{name: [report] for name, report in floors.items()}}
+    figures = {
+        task.name: dict(
+            zip(every, corrected([figure(own, task, best) for own in every.values()]), strict=True)
         )
-    kept = [f for f in measured if reports[f.name].holdout_digest == first.holdout_digest]
-    failed = [
-        *failed,
-        *(_judged_otherwise(f, measured[0]) for f in measured if f not in kept),
-    ]
-    kept.sort(key=lambda f: _badness(reports[f.name], tasks[0]))
-    reports = {f.name: reports[f.name] for f in kept}
-    best = reports[kept[0].name]
-    floor = base_rate(best, tasks, split)
-    figures = {f.name: [figure(reports[f.name], task, best) for task in tasks] for f in kept}
-    rows = [model_row(f, *figures[f.name]) for f in kept]
-    metric = figures[kept[0].name][0].metric
-    pick, sentence = choose(rows, metric)
-    more = "".join(_better_elsewhere(pick, reports, task) for task in tasks[1:])
-    more += "".join(_not_learned(reports[pick], floor, t) for t in tasks)
+        for task in tasks
+    }
+    of = {name: [figures[task.name][name] for task in tasks] for name in every}
+    rows = [model_row(found, *of[found.name]) for found in measured]
+    metric = rows[0].leading.metric
+    users = best[0].counts["users"]
+    chance = 0.5 if tasks[0].kind == "binary" else of[BASE_RATE][0].value
+    pick, sentence = choose(rows, metric, users=users, chance=chance)
+    beaten_by, warning = _counting_is_better(reports, floors, tasks[0])
+    if beaten_by:
+        sentence = f"{warning}Of the models alone, {sentence[0].lower()}{sentence[1:]}"
+    sentence += "".join(_better_elsewhere(pick, reports, task) for task in tasks[1:])
+    sentence += "".join(_no_better(reports[pick], floors, task) for task in tasks)
     return ModelComparison(
         metric=metric,
-        rows=(*rows, _floor(floor, tasks, best)),
+        rows=(*rows, *(_floor(name, floors[name], of[name]) for name in floors)),
         failed=tuple(failed),
         split=split.kind,
-        users=best.counts["users"],
+        users=users,
         budget_seconds=budget_seconds,
         pick=pick,
-        sentence=sentence + more,
-        notes=(best.notes[0], *notes),
-        judged=best.counts["rows"],
+        sentence=sentence,
+        notes=(best[0].notes[0], *notes, *left_out),
+        judged=best[0].counts["rows"],
+        beaten_by=beaten_by,
     )
 
 
-def _judged_otherwise(found: Measured, first: Measured) -> FailedModel:
-    return FailedModel(
-        name=found.name,
-        kind=found.kind,
-        error=f"its rows are not those of {first.name}, because other items were drawn for them: "
-        "set objective.negatives alike, or evaluation.sampled_negatives for all",
+def _reports(found: Measured) -> list[RowsReport]:
+    return [report for report in found.reports if isinstance(report, RowsReport)]
+
+
+def _badness(reports: Sequence[RowsReport], task: Task) -> float:
+    values = [report.metrics[report.name(leading(task), task.name)] for report in reports]
+    return statistics.mean(values) * (-1 if task.kind == "binary" else 1)
+
+
+def _baselines(
+    found: Measured, report: RowsReport, tasks: tuple[Task, ...], split: Split
+) -> tuple[dict[str, RowsReport], list[str]]:
+    """Return the reports of baselines on a model's rows, the best first, the base rate last."""
+    if found.rows is None:
+        raise ConfigError(f"{found.name} was not measured by labelled rows")
+    counted, notes = count_baselines(split, found.rows, tasks)
+    names = [task.name for task in report.tasks]
+    label_NT = report.label_NT[:, [names.index(task.name) for task in tasks]]
+    reports = {
+        one.name: measure_rows(
+            Predicted(
+                name=report.holdout,
+                digest=report.holdout_digest,
+                tasks=tasks,
+                user_N=report.user_N,
+                label_NT=label_NT,
+                prediction_NT=one.prediction_NT,
+                suffix=report.suffix,
+            ),
+            model=one.name,
+            resamples=_RESAMPLES if len(label_NT) < _MANY_ROWS else _FEW_RESAMPLES,
+            seed=0,
+            calibration={},
+            settings={},
+            train_seed=0,
+        )
+        for one in counted
+    }
+    in_order = sorted(
+        reports, key=lambda name: (name == BASE_RATE, _badness([reports[name]], tasks[0]))
     )
+    return {name: reports[name] for name in in_order}, notes
 
 
-def _badness(report: RowsReport, task: Task) -> float:
-    value = report.metrics[report.name(leading(task), task.name)]
-    return -value if task.kind == "binary" else value
-
-
-def _floor(report: RowsReport, tasks: tuple[Task, ...], best: RowsReport) -> ModelRow:
-    first, *others = (figure(report, task, best) for task in tasks)
+def _floor(name: str, report: RowsReport, figures: Sequence[TaskFigure]) -> ModelRow:
     return ModelRow(
-        name=BASE_RATE,
-        kind=BASE_RATE,
-        quality=first.value,
-        interval=first.interval,
-        behind=first.behind,
+        name=name,
+        kind=name,
+        leading=figures[0],
         train_seconds=0.0,
         bundle_bytes=0,
         answer_ms=0.0,
@@ -176,12 +255,12 @@ def _floor(report: RowsReport, tasks: tuple[Task, ...], best: RowsReport) -> Mod
         note="",
         metrics=report.metrics,
         settings={},
-        tasks=tuple(others),
+        tasks=tuple(figures[1:]),
         is_baseline=True,
     )
 
 
-def _better_elsewhere(pick: str, reports: Mapping[str, RowsReport], task: Task) -> str:
+def _better_elsewhere(pick: str, reports: Mapping[str, list[RowsReport]], task: Task) -> str:
     """Say which model is better than the one to take at another task, if one is beyond luck."""
     name = min(reports, key=lambda name: _badness(reports[name], task))
     if name == pick:
@@ -192,10 +271,45 @@ def _better_elsewhere(pick: str, reports: Mapping[str, RowsReport], task: Task) 
     return f" Of {task.name}, {name} is better: by {found.difference:.4f} of {leading(task)}."
 
 
-def _not_learned(report: RowsReport, floor: RowsReport, task: Task) -> str:
-    if behind(report, floor, task).interval.low > 0:
+def _counting_is_better(
+    reports: Mapping[str, list[RowsReport]], floors: Mapping[str, RowsReport], task: Task
+) -> tuple[str, str]:
+    """Return the baseline with a better figure than every model's, and a sentence; or "" and ""."""
+    name, floor = _strongest(floors, task)
+    best = next(iter(reports))
+    found = behind([floor], reports[best], task)
+    if found.difference < 0:
+        return "", ""
+    metric = leading(task)
+    reached = floor.metrics[floor.name(metric, task.name)]
+    own = figure(reports[best], task, reports[best]).value
+    return name, (
+        f"No model is worth taking yet: {_named(name)}, without any training, has an {metric} of "
+        f"{reached:.4f} at {task.name}, and {best}, the best model, {own:.4f} (behind by "
+        f"{difference(found)}). "
+    )
+
+
+def _no_better(reports: list[RowsReport], floors: Mapping[str, RowsReport], task: Task) -> str:
+    """Say that a model is not better than a baseline beyond luck, if it is not."""
+    if behind(reports, [floors[BASE_RATE]], task).interval.low <= 0:
+        return f" Of {task.name} it cannot be told from the {BASE_RATE}: nothing was learned there."
+    name, floor = _strongest(floors, task)
+    if behind(reports, [floor], task).interval.low > 0:
         return ""
-    return f" Of {task.name} it cannot be told from the {BASE_RATE}: nothing was learned there."
+    value = floor.metrics[floor.name(leading(task), task.name)]
+    return (
+        f" Of {task.name} it is not better than {_named(name)} beyond luck, "
+        f"whose {leading(task)} is {value:.4f}."
+    )
+
+
+def _named(baseline: str) -> str:
+    return f"the {BASE_RATE}" if baseline == BASE_RATE else baseline.replace("counts", "counting")
+
+
+def _strongest(floors: Mapping[str, RowsReport], task: Task) -> tuple[str, RowsReport]:
+    return min(floors.items(), key=lambda entry: _badness([entry[1]], task))
 
 
 def leading(task: Task) -> str:
@@ -203,62 +317,42 @@ def leading(task: Task) -> str:
     return "auc" if task.kind == "binary" else "rmse"
 
 
-def figure(report: RowsReport, task: Task, best: RowsReport) -> TaskFigure:
+def figure(reports: list[RowsReport], task: Task, best: list[RowsReport]) -> TaskFigure:
     """Return how well a model predicts a task, and how far it lies behind the best model.
 
+    Args:
+        reports: Of the model, one for each seed.
+        task: Which.
+        best: Of the best model.
+
     Raises:
-        DataError: The task has no such figure here, such as AUC where all labels are alike.
+        DataError: The task has no such figure here, such as AUC where all labels are equal.
     """
-    name = report.name(leading(task), task.name)
+    first = reports[0]
+    name = first.name(leading(task), task.name)
+    values = [report.metrics[name] for report in reports]
+    value, interval = values[0], first.intervals[name]
+    if len(reports) > 1:
+        value, interval = mean_and_interval(reports, leading(task), task.name)
     return TaskFigure(
-        metric=f"{leading(task)}_{task.name}{report.suffix}",
-        value=report.metrics[name],
-        interval=report.intervals[name],
-        behind=None if report is best else behind(best, report, task),
+        metric=f"{leading(task)}_{task.name}{first.suffix}",
+        value=value,
+        interval=interval,
+        behind=None if reports is best else behind(best, reports, task),
+        spread=statistics.stdev(values) if len(values) > 1 else None,
     )
 
 
-def behind(better: RowsReport, other: RowsReport, task: Task) -> Comparison:
+def behind(better: list[RowsReport], other: list[RowsReport], task: Task) -> Comparison:
     """Return by how much one is better: AUC that it has more, or RMSE that it has less."""
     pair = (better, other) if task.kind == "binary" else (other, better)
-    return compare_rows(*pair, leading(task), task=task.name)
+    many = len(better[0].label_NT) >= _MANY_ROWS
+    resamples = _FEW_RESAMPLES if many else 2 * _RESAMPLES
+    return compare_rows(*pair, leading(task), task=task.name, resamples=resamples)
 
 
-def base_rate(report: RowsReport, tasks: Sequence[Task], split: Split) -> RowsReport:
-    """Return the report of a baseline on the rows that a model was measured on.
-
-    It says of every row the mean of the task's training labels: of a binary one, drawn items count
-    as zeros.
-    """
-    label_ET = rows_of(split, "train", tasks=tuple(tasks)).label_ET.astype(np.float64)
-    mean_T = np.nanmean(label_ET, axis=0)
-    rows_each = len(report.label_NT) / np.count_nonzero(split.part_E == TEST)
-    binary_T = np.array([task.kind == "binary" for task in tasks])
-    mean_T[binary_T] /= rows_each
-    names = [task.name for task in report.tasks]
-    label_NT = report.label_NT[:, [names.index(task.name) for task in tasks]]
-    return measure_rows(
-        Predicted(
-            name=report.holdout,
-            digest=report.holdout_digest,
-            tasks=tuple(tasks),
-            user_N=report.user_N,
-            label_NT=label_NT,
-            prediction_NT=np.broadcast_to(mean_T, label_NT.shape),
-            suffix=report.suffix,
-        ),
-        model=BASE_RATE,
-        resamples=1000,
-        seed=0,
-        calibration={},
-        settings={},
-        train_seed=0,
-    )
-
-
-def thousand_rows_ms(trained: Trained, split: Split) -> float:
+def thousand_rows_ms(trained: Trained, rows: Rows) -> float:
     """Return the median time in which a model judges 1,000 test rows, from their events on."""
-    rows, _, _ = rows_to_judge(trained, split, part="test")
     ranker, milliseconds = ranker_of(trained), []
     index_B = np.arange(min(len(rows), _TIMED_ROWS))
     for _ in range(_TIMES):

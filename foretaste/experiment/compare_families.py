@@ -20,6 +20,8 @@ BASELINES = ("popularity", "item_knn", "ease", "als")
 """What every comparison includes."""
 CLOSED_FORM = (PopularityConfig, ItemKNNConfig, EASEConfig, ImplicitALSConfig)
 """They learn in one piece, which no budget can interrupt."""
+WITHOUT_SEED = (PopularityConfig, ItemKNNConfig, EASEConfig)
+"""They draw nothing: every seed gives the same model."""
 _SETTINGS = {
     str(settings.model_fields["kind"].default): settings
     for settings in get_args(get_args(ModelConfig)[0])

@@ -6,37 +6,49 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace as replace_fields
 from pathlib import Path
 
 import numpy as np
 
 from foretaste.arguments import checked
+from foretaste.config import Seed
 from foretaste.data.disk import check_place, reason_of, whole_file
 from foretaste.data.splits import Split
-from foretaste.data.tasks import Task
 from foretaste.errors import ConfigError, DataError, ForetasteError
-from foretaste.evaluation.compare import compare
+from foretaste.evaluation.bootstrap import bootstrap_intervals
+from foretaste.evaluation.compare import compare, mean_per_user
 from foretaste.evaluation.report import Report
-from foretaste.experiment.compare_by_rows import common_tasks, compare_by_rows, thousand_rows_ms
-from foretaste.experiment.compare_families import CLOSED_FORM, with_baselines
+from foretaste.evaluation.rows import rows_to_judge
+from foretaste.experiment.compare_advice import choose
+from foretaste.experiment.compare_by_rows import (
+    compare_by_rows,
+    thousand_rows_ms,
+)
 from foretaste.experiment.compare_picture import comparison_svg
+from foretaste.experiment.compare_plan import Entry, Plan, plan_of
 from foretaste.experiment.compare_table import (
     FailedModel,
     Measured,
     ModelComparison,
     TaskFigure,
-    choose,
+    corrected,
+    label,
     model_row,
 )
 from foretaste.experiment.recipe import ExperimentConfig, read_experiment
-from foretaste.experiment.run import run_experiment, to_recommender
+from foretaste.experiment.run import (
+    run_experiment,
+    sampled_rows,
+    to_recommender,
+)
 from foretaste.serving.building import load
 from foretaste.serving.recommender import Recommender
 
 ASKED = 200
 """How many single questions the time of an answer is the median of."""
 _WARM_UP = 10
-_FILES = ("comparison.svg", "comparison.json", "comparison.md")
+_FILES = tuple(f"comparison.{kind}" for kind in ("svg", "json", "md", "csv", "tex"))
 
 
 @checked
@@ -75,12 +87,14 @@ def compare_models(
     folder: str | Path | None = None,
     replace: bool = False,
     say: Callable[[str], object] | None = None,
+    seeds: Sequence[Seed] | None = None,
 ) -> ModelComparison:
     """Train several models and the baselines on one split, measure all on its test part, choose.
 
     They are compared by their lists; where `evaluation.catalogue` is false, or the data have no
     items, by their predictions of labelled rows: the AUC (of tasks that are not binary, the RMSE)
-    of each task that all of them have, the first of these leading, beside each task's base rate.
+    of each task that all of them have, the first of these leading, beside baselines that count: the
+    base rate, and means by user, by item, by each column of categories, and by user and category.
 
     Those that learn in closed form go first. Each of the others may train for an even share of
     what is left of the budget, one step at least; what one leaves over falls to those after it. A
@@ -91,48 +105,46 @@ def compare_models(
         recipes: By name, on the same data and split; the first one says how all are evaluated.
         split: Their data, from `read_split`.
         budget_seconds: Of all trainings together, validations counted in; None sets no end.
-        folder: Where `comparison.md`, `.json` and `.svg` go, and the `bundle` of the one to take.
+        folder: Where `comparison.md`, `.json`, `.csv`, `.tex` and `.svg` go, and the `bundle` of
+            the one to take.
         replace: An earlier comparison in `folder` is replaced.
         say: Told what is being done; with it, trainings show their progress.
+        seeds: Each recipe's model is trained once with each, and figures are means over them;
+            baselines, and models that draw nothing, are trained once. None: those of the recipes.
 
     Raises:
-        ConfigError: There is no recipe, they are not of one data set and split, some are measured
-            by lists and others are not, or the budget is not above 0; by rows, a model predicts no
-            labels, or they have no task in common; or none of the models could be measured.
+        ConfigError: Before any training: there is no recipe, they are not of one data set and
+            split, some are measured by lists and others are not, they name other positives, other
+            seeds, or a seed twice, or the budget is not above 0; by rows, a model predicts no
+            labels, they have no task in common, or other numbers of items are drawn for their
+            rows. After it: none of the models could be measured.
         BundleError: The folder holds a bundle and `replace` is false, or something else under the
             name `bundle`.
         DataError: The folder holds a comparison and `replace` is false, or cannot be written.
     """
-    _check(recipes, budget_seconds)
+    if budget_seconds is not None and not budget_seconds > 0:
+        raise ConfigError(
+            f"budget_seconds is {budget_seconds}: give more than 0 s, or no budget",
+            name="budget_seconds",
+            value=budget_seconds,
+        )
     folder = None if folder is None else Path(folder)
     if folder is not None:
         check_place(folder / "bundle", "bundle", replace=replace)
         for file in _FILES:
             check_place(folder / file, replace=replace)
-    tasks = common_tasks(recipes, split)
-    entries = dict(recipes) if tasks else with_baselines(recipes)
-    in_order = sorted(entries, key=lambda name: not _in_one_piece(entries[name]))
-    evaluation = next(iter(recipes.values())).evaluation
-    if tasks:
-        evaluation = evaluation.model_copy(update={"catalogue": False, "rows": True})
+    plan = plan_of(recipes, split, seeds)
+    clock = _Clock(budget_seconds, sum(len(entry.seeds) for entry in plan.entries))
     measured: list[Measured] = []
     failed: list[FailedModel] = []
-    spent = 0.0
     with _workplace(folder) as place:
-        for number, name in enumerate(in_order):
-            config = entries[name].model_copy(update={"refit": False, "evaluation": evaluation})
-            share = None
-            if budget_seconds is not None and not _in_one_piece(config):
-                share = max(0.0, budget_seconds - spent) / (len(in_order) - number)
-            started = time.perf_counter()
-            found = _attempt(name, config, split, place / str(number), share, say)
+        for number, entry in enumerate(plan.entries):
+            found = _attempts(entry, place / str(number), clock, say)
             if isinstance(found, FailedModel):
                 failed.append(found)
-                spent += time.perf_counter() - started
             else:
                 measured.append(found)
-                spent += found.train_seconds
-        comparison = _compare(measured, failed, split, budget_seconds, tasks)
+        comparison = _compare(measured, failed, split, budget_seconds, plan)
         if folder is not None:
             (pick,) = (found for found in measured if found.name == comparison.pick)
             load(pick.bundle).save(folder / "bundle", replace=replace)
@@ -140,23 +152,23 @@ def compare_models(
     return comparison
 
 
-def _check(recipes: Mapping[str, ExperimentConfig], budget_seconds: float | None) -> None:
-    if not recipes:
-        raise ConfigError("there is no recipe to compare: give one at least")
-    if budget_seconds is not None and not budget_seconds > 0:
-        raise ConfigError(f"budget_seconds is {budget_seconds}: give more than 0 s, or no budget")
-    (first, *others) = recipes
-    for name in others:
-        for part in ("data", "split"):
-            if getattr(recipes[name], part) != getattr(recipes[first], part):
-                raise ConfigError(
-                    f"{name} has another [{part}] than {first}: models are compared on the same "
-                    "data and split"
-                )
+class _Clock:
+    """What is left of the budget, and how many trainings share it."""
 
+    def __init__(self, seconds: float | None, trainings: int) -> None:
+        self.left, self.trainings = seconds, trainings
 
-def _in_one_piece(config: ExperimentConfig) -> bool:
-    return isinstance(config.model, CLOSED_FORM)
+    def share(self, entry: Entry) -> float | None:
+        """Return how long a training may take; None: as long as it wants."""
+        if self.left is None or entry.in_one_piece:
+            return None
+        return max(0.0, self.left) / self.trainings
+
+    def spend(self, seconds: float) -> None:
+        """Count a training that is over."""
+        self.trainings -= 1
+        if self.left is not None:
+            self.left -= seconds
 
 
 @contextmanager
@@ -176,41 +188,63 @@ def _workplace(folder: Path | None) -> Iterator[Path]:
         yield Path(place)
 
 
-def _attempt(
-    name: str,
-    config: ExperimentConfig,
-    split: Split,
-    bundle: Path,
-    share: float | None,
-    say: Callable[[str], object] | None,
+def _attempts(
+    entry: Entry, place: Path, clock: _Clock, say: Callable[[str], object] | None
 ) -> Measured | FailedModel:
-    if say is not None:
-        say(f"training {name}" + ("" if share is None else f" for at most {share:.1f} s"))
-    try:
-        run = run_experiment(config, split, show=say is not None, max_seconds=share)
-        report = run.report.lists if config.evaluation.catalogue else run.report.rows
-        if report is None:
-            raise ConfigError("the data have one item, of which no lists can be made")
-        recommender = to_recommender(run.trained, run.report)
-        recommender.save(bundle)
-        return Measured(
-            name=name,
-            kind=config.model.kind,
-            train_seconds=run.trained.train_seconds,
-            ended=str(run.trained.log.get("stopped", "")),
-            settings=run.trained.settings,
-            report=report,
-            bundle=bundle,
-            bundle_bytes=sum(file.stat().st_size for file in bundle.rglob("*") if file.is_file()),
-            answer_ms=_answer_ms(recommender, k=max(config.evaluation.k))
-            if isinstance(report, Report)
-            else thousand_rows_ms(run.trained, split),
-        )
-    except (ForetasteError, MemoryError, RuntimeError) as error:  # torch's, where memory is short
-        reason = str(error) or type(error).__name__
+    """Train and measure a model once with each seed; all or none count."""
+    found: list[Measured] = []
+    for seed in entry.seeds:
+        share, started = clock.share(entry), time.perf_counter()
+        of_seed = f" with seed {seed}" if len(entry.seeds) > 1 else ""
         if say is not None:
-            say(f"{name} failed: {reason}")
-        return FailedModel(name=name, kind=config.model.kind, error=reason)
+            at_most = "" if share is None else f" for at most {share:.1f} s"
+            say(f"training {entry.name}{of_seed}{at_most}")
+        try:
+            found.append(_attempt(entry, seed, place / str(seed), share, show=say is not None))
+            clock.spend(found[-1].train_seconds)
+        except (ForetasteError, MemoryError, RuntimeError) as error:  # torch's of short memory
+            clock.spend(time.perf_counter() - started)
+            reason = f"{str(error) or type(error).__name__}{of_seed and f' ({of_seed.strip()})'}"
+            if say is not None:
+                say(f"{entry.name} failed: {reason}")
+            return FailedModel(name=entry.name, kind=entry.config.model.kind, error=reason)
+    return replace_fields(
+        found[0],
+        train_seconds=statistics.mean(one.train_seconds for one in found),
+        ended="; ".join(dict.fromkeys(one.ended for one in found if one.ended)),
+        reports=tuple(report for one in found for report in one.reports),
+        seeds=entry.seeds,
+    )
+
+
+def _attempt(entry: Entry, seed: int, bundle: Path, share: float | None, *, show: bool) -> Measured:
+    config, split = entry.config.model_copy(update={"seed": seed}), entry.split
+    run = run_experiment(config, split, show=show, max_seconds=share)
+    report = run.report.lists if config.evaluation.catalogue else run.report.rows
+    if report is None:
+        raise ConfigError("the data have one item, of which no lists can be made")
+    recommender = to_recommender(run.trained, run.report)
+    recommender.save(bundle)
+    rows = None
+    if isinstance(report, Report):
+        answer_ms = _answer_ms(recommender, k=max(config.evaluation.k))
+    else:
+        sampled = sampled_rows(run.trained, config.evaluation)
+        rows, _, _ = rows_to_judge(run.trained, split, part="test", sampled=sampled)
+        answer_ms = thousand_rows_ms(run.trained, rows)
+    return Measured(
+        name=entry.name,
+        kind=config.model.kind,
+        train_seconds=run.trained.train_seconds,
+        ended=str(run.trained.log.get("stopped", "")),
+        settings=run.trained.settings,
+        reports=(report,),
+        seeds=(seed,),
+        bundle=bundle,
+        bundle_bytes=sum(file.stat().st_size for file in bundle.rglob("*") if file.is_file()),
+        answer_ms=answer_ms,
+        rows=rows,
+    )
 
 
 def _answer_ms(recommender: Recommender, *, k: int) -> float:
@@ -230,41 +264,65 @@ def _compare(
     failed: list[FailedModel],
     split: Split,
     budget_seconds: float | None,
-    tasks: tuple[Task, ...],
+    plan: Plan,
 ) -> ModelComparison:
     if not measured:
         raise ConfigError(f"none of {len(failed)} models could be measured: {failed[0].error}")
-    if tasks:
-        notes = _notes(budget_seconds, by_rows=True)
-        return compare_by_rows(measured, failed, split, tasks, budget_seconds, notes=notes)
-    lists = {found.name: found.report for found in measured if isinstance(found.report, Report)}
-    metric = _leading_metric(lists[measured[0].name])
-    in_order = sorted(measured, key=lambda found: -found.report.metrics[metric])
-    best = lists[in_order[0].name]
-    rows = [
-        model_row(
-            found,
-            TaskFigure(
-                metric=metric,
-                value=found.report.metrics[metric],
-                interval=found.report.intervals[metric],
-                behind=None if report is best else compare(best, report, metric),
-            ),
+    notes = (*plan.notes, *_notes(budget_seconds, measured, by_rows=bool(plan.tasks)))
+    if plan.tasks:
+        return compare_by_rows(measured, failed, split, plan.tasks, budget_seconds, notes=notes)
+    metric = _leading_metric(_lists(measured[0])[0])
+    measured.sort(key=lambda found: -_mean(found, metric))
+    best = _lists(measured[0])
+    figures = corrected([_figure(_lists(found), best, metric) for found in measured])
+    rows = [model_row(*pair) for pair in zip(measured, figures, strict=True)]
+    users, chance = len(best[0].user_idx), best[0].chance[metric]
+    pick, sentence = choose(rows, metric, users=users, chance=chance)
+    if rows[0].interval.low <= chance:
+        sentence = (
+            f"No model is better than chance beyond luck: the best {label(metric)}, "
+            f"{rows[0].quality:.4f}, has an interval from {rows[0].interval.low:.4f}, and a random "
+            f"order gets {chance:.4f}. {sentence}"
         )
-        for found in in_order
-        for report in (lists[found.name],)
-    ]
-    pick, sentence = choose(rows, metric)
     return ModelComparison(
         metric=metric,
         rows=tuple(rows),
         failed=tuple(failed),
         split=split.kind,
-        users=len(best.user_idx),
+        users=users,
         budget_seconds=budget_seconds,
         pick=pick,
         sentence=sentence,
-        notes=(best.notes[0], *_notes(budget_seconds, by_rows=False)),
+        notes=(
+            f"chance: a random order of the same candidates gets {chance:.4f}",
+            best[0].notes[0],
+            *notes,
+        ),
+        chance=chance,
+    )
+
+
+def _lists(found: Measured) -> list[Report]:
+    return [report for report in found.reports if isinstance(report, Report)]
+
+
+def _mean(found: Measured, metric: str) -> float:
+    return statistics.mean(report.metrics[metric] for report in found.reports)
+
+
+def _figure(reports: list[Report], best: list[Report], metric: str) -> TaskFigure:
+    """Return the leading figure of a model: over users, the mean over its seeds."""
+    first, values = reports[0], [report.metrics[metric] for report in reports]
+    interval = first.intervals[metric]
+    if len(reports) > 1:
+        mean_U = mean_per_user(reports, metric, first.user_idx)
+        (interval,) = bootstrap_intervals(mean_U[:, None], resamples=1000, seed=0)
+    return TaskFigure(
+        metric=metric,
+        value=statistics.mean(values),
+        interval=interval,
+        behind=None if reports[0] is best[0] else compare(best, reports, metric),
+        spread=statistics.stdev(values) if len(values) > 1 else None,
     )
 
 
@@ -274,7 +332,9 @@ def _leading_metric(report: Report) -> str:
     return next(m for m in report.per_user if m == name or m.startswith(f"{name}_"))
 
 
-def _notes(budget_seconds: float | None, *, by_rows: bool) -> tuple[str, ...]:
+def _notes(
+    budget_seconds: float | None, measured: Sequence[Measured], *, by_rows: bool
+) -> tuple[str, ...]:
     budget = (
         "no budget was set"
         if budget_seconds is None
@@ -291,9 +351,24 @@ def _notes(budget_seconds: float | None, *, by_rows: bool) -> tuple[str, ...]:
     )
     return (
         f"behind the best: by how much it is worse than {of_best}, paired by user, with its 95 % "
-        f"bootstrap interval; p {how}, not corrected for several models",
+        f"bootstrap interval; p {how}, corrected for several models after Holm",
         f"{asked}; bundle: all its files, the training events among them",
         f"training: {budget}; refits are left out",
+        *_of_seeds(measured),
+    )
+
+
+def _of_seeds(measured: Sequence[Measured]) -> tuple[str, ...]:
+    """Say what several seeds mean for the figures, where there are several."""
+    several = {seeds for found in measured if len(seeds := found.seeds) > 1}
+    if not several:
+        return ()
+    once = ", ".join(found.name for found in measured if len(found.seeds) == 1)
+    return tuple(
+        f"seeds {', '.join(map(str, seeds))}: a figure is the mean over them, ± their standard "
+        "deviation; intervals and p are over users, of each user's mean; the bundle, its size and "
+        f"the time of an answer are of the first{f'. Trained once: {once}' if once else ''}"
+        for seeds in several
     )
 
 
@@ -302,6 +377,8 @@ def _write(comparison: ModelComparison, folder: Path, *, replace: bool) -> None:
         comparison_svg(comparison),
         json.dumps(comparison.to_json(), indent=2) + "\n",
         comparison.to_markdown(picture=_FILES[0]),
+        comparison.to_frame().write_csv(),
+        comparison.to_latex(),
     )
     for name, text in zip(_FILES, texts, strict=True):
         with whole_file(folder / name, replace=replace) as part:

@@ -1,17 +1,23 @@
-"""What a comparison of models found: a table, and which of them to take."""
+"""What a comparison of models found: a table for people, programs and papers."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from foretaste.evaluation.bootstrap import Interval
+import polars as pl
+
+from foretaste.data.rows import Rows
+from foretaste.evaluation.bootstrap import Interval, holm
 from foretaste.evaluation.compare import Comparison
-from foretaste.evaluation.report import Report, console_table, markdown_table, printed
+from foretaste.evaluation.report import Report, console_table, latex_table, markdown_table, printed
 from foretaste.evaluation.rows_report import RowsReport
 from foretaste.shown import Shown
 from foretaste.training.fit import OUT_OF_TIME
 
-COLUMNS = ("model", "quality", "behind the best", "p", "training s", "bundle MB", "answer ms")
+SIGNIFICANT = 0.05
+"""A corrected p-value above it tells no model from the best."""
+P_HEAD = "p (Holm)"
+COLUMNS = ("model", "quality", "behind the best", P_HEAD, "training s", "bundle MB", "answer ms")
 """Of a comparison by lists."""
 
 
@@ -26,6 +32,17 @@ class TaskFigure:
     """95 % bootstrap interval over users."""
     behind: Comparison | None
     """By how much it is worse than the best model, on the same users; None for that itself."""
+    p_holm: float | None = None
+    """The p-value of `behind`, corrected for how many models are compared with the best."""
+    spread: float | None = None
+    """Standard deviation over seeds; None where there is one seed."""
+
+    @property
+    def ties_with_the_best(self) -> bool:
+        """Whether luck may explain that it is behind: by the interval, or by the corrected p."""
+        if self.behind is None or self.p_holm is None:
+            return True
+        return self.behind.interval.low <= 0 or self.p_holm > SIGNIFICANT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,13 +51,10 @@ class ModelRow:
 
     name: str
     kind: str
-    quality: float
-    """Mean of the leading metric over users; by rows, the figure of the leading task."""
-    interval: Interval
-    """95 % bootstrap interval of it."""
-    behind: Comparison | None
-    """By how much it is worse than the best, paired by user; None for the best itself."""
+    leading: TaskFigure
+    """The leading metric's mean over users; by rows, the figure of the leading task."""
     train_seconds: float
+    """Of several seeds, the mean."""
     bundle_bytes: int
     """All files of the bundle, the training events among them."""
     answer_ms: float
@@ -56,12 +70,35 @@ class ModelRow:
     tasks: tuple[TaskFigure, ...] = ()
     """By rows: of the tasks after the leading one."""
     is_baseline: bool = False
-    """By rows: it learned nothing and cannot be taken."""
+    """By rows: it only counts, and cannot be taken."""
+    seeds: tuple[int, ...] = ()
+    """It was trained once with each."""
+
+    @property
+    def quality(self) -> float:
+        """The leading figure; of several seeds, their mean."""
+        return self.leading.value
+
+    @property
+    def interval(self) -> Interval:
+        """95 % bootstrap interval of it, over users."""
+        return self.leading.interval
+
+    @property
+    def behind(self) -> Comparison | None:
+        """By how much it is worse than the best, paired by user; None for the best itself."""
+        return self.leading.behind
 
     @property
     def ties_with_the_best(self) -> bool:
-        """Whether the paired interval touches 0."""
-        return self.behind is None or self.behind.interval.low <= 0
+        """Whether luck may explain that it is behind the best."""
+        return self.leading.ties_with_the_best
+
+    def to_json(self) -> dict[str, object]:
+        """Return it as plain JSON values."""
+        found = asdict(self)
+        leading = found.pop("leading")
+        return {**found, "quality": leading.pop("value"), **leading}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +130,10 @@ class ModelComparison(Shown):
     notes: tuple[str, ...]
     judged: int = 0
     """How many labelled rows the models were compared by; 0: by lists."""
+    chance: float | None = None
+    """What a random order of the same candidates gets of the leading metric; None by rows."""
+    beaten_by: str = ""
+    """By rows: the baseline whose leading figure is better than every model's, if one is."""
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -100,12 +141,14 @@ class ModelComparison(Shown):
         if not self.judged:
             return COLUMNS
         metrics = [self.metric, *(figure.metric for figure in self.rows[0].tasks)]
-        told = [head for metric in metrics for head in (label(metric), "behind the best", "p")]
+        told = [head for metric in metrics for head in (label(metric), "behind the best", P_HEAD)]
         return ("model", *told, "training s", "bundle MB", "ms a 1,000 rows")
 
     def cells(self) -> list[tuple[str, ...]]:
         """Return the table's rows as text, under `columns`."""
-        measured = [_cells(row, is_pick=row.name == self.pick) for row in self.rows]
+        measured = [
+            _cells(row, is_pick=row.name == self.pick and not self.beaten_by) for row in self.rows
+        ]
         blank = ("",) * (len(self.columns) - 2)
         return measured + [(row.name, "failed", *blank) for row in self.failed]
 
@@ -130,7 +173,9 @@ class ModelComparison(Shown):
             "users": self.users,
             "judged_rows": self.judged,
             "budget_seconds": self.budget_seconds,
-            "rows": [asdict(row) for row in self.rows],
+            "chance": self.chance,
+            "beaten_by": self.beaten_by,
+            "rows": [row.to_json() for row in self.rows],
             "failed": [asdict(row) for row in self.failed],
             "best": self.rows[0].name,
             "pick": self.pick,
@@ -145,6 +190,17 @@ class ModelComparison(Shown):
         notes = "\n".join(f"- {_one_line(remark)}" for remark in self.remarks())
         parts = [f"# {self.title()}", markdown_table(table), *shown, notes, f"**{self.sentence}**"]
         return "\n\n".join(parts) + "\n"
+
+    def to_latex(self) -> str:
+        r"""Return the table as a LaTeX `tabular` with the rules of the package booktabs."""
+        return latex_table([list(self.columns), *map(list, self.cells())])
+
+    def to_frame(self) -> pl.DataFrame:
+        """Return the figures, one row for each model and metric, failed models last."""
+        figures = [(row, figure) for row in self.rows for figure in (row.leading, *row.tasks)]
+        rows = [_record(row, figure) for row, figure in figures]
+        rows += [{"model": row.name, "kind": row.kind, "note": row.error} for row in self.failed]
+        return pl.DataFrame(rows, schema=_SCHEMA)
 
     def __str__(self) -> str:
         rows = [list(row) for row in (self.columns, *self.cells())]
@@ -166,60 +222,45 @@ class Measured:
     name: str
     kind: str
     train_seconds: float
+    """Of several seeds, the mean."""
     ended: str
     """Why the training loop ended; empty for a model in closed form."""
     settings: Mapping[str, object]
-    report: Report | RowsReport
+    reports: tuple[Report | RowsReport, ...]
+    """One for each seed."""
+    seeds: tuple[int, ...]
     bundle: Path
+    """Of the first seed, as are its size and the time of an answer."""
     bundle_bytes: int
     answer_ms: float
     """Of a question; by rows, of 1,000 rows."""
+    rows: Rows | None = None
+    """By rows: those that were judged."""
+
+
+def corrected(figures: Sequence[TaskFigure]) -> list[TaskFigure]:
+    """Return figures of one metric with their p-values corrected for how many there are."""
+    p_values = iter(holm([f.behind.p_value for f in figures if f.behind is not None]))
+    return [f if f.behind is None else replace(f, p_holm=next(p_values)) for f in figures]
 
 
 def model_row(found: Measured, leading: TaskFigure, *others: TaskFigure) -> ModelRow:
     """Return a model's row of the table."""
+    means = [report.metrics for report in found.reports]
     return ModelRow(
         name=found.name,
         kind=found.kind,
-        quality=leading.value,
-        interval=leading.interval,
-        behind=leading.behind,
+        leading=leading,
         train_seconds=found.train_seconds,
         bundle_bytes=found.bundle_bytes,
         answer_ms=found.answer_ms,
         stopped=found.ended.startswith(OUT_OF_TIME),
         note=found.ended,
-        metrics=found.report.metrics,
+        metrics={name: sum(m[name] for m in means) / len(means) for name in means[0]},
         settings=found.settings,
         tasks=others,
+        seeds=found.seeds,
     )
-
-
-def choose(rows: Sequence[ModelRow], metric: str) -> tuple[str, str]:
-    """Return the name of the model to take, and the sentence that says why.
-
-    It is the best, unless one that trains faster cannot be told from it: then the fastest such.
-
-    Args:
-        rows: Best first.
-        metric: The leading one.
-    """
-    best, others = rows[0], rows[1:]
-    cheaper = [r for r in others if r.ties_with_the_best and r.train_seconds < best.train_seconds]
-    if cheaper:
-        pick = min(cheaper, key=lambda row: row.train_seconds)
-        why = (
-            f"its {label(metric)} of {pick.quality:.4f} cannot be told from the "
-            f"{best.quality:.4f} of {best.name}, the best (behind by {_behind(pick)}), and it "
-            f"trains in {pick.train_seconds:.2f} s instead of {best.train_seconds:.2f} s"
-        )
-    else:
-        pick, why = best, f"its {label(metric)} of {best.quality:.4f} is the best"
-        if others:
-            why += f"; {others[0].name} comes next, behind by {_behind(others[0])}"
-    cut = [row.name for row in rows if row.stopped]
-    more = f" More time could change this: the budget cut {', '.join(cut)} short." if cut else ""
-    return pick.name, f"Take {pick.name}: {why}.{more}"
 
 
 def label(metric: str) -> str:
@@ -231,29 +272,61 @@ def _cells(row: ModelRow, *, is_pick: bool) -> tuple[str, ...]:
     costs = (row.train_seconds, row.bundle_bytes / 1e6, row.answer_ms)
     return (
         f"{row.name} (take it)" if is_pick else row.name,
-        *_figure_cells(row.quality, row.interval, row.behind, same="the best"),
-        *(c for f in row.tasks for c in _figure_cells(f.value, f.interval, f.behind, same="0")),
+        *_figure_cells(row.leading, same="the best"),
+        *(cell for figure in row.tasks for cell in _figure_cells(figure, same="0")),
         *("" if row.is_baseline else f"{cost:.2f}" for cost in costs),
     )
 
 
-def _figure_cells(
-    value: float, interval: Interval, behind: Comparison | None, *, same: str
-) -> tuple[str, str, str]:
+def _figure_cells(figure: TaskFigure, *, same: str) -> tuple[str, str, str]:
+    spread = "" if figure.spread is None else f" ± {figure.spread:.4f}"
     return (
-        f"{value:.4f} [{interval.low:.4f}, {interval.high:.4f}]",
-        _difference(behind) if behind else same,
-        f"{behind.p_value:.4f}" if behind else "",
+        "{:.4f}{} [{:.4f}, {:.4f}]".format(figure.value, spread, *figure.interval),
+        difference(figure.behind) if figure.behind else same,
+        "" if figure.p_holm is None else f"{figure.p_holm:.4f}",
     )
 
 
-def _behind(row: ModelRow) -> str:
-    return "0" if row.behind is None else _difference(row.behind)
+def difference(behind: Comparison) -> str:
+    """Return a difference with its interval, as text."""
+    return "{:.4f} [{:.4f}, {:.4f}]".format(behind.difference, *behind.interval)
 
 
-def _difference(behind: Comparison) -> str:
-    low, high = behind.interval
-    return f"{behind.difference:.4f} [{low:.4f}, {high:.4f}]"
+_SCHEMA = {
+    **dict.fromkeys(("model", "kind", "metric"), pl.String),
+    **dict.fromkeys(("value", "low", "high", "spread"), pl.Float64),
+    **dict.fromkeys(("behind", "behind_low", "behind_high", "p", "p_holm"), pl.Float64),
+    "seeds": pl.Int64,
+    "train_seconds": pl.Float64,
+    "bundle_bytes": pl.Int64,
+    "answer_ms": pl.Float64,
+    "is_baseline": pl.Boolean,
+    "stopped": pl.Boolean,
+    "note": pl.String,
+}
+
+
+def _record(row: ModelRow, figure: TaskFigure) -> dict[str, object]:
+    found: dict[str, object] = {
+        "model": row.name,
+        "kind": row.kind,
+        "metric": figure.metric,
+        "value": figure.value,
+        "low": figure.interval.low,
+        "high": figure.interval.high,
+        "spread": figure.spread,
+        "p_holm": figure.p_holm,
+        "is_baseline": row.is_baseline,
+        "note": row.note,
+    }
+    if figure.behind is not None:
+        low, high = figure.behind.interval
+        found |= {"behind": figure.behind.difference, "behind_low": low, "behind_high": high}
+        found["p"] = figure.behind.p_value
+    if not row.is_baseline:
+        names = ("train_seconds", "bundle_bytes", "answer_ms", "stopped")
+        found |= {name: getattr(row, name) for name in names} | {"seeds": len(row.seeds)}
+    return found
 
 
 def _escaped(cell: str) -> str:

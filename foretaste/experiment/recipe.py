@@ -5,10 +5,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from foretaste.arguments import checked
-from foretaste.config import Config, Count, CountOrZero, Rounds, Seed, parse_settings, path_of
+from foretaste.config import (
+    ChoiceConfig,
+    Config,
+    Count,
+    CountOrZero,
+    RangeConfig,
+    Rounds,
+    Seed,
+    parse_settings,
+    path_of,
+)
 from foretaste.data.fields import FeatureSchema, schema_from_toml
 from foretaste.data.read_config import ReadConfig, ReadTables, WhichEvents
 from foretaste.data.split_config import SplitConfig
@@ -102,25 +112,13 @@ class EvaluationConfig(Config):
         return self
 
 
-class RangeConfig(Config):
-    """A setting that the search draws from a range."""
-
-    low: float
-    high: float
-    log: bool = False
-    """Draw evenly in the logarithm."""
-
-
-class ChoiceConfig(Config):
-    """A setting that the search draws from a list."""
-
-    choices: tuple[bool | int | float | str, ...] = Field(min_length=1)
-
-
 class TuneConfig(Config):
     """What `foretaste tune` searches."""
 
     trials: Rounds = 20
+    """How many trials there are in all, resumed ones too."""
+    max_seconds: float | None = Field(default=None, gt=0)
+    """Begin no trial after so long, and end the training of the last one there; none: no end."""
     space: dict[str, RangeConfig | ChoiceConfig] = Field(default_factory=dict)
     """From a setting's dotted name to a range or a list; empty searches the model's usual ones."""
 
@@ -155,6 +153,9 @@ class ExperimentConfig(Config):
     """Everything that decides a run; the bundle stores it beside the numbers."""
 
     seed: Seed = 0
+    seeds: tuple[Seed, ...] = ()
+    """Of a comparison: the model is trained once with each of these, and its figures are means over
+    them. `fit` and `tune` take `seed`."""
     data: DataConfig
     split: SplitConfig
     features: FeatureSchema | None = None
@@ -179,6 +180,12 @@ class ExperimentConfig(Config):
     """How those were made."""
     notes: str = ""
     """What a reader of the result should know."""
+
+    @model_validator(mode="after")
+    def _each_seed_once(self) -> "ExperimentConfig":
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds are {list(self.seeds)}: give each once")
+        return self
 
 
 @checked
@@ -302,3 +309,30 @@ def _value(text: str) -> object:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text
+
+
+def without_defaults(settings: BaseModel) -> dict[str, object]:
+    """Return what differs from the defaults as plain values, and the kind of each section.
+
+    Read back, it is the same settings.
+    """
+    plain = settings.model_dump(mode="json")
+    return {
+        name: _without_defaults(getattr(settings, name), plain[name])
+        for name, field in type(settings).model_fields.items()
+        if name == "kind"
+        or field.is_required()
+        or getattr(settings, name) != field.get_default(call_default_factory=True)
+    }
+
+
+def _without_defaults(value: object, plain: Any) -> object:
+    match value:
+        case BaseModel():
+            return without_defaults(value)
+        case Mapping():
+            return {name: _without_defaults(inner, plain[name]) for name, inner in value.items()}
+        case tuple():
+            return [_without_defaults(*pair) for pair in zip(value, plain, strict=True)]
+        case _:
+            return plain

@@ -289,7 +289,7 @@ def _evaluate_lists(trained: Trained, asked: EvaluationConfig, split: Split) -> 
 
 def _evaluate_rows(trained: Trained, asked: EvaluationConfig, split: Split) -> RowsReport:
     mended = with_calibration(trained, asked, split)
-    return evaluate_rows(mended, split, sampled=_sampled_rows(trained, asked))
+    return evaluate_rows(mended, split, sampled=sampled_rows(trained, asked))
 
 
 def with_calibration(trained: Trained, asked: EvaluationConfig, split: Split) -> Trained:
@@ -302,12 +302,13 @@ def with_calibration(trained: Trained, asked: EvaluationConfig, split: Split) ->
         return trained
     if not isinstance(second_stage(trained.model), Ranker):
         return trained
-    sampled = _sampled_rows(trained, asked)
+    sampled = sampled_rows(trained, asked)
     fitted_to = evaluate_rows(trained, split, part="validation", sampled=sampled, resamples=0)
     return replace(trained, calibration=calibrate(fitted_to, asked.calibration))
 
 
-def _sampled_rows(trained: Trained, asked: EvaluationConfig) -> SampledNegatives | None:
+def sampled_rows(trained: Trained, asked: EvaluationConfig) -> SampledNegatives | None:
+    """Return what a recipe draws for each row that a ranker is measured on, if it says so."""
     draws = rows_settings(trained).num_negatives(ranker_of(trained).tasks) > 0
     if draws and asked.sampled_negatives and asked.sampled_by != "listed":
         return SampledNegatives(num=asked.sampled_negatives, by=asked.sampled_by)

@@ -1,6 +1,4 @@
-"""What a search may vary: from a recipe, or a model's usual settings."""
-
-from collections.abc import Mapping
+"""What a search may vary: what a recipe names, or a model's usual ranges."""
 
 from optuna.distributions import (
     BaseDistribution,
@@ -10,32 +8,32 @@ from optuna.distributions import (
 )
 from pydantic import BaseModel
 
+from foretaste.config import ChoiceConfig, RangeConfig
 from foretaste.errors import ConfigError
-from foretaste.experiment.recipe import ChoiceConfig, ExperimentConfig, RangeConfig
+from foretaste.experiment.compare_families import CLOSED_FORM
+from foretaste.experiment.recipe import ExperimentConfig
+from foretaste.models.catalogue import ModelConfig, TwoStageConfig
 
-Space = Mapping[str, RangeConfig | ChoiceConfig]
+_LEARNING_RATE = RangeConfig(low=1e-4, high=1e-2, log=True)
 
-USUAL: Mapping[str, Space] = {
-    "sasrec": {
-        "model.embedding_dim": ChoiceConfig(choices=(32, 64, 128)),
-        "model.num_blocks": ChoiceConfig(choices=(1, 2, 3)),
-        "model.dropout": RangeConfig(low=0.0, high=0.5),
-        "training.learning_rate": RangeConfig(low=1e-4, high=1e-2, log=True),
-    },
-    "ease": {"model.l2": RangeConfig(low=1.0, high=5000.0, log=True)},
-    "item_knn": {
-        "model.neighbours": RangeConfig(low=10, high=500, log=True),
-        "model.asymmetry": RangeConfig(low=0.0, high=1.0),
-        "model.damping": RangeConfig(low=0.0, high=1.0),
-    },
-    "als": {
-        "model.factors": ChoiceConfig(choices=(16, 32, 64, 128)),
-        "model.regularization": RangeConfig(low=1e-3, high=10.0, log=True),
-        "model.alpha": RangeConfig(low=1.0, high=100.0, log=True),
-    },
-    "popularity": {"model.window_days": RangeConfig(low=1.0, high=365.0, log=True)},
-}
-"""By the model's `kind`: what is searched where a recipe names nothing."""
+
+def usual_space(model: ModelConfig) -> dict[str, RangeConfig | ChoiceConfig]:
+    """Return what is searched where a recipe names nothing, by the settings' dotted names.
+
+    A model's own ranges stand in its settings class, as `tuning`; of two stages both models' are
+    searched. What learns by gradient has a learning rate besides.
+    """
+    own = {f"model.{name}": values for name, values in model.tuning.items()}
+    if not isinstance(model, TwoStageConfig):
+        return own | _rate(model, "training")
+    parts = {"model.retriever": model.retriever, "model.ranker": model.ranker}
+    for place, part in parts.items():
+        own |= {f"{place}.{name}": values for name, values in part.tuning.items()}
+    return own | _rate(model.retriever, "first_stage.training") | _rate(model.ranker, "training")
+
+
+def _rate(model: ModelConfig, section: str) -> dict[str, RangeConfig | ChoiceConfig]:
+    return {} if isinstance(model, CLOSED_FORM) else {f"{section}.learning_rate": _LEARNING_RATE}
 
 
 def distributions(config: ExperimentConfig) -> dict[str, BaseDistribution]:
@@ -46,9 +44,7 @@ def distributions(config: ExperimentConfig) -> dict[str, BaseDistribution]:
     Raises:
         ConfigError: A name is not a setting of this recipe, or a range is empty; it says which.
     """
-    space = config.tune.space or USUAL.get(config.model.kind, {})
-    if not space:
-        raise ConfigError(f"nothing to search for {config.model.kind}: name ranges in [tune.space]")
+    space = config.tune.space or usual_space(config.model)
     return {name: _distribution(name, part, config) for name, part in space.items()}
 
 

@@ -1,24 +1,26 @@
 """Search a recipe's settings: hopeless trials are cut short, a broken search goes on later."""
 
 import json
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import optuna
+import polars as pl
 from optuna.distributions import BaseDistribution
 from optuna.samplers import TPESampler
 from optuna.trial import FrozenTrial, TrialState
 
 from foretaste.arguments import checked
-from foretaste.config import parse_settings
+from foretaste.config import Rounds, parse_settings
 from foretaste.data.disk import check_place, whole_file
 from foretaste.data.memory import out_of_memory
 from foretaste.data.splits import Split
 from foretaste.data.toml_text import to_toml
 from foretaste.errors import ConfigError, DataError, NonFiniteError, TooLargeError
 from foretaste.experiment.fit import fit
-from foretaste.experiment.recipe import ExperimentConfig, with_setting
+from foretaste.experiment.recipe import ExperimentConfig, with_setting, without_defaults
 from foretaste.experiment.search_space import distributions
 from foretaste.experiment.validation import STOP_METRIC, make_validation
 from foretaste.training.fit import Epoch
@@ -52,11 +54,26 @@ class TuneResult:
     best: TrialRow
     best_recipe: ExperimentConfig
     """The recipe with the best trial's settings."""
+    ended: str
+    """Why the search ended: all its trials were done, or its time was over."""
+
+    @property
+    def seconds(self) -> float:
+        """What all trials took together: the effort."""
+        return sum(trial.seconds for trial in self.trials)
+
+    def to_frame(self) -> pl.DataFrame:
+        """Return the trials, best first, with a column for each setting that was drawn."""
+        rows = [{**asdict(trial), **trial.settings} for trial in self.trials]
+        frame = pl.DataFrame(rows, infer_schema_length=None, strict=False).drop("settings")
+        return frame.sort("value", descending=True, nulls_last=True, maintain_order=True)
 
     def to_json(self) -> dict[str, object]:
         """Return all of it as plain JSON values."""
         return {
             "metric": self.metric,
+            "ended": self.ended,
+            "seconds": self.seconds,
             "best": asdict(self.best),
             "trials": [asdict(trial) for trial in self.trials],
             "recipe": self.best_recipe.model_dump(mode="json"),
@@ -69,7 +86,8 @@ def tune(
     split: Split,
     *,
     folder: str | Path,
-    trials: int | None = None,
+    trials: Rounds | None = None,
+    max_seconds: float | None = None,
     resume: bool = False,
     replace: bool = False,
     watch: Callable[[TrialRow], None] | None = None,
@@ -79,8 +97,12 @@ def tune(
     Args:
         config: The recipe; `[tune]` says what is searched.
         split: Its data.
-        folder: Keeps the study, and in the end `best.toml` and `trials.json`.
+        folder: Keeps the study, and in the end `trials.json` and `best.toml`, which holds what
+            differs from the defaults.
         trials: How many the study shall hold in the end; without it the recipe's number.
+        max_seconds: Begin no trial after so long, and end the training of the last one there, its
+            best weights so far counting; one trial at least is made. Without it the recipe's, if it
+            has one: searches of equal effort have equal numbers of trials, or equal times.
         resume: Go on with the study in `folder`; a trial that was killed is run again.
         replace: Delete an earlier study in `folder`, and begin again.
         watch: Called with each trial when it ends.
@@ -91,13 +113,27 @@ def tune(
         DataError: The folder holds a study and neither is given, or it cannot be written.
     """
     space, folder = distributions(config), Path(folder)
+    trials, max_seconds = trials or config.tune.trials, max_seconds or config.tune.max_seconds
+    if max_seconds is not None and not max_seconds > 0:
+        raise ConfigError(
+            f"max_seconds is {max_seconds}: give more than 0 s, or none",
+            name="max_seconds",
+            value=max_seconds,
+        )
     _check_folder(folder, resume=resume, replace=replace)
     study = _open_study(config, split, folder)
-    for _ in range((trials or config.tune.trials) - len(_finished(study))):
-        row = _run_trial(study, config, split, space)
+    started, ended = time.perf_counter(), f"all {trials} trials are done"
+    for number in range(trials - len(_finished(study))):
+        left = None
+        if max_seconds is not None:
+            left = max_seconds - (time.perf_counter() - started)
+            if left <= 0 and number:
+                ended = f"out of time after {number} trials and {max_seconds:g} s"
+                break
+        row = _run_trial(study, config, split, space, max_seconds=left)
         if watch is not None:
             watch(row)
-    return _result(study, config, folder)
+    return _result(study, config, folder, ended=ended)
 
 
 def _check_folder(folder: Path, *, resume: bool, replace: bool) -> None:
@@ -134,7 +170,7 @@ def _open_study(config: ExperimentConfig, split: Split, folder: Path) -> optuna.
         load_if_exists=True,
         pruner=optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=2),
     )
-    recipe = config.model_dump_json(exclude={"tune": {"trials"}, "notes": True})
+    recipe = config.model_dump_json(exclude={"tune": {"trials", "max_seconds"}, "notes": True})
     if study.user_attrs.get("recipe", recipe) != recipe:
         raise ConfigError(f"{file} searches another recipe: name another folder")
     study.set_user_attr("recipe", recipe)
@@ -166,6 +202,8 @@ def _run_trial(
     config: ExperimentConfig,
     split: Split,
     space: Mapping[str, BaseDistribution],
+    *,
+    max_seconds: float | None,
 ) -> TrialRow:
     trial = study.ask(dict(space))
     try:
@@ -183,7 +221,7 @@ def _run_trial(
 
     try:
         with out_of_memory("a trial", "narrow [tune.space]", name="space"):
-            metric, value = _validated(drawn, split, report)
+            metric, value = _validated(drawn, split, report, max_seconds)
         study.set_user_attr("metric", metric)
         study.tell(trial, value)
     except optuna.TrialPruned:
@@ -195,7 +233,10 @@ def _run_trial(
 
 
 def _validated(
-    config: ExperimentConfig, split: Split, report: Callable[[Epoch], None]
+    config: ExperimentConfig,
+    split: Split,
+    report: Callable[[Epoch], None],
+    max_seconds: float | None,
 ) -> tuple[str, float]:
     """Train as a recipe says, and return what validation judges by and its value."""
     trained = fit(
@@ -208,6 +249,7 @@ def _validated(
         first_stage=config.first_stage,
         show=False,
         on_epoch=report,
+        max_seconds=None if max_seconds is None else max(0.0, max_seconds),
     )
     validation = make_validation(trained, split)
     if validation is None:
@@ -227,7 +269,9 @@ def with_drawn(config: ExperimentConfig, drawn: Mapping[str, object]) -> Experim
     return parse_settings(ExperimentConfig, settings, source="tune")
 
 
-def _result(study: optuna.Study, config: ExperimentConfig, folder: Path) -> TuneResult:
+def _result(
+    study: optuna.Study, config: ExperimentConfig, folder: Path, *, ended: str
+) -> TuneResult:
     rows = tuple(_row(trial) for trial in _finished(study))
     complete = [row for row in rows if row.value is not None]
     if not complete:
@@ -241,9 +285,12 @@ def _result(study: optuna.Study, config: ExperimentConfig, folder: Path) -> Tune
         trials=rows,
         best=best,
         best_recipe=with_drawn(config, best.settings),
+        ended=ended,
     )
-    settings = result.best_recipe.model_dump(mode="json")
-    texts = {_BEST: to_toml(settings), _TRIALS: json.dumps(result.to_json(), indent=2)}
+    texts = {
+        _BEST: to_toml(without_defaults(result.best_recipe)),
+        _TRIALS: json.dumps(result.to_json(), indent=2),
+    }
     for name, text in texts.items():
         with whole_file(folder / name, replace=True) as part:  # of this very study
             part.write_text(text, encoding="utf-8")

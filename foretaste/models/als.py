@@ -13,7 +13,7 @@ its history, in closed form, for users of training too: all are answered alike.
 Shape legend: B queries, I items, M distinct (query, item) pairs, L positions, D factors.
 """
 
-from typing import Literal, final
+from typing import ClassVar, Literal, final
 
 import numpy as np
 import torch
@@ -23,7 +23,16 @@ from scipy import sparse
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
-from foretaste.config import Config, Count, Positive, Rounds, Weight
+from foretaste.config import (
+    ChoiceConfig,
+    Config,
+    Count,
+    Positive,
+    RangeConfig,
+    Rounds,
+    Space,
+    Weight,
+)
 from foretaste.data.batch import Queries
 from foretaste.data.interactions import Interactions
 from foretaste.models.item_sets import ItemSets, check_events, distinct_items, interaction_matrix
@@ -36,6 +45,11 @@ class ImplicitALSConfig(Config):
     """Settings of implicit ALS."""
 
     kind: Literal["als"] = "als"
+    tuning: ClassVar[Space] = {
+        "factors": ChoiceConfig(choices=(16, 32, 64, 128)),
+        "regularization": RangeConfig(low=0.001, high=10.0, log=True),
+        "alpha": RangeConfig(low=1.0, high=100.0, log=True),
+    }
     factors: Count = 64
     regularization: Positive = 0.1
     """λ: weight of the squared factors in the loss."""

@@ -15,7 +15,7 @@ hidden places are worked out. The "modern" block (`GatedBlock`) is an option.
 Shape legend: B rows, L positions, T hidden places of a row, D width, I items.
 """
 
-from typing import Literal, final
+from typing import ClassVar, Literal, final
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float, Int64
 from pydantic import Field
 from torch import Tensor, nn
 
-from foretaste.config import Config, Count, Depth
+from foretaste.config import ChoiceConfig, Config, Count, Depth, RangeConfig, Space
 from foretaste.data.batch import Queries, SequenceBatch, last_events
 from foretaste.models.layers.attention import MultiHeadAttention
 from foretaste.models.layers.dropout import Dropout
@@ -34,6 +34,11 @@ class BERT4RecConfig(Config):
     """Settings of BERT4Rec."""
 
     kind: Literal["bert4rec"] = "bert4rec"
+    tuning: ClassVar[Space] = {
+        "embedding_dim": ChoiceConfig(choices=(32, 64, 128)),
+        "num_blocks": ChoiceConfig(choices=(1, 2, 3)),
+        "dropout": RangeConfig(low=0.0, high=0.5),
+    }
     embedding_dim: Count = 64
     """Width of item vectors and states; a multiple of num_heads."""
     num_blocks: Depth = 2

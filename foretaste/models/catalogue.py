@@ -6,13 +6,13 @@ fails the type check.
 
 import sys
 from collections.abc import Callable, Iterator
-from typing import Annotated, Literal, assert_never
+from typing import Annotated, ClassVar, Literal, assert_never
 
 import torch
 from pydantic import Field
 from torch import nn
 
-from foretaste.config import Config, Count, Weight
+from foretaste.config import ChoiceConfig, Config, Count, RangeConfig, Space, Weight
 from foretaste.data import memory
 from foretaste.data.features import Features
 from foretaste.data.graph import Graph
@@ -59,6 +59,10 @@ class TwoStageConfig(Config):
     """Settings of the two-stage recommender: one model finds candidates, another ranks them."""
 
     kind: Literal["two_stage"] = "two_stage"
+    tuning: ClassVar[Space] = {
+        "candidates": ChoiceConfig(choices=(100, 200, 500)),
+        "retriever_weight": RangeConfig(low=0.0, high=1.0),
+    }
     retriever: Annotated[RetrieverConfig, Field(discriminator="kind")]
     """The model that finds candidates in the whole catalogue."""
     ranker: Annotated[RankerConfig, Field(discriminator="kind")]

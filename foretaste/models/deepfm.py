@@ -19,14 +19,14 @@ Shape legend: B queries, A rows of items (B or 1), C items of each, Q fields of 
 of an item, F some fields, D width, W width of a field: D, and 1 more with `linear`.
 """
 
-from typing import Literal, final
+from typing import ClassVar, Literal, final
 
 import torch
 from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from foretaste.config import Widths
+from foretaste.config import ChoiceConfig, RangeConfig, Space, Widths
 from foretaste.data.features import Features
 from foretaste.data.tasks import Task
 from foretaste.models.layers.field_ranker import PairRanker
@@ -40,6 +40,11 @@ class DeepFMConfig(RowFieldsConfig):
     """Settings of DeepFM."""
 
     kind: Literal["deepfm"] = "deepfm"
+    tuning: ClassVar[Space] = {
+        "embedding_dim": ChoiceConfig(choices=(8, 16, 32)),
+        "dropout": RangeConfig(low=0.0, high=0.5),
+        "l2": RangeConfig(low=1e-07, high=0.001, log=True),
+    }
     task: Task = Task(name="click")
     """What is predicted."""
     linear: bool = True

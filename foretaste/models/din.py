@@ -17,14 +17,14 @@ Shape legend: B queries, A rows of items (B or 1), C items of each, L positions,
 group by group, Q fields of a query, G fields of an item, W width of a field, K = G W.
 """
 
-from typing import Literal, final
+from typing import ClassVar, Literal, final
 
 import torch
 from jaxtyping import Float, Int64
 from pydantic import Field
 from torch import Tensor, nn
 
-from foretaste.config import Count, Widths
+from foretaste.config import ChoiceConfig, Count, RangeConfig, Space, Widths
 from foretaste.data.batch import Queries
 from foretaste.data.features import Features
 from foretaste.data.histories import Reads
@@ -45,6 +45,12 @@ class DINConfig(RowFieldsConfig):
     """Settings of DIN."""
 
     kind: Literal["din"] = "din"
+    tuning: ClassVar[Space] = {
+        "embedding_dim": ChoiceConfig(choices=(8, 16, 32)),
+        "activation": ChoiceConfig(choices=("prelu", "dice")),
+        "dropout": RangeConfig(low=0.0, high=0.5),
+        "l2": RangeConfig(low=1e-07, high=0.001, log=True),
+    }
     task: Task = Task(name="click")
     """What is predicted."""
     user_id: bool = False

@@ -10,7 +10,7 @@ Departures: X is 0 or 1, however often a user did an item; float32 throughout.
 Shape legend: B queries, I items, M distinct (query, item) pairs.
 """
 
-from typing import Literal, final
+from typing import ClassVar, Literal, final
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from jaxtyping import Float
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from foretaste.config import Config
+from foretaste.config import Config, RangeConfig, Space
 from foretaste.data.batch import Queries
 from foretaste.data.interactions import Interactions
 from foretaste.data.memory import available_bytes, check_fits
@@ -35,6 +35,9 @@ class EASEConfig(Config):
     """Settings of EASE."""
 
     kind: Literal["ease"] = "ease"
+    tuning: ClassVar[Space] = {
+        "l2": RangeConfig(low=1.0, high=5000.0, log=True),
+    }
     l2: float = Field(default=500.0, gt=0, le=1e12)
     """Weight of the squared weights in the loss; more for sparser data."""
     max_bytes: PositiveInt | Literal["auto"] = "auto"

@@ -15,7 +15,7 @@ Shape legend: B queries, I items, K neighbours, M distinct (query, item) pairs, 
 block, W the longest row.
 """
 
-from typing import Literal, final
+from typing import ClassVar, Literal, final
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from pydantic import Field
 from scipy import sparse
 from torch import Tensor, nn
 
-from foretaste.config import Config, Count, Weight
+from foretaste.config import Config, Count, RangeConfig, Space, Weight
 from foretaste.data.batch import Queries
 from foretaste.data.interactions import Interactions
 from foretaste.models.item_sets import check_events, distinct_items, interaction_matrix
@@ -37,6 +37,11 @@ class ItemKNNConfig(Config):
     """Settings of item-kNN."""
 
     kind: Literal["item_knn"] = "item_knn"
+    tuning: ClassVar[Space] = {
+        "neighbours": RangeConfig(low=10, high=500, log=True),
+        "asymmetry": RangeConfig(low=0.0, high=1.0),
+        "damping": RangeConfig(low=0.0, high=1.0),
+    }
     neighbours: Count = 100
     """How many items most like it are kept for each item."""
     asymmetry: float = Field(default=0.5, ge=0, le=1)

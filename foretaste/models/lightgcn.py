@@ -22,7 +22,7 @@ Shape legend: B users, V items of a batch, I items of the catalogue, N nodes of 
 D width of layer 0, W width of what a node sends, F width of the answer.
 """
 
-from typing import Literal, final
+from typing import ClassVar, Literal, final
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +30,17 @@ from jaxtyping import Bool, Float, Int64
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from foretaste.config import Config, Count, CountOrZero, Depth, Positive, Weight
+from foretaste.config import (
+    ChoiceConfig,
+    Config,
+    Count,
+    CountOrZero,
+    Depth,
+    Positive,
+    RangeConfig,
+    Space,
+    Weight,
+)
 from foretaste.data.batch import Queries
 from foretaste.data.graph import Graph, GraphConfig
 from foretaste.data.histories import Reads
@@ -52,6 +62,11 @@ class LightGCNConfig(Config):
     """Settings of LightGCN."""
 
     kind: Literal["lightgcn"] = "lightgcn"
+    tuning: ClassVar[Space] = {
+        "embedding_dim": ChoiceConfig(choices=(32, 64, 128)),
+        "num_layers": ChoiceConfig(choices=(1, 2, 3, 4)),
+        "edge_dropout": RangeConfig(low=0.0, high=0.3),
+    }
     embedding_dim: Count = 64
     num_layers: Depth = 3
     """L: how far vectors travel."""

@@ -11,14 +11,14 @@ by regression on their history (`FoldIn`).
 Shape legend: B users, V items, I items of the catalogue, D width.
 """
 
-from typing import Literal, final
+from typing import ClassVar, Literal, final
 
 import torch
 from jaxtyping import Float, Int64
 from pydantic import Field
 from torch import Tensor, nn
 
-from foretaste.config import Config, Count, Positive
+from foretaste.config import ChoiceConfig, Config, Count, Positive, RangeConfig, Space
 from foretaste.data.batch import Queries
 from foretaste.data.histories import Reads
 from foretaste.data.interactions import Interactions
@@ -31,6 +31,10 @@ class MFConfig(Config):
     """Settings of matrix factorisation."""
 
     kind: Literal["mf"] = "mf"
+    tuning: ClassVar[Space] = {
+        "embedding_dim": ChoiceConfig(choices=(32, 64, 128)),
+        "dropout": RangeConfig(low=0.0, high=0.5),
+    }
     embedding_dim: Count = 64
     biases: bool = False
     """Whether items have a bias; it is one more column of their vectors."""

@@ -13,13 +13,13 @@ of an item, W width of a field, E experts, T tasks, H width of an expert's outpu
 """
 
 from collections.abc import Mapping
-from typing import Literal, final
+from typing import ClassVar, Literal, final
 
 from jaxtyping import Float, Int64
 from pydantic import Field
 from torch import Tensor
 
-from foretaste.config import Count, Widths
+from foretaste.config import ChoiceConfig, Count, RangeConfig, Space, Widths
 from foretaste.data.batch import Queries
 from foretaste.data.features import Features
 from foretaste.data.tasks import Task
@@ -34,6 +34,12 @@ class MMoEConfig(RowFieldsConfig):
     """Settings of MMoE."""
 
     kind: Literal["mmoe"] = "mmoe"
+    tuning: ClassVar[Space] = {
+        "embedding_dim": ChoiceConfig(choices=(8, 16, 32)),
+        "num_experts": ChoiceConfig(choices=(2, 4, 8)),
+        "dropout": RangeConfig(low=0.0, high=0.5),
+        "l2": RangeConfig(low=1e-07, high=0.001, log=True),
+    }
     tasks: tuple[Task, ...] = (Task(name="click"),)
     """What is predicted."""
     num_experts: Count = 4

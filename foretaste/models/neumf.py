@@ -15,14 +15,23 @@ training never saw is answered by regression on their history (`FoldIn`).
 Shape legend: B queries, A rows of items (B or 1), C items of each, D factors, W width of a vector.
 """
 
-from typing import Literal, final
+from typing import ClassVar, Literal, final
 
 import torch
 from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from foretaste.config import Config, Count, Depth, Positive, Rounds
+from foretaste.config import (
+    ChoiceConfig,
+    Config,
+    Count,
+    Depth,
+    Positive,
+    RangeConfig,
+    Rounds,
+    Space,
+)
 from foretaste.data.tasks import Task
 from foretaste.models.layers.field_ranker import PairRanker
 from foretaste.models.layers.heads import Heads
@@ -35,6 +44,9 @@ class GMFConfig(Config):
     """Settings of generalised matrix factorisation."""
 
     kind: Literal["gmf"] = "gmf"
+    tuning: ClassVar[Space] = {
+        "factors": ChoiceConfig(choices=(8, 16, 32, 64)),
+    }
     task: Task = Task(name="click")
     """What is predicted."""
     factors: Count = 32
@@ -47,6 +59,11 @@ class MLPConfig(Config):
     """Settings of the multi-layer perceptron over a user's and an item's vector."""
 
     kind: Literal["mlp"] = "mlp"
+    tuning: ClassVar[Space] = {
+        "factors": ChoiceConfig(choices=(8, 16, 32, 64)),
+        "num_layers": ChoiceConfig(choices=(1, 2, 3, 4)),
+        "dropout": RangeConfig(low=0.0, high=0.5),
+    }
     task: Task = Task(name="click")
     """What is predicted."""
     factors: Count = 32
@@ -64,6 +81,11 @@ class NeuMFConfig(Config):
     """Settings of NeuMF: GMF and MLP under one output layer."""
 
     kind: Literal["neumf"] = "neumf"
+    tuning: ClassVar[Space] = {
+        "factors": ChoiceConfig(choices=(8, 16, 32, 64)),
+        "num_layers": ChoiceConfig(choices=(1, 2, 3, 4)),
+        "dropout": RangeConfig(low=0.0, high=0.5),
+    }
     task: Task = Task(name="click")
     """What is predicted."""
     factors: Count = 32

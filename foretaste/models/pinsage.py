@@ -22,7 +22,7 @@ catalogue, U users, D width, H width of messages, K layers, S nodes of the lowes
 and items.
 """
 
-from typing import Literal, NamedTuple, final
+from typing import ClassVar, Literal, NamedTuple, final
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ from jaxtyping import Bool, Float, Int64
 from pydantic import Field
 from torch import Tensor, nn
 
-from foretaste.config import Config, Count, Depth, Positive
+from foretaste.config import ChoiceConfig, Config, Count, Depth, Positive, RangeConfig, Space
 from foretaste.data.batch import Queries
 from foretaste.data.features import Features, FieldTable
 from foretaste.data.graph import Graph, GraphConfig
@@ -53,6 +53,11 @@ class PinSageConfig(Config):
     """Settings of PinSage."""
 
     kind: Literal["pinsage"] = "pinsage"
+    tuning: ClassVar[Space] = {
+        "embedding_dim": ChoiceConfig(choices=(32, 64, 128)),
+        "num_neighbours": RangeConfig(low=5, high=20, log=True),
+        "temperature": RangeConfig(low=0.05, high=0.5, log=True),
+    }
     embedding_dim: Count = 64
     """Width of inputs, states and vectors."""
     message_dim: Count | None = None

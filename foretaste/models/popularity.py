@@ -5,7 +5,7 @@ It learns nothing about anybody, and so is the floor that every other model must
 Shape legend: B queries, I items.
 """
 
-from typing import Literal, final
+from typing import ClassVar, Literal, final
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from jaxtyping import Float
 from pydantic import PositiveFloat
 from torch import Tensor, nn
 
-from foretaste.config import Config
+from foretaste.config import Config, RangeConfig, Space
 from foretaste.data.batch import Queries
 from foretaste.data.interactions import Interactions
 from foretaste.errors import ConfigError
@@ -26,6 +26,9 @@ class PopularityConfig(Config):
     """What counts as popular."""
 
     kind: Literal["popularity"] = "popularity"
+    tuning: ClassVar[Space] = {
+        "window_days": RangeConfig(low=1.0, high=365.0, log=True),
+    }
     window_days: PositiveFloat | None = None
     """Count only events within this many days before the newest one; without it, all events."""
 

@@ -12,7 +12,7 @@ predicted, and a user without history gets an answer.
 Shape legend: B rows, L positions (L1 = L + 1), D width, I items.
 """
 
-from typing import Literal, NamedTuple, final
+from typing import ClassVar, Literal, NamedTuple, final
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float, Int64
 from pydantic import Field
 from torch import Tensor, nn
 
-from foretaste.config import Config, Count, Depth
+from foretaste.config import ChoiceConfig, Config, Count, Depth, RangeConfig, Space
 from foretaste.data.batch import Queries, SequenceBatch, last_events
 from foretaste.models.layers.attention import MultiHeadAttention
 from foretaste.models.layers.dropout import Dropout
@@ -31,6 +31,11 @@ class SASRecConfig(Config):
     """Settings of SASRec."""
 
     kind: Literal["sasrec"] = "sasrec"
+    tuning: ClassVar[Space] = {
+        "embedding_dim": ChoiceConfig(choices=(32, 64, 128)),
+        "num_blocks": ChoiceConfig(choices=(1, 2, 3)),
+        "dropout": RangeConfig(low=0.0, high=0.5),
+    }
     embedding_dim: Count = 64
     """Width of item vectors and states; a multiple of num_heads."""
     num_blocks: Depth = 2

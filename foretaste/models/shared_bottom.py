@@ -9,13 +9,13 @@ of an item, W width of a field.
 """
 
 from collections.abc import Mapping
-from typing import Literal, final
+from typing import ClassVar, Literal, final
 
 from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from foretaste.config import Widths
+from foretaste.config import ChoiceConfig, RangeConfig, Space, Widths
 from foretaste.data.features import Features
 from foretaste.data.tasks import Task
 from foretaste.models.layers.experts import Towers
@@ -30,6 +30,11 @@ class SharedBottomConfig(RowFieldsConfig):
     """Settings of Shared-Bottom."""
 
     kind: Literal["shared_bottom"] = "shared_bottom"
+    tuning: ClassVar[Space] = {
+        "embedding_dim": ChoiceConfig(choices=(8, 16, 32)),
+        "dropout": RangeConfig(low=0.0, high=0.5),
+        "l2": RangeConfig(low=1e-07, high=0.001, log=True),
+    }
     tasks: tuple[Task, ...] = (Task(name="click"),)
     """What is predicted."""
     bottom_hidden: Widths = Field(default=(128, 64), min_length=1)

@@ -21,7 +21,7 @@ all histories.
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Literal, NamedTuple, final
+from typing import ClassVar, Literal, NamedTuple, final
 
 import numpy as np
 import torch
@@ -30,7 +30,16 @@ from jaxtyping import Bool, Float, Int64
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from foretaste.config import Config, Count, Depth, Positive, Widths
+from foretaste.config import (
+    ChoiceConfig,
+    Config,
+    Count,
+    Depth,
+    Positive,
+    RangeConfig,
+    Space,
+    Widths,
+)
 from foretaste.data.batch import Queries
 from foretaste.data.features import Features, FieldTable
 from foretaste.data.histories import Reads
@@ -52,6 +61,11 @@ class TwoTowerConfig(Config):
     """Settings of Two-Tower."""
 
     kind: Literal["two_tower"] = "two_tower"
+    tuning: ClassVar[Space] = {
+        "embedding_dim": ChoiceConfig(choices=(32, 64, 128)),
+        "id_dropout": RangeConfig(low=0.0, high=0.5),
+        "temperature": RangeConfig(low=0.05, high=1.0, log=True),
+    }
     embedding_dim: Count = 64
     """Width of every part and of both towers' vectors."""
     user_id: bool = True
