@@ -445,7 +445,7 @@ def test_intervals_hold_the_mean_and_can_be_left_out() -> None:
 
 @pytest.mark.parametrize("k", [(), (0,), (10, 10), (10, -1)])
 def test_a_wrong_k_is_refused(k: tuple[int, ...]) -> None:
-    with pytest.raises(ConfigError, match="at least 1|list lengths"):
+    with pytest.raises(ConfigError, match=r"at least 1|list lengths"):
         evaluate(trained(Fixed(torch.zeros(1, 3)), everything(3)), holdout([[0]], [[1]], 3), k=k)
 
 
