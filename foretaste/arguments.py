@@ -32,6 +32,7 @@ from foretaste.errors import ConfigError, did_you_mean, nearest
 
 P = ParamSpec("P")
 T = TypeVar("T")
+C = TypeVar("C", bound=type)
 
 _FIXES = {
     ("Holdout", "Split"): "give split.test, or split.validation",
@@ -46,6 +47,9 @@ _FIXES = {
     ("Trained", "Run"): "give run.trained",
     ("Recommender", "Trained"): "make it first: ft.build_recommender(trained)",
     ("Recommender", "str"): "load it first: ft.load(path)",
+    ("Trained", "str"): "load it first: ft.load(path).trained",
+    ("Queries", "Holdout"): "give some of them: split.test.queries([0, 1])",
+    ("Series", "list"): "write polars.Series(ids)",
     ("ExperimentConfig", "str"): "read it first: ft.read_experiment(path)",
     ("FeatureSchema", "str"): "read it first: ft.schema_from_toml(text)",
     (
@@ -82,11 +86,23 @@ def checked(function: Callable[P, T]) -> Callable[P, T]:
                     bound.arguments[name] = _converted(value, hints()[name])
                 except _Unfit as unfit:
                     raise ConfigError(
-                        f"{function.__name__}({name}=…): {unfit}", name=name, value=value
+                        f"{_called(function)}({name}=…): {unfit}", name=name, value=value
                     ) from None
         return function(*bound.args, **bound.kwargs)
 
     return call
+
+
+def checked_class(made: C) -> C:
+    """Check and convert what the constructor of a class is given, as `checked` does."""
+    made.__init__ = checked(made.__init__)  # type: ignore[misc]  # the decorator of a whole class
+    return made
+
+
+def _called(function: Callable[..., object]) -> str:
+    """Return what a caller writes: the class, for its constructor."""
+    owner, _, name = function.__qualname__.rpartition(".")
+    return owner if name == "__init__" else name
 
 
 def as_list(values: object) -> list[Any] | None:
@@ -133,8 +149,17 @@ def _converted(value: Any, hint: Any) -> Any:
         return _class(value, parts[0])
     if origin is not None:
         return _collection(value, origin, parts)
+    return _single(value, hint)
+
+
+def _single(value: Any, hint: Any) -> Any:
+    """Return the value as a type without parts wants it."""
     if hint in _PLAIN:
         return _PLAIN[hint](value)
+    if hasattr(hint, "array_type"):
+        return _array(value, hint)
+    if getattr(hint, "_is_protocol", False) and "__call__" in vars(hint):
+        return _callable(value)
     if not _is_checkable(hint) or isinstance(value, hint):
         return value
     raise _Unfit(_named(hint), value, _advice(value, hint))
@@ -253,6 +278,35 @@ def _named_part(key: object, value: Any, hint: Any) -> Any:
         raise _Unfit(f"{unfit.wanted} for {key!r}", value, unfit.advice) from None
 
 
+def _array(value: object, hint: Any) -> object:
+    """Return an array of the annotated type and number of dimensions."""
+    if not issubclass(hint.array_type, np.ndarray):
+        if isinstance(value, hint.array_type):
+            return value
+        raise _Unfit("a tensor", value)
+    found = as_list(value) if not isinstance(value, np.ndarray) else value
+    if found is None:
+        raise _Unfit("an array", value)
+    try:
+        array = np.asarray(found)
+    except ValueError:  # lists of several lengths
+        raise _Unfit("an array", value) from None
+    name = hint.dtypes[0] if isinstance(hint.dtypes, tuple) else ""  # no tuple: of any type
+    wanted = np.dtype(name) if name in _NUMBERS else array.dtype
+    if array.size == 0:
+        array = array.astype(wanted)
+    if array.dtype.kind not in _NUMBERS_FROM.get(wanted.kind, array.dtype.kind):
+        raise _Unfit(f"an array of {_NUMBERS_NAMED[wanted.kind]}", value)
+    if array.ndim != (wanted_ndim := len(hint.dims)):
+        raise _Unfit(f"an array of {wanted_ndim} dimension{'s' * (wanted_ndim != 1)}", value)
+    return array.astype(wanted, copy=False)
+
+
+_NUMBERS = ("bool", "uint8", "int32", "int64", "float32", "float64")
+_NUMBERS_FROM = {"b": "b", "u": "iu", "i": "iu", "f": "fiu"}
+_NUMBERS_NAMED = {"b": "true and false", "u": "whole numbers", "i": "whole numbers", "f": "numbers"}
+
+
 def _callable(value: object) -> object:
     if not callable(value):
         raise _Unfit("a function", value)
@@ -312,7 +366,7 @@ def _wrong_call(
     kwargs: Mapping[str, object],
 ) -> ConfigError:
     """Say which argument is unknown, missing or must be given by name."""
-    name, parameters = function.__name__, signature.parameters
+    name, parameters = _called(function), signature.parameters
     for unknown in kwargs:
         if unknown not in parameters:
             for owner, config in _settings_of(hints):

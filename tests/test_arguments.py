@@ -3,12 +3,15 @@
 import inspect
 import pickle
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_type_hints
+from types import FunctionType
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
 import polars as pl
 import pytest
+from jaxtyping import Bool, Float32, Int64, Shaped
 
 import foretaste as ft
 from foretaste.arguments import as_list, checked
@@ -22,26 +25,44 @@ SETTINGS = {
     for name, made in PUBLIC.items()
     if isinstance(made, type) and issubclass(made, Config) and made is not Config
 }
+METHODS = {
+    f"{owner}.{name}": getattr(made, name)
+    for owner, made in PUBLIC.items()
+    if isinstance(made, type) and not issubclass(made, Config | Exception | ft.Tracker)
+    for name, member in vars(made).items()
+    if not name.startswith("_") and isinstance(member, FunctionType | staticmethod | classmethod)
+}
+"""What a caller may call of the public classes."""
+for _inner in ("trusted", "find_given", "find_all_given"):  # foretaste calls them for every id
+    del METHODS[f"Vocabulary.{_inner}"]
+CONSTRUCTORS = {
+    name: PUBLIC[name].__init__
+    for name in ("Interactions", "Split", "Holdout", "Vocabulary", "Candidates", "SampledNegatives")
+}
+"""Those of classes that a caller makes himself; settings have their own."""
 ANYTHING = {"source", "report", "record", "settings", "joint", "single", "calibration"}
 
 
-def wrong_arguments() -> list[tuple[str, str]]:
+def wrong_arguments() -> list[Any]:
     """Return each public function with each argument that has a type of its own."""
     return [
-        (name, argument)
-        for name, function in FUNCTIONS.items()
+        pytest.param(function, argument, id=f"{name}-{argument}")
+        for name, function in (FUNCTIONS | METHODS | CONSTRUCTORS).items()
         for argument, hint in get_type_hints(function).items()
-        if argument not in {"return", *ANYTHING} and hint not in (object, Any)
+        if argument not in {"return", *ANYTHING}
+        and not any(one in (object, Any) for one in (hint, *get_args(hint)))
     ]
 
 
-@pytest.mark.parametrize(("name", "argument"), wrong_arguments())
-def test_a_wrong_object_is_refused_by_the_name_of_its_argument(name: str, argument: str) -> None:
+@pytest.mark.parametrize(("function", "argument"), wrong_arguments())
+def test_a_wrong_object_is_refused_by_the_name_of_its_argument(
+    function: Callable[..., object], argument: str
+) -> None:
     class Stranger:
         """What no function asks for."""
 
     with pytest.raises(ft.ForetasteError) as caught:
-        only_argument(FUNCTIONS[name], argument, Stranger())
+        only_argument(function, argument, Stranger())
     assert caught.value.name == argument
     assert isinstance(caught.value.value, Stranger)
     assert argument in str(caught.value)
@@ -58,16 +79,15 @@ def only_argument(function: Callable[..., object], argument: str, value: object)
         [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)]
     )
     alone.__annotations__ = {argument: hints[argument]}
-    assert hasattr(function, "__wrapped__"), "the function is not @checked"
     return checked(alone)(**{argument: value})
 
 
-@pytest.mark.parametrize("name", sorted(FUNCTIONS))
+@pytest.mark.parametrize("name", sorted({one.id.partition("-")[0] for one in wrong_arguments()}))
 def test_an_unknown_argument_is_refused_by_name(name: str) -> None:
     if name == "parse_settings":
         return  # below the checker, and called by name alone
     with pytest.raises(ft.ConfigError) as caught:
-        FUNCTIONS[name](nonsense=1)
+        (FUNCTIONS | METHODS | CONSTRUCTORS)[name](nonsense=1)
     assert caught.value.name == "nonsense"
 
 
@@ -106,6 +126,120 @@ def test_numpy_values_are_settings_like_pythons() -> None:
     assert ft.MFConfig(embedding_dim=np.int64(8)) == ft.MFConfig(embedding_dim=8)
     made = ft.TrainingConfig(learning_rate=np.float32(0.5))
     assert made == ft.TrainingConfig(learning_rate=0.5)
+
+
+@pytest.mark.parametrize("name", sorted(CONSTRUCTORS))
+def test_a_constructor_is_named_by_its_class(name: str) -> None:
+    with pytest.raises(ft.ConfigError, match=rf"^{name} has no argument 'nonsense'") as caught:
+        PUBLIC[name](nonsense=1)
+    assert caught.value.name == "nonsense"
+
+
+@checked
+def asks_arrays(
+    whole: Int64[np.ndarray, " A"] | None = None,
+    flags: Bool[np.ndarray, " A"] | None = None,
+    numbers: Float32[np.ndarray, "A B"] | None = None,
+    anything: Shaped[np.ndarray, " A"] | None = None,
+) -> list[np.ndarray]:
+    return [one for one in (whole, flags, numbers, anything) if one is not None]
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "dtype"),
+    [
+        *(("whole", one, "int64") for one in ([1, 2], (1, 2), range(1, 3), pl.Series([1, 2]))),
+        ("whole", np.array([1, 2], dtype=np.uint8), "int64"),
+        ("whole", [], "int64"),
+        ("flags", [True, False], "bool"),
+        ("flags", pl.Series([True, False]), "bool"),
+        ("numbers", [[1, 2]], "float32"),
+        ("numbers", np.array([[0.5]]), "float32"),
+        ("anything", np.array(["a"]), "<U1"),
+    ],
+)
+def test_what_holds_numbers_is_an_array(name: str, given: Any, dtype: str) -> None:
+    (array,) = asks_arrays(**{name: given})
+    assert (array.dtype, array.tolist()) == (np.dtype(dtype), np.asarray(given).tolist())
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "words"),
+    [
+        ("whole", [0.5], "an array of whole numbers"),
+        ("whole", [True], "an array of whole numbers"),
+        ("whole", ["1"], "an array of whole numbers"),
+        ("whole", [None], "an array of whole numbers"),
+        ("whole", 3, "an array"),
+        ("whole", "12", "an array"),
+        ("whole", slice(2), "an array"),
+        ("whole", pl.DataFrame({"a": [1]}), "an array"),
+        ("whole", [[1]], "an array of 1 dimension"),
+        ("whole", [[1], [1, 2]], "an array"),
+        ("flags", [0, 1], "an array of true and false"),
+        ("numbers", [0.5], "an array of 2 dimensions"),
+        ("numbers", [["a"]], "an array of numbers"),
+    ],
+)
+def test_what_is_no_such_array_is_refused(name: str, given: Any, words: str) -> None:
+    with pytest.raises(ft.ConfigError) as caught:
+        asks_arrays(**{name: given})
+    assert f"must be {words}, not " in str(caught.value)
+    assert caught.value.name == name
+
+
+@pytest.fixture(scope="module")
+def split() -> ft.Split:
+    table = pl.DataFrame({"user_id": [1, 1, 1, 2, 2, 2], "item_id": [7, 8, 9, 7, 8, 9], "y": 1.0})
+    return ft.leave_last_split(ft.read_interactions(table, columns=["y"]), validation=False)
+
+
+def test_rows_that_are_not_there_are_refused(split: ft.Split) -> None:
+    rows = ft.rows_of(split, "test", tasks=[ft.Task(name="y", column="y")])
+    asked: dict[str, Callable[[Any], object]] = {
+        "idx": split.events.users.decode,
+        "rows": split.test.queries,
+        "row_B": rows.batch,
+        "user_idx": lambda row: split.events.history(row[0]),
+    }
+    for name, ask in asked.items():
+        ask([1])
+        for row in (-1, 2, 10**12):
+            with pytest.raises(ft.DataError, match=f"there is no row {row}") as caught:
+                ask([row])
+            assert (caught.value.name, caught.value.value) == (name, row)
+
+
+def test_parts_of_other_lengths_are_not_put_together(split: ft.Split) -> None:
+    events = split.events
+    short: dict[str, Any] = {
+        "offsets": events.offsets[:-1],
+        "timestamp_s": [1],
+        "context": pl.DataFrame({"a": [1]}),
+        "user_table": pl.DataFrame({"a": [1]}),
+        "item_table": pl.DataFrame({"a": [1]}),
+        "columns": {"y": [1.0]},
+    }
+    for name, part in short.items():
+        with pytest.raises(ft.DataError) as caught:
+            replace(events, **{name: part})
+        assert str(caught.value.name).startswith(name)
+    with pytest.raises(ft.DataError) as caught:
+        replace(split, part_E=split.part_E[:-1])
+    assert caught.value.name == "part_E"
+    with pytest.raises(ft.DataError) as caught:
+        events.select([True])  # type: ignore[arg-type]
+    assert caught.value.name == "keep"
+
+
+@pytest.mark.parametrize("kind", [ft.Report, ft.RowsReport])
+@pytest.mark.parametrize("text", ["", "{}", "[]", "null", "3", '{"format": 1', '{"format": 1}'])
+def test_what_is_no_report_is_said_without_the_words_of_python(kind: Any, text: str) -> None:
+    with pytest.raises(ft.DataError, match="give what to_json wrote") as caught:
+        kind.from_json(text)
+    assert caught.value.name == "text"
+    assert "Error" not in str(caught.value)
+    assert "object" not in str(caught.value)
 
 
 @checked

@@ -499,12 +499,22 @@ def test_a_context_that_the_model_reads_and_other_events_lack_is_refused_by_name
     schema = ft.FeatureSchema(context={"hour": ft.CategoricalField()})
     features = fit_features(schema, OWN.train)
     model = made(MMOE, OWN, features)
-    other = split_of(more_rows(table()), context=[])
+    later = table().with_columns(pl.col("t") + 1)  # of the same users and items
     for measure in (evaluate, evaluate_rows):
-        with pytest.raises(DataError) as caught:
-            measure(model, other)
-        assert caught.value.column == "hour"
+        for other in (more_rows(table()), later):
+            with pytest.raises(DataError) as caught:
+                measure(model, split_of(other, context=[]))
+            assert caught.value.column == "hour"
         measure(model, OTHER)  # has it
+
+
+def test_queries_of_other_events_have_no_scores() -> None:
+    model = made(ft.ItemKNNConfig(), OWN)
+    more = pl.concat([table(), table().with_columns(pl.col("user_id") + 9000)])
+    test = split_of(more).test
+    with pytest.raises(DataError, match="of other events") as caught:
+        model.score(test.queries([len(test) - 1]))  # type: ignore[arg-type]
+    assert caught.value.name == "queries"
 
 
 def test_features_of_new_users_that_the_other_events_lack_are_said() -> None:

@@ -35,8 +35,6 @@ def fit(
     split = ft.read_split(config, data_dir=data_dir)
     for note in split.events.notes:
         log(note)
-    if config.seeds:
-        log(f"seeds = {list(config.seeds)} are for compare: this model takes seed = {config.seed}")
     try:
         run = ft.run_experiment(config, split, folder=folder, resume=resume, track=track)
     except Stopped as stop:

@@ -74,6 +74,7 @@ class Features(Shown):
     events: Interactions | None = None
     """Whose users, items and events the rows are of; it is not saved."""
 
+    @checked
     def of(self, events: Interactions) -> "Features":
         """Return the tables of other events, encoded by what was fitted before.
 
@@ -91,6 +92,7 @@ class Features(Shown):
             events=events,
         )
 
+    @checked
     def for_training(self, events: Interactions) -> "Features":
         """Return the tables of events to be trained on, by what was fitted here or to others.
 
@@ -108,6 +110,7 @@ class Features(Shown):
             return self.of(events)
         return replace(self, context_table=self.context_of(events), events=events)
 
+    @checked
     def context_of(self, events: Interactions) -> FieldTable | None:
         """Return the context of other events alone, a row for each; None without such features.
 

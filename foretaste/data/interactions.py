@@ -9,12 +9,15 @@ import numpy as np
 import polars as pl
 from jaxtyping import Bool, Int32, Int64, Shaped
 
+from foretaste.arguments import checked, checked_class
 from foretaste.data.column_types import kept
+from foretaste.data.ranges import check_rows
 from foretaste.data.vocabulary import Vocabulary, text_buffers
 from foretaste.errors import DataError
 from foretaste.shown import Shown
 
 
+@checked_class
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class Interactions(Shown):
     """Events in columns, sorted by user and, within a user, oldest first (CSR).
@@ -54,6 +57,7 @@ class Interactions(Shown):
     """What reading dropped, merged or assumed, with counts."""
 
     def __post_init__(self) -> None:
+        self._check_lengths()
         told = list(self.notes)
         for name in ("context", "user_table", "item_table"):
             table = getattr(self, name)
@@ -62,6 +66,30 @@ class Interactions(Shown):
                 told += brought.notes
                 object.__setattr__(self, name, brought.frame if brought.frame.width else None)
         object.__setattr__(self, "notes", tuple(told))
+
+    def _check_lengths(self) -> None:
+        """Refuse parts that are not of one table.
+
+        Raises:
+            DataError: They differ in length.
+        """
+        num = len(self.item_idx)
+        parts: list[tuple[str, np.ndarray | pl.DataFrame | None, int]] = [
+            ("offsets", self.offsets, self.num_users + 1),
+            ("timestamp_s", self.timestamp_s, num),
+            ("context", self.context, num),
+            ("user_table", self.user_table, self.num_users),
+            ("item_table", self.item_table, self.num_items),
+            *((f"columns[{name!r}]", column, num) for name, column in self.columns.items()),
+        ]
+        for name, part, length in parts:
+            if part is not None and len(part) != length:
+                raise DataError(
+                    f"{name} has {len(part):,} rows where {num:,} events of {self.num_users:,} "
+                    f"users and {self.num_items:,} items need {length:,}",
+                    name=name,
+                    value=len(part),
+                )
 
     def __len__(self) -> int:
         return len(self.item_idx)
@@ -84,10 +112,20 @@ class Interactions(Shown):
         """How many events each item has here."""
         return np.bincount(self.item_idx, minlength=self.num_items)
 
+    @checked
     def select(self, keep: Bool[np.ndarray, " E"]) -> "Interactions":
-        """Return the events where `keep` is true, under the same vocabularies and tables."""
+        """Return the events where `keep` is true, under the same vocabularies and tables.
+
+        Raises:
+            DataError: It does not say so of each event.
+        """
         if len(keep) != len(self):
-            raise DataError(f"a mask of {len(keep)} for {len(self)} events")
+            raise DataError(
+                f"keep says of {len(keep):,} events whether they are kept, and there are "
+                f"{len(self):,}",
+                name="keep",
+                value=len(keep),
+            )
         kept_before = np.concatenate([[0], np.cumsum(keep, dtype=np.int64)])
         return replace(
             self,
@@ -106,8 +144,14 @@ class Interactions(Shown):
         positive_E: Bool[np.ndarray, " E"] = np.asarray(self.columns[self.positive] > 0)
         return positive_E
 
+    @checked
     def history(self, user_idx: int) -> Int32[np.ndarray, " L"]:
-        """Return one user's items, oldest first."""
+        """Return one user's items, oldest first.
+
+        Raises:
+            DataError: There is no such row; `users.find(user_id)` gives that of an id.
+        """
+        check_rows(np.array([user_idx]), self.num_users, name="user_idx")
         return self.item_idx[self.offsets[user_idx] : self.offsets[user_idx + 1]]
 
     def fingerprint(self) -> str:

@@ -10,15 +10,16 @@ Shape legend: E rows, B rows of a batch, N drawn items a row, T tasks.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
+from annotated_types import Ge
 from jaxtyping import Bool, Float32, Int64
 from torch import Tensor
 
 from foretaste.arguments import checked
-from foretaste.config import Seed
+from foretaste.config import CountOrZero
 from foretaste.data.batch import Queries, RowBatch
 from foretaste.data.draw_items import DrawItems, check_drawn
 from foretaste.data.features import Features
@@ -27,6 +28,7 @@ from foretaste.data.histories import Reads, read_histories
 from foretaste.data.interactions import Interactions
 from foretaste.data.labels import labels_of, no_column
 from foretaste.data.parts import NEGATIVE, TEST, TRAIN, VALIDATION
+from foretaste.data.ranges import check_rows
 from foretaste.data.seeds import torch_generator
 from foretaste.data.splits import Split
 from foretaste.data.tasks import Task
@@ -35,6 +37,8 @@ from foretaste.shown import Shown
 
 PartName = Literal["train", "validation", "test"]
 _PARTS = {"train": TRAIN, "validation": VALIDATION, "test": TEST}
+AnySeed = Annotated[int, Ge(0)]
+"""A run's seed, or one made of it, which has 64 bits."""
 _DRAWN_AT_ONCE = 1 << 16
 
 
@@ -97,7 +101,8 @@ class Rows(Shown):
         """The places of all rows, to be gathered in blocks."""
         return np.arange(len(self))
 
-    def draw(self, num: int, draw: DrawItems, *, seed: int) -> "Rows":
+    @checked
+    def draw(self, num: CountOrZero, draw: DrawItems, *, seed: AnySeed) -> "Rows":
         """Return the rows with items drawn for each, the same for the same seed.
 
         Where only what happened is known, this gives a part the 0s that it is measured on.
@@ -120,13 +125,14 @@ class Rows(Shown):
             drawn.append(draw(user_B, item_B, num, generator=generator).numpy())
         return replace(self, drawn_EN=np.concatenate(drawn))
 
+    @checked
     def batch(
         self,
         row_B: Int64[np.ndarray, " B"],
         *,
         reads: Reads = "before",
-        max_len: int = 50,
-        seed: Seed = 0,
+        max_len: CountOrZero = 50,
+        seed: AnySeed = 0,
         drawn_BN: Int64[Tensor, "B N"] | None = None,
     ) -> RowBatch:
         """Gather some rows.
@@ -138,7 +144,11 @@ class Rows(Shown):
             max_len: How many events of it at most.
             seed: Decides which "others" are read.
             drawn_BN: Items drawn for these rows; None takes those of `draw`.
+
+        Raises:
+            DataError: There is no such row.
         """
+        check_rows(row_B, len(self), name="row_B")
         user_B = self.user_E[row_B]
         if reads == "others" and self.name != "train":
             reads = "before"

@@ -11,17 +11,20 @@ import polars as pl
 import torch
 from jaxtyping import Bool, Int32, Int64, UInt8
 
+from foretaste.arguments import checked, checked_class
 from foretaste.data.batch import Queries
 from foretaste.data.features import FieldSide
 from foretaste.data.interactions import Interactions
 from foretaste.data.leaks import find_leaks
 from foretaste.data.parts import NEGATIVE, TEST, TRAIN, UNUSED, VALIDATION, SplitKind
-from foretaste.data.ranges import ranges
+from foretaste.data.ranges import check_rows, ranges
+from foretaste.errors import DataError
 from foretaste.shown import Shown
 
 __all__ = ["TEST", "TRAIN", "UNUSED", "VALIDATION", "Holdout", "PartSize", "Split"]
 
 
+@checked_class
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class Holdout(Shown):
     """What is to be predicted, and for each prediction what may be known.
@@ -56,8 +59,14 @@ class Holdout(Shown):
         begun_Q: Bool[np.ndarray, " Q"] = self.end_Q > self.events.offsets[self.user_Q]
         return begun_Q
 
+    @checked
     def queries(self, rows: Int64[np.ndarray, " B"], moment: FieldSide | None = None) -> Queries:
-        """Return some of the queries as one block, their context by the fields of `moment`."""
+        """Return some of the queries as one block, their context by the fields of `moment`.
+
+        Raises:
+            DataError: There is no such row.
+        """
+        check_rows(rows, len(self), name="rows")
         told = None if moment is None or self.context is None else self.context[rows]
         start, end = self.events.offsets[self.user_Q[rows]], self.end_Q[rows]
         index, offsets = ranges(start, end - start)
@@ -89,6 +98,7 @@ class PartSize:
     """Targets that no training event has: no trained model can rank them."""
 
 
+@checked_class
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class Split(Shown):
     """Events and the part that each belongs to.
@@ -106,6 +116,15 @@ class Split(Shown):
     """One sentence for each way in which this split lets the future into training."""
     notes: tuple[str, ...] = ()
     """What the split left where it was, with counts, such as users with too few events."""
+
+    def __post_init__(self) -> None:
+        if len(self.part_E) != len(self.events):
+            raise DataError(
+                f"part_E says of {len(self.part_E):,} events in which part they are, and there are "
+                f"{len(self.events):,}",
+                name="part_E",
+                value=len(self.part_E),
+            )
 
     @cached_property
     def train(self) -> Interactions:

@@ -21,9 +21,10 @@ import numpy as np
 import polars as pl
 from jaxtyping import Int32, Int64, UInt8
 
-from foretaste.arguments import as_list
+from foretaste.arguments import as_list, checked
 from foretaste.config import shown
 from foretaste.data.csr import look_up, mark_present
+from foretaste.data.ranges import check_rows
 from foretaste.errors import DataError
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ class Vocabulary:
     a dictionary; large ones bisect their sorted ids, in place.
     """
 
+    @checked
     def __init__(self, ids: pl.Series) -> None:
         """Number `ids` in the order given.
 
@@ -65,12 +67,18 @@ class Vocabulary:
             DataError: An id is missing or stands twice, or the type is another.
         """
         if ids.dtype not in (pl.Int64, pl.String):
-            raise DataError(f"ids are Int64 or String, not {ids.dtype}: cast them first")
+            raise DataError(
+                "ids of a vocabulary are 64-bit integers or text: cast them first", name="ids"
+            )
         if ids.null_count():
-            raise DataError(f"{ids.null_count()} ids are missing: give every row an id")
+            raise DataError(f"{ids.null_count()} ids are missing: give every row an id", name="ids")
         if ids.n_unique() != len(ids):
             twice = ids.filter(ids.is_duplicated())[0]
-            raise DataError(f"id {twice!r} stands twice in a vocabulary: keep one of them")
+            raise DataError(
+                f"id {twice!r} stands twice in a vocabulary: keep one of them",
+                name="ids",
+                value=twice,
+            )
         self._number(lambda: ids, len(ids), is_integer=ids.dtype == pl.Int64)
 
     @classmethod
@@ -108,6 +116,7 @@ class Vocabulary:
         """The ids, Int64 or String, row by row."""
         return self._load().alias("id")
 
+    @checked
     def same_as(self, other: "Vocabulary") -> bool:
         """Return whether another vocabulary has equal ids in equal rows."""
         if self is other:
@@ -181,20 +190,21 @@ class Vocabulary:
             return -1
         return self._row_of.get(wanted, -1) if len(self) <= _SMALL else self._bisect(wanted)
 
-    def encode(self, external_ids: Sequence[object] | pl.Series) -> Int64[np.ndarray, " N"]:
+    @checked
+    def encode(self, external_ids: pl.Series | Sequence[object]) -> Int64[np.ndarray, " N"]:
         """Return the row of each id, -1 where it is unknown or missing."""
         if isinstance(external_ids, pl.Series) and len(external_ids) * _FEW > len(self):
             return self._encode_many(external_ids)
         return np.fromiter(map(self.find, external_ids), np.int64, len(external_ids))
 
+    @checked
     def decode(self, idx: Int64[np.ndarray, " N"]) -> list[int | str]:
         """Return the ids of rows.
 
         Raises:
             DataError: A row is not in `[0, len)`.
         """
-        if idx.size and (idx.min() < 0 or idx.max() >= len(self)):
-            raise DataError(f"rows reach from {idx.min()} to {idx.max()}, not in [0, {len(self)})")
+        check_rows(idx, len(self), name="idx")
         return self.ids.gather(idx).to_list()
 
     def _encode_many(self, external_ids: pl.Series) -> Int64[np.ndarray, " N"]:

@@ -153,6 +153,7 @@ def overlap(model: Trained, test: Asked) -> Overlap:
         own_rows=translation is None,
     )
     _check_known(model, test, found)
+    _check_context(model, test)
     if trained_on > _MOST_TRAINED_ON * found.events:
         raise DataError(
             f"the model was trained on {trained_on:,} of the {found.events:,} events of "
@@ -240,7 +241,6 @@ def _check_known(model: Trained, test: Asked, found: Overlap) -> None:
                 column=what,
                 value=_first(other),
             )
-    _check_context(model, test)
     if found.events - found.unknown_items < _FEWEST_KNOWN * found.events:
         raise DataError(
             f"the model knows the items of {found.events - found.unknown_items:,} of the "

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from foretaste.arguments import checked
 from foretaste.errors import DataError
 from foretaste.evaluation.bootstrap import Interval
 from foretaste.shown import Shown
@@ -80,6 +81,7 @@ class Report(Shown):
             if name in self.intervals and self.intervals[name].low <= level
         )
 
+    @checked
     def to_json(self, *, per_user: bool = True) -> str:
         """Return the whole report as one JSON document, to the last digit.
 
@@ -107,6 +109,7 @@ class Report(Shown):
         return json.dumps(document, allow_nan=False)
 
     @staticmethod
+    @checked
     def from_json(text: str) -> "Report":
         """Read what `to_json` wrote.
 
@@ -138,9 +141,7 @@ class Report(Shown):
                 chance=document.get("chance", {}),
             )
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise DataError(
-                f"this is not a report: {type(error).__name__}: {error}; evaluate the model again"
-            ) from error
+            raise no_report(error, "report") from error
 
     def to_markdown(self) -> str:
         """Return the tables and notes as Markdown."""
@@ -270,3 +271,18 @@ _LATEX = {
 
 def _in_latex(text: str) -> str:
     return "".join(_LATEX.get(sign, sign) for sign in " ".join(text.split()))
+
+
+def no_report(error: Exception, what: str) -> DataError:
+    """Say why a text is not what `to_json` of a report wrote."""
+    match error:
+        case json.JSONDecodeError(lineno=line, colno=column):
+            why = f"it is no JSON (line {line}, column {column})"
+        case KeyError(args=(name,)):
+            why = f"it has no {name!r}"
+        case _:
+            why = "its values are of other types"
+    return DataError(
+        f"this is not a {what}: {why}; give what to_json wrote, or evaluate the model again",
+        name="text",
+    )

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
+from foretaste.arguments import checked
 from foretaste.evaluation.bootstrap import Interval
 from foretaste.evaluation.compare import Comparison
 from foretaste.evaluation.report import Report
@@ -63,6 +64,7 @@ class Reports(Shown):
         """All intervals."""
         return {name: ends for part in self._parts() for name, ends in part.intervals.items()}
 
+    @checked
     def to_json(self, *, per_user: bool = True) -> str:
         """Return one JSON document; of two reports, that of rows stands in the other as `rows`.
 

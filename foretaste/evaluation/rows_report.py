@@ -17,7 +17,7 @@ from foretaste.errors import DataError
 from foretaste.evaluation.bootstrap import Interval
 from foretaste.evaluation.calibration import Method, fit_calibration
 from foretaste.evaluation.metrics.calibration import Reliability
-from foretaste.evaluation.report import console_table, markdown_table, printed
+from foretaste.evaluation.report import console_table, markdown_table, no_report, printed
 from foretaste.evaluation.row_metrics import TaskRows
 from foretaste.shown import Shown
 from foretaste.training.calibration import Calibration
@@ -62,10 +62,12 @@ class RowsReport(Shown):
     suffix: str = ""
     """What the names of metrics end in where zeros were drawn, such as `_sampled_99`."""
 
+    @checked
     def name(self, metric: str, task: str) -> str:
         """Return the full name of a metric of a task, such as `auc_click`."""
         return metric_name(metric, task, self.tasks, self.suffix)
 
+    @checked
     def rows(self, task: str) -> TaskRows:
         """Return what there is of a task: labels, predictions, users.
 
@@ -89,6 +91,7 @@ class RowsReport(Shown):
             f"{', '.join(own.name for own in self.tasks)}"
         )
 
+    @checked
     def to_json(self, *, per_row: bool = True) -> str:
         """Return the whole report as one JSON document, to the last digit.
 
@@ -117,6 +120,7 @@ class RowsReport(Shown):
         return json.dumps(document, allow_nan=False)
 
     @staticmethod
+    @checked
     def from_json(text: str) -> "RowsReport":
         """Read what `to_json` wrote.
 
@@ -154,10 +158,7 @@ class RowsReport(Shown):
                 suffix=document["suffix"],
             )
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise DataError(
-                f"this is not a report of rows: {type(error).__name__}: {error}; evaluate the "
-                "model again"
-            ) from error
+            raise no_report(error, "report of rows") from error
 
     def to_markdown(self) -> str:
         """Return the table and notes as Markdown."""

@@ -8,21 +8,22 @@ Shape legend: Q queries, B of a block, I items, P pairs, S sampled items, C item
 that are kept, R rows of a block, K items that training knows.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
+from annotated_types import Ge, Le
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from foretaste.config import Seed
+from foretaste.arguments import checked, checked_class
+from foretaste.config import Count, Seed
 from foretaste.data.batch import Queries
 from foretaste.data.interactions import Interactions
 from foretaste.data.ranges import ranges
-from foretaste.errors import ConfigError, did_you_mean
+from foretaste.errors import ConfigError
 from foretaste.evaluation.rank import noise
 from foretaste.models.interface import Ranker, Retriever
 from foretaste.models.two_stage import judge
@@ -35,42 +36,21 @@ _BLOCK_ELEMENTS = 2**18
 _By = Literal["listed", "uniform", "popularity"]
 
 
+@checked_class
 @dataclass(frozen=True, kw_only=True)
 class SampledNegatives:
     """How the candidates beside a query's targets are found."""
 
-    num: int = 99
+    num: Count = 99
     """How many, no two the same. Of "listed" ones it is the data that say how many."""
     by: _By = "uniform"
     """"listed": those that the data list for the user. The others are drawn for each query among
     the items that neither its history nor its targets hold: uniformly, or in favour of the popular
     (each next one with probability ~ count^power of those that are left)."""
-    power: float = 0.75
+    power: Annotated[float, Ge(-100), Le(100)] = 0.75
     seed: Seed = 0
 
-    def __post_init__(self) -> None:
-        wrong = not isinstance(self.num, int | np.integer) or isinstance(self.num, bool)
-        if wrong or self.num < 1:
-            raise ConfigError(
-                f"num is {self.num!r}: give a whole number of sampled items, 1 or more (with none "
-                "every target would be first)",
-                name="num",
-                value=self.num,
-            )
-        if self.by not in get_args(_By):
-            near = did_you_mean(str(self.by), get_args(_By))
-            raise ConfigError(
-                f"by is {self.by!r}: give one of {', '.join(get_args(_By))}{near}",
-                name="by",
-                value=self.by,
-            )
-        if not isinstance(self.power, int | float) or not math.isfinite(self.power):
-            raise ConfigError(
-                f"power is {self.power!r}: give a number, such as 0.75",
-                name="power",
-                value=self.power,
-            )
-
+    @checked
     def check(self, num_known: int) -> None:
         """Refuse to draw more items than there are.
 
@@ -94,6 +74,7 @@ class SampledNegatives:
         """What metric names end in."""
         return f"_sampled_{self.num}"
 
+    @checked
     def as_done(self, num_Q: Int64[np.ndarray, " Q"]) -> "SampledNegatives":
         """Return it with the number that queries were in fact compared with.
 
@@ -113,6 +94,7 @@ class SampledNegatives:
             )
         return replace(self, num=max(1, most))
 
+    @checked
     def note(self, num_Q: Int64[np.ndarray, " Q"]) -> str:
         """Return the sentence for the report; `num_Q` is that of `as_done`."""
         how = {

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import polars as pl
 
+from foretaste.arguments import checked
 from foretaste.data.rows import Rows
 from foretaste.evaluation.bootstrap import Interval, holm
 from foretaste.evaluation.compare import Comparison
@@ -183,6 +184,7 @@ class ModelComparison(Shown):
             "notes": list(self.notes),
         }
 
+    @checked
     def to_markdown(self, *, picture: str = "") -> str:
         """Return the table, the notes and the sentence; `picture` is the path of one to show."""
         table = [[_escaped(cell) for cell in row] for row in (self.columns, *self.cells())]

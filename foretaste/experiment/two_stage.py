@@ -10,8 +10,8 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from foretaste.arguments import checked
-from foretaste.config import Config
+from foretaste.arguments import checked, checked_class
+from foretaste.config import Config, Count, Weight
 from foretaste.data.features import Features
 from foretaste.data.interactions import Interactions
 from foretaste.data.offered import Offered
@@ -47,19 +47,21 @@ class FirstStage(Config):
     of the end of training."""
 
 
+@checked_class
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Candidates:
     """What a ranker will be asked about: the best of a trained retriever."""
 
     retriever: Trained
-    num: int = 200
+    num: Count = 200
     """How many for each user."""
-    retriever_weight: float = 0.0
+    retriever_weight: Weight = 0.0
     """How much its own score counts beside the ranker's."""
     offered: Offered | None = None
     """What retrievers that did not learn from a row offered before it; None: negatives are drawn
     as the objective says."""
 
+    @checked
     def ranked_by(self, ranker: nn.Module) -> TwoStage:
         """Return the two stages, in evaluation mode."""
         return TwoStage(

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
+from foretaste.arguments import checked
 from foretaste.config import Config
 from foretaste.data.batch import Queries
 from foretaste.data.conditions import unread_labels
@@ -15,7 +16,7 @@ from foretaste.data.features import Features, FieldSide
 from foretaste.data.interactions import Interactions
 from foretaste.data.labels import notes_about_labels
 from foretaste.data.translation import Translation
-from foretaste.errors import ConfigError, NonFiniteError
+from foretaste.errors import ConfigError, DataError, NonFiniteError
 from foretaste.models.interface import (
     CatalogueScorer,
     JudgesNewItems,
@@ -62,6 +63,7 @@ class Trained(Shown):
     """From the rows in which users and items are asked about to those of `events`; None where
     these are the same. `known_I`, `item_count` and scores are in the rows of what is asked."""
 
+    @checked
     def asked_by(self, events: Interactions) -> "Trained":
         """Return the model as one that is asked in the rows of other events, by their ids.
 
@@ -130,6 +132,7 @@ class Trained(Shown):
         )
         return (*labels, *told.notes, *unread)
 
+    @checked
     def calibrated(self, prediction: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return a ranker's predictions, by the task's name, calibrated where a task is."""
         return {
@@ -139,16 +142,30 @@ class Trained(Shown):
             for name, value in prediction.items()
         }
 
+    @checked
     def score(self, queries: Queries) -> Float[Tensor, "B I"]:
         """Score the whole catalogue: higher is better, -inf for items outside of it.
 
         Raises:
             ConfigError: The model can neither retrieve nor score.
+            DataError: The queries have users or items beyond those of the events.
             NonFiniteError: The model gave NaN or infinity for an item of its catalogue.
         """
+        asked = self.translation
+        num_users = self.events.num_users if asked is None else len(asked.user_U)
+        num_items = self.events.num_items if asked is None else len(asked.item_X)
+        for row_N, num in ((queries.user_B, num_users), (queries.history_N, num_items)):
+            if row_N.numel() and row_N.max() >= num:
+                raise DataError(
+                    f"the queries have row {int(row_N.max())} of users or items, and there are "
+                    f"{num:,}: they are of other events, so ask trained.asked_by(those events)",
+                    name="queries",
+                    value=int(row_N.max()),
+                )
         return self.scorer()(queries)
 
     @torch.inference_mode()
+    @checked
     def scorer(self, *, exclude_seen: bool = False) -> Callable[[Queries], Float[Tensor, "B I"]]:
         """Return `score` for many blocks in a row: the item table is worked out once.
 
@@ -171,7 +188,7 @@ class Trained(Shown):
             score_BI.index_fill_(1, unknown_X.to(score_BI.device), 0.0)
             if score_BI.numel() and not torch.stack(score_BI.aminmax()).isfinite().all():
                 raise NonFiniteError(
-                    "a score is NaN or infinite: the model is broken, train it anew"
+                    "a score is NaN or infinite: the model is broken, train it again"
                 )
             score_BI.index_fill_(1, unknown_X.to(score_BI.device), -torch.inf)
             if exclude_seen:
