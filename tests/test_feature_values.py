@@ -381,7 +381,8 @@ def test_a_value_of_no_kind_is_refused_by_name(said: object) -> None:
 def test_the_row_that_is_unlike_the_others_is_the_one_refused(column: list[str]) -> None:
     with pytest.raises(DataError) as caught:
         fit(pl.Series("x", column), NUMBER)
-    assert (caught.value.column, caught.value.row, caught.value.value) == ("x", 3, "x")
+    assert (caught.value.column, caught.value.value) == ("x", "x")
+    assert "item 2" in str(caught.value)  # the third of 0, 1, 2
 
 
 def test_any_table_is_encoded() -> None:
@@ -433,8 +434,8 @@ def test_numbers_too_large_to_standardise_are_refused_by_row_and_no_warning_leak
         with pytest.raises(DataError, match="too large") as caught:
             fit(pl.Series("x", column), NUMBER)
         row = int(np.abs(column).argmax())
-        assert (caught.value.column, caught.value.row) == ("x", row + 1)
-        assert caught.value.value == column[row]
+        assert (caught.value.column, caught.value.value) == ("x", column[row])
+        assert f"item {row}" in str(caught.value)
         for field in (LOG, BUCKET):
             side, _ = parts(fit(pl.Series("x", column), field))
             assert alone(side, -1.7e308).known_R.tolist() == [True]
