@@ -286,13 +286,33 @@ CASES = {
         DeepFMConfig(hidden=(16,)), learn=learn_rows, order_matters=True, has_users=True
     ),
     "shared_bottom": Case(
-        SharedBottomConfig(bottom_hidden=(32,), tower_hidden=()),
+        SharedBottomConfig(bottom_hidden=(32,), tower_hidden=(), pooling="none"),
+        learn=learn_rows,
+        order_matters=True,
+        has_users=True,
+    ),
+    "shared_bottom, mean of others": Case(
+        SharedBottomConfig(bottom_hidden=(32,), tower_hidden=(), pooling="mean", reads="others"),
         learn=learn_rows,
         order_matters=True,
         has_users=True,
     ),
     "mmoe": Case(
-        MMoEConfig(expert_hidden=(16,)), learn=learn_rows, order_matters=True, has_users=True
+        MMoEConfig(expert_hidden=(16,), pooling="none"),
+        learn=learn_rows,
+        order_matters=True,
+        has_users=True,
+    ),
+    "mmoe, attention": Case(
+        MMoEConfig(expert_hidden=(16,), pooling="attention"),
+        learn=learn_rows,
+        order_matters=True,
+        has_users=True,
+    ),
+    "mmoe, attention without ids of users": Case(
+        MMoEConfig(expert_hidden=(16,), pooling="attention", user_id=False),
+        learn=learn_rows,
+        order_matters=True,
     ),
     "din": Case(DINConfig(hidden=(16,)), learn=learn_rows, order_matters=True),
     "din, unnormalised and dice": Case(

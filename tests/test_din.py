@@ -9,10 +9,9 @@ from torch import Tensor
 
 from foretaste.data.batch import Queries
 from foretaste.errors import ConfigError
-from foretaste.models import din
 from foretaste.models.din import DIN, DINConfig
 from foretaste.models.interface import CatalogueScorer, PlacesItems, Ranker
-from foretaste.models.layers import grouped_histories
+from foretaste.models.layers import field_ranker, grouped_histories
 from foretaste.models.layers.target_attention import TargetAttention
 from tests.test_row_fields import EVENTS, FEATURES, ITEMS, NUM_ITEMS, NUM_USERS, QUERIES
 
@@ -138,8 +137,8 @@ def test_the_catalogue_in_blocks_is_every_pair(
     model = network(PLAIN.model_copy(update={"pooling": pooling}))
     for protocol in (Ranker, CatalogueScorer, PlacesItems):
         assert isinstance(model, protocol)
-    monkeypatch.setattr(din, "_BLOCK_PAIRS", 7)
-    monkeypatch.setattr(din, "_BLOCK_QUERIES", 3)
+    monkeypatch.setattr(field_ranker, "_HISTORY_PAIRS", 7)
+    monkeypatch.setattr(field_ranker, "_HISTORY_QUERIES", 3)
     every_BI = torch.arange(NUM_ITEMS).expand(len(HISTORIES), -1)
     torch.testing.assert_close(model.score(asked()), model(asked(), every_BI)["click"])
 
@@ -181,7 +180,7 @@ def test_without_histories_there_are_no_weights() -> None:
     model = network(PLAIN.model_copy(update={"pooling": "none"}))
     assert model.reads == "nothing"
     for ask in (model.attention_weights, model.user_vectors):
-        with pytest.raises(ConfigError, match="pooling is"):
+        with pytest.raises(ConfigError, match="no history is read"):
             ask(asked(), ITEMS)
 
 

@@ -78,6 +78,7 @@ def fields(
     features: Features | None = FEATURES,
     *,
     reads_history: bool = True,
+    folds_in: bool = False,
 ) -> RowFields:
     torch.manual_seed(0)
     made = RowFields(
@@ -86,6 +87,7 @@ def fields(
         num_items=NUM_ITEMS,
         features=features,
         reads_history=reads_history,
+        folds_in=folds_in,
     )
     with torch.no_grad():
         for parameter in made.parameters():
@@ -221,7 +223,7 @@ def test_a_moment_of_which_nothing_is_told_is_unknown() -> None:
 
 
 def test_a_new_user_has_the_features_that_the_history_makes_likely() -> None:
-    made = fields(reads_history=False).eval()
+    made = fields(reads_history=False, folds_in=True).eval()
     made.learn_newcomers(EVENTS)
     # users 0 and 2, whom the regression saw, did items 0 and 1, and 2 and 1
     likely = made.query(Queries.of_histories([[0, 1], [2, 1]]))
@@ -238,12 +240,23 @@ def test_a_new_user_has_the_features_that_the_history_makes_likely() -> None:
     torch.testing.assert_close(made.query(told)[0, 1:3], torch.stack(untouched))
 
 
+def test_where_histories_are_read_only_new_users_have_the_id_that_theirs_makes_likely() -> None:
+    made = fields(reads_history=True, folds_in=True).eval()
+    made.learn_newcomers(EVENTS)
+    own_UW = made.user.ids_of(made.table.weight)
+    asked = replace(Queries.of_histories([[0, 1], [2]]), user_B=torch.tensor([0, 0]))
+    known_BQW = made.query(replace(asked, profile=None, context=None))
+    assert torch.equal(known_BQW[:, 0], own_UW[:1].expand(2, -1))
+    new_BQW = made.query(Queries.of_histories([[0, 1], [2, 1]]))
+    torch.testing.assert_close(new_BQW[:, 0], own_UW[[0, 2]], rtol=0.05, atol=0.05)
+
+
 def test_events_that_cannot_be_written_teach_without_a_warning() -> None:
     """As in a bundle, whose events are read-only maps of its files."""
     mapped = replace(EVENTS, offsets=EVENTS.offsets.copy(), item_idx=EVENTS.item_idx.copy())
     for array in (mapped.offsets, mapped.item_idx):
         array.setflags(write=False)
-    made = fields(reads_history=False)
+    made = fields(reads_history=False, folds_in=True)
     always = torch.is_warn_always_enabled()
     torch.set_warn_always(True)
     try:

@@ -1,9 +1,10 @@
-"""Made-up tasks have the correlation that they were told to have."""
+"""Made-up tasks have the correlation that was asked for, and made-up logs the planted effect."""
 
 import numpy as np
+import polars as pl
 import pytest
 
-from foretaste.data.synthetic import correlated_tasks
+from foretaste.data.synthetic import MediaLog, correlated_tasks, media_log
 from foretaste.errors import ConfigError
 
 
@@ -52,3 +53,37 @@ def test_numbers_out_of_range_are_refused() -> None:
         correlated_tasks(10, correlation=1.5)
     with pytest.raises(ConfigError, match="a width of 2 or more"):
         correlated_tasks(10, correlation=0.5, dim=1)
+
+
+def repeated_topics(log: MediaLog) -> float:
+    """How much more often an impression after a click is clicked where its topic is the same."""
+    rows = log.events.join(log.items, on="item").sort("user", "time")
+    after = rows.with_columns(pl.col("topic", "click").shift().over("user").name.prefix("last_"))
+    after = after.filter(pl.col("last_click") == 1)
+    same = pl.col("topic") == pl.col("last_topic")
+    return after.filter(same)["click"].mean() - after.filter(~same)["click"].mean()
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_media_log_s_clicks_follow_the_last_click_only_where_that_is_planted(seed: int) -> None:
+    planted, absent = (media_log(history=h, num_users=500, seed=seed) for h in (True, False))
+    assert repeated_topics(planted) > 0.1
+    assert abs(repeated_topics(absent)) < 0.04
+    for name in ("click", "minutes", "like"):  # else the two could be told apart without histories
+        means = [log.events[name].drop_nulls().mean() for log in (planted, absent)]
+        assert means[0] == pytest.approx(means[1], rel=0.1), name
+
+
+def test_a_media_log_has_minutes_and_likes_of_clicks_alone_and_times_in_order() -> None:
+    log = media_log(history=True, num_users=50, num_items=24, impressions=7)
+    assert log.events.height == 350
+    labelled = log.events.select(pl.col("minutes", "like").is_not_null() == (pl.col("click") == 1))
+    assert labelled["minutes"].all()
+    assert labelled["like"].all()
+    assert log.events.sort("user", "time", maintain_order=True).equals(log.events)
+    assert log.items["topic"].value_counts()["count"].to_list() == [4] * 6
+    assert media_log(history=True, num_users=50, num_items=24, impressions=7).events.equals(
+        log.events
+    )
+    with pytest.raises(ConfigError, match="an item for each topic"):
+        media_log(history=True, num_items=5)

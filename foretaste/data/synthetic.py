@@ -1,7 +1,9 @@
-"""Made-up tasks that agree or conflict as much as they are told to.
+"""Made-up tasks that agree or conflict as much as is asked, and a made-up log of a media site.
 
-Shape legend: E events, D width of the input, M sines.
+Shape legend: E events, D width of the input, M sines, U users, N impressions of each.
 """
+
+from typing import NamedTuple
 
 import numpy as np
 import polars as pl
@@ -94,3 +96,76 @@ def correlated_tasks(
 def _frame(input_ED: Float64[np.ndarray, "E D"]) -> pl.DataFrame:
     values = pl.Series(INPUT, input_ED.astype(np.float32))
     return pl.DataFrame({INPUT: values.arr.to_list()})
+
+
+class MediaLog(NamedTuple):
+    """The tables of a made-up media site, as `read_interactions` takes them."""
+
+    events: pl.DataFrame
+    """A row an impression: `user`, `item`, `time`, `click`, and of clicks `minutes` and `like`."""
+    items: pl.DataFrame
+    """The `topic` of each `item`."""
+
+
+def media_log(
+    *,
+    history: bool,
+    num_users: int = 3_000,
+    num_items: int = 1_200,
+    num_topics: int = 6,
+    impressions: int = 30,
+    effect: float = 3.0,
+    seed: Seed = 0,
+) -> MediaLog:
+    """Make a log of impressions whose clicks follow a user's passing interest, or do not.
+
+    A user is interested in one topic for about 20 impressions, then in another. Items of the topic
+    are clicked, read for longer and liked more often. Without `history` an interest lasts for one
+    impression only, so that nothing a user did before says anything of it; all else is the same.
+
+    Args:
+        history: Whether interests last.
+        num_users: U.
+        num_items: Items; each has a topic and a quality.
+        num_topics: Topics, as many items each.
+        impressions: N.
+        effect: What an interest adds to the logit of a click.
+        seed: Decides everything.
+
+    Raises:
+        ConfigError: There are too few items for the topics, or a number is below 1.
+        TooLargeError: The rows would not fit in memory.
+    """
+    if min(num_users, num_topics, impressions) < 1 or num_items < num_topics:
+        raise ConfigError(
+            f"{num_users} users, {num_items} items, {num_topics} topics and {impressions} "
+            "impressions: give 1 or more of each, and an item for each topic",
+            name="num_items",
+            value=num_items,
+        )
+    num_rows = num_users * impressions
+    check_fits(num_rows * 200, f"{num_rows:,} rows", "make fewer", name="num_users")
+    draw = np.random.default_rng(seed)
+    topic_I, quality_I = np.arange(num_items) % num_topics, draw.normal(0, 0.5, num_items)
+    item_UN = (num_items * draw.random((num_users, impressions)) ** 1.5).astype(np.int64)
+    changes_UN = draw.random(item_UN.shape) < (0.05 if history else 1.0)
+    since_UN = np.maximum.accumulate(np.where(changes_UN, np.arange(impressions), 0), axis=1)
+    drawn_UN = draw.integers(num_topics, size=item_UN.shape)
+    matches_UN = topic_I[item_UN] == np.take_along_axis(drawn_UN, since_UN, axis=1)
+    logit_UN = quality_I[item_UN] + effect * matches_UN
+    chance_UN = draw.random((2, *item_UN.shape)) < 1 / (1 + np.exp(1.5 - logit_UN))
+    minutes_UN = np.exp(1 + 0.4 * logit_UN + 0.5 * draw.normal(size=item_UN.shape)).round(2)
+    times_UN = np.sort(draw.integers(30 * 86_400, size=item_UN.shape), axis=1)
+    click_E = chance_UN[0].ravel()
+    events = pl.DataFrame(
+        {
+            "user": np.repeat(np.arange(num_users), impressions),
+            "item": item_UN.ravel(),
+            "time": 1_700_000_000 + times_UN.ravel(),
+            "click": click_E.astype(np.int64),
+            "minutes": minutes_UN.ravel(),
+            "like": chance_UN[1].ravel().astype(np.int64),
+        }
+    ).with_columns(pl.when(pl.col("click") == 1).then(pl.col("minutes", "like")))
+    topics = [f"topic {topic}" for topic in topic_I]
+    return MediaLog(events, pl.DataFrame({"item": np.arange(num_items), "topic": topics}))

@@ -30,6 +30,7 @@ from foretaste.models.catalogue import (
     ModelConfig,
     TwoStageConfig,
     build_model,
+    settled,
     tasks_of,
 )
 from foretaste.models.interface import Begins, ClosedForm, Finishes, LearnsNewcomers
@@ -126,6 +127,8 @@ def fit(
             on_epoch=on_epoch,
             max_seconds=max_seconds,
         )
+    positive = objective.positive if isinstance(objective, RowsConfig) else ""
+    config = settled(config, events, positive=positive)
     training = training or TrainingConfig()
     parts = _fit_parts(
         config,

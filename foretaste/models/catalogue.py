@@ -5,9 +5,10 @@ fails the type check.
 """
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, ClassVar, Literal, assert_never
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import nn
@@ -16,6 +17,8 @@ from foretaste.config import ChoiceConfig, Config, Count, RangeConfig, Space, We
 from foretaste.data import memory
 from foretaste.data.features import Features
 from foretaste.data.graph import Graph
+from foretaste.data.interactions import Interactions
+from foretaste.data.rows import positives_of
 from foretaste.data.tasks import Task
 from foretaste.errors import ConfigError
 from foretaste.models.als import ImplicitALS, ImplicitALSConfig
@@ -24,6 +27,7 @@ from foretaste.models.deepfm import DeepFM, DeepFMConfig
 from foretaste.models.din import DIN, DINConfig
 from foretaste.models.ease import EASE, EASEConfig
 from foretaste.models.item_knn import ItemKNN, ItemKNNConfig
+from foretaste.models.layers.field_ranker import HistoryConfig
 from foretaste.models.lightgcn import LightGCN, LightGCNConfig
 from foretaste.models.mf import MF, MFConfig
 from foretaste.models.mmoe import MMoE, MMoEConfig
@@ -90,6 +94,36 @@ def tasks_of(config: ModelConfig) -> tuple[Task, ...]:
             return (config.task,)
         case _:
             return ()
+
+
+_WHEN_ABSENT: Mapping[str, Mapping[str, object]] = {
+    "mmoe": {"pooling": "none"},
+    "shared_bottom": {"pooling": "none"},
+}
+"""By a model's kind, settings that bundles of earlier versions lack, and the value by which those
+models were made, where that is not today's usual one."""
+
+
+def as_written(model: Mapping[str, object]) -> dict[str, object]:
+    """Return a model's settings from a bundle, those that an earlier version lacked included."""
+    whole = {**_WHEN_ABSENT.get(str(model.get("kind")), {}), **model}
+    ranker = whole.get("ranker")
+    return whole | {"ranker": as_written(ranker)} if isinstance(ranker, Mapping) else whole
+
+
+def settled(config: ModelConfig, events: Interactions, *, positive: str = "") -> ModelConfig:
+    """Return settings with what they leave to the data, "auto", decided.
+
+    Args:
+        config: Of a model that is to be trained.
+        events: Those of training.
+        positive: Column whose values above 0 make an event part of histories; "": as they say.
+    """
+    if not (isinstance(config, HistoryConfig) and config.pooling == "auto"):
+        return config
+    happened = positives_of(events, positive)
+    has_histories = happened.num_items > 1 and np.diff(happened.offsets).max(initial=0) > 1
+    return config.model_copy(update={"pooling": "attention" if has_histories else "none"})
 
 
 LEARNING_COPIES = 5

@@ -6,7 +6,10 @@ r"""MMoE, a ranker and a catalogue scorer: tasks share experts, each task mixes 
 Ma et al., "Modeling Task Relationships in Multi-task Learning with Multi-gate Mixture-of-Experts",
 KDD 2018, https://doi.org/10.1145/3219819.3220007
 
-Departure: gates have a bias.
+x are the fields of the row; with histories, also what the user's history comes to for the item, as
+in DIN (`HistoryRanker`).
+
+Departures: gates have a bias; the paper reads no histories.
 
 Shape legend: B queries, A rows of items (B or 1), C items of each, Q fields of a query, G fields
 of an item, W width of a field, E experts, T tasks, H width of an expert's output.
@@ -24,13 +27,11 @@ from foretaste.data.batch import Queries
 from foretaste.data.features import Features
 from foretaste.data.tasks import Task
 from foretaste.models.layers.experts import Experts, Towers
-from foretaste.models.layers.field_ranker import PairRanker
+from foretaste.models.layers.field_ranker import HistoryConfig, HistoryRanker
 from foretaste.models.layers.heads import Heads
-from foretaste.models.layers.row_fields import RowFields, RowParts
-from foretaste.models.layers.row_sides import RowFieldsConfig
 
 
-class MMoEConfig(RowFieldsConfig):
+class MMoEConfig(HistoryConfig):
     """Settings of MMoE."""
 
     kind: Literal["mmoe"] = "mmoe"
@@ -53,7 +54,7 @@ class MMoEConfig(RowFieldsConfig):
 
 
 @final
-class MMoE(PairRanker):
+class MMoE(HistoryRanker):
     """The network: fields, experts and gates, towers."""
 
     def __init__(
@@ -75,14 +76,12 @@ class MMoE(PairRanker):
         Raises:
             ConfigError: There is nothing to tell an item by, or the tasks are not whole.
         """
-        super().__init__()
-        self.config, self.tasks = config, config.tasks
+        super().__init__(config, num_users=num_users, num_items=num_items, features=features)
+        self.tasks = config.tasks
         self.heads = Heads(self.tasks)
-        self.fields = RowFields(config, num_users=num_users, num_items=num_items, features=features)
-        width = config.embedding_dim
         self.experts = Experts(
-            self.fields.num_query_fields * width,
-            self.fields.num_item_fields * width,
+            self.query_dim,
+            self.item_dim,
             config.expert_hidden,
             num_experts=config.num_experts,
             num_gates=len(self.tasks),
@@ -96,8 +95,8 @@ class MMoE(PairRanker):
         self, queries: Queries, item_BC: Int64[Tensor, "B C"]
     ) -> dict[str, Float[Tensor, "B C E"]]:
         """Return how each task weighs the experts; the weights of a pair sum to 1."""
-        parts: RowParts = self.fields(queries, item_BC)
-        _, gate_BCTE = self.experts(parts.query_BQW.flatten(1), parts.item_ACGW.flatten(2))
+        query_BQW, item_BCGW = self.read(queries, item_BC)
+        _, gate_BCTE = self.experts(query_BQW.flatten(1), item_BCGW.flatten(2))
         return {task.name: gate_BCTE[:, :, place] for place, task in enumerate(self.tasks)}
 
     def of_fields(

@@ -2,6 +2,9 @@ r"""Shared-Bottom, a ranker and a catalogue scorer: one network below, a tower f
 
 .. math:: s^{(t)} = h^{(t)}(f(x))
 
+x are the fields of the row; with histories, also what the user's history comes to for the item, as
+in DIN (`HistoryRanker`).
+
 Caruana, "Multitask Learning", Machine Learning 1997, https://doi.org/10.1023/A:1007379606734
 
 Shape legend: B queries, A rows of items (B or 1), C items of each, Q fields of a query, G fields
@@ -19,14 +22,12 @@ from foretaste.config import ChoiceConfig, RangeConfig, Space, Widths
 from foretaste.data.features import Features
 from foretaste.data.tasks import Task
 from foretaste.models.layers.experts import Towers
-from foretaste.models.layers.field_ranker import PairRanker
+from foretaste.models.layers.field_ranker import HistoryConfig, HistoryRanker
 from foretaste.models.layers.heads import Heads
 from foretaste.models.layers.pair_mlp import PairMLP
-from foretaste.models.layers.row_fields import RowFields
-from foretaste.models.layers.row_sides import RowFieldsConfig
 
 
-class SharedBottomConfig(RowFieldsConfig):
+class SharedBottomConfig(HistoryConfig):
     """Settings of Shared-Bottom."""
 
     kind: Literal["shared_bottom"] = "shared_bottom"
@@ -46,7 +47,7 @@ class SharedBottomConfig(RowFieldsConfig):
 
 
 @final
-class SharedBottom(PairRanker):
+class SharedBottom(HistoryRanker):
     """The network: fields, the bottom, towers."""
 
     def __init__(
@@ -68,14 +69,12 @@ class SharedBottom(PairRanker):
         Raises:
             ConfigError: There is nothing to tell an item by, or the tasks are not whole.
         """
-        super().__init__()
-        self.config, self.tasks = config, config.tasks
+        super().__init__(config, num_users=num_users, num_items=num_items, features=features)
+        self.tasks = config.tasks
         self.heads = Heads(self.tasks)
-        self.fields = RowFields(config, num_users=num_users, num_items=num_items, features=features)
-        width = config.embedding_dim
         self.bottom = PairMLP(
-            self.fields.num_query_fields * width,
-            self.fields.num_item_fields * width,
+            self.query_dim,
+            self.item_dim,
             config.bottom_hidden,
             dropout=config.dropout,
         )

@@ -28,7 +28,7 @@ from foretaste.data.features import Features
 from foretaste.data.store import fill_store, open_store
 from foretaste.errors import BundleError
 from foretaste.json_values import json_value
-from foretaste.models.catalogue import ModelConfig, build_model
+from foretaste.models.catalogue import ModelConfig, as_written, build_model
 from foretaste.retrieval.choose import load_index
 from foretaste.retrieval.index import ItemIndex
 from foretaste.serving.manifest import (
@@ -179,7 +179,7 @@ def _mapping(values: Mapping[str, object]) -> dict[str, object]:
 
 def _read_parts(manifest: Manifest, path: Path) -> Bundle:
     events = open_store(path / EVENTS_FOLDER)
-    config = _MODEL_CONFIG.validate_python(manifest.model)
+    config = _MODEL_CONFIG.validate_python(as_written(manifest.model))
     has_features = any(name.startswith(f"{FEATURES_FOLDER}/") for name in manifest.files)
     features = Features.load(path / FEATURES_FOLDER) if has_features else None
     model = build_model(
@@ -193,7 +193,7 @@ def _read_parts(manifest: Manifest, path: Path) -> Bundle:
         features=features,
         seed=manifest.seed,
         train_seconds=manifest.train_seconds,
-        settings=manifest.settings,
+        settings=_as_written(manifest.settings),
         log=manifest.log,
         calibration=_CALIBRATION.validate_json((path / CALIBRATION_FILE).read_bytes())
         if CALIBRATION_FILE in manifest.files
@@ -205,6 +205,11 @@ def _read_parts(manifest: Manifest, path: Path) -> Bundle:
         index=None if manifest.index is None else load_index(path / INDEX_FOLDER),
         report=_read_report(manifest, path),
     )
+
+
+def _as_written(settings: Mapping[str, object]) -> dict[str, object]:
+    model = settings.get("model")
+    return {**settings, "model": as_written(model)} if isinstance(model, Mapping) else {**settings}
 
 
 def _read_report(manifest: Manifest, path: Path) -> Mapping[str, object] | None:

@@ -1,27 +1,38 @@
-"""What all rankers over fields do alike: from a model's raw outputs to answers.
+"""What rankers over fields have in common: from a model's raw outputs to answers, and histories.
 
-An abstract class and not a set of functions: five models owe a dozen doors each, and what differs
+Abstract classes and not a set of functions: five models owe a dozen methods each, and what differs
 between them is one method.
 
 Shape legend: B queries, A rows of items (B, or 1 where all queries have the same), C items of
-each, I items, Q fields of a query, G fields of an item, W width of a field.
+each, I items, L positions, M events laid out group by group, Q fields of a query, G fields of an
+item, W width of a field, K = G W.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from typing import ClassVar, Literal
 
+import torch
 from jaxtyping import Bool, Float, Int64
+from pydantic import Field
 from torch import Tensor, nn
 
+from foretaste.config import Count, Widths
 from foretaste.data.batch import Queries
-from foretaste.data.features import FieldTable
+from foretaste.data.features import Features, FieldTable
 from foretaste.data.histories import Reads
 from foretaste.data.interactions import Interactions
 from foretaste.data.tasks import Task
+from foretaste.errors import ConfigError
+from foretaste.models.layers.grouped_histories import Histories, group_histories
 from foretaste.models.layers.heads import Heads, score_in_blocks
+from foretaste.models.layers.pair_mlp import Activation
 from foretaste.models.layers.row_fields import RowFields, RowParts
+from foretaste.models.layers.row_sides import RowFieldsConfig
+from foretaste.models.layers.target_attention import TargetAttention, mean_weights, pool
 
 _BLOCK_PAIRS = 2**16
+_HISTORY_QUERIES, _HISTORY_PAIRS = 32, 2**13
 
 
 class FieldRanker(nn.Module, ABC):
@@ -107,7 +118,7 @@ class FieldRanker(nn.Module, ABC):
 
 
 class PairRanker(FieldRanker, ABC):
-    """A `FieldRanker` without histories: a query's fields are worked out once for all its items."""
+    """A `FieldRanker` of pairs: a query's fields are computed once for all its items."""
 
     @abstractmethod
     def of_fields(
@@ -115,11 +126,17 @@ class PairRanker(FieldRanker, ABC):
     ) -> Mapping[str, Float[Tensor, "B C"]]:
         """Return what the heads read, from the fields of queries and items."""
 
+    def read(
+        self, queries: Queries, item_BC: Int64[Tensor, "B C"]
+    ) -> tuple[Float[Tensor, "B Q W"], Float[Tensor, "B C G W"]]:
+        """Return the fields of queries and items, as `of_fields` takes them."""
+        parts: RowParts = self.fields(queries, item_BC)
+        return parts.query_BQW, parts.item_ACGW
+
     def raw(
         self, queries: Queries, item_BC: Int64[Tensor, "B C"]
     ) -> Mapping[str, Float[Tensor, "B C"]]:
-        parts: RowParts = self.fields(queries, item_BC)
-        return self.of_fields(parts.query_BQW, parts.item_ACGW)
+        return self.of_fields(*self.read(queries, item_BC))
 
     def raw_of(
         self, queries: Queries, item_1CGW: Float[Tensor, "1 C G W"]
@@ -135,3 +152,219 @@ class PairRanker(FieldRanker, ABC):
             item_I=self.fields.item_I,
             block_pairs=_BLOCK_PAIRS,
         )
+
+
+class HistoryConfig(RowFieldsConfig):
+    """Settings of a ranker that may read histories."""
+
+    pooling: Literal["auto", "attention", "mean", "none"] = "auto"
+    """How a history becomes a vector: by how much each event matters to the item judged, by the
+    mean of all events, or not at all. "auto": "attention" where a user of the training events has
+    several, else "none"."""
+    reads: Literal["before", "others"] = "before"
+    """What training reads as the history of a row: the user's events before it, or others drawn at
+    random, for data whose order means nothing."""
+    max_len: Count = 50
+    """How many events of a history are read, the last ones."""
+    weights: Literal["softmax", "unnormalised"] = "softmax"
+    """Whether attention weights sum to 1; where they do not, as in DIN's paper, they also carry how
+    strong an interest is."""
+    attention_hidden: Widths = Field(default=(36,), min_length=1)
+    """Widths of the activation unit's hidden layers."""
+
+    @property
+    def reads_history(self) -> bool:
+        """Whether histories are read."""
+        return self.pooling != "none"
+
+
+class HistoryRanker(PairRanker, ABC):
+    r"""A `PairRanker` that may read histories, as DIN does.
+
+    With histories an item has three times its fields: its own, :math:`e`, what the history comes to
+    for it, :math:`u`, and :math:`u \odot e`.
+    """
+
+    folds_in: ClassVar[bool] = True
+    """Whether new users' id vectors are regressed on the histories that are read, too."""
+
+    def __init__(
+        self,
+        config: HistoryConfig,
+        *,
+        num_users: int,
+        num_items: int,
+        features: Features | None,
+        activation: Activation = "prelu",
+    ) -> None:
+        """Make the fields and the attention, untrained.
+
+        Args:
+            config: The settings.
+            num_users: Users that training knows, 0 or more.
+            num_items: Items of the catalogue, 1 or more.
+            features: What else is known of them, and of moments.
+            activation: What follows the hidden layers of the attention.
+
+        Raises:
+            ConfigError: There is nothing to tell an item by.
+        """
+        super().__init__()
+        self.config, self.max_len = config, config.max_len
+        self.reads: Reads = config.reads if config.reads_history else "nothing"
+        self.fields = RowFields(
+            config,
+            num_users=num_users,
+            num_items=num_items,
+            features=features,
+            reads_history=config.reads_history,
+            folds_in=self.folds_in or not config.reads_history,
+        )
+        width = self.fields.num_item_fields * config.embedding_dim
+        if not width and config.reads_history:
+            raise ConfigError(
+                'histories are of one item, and nothing tells it: set model.pooling to "none", or '
+                "model.item_id to true",
+                name="pooling",
+                value=config.pooling,
+            )
+        self.query_dim = self.fields.num_query_fields * config.embedding_dim
+        self.item_dim = 3 * width if config.reads_history else width
+        self.attention = (
+            TargetAttention(
+                width, config.attention_hidden, weights=config.weights, activation=activation
+            )
+            if self.attends
+            else None
+        )
+
+    @property
+    def attends(self) -> bool:
+        """Whether the weights of a history's events depend on the item that is judged."""
+        return self.config.pooling in ("auto", "attention")
+
+    def attention_weights(
+        self, queries: Queries, item_BC: Int64[Tensor, "B C"]
+    ) -> Float[Tensor, "B C L"]:
+        """Return how much each event matters to each item, 0 under padding.
+
+        Position l is the l-th of the last `max_len` events of a history, and L the longest of
+        them. With "mean" pooling all events of a history weigh the same.
+
+        Raises:
+            ConfigError: The model reads no histories.
+        """
+        histories, parts = self._read_histories(queries, item_BC)
+        width = max(batch.item_BL.shape[1] for batch in histories.batches)
+
+        def weigh(event_BLK: Tensor, item_BCK: Tensor, valid_BL: Tensor) -> Tensor:
+            weight_BCL = self._weights(event_BLK, item_BCK, valid_BL)
+            return nn.functional.pad(weight_BCL, (0, width - weight_BCL.shape[2]))
+
+        weight_BCL = histories.map(weigh, parts.history_MGW.flatten(1), parts.item_ACGW.flatten(2))
+        return weight_BCL.expand(-1, item_BC.shape[1], -1)
+
+    def user_vectors(
+        self, queries: Queries, item_BC: Int64[Tensor, "B C"]
+    ) -> Float[Tensor, "B C K"]:
+        """Return what each history comes to for each item.
+
+        Raises:
+            ConfigError: The model reads no histories.
+        """
+        histories, parts = self._read_histories(queries, item_BC)
+        pooled_BCK = self._pooled(
+            histories, parts.history_MGW.flatten(1), parts.item_ACGW.flatten(2)
+        )
+        return pooled_BCK.expand(-1, item_BC.shape[1], -1)
+
+    def read(
+        self, queries: Queries, item_BC: Int64[Tensor, "B C"]
+    ) -> tuple[Float[Tensor, "B Q W"], Float[Tensor, "B C G W"]]:
+        """Return the fields of queries and items, three times as many with histories."""
+        if not self.config.reads_history:
+            return super().read(queries, item_BC)
+        histories, parts = self._read_histories(queries, item_BC)
+        return parts.query_BQW, self._beside(histories, parts.history_MGW, parts.item_ACGW)
+
+    def raw_of(
+        self, queries: Queries, item_1CGW: Float[Tensor, "1 C G W"]
+    ) -> Mapping[str, Float[Tensor, "B C"]]:
+        if not self.config.reads_history:
+            return super().raw_of(queries, item_1CGW)
+        histories, history_MGW = self._histories(queries)
+        item_BCGW = self._beside(histories, history_MGW, item_1CGW)
+        return self.of_fields(self.fields.query(queries), item_BCGW)
+
+    def score(self, queries: Queries) -> Float[Tensor, "B I"]:
+        """Return every item's score, some queries and items at a time."""
+        if not self.config.reads_history:
+            return super().score(queries)
+        if len(queries) > _HISTORY_QUERIES:
+            starts = range(0, len(queries), _HISTORY_QUERIES)
+            return torch.cat([self.score(queries.part(at, at + _HISTORY_QUERIES)) for at in starts])
+        query_BQW = self.fields.query(queries)
+        histories, history_MGW = self._histories(queries)
+
+        def rank(item_1C: Tensor) -> Tensor:
+            item_BCGW = self._beside(histories, history_MGW, self.fields.items(item_1C))
+            return self.heads.rank(self.of_fields(query_BQW, item_BCGW))
+
+        return score_in_blocks(
+            rank,
+            num_queries=len(queries),
+            item_I=self.fields.item_I,
+            block_pairs=_HISTORY_PAIRS,
+        )
+
+    def penalty(self, queries: Queries, item_BC: Int64[Tensor, "B C"]) -> Float[Tensor, ""]:
+        """Return what the batch's vectors add to the loss for being long."""
+        reads = self.config.reads_history and self.config.l2
+        history_M = group_histories(queries, self.max_len).items() if reads else None
+        return self.fields.penalty(queries, item_BC, history_M)
+
+    def _read_histories(
+        self, queries: Queries, item_BC: Int64[Tensor, "B C"]
+    ) -> tuple[Histories, RowParts]:
+        if not self.config.reads_history:
+            raise ConfigError(
+                'model.pooling is "none": no history is read', name="pooling", value="none"
+            )
+        histories = group_histories(queries, self.max_len)
+        return histories, self.fields(queries, item_BC, histories.items())
+
+    def _histories(self, queries: Queries) -> tuple[Histories, Float[Tensor, "M G W"]]:
+        """Return histories and the fields of their events."""
+        histories = group_histories(queries, self.max_len)
+        return histories, self.fields.items(histories.items().unsqueeze(0))[0]
+
+    def _beside(
+        self,
+        histories: Histories,
+        history_MGW: Float[Tensor, "M G W"],
+        item_ACGW: Float[Tensor, "A C G W"],
+    ) -> Float[Tensor, "B C _ W"]:
+        """Put what histories come to, and its product with the item, beside the item's fields."""
+        item_ACK = item_ACGW.flatten(2)
+        pooled_BCK = self._pooled(histories, history_MGW.flatten(1), item_ACK)
+        both_BCK = pooled_BCK * item_ACK
+        parts = item_ACK.expand_as(both_BCK), pooled_BCK.expand_as(both_BCK), both_BCK
+        all_BCK = torch.cat(parts, dim=2)
+        num_fields, width = item_ACGW.shape[2:]
+        return all_BCK.view(*all_BCK.shape[:2], 3 * num_fields, width)
+
+    def _pooled(
+        self, histories: Histories, event_MK: Tensor, item_ACK: Tensor
+    ) -> Float[Tensor, "B _ K"]:
+        def read(event_BLK: Tensor, item_BCK: Tensor, valid_BL: Tensor) -> Tensor:
+            return pool(self._weights(event_BLK, item_BCK, valid_BL), event_BLK)
+
+        return histories.map(read, event_MK, item_ACK)
+
+    def _weights(
+        self, event_BLK: Tensor, item_BCK: Tensor, valid_BL: Tensor
+    ) -> Float[Tensor, "B _ L"]:
+        if self.attention is not None:
+            weight_BCL: Tensor = self.attention(event_BLK, item_BCK, valid_BL)
+            return weight_BCL
+        return mean_weights(valid_BL)

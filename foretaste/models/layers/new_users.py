@@ -1,6 +1,6 @@
-"""What a ranker reads of users whose id or features are not told: what their history makes likely.
+"""What a ranker reads of users whose id or features are not given: what their history makes likely.
 
-In evaluation only; in training every row is read as it is told.
+In evaluation only; in training every row is read as it is given.
 
 Shape legend: B queries, S single-valued fields, the id first, Q fields of a user, U users, I items,
 W width of a field.
@@ -22,9 +22,22 @@ def with_likely_ids(
     *,
     user_UW: Float[Tensor, "U W"],
     item_IW: Float[Tensor, "I W"],
+    only_new: bool = False,
 ) -> tuple[Float[Tensor, "B S W"], Bool[Tensor, "B 1"]]:
-    """Answer the id of every query with a history by `fold_in`, and say who has an id then."""
+    """Return the ids of queries with a history by `fold_in`, and which queries have an id then.
+
+    Args:
+        fold_in: Knows the regression.
+        queries: Users and their histories.
+        single_BSW: Single-valued fields.
+        has_id_B1: Which users have an id vector.
+        user_UW: The users' id vectors.
+        item_IW: The items'.
+        only_new: Whether known users keep their vectors whatever they have done since.
+    """
     told_B1 = (queries.offsets_B1.diff() > 0).unsqueeze(1)
+    if only_new:
+        told_B1 = told_B1 & ~has_id_B1
     if not told_B1.any():
         return single_BSW, has_id_B1
     id_BW = fold_in(queries, user_UW, item_IW).where(told_B1, single_BSW[:, 0])

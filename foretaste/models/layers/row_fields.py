@@ -62,6 +62,7 @@ class RowFields(nn.Module):
         features: Features | None,
         width: int | None = None,
         reads_history: bool = False,
+        folds_in: bool = True,
     ) -> None:
         """Make untrained weights.
 
@@ -71,8 +72,10 @@ class RowFields(nn.Module):
             num_items: Items of the catalogue, 1 or more.
             features: What else is known of users, items and moments.
             width: W; None: `embedding_dim`.
-            reads_history: Whether the model tells users by their histories; else new users' id
-                vectors, and features that are not told, are regressed on them (`FoldIn`).
+            reads_history: Whether the model reads histories itself, so that what known users do
+                next does not move their id vectors.
+            folds_in: Whether the id vectors of new users, and their features that are not given,
+                are regressed on their histories (`FoldIn`).
 
         Raises:
             ConfigError: There is nothing to tell an item by.
@@ -90,7 +93,8 @@ class RowFields(nn.Module):
         self.table = self._table()
         self.register_buffer("taught_U", torch.ones(num_users, dtype=torch.bool))
         self.register_buffer("taught_I", torch.ones(num_items, dtype=torch.bool))
-        folds = config.user_id and config.item_id and not reads_history
+        folds = config.user_id and config.item_id and folds_in
+        self.folds_only_new = reads_history
         user_dim = (self.user.num_fields - 1) * self.width
         self.fold_in = FoldIn(num_users=num_users, embedding_dim=self.width) if folds else None
         self.fold_features = (
@@ -321,6 +325,7 @@ class RowFields(nn.Module):
                 has_id_B1,
                 user_UW=self._user_table(),
                 item_IW=self._item_table(),
+                only_new=self.folds_only_new,
             )
         field_BQW = self.user.joined(
             queries.user_B,
