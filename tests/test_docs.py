@@ -29,7 +29,7 @@ def script(name: str) -> ModuleType:
 
 @pytest.fixture
 def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder with the tables and the recipe that the pages speak of."""
+    """A folder with the tables and the recipes that the pages speak of."""
     monkeypatch.chdir(tmp_path)
     draw = np.random.default_rng(0)
     rows = [
@@ -41,8 +41,9 @@ def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     genres = ("Horror", "Comedy|Drama", "Drama", "Comedy|Horror")
     films = "\n".join(f"{item},Film {item},{genres[item % 4]},{1980 + item}" for item in range(40))
     Path("movies.csv").write_text("movieId,title,genres,year\n" + films)
-    for text in re.findall(r"```toml\n(.*?)```", (ROOT / "docs/recipes.md").read_text(), re.S):
-        Path("run.toml").write_text(text)
+    for page, file in (("recipes", "run.toml"), ("tasks", "tasks.toml")):
+        for text in re.findall(r"```toml\n(.*?)```", (ROOT / f"docs/{page}.md").read_text(), re.S):
+            Path(file).write_text(text)
 
 
 @pytest.mark.usefixtures("tables")
