@@ -45,7 +45,7 @@ def main() -> None:
     entries = {POPULARITY: first.model_copy(update={"model": popular, "objective": None})} | recipes
     found, seconds = {}, {}
     for name, config in entries.items():
-        same = config.model_copy(update={"evaluation": evaluation, "refit": False})
+        same = config.model_copy(update={"evaluation": evaluation, "final": "none"})
         reports = []
         for seed in range(1 if name == POPULARITY else asked.seeds):
             ran = run_experiment(same.model_copy(update={"seed": seed}), split, show=False)

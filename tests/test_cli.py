@@ -157,7 +157,7 @@ def test_a_recipe_becomes_a_bundle_with_its_report_and_its_record(
         "--set",
         "training.epochs=1",
         "--set",
-        "refit=true",
+        "final=validation",
         "--result",
         record,
     )
@@ -165,7 +165,7 @@ def test_a_recipe_becomes_a_bundle_with_its_report_and_its_record(
     assert set(json.loads(out)["metrics"]) >= {"ndcg_at_3", "hit_rate_at_3"}
     written = json.loads(record.read_text())
     assert written["published"] == {"ndcg_at_3": 0.5}
-    assert written["command"].endswith("--set training.epochs=1 --set refit=true")
+    assert written["command"].endswith("--set training.epochs=1 --set final=validation")
     assert str(world) not in record.read_text()
     assert set(written) >= {
         "recipe",

@@ -103,7 +103,7 @@ def test_the_calibration_was_fitted_to_validation_alone(done: ft.Run, folder: Pa
 
 
 def test_a_refitted_model_keeps_what_was_fitted_before_it_saw_validation(folder: Path) -> None:
-    config = ft.read_experiment(folder / "run.toml", overrides=["refit=true"])
+    config = ft.read_experiment(folder / "run.toml", overrides=["final=validation"])
     run = ft.run_experiment(config, ft.read_split(config, data_dir=folder), show=False)
     assert run.refitted is not None
     assert run.refitted_report is not None

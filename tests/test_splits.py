@@ -469,7 +469,7 @@ def test_no_other_cut_in_time_meets_the_share_better(rows: list[Event]) -> None:
 # --- doors -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("validation", "test"), [(0.1, 0.0), (0.1, 1.0), (-0.1, 0.1), (0.5, 0.5)])
+@pytest.mark.parametrize(("validation", "test"), [(0.1, -0.1), (0.1, 1.0), (-0.1, 0.1), (0.5, 0.5)])
 def test_shares_that_leave_nothing_are_refused(validation: float, test: float) -> None:
     for split in (temporal_split, ratio_split, random_split):
         with pytest.raises(ConfigError, match="shares"):

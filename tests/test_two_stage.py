@@ -631,7 +631,7 @@ def test_a_recipe_in_two_stages_is_reported_with_the_gain_over_retrieval_alone(
         model=PLANTED,
         training=SHORT.model_copy(update={"epochs": 2}),
         first_stage=ft.FirstStage(training=SHORT.model_copy(update={"epochs": 3})),
-        refit=True,
+        final="validation",
     )
     run = ft.run_experiment(config, SPLIT, show=False)
     trained, reports = run.final

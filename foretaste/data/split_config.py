@@ -19,17 +19,16 @@ from foretaste.data.splitting import (
     temporal_split,
 )
 
-Share = Annotated[float, Field(gt=0, lt=1)]
-ShareOrNone = Annotated[float, Field(ge=0, lt=1)]
+Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class _Shares(Config):
     """Two shares of the events that leave something to train on."""
 
-    validation: ShareOrNone = 0.1
+    validation: Share = 0.1
     """Share of the events to choose by; 0 for none."""
     test: Share = 0.1
-    """Share of the events to report on."""
+    """Share of the events to report on; 0 for none: then nothing is measured."""
 
     @model_validator(mode="after")
     def _leave_something(self) -> "_Shares":
@@ -78,7 +77,7 @@ class GivenSplitConfig(Config):
     kind: Literal["given"] = "given"
     column: str = "part"
     """Holds train, validation, test or unused, or 0, 1, 2 or 3."""
-    validation: ShareOrNone = 0.0
+    validation: Share = 0.0
     """Share of the training events to choose by, drawn at random, where the data give none."""
     validation_by: Literal["events", "blocks"] = "events"
     """Each event is drawn for itself; or of each user a block of items that others did together,

@@ -16,7 +16,15 @@ from foretaste.data.batch import Queries
 from foretaste.data.features import FieldSide
 from foretaste.data.interactions import Interactions
 from foretaste.data.leaks import find_leaks
-from foretaste.data.parts import NEGATIVE, TEST, TRAIN, UNUSED, VALIDATION, SplitKind
+from foretaste.data.parts import (
+    NEGATIVE,
+    TEST,
+    TRAIN,
+    UNUSED,
+    VALIDATION,
+    LearnedFrom,
+    SplitKind,
+)
 from foretaste.data.ranges import check_rows, ranges
 from foretaste.errors import DataError
 from foretaste.shown import Shown
@@ -116,6 +124,8 @@ class Split(Shown):
     """One sentence for each way in which this split lets the future into training."""
     notes: tuple[str, ...] = ()
     """What the split left where it was, with counts, such as users with too few events."""
+    learned_from: LearnedFrom = "train"
+    """Which parts of the split as it was made are in training."""
 
     def __post_init__(self) -> None:
         if len(self.part_E) != len(self.events):
@@ -140,8 +150,25 @@ class Split(Shown):
 
     def refit(self) -> "Split":
         """Return the same split with its validation events moved into training."""
-        part_E = np.where(self.part_E == VALIDATION, TRAIN, self.part_E).astype(np.uint8)
-        return replace(self, part_E=part_E, leaks=find_leaks(self.kind, self.events, part_E))
+        return self._with_in_training((VALIDATION,), "train and validation")
+
+    def everything(self) -> "Split":
+        """Return the same split with its validation and test events moved into training.
+
+        A model that learns from it is one to serve: it knows every user's newest events, and
+        nothing is left to measure it on. Unused events stay unused.
+        """
+        return self._with_in_training((VALIDATION, TEST), "all events")
+
+    @property
+    def has_test(self) -> bool:
+        """Whether any event is held out to report on."""
+        return bool((self.part_E == TEST).any())
+
+    def _with_in_training(self, parts: tuple[int, ...], learned_from: LearnedFrom) -> "Split":
+        part_E = np.where(np.isin(self.part_E, parts), TRAIN, self.part_E).astype(np.uint8)
+        leaks = find_leaks(self.kind, self.events, part_E)
+        return replace(self, part_E=part_E, leaks=leaks, learned_from=learned_from)
 
     def sizes(self) -> tuple[PartSize, ...]:
         """Return what stands in training, validation and test, for a table or a report."""

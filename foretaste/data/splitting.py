@@ -43,7 +43,7 @@ def temporal_split(events: Interactions, *, validation: float = 0.1, test: float
     Args:
         events: With times.
         validation: Share of the events, in [0, 1).
-        test: Share of the events, in (0, 1).
+        test: Share of the events, in [0, 1); 0: nothing is measured.
 
     Raises:
         ConfigError: The shares leave nothing to train on.
@@ -57,9 +57,12 @@ def temporal_split(events: Interactions, *, validation: float = 0.1, test: float
         )
     part_E = np.full(len(events), TRAIN, dtype=np.uint8)
     if len(events):
-        part_E[events.timestamp_s >= _cut(events.timestamp_s, 1 - test - validation)] = VALIDATION
-        part_E[events.timestamp_s >= _cut(events.timestamp_s, 1 - test)] = TEST
-    return _checked("temporal", events, part_E, rolling=True, validated=validation > 0)
+        time_E = events.timestamp_s
+        if validation + test > 0:
+            part_E[time_E >= _cut(time_E, 1 - test - validation)] = VALIDATION
+        if test > 0:
+            part_E[time_E >= _cut(time_E, 1 - test)] = TEST
+    return _checked("temporal", events, part_E, rolling=True, held_out=(validation > 0, test > 0))
 
 
 @checked
@@ -74,7 +77,7 @@ def leave_last_split(events: Interactions, *, validation: bool = True) -> Split:
         DataError: No user has events enough.
     """
     part_E, notes = _leave_last(events, (TEST, VALIDATION) if validation else (TEST,))
-    return _checked("leave_last", events, part_E, validated=validation, notes=notes)
+    return _checked("leave_last", events, part_E, held_out=(validation, True), notes=notes)
 
 
 @checked
@@ -84,7 +87,7 @@ def ratio_split(events: Interactions, *, validation: float = 0.1, test: float = 
     Args:
         events: With times, or in an order that stands for time.
         validation: Share of a user's events, in [0, 1), just before the test's.
-        test: Share of a user's events, in (0, 1), the last ones.
+        test: Share of a user's events, in [0, 1), the last ones; 0: nothing is measured.
 
     Raises:
         ConfigError: The shares leave nothing to train on.
@@ -98,9 +101,9 @@ def ratio_split(events: Interactions, *, validation: float = 0.1, test: float = 
     part_E = np.full(len(events), TRAIN, dtype=np.uint8)
     part_E[from_end_E < (test_U + validation_U)[events.user_idx]] = VALIDATION
     part_E[from_end_E < test_U[events.user_idx]] = TEST
-    short = int(((test_U == 0) & (length_U > 0)).sum())
+    short = int(((test_U == 0) & (length_U > 0)).sum()) if test else 0
     notes = (f"{short:,} users have too few events for a test share of {test:g}",) if short else ()
-    return _checked("ratio", events, part_E, validated=validation > 0, notes=notes)
+    return _checked("ratio", events, part_E, held_out=(validation > 0, test > 0), notes=notes)
 
 
 @checked
@@ -112,7 +115,7 @@ def random_split(
     Args:
         events: Any.
         validation: Share of the events, in [0, 1).
-        test: Share of the events, in (0, 1).
+        test: Share of the events, in [0, 1); 0: nothing is measured.
         seed: Equal seeds give equal splits.
 
     Raises:
@@ -127,7 +130,7 @@ def random_split(
     part_E = np.full(len(events), TRAIN, dtype=np.uint8)
     part_E[drawn[:num_test]] = TEST
     part_E[drawn[num_test : num_test + num_validation]] = VALIDATION
-    return _checked("random", events, part_E, validated=validation > 0)
+    return _checked("random", events, part_E, held_out=(validation > 0, test > 0))
 
 
 @checked
@@ -143,7 +146,7 @@ def cold_items_split(
     Args:
         events: Any.
         validation: Share of the items that have an event, in [0, 1).
-        test: Share of them, in (0, 1).
+        test: Share of them, in [0, 1); 0: nothing is measured.
         seed: Equal seeds give equal splits.
 
     Raises:
@@ -152,7 +155,7 @@ def cold_items_split(
     """
     part_I = _parts_of_rows(events.item_count, validation, test, seed)
     part_E = part_I[events.item_idx]
-    return _checked("cold_items", events, part_E, validated=validation > 0)
+    return _checked("cold_items", events, part_E, held_out=(validation > 0, test > 0))
 
 
 @checked
@@ -167,7 +170,7 @@ def cold_users_split(
     Args:
         events: Any.
         validation: Share of the users that have an event, in [0, 1).
-        test: Share of them, in (0, 1).
+        test: Share of them, in [0, 1); 0: nothing is measured.
         seed: Equal seeds give equal splits.
 
     Raises:
@@ -176,7 +179,7 @@ def cold_users_split(
     """
     part_U = _parts_of_rows(np.diff(events.offsets), validation, test, seed)
     part_E = part_U[events.user_idx]
-    return _checked("cold_users", events, part_E, validated=validation > 0)
+    return _checked("cold_users", events, part_E, held_out=(validation > 0, test > 0))
 
 
 @checked
@@ -198,7 +201,7 @@ def given_split(
     called = {TRAIN: "train", VALIDATION: "validation", TEST: "test"}
     merged, source_E = concatenate(list(present.values()), [called[part] for part in present])
     part_E = np.array(list(present), dtype=np.uint8)[source_E]
-    return _checked("given", merged, part_E, validated=validation is not None)
+    return _checked("given", merged, part_E, held_out=(validation is not None, True))
 
 
 @checked
@@ -242,7 +245,7 @@ def given_split_by_column(
     if validation:
         _hold_out(part_E, events, validation, validation_by, seed, column)
         validated = True
-    return _checked("given", events, part_E, validated=validated)
+    return _checked("given", events, part_E, held_out=(validated, True))
 
 
 @checked
@@ -261,7 +264,12 @@ def leave_last_within_training(split: Split) -> Split:
     part_E = whole.part_E.copy()
     part_E[part_E == TRAIN] = inner_E
     return _checked(
-        split.kind, split.events, part_E, rolling=split.rolling, notes=(*split.notes, *notes)
+        split.kind,
+        split.events,
+        part_E,
+        rolling=split.rolling,
+        held_out=(True, split.has_test),
+        notes=(*split.notes, *notes),
     )
 
 
@@ -304,10 +312,12 @@ def _parts_of_rows(
 
 
 def _check_shares(validation: float, test: float) -> None:
-    if not (0 < test < 1 and 0 <= validation < 1 and test + validation < 1):
+    if not (test >= 0 and validation >= 0 and test + validation < 1):
         raise ConfigError(
             f"validation={validation:g} and test={test:g} are no shares that leave something to "
-            "train on: test is in (0, 1), validation in [0, 1), their sum below 1"
+            "train on: each is in [0, 1), their sum below 1",
+            name="test",
+            value=test,
         )
 
 
@@ -367,14 +377,19 @@ def _checked(
     part_E: UInt8[np.ndarray, " E"],
     *,
     rolling: bool = False,
-    validated: bool = True,
+    held_out: tuple[bool, bool] = (True, True),
     notes: tuple[str, ...] = (),
 ) -> Split:
-    """Refuse a split with an empty part, and say what leaks."""
+    """Refuse a split with an empty part, if validation and test are `held_out`; say what leaks."""
     sizes = np.bincount(part_E, minlength=UNUSED + 1)
-    wanted = {"training": TRAIN, "validation": VALIDATION, "test": TEST}
-    for name, part in wanted.items():
-        if not sizes[part] and (validated or part != VALIDATION):
+    validation, test = held_out
+    wanted = {
+        "training": (TRAIN, True),
+        "validation": (VALIDATION, validation),
+        "test": (TEST, test),
+    }
+    for name, (part, is_wanted) in wanted.items():
+        if is_wanted and not sizes[part]:
             raise DataError(
                 f"the {name} part of this {kind} split is empty: {len(events):,} events of "
                 f"{int((np.diff(events.offsets) > 0).sum()):,} users{_moments(events)} are too "

@@ -154,15 +154,31 @@ def overlap(model: Trained, test: Asked) -> Overlap:
     )
     _check_known(model, test, found)
     _check_context(model, test)
-    if trained_on > _MOST_TRAINED_ON * found.events:
-        raise DataError(
-            f"the model was trained on {trained_on:,} of the {found.events:,} events of "
-            f"{test.name!r}: what it learned by heart measures nothing; give it the test of the "
-            "split that it was trained on, or events after its training",
-            name=test.name,
-            value=trained_on,
-        )
+    _check_not_trained_on(model, test, found)
     return found
+
+
+def _check_not_trained_on(model: Trained, test: Asked, found: Overlap) -> None:
+    """Refuse a test that training saw most of.
+
+    A model of labelled rows keeps the positive ones alone, so of one that learned from all events
+    a single event that it saw says that the test is its split's own.
+    """
+    most = _MOST_TRAINED_ON * found.events
+    advice = "give it the test of the split that it was trained on, or events after its training"
+    if model.learned_from == "all events":
+        most = 0 if found.own_rows else most
+        advice = (
+            'it was made with final = "all": give it events after its training, or measure a model '
+            'of the same recipe with final = "none"'
+        )
+    if found.trained_on > most:
+        raise DataError(
+            f"the model was trained on {found.trained_on:,} of the {found.events:,} events of "
+            f"{test.name!r}: what it learned by heart measures nothing; {advice}",
+            name=test.name,
+            value=found.trained_on,
+        )
 
 
 def check_new(

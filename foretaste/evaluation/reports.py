@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from foretaste.arguments import checked
 from foretaste.evaluation.bootstrap import Interval
@@ -81,14 +81,24 @@ class Reports(Shown):
             document["gain"] = self.gain.to_json()
         return json.dumps(document, allow_nan=False)
 
+    @checked
+    def noted(self, sentence: str) -> "Reports":
+        """Return them with a further note, which comes first."""
+        lists, rows = self.lists, self.rows
+        return replace(
+            self,
+            lists=lists and replace(lists, notes=(sentence, *lists.notes)),
+            rows=rows and replace(rows, notes=(sentence, *rows.notes)),
+        )
+
     def __str__(self) -> str:
-        return "\n\n".join(map(str, self._parts()))
+        return "\n\n".join(map(str, self._parts())) or "nothing was measured"
 
     def _parts(self) -> list[Report | RowsReport | RankingGain]:
         return [part for part in (self.lists, self.gain, self.rows) if part is not None]
 
     def _facts(self) -> dict[str, object]:
-        return {"": ", ".join(map(repr, self._parts()))}
+        return {"": ", ".join(map(repr, self._parts())) or "nothing was measured"}
 
     def _repr_html_(self) -> str:
         return "".join(part._repr_html_() for part in self._parts())

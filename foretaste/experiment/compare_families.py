@@ -115,7 +115,7 @@ def _recipe(config: ExperimentConfig, family: str) -> ExperimentConfig:
             "objective",
             "training",
             "first_stage",
-            "refit",
+            "final",
             "tune",
             "published",
             "notes",

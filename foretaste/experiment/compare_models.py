@@ -99,7 +99,7 @@ def compare_models(
     Those that learn in closed form go first. Each of the others may train for an even share of
     what is left of the budget, one step at least; what one leaves over falls to those after it. A
     model that fails does not end the others. Every model learns from the training part alone:
-    `refit` is ignored.
+    `final` is ignored.
 
     Args:
         recipes: By name, on the same data and split; the first one says how all are evaluated.

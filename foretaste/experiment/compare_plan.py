@@ -67,7 +67,7 @@ def plan_of(
     happened = happened_split(split, positive)
     entries = []
     for name, config in (recipes if tasks else with_baselines(recipes)).items():
-        settled = config.model_copy(update={"refit": False, "seeds": (), "evaluation": evaluation})
+        settled = config.model_copy(update={"final": "none", "seeds": (), "evaluation": evaluation})
         own = seeds or (config.seed,)
         once = name not in recipes or isinstance(config.model, WITHOUT_SEED)
         entries.append(

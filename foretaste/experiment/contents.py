@@ -18,6 +18,10 @@ class BundleContents:
     """Numbers in the network."""
     size: int
     """Bytes of all files."""
+    learned_from: str
+    """Which events the model learned from, in words."""
+    measured_on: str
+    """What the stored report was measured on, in words."""
     metrics: dict[str, float]
     """Of the stored report; empty without one."""
 
@@ -30,10 +34,12 @@ class BundleContents:
             "parameters": self.parameters,
             "MiB": self.size / 2**20,
             "users, items, events": f"{data.num_users:,}, {data.num_items:,}, {data.num_events:,}",
+            "learned from": self.learned_from,
             "data": f"sha256 {data.fingerprint[:16]}…",
             "seed": manifest.seed,
             "seconds of training": manifest.train_seconds,
             "index": ", ".join(f"{name} {value}" for name, value in index.items()) or "none",
+            "measured on": self.measured_on,
             **self.metrics,
         }
 
@@ -43,6 +49,8 @@ class BundleContents:
             "manifest": self.manifest.model_dump(mode="json"),
             "parameters": self.parameters,
             "size": self.size,
+            "learned_from": self.learned_from,
+            "measured_on": self.measured_on,
             "metrics": self.metrics,
         }
 
@@ -57,13 +65,13 @@ def inspect_bundle(path: Path | str) -> BundleContents:
     path = Path(path)
     bundle = read_bundle(path)
     manifest = read_manifest(path)
-    report = bundle.report or {}
-    metrics = metrics_in(report)
     return BundleContents(
         manifest=manifest,
         parameters=sum(value.numel() for value in bundle.trained.model.parameters()),
         size=sum(entry.size for entry in manifest.files.values()),
-        metrics=metrics,
+        learned_from=bundle.learned_from,
+        measured_on=bundle.measured_on,
+        metrics=metrics_in(bundle.report or {}),
     )
 
 

@@ -164,7 +164,10 @@ def fit(
         features=features,
         seed=seed,
         settings={"model": config.model_dump(mode="json"), "split": split.kind},
-        log={name: part.log for name, part in parts.items()},
+        log={
+            "learned_from": split.learned_from,
+            **{name: part.log for name, part in parts.items()},
+        },
     )
     with out_of_memory(
         f"learning {config.kind}",

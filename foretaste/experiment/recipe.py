@@ -123,6 +123,7 @@ class TuneConfig(Config):
     """From a setting's dotted name to a range or a list; empty searches the model's usual ones."""
 
 
+Final = Literal["none", "validation", "all"]
 TrainedOn = Literal["train", "train and validation"]
 Negatives = Literal["drawn again", "fixed", "all items", "none"]
 Selection = Literal["validation", "fixed epochs", "test"]
@@ -170,9 +171,11 @@ class ExperimentConfig(Config):
     """Of a model in two stages: how its retriever learns. `objective` and `training` are the
     ranker's then."""
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
-    refit: bool = False
-    """Train a second time with the validation events, for as many epochs as the first run chose,
-    and report both."""
+    final: Final = "none"
+    """What the model in the bundle learns from after the first run: "none", the first run's is
+    kept; "validation", one more run with the validation events, which is reported too; "all", one
+    more run with all events, the test's too, on which nothing can be measured: the report is the
+    first run's. It trains for as many epochs as the first run chose."""
     tune: TuneConfig = Field(default_factory=TuneConfig)
     published: dict[str, float] = Field(default_factory=dict)
     """Figures in print that the recipe is held against, such as `ndcg_at_10`."""
@@ -186,6 +189,17 @@ class ExperimentConfig(Config):
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds are {list(self.seeds)}: give each once")
         return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refit_is_final(cls, settings: object) -> object:
+        """Take `refit`, the former name: bundles and recipes of former versions have it."""
+        if not isinstance(settings, Mapping) or not isinstance(settings.get("refit"), bool):
+            return settings
+        if "final" in settings:
+            raise ValueError("refit is the former name of final: leave refit out")
+        rest = {name: value for name, value in settings.items() if name != "refit"}
+        return rest | {"final": "validation" if settings["refit"] else "none"}
 
 
 @checked

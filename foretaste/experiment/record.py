@@ -6,6 +6,7 @@ from pathlib import Path
 
 from foretaste.arguments import checked
 from foretaste.data.disk import whole_file
+from foretaste.evaluation.reports import Reports
 from foretaste.experiment.facts import run_facts
 from foretaste.experiment.recipe import ExperimentConfig, Negatives, Protocol
 from foretaste.experiment.run import Run
@@ -23,8 +24,8 @@ def record_run(
 ) -> dict[str, object]:
     """Return what `recipes/results/NAME.json` holds, as plain JSON values.
 
-    `metrics` are those of the model that was trained without the validation events;
-    `refitted` holds those of the one trained with them, where the recipe asks for it.
+    `metrics` are those of the model that was trained without the validation events; `refitted`
+    is about the one of the recipe's `final`, with its metrics where it did not learn from the test.
 
     Args:
         run: What the recipe gave.
@@ -44,12 +45,13 @@ def record_run(
         "metrics": dict(run.report.metrics),
         "intervals": {name: list(ends) for name, ends in run.report.intervals.items()},
     }
-    if run.refitted is not None and run.refitted_report is not None:
+    if run.refitted is not None:
+        again = run.refitted_report or Reports()
         record["refitted"] = {
-            "trained_on": "train and validation",
+            "trained_on": run.refitted.learned_from,
             "train_seconds": round(run.refitted.train_seconds, 1),
-            "metrics": dict(run.refitted_report.metrics),
-            "intervals": {n: list(ends) for n, ends in run.refitted_report.intervals.items()},
+            "metrics": dict(again.metrics),
+            "intervals": {name: list(ends) for name, ends in again.intervals.items()},
         }
     published: dict[str, object] = {"published": dict(config.published)}
     if config.published:

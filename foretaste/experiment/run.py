@@ -1,4 +1,4 @@
-"""From a recipe to a trained, measured model: data, split, fit, evaluate, and a refit if asked."""
+"""From a recipe to a trained, measured model: data, split, fit, evaluate, and a final fit."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -50,7 +50,11 @@ from foretaste.training.objectives.rows import RowsConfig
 from foretaste.training.settings import TrainingConfig
 from foretaste.training.trained import Trained
 
-_REFIT = "refit"
+_FINAL = "final"
+_ALL_NOTE = (
+    "of the first run, which learned from training alone: the model in the bundle was trained once "
+    'more, on all events (final = "all"), and nothing was measured of it'
+)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
@@ -59,17 +63,18 @@ class Run(Shown):
 
     trained: Trained
     report: Reports
-    """Of the test part."""
+    """Of the test part; empty where the split has none."""
     refitted: Trained | None = None
-    """Trained with the validation events too, where the recipe asks for it."""
+    """Trained on more than the training part, where the recipe's `final` asks for it."""
     refitted_report: Reports | None = None
+    """None where it learned from the test too, or there is none."""
 
     @property
     def final(self) -> tuple[Trained, Reports]:
-        """The model to serve and its report: the refitted one where there is one."""
-        if self.refitted is None or self.refitted_report is None:
+        """The model to serve and the report to keep beside it."""
+        if self.refitted is None:
             return self.trained, self.report
-        return self.refitted, self.refitted_report
+        return self.refitted, self.refitted_report or self.report.noted(_ALL_NOTE)
 
     def _facts(self) -> dict[str, object]:
         trained, report = self.final
@@ -148,7 +153,7 @@ def start_run(
 def stopped_after(folder: str | Path) -> int | None:
     """Return how many epochs a run had completed when it was stopped; None if it was not."""
     folder = Path(folder)
-    refitted = folder / _REFIT / CHECKPOINT_FILE
+    refitted = folder / _FINAL / CHECKPOINT_FILE
     return epochs_done(refitted if refitted.exists() else folder / CHECKPOINT_FILE)
 
 
@@ -163,7 +168,9 @@ def run_experiment(
     show: bool = True,
     max_seconds: float | None = None,
 ) -> Run:
-    """Fit a recipe's model, report it on the test part, and refit it if the recipe says so.
+    """Fit a recipe's model, report it on the test part, and fit it on more if `final` says so.
+
+    Where the split has no test part, nothing is measured.
 
     Args:
         config: The recipe.
@@ -182,7 +189,7 @@ def run_experiment(
     folder = None if folder is None else Path(folder)
     check_measurable(config, split)
     if folder is not None and not resume:
-        forget_checkpoint(folder / _REFIT)
+        forget_checkpoint(folder / _FINAL)
     with _tracker(config, folder, track) as tracker:
         told = None if tracker is None else partial(_tell, tracker)
         trained = _fit(
@@ -195,23 +202,56 @@ def run_experiment(
             max_seconds=max_seconds,
         )
         trained = with_calibration(trained, config.evaluation, split)
-        report = evaluate_split(trained, config, split)
+        report = evaluate_split(trained, config, split) if split.has_test else Reports()
         if tracker is not None:
             tracker.log_metrics(report.metrics, step=0)
-        if not config.refit:
-            return Run(trained=trained, report=report)
+    if config.final == "none":
+        return Run(trained=trained, report=report)
+    refitted = fit_final(
+        trained,
+        config,
+        split,
+        folder=None if folder is None else folder / _FINAL,
+        resume=resume,
+        show=show,
+        max_seconds=max_seconds,
+    )
+    measurable = config.final == "validation" and split.has_test
+    again = evaluate_split(refitted, config, split) if measurable else None
+    return Run(trained=trained, report=report, refitted=refitted, refitted_report=again)
+
+
+def fit_final(
+    trained: Trained,
+    config: ExperimentConfig,
+    split: Split,
+    *,
+    folder: Path | None = None,
+    resume: bool = False,
+    show: bool = True,
+    max_seconds: float | None = None,
+) -> Trained:
+    """Train a recipe's model once more, on as much as its `final` says.
+
+    Args:
+        trained: Of the first run: it chose the epochs, and what is fitted to validation is kept.
+        config: The recipe.
+        split: Its data.
+        folder: Where checkpoints go.
+        resume: Go on from the checkpoint there.
+        show: Report progress on standard error.
+        max_seconds: Stop the training loop after so long.
+    """
     refitted = _fit(
         _with_chosen_epochs(config, trained.log),
-        split.refit(),
-        folder=None if folder is None else folder / _REFIT,
+        split.everything() if config.final == "all" else split.refit(),
+        folder=folder,
         resume=resume,
         on_epoch=None,
         show=show,
         max_seconds=max_seconds,
     )
-    refitted = replace(refitted, calibration=trained.calibration)  # it has seen validation's rows
-    again = evaluate_split(refitted, config, split)
-    return Run(trained=trained, report=report, refitted=refitted, refitted_report=again)
+    return replace(refitted, calibration=trained.calibration)  # it has seen validation's rows
 
 
 def check_measurable(config: ExperimentConfig, split: Split) -> None:
@@ -221,8 +261,8 @@ def check_measurable(config: ExperimentConfig, split: Split) -> None:
         ConfigError: It asks for rows alone, and the model predicts none.
         DataError: It asks for lists, and there is nothing to find.
     """
-    if not len(split.train):
-        return  # nothing to learn from, as `fit` will say
+    if not (len(split.train) and split.has_test):
+        return  # nothing to learn from, as `fit` will say, or nothing to measure
     asked, is_ranker = config.evaluation, bool(tasks_of(config.model))
     by_rows = asked.rows and is_ranker
     if not (asked.catalogue or by_rows):
@@ -249,8 +289,16 @@ def evaluate_split(trained: Trained, config: ExperimentConfig, split: Split) -> 
     """Report a model on the test part of a split, as a recipe says.
 
     Raises:
-        ConfigError: A recipe asks for rows alone, and the model predicts none.
+        ConfigError: A recipe asks for rows alone, and the model predicts none; or the split has
+            no test part.
+        DataError: The model learned from the test part.
     """
+    if not split.has_test:
+        raise ConfigError(
+            "the split has no test part, so nothing can be measured: set split.test above 0",
+            name="split.test",
+            value=0,
+        )
     asked, is_ranker = config.evaluation, isinstance(second_stage(trained.model), Ranker)
     lists = rows = gain = None
     if asked.rows and is_ranker:
@@ -317,8 +365,11 @@ def sampled_rows(trained: Trained, asked: EvaluationConfig) -> SampledNegatives 
 
 @checked
 def to_recommender(trained: Trained, report: Report | Reports) -> Recommender:
-    """Index a model's items and keep its report, without each user's values, beside it."""
-    return build_recommender(trained, report=json.loads(report.to_json(per_user=False)))
+    """Index a model's items and keep its report, without each user's values, beside it.
+
+    Where nothing was measured, none is kept.
+    """
+    return build_recommender(trained, report=json.loads(report.to_json(per_user=False)) or None)
 
 
 @checked
@@ -399,7 +450,8 @@ def _with_chosen_epochs(config: ExperimentConfig, log: Mapping[str, object]) -> 
 def _for_epochs(training: TrainingConfig, log: Mapping[str, object]) -> TrainingConfig:
     """Return settings for the epochs that a log chose; 1 for a model that learns in closed form."""
     epochs = log.get("best_epoch", 1)
-    return training.model_copy(update={"epochs": epochs if isinstance(epochs, int) else 1})
+    chosen = max(1, epochs) if isinstance(epochs, int) else 1  # 0: stopped within the first one
+    return training.model_copy(update={"epochs": chosen})
 
 
 def _read_events(data: PublicData | FileData | StoreData, data_dir: Path | None) -> Interactions:

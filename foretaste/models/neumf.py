@@ -99,7 +99,7 @@ class NeuMFConfig(Config):
     pretrain: bool = False
     """Train GMF and MLP first, with the same settings, and start from them."""
     pretrain_epochs: Rounds | None = None
-    """Epochs of each of them, in a refit too; none: as many as training has."""
+    """Epochs of each of them, in a final run too; none: as many as training has."""
     fine_tuning: float = Field(default=1.0, gt=0, le=1000)
     """The learning rate after them, as a share of training's: they have nearly arrived."""
     alpha: float = Field(default=0.5, gt=0, lt=1)

@@ -51,6 +51,11 @@ EVENTS_FOLDER = "events"
 INDEX_FOLDER = "index"
 FEATURES_FOLDER = "features"
 LIBRARIES = ("torch", "numpy", "polars", "faiss-cpu", "safetensors")
+_LEARNED_FROM = {
+    "train": "the training part of its split, without validation and test",
+    "train and validation": "the training and validation parts of its split, without the test",
+    "all events": "all of its split, validation and test included",
+}
 _MODEL_CONFIG: TypeAdapter[ModelConfig] = TypeAdapter(ModelConfig)
 _CALIBRATION: TypeAdapter[dict[str, Calibration]] = TypeAdapter(dict[str, Calibration])
 
@@ -69,6 +74,26 @@ class Bundle:
     """Of a retriever's items; None for a model that scores the whole catalogue."""
     report: Mapping[str, object] | None = None
     """Measured figures, as JSON values."""
+
+    @property
+    def learned_from(self) -> str:
+        """Which events the model learned from, in words."""
+        parts = self.trained.learned_from
+        told = f"{len(self.trained.events):,} events"
+        return f"{told}: {_LEARNED_FROM[parts]}" if parts in _LEARNED_FROM else told
+
+    @property
+    def measured_on(self) -> str:
+        """What the report was measured on, in words."""
+        if self.report is None:
+            return "nothing: there is no report"
+        if self.trained.learned_from == "all events":
+            return (
+                "the test part, by a first run that had not learned from it; nothing was measured "
+                "of this model, which has learned from it too"
+            )
+        holdout = self.report.get("holdout")
+        return f"the {holdout} part" if holdout else "events that the report does not name"
 
 
 def write_bundle(bundle: Bundle, path: Path, *, replace: bool = False) -> None:

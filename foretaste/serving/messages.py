@@ -254,6 +254,10 @@ class ModelReply(_Reply):
     loaded_at_s: float
     users: int
     items: int
+    learned_from: str
+    """Which events the model learned from, in words."""
+    measured_on: str
+    """What the report was measured on, in words."""
     manifest: dict[str, JsonValue]
     report: JsonValue
     """The evaluation that the bundle carries, null if none."""

@@ -203,6 +203,8 @@ class Service:
             loaded_at_s=loaded.loaded_at_s,
             users=loaded.catalogue.num_users,
             items=loaded.catalogue.num_items,
+            learned_from=loaded.recommender.bundle.learned_from,
+            measured_on=loaded.recommender.bundle.measured_on,
             manifest=loaded.manifest,
             report=loaded.report,
         )

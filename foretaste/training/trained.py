@@ -79,6 +79,13 @@ class Trained(Shown):
         return replace(self, translation=found)
 
     @property
+    def learned_from(self) -> str:
+        """Which parts of its split the model learned from; empty where that was not kept."""
+        if "refit" in self.settings:  # of a bundle of a former version
+            return "train and validation" if self.settings["refit"] else "train"
+        return str(self.log.get("learned_from", ""))
+
+    @property
     def item_count(self) -> Int64[np.ndarray, " I"]:
         """How many training events each item has."""
         count_I = self.events.item_count

@@ -262,7 +262,7 @@ async function start() {
     const kind = kindOf(model.manifest);
     fill(byId("model"), make("strong", { text: KINDS[kind] ?? kind }),
       make("span", { text: ` ${model.users.toLocaleString("en")} users · ${model.items.toLocaleString("en")} items · version ${model.version}` }));
-    fill(byId("report"), ...reportView(model.report));
+    fill(byId("report"), ...reportView(model));
     const columns = await attempt(api.columns);
     if (columns) rules = rulesForm(columns, model.items, refresh);
   }

@@ -69,10 +69,12 @@ function oneReport(report, several) {
     make("ul", {}, ...notes.map((note) => make("li", { text: String(note) }))))];
 }
 
-export function reportView(report) {
-  const found = reportsIn(report);
+export function reportView(model) {
+  const found = reportsIn(model.report);
+  const learned = make("p", { cls: "hint", text: `Learned from ${model.learned_from}.` });
   if (found.length === 0) {
-    return [make("p", { cls: "hint", text: "This bundle carries no report: foretaste evaluate makes one." })];
+    return [learned, make("p", { cls: "hint", text: "This bundle carries no report: foretaste evaluate makes one." })];
   }
-  return found.flatMap((one) => oneReport(one, found.length > 1)).filter(Boolean);
+  return [learned, make("p", { cls: "hint", text: `Measured on ${model.measured_on}.` }),
+    ...found.flatMap((one) => oneReport(one, found.length > 1)).filter(Boolean)];
 }
