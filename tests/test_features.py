@@ -552,17 +552,17 @@ def test_a_million_values_are_cut_to_a_hundred_thousand() -> None:
     [
         ([1.0, float("inf")], NumericField(), "column 'x', item 1: inf is infinite"),
         (["1", "two"], NumericField(), "column 'x', item 1: 'two' is not a number"),
-        ([[1.0], [2.0]], NumericField(), "column 'x' holds List"),
-        ([[1.0], [2.0]], CategoricalField(), "column 'x' holds List.*multi"),
+        ([[1.0], [2.0]], NumericField(), "column 'x' holds lists"),
+        ([[1.0], [2.0]], CategoricalField(), "column 'x' holds lists.*multi"),
         ([1.0, -float("inf")], CategoricalField(), "column 'x', item 1: -inf is not a category"),
         (["a|b", "c"], MultiField(), "column 'x' holds text, such as.*separator"),
-        ([[["a"]], [["b"]]], MultiField(), "column 'x' holds List"),
+        ([[["a"]], [["b"]]], MultiField(), "column 'x' holds lists"),
         ([[1.0, 2.0], [1.0]], VectorField(), "item 1 holds a vector of 1 numbers, not 2"),
         ([[1.0], [float("nan")]], VectorField(), "item 1 holds a vector with a number that is"),
         ([[1.0], [None]], VectorField(), "item 1 holds a vector with a number that is"),
         ([[1.0], [1e39]], VectorField(), "item 1 holds a vector with a number that is"),
-        ([["a"], ["b"]], VectorField(), "column 'x' holds List"),
-        ([1.0, 2.0], VectorField(), "column 'x' holds Float64"),
+        ([["a"], ["b"]], VectorField(), "column 'x' holds lists"),
+        ([1.0, 2.0], VectorField(), "column 'x' holds numbers"),
     ],
 )
 @pytest.mark.parametrize("held_out", [0, 1])

@@ -2,6 +2,7 @@
 
 import datetime as dt
 import gzip
+import re
 import uuid
 from decimal import Decimal
 from pathlib import Path
@@ -17,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 
+import foretaste
 from foretaste.data.audit import audit_events
 from foretaste.data.interactions import Interactions
 from foretaste.data.read_config import MISSING, TimestampUnit
@@ -1133,3 +1135,33 @@ def test_rows_of_known_users_or_items_need_only_the_one_column() -> None:
 def test_a_table_of_which_nothing_is_named_is_refused() -> None:
     with pytest.raises(DataError, match="no column is named"):
         read_interactions(EVENTS, user=None, item=None)
+
+
+@pytest.mark.parametrize(
+    ("source", "fix"),
+    [
+        ({"user_id": [1], "item_id": [2]}, "polars.DataFrame"),
+        ([(1, 2)], "polars.DataFrame"),
+        (np.array([[1, 2]]), "name its columns"),
+        (pl.Series([1]), "one column"),
+        (pd.Series([1]), "one column"),
+        (pd.Index([1]), "one column"),
+        (pa.array([1]), "one column"),
+        (None, "give a path"),
+        (3, "give a path"),
+        ([], "give a path"),
+    ],
+)  # fmt: skip
+def test_what_is_no_table_is_refused_with_what_makes_one(source: object, fix: str) -> None:
+    with pytest.raises(DataError, match=rf"^the event table cannot be a .*{fix}"):
+        read_interactions(source)
+    good = pl.DataFrame({"user_id": [1], "item_id": [2]})
+    if source is not None and not isinstance(source, np.ndarray):  # settings take it for a list
+        with pytest.raises(DataError, match=rf"^the table of items cannot be a .*{fix}"):
+            read_interactions(good, items=source)
+
+
+def test_no_message_has_the_name_of_a_column_type() -> None:
+    for path in sorted(Path(foretaste.__file__).parent.rglob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        assert not re.search(r"holds? \{[^}]*(dtype|schema\[)", text), path

@@ -146,3 +146,16 @@ def test_links_that_name_no_known_id_are_refused() -> None:
     with pytest.raises(ft.DataError) as caught:
         read(user_links=pl.DataFrame({"one": [101, 102], "other": [103, 104]}))
     assert (caught.value.column, caught.value.value) == ("one", 101)
+
+
+@pytest.mark.parametrize("role", ["users", "items"])
+def test_a_table_without_rows_or_columns_and_a_key_without_a_table_are_refused(role: str) -> None:
+    key = role[:-1]
+    events = pl.DataFrame({"user_id": [1, 2], "item_id": [3, 4]})
+    for columns in ({f"{key}_id": [], "x": []}, {}):
+        with pytest.raises(ft.DataError, match=rf"^the table of {role} has no (rows|columns)"):
+            ft.read_interactions(events, **{role: pl.DataFrame(columns)})
+    for column in ("x", 0):
+        with pytest.raises(ft.ConfigError) as caught:
+            ft.read_interactions(events, **{f"{key}_key": column})
+        assert (caught.value.name, caught.value.value) == (f"{key}_key", column)

@@ -164,12 +164,13 @@ def canonical_ids(ids: pl.Series) -> pl.Series:
 
 def in_words(column: pl.Series) -> str:
     """Return what a column holds, for a message."""
+    dtype = column.dtype
     named = {pl.Binary: "bytes", pl.List: "lists", pl.Array: "lists", pl.Struct: "records"}
     named |= {pl.Boolean: "truth values", pl.Duration: "durations", pl.Time: "times of day"}
     named |= {pl.Date: "dates", pl.Datetime: "times", pl.Object: "a mixture of types"}
     named |= {pl.String: "text", pl.Categorical: "text", pl.Enum: "text"}
-    other = "numbers" if column.dtype.is_numeric() else "values of another type"
-    return next((words for kind, words in named.items() if column.dtype == kind), other)
+    other = "numbers" if dtype.is_numeric() else "values of another type"
+    return next((words for kind, words in named.items() if dtype == kind), other)
 
 
 def _no_blanks(text: pl.Series) -> pl.Series:

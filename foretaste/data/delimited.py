@@ -103,16 +103,20 @@ class TextFile:
             whole = dict(
                 zip(ids, pool.map(plain_integers, (frame[name] for name in ids)), strict=True)
             )
-        done = {name: column for name, column in whole.items() if column is not None}
+        found = {name: column for name, column in whole.items() if column is not None}
+        integers, told = without_markers(pl.DataFrame(list(found.values())), file.missing)
+        done = {column.name: column for column in integers.iter_columns()}
         if len(done) == len(columns):
-            return TextTable(pl.DataFrame([done[name] for name in columns]), file.notes)
+            return TextTable(integers.select(columns), (*file.notes, *told))
         rest, notes = without_markers(frame.drop(done), file.missing)
         for column in rest.iter_columns():
             typed = ids_of_text(column) if column.name in ids else narrowed(column)
             done[column.name] = typed
         if any(column.dtype == pl.String for column in done.values()):
             _refuse_backslashes(file)
-        return TextTable(pl.DataFrame([done[name] for name in columns]), (*file.notes, *notes))
+        return TextTable(
+            pl.DataFrame([done[name] for name in columns]), (*file.notes, *told, *notes)
+        )
 
     def _scan(self, columns: list[str], numbers: Collection[str]) -> pl.DataFrame:
         inner = dict(zip(self.columns, self.inner, strict=True))

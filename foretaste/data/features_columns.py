@@ -12,6 +12,7 @@ import numpy as np
 import polars as pl
 from jaxtyping import Bool, Float32, Int64
 
+from foretaste.data.columns import in_words
 from foretaste.data.features_values import Held, at_row, moved, single_of, texts_of
 from foretaste.errors import DataError
 
@@ -117,8 +118,8 @@ def vectors_of(column: pl.Series, *, width: int | None = None) -> Vectors:
     inner = column.explode().dtype if isinstance(column.dtype, pl.List) else pl.String()
     if not (inner.is_numeric() or inner == pl.Null):
         raise DataError(
-            f"column {column.name!r} holds {column.dtype}, and a vector is a list of numbers: set "
-            "another kind, or leave the column out",
+            f"column {column.name!r} holds {in_words(column)}, and a vector is a list of numbers: "
+            "set another kind, or leave the column out",
             column=column.name,
         )
     length_R = column.list.len().fill_null(0).to_numpy()

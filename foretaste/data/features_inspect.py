@@ -10,6 +10,7 @@ import polars as pl
 from jaxtyping import Bool
 
 from foretaste.arguments import checked
+from foretaste.data.columns import in_words
 from foretaste.data.features_values import Held, held_by, is_text, numbers_of, texts_of
 from foretaste.data.fields import (
     CategoricalField,
@@ -66,7 +67,7 @@ def _choose(column: pl.Series) -> FieldConfig | str:
     if isinstance(dtype, pl.List | pl.Array):
         return _of_lists(column)
     if dtype.is_nested() or dtype in (pl.Binary, pl.Object):
-        return f"holds {dtype}, which is no feature"
+        return f"holds {in_words(column)}, which is no feature"
     known = (column.fill_nan(None) if dtype.is_float() else column).drop_nulls()
     distinct = known.n_unique()
     if not len(known):
@@ -93,7 +94,7 @@ def _of_lists(column: pl.Series) -> FieldConfig | str:
             return f"lists of {lengths.min()} to {lengths.max()} numbers: a vector has one length"
         return VectorField(why=f"{lengths[0]} numbers in every list")
     if values.dtype.is_nested() or values.dtype in (pl.Binary, pl.Object):
-        return f"holds {column.dtype}, which is no feature"
+        return f"holds lists of {in_words(values)}, which is no feature"
     return _of_bags(values, len(lists), separator=None)
 
 

@@ -21,7 +21,7 @@ import polars as pl
 from jaxtyping import Float64
 from pydantic import TypeAdapter, ValidationError
 
-from foretaste.data.columns import canonical_ids
+from foretaste.data.columns import canonical_ids, in_words
 from foretaste.errors import DataError
 
 Held = Literal["text", "number", "truth", "time", "clock", "duration"]
@@ -120,8 +120,8 @@ def single_of(column: pl.Series) -> pl.Series:
         column = canonical_ids(column)
     elif dtype == pl.Binary or dtype.is_nested():
         raise DataError(
-            f"column {column.name!r} holds {dtype}, and a category is text, a number or a date: "
-            'set its kind to "multi" or "vector", or leave the column out',
+            f"column {column.name!r} holds {in_words(column)}, and a category is text, a number or "
+            'a date: set its kind to "multi" or "vector", or leave the column out',
             column=column.name,
         )
     return column.cast(pl.String) if is_text(column) else column
@@ -241,7 +241,7 @@ def numbers_of(column: pl.Series, *, holds: Held | None = None) -> Float64[np.nd
     """
     if column.dtype == pl.Binary or column.dtype.is_nested():
         raise DataError(
-            f"column {column.name!r} holds {column.dtype}, and a numeric field numbers, dates, "
+            f"column {column.name!r} holds {in_words(column)}, and a numeric field numbers, dates, "
             "times or durations: set another kind, or leave the column out",
             column=column.name,
         )

@@ -14,7 +14,7 @@ from foretaste.data.columns import at_row, canonical_ids
 from foretaste.data.read_config import ReadConfig
 from foretaste.data.tables import Source, find_column, open_source
 from foretaste.data.vocabulary import Vocabulary
-from foretaste.errors import DataError
+from foretaste.errors import ConfigError, DataError
 
 _INTEGER = r"^-?(0|[1-9][0-9]*)$"
 _ENOUGH = 0.5
@@ -53,9 +53,12 @@ def read_side(
         ids: Of the events.
 
     Raises:
-        DataError: It cannot be read, no column is the key, or a row has no id.
+        ConfigError: A column of it is named as the key, and there is no table.
+        DataError: It cannot be read, is empty, no column is the key, or a row has no id.
     """
+    key, notes = read.user_key if role == "users" else read.item_key, list[str]()
     if source is None:
+        _refuse_key(key, role)
         return None
     opened = open_source(
         source,
@@ -64,7 +67,6 @@ def read_side(
         missing=read.missing,
         role=f"the table of {role}",
     )
-    key, notes = read.user_key if role == "users" else read.item_key, []
     if key is not None:
         name = find_column(opened, key, argument=_setting(role))
     elif like is not None and read.header and like in opened.columns:
@@ -99,6 +101,17 @@ def read_side(
     )
 
 
+def _refuse_key(key: str | int | None, role: str) -> None:
+    """Refuse a key of a table that is not there."""
+    if key is not None:
+        raise ConfigError(
+            f"{_setting(role)}={key!r} names a column of the table of {role}, and there is none: "
+            f"give {role}=, or leave {_setting(role)} out",
+            name=_setting(role),
+            value=key,
+        )
+
+
 def _setting(role: str) -> str:
     return f"{role.removesuffix('s')}_key"
 
@@ -106,7 +119,15 @@ def _setting(role: str) -> str:
 def _first_of_each(
     others: pl.DataFrame, ids: pl.Series, name: str, notes: list[str]
 ) -> tuple[pl.DataFrame, pl.Series]:
-    """Keep the first row of each id; say how many more there are, and how many say otherwise."""
+    """Keep the first row of each id; say how many more there are, and how many say otherwise.
+
+    Raises:
+        DataError: There is no row.
+    """
+    if not len(ids):
+        raise DataError(
+            f"{name} has no rows: leave it out, or give the table of these ids", name=name
+        )
     first = ids.is_first_distinct()
     if first.all():
         return others, ids
@@ -131,6 +152,8 @@ def _find_key(opened: Source, like: str | None, ids: pl.Series, role: str) -> st
         DataError: None does, or several others do.
     """
     columns = opened.columns
+    if not columns:
+        raise DataError(f"{opened.name} has no columns: leave it out", name=opened.name)
     fitting = _fitting(
         kept(opened.read(columns, columns, optional=columns).frame, "the table").frame, ids
     )

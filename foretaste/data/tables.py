@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from foretaste.data.column_types import of_arrow, without_extensions
-from foretaste.data.columns import canonical_ids, without_markers
+from foretaste.data.columns import canonical_ids, in_words, without_markers
 from foretaste.data.delimited import TextFile, open_text
 from foretaste.data.file_kinds import first_bytes, place_of
 from foretaste.data.read_config import MISSING
@@ -111,13 +111,24 @@ def open_source(
             return _Scan(role, source, missing)
     if type(source).__module__.split(".")[0] == "pandas" and hasattr(source, "columns"):
         return _Pandas(role, _with_index(source), missing)
-    if hasattr(source, "__arrow_c_stream__"):
+    if hasattr(source, "__arrow_c_stream__") and not hasattr(source, "to_frame"):
         batches = _quietly(role, lambda: pa.RecordBatchReader.from_stream(source))
         return _Stream(role, batches, missing)
-    raise DataError(
-        f"{role} cannot be a {type(source).__name__}: give a path, a list of paths, or a pandas, "
-        "Polars, pyarrow or DuckDB table"
-    )
+    raise _no_source(source, role)
+
+
+def _no_source(source: object, role: str) -> DataError:
+    """Return the error about what is no table, with what makes one of it."""
+    match source:
+        case dict() | list() | tuple() if source:
+            fix = "make a table of it, such as polars.DataFrame(…), and give that"
+        case object(to_frame=_) | object(to_numpy=_, type=_):
+            fix = "it is one column: give the table that has it"
+        case object(shape=_):
+            fix = "name its columns: pandas.DataFrame(…, columns=['user_id', 'item_id'])"
+        case _:
+            fix = "give a path, a list of paths, or a pandas, Polars, pyarrow or DuckDB table"
+    return DataError(f"{role} cannot be a {type(source).__name__}: {fix}", name=role, value=source)
 
 
 def find_column(source: Source, wanted: str | int, *, argument: str) -> str:
@@ -334,7 +345,7 @@ class _Many:
                 [part.to_frame() for part in _alike(parts, is_id=is_id)], how="vertical_relaxed"
             )[name]
         except _BROKEN as error:
-            kinds = ", ".join(f"{part.dtype} in {file.name}"
+            kinds = ", ".join(f"{in_words(part)} in {file.name}"
                               for part, file in zip(parts, self.files, strict=True))  # fmt: skip
             raise DataError(
                 f"{self.name}: column {name!r} is of types that do not go together ({kinds}): "

@@ -14,6 +14,7 @@ import polars as pl
 from jaxtyping import Bool, Float64, Int64
 from scipy.sparse import csr_array
 
+from foretaste.data.columns import in_words
 from foretaste.data.features_columns import bags_of
 from foretaste.data.features_inspect import separator_of
 from foretaste.data.features_values import numbers_of, texts_of
@@ -106,8 +107,9 @@ class Labels:
                     return str(int(text))
                 return str(texts_of(pl.Series([float(text)]))[0])
         except ValueError:
-            message = f"column {self.name!r} holds {inner}, and {value!r} is none"
-            raise DataError(message) from None
+            held = in_words(pl.Series(dtype=inner))
+            message = f"column {self.name!r} holds {held}, and {value!r} is none"
+            raise DataError(message, column=self.name, value=value) from None
         return text
 
 
@@ -165,8 +167,9 @@ class ItemLabels:
             column = self._column(name)
             if not self.labels(name).ordered:
                 raise DataError(
-                    f"column {name!r} holds {column.dtype}: at_least and at_most are asked of "
-                    "numbers, dates and times"
+                    f"column {name!r} holds {in_words(column)}: at_least and at_most are asked "
+                    "of numbers, dates and times",
+                    column=name,
                 )
             self._numbers[name] = numbers_of(column)
         return self._numbers[name]
@@ -222,14 +225,21 @@ class ItemLabels:
     def _refuse_unless(self, name: str, *, several: bool, asked: str, mend: str) -> None:
         if self.labels(name).several != several:
             holds = "one value" if several else "several values"
-            raise DataError(f"column {name!r} holds {holds} an item: ask {mend}, not {asked}")
+            raise DataError(
+                f"column {name!r} holds {holds} an item: ask {mend}, not {asked}", column=name
+            )
 
     def _bound(self, name: str, bound: Bound) -> float:
         dtype = self._column(name).dtype
         is_time = dtype in (pl.Date, pl.Datetime)
         if isinstance(bound, str) != is_time:
             wanted = "an ISO date or time, such as 2024-02-29" if is_time else "a number"
-            raise DataError(f"column {name!r} holds {dtype}: a bound is {wanted}, not {bound!r}")
+            raise DataError(
+                f"column {name!r} holds {in_words(self._column(name))}: a bound is {wanted}, not "
+                f"{bound!r}",
+                column=name,
+                value=bound,
+            )
         if not isinstance(bound, str):
             return float(bound)
         return _days(name, bound)
@@ -238,18 +248,21 @@ class ItemLabels:
         if self._table is None:
             raise DataError(
                 f"rules name the column {name!r}, and this model has no item table: train it on "
-                "events that carry one"
+                "events that have one",
+                column=name,
             )
         if name in self.columns:
             return self._table[name]
         if name in self._table.columns:
             raise DataError(
-                f"column {name!r} holds {self._table.schema[name]}: rules read no such column"
+                f"column {name!r} holds {in_words(self._table[name])}: rules read no such column",
+                column=name,
             )
         raise DataError(
             f"rules name the column {name!r}, and the item table has "
             f"{', '.join(self.columns) or 'none that rules read'}"
-            f"{did_you_mean(name, self.columns)}"
+            f"{did_you_mean(name, self.columns)}",
+            column=name,
         )
 
 

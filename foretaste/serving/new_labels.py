@@ -10,6 +10,7 @@ import numpy as np
 import polars as pl
 from jaxtyping import Int64
 
+from foretaste.data.columns import in_words
 from foretaste.data.features_values import texts_of
 from foretaste.errors import DataError
 from foretaste.serving.item_labels import Carried, ItemLabels, Labels
@@ -83,8 +84,9 @@ def _as_told(item_id: object, value: object, own: Labels, like: pl.Series) -> ob
         return _as_one(value, like)
     except (ValueError, TypeError, OverflowError, DataError, pl.exceptions.PolarsError):
         raise DataError(
-            f"rules look at the column {own.name!r}, which holds {own.dtype}; the new item "
-            f"{item_id!r} has {value!r} there, which is none"
+            f"rules look at the column {own.name!r}, which holds "
+            f"{in_words(pl.Series(dtype=own.dtype))}; the new item {item_id!r} has {value!r} "
+            "there, which is none"
         ) from None
 
 

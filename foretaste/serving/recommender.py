@@ -293,6 +293,7 @@ class Recommender(Shown):
             ),
         )
 
+    @checked
     def explain(self, history: Ids, item_id: object, *, user_id: object = None) -> int | str | None:
         """Return the item of a history whose removal lowers an item's score most.
 
