@@ -21,6 +21,7 @@ import foretaste as ft
 from foretaste.evaluation.bootstrap import Interval, holm
 from foretaste.evaluation.compare import Comparison
 from foretaste.evaluation.report import latex_table
+from foretaste.experiment import compare_models
 from foretaste.experiment.compare_advice import choose
 from foretaste.experiment.compare_families import BASELINES, FAMILIES
 from foretaste.experiment.compare_picture import comparison_svg
@@ -221,10 +222,45 @@ def test_bytes_and_times_are_those_of_the_bundle(found: tuple[ModelComparison, P
     assert recommender.trained.config.kind == row_of(comparison, comparison.pick).kind
     size = ft.inspect_bundle(folder / "bundle").size
     size += (folder / "bundle" / "manifest.json").stat().st_size
-    # The seconds of training stand in the manifest, so sizes agree but for some digits.
-    assert row_of(comparison, comparison.pick).bundle_bytes == pytest.approx(size, rel=0.01)
+    # The table's is of the measured model, whose histories lack each user's last two events.
+    assert row_of(comparison, comparison.pick).bundle_bytes == pytest.approx(size, rel=0.2)
     assert all(0 < row.answer_ms < 1000 for row in comparison.rows)
     assert all(row.train_seconds > 0 for row in comparison.rows)
+
+
+def test_the_model_to_take_learns_from_all_events_after_it_was_measured(
+    found: tuple[ModelComparison, Path], split: ft.Split
+) -> None:
+    comparison, folder = found
+    bundle = ft.load(folder / "bundle").bundle
+    assert bundle.trained.events.fingerprint() == split.events.fingerprint()
+    assert bundle.trained.learned_from == "all events"
+    assert bundle.report is not None
+    row = row_of(comparison, comparison.pick)
+    assert bundle.report["metrics"][comparison.metric] == row.quality
+    assert "nothing was measured of it" in bundle.report["notes"][0]
+    assert f"bundle: {comparison.pick}, trained once more" in comparison.notes[-1]
+
+
+def test_the_measured_model_is_kept_where_it_cannot_be_trained_once_more(
+    recipe: ft.ExperimentConfig, split: ft.Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(compare_models, "fit_final", fails)
+    only = {"knn": recipe.model_copy(update={"model": ft.ItemKNNConfig(neighbours=98)})}
+    comparison = ft.compare_models(only, split, folder=tmp_path / "out")
+    assert "training on all events failed: MemoryError" in comparison.notes[-1]
+    assert ft.load(tmp_path / "out" / "bundle").trained.learned_from == "train"
+
+
+def test_a_split_without_a_test_is_refused_before_training(
+    recipe: ft.ExperimentConfig, split: ft.Split
+) -> None:
+    with pytest.raises(ft.ConfigError, match=r"split\.test is 0") as caught:
+        ft.compare_models({"a": recipe}, split.everything())
+    assert caught.value.name == "split.test"
 
 
 def test_what_is_written_is_the_table_the_picture_and_the_bundle(
@@ -731,11 +767,11 @@ def test_a_comparison_of_one_user_says_that_it_says_nothing(
 def test_a_comparison_with_nothing_to_find_is_refused_before_anything_is_trained(
     recipe: ft.ExperimentConfig,
 ) -> None:
+    again = [*range(10), 0, 1]  # the test's two events repeat what the user had before
     table = pl.DataFrame(
-        {"user_id": ["me"] * 12, "item_id": range(12), "at": 1_600_000_000 + np.arange(12)}
+        {"user_id": ["me"] * 12, "item_id": again, "at": 1_600_000_000 + np.arange(12)}
     )
-    split = ft.temporal_split(ft.read_interactions(table, timestamp="at"), validation=0.0, test=0.2)
-    never = replace(split, part_E=np.where(split.part_E == 2, 3, split.part_E).astype(np.uint8))
+    never = ft.temporal_split(ft.read_interactions(table, timestamp="at"), validation=0.0, test=0.2)
     told: list[str] = []
     with pytest.raises(ft.DataError, match="find"):
         ft.compare_models({"deep": recipe}, never, say=told.append)

@@ -53,4 +53,10 @@ def test_the_quickstart_trains_measures_and_serves_a_recommender(
     # epochs of 20, SASRec finds 0.17.
     assert figures["SASRec"]["hit_rate_at_10"] > 0.13
     assert figures["SASRec"]["ndcg_at_10"] > 1.5 * figures["popularity"]["ndcg_at_10"]
-    assert ft.load(out).trained.events.item_table is not None
+    bundle = ft.load(out).bundle
+    assert bundle.trained.events.item_table is not None
+    # The served model has every event, the measured one lacks each user's last two.
+    assert len(bundle.trained.events) == 100_000
+    assert bundle.trained.learned_from == "all events"
+    assert bundle.report is not None
+    assert bundle.report["metrics"]["hit_rate_at_10"] == figures["SASRec"]["hit_rate_at_10"]

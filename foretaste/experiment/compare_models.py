@@ -38,12 +38,15 @@ from foretaste.experiment.compare_table import (
 )
 from foretaste.experiment.recipe import ExperimentConfig, read_experiment
 from foretaste.experiment.run import (
+    FIRST_RUN,
+    fit_final,
     run_experiment,
     sampled_rows,
     to_recommender,
 )
-from foretaste.serving.building import load
+from foretaste.serving.building import build_recommender, load
 from foretaste.serving.recommender import Recommender
+from foretaste.training.fit import OUT_OF_TIME
 
 ASKED = 200
 """How many single questions the time of an answer is the median of."""
@@ -98,13 +101,15 @@ def compare_models(
 
     Those that learn in closed form go first. Each of the others may train for an even share of
     what is left of the budget, one step at least; what one leaves over falls to those after it. A
-    model that fails does not end the others. Every model learns from the training part alone:
-    `final` is ignored.
+    model that fails does not end the others. Every model learns from the training part alone,
+    whatever `final` a recipe has; the one to take is then trained once more on all events, for as
+    many epochs as were chosen, and that is the bundle.
 
     Args:
         recipes: By name, on the same data and split; the first one says how all are evaluated.
         split: Their data, from `read_split`.
-        budget_seconds: Of all trainings together, validations counted in; None sets no end.
+        budget_seconds: Of all trainings together, validations and the one on all events counted
+            in; None sets no end.
         folder: Where `comparison.md`, `.json`, `.csv`, `.tex` and `.svg` go, and the `bundle` of
             the one to take.
         replace: An earlier comparison in `folder` is replaced.
@@ -133,8 +138,15 @@ def compare_models(
         check_place(folder / "bundle", "bundle", replace=replace)
         for file in _FILES:
             check_place(folder / file, replace=replace)
+    if not split.has_test:
+        raise ConfigError(
+            "split.test is 0, so nothing can be compared: set it above 0",
+            name="split.test",
+            value=0,
+        )
     plan = plan_of(recipes, split, seeds)
-    clock = _Clock(budget_seconds, sum(len(entry.seeds) for entry in plan.entries))
+    trainings = sum(len(entry.seeds) for entry in plan.entries) + (folder is not None)
+    clock = _Clock(budget_seconds, trainings)
     measured: list[Measured] = []
     failed: list[FailedModel] = []
     with _workplace(folder) as place:
@@ -147,7 +159,9 @@ def compare_models(
         comparison = _compare(measured, failed, split, budget_seconds, plan)
         if folder is not None:
             (pick,) = (found for found in measured if found.name == comparison.pick)
-            load(pick.bundle).save(folder / "bundle", replace=replace)
+            recommender, note = _final(pick, plan, clock, say)
+            recommender.save(folder / "bundle", replace=replace)
+            comparison = replace_fields(comparison, notes=(*comparison.notes, note))
             _write(comparison, folder, replace=replace)
     return comparison
 
@@ -244,6 +258,36 @@ def _attempt(entry: Entry, seed: int, bundle: Path, share: float | None, *, show
         bundle_bytes=sum(file.stat().st_size for file in bundle.rglob("*") if file.is_file()),
         answer_ms=answer_ms,
         rows=rows,
+    )
+
+
+def _final(
+    pick: Measured, plan: Plan, clock: _Clock, say: Callable[[str], object] | None
+) -> tuple[Recommender, str]:
+    """Train the model to take once more, on all events; if that fails, keep the measured one."""
+    measured = load(pick.bundle)
+    entry = next(entry for entry in plan.entries if entry.name == pick.name)
+    config = entry.config.model_copy(update={"seed": pick.seeds[0], "final": "all"})
+    if say is not None:
+        say(f"training {pick.name} once more, on all events")
+    try:
+        trained = fit_final(
+            measured.trained,
+            config,
+            entry.split,
+            show=say is not None,
+            max_seconds=clock.share(entry),
+        )
+    except (ForetasteError, MemoryError, RuntimeError) as error:  # torch's of short memory
+        reason = str(error) or type(error).__name__
+        return measured, f"bundle: {pick.name} as measured; training on all events failed: {reason}"
+    report = measured.report or {}
+    notes = report.get("notes")
+    noted = {**report, "notes": [FIRST_RUN, *(notes if isinstance(notes, list) else ())]}
+    ended = str(trained.log.get("stopped", ""))
+    return build_recommender(trained, report=noted), (
+        f"bundle: {pick.name}, trained once more after it was measured, on all events and for as "
+        f"many epochs as were chosen{f'; {ended}' if ended.startswith(OUT_OF_TIME) else ''}"
     )
 
 
@@ -353,7 +397,7 @@ def _notes(
         f"behind the best: by how much it is worse than {of_best}, paired by user, with its 95 % "
         f"bootstrap interval; p {how}, corrected for several models after Holm",
         f"{asked}; bundle: all its files, the training events among them",
-        f"training: {budget}; refits are left out",
+        f"training: {budget}; all learned from the training part alone",
         *_of_seeds(measured),
     )
 

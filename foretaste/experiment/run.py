@@ -51,7 +51,7 @@ from foretaste.training.settings import TrainingConfig
 from foretaste.training.trained import Trained
 
 _FINAL = "final"
-_ALL_NOTE = (
+FIRST_RUN = (
     "of the first run, which learned from training alone: the model in the bundle was trained once "
     'more, on all events (final = "all"), and nothing was measured of it'
 )
@@ -74,7 +74,7 @@ class Run(Shown):
         """The model to serve and the report to keep beside it."""
         if self.refitted is None:
             return self.trained, self.report
-        return self.refitted, self.refitted_report or self.report.noted(_ALL_NOTE)
+        return self.refitted, self.refitted_report or self.report.noted(FIRST_RUN)
 
     def _facts(self) -> dict[str, object]:
         trained, report = self.final
