@@ -236,3 +236,54 @@ def test_a_run_that_is_stopped_says_how_to_go_on(stop: signal.Signals, tmp_path:
     with pytest.raises(ft.BundleError, match="--resume"):
         ft.start_run(tmp_path / "b")
     assert ft.start_run(tmp_path / "b", resume=True) == ft.run_folder(tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["recommend", "b", "-k", "0"], "must be at least 1, not '0'"),
+        (["recommend", "b", "-k", "five"], "must be a whole number, not 'five'"),
+        (["serve", "b", "--port", "99999"], "must be at most 65535, not '99999'"),
+        (["serve", "b", "--port", "http"], "must be a whole number, not 'http'"),
+        (["tune", "r.toml", "--trials", "0"], "must be at least 1, not '0'"),
+        (["compare", "r.toml", "--budget-seconds", "soon"], "must be a number, not 'soon'"),
+        (["fit", "r.toml", "--out", "b", "--track", "wandb"], "'wandb' is not one of"),
+        (["data", "import", "f", "--out", "s", "--duplicates", "sum"], "'sum' is not one of"),
+        (["recommend", "b", "--features", "{a}"], "--features is not JSON"),
+        (["recommend", "b", "--context", "hour=9"], "--context is not JSON"),
+        (["fit"], "Missing argument"),
+        (["fitt"], "Did you mean 'fit'?"),
+        (["fit", "r.toml", "--ot", "b"], "No such option: --ot"),
+    ],
+    ids=lambda part: " ".join(part) if isinstance(part, list) else "",
+)
+def test_a_wrong_call_is_said_in_our_words(foretaste: Run, words: list[str], said: str) -> None:
+    ended = foretaste(*words)
+    assert ended.code == 2
+    assert said in ended.err
+    for foreign in ("Input should", "Value error", "Expecting", "unable to parse", "pydantic"):
+        assert foreign not in ended.err
+
+
+def test_advice_about_reading_is_an_option_or_a_setting_that_works(
+    foretaste: Run, tmp_path: Path
+) -> None:
+    table, out, recipe = tmp_path / "e.csv", tmp_path / "s", tmp_path / "r.toml"
+    events = [f"{user},{item}" for user in "14" for item in range(5)]
+    table.write_text("\n".join(["user_id,item_id", events[0], ",3", *events[1:], ""]))
+    recipe.write_text(
+        f'[data]\nkind = "files"\nfiles = ["{table}"]\n[split]\nkind = "leave_last"\n'
+        '[model]\nkind = "popularity"\n'
+    )
+    ended = foretaste("data", "import", table, "--out", out)
+    assert "row 2: the value is missing: fix it, or give --drop-incomplete" in ended.err
+    assert foretaste("data", "import", table, "--out", out, "--drop-incomplete").code == 0
+    ended = foretaste("fit", recipe, "--out", tmp_path / "b")
+    setting = ended.err.strip().rpartition("give ")[2]
+    assert setting == "data.drop_incomplete = true"
+    given = setting.replace(" = ", "=")
+    assert foretaste("fit", recipe, "--out", tmp_path / "b", "--set", given).code == 0
+    assert (
+        "did you mean --user 'user_id'?"
+        in foretaste("data", "import", table, "--out", out, "--replace", "--user", "usr_id").err
+    )

@@ -452,8 +452,8 @@ def test_seconds_given_as_finer_units_are_refused_with_the_fix(
         ([8_000_000_000], "row 1: 8000000000 is after the year 2200 in s"),
         ([1.0, float("inf")], "row 2: inf"),
         ([1.0, float("-inf")], "row 2: -inf"),
-        ([1.0, float("nan")], "row 2: None is missing or NaN"),
-        ([1, None], "row 2: None is missing"),
+        ([1.0, float("nan")], "row 2: the value is missing"),
+        ([1, None], "row 2: the value is missing"),
         (["2020-01-05", "yesterday"], "row 2: 'yesterday' is not a time"),
         (["05/01/2020"], "row 1: '05/01/2020' is not a time"),
         ([dt.date(1960, 1, 1)], "row 1: .* before 1970 or after 2200"),
@@ -588,7 +588,9 @@ def test_ratings_in_text_that_are_no_numbers_are_refused_by_row(
 def test_incomplete_rows_are_refused_or_dropped_and_counted(tmp_path: Path) -> None:
     text = "user_id,item_id,timestamp\n1,1,5\n,2,6\n3,,7\n4,4,\n\n5,5,8\n\n"
     path = written(tmp_path / "gaps.csv", text)
-    with pytest.raises(DataError, match=r"'user_id', row 2: None.*drop_incomplete=True"):
+    with pytest.raises(
+        DataError, match=r"'user_id', row 2: the value is missing.*drop_incomplete=True"
+    ):
         read_interactions(path, timestamp="timestamp")
     events = read_interactions(path, timestamp="timestamp", drop_incomplete=True)
     assert as_rows(events) == [(1, 1, 5), (5, 5, 8)]
@@ -598,7 +600,7 @@ def test_incomplete_rows_are_refused_or_dropped_and_counted(tmp_path: Path) -> N
 def test_an_empty_text_is_a_missing_value_however_it_is_written(tmp_path: Path) -> None:
     text = 'user_id,item_id,at,n\na,1,2020-01-01,2\n"",2,2020-01-01,2\nb,3,"",2\nc,4,2020-01-01,""'
     path = written(tmp_path / "quoted.csv", text)
-    with pytest.raises(DataError, match=r"'user_id', row 2: None is missing or NaN: fix it"):
+    with pytest.raises(DataError, match=r"'user_id', row 2: the value is missing: fix it"):
         read_interactions(path, timestamp="at")
     events = read_interactions(path, timestamp="at", columns=["n"], drop_incomplete=True)
     assert events.users.ids.to_list() == ["a", "c"]
@@ -908,7 +910,7 @@ def test_a_side_table_of_mixed_values_becomes_text(tmp_path: Path) -> None:
 
 def test_a_side_table_without_an_id_is_refused() -> None:
     items = pl.DataFrame({"item_id": ["a", None], "title": ["x", "y"]})
-    with pytest.raises(DataError, match="'item_id', row 2: None is missing"):
+    with pytest.raises(DataError, match="'item_id', row 2: the value is missing"):
         read(EVENTS, items=items)
     assert len(read(EVENTS, items=items, drop_incomplete=True).items) == 3
 

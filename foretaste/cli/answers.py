@@ -63,6 +63,8 @@ def recommend(
             "--users goes without --user, --history, --features, --context and --weight"
         )
     kept = ft.parse_settings(ft.Rules, ft.with_overrides({}, rules or ()), source="--rule")
+    told, moment = _told(features), _told(context, "--context")
+    weighed = _weights(weights) if weights else None
     if users is not None and out is not None:
         ft.check_place(out, replace=replace)
         written = ft.write_lists(
@@ -79,15 +81,14 @@ def recommend(
         return
     recommender = ft.load(bundle)
     past = _history(history or (), recommender.trained.events.items)
-    told = _told(features)
     found = recommender.recommend(
         user,
         history=past,
         features=told,
-        context=_told(context, "--context"),
+        context=moment,
         k=k,
         exclude_seen=not seen,
-        weights=_weights(weights) if weights else None,
+        weights=weighed,
         rules=kept,
     )
     known = "this history" if past else "these features" if told else "an unknown user"
@@ -103,7 +104,8 @@ def similar(
     as_json: JsonFlag = False,
 ) -> None:
     """Show the items most like one; a new item by its features."""
-    found = ft.load(bundle).similar(item, k, features=_told(features))
+    told = _told(features)
+    found = ft.load(bundle).similar(item, k, features=told)
     _answer(found, f"like {item}", as_json=as_json)
 
 
@@ -122,7 +124,9 @@ def _told(text: str | None, option: str = "--features") -> dict[str, object] | N
     try:
         told = json.loads(text)
     except json.JSONDecodeError as error:
-        raise typer.BadParameter(f"{option} is no JSON: {error}") from error
+        raise typer.BadParameter(
+            f'{option} is not JSON, as {{"age": 30}} is: look at character {error.pos + 1}'
+        ) from error
     if not isinstance(told, dict):
         raise typer.BadParameter(f'{option} is a JSON object, such as {{"age": 30}}')
     return told

@@ -1,6 +1,7 @@
 """`foretaste data`: tables into an event store, what an audit sees, public data sets."""
 
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import wraps
@@ -22,6 +23,45 @@ app = typer.Typer(
 
 _SINGULAR = {"columns": "column"}
 """Options that may be given several times have a name of one."""
+
+
+_TABLES = ("users", "items", "user_links", "item_links")
+_ARGUMENT = re.compile(
+    rf"(?<![\w./])({'|'.join([*ReadConfig.model_fields, *_TABLES])})="
+    r"""(True|False|NAME|'[^']*'|"[^"]*")?(?=$|[\s,;:)?])"""
+)
+"""An argument of `read_interactions` in a sentence, such as drop_incomplete=True."""
+
+
+def in_words_of(sentence: str, command: str) -> str:
+    """Return a sentence in which arguments of reading are what the command has for them.
+
+    That is an option for `foretaste data`, and a setting where a recipe says what is read.
+    """
+    if command == "data":
+        return _ARGUMENT.sub(_as_option, sentence)
+    if command in ("fit", "evaluate", "tune", "compare"):
+        return _ARGUMENT.sub(_as_setting, sentence)
+    return sentence
+
+
+def _as_option(found: re.Match[str]) -> str:
+    name, value = found[1], found[2] or ""
+    flag = _SINGULAR.get(name, name).replace("_", "-")
+    match value:
+        case "True":
+            return f"--{flag}"
+        case "False":
+            return f"--no-{flag}"
+        case _:
+            return f"--{flag} {value}".rstrip()
+
+
+def _as_setting(found: re.Match[str]) -> str:
+    value = found[2] or ""
+    return f"data.{found[1]} = {value.lower() if value in ('True', 'False') else value}".rstrip(
+        " ="
+    )
 
 
 def reading_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -156,7 +196,7 @@ def get(
 def _show(title: str, summary: dict[str, object], *, as_json: bool) -> None:
     notes = summary["notes"]
     shown = {name: value for name, value in summary.items() if name != "notes"}
-    lines = [f"· {note}" for note in notes] if isinstance(notes, list) else []
+    lines = [f"· {in_words_of(note, 'data')}" for note in notes] if isinstance(notes, list) else []
     answer(summary, pairs(title, shown), *lines, as_json=as_json)
 
 

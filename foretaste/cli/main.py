@@ -8,13 +8,18 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
+from pydantic import ValidationError
 
 import foretaste as ft
 from foretaste.cli import answers, compare, data, fit, inspect, quickstart, serve, tune
 from foretaste.cli.show import Stopped, answer, fail, stoppable
+from foretaste.config import findings
+
+_WrongCall = cast("type[typer.BadParameter]", typer.BadParameter.__mro__[2])
+"""The parent of all that typer raises for a wrong call, which it does not export."""
 
 app = typer.Typer(
     help=ft.__doc__,
@@ -69,9 +74,16 @@ def run(arguments: Sequence[str] | None = None) -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "100000")
     try:
         with stoppable():
-            app(arguments)
+            sys.exit(app(arguments, standalone_mode=False))
+    except _WrongCall as error:
+        if isinstance(error.__cause__, ValidationError):
+            found = findings(error.__cause__.errors(), None, None)
+            error.message = "; ".join(sentence for _, sentence, _ in found)
+        error.show()
+        sys.exit(error.exit_code)
     except ft.ForetasteError as error:
-        fail(str(error))
+        words = sys.argv[1:] if arguments is None else arguments
+        fail(data.in_words_of(str(error), words[0] if words else ""))
     except Stopped as stop:
         fail(str(stop), stop.code)
     except MemoryError:

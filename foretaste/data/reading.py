@@ -13,7 +13,7 @@ import polars as pl
 from jaxtyping import Int32, Int64, Shaped
 
 from foretaste.data.column_types import kept
-from foretaste.data.columns import at_row, canonical_ids, canonical_numbers
+from foretaste.data.columns import canonical_ids, canonical_numbers
 from foretaste.data.conditions import (
     check_some,
     columns_in,
@@ -204,11 +204,12 @@ class _Events:
                 others = _true(gaps) - 1
                 more = f", and so are {others} more" if others else ""
                 why = [note for note in self.notes if note.startswith(f"column {name!r}: ")]
+                row = 1 + (gaps.arg_max() or 0)
                 raise DataError(
-                    f"{source}: column {name!r}, {at_row(column, gaps)} is missing or NaN{more}: "
+                    f"{source}: column {name!r}, row {row}: the value is missing{more}: "
                     + "; ".join(["fix it, or give drop_incomplete=True", *why]),
                     column=name,
-                    row=1 + (gaps.arg_max() or 0),
+                    row=row,
                 )
         keep = pl.select(pl.all_horizontal(c.is_not_null().alias(n) for n, c in needed.items()))
         keep_E = keep.to_series()
