@@ -391,13 +391,17 @@ class Fit(Generic[Model, Batch]):
                 name="resume",
                 value=True,
             )
-        asked = {"settings": self.config.model_dump(mode="json"), "seed": self.seed}
-        for name, value in asked.items():
-            if facts[name] != value:
-                raise ConfigError(
-                    f"{path} was trained with {name} {facts[name]}, not {value}: resume with the "
-                    "settings it was started with, or start anew"
-                )
+        then = {**facts["settings"], "seed": facts["seed"]}
+        now = {**self.config.model_dump(mode="json"), "seed": self.seed}
+        changed = [name for name in now if then.get(name) != now[name]]
+        if changed:
+            said = ", ".join(f"{name} {then.get(name)}, not {now[name]}" for name in changed)
+            raise ConfigError(
+                f"{path} was trained with {said}: resume with the settings it was started with, or "
+                "start again without --resume",
+                name=changed[0],
+                value=now[changed[0]],
+            )
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
