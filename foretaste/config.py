@@ -50,7 +50,7 @@ else:
 
         def __call__(cls, *args: object, **settings: object) -> object:
             if args:
-                first = next(iter(cls.model_fields), "name")
+                first = next((name for name in cls.model_fields if name != "kind"), "name")
                 raise ConfigError(
                     f"{cls.__name__} takes its settings by name, such as "
                     f"{cls.__name__}({first}=…), not {shown(args[0])}",

@@ -14,6 +14,7 @@ from serving_worlds import CONFIGS, make_trained
 
 import foretaste as ft
 from foretaste.data.disk import reason_of, whole_file, whole_folder
+from foretaste.errors import ConfigError, ForetasteError
 from foretaste.training.checkpoint import write_checkpoint
 from foretaste.training.step_log import StepLog
 
@@ -249,3 +250,61 @@ def test_a_full_disk_during_training_is_one_sentence(full_disk: Path) -> None:
 )
 def test_a_reason_is_what_the_system_said(error: Exception, says: str) -> None:
     assert reason_of(error) == says
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store, a bundle, and a report of the model in it."""
+    folder = tmp_path_factory.mktemp("places")
+    events = ft.read_interactions(
+        pl.DataFrame(
+            {
+                "user_id": [f"User{n // 6}" for n in range(60)],
+                "item_id": [n % 7 for n in range(60)],
+            }
+        )
+    )
+    ft.write_store(events, folder / "store")
+    ft.build_recommender(ft.fit(ft.PopularityConfig(), ft.leave_last_split(events))).save(
+        folder / "bundle"
+    )
+    (folder / "binary.toml").write_bytes(b"\x80\x81\xff")
+    broken = folder / "broken"
+    broken.mkdir()
+    (broken / "manifest.json").write_text('{"format": "foretaste-event-store", "users": "many"}')
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda at: ft.open_store(at / "bundle"), "is a bundle.* its events are in .*events"),
+        (lambda at: ft.load(at / "store"), "an event store: train on it first"),
+        (lambda at: ft.inspect_bundle(at / "store"), "an event store: train on it first"),
+        (lambda at: ft.open_store(at / "broken"), "users: must be .*import the events again"),
+        (lambda at: ft.read_experiment(at / "binary.toml"), "is not text in UTF-8"),
+        (lambda at: ft.get_dataset("ml-100"), "did you mean 'ml-100k'"),
+        (lambda at: ft.load(at / "bundle").recommend(""), "text that is not empty"),
+        (lambda at: ft.load(at / "bundle").similar(""), "text that is not empty"),
+        (lambda at: ft.start_run("/"), "/ exists and is not a bundle"),
+        (lambda at: ft.start_run("."), r"\. exists and is not a bundle"),
+        (lambda at: ft.start_run(".."), r"\.\. exists and is not a bundle"),
+    ],
+)  # fmt: skip
+def test_a_wrong_thing_at_a_place_is_named_with_what_helps(
+    call: Callable[[Path], object], said: str, places: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(places / "store")
+    with pytest.raises(ForetasteError, match=said) as caught:
+        call(places)
+    for foreign in ("Input should", "codec", "validation error", "pydantic"):
+        assert foreign not in str(caught.value)
+
+
+def test_advice_of_a_store_that_is_a_bundle_can_be_followed(places: Path) -> None:
+    assert len(ft.open_store(places / "bundle" / "events")) > 0
+
+
+def test_settings_by_position_are_refused_with_a_setting_that_takes_a_value() -> None:
+    with pytest.raises(ConfigError, match=r"such as SASRecConfig\(embedding_dim=…\), not 16"):
+        ft.SASRecConfig(16)  # type: ignore[misc]

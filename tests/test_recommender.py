@@ -102,7 +102,7 @@ def test_a_history_of_unknown_items_is_no_history(recommender: Recommender) -> N
     mixed = recommender.recommend(history=["never", 503], k=4)
     assert mixed.rows == recommender.recommend(history=[503], k=4).rows
     assert mixed.unknown_items == ("never",)
-    assert "1 item ids are unknown to training: 'never'" in mixed.notes
+    assert "1 item id is unknown to training: 'never'" in mixed.notes
 
 
 def test_an_item_that_training_never_saw_is_never_answered(recommender: Recommender) -> None:

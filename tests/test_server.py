@@ -189,6 +189,16 @@ def test_a_port_that_is_taken_is_said_with_the_mend(bundle: Path, tmp_path: Path
     assert gc.get_freeze_count() == 0  # the server's arrangement for itself ends with it
 
 
+@pytest.mark.parametrize("host", ["192.0.2.7", "nowhere.invalid"])
+def test_a_host_that_is_not_of_this_machine_is_no_matter_of_ports(host: str) -> None:
+    with (
+        pytest.raises(ConfigError, match="give an address of this machine") as caught,
+        _listen(ServerSettings(host=host, port=0)),
+    ):
+        pass
+    assert caught.value.name == "host"
+
+
 def test_the_body_of_an_answer_does_not_wait_for_its_head_to_be_acknowledged() -> None:
     # Head and body are two writes; the second of two small ones waits, unless it is told not to.
     with (

@@ -92,7 +92,11 @@ def recommend(
         rules=kept,
     )
     known = "this history" if past else "these features" if told else "an unknown user"
-    _answer(found, f"for {known if user is None else user}", as_json=as_json)
+    title = f"for {known if user is None else user}"
+    unknown = user is not None and not found.user_known
+    near = recommender.trained.events.users.spelled_like(user) if unknown else None
+    hints = [] if near is None else [f"did you mean {near}?"]
+    _answer(found, title, *hints, as_json=as_json)
 
 
 def similar(
@@ -140,7 +144,7 @@ def _weights(told: list[str]) -> dict[str, float]:
         raise typer.BadParameter("--weight is a task and a number, such as buy=5") from error
 
 
-def _answer(found: "ft.Answer", title: str, *, as_json: bool) -> None:
+def _answer(found: "ft.Answer", title: str, *hints: str, as_json: bool) -> None:
     tasks = tuple(dict.fromkeys(task for row in found.rows for task in row.predictions))
     rows = [
         (
@@ -154,7 +158,7 @@ def _answer(found: "ft.Answer", title: str, *, as_json: bool) -> None:
         for place, row in enumerate(found.rows, 1)
     ]
     made = table(title, ("", "item", "title", "score", *tasks, "from"), rows)
-    answer(asdict(found), made, *found.notes, as_json=as_json)
+    answer(asdict(found), made, *found.notes, *hints, as_json=as_json)
 
 
 def _notes(written: Mapping[str, object]) -> list[str]:

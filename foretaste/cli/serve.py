@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import foretaste as ft
-from foretaste.cli.show import JsonFlag, answer
+from foretaste.cli.show import JsonFlag, answer, log
 
 
 def serve(
@@ -32,6 +32,8 @@ def serve(
     settings = ft.parse_settings(
         ft.ServerSettings, ft.with_overrides(given, overrides or ()), source="serve"
     )
+    if settings.host not in ("127.0.0.1", "localhost", "::1") and not settings.token:
+        log(f"{settings.host} is open to other machines, and no token is asked for: give --token")
     ft.serve(bundle, settings=settings, announce=partial(announce, as_json=as_json))
 
 

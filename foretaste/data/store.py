@@ -6,6 +6,7 @@ size and SHA-256. A store is written beside its place and renamed into it: whole
 """
 
 import hashlib
+import json
 import os
 import re
 from collections.abc import Mapping
@@ -20,7 +21,7 @@ from jaxtyping import Int32, Shaped
 from pydantic import NonNegativeInt, ValidationError
 
 from foretaste.arguments import checked
-from foretaste.config import Config
+from foretaste.config import Config, config_error
 from foretaste.data.disk import sha256_of, whole_folder
 from foretaste.data.interactions import Interactions
 from foretaste.data.vocabulary import Vocabulary
@@ -133,14 +134,20 @@ def read_manifest(folder: Path) -> StoreManifest:
         raise BundleError(
             f"{folder} is not an event store: {_MANIFEST} cannot be read ({error.strerror})"
         ) from error
-    try:
-        manifest = StoreManifest.model_validate_json(text)
-    except ValidationError as error:
-        wrong = error.errors()[0]
-        place = ".".join(map(str, wrong["loc"])) or "it"
+    if b'"foretaste-bundle"' in text[:1000] and (folder / "events" / _MANIFEST).is_file():
         raise BundleError(
-            f"{folder / _MANIFEST} is broken, or of a later foretaste: {place}: {wrong['msg']}"
-        ) from error
+            f"{folder} is a bundle, not an event store: its events are in {folder / 'events'}"
+        )
+    broken = f"{folder / _MANIFEST} is broken, or of a later foretaste"
+    try:
+        document = json.loads(text)
+    except ValueError as error:
+        raise BundleError(f"{broken}: it is not JSON: import the events again") from error
+    try:
+        manifest = StoreManifest.model_validate(document)
+    except ValidationError as error:
+        wrong = config_error(error, StoreManifest, document, source=broken)
+        raise BundleError(f"{wrong}: import the events again") from error
     needed = {"users.arrow", "items.arrow", "offsets.npy", "item_idx.npy"}
     for name in needed | set(manifest.columns.values()) | manifest.files.keys():
         if name not in manifest.files or not _PLAIN_NAME.fullmatch(name):

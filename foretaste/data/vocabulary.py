@@ -157,7 +157,8 @@ class Vocabulary:
         if row < 0 and (plain is None or plain == "" or not clear):
             where = name if position is None else f"{name}[{position}]"
             raise DataError(
-                f"{where} is {shown(external_id)}: an id is a whole number or a text",
+                f"{where} is {shown(external_id)}: an id is a whole number or a text"
+                f"{' that is not empty' if plain == '' else ''}",
                 name=name,
                 row=None if position is None else position + 1,
                 value=external_id,

@@ -13,7 +13,7 @@ from jaxtyping import Float64, Int64
 
 from foretaste.arguments import checked
 from foretaste.config import Resamples, Seed
-from foretaste.errors import DataError
+from foretaste.errors import DataError, did_you_mean
 from foretaste.evaluation.bootstrap import Interval, bootstrap_intervals, sign_flip_p_value
 from foretaste.evaluation.report import Report
 from foretaste.shown import Shown
@@ -74,9 +74,12 @@ def compare(
     for report in (*reports_a, *reports_b):
         check_comparable(reports_a[0], report)
         if metric not in report.per_user:
+            there, advice = ", ".join(report.per_user), did_you_mean(metric, report.per_user)
             raise DataError(
                 f"the report of {report.model} has no {metric!r} per user, but "
-                f"{', '.join(report.per_user) or 'none at all'}"
+                f"{there or 'none at all'}{advice}",
+                name="metric",
+                value=metric,
             )
     user_U = reduce(np.intersect1d, [report.user_idx for report in (*reports_a, *reports_b)])
     if len(user_U) == 0:

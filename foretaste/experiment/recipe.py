@@ -224,7 +224,11 @@ def read_experiment(
         settings = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}: give the path of a recipe") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{path} is not text in UTF-8: give the path of a recipe, or save it in UTF-8"
+        ) from error
+    except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path}: not TOML: {error}") from error
     folders = [*([] if data_dir is None else [Path(data_dir)]), path.parent, Path()]
     changed = with_overrides(_with_features(settings, folders), overrides)

@@ -102,8 +102,10 @@ def read_split(config: ExperimentConfig, *, data_dir: Path | str | None = None) 
 @checked
 def run_folder(bundle: Path | str) -> Path:
     """Return where the checkpoints of a bundle in the making lie: beside it."""
-    bundle = Path(bundle)
-    return bundle.with_name(f"{bundle.name}.run")
+    place = Path(bundle)
+    if place.name in ("", ".."):
+        place = place.absolute().resolve()
+    return place.parent / f"{place.name}.run"
 
 
 @checked

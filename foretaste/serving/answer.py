@@ -13,7 +13,10 @@ Source = Literal["model", "fold-in", "features", "popular"]
 a new item; "popular": the most popular items, for somebody of whom nothing is known."""
 
 
-TITLE_COLUMNS = ("title", "name", "item_title", "item_name", "movie_title", "product_name")
+TITLE_COLUMNS = (
+    *("title", "name", "item_title", "item_name", "movie_title", "book_title"),
+    *("product_title", "product_name", "track_name", "headline"),
+)
 
 
 def title_column(columns: Iterable[str]) -> str | None:

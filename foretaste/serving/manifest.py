@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeInt, ValidationError
 
-from foretaste.config import Config
+from foretaste.config import Config, config_error
 from foretaste.data.disk import sha256_of
 from foretaste.errors import BundleError
 
@@ -96,7 +96,11 @@ def read_manifest(folder: Path) -> Manifest:
     except (OSError, ValueError) as error:
         raise BundleError(f"{path} cannot be read: {error}: save the bundle anew") from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:
-        raise BundleError(f"{path} is not the manifest of a bundle: its format is not {FORMAT!r}")
+        is_store = isinstance(document, dict) and document.get("format") == "foretaste-event-store"
+        what = (
+            "an event store: train on it first" if is_store else "something else: name its folder"
+        )
+        raise BundleError(f"{path} is not the manifest of a bundle, but of {what}")
     version = document.get("format_version")
     if not isinstance(version, int) or version < 1:
         raise BundleError(f"{path}: format_version is {version!r}: save the bundle anew")
@@ -114,7 +118,8 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         return Manifest.model_validate(document)
     except ValidationError as error:
-        raise BundleError(f"{path} is broken: {error}: save the bundle anew") from error
+        wrong = config_error(error, Manifest, document, source=f"{path} is broken")
+        raise BundleError(f"{wrong}: save the bundle again") from error
 
 
 def verify_files(folder: Path, manifest: Manifest) -> None:

@@ -20,13 +20,14 @@ def notes(
         found: How many items it has.
         k: How many were asked for.
         unknown: Ids of items.
-        stranger: The id of a user whom training never saw.
+        stranger: The id of an unknown user.
     """
     said = [] if stranger is None else [f"user {stranger!r} is unknown to training"]
     if unknown:
         some = ", ".join(repr(item_id) for item_id in list(unknown)[:5])
         more = ", …" if len(unknown) > 5 else ""
-        said.append(f"{len(unknown)} item ids are unknown to training: {some}{more}")
+        what = "item id is" if len(unknown) == 1 else "item ids are"
+        said.append(f"{len(unknown)} {what} unknown to training: {some}{more}")
     if source == "popular":
         said.append("nothing is known to go by: these are the most popular items")
     if found < k:

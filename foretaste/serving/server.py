@@ -1,5 +1,6 @@
 """The server process: load a bundle, listen, answer, drain."""
 
+import errno
 import gc
 import json
 import signal
@@ -100,9 +101,16 @@ def _listen(settings: ServerSettings) -> Iterator[socket.socket]:
             (settings.host, settings.port), family=family, backlog=settings.max_concurrency
         )
     except OSError as error:
+        wrong_host = isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL
         raise ConfigError(
-            f"cannot listen on port {settings.port} of {settings.host}: {error.strerror}; choose "
-            "another port (0 takes any that is free)"
+            f"cannot listen on port {settings.port} of {settings.host}: {error.strerror}; "
+            + (
+                "give an address of this machine as host: 127.0.0.1 for it alone, 0.0.0.0 for all"
+                if wrong_host
+                else "choose another port (0 takes any that is free)"
+            ),
+            name="host" if wrong_host else "port",
+            value=settings.host if wrong_host else settings.port,
         ) from error
     with listener:
         # Inherited by each connection. An answer leaves in two parts, head and body, and without

@@ -26,7 +26,7 @@ from foretaste.data.sources.sequences import read_amazon, read_gowalla, read_pai
 from foretaste.data.sources.social import SOCIAL_FILES, read_ciao_ratings, read_social
 from foretaste.data.sources.tables import Tables
 from foretaste.data.sources.tiktok import read_tiktok
-from foretaste.errors import ConfigError
+from foretaste.errors import ConfigError, did_you_mean
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -387,5 +387,6 @@ def find_source(name: str) -> Source:
         ConfigError: There is none.
     """
     if name not in SOURCES:
-        raise ConfigError(f"no data set {name!r} is known; there are {', '.join(SOURCES)}")
+        advice = did_you_mean(name, SOURCES) or f"; there are {', '.join(SOURCES)}"
+        raise ConfigError(f"no data set {name!r} is known{advice}", name="name", value=name)
     return SOURCES[name]
