@@ -159,6 +159,33 @@ def test_a_model_that_learned_from_the_test_is_not_measured_on_it(
     assert ft.evaluate_split(run.trained, config, split).metrics == run.report.metrics
 
 
+def test_rows_of_validation_are_refused_after_they_were_trained_on() -> None:
+    """A quarter of them is positive, and those alone are kept."""
+    run, split, _ = done(
+        final="validation", model=CLICKS, objective={"kind": "rows", "positive": "click"}
+    )
+    assert ft.evaluate_rows(run.trained, split, part="validation", resamples=0).metrics
+    with pytest.raises(DataError, match="give it the test") as caught:
+        ft.evaluate_rows(run.final[0], split, part="validation", resamples=0)
+    assert caught.value.name == "validation"
+
+
+@pytest.mark.parametrize("kind", ["binary", "regression"])
+def test_what_cannot_be_calibrated_is_not_calibrated_on_rows_that_were_trained_on(
+    kind: str, tmp_path: Path
+) -> None:
+    """A run ended in an error after both trainings where no task is binary."""
+    model = {**CLICKS, "task": {"name": "click", "column": "click", "kind": kind}}
+    asked = {"k": [5], "calibration": "platt"}
+    run, split, config = done(final="validation", model=model, evaluation=asked)
+    trained, report = run.final
+    assert trained.calibration == run.trained.calibration
+    assert bool(trained.calibration) == (kind == "binary")
+    to_recommender(trained, report).save(tmp_path / "bundle")
+    again = ft.evaluate_split(ft.load(tmp_path / "bundle").trained, config, split)
+    assert again.metrics == report.metrics
+
+
 @pytest.mark.parametrize(
     ("final", "learned", "measured"),
     [

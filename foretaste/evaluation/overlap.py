@@ -25,6 +25,8 @@ heart."""
 _FEWEST_KNOWN = 0.1
 """Of a test's events, how many must be of items that the model knows: below, equal ids are more
 likely to be chance."""
+_LEARNED = {"train and validation": ("validation",), "all events": ("validation", "test")}
+"""The held-out parts that a model learned from, by what it keeps of that."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -161,13 +163,14 @@ def overlap(model: Trained, test: Asked) -> Overlap:
 def _check_not_trained_on(model: Trained, test: Asked, found: Overlap) -> None:
     """Refuse a test that training saw most of.
 
-    A model of labelled rows keeps the positive ones alone, so of one that learned from all events
-    a single event that it saw says that the test is its split's own.
+    A model of labelled rows keeps the positive ones alone, so where it learned from a part of this
+    name, a single event that it saw says that the test is its split's own.
     """
     most = _MOST_TRAINED_ON * found.events
     advice = "give it the test of the split that it was trained on, or events after its training"
+    if found.own_rows and test.name in _LEARNED.get(model.learned_from, ()):
+        most = 0
     if model.learned_from == "all events":
-        most = 0 if found.own_rows else most
         advice = (
             'it was made with final = "all": give it events after its training, or measure a model '
             'of the same recipe with final = "none"'

@@ -345,8 +345,11 @@ def _evaluate_rows(trained: Trained, asked: EvaluationConfig, split: Split) -> R
 def with_calibration(trained: Trained, asked: EvaluationConfig, split: Split) -> Trained:
     """Return a ranker with what a recipe asks to be fitted to its probabilities of validation.
 
-    One that keeps such a calibration stays as it is, and so does a model that is no ranker.
+    One that keeps such a calibration, or learned from validation, stays as it is, and so does a
+    model that is no ranker.
     """
+    if trained.learned_from in ("train and validation", "all events"):
+        return trained
     kept = {found.kind for found in trained.calibration.values()}
     if asked.calibration is None or kept == {asked.calibration} or not len(split.validation):
         return trained
