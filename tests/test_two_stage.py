@@ -319,14 +319,21 @@ def test_an_explanation_is_the_rankers(trained: Trained) -> None:
     assert list(recommender.explain_many(history, item_ids)) == expected
 
 
-def test_the_reason_is_the_event_that_the_ranker_attends_to_most() -> None:
+@pytest.mark.parametrize(
+    "ranker",
+    [
+        ft.DINConfig(embedding_dim=4, max_len=4, init_std=1.0),
+        ft.MMoEConfig(embedding_dim=4, max_len=4, init_std=1.0, pooling="attention"),
+        ft.SharedBottomConfig(embedding_dim=4, max_len=4, init_std=1.0, pooling="attention"),
+    ],
+    ids=lambda ranker: ranker.kind,
+)
+def test_the_reason_is_the_event_that_the_ranker_attends_to_most(
+    ranker: ft.DINConfig | ft.MMoEConfig | ft.SharedBottomConfig,
+) -> None:
     events = make_events()
     torch.manual_seed(0)
-    config = TwoStageConfig(
-        retriever=EASEConfig(l2=1.0),
-        ranker=ft.DINConfig(embedding_dim=4, hidden=(8,), max_len=4, init_std=1.0),
-        candidates=6,
-    )
+    config = TwoStageConfig(retriever=EASEConfig(l2=1.0), ranker=ranker, candidates=6)
     model = build_model(config, num_users=events.num_users, num_items=events.num_items).eval()
     assert isinstance(model, TwoStage)
     model.retriever.learn(events)

@@ -113,7 +113,7 @@ class FieldRanker(nn.Module, ABC):
         self.heads.begin(events)
 
     def learn_newcomers(self, events: Interactions) -> None:
-        """Learn how to answer users whom training never saw, where no history is read."""
+        """Learn how to answer users that training never saw."""
         self.fields.learn_newcomers(events)
 
 
