@@ -10,6 +10,7 @@ import torch
 
 from foretaste.data.batch import Queries
 from foretaste.data.interactions import Interactions
+from foretaste.data.labels import notes_about_histories
 from foretaste.data.tasks import Task
 from foretaste.data.vocabulary import Vocabulary
 from foretaste.errors import ConfigError
@@ -200,7 +201,7 @@ def events_of_users(counts: list[int], *, num_items: int = 3, clicks: int = 1) -
 @pytest.mark.parametrize(
     ("events", "positive", "pooling"),
     [
-        (events_of_users([1, 2]), "", "attention"),
+        (events_of_users([1, 2], clicks=2), "", "attention"),
         (events_of_users([1, 1]), "", "none"),
         (events_of_users([0, 0]), "", "none"),
         (events_of_users([5, 2], num_items=1), "", "none"),
@@ -216,6 +217,33 @@ def test_histories_are_read_by_default_where_users_have_several_events_that_make
         assert found == config.model_copy(update={"pooling": pooling})
         asked = config.model_copy(update={"pooling": "mean"})
         assert settled(asked, events, positive=positive) == asked
+
+
+CLICK, LIKE = Task(name="click", column="click"), Task(name="like", column="like", above=3)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "pooling"),
+    [
+        ((CLICK,), "none"),
+        ((LIKE, CLICK), "none"),
+        ((CLICK, Task(name="view")), "attention"),  # every event is a view
+        ((LIKE,), "attention"),  # a rating of 1 is an event that happened
+        ((Task(name="minutes", kind="regression", column="click"),), "attention"),
+    ],
+)
+def test_histories_that_would_hold_what_did_not_happen_are_not_read_by_default(
+    tasks: tuple[Task, ...], pooling: str
+) -> None:
+    events = events_of_users([5, 2], clicks=2)
+    events.columns["like"] = events.columns["click"]
+    for config in (MMoEConfig(tasks=tasks), SharedBottomConfig(tasks=tasks)):
+        assert settled(config, events).pooling == pooling
+        assert settled(config, replace(events, positive="click")).pooling == "attention"
+    reads, does_not = (notes_about_histories(events, tasks, reads=r) for r in (True, False))
+    assert len(reads) == len(does_not) == (pooling == "none")
+    assert all("3 of 7 events have 'click' = 0" in note for note in reads + does_not)
+    assert notes_about_histories(replace(events, positive="click"), tasks, reads=True) == ()
 
 
 def test_settings_that_an_older_bundle_lacks_are_as_it_was_made() -> None:

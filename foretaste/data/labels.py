@@ -87,6 +87,49 @@ def notes_about_labels(events: Interactions, tasks: Sequence[Task]) -> tuple[str
     return tuple(said)
 
 
+def zeros_in_histories(
+    events: Interactions, tasks: Sequence[Task], *, positive: str = ""
+) -> tuple[str, int] | None:
+    """Return the column of a click that did not happen in some events, and in how many.
+
+    Of a log of impressions, where nobody says which are positive; None where some task has no
+    column, so that every event happened, or a column holds more than 0 and 1.
+
+    Args:
+        events: Those of training.
+        tasks: What is learned of them.
+        positive: Column that says which events are positive; "": as the events say.
+    """
+    if positive or events.positive or not all(task.column for task in tasks):
+        return None
+    for task in tasks:
+        if task.kind == "binary" and task.above is None:
+            num_zeros = int((labels_of(events, [task]) == 0).sum())
+            return (task.column, num_zeros) if num_zeros else None
+    return None
+
+
+def notes_about_histories(
+    events: Interactions, tasks: Sequence[Task], *, reads: bool
+) -> tuple[str, ...]:
+    """Say that histories would hold what did not happen.
+
+    Args:
+        events: What histories are made of.
+        tasks: Those of the ranker.
+        reads: Whether the ranker reads histories.
+    """
+    found = zeros_in_histories(events, tasks)
+    if found is None or np.diff(events.offsets).max(initial=0) < 2:
+        return ()
+    column, num_zeros = found
+    rows = f"{num_zeros:,} of {len(events):,} events have {column!r} = 0"
+    advice = f"give positive = {column!r} when reading"
+    if reads:
+        return (f"{rows} and stand in histories like all others: {advice}, if they should not",)
+    return (f"no histories are read, as {rows}: {advice}, and histories are of the others",)
+
+
 def no_column(events: Interactions, column: str, wanted: str) -> ConfigError:
     """Return the error for a column of numbers that events do not have.
 

@@ -18,6 +18,7 @@ from foretaste.data import memory
 from foretaste.data.features import Features
 from foretaste.data.graph import Graph
 from foretaste.data.interactions import Interactions
+from foretaste.data.labels import zeros_in_histories
 from foretaste.data.rows import positives_of
 from foretaste.data.tasks import Task
 from foretaste.errors import ConfigError
@@ -122,7 +123,11 @@ def settled(config: ModelConfig, events: Interactions, *, positive: str = "") ->
     if not (isinstance(config, HistoryConfig) and config.pooling == "auto"):
         return config
     happened = positives_of(events, positive)
-    has_histories = happened.num_items > 1 and np.diff(happened.offsets).max(initial=0) > 1
+    has_histories = (
+        happened.num_items > 1
+        and np.diff(happened.offsets).max(initial=0) > 1
+        and zeros_in_histories(events, tasks_of(config), positive=positive) is None
+    )
     return config.model_copy(update={"pooling": "attention" if has_histories else "none"})
 
 

@@ -48,7 +48,8 @@ class DINConfig(HistoryConfig):
     pooling: Literal["auto", "attention", "mean", "none"] = "attention"
     """How a history becomes a vector: by how much each event matters to the item judged, by the
     mean of all events, or not at all. "auto": "attention" where a user of the training events has
-    several, else "none"."""
+    several, and "none" where no user has, or where some events did not happen (a click of 0) and
+    no `positive` says which did."""
     hidden: Widths = (200, 80)
     """Widths of the MLP's hidden layers."""
     activation: Literal["prelu", "dice"] = "prelu"

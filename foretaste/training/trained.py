@@ -14,7 +14,7 @@ from foretaste.data.batch import Queries
 from foretaste.data.conditions import unread_labels
 from foretaste.data.features import Features, FieldSide
 from foretaste.data.interactions import Interactions
-from foretaste.data.labels import notes_about_labels
+from foretaste.data.labels import notes_about_histories, notes_about_labels
 from foretaste.data.translation import Translation
 from foretaste.errors import ConfigError, DataError, NonFiniteError
 from foretaste.models.interface import (
@@ -24,6 +24,7 @@ from foretaste.models.interface import (
     Ranker,
     Retriever,
 )
+from foretaste.models.layers.field_ranker import HistoryRanker
 from foretaste.models.two_stage import (
     TwoStage,
     first_stage,
@@ -124,6 +125,9 @@ class Trained(Shown):
             if isinstance(ranker, Ranker) and reads_labels
             else unread_labels(self.events)
         )
+        if isinstance(ranker, HistoryRanker):
+            reads = ranker.reads != "nothing"
+            labels += notes_about_histories(self.events, ranker.tasks, reads=reads)
         if told is None:
             return labels
         judges = isinstance(ranker, JudgesNewItems) and ranker.judges_new_items

@@ -160,7 +160,8 @@ class HistoryConfig(RowFieldsConfig):
     pooling: Literal["auto", "attention", "mean", "none"] = "auto"
     """How a history becomes a vector: by how much each event matters to the item judged, by the
     mean of all events, or not at all. "auto": "attention" where a user of the training events has
-    several, else "none"."""
+    several, and "none" where no user has, or where some events did not happen (a click of 0) and
+    no `positive` says which did."""
     reads: Literal["before", "others"] = "before"
     """What training reads as the history of a row: the user's events before it, or others drawn at
     random, for data whose order means nothing."""
