@@ -347,3 +347,35 @@ def test_waiting_threads_spin_shortly_unless_told_otherwise(
         monkeypatch.delenv("GOMP_SPINCOUNT")
     foretaste("--version")
     assert os.environ["GOMP_SPINCOUNT"] == then
+
+
+@pytest.mark.parametrize(
+    ("text", "users"),
+    [
+        ("order;who\n1001;u1\n1002;u2\n1003;u1\n", ["u1", "u2"]),
+        ("order_no,customer\nA1,u1\nA2,u2\n", ["u1", "u2"]),
+        ("u1,12\nu2,13\nu1,14\n", ["u1", "u2"]),
+        ("user_id,n\nnew,1\n", ["new"]),
+    ],
+)
+def test_the_users_of_a_table_are_in_the_column_that_holds_known_ones(
+    foretaste: Run, bundle: Path, tmp_path: Path, text: str, users: list[str]
+) -> None:
+    table, out = tmp_path / "orders.csv", tmp_path / "lists.jsonl"
+    table.write_text(text)
+    code, shown, _ = foretaste("recommend", bundle, "--users", table, "--out", out, "-k", "1")
+    found = [json.loads(line)["user_id"] for line in out.read_text().splitlines()]
+    assert (code, found) == (0, users)
+    assert ("rows repeat a user" in shown) == (text.count("u1") > 1)
+
+
+def test_a_table_without_a_known_user_is_refused_with_the_name_that_helps(
+    foretaste: Run, bundle: Path, tmp_path: Path
+) -> None:
+    table, out = tmp_path / "orders.csv", tmp_path / "lists.jsonl"
+    table.write_text("a,b\nx,y\nz,w\n")
+    code, _, err = foretaste("recommend", bundle, "--users", table, "--out", out)
+    assert code == 1
+    assert "call the one of user ids 'user_id'" in err
+    table.write_text("user_id,b\nx,y\nz,w\n")
+    assert foretaste("recommend", bundle, "--users", table, "--out", out)[0] == 0

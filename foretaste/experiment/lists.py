@@ -41,9 +41,10 @@ def write_lists(
         recommender: Unknown users are answered by what its table of users says of them, or by its
             most popular items; their `source` says so.
         users: A file as `read_interactions` takes one. The ids are its column `user_id`, or the
-            one that the recipe's events name, or else its first column. A file of text needs no
-            header: its first line is taken for one where it is such a name or like one
-            (`customer_email`), or no whole number where the ids of training and all below it are.
+            one that the recipe's events name, or else the first that holds a known user. A file of
+            text needs no header: its first line is taken for one where it is such a name or like
+            one (`customer_email`), or no whole number where the ids of training and all below it
+            are. A user who is there twice has one list.
         out: The file; its suffix says of what kind. `.parquet`, `.json` and `.jsonl`: a row per
             user with `user_id`, `source`, and the lists `item_id` and `score`. `.csv`: a row per
             item with `user_id`, `source`, `rank`, `item_id` and `score`; a user without any item
@@ -65,7 +66,10 @@ def write_lists(
     write = _writer(Path(out))
     check_place(out, replace=replace)
     ids, notes = _read_users(Path(users), recommender)
-    known = ids.drop_nulls()
+    known = ids.drop_nulls().unique(maintain_order=True)
+    repeats = len(ids) - ids.null_count() - len(known)
+    if repeats:
+        notes.append(f"{repeats:,} rows repeat a user: there is one list for each")
     if not len(known):
         raise DataError(
             f"{users} holds no user id: write one a line", name="users", value=str(users)
@@ -106,20 +110,57 @@ def _read_users(file: Path, recommender: Recommender) -> tuple[pl.Series, list[s
     trained = recommender.trained
     names = {USER_COLUMN, _column_of_training(trained.settings)}
     separator = _separator(file, trained.events.users)
+    known = trained.events.users
     whole = open_source(file, separator=separator, header=False, role="the users")
-    first = whole.columns[0]
-    if first != "0":  # the kind of file names its columns
-        return _ids(whole, next((name for name in whole.columns if name in names), first))
-    ids, notes = _ids(whole, first)
-    if len(ids) < 2 or not _is_header(ids[0], ids[1:], trained.events.users, names):
-        return ids, notes
+    column, notes = _column_of_users(whole, names, known)
+    ids, read = _ids(whole, column)
+    if whole.columns[0] != "0":  # the kind of file names its columns
+        return ids, [*notes, *read]
+    if len(ids) < 2 or not _is_header(ids[0], ids[1:], known, names):
+        return ids, [*notes, *read]
     named = open_source(file, separator=separator, role="the users")
-    column = next((name for name in named.columns if name in names), named.columns[0])
-    ids, notes = _ids(named, column)
-    return ids, [
-        *notes,
-        f"the first line of {file} was taken for a header: {column!r} are the users",
-    ]
+    by_place = named.columns[whole.columns.index(column)]
+    column = next((name for name in named.columns if name in names), by_place)
+    ids, read = _ids(named, column)
+    said = f"the first line of {file} was taken for a header: {column!r} are the users"
+    return ids, [*read, said]
+
+
+def _column_of_users(
+    source: Source, names: set[object], users: Vocabulary
+) -> tuple[str, list[str]]:
+    """Return the column that is named so, or the first that holds a known user, and a note."""
+    first = source.columns[0]
+    named = next((name for name in source.columns if name in names), None)
+    if named is not None or len(source.columns) == 1:
+        return named or first, []
+    columns = {name: _ids_or_none(source, name) for name in source.columns}
+    for name, ids in columns.items():
+        if len(ids) and ids[0] in names:  # the header of a file of text
+            return name, []
+    for name, ids in columns.items():
+        if (users.encode(ids.drop_nulls()) >= 0).any():
+            where = f"column {name!r} of {source.name} holds the users"
+            return name, [] if name == first else [f"{where}: the columns before it hold none"]
+    raise DataError(
+        f"no column of {source.name} holds a user that training knows: call the one of user ids "
+        f"{USER_COLUMN!r}",
+        name="users",
+        value=source.name,
+    )
+
+
+def _ids_or_none(source: Source, column: str) -> pl.Series:
+    """Return a column of ids; empty if it holds something else."""
+    try:
+        ids, _ = _ids(source, column)
+    except DataError:  # a column that cannot be read, and need not be
+        return pl.Series(column, [], dtype=pl.String)
+    return (
+        ids
+        if ids.dtype == pl.String or ids.dtype.is_numeric()
+        else pl.Series(column, [], dtype=pl.String)
+    )
 
 
 def _separator(file: Path, users: Vocabulary) -> str | None:
