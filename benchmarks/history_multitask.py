@@ -151,6 +151,10 @@ def measured(
 ) -> dict[str, object]:
     """Return the figures of a model, or of one for each task: each seed's and their mean."""
     started, rows = time.perf_counter(), []
+    num_drawn = max(
+        objective.num_negatives(getattr(c, "tasks", None) or (c.task,)) for c in configs
+    )
+    sampled = ft.SampledNegatives(num=num_drawn) if num_drawn else None
     for seed in range(seeds):
         figures: Figures = {}
         for config in configs:
@@ -163,7 +167,7 @@ def measured(
                 features=features,
                 show=False,
             )
-            figures |= figures_of(ft.evaluate_rows(trained, split, resamples=0))
+            figures |= figures_of(ft.evaluate_rows(trained, split, sampled=sampled, resamples=0))
         rows.append(figures)
         print(f"{name}, seed {seed}: {figures}", flush=True)
     return {
