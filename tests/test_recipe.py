@@ -199,7 +199,7 @@ def test_a_missing_section_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "word"),
-    [(b"seed = ", "not TOML"), (b"\xff\xfe", "not TOML"), (None, "No such file")],
+    [(b"seed = ", "not TOML"), (b"\xff\xfe", "not text in UTF-8"), (None, "No such file")],
 )
 def test_a_file_that_is_no_recipe_is_refused(
     tmp_path: Path, content: bytes | None, word: str

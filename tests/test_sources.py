@@ -303,8 +303,10 @@ def test_a_malformed_file_is_no_traceback_of_another_library(tmp_path: Path) -> 
 
 
 def test_an_unknown_name_is_answered_with_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match="ml-100k, ml-1m"):
+    with pytest.raises(ConfigError, match="did you mean 'ml-100k'"):
         find_source("ml-100")
+    with pytest.raises(ConfigError, match="ml-100k, ml-1m"):
+        find_source("nothing like it")
 
 
 def test_a_folder_without_the_files_is_told_what_is_missing(tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ def test_a_name_that_does_not_exist_is_an_attribute_error() -> None:
 @pytest.mark.slow
 def test_no_module_does_anything_when_it_is_imported() -> None:
     script = f"MODULES = {MODULES!r}\n{WATCH_EFFECTS}"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-B", "-c", script], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 

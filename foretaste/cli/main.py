@@ -74,7 +74,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "100000")
     try:
         with stoppable():
-            sys.exit(app(arguments, standalone_mode=False))
+            sys.exit(app(arguments, standalone_mode=False) or 0)
     except _WrongCall as error:
         if isinstance(error.__cause__, ValidationError):
             found = findings(error.__cause__.errors(), None, None)

@@ -10,7 +10,7 @@ import polars as pl
 from jaxtyping import Int64
 
 from foretaste.data.column_types import kept
-from foretaste.data.columns import at_row, canonical_ids
+from foretaste.data.columns import canonical_ids
 from foretaste.data.read_config import ReadConfig
 from foretaste.data.tables import Source, find_column, open_source
 from foretaste.data.vocabulary import Vocabulary
@@ -80,11 +80,12 @@ def read_side(
     notes += [*read_notes, *told]
     if missing := side_ids.null_count():
         if not read.drop_incomplete:
+            row = 1 + int(side_ids.is_null().arg_max() or 0)
             raise DataError(
-                f"{opened.name}: column {name!r}, {at_row(side_ids, side_ids.is_null())} is "
-                "missing: give an id, or say drop_incomplete=True",
+                f"{opened.name}: column {name!r}, row {row}: the value is missing: fix it, or give "
+                "drop_incomplete=True",
                 column=name,
-                row=1 + int(side_ids.is_null().arg_max() or 0),
+                row=row,
             )
         others, side_ids = others.filter(side_ids.is_not_null()), side_ids.drop_nulls()
         notes.append(f"{missing} rows of {opened.name} without an id were left out")
