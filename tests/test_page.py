@@ -36,6 +36,7 @@ FLAGS = (
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-sync",
+    "--force-prefers-reduced-motion",  # a card that fades in has no visible text at first
     "--window-size=1280,800",
 )
 TOKEN = "let me in"
