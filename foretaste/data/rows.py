@@ -188,7 +188,8 @@ class Rows(Shown):
 
     @cached_property
     def _label_of_drawn_T(self) -> Float32[Tensor, " T"]:
-        return torch.tensor([0.0 if task.kind == "binary" else np.nan for task in self.tasks])
+        label_T = [0.0 if task.kind == "binary" else np.nan for task in self.tasks]
+        return torch.tensor(label_T, dtype=torch.float32)
 
     def _labels(
         self, rows_B: Int64[Tensor, " B"], item_B1: Int64[Tensor, "B 1"], drawn_BN: Tensor

@@ -40,7 +40,7 @@ def binary_loss(logit_N: Float[Tensor, " N"], label_N: Float[Tensor, " N"]) -> F
 
     .. math:: -\frac{1}{N} \sum_n y_n \ln \sigma(s_n) + (1 - y_n) \ln \sigma(-s_n)
     """
-    return F.binary_cross_entropy_with_logits(logit_N, label_N)
+    return F.binary_cross_entropy_with_logits(logit_N, label_N.to(logit_N.dtype))
 
 
 def listwise_loss(
@@ -77,8 +77,8 @@ def regression_loss(
         1964. Departure: twice his loss, so that it continues the squared one.
     """
     if huber:
-        return 2 * F.huber_loss(value_N, target_N)
-    return F.mse_loss(value_N, target_N)
+        return 2 * F.huber_loss(value_N, target_N.to(value_N.dtype))
+    return F.mse_loss(value_N, target_N.to(value_N.dtype))
 
 
 def ordinal_loss(
