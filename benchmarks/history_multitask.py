@@ -32,7 +32,7 @@ import torch
 import foretaste as ft
 from foretaste.data.splits import TEST
 from foretaste.data.synthetic import media_log
-from foretaste.evaluation.metrics.auc import auc
+from foretaste.evaluation.row_metrics import auc
 from foretaste.experiment.facts import run_facts
 from foretaste.models.layers.field_ranker import HistoryConfig
 

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 import foretaste as ft
-from foretaste.evaluation.gates import gates_svg, read_gates
-from foretaste.evaluation.transfer import transfer
+from foretaste.evaluation.chart import gates_svg, read_gates
+from foretaste.evaluation.compare import transfer
 from foretaste.experiment.facts import run_facts
 from foretaste.models.interface import Gated
 

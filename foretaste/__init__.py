@@ -52,17 +52,14 @@ if TYPE_CHECKING:
         SourceError,
         TooLargeError,
     )
-    from foretaste.evaluation.compare import Comparison, compare
-    from foretaste.evaluation.compare_rows import compare_rows
-    from foretaste.evaluation.gates import gates_svg, read_gates
+    from foretaste.evaluation.chart import gates_svg, read_gates, reliability_svg
+    from foretaste.evaluation.compare import Comparison, compare, compare_rows, transfer
     from foretaste.evaluation.protocol import evaluate
-    from foretaste.evaluation.reliability_picture import reliability_svg
     from foretaste.evaluation.report import Report
     from foretaste.evaluation.reports import RankingGain, Reports
     from foretaste.evaluation.rows import evaluate_rows
     from foretaste.evaluation.rows_report import RowsReport, calibrate
     from foretaste.evaluation.sampled import SampledNegatives
-    from foretaste.evaluation.transfer import transfer
     from foretaste.experiment.compare_families import family_recipes
     from foretaste.experiment.compare_models import compare_models, read_recipes
     from foretaste.experiment.compare_table import ModelComparison

@@ -12,9 +12,12 @@ from torch import Tensor
 
 from foretaste.data.interactions import Interactions
 from foretaste.errors import ConfigError, DataError
-from foretaste.losses.bpr import bpr_loss_gradient, margin_loss_gradient
-from foretaste.losses.hardest import hardest
-from foretaste.losses.softmax import softmax_loss_gradient
+from foretaste.losses.candidates import (
+    bpr_loss_gradient,
+    hardest,
+    margin_loss_gradient,
+    softmax_loss_gradient,
+)
 from foretaste.training.objectives.candidates import CandidateConfig, CandidateLoss, Loss
 
 LOSSES: tuple[Loss, ...] = ("sampled_softmax", "bce", "gbce", "bpr", "margin")

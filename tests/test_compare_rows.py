@@ -16,7 +16,7 @@ from sklearn.metrics import roc_auc_score
 import foretaste as ft
 from foretaste.data.rows import rows_of
 from foretaste.data.tasks import Task
-from foretaste.evaluation.compare_rows import compare_rows
+from foretaste.evaluation.compare import compare_rows
 from foretaste.evaluation.rows_report import RowsReport
 from foretaste.experiment.compare_by_rows import common_tasks
 from foretaste.experiment.compare_counts import BASE_RATE, count_baselines

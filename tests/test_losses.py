@@ -8,9 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from foretaste.losses.bce import bce_loss_gradient, gbce_power
-from foretaste.losses.chunked import chunked_loss
-from foretaste.losses.softmax import softmax_loss_gradient
+from foretaste.losses.candidates import (
+    bce_loss_gradient,
+    chunked_loss,
+    gbce_power,
+    softmax_loss_gradient,
+)
 
 
 def test_softmax_by_hand() -> None:

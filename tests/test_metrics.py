@@ -15,16 +15,19 @@ from hypothesis import strategies as st
 from ir_measures import AP, RR, P, Qrel, R, ScoredDoc, Success, iter_calc, nDCG
 from sklearn.metrics import ndcg_score
 
-from foretaste.evaluation.metrics.average_precision import average_precision
-from foretaste.evaluation.metrics.coverage import coverage
-from foretaste.evaluation.metrics.hit_rate import hit_rate
-from foretaste.evaluation.metrics.list_mean import list_mean
-from foretaste.evaluation.metrics.mrr import mrr
-from foretaste.evaluation.metrics.ndcg import ndcg
-from foretaste.evaluation.metrics.novelty import self_information
-from foretaste.evaluation.metrics.popularity import head_membership, popularity_rank
-from foretaste.evaluation.metrics.precision import precision
-from foretaste.evaluation.metrics.recall import recall
+from foretaste.evaluation.list_metrics import (
+    average_precision,
+    coverage,
+    head_membership,
+    hit_rate,
+    list_mean,
+    mrr,
+    ndcg,
+    popularity_rank,
+    precision,
+    recall,
+    self_information,
+)
 from foretaste.evaluation.rank import Hits, best, settle
 
 ALL = (hit_rate, recall, precision, ndcg, mrr, average_precision)

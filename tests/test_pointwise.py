@@ -11,12 +11,17 @@ from sklearn.metrics import log_loss as sklearn_log_loss
 from sklearn.metrics import mean_absolute_error, mean_squared_error, roc_auc_score
 
 from foretaste.errors import DataError, NonFiniteError
-from foretaste.evaluation.metrics.auc import RankedRows, auc
-from foretaste.evaluation.metrics.calibration import calibration_error, reliability
-from foretaste.evaluation.metrics.gauc import gauc, user_auc
-from foretaste.evaluation.metrics.log_loss import log_loss
-from foretaste.evaluation.metrics.mae import mae
-from foretaste.evaluation.metrics.rmse import rmse
+from foretaste.evaluation.row_metrics import (
+    RankedRows,
+    auc,
+    calibration_error,
+    gauc,
+    log_loss,
+    mae,
+    reliability,
+    rmse,
+    user_auc,
+)
 
 
 def rows(num: int, *, distinct: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

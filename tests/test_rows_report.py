@@ -15,13 +15,10 @@ from foretaste.data.tasks import Task
 from foretaste.errors import ConfigError, DataError, NonFiniteError
 from foretaste.evaluation.bootstrap import bootstrap_intervals
 from foretaste.evaluation.calibration import fit_calibration
-from foretaste.evaluation.compare_rows import compare_rows
+from foretaste.evaluation.chart import reliability_svg
+from foretaste.evaluation.compare import compare_rows
 from foretaste.evaluation.measure_rows import Predicted, measure_rows
-from foretaste.evaluation.metrics.auc import auc
-from foretaste.evaluation.metrics.calibration import calibration_error
-from foretaste.evaluation.metrics.gauc import gauc
-from foretaste.evaluation.metrics.log_loss import log_loss
-from foretaste.evaluation.reliability_picture import reliability_svg
+from foretaste.evaluation.row_metrics import auc, calibration_error, gauc, log_loss
 from foretaste.evaluation.rows_report import RowsReport
 from foretaste.training.calibration import IsotonicCalibration, PlattCalibration, calibrated
 

@@ -8,9 +8,9 @@ import pytest
 import foretaste as ft
 from foretaste.data.synthetic import INPUT, correlated_tasks
 from foretaste.errors import ConfigError, DataError
-from foretaste.evaluation.gates import gates_svg, read_gates
+from foretaste.evaluation.chart import gates_svg, read_gates
+from foretaste.evaluation.compare import transfer
 from foretaste.evaluation.rows_report import RowsReport
-from foretaste.evaluation.transfer import transfer
 from foretaste.models.mmoe import MMoEConfig
 from foretaste.models.shared_bottom import SharedBottomConfig
 

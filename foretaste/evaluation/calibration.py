@@ -13,7 +13,7 @@ from jaxtyping import Float, Float64
 from scipy.optimize import isotonic_regression
 
 from foretaste.errors import DataError
-from foretaste.evaluation.metrics.labels import checked_labels, checked_probabilities
+from foretaste.evaluation.row_metrics import checked_labels, checked_probabilities
 from foretaste.training.calibration import (
     IsotonicCalibration,
     PlattCalibration,

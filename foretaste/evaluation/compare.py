@@ -1,9 +1,9 @@
-"""Is one model better than another, or was it luck.
+"""Is one model better than another, or was it luck; and what tasks give to each other.
 
-Shape legend: U users that all reports have.
+Shape legend: U users that all reports have, N rows, R resamples, S seeds.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Protocol, runtime_checkable
@@ -14,8 +14,15 @@ from jaxtyping import Float64, Int64
 from foretaste.arguments import checked
 from foretaste.config import Resamples, Seed
 from foretaste.errors import DataError, did_you_mean
-from foretaste.evaluation.bootstrap import Interval, bootstrap_intervals, sign_flip_p_value
-from foretaste.evaluation.report import Report
+from foretaste.evaluation.bootstrap import (
+    Interval,
+    bootstrap_intervals,
+    percentile_interval,
+    sign_flip_p_value,
+)
+from foretaste.evaluation.report import Report, markdown_table
+from foretaste.evaluation.row_metrics import point_values, resampled
+from foretaste.evaluation.rows_report import RowsReport
 from foretaste.shown import Shown
 
 Reports = Report | Sequence[Report]
@@ -135,3 +142,187 @@ def check_comparable(a: Measured, b: Measured) -> None:
             f"these reports are of different holdouts ({a.holdout} {a.holdout_digest[:8]}, "
             f"{b.holdout} {b.holdout_digest[:8]}): evaluate both models on the same one"
         )
+
+
+Reports = RowsReport | Sequence[RowsReport]
+
+
+@checked
+def compare_rows(
+    a: Reports,
+    b: Reports,
+    metric: str,
+    *,
+    task: str = "",
+    resamples: Resamples = 2000,
+    seed: Seed = 0,
+) -> Comparison:
+    """Compare two models on the rows that both predicted, user by user.
+
+    Users are drawn again with all their rows, the same for both models, and the metric is worked
+    out anew: AUC is no mean over users, so its difference is not one either. The p-value is twice
+    the share of resamples on the other side of 0, the observed one counted in; and never below
+    2 / 2^U of U users, the chance that all their differences have one sign.
+
+    Args:
+        a: Report of the first model; or several, trained alike from several seeds: the metric is
+            their mean then.
+        b: Of the second, on the same rows; it may have other tasks besides.
+        metric: Its short name: "auc", "gauc", "log_loss", "ece", "rmse" or "mae". Of the last
+            four, less is better.
+        task: Which; "" if there is only one.
+        resamples: How often users are drawn again.
+        seed: Decides the draw.
+
+    Raises:
+        DataError: The rows differ, a report was kept without them, or the task has no such metric.
+    """
+    reports_a, reports_b = _several(a), _several(b)
+    first = reports_a[0]
+    task = task or first.tasks[0].name
+    for other in (*reports_a, *reports_b):
+        check_comparable(first, other)
+        if not np.array_equal(first.rows(task).label_N, other.rows(task).label_N):
+            raise DataError(
+                f"the labels of task {task!r} differ between {first.model} and {other.model}: give "
+                "both models the same task"
+            )
+    (mean_a, a_R), (mean_b, b_R) = (
+        _resampled_mean(reports, metric, task, resamples=resamples, seed=seed)
+        for reports in (reports_a, reports_b)
+    )
+    apart_R = a_R - b_R
+    apart_R = apart_R[~np.isnan(apart_R)]
+    users = reports_a[0].counts["users"]
+    beyond = min(int((apart_R <= 0).sum()), int((apart_R >= 0).sum()))
+    return Comparison(
+        metric=first.name(metric, task),
+        users=users,
+        mean_a=mean_a,
+        mean_b=mean_b,
+        difference=mean_a - mean_b,
+        interval=percentile_interval(apart_R),
+        p_value=min(1.0, max(2 * (1 + beyond) / (1 + len(apart_R)), 2.0 ** (1 - users))),
+    )
+
+
+def mean_and_interval(
+    reports: Sequence[RowsReport], metric: str, task: str
+) -> tuple[float, Interval]:
+    """Return the mean of a metric over reports from several seeds, and its 95 % interval."""
+    mean, mean_R = _resampled_mean(reports, metric, task, resamples=1000, seed=0)
+    return mean, percentile_interval(mean_R)
+
+
+def _several(reports: Reports) -> Sequence[RowsReport]:
+    several = [reports] if isinstance(reports, RowsReport) else reports
+    if not several:
+        raise DataError("there is no report to compare: give one at least")
+    return several
+
+
+def _resampled_mean(
+    reports: Sequence[RowsReport], metric: str, task: str, *, resamples: int, seed: int
+) -> tuple[float, Float64[np.ndarray, " R"]]:
+    weighed = {}
+    for number, report in enumerate(reports):
+        found = report.rows(task).metrics()
+        if metric not in found:
+            raise DataError(
+                f"task {task!r} of {report.model} has no {metric!r} here, but "
+                f"{', '.join(found) or 'none at all'}"
+            )
+        weighed[str(number)] = found[metric]
+    num_users = reports[0].counts["users"]
+    points = point_values(weighed, num_users)
+    drawn = resampled(weighed, num_users, resamples=resamples, seed=seed)
+    return float(np.mean(list(points.values()))), np.mean(list(drawn.values()), axis=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransferRow:
+    """One task of one joint model."""
+
+    model: str
+    task: str
+    compared: Comparison
+    """The joint model less the single one."""
+    lower_is_better: bool
+
+    @property
+    def verdict(self) -> str:
+        """Say whether the other tasks helped; "neither" where luck could have made it."""
+        low, high = self.compared.interval
+        if low <= 0 <= high:
+            return "neither"
+        return "gain" if (low > 0) != self.lower_is_better else "loss"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transfer:
+    """A table of gains and losses. Printed, it is Markdown."""
+
+    rows: tuple[TransferRow, ...]
+
+    def __str__(self) -> str:
+        table = [["task", "metric", "model", "joint", "single", "difference", "p", ""]]
+        for row in self.rows:
+            found = row.compared
+            ends = f"[{found.interval.low:+.4f}, {found.interval.high:+.4f}]"
+            table.append(
+                [
+                    row.task,
+                    found.metric,
+                    row.model,
+                    f"{found.mean_a:.4f}",
+                    f"{found.mean_b:.4f}",
+                    f"{found.difference:+.4f} {ends}",
+                    f"{found.p_value:.4f}",
+                    row.verdict,
+                ]
+            )
+        return markdown_table(table)
+
+
+@checked
+def transfer(
+    joint: Mapping[str, Sequence[RowsReport]],
+    single: Mapping[str, Sequence[RowsReport]],
+    *,
+    resamples: Resamples = 2000,
+    seed: Seed = 0,
+) -> Transfer:
+    """Compare joint models with single ones, task by task, on the same rows and users.
+
+    Binary tasks are compared by AUC, the others by RMSE.
+
+    Args:
+        joint: From a model's name to its reports, one a seed.
+        single: From a task's name to the reports of a model that has this task alone.
+        resamples: How often users are drawn again.
+        seed: Decides the draw.
+
+    Raises:
+        DataError: The rows or labels differ, or no joint model has a task of `single`.
+    """
+    rows = [
+        TransferRow(
+            model=name,
+            task=task.name,
+            compared=compare_rows(
+                reports,
+                single[task.name],
+                "auc" if task.kind == "binary" else "rmse",
+                task=task.name,
+                resamples=resamples,
+                seed=seed,
+            ),
+            lower_is_better=task.kind != "binary",
+        )
+        for name, reports in joint.items()
+        for task in reports[0].tasks
+        if task.name in single
+    ]
+    if not rows:
+        raise DataError(f"no joint model has a task of {', '.join(single) or 'the single ones'}")
+    return Transfer(rows=tuple(sorted(rows, key=lambda row: row.task)))

@@ -15,15 +15,17 @@ from torch import Tensor
 from foretaste.data.batch import Queries
 from foretaste.data.splits import Holdout
 from foretaste.evaluation.cold import Among, among_cold
-from foretaste.evaluation.metrics.average_precision import average_precision
-from foretaste.evaluation.metrics.hit_rate import hit_rate
-from foretaste.evaluation.metrics.list_mean import list_mean
-from foretaste.evaluation.metrics.mrr import mrr
-from foretaste.evaluation.metrics.ndcg import ndcg
-from foretaste.evaluation.metrics.novelty import self_information
-from foretaste.evaluation.metrics.popularity import head_membership
-from foretaste.evaluation.metrics.precision import precision
-from foretaste.evaluation.metrics.recall import recall
+from foretaste.evaluation.list_metrics import (
+    average_precision,
+    head_membership,
+    hit_rate,
+    list_mean,
+    mrr,
+    ndcg,
+    precision,
+    recall,
+    self_information,
+)
 from foretaste.evaluation.rank import Hits, all_equal, best, draw_lists, place, settle
 from foretaste.evaluation.sampled import SampledNegatives, kept_items, score_kept
 from foretaste.evaluation.task import Task, block_rows

@@ -12,8 +12,15 @@ from jaxtyping import Float64, Int64
 from foretaste.data.tasks import Task
 from foretaste.errors import ConfigError, DataError, NonFiniteError
 from foretaste.evaluation.bootstrap import percentile_interval
-from foretaste.evaluation.metrics.calibration import NUM_BINS, Reliability, reliability
-from foretaste.evaluation.row_metrics import TaskRows, Weighed, point_values, resampled
+from foretaste.evaluation.row_metrics import (
+    NUM_BINS,
+    Reliability,
+    TaskRows,
+    Weighed,
+    point_values,
+    reliability,
+    resampled,
+)
 from foretaste.evaluation.rows_report import RowsReport, metric_name
 from foretaste.training.calibration import Calibration, calibrated
 

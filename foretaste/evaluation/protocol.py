@@ -16,8 +16,8 @@ from foretaste.data.splits import Holdout
 from foretaste.errors import ConfigError, DataError
 from foretaste.evaluation.bootstrap import bootstrap_intervals
 from foretaste.evaluation.cold import COLD_SUFFIX, NEW_SUFFIX, Among, Whose
+from foretaste.evaluation.list_metrics import coverage
 from foretaste.evaluation.measure_queries import measure_queries
-from foretaste.evaluation.metrics.coverage import coverage
 from foretaste.evaluation.overlap import Asked, check_new, overlap
 from foretaste.evaluation.protocol_notes import protocol_notes
 from foretaste.evaluation.rank import chance_within

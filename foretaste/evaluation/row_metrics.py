@@ -1,23 +1,347 @@
-"""The pointwise metrics of a task, worked out again and again over users drawn anew.
+"""Pointwise metrics of labelled rows, and of a task over users drawn again.
 
-A user that is drawn brings all its rows: what one user's rows have in common is no evidence twice.
+A user that is drawn brings all its rows: what rows of one user have in common counts once.
 
-Shape legend: N rows, U users, R resamples, T tasks, M bins.
+Shape legend: N rows, U users, R resamples, T tasks, M bins, G distinct scores.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Literal, final
 
 import numpy as np
-from jaxtyping import Float64, Int64
+from jaxtyping import Float, Float64, Int64
 
 from foretaste.data.tasks import Task
+from foretaste.errors import DataError, NonFiniteError
 from foretaste.evaluation.bootstrap import drawn_again
-from foretaste.evaluation.metrics.auc import RankedRows
-from foretaste.evaluation.metrics.calibration import bin_of
-from foretaste.evaluation.metrics.gauc import user_auc
-from foretaste.evaluation.metrics.labels import checked_labels, checked_predictions
-from foretaste.evaluation.metrics.log_loss import row_log_loss
+
+
+def checked_labels(label_N: Float[np.ndarray, " N"]) -> Float64[np.ndarray, " N"]:
+    """Return the labels of a binary task in double precision.
+
+    Raises:
+        DataError: One is neither 0 nor 1, or is missing.
+    """
+    wrong_N = (label_N != 0) & (label_N != 1)
+    if wrong_N.any():
+        row = int(np.argmax(wrong_N))
+        raise DataError(f"label {label_N[row]:g} of row {row} is neither 0 nor 1: leave it out")
+    return label_N.astype(np.float64)
+
+
+def checked_predictions(prediction_N: Float[np.ndarray, " N"]) -> Float64[np.ndarray, " N"]:
+    """Return predictions in double precision.
+
+    Raises:
+        DataError: There is none.
+        NonFiniteError: One is NaN or infinite.
+    """
+    if len(prediction_N) == 0:
+        raise DataError("there is no labelled row: nothing can be measured")
+    if not np.isfinite(prediction_N).all():
+        row = int(np.argmin(np.isfinite(prediction_N)))
+        raise NonFiniteError(
+            f"the prediction of row {row} is {prediction_N[row]}: the model is broken, train it "
+            "anew"
+        )
+    return prediction_N.astype(np.float64)
+
+
+def checked_probabilities(probability_N: Float[np.ndarray, " N"]) -> Float64[np.ndarray, " N"]:
+    """Return probabilities in double precision.
+
+    Raises:
+        DataError: There is none, or one lies outside of [0, 1].
+        NonFiniteError: One is NaN or infinite.
+    """
+    found_N = checked_predictions(probability_N)
+    if found_N.min() < 0 or found_N.max() > 1:
+        row = int(np.argmax((found_N < 0) | (found_N > 1)))
+        raise DataError(f"{found_N[row]:g} of row {row} is no probability: give [0, 1], not logits")
+    return found_N
+
+
+@final
+class RankedRows:
+    """Rows in the order of their scores: sorted once, weighed as often as a bootstrap asks."""
+
+    def __init__(self, label_N: Float[np.ndarray, " N"], score_N: Float[np.ndarray, " N"]) -> None:
+        """Sort.
+
+        Args:
+            label_N: 0 or 1.
+            score_N: Any real numbers, higher is better.
+
+        Raises:
+            DataError: A label is something else.
+            NonFiniteError: A score is NaN or infinite.
+        """
+        self.label_N = checked_labels(label_N)
+        _, self.place_N = np.unique(checked_predictions(score_N), return_inverse=True)
+
+    def auc(self, weight_N: Float[np.ndarray, " N"] | None = None) -> float:
+        """Return the area, NaN where the weights leave one class only."""
+        positive_N = self.label_N if weight_N is None else self.label_N * weight_N
+        all_N = np.ones(len(self.label_N)) if weight_N is None else weight_N
+        positive_G = np.bincount(self.place_N, positive_N)
+        negative_G = np.bincount(self.place_N, all_N - positive_N)
+        pairs = positive_G.sum() * negative_G.sum()
+        if not pairs > 0:
+            return float("nan")
+        below_G = np.cumsum(negative_G) - negative_G / 2
+        return float(positive_G @ below_G / pairs)
+
+
+def auc(
+    label_N: Float[np.ndarray, " N"],
+    score_N: Float[np.ndarray, " N"],
+    weight_N: Float64[np.ndarray, " N"] | None = None,
+) -> float:
+    r"""Return the probability that a 1 is scored above a 0, ties counted as half, in [0, 1].
+
+    .. math:: \frac{\sum_{i: y_i = 1} \sum_{j: y_j = 0} w_i w_j
+                    \big([s_i > s_j] + \tfrac{1}{2} [s_i = s_j]\big)}
+                   {\sum_{i: y_i = 1} w_i \sum_{j: y_j = 0} w_j}
+
+    Args:
+        label_N: 0 or 1.
+        score_N: Any real numbers, higher is better.
+        weight_N: Of each row, 0 or more; none: all alike.
+
+    Returns:
+        0.5 where the scores say nothing.
+
+    Raises:
+        DataError: There are no rows of one of the classes, or a label is neither.
+        NonFiniteError: A score is NaN or infinite.
+
+    References:
+        Hanley and McNeil, "The meaning and use of the area under a receiver operating
+        characteristic (ROC) curve", Radiology 1982.
+    """
+    found = RankedRows(label_N, score_N).auc(weight_N)
+    if np.isnan(found):
+        raise DataError(
+            f"AUC compares rows that are a 1 with rows that are a 0, and of {len(label_N)} rows "
+            f"{int(np.sum(label_N))} are a 1 (with weights above 0, only one class is left): "
+            "measure on rows of both"
+        )
+    return found
+
+
+def user_auc(
+    label_N: Float[np.ndarray, " N"],
+    score_N: Float[np.ndarray, " N"],
+    user_N: Int64[np.ndarray, " N"],
+    *,
+    num_users: int,
+) -> Float64[np.ndarray, " U"]:
+    """Return each user's AUC over the user's own rows, NaN where they are of one class.
+
+    Args:
+        label_N: 0 or 1.
+        score_N: Any real numbers, higher is better.
+        user_N: In [0, num_users).
+        num_users: U.
+
+    Raises:
+        DataError: A label is neither 0 nor 1.
+        NonFiniteError: A score is NaN or infinite.
+    """
+    label_N, score_N = checked_labels(label_N), checked_predictions(score_N)
+    order = np.lexsort((score_N, user_N))
+    label_N, score_N, user_N = label_N[order], score_N[order], user_N[order]
+    starts_N = np.ones(len(order), dtype=bool)
+    starts_N[1:] = (np.diff(user_N) != 0) | (np.diff(score_N) != 0)
+    group_N = np.cumsum(starts_N) - 1
+    first_G = np.flatnonzero(starts_N)
+    positive_G, size_G = np.bincount(group_N, label_N), np.bincount(group_N)
+    negative_G, user_G = size_G - positive_G, user_N[first_G]
+    positive_U = np.bincount(user_G, positive_G, num_users)
+    negative_U = np.bincount(user_G, negative_G, num_users)
+    before_U = np.cumsum(negative_U) - negative_U
+    below_G = np.cumsum(negative_G) - before_U[user_G] - negative_G / 2
+    won_U = np.bincount(user_G, positive_G * below_G, num_users)
+    pairs_U = positive_U * negative_U
+    auc_U: np.ndarray = np.full(num_users, np.nan)
+    np.divide(won_U, pairs_U, out=auc_U, where=pairs_U > 0)
+    return auc_U
+
+
+def gauc(
+    label_N: Float[np.ndarray, " N"],
+    score_N: Float[np.ndarray, " N"],
+    user_N: Int64[np.ndarray, " N"],
+) -> float:
+    r"""Return the mean over users of their own AUC, weighted by their rows, in [0, 1].
+
+    .. math:: \frac{\sum_u n_u \text{AUC}_u}{\sum_u n_u}
+
+    Over users that have rows of both classes; the others cannot be ordered rightly or wrongly.
+
+    Raises:
+        DataError: No user has both, or a label is neither 0 nor 1.
+        NonFiniteError: A score is NaN or infinite.
+
+    References:
+        Zhu et al., "Optimized Cost per Click in Taobao Display Advertising", KDD 2017,
+        https://arxiv.org/abs/1703.02091
+    """
+    _, place_N = np.unique(user_N, return_inverse=True)
+    rows_U = np.bincount(place_N)
+    auc_U = user_auc(label_N, score_N, place_N, num_users=len(rows_U))
+    both_U = ~np.isnan(auc_U)
+    if not both_U.any():
+        raise DataError(
+            f"GAUC orders each user's own rows, and none of {len(rows_U)} users has both a 1 and "
+            "a 0: measure AUC instead"
+        )
+    return float(np.average(auc_U[both_U], weights=rows_U[both_U]))
+
+
+def row_log_loss(
+    label_N: Float[np.ndarray, " N"], probability_N: Float[np.ndarray, " N"]
+) -> Float64[np.ndarray, " N"]:
+    """Return each row's loss, in nats.
+
+    Probabilities are kept 2.2e-16 away from 0 and 1, as in scikit-learn.
+
+    Raises:
+        DataError: A label is neither 0 nor 1, or a probability is none.
+        NonFiniteError: A probability is NaN or infinite.
+    """
+    label_N, probability_N = checked_labels(label_N), checked_probabilities(probability_N)
+    eps = np.finfo(np.float64).eps
+    kept_N = np.clip(probability_N, eps, 1 - eps)
+    loss_N: np.ndarray = -np.log(np.where(label_N == 1, kept_N, 1 - kept_N))
+    return loss_N
+
+
+def log_loss(
+    label_N: Float[np.ndarray, " N"],
+    probability_N: Float[np.ndarray, " N"],
+    weight_N: Float64[np.ndarray, " N"] | None = None,
+) -> float:
+    r"""Return the mean log loss, in nats: 0 is perfect, ln 2 is a coin.
+
+    .. math:: -\frac{1}{N} \sum_n y_n \ln p_n + (1 - y_n) \ln(1 - p_n)
+
+    Raises:
+        DataError: A label is neither 0 nor 1, or a probability is none.
+        NonFiniteError: A probability is NaN or infinite.
+    """
+    return float(np.average(row_log_loss(label_N, probability_N), weights=weight_N))
+
+
+NUM_BINS = 15
+"""As in Guo et al. 2017."""
+Bins = Literal["width", "count"]
+"""All bins as wide, from 0 to 1; or as many rows in each, as far as equal probabilities allow."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reliability:
+    """The curve that a calibrated model puts on the diagonal; empty bins are left out."""
+
+    count: tuple[int, ...]
+    """Rows of each bin."""
+    predicted: tuple[float, ...]
+    """Mean probability of each."""
+    happened: tuple[float, ...]
+    """Share of ones in each."""
+
+
+def reliability(
+    label_N: Float[np.ndarray, " N"],
+    probability_N: Float[np.ndarray, " N"],
+    *,
+    num_bins: int = NUM_BINS,
+    bins: Bins = "width",
+) -> Reliability:
+    """Return what was predicted and what happened, bin by bin, as scikit-learn's curve does.
+
+    Raises:
+        DataError: A label is neither 0 nor 1, or a probability is none.
+        NonFiniteError: A probability is NaN or infinite.
+    """
+    label_N, probability_N = checked_labels(label_N), checked_probabilities(probability_N)
+    bin_N = bin_of(probability_N, num_bins=num_bins, bins=bins)
+    count_M = np.bincount(bin_N, minlength=num_bins)
+    kept_M = count_M > 0
+    predicted_M = np.bincount(bin_N, probability_N, num_bins)[kept_M] / count_M[kept_M]
+    happened_M = np.bincount(bin_N, label_N, num_bins)[kept_M] / count_M[kept_M]
+    return Reliability(
+        count=tuple(count_M[kept_M].tolist()),
+        predicted=tuple(predicted_M.tolist()),
+        happened=tuple(happened_M.tolist()),
+    )
+
+
+def calibration_error(
+    label_N: Float[np.ndarray, " N"],
+    probability_N: Float[np.ndarray, " N"],
+    *,
+    num_bins: int = NUM_BINS,
+    bins: Bins = "width",
+) -> float:
+    r"""Return the expected calibration error (ECE), in [0, 1]; 0 is calibrated.
+
+    .. math:: \sum_m \frac{n_m}{N} \Big|\bar p_m - \bar y_m\Big|
+
+    Raises:
+        DataError: A label is neither 0 nor 1, or a probability is none.
+        NonFiniteError: A probability is NaN or infinite.
+
+    References:
+        Naeini, Cooper and Hauskrecht, "Obtaining Well Calibrated Probabilities Using Bayesian
+        Binning", AAAI 2015; Guo et al., "On Calibration of Modern Neural Networks", ICML 2017,
+        https://arxiv.org/abs/1706.04599
+    """
+    curve = reliability(label_N, probability_N, num_bins=num_bins, bins=bins)
+    apart_M = np.abs(np.subtract(curve.predicted, curve.happened))
+    return float(np.average(apart_M, weights=curve.count))
+
+
+def bin_of(
+    probability_N: Float64[np.ndarray, " N"], *, num_bins: int = NUM_BINS, bins: Bins = "width"
+) -> Int64[np.ndarray, " N"]:
+    """Return each row's bin; what lies on an edge belongs below it."""
+    edges = np.linspace(0, 1, num_bins + 1)
+    if bins == "count":
+        edges = np.quantile(probability_N, edges)
+    return np.searchsorted(edges[1:-1], probability_N).astype(np.int64)
+
+
+def mae(
+    label_N: Float[np.ndarray, " N"],
+    value_N: Float[np.ndarray, " N"],
+    weight_N: Float64[np.ndarray, " N"] | None = None,
+) -> float:
+    r"""Return :math:`\frac{1}{N} \sum_n |\hat y_n - y_n|`, in the label's unit.
+
+    Raises:
+        DataError: There is no row.
+        NonFiniteError: A value is NaN or infinite.
+    """
+    error_N = checked_predictions(value_N) - label_N
+    return float(np.average(np.abs(error_N), weights=weight_N))
+
+
+def rmse(
+    label_N: Float[np.ndarray, " N"],
+    value_N: Float[np.ndarray, " N"],
+    weight_N: Float64[np.ndarray, " N"] | None = None,
+) -> float:
+    r"""Return :math:`\sqrt{\frac{1}{N} \sum_n (\hat y_n - y_n)^2}`, in the label's unit.
+
+    Raises:
+        DataError: There is no row.
+        NonFiniteError: A value is NaN or infinite.
+    """
+    error_N = checked_predictions(value_N) - label_N
+    return float(np.sqrt(np.average(error_N**2, weights=weight_N)))
+
 
 Weighed = Callable[[Float64[np.ndarray, " U"]], float]
 """From how often each user counts to the metric; NaN where it is not defined so."""

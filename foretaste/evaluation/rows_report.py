@@ -16,9 +16,8 @@ from foretaste.data.tasks import Task
 from foretaste.errors import DataError
 from foretaste.evaluation.bootstrap import Interval
 from foretaste.evaluation.calibration import Method, fit_calibration
-from foretaste.evaluation.metrics.calibration import Reliability
 from foretaste.evaluation.report import console_table, markdown_table, no_report, printed
-from foretaste.evaluation.row_metrics import TaskRows
+from foretaste.evaluation.row_metrics import Reliability, TaskRows
 from foretaste.shown import Shown
 from foretaste.training.calibration import Calibration
 

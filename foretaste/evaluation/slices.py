@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 from jaxtyping import Bool, Float64, Int64
 
-from foretaste.evaluation.metrics.popularity import popularity_rank
+from foretaste.evaluation.list_metrics import popularity_rank
 from foretaste.evaluation.report import Slice
 from foretaste.evaluation.task import Task
 

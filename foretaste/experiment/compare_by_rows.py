@@ -14,8 +14,7 @@ from foretaste.data.rows import Rows, rows_of
 from foretaste.data.splits import Split
 from foretaste.data.tasks import Task
 from foretaste.errors import ConfigError
-from foretaste.evaluation.compare import Comparison
-from foretaste.evaluation.compare_rows import compare_rows, mean_and_interval
+from foretaste.evaluation.compare import Comparison, compare_rows, mean_and_interval
 from foretaste.evaluation.measure_rows import Predicted, measure_rows
 from foretaste.evaluation.rows import has_zeros, predict_tasks, ranker_of
 from foretaste.evaluation.rows_report import RowsReport

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from html import escape
 
-from foretaste.evaluation.svg import line, page, text
+from foretaste.evaluation.chart import line, page, text
 from foretaste.experiment.compare_table import ModelComparison, label
 
 _WIDTH, _HEIGHT = 760.0, 420.0

@@ -21,11 +21,16 @@ from torch import Tensor, nn
 from foretaste.config import Config, CountOrZero, Positive
 from foretaste.data.interactions import Interactions
 from foretaste.data.memory import check_fits
-from foretaste.losses.bce import bce_loss_gradient, gbce_power
-from foretaste.losses.bpr import bpr_loss_gradient, margin_loss_gradient
-from foretaste.losses.chunked import LossGradient, chunked_loss
-from foretaste.losses.hardest import hardest
-from foretaste.losses.softmax import softmax_loss_gradient
+from foretaste.losses.candidates import (
+    LossGradient,
+    bce_loss_gradient,
+    bpr_loss_gradient,
+    chunked_loss,
+    gbce_power,
+    hardest,
+    margin_loss_gradient,
+    softmax_loss_gradient,
+)
 from foretaste.sampling.distinct import DistinctSampler
 from foretaste.sampling.in_batch import InBatchSampler
 from foretaste.sampling.popularity import PopularitySampler

@@ -1,9 +1,8 @@
-"""Which experts each task listens to: what a model's gates say over the rows of a part.
+"""Charts as SVG, in plain text: reliability curves and the gates of MMoE."""
 
-Shape legend: N rows, T tasks, E experts.
-"""
-
+from collections.abc import Iterable
 from dataclasses import dataclass
+from html import escape
 
 import numpy as np
 import torch
@@ -14,9 +13,90 @@ from foretaste.data.rows import PartName
 from foretaste.data.splits import Split
 from foretaste.errors import ConfigError
 from foretaste.evaluation.rows import blocks_of, known_rows, ranker_of, rows_to_judge
-from foretaste.evaluation.svg import line, page, text
+from foretaste.evaluation.rows_report import RowsReport
 from foretaste.models.interface import Gated
 from foretaste.training.trained import Trained
+
+
+def page(parts: Iterable[str], *, width: float, height: float, title: str) -> str:
+    """Return a whole picture on white."""
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" '
+        f'width="{width:g}" height="{height:g}" font-family="sans-serif">\n'
+        f"<title>{escape(title)}</title>\n"
+        '<rect width="100%" height="100%" fill="white"/>\n' + "\n".join(parts) + "\n</svg>\n"
+    )
+
+
+def line(x1: float, y1: float, x2: float, y2: float, colour: str) -> str:
+    """Return a straight line."""
+    ends = f'x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"'
+    return f'<line {ends} stroke="{colour}"/>'
+
+
+def text(
+    x: float,
+    y: float,
+    words: str,
+    *,
+    anchor: str = "start",
+    size: int = 12,
+    colour: str = "#333333",
+) -> str:
+    """Return words; `anchor` is "start", "middle" or "end"."""
+    return (
+        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size}" '
+        f'fill="{colour}">{escape(words)}</text>'
+    )
+
+
+_SIZE, _LEFT, _TOP, _LEGEND = 300.0, 60.0, 40.0, 160.0
+_COLOURS = ("#3465a4", "#2e8b57", "#c4622d", "#75507b", "#888888")
+
+
+@checked
+def reliability_svg(report: RowsReport) -> str:
+    """Draw what happened over what was predicted, a curve a task and calibration.
+
+    A calibrated model lies on the grey diagonal. A dot's area grows with the rows of its bin.
+    """
+    title = f"{report.model} on {report.holdout}: what was said and what happened"
+    middle, bottom = _LEFT + _SIZE / 2, _TOP + _SIZE
+    parts = [
+        text(_LEFT, 22.0, title, size=14),
+        line(_x(0.0), _y(0.0), _x(1.0), _y(1.0), "#bbbbbb"),
+        text(middle, bottom + 36, "predicted probability", anchor="middle"),
+    ]
+    for tick in (0.0, 0.25, 0.5, 0.75, 1.0):
+        parts += [
+            line(_x(0.0), _y(tick), _x(1.0), _y(tick), "#eeeeee"),
+            text(_x(tick), bottom + 18, f"{tick:g}", anchor="middle"),
+            text(_LEFT - 8, _y(tick) + 4, f"{tick:g}", anchor="end"),
+        ]
+    for number, (name, curve) in enumerate(report.reliability.items()):
+        colour, rows = _COLOURS[number % len(_COLOURS)], sum(curve.count)
+        points = list(zip(curve.predicted, curve.happened, curve.count, strict=True))
+        path = " L".join(f"{_x(said):.1f},{_y(happened):.1f}" for said, happened, _ in points)
+        parts.append(f'<path d="M{path}" stroke="{colour}" fill="none"/>')
+        for said, happened, count in points:
+            radius = 2 + 8 * (count / rows) ** 0.5
+            words = f"{name}: {count:,} rows, {said:.3f} predicted, {happened:.3f} happened"
+            parts.append(
+                f'<circle cx="{_x(said):.1f}" cy="{_y(happened):.1f}" r="{radius:.1f}" '
+                f'fill="{colour}" fill-opacity="0.5"><title>{escape(words)}</title></circle>'
+            )
+        parts.append(text(_x(1.0) + 16, _TOP + 18 * (number + 1), name, colour=colour))
+    width = max(_LEFT + _SIZE + _LEGEND, _LEFT + 8.0 * len(title))
+    return page(parts, width=width, height=bottom + 50, title=title)
+
+
+def _x(value: float) -> float:
+    return _LEFT + value * _SIZE
+
+
+def _y(value: float) -> float:
+    return _TOP + (1 - value) * _SIZE
+
 
 _BLOCK_ROWS = 2**13
 _LEFT, _TOP, _BAR, _GROUP_GAP, _HEIGHT = 60.0, 50.0, 22.0, 30.0, 200.0
