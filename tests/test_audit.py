@@ -8,9 +8,8 @@ import polars as pl
 import pytest
 from scipy import stats
 
-from foretaste.data.association import explained_share, rank_correlation, separation
 from foretaste.data.audit import audit_events, audit_split
-from foretaste.data.finding import Finding
+from foretaste.data.audit_evidence import Finding, explained_share, rank_correlation, separation
 from foretaste.data.interactions import Interactions
 from foretaste.data.parts import TEST, TRAIN, VALIDATION
 from foretaste.data.splits import Split

@@ -15,17 +15,18 @@ from foretaste.data.audit import audit_events
 from foretaste.data.interactions import Interactions
 from foretaste.data.parts import TEST, TRAIN, VALIDATION
 from foretaste.data.rows import rows_of
-from foretaste.data.sources import frappe
-from foretaste.data.sources.adult import read_adult
+from foretaste.data.sources import rows as frappe
 from foretaste.data.sources.files import Files
-from foretaste.data.sources.frappe import (
+from foretaste.data.sources.load import get_dataset
+from foretaste.data.sources.rankings import read_ciao_ratings
+from foretaste.data.sources.rows import (
+    read_adult,
     read_frappe,
     read_frappe_positives,
     read_frappe_rows,
+    read_retailrocket,
+    read_retailrocket_buys,
 )
-from foretaste.data.sources.load import get_dataset
-from foretaste.data.sources.retailrocket import read_retailrocket, read_retailrocket_buys
-from foretaste.data.sources.social import read_ciao_ratings
 from foretaste.data.split_config import GivenSplitConfig, make_split
 from foretaste.data.tasks import Task
 from foretaste.errors import SourceError

@@ -17,8 +17,7 @@ import polars as pl
 import pytest
 
 from foretaste.data.sources import fetch
-from foretaste.data.sources.fetch import Address, Wheel
-from foretaste.data.sources.files import Files
+from foretaste.data.sources.files import Address, Files, Wheel
 from foretaste.data.sources.load import Dataset, from_cache, from_folder, get_dataset
 from foretaste.data.sources.registry import SOURCES, Source, find_source
 from foretaste.data.split_config import GivenSplitConfig, make_split

@@ -14,10 +14,9 @@ from foretaste.arguments import checked
 from foretaste.config import Seed
 from foretaste.data.blocks import draw_blocks
 from foretaste.data.interactions import Interactions
-from foretaste.data.leaks import find_leaks
 from foretaste.data.merging import concatenate
 from foretaste.data.parts import NEGATIVE, TEST, TRAIN, UNUSED, VALIDATION, SplitKind
-from foretaste.data.splits import Split
+from foretaste.data.splits import Split, find_leaks
 from foretaste.errors import ConfigError, DataError
 
 _ROUNDING = 1e-9  # 0.29 of 100 events is 29, not the 28.999… of floating point

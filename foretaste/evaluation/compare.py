@@ -6,7 +6,7 @@ Shape legend: U users that all reports have, N rows, R resamples, S seeds.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float64, Int64
@@ -26,6 +26,7 @@ from foretaste.evaluation.rows_report import RowsReport
 from foretaste.shown import Shown
 
 Reports = Report | Sequence[Report]
+AnyReport = TypeVar("AnyReport", Report, RowsReport)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -114,8 +115,8 @@ def mean_per_user(
     return mean_U
 
 
-def _several(reports: Reports) -> Sequence[Report]:
-    several = [reports] if isinstance(reports, Report) else reports
+def _several(reports: AnyReport | Sequence[AnyReport]) -> Sequence[AnyReport]:
+    several = reports if isinstance(reports, Sequence) else [reports]
     if not several:
         raise DataError("there is no report to compare: give one at least")
     return several
@@ -144,13 +145,13 @@ def check_comparable(a: Measured, b: Measured) -> None:
         )
 
 
-Reports = RowsReport | Sequence[RowsReport]
+RowsReports = RowsReport | Sequence[RowsReport]
 
 
 @checked
 def compare_rows(
-    a: Reports,
-    b: Reports,
+    a: RowsReports,
+    b: RowsReports,
     metric: str,
     *,
     task: str = "",
@@ -212,13 +213,6 @@ def mean_and_interval(
     """Return the mean of a metric over reports from several seeds, and its 95 % interval."""
     mean, mean_R = _resampled_mean(reports, metric, task, resamples=1000, seed=0)
     return mean, percentile_interval(mean_R)
-
-
-def _several(reports: Reports) -> Sequence[RowsReport]:
-    several = [reports] if isinstance(reports, RowsReport) else reports
-    if not several:
-        raise DataError("there is no report to compare: give one at least")
-    return several
 
 
 def _resampled_mean(

@@ -1,10 +1,24 @@
 """Files of a public data set, wherever they lie: plain, gzipped, or in a zip archive."""
 
 import gzip
+import hashlib
+import http.client
+import logging
+import queue
+import subprocess
+import sys
+import tempfile
+import threading
+import urllib.request
 import zipfile
 import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import final
+from urllib.parse import urlsplit
+
+import polars as pl
 
 from foretaste.errors import SourceError
 
@@ -70,3 +84,171 @@ class Files:
                         if PurePosixPath(member).name == name:
                             return archive, member
         return None
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Tables:
+    """Events in the order of their file, and what is known of users and items."""
+
+    events: pl.DataFrame
+    """`user`, `item`, and what there is of `rating`, `timestamp` (seconds) and `part`, of labels
+    and of the context; rows without users or items lack these columns."""
+    users: pl.DataFrame | None = None
+    """`user` and further columns."""
+    items: pl.DataFrame | None = None
+    """`item` and further columns."""
+    user_links: pl.DataFrame | None = None
+    """Two columns of user ids: who trusts whom."""
+    labels: tuple[str, ...] = ()
+    """Further columns of numbers: what is to be predicted."""
+    context: tuple[str, ...] = ()
+    """Columns of the moment, of any type."""
+
+    def has(self, column: str) -> bool:
+        """Whether events have this column."""
+        return column in self.events.columns
+
+    def counts(self) -> tuple[int, int, int]:
+        """Return the numbers of users, items and events."""
+        events = self.events
+        users = events["user"].n_unique() if self.has("user") else len(events)
+        items = events["item"].n_unique() if self.has("item") else 1
+        return users, items, len(events)
+
+    def sha256(self) -> str:
+        """Return the checksum of the events as tab-separated lines, one decimal to a rating.
+
+        Equal for equal events in equal order, whatever form their file had.
+        """
+        plain = [c for c in ("user", "item", "rating", "timestamp", "part") if self.has(c)]
+        lines = self.events.select(*plain, *self.labels, *self.context).write_csv(
+            separator="\t", include_header=False, float_precision=1, quote_style="never"
+        )
+        return hashlib.sha256(lines.encode()).hexdigest()
+
+
+TIMEOUT_S = 5.0
+"""How long an address may stay silent before the next way is tried."""
+
+_PIP_TIMEOUT_S = 300.0
+_CHUNK_BYTES = 1 << 20
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Address:
+    """A file at a public address."""
+
+    url: str
+    md5: str | None = None
+    """What its publisher says; None where nothing is said."""
+
+    def __str__(self) -> str:
+        return self.url
+
+    def fetch(self, folder: Path) -> None:
+        """Put the file into `folder` under the last part of its address.
+
+        Raises:
+            SourceError: It does not answer, breaks off, or is not the file that it should be.
+        """
+        _log.info("getting %s", self.url)
+        digest, received = hashlib.md5(usedforsecurity=False), 0
+        try:
+            with _open(self.url) as answer, (folder / self._name).open("wb") as file:
+                for chunk in _chunks(answer):
+                    file.write(chunk)
+                    digest.update(chunk)
+                    received += len(chunk)
+                promised = answer.headers.get("Content-Length")
+        except (OSError, http.client.HTTPException) as error:
+            raise SourceError(f"{self.url} broke off: {error}") from error
+        if promised is not None and received != int(promised):
+            raise SourceError(f"{self.url} broke off after {received:,} of {promised} bytes")
+        if self.md5 not in (None, digest.hexdigest()):
+            raise SourceError(f"{self.url} has MD5 {digest.hexdigest()}, not {self.md5}")
+
+    @property
+    def _name(self) -> str:
+        return PurePosixPath(urlsplit(self.url).path).name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wheel:
+    """Files inside a wheel of the package index: fetched by pip, never installed or imported."""
+
+    requirement: str
+    """Name and version, as in "recbole==1.2.1"."""
+    prefix: str
+    """The folder inside the wheel."""
+
+    def __str__(self) -> str:
+        return f"the wheel {self.requirement} of the package index"
+
+    def fetch(self, folder: Path) -> None:
+        """Put the wheel's files under `prefix` into `folder`.
+
+        Raises:
+            SourceError: pip could not get it, or nothing stands under `prefix`.
+        """
+        _log.info("getting %s", self)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+            self._download(Path(temporary))
+            wheel = next(Path(temporary).glob("*.whl"), None)
+            if wheel is None:
+                raise SourceError(f"pip brought no wheel of {self.requirement}")
+            self._unpack(wheel, folder)
+
+    def _download(self, into: Path) -> None:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input"]
+        command += ["--disable-pip-version-check", "--no-deps", "--only-binary=:all:"]
+        command += ["--dest", str(into), self.requirement]
+        try:
+            done = subprocess.run(
+                command, capture_output=True, text=True, timeout=_PIP_TIMEOUT_S, check=False
+            )
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise SourceError(f"pip could not be asked for {self.requirement}: {error}") from error
+        if done.returncode:
+            said = done.stderr.strip().splitlines() or ["nothing"]
+            raise SourceError(f"pip could not get {self.requirement}: {said[-1]}")
+
+    def _unpack(self, wheel: Path, folder: Path) -> None:
+        found = 0
+        try:
+            with zipfile.ZipFile(wheel) as archive:
+                for member in archive.namelist():
+                    if member.startswith(self.prefix) and not member.endswith("/"):
+                        (folder / PurePosixPath(member).name).write_bytes(archive.read(member))
+                        found += 1
+        except (OSError, zipfile.BadZipFile) as error:
+            raise SourceError(f"{wheel.name} cannot be unpacked: {error}") from error
+        if not found:
+            raise SourceError(f"{wheel.name} holds nothing under {self.prefix}")
+
+
+def _open(url: str) -> http.client.HTTPResponse:
+    """Ask for `url`; name look-up, connection and first answer share one time limit."""
+    if urlsplit(url).scheme not in ("http", "https"):
+        raise SourceError(f"{url} is no http or https address")
+    answers: queue.Queue[http.client.HTTPResponse | Exception] = queue.Queue(1)
+
+    def ask() -> None:
+        try:
+            answers.put(urllib.request.urlopen(url, timeout=TIMEOUT_S))
+        except (OSError, http.client.HTTPException) as error:
+            answers.put(error)
+
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        answer = answers.get(timeout=TIMEOUT_S)
+    except queue.Empty:
+        raise SourceError(f"{url} did not answer within {TIMEOUT_S:g} s") from None
+    if isinstance(answer, Exception):
+        raise SourceError(f"{url} cannot be reached: {answer}") from answer
+    return answer
+
+
+def _chunks(answer: http.client.HTTPResponse) -> Iterator[bytes]:
+    while chunk := answer.read(_CHUNK_BYTES):
+        yield chunk

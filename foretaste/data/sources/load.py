@@ -15,10 +15,8 @@ from jaxtyping import UInt8
 from foretaste.arguments import checked
 from foretaste.data.interactions import Interactions
 from foretaste.data.reading import read_interactions
-from foretaste.data.sources.fetch import Address, Wheel
-from foretaste.data.sources.files import Files
+from foretaste.data.sources.files import Address, Files, Tables, Wheel
 from foretaste.data.sources.registry import Source, find_source
-from foretaste.data.sources.tables import Tables
 from foretaste.errors import SourceError
 
 _ORIGIN = "ORIGIN.txt"

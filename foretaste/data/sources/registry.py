@@ -5,27 +5,32 @@ from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
 
-from foretaste.data.sources.adult import ADULT_FILES, read_adult
-from foretaste.data.sources.fetch import Address, Wheel
-from foretaste.data.sources.files import Files
-from foretaste.data.sources.frappe import (
-    CTR_FILES,
-    read_frappe,
-    read_frappe_positives,
-    read_frappe_rows,
-)
-from foretaste.data.sources.movielens import (
+from foretaste.data.sources.files import Address, Files, Tables, Wheel
+from foretaste.data.sources.rankings import (
+    SOCIAL_FILES,
+    read_amazon,
+    read_ciao_ratings,
+    read_gowalla,
     read_ml_1m,
     read_ml_1m_sequences,
     read_ml_100k,
     read_ml_csv,
+    read_ncf,
+    read_pairs,
+    read_s3rec,
+    read_social,
+    read_tiktok,
 )
-from foretaste.data.sources.ncf import read_ncf
-from foretaste.data.sources.retailrocket import read_retailrocket, read_retailrocket_buys
-from foretaste.data.sources.sequences import read_amazon, read_gowalla, read_pairs, read_s3rec
-from foretaste.data.sources.social import SOCIAL_FILES, read_ciao_ratings, read_social
-from foretaste.data.sources.tables import Tables
-from foretaste.data.sources.tiktok import read_tiktok
+from foretaste.data.sources.rows import (
+    ADULT_FILES,
+    CTR_FILES,
+    read_adult,
+    read_frappe,
+    read_frappe_positives,
+    read_frappe_rows,
+    read_retailrocket,
+    read_retailrocket_buys,
+)
 from foretaste.errors import ConfigError, did_you_mean
 
 
