@@ -16,7 +16,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from foretaste.data.sources import fetch
+from foretaste.data.sources import files as fetch
 from foretaste.data.sources.files import Address, Files, Wheel
 from foretaste.data.sources.load import Dataset, from_cache, from_folder, get_dataset
 from foretaste.data.sources.registry import SOURCES, Source, find_source
