@@ -8,7 +8,6 @@ from foretaste.version import __version__
 if TYPE_CHECKING:
     from foretaste.config import Config, parse_settings
     from foretaste.data.audit import audit_events, audit_split
-    from foretaste.data.disk import check_place
     from foretaste.data.features import Features, fit_features
     from foretaste.data.features_inspect import inspect_schema
     from foretaste.data.fields import (
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
         schema_from_toml,
         schema_to_toml,
     )
+    from foretaste.data.folder import check_place
     from foretaste.data.graph import GraphConfig
     from foretaste.data.interactions import Interactions
     from foretaste.data.reading import read_interactions
@@ -333,7 +333,7 @@ _HOME = {
     "audit_split": "data.audit",
     "build_recommender": "serving.building",
     "calibrate": "evaluation.rows_report",
-    "check_place": "data.disk",
+    "check_place": "data.folder",
     "cold_items_split": "data.splitting",
     "cold_users_split": "data.splitting",
     "compare": "evaluation.compare",

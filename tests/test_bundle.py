@@ -14,12 +14,12 @@ import torch
 from serving_worlds import CONFIGS, make_events, make_trained
 
 from foretaste.config import Config
+from foretaste.data.folder import list_files, read_manifest
 from foretaste.errors import BundleError
 from foretaste.json_values import json_value
 from foretaste.retrieval.index import IndexChoice
 from foretaste.serving.building import build_recommender, load
-from foretaste.serving.bundle import read_bundle
-from foretaste.serving.manifest import FORMAT_VERSION, list_files, read_manifest
+from foretaste.serving.bundle import BundleManifest, read_bundle
 from foretaste.serving.recommender import Recommender
 from foretaste.training.trained import Trained
 
@@ -86,7 +86,7 @@ def test_saving_twice_gives_the_same_bytes(saved: Path, tmp_path: Path) -> None:
 
 def test_the_manifest_says_what_it_holds(saved: Path) -> None:
     document = json.loads((saved / "manifest.json").read_text())
-    assert document["format_version"] == FORMAT_VERSION == 1
+    assert document["format_version"] == BundleManifest.latest == 1
     assert document["model"]["kind"] == "sasrec"
     assert set(document["versions"]) >= {"python", "torch", "numpy"}
     assert document["data"]["num_items"] == 21
@@ -124,7 +124,7 @@ def test_every_byte_of_the_manifest_counts(saved: Path) -> None:
         changed[place] ^= 2
         path.write_bytes(changed)
         with pytest.raises(BundleError, match=r"manifest\.json"):
-            read_manifest(saved)
+            read_manifest(saved, BundleManifest)
 
 
 @pytest.mark.parametrize("damage", ["missing", "empty", "cut", "longer"])
@@ -159,7 +159,7 @@ def test_what_is_no_bundle_is_refused(tmp_path: Path) -> None:
 def test_a_newer_format_is_refused_with_the_version_that_wrote_it(saved: Path) -> None:
     path = saved / "manifest.json"
     document = json.loads(path.read_text())
-    document |= {"format_version": FORMAT_VERSION + 1, "foretaste": "9.8.7", "novelty": True}
+    document |= {"format_version": BundleManifest.latest + 1, "foretaste": "9.8.7", "novelty": True}
     path.write_text(json.dumps(document))
     with pytest.raises(BundleError, match=r"format 2 was written by foretaste 9\.8\.7"):
         read_bundle(saved)

@@ -224,7 +224,7 @@ def test_a_run_that_is_stopped_says_how_to_go_on(stop: signal.Signals, tmp_path:
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     last = time.monotonic() + 120
-    while not (tmp_path / "b.run/checkpoint.safetensors").exists() and time.monotonic() < last:
+    while not (tmp_path / "b.run/checkpoint/manifest.json").exists() and time.monotonic() < last:
         time.sleep(0.1)
     running.send_signal(stop)
     out, err = running.communicate(timeout=60)

@@ -1,6 +1,7 @@
 """The event store: what is written is what is opened, whole or not at all."""
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -125,19 +126,21 @@ def test_every_changed_file_is_named(folder: Path, tmp_path: Path) -> None:
 
 
 def change_manifest(folder: Path, **fields: object) -> None:
-    path = folder / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    document = json.loads((folder / "manifest.json").read_text()) | fields
+    document.pop("checksum")
+    own = hashlib.sha256(json.dumps(document, indent=2).encode()).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(document | {"checksum": own}, indent=2) + "\n")
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"version": 2}, "version"),
-        ({"format": "other"}, "format"),
+        ({"format_version": 3}, "formats up to 2"),
+        ({"format": "other"}, "something else"),
         ({"surprise": 1}, "surprise"),
         ({"events": 499}, "offsets|item_idx|column|timestamp"),
-        ({"columns": {"rating": "../../etc/passwd"}}, "does not vouch"),
-        ({"files": {}}, "does not vouch"),
+        ({"columns": {"rating": "../../etc/passwd"}}, "does not list"),
+        ({"files": {}}, "does not list"),
     ],
 )
 def test_a_manifest_that_lies_is_refused(
@@ -187,7 +190,7 @@ def test_a_full_disk_leaves_nothing_behind(small_disk: Path) -> None:
     assert os.listdir(small_disk) == []
 
 
-@pytest.mark.parametrize("broken", ["_write_array", "_write_table", "sha256_of"])
+@pytest.mark.parametrize("broken", ["_write_array", "_write_table", "seal"])
 def test_a_disk_that_fills_at_any_point_leaves_nothing_behind(
     broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,5 +1,6 @@
 """The loop: steps by hand, exact resume, early stop, and what is not finite."""
 
+import errno
 import json
 import math
 import os
@@ -14,14 +15,17 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from foretaste.data.batch import Queries
 from foretaste.data.interactions import Interactions
 from foretaste.data.sequences import SequencePlan, plan_sequences
 from foretaste.data.vocabulary import Vocabulary
-from foretaste.errors import BundleError, ConfigError, NonFiniteError
+from foretaste.errors import BundleError, ConfigError, DataError, NonFiniteError
+from foretaste.experiment.run import start_run
 from foretaste.models.sasrec import SASRec, SASRecConfig
+from foretaste.training import checkpoint
 from foretaste.training.checkpoint import read_checkpoint, write_checkpoint
 from foretaste.training.fit import Epoch, Fit
 from foretaste.training.objectives.next_item import NextItem, NextItemConfig
@@ -188,17 +192,87 @@ def test_a_gpu_that_is_not_there_is_named_at_the_door() -> None:
         scalar_fit([1.0], plain(device="cuda"))
 
 
-def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "checkpoint.safetensors"
+def test_a_checkpoint_gives_back_what_was_written_and_nothing_else(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="is not a checkpoint"):
-        read_checkpoint(path)
-    write_checkpoint(path, {"a": torch.ones(2)}, {"x": [1]})
-    tensors, facts = read_checkpoint(path)
-    assert tensors["a"].tolist() == [1, 1]
-    assert facts == {"x": [1]}
-    path.write_bytes(path.read_bytes()[:20])
-    with pytest.raises(BundleError, match="is not a checkpoint"):
-        read_checkpoint(path)
+        read_checkpoint(tmp_path)
+    facts = {"x": [1, -math.inf], "progress": {"loss": 0.1}}
+    write_checkpoint(tmp_path, {"model-3": {"a": torch.ones(2)}, "best-1": {}}, facts)
+    parts, found = read_checkpoint(tmp_path)
+    assert parts["model"]["a"].tolist() == [1, 1]
+    assert (parts["best"], found) == ({}, facts)
+    write_checkpoint(tmp_path, {"model-4": {"a": torch.zeros(2)}}, {})
+    assert sorted(os.listdir(tmp_path)) == ["manifest.json", "model-4.safetensors"]
+
+
+@pytest.mark.parametrize("file", ["manifest.json", "model-3.safetensors"])
+def test_a_changed_or_missing_part_of_a_checkpoint_is_named(tmp_path: Path, file: str) -> None:
+    write_checkpoint(tmp_path, {"model-3": {"a": torch.ones(2)}}, {})
+    whole = (tmp_path / file).read_bytes()
+    for content in (whole[:20], whole[:-3] + b"abc", None):
+        (tmp_path / file).unlink()
+        if content is not None:
+            (tmp_path / file).write_bytes(content)
+        with pytest.raises(BundleError, match=r"without --resume|is not a checkpoint") as caught:
+            read_checkpoint(tmp_path)
+        assert str(caught.value.name).endswith((file, str(tmp_path)))
+        (tmp_path / file).write_bytes(whole)
+
+
+def test_a_part_of_the_same_name_is_not_written_again(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, {"best-1": {"a": torch.ones(2)}}, {})
+    before = (tmp_path / "best-1.safetensors").stat().st_ino
+    write_checkpoint(tmp_path, {"best-1": {"a": torch.ones(2)}, "model-2": {}}, {})
+    assert (tmp_path / "best-1.safetensors").stat().st_ino == before
+
+
+@pytest.mark.parametrize("call", ["safetensors", "manifest"])
+def test_a_disk_that_fills_while_a_checkpoint_is_written_leaves_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    write_checkpoint(tmp_path, {"model-1": {"a": torch.ones(2)}}, {"step": 1})
+    if call == "safetensors":
+        monkeypatch.setattr(checkpoint, "save_file", fail)
+    else:
+        monkeypatch.setattr(checkpoint.CheckpointManifest, "render", fail)
+    with pytest.raises(DataError, match="No space left on device"):
+        write_checkpoint(tmp_path, {"model-2": {"a": torch.zeros(2)}}, {"step": 2})
+    parts, facts = read_checkpoint(tmp_path)
+    assert (parts["model"]["a"].tolist(), facts) == ([1, 1], {"step": 1})
+    monkeypatch.undo()
+    write_checkpoint(tmp_path, {"model-2": {"a": torch.zeros(2)}}, {"step": 2})
+    assert sorted(os.listdir(tmp_path)) == ["manifest.json", "model-2.safetensors"]
+
+
+def test_a_checkpoint_of_the_former_layout_is_named_and_kept(tmp_path: Path) -> None:
+    former = tmp_path / "b.run" / "checkpoint.safetensors"
+    former.parent.mkdir()
+    save_file({"model.items.weight": torch.ones(2)}, former, metadata={"facts": "{}"})
+    content = former.read_bytes()
+    _, run = sasrec_fit(former.parent)
+    for resume in (
+        lambda: run.run(resume=True),
+        lambda: start_run(tmp_path / "b", resume=True),
+        lambda: start_run(tmp_path / "b"),
+    ):
+        with pytest.raises(BundleError, match=r"earlier foretaste.*--replace") as caught:
+            resume()
+        assert caught.value.name == str(former)
+        assert former.read_bytes() == content
+    assert start_run(tmp_path / "b", replace=True) == former.parent
+    run.run()
+    assert not former.exists()
+    assert (former.parent / "checkpoint" / "manifest.json").exists()
+
+
+def test_a_new_run_deletes_no_file_that_is_not_of_a_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / "thesis.txt").write_text("years of work")
+    _, run = sasrec_fit(tmp_path, epochs=1)
+    run.run()
+    assert (tmp_path / "checkpoint" / "thesis.txt").read_text() == "years of work"
 
 
 def chain_events(num_users: int = 60, num_items: int = 20) -> Interactions:
@@ -304,7 +378,8 @@ def test_kill_9_loses_nothing_that_matters(tmp_path: Path) -> None:
     )
     call = [sys.executable, "-c", program, str(tmp_path / "killed"), str(Path(__file__).parent)]
     process = subprocess.Popen(call, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    log, saved = (tmp_path / "killed" / name for name in ("steps.jsonl", "checkpoint.safetensors"))
+    killed = tmp_path / "killed"
+    log, saved = killed / "steps.jsonl", killed / "checkpoint" / "manifest.json"
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not (
         saved.exists() and len(log.read_text().splitlines()) > 30

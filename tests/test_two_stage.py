@@ -552,8 +552,8 @@ def test_fitting_makes_both_stages_and_says_how(both: tuple[Trained, Path]) -> N
     trained, folder = both
     # 5 groups of 8: of the 35 items a user has not done, 3 are of the group: .09 by chance
     assert ft.evaluate(trained, SPLIT.test, k=(3,)).metrics["hit_rate_at_3"] > 0.5
-    assert (folder / "checkpoint.safetensors").exists()
-    assert (folder / "retriever" / "checkpoint.safetensors").exists()
+    assert (folder / "checkpoint" / "manifest.json").exists()
+    assert (folder / "retriever" / "checkpoint" / "manifest.json").exists()
     assert trained.settings["objective"]["negatives_from"] == "retriever"
     assert trained.settings["first_stage"]["objective"]["kind"] == "pairs"
     assert trained.log["retriever"]["best_epoch"] >= 1

@@ -5,39 +5,35 @@ too, and ids become a Polars column when first asked for. `manifest.json` names 
 size and SHA-256. A store is written beside its place and renamed into it: whole or not at all.
 """
 
-import hashlib
-import json
 import os
-import re
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import polars as pl
 import pyarrow as pa
 from jaxtyping import Int32, Shaped
-from pydantic import NonNegativeInt, ValidationError
+from pydantic import NonNegativeInt
 
 from foretaste.arguments import checked
-from foretaste.config import Config, config_error
-from foretaste.data.disk import sha256_of, whole_folder
+from foretaste.config import Config
+from foretaste.data.folder import (
+    MANIFEST_FILE,
+    FolderManifest,
+    read_manifest,
+    seal,
+    verify_files,
+    whole_folder,
+)
 from foretaste.data.interactions import Interactions
 from foretaste.data.vocabulary import Vocabulary
 from foretaste.errors import BundleError
 
-_MANIFEST = "manifest.json"
 _CONTEXT = "context.arrow"
 _BLOCK = 1 << 23
-_PLAIN_NAME = re.compile(r"[a-z0-9_-]+\.(npy|arrow)")
-
-
-class StoredFile(Config):
-    """One file of a store."""
-
-    bytes: NonNegativeInt
-    sha256: str
+_AGAIN = "import the events again"
 
 
 class StoredIds(Config):
@@ -47,11 +43,16 @@ class StoredIds(Config):
     is_integer: bool
 
 
-class StoreManifest(Config):
+class StoreManifest(FolderManifest):
     """What `manifest.json` says."""
 
+    kind = "event store"
+    latest = 2
+    sealed_since = 2
+    remedy = _AGAIN
+
     format: Literal["foretaste-event-store"] = "foretaste-event-store"
-    version: Literal[1] = 1
+    format_version: int = 2
     events: NonNegativeInt
     users: StoredIds
     items: StoredIds
@@ -60,7 +61,18 @@ class StoreManifest(Config):
     positive: str = ""
     """The column that says which events are positive."""
     notes: tuple[str, ...] = ()
-    files: dict[str, StoredFile]
+
+    @classmethod
+    def upgraded(cls, document: dict[str, Any]) -> dict[str, Any]:
+        """Read format 1, which calls sizes `bytes` and has no checksum of its own."""
+        if "version" not in document:
+            return document
+        files = {
+            name: {"size": file.get("bytes"), "sha256": file.get("sha256")}
+            for name, file in document.get("files", {}).items()
+        }
+        others = {name: value for name, value in document.items() if name != "version"}
+        return others | {"format_version": document["version"], "files": files}
 
 
 @checked
@@ -100,9 +112,12 @@ def open_store(path: str | os.PathLike[str], *, verify: bool = False) -> Interac
         BundleError: It is no store, or a file of it is missing, cut short or changed.
     """
     folder = Path(path)
-    manifest = read_manifest(folder)
-    for name, stored in manifest.files.items():
-        _check_file(folder, name, stored, verify=verify)
+    manifest = read_manifest(folder, StoreManifest)
+    needed = {"users.arrow", "items.arrow", "offsets.npy", "item_idx.npy"}
+    for name in needed | set(manifest.columns.values()):
+        if name not in manifest.files:
+            raise BundleError(f"{folder / MANIFEST_FILE} does not list {name!r}: {_AGAIN}")
+    verify_files(folder, manifest, checksums=verify)
     has = manifest.files.keys()
     opened = partial(_map_array, folder, length=manifest.events)
     return Interactions(
@@ -122,67 +137,30 @@ def open_store(path: str | os.PathLike[str], *, verify: bool = False) -> Interac
     )
 
 
-def read_manifest(folder: Path) -> StoreManifest:
-    """Read what a store says of itself.
-
-    Raises:
-        BundleError: There is no manifest, or it is broken, or of a later format.
-    """
-    try:
-        text = (folder / _MANIFEST).read_bytes()
-    except OSError as error:
-        raise BundleError(
-            f"{folder} is not an event store: {_MANIFEST} cannot be read ({error.strerror})"
-        ) from error
-    if b'"foretaste-bundle"' in text[:1000] and (folder / "events" / _MANIFEST).is_file():
-        raise BundleError(
-            f"{folder} is a bundle, not an event store: its events are in {folder / 'events'}"
-        )
-    broken = f"{folder / _MANIFEST} is broken, or of a later foretaste"
-    try:
-        document = json.loads(text)
-    except ValueError as error:
-        raise BundleError(f"{broken}: it is not JSON: import the events again") from error
-    try:
-        manifest = StoreManifest.model_validate(document)
-    except ValidationError as error:
-        wrong = config_error(error, StoreManifest, document, source=broken)
-        raise BundleError(f"{wrong}: import the events again") from error
-    needed = {"users.arrow", "items.arrow", "offsets.npy", "item_idx.npy"}
-    for name in needed | set(manifest.columns.values()) | manifest.files.keys():
-        if name not in manifest.files or not _PLAIN_NAME.fullmatch(name):
-            raise BundleError(f"{folder / _MANIFEST} is broken: it does not vouch for {name!r}")
-    return manifest
-
-
 def _write_files(events: Interactions, folder: Path) -> None:
     columns = {name: f"column-{n}.npy" for n, name in enumerate(sorted(events.columns))}
-    arrays = {"offsets.npy": events.offsets, "item_idx.npy": events.item_idx}
-    if events.timestamp_s is not None:
-        arrays["timestamp_s.npy"] = events.timestamp_s
-    arrays |= {file: events.columns[name] for name, file in columns.items()}
-    # a reader that knows no links or context finds more files that the manifest vouches for
-    for name, links in (
-        ("user_links.npy", events.user_links),
-        ("item_links.npy", events.item_links),
-    ):
-        if links is not None:
-            arrays[name] = np.ascontiguousarray(links).reshape(-1)
+    arrays = {
+        "offsets.npy": events.offsets,
+        "item_idx.npy": events.item_idx,
+        "timestamp_s.npy": events.timestamp_s,
+        **{file: events.columns[name] for name, file in columns.items()},
+        # a reader that knows no links or context finds more files that the manifest lists
+        "user_links.npy": _flat(events.user_links),
+        "item_links.npy": _flat(events.item_links),
+    }
     tables = {
         "users.arrow": events.users.ids.to_frame(),
         "items.arrow": events.items.ids.to_frame(),
+        "user_table.arrow": events.user_table,
+        "item_table.arrow": events.item_table,
+        _CONTEXT: events.context,
     }
-    if events.user_table is not None:
-        tables["user_table.arrow"] = events.user_table
-    if events.item_table is not None:
-        tables["item_table.arrow"] = events.item_table
-    files = {name: _write_array(folder / name, array) for name, array in arrays.items()}
-    files |= {name: _write_table(folder / name, table) for name, table in tables.items()}
-    if events.context is not None:
-        # texts as Polars keeps them in memory, so that opening need not go through every row
-        files[_CONTEXT] = _write_table(
-            folder / _CONTEXT, events.context, level=pl.CompatLevel.newest()
-        )
+    for name, array in arrays.items():
+        if array is not None:
+            _write_array(folder / name, array)
+    for name, table in tables.items():
+        if table is not None:
+            _write_table(folder / name, table)
     manifest = StoreManifest(
         events=len(events),
         users=StoredIds(count=len(events.users), is_integer=events.users.is_integer),
@@ -190,64 +168,34 @@ def _write_files(events: Interactions, folder: Path) -> None:
         columns=columns,
         positive=events.positive,
         notes=events.notes,
-        files=files,
     )
-    (folder / _MANIFEST).write_bytes(manifest.model_dump_json(indent=2).encode())
+    seal(folder, manifest)
 
 
-def _write_array(path: Path, array: Shaped[np.ndarray, " N"]) -> StoredFile:
-    digest = hashlib.sha256()
-    with path.open("w+b") as file:
+def _flat(links: Int32[np.ndarray, "2 P"] | None) -> Int32[np.ndarray, " P2"] | None:
+    return None if links is None else np.ascontiguousarray(links).reshape(-1)
+
+
+def _write_array(path: Path, array: Shaped[np.ndarray, " N"]) -> None:
+    with path.open("xb") as file:
         np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
-        file.seek(0)
-        digest.update(file.read())
         step = _BLOCK // array.itemsize
         for start in range(0, len(array), step):
-            block = np.ascontiguousarray(array[start : start + step]).data
-            digest.update(block)
-            file.write(block)
-        size = file.tell()
-    return StoredFile(bytes=size, sha256=digest.hexdigest())
+            file.write(np.ascontiguousarray(array[start : start + step]).data)
 
 
-def _write_table(
-    path: Path, table: pl.DataFrame, *, level: pl.CompatLevel | None = None
-) -> StoredFile:
-    with path.open("w+b") as file:
-        table.write_ipc(
-            file,
-            compression="uncompressed",
-            compat_level=pl.CompatLevel.oldest() if level is None else level,
-        )
-    return StoredFile(bytes=path.stat().st_size, sha256=sha256_of(path))
-
-
-def _check_file(folder: Path, name: str, stored: StoredFile, *, verify: bool) -> None:
-    path = folder / name
-    try:
-        size = path.stat().st_size
-        if size != stored.bytes:
-            raise BundleError(
-                f"{path} holds {size} bytes, not {stored.bytes}: it was changed or cut short; "
-                "import the events anew"
-            )
-        if verify and sha256_of(path) != stored.sha256:
-            raise BundleError(
-                f"{path} was changed: its SHA-256 is not the manifest's; import the events anew"
-            )
-    except OSError as error:
-        raise BundleError(
-            f"{path} cannot be read ({error.strerror}): import the events anew"
-        ) from error
+def _write_table(path: Path, table: pl.DataFrame) -> None:
+    # texts of contexts as Polars keeps them in memory: opening need not go through every row
+    level = pl.CompatLevel.newest() if path.name == _CONTEXT else pl.CompatLevel.oldest()
+    with path.open("xb") as file:
+        table.write_ipc(file, compression="uncompressed", compat_level=level)
 
 
 def _map_array(folder: Path, name: str, *, length: int) -> Shaped[np.ndarray, " N"]:
     path = folder / name
     array = _load_array(path, is_mapped=length > 0)
     if array.shape != (length,):
-        raise BundleError(
-            f"{path} has shape {array.shape}, not ({length},): import the events anew"
-        )
+        raise BundleError(f"{path} has shape {array.shape}, not ({length},): {_AGAIN}")
     return np.asarray(array)  # a plain array over the same map
 
 
@@ -255,7 +203,7 @@ def _map_links(folder: Path, name: str) -> Int32[np.ndarray, "2 P"]:
     """Return pairs that are stored as all first ends, then all second ends."""
     array = _load_array(folder / name, is_mapped=False)
     if array.ndim != 1 or array.dtype != np.int32 or len(array) % 2:
-        raise BundleError(f"{folder / name} holds no pairs of rows: import the events anew")
+        raise BundleError(f"{folder / name} holds no pairs of rows: {_AGAIN}")
     return array.reshape(2, -1)
 
 
@@ -265,9 +213,7 @@ def _load_array(path: Path, *, is_mapped: bool) -> Shaped[np.ndarray, " N"]:
             path, mmap_mode="r" if is_mapped else None, allow_pickle=False
         )
     except ValueError as error:
-        raise BundleError(
-            f"{path} is not a column of numbers ({error}): import the events anew"
-        ) from error
+        raise BundleError(f"{path} is not a column of numbers ({error}): {_AGAIN}") from error
     return array
 
 
@@ -286,7 +232,7 @@ def _read_table(path: Path, *, height: int | None = None) -> pl.DataFrame:
         with pa.memory_map(str(path)) as source:
             table = pl.DataFrame(pa.ipc.open_file(source).read_all())
     except (OSError, pa.ArrowException) as error:
-        raise BundleError(f"{path} cannot be read ({error}): import the events anew") from error
+        raise BundleError(f"{path} cannot be read ({error}): {_AGAIN}") from error
     if height not in (None, table.height):
-        raise BundleError(f"{path} has {table.height} rows, not {height}: import the events anew")
+        raise BundleError(f"{path} has {table.height} rows, not {height}: {_AGAIN}")
     return table

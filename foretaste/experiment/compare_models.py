@@ -13,7 +13,7 @@ import numpy as np
 
 from foretaste.arguments import checked
 from foretaste.config import Seed
-from foretaste.data.disk import check_place, reason_of, whole_file
+from foretaste.data.folder import check_place, reason_of, whole_file
 from foretaste.data.splits import Split
 from foretaste.errors import ConfigError, DataError, ForetasteError
 from foretaste.evaluation.bootstrap import bootstrap_intervals

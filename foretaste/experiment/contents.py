@@ -5,15 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from foretaste.arguments import checked
-from foretaste.serving.bundle import read_bundle
-from foretaste.serving.manifest import Manifest, read_manifest
+from foretaste.data.folder import read_manifest
+from foretaste.serving.bundle import BundleManifest, read_bundle
 
 
 @dataclass(frozen=True, kw_only=True)
 class BundleContents:
     """A bundle that was read whole: every checksum is right."""
 
-    manifest: Manifest
+    manifest: BundleManifest
     parameters: int
     """Numbers in the network."""
     size: int
@@ -64,7 +64,7 @@ def inspect_bundle(path: Path | str) -> BundleContents:
     """
     path = Path(path)
     bundle = read_bundle(path)
-    manifest = read_manifest(path)
+    manifest = read_manifest(path, BundleManifest)
     return BundleContents(
         manifest=manifest,
         parameters=sum(value.numel() for value in bundle.trained.model.parameters()),

@@ -8,7 +8,7 @@ from pathlib import Path
 import polars as pl
 
 from foretaste.arguments import checked
-from foretaste.data.disk import check_place, reason_of, whole_file
+from foretaste.data.folder import check_place, reason_of, whole_file
 from foretaste.data.tables import Source, open_source
 from foretaste.data.vocabulary import Vocabulary
 from foretaste.errors import DataError

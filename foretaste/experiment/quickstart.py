@@ -6,7 +6,7 @@ from pathlib import Path
 
 from foretaste.arguments import checked
 from foretaste.config import Seed
-from foretaste.data.disk import check_place
+from foretaste.data.folder import check_place
 from foretaste.data.sources.load import get_dataset
 from foretaste.data.split_config import LeaveLastSplitConfig, TemporalSplitConfig, make_split
 from foretaste.data.splits import Split

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from foretaste.arguments import checked
-from foretaste.data.disk import whole_file
+from foretaste.data.folder import whole_file
 from foretaste.evaluation.reports import Reports
 from foretaste.experiment.facts import run_facts
 from foretaste.experiment.recipe import ExperimentConfig, Negatives, Protocol

@@ -12,7 +12,7 @@ import numpy as np
 from foretaste.arguments import checked
 from foretaste.config import parse_settings
 from foretaste.data.conditions import counted_as_positive, only_where
-from foretaste.data.disk import check_place
+from foretaste.data.folder import check_place
 from foretaste.data.interactions import Interactions
 from foretaste.data.read_config import WhichEvents
 from foretaste.data.reading import read_interactions
@@ -44,7 +44,12 @@ from foretaste.models.two_stage import TwoStage, second_stage
 from foretaste.serving.building import build_recommender
 from foretaste.serving.recommender import Recommender
 from foretaste.shown import Shown
-from foretaste.training.checkpoint import CHECKPOINT_FILE, epochs_done, forget_checkpoint
+from foretaste.training.checkpoint import (
+    CHECKPOINT,
+    epochs_done,
+    find_checkpoint,
+    forget_checkpoint,
+)
 from foretaste.training.fit import Epoch
 from foretaste.training.objectives.rows import RowsConfig
 from foretaste.training.settings import TrainingConfig
@@ -126,13 +131,14 @@ def start_run(
 
     Raises:
         BundleError: The bundle is there already, or an unfinished run of it, and neither is given;
-            or something else is there; or its folder cannot be written.
+            or something else is there; or its folder cannot be written; or its checkpoint is of
+            the former layout.
         DataError: The same of the record.
     """
     bundle, folder = Path(bundle), run_folder(bundle)
-    may_replace = replace or (resume and (folder / CHECKPOINT_FILE).is_file())
+    may_replace = replace or (resume and find_checkpoint(folder) is not None)
     check_place(bundle, "bundle", replace=may_replace)
-    check_place(folder / CHECKPOINT_FILE, replace=True)
+    check_place(folder / CHECKPOINT, "checkpoint", replace=True)
     if result is not None:
         check_place(result, replace=may_replace)
         if Path(result).absolute() in (bundle.absolute(), folder.absolute()):
@@ -155,8 +161,8 @@ def start_run(
 def stopped_after(folder: str | Path) -> int | None:
     """Return how many epochs a run had completed when it was stopped; None if it was not."""
     folder = Path(folder)
-    refitted = folder / _FINAL / CHECKPOINT_FILE
-    return epochs_done(refitted if refitted.exists() else folder / CHECKPOINT_FILE)
+    refitted = folder / _FINAL
+    return epochs_done(refitted if (refitted / CHECKPOINT).exists() else folder)
 
 
 @checked

@@ -14,7 +14,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from foretaste.arguments import checked
 from foretaste.config import Rounds, parse_settings
-from foretaste.data.disk import check_place, whole_file
+from foretaste.data.folder import check_place, whole_file
 from foretaste.data.memory import out_of_memory
 from foretaste.data.splits import Split
 from foretaste.data.toml_text import to_toml

@@ -16,29 +16,30 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Literal
 
 from jaxtyping import Float
-from pydantic import TypeAdapter, ValidationError
+from pydantic import NonNegativeInt, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from foretaste.data.disk import leftover, whole_folder
+from foretaste.config import Config
 from foretaste.data.features import Features
+from foretaste.data.folder import (
+    FolderManifest,
+    leftover,
+    read_manifest,
+    seal,
+    verify_files,
+    whole_folder,
+)
 from foretaste.data.store import fill_store, open_store
 from foretaste.errors import BundleError
 from foretaste.json_values import json_value
 from foretaste.models.catalogue import ModelConfig, as_written, build_model
 from foretaste.retrieval.choose import load_index
 from foretaste.retrieval.index import ItemIndex
-from foretaste.serving.manifest import (
-    MANIFEST_FILE,
-    DataFacts,
-    Manifest,
-    list_files,
-    read_manifest,
-    verify_files,
-)
 from foretaste.training.calibration import Calibration
 from foretaste.training.trained import Trained
 from foretaste.version import __version__
@@ -58,6 +59,42 @@ _LEARNED_FROM = {
 }
 _MODEL_CONFIG: TypeAdapter[ModelConfig] = TypeAdapter(ModelConfig)
 _CALIBRATION: TypeAdapter[dict[str, Calibration]] = TypeAdapter(dict[str, Calibration])
+
+
+class DataFacts(Config):
+    """What was trained on."""
+
+    fingerprint: str
+    """`Interactions.fingerprint` of the training events."""
+    num_users: NonNegativeInt
+    num_items: NonNegativeInt
+    num_events: NonNegativeInt
+
+
+class BundleManifest(FolderManifest):
+    """Everything about a bundle but its numbers."""
+
+    kind = "bundle"
+    latest = 1
+    remedy = "save the bundle again"
+
+    format: Literal["foretaste-bundle"] = "foretaste-bundle"
+    format_version: int = 1
+    foretaste: str
+    """Version of foretaste that wrote it."""
+    versions: dict[str, str]
+    """Versions of python and of the libraries that shaped the numbers."""
+    model: dict[str, object]
+    """The model's settings; `kind` says which model."""
+    seed: int
+    train_seconds: float
+    settings: dict[str, object]
+    """Everything that decided the run."""
+    log: dict[str, object]
+    """What training saw."""
+    data: DataFacts
+    index: dict[str, object] | None
+    """Facts of the item index, with its measured recall; None for a model without vectors."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -124,14 +161,14 @@ def read_bundle(path: Path) -> Bundle:
     """
     if not path.is_dir():
         raise BundleError(f"{path} is not a folder: name the folder of a bundle{leftover(path)}")
-    manifest = read_manifest(path)
+    manifest = read_manifest(path, BundleManifest)
     verify_files(path, manifest)
     try:
         return _read_parts(manifest, path)
     except (OSError, KeyError, ValueError, SafetensorError, RuntimeError) as error:
         raise BundleError(
             f"{path} cannot be used although its checksums are right: {error}: it was written by "
-            f"foretaste {manifest.foretaste}; save it anew with that version"
+            f"foretaste {manifest.foretaste}; save it again with that version"
         ) from error
 
 
@@ -162,8 +199,7 @@ def _write_parts(bundle: Bundle, folder: Path) -> None:
     if bundle.report is not None:
         text = json.dumps(json_value(bundle.report), indent=2)
         (folder / REPORT_FILE).write_text(text + "\n", encoding="utf-8")
-    manifest = _manifest(bundle).model_copy(update={"files": list_files(folder)})
-    (folder / MANIFEST_FILE).write_text(manifest.render(), encoding="utf-8")
+    seal(folder, _manifest(bundle))
 
 
 def _owned(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -177,9 +213,9 @@ def _owned(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return owned
 
 
-def _manifest(bundle: Bundle) -> Manifest:
+def _manifest(bundle: Bundle) -> BundleManifest:
     trained, events = bundle.trained, bundle.trained.events
-    return Manifest(
+    return BundleManifest(
         foretaste=__version__,
         versions={"python": platform.python_version()}
         | {name: version(name) for name in LIBRARIES},
@@ -202,7 +238,7 @@ def _mapping(values: Mapping[str, object]) -> dict[str, object]:
     return {str(name): json_value(value) for name, value in values.items()}
 
 
-def _read_parts(manifest: Manifest, path: Path) -> Bundle:
+def _read_parts(manifest: BundleManifest, path: Path) -> Bundle:
     events = open_store(path / EVENTS_FOLDER)
     config = _MODEL_CONFIG.validate_python(as_written(manifest.model))
     has_features = any(name.startswith(f"{FEATURES_FOLDER}/") for name in manifest.files)
@@ -237,7 +273,7 @@ def _as_written(settings: Mapping[str, object]) -> dict[str, object]:
     return {**settings, "model": as_written(model)} if isinstance(model, Mapping) else {**settings}
 
 
-def _read_report(manifest: Manifest, path: Path) -> Mapping[str, object] | None:
+def _read_report(manifest: BundleManifest, path: Path) -> Mapping[str, object] | None:
     if REPORT_FILE not in manifest.files:
         return None
     report: Mapping[str, object] = json.loads((path / REPORT_FILE).read_text(encoding="utf-8"))

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from foretaste.errors import ConfigError, NonFiniteError
 from foretaste.training.checkpoint import (
-    CHECKPOINT_FILE,
+    CHECKPOINT,
+    find_checkpoint,
     forget_checkpoint,
     read_checkpoint,
     write_checkpoint,
@@ -336,17 +337,19 @@ class Fit(Generic[Model, Batch]):
     def _checkpoint(self) -> None:
         if self.folder is None:
             return
-        tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
-        tensors |= {f"best.{name}": value for name, value in self.best_weights.items()}
-        if self.average is not None:
-            tensors |= {f"average.{n}": value for n, value in self.average.state_dict().items()}
-        if isinstance(self.objective, nn.Module):
-            tensors |= {f"objective.{n}": value for n, value in self.objective.state_dict().items()}
-        if self.refreshed is not None:
-            tensors |= {f"refreshed.{n}": value for n, value in self.refreshed.state().items()}
-        state = self.optimizer.state_dict()["state"]
-        for index, values in state.items():
-            tensors |= {f"optimizer.{index}.{name}": value for name, value in values.items()}
+        step, optimizer = self.progress.step, self.optimizer.state_dict()["state"]
+        parts: dict[str, Mapping[str, Tensor]] = {
+            f"model-{step}": self.model.state_dict(),
+            f"best-{self.progress.best_epoch}": self.best_weights,
+            f"average-{step}": {} if self.average is None else self.average.state_dict(),
+            f"objective-{step}": self._objective_state(),
+            f"refreshed-{step}": {} if self.refreshed is None else self.refreshed.state(),
+            f"optimizer-{step}": {
+                f"{index}.{name}": value
+                for index, values in optimizer.items()
+                for name, value in values.items()
+            },
+        }
         facts = {
             "progress": asdict(self.progress),
             "scaler": self.scaler.state_dict(),
@@ -354,28 +357,31 @@ class Fit(Generic[Model, Batch]):
             "seed": self.seed,
             "data": self.data,
         }
-        write_checkpoint(self.folder / CHECKPOINT_FILE, tensors, facts)
+        kept = {name: tensors for name, tensors in parts.items() if tensors}
+        write_checkpoint(self.folder / CHECKPOINT, kept, facts)
+
+    def _objective_state(self) -> Mapping[str, Tensor]:
+        return self.objective.state_dict() if isinstance(self.objective, nn.Module) else {}
 
     def _restore(self) -> None:
         if self.folder is None:
             raise ConfigError("to resume, say which folder holds the checkpoint")
-        path = self.folder / CHECKPOINT_FILE
-        if not path.exists():
+        path = find_checkpoint(self.folder)
+        if path is None:
             return
-        tensors, facts = read_checkpoint(path)
+        parts, facts = read_checkpoint(path)
         self._check_same(path, facts)
-        self.model.load_state_dict(_under("model", tensors))
-        self.best_weights = {
-            name: value.to(self.device) for name, value in _under("best", tensors).items()
-        }
+        self.model.load_state_dict(parts["model"])
+        best = parts.get("best", {})
+        self.best_weights = {name: value.to(self.device) for name, value in best.items()}
         if self.average is not None:
-            self.average.load_state_dict(_under("average", tensors))
+            self.average.load_state_dict(parts["average"])
         if isinstance(self.objective, nn.Module):
-            self.objective.load_state_dict(_under("objective", tensors))
+            self.objective.load_state_dict(parts.get("objective", {}))
         if self.refreshed is not None:
-            self.refreshed.restore(_under("refreshed", tensors))
+            self.refreshed.restore(parts.get("refreshed", {}))
         state: dict[int, dict[str, Tensor]] = {}
-        for name, value in _under("optimizer", tensors).items():
+        for name, value in parts.get("optimizer", {}).items():
             index, key = name.split(".")
             state.setdefault(int(index), {})[key] = value
         groups = self.optimizer.state_dict()["param_groups"]
@@ -402,8 +408,3 @@ class Fit(Generic[Model, Batch]):
                 name=changed[0],
                 value=now[changed[0]],
             )
-
-
-def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    start = prefix + "."
-    return {name[len(start) :]: t for name, t in tensors.items() if name.startswith(start)}

@@ -6,7 +6,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import final
 
-from foretaste.data.disk import reason_of
+from foretaste.data.folder import reason_of
 from foretaste.errors import DataError
 
 STEPS_FILE = "steps.jsonl"

@@ -13,7 +13,7 @@ import pytest
 from serving_worlds import CONFIGS, make_trained
 
 import foretaste as ft
-from foretaste.data.disk import reason_of, whole_file, whole_folder
+from foretaste.data.folder import reason_of, whole_file, whole_folder
 from foretaste.errors import ConfigError, ForetasteError
 from foretaste.training.checkpoint import write_checkpoint
 from foretaste.training.step_log import StepLog
@@ -225,7 +225,7 @@ def test_a_full_disk_is_one_sentence_and_nothing_half_written(
 def test_a_full_disk_during_training_is_one_sentence(full_disk: Path) -> None:
     tensors = {"w": make_trained("popularity").known_I.float().repeat(4096)}
     with pytest.raises(ft.DataError, match="No space left on device"):
-        write_checkpoint(full_disk / "checkpoint.safetensors", tensors, {})
+        write_checkpoint(full_disk / "checkpoint", {"model-1": tensors}, {})
 
     def log_steps() -> None:
         with StepLog(full_disk, 0) as log:
@@ -271,14 +271,16 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "binary.toml").write_bytes(b"\x80\x81\xff")
     broken = folder / "broken"
     broken.mkdir()
-    (broken / "manifest.json").write_text('{"format": "foretaste-event-store", "users": "many"}')
+    (broken / "manifest.json").write_text(
+        '{"format": "foretaste-event-store", "version": 1, "users": "many"}'
+    )
     return folder
 
 
 @pytest.mark.parametrize(
     ("call", "said"),
     [
-        (lambda at: ft.open_store(at / "bundle"), "is a bundle.* its events are in .*events"),
+        (lambda at: ft.open_store(at / "bundle"), "of a bundle: its events are in .*events"),
         (lambda at: ft.load(at / "store"), "an event store: train on it first"),
         (lambda at: ft.inspect_bundle(at / "store"), "an event store: train on it first"),
         (lambda at: ft.open_store(at / "broken"), "users: must be .*import the events again"),

@@ -3,6 +3,9 @@
 All of foretaste's writers go through here. What is written stands under a hidden name beside its
 place until it is complete and forced to the disk; then it is renamed. It gets the permissions that
 the process's umask gives to a new file.
+
+A bundle, an event store and a checkpoint are folders with a `manifest.json`: what the folder is,
+the size and SHA-256 of every other file of it, and, at its end, the SHA-256 of the manifest itself.
 """
 
 import hashlib
@@ -12,21 +15,190 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Literal
+from pathlib import Path, PurePosixPath
+from typing import Any, ClassVar, Literal, TypeVar
 
 import polars as pl
+from pydantic import Field, NonNegativeInt, ValidationError
 from safetensors import SafetensorError
 
 from foretaste.arguments import checked
+from foretaste.config import Config, config_error
 from foretaste.errors import BundleError, DataError, ForetasteError
 
-Kind = Literal["file", "bundle", "event store"]
-_MANIFEST = "manifest.json"
-_FORMATS = {"bundle": "foretaste-bundle", "event store": "foretaste-event-store"}
+Kind = Literal["file", "bundle", "event store", "checkpoint"]
+MANIFEST_FILE = "manifest.json"
 _OS_ERROR = re.compile(r"os error (\d+)")
+M = TypeVar("M", bound="FolderManifest")
+
+
+class FileEntry(Config):
+    """What a file of a folder must be."""
+
+    size: NonNegativeInt
+    """Bytes."""
+    sha256: str
+
+
+class FolderManifest(Config):
+    """What the manifest of every folder says; each kind of folder adds its own facts."""
+
+    kind: ClassVar[Kind]
+    latest: ClassVar[int]
+    """The newest format: raised when an older foretaste could not read what is written."""
+    sealed_since: ClassVar[int] = 1
+    """The first format whose manifest ends with its own checksum."""
+    remedy: ClassVar[str]
+    """What helps where a folder is broken."""
+
+    format: str
+    format_version: int
+    files: dict[str, FileEntry] = Field(default_factory=dict)
+    """Every other file of the folder, by its path with forward slashes."""
+
+    @classmethod
+    def upgraded(cls, document: dict[str, Any]) -> dict[str, Any]:
+        """Return what an earlier format says in the words of this one."""
+        return document
+
+    def render(self) -> str:
+        """Return the one text that stands for this manifest, its own checksum at the end."""
+        return _render(self.model_dump())
+
+
+def _render(document: Mapping[str, object]) -> str:
+    own = hashlib.sha256(json.dumps(document, indent=2).encode()).hexdigest()
+    return json.dumps({**document, "checksum": own}, indent=2) + "\n"
+
+
+def seal(folder: Path, manifest: FolderManifest) -> None:
+    """Write the manifest of a folder that is complete, with the entry of every file in it."""
+    listed = manifest.model_copy(update={"files": list_files(folder)})
+    (folder / MANIFEST_FILE).write_text(listed.render(), encoding="utf-8")
+
+
+def list_files(folder: Path) -> dict[str, FileEntry]:
+    """Return the entry of every file below a folder, the manifest left out."""
+    names = [name for name in _files_below(folder) if name != MANIFEST_FILE]
+    return {name: entry_of(folder / name) for name in names}
+
+
+def entry_of(path: Path) -> FileEntry:
+    """Return what a manifest says of a file."""
+    return FileEntry(size=path.stat().st_size, sha256=sha256_of(path))
+
+
+def read_manifest(folder: Path, kind: type[M]) -> M:
+    """Read a folder's manifest, without looking at the other files.
+
+    Raises:
+        BundleError: It is missing, broken, changed by hand, of a newer format, of another kind of
+            folder, or it names files outside of the folder.
+    """
+    path, what = folder / MANIFEST_FILE, _a(kind.kind)
+    try:
+        text = path.read_bytes().decode()
+        document = json.loads(text)
+    except OSError as error:
+        raise _broken(
+            f"{folder} is not {what}: its {MANIFEST_FILE} cannot be read ({error.strerror}); name "
+            f"the folder of {what}",
+            folder,
+        ) from error
+    except ValueError as error:
+        raise _broken(f"{path} is broken, it is not JSON: {kind.remedy}", path) from error
+    expected = kind.model_fields["format"].get_default()
+    if not isinstance(document, dict) or document.get("format") != expected:
+        found = document.get("format") if isinstance(document, dict) else None
+        raise _broken(
+            f"{path} is not the manifest of {what}, but of {_instead(found, folder)}", path
+        )
+    _check_version(path, document, kind)
+    sealed = document.pop("checksum", None)
+    if document.get("format_version", 0) >= kind.sealed_since and (
+        sealed is None or _render(document) != text
+    ):
+        raise _broken(
+            f"{path} was changed after it was written, its checksum is another: restore it, or "
+            f"{kind.remedy}",
+            path,
+        )
+    try:
+        manifest = kind.model_validate(kind.upgraded(document))
+    except (ValidationError, AttributeError, TypeError) as error:
+        raise _wrong_fields(error, kind, document, path) from error
+    for name in manifest.files:
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise _broken(f"{path} names {name!r}, outside the {kind.kind}: {kind.remedy}", path)
+    return manifest
+
+
+def _instead(found: object, folder: Path) -> str:
+    known = {
+        "foretaste-event-store": "an event store: train on it first",
+        "foretaste-bundle": f"a bundle: its events are in {folder / 'events'}",
+        "foretaste-checkpoint": "a checkpoint: it is gone on with by --resume",
+    }
+    return known.get(str(found), "something else: name another folder")
+
+
+def _check_version(path: Path, document: Mapping[str, object], kind: type[M]) -> None:
+    version = document.get("format_version", document.get("version"))
+    if not isinstance(version, int) or version < 1:
+        raise _broken(f"{path}: format_version is {version!r}: {kind.remedy}", path)
+    if version > kind.latest:
+        by = document.get("foretaste", "of a later version")
+        raise _broken(
+            f"{path}: format {version} was written by foretaste {by}, and this one reads formats "
+            f"up to {kind.latest}: install that version or a newer one",
+            path,
+            value=version,
+        )
+
+
+def _wrong_fields(error: Exception, kind: type[M], document: object, path: Path) -> BundleError:
+    if isinstance(error, ValidationError):
+        said = str(config_error(error, kind, document, source=f"{path} is broken"))
+    else:
+        said = f"{path} is broken"
+    return _broken(f"{said}: {kind.remedy}", path)
+
+
+def verify_files(folder: Path, manifest: FolderManifest, *, checksums: bool = True) -> None:
+    """Compare every listed file with its size and checksum. Files not listed are never opened.
+
+    Args:
+        folder: Where they are.
+        manifest: What they must be.
+        checksums: Read every file through; otherwise sizes are compared.
+
+    Raises:
+        BundleError: One is missing or changed.
+    """
+    for name, entry in manifest.files.items():
+        path = folder / name
+        try:
+            if not path.is_file():
+                raise FileNotFoundError(2, "there is no such file")
+            size = path.stat().st_size
+            same = size == entry.size and (not checksums or sha256_of(path) == entry.sha256)
+        except OSError as error:
+            raise _broken(
+                f"{path} cannot be read ({error.strerror}): restore it, or {manifest.remedy}", path
+            ) from error
+        if not same:
+            what = "another checksum" if size == entry.size else f"{size} bytes"
+            raise _broken(
+                f"{path} holds {what}, and {entry.size} bytes with the manifest's checksum were "
+                f"written: restore it, or {manifest.remedy}",
+                path,
+            )
+
+
+def _broken(message: str, path: Path, *, value: object = None) -> BundleError:
+    return BundleError(message, name=str(path), value=str(path) if value is None else value)
 
 
 def sha256_of(path: Path) -> str:
@@ -52,13 +224,13 @@ def check_place(
 
     Args:
         path: Where the result goes. Folders above it that are missing are made when it is written.
-        kind: What is written: a "file", a "bundle" or an "event store".
+        kind: What is written: a "file", a "bundle", an "event store" or a "checkpoint".
         replace: Something of the same kind may be there, and is replaced.
 
     Raises:
         DataError: Of a file: one is there and `replace` is false, it is no regular file, or its
             folder cannot be made or written.
-        BundleError: The same of a bundle or an event store; `replace` does not help where
+        BundleError: The same of a bundle, a store or a checkpoint; `replace` does not help where
             something else is there, or files that are not of it.
     """
     with _in_our_words(path, kind):
@@ -204,12 +376,12 @@ def _check_replaceable(
 
 
 def _listed_files(place: Path, kind: Kind) -> set[str] | None:
-    """Return the files that a bundle or an event store consists of; None if it is none."""
+    """Return the files that a folder of a kind consists of; None if it is none."""
     try:
-        document = json.loads((place / _MANIFEST).read_bytes())
-        if document["format"] != _FORMATS[kind]:
+        document = json.loads((place / MANIFEST_FILE).read_bytes())
+        if document["format"] != f"foretaste-{kind.replace(' ', '-')}":
             return None
-        return {_MANIFEST, *document["files"]}
+        return {MANIFEST_FILE, *document["files"]}
     except (OSError, ValueError, TypeError, KeyError):
         return None
 
