@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import time
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,11 +15,15 @@ import numpy as np
 import polars as pl
 import pytest
 
-from foretaste.data import store
+from foretaste.data import ranges, store
 from foretaste.data.interactions import Interactions
+from foretaste.data.parts import TRAIN
+from foretaste.data.ranges import count_before, pick
 from foretaste.data.reading import read_interactions
+from foretaste.data.splitting import leave_last_split
 from foretaste.data.store import open_store, write_store
-from foretaste.errors import BundleError
+from foretaste.data.vocabulary import Vocabulary
+from foretaste.errors import BundleError, DataError
 
 
 def events(size: int = 500) -> Interactions:
@@ -221,3 +226,68 @@ def test_opening_does_not_grow_with_size(tmp_path: Path) -> None:
     small, large = seconds_to_open(1_000), seconds_to_open(400_000)
     # 400 times the events and users; reading through what is opened takes 20 times as long
     assert large < 6 * small
+
+
+def test_a_split_of_a_mapped_store_keeps_its_columns_out_of_memory(tmp_path: Path) -> None:
+    """Of 3 million events training would hold 60 MB, and the two holdouts as much each."""
+    num = 3_000_000
+    rng = np.random.default_rng(0)
+    user = np.sort(rng.integers(0, 50_000, num)).astype(np.int32)
+    offsets = np.searchsorted(user, np.arange(50_001))
+    numbers = [Vocabulary(pl.Series(range(size))) for size in (50_000, 1_000)]
+    made = Interactions(
+        users=numbers[0],
+        items=numbers[1],
+        offsets=offsets,
+        item_idx=rng.integers(0, 1_000, num).astype(np.int32),
+        timestamp_s=np.arange(num),
+        columns={"rating": rng.random(num).astype(np.float32)},
+    )
+    write_store(made, tmp_path / "store")
+    split = leave_last_split(open_store(tmp_path / "store"))
+    split.events.user_idx  # noqa: B018 - one copy for all parts, not counted here
+    tracemalloc.start()
+    train, _, _ = split.train, split.validation, split.test
+    kept, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (kept / 2**20, peak / 2**20) < (8, 40)
+    in_memory = made.select(split.part_E == TRAIN)
+    assert train.timestamp_s is not None
+    assert in_memory.timestamp_s is not None
+    for one, other in (
+        (train.offsets, in_memory.offsets),
+        (train.item_idx, in_memory.item_idx),
+        (train.timestamp_s, in_memory.timestamp_s),
+        (train.columns["rating"], in_memory.columns["rating"]),
+    ):
+        assert one.dtype == other.dtype
+        assert np.array_equal(one, other)
+
+
+@pytest.mark.parametrize("block", [1, 3, 7, 100])
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_a_part_of_a_mapped_column_is_the_part_of_the_column(
+    block: int, share: float, tmp_path: Path
+) -> None:
+    rng = np.random.default_rng(0)
+    keep = rng.random(21) < share
+    np.save(tmp_path / "column.npy", rng.integers(0, 99, 21))
+    mapped = np.asarray(np.load(tmp_path / "column.npy", mmap_mode="r"))
+    assert pick(mapped, keep, block=block).tolist() == mapped[keep].tolist()
+    place = np.array([0, 0, 3, 6, 7, 14, 20, 21, 21])
+    expected = [int(keep[:end].sum()) for end in place]
+    assert count_before(keep, place, block=block).tolist() == expected
+
+
+def test_no_room_for_a_part_of_a_mapped_column_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    np.save(tmp_path / "column.npy", np.arange(21))
+    mapped = np.load(tmp_path / "column.npy", mmap_mode="r")
+    monkeypatch.setattr(ranges, "TemporaryFile", full)
+    with pytest.raises(DataError, match=r"No space left on device.*TMPDIR") as caught:
+        pick(mapped, np.ones(21, np.bool_), block=7)
+    assert caught.value.name == "TMPDIR"

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Int32, Int64, Shaped
 
 from foretaste.arguments import checked, checked_class
 from foretaste.data.column_types import kept
-from foretaste.data.ranges import check_rows
+from foretaste.data.ranges import check_rows, count_before, pick
 from foretaste.data.vocabulary import Vocabulary, text_buffers
 from foretaste.errors import DataError
 from foretaste.shown import Shown
@@ -116,8 +116,10 @@ class Interactions(Shown):
     def select(self, keep: Bool[np.ndarray, " E"]) -> "Interactions":
         """Return the events where `keep` is true, under the same vocabularies and tables.
 
+        Columns that are maps of files stay maps, of temporary files: memory does not grow.
+
         Raises:
-            DataError: It does not say so of each event.
+            DataError: It does not say so of each event, or the temporary files find no room.
         """
         if len(keep) != len(self):
             raise DataError(
@@ -126,13 +128,12 @@ class Interactions(Shown):
                 name="keep",
                 value=len(keep),
             )
-        kept_before = np.concatenate([[0], np.cumsum(keep, dtype=np.int64)])
         return replace(
             self,
-            offsets=kept_before[self.offsets],
-            item_idx=self.item_idx[keep],
-            timestamp_s=None if self.timestamp_s is None else self.timestamp_s[keep],
-            columns={name: column[keep] for name, column in self.columns.items()},
+            offsets=count_before(keep, self.offsets),
+            item_idx=pick(self.item_idx, keep),
+            timestamp_s=None if self.timestamp_s is None else pick(self.timestamp_s, keep),
+            columns={name: pick(column, keep) for name, column in self.columns.items()},
             context=None if self.context is None else self.context.filter(pl.Series(keep)),
         )
 

@@ -1,12 +1,18 @@
-"""Ranges of rows, laid one after the other.
+"""Rows that are looked at: ranges laid one after the other, and those that a mask keeps.
 
-Shape legend: B ranges, H rows of all of them.
+Shape legend: B ranges, H rows of all of them, E rows of a column, K rows that are kept, P places.
 """
 
-import numpy as np
-from jaxtyping import Int64
+from tempfile import TemporaryFile, gettempdir
 
+import numpy as np
+from jaxtyping import Bool, Int64, Shaped
+
+from foretaste.data.folder import reason_of
 from foretaste.errors import DataError
+
+_BLOCK = 1 << 20
+"""Rows in memory at once."""
 
 
 def check_rows(row_B: Int64[np.ndarray, " B"], num: int, *, name: str) -> None:
@@ -37,3 +43,67 @@ def ranges(
     offsets_B1 = np.concatenate([[0], np.cumsum(length_B)])
     index_H = np.arange(offsets_B1[-1]) + np.repeat(first_B - offsets_B1[:-1], length_B)
     return index_H, offsets_B1
+
+
+def count_before(
+    keep_E: Bool[np.ndarray, " E"], place_P: Int64[np.ndarray, " P"], *, block: int = _BLOCK
+) -> Int64[np.ndarray, " P"]:
+    """Return how many rows before each place are kept.
+
+    Args:
+        keep_E: Which rows are.
+        place_P: In [0, E], never falling.
+        block: Rows that are counted at once.
+    """
+    before_P = np.empty(len(place_P), np.int64)
+    kept = done = 0
+    for start in range(0, len(keep_E) + 1, block):
+        count = np.concatenate([[0], np.cumsum(keep_E[start : start + block], dtype=np.int64)])
+        end = int(np.searchsorted(place_P, start + block))
+        before_P[done:end] = kept + count[place_P[done:end] - start]
+        kept, done = kept + int(count[-1]), end
+    return before_P
+
+
+def pick(
+    column_E: Shaped[np.ndarray, " E"], keep_E: Bool[np.ndarray, " E"], *, block: int = _BLOCK
+) -> Shaped[np.ndarray, " K"]:
+    """Return the rows of a column that are kept.
+
+    Of a long column that is a map of a file the answer is such a map, too: of a temporary file
+    that has no name and goes with the map.
+
+    Args:
+        column_E: Any column.
+        keep_E: Which rows are kept.
+        block: Rows that are copied at once; a column of no more is copied in memory.
+
+    Raises:
+        DataError: The temporary file finds no room.
+    """
+    if len(column_E) <= block or not _is_mapped(column_E):
+        kept_K: Shaped[np.ndarray, " K"] = column_E[keep_E]
+        return kept_K
+    try:
+        with TemporaryFile() as file:
+            for start in range(0, len(column_E), block):
+                some = slice(start, start + block)
+                file.write(column_E[some][keep_E[some]].data)
+            file.flush()
+            if not file.tell():
+                return np.empty(0, column_E.dtype)
+            return np.asarray(np.memmap(file, column_E.dtype, "r", shape=(int(keep_E.sum()),)))
+    except OSError as error:
+        raise DataError(
+            f"a part of the events cannot be kept in {gettempdir()}: {reason_of(error)}: make "
+            "room there, or name another folder in the environment variable TMPDIR",
+            name="TMPDIR",
+            value=gettempdir(),
+        ) from error
+
+
+def _is_mapped(array: np.ndarray) -> bool:
+    base: object = array
+    while isinstance(base, np.ndarray) and not isinstance(base, np.memmap):
+        base = base.base
+    return isinstance(base, np.memmap)
