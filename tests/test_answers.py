@@ -9,7 +9,7 @@ import polars as pl
 import pytest
 
 import foretaste as ft
-from foretaste.data.fields import FeatureSchema, MultiField, NumericField
+from foretaste.data.features_schema import FeatureSchema, MultiField, NumericField
 from foretaste.models.bert4rec import BERT4RecConfig
 from foretaste.models.catalogue import ModelConfig
 from foretaste.models.lightgcn import LightGCNConfig

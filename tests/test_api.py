@@ -19,7 +19,7 @@ import uvicorn
 from film_world import HOSTILE, is_space, write_film_bundle
 from serving_worlds import make_trained
 
-from foretaste.data.fields import schema_from_toml
+from foretaste.data.features_schema import schema_from_toml
 from foretaste.data.reading import read_interactions
 from foretaste.data.splitting import leave_last_split
 from foretaste.errors import BundleError, NonFiniteError

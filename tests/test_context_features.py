@@ -13,8 +13,12 @@ from torch import Tensor, nn
 from foretaste.config import Config
 from foretaste.data.batch import Queries
 from foretaste.data.features import Features, FieldTable, fit_features
-from foretaste.data.features_inspect import inspect_schema
-from foretaste.data.fields import CategoricalField, FeatureSchema, NumericField
+from foretaste.data.features_schema import (
+    CategoricalField,
+    FeatureSchema,
+    NumericField,
+    inspect_schema,
+)
 from foretaste.data.interactions import Interactions
 from foretaste.data.reading import read_interactions
 from foretaste.data.splits import Split

@@ -18,8 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from foretaste.data.features import Features, FieldSide, FieldTable, fit_features
-from foretaste.data.features_values import cell_of
-from foretaste.data.fields import (
+from foretaste.data.features_schema import (
     CategoricalField,
     CrossField,
     FeatureSchema,
@@ -28,6 +27,7 @@ from foretaste.data.fields import (
     NumericField,
     VectorField,
 )
+from foretaste.data.features_values import cell_of
 from foretaste.data.interactions import Interactions
 from foretaste.data.vocabulary import Vocabulary
 from foretaste.errors import DataError

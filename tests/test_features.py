@@ -15,9 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from foretaste.data.features import Features, FieldSide, FieldTable, concat_rows, fit_features
-from foretaste.data.features_inspect import inspect_schema
-from foretaste.data.features_text import _load
-from foretaste.data.fields import (
+from foretaste.data.features_schema import (
     CategoricalField,
     CrossField,
     FeatureSchema,
@@ -26,9 +24,11 @@ from foretaste.data.fields import (
     NumericField,
     TextField,
     VectorField,
+    inspect_schema,
     schema_from_toml,
     schema_to_toml,
 )
+from foretaste.data.features_values import _load
 from foretaste.data.interactions import Interactions
 from foretaste.data.reading import read_interactions
 from foretaste.data.sources.load import get_dataset

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 import foretaste as ft
-from foretaste.data.fields import CategoricalField, MultiField, NumericField, VectorField
+from foretaste.data.features_schema import CategoricalField, MultiField, NumericField, VectorField
 from foretaste.experiment.two_stage import FirstStage
 from foretaste.models.catalogue import ModelConfig
 from foretaste.training.objectives.catalogue import ObjectiveConfig

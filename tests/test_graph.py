@@ -9,10 +9,10 @@ import pytest
 
 from foretaste.data.graph import Graph, GraphConfig, Ties, cache_order, graph_of, make_graph
 from foretaste.data.interactions import Interactions
-from foretaste.data.links import attribute_ties, read_links
 from foretaste.data.merging import concatenate
 from foretaste.data.read_config import ReadConfig
 from foretaste.data.reading import read_interactions
+from foretaste.data.side_tables import attribute_ties, read_links
 from foretaste.data.sources.load import get_dataset
 from foretaste.data.split_config import GivenSplitConfig, make_split
 from foretaste.data.splitting import leave_last_split

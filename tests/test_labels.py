@@ -8,9 +8,8 @@ import polars as pl
 import pytest
 
 from foretaste.data.interactions import Interactions
-from foretaste.data.labels import check_learnable, labels_of, notes_about_labels
 from foretaste.data.reading import read_interactions
-from foretaste.data.tasks import Task
+from foretaste.data.tasks import Task, check_learnable, labels_of, notes_about_labels
 from foretaste.errors import ConfigError, DataError
 
 FRAME = pl.DataFrame(

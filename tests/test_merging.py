@@ -10,7 +10,7 @@ import pytest
 
 from foretaste.data.audit import audit_split
 from foretaste.data.features import fit_features
-from foretaste.data.features_inspect import inspect_schema
+from foretaste.data.features_schema import inspect_schema
 from foretaste.data.interactions import Interactions
 from foretaste.data.merging import concatenate
 from foretaste.data.reading import read_interactions

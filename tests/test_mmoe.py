@@ -10,8 +10,7 @@ import torch
 
 from foretaste.data.batch import Queries
 from foretaste.data.interactions import Interactions
-from foretaste.data.labels import notes_about_histories
-from foretaste.data.tasks import Task
+from foretaste.data.tasks import Task, notes_about_histories
 from foretaste.data.vocabulary import Vocabulary
 from foretaste.errors import ConfigError
 from foretaste.models.catalogue import as_written, settled

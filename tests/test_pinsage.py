@@ -12,7 +12,7 @@ from torch import Tensor
 
 from foretaste.data.batch import Queries
 from foretaste.data.features import fit_features
-from foretaste.data.fields import CategoricalField, FeatureSchema
+from foretaste.data.features_schema import CategoricalField, FeatureSchema
 from foretaste.data.graph import GraphConfig, graph_of
 from foretaste.data.interactions import Interactions
 from foretaste.data.neighbourhoods import Neighbourhoods, make_frontier

@@ -8,7 +8,7 @@ import pytest
 
 import foretaste as ft
 from foretaste.config import parse_settings
-from foretaste.data.fields import schema_from_toml, schema_to_toml
+from foretaste.data.features_schema import schema_from_toml, schema_to_toml
 from foretaste.data.toml_text import to_toml
 from foretaste.errors import ConfigError
 from foretaste.experiment.recipe import (

@@ -11,7 +11,7 @@ from torch import Tensor
 from foretaste.data.batch import RowBatch
 from foretaste.data.draw_items import DrawItems
 from foretaste.data.features import fit_features
-from foretaste.data.fields import CategoricalField, FeatureSchema, NumericField
+from foretaste.data.features_schema import CategoricalField, FeatureSchema, NumericField
 from foretaste.data.histories import Reads
 from foretaste.data.interactions import Interactions
 from foretaste.data.reading import read_interactions

@@ -14,7 +14,7 @@ import torch
 import foretaste as ft
 from foretaste.config import Config
 from foretaste.data import memory
-from foretaste.data.fields import MultiField
+from foretaste.data.features_schema import MultiField
 from foretaste.data.graph import GraphConfig
 from foretaste.data.split_config import RandomSplitConfig
 from foretaste.evaluation.sampled import SampledNegatives

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from foretaste.data.batch import Queries
 from foretaste.data.features import Features, fit_features
-from foretaste.data.fields import CategoricalField, FeatureSchema, MultiField, VectorField
+from foretaste.data.features_schema import CategoricalField, FeatureSchema, MultiField, VectorField
 from foretaste.data.interactions import Interactions
 from foretaste.data.splitting import cold_items_split
 from foretaste.data.vocabulary import Vocabulary

@@ -12,8 +12,7 @@ import numpy as np
 import polars as pl
 from jaxtyping import Bool
 
-from foretaste.data.column_types import kept
-from foretaste.data.columns import in_words
+from foretaste.data.columns import in_words, kept
 from foretaste.data.interactions import Interactions
 from foretaste.errors import ConfigError, DataError, did_you_mean
 

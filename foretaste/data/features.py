@@ -19,7 +19,7 @@ from torch import Tensor
 
 from foretaste.arguments import checked
 from foretaste.config import Config
-from foretaste.data.features_fit import columns_of, fit_field
+from foretaste.data.features_fit import FieldSide, columns_of, fit_field
 from foretaste.data.features_fitted import (
     Bag,
     Buckets,
@@ -29,10 +29,9 @@ from foretaste.data.features_fitted import (
     Sentence,
     Vector,
 )
-from foretaste.data.features_side import FieldSide
+from foretaste.data.features_schema import FeatureSchema, FieldConfig
 from foretaste.data.features_table import FieldTable, concat_rows, of_tensors
 from foretaste.data.features_values import moved
-from foretaste.data.fields import FeatureSchema, FieldConfig
 from foretaste.data.interactions import Interactions
 from foretaste.errors import BundleError, ConfigError, DataError, nearest
 from foretaste.shown import Shown

@@ -13,16 +13,18 @@ from collections.abc import Callable
 from datetime import UTC, datetime, time, timedelta
 from decimal import Decimal
 from enum import Enum
+from functools import lru_cache
+from importlib import import_module
 from typing import Any, Literal
 from uuid import UUID
 
 import numpy as np
 import polars as pl
-from jaxtyping import Float64
+from jaxtyping import Float32, Float64
 from pydantic import TypeAdapter, ValidationError
 
 from foretaste.data.columns import canonical_ids, in_words
-from foretaste.errors import DataError
+from foretaste.errors import ConfigError, DataError
 
 Held = Literal["text", "number", "truth", "time", "clock", "duration"]
 """What a column held in training: `time` is a date or a time of some date, `clock` of any day."""
@@ -377,3 +379,44 @@ def moved(error: DataError, place: str, *, row: int | None = None) -> DataError:
 def at_row(column: pl.Series, row: int) -> str:
     """Return where a row is; nothing of the only one, which is a request's."""
     return f", row {1 + row}" if len(column) > 1 else ""
+
+
+def embed_texts(texts: list[str], encoder: str, *, batch_size: int) -> Float32[np.ndarray, "N W"]:
+    """Return a vector of length 1 for each text.
+
+    Args:
+        texts: At least one.
+        encoder: Folder or name of a sentence-transformers model that is on this machine; nothing
+            is fetched.
+        batch_size: Texts encoded at a time.
+
+    Raises:
+        ConfigError: The extra `text` is not installed, or there is no such encoder.
+    """
+    vectors = _load(encoder).encode(
+        texts,
+        batch_size=batch_size,
+        normalize_embeddings=True,
+        convert_to_numpy=True,
+        show_progress_bar=False,
+    )
+    return np.asarray(vectors, dtype=np.float32)
+
+
+@lru_cache(maxsize=4)
+def _load(encoder: str) -> Any:
+    try:
+        library = import_module("sentence_transformers")
+    except ImportError as error:
+        raise ConfigError(
+            "a field of kind 'text' needs sentence-transformers: "
+            "pip install 'foretaste[text]', or give the texts as vectors, kind = 'vector'"
+        ) from error
+    try:
+        return library.SentenceTransformer(encoder, device="cpu", local_files_only=True)
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(
+            f"encoder {encoder!r} cannot be loaded ({reason}): give the folder of a "
+            "sentence-transformers model that is on this machine"
+        ) from error

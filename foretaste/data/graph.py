@@ -14,7 +14,7 @@ from scipy.sparse.csgraph import reverse_cuthill_mckee
 from foretaste.config import Config, Positive, Weight
 from foretaste.data.distinct import distinct
 from foretaste.data.interactions import Interactions
-from foretaste.data.links import attribute_ties
+from foretaste.data.side_tables import attribute_ties
 from foretaste.errors import DataError
 
 

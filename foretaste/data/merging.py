@@ -11,7 +11,7 @@ import numpy as np
 import polars as pl
 from jaxtyping import Int32, Int64, Shaped, UInt8
 
-from foretaste.data.column_types import kept
+from foretaste.data.columns import kept
 from foretaste.data.features_values import texts_of
 from foretaste.data.interactions import Interactions
 from foretaste.data.vocabulary import Vocabulary

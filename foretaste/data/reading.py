@@ -12,8 +12,7 @@ import numpy as np
 import polars as pl
 from jaxtyping import Int32, Int64, Shaped
 
-from foretaste.data.column_types import kept
-from foretaste.data.columns import canonical_ids, canonical_numbers
+from foretaste.data.columns import canonical_ids, canonical_numbers, kept
 from foretaste.data.conditions import (
     check_some,
     columns_in,
@@ -22,14 +21,13 @@ from foretaste.data.conditions import (
     rows_where,
 )
 from foretaste.data.interactions import Interactions
-from foretaste.data.links import with_links
 from foretaste.data.read_config import (
     Duplicates,
     ReadConfig,
     ReadTables,
     settings_as_arguments,
 )
-from foretaste.data.side_tables import Side, aligned, alike, notes_about, read_side
+from foretaste.data.side_tables import Side, aligned, alike, notes_about, read_side, with_links
 from foretaste.data.sorting import (
     Sorting,
     compile_loops,

@@ -26,12 +26,11 @@ from foretaste.data.features import Features
 from foretaste.data.features_table import FieldTable
 from foretaste.data.histories import Reads, read_histories
 from foretaste.data.interactions import Interactions
-from foretaste.data.labels import labels_of, no_column
 from foretaste.data.parts import NEGATIVE, TEST, TRAIN, VALIDATION
 from foretaste.data.ranges import check_rows
 from foretaste.data.seeds import torch_generator
 from foretaste.data.splits import Split
-from foretaste.data.tasks import Task
+from foretaste.data.tasks import Task, labels_of, no_column
 from foretaste.errors import DataError
 from foretaste.shown import Shown
 

@@ -15,11 +15,15 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from foretaste.data.column_types import of_arrow, without_extensions
-from foretaste.data.columns import canonical_ids, in_words, without_markers
+from foretaste.data.columns import (
+    canonical_ids,
+    in_words,
+    of_arrow,
+    without_extensions,
+    without_markers,
+)
 from foretaste.data.delimited import TextFile, open_text
-from foretaste.data.file_kinds import first_bytes, place_of
-from foretaste.data.read_config import MISSING
+from foretaste.data.read_config import MISSING, first_bytes, place_of
 from foretaste.data.vocabulary import id_text
 from foretaste.errors import DataError, nearest
 

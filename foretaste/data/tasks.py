@@ -1,18 +1,17 @@
-"""What a ranking model is asked of a user and an item: tasks, each with labels of its own.
+"""Labels of events, and the tasks that are learned from them."""
 
-Shape legend: E events.
-"""
-
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Float32
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from foretaste.config import Config, Weight
-from foretaste.errors import DataError
+from foretaste.data.interactions import Interactions
+from foretaste.data.outliers import flattening
+from foretaste.errors import ConfigError, DataError, nearest
 
 Weights = Mapping[str, float | int]
 """How much one unit of each task's prediction counts in a score, by name; 0 for those that are not
@@ -116,3 +115,177 @@ def in_own_unit(task: Task, value: Tensor, scale: LabelScale) -> Tensor:
     """Undo `standardised`: from what a regression's head gives to the label's own unit."""
     learned = value * scale.std + scale.mean
     return learned.expm1() if task.transform == "log1p" else learned
+
+
+_LOG = ', or set transform = "log1p"'
+
+
+def labels_of(events: Interactions, tasks: Sequence[Task]) -> Float32[np.ndarray, "E T"]:
+    """Return the label of each event for each task, in the label's own unit, NaN where missing.
+
+    Raises:
+        ConfigError: A task names a column that the events do not have.
+        DataError: A label is none that its task can have; the message names the value.
+    """
+    label_ET = np.empty((len(events), len(tasks)), np.float32)
+    for place, task in enumerate(tasks):
+        label_ET[:, place] = _labels(events, task)
+    return label_ET
+
+
+def check_learnable(
+    label_ET: Float32[np.ndarray, "E T"], tasks: Sequence[Task], *, num_drawn: int = 0
+) -> None:
+    """Refuse labels from which a task cannot be learned.
+
+    Args:
+        label_ET: Those of training.
+        tasks: Their tasks.
+        num_drawn: Items drawn for each event, a 0 for every binary task.
+
+    Raises:
+        DataError: A task has no label at all, or a binary one only one class.
+    """
+    for task, label_E in zip(tasks, label_ET.T, strict=True):
+        known_E = label_E[~np.isnan(label_E)]
+        if not len(known_E):
+            raise DataError(
+                f"task {task.name!r} has no label on any of {len(label_E):,} training events: "
+                "leave the task out, or give its column values"
+            )
+        if task.kind != "binary":
+            continue
+        low, high = float(known_E.min()), float(known_E.max())
+        if high == 0 or (low == 1 and not num_drawn):
+            mend = (
+                "negatives to draw, or events with label 0" if low else "events that it happened to"
+            )
+            raise DataError(
+                f"task {task.name!r} has one class only: every label of training is {high:g}; "
+                f"give it {mend}, or leave it out"
+            )
+
+
+def notes_about_labels(events: Interactions, tasks: Sequence[Task]) -> tuple[str, ...]:
+    """Say of each regression whether outliers make its other labels nearly equal.
+
+    Raises:
+        ConfigError: A task names a column that the events do not have.
+        DataError: A label is none that its task can have.
+    """
+    said = []
+    for task in tasks:
+        if task.kind != "regression":
+            continue
+        label_E = _labels(events, task).astype(np.float64)
+        label_E = label_E[~np.isnan(label_E)]
+        furthest = flattening(np.log1p(label_E) if task.transform == "log1p" else label_E)
+        if furthest is not None:
+            log = task.transform == "none" and label_E.min() >= 0
+            helps = log and flattening(np.log1p(label_E)) is None
+            said.append(
+                f"task {task.name!r}: column {task.column!r} has a label so far away, "
+                f"{label_E[furthest]:g}, that nearly all of the {len(label_E):,} become equal: "
+                f"correct it, or leave out its row{_LOG if helps else ''}"
+            )
+    return tuple(said)
+
+
+def zeros_in_histories(
+    events: Interactions, tasks: Sequence[Task], *, positive: str = ""
+) -> tuple[str, int] | None:
+    """Return the column of a click that did not happen in some events, and in how many.
+
+    Of a log of impressions, where nobody says which are positive; None where some task has no
+    column, so that every event happened, or a column holds more than 0 and 1.
+
+    Args:
+        events: Those of training.
+        tasks: What is learned of them.
+        positive: Column that says which events are positive; "": as the events say.
+    """
+    if positive or events.positive or not all(task.column for task in tasks):
+        return None
+    for task in tasks:
+        if task.kind == "binary" and task.above is None:
+            num_zeros = int((labels_of(events, [task]) == 0).sum())
+            return (task.column, num_zeros) if num_zeros else None
+    return None
+
+
+def notes_about_histories(
+    events: Interactions, tasks: Sequence[Task], *, reads: bool
+) -> tuple[str, ...]:
+    """Say that histories would hold what did not happen.
+
+    Args:
+        events: What histories are made of.
+        tasks: Those of the ranker.
+        reads: Whether the ranker reads histories.
+    """
+    found = zeros_in_histories(events, tasks)
+    if found is None or np.diff(events.offsets).max(initial=0) < 2:
+        return ()
+    column, num_zeros = found
+    rows = f"{num_zeros:,} of {len(events):,} events have {column!r} = 0"
+    advice = f"give positive = {column!r} when reading"
+    if reads:
+        return (f"{rows} and stand in histories like all others: {advice}, if they should not",)
+    return (f"no histories are read, as {rows}: {advice}, and histories are of the others",)
+
+
+def no_column(events: Interactions, column: str, wanted: str) -> ConfigError:
+    """Return the error for a column of numbers that events do not have.
+
+    Args:
+        events: Which have others, perhaps.
+        column: Its name.
+        wanted: Who asks for it, as the beginning of the sentence.
+    """
+    start = f"{wanted}, and "
+    if events.context is not None and column in events.context.columns:
+        return ConfigError(
+            f"{start}that is in the context of the events: name it with columns= when reading"
+        )
+    if not events.columns:
+        return ConfigError(f"{start}the events have none: name it with columns= when reading")
+    near = nearest(column, events.columns)
+    advice = f"did you mean {near!r}?" if near else "name it with columns= when reading"
+    return ConfigError(f"{start}the events have {', '.join(map(repr, events.columns))}: {advice}")
+
+
+def _labels(events: Interactions, task: Task) -> Float32[np.ndarray, " E"]:
+    if not task.column:
+        return events.positive_E.astype(np.float32)
+    if task.column not in events.columns:
+        raise no_column(
+            events, task.column, f"task {task.name!r} takes its labels from column {task.column!r}"
+        )
+    value_E = events.columns[task.column].astype(np.float32)
+    if task.kind == "binary" and task.above is not None:
+        return np.where(np.isnan(value_E), value_E, value_E > task.above).astype(np.float32)
+    if task.kind == "binary":
+        allowed_E = (value_E == 0) | (value_E == 1)
+        _refuse(task, value_E, allowed_E, "0 or 1: set `above` to cut other values in two")
+    elif task.kind == "ordinal":
+        levels = ", ".join(f"{level:g}" for level in task.levels)
+        allowed_E = np.isin(value_E, np.array(task.levels, np.float32))
+        _refuse(task, value_E, allowed_E, f"its levels {levels}: name all of them")
+    elif task.transform == "log1p":
+        _refuse(task, value_E, value_E >= 0, "0 or more under log1p: take another transform")
+    return value_E
+
+
+def _refuse(
+    task: Task,
+    value_E: Float32[np.ndarray, " E"],
+    allowed_E: Bool[np.ndarray, " E"],
+    what: str,
+) -> None:
+    wrong_E = ~allowed_E & ~np.isnan(value_E)
+    if wrong_E.any():
+        raise DataError(
+            f"task {task.name!r}: column {task.column!r} holds {value_E[wrong_E][0]:g} (and "
+            f"{int(wrong_E.sum()) - 1:,} more such), but labels of this {task.kind} task are "
+            f"{what}, or mend them"
+        )

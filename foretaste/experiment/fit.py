@@ -14,7 +14,7 @@ from torch import nn
 from foretaste.arguments import checked
 from foretaste.config import Seed
 from foretaste.data.features import Features, fit_features
-from foretaste.data.fields import FeatureSchema
+from foretaste.data.features_schema import FeatureSchema
 from foretaste.data.graph import Graph, graph_of
 from foretaste.data.interactions import Interactions
 from foretaste.data.memory import out_of_memory

@@ -7,11 +7,10 @@ import torch
 from foretaste.data.draw_items import DrawItems
 from foretaste.data.features_table import FieldTable
 from foretaste.data.interactions import Interactions
-from foretaste.data.labels import check_learnable
 from foretaste.data.offered import Offered
 from foretaste.data.row_plan import RowPlan, plan_rows
 from foretaste.data.rows import positives_of, training_rows
-from foretaste.data.tasks import Task, label_scale
+from foretaste.data.tasks import Task, check_learnable, label_scale
 from foretaste.errors import ConfigError
 from foretaste.models.interface import Ranker
 from foretaste.sampling.mixed import MixedNegatives

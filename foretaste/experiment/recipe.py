@@ -19,7 +19,7 @@ from foretaste.config import (
     parse_settings,
     path_of,
 )
-from foretaste.data.fields import FeatureSchema, schema_from_toml
+from foretaste.data.features_schema import FeatureSchema, schema_from_toml
 from foretaste.data.read_config import ReadConfig, ReadTables, WhichEvents
 from foretaste.data.split_config import SplitConfig
 from foretaste.errors import ConfigError

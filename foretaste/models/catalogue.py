@@ -18,9 +18,8 @@ from foretaste.data import memory
 from foretaste.data.features import Features
 from foretaste.data.graph import Graph
 from foretaste.data.interactions import Interactions
-from foretaste.data.labels import zeros_in_histories
 from foretaste.data.rows import positives_of
-from foretaste.data.tasks import Task
+from foretaste.data.tasks import Task, zeros_in_histories
 from foretaste.errors import ConfigError
 from foretaste.models.als import ImplicitALS, ImplicitALSConfig
 from foretaste.models.bert4rec import BERT4Rec, BERT4RecConfig

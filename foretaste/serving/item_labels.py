@@ -15,8 +15,8 @@ from jaxtyping import Bool, Float64, Int64
 from scipy.sparse import csr_array
 
 from foretaste.data.columns import in_words
-from foretaste.data.features_columns import bags_of
-from foretaste.data.features_inspect import separator_of
+from foretaste.data.features_fitted import bags_of
+from foretaste.data.features_schema import separator_of
 from foretaste.data.features_values import numbers_of, texts_of
 from foretaste.data.ranges import ranges
 from foretaste.data.vocabulary import number_ids

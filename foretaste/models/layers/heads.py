@@ -14,8 +14,7 @@ from jaxtyping import Float, Float64, Int64
 from torch import Tensor, nn
 
 from foretaste.data.interactions import Interactions
-from foretaste.data.labels import labels_of
-from foretaste.data.tasks import LabelScale, Task, Weights, in_own_unit, label_scale
+from foretaste.data.tasks import LabelScale, Task, Weights, in_own_unit, label_scale, labels_of
 from foretaste.errors import ConfigError
 
 
