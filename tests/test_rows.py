@@ -1,5 +1,8 @@
 """Labelled rows: histories before the row, labels beside it, items drawn for it."""
 
+from collections.abc import Callable
+from itertools import chain
+
 import hypothesis.strategies as st
 import numpy as np
 import polars as pl
@@ -8,15 +11,18 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-from foretaste.data.batch import RowBatch
+from foretaste.data.batch import PairBatch, RowBatch, SequenceBatch
 from foretaste.data.draw_items import DrawItems
 from foretaste.data.features import fit_features
 from foretaste.data.features_schema import CategoricalField, FeatureSchema, NumericField
 from foretaste.data.histories import Reads
 from foretaste.data.interactions import Interactions
+from foretaste.data.pairs import PairPlan, plan_pairs
 from foretaste.data.reading import read_interactions
 from foretaste.data.row_plan import RowPlan, plan_rows
 from foretaste.data.rows import Rows, positives_of, rows_of, training_rows
+from foretaste.data.seeds import Share
+from foretaste.data.sequences import SequencePlan, plan_sequences
 from foretaste.data.splits import TEST, TRAIN, VALIDATION
 from foretaste.data.splitting import (
     given_split_by_column,
@@ -370,3 +376,89 @@ def test_a_batch_moves_as_one() -> None:
     assert len(moved) == 4
     assert moved.queries.context is not None
     assert torch.equal(moved.label_BCT, batch.label_BCT)
+
+
+# --- several processes ---------------------------------------------------------------------------
+
+
+def rows_plan(events: Interactions, reads: Reads, share: Share) -> RowPlan:
+    features = fit_features(SCHEMA, events)
+    return plan_rows(
+        training_rows(events, tasks=CLICK, context=features.context_table),
+        batch_events=64,
+        generator=np.random.default_rng(1),
+        reads=reads,
+        max_len=3,
+        num_drawn=3,
+        draw=uniform(events),
+        share=share,
+    )
+
+
+def pairs_plan(events: Interactions, reads: Reads, share: Share) -> PairPlan:
+    sampler = UniformSampler(events.num_items)
+    return plan_pairs(
+        events,
+        batch_events=64,
+        generator=np.random.default_rng(1),
+        reads=reads,
+        max_len=3,
+        find_hard=lambda user_B, _, generator: draw_unseen(
+            sampler, user_B, 2, seen=Seen.of(events), generator=generator
+        ),
+        share=share,
+    )
+
+
+def sequences_plan(events: Interactions, reads: Reads, share: Share) -> SequencePlan:
+    return plan_sequences(
+        events,
+        max_len=5 if reads == "before" else 200,
+        batch_events=64,
+        windows="all" if reads == "others" else "last",
+        generator=np.random.default_rng(1),
+        share=share,
+    )
+
+
+def row_by_row(batch: PairBatch | RowBatch | SequenceBatch) -> list[list[object]]:
+    """All that each row of a batch holds."""
+    if isinstance(batch, SequenceBatch):
+        columns = [batch.user_B, batch.item_BL, batch.valid_BL]
+        return [[column[b].tolist() for column in columns] for b in range(len(batch))]
+    queries = batch.queries
+    history = [part.tolist() for part in queries.history_N.tensor_split(queries.offsets_B1[1:-1])]
+    columns = [queries.user_B, *(part for part in vars(batch).values() if isinstance(part, Tensor))]
+    context = queries.context
+    return [
+        [
+            *(column[b].tolist() for column in columns),
+            history[b],
+            {} if context is None else str(context.rows(torch.tensor([b])).tensors()),
+        ]
+        for b in range(len(batch))
+    ]
+
+
+@pytest.mark.parametrize("reads", ["nothing", "before", "others"])
+@pytest.mark.parametrize("plan", [rows_plan, pairs_plan, sequences_plan])
+def test_what_several_processes_read_of_a_batch_is_the_batch(
+    plan: Callable[[Interactions, Reads, Share], RowPlan | PairPlan | SequencePlan], reads: Reads
+) -> None:
+    events = many()
+    whole = plan(events, reads, Share())
+    for world in (2, 3, 70):  # 70 are more than a batch has rows
+        parts = [plan(events, reads, Share(rank, world)) for rank in range(world)]
+        assert {(len(part), part.num_events) for part in parts} == {(len(whole), whole.num_events)}
+        for index in (0, len(whole) - 1):
+            rows = [row_by_row(part.batch(index)) for part in parts]
+            assert list(chain.from_iterable(rows)) == row_by_row(whole.batch(index))
+            sizes = [len(part) for part in rows]
+            assert max(sizes) - min(sizes) <= 1
+
+
+@pytest.mark.parametrize(("rank", "world"), [(2, 2), (-1, 2), (0, 0)])
+def test_a_rank_that_no_process_has_is_refused(rank: int, world: int) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Share(rank, world)
+    assert (caught.value.name, caught.value.value) == ("rank", rank)

@@ -15,6 +15,8 @@ Reads = Literal["nothing", "before", "others"]
 """What of a user's history goes with a row: nothing; the last events before it; or other events
 of the user drawn at random, where the order means nothing."""
 
+ALL_ROWS = slice(None)
+
 
 def read_histories(
     past: Interactions,
@@ -25,6 +27,7 @@ def read_histories(
     end_B: Int64[np.ndarray, " B"],
     own_B: Int64[np.ndarray, " B"],
     generator: np.random.Generator,
+    share: slice = ALL_ROWS,
 ) -> tuple[Int64[np.ndarray, " H"], Int64[np.ndarray, " B1"]]:
     """Return the items of each row's history, one after the other, and where each begins and ends.
 
@@ -35,21 +38,26 @@ def read_histories(
         max_len: How many events at most.
         end_B: Of "before": position in `past` where the row's history ends.
         own_B: Of "others": position in `past` of the row's own event, -1 where it is not there.
-        generator: Of "others": decides which.
+        generator: Of "others": decides which, of all rows before some are left out.
+        share: The rows whose histories are wanted.
     """
     if reads == "nothing":
-        return np.empty(0, np.int64), np.zeros(len(user_B) + 1, np.int64)
+        return np.empty(0, np.int64), np.zeros(len(user_B[share]) + 1, np.int64)
     start_B = past.offsets[user_B]
     if reads == "before":
+        start_B, end_B = start_B[share], end_B[share]
         first_B = np.maximum(start_B, end_B - max_len)
         index_H, offsets_B1 = ranges(first_B, end_B - first_B)
         return past.item_idx[index_H].astype(np.int64), offsets_B1
     # A run of the user's events from a random place, once around, without the row's own.
     size_B = past.offsets[user_B + 1] - start_B
     others_B = size_B - (own_B >= 0)
+    turn_B = generator.integers(0, np.maximum(1, others_B))
+    start_B, size_B, others_B, turn_B, own_B = (
+        all_B[share] for all_B in (start_B, size_B, others_B, turn_B, own_B)
+    )
     length_B = np.minimum(others_B, max_len)
     step_H, offsets_B1 = ranges(np.zeros_like(length_B), length_B)
-    turn_B = generator.integers(0, np.maximum(1, others_B))
     behind_B = np.where(own_B >= 0, own_B - start_B, -1)
     ahead_H = 1 + _once_around(step_H + np.repeat(turn_B, length_B), np.repeat(others_B, length_B))
     place_H = _once_around(ahead_H + np.repeat(behind_B, length_B), np.repeat(size_B, length_B))

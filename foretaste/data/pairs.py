@@ -14,6 +14,7 @@ from torch import Tensor
 from foretaste.data.batch import PairBatch, Queries
 from foretaste.data.histories import Reads, read_histories
 from foretaste.data.interactions import Interactions
+from foretaste.data.seeds import WHOLE, Share
 
 FindHard = Callable[[Tensor, Tensor, torch.Generator], Tensor]
 """From user_idx (B,), their observed item_idx (B,) and a source of randomness to hard negatives
@@ -33,18 +34,20 @@ class PairPlan:
     seed: int
     """Decides which other events are read, and which hard negatives are drawn."""
     find_hard: FindHard | None = None
+    share: Share = WHOLE
 
     def __len__(self) -> int:
         return -(-len(self.order_E) // self.batch_events)
 
     @property
     def num_events(self) -> int:
-        """Pairs in the epoch."""
+        """Pairs in the epoch, of all processes together."""
         return len(self.order_E)
 
     def batch(self, index: int) -> PairBatch:
-        """Gather one batch."""
+        """Gather one batch, or this process's share of it."""
         place_B = self.order_E[index * self.batch_events : (index + 1) * self.batch_events]
+        share = self.share.of(len(place_B))
         user_B = torch.from_numpy(self.events.user_idx[place_B].astype(np.int64))
         item_B = torch.from_numpy(self.events.item_idx[place_B].astype(np.int64))
         history_N, offsets_B1 = read_histories(
@@ -55,15 +58,16 @@ class PairPlan:
             end_B=place_B,
             own_B=place_B,
             generator=np.random.default_rng([self.seed, index]),
+            share=share,
         )
         return PairBatch(
             queries=Queries(
-                user_B=user_B,
+                user_B=user_B[share],
                 history_N=torch.from_numpy(history_N),
                 offsets_B1=torch.from_numpy(offsets_B1),
             ),
-            item_B=item_B,
-            hard_BH=self._hard(user_B, item_B, index),
+            item_B=item_B[share],
+            hard_BH=self._hard(user_B, item_B, index)[share],
         )
 
     def _hard(self, user_B: Tensor, item_B: Tensor, index: int) -> Int64[Tensor, "B H"]:
@@ -81,6 +85,7 @@ def plan_pairs(
     reads: Reads = "nothing",
     max_len: int = 50,
     find_hard: FindHard | None = None,
+    share: Share = WHOLE,
 ) -> PairPlan:
     """Put all events into batches, in random order.
 
@@ -90,7 +95,8 @@ def plan_pairs(
         generator: Decides the order.
         reads: What of each user's history is read along.
         max_len: How many events of it at most.
-        find_hard: Finds hard negatives of a batch beforehand.
+        find_hard: Finds hard negatives of a batch beforehand, of all its pairs.
+        share: What of each batch this process reads.
     """
     return PairPlan(
         events=events,
@@ -100,4 +106,5 @@ def plan_pairs(
         max_len=max_len,
         seed=int(generator.integers(2**31)),
         find_hard=find_hard,
+        share=share,
     )

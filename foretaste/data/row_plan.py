@@ -15,7 +15,7 @@ from foretaste.data.draw_items import DrawItems, check_drawn
 from foretaste.data.histories import Reads
 from foretaste.data.offered import Offered
 from foretaste.data.rows import Rows
-from foretaste.data.seeds import mixed, torch_generator
+from foretaste.data.seeds import WHOLE, Share, mixed, torch_generator
 from foretaste.errors import ConfigError
 
 
@@ -35,17 +35,18 @@ class RowPlan:
     draw: DrawItems | None = None
     offered: Offered | None = None
     """What a retriever offered for each row; None: `draw` draws."""
+    share: Share = WHOLE
 
     def __len__(self) -> int:
         return -(-len(self.order_E) // self.batch_events)
 
     @property
     def num_events(self) -> int:
-        """Rows in the epoch."""
+        """Rows in the epoch, of all processes together."""
         return len(self.order_E)
 
     def batch(self, index: int) -> RowBatch:
-        """Gather one batch."""
+        """Gather one batch, or this process's share of it; items are drawn for all of it."""
         row_B = self.order_E[index * self.batch_events : (index + 1) * self.batch_events]
         drawn_BN = torch.empty(len(row_B), 0, dtype=torch.int64)
         first_BC: Tensor | None = None
@@ -70,8 +71,9 @@ class RowPlan:
             max_len=self.max_len,
             seed=mixed(self.seed, index),
             drawn_BN=drawn_BN,
+            share=(share := self.share.of(len(row_B))),
         )
-        return batch if first_BC is None else replace(batch, first_BC=first_BC)
+        return batch if first_BC is None else replace(batch, first_BC=first_BC[share])
 
 
 def plan_rows(
@@ -84,6 +86,7 @@ def plan_rows(
     num_drawn: int = 0,
     draw: DrawItems | None = None,
     offered: Offered | None = None,
+    share: Share = WHOLE,
 ) -> RowPlan:
     """Put rows into batches, in random order.
 
@@ -97,6 +100,7 @@ def plan_rows(
         draw: Who draws them.
         offered: What a retriever offered for each row, drawn from in its place; rows that it
             offered nothing are left out.
+        share: What of each batch this process reads.
 
     Raises:
         ConfigError: Items are to be drawn and nobody draws them.
@@ -113,4 +117,5 @@ def plan_rows(
         num_drawn=num_drawn,
         draw=draw,
         offered=offered,
+        share=share,
     )

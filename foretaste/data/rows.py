@@ -24,7 +24,7 @@ from foretaste.data.batch import Queries, RowBatch
 from foretaste.data.draw_items import DrawItems, check_drawn
 from foretaste.data.features import Features
 from foretaste.data.features_table import FieldTable
-from foretaste.data.histories import Reads, read_histories
+from foretaste.data.histories import ALL_ROWS, Reads, read_histories
 from foretaste.data.interactions import Interactions
 from foretaste.data.parts import NEGATIVE, TEST, TRAIN, VALIDATION
 from foretaste.data.ranges import check_rows
@@ -133,6 +133,7 @@ class Rows(Shown):
         max_len: CountOrZero = 50,
         seed: AnySeed = 0,
         drawn_BN: Int64[Tensor, "B N"] | None = None,
+        share: slice = ALL_ROWS,
     ) -> RowBatch:
         """Gather some rows.
 
@@ -143,6 +144,7 @@ class Rows(Shown):
             max_len: How many events of it at most.
             seed: Decides which "others" are read.
             drawn_BN: Items drawn for these rows; None takes those of `draw`.
+            share: Those of `row_B` that are wanted; which "others" are read is decided for all.
 
         Raises:
             DataError: There is no such row.
@@ -159,14 +161,16 @@ class Rows(Shown):
             end_B=self.end_E[row_B],
             own_B=self.own_E[row_B],
             generator=np.random.default_rng(seed),
+            share=share,
         )
-        item_B1 = self.item_E[row_B].unsqueeze(1)
         if drawn_BN is None:
             drawn_BN = torch.from_numpy(self.drawn_EN[row_B])
+        row_B, drawn_BN = row_B[share], drawn_BN[share]
         rows_B = torch.from_numpy(row_B)
+        item_B1 = self.item_E[row_B].unsqueeze(1)
         return RowBatch(
             queries=Queries(
-                user_B=torch.from_numpy(user_B),
+                user_B=torch.from_numpy(user_B[share]),
                 history_N=torch.from_numpy(history_H),
                 offsets_B1=torch.from_numpy(offsets_B1),
                 context=None if self.context is None else self.context.rows(rows_B),

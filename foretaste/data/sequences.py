@@ -13,6 +13,7 @@ from jaxtyping import Int64
 
 from foretaste.data.batch import SequenceBatch
 from foretaste.data.interactions import Interactions
+from foretaste.data.seeds import WHOLE, Share
 
 Windows = Literal["last", "all"]
 
@@ -27,20 +28,23 @@ class SequencePlan:
     length_W: Int64[np.ndarray, " W"]
     batch_offsets: Int64[np.ndarray, " batches1"]
     """Batch b holds windows `batch_offsets[b]` to `batch_offsets[b + 1]`."""
+    share: Share = WHOLE
 
     def __len__(self) -> int:
         return len(self.batch_offsets) - 1
 
     @cached_property
     def num_events(self) -> int:
-        """Targets in the epoch."""
+        """Targets in the epoch, of all processes together."""
         return int(self.length_W.sum())
 
     def batch(self, index: int) -> SequenceBatch:
-        """Gather one batch, padded to its longest window."""
-        rows = slice(self.batch_offsets[index], self.batch_offsets[index + 1])
+        """Gather one batch or this process's share of it, padded to the batch's longest window."""
+        first, end = self.batch_offsets[index : index + 2].tolist()
+        position_L = np.arange(self.length_W[first:end].max())
+        share = self.share.of(end - first)
+        rows = slice(first + share.start, first + share.stop)
         start_B1, length_B1 = self.start_W[rows, None], self.length_W[rows, None]
-        position_L = np.arange(length_B1.max())
         valid_BL = position_L < length_B1
         item_BL = self.events.item_idx[np.where(valid_BL, start_B1 + position_L, start_B1)]
         return SequenceBatch(
@@ -57,6 +61,7 @@ def plan_sequences(
     batch_events: int,
     windows: Windows,
     generator: np.random.Generator,
+    share: Share = WHOLE,
 ) -> SequencePlan:
     """Cut histories into windows and put windows of like length into batches, in random order.
 
@@ -68,6 +73,7 @@ def plan_sequences(
         windows: "last": each user's last `max_len` events, as in the SASRec paper. "all": every
             event once, long histories cut at a random place into pieces of `max_len`.
         generator: Decides cuts and order.
+        share: What of each batch this process reads.
     """
     user = np.flatnonzero(np.diff(events.offsets))
     start_W, end_W = events.offsets[user], events.offsets[user + 1]
@@ -84,7 +90,11 @@ def plan_sequences(
     within = np.arange(len(order)) + np.repeat(batches[:-1][shuffled] - offsets[:-1], sizes)
     chosen = order[within]
     return SequencePlan(
-        events=events, start_W=start_W[chosen], length_W=length_W[chosen], batch_offsets=offsets
+        events=events,
+        start_W=start_W[chosen],
+        length_W=length_W[chosen],
+        batch_offsets=offsets,
+        share=share,
     )
 
 
