@@ -51,6 +51,14 @@ class Served:
         assert reply.status_code == 200, reply.text
         return reply.json()
 
+    def logged(self, num: int) -> list[dict]:
+        """Return the lines of so many requests: a line may be written after its answer has come."""
+        deadline = time.monotonic() + 60
+        while len(self.log) < num and time.monotonic() < deadline:
+            time.sleep(0.001)
+        assert len(self.log) == num
+        return [json.loads(line) for line in self.log]
+
 
 @contextmanager
 def served(bundle: Path, state: str, **settings: object) -> Iterator[Served]:
@@ -357,6 +365,49 @@ def test_the_same_event_id_counts_once(films_on: Served) -> None:
     assert again.json()["duplicates"] == 1
 
 
+def test_an_event_id_of_another_event_is_refused_and_nothing_of_the_request_is_stored(
+    films_on: Served,
+) -> None:
+    event = {"user_id": 1, "item_id": 120, "event_id": "e-1", "timestamp": 1_700_000_000}
+    assert films_on.http.post("/v1/events", json=event).status_code == 201
+    others = [{"user_id": 2}, {"user_id": "01"}, {"item_id": 121}, {"timestamp": 1_700_000_001}]
+    for other in others:
+        for asked in ([{"user_id": 3, "item_id": 120}, event | other], [event | other, event]):
+            reply = films_on.http.post("/v1/events", json=asked)
+            assert reply.status_code == 409
+            assert "the event_id 'e-1' of another event" in reply.json()["error"]
+    assert films_on.service.events.count() == 1
+    del event["timestamp"]  # as of a sender without a clock, who cannot say it again
+    assert films_on.http.post("/v1/events", json=event).json()["duplicates"] == 1
+
+
+def test_two_events_of_one_request_with_one_event_id_are_the_same_event_or_refused(
+    films_on: Served,
+) -> None:
+    event = {"user_id": 1, "item_id": 120, "event_id": "e-1"}
+    refused = films_on.http.post("/v1/events", json=[event, event | {"item_id": 121}])
+    assert (refused.status_code, films_on.service.events.count()) == (409, 0)
+    stored = films_on.http.post("/v1/events", json=[event, event]).json()
+    assert (stored["stored"], stored["duplicates"]) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    "user_id",
+    ["mallory\nx", "x\n", "\n", " 42", "042", "a/events", "%0A", "é", ".", "..", "?#", " "],
+)
+def test_what_was_stored_of_any_id_can_be_read_and_deleted(films: Served, user_id: str) -> None:
+    assert films.http.post("/v1/events", json={"user_id": user_id, "item_id": 101}).is_success
+    if user_id not in (".", ".."):  # which a client takes out of a path
+        past = films.http.get(f"/v1/users/{quote(user_id, safe='')}/history").json()
+        assert (past["user_id"], past["total"]) == (user_id, 1)
+        by_path = films.http.delete(f"/v1/users/{quote(user_id, safe='')}/events")
+        assert by_path.json() == {"deleted": 1}
+        films.http.post("/v1/events", json={"user_id": user_id, "item_id": 101})
+    by_query = films.http.delete("/v1/events", params={"user_id": user_id})
+    assert by_query.json() == {"deleted": 1}
+    assert films.service.events.count() == 0
+
+
 def test_live_events_can_be_forgotten(films_on: Served) -> None:
     before = ids(films_on.recommend(user_id=1))
     films_on.http.post("/v1/events", json={"user_id": 1, "item_id": 120})
@@ -565,6 +616,33 @@ def test_a_body_that_is_no_object_is_said_to_be_none(
     assert (reply.status_code, reply.json()["error"][: len(says)]) == (422, says)
 
 
+@pytest.mark.parametrize(
+    ("path", "says"),
+    [
+        ("/v1/users/1/recommendations?exclude_seen=false", "exclude_seen: there is no such"),
+        ("/v1/users/1/recommendations?kk=3", "kk: there is no such query parameter; did you"),
+        ("/v1/items?qurey=star", "qurey: there is no such query parameter; did you mean 'query'?"),
+        ("/v1/items/101/similar?x=", "x: there is no such query parameter; there are k"),
+        ("/v1/model?x=1", "x: there is no such query parameter; this route has none"),
+    ],
+)
+def test_a_query_parameter_that_a_route_does_not_have_is_refused(
+    films: Served, path: str, says: str
+) -> None:
+    reply = films.http.get(path)
+    assert (reply.status_code, reply.json()["error"][: len(says)]) == (422, says)
+    assert films.http.get("/health?probe=1").status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready", "/metrics", "/v1/model", "/v1/items", "/"])
+def test_head_gives_the_head_of_what_get_gives(films: Served, path: str) -> None:
+    got, head = films.http.get(path), films.http.head(path)
+    assert (head.status_code, head.content) == (200, b"")
+    assert head.headers["content-type"] == got.headers["content-type"]
+    assert [line["method"] for line in films.logged(2)] == ["GET", "HEAD"]
+    assert films.http.head("/v1/recommend").status_code == 405
+
+
 def test_the_largest_list_is_given(films: Served) -> None:
     assert len(ids(films.recommend(k=1000))) == 30
     assert films.http.get("/v1/users/1/recommendations?k=0").status_code == 422
@@ -660,6 +738,49 @@ def test_a_store_that_fails_is_said_and_nothing_is_acknowledged(fresh_films: Ser
     assert "nothing was stored" in reply.json()["error"]
     assert fresh_films.http.get("/ready").status_code == 503
     assert fresh_films.http.get("/health").status_code == 200
+    causes = [line.get("cause") for line in fresh_films.logged(3)]
+    cause = "OperationalError: no such table: foretaste_live_events"
+    assert causes == [cause, cause, None]
+    text = fresh_films.http.get("/metrics").text
+    for operation in ("add", "ready"):
+        labels = f'{{operation="{operation}"}} 1.0'
+        assert f"foretaste_store_errors_total{labels}" in text
+        assert f"foretaste_store_seconds_count{labels}" in text
+
+
+class Panic(BaseException):
+    """As native code raises one: no Exception."""
+
+
+@pytest.mark.parametrize("error", [ValueError, Panic])
+def test_a_fault_of_the_server_is_answered_as_json_with_its_cause_in_the_log(
+    films: Served, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    def fail() -> None:
+        raise error("the cause")
+
+    monkeypatch.setattr(films.service, "columns", fail)
+    reply = films.http.get("/v1/columns")
+    assert reply.status_code == 500
+    assert "its log says how" in reply.json()["error"]
+    assert reply.headers["x-content-type-options"] == "nosniff"
+    (line,) = films.logged(1)
+    assert (line["route"], line["status"]) == ("/v1/columns", 500)
+    assert line["cause"].startswith("Traceback")
+    assert line["cause"].endswith(f"{error.__name__}: the cause\n")
+    monkeypatch.undo()
+    assert films.http.get("/v1/columns").status_code == 200
+
+
+def test_a_request_has_an_id_in_the_answer_and_in_the_log(films: Served) -> None:
+    own = films.http.get("/v1/model", headers={"x-request-id": "shop-1/a:b"})
+    none = films.http.get("/v1/model")
+    odd = [films.http.get("/", headers={"x-request-id": one}) for one in ('"', "x" * 129, "a b")]
+    given = [reply.headers["x-request-id"] for reply in (own, none, *odd)]
+    assert given[0] == "shop-1/a:b"
+    assert all(re.fullmatch("[0-9a-f]{32}", one) for one in given[1:])
+    assert len(set(given)) == 5
+    assert [line["request_id"] for line in films.logged(5)] == given
 
 
 # ---- a new model, and what is seen from outside ------------------------------------------
@@ -732,12 +853,12 @@ def test_the_model_says_what_it_is(films: Served) -> None:
 def test_each_request_is_one_line_of_json_without_ids(films: Served) -> None:
     films.http.get("/v1/users/17/recommendations")
     films.http.get("/v1/nobody?token=secret")
-    known, none = (json.loads(line) for line in films.log)
+    known, none = films.logged(2)
     assert known.keys() >= {"time", "method", "route", "status", "ms"}
     assert known["route"] == "/v1/users/{user_id}/recommendations"
     assert known["user_known"] is True
     assert (none["route"], none["status"]) == ("none", 404)
-    said = [value for key, value in known.items() if key not in ("time", "ms")]
+    said = [value for key, value in known.items() if key not in ("time", "ms", "request_id")]
     assert "17" not in str(said)
     assert all(line.endswith("\n") and "secret" not in line for line in films.log)
 
@@ -752,6 +873,25 @@ def test_prometheus_counts_by_route_and_not_by_id(fresh_films: Served) -> None:
     assert f'foretaste_request_seconds_count{{route="{route}"}} 5.0' in text
     assert "foretaste_events_stored_total 1.0" in text
     assert 'foretaste_answers_total{source="model"} 5.0' in text
+
+
+def test_prometheus_counts_refusals_by_route_and_what_the_process_takes(
+    film_bundle: Path, tmp_path: Path
+) -> None:
+    with served(film_bundle, str(tmp_path / "e.sqlite"), token="t", max_body_bytes=99) as films:
+        films.http.get("/v1/users/7/history")
+        films.http.put("/v1/recommend")
+        headers = {"authorization": "Bearer t"}
+        films.http.post("/v1/events", content=b"x" * 100, headers=headers)
+        text = films.http.get("/metrics", headers=headers).text
+        for labels in (
+            'method="GET",route="/v1/users/{user_id}/history",status="401"',
+            'method="PUT",route="/v1/recommend",status="401"',
+            'method="POST",route="/v1/events",status="413"',
+        ):
+            assert f"foretaste_requests_total{{{labels}}} 1.0" in text
+        assert re.search(r"^process_resident_memory_bytes [1-9]", text, re.MULTILINE)
+        assert re.search(r"^process_open_fds [1-9]", text, re.MULTILINE)
 
 
 def test_openapi_describes_every_route_and_its_errors(films: Served) -> None:

@@ -5,15 +5,16 @@ from contextlib import asynccontextmanager
 from typing import Annotated
 
 import anyio.to_thread
-from fastapi import Body, FastAPI, Path, Query, Request, Response
+from fastapi import Body, Depends, FastAPI, Path, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, Discriminator, RootModel, Tag
 from pydantic_core import ErrorDetails
 from sqlalchemy.exc import SQLAlchemyError
+from starlette.convertors import Convertor, register_url_convertor
 from starlette.exceptions import HTTPException
 
 from foretaste.config import findings
-from foretaste.errors import DataError, ForetasteError
+from foretaste.errors import DataError, ForetasteError, did_you_mean
 from foretaste.serving.guard import Guard, refuse
 from foretaste.serving.messages import (
     ColumnsReply,
@@ -35,7 +36,22 @@ from foretaste.serving.messages import (
 from foretaste.serving.page import FILES, add_page
 from foretaste.serving.service import Service
 from foretaste.serving.settings import ServerSettings
+from foretaste.serving.state import first_line
 
+
+class _Anything(Convertor[str]):
+    """An id in a path, which may hold slashes and ends of lines."""
+
+    regex = r"(?s:.*)"
+
+    def convert(self, value: str) -> str:
+        return value
+
+    def to_string(self, value: str) -> str:
+        return value
+
+
+register_url_convertor("id", _Anything())
 OneOrMany = Annotated[
     Annotated[EventRequest, Tag("one")] | Annotated[list[EventRequest], Tag("many")],
     Discriminator(lambda body: "many" if isinstance(body, list) else "one"),
@@ -43,6 +59,7 @@ OneOrMany = Annotated[
 ]
 UserId = Annotated[PathId, Path(description="A user's id.")]
 ItemId = Annotated[PathId, Path(description="An item's id.")]
+AnyId = Annotated[PathId, Query(description="A user's id.")]
 Length = Annotated[int, Query(description="Length of the list, from 1.")]
 Limit = Annotated[int, Query(ge=1, le=200, description="At most so many.")]
 Words = Annotated[str, Query(max_length=200, description="Words or the beginning of an id.")]
@@ -74,6 +91,7 @@ def create_app(
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
+        dependencies=[Depends(_known_parameters)],
         responses={
             status: {"model": ErrorReply, "description": meaning}
             for status, meaning in {
@@ -83,7 +101,7 @@ def create_app(
             }.items()
         },
     )
-    app.add_middleware(
+    app.add_middleware(  # outside of all that may fail
         Guard, settings=settings, metrics=service.metrics, open_files=FILES, write_log=write_log
     )
     _add_errors(app)
@@ -97,7 +115,7 @@ def create_app(
 def _add_answers(app: FastAPI, service: Service) -> None:
     def answer(asked: RecommendRequest, request: Request) -> Response:
         reply = service.recommend(asked)
-        request.state.log = {"user_known": reply.user_known, "source": reply.source}
+        request.state.log |= {"user_known": reply.user_known, "source": reply.source}
         return _sent(reply)
 
     @app.post("/v1/recommend", tags=["answers"], response_model=RecommendReply)
@@ -106,7 +124,7 @@ def _add_answers(app: FastAPI, service: Service) -> None:
         return answer(asked, request)
 
     @app.get(
-        "/v1/users/{user_id:path}/recommendations",  # a path: ids may hold slashes
+        "/v1/users/{user_id:id}/recommendations",
         tags=["answers"],
         response_model=RecommendReply,
     )
@@ -117,7 +135,7 @@ def _add_answers(app: FastAPI, service: Service) -> None:
         asked = RecommendRequest.model_construct(user_id=user_id, k=k, explain=explain)
         return answer(asked, request)
 
-    @app.get("/v1/items/{item_id:path}/similar", tags=["answers"], response_model=SimilarReply)
+    @app.get("/v1/items/{item_id:id}/similar", tags=["answers"], response_model=SimilarReply)
     def similar(item_id: ItemId, k: Length = 10) -> Response:
         """Items near to this one; none, with a note, where the model knows nothing of it."""
         return _sent(service.similar(item_id, k=k))
@@ -139,22 +157,29 @@ def _add_people(app: FastAPI, service: Service) -> None:
         """Users that training saw, by the beginning of their id."""
         return service.find_users(prefix, limit=limit)
 
-    @app.get("/v1/users/{user_id:path}/history", tags=["catalogue"])
+    @app.get("/v1/users/{user_id:id}/history", tags=["catalogue"])
     def history(user_id: UserId, limit: Limit = 50) -> HistoryReply:
         """What a user did, in training and since, newest first."""
         return service.history(user_id, limit=limit)
 
-    @app.post("/v1/events", status_code=201, tags=["events"])
+    @app.post(
+        "/v1/events", status_code=201, tags=["events"], responses={409: {"model": ErrorReply}}
+    )
     def add_events(asked: OneOrMany, request: Request) -> EventsReply:
         """Store one event or a list of them: on disk when answered, and in the next answer."""
         events = asked if isinstance(asked, list) else [asked]
         reply = service.add_events(events)
-        request.state.log = {"events": len(events), "user_known": not reply.unknown_users}
+        request.state.log |= {"events": len(events), "user_known": not reply.unknown_users}
         return reply
 
-    @app.delete("/v1/users/{user_id:path}/events", tags=["events"])
+    @app.delete("/v1/users/{user_id:id}/events", tags=["events"])
     def forget(user_id: UserId) -> ForgetReply:
         """Delete a user's live events."""
+        return service.forget(user_id)
+
+    @app.delete("/v1/events", tags=["events"])
+    def forget_any(user_id: AnyId) -> ForgetReply:
+        """Delete a user's live events; the id may be one that a path cannot hold, `.` or `..`."""
         return service.forget(user_id)
 
 
@@ -180,13 +205,27 @@ def _add_operations(app: FastAPI, service: Service) -> None:
     @app.get("/ready", tags=["operations"])
     def ready() -> HealthReply:
         """A model is loaded and the event store answers."""
-        service.events.count()
+        service.ready()
         return HealthReply(status="ready")
 
     @app.get("/metrics", tags=["operations"], response_class=Response)
     async def prometheus() -> Response:
         """Counters in Prometheus' text format."""
         return Response(service.metrics.exposition(), media_type=service.metrics.content_type)
+
+
+async def _known_parameters(request: Request) -> None:
+    """Refuse query parameters that a route does not have: they would look obeyed."""
+    if not request.url.path.startswith("/v1/"):
+        return
+    known = [parameter.alias for parameter in request.scope["route"].dependant.query_params]
+    for name in request.query_params:
+        if name not in known:
+            there_are = f"; there are {', '.join(known)}" if known else "; this route has none"
+            raise HTTPException(
+                422,
+                f"{name}: there is no such query parameter{did_you_mean(name, known) or there_are}",
+            )
 
 
 def _sent(reply: BaseModel) -> Response:
@@ -211,18 +250,17 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(DataError)
     async def wrong_data(_: Request, error: DataError) -> Response:
-        return refuse(404 if error.name == "item_id" else 422, str(error))  # the item of a path
+        return refuse(_STATUS.get(error.name or "", 422), str(error))
 
     @app.exception_handler(SQLAlchemyError)
-    async def no_events(_: Request, __: SQLAlchemyError) -> Response:
+    async def no_events(request: Request, error: SQLAlchemyError) -> Response:
+        request.state.log["cause"] = f"{type(error).__name__}: {first_line(error)}"
         sentence = "the store of live events does not answer: nothing was stored, try again"
         return refuse(503, sentence, {"retry-after": "5"})
 
-    @app.exception_handler(Exception)
-    async def broken(_: Request, __: Exception) -> Response:
-        return refuse(500, "the server failed on this request; its log says how")
 
-
+_STATUS = {"item_id": 404, "event_id": 409}
+"""Of errors that name the item of a path, or an event stored with another content."""
 _BODIES: dict[object, type[BaseModel]] = {
     "one": EventRequest,
     "many": RootModel[list[EventRequest]],

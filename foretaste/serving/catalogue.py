@@ -47,11 +47,11 @@ class Catalogue:
         return self._events.num_items
 
     def user_id(self, text: str) -> str:
-        """Return the one spelling of a user's id: `042` is `42` where ids are integers."""
+        """Return a user's id as answers show it, as given where it is unknown."""
         return _spelled(self._events.users.find(text), self._events.users.ids, text)
 
     def item_id(self, text: str) -> str:
-        """Return the one spelling of an item's id."""
+        """Return an item's id as answers show it, as given where it is unknown."""
         return _spelled(self._events.items.find(text), self._events.items.ids, text)
 
     def knows_user(self, user_id: object) -> bool:

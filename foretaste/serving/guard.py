@@ -1,24 +1,31 @@
 """What stands between the socket and the routes: token, body size, concurrency, log, headers.
 
 Plain ASGI, so that a body too large is refused while it arrives, and a request that cannot be
-taken on is refused before anything is done for it.
+taken on is refused before anything is done for it. What goes wrong within is answered here, with
+its cause in the log.
 """
 
 import asyncio
 import hmac
 import json
+import re
 import time
+import traceback
+import uuid
 from collections.abc import Callable, Mapping
 from typing import final
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
+from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from foretaste.serving.metrics import Metrics
 from foretaste.serving.settings import ServerSettings
 
+REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
+"""What is taken for a client's own `X-Request-ID`; in place of anything else there is a new one."""
 OPEN_PATHS = frozenset({"/health", "/ready"})
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 DRAIN_BYTES = 8_388_608
@@ -58,23 +65,31 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        started, status = time.perf_counter(), 500
-
-        async def send_with_headers(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                headers = MutableHeaders(scope=message)
-                for name, value in SECURITY_HEADERS.items():
-                    headers.setdefault(name, value)
-                if scope["path"] not in self._open:
-                    headers.setdefault("cache-control", "no-store")
-            await send(message)
-
+        started = time.perf_counter()
+        log: dict[str, object] = {"request_id": _request_id(scope)}
+        scope.setdefault("state", {})["log"] = log
+        answer = _Answer(send, str(log["request_id"]), keeps=scope["path"] in self._open)
+        if scope["method"] == "HEAD":  # the server in front leaves the body out
+            scope = {**scope, "method": "GET", "asked": "HEAD"}
         try:
-            await self._pass(scope, receive, send_with_headers)
+            await self._answer(scope, receive, answer)
+        except (asyncio.CancelledError, KeyboardInterrupt, SystemExit):
+            log["cause"] = "the server was stopped before it had answered"
+            raise
         finally:
-            self._record(scope, status, time.perf_counter() - started)
+            self._record(scope, answer.status or 500, time.perf_counter() - started)
+
+    async def _answer(self, scope: Scope, receive: Receive, answer: "_Answer") -> None:
+        try:
+            await self._pass(scope, receive, answer.send)
+        except (asyncio.CancelledError, KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a panic of native code is no Exception
+            scope["state"]["log"]["cause"] = "".join(traceback.format_exception(error))
+            if answer.status:  # half of another answer has gone out: end the connection
+                raise
+            broken = refuse(500, "the server failed on this request; its log says how")
+            await broken(scope, receive, answer.send)
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["path"] in self._open:
@@ -83,7 +98,7 @@ class Guard:
         taken = self._without_token(scope) or await self._body(scope, receive)
         counted = scope["path"] != "/metrics"  # which is asked for most when all is full
         if isinstance(taken, bytes) and counted:
-            taken = self._without_room() or taken
+            taken = self._without_room(scope) or taken
         if not isinstance(taken, bytes):
             await taken(scope, receive, send)
             return
@@ -110,10 +125,11 @@ class Guard:
             {"www-authenticate": "Bearer"},
         )
 
-    def _without_room(self) -> Response | None:
+    def _without_room(self, scope: Scope) -> Response | None:
         if self._in_flight < self._settings.max_concurrency:
             return None
         self._metrics.shed.inc()
+        scope["state"]["log"]["cause"] = "no room"
         return refuse(
             503,
             f"{self._in_flight} requests are at work, the most this server takes on: "
@@ -148,8 +164,8 @@ class Guard:
         )
 
     def _record(self, scope: Scope, status: int, seconds: float) -> None:
-        route = getattr(scope.get("route"), "path_format", "none")
-        method = scope["method"] if scope["method"] in METHODS else "other"
+        route, asked = _route(scope), scope.get("asked", scope["method"])
+        method = asked if asked in METHODS else "other"
         self._metrics.requests.labels(method, route, str(status)).inc()
         self._metrics.seconds.labels(route).observe(seconds)
         line: dict[str, object] = {
@@ -159,13 +175,48 @@ class Guard:
             "status": status,
             "ms": round(seconds * 1000, 3),
         }
-        line |= scope.get("state", {}).get("log", {})
+        line |= scope["state"]["log"]
         self._write_log(json.dumps(line) + "\n")
+
+
+def _request_id(scope: Scope) -> str:
+    given = Headers(scope=scope).get("x-request-id", "")
+    return given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+
+
+def _route(scope: Scope) -> str:
+    """Return the path of a request's route, also of one that was refused before it got there."""
+    routes = [scope["route"]] if "route" in scope else scope["app"].routes
+    for route in routes:
+        if "route" in scope or route.matches(scope)[0] is not Match.NONE:
+            return str(getattr(route, "path_format", "none"))
+    return "none"
 
 
 def refuse(status: int, sentence: str, headers: Mapping[str, str] | None = None) -> Response:
     """Return an error as every route says it: `{"error": sentence}`."""
     return JSONResponse({"error": sentence}, status, dict(headers or {}))
+
+
+@final
+class _Answer:
+    """What goes out to a client, with the headers that every answer has."""
+
+    def __init__(self, send: Send, request_id: str, *, keeps: bool) -> None:
+        self.status = 0
+        """0 until the answer has begun."""
+        self._send, self._request_id, self._keeps = send, request_id, keeps
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            headers = MutableHeaders(scope=message)
+            headers["x-request-id"] = self._request_id
+            for name, value in SECURITY_HEADERS.items():
+                headers.setdefault(name, value)
+            if not self._keeps:
+                headers.setdefault("cache-control", "no-store")
+        await self._send(message)
 
 
 async def _read_body(receive: Receive, *, keep: int) -> bytes:

@@ -1,9 +1,21 @@
 """What the server counts, in Prometheus' terms."""
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import final
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Info,
+    ProcessCollector,
+    generate_latest,
+)
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from sqlalchemy.exc import SQLAlchemyError
 
 SECONDS = (0.001, 0.002, 0.004, 0.008, 0.015, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
 
@@ -58,6 +70,31 @@ class Metrics:
             registry=self._registry,
         )
         self.model = Info("foretaste_model", "The model that serves.", registry=self._registry)
+        self.store_seconds = Histogram(
+            "foretaste_store_seconds",
+            "Calls to the store of live events, those that failed too.",
+            ("operation",),
+            buckets=SECONDS,
+            registry=self._registry,
+        )
+        self.store_errors = Counter(
+            "foretaste_store_errors",
+            "Calls to the store of live events that failed.",
+            ("operation",),
+            registry=self._registry,
+        )
+        ProcessCollector(registry=self._registry)  # memory, CPU seconds, open files, start
+
+    @contextmanager
+    def store(self, operation: str) -> Iterator[None]:
+        """Time what is done inside, a call to the store, and count it if it fails."""
+        started = time.perf_counter()
+        with self.store_errors.labels(operation).count_exceptions(SQLAlchemyError):
+            try:
+                yield
+            finally:
+                seconds = time.perf_counter() - started
+                self.store_seconds.labels(operation).observe(seconds)
 
     def exposition(self) -> bytes:
         """Return everything in Prometheus' text format."""

@@ -156,7 +156,8 @@ class Service:
         """Store events; when this returns, they are on disk and in the next answer.
 
         Raises:
-            DataError: There are more than this server takes at once, or one lies in the future.
+            DataError: There are more than this server takes at once, one lies in the future, or,
+                with the error's name `event_id`, one has the id of another event.
         """
         if len(asked) > self._settings.max_events:
             raise DataError(
@@ -178,10 +179,12 @@ class Service:
                 item_id=catalogue.item_id(str(event.item_id)),
                 timestamp_s=now_s if event.timestamp is None else event.timestamp,
                 event_id=None if event.event_id is None else str(event.event_id),
+                by_clock=event.timestamp is None,
             )
             for event in asked
         ]
-        stored = self.events.add(rows)
+        with self.metrics.store("add"):
+            stored = self.events.add(rows)
         self.metrics.events.inc(stored)
         return EventsReply(
             stored=stored,
@@ -192,7 +195,14 @@ class Service:
 
     def forget(self, user_id: str) -> ForgetReply:
         """Delete a user's live events; what training saw stays in the model."""
-        return ForgetReply(deleted=self.events.forget(self.slot.current.catalogue.user_id(user_id)))
+        user_id = self.slot.current.catalogue.user_id(user_id)
+        with self.metrics.store("forget"):
+            return ForgetReply(deleted=self.events.forget(user_id))
+
+    def ready(self) -> None:
+        """Ask the store of live events whether it answers."""
+        with self.metrics.store("ready"):
+            self.events.count()
 
     def model(self) -> ModelReply:
         """Say what serves."""
@@ -230,7 +240,8 @@ class Service:
             raise DataError(f"k is {k}: this server gives lists of 1 to {self._settings.max_k}")
 
     def _live(self, loaded: Loaded, user_id: str) -> list[LiveEvent]:
-        live = self.events.of_user(user_id, limit=self._settings.max_history)
+        with self.metrics.store("read"):
+            live = self.events.of_user(user_id, limit=self._settings.max_history)
         return loaded.catalogue.since_training(user_id, live)
 
     def _because(

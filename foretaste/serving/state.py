@@ -17,7 +17,7 @@ from sqlalchemy.dialects import postgresql
 from sqlalchemy.dialects import sqlite as sqlite_dialect
 from sqlalchemy.exc import ArgumentError, IntegrityError, SQLAlchemyError
 
-from foretaste.errors import ConfigError
+from foretaste.errors import ConfigError, DataError
 
 _TABLES = sa.MetaData()
 _EVENTS = sa.Table(
@@ -31,8 +31,10 @@ _EVENTS = sa.Table(
     sa.Index("foretaste_live_events_of_user", "user_id", "timestamp_s", "seq"),
     sqlite_autoincrement=True,
 )
-_NEWEST = (  # built once: building it anew takes longer than the look-up itself
-    sa.select(_EVENTS.c.user_id, _EVENTS.c.item_id, _EVENTS.c.timestamp_s, _EVENTS.c.event_id)
+_GIVEN = ("user_id", "item_id", "timestamp_s", "event_id")
+"""The columns that an event fills."""
+_NEWEST = (  # built once: building it again takes longer than the look-up itself
+    sa.select(*(_EVENTS.c[name] for name in _GIVEN))
     .where(_EVENTS.c.user_id == sa.bindparam("user"))
     .order_by(_EVENTS.c.timestamp_s.desc(), _EVENTS.c.seq.desc())
     .limit(sa.bindparam("most"))
@@ -48,7 +50,9 @@ class LiveEvent:
     timestamp_s: int
     """Unix seconds."""
     event_id: str | None = None
-    """The sender's own id: the second event that carries it is not stored."""
+    """The sender's own id: sent again, the event is stored once."""
+    by_clock: bool = False
+    """Whether the time is the server's, as the sender gave none; it is not stored."""
 
 
 @final
@@ -68,7 +72,10 @@ class LiveEvents:
         """Store events in the order given, all or none; on return they are on disk.
 
         Returns:
-            How many were stored: not those whose `event_id` had been stored before.
+            How many were stored: not those that had been stored before under the same `event_id`.
+
+        Raises:
+            DataError: An `event_id` (the error's name) is that of another event.
         """
         if not events:
             return 0
@@ -77,12 +84,15 @@ class LiveEvents:
         )
         statement = (
             insert(_EVENTS)
-            .values([vars(event) for event in events])
+            .values([{name: getattr(event, name) for name in _GIVEN} for event in events])
             .on_conflict_do_nothing(index_elements=["event_id"])
             .returning(_EVENTS.c.seq)
         )
         with self._writing, self._engine.begin() as connection:
-            return len(connection.execute(statement).all())
+            stored = len(connection.execute(statement).all())
+            if stored < len(events):
+                _check_same(connection, events)
+            return stored
 
     def of_user(self, user_id: str, *, limit: int) -> list[LiveEvent]:
         """Return a user's newest `limit` events, oldest first; those of one second as they came."""
@@ -132,7 +142,7 @@ def open_live_events(state: str) -> LiveEvents:
     except SQLAlchemyError as error:
         engine.dispose()
         raise ConfigError(
-            f"live events cannot be kept at {shown}: {_first_line(error)}; give another place, a "
+            f"live events cannot be kept at {shown}: {first_line(error)}; give another place, a "
             "path or a URL, as the server's `state`"
         ) from error
     return events
@@ -177,6 +187,29 @@ def _make_table(engine: sa.Engine) -> None:
         _TABLES.create_all(engine)  # another server made it between our look and our step
 
 
-def _first_line(error: SQLAlchemyError) -> str:
+def _check_same(connection: sa.Connection, events: Sequence[LiveEvent]) -> None:
+    """Refuse events whose `event_id` another event has in the store, which rolls them all back."""
+    sent = [event.event_id for event in events if event.event_id is not None]
+    kept = connection.execute(
+        sa.select(*(_EVENTS.c[name] for name in _GIVEN)).where(_EVENTS.c.event_id.in_(sent))
+    )
+    stored = {row.event_id: row for row in kept}
+    for position, event in enumerate(events):
+        row = stored.get(event.event_id)
+        if row is None:
+            continue
+        is_same = (event.user_id, event.item_id) == (row.user_id, row.item_id)
+        if not is_same or not (event.by_clock or event.timestamp_s == row.timestamp_s):
+            raise DataError(
+                f"event {position} has the event_id {event.event_id!r} of another event, with "
+                "another user, item or time: give each event an id of its own; nothing of this "
+                "request was stored",
+                name="event_id",
+                value=event.event_id,
+            )
+
+
+def first_line(error: SQLAlchemyError) -> str:
+    """Say what went wrong in the database's own words, without the statement and its values."""
     cause = error.orig if isinstance(error, sa.exc.DBAPIError) and error.orig else error
     return str(cause).strip().partition("\n")[0]
