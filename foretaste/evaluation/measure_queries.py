@@ -28,6 +28,7 @@ from foretaste.evaluation.list_metrics import (
 )
 from foretaste.evaluation.rank import Hits, all_equal, best, draw_lists, place, settle
 from foretaste.evaluation.sampled import SampledNegatives, kept_items, score_kept
+from foretaste.evaluation.slices import mean_by_user
 from foretaste.evaluation.task import Task, block_rows
 from foretaste.training.trained import Trained
 
@@ -40,6 +41,9 @@ ACCURACY: Mapping[str, Callable[[Hits, int], Float64[np.ndarray, " B"]]] = {
     "map": average_precision,
 }
 """What is asked of the targets' places."""
+
+
+_SHORT_BLOCK = 64
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -108,10 +112,7 @@ def measure_queries(
     for begin in range(0, len(task.row_Q), step):
         rows = slice(begin, min(begin + step, len(task.row_Q)))
         queries = holdout.queries(task.row_Q[rows], model.moment)
-        targets = slice(*task.offsets_Q1[[rows.start, rows.stop]])
-        row_N = np.repeat(
-            np.arange(len(queries)), np.diff(task.offsets_Q1[rows.start : rows.stop + 1])
-        )
+        targets, row_N = task.targets(rows)
         item_N = torch.from_numpy(task.target_N[targets])
         if sampled is None:
             score_BI = score(queries)
@@ -155,6 +156,29 @@ def measure_queries(
         cold_2N=cold_2N,
         sampled_Q=sampled_Q,
     )
+
+
+@torch.inference_mode()
+def mean_ndcg(model: Trained, holdout: Holdout, task: Task, *, k: int, exclude_seen: bool) -> float:
+    """Return NDCG as `evaluate` would of a task's queries, and nothing else: what stops a run.
+
+    Arguments are those of `evaluate`; every query of `task` counts.
+
+    Raises:
+        NonFiniteError: The model scores an item with NaN or infinity.
+    """
+    score, ndcg_Q = model.scorer(exclude_seen=exclude_seen), np.empty(len(task.row_Q))
+    short = max(_SHORT_BLOCK, len(ndcg_Q) // 8)  # few queries in one block would be padded much
+    step = min(block_rows(len(model.item_count)), short)
+    for begin in range(0, len(ndcg_Q), step):
+        rows = slice(begin, min(begin + step, len(ndcg_Q)))
+        score_BI = score(holdout.queries(task.row_Q[rows], model.moment))
+        targets, row_N = task.targets(rows)
+        item_N = torch.from_numpy(task.target_N[targets])
+        score_N = score_BI[torch.from_numpy(row_N), item_N].cpu().numpy()
+        ndcg_Q[rows] = ndcg(settle(best(score_BI, k), row_N, score_N), k)
+    _, mean_U1 = mean_by_user(task.user_Q, ndcg_Q[:, None])
+    return float(mean_U1.mean())
 
 
 def _accuracy(hits: Hits, k: tuple[int, ...]) -> dict[str, Float64[np.ndarray, " B"]]:

@@ -22,6 +22,7 @@ from foretaste.data.splits import Split
 from foretaste.errors import ConfigError
 from foretaste.evaluation.measure_rows import Predicted, measure_rows
 from foretaste.evaluation.overlap import Asked, Overlap, overlap
+from foretaste.evaluation.row_metrics import auc, checked_predictions
 from foretaste.evaluation.rows_report import RowsReport
 from foretaste.evaluation.sampled import SampledNegatives
 from foretaste.models.interface import Ranker
@@ -207,6 +208,30 @@ def _predict(
         prediction_BCT = predict_tasks(ranker_of(model), batch)
         label_BCT = batch.label_BCT.double()
         yield label_BCT.flatten(0, 1).numpy(), prediction_BCT.flatten(0, 1).numpy()
+
+
+def task_values(model: Trained, rows: Rows) -> Iterator[float]:
+    """Give a number for each task that rows can judge, 1 is perfect, none has a unit.
+
+    Of a binary task it is the AUC, of another 1 - RMSE / standard deviation of the labels. They are
+    those of `evaluate_rows`, which reports much else.
+
+    Raises:
+        NonFiniteError: A prediction is NaN or infinite.
+    """
+    label_NT, prediction_NT = (
+        np.concatenate(parts) for parts in zip(*_predict(model, rows), strict=True)
+    )
+    for task, label_N, prediction_N in zip(rows.tasks, label_NT.T, prediction_NT.T, strict=True):
+        labelled_N = ~np.isnan(label_N)
+        if not labelled_N.any():
+            continue
+        label_N, prediction_N = label_N[labelled_N], checked_predictions(prediction_N[labelled_N])
+        if task.kind != "binary":
+            error = np.sqrt(np.square(prediction_N - label_N).mean())
+            yield float(1 - error / (label_N.std() or 1.0))
+        elif label_N.min() != label_N.max():
+            yield auc(label_N, prediction_N)
 
 
 def blocks_of(model: Trained, rows: Rows, step: int) -> Iterator[RowBatch]:

@@ -4,7 +4,7 @@ Shape legend: Q queries, N targets of all queries.
 """
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Bool, Int64
@@ -48,6 +48,47 @@ class Task:
     def query_N(self) -> Int64[np.ndarray, " N"]:
         """The query of each target."""
         return np.repeat(np.arange(len(self.row_Q)), np.diff(self.offsets_Q1))
+
+    def targets(self, rows: slice) -> tuple[slice, Int64[np.ndarray, " N"]]:
+        """Return where the targets of neighbouring queries stand, and each one's place there."""
+        offsets_B1 = self.offsets_Q1[rows.start : rows.stop + 1]
+        return slice(*offsets_B1[[0, -1]]), np.repeat(
+            np.arange(len(offsets_B1) - 1), np.diff(offsets_B1)
+        )
+
+    def select(self, wanted_Q: Bool[np.ndarray, " Q"]) -> "Task":
+        """Return some of the queries, with what they are to find."""
+        counts_Q = np.diff(self.offsets_Q1)
+        return replace(
+            self,
+            row_Q=self.row_Q[wanted_Q],
+            user_Q=self.user_Q[wanted_Q],
+            length_Q=self.length_Q[wanted_Q],
+            key_Q=self.key_Q[wanted_Q],
+            offsets_Q1=np.concatenate([[0], np.cumsum(counts_Q[wanted_Q])]),
+            target_N=self.target_N[np.repeat(wanted_Q, counts_Q)],
+        )
+
+    def sample(self, num: int, *, seed: int = 0) -> "Task":
+        """Return at most so many queries, spread over users as evenly as can be.
+
+        A user's mean over some queries is near the mean over all: the fewer users lose a query,
+        the less the mean over users changes.
+
+        Args:
+            num: Queries, 1 or more.
+            seed: Decides which.
+        """
+        if num >= len(self.row_Q):
+            return self
+        lot_Q = np.random.default_rng(seed).permutation(len(self.row_Q))
+        order_Q = np.lexsort((lot_Q, self.user_Q))
+        first_Q = np.r_[True, np.diff(self.user_Q[order_Q]) != 0]
+        place_Q = np.arange(len(order_Q))
+        turn_Q = place_Q - np.maximum.accumulate(np.where(first_Q, place_Q, 0))
+        kept_Q = np.zeros(len(order_Q), dtype=bool)
+        kept_Q[order_Q[np.lexsort((lot_Q[order_Q], turn_Q))[:num]]] = True
+        return self.select(kept_Q)
 
 
 def block_rows(num_items: int) -> int:

@@ -24,7 +24,7 @@ from foretaste.errors import ConfigError, DataError
 from foretaste.experiment.learning import make_learning, usual_objective
 from foretaste.experiment.mining import CandidateNegatives
 from foretaste.experiment.two_stage import Candidates, FirstStage, check_same, fit_two_stage
-from foretaste.experiment.validation import make_validation
+from foretaste.experiment.validation import make_validation, trained_rows
 from foretaste.models.catalogue import (
     LEARNING_COPIES,
     ModelConfig,
@@ -286,7 +286,13 @@ def _learn(
         mine=_mined(objective, candidates),
         offered=None if candidates is None else candidates.offered,
     )
-    validation = make_validation(untrained, split, candidates)
+    validation = make_validation(
+        untrained,
+        split,
+        candidates,
+        training=training,
+        rows_of_epoch=trained_rows(model, objective, events),
+    )
     run: Fit[Any, Any] = Fit(
         model,
         training,
@@ -294,11 +300,20 @@ def _learn(
         plan=learning.plan,
         objective=learning.objective,
         validate=None if validation is None else validation.value,
+        validate_every=None if validation is None else validation.every,
         folder=folder,
         refreshed=learning.refreshed,
         data="" if folder is None else events.fingerprint(),
     )
-    log = _run(run, training, resume=resume, show=show, on_epoch=on_epoch, max_seconds=max_seconds)
+    log = _run(
+        run,
+        training,
+        validated="" if validation is None else str(validation),
+        resume=resume,
+        show=show,
+        on_epoch=on_epoch,
+        max_seconds=max_seconds,
+    )
     if isinstance(learning.objective, LabelledRows) and learning.objective.sigmas():
         log["sigma"] = learning.objective.sigmas()
     return replace(untrained, log={**untrained.log, **log})
@@ -316,12 +331,15 @@ def _run(
     run: Fit[Any, Any],
     training: TrainingConfig,
     *,
+    validated: str,
     resume: bool,
     show: bool,
     on_epoch: Callable[[Epoch], None] | None,
     max_seconds: float | None,
 ) -> dict[str, object]:
     with ShowProgress(training.epochs) as display:
+        if show and validated:
+            display.say(validated)
 
         def tell(epoch: Epoch) -> None:
             if show:
@@ -341,4 +359,5 @@ def _run(
         "steps": progress.step,
         "skipped_steps": progress.skipped,
         "stopped": progress.done,
+        "validated": validated,
     }

@@ -110,6 +110,7 @@ class Fit(Generic[Model, Batch]):
         plan: Callable[[int], Plan[Batch]],
         objective: Callable[[Model, Batch], Tensor],
         validate: Callable[[nn.Module], float] | None = None,
+        validate_every: int | None = None,
         folder: Path | None = None,
         refreshed: Refreshed | None = None,
         data: str = "",
@@ -125,6 +126,7 @@ class Fit(Generic[Model, Batch]):
                 state is the run's too: parameters are trained beside the model's, and all of it
                 stands in the checkpoint.
             validate: Gives the metric to stop by, higher is better.
+            validate_every: Epochs between two validations, where the settings say "auto"; none: 1.
             folder: Where checkpoints and the log of steps go; none writes neither.
             refreshed: What batches are made with that the weights decide; it sees them as
                 validation does.
@@ -136,6 +138,9 @@ class Fit(Generic[Model, Batch]):
         self.plan, self.objective, self.validate, self.folder = plan, objective, validate, folder
         if isinstance(objective, nn.Module):
             objective.to(self.device)
+        self.validate_every = (
+            (validate_every or 1) if config.validate_every == "auto" else config.validate_every
+        )
         self.refreshed, self.data = refreshed, data
         self.progress = Progress()
         self.average = copy.deepcopy(model) if config.ema_decay else None
@@ -305,7 +310,7 @@ class Fit(Generic[Model, Batch]):
         progress, config = self.progress, self.config
         number = progress.epoch + 1
         is_last = number == config.epochs or progress.done
-        if self.validate is None or (number % config.validate_every and not is_last):
+        if self.validate is None or (number % self.validate_every and not is_last):
             return None
         judged = self._judged()
         value = self.validate(judged)

@@ -51,6 +51,10 @@ class ShowProgress:
             rate=progress.step / max(progress.seconds, 1e-9),
         )
 
+    def say(self, text: str) -> None:
+        """Print a line above the bar."""
+        self.console.print(text, highlight=False)
+
     def epoch(self, epoch: Epoch) -> None:
         """Print a line about an epoch that ended."""
         validation = "" if epoch.validation is None else f" · validation {epoch.validation:.4f}"

@@ -34,8 +34,13 @@ class TrainingConfig(Config):
     bf16 pays where the processor multiplies it natively (avx512_bf16, amx, a GPU)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """"auto" takes a GPU where there is one."""
-    validate_every: Count = 1
-    """Epochs between two validations."""
+    validate_every: Count | Literal["auto"] = "auto"
+    """Epochs between two validations; "auto": as few as keep validation's work, which is counted
+    and not timed, at a quarter of training's."""
+    validate_queries: Count | Literal["auto", "all"] = "auto"
+    """How many queries of the validation part lists are judged by, spread over users, the same each
+    time and with every seed; "auto": as many as validation at every epoch allows, 1,000 at least.
+    The report is always of all queries. Rankers that are judged by labels take all rows."""
     patience: Count | None = 5
     """Stop after so many validations without a better one; none never stops early."""
     checkpoint_seconds: float = Field(default=60.0, ge=0)
