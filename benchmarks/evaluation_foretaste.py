@@ -7,7 +7,7 @@ import time
 import numpy as np
 import polars as pl
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from foretaste.config import Config
 from foretaste.data.batch import Queries
@@ -15,10 +15,11 @@ from foretaste.data.interactions import Interactions
 from foretaste.data.splits import Holdout
 from foretaste.data.vocabulary import Vocabulary
 from foretaste.evaluation.protocol import evaluate
+from foretaste.models.base import Retriever
 from foretaste.training.trained import Trained
 
 
-class DotProduct(nn.Module):
+class DotProduct(Retriever):
     """A retriever of fixed vectors."""
 
     def __init__(self, user_UD: Tensor, item_ID: Tensor) -> None:

@@ -19,7 +19,7 @@ import foretaste as ft
 from foretaste.evaluation.chart import gates_svg, read_gates
 from foretaste.evaluation.compare import transfer
 from foretaste.experiment.facts import run_facts
-from foretaste.models.interface import Gated
+from foretaste.models.mmoe import MMoE
 
 
 def reports(path: Path, split: ft.Split, asked: argparse.Namespace) -> list[ft.RowsReport]:
@@ -38,7 +38,7 @@ def reports(path: Path, split: ft.Split, asked: argparse.Namespace) -> list[ft.R
         )
         found.append(measured(model, config, split))
         print(f"{path.stem} seed {seed}: {dict(found[-1].metrics)}", flush=True)
-        if seed == 0 and asked.out is not None and isinstance(model.model, Gated):
+        if seed == 0 and asked.out is not None and isinstance(model.model, MMoE):
             picture = asked.out.with_name(f"{path.stem}-gates.svg")
             picture.write_text(gates_svg(read_gates(model, split)), encoding="utf-8")
     return found

@@ -8,7 +8,6 @@ import polars as pl
 from foretaste.data.interactions import Interactions
 from foretaste.data.vocabulary import Vocabulary
 from foretaste.models.catalogue import build_model
-from foretaste.models.interface import ClosedForm
 from foretaste.models.item_knn import ItemKNNConfig
 from foretaste.models.popularity import PopularityConfig
 from foretaste.serving.building import build_recommender
@@ -72,7 +71,7 @@ def write_film_bundle(folder: Path, *, seed: int = 0, popularity: bool = False) 
     events = film_events()
     config = PopularityConfig() if popularity else ItemKNNConfig()
     model = build_model(config, num_users=events.num_users, num_items=events.num_items)
-    if isinstance(model, ClosedForm):
+    if model.learns_by == "events":
         model.learn(events)
     trained = Trained(config=config, model=model.eval(), events=events, seed=seed)
     build_recommender(trained, report=REPORT).save(folder, replace=folder.exists())

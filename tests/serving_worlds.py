@@ -10,7 +10,6 @@ from foretaste.data.vocabulary import Vocabulary
 from foretaste.models.als import ImplicitALSConfig
 from foretaste.models.catalogue import ModelConfig, build_model
 from foretaste.models.ease import EASEConfig
-from foretaste.models.interface import ClosedForm
 from foretaste.models.item_knn import ItemKNNConfig
 from foretaste.models.popularity import PopularityConfig
 from foretaste.models.sasrec import SASRecConfig
@@ -64,7 +63,7 @@ def make_trained(kind: str, events: Interactions | None = None, *, seed: int = 0
     model: nn.Module = build_model(
         CONFIGS[kind], num_users=events.num_users, num_items=events.num_items
     )
-    if isinstance(model, ClosedForm):
+    if model.learns_by == "events":
         model.learn(events)
     return Trained(
         config=CONFIGS[kind],

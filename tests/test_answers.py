@@ -16,7 +16,6 @@ from foretaste.models.lightgcn import LightGCNConfig
 from foretaste.models.mf import MFConfig
 from foretaste.models.pinsage import PinSageConfig
 from foretaste.models.sasrec import SASRecConfig
-from foretaste.models.two_stage import reads_profiles
 from foretaste.models.two_tower import TwoTowerConfig
 from foretaste.training.settings import TrainingConfig
 
@@ -149,7 +148,7 @@ def test_features_told_of_a_known_user_are_said_to_be_in_vain(
     _, recommender = served
     plain, told = (recommender.recommend("user-3", features=f) for f in (None, {"age": 60.0}))
     assert plain.rows == told.rows
-    why = "by its own" if reads_profiles(recommender.trained.model) else "reads none of users"
+    why = "by its own" if recommender.trained.model.reads_profiles else "reads none of users"
     assert "the features given had no influence: " in (said := " ".join(told.notes))
     assert why in said
 

@@ -8,7 +8,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from foretaste.config import Config
 from foretaste.data.batch import Queries
@@ -25,6 +25,7 @@ from foretaste.data.splits import Split
 from foretaste.data.splitting import leave_last_split, ratio_split, temporal_split
 from foretaste.errors import BundleError, ConfigError, DataError
 from foretaste.evaluation.protocol import evaluate
+from foretaste.models.base import Scorer
 from foretaste.training.trained import Trained
 
 SCHEMA = FeatureSchema(
@@ -160,7 +161,7 @@ def test_a_selection_of_events_is_fitted_to_alone() -> None:
 PLACES = ["home", "work", "train", "gym"]
 
 
-class ByPlace(nn.Module):
+class ByPlace(Scorer):
     """Gives everybody the item whose row is that of the place in `PLACES`."""
 
     def __init__(self, features: Features) -> None:

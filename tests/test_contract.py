@@ -17,25 +17,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from foretaste.data.batch import PairBatch, Queries
-from foretaste.data.graph import graph_of
 from foretaste.data.interactions import Interactions
 from foretaste.data.pairs import plan_pairs
 from foretaste.data.sequences import plan_sequences
 from foretaste.data.vocabulary import Vocabulary
 from foretaste.models.als import ImplicitALSConfig
-from foretaste.models.bert4rec import BERT4Rec, BERT4RecConfig
-from foretaste.models.catalogue import ModelConfig, TwoStageConfig, build_model
+from foretaste.models.base import Model, Ranker, Retriever
+from foretaste.models.bert4rec import BERT4RecConfig
+from foretaste.models.catalogue import ModelConfig, TwoStageConfig, build_model, graph_for
 from foretaste.models.deepfm import DeepFMConfig
 from foretaste.models.din import DINConfig
 from foretaste.models.ease import EASEConfig
-from foretaste.models.interface import (
-    Begins,
-    ClosedForm,
-    Finishes,
-    LearnsNewcomers,
-    PairModel,
-    Ranker,
-)
 from foretaste.models.item_knn import ItemKNNConfig
 from foretaste.models.lightgcn import LightGCNConfig
 from foretaste.models.mf import MFConfig
@@ -43,7 +35,7 @@ from foretaste.models.mmoe import MMoEConfig
 from foretaste.models.neumf import GMFConfig, MLPConfig, NeuMFConfig
 from foretaste.models.pinsage import PinSageConfig
 from foretaste.models.popularity import PopularityConfig
-from foretaste.models.sasrec import SASRec, SASRecConfig
+from foretaste.models.sasrec import SASRecConfig
 from foretaste.models.shared_bottom import SharedBottomConfig
 from foretaste.models.two_stage import TwoStage
 from foretaste.models.two_tower import TwoTowerConfig
@@ -80,13 +72,12 @@ def planted_histories(seed: int = 0, num_users: int = 120) -> list[list[int]]:
     ]
 
 
-def learn_at_once(model: nn.Module, events: Interactions) -> None:
-    assert isinstance(model, ClosedForm)
+def learn_at_once(model: Model, events: Interactions) -> None:
     model.learn(events)
 
 
-def learn_next_item(model: nn.Module, events: Interactions, *, epochs: int = 12) -> None:
-    assert isinstance(model, SASRec)
+def learn_next_item(model: Model, events: Interactions, *, epochs: int = 12) -> None:
+    assert isinstance(model, Retriever)
     Fit(
         model,
         TrainingConfig(epochs=epochs, learning_rate=0.01, warmup_steps=10, device="cpu"),
@@ -102,8 +93,8 @@ def learn_next_item(model: nn.Module, events: Interactions, *, epochs: int = 12)
     ).run()
 
 
-def learn_masked_item(model: nn.Module, events: Interactions) -> None:
-    assert isinstance(model, BERT4Rec)
+def learn_masked_item(model: Model, events: Interactions) -> None:
+    assert isinstance(model, Retriever)
     Fit(
         model,
         TrainingConfig(epochs=25, learning_rate=0.01, warmup_steps=10, device="cpu"),
@@ -119,10 +110,9 @@ def learn_masked_item(model: nn.Module, events: Interactions) -> None:
     ).run()
 
 
-def learn_pairs(model: nn.Module, events: Interactions) -> None:
-    assert isinstance(model, PairModel)
-    if isinstance(model, Begins):
-        model.begin(events)
+def learn_pairs(model: Model, events: Interactions) -> None:
+    assert isinstance(model, Retriever)
+    model.begin(events)
     Fit(
         model,
         TrainingConfig(epochs=20, learning_rate=0.03, warmup_steps=10, device="cpu"),
@@ -136,23 +126,20 @@ def learn_pairs(model: nn.Module, events: Interactions) -> None:
         ),
         objective=Pairs(PairsConfig(), events),
     ).run()
-    if isinstance(model, LearnsNewcomers):
-        model.learn_newcomers(events)
-    if isinstance(model, Finishes):
-        model.finish()
+    model.learn_new_users(events)
+    model.finish()
 
 
-def learn_two_stage(model: nn.Module, events: Interactions) -> None:
+def learn_two_stage(model: Model, events: Interactions) -> None:
     assert isinstance(model, TwoStage)
     learn_pairs(model.retriever, events)
     learn_rows(model.ranker, events)
 
 
-def learn_rows(model: nn.Module, events: Interactions, *, learning_rate: float = 0.03) -> None:
+def learn_rows(model: Model, events: Interactions, *, learning_rate: float = 0.03) -> None:
     """Learn from each event as a 1 and from four drawn items as 0."""
     assert isinstance(model, Ranker)
-    if isinstance(model, Begins):
-        model.begin(events)
+    model.begin(events)
     known_X = torch.from_numpy(events.item_count).nonzero().squeeze(1)
 
     def objective(model: Ranker, batch: PairBatch) -> Tensor:
@@ -163,7 +150,7 @@ def learn_rows(model: nn.Module, events: Interactions, *, learning_rate: float =
         return nn.functional.binary_cross_entropy_with_logits(logit_BC["click"], label_BC)
 
     Fit(
-        model,  # type: ignore[arg-type]  # a ranker is a module here
+        model,
         TrainingConfig(epochs=25, learning_rate=learning_rate, warmup_steps=10, device="cpu"),
         seed=0,
         plan=lambda epoch: plan_pairs(
@@ -175,8 +162,7 @@ def learn_rows(model: nn.Module, events: Interactions, *, learning_rate: float =
         ),
         objective=objective,
     ).run()
-    if isinstance(model, LearnsNewcomers):
-        model.learn_newcomers(events)
+    model.learn_new_users(events)
 
 
 @dataclass(frozen=True)
@@ -184,7 +170,7 @@ class Case:
     """How to make a trained model of one kind."""
 
     config: ModelConfig
-    learn: Callable[[nn.Module, Interactions], None] = learn_at_once
+    learn: Callable[[Model, Interactions], None] = learn_at_once
     finds_planted: bool = True
     """False for popularity, which knows nothing about anybody."""
     order_matters: bool = False
@@ -192,13 +178,14 @@ class Case:
     has_users: bool = False
     """True for models with a vector of its own for each user of training."""
 
-    def build(self, events: Interactions, seed: int = 0) -> nn.Module:
+    def build(self, events: Interactions, seed: int = 0) -> Model:
         torch.manual_seed(seed)
         config = self.config
-        on_graph = isinstance(config, LightGCNConfig | PinSageConfig)
-        graph = graph_of(events, config.graph) if on_graph else None
         return build_model(
-            config, num_users=events.num_users, num_items=events.num_items, graph=graph
+            config,
+            num_users=events.num_users,
+            num_items=events.num_items,
+            graph=graph_for(config, events),
         )
 
     def trained(self, events: Interactions, seed: int = 0) -> Trained:
@@ -370,7 +357,7 @@ def test_the_same_seed_gives_the_same_state(case: Case, trained: Trained) -> Non
 def test_the_loss_reaches_every_parameter(trained: Trained) -> None:
     model = trained.model
     parameters = dict(model.named_parameters())
-    assert isinstance(model, ClosedForm) != bool(parameters)
+    assert (model.learns_by == "events") != bool(parameters)
     for name, parameter in parameters.items():
         assert parameter.grad is not None, name
         assert parameter.grad.abs().sum() > 0, name

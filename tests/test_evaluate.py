@@ -23,10 +23,11 @@ from foretaste.evaluation.measure_queries import ACCURACY
 from foretaste.evaluation.protocol import evaluate
 from foretaste.evaluation.report import Report, Slice
 from foretaste.evaluation.sampled import SampledNegatives
+from foretaste.models.base import Retriever, Scorer
 from foretaste.training.trained import Trained
 
 
-class Fixed(nn.Module):
+class Fixed(Scorer):
     """Scores that a user has whatever it did; remembers how many it was asked for."""
 
     def __init__(self, score_UI: Tensor) -> None:
@@ -39,7 +40,7 @@ class Fixed(nn.Module):
         return self.score_UI[queries.user_B]
 
 
-class Dot(nn.Module):
+class Dot(Retriever):
     """A retriever that counts how often its item table is asked for."""
 
     def __init__(self, user_UD: Tensor, item_ID: Tensor) -> None:
@@ -583,7 +584,7 @@ def test_the_headline_may_be_of_users_without_history_alone() -> None:
 # --- cold items among themselves -----------------------------------------------------------------
 
 
-class Placing(nn.Module):
+class Placing(Scorer):
     """Scores everything, and says which items it places without an event."""
 
     def __init__(self, score_UI: Tensor, placed: Sequence[int]) -> None:
@@ -593,7 +594,7 @@ class Placing(nn.Module):
     def score(self, queries: Queries) -> Tensor:
         return self.score_UI[queries.user_B]
 
-    def placed_I(self) -> Tensor:
+    def known_items(self) -> Tensor:
         placed_I = torch.zeros(self.score_UI.shape[1], dtype=torch.bool)
         placed_I[self.placed] = True
         return placed_I

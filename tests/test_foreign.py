@@ -16,8 +16,8 @@ from foretaste.data.features import fit_features
 from foretaste.data.graph import graph_of
 from foretaste.data.translation import Translation, rows_in
 from foretaste.errors import DataError
+from foretaste.models.base import Model
 from foretaste.models.catalogue import ModelConfig, build_model
-from foretaste.models.interface import Begins, ClosedForm, Finishes, LearnsNewcomers
 
 NUM_USERS, NUM_ITEMS, LENGTH = 40, 30, 6
 CLICK = ft.Task(name="click", column="click")
@@ -87,14 +87,12 @@ def made(config: ModelConfig, split: ft.Split, features: ft.Features | None = No
     sizes = {"num_users": events.num_users, "num_items": events.num_items}
     model = build_model(config, **sizes, graph=graph, features=features)
     for part in model.children() if isinstance(config, ft.TwoStageConfig) else (model,):
-        if isinstance(part, Begins):
-            part.begin(events)
-        if isinstance(part, ClosedForm):
+        assert isinstance(part, Model)
+        part.begin(events)
+        if part.learns_by == "events":
             part.learn(events)
-        if isinstance(part, LearnsNewcomers):
-            part.learn_newcomers(events)
-        if isinstance(part, Finishes):
-            part.finish()
+        part.learn_new_users(events)
+        part.finish()
     return ft.Trained(config=config, model=model.eval(), events=events, features=features, seed=0)
 
 

@@ -372,13 +372,13 @@ def test_an_item_known_by_attributes_or_links_alone_is_placed(kind: str) -> None
     attributes = ("genre",) if kind == "attribute" else ()
     config = LightGCNConfig(embedding_dim=8, graph=GraphConfig(attributes=attributes))
     model = trained(events, config)
-    assert model.placed_I().tolist() == [False] * 24 + [True] * 4 + [False]
+    assert model.known_items().tolist() == [False] * 24 + [True] * 4 + [False]
     score_UI = model.encode(all_queries(events)) @ model.item_table().T
     assert (score_UI[:, 24:28].argmax(1) == torch.arange(80) % GROUPS).all()
     fresh = LightGCN(config, num_users=80, num_items=events.num_items)
     fresh.load_state_dict(model.state_dict())  # it does not know how many attributes there were
     assert torch.equal(fresh.eval().item_table(), model.item_table())
-    assert torch.equal(fresh.placed_I(), model.placed_I())
+    assert torch.equal(fresh.known_items(), model.known_items())
 
 
 def test_noise_contrast_and_dropped_ties_leave_the_planted_world_to_be_found() -> None:

@@ -75,7 +75,7 @@ def test_the_regression_finds_the_function_that_users_follow() -> None:
     model = made()
     with torch.no_grad():
         weight_DD = linear_world(model)
-        model.learn_newcomers(EVENTS)
+        model.learn_new_users(EVENTS)
         torch.testing.assert_close(model.fold_in.weight_DD, weight_DD, rtol=0.03, atol=0.03)
         histories = [EVENTS.history(user).tolist() for user in range(5)]
         strangers = model.encode(Queries.of_histories(histories))
@@ -84,7 +84,7 @@ def test_the_regression_finds_the_function_that_users_follow() -> None:
 
 def test_a_known_user_is_their_own_vector_until_they_do_more() -> None:
     model = made()
-    model.learn_newcomers(EVENTS)
+    model.learn_new_users(EVENTS)
     history = EVENTS.history(3).tolist()
     same, more = model.encode(known([3, 3], [history, [*history, 30]]))
     assert torch.equal(same, model.users.weight[3])
@@ -97,7 +97,7 @@ def test_a_known_user_is_their_own_vector_until_they_do_more() -> None:
 
 def test_a_user_whose_past_is_forgotten_is_answered_by_what_is_left() -> None:
     model = made()
-    model.learn_newcomers(EVENTS)
+    model.learn_new_users(EVENTS)
     left = EVENTS.history(3).tolist()[-1:]
     assert torch.equal(model.encode(known([3], [left])), model.encode(Queries.of_histories([left])))
 
@@ -106,7 +106,7 @@ def test_users_without_training_events_are_strangers() -> None:
     events = events_of([*planted_histories(num_users=20), []], num_items=40)
     torch.manual_seed(0)
     model = MF(MFConfig(embedding_dim=8), num_users=21, num_items=40)
-    model.learn_newcomers(events)
+    model.learn_new_users(events)
     for history in ([], [1, 2]):
         stranger = model.encode(Queries.of_histories([history]))
         assert torch.equal(model.encode(known([20], [history])), stranger)

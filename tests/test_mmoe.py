@@ -14,7 +14,6 @@ from foretaste.data.tasks import Task, notes_about_histories
 from foretaste.data.vocabulary import Vocabulary
 from foretaste.errors import ConfigError
 from foretaste.models.catalogue import as_written, settled
-from foretaste.models.interface import CatalogueScorer, Ranker
 from foretaste.models.layers import field_ranker
 from foretaste.models.layers.experts import Experts
 from foretaste.models.mmoe import MMoE, MMoEConfig
@@ -129,8 +128,6 @@ def test_the_catalogue_is_ordered_by_the_weighted_sum_of_answers_between_0_and_1
     kind: str, pooling: Pooling, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = mixture(pooling=pooling) if kind == "mmoe" else bottom(pooling=pooling)
-    assert isinstance(model, Ranker)
-    assert isinstance(model, CatalogueScorer)
     for name in ("_BLOCK_PAIRS", "_HISTORY_PAIRS"):
         monkeypatch.setattr(field_ranker, name, 7)
     monkeypatch.setattr(field_ranker, "_HISTORY_QUERIES", 3)

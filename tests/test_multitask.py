@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from foretaste.data.batch import Queries, RowBatch
-from foretaste.data.histories import Reads
 from foretaste.data.tasks import LabelScale, Task, in_own_unit, label_scale, standardised
 from foretaste.errors import DataError
 from foretaste.losses.multitask import (
@@ -22,6 +21,7 @@ from foretaste.losses.multitask import (
     task_loss,
     uncertain_terms,
 )
+from foretaste.models.base import Ranker
 from foretaste.models.layers.heads import Heads
 from foretaste.training.fit import Fit
 from foretaste.training.objectives.rows import LabelledRows, RowsConfig
@@ -106,10 +106,9 @@ def test_a_unit_of_the_label_changes_no_loss() -> None:
     assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-6)
 
 
-class Table(nn.Module):
+class Table(Ranker):
     """A ranker that knows a number an item and task, and nothing of users."""
 
-    reads: Reads = "nothing"
     max_len = 1
 
     def __init__(self, tasks: tuple[Task, ...], num_items: int = 5) -> None:

@@ -9,7 +9,6 @@ from torch import Tensor
 from foretaste.data.batch import Queries
 from foretaste.data.interactions import Interactions
 from foretaste.data.vocabulary import Vocabulary
-from foretaste.models.interface import CatalogueScorer, Ranker
 from foretaste.models.layers import field_ranker
 from foretaste.models.neumf import NCF, GMFConfig, MLPConfig, NeuMFConfig
 
@@ -79,8 +78,6 @@ def test_the_catalogue_in_blocks_is_every_pair(
     config: GMFConfig | MLPConfig | NeuMFConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = network(config).eval()
-    assert isinstance(model, Ranker)
-    assert isinstance(model, CatalogueScorer)
     monkeypatch.setattr(field_ranker, "_BLOCK_PAIRS", 7)
     queries = asked([0, 5, -1])
     every_BI = torch.arange(NUM_ITEMS).expand(3, -1)
@@ -141,7 +138,7 @@ def test_a_new_user_is_told_by_the_history() -> None:
     )
     model = network(NeuMFConfig(factors=4))
     model.begin(events)
-    model.learn_newcomers(events)
+    model.learn_new_users(events)
     model.eval()
     first, second, nothing = (model.score(Queries.of_histories([h])) for h in ([0, 1], [4], []))
     assert not torch.equal(first, second)

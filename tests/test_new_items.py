@@ -18,9 +18,8 @@ from foretaste.data.features import fit_features
 from foretaste.data.interactions import Interactions
 from foretaste.data.tasks import Task
 from foretaste.models.catalogue import ModelConfig, TwoStageConfig, build_model
-from foretaste.models.interface import ClosedForm
 from foretaste.models.layers.field_ranker import FieldRanker
-from foretaste.models.two_stage import TwoStage, first_stage, judge_new, second_stage
+from foretaste.models.two_stage import TwoStage, judge_new
 from foretaste.models.two_tower import TwoTower
 from foretaste.serving.answer import Answer, Recommendation
 from foretaste.serving.catalogue import Catalogue
@@ -95,12 +94,12 @@ def make(config: ModelConfig, schema: ft.FeatureSchema = SCHEMA) -> Recommender:
     model = build_model(
         config, num_users=events.num_users, num_items=events.num_items, features=features
     ).eval()
-    for part in {first_stage(model), second_stage(model)}:
-        if isinstance(part, ClosedForm):
+    for part in {model.first_stage, model.second_stage}:
+        if part.learns_by == "events":
             part.learn(events)
         if isinstance(part, FieldRanker | TwoTower):
             part.begin(events)
-            part.learn_newcomers(events)
+            part.learn_new_users(events)
     return ft.build_recommender(
         Trained(config=config, model=model, events=events, features=features, seed=0)
     )

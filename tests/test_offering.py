@@ -7,7 +7,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import foretaste as ft
 from foretaste.data.batch import Queries, RowBatch
@@ -17,6 +17,7 @@ from foretaste.data.tasks import Task
 from foretaste.errors import ConfigError, DataError
 from foretaste.experiment.offering import Fold, fit_folds, offer
 from foretaste.losses.multitask import listwise_loss
+from foretaste.models.base import Ranker
 from foretaste.models.layers.heads import Heads
 from foretaste.training.objectives.rows import LabelledRows, RowsConfig
 
@@ -61,17 +62,14 @@ def test_the_rows_own_item_is_told_from_those_beside_it() -> None:
     assert listwise_loss(logit_BC + 7, none).item() == pytest.approx(log(2))
 
 
-class Silent(nn.Module):
+class Silent(Ranker):
     """A ranker that says 0 of everything."""
 
     tasks = (Task(name="click"),)
-    reads, max_len, heads = "nothing", 0, Heads((Task(name="click"),))
+    heads = Heads((Task(name="click"),))
 
     def forward(self, queries: Queries, item_BC: Tensor) -> dict[str, Tensor]:
         return {"click": torch.zeros(item_BC.shape)}
-
-    def predict(self, queries: Queries, item_BC: Tensor) -> dict[str, Tensor]:
-        return self.heads.predictions(self(queries, item_BC))
 
 
 def test_the_retrievers_say_is_added_to_the_rankers_while_it_learns() -> None:

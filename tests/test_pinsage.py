@@ -283,7 +283,7 @@ def test_items_nobody_did_are_placed_by_their_features(settings: dict[str, objec
         features=fit_features(schema, events),
     )
     learn_pairs(model, events)
-    assert model.placed_I().all()
+    assert model.known_items().all()
     score_BI = model.encode(Queries.of_histories([[4], [1, 5], [2], [3, 7]])) @ model.item_table().T
     cold = torch.arange(32, 40)
     best_B2 = cold[score_BI[:, cold].topk(2).indices]
@@ -310,7 +310,7 @@ def test_items_nobody_did_are_placed_by_what_they_share() -> None:
     assert model.neighbourhoods is not None
     assert model.neighbourhoods.neighbour_VT.max() < events.num_users + events.num_items
     learn_pairs(model, events)
-    assert model.placed_I().all()
+    assert model.known_items().all()
     score_BI = model.encode(Queries.of_histories([[4], [1, 5], [2], [3, 7]])) @ model.item_table().T
     cold = torch.arange(32, 40)
     best_B2 = cold[score_BI[:, cold].topk(2).indices]
@@ -319,7 +319,7 @@ def test_items_nobody_did_are_placed_by_what_they_share() -> None:
 
 def test_an_item_without_ties_and_features_is_not_placed() -> None:
     model = model_of(world())
-    assert model.placed_I().tolist() == [True] * 8 + [False]
+    assert model.known_items().tolist() == [True] * 8 + [False]
 
 
 def test_neither_ids_nor_features_is_an_error() -> None:

@@ -224,7 +224,7 @@ def test_a_moment_of_which_nothing_is_told_is_unknown() -> None:
 
 def test_a_new_user_has_the_features_that_the_history_makes_likely() -> None:
     made = fields(reads_history=False, folds_in=True).eval()
-    made.learn_newcomers(EVENTS)
+    made.learn_new_users(EVENTS)
     # users 0 and 2, whom the regression saw, did items 0 and 1, and 2 and 1
     likely = made.query(Queries.of_histories([[0, 1], [2, 1]]))
     known = replace(QUERIES, user_B=torch.tensor([0, 2]), profile=None, context=None)
@@ -242,7 +242,7 @@ def test_a_new_user_has_the_features_that_the_history_makes_likely() -> None:
 
 def test_where_histories_are_read_only_new_users_have_the_id_that_theirs_makes_likely() -> None:
     made = fields(reads_history=True, folds_in=True).eval()
-    made.learn_newcomers(EVENTS)
+    made.learn_new_users(EVENTS)
     own_UW = made.user.ids_of(made.table.weight)
     asked = replace(Queries.of_histories([[0, 1], [2]]), user_B=torch.tensor([0, 0]))
     known_BQW = made.query(replace(asked, profile=None, context=None))
@@ -261,7 +261,7 @@ def test_events_that_cannot_be_written_teach_without_a_warning() -> None:
     torch.set_warn_always(True)
     try:
         made.begin(mapped)
-        made.learn_newcomers(mapped)
+        made.learn_new_users(mapped)
     finally:
         torch.set_warn_always(always)
 
@@ -297,7 +297,7 @@ def test_settings_leave_sides_out() -> None:
     made = fields(none)
     assert (made.num_query_fields, made.num_item_fields) == (0, 1)
     assert made(QUERIES, ITEMS).query_BQW.shape == (4, 0, W)
-    assert not made.placed_I().any()
+    assert not made.known_items().any()
     with pytest.raises(ConfigError, match="nothing to tell an item by"):
         fields(none.model_copy(update={"item_id": False}))
     with pytest.raises(ConfigError, match="features of 4 items for 9"):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy import stats
 from test_contract import events_of
-from torch import Tensor, nn
+from torch import Tensor
 
 from foretaste.data.batch import Queries
 from foretaste.data.interactions import Interactions
@@ -21,10 +21,10 @@ from foretaste.evaluation.protocol import evaluate
 from foretaste.evaluation.report import Report
 from foretaste.evaluation.sampled import SampledNegatives, kept_items
 from foretaste.experiment.fit import fit
+from foretaste.models.base import Scorer
 from foretaste.models.catalogue import ModelConfig
 from foretaste.models.deepfm import DeepFMConfig
 from foretaste.models.din import DINConfig
-from foretaste.models.interface import CatalogueScorer
 from foretaste.models.mmoe import MMoEConfig
 from foretaste.models.neumf import NeuMFConfig
 from foretaste.models.popularity import PopularityConfig
@@ -171,12 +171,15 @@ def test_sampled_items_that_cannot_be_are_refused(name: str, value: object) -> N
     assert caught.value.name == name
 
 
-class OnlyTheCatalogue(nn.Module):
+class OnlyTheCatalogue(Scorer):
     """A ranker that can no longer be asked about given items."""
 
-    def __init__(self, ranker: CatalogueScorer) -> None:
+    def __init__(self, ranker: Scorer) -> None:
         super().__init__()
-        self.score = ranker.score
+        self.ranker = ranker
+
+    def score(self, queries: Queries) -> Tensor:
+        return self.ranker.score(queries)
 
 
 @pytest.mark.parametrize(

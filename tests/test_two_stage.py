@@ -1,7 +1,6 @@
 """Two stages: a retriever's candidates in a ranker's order, offline and served alike."""
 
 import json
-from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +11,11 @@ import polars as pl
 import pytest
 import torch
 from serving_worlds import SILENT_USER, make_events, make_trained
-from torch import Tensor, nn
+from torch import Tensor
 
 import foretaste as ft
 from foretaste.data.batch import Queries
 from foretaste.data.draw_items import DrawItems
-from foretaste.data.histories import Reads
 from foretaste.data.interactions import Interactions
 from foretaste.data.rows import rows_of
 from foretaste.data.tasks import Task
@@ -25,9 +23,9 @@ from foretaste.errors import ConfigError, DataError, NonFiniteError
 from foretaste.evaluation.rows import ranker_of
 from foretaste.experiment.mining import CandidateNegatives, best_unseen
 from foretaste.models import two_stage as module
+from foretaste.models.base import Model, Ranker, Scorer
 from foretaste.models.catalogue import ModelConfig, TwoStageConfig, build_model
 from foretaste.models.ease import EASEConfig
-from foretaste.models.interface import ClosedForm
 from foretaste.models.item_knn import ItemKNNConfig
 from foretaste.models.layers.heads import Heads
 from foretaste.models.neumf import NeuMFConfig
@@ -47,14 +45,12 @@ from foretaste.serving.state import open_live_events
 from foretaste.training.trained import Trained
 
 
-class Wanted(nn.Module):
+class Wanted(Ranker):
     """A ranker with two tasks whose numbers are given for each item."""
 
     def __init__(self, click_I: list[float], buy_I: list[float]) -> None:
         super().__init__()
         self.tasks = (Task(name="click"), Task(name="buy", column="buy"))
-        self.reads: Reads = "nothing"
-        self.max_len = 0
         self.heads = Heads(self.tasks)
         self.raw_TI = torch.tensor([click_I, buy_I])
 
@@ -62,11 +58,16 @@ class Wanted(nn.Module):
         assert len(queries) == len(item_BC)
         return self.heads({"click": self.raw_TI[0][item_BC], "buy": self.raw_TI[1][item_BC]})
 
-    def predict(self, queries: Queries, item_BC: Tensor) -> Mapping[str, Tensor]:
-        return self.heads.predictions(self(queries, item_BC))
+
+class WantedAlone(Wanted, Scorer):
+    """One that can be asked about the whole catalogue, too."""
+
+    def score(self, queries: Queries) -> Tensor:
+        item_BI = torch.arange(self.raw_TI.shape[1]).expand(len(queries), -1)
+        return self.heads.order(self(queries, item_BI))
 
 
-class Fixed(nn.Module):
+class Fixed(Scorer):
     """A catalogue scorer that says the same to everybody."""
 
     def __init__(self, score_I: list[float]) -> None:
@@ -147,17 +148,17 @@ def test_a_broken_ranker_is_named() -> None:
 def test_only_a_ranker_ranks_and_only_what_scores_a_catalogue_finds() -> None:
     with pytest.raises(ConfigError, match="Fixed is no ranker"):
         TwoStage(Fixed(FIRST), Fixed(FIRST), num_candidates=2)
-    with pytest.raises(ConfigError, match="Linear cannot score a catalogue"):
-        TwoStage(nn.Linear(1, 1), Wanted(CLICK, BUY), num_candidates=2)
+    with pytest.raises(ConfigError, match="Wanted cannot score a catalogue"):
+        TwoStage(Wanted(CLICK, BUY), Wanted(CLICK, BUY), num_candidates=2)
 
 
-def made_ranker(events: Interactions) -> nn.Module:
+def made_ranker(events: Interactions) -> Model:
     torch.manual_seed(3)
     ranker = build_model(
         NeuMFConfig(factors=4, init_std=0.5), num_users=events.num_users, num_items=events.num_items
     ).eval()
     ranker.begin(events)
-    ranker.learn_newcomers(events)
+    ranker.learn_new_users(events)
     return ranker
 
 
@@ -185,7 +186,7 @@ def make_two_stage(retriever: ModelConfig, *, retriever_weight: float = 0.0) -> 
     model = build_model(config, num_users=events.num_users, num_items=events.num_items).eval()
     assert isinstance(model, TwoStage)
     model.ranker = made_ranker(events)
-    if isinstance(model.retriever, ClosedForm):
+    if model.retriever.learns_by == "events":
         model.retriever.learn(events)
     return Trained(config=config, model=model, events=events, seed=0)
 
@@ -360,13 +361,9 @@ def two_tasks(num_candidates: int | None) -> Recommender:
     rng = np.random.default_rng(0)
     num_items = trained.events.num_items
     click_I, buy_I = rng.normal(size=(2, num_items)).tolist()
-    ranker: nn.Module = Wanted(click_I, buy_I)
-    if num_candidates is None:
-        ranker.score = lambda queries: ranker.heads.order(
-            ranker(queries, torch.arange(num_items).expand(len(queries), -1))
-        )
-        model = ranker
-    else:
+    model: Model = WantedAlone(click_I, buy_I)
+    if num_candidates is not None:
+        ranker = Wanted(click_I, buy_I)
         model = TwoStage(trained.model, ranker, num_candidates=num_candidates)
     trained = replace(trained, model=model.eval())
     popular_I = torch.from_numpy(trained.events.item_count).float()

@@ -301,9 +301,9 @@ def test_items_are_placed_by_a_feature_that_says_something() -> None:
         for name in WORLD.item_table.columns
     )
     features = fit_features(SCHEMA, replace(WORLD, item_table=table))
-    assert towers(features).placed_I().tolist() == [False] * 5 + [True] * (NUM_ITEMS - 5)
-    assert not towers(features, item_features=False).placed_I().any()
-    assert not towers().placed_I().any()
+    assert towers(features).known_items().tolist() == [False] * 5 + [True] * (NUM_ITEMS - 5)
+    assert not towers(features, item_features=False).known_items().any()
+    assert not towers().known_items().any()
     # of the items without a feature, those with an event are ranked all the same
     events = WORLD.select(WORLD.item_idx > 1)
     trained = Trained(config=TwoTowerConfig(), model=towers(features), events=events, seed=0)

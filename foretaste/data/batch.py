@@ -1,5 +1,6 @@
 """What goes through a model in one piece: typed, ragged where users differ in length."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -90,6 +91,14 @@ class SequenceBatch:
             item_BL=self.item_BL.to(device),
             valid_BL=self.valid_BL.to(device),
         )
+
+
+class Prepared(ABC):
+    """What a model made of a batch before its step, without its weights."""
+
+    @abstractmethod
+    def to(self, device: torch.device) -> "Prepared":
+        """Return it on a device."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float32, Int32, Int64, Integer
 from torch import Tensor
 
+from foretaste.data.batch import Prepared
 from foretaste.data.memory import check_fits
 
 
@@ -89,7 +90,7 @@ class Frontier:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class PairFrontier:
+class PairFrontier(Prepared):
     """What a batch of pairs needs that is known before the weights are.
 
     Shape legend: B users of the batch, V items they are compared with.

@@ -14,7 +14,6 @@ from foretaste.data.splits import Split
 from foretaste.errors import ConfigError
 from foretaste.evaluation.rows import blocks_of, known_rows, ranker_of, rows_to_judge
 from foretaste.evaluation.rows_report import RowsReport
-from foretaste.models.interface import Gated
 from foretaste.training.trained import Trained
 
 
@@ -129,7 +128,7 @@ def read_gates(model: Trained, split: Split, *, part: PartName = "test") -> Gate
         DataError: The model knows hardly an item of the rows, or was trained on most of them.
     """
     network, ranker, model = model.model, ranker_of(model), model.asked_by(split.events)
-    if not isinstance(network, Gated):
+    if not ranker.has_gates:
         raise ConfigError(f"{type(network).__name__} has no gates: MMoE has")
     split = known_rows(model, split, part=part)[0]
     rows, _, _ = rows_to_judge(model, split, part=part)
@@ -138,7 +137,7 @@ def read_gates(model: Trained, split: Split, *, part: PartName = "test") -> Gate
     blocks = []
     for batch in blocks_of(model, rows, _BLOCK_ROWS):
         with torch.inference_mode():
-            gates = network.gates(batch.queries, batch.item_BC[:, :1])
+            gates = ranker.gates(batch.queries, batch.item_BC[:, :1])
         blocks.append(torch.stack([gates[task.name][:, 0] for task in ranker.tasks]))
     gate_TNE = torch.cat(blocks, dim=1).double().cpu().numpy()
     return Gates(

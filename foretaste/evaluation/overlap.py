@@ -16,7 +16,6 @@ from foretaste.data.rows import Rows
 from foretaste.data.splits import Holdout
 from foretaste.data.vocabulary import Vocabulary
 from foretaste.errors import DataError
-from foretaste.models.two_stage import reads_moments, reads_profiles
 from foretaste.training.trained import Trained
 
 _MOST_TRAINED_ON = 0.5
@@ -275,7 +274,7 @@ def _check_known(model: Trained, test: Asked, found: Overlap) -> None:
 
 def _check_context(model: Trained, test: Asked) -> None:
     """Refuse other events whose moments lack a column that the model reads."""
-    moment = model.moment if reads_moments(model.model) else None
+    moment = model.moment if model.model.reads_context else None
     there = () if test.context is None else test.context.columns
     for name in () if moment is None else moment.columns:
         if name not in there:
@@ -289,7 +288,7 @@ def _check_context(model: Trained, test: Asked) -> None:
 
 def _untold(model: Trained, test: Asked) -> tuple[str, ...]:
     told = None if model.features is None else model.features.user
-    if told is None or not reads_profiles(model.model):
+    if told is None or not model.model.reads_profiles:
         return ()
     there = () if test.past.user_table is None else test.past.user_table.columns
     return tuple(name for name in told.columns if name not in there)

@@ -25,8 +25,7 @@ from foretaste.evaluation.overlap import Asked, Overlap, overlap
 from foretaste.evaluation.row_metrics import auc, checked_predictions
 from foretaste.evaluation.rows_report import RowsReport
 from foretaste.evaluation.sampled import SampledNegatives
-from foretaste.models.interface import Ranker
-from foretaste.models.two_stage import second_stage
+from foretaste.models.base import Ranker
 from foretaste.sampling.popularity import PopularitySampler
 from foretaste.sampling.row_negatives import RowNegatives
 from foretaste.sampling.sampler import Sampler
@@ -108,7 +107,7 @@ def ranker_of(model: Trained) -> Ranker:
     Raises:
         ConfigError: There is none.
     """
-    ranker = second_stage(model.model)
+    ranker = model.model.second_stage
     if not isinstance(ranker, Ranker):
         raise ConfigError(
             f"{type(model.model).__name__} predicts no labels: `evaluate` measures its lists"

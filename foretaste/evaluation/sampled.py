@@ -25,7 +25,7 @@ from foretaste.data.interactions import Interactions
 from foretaste.data.ranges import ranges
 from foretaste.errors import ConfigError
 from foretaste.evaluation.rank import noise
-from foretaste.models.interface import Ranker, Retriever
+from foretaste.models.base import Ranker
 from foretaste.models.two_stage import judge
 from foretaste.training.trained import Trained
 
@@ -186,7 +186,7 @@ def score_kept(
         NonFiniteError: The model scores one of them with NaN or infinity.
     """
     ranker = model.model
-    if not isinstance(ranker, Ranker) or isinstance(ranker, Retriever):
+    if not isinstance(ranker, Ranker):
         score_BI = score(queries)
         return score_BI.masked_fill_(~keep_BI.to(score_BI.device), -torch.inf)
     item_BC = keep_BI.byte().topk(int(keep_BI.sum(dim=1).max()), dim=1).indices

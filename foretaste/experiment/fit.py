@@ -9,13 +9,12 @@ from types import NoneType
 from typing import Any
 
 import torch
-from torch import nn
 
 from foretaste.arguments import checked
 from foretaste.config import Seed
 from foretaste.data.features import Features, fit_features
 from foretaste.data.features_schema import FeatureSchema
-from foretaste.data.graph import Graph, graph_of
+from foretaste.data.graph import Graph
 from foretaste.data.interactions import Interactions
 from foretaste.data.memory import out_of_memory
 from foretaste.data.rows import happened_split, positives_of
@@ -25,18 +24,17 @@ from foretaste.experiment.learning import make_learning, usual_objective
 from foretaste.experiment.mining import CandidateNegatives
 from foretaste.experiment.two_stage import Candidates, FirstStage, check_same, fit_two_stage
 from foretaste.experiment.validation import make_validation, trained_rows
+from foretaste.models.base import Model
 from foretaste.models.catalogue import (
     LEARNING_COPIES,
     ModelConfig,
     TwoStageConfig,
     build_model,
+    graph_for,
     settled,
     tasks_of,
 )
-from foretaste.models.interface import Begins, ClosedForm, Finishes, LearnsNewcomers
-from foretaste.models.lightgcn import LightGCNConfig
 from foretaste.models.neumf import NCF, NeuMFConfig
-from foretaste.models.pinsage import PinSageConfig
 from foretaste.training.fit import Epoch, Fit
 from foretaste.training.objectives.catalogue import ObjectiveConfig
 from foretaste.training.objectives.rows import LabelledRows, RowsConfig
@@ -138,11 +136,7 @@ def fit(
         max_seconds=max_seconds,
     )
     torch.manual_seed(seed)
-    graph = (
-        graph_of(events, config.graph)
-        if isinstance(config, LightGCNConfig | PinSageConfig)
-        else None
-    )
+    graph = graph_for(config, events)
     model = build_model(
         config,
         num_users=events.num_users,
@@ -151,8 +145,7 @@ def fit(
         features=features,
         copies=LEARNING_COPIES,
     )
-    if isinstance(model, Begins):
-        model.begin(events)
+    model.begin(events)
     if isinstance(config, NeuMFConfig) and isinstance(model, NCF) and parts:
         _start_from(model, parts, config.alpha)
         rate = training.learning_rate * config.fine_tuning
@@ -174,7 +167,7 @@ def fit(
         "lower training.batch_events, how many negatives are drawn, or the model's widths",
         name="batch_events",
     ):
-        if isinstance(model, ClosedForm):
+        if model.learns_by == "events":
             model.learn(events)
         else:
             trained = _learn(
@@ -212,11 +205,9 @@ def _refuse_positive(config: ModelConfig, objective: ObjectiveConfig | None) -> 
         )
 
 
-def _finish(model: nn.Module, events: Interactions) -> None:
-    if isinstance(model, LearnsNewcomers):
-        model.learn_newcomers(events)
-    if isinstance(model, Finishes):
-        model.finish()
+def _finish(model: Model, events: Interactions) -> None:
+    model.learn_new_users(events)
+    model.finish()
     model.eval()
 
 

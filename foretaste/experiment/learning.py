@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from foretaste.data.draw_items import DrawItems
 from foretaste.data.features_table import FieldTable
@@ -17,9 +17,7 @@ from foretaste.data.sequences import Windows, plan_sequences
 from foretaste.errors import ConfigError
 from foretaste.experiment.learning_rows import learn_rows
 from foretaste.experiment.mining import IndexNegatives
-from foretaste.models.bert4rec import BERT4Rec
-from foretaste.models.interface import PairModel, Ranker, SequenceModel
-from foretaste.models.sasrec import SASRec
+from foretaste.models.base import Model, Ranker, Retriever
 from foretaste.sampling.nearby import NearbyNegatives
 from foretaste.sampling.unseen import Seen
 from foretaste.training.fit import Plan, Refreshed
@@ -32,21 +30,23 @@ from foretaste.training.prefetch import WorkedPlan
 from foretaste.training.seeding import epoch_generator, step_seed
 
 
-def usual_objective(model: nn.Module) -> ObjectiveConfig:
+def usual_objective(model: Model) -> ObjectiveConfig:
     """Return how a model learns if nothing else is said.
 
     Raises:
         ConfigError: There is no way.
     """
-    if isinstance(model, Ranker):
-        return RowsConfig()
-    if isinstance(model, PairModel):
-        return PairsConfig()
-    if isinstance(model, BERT4Rec):
-        return MaskedItemConfig()
-    if isinstance(model, SequenceModel):
-        return NextItemConfig()
-    raise ConfigError(f"{type(model).__name__} has no way of learning")
+    match model.learns_by:
+        case "rows":
+            return RowsConfig()
+        case "pairs":
+            return PairsConfig()
+        case "masked_item":
+            return MaskedItemConfig()
+        case "next_item":
+            return NextItemConfig()
+        case "events" | None:
+            raise ConfigError(f"{type(model).__name__} does not learn by an objective")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ class Learning:
 
 
 def make_learning(
-    model: nn.Module,
+    model: Model,
     config: ObjectiveConfig,
     events: Interactions,
     *,
@@ -100,18 +100,25 @@ def make_learning(
             generator=epoch_generator(seed, epoch),
         )
 
+    if config.kind != model.learns_by:
+        raise ConfigError(
+            f"objective.kind is {config.kind!r}, but {type(model).__name__} learns by "
+            f"{usual_objective(model).kind!r}: set it so, or leave the objective out",
+            name="objective.kind",
+            value=config.kind,
+        )
     match config:
-        case NextItemConfig() if isinstance(model, SASRec):
+        case NextItemConfig():
             return Learning(
                 objective=NextItem(config, events),
                 plan=windows(model.max_len, config.windows),
             )
-        case MaskedItemConfig() if isinstance(model, BERT4Rec):
+        case MaskedItemConfig():
             return Learning(
                 objective=MaskedItem(config, events),
                 plan=windows(model.max_len, config.windows),
             )
-        case PairsConfig() if isinstance(model, PairModel):
+        case PairsConfig() if isinstance(model, Retriever):
             return _learn_pairs(
                 model,
                 config,
@@ -134,14 +141,11 @@ def make_learning(
             )
             return Learning(objective=rows, plan=plan)
         case _:
-            raise ConfigError(
-                f"objective.kind is {config.kind!r}, but {type(model).__name__} learns by "
-                f"{usual_objective(model).kind!r}: set it so, or leave the objective out"
-            )
+            raise ConfigError(f"{type(model).__name__} is no model that learns by {config.kind!r}")
 
 
 def _learn_pairs(
-    model: PairModel,
+    model: Retriever,
     config: PairsConfig,
     events: Interactions,
     *,

@@ -12,7 +12,7 @@ from foretaste.data.row_plan import RowPlan, plan_rows
 from foretaste.data.rows import positives_of, training_rows
 from foretaste.data.tasks import Task, check_learnable, label_scale
 from foretaste.errors import ConfigError
-from foretaste.models.interface import Ranker
+from foretaste.models.base import Ranker
 from foretaste.sampling.mixed import MixedNegatives
 from foretaste.sampling.popularity import PopularitySampler
 from foretaste.sampling.row_negatives import RowNegatives

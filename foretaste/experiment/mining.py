@@ -9,11 +9,11 @@ from typing import final
 
 import torch
 from jaxtyping import Int32, Int64
-from torch import Tensor, nn
+from torch import Tensor
 
 from foretaste.data.interactions import Interactions
 from foretaste.errors import ConfigError
-from foretaste.models.interface import Retriever
+from foretaste.models.base import Model, Retriever
 from foretaste.models.layers.top_k import top_k
 from foretaste.retrieval.choose import build_index
 from foretaste.retrieval.index import ItemIndex
@@ -83,7 +83,7 @@ class IndexNegatives:
             generator=generator,
         )
 
-    def refresh(self, model: nn.Module, epoch: int) -> None:
+    def refresh(self, model: Model, epoch: int) -> None:
         """Search anew with a model in evaluation mode, if it is the turn of this epoch, from 0.
 
         Raises:

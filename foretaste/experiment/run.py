@@ -38,9 +38,9 @@ from foretaste.experiment.recipe import (
 )
 from foretaste.experiment.tracking import Tracker, TrackerKind, open_tracker
 from foretaste.experiment.two_stage import ranking_gain, retrieval_alone
+from foretaste.models.base import Ranker
 from foretaste.models.catalogue import tasks_of
-from foretaste.models.interface import Ranker
-from foretaste.models.two_stage import TwoStage, second_stage
+from foretaste.models.two_stage import TwoStage
 from foretaste.serving.building import build_recommender
 from foretaste.serving.recommender import Recommender
 from foretaste.shown import Shown
@@ -307,7 +307,7 @@ def evaluate_split(trained: Trained, config: ExperimentConfig, split: Split) -> 
             name="split.test",
             value=0,
         )
-    asked, is_ranker = config.evaluation, isinstance(second_stage(trained.model), Ranker)
+    asked, is_ranker = config.evaluation, isinstance(trained.model.second_stage, Ranker)
     lists = rows = gain = None
     if asked.rows and is_ranker:
         rows = _evaluate_rows(trained, asked, split)
@@ -359,7 +359,7 @@ def with_calibration(trained: Trained, asked: EvaluationConfig, split: Split) ->
     kept = {found.kind for found in trained.calibration.values()}
     if asked.calibration is None or kept == {asked.calibration} or not len(split.validation):
         return trained
-    if not isinstance(second_stage(trained.model), Ranker):
+    if not isinstance(trained.model.second_stage, Ranker):
         return trained
     sampled = sampled_rows(trained, asked)
     fitted_to = evaluate_rows(trained, split, part="validation", sampled=sampled, resamples=0)

@@ -8,7 +8,6 @@ from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
-from torch import nn
 
 from foretaste.arguments import checked, checked_class
 from foretaste.config import Config, Count, Weight
@@ -22,9 +21,9 @@ from foretaste.evaluation.compare import compare
 from foretaste.evaluation.report import Report
 from foretaste.evaluation.reports import RankingGain
 from foretaste.experiment.offering import Fold, fit_folds, offer
+from foretaste.models.base import Model, Ranker
 from foretaste.models.catalogue import TwoStageConfig, build_model
-from foretaste.models.interface import Ranker
-from foretaste.models.two_stage import TwoStage, first_stage
+from foretaste.models.two_stage import TwoStage
 from foretaste.training.fit import Epoch
 from foretaste.training.objectives.catalogue import ObjectiveConfig
 from foretaste.training.objectives.rows import RowsConfig
@@ -62,7 +61,7 @@ class Candidates:
     as the objective says."""
 
     @checked
-    def ranked_by(self, ranker: nn.Module) -> TwoStage:
+    def ranked_by(self, ranker: Model) -> TwoStage:
         """Return the two stages, in evaluation mode."""
         return TwoStage(
             self.retriever.model,
@@ -270,7 +269,7 @@ def retrieval_alone(trained: Trained) -> Trained:
     return replace(
         trained,
         config=config.retriever if isinstance(config, TwoStageConfig) else config,
-        model=first_stage(trained.model),
+        model=trained.model.first_stage,
     )
 
 

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
-from torch import nn
 
 from foretaste.data.interactions import Interactions
 from foretaste.data.rows import happened_split
@@ -24,8 +23,7 @@ from foretaste.evaluation.rows import ranker_of, rows_settings, rows_to_judge, t
 from foretaste.evaluation.sampled import SampledNegatives
 from foretaste.evaluation.task import Task
 from foretaste.experiment.two_stage import Candidates
-from foretaste.models.interface import LearnsNewcomers, Ranker, Retriever, SequenceModel
-from foretaste.models.two_stage import second_stage
+from foretaste.models.base import Model, Ranker, Retriever
 from foretaste.training.objectives.catalogue import ObjectiveConfig
 from foretaste.training.objectives.masked_item import MaskedItemConfig
 from foretaste.training.objectives.next_item import NextItemConfig
@@ -53,7 +51,7 @@ class Validation:
 
     metric: str
     """`STOP_METRIC` or `ROWS_METRIC`."""
-    value: Callable[[nn.Module], float]
+    value: Callable[[Model], float]
     on: str
     """What it is worked out on, such as "1,000 of 9,885 queries"."""
     every: int = 1
@@ -65,14 +63,13 @@ class Validation:
         return f"validated {often} on {self.on}"
 
 
-def trained_rows(model: nn.Module, objective: ObjectiveConfig, events: Interactions) -> int:
+def trained_rows(model: Model, objective: ObjectiveConfig, events: Interactions) -> int:
     """Return about how many rows an epoch trains on: events, and items drawn for a ranker."""
     match objective:
         case RowsConfig() if isinstance(model, Ranker):
             return len(events) * (1 + objective.num_negatives(model.tasks))
         case NextItemConfig() | MaskedItemConfig() if objective.windows == "last":
-            if isinstance(model, SequenceModel):
-                return int(np.minimum(np.diff(events.offsets), model.max_len).sum())
+            return int(np.minimum(np.diff(events.offsets), model.max_len).sum())
     return len(events)
 
 
@@ -103,7 +100,7 @@ def make_validation(
         found = _by_rows(trained, split, training, rows_of_epoch)
         if found is not None:
             return found
-    if isinstance(second_stage(trained.model), Ranker):
+    if isinstance(trained.model.second_stage, Ranker):
         split = happened_split(split, rows_settings(trained).positive)
     holdout = split.validation
     if len(holdout) == 0:
@@ -112,9 +109,8 @@ def make_validation(
     each = _work_of_query(trained, task, candidates)
     sample = task.sample(_num_queries(training, _SAMPLED * rows_of_epoch / each, len(task.row_Q)))
 
-    def value(model: nn.Module) -> float:
-        if isinstance(model, LearnsNewcomers):
-            model.learn_newcomers(trained.events)
+    def value(model: Model) -> float:
+        model.learn_new_users(trained.events)
         if candidates is not None:
             model = candidates.ranked_by(model)
         judged = replace(trained, model=model)
@@ -168,9 +164,7 @@ def _work_of_query(trained: Trained, task: Task, candidates: Candidates | None) 
         return num_items * _MULTIPLIED + candidates.num * _JUDGED
     if not isinstance(model, Retriever):
         return num_items * _JUDGED
-    read = 0.0
-    if isinstance(model, SequenceModel):
-        read = float(np.minimum(task.length_Q, model.max_len).mean())
+    read = float(np.minimum(task.length_Q, model.max_len).mean())
     return read * _READ + num_items * _MULTIPLIED
 
 

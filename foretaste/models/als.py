@@ -21,7 +21,7 @@ from implicit.cpu.als import AlternatingLeastSquares
 from jaxtyping import Float
 from scipy import sparse
 from threadpoolctl import threadpool_limits
-from torch import Tensor, nn
+from torch import Tensor
 
 from foretaste.config import (
     ChoiceConfig,
@@ -35,6 +35,7 @@ from foretaste.config import (
 )
 from foretaste.data.batch import Queries
 from foretaste.data.interactions import Interactions
+from foretaste.models.base import Retriever
 from foretaste.models.item_sets import ItemSets, check_events, distinct_items, interaction_matrix
 
 _BLOCK_QUERIES = 64
@@ -59,8 +60,10 @@ class ImplicitALSConfig(Config):
 
 
 @final
-class ImplicitALS(nn.Module):
+class ImplicitALS(Retriever):
     """Item factors, and the least-squares answer to a history."""
+
+    learns_by = "events"
 
     def __init__(self, config: ImplicitALSConfig, *, num_items: int) -> None:
         """Draw the factors that `learn` starts from out of torch's global generator."""

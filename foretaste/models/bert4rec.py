@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from foretaste.config import ChoiceConfig, Config, Count, Depth, RangeConfig, Space
 from foretaste.data.batch import Queries, SequenceBatch, last_events
+from foretaste.models.base import Retriever
 from foretaste.models.layers.attention import MultiHeadAttention
 from foretaste.models.layers.dropout import Dropout
 from foretaste.models.layers.gated_block import GatedBlock, rows_at
@@ -60,8 +61,10 @@ class BERT4RecConfig(Config):
 
 
 @final
-class BERT4Rec(nn.Module):
+class BERT4Rec(Retriever):
     """The network: `forward` gives the states of hidden places, `item_table` what they name."""
+
+    learns_by = "masked_item"
 
     def __init__(self, config: BERT4RecConfig, *, num_items: int) -> None:
         super().__init__()

@@ -11,17 +11,17 @@ from typing import Annotated, ClassVar, Literal, assert_never
 import numpy as np
 import torch
 from pydantic import Field
-from torch import nn
 
 from foretaste.config import ChoiceConfig, Config, Count, RangeConfig, Space, Weight
 from foretaste.data import memory
 from foretaste.data.features import Features
-from foretaste.data.graph import Graph
+from foretaste.data.graph import Graph, graph_of
 from foretaste.data.interactions import Interactions
 from foretaste.data.rows import positives_of
 from foretaste.data.tasks import Task, zeros_in_histories
 from foretaste.errors import ConfigError
 from foretaste.models.als import ImplicitALS, ImplicitALSConfig
+from foretaste.models.base import Model
 from foretaste.models.bert4rec import BERT4Rec, BERT4RecConfig
 from foretaste.models.deepfm import DeepFM, DeepFMConfig
 from foretaste.models.din import DIN, DINConfig
@@ -96,6 +96,15 @@ def tasks_of(config: ModelConfig) -> tuple[Task, ...]:
             return ()
 
 
+def graph_for(config: ModelConfig, events: Interactions) -> Graph | None:
+    """Return the graph that a model learns on; None for models that learn on none."""
+    match config:
+        case LightGCNConfig() | PinSageConfig():
+            return graph_of(events, config.graph)
+        case _:
+            return None
+
+
 _WHEN_ABSENT: Mapping[str, Mapping[str, object]] = {
     "mmoe": {"pooling": "none"},
     "shared_bottom": {"pooling": "none"},
@@ -143,7 +152,7 @@ def build_model(
     graph: Graph | None = None,
     features: Features | None = None,
     copies: int = 1,
-) -> nn.Module:
+) -> Model:
     """Make the untrained network that `config` describes.
 
     Initial weights come out of torch's global generator: seed it first.
@@ -202,7 +211,7 @@ def build_model(
     return _make(config, num_users=num_users, num_items=num_items, graph=graph, features=features)
 
 
-def _bytes_of(make: Callable[[], nn.Module], *, copies: int) -> int:
+def _bytes_of(make: Callable[[], Model], *, copies: int) -> int:
     """Count what a network would keep: on torch's meta device a tensor has a size and no memory."""
     try:
         with torch.device("meta"):
@@ -249,7 +258,7 @@ def _make(  # noqa: C901  # one arm a model
     num_items: int,
     graph: Graph | None = None,
     features: Features | None = None,
-) -> nn.Module:
+) -> Model:
     match config:
         case SASRecConfig():
             return SASRec(config, num_items=num_items)

@@ -17,13 +17,14 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from pydantic import Field, PositiveInt
-from torch import Tensor, nn
+from torch import Tensor
 
 from foretaste.config import Config, RangeConfig, Space
 from foretaste.data.batch import Queries
 from foretaste.data.interactions import Interactions
 from foretaste.data.memory import available_bytes, check_fits
 from foretaste.errors import NonFiniteError
+from foretaste.models.base import Scorer
 from foretaste.models.item_sets import check_events, distinct_items, interaction_matrix
 
 _BLOCK_ITEMS = 1024
@@ -46,8 +47,10 @@ class EASEConfig(Config):
 
 
 @final
-class EASE(nn.Module):
+class EASE(Scorer):
     """Scores an item by the sum of learned weights from the items of the history to it."""
+
+    learns_by = "events"
 
     def __init__(self, config: EASEConfig, *, num_items: int) -> None:
         """Make room for the weights.

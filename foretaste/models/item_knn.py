@@ -22,11 +22,12 @@ import torch
 from jaxtyping import Float
 from pydantic import Field
 from scipy import sparse
-from torch import Tensor, nn
+from torch import Tensor
 
 from foretaste.config import Config, Count, RangeConfig, Space, Weight
 from foretaste.data.batch import Queries
 from foretaste.data.interactions import Interactions
+from foretaste.models.base import Scorer
 from foretaste.models.item_sets import check_events, distinct_items, interaction_matrix
 
 _BLOCK_PAIRS = 2**23
@@ -54,8 +55,10 @@ class ItemKNNConfig(Config):
 
 
 @final
-class ItemKNN(nn.Module):
+class ItemKNN(Scorer):
     """Scores an item by adding up the likeness of the history's items to it."""
+
+    learns_by = "events"
 
     def __init__(self, config: ItemKNNConfig, *, num_items: int) -> None:
         super().__init__()

@@ -43,9 +43,8 @@ from foretaste.config import (
 )
 from foretaste.data.batch import Queries
 from foretaste.data.graph import Graph, GraphConfig
-from foretaste.data.histories import Reads
 from foretaste.errors import ConfigError
-from foretaste.models.interface import PairVectors
+from foretaste.models.base import PairVectors, Retriever
 from foretaste.models.layers.graph_conv import GraphConv, Perturbation
 from foretaste.models.layers.placing import (
     NodeTables,
@@ -101,12 +100,14 @@ class LightGCNConfig(Config):
 
 
 @final
-class LightGCN(nn.Module):
+class LightGCN(Retriever):
     """The network: one table, layer 0, and the graph that it is passed along.
 
     While it stays in evaluation mode it keeps what it has propagated. Loaded from a file it has
     no graph and answers from the tables that `finish` kept.
     """
+
+    learns_by = "pairs"
 
     def __init__(
         self, config: LightGCNConfig, *, num_users: int, num_items: int, graph: Graph | None = None
@@ -121,8 +122,6 @@ class LightGCN(nn.Module):
         """
         super().__init__()
         self.config, self.num_users, self.num_items = config, num_users, num_items
-        self.reads: Reads = "nothing"
-        self.max_len = 0
         num_nodes = num_users + num_items if graph is None else graph.num_nodes
         width = config.embedding_dim
         self.layer_0 = nn.Embedding(num_nodes, width)
@@ -174,7 +173,7 @@ class LightGCN(nn.Module):
         user_UD = self.layer_0.weight[: self.num_users]
         return self._query(answer_users(queries, self._known(), user_UD, self._combine))
 
-    def taught_U(self) -> Bool[Tensor, " U"]:
+    def known_users(self) -> Bool[Tensor, " U"]:
         """Return which users have a tie: an event, or a link to another user."""
         return self._known().strength_U > 0
 
@@ -197,7 +196,7 @@ class LightGCN(nn.Module):
         strength_B = length_B.to(received_BW.dtype)
         return self._item(place(layer_0_BD, received_BW, strength_B, self._combine))
 
-    def placed_I(self) -> Bool[Tensor, " I"]:
+    def known_items(self) -> Bool[Tensor, " I"]:
         """Return the items that no user did, but that are tied to other items or attributes."""
         return self._known().placed_I
 

@@ -20,9 +20,8 @@ from torch import Tensor, nn
 
 from foretaste.config import ChoiceConfig, Config, Count, Positive, RangeConfig, Space
 from foretaste.data.batch import Queries
-from foretaste.data.histories import Reads
 from foretaste.data.interactions import Interactions
-from foretaste.models.interface import PairVectors
+from foretaste.models.base import PairVectors, Retriever
 from foretaste.models.layers.fold_in import FoldIn
 from foretaste.models.layers.similarity import Similarity, as_item, as_query
 
@@ -47,14 +46,14 @@ class MFConfig(Config):
 
 
 @final
-class MF(nn.Module):
+class MF(Retriever):
     """The network: two tables."""
+
+    learns_by = "pairs"
 
     def __init__(self, config: MFConfig, *, num_users: int, num_items: int) -> None:
         super().__init__()
         self.config = config
-        self.reads: Reads = "nothing"
-        self.max_len = 0
         self.users = nn.Embedding(num_users, config.embedding_dim)
         self.items = nn.Embedding(num_items, config.embedding_dim)
         self.bias = nn.Embedding(num_items, 1) if config.biases else None
@@ -83,8 +82,8 @@ class MF(nn.Module):
         """Return every item's vector, its bias as a last column."""
         return self._item(self.items.weight, None if self.bias is None else self.bias.weight)
 
-    def learn_newcomers(self, events: Interactions) -> None:
-        """Learn how to answer users whom training never saw."""
+    def learn_new_users(self, events: Interactions) -> None:
+        """Learn how to answer new users."""
         self.fold_in.learn(events, self.users.weight, self.items.weight)
 
     def _query(self, user_BD: Tensor) -> Tensor:

@@ -57,6 +57,8 @@ class MMoEConfig(HistoryConfig):
 class MMoE(HistoryRanker):
     """The network: fields, experts and gates, towers."""
 
+    has_gates = True
+
     def __init__(
         self,
         config: MMoEConfig,

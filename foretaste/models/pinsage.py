@@ -35,12 +35,11 @@ from foretaste.config import ChoiceConfig, Config, Count, Depth, Positive, Range
 from foretaste.data.batch import Queries
 from foretaste.data.features import Features, FieldTable
 from foretaste.data.graph import Graph, GraphConfig
-from foretaste.data.histories import Reads
 from foretaste.data.interactions import Interactions
 from foretaste.data.neighbourhoods import Neighbourhoods, PairFrontier, make_frontier
 from foretaste.data.walks import most_visited, uniform_neighbours
 from foretaste.errors import ConfigError
-from foretaste.models.interface import PairVectors
+from foretaste.models.base import PairVectors, Retriever
 from foretaste.models.layers.embedding import Fusion
 from foretaste.models.layers.importance import Convolve, weighted_bag
 from foretaste.models.layers.layerwise import generate
@@ -103,8 +102,10 @@ class _Tables(NamedTuple):
 
 
 @final
-class PinSage(nn.Module):
+class PinSage(Retriever):
     """The network. Without a graph it cannot learn, only answer from what `finish` kept."""
+
+    learns_by = "pairs"
 
     def __init__(
         self,
@@ -131,8 +132,6 @@ class PinSage(nn.Module):
         super().__init__()
         width, message_width = config.embedding_dim, config.message_dim or config.embedding_dim
         self.config, self.num_users, self.num_items = config, num_users, num_items
-        self.reads: Reads = "nothing"
-        self.max_len = 0
         self.inputs = NodeInputs(
             num_users=num_users,
             num_items=num_items,
@@ -223,14 +222,14 @@ class PinSage(nn.Module):
         own_BD = tables.vector_XD[user_B.clamp(min=0)]
         told_B = torch.bincount(self._distinct(queries)[0], minlength=len(queries))
         taught_B = self.num_items_U[user_B.clamp(min=0)]
-        is_tied_B = self.taught_U()[user_B.clamp(min=0)]
+        is_tied_B = self.known_users()[user_B.clamp(min=0)]
         as_taught_B = (user_B >= 0) & ((taught_B < 0) | is_tied_B & (told_B == taught_B))
         if as_taught_B.all():
             return self._query(own_BD)
         new_BD = self._new_nodes(queries, tables.message_KIH)
         return self._query(own_BD.where(as_taught_B.unsqueeze(1), new_BD))
 
-    def taught_U(self) -> Bool[Tensor, " U"]:
+    def known_users(self) -> Bool[Tensor, " U"]:
         """Return which users have neighbours: by events, or by links to other users."""
         return self.inputs.linked_X[: self.num_users]
 
@@ -238,7 +237,7 @@ class PinSage(nn.Module):
         """Return every item's vector."""
         return self._item(self._answers().vector_XD[self.num_users :])
 
-    def placed_I(self) -> Bool[Tensor, " I"]:
+    def known_items(self) -> Bool[Tensor, " I"]:
         """Return which items have neighbours or a feature that says something."""
         return self.inputs.linked_X[self.num_users :] | self.inputs.told_I
 
@@ -248,7 +247,7 @@ class PinSage(nn.Module):
         return self.inputs.user_fields is not None
 
     @property
-    def places_new_items(self) -> bool:
+    def scores_new_items(self) -> bool:
         """Whether it was made with features of items."""
         return self.inputs.item_fields is not None
 

@@ -11,12 +11,13 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from pydantic import PositiveFloat
-from torch import Tensor, nn
+from torch import Tensor
 
 from foretaste.config import Config, RangeConfig, Space
 from foretaste.data.batch import Queries
 from foretaste.data.interactions import Interactions
 from foretaste.errors import ConfigError
+from foretaste.models.base import Scorer
 from foretaste.models.item_sets import check_events
 
 DAY_S = 86_400
@@ -34,8 +35,10 @@ class PopularityConfig(Config):
 
 
 @final
-class Popularity(nn.Module):
+class Popularity(Scorer):
     """Scores an item by its number of training events, the same for every query."""
+
+    learns_by = "events"
 
     def __init__(self, config: PopularityConfig, *, num_items: int) -> None:
         super().__init__()

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from foretaste.config import ChoiceConfig, Config, Count, Depth, RangeConfig, Space
 from foretaste.data.batch import Queries, SequenceBatch, last_events
+from foretaste.models.base import Retriever
 from foretaste.models.layers.attention import MultiHeadAttention
 from foretaste.models.layers.dropout import Dropout
 from foretaste.models.layers.gated_block import GatedBlock, rows_at
@@ -53,8 +54,10 @@ class SASRecConfig(Config):
 
 
 @final
-class SASRec(nn.Module):
+class SASRec(Retriever):
     """The network: `forward` gives a state per position, `item_table` what it is compared with."""
+
+    learns_by = "next_item"
 
     def __init__(self, config: SASRecConfig, *, num_items: int) -> None:
         super().__init__()

@@ -15,21 +15,13 @@ from typing import NamedTuple, final
 
 import torch
 from jaxtyping import Float, Float64, Int64
-from torch import Tensor, nn
+from torch import Tensor
 
 from foretaste.data.batch import Queries
 from foretaste.data.features import FieldTable
 from foretaste.data.tasks import Weights
 from foretaste.errors import ConfigError, NonFiniteError
-from foretaste.models.interface import (
-    CatalogueScorer,
-    JudgesNewItems,
-    PlacesNewItems,
-    Ranker,
-    ReadsMoments,
-    ReadsProfiles,
-    Retriever,
-)
+from foretaste.models.base import Model, Ranker, Retriever, Scorer
 from foretaste.models.layers.top_k import top_k
 
 _BLOCK_PAIRS = 2**15
@@ -98,8 +90,6 @@ def judge_new(
         ConfigError: The ranker reads no features of items.
         NonFiniteError: It answers with NaN or infinity.
     """
-    if not isinstance(ranker, JudgesNewItems):
-        raise ConfigError(f"{type(ranker).__name__} knows items by their ids alone")
     outputs = ranker.of_new_items(queries, table)
     return Judged(_finite(ranker.heads.order(outputs, weights)), ranker.heads.answers(outputs))
 
@@ -124,13 +114,13 @@ def below(score_BC: Float[Tensor, "B C"], first_BR: Float[Tensor, "B R"]) -> Flo
 
 
 @final
-class TwoStage(nn.Module):
+class TwoStage(Model):
     """Both networks, and how many candidates go from one to the other."""
 
     def __init__(
         self,
-        retriever: nn.Module,
-        ranker: nn.Module,
+        retriever: Model,
+        ranker: Model,
         *,
         num_candidates: int,
         retriever_weight: float = 0.0,
@@ -138,7 +128,7 @@ class TwoStage(nn.Module):
         """Join two networks over one catalogue.
 
         Args:
-            retriever: A `Retriever` or a `CatalogueScorer`.
+            retriever: A `Retriever` or a `Scorer`.
             ranker: A `Ranker`.
             num_candidates: C, 1 or more.
             retriever_weight: Of the retriever's score in the sum with the ranker's.
@@ -147,7 +137,7 @@ class TwoStage(nn.Module):
             ConfigError: They are not of these kinds.
         """
         super().__init__()
-        if not isinstance(retriever, Retriever | CatalogueScorer):
+        if not isinstance(retriever, Retriever | Scorer):
             raise ConfigError(f"{type(retriever).__name__} cannot score a catalogue")
         if not isinstance(ranker, Ranker):
             raise ConfigError(
@@ -180,31 +170,23 @@ class TwoStage(nn.Module):
     @property
     def reads_profiles(self) -> bool:
         """Whether users' features are read in either stage."""
-        return any(reads_profiles(model) for model in (self.retriever, self.ranker))
+        return self.retriever.reads_profiles or self.ranker.reads_profiles
+
+    @property
+    def reads_context(self) -> bool:
+        """Whether the ranker reads features of the context."""
+        return self.ranker.reads_context
+
+    @property
+    def first_stage(self) -> Model:
+        return self.retriever
+
+    @property
+    def second_stage(self) -> Model:
+        return self.ranker
 
 
-def first_stage(model: nn.Module) -> nn.Module:
-    """Return the model that finds items in the catalogue: of two stages the first, else itself."""
-    return model.retriever if isinstance(model, TwoStage) else model
-
-
-def second_stage(model: nn.Module) -> nn.Module:
-    """Return the model that judges given items: of two stages the second, else itself."""
-    return model.ranker if isinstance(model, TwoStage) else model
-
-
-def placer(model: nn.Module) -> PlacesNewItems | None:
-    """Return the first stage if it gives items that no table has a vector."""
-    first = first_stage(model)
-    return first if isinstance(first, PlacesNewItems) and first.places_new_items else None
-
-
-def reads_profiles(model: nn.Module) -> bool:
-    """Return whether a model answers users of whom only features are known."""
-    return isinstance(model, ReadsProfiles) and model.reads_profiles
-
-
-def reads_moments(model: nn.Module) -> bool:
-    """Return whether a model, or the second of its stages, reads features of moments."""
-    ranker = second_stage(model)
-    return isinstance(ranker, ReadsMoments) and ranker.reads_moments
+def placer(model: Model) -> Retriever | None:
+    """Return the first stage if it gives items without a row a vector."""
+    first = model.first_stage
+    return first if isinstance(first, Retriever) and first.scores_new_items else None

@@ -45,7 +45,7 @@ from foretaste.data.features import Features, FieldTable
 from foretaste.data.histories import Reads
 from foretaste.data.interactions import Interactions
 from foretaste.errors import ConfigError
-from foretaste.models.interface import PairVectors
+from foretaste.models.base import PairVectors, Retriever
 from foretaste.models.layers.embedding import Fusion
 from foretaste.models.layers.fold_in import FoldIn
 from foretaste.models.layers.history import AttentionHistory, CausalHistory, MeanHistory
@@ -115,8 +115,10 @@ class TwoTowerConfig(Config):
 
 
 @final
-class TwoTower(nn.Module):
+class TwoTower(Retriever):
     """The network: parts of a user, parts of an item, a tower over each."""
+
+    learns_by = "pairs"
 
     def __init__(
         self,
@@ -201,7 +203,7 @@ class TwoTower(nn.Module):
         """Return every item's vector, worked out block by block, and kept in evaluation mode."""
         return self._table("items", self._item_vectors)
 
-    def placed_I(self) -> Bool[Tensor, " I"]:
+    def known_items(self) -> Bool[Tensor, " I"]:
         """Return which items have a feature that says something."""
         if self.item_fields is None:
             return torch.zeros(self.num_items, dtype=torch.bool)
@@ -213,7 +215,7 @@ class TwoTower(nn.Module):
         return self.user_fields is not None
 
     @property
-    def places_new_items(self) -> bool:
+    def scores_new_items(self) -> bool:
         """Whether items' features are read."""
         return self.item_fields is not None
 
@@ -238,7 +240,7 @@ class TwoTower(nn.Module):
             if table is not None:
                 table.weight.mul_(has_R.unsqueeze(1).to(table.weight))
 
-    def learn_newcomers(self, events: Interactions) -> None:
+    def learn_new_users(self, events: Interactions) -> None:
         """Learn how to answer users of whom only the history is known."""
         if self.fold_in is not None and self.users is not None:
             self.fold_in.learn(events, self.users.weight, self._base_table())

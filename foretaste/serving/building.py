@@ -12,8 +12,7 @@ from torch import Tensor
 
 from foretaste.arguments import checked
 from foretaste.errors import ConfigError
-from foretaste.models.interface import Retriever
-from foretaste.models.two_stage import first_stage
+from foretaste.models.base import Retriever
 from foretaste.retrieval.choose import MEASURED_QUERIES, build_index, choose_kind
 from foretaste.retrieval.index import IndexChoice
 from foretaste.serving.bundle import Bundle, read_bundle
@@ -47,7 +46,7 @@ def build_recommender(
             catalogue.
         DataError: Training saw no item.
     """
-    popular_I, retriever = _popularity(trained, fallback), first_stage(trained.model)
+    popular_I, retriever = _popularity(trained, fallback), trained.model.first_stage
     if not isinstance(retriever, Retriever):
         if index not in ("auto", "exact"):
             raise ConfigError(

@@ -21,18 +21,15 @@ from foretaste.data.batch import Queries
 from foretaste.data.features import FieldTable
 from foretaste.data.tasks import Weights
 from foretaste.errors import ConfigError
-from foretaste.models.interface import Attends, KnowsUsers, Ranker, Retriever
+from foretaste.models.base import Model, Ranker, Retriever
 from foretaste.models.layers.top_k import top_k
 from foretaste.models.two_stage import (
     Judged,
     TwoStage,
     below,
-    first_stage,
     judge,
     judge_new,
     placer,
-    reads_profiles,
-    second_stage,
 )
 from foretaste.retrieval.choose import exact_of
 from foretaste.retrieval.exact import ExactIndex, padded
@@ -66,10 +63,10 @@ class CatalogueSearch:
         self, trained: Trained, *, index: ItemIndex | None, popular_I: Float[Tensor, " I"]
     ) -> None:
         self._trained, self._index, self._popular_I = trained, index, popular_I
-        self._first = first_stage(trained.model)
+        self._first = trained.model.first_stage
         self._retriever = self._first if isinstance(self._first, Retriever) else None
         self._placer = placer(trained.model)
-        second = second_stage(trained.model)
+        second = trained.model.second_stage
         self._ranker = second if isinstance(second, Ranker) else None
         self._norm_N: Tensor | None = None
 
@@ -190,7 +187,7 @@ class CatalogueSearch:
             return False
         if self.finds_for(queries.user_B.numpy()).all():
             return False
-        return queries.profile is None or not reads_profiles(self._first)
+        return queries.profile is None or not self._first.reads_profiles
 
     def scores(
         self, histories: list[np.ndarray], item_T: Int64[Tensor, " T"]
@@ -217,7 +214,7 @@ class CatalogueSearch:
         Events before the last that it reads say nothing; None where the model has no such ranker.
         """
         ranker = self._ranker
-        if not (isinstance(ranker, Attends) and ranker.attends):
+        if ranker is None or not ranker.attends:
             return None
         read_TM = ranker.attention_weights(one_query(-1, history_L), item_T.unsqueeze(0))[0]
         return F.pad(read_TM, (len(history_L) - read_TM.shape[1], 0))
@@ -290,10 +287,11 @@ class CatalogueSearch:
         return order_N
 
 
-def _known(model: object, user_B: Int64[np.ndarray, " B"]) -> Bool[np.ndarray, " B"]:
-    if not isinstance(model, KnowsUsers):
+def _known(model: Model | None, user_B: Int64[np.ndarray, " B"]) -> Bool[np.ndarray, " B"]:
+    known_U = None if model is None else model.known_users()
+    if known_U is None:
         return np.zeros(len(user_B), dtype=bool)
-    known_B: np.ndarray = model.taught_U().cpu().numpy()[user_B] & (user_B >= 0)
+    known_B: np.ndarray = known_U.cpu().numpy()[user_B] & (user_B >= 0)
     return known_B
 
 

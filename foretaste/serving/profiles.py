@@ -12,8 +12,7 @@ from torch import Tensor
 from foretaste.data.features import FieldSide, FieldTable, concat_rows
 from foretaste.data.features_values import cell_of
 from foretaste.errors import DataError, did_you_mean
-from foretaste.models.interface import JudgesNewItems, Ranker
-from foretaste.models.two_stage import placer, reads_moments, reads_profiles, second_stage
+from foretaste.models.two_stage import placer
 from foretaste.serving.new_items import NewItems, Told
 from foretaste.training.trained import Trained
 
@@ -52,7 +51,7 @@ class Profiles:
             DataError: A feature is unknown, or its value of another kind.
         """
         features = self._features
-        if features is None or features.user is None or not reads_profiles(self._model):
+        if features is None or features.user is None or not self._model.reads_profiles:
             return None
         if told:
             return self._row(features.user, told, "user")
@@ -62,7 +61,7 @@ class Profiles:
     def known(self, user_B: Int64[np.ndarray, " B"]) -> Bool[np.ndarray, " B"]:
         """Return of whom the table of users says something that the model reads; -1 is nobody."""
         table = None if self._features is None else self._features.user_table
-        if table is None or not reads_profiles(self._model):
+        if table is None or not self._model.reads_profiles:
             return np.zeros(len(user_B), dtype=bool)
         told_B: np.ndarray = table.known_R.numpy()[user_B] & (user_B >= 0)
         return told_B
@@ -82,7 +81,7 @@ class Profiles:
         if not told or features is None or features.context is None:
             return None
         row = self._row(features.context, told, "context")
-        return row if reads_moments(self._model) else None
+        return row if self._model.reads_context else None
 
     def item_vector(self, told: Mapping[str, object] | None) -> Float[Tensor, " D"] | None:
         """Return a new item's vector; None if the model cannot place it, or nothing is told.
@@ -187,19 +186,16 @@ class Profiles:
             return None
         match role:
             case "user":
-                return features.user if reads_profiles(self._model) else None
+                return features.user if self._model.reads_profiles else None
             case "context":
-                return features.context if reads_moments(self._model) else None
+                return features.context if self._model.reads_context else None
             case "place":
                 return features.item if placer(self._model) is not None else None
-        return features.item if self._judges_new_items else None
+        return features.item if self._scores_new_items else None
 
     @property
-    def _judges_new_items(self) -> bool:
-        ranker = second_stage(self._model)
-        if isinstance(ranker, Ranker):
-            return isinstance(ranker, JudgesNewItems) and ranker.judges_new_items
-        return placer(self._model) is not None
+    def _scores_new_items(self) -> bool:
+        return self._model.second_stage.scores_new_items
 
     def _row(self, side: FieldSide, told: Mapping[str, object], role: str) -> FieldTable | None:
         """Encode what the model reads; other columns of the same table may be told too."""

@@ -28,7 +28,7 @@ from foretaste.training.seeding import seed_step
 from foretaste.training.settings import TrainingConfig
 from foretaste.training.step_log import StepLog
 
-Model = TypeVar("Model", bound=nn.Module)
+Network = TypeVar("Network", bound=nn.Module)
 Batch = TypeVar("Batch", covariant=True)
 _MOST_BAD_STEPS = 20
 OUT_OF_TIME = "out of time"
@@ -41,7 +41,7 @@ class Refreshed(Protocol):
     the model itself finds hard. It is part of a run's state.
     """
 
-    def refresh(self, model: nn.Module, epoch: int) -> None:
+    def refresh(self, model: Any, epoch: int) -> None:
         """Work it out anew, before the first step of an epoch (0, 1, …), if it is its turn."""
         ...
 
@@ -94,7 +94,7 @@ class Progress:
 
 
 @final
-class Fit(Generic[Model, Batch]):
+class Fit(Generic[Network, Batch]):
     """One run: `run()` trains `model` in place and leaves it with its best weights.
 
     The state after any step is a function of the settings, the seed and the data alone, so a run
@@ -103,13 +103,13 @@ class Fit(Generic[Model, Batch]):
 
     def __init__(
         self,
-        model: Model,
+        model: Network,
         config: TrainingConfig,
         *,
         seed: int,
         plan: Callable[[int], Plan[Batch]],
-        objective: Callable[[Model, Batch], Tensor],
-        validate: Callable[[nn.Module], float] | None = None,
+        objective: Callable[[Network, Batch], Tensor],
+        validate: Callable[[Network], float] | None = None,
         validate_every: int | None = None,
         folder: Path | None = None,
         refreshed: Refreshed | None = None,
@@ -327,7 +327,7 @@ class Fit(Generic[Model, Batch]):
                 )
         return value
 
-    def _judged(self) -> nn.Module:
+    def _judged(self) -> Network:
         """Return the weights as validation sees them, in evaluation mode.
 
         What is no weight, such as the moving means of batch normalisation, is the model's own.

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int64
-from torch import Tensor, nn
+from torch import Tensor
 
 from foretaste.arguments import checked
 from foretaste.config import Config
@@ -17,22 +17,9 @@ from foretaste.data.interactions import Interactions
 from foretaste.data.tasks import notes_about_histories, notes_about_labels
 from foretaste.data.translation import Translation
 from foretaste.errors import ConfigError, DataError, NonFiniteError
-from foretaste.models.interface import (
-    CatalogueScorer,
-    JudgesNewItems,
-    PlacesItems,
-    Ranker,
-    Retriever,
-)
+from foretaste.models.base import Model, Ranker, Retriever, Scorer
 from foretaste.models.layers.field_ranker import HistoryRanker
-from foretaste.models.two_stage import (
-    TwoStage,
-    first_stage,
-    placer,
-    reads_moments,
-    reads_profiles,
-    second_stage,
-)
+from foretaste.models.two_stage import TwoStage, placer
 from foretaste.shown import Shown
 from foretaste.training.calibration import Calibration, calibrated
 
@@ -45,8 +32,8 @@ class Trained(Shown):
     """
 
     config: Config
-    model: nn.Module
-    """A `Retriever`, a `CatalogueScorer` or a `TwoStage`, in evaluation mode."""
+    model: Model
+    """A `Retriever`, a `Scorer` or a `TwoStage`, in evaluation mode."""
     events: Interactions
     """The training events; its vocabularies say which row is which id."""
     features: Features | None = None
@@ -75,7 +62,7 @@ class Trained(Shown):
         if found is None:
             return self
         told = None if self.features is None else self.features.user
-        if told is not None and events.user_table is not None and reads_profiles(self.model):
+        if told is not None and events.user_table is not None and self.model.reads_profiles:
             found = replace(found, profile=told.encode(events.user_table))
         return replace(self, translation=found)
 
@@ -105,10 +92,8 @@ class Trained(Shown):
     @property
     def _own_known_I(self) -> Bool[Tensor, " I"]:
         known_I = torch.from_numpy(self.events.item_count > 0)
-        model = first_stage(self.model)
-        if isinstance(model, PlacesItems):
-            known_I = known_I | model.placed_I().cpu()
-        return known_I
+        others_I = self.model.first_stage.known_items()
+        return known_I if others_I is None else known_I | others_I.cpu()
 
     @property
     def moment(self) -> FieldSide | None:
@@ -118,7 +103,7 @@ class Trained(Shown):
     @property
     def notes(self) -> tuple[str, ...]:
         """What fitting features left out, what the model does not read of them and of labels."""
-        told, ranker = self.features, second_stage(self.model)
+        told, ranker = self.features, self.model.second_stage
         reads_labels = isinstance(ranker, Ranker) and any(task.column for task in ranker.tasks)
         labels = (
             notes_about_labels(self.events, ranker.tasks)
@@ -130,11 +115,10 @@ class Trained(Shown):
             labels += notes_about_histories(self.events, ranker.tasks, reads=reads)
         if told is None:
             return labels
-        judges = isinstance(ranker, JudgesNewItems) and ranker.judges_new_items
         sides = (
-            ("users", told.user, reads_profiles(self.model)),
-            ("items", told.item, judges or placer(self.model) is not None),
-            ("moments", told.context, reads_moments(self.model)),
+            ("users", told.user, self.model.reads_profiles),
+            ("items", told.item, ranker.scores_new_items or placer(self.model) is not None),
+            ("moments", told.context, self.model.reads_context),
         )
         unread = (
             f"features of {name} are told, and {type(self.model).__name__} was made to read none"
@@ -188,7 +172,7 @@ class Trained(Shown):
                 are no candidates then.
         """
         model, translation = self.model, self.translation
-        find = find_scores(first_stage(model))
+        find = find_scores(model.first_stage)
         unknown_X = (~self._own_known_I).nonzero().squeeze(1)
 
         @torch.inference_mode()
@@ -223,7 +207,7 @@ class Trained(Shown):
         }
 
 
-def find_scores(model: nn.Module) -> Callable[[Queries], Float[Tensor, "B I"]]:
+def find_scores(model: Model) -> Callable[[Queries], Float[Tensor, "B I"]]:
     """Return what scores a block of queries by one model, in a tensor of its own.
 
     Raises:
@@ -234,7 +218,7 @@ def find_scores(model: nn.Module) -> Callable[[Queries], Float[Tensor, "B I"]]:
     def find(queries: Queries) -> Tensor:
         if table_ID is not None and isinstance(model, Retriever):
             return model.encode(queries).float() @ table_ID.T
-        if isinstance(model, CatalogueScorer):
+        if isinstance(model, Scorer):
             return model.score(queries).float().clone()
         raise ConfigError(f"{type(model).__name__} can neither retrieve nor score")
 

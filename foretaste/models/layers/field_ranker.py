@@ -22,10 +22,10 @@ from foretaste.data.batch import Queries
 from foretaste.data.features import Features, FieldTable
 from foretaste.data.histories import Reads
 from foretaste.data.interactions import Interactions
-from foretaste.data.tasks import Task
 from foretaste.errors import ConfigError
+from foretaste.models.base import Ranker, Scorer
 from foretaste.models.layers.grouped_histories import Histories, group_histories
-from foretaste.models.layers.heads import Heads, score_in_blocks
+from foretaste.models.layers.heads import score_in_blocks
 from foretaste.models.layers.pair_mlp import Activation
 from foretaste.models.layers.row_fields import RowFields, RowParts
 from foretaste.models.layers.row_sides import RowFieldsConfig
@@ -35,14 +35,10 @@ _BLOCK_PAIRS = 2**16
 _HISTORY_QUERIES, _HISTORY_PAIRS = 32, 2**13
 
 
-class FieldRanker(nn.Module, ABC):
+class FieldRanker(Ranker, Scorer, ABC):
     """A `Ranker` that reads `RowFields` and answers by `Heads`; a subclass makes both."""
 
-    tasks: tuple[Task, ...]
-    reads: Reads = "nothing"
-    max_len = 0
     fields: RowFields
-    heads: Heads
 
     @abstractmethod
     def raw(
@@ -56,33 +52,23 @@ class FieldRanker(nn.Module, ABC):
     ) -> Mapping[str, Float[Tensor, "B C"]]:
         """Return what the heads read of items that all queries share, given by their fields."""
 
-    @abstractmethod
-    def score(self, queries: Queries) -> Float[Tensor, "B I"]:
-        """Return every item's score, some items at a time."""
-
     def forward(self, queries: Queries, item_BC: Int64[Tensor, "B C"]) -> dict[str, Tensor]:
         """Return what each task learns from."""
         outputs: dict[str, Tensor] = self.heads(self.raw(queries, item_BC))
         return outputs
 
-    def predict(
-        self, queries: Queries, item_BC: Int64[Tensor, "B C"]
-    ) -> dict[str, Float[Tensor, "B C"]]:
-        """Return each task's prediction."""
-        return self.heads.predict(self.raw(queries, item_BC))
-
     def penalty(self, queries: Queries, item_BC: Int64[Tensor, "B C"]) -> Float[Tensor, ""]:
         """Return what the batch's vectors add to the loss for being long."""
         return self.fields.penalty(queries, item_BC)
 
-    def placed_I(self) -> Bool[Tensor, " I"]:
+    def known_items(self) -> Bool[Tensor, " I"]:
         """Return which items have a feature that says something."""
-        return self.fields.placed_I()
+        return self.fields.known_items()
 
     @property
-    def judges_new_items(self) -> bool:
+    def scores_new_items(self) -> bool:
         """Whether items' features are read."""
-        return self.fields.judges_new_items
+        return self.fields.scores_new_items
 
     def of_new_items(self, queries: Queries, table: FieldTable) -> dict[str, Tensor]:
         """Return what each task learns from, of items that are in no table.
@@ -98,13 +84,13 @@ class FieldRanker(nn.Module, ABC):
         """Whether users' features are read."""
         return self.fields.reads_profiles
 
-    def taught_U(self) -> Bool[Tensor, " U"]:
-        """Return whose id training taught; nobody's where no ids of users are read."""
+    def known_users(self) -> Bool[Tensor, " U"]:
+        """Return which users' ids are trained; none where no ids of users are read."""
         return self.fields.taught_U & self.fields.user.has_id
 
     @property
-    def reads_moments(self) -> bool:
-        """Whether features of moments are read."""
+    def reads_context(self) -> bool:
+        """Whether features of the context are read."""
         return self.fields.context.has_features
 
     def begin(self, events: Interactions) -> None:
@@ -112,9 +98,9 @@ class FieldRanker(nn.Module, ABC):
         self.fields.begin(events)
         self.heads.begin(events)
 
-    def learn_newcomers(self, events: Interactions) -> None:
-        """Learn how to answer users that training never saw."""
-        self.fields.learn_newcomers(events)
+    def learn_new_users(self, events: Interactions) -> None:
+        """Learn how to answer new users."""
+        self.fields.learn_new_users(events)
 
 
 class PairRanker(FieldRanker, ABC):

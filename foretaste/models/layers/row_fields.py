@@ -181,7 +181,7 @@ class RowFields(nn.Module):
         """All items, where the weights are."""
         return torch.arange(self.num_items, device=self.taught_I.device)
 
-    def placed_I(self) -> Bool[Tensor, " I"]:
+    def known_items(self) -> Bool[Tensor, " I"]:
         """Return which items have a feature that says something."""
         return self.item.known.known_R
 
@@ -191,7 +191,7 @@ class RowFields(nn.Module):
         return self.user.has_features
 
     @property
-    def judges_new_items(self) -> bool:
+    def scores_new_items(self) -> bool:
         """Whether items' features are read."""
         return self.item.has_features
 
@@ -241,7 +241,7 @@ class RowFields(nn.Module):
         return penalty
 
     @torch.no_grad()
-    def learn_newcomers(self, events: Interactions) -> None:
+    def learn_new_users(self, events: Interactions) -> None:
         """Learn how to answer users of whom only the history is known.
 
         Args:
@@ -283,7 +283,7 @@ class RowFields(nn.Module):
     ) -> Int64[Tensor, "*X S"]:
         dropped_X = None
         if drops and self._drops_ids(self.item):
-            dropped_X = self._drawn(item_X) & self.placed_I()[item_X]
+            dropped_X = self._drawn(item_X) & self.known_items()[item_X]
         return self.item.codes(item_X, self.taught_I, other, dropped_X=dropped_X)
 
     def _drops_ids(self, side: SideFields) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from foretaste.data.batch import SequenceBatch
 from foretaste.data.interactions import Interactions
 from foretaste.data.sequences import Windows
-from foretaste.models.bert4rec import BERT4Rec
+from foretaste.models.base import Retriever
 from foretaste.training.objectives.candidates import CandidateConfig, CandidateLoss
 
 
@@ -50,7 +50,7 @@ class MaskedItem(nn.Module):
         super().__init__()
         self.config, self.loss = config, CandidateLoss(config, events)
 
-    def forward(self, model: BERT4Rec, batch: SequenceBatch) -> Float[Tensor, ""]:
+    def forward(self, model: Retriever, batch: SequenceBatch) -> Float[Tensor, ""]:
         place_BT, real_BT = draw_places(
             batch.valid_BL.sum(dim=1),
             mask_ratio=self.config.mask_ratio,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from foretaste.data.batch import SequenceBatch
 from foretaste.data.interactions import Interactions
 from foretaste.data.sequences import Windows
-from foretaste.models.sasrec import SASRec
+from foretaste.models.base import Retriever
 from foretaste.training.objectives.candidates import CandidateConfig, CandidateLoss
 
 
@@ -43,7 +43,7 @@ class NextItem(nn.Module):
         super().__init__()
         self.loss = CandidateLoss(config, events)
 
-    def forward(self, model: SASRec, batch: SequenceBatch) -> Float[Tensor, ""]:
+    def forward(self, model: Retriever, batch: SequenceBatch) -> Float[Tensor, ""]:
         state_BLD: Tensor = model(batch)
         user_N = batch.user_B.unsqueeze(1).expand_as(batch.item_BL)[batch.valid_BL]
         candidates = self.loss.draw(user_N, batch.item_BL[batch.valid_BL])

@@ -13,10 +13,10 @@ from pydantic import model_validator
 from torch import Tensor, nn
 
 from foretaste.config import Count, CountOrZero, Positive, Weight
-from foretaste.data.batch import PairBatch
+from foretaste.data.batch import PairBatch, Prepared
 from foretaste.data.interactions import Interactions
 from foretaste.errors import ConfigError
-from foretaste.models.interface import PairModel, Prepared, PreparesPairs
+from foretaste.models.base import PairVectors, Retriever
 from foretaste.training.objectives.candidates import (
     CandidateConfig,
     CandidateLoss,
@@ -94,7 +94,7 @@ class DrawnPairs:
     batch: PairBatch
     candidates: Candidates
     prepared: Prepared | None
-    """What a model that `PreparesPairs` made of it."""
+    """What `Retriever.prepare` made of it."""
     generator_state: Tensor
     """Where the step's generator stands after the draw."""
 
@@ -124,7 +124,7 @@ class Pairs(nn.Module):
         super().__init__()
         self.config, self.loss = config, CandidateLoss(config, events)
 
-    def draw(self, model: PairModel, batch: PairBatch, *, seed: int) -> DrawnPairs:
+    def draw(self, model: Retriever, batch: PairBatch, *, seed: int) -> DrawnPairs:
         """Draw what a batch is compared with before its step, which has this seed.
 
         On a CPU the step then gives the same result as if it had drawn itself.
@@ -133,27 +133,22 @@ class Pairs(nn.Module):
         candidates = self.loss.draw(
             batch.queries.user_B, batch.item_B, batch.hard_BH, generator=generator
         )
-        prepared = None
-        if isinstance(model, PreparesPairs):
-            prepared = model.prepare(batch.queries, candidates.item_V)
         return DrawnPairs(
             batch=batch,
             candidates=candidates,
-            prepared=prepared,
+            prepared=model.prepare(batch.queries, candidates.item_V),
             generator_state=generator.get_state(),
         )
 
-    def forward(self, model: PairModel, batch: PairBatch | DrawnPairs) -> Float[Tensor, ""]:
+    def forward(self, model: Retriever, batch: PairBatch | DrawnPairs) -> Float[Tensor, ""]:
         if isinstance(batch, PairBatch):
             candidates = self.loss.draw(batch.queries.user_B, batch.item_B, batch.hard_BH)
             queries, prepared = batch.queries, None
         else:
             candidates, queries, prepared = batch.candidates, batch.batch.queries, batch.prepared
             torch.default_generator.set_state(batch.generator_state)
-        if isinstance(model, PreparesPairs):
-            vectors = model(queries, candidates.item_V, prepared)
-        else:
-            vectors = model(queries, candidates.item_V)
+        ahead = () if prepared is None else (prepared,)
+        vectors: PairVectors = model(queries, candidates.item_V, *ahead)
         loss: Tensor = self.loss(candidates, vectors.query_BD, vectors.item_VD)
         if self.config.l2:
             squares = [_half_square(base_RD) for base_RD in vectors.base]

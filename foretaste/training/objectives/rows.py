@@ -16,7 +16,7 @@ from foretaste.data.batch import RowBatch
 from foretaste.data.memory import check_fits
 from foretaste.data.tasks import LabelScale, Task
 from foretaste.losses.multitask import listwise_loss, task_loss, uncertain_terms
-from foretaste.models.interface import Penalised, Ranker
+from foretaste.models.base import Ranker
 
 USUAL_NEGATIVES = 4
 """Drawn for each row where the data hold only what happened, as He et al. 2017 do."""
@@ -90,14 +90,13 @@ class LabelledRows(nn.Module):
         else:
             hidden_BC = batch.label_BCT[:, :, 0].isnan()
             loss = listwise_loss(outputs[self.tasks[0].name] + batch.first_BC, hidden_BC)
-        if isinstance(model, Penalised):
-            loss = loss + model.penalty(batch.queries, batch.item_BC)
-        return loss
+        penalty = model.penalty(batch.queries, batch.item_BC)
+        return loss if penalty is None else loss + penalty
 
     def _check_judged(self, model: Ranker, batch: RowBatch) -> None:
         """Count what the layers make of each item: values, their gradient, and what ReLU keeps."""
-        layers = model.modules() if isinstance(model, nn.Module) else ()
-        widths = sum(layer.out_features for layer in layers if isinstance(layer, nn.Linear))
+        linear = (layer for layer in model.modules() if isinstance(layer, nn.Linear))
+        widths = sum(layer.out_features for layer in linear)
         num = batch.item_BC.shape[1] - 1
         check_fits(
             batch.item_BC.numel() * widths * 12,

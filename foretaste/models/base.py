@@ -1,0 +1,215 @@
+"""What every model is: a network that says in attributes and methods what it can do.
+
+A retriever has a vector for each query and each item, a ranker judges given items, a scorer gives
+every item a score. A model overrides what it can do and inherits the rest; nobody asks for more
+than these classes say.
+
+Shape legend: B queries, I items, U users, V items of a batch, C items of each query, D width,
+E experts, K thresholds between an ordinal task's levels, L positions, R rows.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import ClassVar, Literal, NamedTuple
+
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor, nn
+
+from foretaste.data.batch import Prepared, Queries
+from foretaste.data.features import FieldTable
+from foretaste.data.histories import Reads
+from foretaste.data.interactions import Interactions
+from foretaste.data.tasks import Task
+from foretaste.errors import ConfigError
+from foretaste.models.layers.heads import Heads
+
+LearnsBy = Literal["pairs", "next_item", "masked_item", "rows", "events"]
+"""What a model learns from, and what `forward` then takes and gives.
+
+"pairs": `(queries, item_V)` to `PairVectors`, and a third argument where `prepare` gives one.
+"next_item": a `SequenceBatch` to L + 1 states a row, before any event and after each.
+"masked_item": a `SequenceBatch` and places (B, T) to the states of these hidden places.
+"rows": `(queries, item_BC)` to what each task learns from, by its name.
+"events": nothing; `learn` takes all events at once, without steps of gradient descent.
+"""
+
+
+class Model(nn.Module, ABC):
+    """What all models share, as one that can do nothing of it."""
+
+    learns_by: ClassVar[LearnsBy | None] = None
+    """None: it is made of models that have learned."""
+    reads: Reads = "nothing"
+    """What of a user's history it reads while it learns."""
+    max_len: int = 0
+    """How many events of it."""
+
+    @property
+    def reads_profiles(self) -> bool:
+        """Whether it was made with features of users: `Queries.profile` holds a new user's."""
+        return False
+
+    @property
+    def reads_context(self) -> bool:
+        """Whether it was made with features of the context: `Queries.context` holds them."""
+        return False
+
+    @property
+    def scores_new_items(self) -> bool:
+        """Whether it was made with features of items, by which an item without a row is scored."""
+        return False
+
+    @property
+    def first_stage(self) -> "Model":
+        """The model that finds items in the catalogue: of two stages the first, else itself."""
+        return self
+
+    @property
+    def second_stage(self) -> "Model":
+        """The model that judges given items: of two stages the second, else itself."""
+        return self
+
+    def learn(self, events: Interactions) -> None:
+        """Learn from all events at once, where `learns_by` is "events".
+
+        Raises:
+            TooLargeError: What it keeps would not fit in memory; nothing is made before.
+        """
+        raise ConfigError(f"{type(self).__name__} does not learn from all events at once")
+
+    def begin(self, events: Interactions) -> None:
+        """Take from the training events what must be known before the first step."""
+
+    def learn_new_users(self, events: Interactions) -> None:
+        """Work out from the weights how to answer users without a vector of their own.
+
+        It is quick and changes no weight that training reads, so it is done before each validation:
+        what is validated is what will answer.
+        """
+
+    def finish(self) -> None:
+        """Fill what answers need and training does not, such as final tables."""
+
+    def known_users(self) -> Bool[Tensor, " U"] | None:
+        """Return which users are known by their id, also without a history; None: none is."""
+        return None
+
+    def known_items(self) -> Bool[Tensor, " I"] | None:
+        """Return which items are known without an event, by features or edges; None: none is."""
+        return None
+
+
+class PairVectors(NamedTuple):
+    """A batch of users, and the items that they are compared with."""
+
+    query_BD: Float[Tensor, "B D"]
+    item_VD: Float[Tensor, "V D"]
+    base: tuple[Tensor, ...]
+    """Tables of rows (R, D) whose length `l2` holds down, such as the looked-up embeddings."""
+    views: tuple[tuple[Tensor, Tensor], ...] = ()
+    """Two tables (R, D) that give the same rows in two ways, of users and of items."""
+
+
+class Retriever(Model, ABC):
+    """A model that scores by a dot product, so that its items can be indexed."""
+
+    @abstractmethod
+    def encode(self, queries: Queries) -> Float[Tensor, "B D"]:
+        """Return each query's vector; a user without history gets one too."""
+
+    @abstractmethod
+    def item_table(self) -> Float[Tensor, "I D"]:
+        """Return every item's vector; a score is its dot product with a query's."""
+
+    def prepare(self, queries: Queries, item_V: Int64[Tensor, " V"]) -> Prepared | None:
+        """Do the work on a batch of pairs that takes no weights; None: there is none.
+
+        A producer may do it ahead of the trainer: on the CPU, in several threads at once.
+        """
+        return None
+
+    def item_from_features(self, table: FieldTable) -> Float[Tensor, "R D"]:
+        """Return a vector like an item's for each row of features.
+
+        Raises:
+            ConfigError: The model reads no features of items.
+        """
+        raise _reads_no_items(self)
+
+
+class Ranker(Model, ABC):
+    """A model that judges given items in a context, for one task or several."""
+
+    learns_by: ClassVar[LearnsBy | None] = "rows"
+    has_gates: ClassVar[bool] = False
+    """Whether its tasks mix experts, by `gates`."""
+    tasks: tuple[Task, ...]
+    heads: Heads
+    """From what each task learns from to its prediction, and to the order of a list."""
+
+    @abstractmethod
+    def forward(self, queries: Queries, item_BC: Int64[Tensor, "B C"]) -> Mapping[str, Tensor]:
+        """Return what each task learns from, by the task's name.
+
+        Of a binary task the logit (B, C); of a regression the standardised value (B, C); of an
+        ordinal one the logits (B, C, K) of lying above each level but the last.
+        """
+
+    def predict(
+        self, queries: Queries, item_BC: Int64[Tensor, "B C"]
+    ) -> Mapping[str, Float[Tensor, "B C"]]:
+        """Return each task's prediction: a probability, a value in the label's own unit, or the
+        expected level.
+        """
+        return self.heads.predictions(self(queries, item_BC))
+
+    def penalty(self, queries: Queries, item_BC: Int64[Tensor, "B C"]) -> Float[Tensor, ""] | None:
+        """Return what the model's settings add to the loss of a batch; None: nothing."""
+        return None
+
+    def of_new_items(self, queries: Queries, table: FieldTable) -> Mapping[str, Tensor]:
+        """Return what each task learns from, for every query and every row of features.
+
+        Raises:
+            ConfigError: The model reads no features of items.
+        """
+        raise _reads_no_items(self)
+
+    @property
+    def attends(self) -> bool:
+        """Whether it weighs a user's events by the item that is judged."""
+        return False
+
+    def attention_weights(
+        self, queries: Queries, item_BC: Int64[Tensor, "B C"]
+    ) -> Float[Tensor, "B C L"]:
+        """Return how much each of the last `max_len` events matters to each item, oldest first.
+
+        Raises:
+            ConfigError: The model reads no histories.
+        """
+        raise ConfigError(f"{type(self).__name__} reads no histories: none of their events weighs")
+
+    def gates(
+        self, queries: Queries, item_BC: Int64[Tensor, "B C"]
+    ) -> Mapping[str, Float[Tensor, "B C E"]]:
+        """Return how each task weighs the experts, by the task's name; each pair's sum to 1.
+
+        Raises:
+            ConfigError: There are no experts.
+        """
+        raise ConfigError(f"{type(self).__name__} has no gates: MMoE has")
+
+
+class Scorer(Model, ABC):
+    """A model that gives every item a score for a block of users, with no vectors to index."""
+
+    @abstractmethod
+    def score(self, queries: Queries) -> Float[Tensor, "B I"]:
+        """Return a score for each item, higher is better, all finite."""
+
+
+def _reads_no_items(model: Model) -> ConfigError:
+    return ConfigError(
+        f"{type(model).__name__} reads no features of items: it knows them by their ids alone"
+    )

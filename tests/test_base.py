@@ -1,0 +1,134 @@
+"""What a model says of itself decides what is done with it, whatever its name."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from foretaste.config import Config
+from foretaste.data.batch import Queries, SequenceBatch, last_events
+from foretaste.data.features_table import FieldTable
+from foretaste.errors import ConfigError
+from foretaste.experiment.learning import make_learning, usual_objective
+from foretaste.models.base import Ranker, Retriever, Scorer
+from foretaste.models.ease import EASE, EASEConfig
+from foretaste.models.mf import MF, MFConfig
+from foretaste.models.neumf import NCF, GMFConfig
+from foretaste.models.sasrec import SASRec, SASRecConfig
+from foretaste.models.two_stage import TwoStage
+from foretaste.training.objectives.masked_item import MaskedItemConfig
+from foretaste.training.objectives.next_item import NextItemConfig
+from foretaste.training.objectives.pairs import PairsConfig
+from foretaste.training.objectives.rows import RowsConfig
+from foretaste.training.trained import Trained
+from tests.test_contract import EVENTS, GROUP_SIZE, NUM_ITEMS, learn_next_item
+
+
+class LastItem(Retriever):
+    """Predicts the next item from the last one alone; the package has never heard of it."""
+
+    learns_by = "next_item"
+    max_len = 10
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.items = nn.Embedding(NUM_ITEMS, 16)
+        self.next = nn.Linear(16, 16)
+        self.start = nn.Parameter(torch.zeros(16))
+        nn.init.normal_(self.items.weight, std=0.1)
+
+    def forward(self, batch: SequenceBatch) -> Tensor:
+        start_B1D = self.start.expand(len(batch), 1, -1)
+        states: Tensor = self.next(torch.cat([start_B1D, self.items(batch.item_BL)], dim=1))
+        return states
+
+    def encode(self, queries: Queries) -> Tensor:
+        state_BLD = self(last_events(queries, 1))
+        has_B1 = (queries.offsets_B1.diff() > 0).unsqueeze(1)
+        return state_BLD[:, 1].where(has_B1, state_BLD[:, 0])
+
+    def item_table(self) -> Tensor:
+        return self.items.weight
+
+
+def test_a_model_of_an_unknown_class_learns_by_what_it_says() -> None:
+    torch.manual_seed(0)
+    model = LastItem()
+    learning = make_learning(model, usual_objective(model), EVENTS, batch_events=100, seed=0)
+    loss = learning.objective(model, learning.plan(0).batch(0))
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_an_objective_that_a_model_does_not_learn_by_is_named_beside_the_one_that_it_does() -> None:
+    with pytest.raises(ConfigError, match="'pairs', but LastItem learns by 'next_item'") as caught:
+        make_learning(LastItem(), PairsConfig(), EVENTS, batch_events=100, seed=0)
+    assert (caught.value.name, caught.value.value) == ("objective.kind", "pairs")
+
+
+def test_the_usual_objective_is_the_one_that_the_class_names() -> None:
+    sizes = {"num_users": 1, "num_items": 2}
+    mf, gmf = MF(MFConfig(), **sizes), NCF(GMFConfig(), **sizes)
+    assert isinstance(usual_objective(mf), PairsConfig)
+    assert isinstance(usual_objective(gmf), RowsConfig)
+    assert isinstance(usual_objective(SASRec(SASRecConfig(), num_items=2)), NextItemConfig)
+    ease = EASE(EASEConfig(), num_items=2)
+    for model in (ease, TwoStage(mf, gmf, num_candidates=1)):
+        with pytest.raises(ConfigError, match=type(model).__name__):
+            usual_objective(model)
+    assert not isinstance(usual_objective(mf), MaskedItemConfig)
+
+
+def test_a_class_that_leaves_out_what_it_owes_cannot_be_made() -> None:
+    class NoVectors(Retriever):
+        pass
+
+    for owes in (NoVectors, Retriever, Ranker, Scorer):
+        with pytest.raises(TypeError, match="abstract"):
+            owes()
+
+
+def test_what_a_model_cannot_do_is_refused_by_its_name() -> None:
+    model = MF(MFConfig(), num_users=1, num_items=2)
+    with pytest.raises(ConfigError, match="MF does not learn from all events"):
+        model.learn(EVENTS)
+    none, no_codes = torch.empty(0), torch.empty(1, 0, dtype=torch.long)
+    table = FieldTable(
+        code_RC=no_codes,
+        bag_N=none.long(),
+        bag_offsets_RG1=torch.zeros(1, 1, dtype=torch.long),
+        number_RM=none.view(1, 0),
+        vectors=(),
+        present_RF=no_codes.bool(),
+    )
+    with pytest.raises(ConfigError, match="MF reads no features"):
+        model.item_from_features(table)
+    ranker = NCF(GMFConfig(), num_users=1, num_items=2)
+    nothing = Queries.of_histories([[]]), torch.zeros(1, 1, dtype=torch.long)
+    for ask_ranker in (ranker.attention_weights, ranker.gates):
+        with pytest.raises(ConfigError, match="NCF"):
+            ask_ranker(*nothing)
+
+
+def test_two_stages_say_what_either_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    retriever, ranker = LastItem(), NCF(GMFConfig(), num_users=1, num_items=NUM_ITEMS)
+    both = TwoStage(retriever, ranker, num_candidates=3)
+    assert (both.first_stage, both.second_stage) == (retriever, ranker)
+    assert (ranker.first_stage, ranker.second_stage) == (ranker, ranker)
+    assert not both.reads_profiles
+    assert not both.reads_context
+    monkeypatch.setattr(LastItem, "reads_profiles", True)
+    assert both.reads_profiles
+    monkeypatch.setattr(NCF, "reads_context", True)
+    assert both.reads_context
+
+
+def test_a_model_of_an_unknown_class_is_trained_and_answers_like_any_other() -> None:
+    torch.manual_seed(0)
+    model = LastItem()
+    learn_next_item(model, EVENTS, epochs=30)
+    trained = Trained(config=Config(), model=model.eval(), events=EVENTS, seed=0)
+    # the seven other items of the group of item 9; by chance, 7 of 39
+    score_I = trained.score(Queries.of_histories([[30, 9]]))[0].index_fill(
+        0, torch.tensor([9]), -torch.inf
+    )
+    assert (score_I.topk(7).indices // GROUP_SIZE == 1).float().mean() > 0.8
