@@ -17,8 +17,9 @@ from foretaste.data.interactions import Interactions
 from foretaste.data.pairs import plan_pairs
 from foretaste.data.vocabulary import Vocabulary
 from foretaste.errors import ConfigError
+from foretaste.models import lightgcn
 from foretaste.models.layers.graph_conv import GraphConv, Perturbation
-from foretaste.models.lightgcn import LightGCN, LightGCNConfig
+from foretaste.models.lightgcn import LightGCN, LightGCNConfig, Send, propagate
 from foretaste.models.pinsage import PinSageConfig
 from foretaste.training.fit import Fit
 from foretaste.training.objectives.pairs import Pairs, PairsConfig
@@ -91,8 +92,8 @@ def test_the_propagation_is_the_mean_of_the_powers_of_a_dense_matrix(
     found = GraphConv(graph)(x_VD, node_R, num_layers=num_layers, view_layer=num_layers)
     expected_VD = torch.stack([power @ x_VD for power in powers]).mean(0)
     torch.testing.assert_close(found.mean_RD, expected_VD[node_R], rtol=1e-12, atol=1e-12)
-    mean_VD = GraphConv(graph).mean(x_VD, num_layers=num_layers)
-    torch.testing.assert_close(mean_VD, expected_VD, rtol=1e-12, atol=1e-12)
+    reference_VD = propagate(x_VD, GraphConv(graph).product, num_layers=num_layers)
+    torch.testing.assert_close(reference_VD, expected_VD, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(found.view_RD, (powers[-1] @ x_VD)[node_R], rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(found.layer_0_RD, x_VD[node_R])
 
@@ -108,21 +109,24 @@ def test_its_gradient_is_right_to_every_node_and_from_every_output(graph: Graph)
             (x_VD,),
         )
     assert torch.autograd.gradcheck(conv.product, (x_VD,))
-    assert torch.autograd.gradcheck(lambda x_VD: conv.mean(x_VD, num_layers=3), (x_VD,))
 
 
-def test_the_backward_pass_is_the_forward_product() -> None:
+@pytest.mark.parametrize("num_layers", [1, 2, 4])
+def test_the_fast_path_has_the_values_and_gradients_of_the_reference(
+    graph: Graph, num_layers: int
+) -> None:
     torch.manual_seed(0)
-    graph = make_graph(random_events())
-    conv, every = GraphConv(graph), torch.arange(graph.num_nodes)
-    x_VD = torch.randn(graph.num_nodes, 4, requires_grad=True)
-    grad_VD = torch.randn(graph.num_nodes, 4)
-    conv.mean(x_VD, num_layers=3).backward(grad_VD)
-    assert x_VD.grad is not None
-    assert torch.equal(x_VD.grad, conv.mean(grad_VD, num_layers=3))
-    x_VD.grad = None
-    conv(x_VD, every, num_layers=3).mean_RD.backward(grad_VD)
-    torch.testing.assert_close(x_VD.grad, conv.mean(grad_VD, num_layers=3))
+    conv = GraphConv(graph)
+    x_VD = torch.randn(graph.num_nodes, 3, dtype=torch.float64, requires_grad=True)
+    node_R = torch.randint(graph.num_nodes, (9,))
+    grad_RD = torch.randn(9, 3, dtype=torch.float64)
+    fast_RD = conv(x_VD, node_R, num_layers=num_layers).mean_RD
+    reference_RD = propagate(x_VD, conv.product, num_layers=num_layers)[node_R]
+    torch.testing.assert_close(fast_RD, reference_RD, rtol=1e-12, atol=1e-12)
+    (of_fast,), (of_reference,) = (
+        torch.autograd.grad(found, x_VD, grad_RD) for found in (fast_RD, reference_RD)
+    )
+    torch.testing.assert_close(of_fast, of_reference, rtol=1e-12, atol=1e-12)
 
 
 def test_an_isolated_node_gives_nothing_and_gets_nothing() -> None:
@@ -205,8 +209,9 @@ BOTH = pytest.mark.parametrize(
         LightGCNConfig(embedding_dim=8),
         LightGCNConfig(embedding_dim=8, num_layers=2, transform=True),
         LightGCNConfig(embedding_dim=8, similarity="cosine", temperature=0.2, num_layers=1),
+        LightGCNConfig(embedding_dim=8, propagation="reference"),
     ],
-    ids=["light", "transformed", "cosine"],
+    ids=["light", "transformed", "cosine", "reference"],
 )
 
 
@@ -269,6 +274,49 @@ def test_a_known_user_with_more_events_is_what_a_graph_with_them_would_give(
     )  # of whom less is told is placed by that alone
 
 
+def test_a_run_by_the_reference_is_the_fast_run() -> None:
+    events, queries = planted(), Queries.of_histories([[0, 1], [7], [], [23, 2, 8]])
+    fast, slow = (
+        trained(events, LightGCNConfig(embedding_dim=8, propagation=name), epochs=3)
+        for name in ("fast", "reference")
+    )
+    for ask in (all_queries(events), queries):
+        torch.testing.assert_close(slow.encode(ask), fast.encode(ask), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(slow.item_table(), fast.item_table(), rtol=1e-3, atol=1e-4)
+
+
+def test_another_equation_in_place_of_the_reference_is_learned_and_answered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The last layer alone, as a student might try: known and new users, items, and training."""
+
+    def last_layer(layer_0_ND: Tensor, send: Send, *, num_layers: int) -> Tensor:
+        for _ in range(num_layers):
+            layer_0_ND = send(layer_0_ND)
+        return layer_0_ND
+
+    events = random_events()
+    config = LightGCNConfig(embedding_dim=8, num_layers=2, propagation="reference")
+    before = model_of(events, config).eval()
+    history = Queries.of_histories([[0, 3, 5]])
+    a_VV, layer_VD = dense(graph_of(events)).float(), before.layer_0.weight.detach()
+    of_item_ID = (a_VV @ a_VV @ layer_VD)[12:]
+    means = before.encode(history), before.item_table()
+    monkeypatch.setattr(lightgcn, "propagate", last_layer)
+    model = model_of(events, config).eval()
+    vectors = model(all_queries(events), torch.arange(9))
+    torch.testing.assert_close(vectors.item_VD, of_item_ID)
+    torch.testing.assert_close(model.item_table(), of_item_ID)
+    torch.testing.assert_close(model.encode(all_queries(events)), vectors.query_BD)
+    # a new user is the sum of (n d_i)^-1/2 times the first layer of the items
+    degree_I = torch.from_numpy(graph_of(events).degree_V[12:])
+    one_ID = (a_VV @ layer_VD)[12:]
+    new_D = sum(one_ID[item] / (3 * degree_I[item]) ** 0.5 for item in (0, 3, 5))
+    torch.testing.assert_close(model.encode(history)[0], new_D)
+    assert not torch.allclose(means[0], model.encode(history))
+    assert not torch.allclose(means[1], model.item_table())
+
+
 def planted(num_users: int = 80, *, extra_items: int = 0) -> Interactions:
     """Each user does four of the six items of one of four groups."""
     rng = np.random.default_rng(0)
@@ -278,11 +326,13 @@ def planted(num_users: int = 80, *, extra_items: int = 0) -> Interactions:
     return events_of(histories, num_items=GROUPS * SIZE + extra_items)
 
 
-def trained(events: Interactions, config: LightGCNConfig, **objective: object) -> LightGCN:
+def trained(
+    events: Interactions, config: LightGCNConfig, *, epochs: int = 20, **objective: object
+) -> LightGCN:
     model = model_of(events, config)
     Fit(
         model,
-        TrainingConfig(epochs=20, learning_rate=0.03, warmup_steps=5, device="cpu"),
+        TrainingConfig(epochs=epochs, learning_rate=0.03, warmup_steps=5, device="cpu"),
         seed=0,
         plan=lambda epoch: plan_pairs(
             events, batch_events=100, generator=epoch_generator(0, epoch)

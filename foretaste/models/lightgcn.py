@@ -18,10 +18,16 @@ layers are brought to length 1 before they are put side by side.
 Further departures: ties of any kind join those of the events, weighted (`GraphConfig`); a node
 without ties is 0; whom training did not see is placed by `answer_users`.
 
+`propagate` is the first equation, line by line. `GraphConv` gives the same vectors and gradients of
+the nodes of a batch in half of the time and memory; the tests compare the two. To try another
+equation, change `propagate` and set `propagation = "reference"`: training, answers, and new users
+then run through it, and through nothing else.
+
 Shape legend: B users, V items of a batch, I items of the catalogue, N nodes of the graph, R rows,
 D width of layer 0, W width of what a node sends, F width of the answer.
 """
 
+from collections.abc import Callable
 from typing import ClassVar, Literal, final
 
 import torch
@@ -82,6 +88,9 @@ class LightGCNConfig(Config):
     """How many users, and how many items, of a batch are compared so."""
     edge_dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of ties left out at each step."""
+    propagation: Literal["fast", "reference"] = "fast"
+    """"fast": only what a batch needs, by a backward pass of its own; "reference": the equation as
+    it is written in the model's file, slower, to be changed by whoever studies it."""
     transform: bool = False
     """NGCF: each layer multiplies by matrices and bends what it passes along, and the layers stand
     side by side. An ablation: slower, and worse in LightGCN's paper."""
@@ -94,9 +103,29 @@ class LightGCNConfig(Config):
             raise ValueError(
                 f"contrast_layer {self.contrast_layer} is beyond num_layers {self.num_layers}"
             )
-        if self.transform and (self.noise or self.contrast_layer or self.edge_dropout):
-            raise ValueError("transform goes without noise, contrast_layer and edge_dropout")
+        if not self.is_fast and (self.noise or self.contrast_layer or self.edge_dropout):
+            slow = "transform" if self.transform else 'propagation = "reference"'
+            raise ValueError(f"{slow} goes without noise, contrast_layer and edge_dropout")
         return self
+
+    @property
+    def is_fast(self) -> bool:
+        """Whether `GraphConv` propagates, and not an equation layer by layer."""
+        return self.propagation == "fast" and not self.transform
+
+
+Send = Callable[[Tensor], Tensor]
+r"""From a vector for each node to what each receives: :math:`D^{-1/2} A D^{-1/2} E`."""
+
+
+def propagate(
+    layer_0_ND: Float[Tensor, "N D"], send: Send, *, num_layers: int
+) -> Float[Tensor, "N D"]:
+    """Return each node's vector: the mean of what reaches it in 0, 1, … and L steps."""
+    layers = [layer_0_ND]
+    for _ in range(num_layers):
+        layers.append(send(layers[-1]))
+    return torch.stack(layers).mean(dim=0)
 
 
 @final
@@ -145,17 +174,19 @@ class LightGCN(Retriever):
             ConfigError: The model was made without a graph.
         """
         num_B, node_R = len(queries), torch.cat([queries.user_B, self.num_users + item_V])
-        if self.mixes:
-            vector_RF = F.embedding(node_R, self._transformed())
-            base_RD = view_RF = F.embedding(node_R, self.layer_0.weight)
-        else:
-            vector_RF, base_RD, view_RF = self._made()[1](
+        conv = self._made()[1]
+        if self.config.is_fast:
+            vector_RF, base_RD, view_RF = conv(
                 self.layer_0.weight,
                 node_R,
                 num_layers=self.config.num_layers,
                 view_layer=self.config.contrast_layer,
                 change=self.change if self.training else None,
             )
+        else:
+            vector_NF = self._equation(self.layer_0.weight, conv.product)
+            vector_RF = F.embedding(node_R, vector_NF)
+            base_RD = view_RF = F.embedding(node_R, self.layer_0.weight)
         views: tuple[tuple[Tensor, Tensor], ...] = ()
         if self.config.contrast_layer:
             few = self.config.contrast_rows
@@ -220,14 +251,7 @@ class LightGCN(Retriever):
     def _propagated(self) -> NodeTables:
         """Pass the vectors along and note what each node sends and receives at each layer."""
         graph, conv = self._made()
-        layer_ND = self.layer_0.weight
-        sent = [layer_ND]
-        for layer in range(1, self.config.num_layers):
-            layer_ND = conv.product(layer_ND)
-            if self.mixes:
-                layer_ND = self.mixes[layer - 1](sent[-1], layer_ND)
-            sent.append(layer_ND)
-        sent_NW = torch.cat(sent, dim=1) if self.mixes else torch.stack(sent).sum(dim=0)
+        sent_NW = self._sent(conv)
         sent_NW = sent_NW * conv.scale_V.to(sent_NW.dtype).unsqueeze(1)
         received_NW = conv.sum_neighbours(sent_NW)
         strength_N = conv.strength_V.to(sent_NW.dtype)
@@ -249,19 +273,34 @@ class LightGCN(Retriever):
             placed_I=(tied_I & ~has_user_I).to(device),
         )
 
-    def _combine(self, layer_0_BD: Tensor, received_BW: Tensor) -> Tensor:
-        """Return the mean over layers; with a transformation, the layers side by side."""
-        if not self.mixes:
-            return (layer_0_BD + received_BW) / (self.config.num_layers + 1)
-        layers = [layer_0_BD]
-        for mix, received_BD in zip(self.mixes, received_BW.chunk(len(self.mixes), 1), strict=True):
-            layers.append(mix(layers[-1], received_BD))
-        return _side_by_side(layers)
+    def _sent(self, conv: GraphConv) -> Float[Tensor, "N W"]:
+        """Return what each node sends in each step, side by side; their sum where it is fast."""
+        sent = [self.layer_0.weight]
+        if self.config.is_fast:
+            for _ in range(1, self.config.num_layers):
+                sent.append(conv.product(sent[-1]))
+            return torch.stack(sent).sum(dim=0)
 
-    def _transformed(self) -> Tensor:
-        conv, layers = self._made()[1], [self.layer_0.weight]
+        def send(layer_ND: Tensor) -> Tensor:
+            sent.append(layer_ND)
+            return conv.product(layer_ND)
+
+        self._equation(sent.pop(), send)
+        return torch.cat(sent, dim=1)
+
+    def _combine(self, layer_0_BD: Tensor, received_BW: Tensor) -> Tensor:
+        """Return some nodes' vectors from what they have received in each step."""
+        if self.config.is_fast:
+            return (layer_0_BD + received_BW) / (self.config.num_layers + 1)
+        received = iter(received_BW.split(self.config.embedding_dim, dim=1))
+        return self._equation(layer_0_BD, lambda _: next(received))
+
+    def _equation(self, layer_0_ND: Tensor, send: Send) -> Tensor:
+        if not self.mixes:
+            return propagate(layer_0_ND, send, num_layers=self.config.num_layers)
+        layers = [layer_0_ND]
         for mix in self.mixes:
-            layers.append(mix(layers[-1], conv.product(layers[-1])))
+            layers.append(mix(layers[-1], send(layers[-1])))
         return _side_by_side(layers)
 
     def _made(self) -> tuple[Graph, GraphConv]:

@@ -112,14 +112,6 @@ class GraphConv(nn.Module):
         )
         return Propagated(*vectors)
 
-    def mean(self, x_VD: Float[Tensor, "V D"], *, num_layers: int) -> Float[Tensor, "V D"]:
-        r"""Return every node's mean over the layers 0 to L.
-
-        .. math:: \bar x = \frac{1}{L + 1} \sum_{l=0}^{L} \hat A^l x
-        """
-        mean_VD: Tensor = _Mean.apply(x_VD, self, num_layers)  # type: ignore[no-untyped-call]
-        return mean_VD
-
     def product(self, x_VD: Float[Tensor, "V D"]) -> Float[Tensor, "V D"]:
         r"""Return :math:`\hat A x`: each node's neighbours, once passed along."""
         out_VD: Tensor = _Product.apply(x_VD, self)  # type: ignore[no-untyped-call]
@@ -194,31 +186,11 @@ class _Product(torch.autograd.Function):
 
 
 @final
-class _Mean(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_VD: Tensor, conv: GraphConv, num_layers: int) -> Tensor:
-        ctx.conv, ctx.num_layers = conv, num_layers
-        return _mean(x_VD, conv, num_layers)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
-        return _mean(grad_outputs[0], ctx.conv, ctx.num_layers), None, None
-
-
-def _mean(x_VD: Tensor, conv: GraphConv, num_layers: int) -> Tensor:
-    """Sum the powers by Horner's rule; between two products rows stay scaled by D^-1/2."""
-    row_VD = first_VD = conv.enter(x_VD)
-    scale_V1 = conv.row_scale_V.to(x_VD.dtype).unsqueeze(1)
-    for _ in range(num_layers - 1):
-        row_VD = conv.sum_rows(row_VD)
-        torch.addcmul(first_VD, row_VD, scale_V1.square(), out=row_VD)
-    share = 1 / (num_layers + 1)
-    return conv.leave(conv.sum_rows(row_VD), by=share).add_(x_VD.detach(), alpha=share)
-
-
-@final
 class _Propagate(torch.autograd.Function):
-    """`_mean` for a few nodes, whose rows are picked from each layer on the way."""
+    """The mean over layers of a few nodes, whose rows are picked from each layer on the way.
+
+    Between two products rows stay scaled by D^-1/2. `models.lightgcn.propagate` is its oracle.
+    """
 
     @staticmethod
     def forward(
