@@ -9,6 +9,7 @@ import torch
 from foretaste.experiment.facts import run_facts
 from foretaste.experiment.recipe import ExperimentConfig, Protocol, read_experiment
 from foretaste.experiment.record import protocol_of
+from foretaste.models.base import LearnsBy
 
 
 def test_a_run_s_date_is_now_in_utc_to_the_second() -> None:
@@ -39,7 +40,8 @@ def test_every_result_says_what_it_may_be_compared_by(path: Path) -> None:
     record = json.loads(path.read_text(encoding="utf-8"))
     ours = Protocol(**{name: record[name] for name in Protocol.model_fields})
     config = read_experiment(path.parents[1] / f"{record['recipe']}.toml")
-    assert ours.negatives == protocol_of(config, {}).negatives
+    learns_by = "rows" if config.objective is None else config.objective.kind
+    assert ours.negatives == protocol_of(config, {}, learns_by=learns_by).negatives
     if record["published"]:
         assert Protocol(**record["published_as"]) == config.published_as
     if "refitted" in record:
@@ -55,19 +57,22 @@ def test_figures_are_compared_with_those_of_as_many_events_and_the_same_negative
 
 
 @pytest.mark.parametrize(
-    ("model", "objective", "negatives"),
+    ("model", "learns_by", "objective", "negatives"),
     [
-        ({"kind": "ease"}, None, "none"),
-        ({"kind": "sasrec"}, None, "all items"),
-        ({"kind": "sasrec"}, {"kind": "next_item", "loss": "bce"}, "drawn again"),
-        ({"kind": "mf"}, {"kind": "pairs", "loss": "softmax"}, "all items"),
-        ({"kind": "mf"}, None, "drawn again"),
-        ({"kind": "din", "task": {"name": "click", "column": "click"}}, None, "fixed"),
-        ({"kind": "din"}, None, "drawn again"),
+        ({"kind": "ease"}, "events", None, "none"),
+        ({"kind": "sasrec"}, "next_item", None, "all items"),
+        ({"kind": "sasrec"}, "next_item", {"kind": "next_item", "loss": "bce"}, "drawn again"),
+        ({"kind": "mf"}, "pairs", {"kind": "pairs", "loss": "softmax"}, "all items"),
+        ({"kind": "mf"}, "pairs", None, "drawn again"),
+        ({"kind": "din", "task": {"name": "click", "column": "click"}}, "rows", None, "fixed"),
+        ({"kind": "din"}, "rows", None, "drawn again"),
     ],
 )
 def test_a_protocol_says_what_negatives_a_recipe_has(
-    model: dict[str, object], objective: dict[str, object] | None, negatives: str
+    model: dict[str, object],
+    learns_by: LearnsBy,
+    objective: dict[str, object] | None,
+    negatives: str,
 ) -> None:
     config = ExperimentConfig.model_validate(
         {
@@ -78,5 +83,6 @@ def test_a_protocol_says_what_negatives_a_recipe_has(
         }
     )
     seen = {"epochs": [{"validation": 0.5}]}
-    assert protocol_of(config, seen) == Protocol(negatives=negatives)  # type: ignore[arg-type]
-    assert protocol_of(config, {}).selection == "fixed epochs"
+    found = protocol_of(config, seen, learns_by=learns_by)
+    assert found == Protocol(negatives=negatives)  # type: ignore[arg-type]
+    assert protocol_of(config, {}, learns_by=learns_by).selection == "fixed epochs"

@@ -10,6 +10,7 @@ from foretaste.evaluation.reports import Reports
 from foretaste.experiment.facts import run_facts
 from foretaste.experiment.recipe import ExperimentConfig, Negatives, Protocol
 from foretaste.experiment.run import Run
+from foretaste.models.base import LearnsBy
 from foretaste.models.catalogue import tasks_of
 from foretaste.training.objectives.candidates import CandidateConfig
 from foretaste.training.objectives.masked_item import MaskedItemConfig
@@ -41,7 +42,7 @@ def record_run(
         **run_facts(),
         "train_seconds": round(run.trained.train_seconds, 1),
         "epochs": run.trained.log.get("best_epoch", 0),
-        **protocol_of(config, run.trained.log).model_dump(),
+        **protocol_of(config, run.trained.log, learns_by=run.trained.model.learns_by).model_dump(),
         "metrics": dict(run.report.metrics),
         "intervals": {name: list(ends) for name, ends in run.report.intervals.items()},
     }
@@ -59,12 +60,15 @@ def record_run(
     return record | published | {"notes": config.notes}
 
 
-def protocol_of(config: ExperimentConfig, log: Mapping[str, object]) -> Protocol:
+def protocol_of(
+    config: ExperimentConfig, log: Mapping[str, object], *, learns_by: LearnsBy | None
+) -> Protocol:
     """Return what a figure of a recipe's first run may be compared by.
 
     Args:
         config: The recipe.
         log: What training saw.
+        learns_by: What its model learns from.
     """
     epochs = log.get("epochs", ())
     chosen = isinstance(epochs, list | tuple) and any(
@@ -72,22 +76,22 @@ def protocol_of(config: ExperimentConfig, log: Mapping[str, object]) -> Protocol
     )
     return Protocol(
         trained_on="train",
-        negatives=_negatives(config),
+        negatives=_negatives(config, learns_by),
         selection="validation" if chosen else "fixed epochs",
     )
 
 
-def _negatives(config: ExperimentConfig) -> Negatives:
+def _negatives(config: ExperimentConfig, learns_by: LearnsBy | None) -> Negatives:
     objective, tasks = config.objective, tasks_of(config.model)
     if tasks:
         rows = objective if isinstance(objective, RowsConfig) else RowsConfig()
         return "drawn again" if rows.num_negatives(tasks) else "fixed"
-    match config.model.kind:
-        case "mf" | "two_tower" | "lightgcn" | "pinsage":
+    match learns_by:
+        case "pairs":
             usual: CandidateConfig = PairsConfig()
-        case "sasrec":
+        case "next_item":
             usual = NextItemConfig()
-        case "bert4rec":
+        case "masked_item":
             usual = MaskedItemConfig()
         case _:
             return "none"
