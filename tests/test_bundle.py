@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,13 +15,14 @@ import torch
 from serving_worlds import CONFIGS, make_events, make_trained
 
 from foretaste.config import Config
-from foretaste.data.folder import list_files, read_manifest
+from foretaste.data.folder import entry_of, list_files, read_manifest
 from foretaste.errors import BundleError
 from foretaste.json_values import json_value
 from foretaste.retrieval.index import IndexChoice
 from foretaste.serving.building import build_recommender, load
-from foretaste.serving.bundle import BundleManifest, read_bundle
+from foretaste.serving.bundle import PLACES, BundleManifest, read_bundle
 from foretaste.serving.recommender import Recommender
+from foretaste.training.objectives.rows import RowsConfig
 from foretaste.training.trained import Trained
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -86,7 +88,7 @@ def test_saving_twice_gives_the_same_bytes(saved: Path, tmp_path: Path) -> None:
 
 def test_the_manifest_says_what_it_holds(saved: Path) -> None:
     document = json.loads((saved / "manifest.json").read_text())
-    assert document["format_version"] == BundleManifest.latest == 1
+    assert document["format_version"] == BundleManifest.latest == 2
     assert document["model"]["kind"] == "sasrec"
     assert set(document["versions"]) >= {"python", "torch", "numpy"}
     assert document["data"]["num_items"] == 21
@@ -161,7 +163,7 @@ def test_a_newer_format_is_refused_with_the_version_that_wrote_it(saved: Path) -
     document = json.loads(path.read_text())
     document |= {"format_version": BundleManifest.latest + 1, "foretaste": "9.8.7", "novelty": True}
     path.write_text(json.dumps(document))
-    with pytest.raises(BundleError, match=r"format 2 was written by foretaste 9\.8\.7"):
+    with pytest.raises(BundleError, match=r"format 3 was written by foretaste 9\.8\.7"):
         read_bundle(saved)
 
 
@@ -201,6 +203,56 @@ def test_settings_that_do_not_fit_the_weights_are_a_bundle_error(
     reseal(saved, change)
     with pytest.raises(BundleError, match="save"):
         read_bundle(saved)
+
+
+@pytest.mark.parametrize("place", [*PLACES, "novelty"])
+def test_an_optional_place_that_is_filled_changes_no_answer(saved: Path, place: str) -> None:
+    before = all_answers(load(saved))
+    (saved / f"{place}.json").write_text("{}")
+    reseal(
+        saved,
+        lambda document: (
+            document["optional"].update({place: {"of": "later"}}),
+            document["files"].update({f"{place}.json": vars(entry_of(saved / f"{place}.json"))}),
+        ),
+    )
+    assert read_manifest(saved, BundleManifest).optional == {place: {"of": "later"}}
+    assert all_answers(load(saved)) == before
+    (saved / f"{place}.json").write_text("[]")
+    with pytest.raises(BundleError, match=place):
+        load(saved)
+
+
+@pytest.mark.parametrize("place", ["shards", "novelty"])
+def test_a_bundle_that_cannot_be_read_without_an_optional_place_says_which(
+    saved: Path, place: str
+) -> None:
+    reseal(saved, lambda document: document.update(needs=[place]))
+    with pytest.raises(BundleError, match="or a newer one") as caught:
+        load(saved)
+    assert (caught.value.name, caught.value.value) == (place, str(saved))
+
+
+def test_a_signature_beside_the_manifest_is_of_the_bundle(saved: Path) -> None:
+    (saved / "signature.json").write_text("{}")
+    load(saved).save(saved, replace=True)
+    assert not (saved / "signature.json").exists()
+
+
+def test_how_a_ranker_learned_is_the_bundle_s_to_say_and_not_its_settings(tmp_path: Path) -> None:
+    objective = RowsConfig(negatives=7, positive="rating")
+    trained = replace(
+        make_trained("sasrec"),
+        objective=objective,
+        learned_from="all events",
+        settings={"objective": {"kind": "pairs"}},
+    )
+    build_recommender(trained).save(tmp_path / "bundle")
+    loaded = load(tmp_path / "bundle").trained
+    assert (loaded.objective, loaded.learned_from) == (objective, "all events")
+    first_format = {"format_version": 1, "settings": {"objective": None, "refit": True}, "log": {}}
+    upgraded = BundleManifest.upgraded(first_format)
+    assert (upgraded["objective"], upgraded["learned_from"]) == (None, "train and validation")
 
 
 def test_files_that_the_manifest_does_not_list_are_ignored(saved: Path) -> None:

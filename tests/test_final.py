@@ -1,5 +1,7 @@
 """What a served model learns from: `final`, its former name `refit`, and splits without a test."""
 
+import hashlib
+import json
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import replace
@@ -226,6 +228,16 @@ def test_refit_is_read_as_final(refit: bool, final: str, tmp_path: Path) -> None
     assert ft.read_experiment(tmp_path / "run.toml").final == final
 
 
+def to_first_format(bundle: Path) -> None:
+    """Write a manifest as the first format had it, which said less."""
+    path = bundle / "manifest.json"
+    document = json.loads(path.read_text()) | {"format_version": 1}
+    for name in ("checksum", "objective", "learned_from", "optional", "needs"):
+        del document[name]
+    own = hashlib.sha256(json.dumps(document, indent=2).encode()).hexdigest()
+    path.write_text(json.dumps(document | {"checksum": own}, indent=2) + "\n")
+
+
 @pytest.mark.parametrize(
     ("refit", "final", "learned_from"),
     [(True, "validation", "train and validation"), (False, "none", "train")],
@@ -240,8 +252,8 @@ def test_a_bundle_that_says_refit_is_loaded_as_before(
     trained, report = run.final
     former = {**config.model_dump(mode="json"), "refit": refit}
     del former["final"]
-    log = {name: value for name, value in trained.log.items() if name != "learned_from"}
-    to_recommender(replace(trained, settings=former, log=log), report).save(tmp_path / "bundle")
+    to_recommender(replace(trained, settings=former), report).save(tmp_path / "bundle")
+    to_first_format(tmp_path / "bundle")
     loaded = ft.load(tmp_path / "bundle").trained
     assert recipe_of(loaded).final == final
     assert loaded.learned_from == learned_from

@@ -30,6 +30,8 @@ from foretaste.errors import BundleError, DataError, ForetasteError
 
 Kind = Literal["file", "bundle", "event store", "checkpoint"]
 MANIFEST_FILE = "manifest.json"
+SIGNATURE_FILE = "signature.json"
+"""May stand beside a manifest, which cannot list what signs it."""
 _OS_ERROR = re.compile(r"os error (\d+)")
 M = TypeVar("M", bound="FolderManifest")
 
@@ -381,7 +383,7 @@ def _listed_files(place: Path, kind: Kind) -> set[str] | None:
         document = json.loads((place / MANIFEST_FILE).read_bytes())
         if document["format"] != f"foretaste-{kind.replace(' ', '-')}":
             return None
-        return {MANIFEST_FILE, *document["files"]}
+        return {MANIFEST_FILE, SIGNATURE_FILE, *document["files"]}
     except (OSError, ValueError, TypeError, KeyError):
         return None
 

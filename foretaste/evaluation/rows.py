@@ -116,9 +116,8 @@ def ranker_of(model: Trained) -> Ranker:
 
 
 def rows_settings(model: Trained) -> RowsConfig:
-    """Return how a ranker learned."""
-    found = model.settings.get("objective")
-    return RowsConfig() if found is None else RowsConfig.model_validate(found)
+    """Return how a ranker learned, or would learn by default."""
+    return model.objective if isinstance(model.objective, RowsConfig) else RowsConfig()
 
 
 def rows_to_judge(

@@ -157,10 +157,8 @@ def fit(
         features=features,
         seed=seed,
         settings={"model": config.model_dump(mode="json"), "split": split.kind},
-        log={
-            "learned_from": split.learned_from,
-            **{name: part.log for name, part in parts.items()},
-        },
+        log={name: part.log for name, part in parts.items()},
+        learned_from=split.learned_from,
     )
     with out_of_memory(
         f"learning {config.kind}",
@@ -264,7 +262,7 @@ def _learn(
     if isinstance(objective, RowsConfig):
         happened = positives_of(events, objective.positive)
         untrained = replace(untrained, events=happened)
-    untrained = replace(untrained, settings=settings)
+    untrained = replace(untrained, settings=settings, objective=objective)
     learning = make_learning(
         model,
         objective,

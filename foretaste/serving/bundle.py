@@ -8,6 +8,9 @@ index/                the item index, of a model with vectors
 features/             what was fitted to users' and items' columns, of a model that reads them
 report.json           measured figures, where there are any
 calibration.json      what a ranker's probabilities become, where that was fitted
+
+Format 2 has optional places, `PLACES`: what `optional` of the manifest says of one stands beside
+its files. They are filled by later versions; until then they are open, and are left out on saving.
 """
 
 import json
@@ -16,10 +19,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from jaxtyping import Float
-from pydantic import NonNegativeInt, TypeAdapter, ValidationError
+from pydantic import Field, NonNegativeInt, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -34,6 +37,7 @@ from foretaste.data.folder import (
     verify_files,
     whole_folder,
 )
+from foretaste.data.parts import LearnedFrom
 from foretaste.data.store import fill_store, open_store
 from foretaste.errors import BundleError
 from foretaste.json_values import json_value
@@ -41,6 +45,7 @@ from foretaste.models.catalogue import ModelConfig, as_written, build_model
 from foretaste.retrieval.choose import load_index
 from foretaste.retrieval.index import ItemIndex
 from foretaste.training.calibration import Calibration
+from foretaste.training.objectives.catalogue import ObjectiveConfig
 from foretaste.training.trained import Trained
 from foretaste.version import __version__
 
@@ -57,7 +62,18 @@ _LEARNED_FROM = {
     "train and validation": "the training and validation parts of its split, without the test",
     "all events": "all of its split, validation and test included",
 }
+PLACES = {
+    "optimizer": "optimizer/: the optimizer's state, from which training can go on",
+    "answers": "answers.json: questions, and what the model answered when it was written",
+    "base": "the checksum of the manifest of the version that this one is a change of",
+    "shards": "weights-NUMBER-of-NUMBER.safetensors: the weights in several files",
+    "signature": "signature.json beside the manifest: who wrote it",
+}
+"""Optional places of a bundle, and what is there."""
+_READABLE: frozenset[str] = frozenset()
+"""Those of them that loading can use where the rest cannot be read without them."""
 _MODEL_CONFIG: TypeAdapter[ModelConfig] = TypeAdapter(ModelConfig)
+_OBJECTIVE: TypeAdapter[ObjectiveConfig | None] = TypeAdapter(ObjectiveConfig | None)
 _CALIBRATION: TypeAdapter[dict[str, Calibration]] = TypeAdapter(dict[str, Calibration])
 
 
@@ -75,11 +91,11 @@ class BundleManifest(FolderManifest):
     """Everything about a bundle but its numbers."""
 
     kind = "bundle"
-    latest = 1
+    latest = 2
     remedy = "save the bundle again"
 
     format: Literal["foretaste-bundle"] = "foretaste-bundle"
-    format_version: int = 1
+    format_version: int = 2
     foretaste: str
     """Version of foretaste that wrote it."""
     versions: dict[str, str]
@@ -95,6 +111,26 @@ class BundleManifest(FolderManifest):
     data: DataFacts
     index: dict[str, object] | None
     """Facts of the item index, with its measured recall; None for a model without vectors."""
+    objective: dict[str, object] | None = None
+    """How the model learned; None of one that learns in closed form."""
+    learned_from: LearnedFrom | Literal[""] = ""
+    """Which parts of its split the model learned from."""
+    optional: dict[str, dict[str, object]] = Field(default_factory=dict)
+    """Of each optional place that is filled, by its name, what is to be known of it."""
+    needs: tuple[str, ...] = ()
+    """The optional places without which the bundle cannot be read."""
+
+    @classmethod
+    def upgraded(cls, document: dict[str, Any]) -> dict[str, Any]:
+        """Read format 1, in which the settings and the log say how the model learned."""
+        if document.get("format_version") != 1:
+            return document
+        settings, log = document.get("settings", {}), document.get("log", {})
+        learned_from = log.get("learned_from", "")
+        if "refit" in settings:
+            learned_from = "train and validation" if settings["refit"] else "train"
+        told = {"objective": settings.get("objective"), "learned_from": learned_from}
+        return document | told
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -162,6 +198,7 @@ def read_bundle(path: Path) -> Bundle:
     if not path.is_dir():
         raise BundleError(f"{path} is not a folder: name the folder of a bundle{leftover(path)}")
     manifest = read_manifest(path, BundleManifest)
+    _check_needs(manifest, path)
     verify_files(path, manifest)
     try:
         return _read_parts(manifest, path)
@@ -170,6 +207,18 @@ def read_bundle(path: Path) -> Bundle:
             f"{path} cannot be used although its checksums are right: {error}: it was written by "
             f"foretaste {manifest.foretaste}; save it again with that version"
         ) from error
+
+
+def _check_needs(manifest: BundleManifest, path: Path) -> None:
+    unknown = [name for name in manifest.needs if name not in _READABLE]
+    if unknown:
+        what = f" ({PLACES[unknown[0]]})" if unknown[0] in PLACES else ""
+        raise BundleError(
+            f"{path} cannot be read without its {unknown[0]}{what}, which this foretaste does not "
+            f"read: install foretaste {manifest.foretaste}, which wrote it, or a newer one",
+            name=unknown[0],
+            value=str(path),
+        )
 
 
 def _check_model(trained: Trained) -> None:
@@ -231,6 +280,10 @@ def _manifest(bundle: Bundle) -> BundleManifest:
             num_events=len(events),
         ),
         index=None if bundle.index is None else _mapping(bundle.index.facts.model_dump()),
+        objective=None
+        if trained.objective is None
+        else _mapping(trained.objective.model_dump(mode="json")),
+        learned_from=trained.learned_from,
     )
 
 
@@ -254,6 +307,8 @@ def _read_parts(manifest: BundleManifest, path: Path) -> Bundle:
         features=features,
         seed=manifest.seed,
         train_seconds=manifest.train_seconds,
+        objective=_OBJECTIVE.validate_python(manifest.objective),
+        learned_from=manifest.learned_from,
         settings=_as_written(manifest.settings),
         log=manifest.log,
         calibration=_CALIBRATION.validate_json((path / CALIBRATION_FILE).read_bytes())

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from foretaste.data.batch import Queries
 from foretaste.data.conditions import unread_labels
 from foretaste.data.features import Features, FieldSide
 from foretaste.data.interactions import Interactions
+from foretaste.data.parts import LearnedFrom
 from foretaste.data.tasks import notes_about_histories, notes_about_labels
 from foretaste.data.translation import Translation
 from foretaste.errors import ConfigError, DataError, NonFiniteError
@@ -22,6 +24,7 @@ from foretaste.models.layers.field_ranker import HistoryRanker
 from foretaste.models.two_stage import TwoStage, placer
 from foretaste.shown import Shown
 from foretaste.training.calibration import Calibration, calibrated
+from foretaste.training.objectives.catalogue import ObjectiveConfig
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
@@ -39,6 +42,10 @@ class Trained(Shown):
     features: Features | None = None
     """What the model was told of users and items."""
     seed: int
+    objective: ObjectiveConfig | None = None
+    """How it learned; None of a model that learns in closed form."""
+    learned_from: LearnedFrom | Literal[""] = ""
+    """Which parts of its split it learned from; empty where that was not kept."""
     train_seconds: float = 0.0
     settings: Mapping[str, object] = field(default_factory=dict)
     """Everything that decided the run, as plain JSON values."""
@@ -65,13 +72,6 @@ class Trained(Shown):
         if told is not None and events.user_table is not None and self.model.reads_profiles:
             found = replace(found, profile=told.encode(events.user_table))
         return replace(self, translation=found)
-
-    @property
-    def learned_from(self) -> str:
-        """Which parts of its split the model learned from; empty where that was not kept."""
-        if "refit" in self.settings:  # of a bundle of a former version
-            return "train and validation" if self.settings["refit"] else "train"
-        return str(self.log.get("learned_from", ""))
 
     @property
     def item_count(self) -> Int64[np.ndarray, " I"]:
