@@ -104,6 +104,7 @@ if TYPE_CHECKING:
     from foretaste.models.sasrec import SASRecConfig
     from foretaste.models.shared_bottom import SharedBottomConfig
     from foretaste.models.two_tower import TwoTowerConfig
+    from foretaste.serving.access import add_token
     from foretaste.serving.answer import Answer, Recommendation
     from foretaste.serving.building import build_recommender, load
     from foretaste.serving.recommender import Recommender
@@ -194,6 +195,7 @@ __all__ = [
     "VectorField",
     "Vocabulary",
     "__version__",
+    "add_token",
     "audit_events",
     "audit_split",
     "build_recommender",
@@ -329,6 +331,7 @@ _HOME = {
     "TwoTowerConfig": "models.two_tower",
     "VectorField": "data.features_schema",
     "Vocabulary": "data.vocabulary",
+    "add_token": "serving.access",
     "audit_events": "data.audit",
     "audit_split": "data.audit",
     "build_recommender": "serving.building",

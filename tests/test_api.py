@@ -25,6 +25,7 @@ from foretaste.data.splitting import leave_last_split
 from foretaste.errors import BundleError, NonFiniteError
 from foretaste.experiment.fit import fit
 from foretaste.models.two_tower import TwoTowerConfig
+from foretaste.serving.access import access_of, add_token
 from foretaste.serving.api import create_app
 from foretaste.serving.building import build_recommender
 from foretaste.serving.messages import RecommendReply, SimilarReply
@@ -66,7 +67,7 @@ def served(bundle: Path, state: str, **settings: object) -> Iterator[Served]:
     chosen, log = ServerSettings(**settings), []
     slot, events = ModelSlot(lambda: load_version(bundle)), open_live_events(state)
     service = Service(slot, events, chosen, bundle=bundle, metrics=Metrics(), clock=lambda: NOW_S)
-    app = create_app(service, settings=chosen, write_log=log.append)
+    app = create_app(service, settings=chosen, access=access_of(chosen), write_log=log.append)
     listener = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, log_level="critical"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
@@ -698,6 +699,95 @@ def test_without_the_token_only_health_and_the_empty_page_answer(
         assert films.http.get("/v1/model", headers=right).status_code == 200
         assert not any("p\u00e4ss" in line or "p\\u00e4ss" in line for line in films.log)
         assert "päss" not in repr(ServerSettings(token="päss"))
+
+
+def test_a_token_may_do_what_its_roles_say_and_no_more(film_bundle: Path, tmp_path: Path) -> None:
+    file = tmp_path / "tokens.toml"
+    tokens = {role: add_token(file, role, roles=(role,)) for role in ("read", "write", "admin")}
+    tokens["settings"] = "the one of the settings"
+    calls = {
+        "read": [("GET", "/v1/model"), ("POST", "/v1/recommend"), ("GET", "/metrics")],
+        "write": [("POST", "/v1/events"), ("DELETE", "/v1/users/1/events")],
+        "admin": [("POST", "/v1/model/reload")],
+    }
+    settings = {"token_file": file, "token": tokens["settings"]}
+    with served(film_bundle, str(tmp_path / "e.sqlite"), **settings) as films:
+        for name, token in tokens.items():
+            headers = {"authorization": f"Bearer {token}"}
+            for role, routes in calls.items():
+                for method, path in routes:
+                    body = {"user_id": 1, "item_id": 101} if path == "/v1/events" else {}
+                    reply = films.http.request(method, path, json=body, headers=headers)
+                    allowed = name in (role, "admin", "settings")
+                    assert reply.is_success == allowed, (name, method, path, reply.text)
+                    assert allowed or (reply.status_code, role in reply.text) == (403, True)
+        assert films.http.get("/v1/model").status_code == 401
+        assert {line.get("token") for line in films.logged(25)} == {
+            "read",
+            "write",
+            "admin",
+            "token",
+            None,
+        }
+        assert not any(token in line for token in tokens.values() for line in films.log)
+
+
+def test_a_token_that_has_sent_too_much_waits(film_bundle: Path, tmp_path: Path) -> None:
+    file = tmp_path / "tokens.toml"
+    slow, other = add_token(file, "slow", requests_per_minute=2), add_token(file, "other")
+    with served(film_bundle, str(tmp_path / "e.sqlite"), token_file=file) as films:
+        headers = {"authorization": f"Bearer {slow}"}
+        replies = [films.http.get("/v1/model", headers=headers) for _ in range(3)]
+        assert [reply.status_code for reply in replies] == [200, 200, 429]
+        assert 1 <= int(replies[2].headers["retry-after"]) <= 30
+        assert "slow has sent all" in replies[2].json()["error"]
+        headers = {"authorization": f"Bearer {other}"}
+        assert films.http.get("/v1/model", headers=headers).status_code == 200
+
+
+@pytest.mark.parametrize("host", ["evil.example", "evil.example:80", "localhost.evil.example", ""])
+def test_a_server_of_this_machine_alone_answers_by_no_other_name(films: Served, host: str) -> None:
+    reply = films.http.get("/v1/model", headers={"host": host})
+    assert reply.status_code == 421
+    assert "add the name to the server's `hosts`" in reply.json()["error"]
+    assert films.http.get("/health", headers={"host": host}).status_code == 200
+    for own in ("localhost", "LOCALHOST:8000", "127.0.0.1:80", "127.0.0.1", "[::1]:80", "[::1]"):
+        assert films.http.get("/v1/model", headers={"host": own}).status_code == 200, own
+
+
+def test_a_server_answers_by_the_names_that_it_was_given(film_bundle: Path, tmp_path: Path) -> None:
+    state = str(tmp_path / "e.sqlite")
+    with served(film_bundle, state, hosts=("Shop.example",)) as films:
+        for host, status in (("shop.example:8443", 200), ("127.0.0.1", 421)):
+            assert films.http.get("/v1/model", headers={"host": host}).status_code == status
+    with served(film_bundle, state, host="0.0.0.0", allow_anyone=True) as films:
+        assert films.http.get("/v1/model", headers={"host": "any.example"}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("headers", "allowed"),
+    [
+        ({}, True),
+        ({"sec-fetch-site": "same-origin", "origin": "http://other"}, True),
+        ({"sec-fetch-site": "none"}, True),
+        ({"sec-fetch-site": "cross-site"}, False),
+        ({"sec-fetch-site": "same-site"}, False),
+        ({"origin": "http://evil.example"}, False),
+        ({"origin": "null"}, False),
+        ({"origin": "http://127.0.0.1:1"}, False),
+        ({"origin": "own"}, True),
+    ],
+)
+def test_a_page_of_another_site_changes_nothing(
+    films: Served, headers: dict, *, allowed: bool
+) -> None:
+    if headers.get("origin") == "own":
+        headers = {"origin": str(films.http.base_url).rstrip("/")}
+    headers = headers | {"content-type": "text/plain"}  # as a form can send without asking
+    for path in ("/v1/model/reload", "/v1/events"):
+        reply = films.http.post(path, content="{}", headers=headers)
+        assert (reply.status_code == 403) == (not allowed), reply.text
+    assert films.http.get("/v1/model", headers=headers).status_code == 200
 
 
 def test_overload_is_refused_at_once_and_ends_with_the_load(

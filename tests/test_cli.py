@@ -379,3 +379,27 @@ def test_a_table_without_a_known_user_is_refused_with_the_name_that_helps(
     assert "call the one of user ids 'user_id'" in err
     table.write_text("user_id,b\nx,y\nz,w\n")
     assert foretaste("recommend", bundle, "--users", table, "--out", out)[0] == 0
+
+
+def test_a_token_is_shown_once_and_an_empty_or_missing_one_does_not_serve(
+    foretaste: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "tokens.toml"
+    code, out, err = foretaste("token", file, "shop", "--role", "read", "--role", "write")
+    assert (code, err) == (0, "")
+    assert 'roles = ["read", "write"]' in file.read_text().replace("'", '"')
+    assert out.strip() not in file.read_text()
+    code, out, err = foretaste("token", file, "shop", "--json")
+    assert (code, out) == (1, "")
+    assert "choose another" in err
+    code, out, _ = foretaste("token", file, "cron", "--json")
+    assert (code, json.loads(out)["name"]) == (0, "cron")
+    code, _, err = foretaste("serve", "nowhere", "--host", "0.0.0.0")
+    assert (code, "no token is asked for" in err) == (1, True)
+    for words in (("--token", ""), ()):
+        monkeypatch.setenv("FORETASTE_TOKEN", "")
+        code, _, err = foretaste("serve", "nowhere", *words)
+        assert (code, "token: is empty" in err) == (1, True)
+    monkeypatch.setenv("FORETASTE_TOKEN", "secret")
+    code, _, err = foretaste("serve", "nowhere", "--host", "0.0.0.0")
+    assert (code, "name a bundle's folder" in err, "secret" in err) == (1, True, False)

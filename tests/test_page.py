@@ -18,12 +18,13 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import Select, WebDriverWait
 
+from foretaste.serving.access import access_of
 from foretaste.serving.api import create_app
 from foretaste.serving.metrics import Metrics
 from foretaste.serving.service import Service
 from foretaste.serving.settings import ServerSettings
 from foretaste.serving.slot import ModelSlot, load_version
-from foretaste.serving.state import LiveEvents, open_live_events
+from foretaste.serving.state import LiveEvent, LiveEvents, open_live_events
 
 pytestmark = pytest.mark.slow
 
@@ -124,7 +125,7 @@ def serve_films(folder: Path, **settings: object) -> Iterator[tuple[str, LiveEve
     chosen, events = ServerSettings(**settings), open_live_events(str(folder / "e.sqlite"))
     slot = ModelSlot(lambda: load_version(bundle))
     service = Service(slot, events, chosen, bundle=bundle, metrics=Metrics())
-    app = create_app(service, settings=chosen, write_log=lambda _: None)
+    app = create_app(service, settings=chosen, access=access_of(chosen), write_log=lambda _: None)
     listener = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, log_level="critical"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
@@ -198,18 +199,29 @@ def test_a_history_is_clicked_together_and_the_list_follows(page: Page) -> None:
     assert page.find("#answer-note .badge").text == "fold-in"
 
 
-def test_watching_a_card_posts_a_live_event_and_changes_the_list(page: Page) -> None:
+def test_trying_a_card_changes_the_list_and_stores_nothing(page: Page) -> None:
+    page.events.add([LiveEvent(user_id="1", item_id="120", timestamp_s=2_000_000)])
     page.open("/#user=1")
-    first = page.cards()[0]
+    first, total = page.cards()[0], page.find("#history-title").text
     page.find(".card .add").click()
     page.wait(lambda: first not in page.cards())
-    assert [event.item_id for event in page.events.of_user("1", limit=9)] == [first]
-    assert page.find("#history > li.live").get_attribute("data-item") == first
-    assert "with 1 live event" in page.find("#answer-note").text
+    assert page.find("#history > li.tried").get_attribute("data-item") == first
+    assert page.find("#history-title").text == total.replace("10", "11")
+    assert "with 1 live event, with 1 tried here and stored" in page.find("#answer-note").text
     page.wait(lambda: page.focused() == "answer-title")
     page.find("#forget").click()
     page.wait(lambda: page.cards()[0] == first)
-    assert page.events.of_user("1", limit=9) == []
+    page.find(".card .add").click()
+    page.wait(lambda: page.ids("#history > li.tried") == [first])
+    page.find("#history > li.tried button").click()
+    page.wait(lambda: page.cards()[0] == first)
+    assert page.ids("#history > li.live") == ["120"]
+    assert [event.item_id for event in page.events.of_user("1", limit=9)] == ["120"]
+    page.find(".card .add").click()
+    page.wait(lambda: page.ids("#history > li.tried") == [first])
+    page.type_into("#user", "3")
+    page.press(Keys.ENTER)
+    page.wait(lambda: page.heading() == "For user 3" and not page.ids("#history > li.tried"))
 
 
 def choose(page: Page, css: str, value: str) -> None:

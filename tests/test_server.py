@@ -126,8 +126,8 @@ def test_sigterm_ends_what_is_at_work_and_then_the_process(bundle: Path, tmp_pat
         body = json.dumps({"user_id": 1, "k": 3}).encode()
         with socket.create_connection(address, timeout=60) as slow:
             slow.sendall(
-                b"POST /v1/recommend HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-                b"Expect: 100-continue\r\nContent-Length: %d\r\n\r\n" % len(body)
+                b"POST /v1/recommend HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\n"
+                b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body)
             )
             assert slow.recv(65536).startswith(b"HTTP/1.1 100 Continue")  # it is at work
             slow.sendall(body[:5])
@@ -169,7 +169,9 @@ def test_a_body_that_never_comes_is_given_up(bundle: Path, tmp_path: Path) -> No
     with running(bundle, tmp_path, **settings) as process:
         address = (process.http.base_url.host, process.http.base_url.port)
         with socket.create_connection(address, timeout=60) as idle:
-            idle.sendall(b"POST /v1/events HTTP/1.1\r\nHost: x\r\nContent-Length: 50\r\n\r\n{")
+            idle.sendall(
+                b"POST /v1/events HTTP/1.1\r\nHost: localhost\r\nContent-Length: 50\r\n\r\n{"
+            )
             assert idle.recv(4096).startswith(b"HTTP/1.1 408")
 
 

@@ -39,6 +39,7 @@ app.command()(answers.recommend)
 app.command()(answers.similar)
 app.command()(inspect.inspect)
 app.command()(serve.serve)
+app.command()(serve.token)
 
 
 def _version(wanted: bool | None) -> None:  # noqa: FBT001 - typer calls it so

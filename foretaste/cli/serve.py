@@ -1,5 +1,6 @@
-"""`foretaste serve`: the HTTP server with the page."""
+"""`foretaste serve`, the HTTP server with the page, and `foretaste token`, who may ask it what."""
 
+import os
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -7,7 +8,7 @@ from typing import Annotated
 import typer
 
 import foretaste as ft
-from foretaste.cli.show import JsonFlag, answer, log
+from foretaste.cli.show import JsonFlag, answer
 
 
 def serve(
@@ -19,8 +20,14 @@ def serve(
         str, typer.Option(help="Live events: a file for SQLite, a database URL, or beside.")
     ] = "beside",
     token: Annotated[
-        str, typer.Option(envvar="FORETASTE_TOKEN", help="Requests must carry it as Bearer token.")
-    ] = "",
+        str | None,
+        typer.Option(
+            help="Requests must carry it as Bearer token; better given as FORETASTE_TOKEN."
+        ),
+    ] = None,
+    token_file: Annotated[
+        Path | None, typer.Option(help="Tokens by their hashes, as `foretaste token` writes them.")
+    ] = None,
     overrides: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="NAME=VALUE", help="Another setting: max_k=200"),
@@ -28,13 +35,35 @@ def serve(
     as_json: JsonFlag = False,
 ) -> None:
     """Answer over HTTP, with the page, until told to stop."""
-    given = {"host": host, "port": port, "state": state, "token": token}
+    if token is None:
+        token = os.environ.get("FORETASTE_TOKEN")  # an empty one is refused: a secret not set
+    given = {"host": host, "port": port, "state": state, "token": token, "token_file": token_file}
     settings = ft.parse_settings(
         ft.ServerSettings, ft.with_overrides(given, overrides or ()), source="serve"
     )
-    if settings.host not in ("127.0.0.1", "localhost", "::1") and not settings.token:
-        log(f"{settings.host} is open to other machines, and no token is asked for: give --token")
     ft.serve(bundle, settings=settings, announce=partial(announce, as_json=as_json))
+
+
+def token(
+    path: Annotated[Path, typer.Argument(help="File of tokens, made where there is none.")],
+    name: Annotated[str, typer.Argument(help="What the log calls the token.")],
+    *,
+    role: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="read (if none is given), write (live events) or admin; may be repeated."
+        ),
+    ] = None,
+    requests_per_minute: Annotated[
+        int | None, typer.Option(min=1, help="At most so many requests; none: no bound.")
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Make a token for `serve --token-file`; it is shown once, and the file holds its hash."""
+    made = ft.add_token(
+        path, name, roles=role or ("read",), requests_per_minute=requests_per_minute
+    )
+    answer({"name": name, "token": made}, f"{made}\n", as_json=as_json)
 
 
 def announce(line: str, *, as_json: bool) -> None:

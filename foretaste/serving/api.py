@@ -15,6 +15,7 @@ from starlette.exceptions import HTTPException
 
 from foretaste.config import findings
 from foretaste.errors import DataError, ForetasteError, did_you_mean
+from foretaste.serving.access import Access
 from foretaste.serving.guard import Guard, refuse
 from foretaste.serving.messages import (
     ColumnsReply,
@@ -69,13 +70,15 @@ def create_app(
     service: Service,
     *,
     settings: ServerSettings,
+    access: Access,
     write_log: Callable[[str], object],
 ) -> FastAPI:
     """Make the application: routes, page, guard.
 
     Args:
         service: What answers.
-        settings: Bounds and the token.
+        settings: Bounds.
+        access: Who may do what, as `access_of` reads it from settings.
         write_log: Takes one line of JSON per request, its newline included.
     """
 
@@ -96,13 +99,21 @@ def create_app(
             status: {"model": ErrorReply, "description": meaning}
             for status, meaning in {
                 401: "The token is missing or wrong",
+                403: "The token may not do this, or a page of another site sent the request",
+                421: "The server does not answer by this name",
                 422: "The request is wrong; the sentence says how",
+                429: "The token has sent all that it may: try again after Retry-After seconds",
                 503: "No room: try again after Retry-After seconds",
             }.items()
         },
     )
     app.add_middleware(  # outside of all that may fail
-        Guard, settings=settings, metrics=service.metrics, open_files=FILES, write_log=write_log
+        Guard,
+        settings=settings,
+        access=access,
+        metrics=service.metrics,
+        open_files=FILES,
+        write_log=write_log,
     )
     _add_errors(app)
     _add_answers(app, service)

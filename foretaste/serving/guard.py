@@ -6,8 +6,8 @@ its cause in the log.
 """
 
 import asyncio
-import hmac
 import json
+import math
 import re
 import time
 import traceback
@@ -21,6 +21,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from foretaste.serving.access import Access, is_loopback, needed_role
 from foretaste.serving.metrics import Metrics
 from foretaste.serving.settings import ServerSettings
 
@@ -50,12 +51,15 @@ class Guard:
         app: ASGIApp,
         *,
         settings: ServerSettings,
+        access: Access,
         metrics: Metrics,
         open_files: frozenset[str],
         write_log: Callable[[str], object],
     ) -> None:
         self._app = app
         self._settings = settings
+        self._access = access
+        self._hosts = _allowed_hosts(settings)
         self._metrics = metrics
         self._open = OPEN_PATHS | open_files
         self._write_log = write_log
@@ -95,7 +99,11 @@ class Guard:
         if scope["path"] in self._open:
             await self._app(scope, receive, send)
             return
-        taken = self._without_token(scope) or await self._body(scope, receive)
+        taken = (
+            self._misdirected(scope)
+            or self._without_token(scope)
+            or await self._body(scope, receive)
+        )
         counted = scope["path"] != "/metrics"  # which is asked for most when all is full
         if isinstance(taken, bytes) and counted:
             taken = self._without_room(scope) or taken
@@ -110,20 +118,47 @@ class Guard:
             self._in_flight -= counted
             self._metrics.in_flight.set(self._in_flight)
 
+    def _misdirected(self, scope: Scope) -> Response | None:
+        """Refuse what a foreign page makes a browser send."""
+        headers = Headers(scope=scope)
+        host = headers.get("host", "").lower()
+        name = host.rpartition(":")[0] if host[-1:].isdigit() and ":" in host else host
+        if self._hosts and name not in self._hosts:
+            return refuse(
+                421,
+                f"this server answers as {', '.join(sorted(self._hosts))}, not as "
+                f"{name or 'nobody'}: call it so, or add the name to the server's `hosts`",
+            )
+        if scope["method"] not in ("GET", "OPTIONS") and _is_cross_site(headers, host):
+            return refuse(403, "a page of another site sent this request: it changes nothing here")
+        return None
+
     def _without_token(self, scope: Scope) -> Response | None:
-        if not self._settings.token:
+        if self._access.is_open:
             return None
         scheme, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
-        expected = self._settings.token.encode()
-        if scheme.lower() == "bearer" and hmac.compare_digest(
-            given.strip().encode("latin-1"), expected
-        ):
-            return None
-        return refuse(
-            401,
-            "this server wants its token: send the header `Authorization: Bearer TOKEN`",
-            {"www-authenticate": "Bearer"},
-        )
+        token = self._access.find(given.strip().encode("latin-1"))
+        if token is None or scheme.lower() != "bearer":
+            return refuse(
+                401,
+                "this server wants its token: send the header `Authorization: Bearer TOKEN`",
+                {"www-authenticate": "Bearer"},
+            )
+        scope["state"]["log"]["token"] = token.name
+        role = needed_role(scope["method"], scope["path"])
+        if not token.may(role):
+            return refuse(
+                403, f"the token {token.name} may not do this: it has not the role {role}"
+            )
+        wait_s = token.wait_s()
+        if wait_s:
+            return refuse(
+                429,
+                f"the token {token.name} has sent all the requests that it may in a minute: "
+                f"try again in {math.ceil(wait_s)} s",
+                {"retry-after": str(math.ceil(wait_s))},
+            )
+        return None
 
     def _without_room(self, scope: Scope) -> Response | None:
         if self._in_flight < self._settings.max_concurrency:
@@ -177,6 +212,22 @@ class Guard:
         }
         line |= scope["state"]["log"]
         self._write_log(json.dumps(line) + "\n")
+
+
+def _allowed_hosts(settings: ServerSettings) -> frozenset[str]:
+    """Return the names that a server answers by; none: any."""
+    if settings.hosts or not is_loopback(settings.host):
+        return frozenset(host.lower() for host in settings.hosts)
+    own = f"[{settings.host}]" if ":" in settings.host else settings.host
+    return frozenset({"localhost", "127.0.0.1", "[::1]", own})
+
+
+def _is_cross_site(headers: Headers, host: str) -> bool:
+    """Return whether a browser says that a page of another site made it send a request."""
+    site, origin = headers.get("sec-fetch-site"), headers.get("origin")
+    if site is not None:
+        return site not in ("same-origin", "none")
+    return origin is not None and origin.lower().partition("://")[2] != host
 
 
 def _request_id(scope: Scope) -> str:

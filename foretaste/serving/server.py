@@ -18,6 +18,7 @@ import uvicorn
 
 from foretaste.arguments import checked
 from foretaste.errors import ConfigError, ForetasteError
+from foretaste.serving.access import access_of
 from foretaste.serving.api import create_app
 from foretaste.serving.metrics import Metrics
 from foretaste.serving.service import Service
@@ -45,17 +46,18 @@ def serve(
         write_log: Takes one line of JSON per request.
 
     Raises:
-        ForetasteError: The bundle cannot serve, the address is taken, or live events cannot be
-            kept where `settings.state` says.
+        ForetasteError: The bundle cannot serve, the address is taken, live events cannot be kept
+            where `settings.state` says, or tokens cannot be read, or are none where other machines
+            can reach the server.
     """
-    bundle = Path(bundle)
+    bundle, access = Path(bundle), access_of(settings)
     state = state_beside(bundle) if settings.state == "beside" else settings.state
     with _rare_collections():
         slot = ModelSlot(lambda: _load(bundle))
         with closing(open_live_events(state)) as events, _listen(settings) as listener:
             torch.set_num_threads(1)  # each request's thread computes on one core
             service = Service(slot, events, settings, bundle=bundle, metrics=Metrics())
-            app = create_app(service, settings=settings, write_log=write_log)
+            app = create_app(service, settings=settings, access=access, write_log=write_log)
             config = uvicorn.Config(
                 app,
                 access_log=False,

@@ -1,6 +1,8 @@
 """What a person chooses about the server."""
 
-from pydantic import Field, NonNegativeInt, PositiveFloat
+from pathlib import Path
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, field_validator
 
 from foretaste.config import Config, Count
 
@@ -9,15 +11,23 @@ class ServerSettings(Config):
     """Where the server listens, where live events live, and what it refuses."""
 
     host: str = "127.0.0.1"
-    """Address to listen on; 0.0.0.0 for every interface (set a token then)."""
+    """Address to listen on; 0.0.0.0 for every interface, which needs a token."""
     port: NonNegativeInt = Field(default=8000, le=65535)
     """0 takes any free port; the address is printed."""
     state: str = "beside"
     """Where live events are kept: `beside` is an SQLite file next to the bundle; or the path of an
     SQLite file, or a database URL such as postgresql://user:password@host/name."""
-    token: str = Field(default="", repr=False)
-    """If given, every request for data must carry it as `Authorization: Bearer TOKEN`; health and
-    readiness, and the page's own files, are open."""
+    token: str | None = Field(default=None, repr=False)
+    """If given, every request for data must carry it, or one of `token_file`, as `Authorization:
+    Bearer TOKEN`; it may do everything. Health, readiness and the page's own files are open."""
+    token_file: Path | None = None
+    """A TOML file of tokens, each by its hash, with roles and a bound on its requests, as
+    `foretaste token` writes it."""
+    allow_anyone: bool = False
+    """Whether a server that other machines can reach may do without tokens."""
+    hosts: tuple[str, ...] = ()
+    """The names that requests may call the server by (their Host header, without the port). None
+    given: names of this machine alone where only it can reach the server, else any."""
     max_body_bytes: Count = 1_048_576
     """A larger request body is refused with 413."""
     max_k: Count = 1000
@@ -34,3 +44,10 @@ class ServerSettings(Config):
     """Seconds a client may take to send its body, before 408."""
     drain_s: Count = 30
     """Seconds that requests at work may take to end after SIGTERM."""
+
+    @field_validator("token")
+    @classmethod
+    def _not_empty(cls, token: str | None) -> str | None:
+        if token is not None and not token.strip():
+            raise ValueError("is empty: give the secret, or leave it out to serve without one")
+        return token

@@ -51,7 +51,5 @@ export const similar = (itemId, k) => call("GET", `/v1/items/${part(itemId)}/sim
 export const findItems = (query, limit) => call("GET", `/v1/items?query=${part(query)}&limit=${limit}`);
 export const findUsers = (prefix, limit) => call("GET", `/v1/users?prefix=${part(prefix)}&limit=${limit}`);
 export const history = (userId, limit) => call("GET", `/v1/users/${part(userId)}/history?limit=${limit}`);
-export const addEvent = (event) => call("POST", "/v1/events", event);
-export const forget = (userId) => call("DELETE", `/v1/users/${part(userId)}/events`);
 export const columns = () => call("GET", "/v1/columns");
 export const model = () => call("GET", "/v1/model");

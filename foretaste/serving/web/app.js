@@ -14,7 +14,10 @@ const SOURCES = {
   popular: ["popular", "what most people choose; nothing else is known yet"],
 };
 
-const state = { mode: "user", userId: "", visitor: [], newest: 0 };
+// What is tried on a user, and what a visitor watched, are kept here alone: the page stores nothing.
+const state = { mode: "user", userId: "", tried: [], visitor: [], newest: 0 };
+const withItem = (items, item) => [...items.filter((one) => one.item_id !== item.item_id), item];
+const withoutItem = (items, item) => items.filter((one) => one.item_id !== item.item_id);
 
 let rules = () => ({});
 
@@ -73,9 +76,11 @@ function showAnswer(answer) {
   const meaning = (SOURCES[answer.source] ?? ["", answer.source])[1];
   const live = answer.live_events
     ? `, with ${answer.live_events} live event${answer.live_events > 1 ? "s" : ""}` : "";
+  const tried = state.mode === "user" && state.tried.length
+    ? `, with ${state.tried.length} tried here and stored nowhere` : "";
   const few = answer.items.length < LENGTH && Object.keys(rules()).length
     ? `; no more than ${answer.items.length} may stand in this list` : "";
-  fill(byId("answer-note"), badge(answer.source), make("span", { text: `${meaning}${live}${few}` }));
+  fill(byId("answer-note"), badge(answer.source), make("span", { text: `${meaning}${live}${tried}${few}` }));
   fill(byId("cards"), ...answer.items.map((row) => card(row, best, worst)));
   byId("cards").dataset.source = answer.source;
   say(`${answer.items.length} recommendations. ${title()}: ${answer.items.slice(0, 3).map((r) => shown(r.title)).join(", ")} …`);
@@ -84,25 +89,27 @@ function showAnswer(answer) {
 // ---- the past ----------------------------------------------------------------------------
 
 function pastRow(event, remove) {
-  return make("li", { "data-item": event.item_id, cls: event.live ? "live" : "" },
+  const kind = event.tried ? "tried" : event.live ? "live" : "";
+  return make("li", { "data-item": event.item_id, cls: kind },
     tile(event),
     make("span", { cls: "name" }, make("span", { text: shown(event.title) }),
       make("span", { cls: "year", text: year(event) })),
-    event.live && make("span", { cls: "chip now", text: "live" }),
+    kind && make("span", { cls: "chip now", text: kind }),
     remove && make("button", { type: "button", cls: "quiet", text: "✕",
       "aria-label": `Remove ${shown(event.title)}`, on: { click: remove } }));
 }
 
 function showPast(past) {
   const visitor = state.mode === "visitor";
-  const events = visitor ? state.visitor.toReversed().map((item) => ({ ...item, live: false })) : past.events;
-  const total = visitor ? events.length : past.total;
+  const own = visitor ? state.visitor : state.tried;
+  const total = own.length + past.total;
   byId("history-title").textContent = total ? `History · ${total.toLocaleString("en")}` : "History";
-  byId("forget").hidden = visitor || !events.some((event) => event.live);
-  const rows = events.map((event) => pastRow(event, visitor && (() => {
-    state.visitor = state.visitor.filter((item) => item.item_id !== event.item_id);
+  byId("forget").hidden = visitor || !own.length;
+  const rows = own.toReversed().map((item) => pastRow({ ...item, tried: !visitor }, () => {
+    state.visitor = visitor ? withoutItem(own, item) : state.visitor;
+    state.tried = visitor ? state.tried : withoutItem(own, item);
     refresh().then(() => byId("item").focus());
-  })));
+  })).concat(past.events.map((event) => pastRow(event)));
   const empty = visitor ? "Nothing yet: search a title above and click it."
     : state.userId ? "Nothing yet." : "Choose a user above.";
   fill(byId("history"), ...(rows.length ? rows : [make("li", { cls: "hint", text: empty })]));
@@ -113,7 +120,8 @@ async function refresh() {
   const user = state.mode === "user" && state.userId;
   const asked = { k: LENGTH, explain: true, rules: rules() };
   if (user) asked.user_id = state.userId;
-  if (state.mode === "visitor") asked.history = state.visitor.map((item) => item.item_id);
+  const own = user ? state.tried : state.mode === "visitor" ? state.visitor : [];
+  asked.history = own.map((item) => item.item_id);
   await attempt(async () => {
     const [answer, past] = await Promise.all([
       api.recommend(asked),
@@ -135,10 +143,10 @@ function allowAdding() {
 async function watched(item, focusOn) {
   await attempt(async () => {
     if (state.mode === "user" && state.userId) {
-      await api.addEvent({ user_id: state.userId, item_id: item.item_id });
+      state.tried = withItem(state.tried, item);
     } else {
       if (state.mode === "user") setMode("visitor");
-      state.visitor = [...state.visitor.filter((one) => one.item_id !== item.item_id), item];
+      state.visitor = withItem(state.visitor, item);
     }
     await refresh();
     focusOn?.focus();
@@ -176,12 +184,13 @@ function setMode(mode) {
   byId("as-visitor").setAttribute("aria-pressed", String(mode === "visitor"));
   byId("user-form").hidden = mode !== "user";
   allowAdding();
-  byId("item-label").textContent = mode === "user" ? "Add what they just watched" : "Add what they watched";
+  byId("item-label").textContent = mode === "user" ? "Try what they might watch next" : "Add what they watched";
 }
 
 function chooseUser(userId) {
   users.stop();
   state.userId = userId;
+  state.tried = [];
   allowAdding();
   byId("user").value = userId;
   fill(byId("user-hits"));
@@ -229,11 +238,10 @@ byId("user-form").addEventListener("submit", (event) => {
 });
 byId("as-user").addEventListener("click", () => { setMode("user"); refresh(); });
 byId("as-visitor").addEventListener("click", () => { setMode("visitor"); refresh(); });
-byId("forget").addEventListener("click", () => attempt(async () => {
-  await api.forget(state.userId);
-  await refresh();
-  byId("item").focus();
-}));
+byId("forget").addEventListener("click", () => {
+  state.tried = [];
+  refresh().then(() => byId("item").focus());
+});
 byId("back").addEventListener("click", () => {
   byId("answer-title").focus();
   byId("answer-title").scrollIntoView();

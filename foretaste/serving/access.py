@@ -1,0 +1,228 @@
+"""Who may do what: tokens known by their hashes, their roles, and a bound on each one's requests.
+
+A token is made here, with 256 random bits, and shown once; what is kept is its SHA-256, from which
+nobody gets back to it.
+"""
+
+import hashlib
+import ipaddress
+import os
+import secrets
+import tempfile
+import time
+import tomllib
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Literal, final
+
+from pydantic import Field, model_validator
+
+from foretaste.arguments import checked
+from foretaste.config import Config, Count, parse_settings
+from foretaste.errors import ConfigError
+from foretaste.serving.settings import ServerSettings
+
+Role = Literal["read", "write", "admin"]
+"""read: answers, the catalogue, histories, the model, metrics. write: live events, stored and
+deleted. admin: all of it, and the model's reload."""
+_READERS = frozenset({"GET", "HEAD", "OPTIONS"})
+
+
+class TokenConfig(Config):
+    """A token that the server knows by its hash."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")
+    """Letters, digits, dots, dashes and underscores; the log says it."""
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$", repr=False)
+    """The token's SHA-256, in hexadecimal."""
+    roles: tuple[Role, ...] = Field(default=("read",), min_length=1)
+    """What it may do."""
+    requests_per_minute: Count | None = None
+    """At most so many, all of which may come at once; none: no bound."""
+
+
+class TokensConfig(Config):
+    """A file of tokens."""
+
+    tokens: tuple[TokenConfig, ...] = ()
+
+    @model_validator(mode="after")
+    def _each_once(self) -> "TokensConfig":
+        for name in ("name", "sha256"):
+            values = [getattr(token, name) for token in self.tokens]
+            if len(set(values)) < len(values):
+                raise ValueError(f"two tokens have the same {name}: keep one of them")
+        return self
+
+
+def needed_role(method: str, path: str) -> Role:
+    """Return the role that a request needs; of what is not known here, admin."""
+    if method in _READERS or path == "/v1/recommend":
+        return "read"
+    if path == "/v1/events" or (method == "DELETE" and path.endswith("/events")):
+        return "write"
+    return "admin"
+
+
+@final
+class Token:
+    """A token at work: what it may do, and how many requests it has left."""
+
+    def __init__(self, config: TokenConfig, clock: Callable[[], float]) -> None:
+        self.name = config.name
+        self._roles, self._clock = frozenset(config.roles), clock
+        self._per_minute = config.requests_per_minute
+        self._left, self._counted_at = float(self._per_minute or 0), clock()
+
+    def may(self, role: Role) -> bool:
+        """Return whether it has a role."""
+        return role in self._roles or "admin" in self._roles
+
+    def wait_s(self) -> float:
+        """Count one request; return 0, or in how many seconds there is room for it."""
+        if self._per_minute is None:
+            return 0.0
+        now, most = self._clock(), self._per_minute
+        self._left = min(float(most), self._left + (now - self._counted_at) * most / 60)
+        self._counted_at = now
+        if self._left < 1:
+            return (1 - self._left) * 60 / most
+        self._left -= 1
+        return 0.0
+
+
+@final
+class Access:
+    """The tokens of a server; without any, everybody may do everything."""
+
+    def __init__(
+        self, tokens: Iterable[TokenConfig], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._by_hash = {token.sha256: Token(token, clock) for token in tokens}
+
+    @property
+    def is_open(self) -> bool:
+        """Whether no token is asked for."""
+        return not self._by_hash
+
+    def find(self, given: bytes) -> Token | None:
+        """Return the token that a request carries, None if it is none of them."""
+        return self._by_hash.get(hashlib.sha256(given).hexdigest())
+
+
+def access_of(settings: ServerSettings) -> Access:
+    """Return the tokens that a server's settings name.
+
+    Raises:
+        ConfigError: The file of tokens cannot be read or is wrong, or other machines can reach the
+            server and no token is asked for.
+    """
+    tokens: list[TokenConfig] = []
+    if settings.token is not None:
+        digest = hashlib.sha256(settings.token.encode()).hexdigest()
+        tokens.append(TokenConfig(name="token", sha256=digest, roles=("admin",)))
+    if settings.token_file is not None:
+        found = read_tokens(settings.token_file).tokens
+        if not found:
+            raise ConfigError(
+                f"{settings.token_file} holds no token: write one with `foretaste token`",
+                name="token_file",
+                value=settings.token_file,
+            )
+        tokens.extend(found)
+    access = Access(tokens)
+    if access.is_open and not (settings.allow_anyone or is_loopback(settings.host)):
+        raise ConfigError(
+            f"{settings.host} is open to other machines, and no token is asked for: give `token` "
+            "or `token_file`, listen on 127.0.0.1, or set `allow_anyone = true` if others may "
+            "read, write and reload",
+            name="token",
+        )
+    return access
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether only this machine reaches an address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def read_tokens(path: Path) -> TokensConfig:
+    """Read a file of tokens.
+
+    Raises:
+        ConfigError: It cannot be read, is no TOML, or a token in it is wrong.
+    """
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(
+            f"{path} cannot be read as a file of tokens: {reason}; write one with "
+            "`foretaste token`",
+            name="token_file",
+            value=path,
+        ) from error
+    return parse_settings(TokensConfig, values, source=str(path))
+
+
+@checked
+def add_token(
+    path: Path | str,
+    name: str,
+    *,
+    roles: Sequence[str] = ("read",),
+    requests_per_minute: int | None = None,
+) -> str:
+    """Make a token, add its hash to a file that only its owner may read, and return the token.
+
+    Args:
+        path: The file; it is made where there is none.
+        name: What the log calls the token.
+        roles: What it may do.
+        requests_per_minute: Its bound, if it has one.
+
+    Raises:
+        ConfigError: The file cannot be read or written, or the name is wrong or taken.
+    """
+    path = Path(path)
+    known = read_tokens(path).tokens if path.exists() else ()
+    token = secrets.token_urlsafe(32)
+    values = {
+        "name": name,
+        "sha256": hashlib.sha256(token.encode()).hexdigest(),
+        "roles": tuple(roles),
+        "requests_per_minute": requests_per_minute,
+    }
+    made = parse_settings(TokenConfig, values, source="the token")
+    if made.name in [one.name for one in known]:
+        raise ConfigError(
+            f"{path} holds a token of the name {name}: choose another", name="name", value=name
+        )
+    lines = [f'name = "{made.name}"', f'sha256 = "{made.sha256}"', f"roles = {list(made.roles)}"]
+    if made.requests_per_minute is not None:
+        lines.append(f"requests_per_minute = {made.requests_per_minute}")
+    try:
+        text = path.read_text(encoding="utf-8") + "\n" if path.exists() else ""
+        _replace(path, text + "[[tokens]]\n" + "\n".join(lines) + "\n")
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be written: {error.strerror}; give another place",
+            name="path",
+            value=path,
+        ) from error
+    return token
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file whole or not at all, with no rights for others."""
+    handle, name = tempfile.mkstemp(dir=path.absolute().parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
