@@ -180,7 +180,7 @@ def reseal(folder: Path, change: Callable[[dict[str, object]], None]) -> None:
 def test_a_manifest_cannot_reach_outside_its_folder(saved: Path) -> None:
     for name in ("../secret", "/etc/hostname", "events/../../secret"):
         reseal(saved, lambda document, name=name: document["files"].update({name: entry}))
-        with pytest.raises(BundleError, match="outside the bundle"):
+        with pytest.raises(BundleError, match="outside the folder"):
             read_bundle(saved)
 
 

@@ -21,7 +21,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar, Literal, TypeVar
 
 import polars as pl
-from pydantic import Field, NonNegativeInt, ValidationError
+from pydantic import Field, NonNegativeInt, ValidationError, field_validator
 from safetensors import SafetensorError
 
 from foretaste.arguments import checked
@@ -59,6 +59,14 @@ class FolderManifest(Config):
     format_version: int
     files: dict[str, FileEntry] = Field(default_factory=dict)
     """Every other file of the folder, by its path with forward slashes."""
+
+    @field_validator("files")
+    @classmethod
+    def _inside(cls, files: dict[str, FileEntry]) -> dict[str, FileEntry]:
+        for name in files:
+            if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+                raise ValueError(f"{name!r} is outside the folder")
+        return files
 
     @classmethod
     def upgraded(cls, document: dict[str, Any]) -> dict[str, Any]:
@@ -128,13 +136,12 @@ def read_manifest(folder: Path, kind: type[M]) -> M:
             path,
         )
     try:
-        manifest = kind.model_validate(kind.upgraded(document))
+        return kind.model_validate(kind.upgraded(document))
     except (ValidationError, AttributeError, TypeError) as error:
-        raise _wrong_fields(error, kind, document, path) from error
-    for name in manifest.files:
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-            raise _broken(f"{path} names {name!r}, outside the {kind.kind}: {kind.remedy}", path)
-    return manifest
+        said: object = f"{path} is broken"
+        if isinstance(error, ValidationError):
+            said = config_error(error, kind, document, source=f"{path} is broken")
+        raise _broken(f"{said}: {kind.remedy}", path) from error
 
 
 def _instead(found: object, folder: Path) -> str:
@@ -158,14 +165,6 @@ def _check_version(path: Path, document: Mapping[str, object], kind: type[M]) ->
             path,
             value=version,
         )
-
-
-def _wrong_fields(error: Exception, kind: type[M], document: object, path: Path) -> BundleError:
-    if isinstance(error, ValidationError):
-        said = str(config_error(error, kind, document, source=f"{path} is broken"))
-    else:
-        said = f"{path} is broken"
-    return _broken(f"{said}: {kind.remedy}", path)
 
 
 def verify_files(folder: Path, manifest: FolderManifest, *, checksums: bool = True) -> None:

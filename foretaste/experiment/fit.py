@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import NoneType
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 
 from foretaste.arguments import checked
-from foretaste.config import Seed
+from foretaste.config import Config, Seed
 from foretaste.data.features import Features, fit_features
 from foretaste.data.features_schema import FeatureSchema
 from foretaste.data.graph import Graph
@@ -150,29 +149,35 @@ def fit(
         _start_from(model, parts, config.alpha)
         rate = training.learning_rate * config.fine_tuning
         training = training.model_copy(update={"learning_rate": rate})
-    trained = Trained(
+    objective = _objective_of(model, objective)
+    happened = events
+    if isinstance(objective, RowsConfig):
+        happened = positives_of(events, objective.positive)
+    make = partial(
+        Trained,
         config=config,
         model=model,
-        events=events,
+        events=happened,
         features=features,
         seed=seed,
-        settings={"model": config.model_dump(mode="json"), "split": split.kind},
-        log={name: part.log for name, part in parts.items()},
+        objective=objective,
         learned_from=split.learned_from,
+        settings=_settings_of(config, split, training, objective),
     )
+    log: dict[str, object] = {name: part.log for name, part in parts.items()}
     with out_of_memory(
         f"learning {config.kind}",
         "lower training.batch_events, how many negatives are drawn, or the model's widths",
         name="batch_events",
     ):
-        if model.learns_by == "events":
+        if objective is None:
             model.learn(events)
         else:
-            trained = _learn(
-                trained,
+            log |= _learn(
+                make(),
                 split,
                 training=training,
-                objective=objective or usual_objective(model),
+                objective=objective,
                 graph=graph,
                 folder=folder,
                 resume=resume,
@@ -181,8 +186,26 @@ def fit(
                 max_seconds=None if max_seconds is None else max_seconds / (1 + len(parts)),
                 candidates=candidates,
             )
-    _finish(model, trained.events)
-    return replace(trained, train_seconds=time.perf_counter() - started)
+    _finish(model, happened)
+    return make(log=log, train_seconds=time.perf_counter() - started)
+
+
+def _objective_of(model: Model, objective: ObjectiveConfig | None) -> ObjectiveConfig | None:
+    """Return how a model learns; None of one that learns in closed form."""
+    return None if model.learns_by == "events" else objective or usual_objective(model)
+
+
+def _settings_of(
+    config: ModelConfig, split: Split, training: TrainingConfig, objective: ObjectiveConfig | None
+) -> dict[str, object]:
+    """Return what decided a run, for the record; nothing is decided by it."""
+    parts: dict[str, Config] = {"model": config}
+    if objective is not None:
+        parts |= {"training": training, "objective": objective}
+    return {
+        "split": split.kind,
+        **{name: part.model_dump(mode="json") for name, part in parts.items()},
+    }
 
 
 def _features_of(
@@ -251,18 +274,9 @@ def _learn(
     on_epoch: Callable[[Epoch], None] | None,
     max_seconds: float | None,
     candidates: Candidates | None,
-) -> Trained:
-    """Run the training loop; histories of what comes back hold only what happened."""
-    model, events, features = untrained.model, untrained.events, untrained.features
-    settings = {
-        **untrained.settings,
-        "training": training.model_dump(mode="json"),
-        "objective": objective.model_dump(mode="json"),
-    }
-    if isinstance(objective, RowsConfig):
-        happened = positives_of(events, objective.positive)
-        untrained = replace(untrained, events=happened)
-    untrained = replace(untrained, settings=settings, objective=objective)
+) -> dict[str, object]:
+    """Run the training loop on a model's weights; return its log."""
+    model, events, features = untrained.model, split.train, untrained.features
     learning = make_learning(
         model,
         objective,
@@ -305,7 +319,7 @@ def _learn(
     )
     if isinstance(learning.objective, LabelledRows) and learning.objective.sigmas():
         log["sigma"] = learning.objective.sigmas()
-    return replace(untrained, log={**untrained.log, **log})
+    return log
 
 
 def _mined(objective: ObjectiveConfig, candidates: Candidates | None) -> CandidateNegatives | None:
