@@ -1,4 +1,5 @@
 import json
+import runpy
 from datetime import UTC, datetime, timedelta
 from importlib.metadata import version
 from pathlib import Path
@@ -30,6 +31,34 @@ def test_versions_of_further_packages_stand_beside_the_usual_ones() -> None:
     assert isinstance(usual, dict)
     assert "pandas" not in usual
     assert more == {**usual, "pandas": version("pandas")}
+
+
+ROOT = Path(__file__).parents[1]
+mean_of_seeds = runpy.run_path(str(ROOT / "scripts" / "mean_of_seeds"))["mean_of_seeds"]
+
+
+def seed_record(seed: int, auc: float) -> dict:
+    command = f"foretaste fit recipes/x.toml --out x --set seed={seed}"
+    counted = {"epochs": 10 + seed, "train_seconds": 1.0, "date": f"2026-01-0{seed + 1}"}
+    figures = {"metrics": {"auc": auc}, "intervals": {"auc": [0, 1]}}
+    return {"recipe": "x", "seed": seed, "command": command, **counted, **figures, "notes": ""}
+
+
+def test_the_record_of_several_seeds_holds_their_mean_and_how_far_another_may_lie() -> None:
+    # .7, .8, .9: mean .8, deviation .1; t at 97.5 % with 2 degrees of freedom is 4.3027.
+    found = mean_of_seeds([seed_record(0, 0.7), seed_record(1, 0.8), seed_record(2, 0.9)])
+    assert found["metrics"]["auc"] == pytest.approx(0.8)
+    assert found["intervals"]["auc"] == pytest.approx([0.8 - 0.2484, 0.8 + 0.2484], abs=1e-4)
+    assert (found["seeds"], found["epochs"], found["date"]) == ([0, 1, 2], 11, "2026-01-03")
+    assert found["metrics_of_seeds"] == {"auc": [0.7, 0.8, 0.9]}
+    assert found["command"].endswith("--out x --set seed=N, N in [0, 1, 2]")
+
+
+def test_records_of_one_seed_or_of_other_settings_are_no_seeds_of_one_run() -> None:
+    one = seed_record(0, 0.7)
+    for others in ([], [one], [seed_record(1, 0.7) | {"notes": "wider"}]):
+        with pytest.raises(ValueError, match=r"seed"):
+            mean_of_seeds([one, *others])
 
 
 RESULTS = sorted((Path(__file__).parents[1] / "recipes" / "results").glob("*.json"))
