@@ -356,7 +356,7 @@ BEST = made_row("best", 0.5, 100.0, None)
 @pytest.mark.parametrize(
     ("rows", "users", "pick", "words"),
     [
-        ([BEST], 1000, "best", "Take best: its ndcg@10 of 0.5000 is the best."),
+        ([BEST], 1000, "best", "its ndcg@10 is 0.5000, and there is no other model to compare"),
         # Clear of 0: the best, though it costs more.
         (
             [BEST, made_row("near", 0.4, 1.0, (0.01, 0.2))],
@@ -474,16 +474,10 @@ def test_equal_models_tie_and_the_faster_is_taken(
     assert one.ties_with_the_best == other.ties_with_the_best
 
 
-def test_a_picture_of_one_model_can_be_drawn() -> None:
-    comparison = ModelComparison(
+def of_one(row: ModelRow, *, chance: float | None = None) -> ModelComparison:
+    return ModelComparison(
         metric="ndcg_at_10",
-        rows=(
-            replace(
-                BEST,
-                leading=replace(BEST.leading, value=0.0, interval=Interval(0.0, 0.0)),
-                train_seconds=0.0,
-            ),
-        ),
+        rows=(row,),
         failed=(),
         split="random",
         users=1,
@@ -491,8 +485,23 @@ def test_a_picture_of_one_model_can_be_drawn() -> None:
         pick="best",
         sentence="",
         notes=(),
+        chance=chance,
     )
-    assert comparison_svg(comparison).count("<circle") == 1
+
+
+def test_a_picture_of_one_model_can_be_drawn() -> None:
+    nothing = replace(BEST.leading, value=0.0, interval=Interval(0.0, 0.0))
+    row = replace(BEST, leading=nothing, train_seconds=0.0)
+    assert comparison_svg(of_one(row)).count("<circle") == 1
+
+
+@pytest.mark.parametrize(("chance", "takes"), [(None, True), (0.39, True), (0.4, False)])
+def test_no_row_of_the_table_is_to_be_taken_where_the_best_may_be_chance(
+    chance: float | None,
+    takes: bool,  # noqa: FBT001
+) -> None:
+    # the best model's interval is [.4, .6]
+    assert ("best (take it)" in str(of_one(BEST, chance=chance))) == takes
 
 
 def test_every_model_of_the_catalogue_is_a_family(recipe: ft.ExperimentConfig) -> None:
@@ -508,13 +517,17 @@ def test_every_model_of_the_catalogue_is_a_family(recipe: ft.ExperimentConfig) -
 def test_what_cannot_be_compared_is_refused(recipe: ft.ExperimentConfig, split: ft.Split) -> None:
     with pytest.raises(ft.ConfigError, match="did you mean 'sasrec'"):
         ft.family_recipes(recipe, ["sasrek"])
+    with pytest.raises(ft.ConfigError, match="named twice") as caught:
+        ft.family_recipes(recipe, ["mf", "ease", "mf"])
+    assert (caught.value.name, caught.value.value) == ("families", "mf")
     with pytest.raises(ft.ConfigError, match="no recipe"):
         ft.compare_models({}, split)
     with pytest.raises(ft.ConfigError, match=r"budget_seconds is 0\.0"):
         ft.compare_models({"a": recipe}, split, budget_seconds=0.0)
     other = ft.override(recipe, ["split.validation=false"])
-    with pytest.raises(ft.ConfigError, match=r"b has another \[split\] than a"):
+    with pytest.raises(ft.ConfigError, match=r"b has another \[split\] than a") as caught:
         ft.compare_models({"a": recipe, "b": other}, split)
+    assert caught.value.name == "split"
     nothing = replace(split, part_E=np.full_like(split.part_E, 2))
     with pytest.raises(ft.ConfigError, match="none of 5 models could be measured: the training"):
         ft.compare_models({"a": recipe}, nothing)
@@ -668,6 +681,7 @@ def test_seeds_stand_in_the_recipe_too_and_each_once(
     assert row_of(found, "deep").seeds == (3, 4)
     with pytest.raises(ft.ConfigError, match=r"\[3, 3\].* each once") as caught:
         ft.override(recipe, ["seeds=[3, 3]"])
+    assert caught.value.name == "seeds"
     told.clear()
     for seeds in ([1, 1], []):
         with pytest.raises(ft.ConfigError, match="each once") as caught:

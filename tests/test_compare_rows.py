@@ -467,10 +467,12 @@ def map_series(columns: dict[str, list[str]]) -> dict[str, pl.Series]:
 
 def test_a_model_below_a_group_by_is_not_recommended(tmp_path: Path) -> None:
     rows, items = topical(3000)
-    rows.write_csv(tmp_path / "rows.csv")
+    rows.with_columns(loved="liked").write_csv(tmp_path / "rows.csv")
     items.write_csv(tmp_path / "items.csv")
-    blind = {"kind": "gmf", "factors": 1, "task": LIKED.model_dump()}
-    data = {"columns": ["liked"], "items": "items.csv"}
+    loved = Task(name="loved", column="loved")
+    tasks = [LIKED.model_dump(), loved.model_dump()]
+    blind = {"kind": "shared_bottom", "tasks": tasks, "pooling": "none", **WIDE}
+    data = {"columns": ["liked", "loved"], "items": "items.csv"}
     short = SHORT | {"epochs": 1, "learning_rate": 1e-4}
     config = parsed(recipe(data, blind, training=short, **BY_ROWS))
     found = ft.compare_models({"blind": config}, ft.read_split(config, data_dir=tmp_path))
@@ -478,9 +480,12 @@ def test_a_model_below_a_group_by_is_not_recommended(tmp_path: Path) -> None:
     assert found.sentence.startswith(
         "No model is worth taking yet: counting by user, topic, without any training, has an auc"
     )
+    # said once of the task that leads, and of the other one too
+    assert "Of liked" not in found.sentence
+    assert "Of loved, counting by user, topic is better than it: its auc is" in found.sentence
     assert found.to_json()["beaten_by"] == "counts by user, topic"
     assert "(take it)" not in str(found)
     best = row_of(found, "counts by user, topic")
     assert best.behind is not None
     assert best.behind.difference < 0
-    assert best.metrics["log_loss"] < row_of(found, "blind").metrics["log_loss"]
+    assert best.metrics["log_loss_liked"] < row_of(found, "blind").metrics["log_loss_liked"]

@@ -77,6 +77,31 @@ def test_every_result_says_what_it_may_be_compared_by(path: Path) -> None:
         assert record["refitted"]["trained_on"] == "train and validation"
 
 
+@pytest.mark.parametrize("path", [p for p in RESULTS if p.stem != "times"], ids=lambda p: p.stem)
+def test_notes_are_the_recipe_s_and_say_above_and_below_print_of_figures_that_are(
+    path: Path,
+) -> None:
+    record = json.loads(path.read_text(encoding="utf-8"))
+    config = read_experiment(path.parents[1] / f"{record['recipe']}.toml")
+    said = " ".join(record["notes"].split())
+    assert said == " ".join(config.notes.split())
+    runs = [record, *([record["refitted"]] if "refitted" in record else [])]
+    ahead = [
+        run["metrics"][name] - value
+        for run in runs
+        if Protocol(trained_on=run["trained_on"], negatives=record["negatives"]).may_be_compared(
+            config.published_as
+        )
+        for name, value in record["published"].items()
+    ]
+    if "bove print" in said:
+        assert ahead
+        assert min(ahead) > 0
+    if "elow print" in said:
+        assert ahead
+        assert min(ahead) < 0
+
+
 def test_figures_are_compared_with_those_of_as_many_events_and_the_same_negatives() -> None:
     first, refit = Protocol(), Protocol(trained_on="train and validation")
     assert first.may_be_compared(Protocol(selection="test"))  # how an epoch is chosen is said apart

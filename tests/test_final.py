@@ -218,7 +218,12 @@ def test_bundle_and_server_say_what_was_learned_from_and_measured_on(
 
 
 @pytest.mark.parametrize(("refit", "final"), [(True, "validation"), (False, "none")])
-def test_refit_is_read_as_final(refit: bool, final: str, tmp_path: Path) -> None:  # noqa: FBT001
+def test_refit_is_read_as_final(
+    refit: bool,  # noqa: FBT001
+    final: str,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     assert recipe(refit=refit).final == final
     assert override(recipe(), [f"final={final}"]).final == final
     text = f'refit = {str(refit).lower()}\ndata = {{ kind = "public", name = "ml-100k" }}\n'
@@ -226,6 +231,8 @@ def test_refit_is_read_as_final(refit: bool, final: str, tmp_path: Path) -> None
         text + 'split = { kind = "leave_last" }\nmodel = { kind = "ease" }\n'
     )
     assert ft.read_experiment(tmp_path / "run.toml").final == final
+    (said,) = caplog.messages
+    assert f'write final = "{final}" in its place' in said
 
 
 def to_first_format(bundle: Path) -> None:

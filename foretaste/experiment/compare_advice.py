@@ -43,10 +43,12 @@ def choose(rows: Sequence[ModelRow], metric: str, *, users: int, chance: float) 
         )
     else:
         pick = best
-        sentence = f"Take {pick.name}: its {label(metric)} of {best.quality:.4f} is the best"
+        sentence = f"Take {pick.name}: its {label(metric)} "
         if others:
-            sentence += f"; {others[0].name} comes next, behind by {_behind(others[0])}"
-        sentence += "."
+            next_one = f"{others[0].name} comes next, behind by {_behind(others[0])}"
+            sentence += f"of {best.quality:.4f} is the best; {next_one}."
+        else:
+            sentence += f"is {best.quality:.4f}, and there is no other model to compare it with."
     return pick.name, sentence + _cut_short(rows)
 
 

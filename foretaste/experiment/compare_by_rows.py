@@ -59,7 +59,9 @@ def common_tasks(recipes: Mapping[str, ExperimentConfig], split: Split) -> tuple
             raise ConfigError(
                 f"{name} has evaluation.catalogue = {str(asks[name]).lower()} and {first} "
                 f"{str(asks[first]).lower()}: models are compared by their lists (true) or by "
-                "labelled rows (false), so set it alike"
+                "labelled rows (false), so set it to one value for all",
+                name="evaluation.catalogue",
+                value=asks[name],
             )
     if asks[first] and split.events.num_items > 1:
         return ()
@@ -68,7 +70,9 @@ def common_tasks(recipes: Mapping[str, ExperimentConfig], split: Split) -> tuple
         why = "evaluation.catalogue is false" if not asks[first] else "the data have no items"
         raise ConfigError(
             f"{why}, so models are compared by labelled rows, and {without[0]} "
-            f"({recipes[without[0]].model.kind}) predicts no labels: leave it out"
+            f"({recipes[without[0]].model.kind}) predicts no labels: leave it out",
+            name="model.kind",
+            value=recipes[without[0]].model.kind,
         )
     common = tuple(
         task
@@ -82,7 +86,9 @@ def common_tasks(recipes: Mapping[str, ExperimentConfig], split: Split) -> tuple
         )
         raise ConfigError(
             f"no task is common to all recipes ({told}): a common one has the same name, kind, "
-            "column, limit and levels"
+            "column, limit and levels",
+            name="model.tasks",
+            value=told,
         )
     return common
 
@@ -121,7 +127,10 @@ def judged_tasks(
     )
     if not found:
         raise ConfigError(
-            "of no common task have the test rows labels of both classes: cut the data otherwise"
+            "the test rows do not hold labels of both classes for any common task: hold out more "
+            "of them, or take another split",
+            name="split",
+            value=split.kind,
         )
     return found
 
@@ -182,7 +191,8 @@ def compare_by_rows(
     if beaten_by:
         sentence = f"{warning}Of the models alone, {sentence[0].lower()}{sentence[1:]}"
     sentence += "".join(_better_elsewhere(pick, reports, task) for task in tasks[1:])
-    sentence += "".join(_no_better(reports[pick], floors, task) for task in tasks)
+    unsaid = tasks if beaten_by in ("", BASE_RATE) else tasks[1:]
+    sentence += "".join(_no_better(reports[pick], floors, task) for task in unsaid)
     return ModelComparison(
         metric=metric,
         rows=(*rows, *(_floor(name, floors[name], of[name]) for name in floors)),
@@ -291,16 +301,16 @@ def _counting_is_better(
 
 def _no_better(reports: list[RowsReport], floors: Mapping[str, RowsReport], task: Task) -> str:
     """Say that a model is not better than a baseline beyond luck, if it is not."""
+    name, floor = _strongest(floors, task)
+    ahead = behind(reports, [floor], task)
+    value = f"{leading(task)} is {floor.metrics[floor.name(leading(task), task.name)]:.4f}"
+    if ahead.interval.high < 0:
+        return f" Of {task.name}, {_named(name)} is better than it: its {value}."
     if behind(reports, [floors[BASE_RATE]], task).interval.low <= 0:
         return f" Of {task.name} it cannot be told from the {BASE_RATE}: nothing was learned there."
-    name, floor = _strongest(floors, task)
-    if behind(reports, [floor], task).interval.low > 0:
+    if ahead.interval.low > 0:
         return ""
-    value = floor.metrics[floor.name(leading(task), task.name)]
-    return (
-        f" Of {task.name} it is not better than {_named(name)} beyond luck, "
-        f"whose {leading(task)} is {value:.4f}."
-    )
+    return f" Of {task.name} it is not better than {_named(name)} beyond luck, whose {value}."
 
 
 def _named(baseline: str) -> str:

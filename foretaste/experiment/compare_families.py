@@ -84,9 +84,14 @@ def family_recipes(
         families: Kinds of models, such as "sasrec".
 
     Raises:
-        ConfigError: There is no such family, the message names the nearest; or one learns a single
-            task, and the recipe has several.
+        ConfigError: There is no such family, the message names the nearest; one is named twice; or
+            one learns a single task, and the recipe has several.
     """
+    twice = next((family for family in families if list(families).count(family) > 1), None)
+    if twice is not None:
+        raise ConfigError(
+            f"the family {twice} is named twice: give each once", name="families", value=twice
+        )
     return {family: _recipe(config, family) for family in families}
 
 
@@ -106,7 +111,9 @@ def _recipe(config: ExperimentConfig, family: str) -> ExperimentConfig:
     if family not in FAMILIES:
         raise ConfigError(
             f"there is no family {family!r}; they are {', '.join(FAMILIES)}"
-            f"{did_you_mean(family, FAMILIES)}"
+            f"{did_you_mean(family, FAMILIES)}",
+            name="families",
+            value=family,
         )
     usual = _USUAL.get(family, {})
     kept = config.model_dump(
@@ -140,6 +147,8 @@ def _told_of_tasks(config: ExperimentConfig, family: str) -> dict[str, object]:
     if len(tasks) > 1 and "task" in fields:
         raise ConfigError(
             f"the recipe has the tasks {', '.join(task.name for task in tasks)}, and {family} "
-            "learns one: take shared_bottom or mmoe, or a recipe of one task"
+            "learns one: take shared_bottom or mmoe, or a recipe of one task",
+            name="families",
+            value=family,
         )
     return {"task": tasks[0]} if tasks and "task" in fields else {}

@@ -285,9 +285,10 @@ def _final(
     notes = report.get("notes")
     noted = {**report, "notes": [FIRST_RUN, *(notes if isinstance(notes, list) else ())]}
     ended = str(trained.log.get("stopped", ""))
+    epochs = "" if entry.in_one_piece else " and for as many epochs as were chosen"
     return build_recommender(trained, report=noted), (
-        f"bundle: {pick.name}, trained once more after it was measured, on all events and for as "
-        f"many epochs as were chosen{f'; {ended}' if ended.startswith(OUT_OF_TIME) else ''}"
+        f"bundle: {pick.name}, trained once more after it was measured, on all events{epochs}"
+        f"{f'; {ended}' if ended.startswith(OUT_OF_TIME) else ''}"
     )
 
 

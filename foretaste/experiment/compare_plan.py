@@ -157,12 +157,16 @@ def _check_lists(entries: Sequence[Entry]) -> None:
 
 def _check_alike(recipes: Mapping[str, ExperimentConfig]) -> None:
     if not recipes:
-        raise ConfigError("there is no recipe to compare: give one at least")
+        raise ConfigError(
+            "there is no recipe to compare: give one at least", name="recipes", value=()
+        )
     (first, *others) = recipes
     for name in others:
         for part in ("data", "split"):
             if getattr(recipes[name], part) != getattr(recipes[first], part):
                 raise ConfigError(
                     f"{name} has another [{part}] than {first}: models are compared on the same "
-                    "data and split"
+                    "data and split",
+                    name=part,
+                    value=getattr(recipes[name], part),
                 )

@@ -137,6 +137,12 @@ class ModelComparison(Shown):
     """By rows: the baseline whose leading figure is better than every model's, if one is."""
 
     @property
+    def is_worth_taking(self) -> bool:
+        """Whether the best model is better than counting, or than a random order beyond luck."""
+        at_chance = self.chance is not None and self.rows[0].interval.low <= self.chance
+        return not (self.beaten_by or at_chance)
+
+    @property
     def columns(self) -> tuple[str, ...]:
         """The table's heads."""
         if not self.judged:
@@ -148,7 +154,7 @@ class ModelComparison(Shown):
     def cells(self) -> list[tuple[str, ...]]:
         """Return the table's rows as text, under `columns`."""
         measured = [
-            _cells(row, is_pick=row.name == self.pick and not self.beaten_by) for row in self.rows
+            _cells(row, is_pick=row.name == self.pick and self.is_worth_taking) for row in self.rows
         ]
         blank = ("",) * (len(self.columns) - 2)
         return measured + [(row.name, "failed", *blank) for row in self.failed]

@@ -1,11 +1,12 @@
 """A recipe: one TOML file with everything that decides a run."""
 
+import logging
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from foretaste.arguments import checked
 from foretaste.config import (
@@ -184,11 +185,12 @@ class ExperimentConfig(Config):
     notes: str = ""
     """What a reader of the result should know."""
 
-    @model_validator(mode="after")
-    def _each_seed_once(self) -> "ExperimentConfig":
-        if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"seeds are {list(self.seeds)}: give each once")
-        return self
+    @field_validator("seeds")
+    @classmethod
+    def _each_seed_once(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(seeds)) < len(seeds):
+            raise ValueError(f"seeds are {list(seeds)}: give each once")
+        return seeds
 
     @model_validator(mode="before")
     @classmethod
@@ -233,7 +235,12 @@ def read_experiment(
     folders = [*([] if data_dir is None else [Path(data_dir)]), path.parent, Path()]
     changed = with_overrides(_with_features(settings, folders), overrides)
     absent = _with_absent(_with_features(changed, folders))
-    return parse_settings(ExperimentConfig, absent, source=str(path))
+    config = parse_settings(ExperimentConfig, absent, source=str(path))
+    if "refit" in changed:
+        logging.getLogger(__name__).warning(
+            'refit has a new name: write final = "%s" in its place in %s', config.final, path
+        )
+    return config
 
 
 @checked
