@@ -180,6 +180,13 @@ def test_a_table_without_items_is_compared_by_every_common_task(of_table: ModelC
         *("training s", "bundle MB", "ms a 1,000 rows"),
     )
     assert all(len(cells) == 10 for cells in of_table.cells())
+    # printed, it is a table for each task, as one of all would be too wide
+    first, second = (of_table.title(), "rmse hours (less is better)")
+    lines = str(of_table).splitlines()
+    assert lines.index(first) == 0 < lines.index(second)
+    assert sum(f"│ {BASE_RATE} " in line for line in lines) == 2
+    table = lines[: lines.index("· shared: all epochs done")]
+    assert max(map(len, table)) < 140
     assert of_table.cells()[-1][-3:] == ("", "", "")
 
 

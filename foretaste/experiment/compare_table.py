@@ -169,8 +169,7 @@ class ModelComparison(Shown):
         """Return what the table shows."""
         users = "1 user" if self.users == 1 else f"{self.users:,} users"
         rows = f"{self.judged:,} rows of " if self.judged else ""
-        less = " (less is better)" if self.judged and self.metric.startswith("rmse") else ""
-        return f"{label(self.metric)}{less} on the test part ({self.split}), {rows}{users}"
+        return f"{_head(self.metric)} on the test part ({self.split}), {rows}{users}"
 
     def to_json(self) -> dict[str, object]:
         """Return all of it as plain JSON values."""
@@ -211,10 +210,18 @@ class ModelComparison(Shown):
         return pl.DataFrame(rows, schema=_SCHEMA)
 
     def __str__(self) -> str:
-        rows = [list(row) for row in (self.columns, *self.cells())]
-        table = console_table(rows, title=self.title())
+        rows = (self.columns, *self.cells())
+        last = len(self.columns)
+        # a table for each task: all in one would be too wide for a terminal
+        places = [(0, 1, 2, 3, *range(last - 3, last))]
+        places += [(0, at, at + 1, at + 2) for at in range(4, last - 3, 3)]
+        titles = [self.title(), *(_head(figure.metric) for figure in self.rows[0].tasks)]
+        tables = [
+            console_table([[row[at] for at in part] for row in rows], title=title)
+            for part, title in zip(places, titles, strict=True)
+        ]
         remarks = [f"· {_one_line(remark)}" for remark in self.remarks()]
-        return "\n".join([printed([table]), *remarks, self.sentence])
+        return "\n".join([printed(tables), *remarks, self.sentence])
 
     def _facts(self) -> dict[str, object]:
         return {"models": len(self.rows), "": self.sentence}
@@ -274,6 +281,10 @@ def model_row(found: Measured, leading: TaskFigure, *others: TaskFigure) -> Mode
 def label(metric: str) -> str:
     """Return a metric's name as people write it: `ndcg_at_10` is "ndcg@10"."""
     return metric.replace("_at_", "@").replace("_", " ")
+
+
+def _head(metric: str) -> str:
+    return label(metric) + (" (less is better)" if metric.startswith("rmse") else "")
 
 
 def _cells(row: ModelRow, *, is_pick: bool) -> tuple[str, ...]:
