@@ -34,6 +34,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 C = TypeVar("C", bound=type)
 
+_TAKES_ALL = (object, Any, inspect.Parameter.empty)
 _FIXES = {
     ("Holdout", "Split"): "give split.test, or split.validation",
     ("Holdout", "Interactions"): "cut the events first: split = ft.temporal_split(events)",
@@ -68,6 +69,8 @@ def checked(function: Callable[P, T]) -> Callable[P, T]:
             error's `name` is the argument, its `value` what was given.
     """
     signature = inspect.signature(function)
+    if all(one.annotation in _TAKES_ALL for one in signature.parameters.values()):
+        return _counted(function, signature)
 
     @cache
     def hints() -> Mapping[str, Any]:
@@ -89,6 +92,26 @@ def checked(function: Callable[P, T]) -> Callable[P, T]:
                         f"{_called(function)}({name}=…): {unfit}", name=name, value=value
                     ) from None
         return function(*bound.args, **bound.kwargs)
+
+    return call
+
+
+def _counted(function: Callable[P, T], signature: inspect.Signature) -> Callable[P, T]:
+    """Check only how many arguments there are and their names: any value is taken.
+
+    Looked at where the call failed, so that it costs a right one nothing.
+    """
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return function(*args, **kwargs)
+        except TypeError:
+            try:
+                signature.bind(*args, **kwargs)
+            except TypeError:
+                raise _wrong_call(function, signature, {}, args, kwargs) from None
+            raise
 
     return call
 

@@ -82,6 +82,29 @@ def only_argument(function: Callable[..., object], argument: str, value: object)
     return checked(alone)(**{argument: value})
 
 
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_a_method_that_is_called_wrongly_says_so_in_our_words(name: str) -> None:
+    method = METHODS[name]
+    bound = [] if inspect.ismethod(method) else [object()]
+    with pytest.raises(ft.ConfigError) as unknown:
+        method(*bound, nonsense=1)
+    assert (unknown.value.name, unknown.value.value) == ("nonsense", 1)
+    with pytest.raises(ft.ConfigError) as too_many:
+        method(*bound, *range(9))
+    assert "9" not in str(too_many.value)
+    assert name.rpartition(".")[2] in str(too_many.value)
+
+
+def test_an_error_inside_a_rightly_called_method_is_its_own() -> None:
+    @checked
+    def adds(value: object) -> object:
+        return value + 1  # type: ignore[operator]  # what goes wrong
+
+    assert adds(1) == 2
+    with pytest.raises(TypeError):
+        adds("1")
+
+
 @pytest.mark.parametrize("name", sorted({one.id.partition("-")[0] for one in wrong_arguments()}))
 def test_an_unknown_argument_is_refused_by_name(name: str) -> None:
     if name == "parse_settings":

@@ -28,7 +28,7 @@ from foretaste.data.features_schema import (
     schema_from_toml,
     schema_to_toml,
 )
-from foretaste.data.features_values import _load
+from foretaste.data.features_values import load_encoder
 from foretaste.data.interactions import Interactions
 from foretaste.data.reading import read_interactions
 from foretaste.data.sources.load import get_dataset
@@ -661,7 +661,7 @@ def encoder(monkeypatch: pytest.MonkeyPatch) -> None:
     library = types.ModuleType("sentence_transformers")
     library.SentenceTransformer = _Counts  # type: ignore[attr-defined]  # a stand-in
     monkeypatch.setitem(sys.modules, "sentence_transformers", library)
-    _load.cache_clear()
+    load_encoder.cache_clear()
 
 
 @pytest.mark.usefixtures("encoder")
@@ -686,7 +686,7 @@ def test_an_encoder_that_is_not_there_is_named() -> None:
 
 def test_without_the_extra_the_message_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
-    _load.cache_clear()
+    load_encoder.cache_clear()
     with pytest.raises(ConfigError, match=r"pip install 'foretaste\[text\]'"):
         fit_item(pl.DataFrame({"x": ["a"]}), x=TextField(encoder="letters"))
 

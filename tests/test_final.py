@@ -15,13 +15,14 @@ import foretaste as ft
 from foretaste.cli.main import run as command
 from foretaste.config import parse_settings
 from foretaste.data.parts import TRAIN, UNUSED
-from foretaste.errors import ConfigError, DataError
+from foretaste.errors import ConfigError, DataError, TooLargeError
 from foretaste.experiment.recipe import override
 from foretaste.experiment.run import Run, recipe_of, run_experiment, to_recommender
 from foretaste.serving.metrics import Metrics
 from foretaste.serving.service import Service
 from foretaste.serving.slot import ModelSlot, load_version
 from foretaste.serving.state import open_live_events
+from foretaste.training.progress import Cost
 from foretaste.training.trained import Trained
 
 USERS, ITEMS, EACH = 60, 30, 10
@@ -337,3 +338,38 @@ def test_a_run_that_was_stopped_within_its_first_epoch_is_finished_by_one_epoch(
     assert "out of time" in str(run.trained.log["stopped"])
     assert run.refitted is not None
     assert run.refitted.learned_from == "all events"
+
+
+def test_what_both_trainings_will_cost_is_said_early(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("foretaste.training.progress._LOOK_SECONDS", 0.0)
+    training = {**TRAINING, "validate_every": 1, "patience": None}
+    config = recipe(model=SASREC, final="all", training=training)
+    split = ft.make_split(config.split, events())
+    trained = run_experiment(config, split).trained
+    said = capfd.readouterr().err.splitlines()
+    costs = [line for line in said if line.startswith("sasrec: about ")]
+    assert len(costs) == 3  # after the first steps, after the first validation, and of the last run
+    assert [" a validation" in line for line in costs] == [False, True, False]
+    (again,) = (line for line in said if line.startswith('final = "all" trains once more'))
+    second = next(place for place, line in enumerate(said) if line.startswith("epoch 2/4"))
+    assert said.index(costs[1]) < said.index(again) < second
+    cost = trained.log["cost"]
+    assert isinstance(cost, Mapping)
+    assert (cost["epochs"], cost["validations"]) == (4, 4)
+    assert cost["validation_seconds"] > 0
+
+
+def test_a_training_that_costs_too_much_can_be_ended_by_who_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("foretaste.training.progress._LOOK_SECONDS", 0.0)
+
+    def refuse(cost: Cost) -> None:
+        raise TooLargeError(f"{cost.seconds}")
+
+    config = recipe(model=SASREC)
+    split = ft.make_split(config.split, events())
+    with pytest.raises(TooLargeError):
+        ft.fit(config.model, split, training=config.training, show=False, on_cost=refuse)

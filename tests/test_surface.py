@@ -1,12 +1,14 @@
 """The public names, imports without effects, and the few lines that show the whole."""
 
 import ast
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from film_world import film_events
 
 import foretaste as ft
 
@@ -39,6 +41,37 @@ for name in MODULES:
 assert (sys.argv, dict(os.environ)) == (arguments, environment)
 assert (threading.active_count(), torch.get_num_threads()) == (threads, torch_threads)
 assert torch.equal(torch.get_rng_state(), random_state)
+"""
+
+HEAVY = (
+    *("faiss", "fastapi", "implicit", "llvmlite", "matplotlib", "mlflow", "numba", "optuna"),
+    *("pandas", "polars", "scipy", "sklearn", "sqlalchemy", "tensorboard", "torch", "uvicorn"),
+)
+"""What takes a tenth of a second or more to load."""
+_LOOPS = {"numba", "llvmlite", "scipy"}
+"""numba and what it loads itself."""
+LOADED_BY: dict[str, set[str]] = {
+    "import foretaste": set(),
+    "--help": set(),
+    "fit --help": set(),
+    "data import --help": set(),
+    "data import events.csv --out store": {"polars", *_LOOPS},
+    "data schema events.csv": {"polars", *_LOOPS},
+    "fit mf.toml --out bundle": {"polars", "torch", *_LOOPS},
+    "recommend known --user 7": {"polars", "torch"},
+}
+"""Of the heavy packages, those that may be loaded after each of these in a fresh process."""
+_LOADED = """
+import json, sys
+import foretaste
+words = sys.argv[1:]
+try:
+    if words != ["import", "foretaste"]:
+        from foretaste.cli.main import run
+        run(words)
+except SystemExit as end:
+    assert not end.code, end.code
+print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
 """
 
 
@@ -77,6 +110,45 @@ def test_no_module_does_anything_when_it_is_imported() -> None:
     script = f"MODULES = {MODULES!r}\n{WATCH_EFFECTS}"
     done = subprocess.run([sys.executable, "-B", "-c", script], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.fixture(scope="module")
+def folder_of_events(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a table, a recipe, and a bundle of a model that scores by dot products."""
+    folder = tmp_path_factory.mktemp("imports")
+    events = film_events()
+    rows = [
+        f"{user},{item},{at}"
+        for user, item, at in zip(
+            events.users.ids[events.user_idx].to_list(),
+            events.items.ids[events.item_idx].to_list(),
+            events.timestamp_s.tolist(),
+            strict=True,
+        )
+    ]
+    (folder / "events.csv").write_text("user_id,item_id,timestamp\n" + "\n".join(rows))
+    (folder / "mf.toml").write_text(
+        '[data]\nkind = "files"\nfiles = ["events.csv"]\n[split]\nkind = "leave_last"\n'
+        '[model]\nkind = "mf"\nembedding_dim = 4\n[training]\nepochs = 1\n'
+    )
+    config = ft.MFConfig(embedding_dim=4)
+    training = ft.TrainingConfig(epochs=1)
+    model = ft.fit(config, ft.leave_last_split(events), training=training, show=False)
+    ft.build_recommender(model).save(folder / "known")
+    return folder
+
+
+@pytest.mark.parametrize("line", LOADED_BY)
+def test_a_command_loads_only_what_it_uses(line: str, folder_of_events: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _LOADED, *line.split()],
+        capture_output=True,
+        text=True,
+        cwd=folder_of_events,
+    )
+    assert done.returncode == 0, done.stderr
+    loaded = set(json.loads(done.stdout.splitlines()[-1]))
+    assert loaded & set(HEAVY) <= LOADED_BY[line]
 
 
 def test_the_first_snippet_of_the_readme_runs_on_a_small_table(

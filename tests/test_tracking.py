@@ -5,7 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from foretaste.cli.main import run as command
 from foretaste.errors import ConfigError
+from foretaste.experiment.recipe import ExperimentConfig
+from foretaste.experiment.run import read_split, start_run
 from foretaste.experiment.tracking import Tracker, flatten, open_tracker
 
 
@@ -51,3 +54,33 @@ def test_a_tracker_that_is_not_installed_names_its_extra(
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ConfigError, match=rf"pip install 'foretaste\[{kind}\]'"):
         open_tracker(kind, folder=tmp_path, run="one")
+
+
+@pytest.mark.parametrize("kind", ["mlflow", "tensorboard"])
+def test_a_run_that_cannot_be_followed_is_refused_before_anything_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    monkeypatch.setitem(sys.modules, kind, None)
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(
+        '[data]\nkind = "files"\nfiles = ["not-there.csv"]\n[split]\nkind = "temporal"\n'
+        '[model]\nkind = "mf"\n'
+    )
+    with pytest.raises(SystemExit):
+        command(["fit", str(recipe), "--out", str(tmp_path / "bundle"), "--track", kind])
+    assert f"pip install 'foretaste[{kind}]'" in capsys.readouterr().err
+    with pytest.raises(ConfigError) as refused:
+        start_run(tmp_path / "bundle", track=kind)
+    assert (refused.value.name, refused.value.value) == ("track", kind)
+
+
+def test_an_encoder_that_is_not_there_is_refused_before_anything_is_read() -> None:
+    config = ExperimentConfig(
+        data={"kind": "files", "files": ["not-there.csv"]},
+        split={"kind": "temporal"},
+        model={"kind": "two_tower"},
+        features={"item": {"title": {"kind": "text", "encoder": "no-such-folder"}}},
+    )
+    with pytest.raises(ConfigError) as refused:
+        read_split(config)
+    assert (refused.value.name, refused.value.value) == ("encoder", "no-such-folder")

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +30,7 @@ from foretaste.training.checkpoint import read_checkpoint, write_checkpoint
 from foretaste.training.fit import Epoch, Fit
 from foretaste.training.objectives.next_item import NextItem, NextItemConfig
 from foretaste.training.optimizer import rate_factor
+from foretaste.training.progress import Cost, CostWatch
 from foretaste.training.seeding import epoch_generator, seed_step, step_seed
 from foretaste.training.settings import TrainingConfig
 
@@ -512,3 +513,63 @@ def test_a_step_draws_what_torch_seeded_by_its_number_draws() -> None:
     torch.manual_seed(0)
     seed_step(3, 1, 4)
     assert torch.equal(torch.rand(5), expected)
+
+
+def test_the_cost_is_that_of_steps_after_the_first_slow_ones_and_then_of_validation_too() -> None:
+    _, run = scalar_fit([1.0], plain(epochs=5, validate_every=2), validate=lambda _: 0.0)
+    found: list[Cost] = []
+    now = 100.0
+    watch = CostWatch(run, [found.append], clock=lambda: now)
+    for seconds in (10, 10, 10, 1, 1, 1, 1, 1, 2):  # of which the first three do not count
+        now += seconds
+        watch.step(20)
+    (early,) = found
+    assert (early.epoch_seconds, early.validation_seconds, early.seconds) == (20, None, 5 * 20)
+    now += 1 + 3  # of a tenth step, and of validation
+    watch.step(20)
+    epoch = Epoch(epoch=2, loss=0.0, seconds=40.0, events_per_second=1.0, validation_seconds=3.0)
+    watch.epoch(epoch)
+    assert found == [early]  # nothing was validated
+    watch.epoch(replace(epoch, validation=0.5))
+    assert found[1].epoch_seconds == pytest.approx(20 * (5 + 2 + 4 - 3) / 7)
+    assert (found[1].validations, found[1].validation_seconds) == (3, 3)
+    assert found[1].seconds == pytest.approx(5 * found[1].epoch_seconds + 3 * 3)
+    assert replace(found[1], max_seconds=7.0).seconds == 7
+
+
+def test_a_run_too_short_to_watch_says_no_cost() -> None:
+    _, run = scalar_fit([1.0] * 3, plain(epochs=4))
+    watch = CostWatch(run, [])
+    run.run(on_step=lambda _, steps: watch.step(steps), on_epoch=watch.epoch)
+    assert watch.cost is None
+
+
+def test_memory_is_counted_by_what_it_is_for() -> None:
+    # Of 6 rows, a product with (8, 4) weights keeps the rows, and the square keeps the product.
+    rows, model = torch.ones(6, 8), nn.Linear(8, 4, bias=False)
+    run = Fit(
+        model,
+        plain(),
+        seed=0,
+        plan=lambda _: Numbers([1.0] * 20),
+        objective=lambda model, _: model(rows).square().mean(),
+    )
+    found: list[Cost] = []
+    ticks = iter(range(1000))
+    watch = CostWatch(run, [found.append], clock=lambda: float(next(ticks)))
+    run.run(on_step=lambda _, steps: watch.step(steps), on_epoch=watch.epoch)
+    (cost,) = found
+    assert cost.weight_bytes == 8 * 4 * 4
+    assert cost.optimizer_bytes == 3 * cost.weight_bytes + 4  # gradient, two means, the step
+    assert cost.batch_bytes == 6 * 8 * 4 + 6 * 4 * 4
+    assert cost.process_bytes > 2**26
+
+
+def test_watching_a_run_changes_nothing_of_it() -> None:
+    plainly, run = sasrec_fit()
+    run.run()
+    watched, again = sasrec_fit()
+    watch = CostWatch(again, [], clock=lambda: 0.0)
+    again.run(on_step=lambda _, steps: watch.step(steps), on_epoch=watch.epoch)
+    for name, value in plainly.state_dict().items():
+        assert torch.equal(value, watched.state_dict()[name]), name

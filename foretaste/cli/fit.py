@@ -31,7 +31,7 @@ def fit(
 ) -> None:
     """Train a recipe's model, report it on the test part, and write the bundle."""
     config = ft.read_experiment(recipe, overrides=overrides or (), data_dir=data_dir)
-    folder = ft.start_run(out, result=result, resume=resume, replace=replace)
+    folder = ft.start_run(out, result=result, resume=resume, replace=replace, track=track)
     split = ft.read_split(config, data_dir=data_dir)
     for note in split.events.notes:
         log(note)

@@ -1,5 +1,6 @@
 """`foretaste tune`: the search."""
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -42,7 +43,7 @@ def tune(
             max_seconds=max_seconds,
             resume=resume,
             replace=replace,
-            watch=_log,
+            watch=partial(_log, trials=trials or config.tune.trials, seen=[]),
         )
     except Stopped as stop:
         kept = f"stopped: its trials are in {out}, and --resume goes on with them"
@@ -54,7 +55,12 @@ def tune(
     answer(found.to_json(), made, f"best recipe: {out / 'best.toml'}", as_json=as_json)
 
 
-def _log(trial: "TrialRow") -> None:
+def _log(trial: "TrialRow", *, trials: int, seen: list[int]) -> None:
+    """Print a trial that ended, and after the first one about how long the others will take."""
     value = "" if trial.value is None else f"{trial.value:.4f} "
     settings = ", ".join(f"{name} = {drawn}" for name, drawn in trial.settings.items())
     log(f"trial {trial.number}: {trial.state} {value}{settings}")
+    left = trials - trial.number - 1
+    if not seen and left > 0:
+        log(f"it took {trial.seconds:.1f} s: about {trial.seconds * left:.0f} s for {left} more")
+    seen.append(trial.number)

@@ -5,9 +5,11 @@ Shape legend: E events, U users.
 
 import numpy as np
 from jaxtyping import Bool, Float64, Int64
-from scipy.sparse import csr_array
 
 from foretaste.data.interactions import Interactions
+from foretaste.later import later
+
+sparse = later("scipy.sparse")
 
 _PAIRS = 2**24
 """Users of the items that are compared at once, of all of them together."""
@@ -48,7 +50,7 @@ def alike(
     """Return the cosine of two items' users, pair by pair."""
     ones_E = np.ones(len(events), np.float32)
     shape = (events.num_items, events.num_users)
-    done_IU = csr_array((ones_E, (events.item_idx, events.user_idx)), shape=shape)
+    done_IU = sparse.csr_array((ones_E, (events.item_idx, events.user_idx)), shape=shape)
     done_IU.data[:] = 1  # whoever did it twice counts once
     count_I = np.diff(done_IU.indptr).astype(np.int64)  # of 32 bits, products would wrap round
     block_E = np.cumsum(count_I[a_E] + count_I[b_E]) // _PAIRS

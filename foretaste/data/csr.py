@@ -118,3 +118,35 @@ def count_repeats(offsets_U1, low, high, item_E, time_E, seen_I, repeat_E):
                     repeat_E[at] = True
             seen_I[item_E[at]] = run
     return found
+
+
+@numba.njit(cache=True, nogil=True)
+@no_type_check
+def _count(item, time, start, end, wanted, moment):
+    """Count events of one user that are of an item, and of a time where there are times."""
+    found = 0
+    if time.shape[0] > 0:
+        place = start + np.searchsorted(time[start:end], moment)
+        while place < end and time[place] == moment:
+            found += item[place] == wanted
+            place += 1
+        return found
+    for place in range(start, end):
+        found += item[place] == wanted
+    return found
+
+
+@numba.njit(cache=True, nogil=True)
+@no_type_check
+def mark_trained_on(own, past, time_N, seen_N):
+    """Mark events that training holds more often than the events before them do.
+
+    Users' events are sorted by time, so that a time is found by halving.
+    """
+    own_item, own_time, own_start, own_end, own_wanted = own
+    item, time, start, end, wanted = past
+    for n in range(seen_N.shape[0]):
+        trained = _count(own_item, own_time, own_start[n], own_end[n], own_wanted[n], time_N[n])
+        if trained > 0:
+            before = _count(item, time, start[n], end[n], wanted[n], time_N[n])
+            seen_N[n] = trained > before

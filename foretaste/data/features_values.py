@@ -393,7 +393,7 @@ def embed_texts(texts: list[str], encoder: str, *, batch_size: int) -> Float32[n
     Raises:
         ConfigError: The extra `text` is not installed, or there is no such encoder.
     """
-    vectors = _load(encoder).encode(
+    vectors = load_encoder(encoder).encode(
         texts,
         batch_size=batch_size,
         normalize_embeddings=True,
@@ -404,13 +404,20 @@ def embed_texts(texts: list[str], encoder: str, *, batch_size: int) -> Float32[n
 
 
 @lru_cache(maxsize=4)
-def _load(encoder: str) -> Any:
+def load_encoder(encoder: str) -> Any:
+    """Load a sentence encoder and keep it, which may also be done before any data are read.
+
+    Raises:
+        ConfigError: The extra `text` is not installed, or there is no such encoder.
+    """
     try:
         library = import_module("sentence_transformers")
     except ImportError as error:
         raise ConfigError(
             "a field of kind 'text' needs sentence-transformers: "
-            "pip install 'foretaste[text]', or give the texts as vectors, kind = 'vector'"
+            "pip install 'foretaste[text]', or give the texts as vectors, kind = 'vector'",
+            name="encoder",
+            value=encoder,
         ) from error
     try:
         return library.SentenceTransformer(encoder, device="cpu", local_files_only=True)
@@ -418,5 +425,7 @@ def _load(encoder: str) -> Any:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(
             f"encoder {encoder!r} cannot be loaded ({reason}): give the folder of a "
-            "sentence-transformers model that is on this machine"
+            "sentence-transformers model that is on this machine",
+            name="encoder",
+            value=encoder,
         ) from error

@@ -4,18 +4,23 @@ Shape legend: V nodes, E directed edges (each tie twice), P ties.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from jaxtyping import Float32, Int32, Int64
-from scipy.sparse import csr_array
-from scipy.sparse.csgraph import reverse_cuthill_mckee
 
 from foretaste.config import Config, Positive, Weight
 from foretaste.data.distinct import distinct
 from foretaste.data.interactions import Interactions
 from foretaste.data.side_tables import attribute_ties
 from foretaste.errors import DataError
+from foretaste.later import later
+
+if TYPE_CHECKING:
+    from scipy import sparse
+    from scipy.sparse import csgraph
+else:
+    sparse, csgraph = later("scipy.sparse"), later("scipy.sparse.csgraph")
 
 
 class GraphConfig(Config):
@@ -156,13 +161,15 @@ def make_graph(
     )
 
 
-def adjacency(graph: Graph) -> csr_array:
+def adjacency(graph: Graph) -> "sparse.csr_array":
     """Return the weights of all edges as a matrix of scipy's, with 32-bit indices."""
     weight_E = graph.weight_E
     if weight_E is None:
         weight_E = np.ones(len(graph.neighbour_E), np.float32)
     shape = (graph.num_nodes, graph.num_nodes)
-    return csr_array((weight_E, graph.neighbour_E, graph.offsets_V1.astype(np.int32)), shape=shape)
+    return sparse.csr_array(
+        (weight_E, graph.neighbour_E, graph.offsets_V1.astype(np.int32)), shape=shape
+    )
 
 
 def cache_order(graph: Graph) -> Int64[np.ndarray, " V"]:
@@ -176,7 +183,7 @@ def cache_order(graph: Graph) -> Int64[np.ndarray, " V"]:
         Cuthill and McKee, "Reducing the bandwidth of sparse symmetric matrices", ACM 1969,
         https://doi.org/10.1145/800195.805928
     """
-    order_V = reverse_cuthill_mckee(adjacency(graph), symmetric_mode=True).astype(np.int64)
+    order_V = csgraph.reverse_cuthill_mckee(adjacency(graph), symmetric_mode=True).astype(np.int64)
     kind_V = np.searchsorted(
         [graph.num_users, graph.num_users + graph.num_items], order_V, side="right"
     )

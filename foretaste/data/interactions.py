@@ -155,6 +155,7 @@ class Interactions(Shown):
         check_rows(np.array([user_idx]), self.num_users, name="user_idx")
         return self.item_idx[self.offsets[user_idx] : self.offsets[user_idx + 1]]
 
+    @checked
     def fingerprint(self) -> str:
         """Return a SHA-256 of ids, order, times, columns, context and links.
 

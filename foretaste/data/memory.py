@@ -4,9 +4,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import psutil
-
 from foretaste.errors import TooLargeError
+from foretaste.later import later
+
+psutil = later("psutil")
 
 _CGROUP = Path("/sys/fs/cgroup")
 _SURELY_FITS = 2**26

@@ -5,9 +5,8 @@ between the two, K layers.
 """
 
 from dataclasses import dataclass
-from typing import no_type_check
+from typing import TYPE_CHECKING
 
-import numba
 import numpy as np
 import torch
 from jaxtyping import Float32, Int32, Int64, Integer
@@ -15,6 +14,12 @@ from torch import Tensor
 
 from foretaste.data.batch import Prepared
 from foretaste.data.memory import check_fits
+from foretaste.later import later
+
+if TYPE_CHECKING:
+    from foretaste.data import walk_loops
+else:
+    walk_loops = later("foretaste.data.walk_loops")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -133,9 +138,13 @@ def _layer_below(
 ) -> tuple[Layer, Int32[np.ndarray, " S"]]:
     """Return what a layer's nodes are made from, and the nodes of the layer below."""
     neighbour_VT, weight_VT = table.neighbour_VT, table.weight_VT
-    offsets_R1, node_S, row_of_V = _nodes_below(node_R, neighbour_VT)
-    source_E, weight_E = _edges(node_R, offsets_R1, row_of_V, neighbour_VT, weight_VT)
-    target_E, back_weight_E, back_S1 = _turned(offsets_R1, source_E, weight_E, len(node_S))
+    offsets_R1, node_S, row_of_V = walk_loops.nodes_below(node_R, neighbour_VT)
+    source_E, weight_E = walk_loops.edges_below(
+        node_R, offsets_R1, row_of_V, neighbour_VT, weight_VT
+    )
+    target_E, back_weight_E, back_S1 = walk_loops.turned(
+        offsets_R1, source_E, weight_E, len(node_S)
+    )
     layer = Layer(
         self_R=torch.from_numpy(row_of_V[node_R]),
         source_E=torch.from_numpy(source_E),
@@ -146,57 +155,3 @@ def _layer_below(
         back_S1=torch.from_numpy(back_S1),
     )
     return layer, node_S
-
-
-@numba.njit(cache=True, nogil=True)
-@no_type_check
-def _nodes_below(node_R, neighbour_VT):
-    """Return where each row's edges begin, the distinct nodes below, and each node's row there."""
-    row_of_V = np.full(neighbour_VT.shape[0], -1, np.int32)
-    offsets_R1 = np.zeros(node_R.shape[0] + 1, np.int32)
-    for row in range(node_R.shape[0]):
-        node = node_R[row]
-        row_of_V[node] = 0
-        place = 0
-        while place < neighbour_VT.shape[1] and neighbour_VT[node, place] >= 0:
-            row_of_V[neighbour_VT[node, place]] = 0
-            place += 1
-        offsets_R1[row + 1] = offsets_R1[row] + place
-    node_S = np.flatnonzero(row_of_V == 0).astype(np.int32)
-    for row in range(node_S.shape[0]):
-        row_of_V[node_S[row]] = row
-    return offsets_R1, node_S, row_of_V
-
-
-@numba.njit(cache=True, nogil=True)
-@no_type_check
-def _edges(node_R, offsets_R1, row_of_V, neighbour_VT, weight_VT):
-    """Return the row below and the weight of each edge."""
-    source_E = np.empty(offsets_R1[-1], np.int32)
-    weight_E = np.empty(offsets_R1[-1], np.float32)
-    for row in range(node_R.shape[0]):
-        begin = offsets_R1[row]
-        for place in range(offsets_R1[row + 1] - begin):
-            source_E[begin + place] = row_of_V[neighbour_VT[node_R[row], place]]
-            weight_E[begin + place] = weight_VT[node_R[row], place]
-    return source_E, weight_E
-
-
-@numba.njit(cache=True, nogil=True)
-@no_type_check
-def _turned(offsets_R1, source_E, weight_E, num_below):
-    """Return the edges by their row below: a counting sort."""
-    back_S1 = np.zeros(num_below + 1, np.int32)
-    for source in source_E:
-        back_S1[source + 1] += 1
-    for below in range(num_below):
-        back_S1[below + 1] += back_S1[below]
-    next_S = back_S1[:-1].copy()
-    target_E = np.empty_like(source_E)
-    back_weight_E = np.empty_like(weight_E)
-    for row in range(offsets_R1.shape[0] - 1):
-        for edge in range(offsets_R1[row], offsets_R1[row + 1]):
-            at = next_S[source_E[edge]]
-            target_E[at], back_weight_E[at] = row, weight_E[edge]
-            next_S[source_E[edge]] = at + 1
-    return target_E, back_weight_E, back_S1

@@ -7,13 +7,18 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from jaxtyping import Bool, Int32, Int64, Integer, Shaped
 
-from foretaste.data import csr
 from foretaste.data.read_config import Duplicates
+from foretaste.later import later
+
+if TYPE_CHECKING:
+    from foretaste.data import csr
+else:
+    csr = later("foretaste.data.csr")
 
 _T = TypeVar("_T")
 _PARTS = min(8, os.cpu_count() or 1)

@@ -244,10 +244,12 @@ class Split(Shown):
     def test(self) -> Holdout:
         return self._holdout(TEST, "test")
 
+    @checked
     def refit(self) -> "Split":
         """Return the same split with its validation events moved into training."""
         return self._with_in_training((VALIDATION,), "train and validation")
 
+    @checked
     def everything(self) -> "Split":
         """Return the same split with its validation and test events moved into training.
 
@@ -266,6 +268,7 @@ class Split(Shown):
         leaks = find_leaks(self.kind, self.events, part_E)
         return replace(self, part_E=part_E, leaks=leaks, learned_from=learned_from)
 
+    @checked
     def sizes(self) -> tuple[PartSize, ...]:
         """Return what stands in training, validation and test, for a table or a report."""
         trained_U = np.diff(self.train.offsets) > 0

@@ -23,13 +23,16 @@ from jaxtyping import Int32, Int64, UInt8
 
 from foretaste.arguments import as_list, checked
 from foretaste.config import shown
-from foretaste.data.csr import look_up, mark_present
 from foretaste.data.ranges import check_rows
 from foretaste.errors import DataError
+from foretaste.later import later
 
 if TYPE_CHECKING:
+    from foretaste.data import csr
+
     Ids = Iterable[object]
 else:
+    csr = later("foretaste.data.csr")
     Ids = object  # `listed` checks it, with an error of its own
 """What holds ids one after the other: a list, a tuple, a set, a generator, a dictionary's view, or
 an array or a column of NumPy, pandas, Polars or Arrow."""
@@ -135,6 +138,7 @@ class Vocabulary:
                 sha.update(buffer.data)
         return sha.hexdigest()
 
+    @checked
     def find(self, external_id: object) -> int:
         """Return the row of one id, -1 if it is unknown or no id at all."""
         return self._find(plain_id(external_id))
@@ -260,6 +264,7 @@ class Vocabulary:
             return None
         return self.ids.arg_sort().cast(pl.Int64).to_numpy()
 
+    @checked
     def spelled_like(self, external_id: object) -> int | str | None:
         """Return an id that differs from an unknown one in case and blanks alone, if there is one.
 
@@ -439,13 +444,13 @@ def number_ids(
     present = np.zeros(span, np.bool_)
     for series in (ids,) if also is None else (ids, also):
         for chunk in series.get_chunks():
-            mark_present(chunk.to_numpy(), lowest, present)
+            csr.mark_present(chunk.to_numpy(), lowest, present)
     found = np.flatnonzero(present)
     row_of = np.zeros(span, np.int32)
     row_of[found] = np.arange(len(found), dtype=np.int32)
     row_E, start = np.empty(len(ids), np.int32), 0
     for chunk in ids.get_chunks():
-        look_up(chunk.to_numpy(), lowest, row_of, row_E[start : start + len(chunk)])
+        csr.look_up(chunk.to_numpy(), lowest, row_of, row_E[start : start + len(chunk)])
         start += len(chunk)
     return _sorted_vocabulary(pl.Series("id", found + lowest, dtype=pl.Int64)), row_E
 

@@ -1,4 +1,6 @@
-"""The loops behind walks: compiled by numba and cached.
+"""The loops behind walks, and behind what a batch needs of the nodes that they found.
+
+Compiled by numba and cached.
 
 Those that take `low` and `high` work on these rows alone and release the interpreter, so that
 threads share the work. The walks of a node go forward side by side: while one waits for memory,
@@ -164,3 +166,57 @@ def uniform(node_N, low, high, offsets_V1, neighbour_E, seed, first, last, out_N
                 weight_NT[row, found] = 1 / wanted
                 found += 1
             left -= 1
+
+
+@numba.njit(cache=True, nogil=True)
+@no_type_check
+def nodes_below(node_R, neighbour_VT):
+    """Return where each row's edges begin, the distinct nodes below, and each node's row there."""
+    row_of_V = np.full(neighbour_VT.shape[0], -1, np.int32)
+    offsets_R1 = np.zeros(node_R.shape[0] + 1, np.int32)
+    for row in range(node_R.shape[0]):
+        node = node_R[row]
+        row_of_V[node] = 0
+        place = 0
+        while place < neighbour_VT.shape[1] and neighbour_VT[node, place] >= 0:
+            row_of_V[neighbour_VT[node, place]] = 0
+            place += 1
+        offsets_R1[row + 1] = offsets_R1[row] + place
+    node_S = np.flatnonzero(row_of_V == 0).astype(np.int32)
+    for row in range(node_S.shape[0]):
+        row_of_V[node_S[row]] = row
+    return offsets_R1, node_S, row_of_V
+
+
+@numba.njit(cache=True, nogil=True)
+@no_type_check
+def edges_below(node_R, offsets_R1, row_of_V, neighbour_VT, weight_VT):
+    """Return the row below and the weight of each edge."""
+    source_E = np.empty(offsets_R1[-1], np.int32)
+    weight_E = np.empty(offsets_R1[-1], np.float32)
+    for row in range(node_R.shape[0]):
+        begin = offsets_R1[row]
+        for place in range(offsets_R1[row + 1] - begin):
+            source_E[begin + place] = row_of_V[neighbour_VT[node_R[row], place]]
+            weight_E[begin + place] = weight_VT[node_R[row], place]
+    return source_E, weight_E
+
+
+@numba.njit(cache=True, nogil=True)
+@no_type_check
+def turned(offsets_R1, source_E, weight_E, num_below):
+    """Return the edges by their row below: a counting sort."""
+    back_S1 = np.zeros(num_below + 1, np.int32)
+    for source in source_E:
+        back_S1[source + 1] += 1
+    for below in range(num_below):
+        back_S1[below + 1] += back_S1[below]
+    next_S = back_S1[:-1].copy()
+    target_E = np.empty_like(source_E)
+    back_weight_E = np.empty_like(weight_E)
+    for row in range(offsets_R1.shape[0] - 1):
+        for edge in range(offsets_R1[row], offsets_R1[row + 1]):
+            at = next_S[source_E[edge]]
+            target_E[at], back_weight_E[at] = row, weight_E[edge]
+            next_S[source_E[edge]] = at + 1
+    return target_E, back_weight_E, back_S1

@@ -9,14 +9,20 @@ Shape legend: V nodes, N nodes asked for, T neighbours, E directed edges.
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float64, Int64
 
-from foretaste.data import walk_loops
 from foretaste.data.graph import Graph
 from foretaste.data.neighbourhoods import Neighbourhoods
 from foretaste.errors import ConfigError, DataError
+from foretaste.later import later
+
+if TYPE_CHECKING:
+    from foretaste.data import walk_loops
+else:
+    walk_loops = later("foretaste.data.walk_loops")
 
 _BLOCK = 2048
 """Nodes that a thread takes at a time."""

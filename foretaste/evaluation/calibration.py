@@ -10,16 +10,18 @@ from typing import Literal, assert_never
 
 import numpy as np
 from jaxtyping import Float, Float64
-from scipy.optimize import isotonic_regression
 
 from foretaste.errors import DataError
 from foretaste.evaluation.row_metrics import checked_labels, checked_probabilities
+from foretaste.later import later
 from foretaste.training.calibration import (
     IsotonicCalibration,
     PlattCalibration,
     logit,
     sigmoid,
 )
+
+optimize = later("scipy.optimize")
 
 Method = Literal["platt", "isotonic"]
 _MOST_STEPS = 100
@@ -100,7 +102,7 @@ def _fit_isotonic(
     """
     at, place_N, count = np.unique(probability_N, return_inverse=True, return_counts=True)
     mean = np.bincount(place_N, label_N) / count
-    gives: np.ndarray = isotonic_regression(mean, weights=count.astype(np.float64)).x
+    gives: np.ndarray = optimize.isotonic_regression(mean, weights=count.astype(np.float64)).x
     levels, stair = np.unique(gives, return_inverse=True)
     rows = np.bincount(stair, count)
     if len(levels) > 1:

@@ -4,9 +4,8 @@ Shape legend: N events of a test, U users, I items.
 """
 
 from dataclasses import dataclass
-from typing import no_type_check
+from typing import TYPE_CHECKING
 
-import numba
 import numpy as np
 import polars as pl
 from jaxtyping import Bool, Int64
@@ -16,7 +15,13 @@ from foretaste.data.rows import Rows
 from foretaste.data.splits import Holdout
 from foretaste.data.vocabulary import Vocabulary
 from foretaste.errors import DataError
+from foretaste.later import later
 from foretaste.training.trained import Trained
+
+if TYPE_CHECKING:
+    from foretaste.data import csr
+else:
+    csr = later("foretaste.data.csr")
 
 _MOST_TRAINED_ON = 0.5
 """Of a test's events, how many training may hold: beyond, the figure is of what was learned by
@@ -224,7 +229,7 @@ def trained_on_events(model: Trained, test: Asked) -> Bool[np.ndarray, " N"]:
     end_N = np.where((user_N < 0) | (item_N < 0), start_N, own.offsets[user_N + 1])
     none_E, timed = np.empty(0, np.int64), _timed(model, test)
     seen_N = np.zeros(len(item_N), np.bool_)
-    _mark_trained_on(
+    csr.mark_trained_on(
         (own.item_idx, own.timestamp_s if timed else none_E, start_N, end_N, item_N),
         (
             past.item_idx,
@@ -307,35 +312,3 @@ def _kind(vocabulary: Vocabulary) -> str:
 
 def _first(vocabulary: Vocabulary) -> object:
     return vocabulary.ids[0] if len(vocabulary) else None
-
-
-@numba.njit(cache=True, nogil=True)
-@no_type_check
-def _count(item, time, start, end, wanted, moment):
-    """Count events of one user that are of an item, and of a time where there are times."""
-    found = 0
-    if time.shape[0] > 0:
-        place = start + np.searchsorted(time[start:end], moment)
-        while place < end and time[place] == moment:
-            found += item[place] == wanted
-            place += 1
-        return found
-    for place in range(start, end):
-        found += item[place] == wanted
-    return found
-
-
-@numba.njit(cache=True, nogil=True)
-@no_type_check
-def _mark_trained_on(own, past, time_N, seen_N):
-    """Mark events that training holds more often than the events before them do.
-
-    Users' events are sorted by time, so that a time is found by halving.
-    """
-    own_item, own_time, own_start, own_end, own_wanted = own
-    item, time, start, end, wanted = past
-    for n in range(seen_N.shape[0]):
-        trained = _count(own_item, own_time, own_start[n], own_end[n], own_wanted[n], time_N[n])
-        if trained > 0:
-            before = _count(item, time, start[n], end[n], wanted[n], time_N[n])
-            seen_N[n] = trained > before

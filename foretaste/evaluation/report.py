@@ -143,6 +143,7 @@ class Report(Shown):
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise no_report(error, "report") from error
 
+    @checked
     def to_markdown(self) -> str:
         """Return the tables and notes as Markdown."""
         parts = [f"## {self._title()}", markdown_table(self._headline())]

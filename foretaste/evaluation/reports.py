@@ -32,6 +32,7 @@ class RankingGain(Shown):
         """Of the gain, paired."""
         return {f"{self.comparison.metric}_gain": self.comparison.interval}
 
+    @checked
     def to_json(self) -> dict[str, object]:
         """Return it as plain JSON values."""
         return {**asdict(self.comparison), "retrieval": dict(self.retrieval.metrics)}

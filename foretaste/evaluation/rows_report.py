@@ -159,6 +159,7 @@ class RowsReport(Shown):
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise no_report(error, "report of rows") from error
 
+    @checked
     def to_markdown(self) -> str:
         """Return the table and notes as Markdown."""
         lines = "\n".join(f"- {line}" for line in self._remarks())

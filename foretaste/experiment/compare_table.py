@@ -151,6 +151,7 @@ class ModelComparison(Shown):
         told = [head for metric in metrics for head in (label(metric), "behind the best", P_HEAD)]
         return ("model", *told, "training s", "bundle MB", "ms a 1,000 rows")
 
+    @checked
     def cells(self) -> list[tuple[str, ...]]:
         """Return the table's rows as text, under `columns`."""
         measured = [
@@ -159,18 +160,21 @@ class ModelComparison(Shown):
         blank = ("",) * (len(self.columns) - 2)
         return measured + [(row.name, "failed", *blank) for row in self.failed]
 
+    @checked
     def remarks(self) -> list[str]:
         """Return how trainings ended, why models failed, and what the columns mean."""
         ended = [f"{row.name}: {row.note}" for row in self.rows if row.note]
         failed = [f"{row.name} failed: {row.error}" for row in self.failed]
         return [*ended, *failed, *self.notes]
 
+    @checked
     def title(self) -> str:
         """Return what the table shows."""
         users = "1 user" if self.users == 1 else f"{self.users:,} users"
         rows = f"{self.judged:,} rows of " if self.judged else ""
         return f"{_head(self.metric)} on the test part ({self.split}), {rows}{users}"
 
+    @checked
     def to_json(self) -> dict[str, object]:
         """Return all of it as plain JSON values."""
         return {
@@ -198,10 +202,12 @@ class ModelComparison(Shown):
         parts = [f"# {self.title()}", markdown_table(table), *shown, notes, f"**{self.sentence}**"]
         return "\n\n".join(parts) + "\n"
 
+    @checked
     def to_latex(self) -> str:
         r"""Return the table as a LaTeX `tabular` with the rules of the package booktabs."""
         return latex_table([list(self.columns), *map(list, self.cells())])
 
+    @checked
     def to_frame(self) -> pl.DataFrame:
         """Return the figures, one row for each model and metric, failed models last."""
         figures = [(row, figure) for row in self.rows for figure in (row.leading, *row.tasks)]

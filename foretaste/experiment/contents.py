@@ -25,6 +25,7 @@ class BundleContents:
     metrics: dict[str, float]
     """Of the stored report; empty without one."""
 
+    @checked
     def facts(self) -> dict[str, object]:
         """Return what a person wants to know first, by name."""
         manifest, data, index = self.manifest, self.manifest.data, self.manifest.index or {}
@@ -43,6 +44,7 @@ class BundleContents:
             **self.metrics,
         }
 
+    @checked
     def to_json(self) -> dict[str, object]:
         """Return all of it as plain JSON values."""
         return {

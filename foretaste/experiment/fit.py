@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from types import NoneType
@@ -34,10 +35,10 @@ from foretaste.models.catalogue import (
     tasks_of,
 )
 from foretaste.models.neumf import NCF, NeuMFConfig
-from foretaste.training.fit import Epoch, Fit
+from foretaste.training.fit import Epoch, Fit, Progress
 from foretaste.training.objectives.catalogue import ObjectiveConfig
 from foretaste.training.objectives.rows import LabelledRows, RowsConfig
-from foretaste.training.progress import ShowProgress
+from foretaste.training.progress import Cost, CostWatch, ShowProgress
 from foretaste.training.settings import TrainingConfig
 from foretaste.training.trained import Trained
 
@@ -55,6 +56,7 @@ def fit(
     resume: bool = False,
     show: bool = True,
     on_epoch: Callable[[Epoch], None] | None = None,
+    on_cost: Callable[[Cost], None] | None = None,
     max_seconds: float | None = None,
     candidates: Candidates | None = None,
     first_stage: FirstStage | None = None,
@@ -76,6 +78,8 @@ def fit(
         resume: Go on from the checkpoint in `folder`, to the same result as without the break.
         show: Report progress on standard error.
         on_epoch: Told of each epoch; what it raises ends the run.
+        on_cost: Called with what each training will cost, when its first steps are over and again
+            when its first validation is; what it raises ends the run. The last one is in the log.
         max_seconds: Stop the training loop after so long, and keep the best weights so far; a
             model that learns in closed form cannot be stopped.
         candidates: Of a ranker: what it will be asked about. Its negatives are of those if
@@ -111,6 +115,7 @@ def fit(
         features=features,
         resume=resume,
         show=show,
+        on_cost=on_cost,
     )
     if isinstance(config, TwoStageConfig):
         return fit_two_stage(
@@ -176,6 +181,7 @@ def fit(
             log |= _learn(
                 make(),
                 split,
+                name=config.kind,
                 training=training,
                 objective=objective,
                 graph=graph,
@@ -183,6 +189,7 @@ def fit(
                 resume=resume,
                 show=show,
                 on_epoch=on_epoch,
+                on_cost=on_cost,
                 max_seconds=None if max_seconds is None else max_seconds / (1 + len(parts)),
                 candidates=candidates,
             )
@@ -265,6 +272,7 @@ def _learn(
     untrained: Trained,
     split: Split,
     *,
+    name: str,
     training: TrainingConfig,
     objective: ObjectiveConfig,
     graph: Graph | None,
@@ -272,6 +280,7 @@ def _learn(
     resume: bool,
     show: bool,
     on_epoch: Callable[[Epoch], None] | None,
+    on_cost: Callable[[Cost], None] | None,
     max_seconds: float | None,
     candidates: Candidates | None,
 ) -> dict[str, object]:
@@ -312,9 +321,11 @@ def _learn(
         run,
         training,
         validated="" if validation is None else str(validation),
+        name=name,
         resume=resume,
         show=show,
         on_epoch=on_epoch,
+        on_cost=on_cost,
         max_seconds=max_seconds,
     )
     if isinstance(learning.objective, LabelledRows) and learning.objective.sigmas():
@@ -335,28 +346,35 @@ def _run(
     training: TrainingConfig,
     *,
     validated: str,
+    name: str,
     resume: bool,
     show: bool,
     on_epoch: Callable[[Epoch], None] | None,
+    on_cost: Callable[[Cost], None] | None,
     max_seconds: float | None,
 ) -> dict[str, object]:
     with ShowProgress(training.epochs) as display:
+        on_epochs = [*([display.epoch] if show else ()), *([on_epoch] if on_epoch else ())]
+        on_costs = [
+            *([partial(display.cost, name)] if show else ()),
+            *([on_cost] if on_cost else ()),
+        ]
+        watch = CostWatch(run, on_costs, max_seconds=max_seconds)
         if show and validated:
             display.say(validated)
 
-        def tell(epoch: Epoch) -> None:
+        def step(progress: Progress, steps_per_epoch: int) -> None:
             if show:
-                display.epoch(epoch)
-            if on_epoch:
-                on_epoch(epoch)
+                display.step(progress, steps_per_epoch)
+            watch.step(steps_per_epoch)
 
-        progress = run.run(
-            resume=resume,
-            on_epoch=tell,
-            on_step=display.step if show else None,
-            max_seconds=max_seconds,
-        )
+        def epoch(ended: Epoch) -> None:
+            for tell in (*on_epochs, watch.epoch):
+                tell(ended)
+
+        progress = run.run(resume=resume, on_epoch=epoch, on_step=step, max_seconds=max_seconds)
     return {
+        "cost": None if watch.cost is None else asdict(watch.cost),
         "epochs": progress.epochs,
         "best_epoch": progress.best_epoch or progress.epoch,
         "steps": progress.step,

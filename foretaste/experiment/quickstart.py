@@ -63,6 +63,7 @@ class Quickstart:
     sentences: tuple[str, ...]
     """What the tables mean, and what they do not."""
 
+    @checked
     def to_json(self) -> dict[str, object]:
         """Return all of it as plain JSON values."""
         return asdict(self)

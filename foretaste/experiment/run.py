@@ -12,6 +12,8 @@ import numpy as np
 from foretaste.arguments import checked
 from foretaste.config import parse_settings
 from foretaste.data.conditions import counted_as_positive, only_where
+from foretaste.data.features_schema import FeatureSchema, TextField
+from foretaste.data.features_values import load_encoder
 from foretaste.data.folder import check_place
 from foretaste.data.interactions import Interactions
 from foretaste.data.read_config import WhichEvents
@@ -36,7 +38,7 @@ from foretaste.experiment.recipe import (
     PublicData,
     StoreData,
 )
-from foretaste.experiment.tracking import Tracker, TrackerKind, open_tracker
+from foretaste.experiment.tracking import Tracker, TrackerKind, check_tracker, open_tracker
 from foretaste.experiment.two_stage import ranking_gain, retrieval_alone
 from foretaste.models.base import Ranker
 from foretaste.models.catalogue import tasks_of
@@ -52,6 +54,7 @@ from foretaste.training.checkpoint import (
 )
 from foretaste.training.fit import Epoch
 from foretaste.training.objectives.rows import RowsConfig
+from foretaste.training.progress import Cost, ShowProgress, duration
 from foretaste.training.settings import TrainingConfig
 from foretaste.training.trained import Trained
 
@@ -96,10 +99,15 @@ def read_split(config: ExperimentConfig, *, data_dir: Path | str | None = None) 
             path that is not absolute.
 
     Raises:
+        ConfigError: A field of text names an encoder that is not there, or its extra is missing.
         DataError: The tables are wrong, or cannot be cut so.
         SourceError: The public data set cannot be had.
         BundleError: The event store is missing or broken.
     """
+    schema = config.features or FeatureSchema()
+    for field in (*schema.user.values(), *schema.item.values(), *schema.context.values()):
+        if isinstance(field, TextField):
+            load_encoder(field.encoder)
     folder = None if data_dir is None else Path(data_dir)
     return make_split(config.split, _read_events(config.data, folder))
 
@@ -120,6 +128,7 @@ def start_run(
     result: str | Path | None = None,
     resume: bool = False,
     replace: bool = False,
+    track: TrackerKind | None = None,
 ) -> Path:
     """See before training that what it gives can be written; return the folder of checkpoints.
 
@@ -128,13 +137,17 @@ def start_run(
         result: The file of the run's record, if there will be one.
         resume: Go on with the run whose checkpoints lie beside `bundle`, and replace what it wrote.
         replace: Replace a bundle, a record and the checkpoints of an earlier run.
+        track: Where the run will be followed, if anywhere.
 
     Raises:
+        ConfigError: The tracker's extra is not installed.
         BundleError: The bundle is there already, or an unfinished run of it, and neither is given;
             or something else is there; or its folder cannot be written; or its checkpoint is of
             the former layout.
         DataError: The same of the record.
     """
+    if track is not None:
+        check_tracker(track)
     bundle, folder = Path(bundle), run_folder(bundle)
     may_replace = replace or (resume and find_checkpoint(folder) is not None)
     check_place(bundle, "bundle", replace=may_replace)
@@ -206,6 +219,7 @@ def run_experiment(
             folder=folder,
             resume=resume,
             on_epoch=told,
+            on_cost=partial(_say_final, config, split) if show else None,
             show=show,
             max_seconds=max_seconds,
         )
@@ -252,14 +266,32 @@ def fit_final(
     """
     refitted = _fit(
         _with_chosen_epochs(config, trained.log),
-        split.everything() if config.final == "all" else split.refit(),
+        _final_split(config, split),
         folder=folder,
         resume=resume,
         on_epoch=None,
+        on_cost=None,
         show=show,
         max_seconds=max_seconds,
     )
     return replace(refitted, calibration=trained.calibration)  # it has seen validation's rows
+
+
+def _final_split(config: ExperimentConfig, split: Split) -> Split:
+    return split.everything() if config.final == "all" else split.refit()
+
+
+def _say_final(config: ExperimentConfig, split: Split, cost: Cost) -> None:
+    """Say what the last training will take, once all is known of the first one."""
+    if config.final == "none" or (cost.validations and cost.validation_seconds is None):
+        return
+    more = len(_final_split(config, split).train) / max(1, len(split.train))
+    seconds = more * cost.epochs * cost.epoch_seconds
+    seconds = seconds if cost.max_seconds is None else min(seconds, cost.max_seconds)
+    ShowProgress(cost.epochs).say(
+        f'final = "{config.final}" trains once more, without validation: at most '
+        f"{duration(seconds)} for as many epochs"
+    )
 
 
 def check_measurable(config: ExperimentConfig, split: Split) -> None:
@@ -427,6 +459,7 @@ def _fit(
     folder: Path | None,
     resume: bool,
     on_epoch: Callable[[Epoch], None] | None,
+    on_cost: Callable[[Cost], None] | None,
     show: bool,
     max_seconds: float | None,
 ) -> Trained:
@@ -440,6 +473,7 @@ def _fit(
         folder=folder,
         resume=resume,
         on_epoch=on_epoch,
+        on_cost=on_cost,
         show=show,
         max_seconds=max_seconds,
         first_stage=config.first_stage,

@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol, final, runtime_checkable
 
 from foretaste.arguments import checked
 from foretaste.errors import ConfigError
+from foretaste.later import installed
 
 TrackerKind = Literal["mlflow", "tensorboard"]
 
@@ -45,6 +46,16 @@ def open_tracker(kind: TrackerKind, *, folder: Path | str, run: str) -> Tracker:
             return TensorBoardTracker(folder / run)
 
 
+def check_tracker(kind: TrackerKind) -> None:
+    """See before any work that a tracker can be opened.
+
+    Raises:
+        ConfigError: Its package is not installed; it names the extra that brings it.
+    """
+    if not installed(kind):
+        raise _not_installed(kind)
+
+
 @final
 class TensorBoardTracker:
     """Writes TensorBoard's event files; read them with `tensorboard --logdir FOLDER`."""
@@ -58,14 +69,17 @@ class TensorBoardTracker:
         writer = _extra("torch.utils.tensorboard", needs="tensorboard").SummaryWriter
         self._writer = writer(log_dir=str(folder))
 
+    @checked
     def log_settings(self, settings: Mapping[str, object]) -> None:
         rows = "\n".join(f"| {name} | {value} |" for name, value in flatten(settings).items())
         self._writer.add_text("settings", f"| setting | value |\n| --- | --- |\n{rows}")
 
+    @checked
     def log_metrics(self, metrics: Mapping[str, float], *, step: int) -> None:
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, global_step=step)
 
+    @checked
     def close(self) -> None:
         self._writer.close()
 
@@ -89,14 +103,17 @@ class MLflowTracker:
         experiment = known.experiment_id if known else self._client.create_experiment("foretaste")
         self._run_id = self._client.create_run(experiment, run_name=run).info.run_id
 
+    @checked
     def log_settings(self, settings: Mapping[str, object]) -> None:
         for name, value in flatten(settings).items():
             self._client.log_param(self._run_id, name, value)
 
+    @checked
     def log_metrics(self, metrics: Mapping[str, float], *, step: int) -> None:
         for name, value in metrics.items():
             self._client.log_metric(self._run_id, name, value, step=step)
 
+    @checked
     def close(self) -> None:
         self._client.set_terminated(self._run_id)
 
@@ -116,6 +133,12 @@ def _extra(module: str, *, needs: str) -> Any:
     try:
         return import_module(module)
     except ImportError as error:
-        raise ConfigError(
-            f"tracking with {needs} needs an extra: pip install 'foretaste[{needs}]'"
-        ) from error
+        raise _not_installed(needs) from error
+
+
+def _not_installed(kind: str) -> ConfigError:
+    return ConfigError(
+        f"tracking with {kind} needs an extra: pip install 'foretaste[{kind}]'",
+        name="track",
+        value=kind,
+    )

@@ -62,12 +62,14 @@ class TuneResult:
         """What all trials took together: the effort."""
         return sum(trial.seconds for trial in self.trials)
 
+    @checked
     def to_frame(self) -> pl.DataFrame:
         """Return the trials, best first, with a column for each setting that was drawn."""
         rows = [{**asdict(trial), **trial.settings} for trial in self.trials]
         frame = pl.DataFrame(rows, infer_schema_length=None, strict=False).drop("settings")
         return frame.sort("value", descending=True, nulls_last=True, maintain_order=True)
 
+    @checked
     def to_json(self) -> dict[str, object]:
         """Return all of it as plain JSON values."""
         return {

@@ -17,10 +17,7 @@ from typing import ClassVar, Literal, final
 
 import numpy as np
 import torch
-from implicit.cpu.als import AlternatingLeastSquares
 from jaxtyping import Float
-from scipy import sparse
-from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from foretaste.config import (
@@ -35,8 +32,12 @@ from foretaste.config import (
 )
 from foretaste.data.batch import Queries
 from foretaste.data.interactions import Interactions
+from foretaste.later import later
 from foretaste.models.base import Retriever
 from foretaste.models.item_sets import ItemSets, check_events, distinct_items, interaction_matrix
+
+implicit_als, sparse = later("implicit.cpu.als"), later("scipy.sparse")
+threadpoolctl = later("threadpoolctl")
 
 _BLOCK_QUERIES = 64
 _START_SCALE = 0.01
@@ -84,8 +85,10 @@ class ImplicitALS(Retriever):
         num_items, factors = self.item_ID.shape
         check_events(events, num_items=num_items)
         pairs = sparse.csr_matrix(interaction_matrix(events))
-        with threadpool_limits(limits=1, user_api="blas"):  # implicit runs threads of its own
-            als = AlternatingLeastSquares(
+        with threadpoolctl.threadpool_limits(
+            limits=1, user_api="blas"
+        ):  # implicit runs threads of its own
+            als = implicit_als.AlternatingLeastSquares(
                 factors=factors,
                 regularization=self.config.regularization,
                 alpha=1 + self.config.alpha,  # implicit's alpha is the whole confidence

@@ -15,20 +15,25 @@ Shape legend: B queries, I items, K neighbours, M distinct (query, item) pairs, 
 block, W the longest row.
 """
 
-from typing import ClassVar, Literal, final
+from typing import TYPE_CHECKING, ClassVar, Literal, final
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from pydantic import Field
-from scipy import sparse
 from torch import Tensor
 
 from foretaste.config import Config, Count, RangeConfig, Space, Weight
 from foretaste.data.batch import Queries
 from foretaste.data.interactions import Interactions
+from foretaste.later import later
 from foretaste.models.base import Scorer
 from foretaste.models.item_sets import check_events, distinct_items, interaction_matrix
+
+if TYPE_CHECKING:
+    from scipy import sparse
+else:
+    sparse = later("scipy.sparse")
 
 _BLOCK_PAIRS = 2**23
 _BLOCK_EVENTS = 2**14
@@ -90,7 +95,9 @@ class ItemKNN(Scorer):
             shared = (transposed[item_R] @ damped).tocsr()
             self._keep_best(item_R, shared, np.maximum(count_I, 1))
 
-    def _keep_best(self, item_R: np.ndarray, shared: sparse.csr_array, count_I: np.ndarray) -> None:
+    def _keep_best(
+        self, item_R: np.ndarray, shared: "sparse.csr_array", count_I: np.ndarray
+    ) -> None:
         length_R = np.diff(shared.indptr)
         row_P = np.repeat(np.arange(len(item_R)), length_R)
         own_P, other_P, a = item_R[row_P], shared.indices, self.config.asymmetry

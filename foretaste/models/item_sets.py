@@ -3,17 +3,22 @@
 Shape legend: B queries, M distinct (query, item) pairs, U users, I items.
 """
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Int64
-from scipy import sparse
 from torch import Tensor
 
 from foretaste.data.batch import Queries
 from foretaste.data.interactions import Interactions
 from foretaste.errors import DataError
+from foretaste.later import later
+
+if TYPE_CHECKING:
+    from scipy import sparse
+else:
+    sparse = later("scipy.sparse")
 
 
 class ItemSets(NamedTuple):
@@ -31,7 +36,7 @@ def distinct_items(queries: Queries, *, num_items: int) -> ItemSets:
     return ItemSets(item_M=key_M % num_items, offsets_B1=torch.searchsorted(key_M, bounds_B1))
 
 
-def interaction_matrix(events: Interactions) -> sparse.csr_array:
+def interaction_matrix(events: Interactions) -> "sparse.csr_array":
     """Return the (U, I) matrix of float32 ones where a user has done an item, once or more."""
     matrix = sparse.csr_array(
         (np.ones(len(events), np.float32), events.item_idx, events.offsets),

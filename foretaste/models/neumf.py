@@ -22,6 +22,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
+from foretaste.arguments import checked
 from foretaste.config import (
     ChoiceConfig,
     Config,
@@ -105,6 +106,7 @@ class NeuMFConfig(Config):
     alpha: float = Field(default=0.5, gt=0, lt=1)
     """Share of GMF in the output layer that a pre-trained NeuMF starts with."""
 
+    @checked
     def parts(self) -> tuple[GMFConfig, MLPConfig]:
         """Return the two models that NeuMF is made of."""
         gmf = GMFConfig(task=self.task, factors=self.factors, init_std=self.init_std)

@@ -6,7 +6,6 @@ Shape legend: I items of the catalogue, N items in the index, Q measured queries
 from collections.abc import Mapping
 from pathlib import Path
 
-import faiss
 import torch
 from jaxtyping import Bool, Float
 from pydantic import ValidationError
@@ -16,11 +15,14 @@ from torch import Tensor
 from foretaste.config import Seed
 from foretaste.data.memory import check_fits
 from foretaste.errors import BundleError, ConfigError, DataError, NonFiniteError
+from foretaste.later import later
 from foretaste.retrieval.exact import ExactIndex, load_vectors
 from foretaste.retrieval.faiss_index import FAISS_FILE, FaissIndex
 from foretaste.retrieval.hnsw import build_hnsw
 from foretaste.retrieval.index import IndexChoice, IndexFacts, IndexKind, ItemIndex
 from foretaste.retrieval.ivf import build_ivf
+
+faiss = later("faiss")
 
 EXACT_BELOW = 200_000
 """Items up to which "auto" compares everything: about 10 ms a query on one core."""

@@ -4,16 +4,21 @@ Shape legend: B queries, N items in the index, I items of the catalogue, D width
 """
 
 from pathlib import Path
-from typing import final
+from typing import TYPE_CHECKING, final
 
-import faiss
 import numpy as np
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from foretaste.later import later
 from foretaste.retrieval.exact import ExactIndex, save_vectors
 from foretaste.retrieval.filtered import candidates, search_filtered
 from foretaste.retrieval.index import IndexFacts, IndexKind, TopK, check_search
+
+if TYPE_CHECKING:
+    import faiss
+else:
+    faiss = later("faiss")
 
 FAISS_FILE = "index.faiss"
 _REFINE = {"ivf_flat": 1, "ivf_sq8": 4, "hnsw": 1}
@@ -25,7 +30,7 @@ _WIDEST_WALK = 1024
 class FaissIndex:
     """Searches as wide as `facts.search_width`; wider finds more and takes longer."""
 
-    def __init__(self, index: faiss.Index, exact: ExactIndex, facts: IndexFacts) -> None:
+    def __init__(self, index: "faiss.Index", exact: ExactIndex, facts: IndexFacts) -> None:
         self._index = index
         self.exact = exact
         self._facts = facts
@@ -74,7 +79,7 @@ class FaissIndex:
         return candidates(self._fetch, self.exact, query_BD, k, refine=_REFINE[self.kind])
 
     def _fetch(
-        self, query_BD: np.ndarray, fetched: int, selector: faiss.IDSelector | None
+        self, query_BD: np.ndarray, fetched: int, selector: "faiss.IDSelector | None"
     ) -> np.ndarray:
         width = self._facts.search_width
         if self.kind == "hnsw":

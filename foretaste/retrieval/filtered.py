@@ -10,15 +10,21 @@ K list length, F fetched.
 """
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-import faiss
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Float32, Int64, UInt8
 from torch import Tensor
 
+from foretaste.later import later
 from foretaste.retrieval.exact import ExactIndex
 from foretaste.retrieval.index import TopK
+
+if TYPE_CHECKING:
+    import faiss
+else:
+    faiss = later("faiss")
 
 FEW = 8
 """Exact below 1/FEW of the items left by a filter, and for lists longer than 1/FEW of them."""
@@ -26,7 +32,7 @@ MOST_FETCHED = 1024
 """Past this many items fetched a row, a bitmap per row is faster than fetching and dropping."""
 
 
-Fetch = Callable[[np.ndarray, int, faiss.IDSelector | None], np.ndarray]
+Fetch = Callable[[np.ndarray, int, "faiss.IDSelector | None"], np.ndarray]
 """From queries (B, D), how many to fetch, and which positions may be fetched, to the positions
 (B, F) that an approximate search finds; -1 where it finds no more."""
 

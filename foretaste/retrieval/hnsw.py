@@ -9,11 +9,13 @@ stay below the recall asked for: the facts say what it reached.
 Shape legend: N items in the index, D width.
 """
 
-import faiss
 import numpy as np
 
+from foretaste.later import later
 from foretaste.retrieval.exact import ExactIndex
 from foretaste.retrieval.faiss_index import FaissIndex
+
+faiss = later("faiss")
 
 NEIGHBOURS = 32
 """Edges of a node (M of the paper)."""

@@ -11,11 +11,13 @@ Shape legend: N items in the index, D width.
 
 from typing import Literal
 
-import faiss
 import numpy as np
 
+from foretaste.later import later
 from foretaste.retrieval.exact import ExactIndex
 from foretaste.retrieval.faiss_index import FaissIndex
+
+faiss = later("faiss")
 
 POINTS_PER_LIST = 64
 """Vectors that a centroid is learned from, at most."""

@@ -12,7 +12,6 @@ from typing import NamedTuple, final
 import numpy as np
 import polars as pl
 from jaxtyping import Bool, Float64, Int64
-from scipy.sparse import csr_array
 
 from foretaste.data.columns import in_words
 from foretaste.data.features_fitted import bags_of
@@ -21,7 +20,10 @@ from foretaste.data.features_values import numbers_of, texts_of
 from foretaste.data.ranges import ranges
 from foretaste.data.vocabulary import number_ids
 from foretaste.errors import DataError, did_you_mean
+from foretaste.later import later
 from foretaste.serving.rules import Bound, Condition, Value
+
+sparse = later("scipy.sparse")
 
 _NONE = np.empty(0, dtype=np.int64)
 _WHOLE = re.compile(r"[+-]?[0-9]{1,20}")
@@ -58,7 +60,7 @@ class Labels:
             row_E = np.flatnonzero(text.is_not_null().to_numpy())
             text_E = text.drop_nulls()
         self.texts, code_E = number_ids(text_E)
-        self._codes = csr_array(
+        self._codes = sparse.csr_array(
             (np.ones(len(row_E), np.bool_), (row_E, code_E.astype(np.int64))),
             shape=(len(column), len(self.texts)),
         )

@@ -79,6 +79,7 @@ class Recommender(Shown):
         """What was measured about the model, as JSON values."""
         return self.bundle.report
 
+    @checked
     def ranks(self, item_id: object) -> bool:
         """Whether an item is in the catalogue that the model ranks."""
         return self._items.ranks(self.trained.events.items.find(item_id))

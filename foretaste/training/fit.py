@@ -68,6 +68,8 @@ class Epoch:
     """Of this epoch, training only."""
     validation: float | None = None
     """The validation metric, higher is better; None where it was not taken."""
+    validation_seconds: float = 0.0
+    """Of taking it."""
     waiting_share: float = 0.0
     """Share of this epoch's training time in which the trainer waited for batches."""
 
@@ -216,6 +218,7 @@ class Fit(Generic[Network, Batch]):
         trained_share = (progress.batch - first_batch) / len(plan)
         rate = plan.num_events * trained_share / trained_s
         validation = self._validate()
+        validation_s = time.perf_counter() - started - trained_s
         progress.seconds = seconds_before + time.perf_counter() - started
         epoch = Epoch(
             epoch=progress.epoch + 1,
@@ -223,6 +226,7 @@ class Fit(Generic[Network, Batch]):
             seconds=progress.seconds,
             events_per_second=rate,
             validation=validation,
+            validation_seconds=validation_s,
             waiting_share=batches.waited_s / trained_s,
         )
         progress.epochs.append(asdict(epoch))

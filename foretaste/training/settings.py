@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from foretaste.arguments import checked
 from foretaste.config import Config, Count, CountOrZero, Positive, Rounds
 
 
@@ -49,12 +50,14 @@ class TrainingConfig(Config):
     """Threads that make batches ahead of the trainer: gathering, negatives, and what else a step
     needs that takes no weights. The result is the same."""
 
+    @checked
     def batch_of(self, num_events: int) -> int:
         """Return about how many of so many training events a step learns from."""
         if self.batch_events == "auto":
             return min(max(32, num_events // 32), 8192)
         return self.batch_events
 
+    @checked
     def warmup_of(self, steps_per_epoch: int) -> int:
         """Return over how many steps the learning rate rises, where an epoch has so many."""
         return min(200, 2 * steps_per_epoch) if self.warmup_steps == "auto" else self.warmup_steps

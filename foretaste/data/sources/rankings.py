@@ -9,11 +9,12 @@ from collections.abc import Sequence
 
 import numpy as np
 import polars as pl
-from scipy import sparse
-from scipy.io import loadmat
 
 from foretaste.data.parts import NEGATIVE, TEST, TRAIN
 from foretaste.data.sources.files import Files, Tables
+from foretaste.later import later
+
+sparse, scipy_io = later("scipy.sparse"), later("scipy.io")
 
 _TYPES = {
     "user": pl.Int64,
@@ -293,10 +294,10 @@ def read_ciao_ratings(files: Files) -> Tables:
     34 reviews without a rating (0 of 5 stars) are left out. An item is of one category; 101 stand
     under several, and the first is taken. Both files are matrices of MATLAB.
     """
-    table = loadmat(io.BytesIO(files.read("rating_with_timestamp.mat")))["rating"]
+    table = scipy_io.loadmat(io.BytesIO(files.read("rating_with_timestamp.mat")))["rating"]
     names = ("user", "item", "category", "rating", "helpfulness", "timestamp")
     ratings = pl.DataFrame(table, schema=names).cast(pl.Int64).filter(pl.col("rating") > 0)
-    trust = loadmat(io.BytesIO(files.read("trust.mat")))["trust"]
+    trust = scipy_io.loadmat(io.BytesIO(files.read("trust.mat")))["trust"]
     return Tables(
         events=ratings.drop("category").cast({"rating": pl.Float64}),
         items=ratings.select("item", "category").unique("item", keep="first", maintain_order=True),

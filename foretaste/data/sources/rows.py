@@ -4,10 +4,12 @@ import io
 
 import numpy as np
 import polars as pl
-from scipy import sparse
 
 from foretaste.data.parts import TEST, TRAIN, VALIDATION
 from foretaste.data.sources.files import Files, Tables
+from foretaste.later import later
+
+sparse = later("scipy.sparse")
 
 ADULT_FILES = ("adult.data", "adult.test")
 _NUMBERS = ("age", "fnlwgt", "education_num", "capital_gain", "capital_loss", "hours_per_week")

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
+from foretaste.arguments import checked
 from foretaste.config import Config, CountOrZero
 from foretaste.data.batch import RowBatch
 from foretaste.data.memory import check_fits
@@ -48,6 +49,7 @@ class RowsConfig(Config):
     what happened is known; "rows", the labels beside items drawn as in training, a 0 for every
     binary task, which costs less than lists where items are many."""
 
+    @checked
     def num_negatives(self, tasks: tuple[Task, ...]) -> int:
         """Return how many items are drawn for each row."""
         if self.negatives != "usual":

@@ -1,0 +1,33 @@
+"""Modules that are loaded when something of them is first used.
+
+numba, SciPy, faiss and implicit take between a tenth of a second and a whole one to load, and most
+runs use none or one of them. Who needs one names it at the top of the file, as an import does:
+`faiss = later("faiss")`.
+"""
+
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any, final
+
+
+@final
+class _Later(ModuleType):
+    """Stands for a module, and loads it when an attribute is asked for."""
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(import_module(self.__name__), name)
+
+
+def later(name: str) -> Any:
+    """Return what stands for a module until something of it is used, and then gives that.
+
+    Args:
+        name: Its full name, such as `scipy.sparse`.
+    """
+    return _Later(name)
+
+
+def installed(package: str) -> bool:
+    """Return whether a package of an extra can be loaded, without loading it."""
+    return find_spec(package) is not None
