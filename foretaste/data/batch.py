@@ -1,13 +1,31 @@
 """What goes through a model in one piece: typed, ragged where users differ in length."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float32, Int64
 from torch import Tensor
 
 from foretaste.data.features import FieldTable
+
+NO_TIME = -(2**63)
+"""The time of an event of which none is known."""
+
+Times = Callable[[], Tensor]
+"""Gathers the times of events in unix seconds (int64), `NO_TIME` where one is not known: they cost
+nothing where nothing asks for them."""
+
+
+def times_at(
+    timestamp_s: Int64[np.ndarray, " E"] | None, index: Int64[np.ndarray, "*X"]
+) -> Times | None:
+    """Return what gathers the times of some events; None where there are no times."""
+    if timestamp_s is None:
+        return None
+    return lambda: torch.from_numpy(timestamp_s[index])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +45,8 @@ class Queries:
     """Features of each row's user, read where training never saw the user; None: none are known."""
     context: FieldTable | None = None
     """Features of the moment, a row each, such as the hour or the place; None: none are known."""
+    times: Times | None = None
+    """Gathers the time of each event of `history_N` (N); None: none is known."""
 
     def __len__(self) -> int:
         return len(self.user_B)
@@ -39,16 +59,19 @@ class Queries:
             offsets_B1=self.offsets_B1.to(device),
             profile=None if self.profile is None else self.profile.to(device),
             context=None if self.context is None else self.context.to(device),
+            times=_on(device, self.times),
         )
 
     def part(self, start: int, end: int) -> "Queries":
         """Return the rows from `start` up to `end`."""
         row_b = torch.arange(start, min(end, len(self)), device=self.user_B.device)
         offsets_b1 = self.offsets_B1[start : start + len(row_b) + 1]
+        first, end, times = int(offsets_b1[0]), int(offsets_b1[-1]), self.times
         return Queries(
             user_B=self.user_B[row_b],
-            history_N=self.history_N[offsets_b1[0] : offsets_b1[-1]],
-            offsets_B1=offsets_b1 - offsets_b1[0],
+            history_N=self.history_N[first:end],
+            offsets_B1=offsets_b1 - first,
+            times=None if times is None else lambda: times()[first:end],
             profile=None if self.profile is None else self.profile.rows(row_b),
             context=None if self.context is None else self.context.rows(row_b),
         )
@@ -80,6 +103,8 @@ class SequenceBatch:
     """item_idx; 0 under padding."""
     valid_BL: Bool[Tensor, "B L"]
     """True = a real event."""
+    times: Times | None = None
+    """Gathers the time of each event (B, L), anything under padding; None: none is known."""
 
     def __len__(self) -> int:
         return len(self.item_BL)
@@ -90,6 +115,7 @@ class SequenceBatch:
             user_B=self.user_B.to(device),
             item_BL=self.item_BL.to(device),
             valid_BL=self.valid_BL.to(device),
+            times=_on(device, self.times),
         )
 
 
@@ -177,8 +203,13 @@ def last_events(
     position_L = torch.arange(width, device=end_B.device)
     valid_BL = position_L < length_B.unsqueeze(1)
     index_BL = (end_B - length_B).unsqueeze(1) + position_L
-    item_BL = torch.zeros_like(index_BL)
+    item_BL, times, times_N = torch.zeros_like(index_BL), None, queries.times
     if len(queries.history_N):
-        gathered_BL = queries.history_N[index_BL.clamp(max=len(queries.history_N) - 1)]
-        item_BL = gathered_BL.where(valid_BL, 0)
-    return SequenceBatch(user_B=user_B, item_BL=item_BL, valid_BL=valid_BL)
+        index_BL.clamp_(max=len(queries.history_N) - 1)
+        item_BL = queries.history_N[index_BL].where(valid_BL, 0)
+        times = None if times_N is None else lambda: times_N()[index_BL]
+    return SequenceBatch(user_B=user_B, item_BL=item_BL, valid_BL=valid_BL, times=times)
+
+
+def _on(device: torch.device, times: Times | None) -> Times | None:
+    return None if times is None else lambda: times().to(device)

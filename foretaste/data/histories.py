@@ -3,11 +3,14 @@
 Shape legend: B rows of a batch, H events of all their histories.
 """
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
+import torch
 from jaxtyping import Int64
+from torch import Tensor
 
+from foretaste.data.batch import Times, times_at
 from foretaste.data.interactions import Interactions
 from foretaste.data.ranges import ranges
 
@@ -16,6 +19,14 @@ Reads = Literal["nothing", "before", "others"]
 of the user drawn at random, where the order means nothing."""
 
 ALL_ROWS = slice(None)
+
+
+class History(NamedTuple):
+    """What is read of the histories of a batch's rows, named as `Queries` names it."""
+
+    history_N: Int64[Tensor, " H"]
+    offsets_B1: Int64[Tensor, " B1"]
+    times: Times | None
 
 
 def read_histories(
@@ -28,8 +39,8 @@ def read_histories(
     own_B: Int64[np.ndarray, " B"],
     generator: np.random.Generator,
     share: slice = ALL_ROWS,
-) -> tuple[Int64[np.ndarray, " H"], Int64[np.ndarray, " B1"]]:
-    """Return the items of each row's history, one after the other, and where each begins and ends.
+) -> History:
+    """Return each row's history.
 
     Args:
         past: The events that histories are made of.
@@ -42,13 +53,14 @@ def read_histories(
         share: The rows whose histories are wanted.
     """
     if reads == "nothing":
-        return np.empty(0, np.int64), np.zeros(len(user_B[share]) + 1, np.int64)
+        nothing_B1 = np.zeros(len(user_B[share]) + 1, np.int64)
+        return _at(past, np.empty(0, np.int64), nothing_B1)
     start_B = past.offsets[user_B]
     if reads == "before":
         start_B, end_B = start_B[share], end_B[share]
         first_B = np.maximum(start_B, end_B - max_len)
         index_H, offsets_B1 = ranges(first_B, end_B - first_B)
-        return past.item_idx[index_H].astype(np.int64), offsets_B1
+        return _at(past, index_H, offsets_B1)
     # A run of the user's events from a random place, once around, without the row's own.
     size_B = past.offsets[user_B + 1] - start_B
     others_B = size_B - (own_B >= 0)
@@ -61,7 +73,17 @@ def read_histories(
     behind_B = np.where(own_B >= 0, own_B - start_B, -1)
     ahead_H = 1 + _once_around(step_H + np.repeat(turn_B, length_B), np.repeat(others_B, length_B))
     place_H = _once_around(ahead_H + np.repeat(behind_B, length_B), np.repeat(size_B, length_B))
-    return past.item_idx[place_H + np.repeat(start_B, length_B)].astype(np.int64), offsets_B1
+    return _at(past, place_H + np.repeat(start_B, length_B), offsets_B1)
+
+
+def _at(
+    past: Interactions, index_H: Int64[np.ndarray, " H"], offsets_B1: Int64[np.ndarray, " B1"]
+) -> History:
+    return History(
+        history_N=torch.from_numpy(past.item_idx[index_H].astype(np.int64)),
+        offsets_B1=torch.from_numpy(offsets_B1),
+        times=times_at(past.timestamp_s, index_H),
+    )
 
 
 def _once_around(

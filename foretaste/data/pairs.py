@@ -50,7 +50,7 @@ class PairPlan:
         share = self.share.of(len(place_B))
         user_B = torch.from_numpy(self.events.user_idx[place_B].astype(np.int64))
         item_B = torch.from_numpy(self.events.item_idx[place_B].astype(np.int64))
-        history_N, offsets_B1 = read_histories(
+        history = read_histories(
             self.events,
             user_B.numpy(),
             reads=self.reads,
@@ -61,11 +61,7 @@ class PairPlan:
             share=share,
         )
         return PairBatch(
-            queries=Queries(
-                user_B=user_B[share],
-                history_N=torch.from_numpy(history_N),
-                offsets_B1=torch.from_numpy(offsets_B1),
-            ),
+            queries=Queries(user_B=user_B[share], **history._asdict()),
             item_B=item_B[share],
             hard_BH=self._hard(user_B, item_B, index)[share],
         )

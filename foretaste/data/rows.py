@@ -153,7 +153,7 @@ class Rows(Shown):
         user_B = self.user_E[row_B]
         if reads == "others" and self.name != "train":
             reads = "before"
-        history_H, offsets_B1 = read_histories(
+        history = read_histories(
             self.past,
             user_B,
             reads=reads,
@@ -171,8 +171,7 @@ class Rows(Shown):
         return RowBatch(
             queries=Queries(
                 user_B=torch.from_numpy(user_B[share]),
-                history_N=torch.from_numpy(history_H),
-                offsets_B1=torch.from_numpy(offsets_B1),
+                **history._asdict(),
                 context=None if self.context is None else self.context.rows(rows_B),
             ),
             item_BC=torch.cat([item_B1, drawn_BN], dim=1),

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from jaxtyping import Int64
 
-from foretaste.data.batch import SequenceBatch
+from foretaste.data.batch import SequenceBatch, times_at
 from foretaste.data.interactions import Interactions
 from foretaste.data.seeds import WHOLE, Share
 
@@ -46,11 +46,13 @@ class SequencePlan:
         rows = slice(first + share.start, first + share.stop)
         start_B1, length_B1 = self.start_W[rows, None], self.length_W[rows, None]
         valid_BL = position_L < length_B1
-        item_BL = self.events.item_idx[np.where(valid_BL, start_B1 + position_L, start_B1)]
+        index_BL = np.where(valid_BL, start_B1 + position_L, start_B1)
+        item_BL = self.events.item_idx[index_BL]
         return SequenceBatch(
             user_B=torch.from_numpy(self.events.user_idx[self.start_W[rows]].astype(np.int64)),
             item_BL=torch.from_numpy(np.where(valid_BL, item_BL, 0).astype(np.int64)),
             valid_BL=torch.from_numpy(valid_BL),
+            times=times_at(self.events.timestamp_s, index_BL),
         )
 
 

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Int32, Int64, UInt8
 
 from foretaste.arguments import checked, checked_class
-from foretaste.data.batch import Queries
+from foretaste.data.batch import Queries, times_at
 from foretaste.data.features import FieldSide
 from foretaste.data.interactions import Interactions
 from foretaste.data.parts import (
@@ -178,6 +178,7 @@ class Holdout(Shown):
             user_B=torch.from_numpy(self.user_Q[rows]),
             history_N=torch.from_numpy(self.events.item_idx[index].astype(np.int64)),
             offsets_B1=torch.from_numpy(offsets),
+            times=times_at(self.events.timestamp_s, index),
             context=None if moment is None or told is None else moment.encode(told),
         )
 

@@ -70,13 +70,14 @@ class Translation:
         keep_N = item_N >= 0
         if new_users_histories:
             keep_N &= np.repeat(user_B < 0, np.diff(offsets_B1))
-        before_N1 = np.concatenate([[0], np.cumsum(keep_N)])
+        before_N1, times = np.concatenate([[0], np.cumsum(keep_N)]), queries.times
         return replace(
             queries,
             user_B=torch.from_numpy(user_B),
             history_N=torch.from_numpy(item_N[keep_N]),
             offsets_B1=torch.from_numpy(before_N1[offsets_B1]),
             profile=None if self.profile is None else self.profile.rows(queries.user_B),
+            times=None if times is None else lambda: times()[torch.from_numpy(keep_N)],
         )
 
     def items(self, item_BC: Int64[Tensor, "B C"]) -> Int64[Tensor, "B C"]:

@@ -15,6 +15,7 @@ hidden places are worked out. The "modern" block (`GatedBlock`) is an option.
 Shape legend: B rows, L positions, T hidden places of a row, D width, I items.
 """
 
+from dataclasses import replace
 from typing import ClassVar, Literal, final
 
 import torch
@@ -135,7 +136,7 @@ def _with_one_more(batch: SequenceBatch) -> tuple[SequenceBatch, Int64[Tensor, "
     width = int(length_B1.max()) + 1 if len(batch) else 1
     item_BL = F.pad(batch.item_BL, (0, 1))[:, :width]
     valid_BL = torch.arange(width, device=item_BL.device) <= length_B1
-    return SequenceBatch(user_B=batch.user_B, item_BL=item_BL, valid_BL=valid_BL), length_B1
+    return replace(batch, item_BL=item_BL, valid_BL=valid_BL, times=None), length_B1
 
 
 def _block(config: BERT4RecConfig) -> nn.Module:

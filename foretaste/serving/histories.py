@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from foretaste.data.batch import Queries
+from foretaste.data.batch import NO_TIME, Queries, Times, times_at
 from foretaste.data.interactions import Interactions
 from foretaste.data.ranges import ranges
 from foretaste.errors import DataError
@@ -22,12 +22,15 @@ BLOCK_SCORES = 2**25
 """Scores of a block, where a model scores the whole catalogue: 128 MiB."""
 
 
-def one_query(user_idx: int, history_L: Int64[np.ndarray, " L"]) -> Queries:
-    """Return one user as a block; user_idx is -1 for somebody whom training never saw."""
+def one_query(
+    user_idx: int, history_L: Int64[np.ndarray, " L"], times: Times | None = None
+) -> Queries:
+    """Return one user as a block; user_idx is -1 for a new user."""
     return Queries(
         user_B=torch.tensor([user_idx]),
         history_N=torch.from_numpy(history_L),
         offsets_B1=torch.tensor([0, len(history_L)]),
+        times=times,
     )
 
 
@@ -50,6 +53,22 @@ def training_history(
     return past[events.timestamp_s[start:end] >= since]
 
 
+def training_times(
+    events: Interactions, user_idx: int, *, since: int | None = None, more: int = 0
+) -> Times | None:
+    """Return what gathers the times of `training_history`, and of `more` events without one."""
+    timestamp_s = events.timestamp_s
+    if timestamp_s is None or user_idx < 0:
+        return None
+    past_s = timestamp_s[events.offsets[user_idx] : events.offsets[user_idx + 1]]
+
+    def gather() -> Tensor:
+        kept_s = past_s if since is None else past_s[past_s >= since]
+        return torch.from_numpy(np.concatenate([kept_s, np.full(more, NO_TIME)]))
+
+    return gather
+
+
 def training_histories(
     events: Interactions, user_B: Int64[np.ndarray, " B"]
 ) -> tuple[Queries, Int64[Tensor, "B X"]]:
@@ -64,6 +83,7 @@ def training_histories(
         user_B=torch.from_numpy(user_B),
         history_N=torch.from_numpy(history_N),
         offsets_B1=torch.from_numpy(offsets_B1),
+        times=times_at(events.timestamp_s, index_N),
     )
     return queries, torch.from_numpy(seen_BX)
 

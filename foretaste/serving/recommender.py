@@ -18,7 +18,7 @@ from foretaste.serving.answer import Answer, Source
 from foretaste.serving.answer_rows import answer_rows
 from foretaste.serving.bundle import Bundle, write_bundle
 from foretaste.serving.catalogue_search import Best, CatalogueSearch
-from foretaste.serving.histories import one_query, training_history
+from foretaste.serving.histories import one_query, training_history, training_times
 from foretaste.serving.item_labels import ItemLabels
 from foretaste.serving.items import KnownItems
 from foretaste.serving.lists import lists_table
@@ -172,7 +172,8 @@ class Recommender(Shown):
         def find(num: int) -> Best:
             if source == "popular":
                 return Best(self._search.most_popular(num, exclude=banned, allow_I=allow_I), {})
-            queries = one_query(asker, history_idx)
+            times = training_times(self.trained.events, user_idx, since=since, more=len(extra))
+            queries = one_query(asker, history_idx, times)
             return self._search.best(
                 replace(queries, profile=profile, context=moment),
                 num,
