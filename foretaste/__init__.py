@@ -94,6 +94,7 @@ if TYPE_CHECKING:
     from foretaste.models.deepfm import DeepFMConfig
     from foretaste.models.din import DINConfig
     from foretaste.models.ease import EASEConfig
+    from foretaste.models.hstu import HSTUConfig
     from foretaste.models.item_knn import ItemKNNConfig
     from foretaste.models.lightgcn import LightGCNConfig
     from foretaste.models.mf import MFConfig
@@ -144,6 +145,7 @@ __all__ = [
     "ForetasteError",
     "GMFConfig",
     "GraphConfig",
+    "HSTUConfig",
     "Holdout",
     "ImplicitALSConfig",
     "Interactions",
@@ -281,6 +283,7 @@ _HOME = {
     "ForetasteError": "errors",
     "GMFConfig": "models.neumf",
     "GraphConfig": "data.graph",
+    "HSTUConfig": "models.hstu",
     "Holdout": "data.splits",
     "ImplicitALSConfig": "models.als",
     "Interactions": "data.interactions",

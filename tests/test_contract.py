@@ -28,6 +28,7 @@ from foretaste.models.catalogue import ModelConfig, TwoStageConfig, build_model,
 from foretaste.models.deepfm import DeepFMConfig
 from foretaste.models.din import DINConfig
 from foretaste.models.ease import EASEConfig
+from foretaste.models.hstu import HSTUConfig
 from foretaste.models.item_knn import ItemKNNConfig
 from foretaste.models.lightgcn import LightGCNConfig
 from foretaste.models.mf import MFConfig
@@ -211,6 +212,14 @@ CASES = {
     "bert4rec, modern": Case(
         BERT4RecConfig(embedding_dim=16, max_len=10, block="modern", hidden_ratio=1),
         learn=learn_masked_item,
+        order_matters=True,
+    ),
+    "hstu": Case(
+        HSTUConfig(embedding_dim=16, max_len=10), learn=learn_next_item, order_matters=True
+    ),
+    "hstu, without times": Case(
+        HSTUConfig(embedding_dim=16, max_len=10, times=False),
+        learn=learn_next_item,
         order_matters=True,
     ),
     "mf": Case(MFConfig(embedding_dim=16), learn=learn_pairs, order_matters=True, has_users=True),

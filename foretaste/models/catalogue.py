@@ -26,6 +26,7 @@ from foretaste.models.bert4rec import BERT4Rec, BERT4RecConfig
 from foretaste.models.deepfm import DeepFM, DeepFMConfig
 from foretaste.models.din import DIN, DINConfig
 from foretaste.models.ease import EASE, EASEConfig
+from foretaste.models.hstu import HSTU, HSTUConfig
 from foretaste.models.item_knn import ItemKNN, ItemKNNConfig
 from foretaste.models.layers.field_ranker import HistoryConfig
 from foretaste.models.lightgcn import LightGCN, LightGCNConfig
@@ -42,6 +43,7 @@ from foretaste.models.two_tower import TwoTower, TwoTowerConfig
 RetrieverConfig = (
     SASRecConfig
     | BERT4RecConfig
+    | HSTUConfig
     | MFConfig
     | TwoTowerConfig
     | LightGCNConfig
@@ -264,6 +266,8 @@ def _make(  # noqa: C901  # one arm a model
             return SASRec(config, num_items=num_items)
         case BERT4RecConfig():
             return BERT4Rec(config, num_items=num_items)
+        case HSTUConfig():
+            return HSTU(config, num_items=num_items)
         case MFConfig():
             return MF(config, num_users=num_users, num_items=num_items)
         case TwoTowerConfig():

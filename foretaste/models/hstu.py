@@ -1,0 +1,206 @@
+r"""HSTU, a retriever: each event gathers from those before it, by what they are, where and when.
+
+.. math:: U, V, Q, K = \mathrm{SiLU}(f_1(\mathrm{norm}(X))), \quad
+          A = \frac{1}{n} \mathrm{SiLU}(Q K^\top + r^{p} + r^{t}), \quad
+          X' = X + f_2(\mathrm{norm}(A V) \odot U)
+
+The weights A are no softmax: they need not sum to 1, so that a state also knows how much of a kind
+there was. :math:`r^p` is learned for each number of steps between two events, and :math:`r^t` for
+each power of :math:`\sqrt 2` of the seconds between them; two events without times have one of
+their own. Nothing says where in a history an event stands but these.
+
+Zhai et al., "Actions Speak Louder than Words: Trillion-Parameter Sequential Transducers for
+Generative Recommendations", ICML 2024, https://arxiv.org/abs/2402.17152
+
+Departures: items only, no actions between them; no absolute positions, which the authors' public
+code adds; time is that between two events, where that code takes the time of the next event too;
+states are normalised and not brought to length 1; before the first event stands a learned start, as
+in SASRec.
+
+Shape legend: B rows, L positions (L1 = L + 1, the start first), T positions whose states are
+wanted, H heads, D width, I items.
+"""
+
+from typing import ClassVar, Literal, NamedTuple, final
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int64
+from pydantic import Field
+from torch import Tensor, nn
+
+from foretaste.config import ChoiceConfig, Config, Count, Depth, RangeConfig, Space
+from foretaste.data.batch import NO_TIME, Queries, SequenceBatch, last_events
+from foretaste.errors import ConfigError
+from foretaste.models.base import Retriever
+from foretaste.models.layers.dropout import Dropout
+from foretaste.models.layers.gated_block import rows_at
+
+_BUCKETS = 64
+"""Of the seconds between two events: the last begins at 2^31.5, 96 years."""
+
+
+class HSTUConfig(Config):
+    """Settings of HSTU."""
+
+    kind: Literal["hstu"] = "hstu"
+    tuning: ClassVar[Space] = {
+        "embedding_dim": ChoiceConfig(choices=(32, 64, 128)),
+        "num_blocks": ChoiceConfig(choices=(2, 4, 8)),
+        "dropout": RangeConfig(low=0.0, high=0.5),
+    }
+    embedding_dim: Count = 64
+    """Width of item vectors and states; a multiple of num_heads."""
+    num_blocks: Depth = 2
+    num_heads: Count = 2
+    max_len: Count = 200
+    """How many of a user's last events the model reads."""
+    dropout: float = Field(default=0.2, ge=0, lt=1)
+    """Share of values dropped of the item vectors, and of what each block adds."""
+    times: bool = True
+    """Whether the time between events is read, where events have times."""
+    time_dropout: float = Field(default=0.1, ge=0, lt=1)
+    """Share of rows whose times are hidden in training, so that a history without times, as a
+    request may bring one, is no stranger."""
+
+
+class _Between(NamedTuple):
+    """What lies between each event whose state is wanted and each event of its row."""
+
+    step_BTL: Int64[Tensor, "B T L"]
+    """How many steps; B may be 1."""
+    bucket_BTL: Int64[Tensor, "B T L"]
+    """Of the seconds; B, T and L may be 1."""
+    seen_BTL: Bool[Tensor, "B T L"]
+    """Whether it came before, or is the event itself; B may be 1."""
+
+
+@final
+class HSTU(Retriever):
+    """The network: `forward` gives a state per position, compared with the item embeddings."""
+
+    learns_by = "next_item"
+
+    def __init__(self, config: HSTUConfig, *, num_items: int) -> None:
+        """Make untrained weights.
+
+        Raises:
+            ConfigError: The width is no multiple of the number of heads.
+        """
+        super().__init__()
+        if config.embedding_dim % config.num_heads:
+            raise ConfigError(
+                f"embedding_dim {config.embedding_dim} is not a multiple of num_heads "
+                f"{config.num_heads}: change one of them",
+                name="num_heads",
+                value=config.num_heads,
+            )
+        self.config, self.max_len = config, config.max_len
+        self.items = nn.Embedding(num_items, config.embedding_dim)
+        self.start = nn.Parameter(torch.zeros(config.embedding_dim))
+        self.dropout = Dropout(config.dropout)
+        self.blocks = nn.ModuleList(_Block(config) for _ in range(config.num_blocks))
+        self.norm = nn.LayerNorm(config.embedding_dim)
+        nn.init.normal_(self.items.weight, std=0.02)
+
+    def forward(self, batch: SequenceBatch) -> Float[Tensor, "B L1 D"]:
+        """Return L + 1 states: before any event, and after each one.
+
+        States under padding mean nothing.
+        """
+        place_L1 = torch.arange(batch.item_BL.shape[1] + 1, device=batch.item_BL.device)
+        between = self._between(batch, place_L1.unsqueeze(0))
+        x_BLD = self._inputs(batch)
+        for block in self.blocks:
+            x_BLD = block(x_BLD, between)
+        state_BLD: Tensor = self.norm(x_BLD)
+        return state_BLD
+
+    def encode(self, queries: Queries) -> Float[Tensor, "B D"]:
+        """Return the state after the last event of each history; the last block works out no other.
+
+        The time of a history's events counts where it is known of them.
+        """
+        batch = last_events(queries, self.max_len)
+        place_L1 = torch.arange(batch.item_BL.shape[1] + 1, device=batch.item_BL.device)
+        last_B1 = batch.valid_BL.sum(dim=1, keepdim=True)
+        between = self._between(batch, place_L1.unsqueeze(0))
+        x_BLD = self._inputs(batch)
+        for block in self.blocks[:-1]:
+            x_BLD = block(x_BLD, between)
+        x_B1D = self.blocks[-1](x_BLD, self._between(batch, last_B1), last_B1)
+        state_B1D: Tensor = self.norm(x_B1D)
+        return state_B1D.squeeze(1)
+
+    def item_table(self) -> Float[Tensor, "I D"]:
+        """Return the item embeddings, shared by input and output."""
+        return self.items.weight
+
+    def _inputs(self, batch: SequenceBatch) -> Float[Tensor, "B L1 D"]:
+        start_B1D = self.start.expand(len(batch), 1, -1)
+        x_BLD = torch.cat([start_B1D, self.items(batch.item_BL)], dim=1)
+        input_BLD: Tensor = self.dropout(x_BLD * self.config.embedding_dim**0.5)
+        return input_BLD
+
+    def _between(self, batch: SequenceBatch, place_BT: Int64[Tensor, "B T"]) -> _Between:
+        place_L1 = torch.arange(batch.item_BL.shape[1] + 1, device=batch.item_BL.device)
+        step_BTL = place_BT.unsqueeze(2) - place_L1
+        if batch.times is None or not self.config.times:
+            bucket_BTL = torch.full_like(step_BTL[:1, :1, :1], _BUCKETS)
+        else:
+            time_BL = F.pad(batch.times(), (1, 0), value=NO_TIME)
+            if self.training and self.config.time_dropout:
+                hidden_B1 = torch.rand(len(batch), 1, device=time_BL.device)
+                time_BL = time_BL.masked_fill(hidden_B1 < self.config.time_dropout, NO_TIME)
+            time_BT = time_BL.gather(1, place_BT.expand(len(batch), -1))
+            bucket_BTL = time_buckets(time_BT.unsqueeze(2), time_BL.unsqueeze(1))
+        return _Between(step_BTL.clamp(min=0), bucket_BTL, step_BTL >= 0)
+
+
+def time_buckets(one: Int64[Tensor, "*#X"], other: Int64[Tensor, "*#X"]) -> Int64[Tensor, "*#X"]:
+    """Return which power of the root of 2 the seconds between two times reach; 64 without times."""
+    gap = (one - other).abs().clamp(min=1)
+    bucket = (2 * gap.float().log2()).long().clamp(max=_BUCKETS - 1)
+    return bucket.masked_fill((one == NO_TIME) | (other == NO_TIME), _BUCKETS)
+
+
+@final
+class _Block(nn.Module):
+    def __init__(self, config: HSTUConfig) -> None:
+        super().__init__()
+        width, self.num_heads = config.embedding_dim, config.num_heads
+        self.most = config.max_len + 1
+        self.norm, self.mixed_norm = (nn.LayerNorm(width, eps=1e-6) for _ in range(2))
+        self.gate_query = nn.Linear(width, 2 * width)
+        self.key_value = nn.Linear(width, 2 * width)
+        self.output = nn.Linear(width, width)
+        self.dropout = Dropout(config.dropout)
+        self.of_step = nn.Embedding(self.most, config.num_heads)
+        self.of_time = nn.Embedding(_BUCKETS + 1, config.num_heads)
+        for table in (self.of_step, self.of_time):
+            nn.init.normal_(table.weight, std=0.02)
+
+    def forward(
+        self,
+        x_BLD: Float[Tensor, "B L D"],
+        between: _Between,
+        place_BT: Int64[Tensor, "B T"] | None = None,
+    ) -> Float[Tensor, "B T D"]:
+        """Return the next state of each position, or of the places alone that are given."""
+        memory_BLD = self.norm(x_BLD)
+        wanted_BTD = memory_BLD
+        if place_BT is not None:
+            x_BLD, wanted_BTD = rows_at(x_BLD, place_BT), rows_at(memory_BLD, place_BT)
+        gate_BTD, query_BTD = F.silu(self.gate_query(wanted_BTD)).chunk(2, dim=-1)
+        key_BLD, value_BLD = F.silu(self.key_value(memory_BLD)).chunk(2, dim=-1)
+        near_BTLH = self.of_step(between.step_BTL) + self.of_time(between.bucket_BTL)
+        logit_BHTL = self._heads(query_BTD) @ self._heads(key_BLD).mT + near_BTLH.movedim(3, 1)
+        weight_BHTL = F.silu(logit_BHTL) * between.seen_BTL.unsqueeze(1) / self.most
+        mixed_BTD = (weight_BHTL @ self._heads(value_BLD)).transpose(1, 2).flatten(2)
+        changed_BTD = self.output(self.dropout(self.mixed_norm(mixed_BTD) * gate_BTD))
+        output: Tensor = x_BLD + changed_BTD
+        return output
+
+    def _heads(self, x_BLD: Tensor) -> Float[Tensor, "B H L _"]:
+        heads: Tensor = x_BLD.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        return heads
