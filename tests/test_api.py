@@ -30,6 +30,7 @@ from foretaste.serving.api import create_app
 from foretaste.serving.building import build_recommender
 from foretaste.serving.messages import RecommendReply, SimilarReply
 from foretaste.serving.metrics import Metrics
+from foretaste.serving.server import server_config
 from foretaste.serving.service import Service
 from foretaste.serving.settings import ServerSettings
 from foretaste.serving.slot import ModelSlot, load_version
@@ -66,10 +67,11 @@ def served(bundle: Path, state: str, **settings: object) -> Iterator[Served]:
     """Serve on a free port of this machine, from a thread of this process."""
     chosen, log = ServerSettings(**settings), []
     slot, events = ModelSlot(lambda: load_version(bundle)), open_live_events(state)
-    service = Service(slot, events, chosen, bundle=bundle, metrics=Metrics(), clock=lambda: NOW_S)
+    metrics = Metrics()
+    service = Service(slot, events, chosen, bundle=bundle, metrics=metrics, clock=lambda: NOW_S)
     app = create_app(service, settings=chosen, access=access_of(chosen), write_log=log.append)
     listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, log_level="critical"))
+    server = uvicorn.Server(server_config(app, chosen, metrics))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     address = f"http://127.0.0.1:{listener.getsockname()[1]}"
@@ -818,6 +820,46 @@ def test_overload_is_refused_at_once_and_ends_with_the_load(
         assert answers == [200, 200]
         assert films.http.post("/v1/recommend", json={}).status_code == 200
         assert "foretaste_shed_total 1.0" in films.http.get("/metrics").text
+
+
+def test_bodies_on_their_way_are_bounded_all_together(film_bundle: Path, tmp_path: Path) -> None:
+    settings = {"max_body_bytes": 1000, "max_bodies_bytes": 1500}
+    with served(film_bundle, str(tmp_path / "e.sqlite"), **settings) as films, ExitStack() as stack:
+        address = (films.http.base_url.host, films.http.base_url.port)
+        for head in (b"Content-Length: 900", b"Transfer-Encoding: chunked"):
+            sent = b"POST /v1/events HTTP/1.1\r\nHost: localhost\r\n" + head + b"\r\n\r\n"
+            slow = stack.enter_context(socket.create_connection(address, timeout=30))
+            slow.sendall(sent)
+            time.sleep(0.1 if head == b"Content-Length: 900" else 0)
+        answer = slow.recv(65536)  # of unknown length: it may take the bound of one, 1000
+        assert answer.startswith(b"HTTP/1.1 503")
+        body = b'{"history": [%s101]}' % (b"101, " * 130)
+        headers = {"content-type": "application/json"}
+        refused = films.http.post("/v1/recommend", content=body, headers=headers)
+        assert refused.status_code == 503
+        assert "bodies of 900 bytes are on their way" in refused.json()["error"]
+        assert films.http.get("/v1/model").status_code == 200
+        assert films.http.post("/v1/recommend", json={}).status_code == 200
+        stack.close()
+        deadline = time.monotonic() + 30
+        while films.http.post("/v1/recommend", content=body, headers=headers).status_code == 503:
+            assert time.monotonic() < deadline
+
+
+def test_refusals_leave_so_many_lines_a_minute_and_the_next_line_counts_the_others(
+    film_bundle: Path, tmp_path: Path
+) -> None:
+    settings = {"token": "t", "refusals_logged_per_minute": 2}
+    with served(film_bundle, str(tmp_path / "e.sqlite"), **settings) as films:
+        for _ in range(7):
+            assert films.http.get("/v1/model").status_code == 401
+        assert films.http.get("/health").status_code == 200
+        assert films.http.get("/health").status_code == 200
+        lines = films.logged(4)
+        assert [line["status"] for line in lines] == [401, 401, 200, 200]
+        assert [line.get("refusals_not_logged") for line in lines] == [None, None, 5, None]
+        text = films.http.get("/metrics", headers={"authorization": "Bearer t"}).text
+        assert 'route="/v1/model",status="401"} 7.0' in text
 
 
 def test_a_store_that_fails_is_said_and_nothing_is_acknowledged(fresh_films: Served) -> None:

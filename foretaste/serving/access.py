@@ -65,14 +65,32 @@ def needed_role(method: str, path: str) -> Role:
 
 
 @final
+class Bucket:
+    """Lets so many through in a minute: all of them at once, then evenly."""
+
+    def __init__(self, per_minute: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._most, self._clock = per_minute, clock
+        self._left, self._counted_at = float(per_minute), clock()
+
+    def wait_s(self) -> float:
+        """Take one and return 0, or in how many seconds there will be one."""
+        now, most = self._clock(), self._most
+        self._left = min(float(most), self._left + (now - self._counted_at) * most / 60)
+        self._counted_at = now
+        if self._left < 1:
+            return (1 - self._left) * 60 / most
+        self._left -= 1
+        return 0.0
+
+
+@final
 class Token:
     """A token at work: what it may do, and how many requests it has left."""
 
     def __init__(self, config: TokenConfig, clock: Callable[[], float]) -> None:
         self.name = config.name
-        self._roles, self._clock = frozenset(config.roles), clock
-        self._per_minute = config.requests_per_minute
-        self._left, self._counted_at = float(self._per_minute or 0), clock()
+        self._roles, bound = frozenset(config.roles), config.requests_per_minute
+        self._bucket = None if bound is None else Bucket(bound, clock)
 
     def may(self, role: Role) -> bool:
         """Return whether it has a role."""
@@ -80,15 +98,7 @@ class Token:
 
     def wait_s(self) -> float:
         """Count one request; return 0, or in how many seconds there is room for it."""
-        if self._per_minute is None:
-            return 0.0
-        now, most = self._clock(), self._per_minute
-        self._left = min(float(most), self._left + (now - self._counted_at) * most / 60)
-        self._counted_at = now
-        if self._left < 1:
-            return (1 - self._left) * 60 / most
-        self._left -= 1
-        return 0.0
+        return 0.0 if self._bucket is None else self._bucket.wait_s()
 
 
 @final

@@ -21,12 +21,16 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from foretaste.serving.access import Access, is_loopback, needed_role
+from foretaste.serving.access import Access, Bucket, is_loopback, needed_role
 from foretaste.serving.metrics import Metrics
 from foretaste.serving.settings import ServerSettings
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 """What is taken for a client's own `X-Request-ID`; in place of anything else there is a new one."""
+UNCOUNTED = "/metrics"
+"""It is asked for most when all is full."""
+NO_ROOM = "no room"
+REFUSED = frozenset({401, 403, 408, 413, 421, 429})
 OPEN_PATHS = frozenset({"/health", "/ready"})
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 DRAIN_BYTES = 8_388_608
@@ -63,7 +67,8 @@ class Guard:
         self._metrics = metrics
         self._open = OPEN_PATHS | open_files
         self._write_log = write_log
-        self._in_flight = 0
+        self._in_flight, self._bodies = 0, 0
+        self._lines, self._unlogged = Bucket(settings.refusals_logged_per_minute), 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -102,11 +107,12 @@ class Guard:
         taken = (
             self._misdirected(scope)
             or self._without_token(scope)
+            or self._without_room(scope)  # before its body, and again after it
             or await self._body(scope, receive)
         )
-        counted = scope["path"] != "/metrics"  # which is asked for most when all is full
-        if isinstance(taken, bytes) and counted:
+        if isinstance(taken, bytes):
             taken = self._without_room(scope) or taken
+        counted = scope["path"] != UNCOUNTED
         if not isinstance(taken, bytes):
             await taken(scope, receive, send)
             return
@@ -161,23 +167,29 @@ class Guard:
         return None
 
     def _without_room(self, scope: Scope) -> Response | None:
-        if self._in_flight < self._settings.max_concurrency:
+        if self._in_flight < self._settings.max_concurrency or scope["path"] == UNCOUNTED:
             return None
+        return self._no_room(scope, f"{self._in_flight} requests are at work")
+
+    def _no_room(self, scope: Scope, said: str) -> Response:
         self._metrics.shed.inc()
-        scope["state"]["log"]["cause"] = "no room"
+        scope["state"]["log"]["cause"] = NO_ROOM
         return refuse(
             503,
-            f"{self._in_flight} requests are at work, the most this server takes on: "
-            "try again in a second",
+            f"{said}, the most this server takes on: try again in a second",
             {"retry-after": "1"},
         )
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes | Response:
         """Return the whole body, or why it is not taken."""
-        length = Headers(scope=scope).get("content-length", "0")
-        most = self._settings.max_body_bytes
+        headers, most = Headers(scope=scope), self._settings.max_body_bytes
+        length = headers.get("content-length", "0")
         if not length.isdigit() or int(length[:20]) > most + DRAIN_BYTES:
             return self._too_large()
+        size = most if "transfer-encoding" in headers else min(most, int(length[:20]))
+        if size and self._bodies + size > self._settings.max_bodies_bytes:
+            return self._no_room(scope, f"bodies of {self._bodies} bytes are on their way")
+        self._bodies += size
         try:
             async with asyncio.timeout(self._settings.body_timeout_s):
                 body = await _read_body(receive, keep=most)
@@ -189,6 +201,8 @@ class Guard:
                 f"the body did not arrive within {self._settings.body_timeout_s:g} s",
                 {"connection": "close"},
             )
+        finally:
+            self._bodies -= size
         return self._too_large() if len(body) > most else body
 
     def _too_large(self) -> Response:
@@ -203,6 +217,10 @@ class Guard:
         method = asked if asked in METHODS else "other"
         self._metrics.requests.labels(method, route, str(status)).inc()
         self._metrics.seconds.labels(route).observe(seconds)
+        is_refusal = status in REFUSED or scope["state"]["log"].get("cause") == NO_ROOM
+        if is_refusal and self._lines.wait_s():
+            self._unlogged += 1
+            return
         line: dict[str, object] = {
             "time": time.time(),
             "method": method,
@@ -210,6 +228,8 @@ class Guard:
             "status": status,
             "ms": round(seconds * 1000, 3),
         }
+        if self._unlogged:
+            line["refusals_not_logged"], self._unlogged = self._unlogged, 0
         line |= scope["state"]["log"]
         self._write_log(json.dumps(line) + "\n")
 

@@ -51,6 +51,15 @@ class Metrics:
         self.shed = Counter(
             "foretaste_shed", "Requests answered 503 for want of room.", registry=self._registry
         )
+        self.connections = Gauge(
+            "foretaste_connections", "Open connections.", registry=self._registry
+        )
+        self.refused_connections = Counter(
+            "foretaste_refused_connections",
+            "Connections given up before a request of theirs was whole, by reason.",
+            ("reason",),
+            registry=self._registry,
+        )
         self.in_flight = Gauge(
             "foretaste_in_flight", "Requests at work or waiting.", registry=self._registry
         )

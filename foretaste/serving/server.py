@@ -15,11 +15,13 @@ from types import FrameType
 
 import torch
 import uvicorn
+from starlette.types import ASGIApp
 
 from foretaste.arguments import checked
 from foretaste.errors import ConfigError, ForetasteError
 from foretaste.serving.access import access_of
 from foretaste.serving.api import create_app
+from foretaste.serving.connection import limited
 from foretaste.serving.metrics import Metrics
 from foretaste.serving.service import Service
 from foretaste.serving.settings import ServerSettings
@@ -56,22 +58,31 @@ def serve(
         slot = ModelSlot(lambda: _load(bundle))
         with closing(open_live_events(state)) as events, _listen(settings) as listener:
             torch.set_num_threads(1)  # each request's thread computes on one core
-            service = Service(slot, events, settings, bundle=bundle, metrics=Metrics())
+            metrics = Metrics()
+            service = Service(slot, events, settings, bundle=bundle, metrics=metrics)
             app = create_app(service, settings=settings, access=access, write_log=write_log)
-            config = uvicorn.Config(
-                app,
-                access_log=False,
-                log_config=None,
-                log_level="warning",
-                server_header=False,
-                proxy_headers=False,
-                backlog=settings.max_concurrency,
-                timeout_graceful_shutdown=settings.drain_s,
-            )
+            config = server_config(app, settings, metrics)
             announce(f"foretaste serves {bundle.name} at {_address(listener)}\n")
             sys.stdout.flush()
             with _signals(lambda: _reload(service, write_log)):
                 uvicorn.Server(config).run(sockets=[listener])
+
+
+def server_config(app: ASGIApp, settings: ServerSettings, metrics: Metrics) -> uvicorn.Config:
+    """Return how uvicorn serves the application: quietly, and within the bounds of settings."""
+    return uvicorn.Config(
+        app,
+        http=limited(settings, metrics),
+        ws="none",
+        access_log=False,
+        log_config=None,
+        log_level="error",  # what it warns of, others can make it write as often as they like
+        server_header=False,
+        proxy_headers=False,
+        backlog=settings.max_connections,
+        timeout_keep_alive=settings.keep_alive_s,
+        timeout_graceful_shutdown=settings.drain_s,
+    )
 
 
 def _load(bundle: Path) -> Loaded:
@@ -100,7 +111,7 @@ def _listen(settings: ServerSettings) -> Iterator[socket.socket]:
     try:
         family = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0][0]
         listener = socket.create_server(
-            (settings.host, settings.port), family=family, backlog=settings.max_concurrency
+            (settings.host, settings.port), family=family, backlog=settings.max_connections
         )
     except OSError as error:
         wrong_host = isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL

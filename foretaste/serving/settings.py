@@ -42,6 +42,27 @@ class ServerSettings(Config):
     """Threads that compute answers; torch uses one core in each."""
     body_timeout_s: PositiveFloat = 20.0
     """Seconds a client may take to send its body, before 408."""
+    max_bodies_bytes: Count = 67_108_864
+    """Of all bodies that are on their way; the next is answered 503."""
+    max_url_bytes: Count = 8_192
+    """A longer path with its query is refused with 414."""
+    max_header_bytes: Count = 32_768
+    """Of all headers of a request, each counted with 32 bytes beside its own; 431 beyond."""
+    header_timeout_s: PositiveFloat = 10.0
+    """Seconds until the head of a request must have come, before 408; a connection that sends
+    nothing is closed."""
+    keep_alive_s: Count = 75
+    """Seconds that a connection is kept between two requests."""
+    write_timeout_s: PositiveFloat = 20.0
+    """Seconds that a client may leave an answer unread before its connection is cut off."""
+    max_connections: Count = 1_000
+    """At one time, and no more than the files that the process may open, less 64; the next is
+    answered 503."""
+    max_connections_per_address: Count = 500
+    """Of them; behind a proxy all come from one address."""
+    refusals_logged_per_minute: Count = 600
+    """So many lines of the log are of requests refused at the door (401, 403, 408, 413, 421, 429,
+    503 without room); the next line that is logged says how many were left out."""
     drain_s: Count = 30
     """Seconds that requests at work may take to end after SIGTERM."""
 

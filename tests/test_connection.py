@@ -1,0 +1,241 @@
+"""What a client may do to a connection, by raw sockets: long heads, silence, and too many."""
+
+import json
+import random
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import pairwise
+
+import pytest
+import uvicorn
+from starlette.types import Receive, Scope, Send
+
+from foretaste.serving.metrics import Metrics
+from foretaste.serving.server import server_config
+from foretaste.serving.settings import ServerSettings
+
+GET = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+
+async def size(scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer how many bytes a body has; with `/many`, 8 MB."""
+    if scope["type"] != "http":
+        return
+    total, more = 0, True
+    while more:
+        message = await receive()
+        total += len(message.get("body", b""))
+        more = message.get("more_body", False)
+    body = b"x" * 8_000_000 if scope["path"] == "/many" else b"%d" % total
+    headers = [(b"content-length", b"%d" % len(body))]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+class Server:
+    """Where it listens, and its counters."""
+
+    def __init__(self, address: tuple[str, int], metrics: Metrics) -> None:
+        self.address, self.metrics = address, metrics
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection(self.address, timeout=30)
+
+    def counted(self, name: str) -> float:
+        lines = self.metrics.exposition().decode().splitlines()
+        found = [line.rsplit(" ", 1)[1] for line in lines if line.startswith(f"{name} ")]
+        return float(found[0]) if found else 0.0
+
+    def refused(self, reason: str) -> float:
+        return self.counted(f'foretaste_refused_connections_total{{reason="{reason}"}}')
+
+    def wait_for(self, num: int) -> None:
+        """Wait until so many connections are open."""
+        deadline = time.monotonic() + 30
+        while self.counted("foretaste_connections") != num:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
+@contextmanager
+def serving(**settings: object) -> Iterator[Server]:
+    chosen, metrics = ServerSettings(**settings), Metrics()
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(server_config(size, chosen, metrics))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        yield Server(listener.getsockname(), metrics)
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def until_closed(client: socket.socket) -> bytes:
+    """Read until the server has closed the connection."""
+    parts = []
+    while True:
+        try:
+            part = client.recv(65536)
+        except ConnectionResetError:
+            part = b""
+        if not part:
+            return b"".join(parts)
+        parts.append(part)
+
+
+def status_of(answer: bytes) -> int:
+    return int(answer.split(b" ", 2)[1])
+
+
+def asked_on(client: socket.socket) -> int:
+    """Send a request on an open connection, read its answer, and return the status."""
+    client.sendall(GET)
+    answer = b""
+    while not answer.endswith(b"\r\n\r\n0"):
+        part = client.recv(65536)
+        assert part, answer
+        answer += part
+    return status_of(answer)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    settings = {"header_timeout_s": 0.4, "write_timeout_s": 0.4, "keep_alive_s": 1}
+    with serving(max_url_bytes=200, max_header_bytes=1000, **settings) as one:
+        yield one
+
+
+def ask(server: Server, sent: bytes) -> bytes:
+    with server.connect() as client:
+        client.sendall(sent)
+        return until_closed(client)
+
+
+@pytest.mark.parametrize(
+    ("head", "status", "reason"),
+    [
+        (b"GET /" + b"a" * 199 + b" HTTP/1.1\r\nConnection: close\r\n\r\n", 200, None),
+        (b"GET /" + b"a" * 200 + b" HTTP/1.1\r\nConnection: close\r\n\r\n", 414, "url"),
+        (b"GET / HTTP/1.1\r\nConnection: close\r\nX: " + b"a" * 920 + b"\r\n\r\n", 200, None),
+        (b"GET / HTTP/1.1\r\nConnection: close\r\nX: " + b"a" * 921 + b"\r\n\r\n", 431, "header"),
+        (b"GET / HTTP/1.1\r\n" + b"X:\r\n" * 30 + b"Connection: close\r\n\r\n", 431, "header"),
+        (b"GET\r\n\r\n", 400, "malformed"),
+        (b"\x16\x03\x01\x02\x00\x01", 400, "malformed"),  # as TLS begins
+    ],
+)
+def test_a_head_beyond_its_bound_is_refused_and_one_at_it_is_not(
+    server: Server, head: bytes, status: int, reason: str | None
+) -> None:
+    before = server.refused(reason or "")
+    answer = ask(server, head)
+    assert status_of(answer) == status
+    if reason is not None:
+        assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]
+        assert server.refused(reason) == before + 1
+
+
+@pytest.mark.parametrize("start", [b"GET /", b"GET / HTTP/1.1\r\nX: ", b"GET / HTTP/1.1\r\nX"])
+def test_a_head_that_never_ends_is_ended_after_little_of_it(server: Server, start: bytes) -> None:
+    sent, is_open = 0, True
+    with server.connect() as client:
+        client.sendall(start)
+        while is_open and sent < 100_000_000:
+            try:
+                client.sendall(b"a" * 100_000)
+                sent += 100_000
+            except OSError:
+                is_open = False
+    assert sent < 20_000_000  # what buffers on the way hold
+    assert status_of(ask(server, GET[:-2] + b"Connection: close\r\n\r\n")) == 200
+
+
+def test_a_connection_that_says_nothing_is_closed_without_a_word(server: Server) -> None:
+    began = time.monotonic()
+    with server.connect() as silent, server.connect() as blank:
+        blank.sendall(b"\r\n")
+        assert until_closed(silent) == until_closed(blank) == b""
+    assert 0.3 < time.monotonic() - began < 10
+    server.wait_for(0)
+
+
+@pytest.mark.parametrize("after", [b"", GET])
+def test_a_head_that_comes_letter_by_letter_is_given_up(server: Server, after: bytes) -> None:
+    with server.connect() as client:
+        if after:  # a second request of a connection is timed as the first
+            assert asked_on(client) == 200
+        client.settimeout(0.05)
+        answer = b""
+        for letter in [b"G", b"E", b"T", b" ", b"/"] + [b"a"] * 100:
+            client.sendall(letter)
+            try:
+                answer = client.recv(65536)
+                break
+            except TimeoutError:
+                continue
+        assert status_of(answer) == 408
+        assert b"connection: close" in answer
+
+
+def test_a_connection_is_kept_between_requests_for_its_time_and_then_closed(
+    server: Server,
+) -> None:
+    with server.connect() as client:
+        for pause in (0.6, 0.0):  # longer than a head may take
+            assert asked_on(client) == 200
+            time.sleep(pause)
+        began = time.monotonic()
+        assert until_closed(client) == b""
+        assert 0.5 < time.monotonic() - began < 20
+
+
+def test_bodies_and_requests_in_a_row_are_no_long_heads(server: Server) -> None:
+    post = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n\r\n" + b"b" * 100_000
+    last = b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+    answer = ask(server, post * 3 + GET * 50 + last)
+    assert answer.count(b"HTTP/1.1 200 OK") == 54
+    assert answer.count(b"100000") == 3
+
+
+def test_a_request_is_the_same_in_whatever_pieces_it_comes(server: Server) -> None:
+    whole = b"POST /a HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nConnection: close\r\n\r\nabcde"
+    draw = random.Random(0)
+    for _ in range(20):
+        cuts = sorted({0, *draw.sample(range(1, len(whole)), draw.randint(1, 8)), len(whole)})
+        with server.connect() as client:
+            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            for low, high in pairwise(cuts):
+                client.sendall(whole[low:high])
+            answer = until_closed(client)
+        assert answer.startswith(b"HTTP/1.1 200 OK")
+        assert answer.endswith(b"\r\n\r\n5")
+
+
+@pytest.mark.parametrize("ending", [b"", b"Connection: close\r\n"])
+@pytest.mark.parametrize("times", [1, 3])
+def test_an_answer_that_nobody_reads_is_cut_off(server: Server, ending: bytes, times: int) -> None:
+    server.wait_for(0)
+    with server.connect() as client:
+        client.sendall((b"GET /many HTTP/1.1\r\nHost: x\r\n" + ending + b"\r\n") * times)
+        server.wait_for(1)
+        server.wait_for(0)
+
+
+@pytest.mark.parametrize("setting", ["max_connections", "max_connections_per_address"])
+def test_connections_beyond_their_number_are_refused_until_one_leaves(setting: str) -> None:
+    with serving(**{setting: 2}) as server, ExitStack() as stack:
+        clients = [stack.enter_context(server.connect()) for _ in range(2)]
+        server.wait_for(2)
+        with server.connect() as third:
+            answer = until_closed(third)
+        assert status_of(answer) == 503
+        assert b"retry-after: 1" in answer
+        server.wait_for(2)
+        clients[0].close()
+        server.wait_for(1)
+        with server.connect() as third:
+            assert asked_on(third) == 200
+        assert asked_on(clients[1]) == 200
