@@ -238,6 +238,9 @@ def cases() -> dict[str, dict[str, Any]]:
             ft.BERT4RecConfig(**sequence, block="modern", hidden_ratio=1),
             ft.MaskedItemConfig(mask_ratio=0.4, loss="sampled_softmax", negatives=9),
         ),
+        "hstu": settings(
+            ft.HSTUConfig(**sequence), ft.NextItemConfig(loss="sampled_softmax", negatives=9)
+        ),
         "mf": settings(ft.MFConfig(embedding_dim=8), pairs),
         "mf, biases and cosine": settings(
             ft.MFConfig(embedding_dim=8, biases=True, similarity="cosine", temperature=0.2),
@@ -379,7 +382,10 @@ def cases() -> dict[str, dict[str, Any]]:
 
 
 NO_LOSSES = ("popularity", "item_knn", "ease", "als")
-NO_BUNDLE = (  # another of the same kind and of the same weights has one
+YOUNGER = ("hstu",)
+"""Than the first format of bundles."""
+NO_BUNDLE = (
+    *YOUNGER,  # and another of the same kind and of the same weights has one
     "mf, all items",
     "mf, the batch and the popular",
     "mf, hard negatives",
