@@ -103,7 +103,7 @@ def test_a_pre_trained_neumf_starts_as_the_weighted_sum_of_its_parts(alpha: floa
     config = NeuMFConfig(factors=4, pretrain=True, alpha=alpha)
     gmf, mlp = (network(part, seed).eval() for seed, part in enumerate(config.parts(), 1))
     model = network(config).eval()
-    model.start_from(gmf, mlp, alpha=alpha)
+    model.start_from({"gmf": gmf, "mlp": mlp})
     queries, item = asked([0, 3]), torch.tensor([[1, 2], [10, 0]])
     expected = alpha * gmf(queries, item)["click"] + (1 - alpha) * mlp(queries, item)["click"]
     torch.testing.assert_close(model(queries, item)["click"], expected)

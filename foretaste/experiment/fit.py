@@ -1,7 +1,7 @@
 """From settings and a split to a trained model: the wiring of every room."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -28,13 +28,14 @@ from foretaste.models.base import Model
 from foretaste.models.catalogue import (
     LEARNING_COPIES,
     ModelConfig,
+    Pretraining,
     TwoStageConfig,
     build_model,
     graph_for,
+    pretraining_of,
     settled,
     tasks_of,
 )
-from foretaste.models.neumf import NCF, NeuMFConfig
 from foretaste.training.fit import Epoch, Fit, Progress
 from foretaste.training.objectives.catalogue import ObjectiveConfig
 from foretaste.training.objectives.rows import LabelledRows, RowsConfig
@@ -132,8 +133,9 @@ def fit(
     positive = objective.positive if isinstance(objective, RowsConfig) else ""
     config = settled(config, events, positive=positive)
     training = training or TrainingConfig()
+    pretraining = pretraining_of(config)
     parts = _fit_parts(
-        config,
+        pretraining,
         partial(fit_part, objective=objective, candidates=candidates),
         training=training,
         folder=folder,
@@ -150,9 +152,9 @@ def fit(
         copies=LEARNING_COPIES,
     )
     model.begin(events)
-    if isinstance(config, NeuMFConfig) and isinstance(model, NCF) and parts:
-        _start_from(model, parts, config.alpha)
-        rate = training.learning_rate * config.fine_tuning
+    if pretraining is not None:
+        model.start_from({kind: part.model for kind, part in parts.items()})
+        rate = training.learning_rate * pretraining.fine_tuning
         training = training.model_copy(update={"learning_rate": rate})
     objective = _objective_of(model, objective)
     happened = events
@@ -240,7 +242,7 @@ def _finish(model: Model, events: Interactions) -> None:
 
 
 def _fit_parts(
-    config: ModelConfig,
+    pretraining: Pretraining | None,
     fit_part: Callable[..., Trained],
     *,
     training: TrainingConfig,
@@ -248,9 +250,9 @@ def _fit_parts(
     max_seconds: float | None,
 ) -> dict[str, Trained]:
     """Train what a model starts from, if it starts from something, each for a third of the time."""
-    if not isinstance(config, NeuMFConfig) or not config.pretrain:
+    if pretraining is None:
         return {}
-    epochs = config.pretrain_epochs or training.epochs
+    epochs = pretraining.epochs or training.epochs
     return {
         part.kind: fit_part(
             part,
@@ -258,14 +260,8 @@ def _fit_parts(
             folder=None if folder is None else folder / part.kind,
             max_seconds=None if max_seconds is None else max_seconds / 3,
         )
-        for part in config.parts()
+        for part in pretraining.parts
     }
-
-
-def _start_from(model: NCF, parts: Mapping[str, Trained], alpha: float) -> None:
-    gmf, mlp = (parts[kind].model for kind in ("gmf", "mlp"))
-    if isinstance(gmf, NCF) and isinstance(mlp, NCF):
-        model.start_from(gmf, mlp, alpha=alpha)
 
 
 def _learn(

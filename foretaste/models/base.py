@@ -69,6 +69,9 @@ class Model(nn.Module, ABC):
         """The model that judges given items: of two stages the second, else itself."""
         return self
 
+    def start_from(self, parts: Mapping[str, "Model"]) -> None:
+        """Take over what smaller models have learned before it, by their kinds."""
+
     def learn(self, events: Interactions) -> None:
         """Learn from all events at once, where `learns_by` is "events".
 

@@ -6,7 +6,7 @@ fails the type check.
 
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from typing import Annotated, ClassVar, Literal, assert_never
+from typing import Annotated, ClassVar, Literal, NamedTuple, assert_never
 
 import numpy as np
 import torch
@@ -96,6 +96,26 @@ def tasks_of(config: ModelConfig) -> tuple[Task, ...]:
             return (config.task,)
         case _:
             return ()
+
+
+class Pretraining(NamedTuple):
+    """What a model starts from."""
+
+    parts: tuple[RankerConfig, ...]
+    """Models that are trained before it, and handed to its `start_from`."""
+    epochs: int | None
+    """Of each; None: as many as its own."""
+    fine_tuning: float
+    """Its learning rate after them, as a share of training's."""
+
+
+def pretraining_of(config: ModelConfig) -> Pretraining | None:
+    """Return what a model starts from; None for models that start from drawn weights."""
+    match config:
+        case NeuMFConfig(pretrain=True):
+            return Pretraining(config.parts(), config.pretrain_epochs, config.fine_tuning)
+        case _:
+            return None
 
 
 def graph_for(config: ModelConfig, events: Interactions) -> Graph | None:

@@ -15,6 +15,7 @@ training never saw is answered by regression on their history (`FoldIn`).
 Shape legend: B queries, A rows of items (B or 1), C items of each, D factors, W width of a vector.
 """
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal, final
 
 import torch
@@ -34,6 +35,7 @@ from foretaste.config import (
     Space,
 )
 from foretaste.data.tasks import Task
+from foretaste.models.base import Model
 from foretaste.models.layers.field_ranker import PairRanker
 from foretaste.models.layers.heads import Heads
 from foretaste.models.layers.pair_mlp import PairMLP, pair_dot
@@ -153,8 +155,10 @@ class NCF(PairRanker):
         self.heads = Heads(self.tasks)
 
     @torch.no_grad()
-    def start_from(self, gmf: "NCF", mlp: "NCF", *, alpha: float) -> None:
-        """Take over what GMF and MLP have learned."""
+    def start_from(self, parts: Mapping[str, Model]) -> None:
+        """Take over what GMF and MLP have learned, where both have."""
+        gmf, mlp = (part for part in (parts["gmf"], parts["mlp"]) if isinstance(part, NCF))
+        alpha = self.config.alpha if isinstance(self.config, NeuMFConfig) else 1.0
         table_RW, width = self.fields.table.weight, self.gmf_dim
         table_RW[:, :width] = gmf.fields.table.weight
         table_RW[:, width:] = mlp.fields.table.weight
