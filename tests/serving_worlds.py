@@ -3,11 +3,12 @@
 import numpy as np
 import polars as pl
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from foretaste.data.interactions import Interactions
 from foretaste.data.vocabulary import Vocabulary
 from foretaste.models.als import ImplicitALSConfig
+from foretaste.models.base import Retriever
 from foretaste.models.catalogue import ModelConfig, build_model
 from foretaste.models.ease import EASEConfig
 from foretaste.models.item_knn import ItemKNNConfig
@@ -74,3 +75,9 @@ def make_trained(kind: str, events: Interactions | None = None, *, seed: int = 0
         settings={"model": CONFIGS[kind].model_dump(mode="json"), "split": "temporal"},
         log={"epochs": [{"epoch": 1, "loss": 2.5}]},
     )
+
+
+def every_vector(model: nn.Module) -> Tensor:
+    """Return every item's vector."""
+    assert isinstance(model, Retriever)
+    return torch.cat([item_VD for _, item_VD in model.item_blocks()])

@@ -8,6 +8,7 @@ import pytest
 import torch
 from implicit.cpu.als import AlternatingLeastSquares
 from scipy import sparse
+from serving_worlds import every_vector
 from threadpoolctl import threadpool_limits
 
 from foretaste.data.batch import Queries
@@ -48,7 +49,7 @@ def test_the_fold_in_is_that_of_implicit(block: int, monkeypatch: pytest.MonkeyP
         oracle = AlternatingLeastSquares(
             factors=6, regularization=0.3, alpha=5.0, use_cg=False, num_threads=1
         )
-    oracle.item_factors = model.item_table().numpy()
+    oracle.item_factors = every_vector(model).numpy()
     done_BI = np.zeros((len(asked), NUM_ITEMS), np.float32)
     for row, history in enumerate(asked):
         done_BI[row, history] = 1
@@ -60,7 +61,7 @@ def test_the_fold_in_is_that_of_implicit(block: int, monkeypatch: pytest.MonkeyP
 def test_the_fold_in_minimises_the_loss_of_the_paper() -> None:
     # the gradient of sum c_i (p_i - x·y_i)² + l2 |x|² must vanish at x, with c = 1 + alpha p
     model, done = learned(), [3, 9, 27]
-    y_ID = model.item_table().double()
+    y_ID = every_vector(model).double()
     x_D = model.encode(Queries.of_histories([done]))[0].double().requires_grad_()
     p_I = torch.zeros(NUM_ITEMS, dtype=torch.float64)
     p_I[done] = 1
@@ -72,7 +73,7 @@ def test_the_fold_in_minimises_the_loss_of_the_paper() -> None:
 def test_more_iterations_fit_better() -> None:
     def loss(iterations: int) -> float:
         model = learned(CONFIG.model_copy(update={"iterations": iterations}))
-        score_BI = model.encode(Queries.of_histories(histories())) @ model.item_table().T
+        score_BI = model.encode(Queries.of_histories(histories())) @ every_vector(model).T
         p_BI = torch.zeros_like(score_BI)
         for row, history in enumerate(histories()):
             p_BI[row, history] = 1
@@ -88,12 +89,12 @@ def test_an_empty_history_is_the_origin() -> None:
 
 
 def test_an_item_that_nobody_did_has_no_factors() -> None:
-    assert learned().item_table()[NUM_ITEMS - 1].abs().max() < 1e-6
+    assert every_vector(learned())[NUM_ITEMS - 1].abs().max() < 1e-6
 
 
 def test_another_seed_gives_other_factors() -> None:
-    assert torch.equal(learned(seed=1).item_table(), learned(seed=1).item_table())
-    assert not torch.equal(learned(seed=1).item_table(), learned(seed=2).item_table())
+    assert torch.equal(every_vector(learned(seed=1)), every_vector(learned(seed=1)))
+    assert not torch.equal(every_vector(learned(seed=1)), every_vector(learned(seed=2)))
 
 
 def test_the_package_does_not_warn_its_users(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from foretaste.errors import ConfigError
 from foretaste.experiment.learning import make_learning, usual_objective
 from foretaste.models.base import Ranker, Retriever, Scorer
 from foretaste.models.ease import EASE, EASEConfig
+from foretaste.models.layers.table import TableConfig, make_table
 from foretaste.models.mf import MF, MFConfig
 from foretaste.models.neumf import NCF, GMFConfig
 from foretaste.models.sasrec import SASRec, SASRecConfig
@@ -31,14 +32,15 @@ class LastItem(Retriever):
 
     def __init__(self) -> None:
         super().__init__()
-        self.items = nn.Embedding(NUM_ITEMS, 16)
+        self.num_items = NUM_ITEMS
+        self.item_table = make_table(TableConfig(), NUM_ITEMS, 16)
         self.next = nn.Linear(16, 16)
         self.start = nn.Parameter(torch.zeros(16))
-        nn.init.normal_(self.items.weight, std=0.1)
+        self.item_table.draw(std=0.1)
 
     def forward(self, batch: SequenceBatch) -> Tensor:
         start_B1D = self.start.expand(len(batch), 1, -1)
-        states: Tensor = self.next(torch.cat([start_B1D, self.items(batch.item_BL)], dim=1))
+        states: Tensor = self.next(torch.cat([start_B1D, self.item_table(batch.item_BL)], dim=1))
         return states
 
     def encode(self, queries: Queries) -> Tensor:
@@ -46,8 +48,9 @@ class LastItem(Retriever):
         has_B1 = (queries.offsets_B1.diff() > 0).unsqueeze(1)
         return state_BLD[:, 1].where(has_B1, state_BLD[:, 0])
 
-    def item_table(self) -> Tensor:
-        return self.items.weight
+    def items(self, item_V: Tensor) -> Tensor:
+        vector_VD: Tensor = self.item_table(item_V)
+        return vector_VD
 
 
 def test_a_model_of_an_unknown_class_learns_by_what_it_says() -> None:

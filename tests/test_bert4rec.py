@@ -9,6 +9,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from serving_worlds import every_vector
 from torch import Tensor, nn
 
 import foretaste as ft
@@ -174,7 +175,7 @@ def naive(state: State, items: list[int], hidden: list[int]) -> list[list[float]
     """The paper's equations, one number at a time: the states of the hidden places."""
     x = []
     for place, item in enumerate(items):
-        read = state["mask"] if place in hidden else state["items.weight"][item]
+        read = state["mask"] if place in hidden else state["item_table.weight"][item]
         position = state["positions.weight"][len(items) - 1 - place]
         x.append(add([math.sqrt(D) * v for v in read], position))
     for name in ("blocks.0", "blocks.1"):
@@ -204,10 +205,10 @@ def test_the_network_is_the_paper_s_in_float64() -> None:
 def test_a_bias_is_one_more_column() -> None:
     model = encoder("original", output_bias=True)
     query_BE = model.encode(Queries.of_histories([[1, 2], []]))
-    assert model.bias is not None
+    assert model.bias_table is not None
     torch.testing.assert_close(
-        query_BE @ model.item_table().T,
-        query_BE[:, :D] @ model.items.weight.T + model.bias.weight[:, 0],
+        query_BE @ every_vector(model).T,
+        query_BE[:, :D] @ model.item_table.weight.T + model.bias_table.weight[:, 0],
     )
 
 
@@ -260,7 +261,7 @@ def test_the_loss_is_the_softmax_over_hidden_events_alone() -> None:
     for row, (place_T, real_T) in enumerate(zip(place_BT, real_BT, strict=True)):
         items = learned.item_BL[row][learned.valid_BL[row]].unsqueeze(0)
         hidden = place_T[real_T].unsqueeze(0)
-        logits = model(batch(items), hidden)[0] @ model.items.weight[:20].T
+        logits = model(batch(items), hidden)[0] @ model.item_table.weight[:20].T
         expected.append(-logits.log_softmax(-1).gather(1, items[0, hidden[0]].unsqueeze(1)))
     torch.manual_seed(3)
     loss = objective(model, learned)

@@ -21,7 +21,6 @@ def network(config: DeepFMConfig = WHOLE) -> DeepFM:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_()
-        model.fields.table.weight[0] = 0.0
     model.begin(EVENTS)
     model.learn_new_users(EVENTS)
     return model.eval()
@@ -65,7 +64,8 @@ def test_the_score_is_the_sum_of_its_three_parts() -> None:
 )
 def test_parts_that_are_off_have_no_weights(parts: set[str], width: int) -> None:
     model = network(WHOLE.model_copy(update={p: p in parts for p in ("linear", "fm", "deep")}))
-    assert model.fields.table.weight.shape[1] == width
+    assert model.fields.item.id_table is not None
+    assert model.fields.item.id_table.width == width
     assert (model.mlp is not None) == ("deep" in parts)
     assert model(QUERIES, ITEMS)["click"].isfinite().all()
 
@@ -107,14 +107,15 @@ def test_the_penalty_by_hand(l2_of: str) -> None:
     # event: nobody). In training users 0 and 2 have two events each, item 1 two, items 0 and 2 one.
     bare = DeepFM(model.config, num_users=NUM_USERS, num_items=NUM_ITEMS)
     bare.begin(EVENTS)
-    square_V = bare.fields.table.weight.square().sum(dim=1)
+    tables = bare.fields.user.id_table, bare.fields.item.id_table
+    square_V = torch.cat([t.block(0, t.num_rows) for t in tables if t]).square().sum(dim=1)
     queries = Queries(
         user_B=torch.tensor([0, 0, 2, -1]),
         history_N=torch.empty(0, dtype=torch.int64),
         offsets_B1=torch.zeros(5, dtype=torch.int64),
     )
     item_BC = torch.tensor([[0], [1], [1], [3]])
-    user, item = 1, 1 + NUM_USERS
+    user, item = 0, NUM_USERS
     if l2_of == "rows":
         times = {user: 2 / 4, user + 2: 1 / 4, item: 1 / 4, item + 1: 2 / 4}
     else:
@@ -126,8 +127,7 @@ def test_the_penalty_by_hand(l2_of: str) -> None:
 def test_frequencies_count_the_codes_of_features_too() -> None:
     model = network(WHOLE.model_copy(update={"l2": 0.1, "l2_of": "mini_batch_aware"}))
     # brands of items 0 to 3: x, nothing, y, nothing; events of them: 1, 2, 1, 0
-    first = model.fields.item.first_code
-    assert model.fields.l2.times_V[first : first + 4].tolist() == [2, 0, 1, 1]
+    assert model.fields.item.code_l2.times_V[:4].tolist() == [2, 0, 1, 1]
 
 
 def test_without_l2_nothing_is_added() -> None:

@@ -24,7 +24,6 @@ def network(config: DINConfig = PLAIN) -> DIN:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_()
-        model.fields.table.weight[0] = 0.0
     model.begin(EVENTS)
     return model.eval()
 
@@ -163,8 +162,6 @@ def test_padding_has_no_gradient_and_dice_does_not_see_it(
     torch.testing.assert_close(
         one.attention.activations[0].mean_O, other.attention.activations[0].mean_O
     )
-    assert one.fields.table.weight.grad is not None
-    assert one.fields.table.weight.grad[0].abs().sum() == 0
 
 
 def test_histories_of_one_item_must_tell_it() -> None:
@@ -184,7 +181,8 @@ def test_without_histories_there_are_no_weights() -> None:
 def test_the_penalty_counts_what_histories_use() -> None:
     config = PLAIN.model_copy(update={"l2": 1.0, "item_features": False, "user_features": False})
     model = DIN(config, num_users=NUM_USERS, num_items=NUM_ITEMS)
-    square_I = model.fields.table.weight[1:].square().sum(dim=1)
+    assert model.fields.item.id_table is not None
+    square_I = model.fields.item.id_table.block(0, NUM_ITEMS).square().sum(dim=1)
     got = model.penalty(Queries.of_histories([[2, 1], [2]]), torch.tensor([[0], [1]]))
     expected = (square_I[0] + 2 * square_I[1] + 2 * square_I[2]) / 2 / 2
     torch.testing.assert_close(got, expected)

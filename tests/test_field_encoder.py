@@ -15,8 +15,9 @@ from torch import Tensor
 from foretaste.data.features import FieldSide, FieldTable
 from foretaste.data.features_fitted import Bag, Buckets, Categories, Number, Values, Vector
 from foretaste.errors import ConfigError
-from foretaste.models.layers import embedding
-from foretaste.models.layers.embedding import FieldEncoder, look_up, mean_bags
+from foretaste.models.layers import table as table_layer
+from foretaste.models.layers.embedding import FieldEncoder
+from foretaste.models.layers.table import TableConfig, look_up, mean_bags
 
 FUSIONS: tuple[Literal["concat", "gate"], ...] = ("concat", "gate")
 D = 6
@@ -46,7 +47,7 @@ TABLE = SIDE.encode(FRAME)
 
 def encoder(fusion: Literal["concat", "gate"], side: FieldSide = SIDE) -> FieldEncoder:
     torch.manual_seed(0)
-    return FieldEncoder(side, embedding_dim=D, fusion=fusion)
+    return FieldEncoder(side, embedding_dim=D, fusion=fusion, table=TableConfig())
 
 
 def slow_fields(model: FieldEncoder, table: FieldTable) -> Tensor:
@@ -252,7 +253,7 @@ def test_ten_fields_of_4096_rows_are_one_look_up(
         return F.embedding_bag(codes, *rest, **options)
 
     spied = type("Spied", (), {"embedding_bag": staticmethod(counted)})
-    monkeypatch.setattr(embedding, "F", spied)
+    monkeypatch.setattr(table_layer, "F", spied)
     with torch.profiler.profile() as seen:
         model(table)
     looked = [
@@ -270,12 +271,13 @@ def test_no_field_at_all_is_refused() -> None:
         encoder("gate", FieldSide())
 
 
-def test_rows_looked_up_and_their_gradient_are_torch_s_but_for_row_0() -> None:
+@pytest.mark.parametrize("lowest", [0, -1])
+def test_rows_looked_up_and_their_gradient_are_torch_s_and_row_minus_1_is_0(lowest: int) -> None:
     torch.manual_seed(0)
-    code_N, weight_VD = torch.randint(7, (50,)), torch.randn(9, 3, requires_grad=True)
+    code_N, weight_VD = torch.randint(lowest, 7, (50,)), torch.randn(9, 3, requires_grad=True)
     other_VD = weight_VD.detach().clone().requires_grad_()
     looked_ND, factor_ND = look_up(code_N, weight_VD), torch.randn(50, 3)
-    expected_ND = F.embedding(code_N, other_VD, padding_idx=0)
+    expected_ND = F.embedding(code_N + 1, F.pad(other_VD, (0, 0, 1, 0)))
     torch.testing.assert_close(looked_ND, expected_ND)
     (looked_ND * factor_ND).sum().backward()
     (expected_ND * factor_ND).sum().backward()

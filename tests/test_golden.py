@@ -21,13 +21,17 @@ import polars as pl
 import pytest
 import torch
 from pydantic import TypeAdapter
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 import foretaste as ft
 from foretaste.data.features_schema import CategoricalField, MultiField, NumericField, VectorField
+from foretaste.data.folder import read_manifest, seal
+from foretaste.errors import BundleError
 from foretaste.experiment.two_stage import FirstStage
 from foretaste.models.catalogue import ModelConfig
+from foretaste.serving.bundle import BundleManifest
 from foretaste.training.objectives.catalogue import ObjectiveConfig
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -424,6 +428,31 @@ def test_a_bundle_of_the_first_format_answers_as_then(name: str, tmp_path: Path)
         assert answer["source"] == then["source"]
         assert answer["item_ids"] == then["item_ids"]
         assert answer["scores"] == pytest.approx(then["scores"], rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "wrong"),
+    [
+        ("users.weight", None, "user_table.weight"),
+        ("users.weight", "people.weight", "user_table.weight"),
+        (None, "extra.weight", "extra.weight"),
+    ],
+    ids=["missing", "renamed", "one too many"],
+)
+def test_a_bundle_of_the_first_format_whose_weights_are_others_names_one_and_stays_as_it_was(
+    then: str | None, now: str | None, wrong: str, tmp_path: Path
+) -> None:
+    zipfile.ZipFile(BUNDLES / "mf.zip").extractall(tmp_path)
+    file = tmp_path / "weights.safetensors"
+    weights = load_file(file)
+    moved = weights["items.weight"] if then is None else weights.pop(then)
+    save_file(weights if now is None else {**weights, now: moved.clone()}, file)
+    seal(tmp_path, read_manifest(tmp_path, BundleManifest))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(BundleError) as caught:
+        ft.load(tmp_path)
+    assert caught.value.name == wrong
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 def file_of(name: str) -> str:

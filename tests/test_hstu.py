@@ -45,7 +45,7 @@ def slow_states(model: HSTU, items: list[int], times: list[int | None]) -> Tenso
     """Return the states of one history, one pair of events after the other."""
     D, H = model.config.embedding_dim, model.config.num_heads
     d, n = D // H, model.max_len + 1
-    vectors = [model.start, *(model.items.weight[item] for item in items)]
+    vectors = [model.start, *(model.item_table.weight[item] for item in items)]
     state = [vector * D**0.5 for vector in vectors]
     when = [None, *times]
     for block in model.blocks:

@@ -44,7 +44,8 @@ TABLE = [0, 0, 0, 0, 1, 1, 2, 3, 3]
 
 @pytest.mark.parametrize("rows", range(1, 10))
 def test_chances_are_those_of_all_batches_written_out(rows: int) -> None:
-    chance_I = InBatchSampler(torch.tensor([4, 2, 1, 2, 0])).draw(torch.arange(rows) % 4).chance_I
+    drawn = InBatchSampler(torch.tensor([4, 2, 1, 2, 0])).draw(torch.arange(rows) % 4)
+    chance_I = drawn.chance(torch.arange(5))
     for item in range(5):
         # the row looking is an event of another item; the others are any rows - 1 of the rest
         own = next(place for place, other in enumerate(TABLE) if other != item)
@@ -169,7 +170,7 @@ def test_gaps_by_hand() -> None:
     for step in range(1, 9):
         watch.watch(torch.tensor([i for i, every in ((0, 1), (1, 3), (2, 8)) if step % every == 0]))
     # item 0 at every step; 1 at steps 3 and 6: one gap of 3; 2 at step 8 only: no gap in 8 steps
-    assert watch.chance_I().tolist() == pytest.approx([1, 1 / 3, 1 / 8, 0])
+    assert watch.chance(torch.arange(4)).tolist() == pytest.approx([1, 1 / 3, 1 / 8, 0])
 
 
 def test_the_average_moves_as_the_paper_says_once_it_is_warm() -> None:
@@ -181,7 +182,7 @@ def test_the_average_moves_as_the_paper_says_once_it_is_warm() -> None:
         watch.watch(torch.tensor([0]))
     for gap in gaps[4:]:
         expected = 0.75 * expected + 0.25 * gap
-    assert watch.chance_I().item() == pytest.approx(1 / expected)
+    assert watch.chance(torch.tensor(0)).item() == pytest.approx(1 / expected)
 
 
 def test_an_item_present_at_random_gets_its_chance_and_a_change_is_followed() -> None:
@@ -189,7 +190,7 @@ def test_an_item_present_at_random_gets_its_chance_and_a_change_is_followed() ->
     for chance in ([0.5, 0.1, 0.02], [0.1, 0.5, 0.02]):
         for _ in range(4000):
             watch.watch(torch.from_numpy(np.flatnonzero(rng.random(3) < chance)))
-        assert watch.chance_I().tolist() == pytest.approx(chance, rel=0.35)
+        assert watch.chance(torch.arange(3)).tolist() == pytest.approx(chance, rel=0.35)
 
 
 def test_items_in_one_cell_look_frequent_and_more_hashes_part_them() -> None:
@@ -199,7 +200,9 @@ def test_items_in_one_cell_look_frequent_and_more_hashes_part_them() -> None:
         watch = stream(200, num_cells=100, num_hashes=num_hashes, rate=0.02)
         for _ in range(2000):
             watch.watch(torch.from_numpy(np.flatnonzero(rng.random(200) < chance_I)))
-        errors.append((watch.chance_I().double().log() - np.log(0.02)).abs().mean().item())
+        errors.append(
+            (watch.chance(torch.arange(200)).double().log() - np.log(0.02)).abs().mean().item()
+        )
     assert errors[1] < errors[0] / 1.5
 
 
@@ -210,8 +213,10 @@ def test_streamed_and_counted_frequencies_agree_on_a_shuffled_table() -> None:
     table, rows = torch.from_numpy(SKEWED.item_idx).long(), 16
     for _ in range(4000):
         drawn = streamed.draw(table[torch.randperm(len(table))[:rows]])
-    expected_I = counted.draw(table[:rows]).chance_I
-    assert drawn.chance_I.tolist() == pytest.approx(expected_I.tolist(), rel=0.3, abs=0.02)
+    expected_I = counted.draw(table[:rows]).chance(torch.arange(NUM_ITEMS))
+    assert drawn.chance(torch.arange(NUM_ITEMS)).tolist() == pytest.approx(
+        expected_I.tolist(), rel=0.3, abs=0.02
+    )
 
 
 class Killed(Exception):

@@ -8,6 +8,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from serving_worlds import every_vector
 from torch import Tensor
 
 import foretaste as ft
@@ -223,9 +224,9 @@ def test_what_is_learned_from_is_what_is_answered(config: LightGCNConfig) -> Non
     encoded = model.encode(all_queries(events))
     # training has a vector for the isolated too, which no event teaches; answers have none
     torch.testing.assert_close(encoded[:11], vectors.query_BD[:11])
-    torch.testing.assert_close(model.item_table()[:8], vectors.item_VD[:8])
+    torch.testing.assert_close(every_vector(model)[:8], vectors.item_VD[:8])
     assert not encoded[11].any()
-    assert not model.item_table()[8].any()
+    assert not every_vector(model)[8].any()
 
 
 def test_a_new_user_is_what_the_graph_would_give_a_node_of_its_own_degree() -> None:
@@ -234,7 +235,7 @@ def test_a_new_user_is_what_the_graph_would_give_a_node_of_its_own_degree() -> N
     model = model_of(events).eval()
     graph = graph_of(events)
     a_VV = dense(graph)
-    layer_VD = model.layer_0.weight.detach().double()
+    layer_VD = model._layer_0().detach().double()
     sent_VD = torch.zeros_like(layer_VD)
     for _ in range(3):
         sent_VD += layer_VD
@@ -282,7 +283,7 @@ def test_a_run_by_the_reference_is_the_fast_run() -> None:
     )
     for ask in (all_queries(events), queries):
         torch.testing.assert_close(slow.encode(ask), fast.encode(ask), rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(slow.item_table(), fast.item_table(), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(every_vector(slow), every_vector(fast), rtol=1e-3, atol=1e-4)
 
 
 def test_another_equation_in_place_of_the_reference_is_learned_and_answered(
@@ -299,14 +300,14 @@ def test_another_equation_in_place_of_the_reference_is_learned_and_answered(
     config = LightGCNConfig(embedding_dim=8, num_layers=2, propagation="reference")
     before = model_of(events, config).eval()
     history = Queries.of_histories([[0, 3, 5]])
-    a_VV, layer_VD = dense(graph_of(events)).float(), before.layer_0.weight.detach()
+    a_VV, layer_VD = dense(graph_of(events)).float(), before._layer_0().detach()
     of_item_ID = (a_VV @ a_VV @ layer_VD)[12:]
-    means = before.encode(history), before.item_table()
+    means = before.encode(history), every_vector(before)
     monkeypatch.setattr(lightgcn, "propagate", last_layer)
     model = model_of(events, config).eval()
     vectors = model(all_queries(events), torch.arange(9))
     torch.testing.assert_close(vectors.item_VD, of_item_ID)
-    torch.testing.assert_close(model.item_table(), of_item_ID)
+    torch.testing.assert_close(every_vector(model), of_item_ID)
     torch.testing.assert_close(model.encode(all_queries(events)), vectors.query_BD)
     # a new user is the sum of (n d_i)^-1/2 times the first layer of the items
     degree_I = torch.from_numpy(graph_of(events).degree_V[12:])
@@ -314,7 +315,7 @@ def test_another_equation_in_place_of_the_reference_is_learned_and_answered(
     new_D = sum(one_ID[item] / (3 * degree_I[item]) ** 0.5 for item in (0, 3, 5))
     torch.testing.assert_close(model.encode(history)[0], new_D)
     assert not torch.allclose(means[0], model.encode(history))
-    assert not torch.allclose(means[1], model.item_table())
+    assert not torch.allclose(means[1], every_vector(model))
 
 
 def planted(num_users: int = 80, *, extra_items: int = 0) -> Interactions:
@@ -352,7 +353,7 @@ def groups_of(score_BI: Tensor, best: int = 4) -> Tensor:
 def test_cold_users_and_items_stand_by_their_group(config: LightGCNConfig) -> None:
     events = planted()
     model = trained(events, config)
-    table_ID = model.item_table()
+    table_ID = every_vector(model)
     histories = [[group * SIZE, group * SIZE + 1] for group in range(GROUPS)]
     user_BD = model.encode(Queries.of_histories(histories))
     # by chance a quarter of the best are of the right group
@@ -402,7 +403,7 @@ def test_a_user_known_by_friends_alone_stands_by_their_group() -> None:
         history_N=torch.empty(0, dtype=torch.int64),
         offsets_B1=torch.zeros(GROUPS + 1, dtype=torch.int64),
     )
-    best = groups_of(model.encode(query) @ model.item_table().T)
+    best = groups_of(model.encode(query) @ every_vector(model).T)
     assert (best == torch.arange(GROUPS).unsqueeze(1)).all()
     alone = trained(cold, LightGCNConfig(embedding_dim=8))
     assert not alone.encode(query).any()
@@ -423,11 +424,11 @@ def test_an_item_known_by_attributes_or_links_alone_is_placed(kind: str) -> None
     config = LightGCNConfig(embedding_dim=8, graph=GraphConfig(attributes=attributes))
     model = trained(events, config)
     assert model.known_items().tolist() == [False] * 24 + [True] * 4 + [False]
-    score_UI = model.encode(all_queries(events)) @ model.item_table().T
+    score_UI = model.encode(all_queries(events)) @ every_vector(model).T
     assert (score_UI[:, 24:28].argmax(1) == torch.arange(80) % GROUPS).all()
     fresh = LightGCN(config, num_users=80, num_items=events.num_items)
     fresh.load_state_dict(model.state_dict())  # it does not know how many attributes there were
-    assert torch.equal(fresh.eval().item_table(), model.item_table())
+    assert torch.equal(every_vector(fresh.eval()), every_vector(model))
     assert torch.equal(fresh.known_items(), model.known_items())
 
 
@@ -437,7 +438,7 @@ def test_noise_contrast_and_dropped_ties_leave_the_planted_world_to_be_found() -
         embedding_dim=8, noise=0.1, contrast_layer=1, contrast_rows=30, edge_dropout=0.2
     )
     model = trained(events, config, contrast=0.1)
-    best = groups_of(model.encode(all_queries(events)) @ model.item_table().T)
+    best = groups_of(model.encode(all_queries(events)) @ every_vector(model).T)
     assert (best == (torch.arange(80) % GROUPS).unsqueeze(1)).float().mean() > 0.95
 
 
@@ -458,7 +459,7 @@ def test_views_are_the_final_and_one_layers_vectors_of_different_rows() -> None:
     assert users[0].shape == users[1].shape == (2, 8)  # user 3 once
     assert items[0].shape == items[1].shape == (5, 8)
     a_VV = dense(graph_of(events)).float()
-    layer_VD = a_VV @ a_VV @ model.layer_0.weight
+    layer_VD = a_VV @ a_VV @ model._layer_0()
     rows = {tuple(row) for row in users[1].mul(1e4).round().int().tolist()}
     wanted = {tuple(row) for row in layer_VD[[3, 7]].mul(1e4).round().int().tolist()}
     assert rows == wanted
@@ -467,12 +468,13 @@ def test_views_are_the_final_and_one_layers_vectors_of_different_rows() -> None:
 def test_what_was_propagated_is_kept_in_evaluation_and_forgotten_after() -> None:
     events = random_events()
     model = model_of(events).eval()
-    before = model.item_table()
+    before = every_vector(model)
     with torch.no_grad():
-        model.layer_0.weight.mul_(2)
-    assert torch.equal(model.item_table(), before)
-    torch.testing.assert_close(model.eval().item_table(), 2 * before)
-    torch.testing.assert_close(model.train().item_table(), 2 * before)
+        for table in model._node_tables():
+            table.block(0, table.num_rows).mul_(2)
+    assert torch.equal(every_vector(model), before)
+    torch.testing.assert_close(every_vector(model.eval()), 2 * before)
+    torch.testing.assert_close(every_vector(model.train()), 2 * before)
 
 
 def test_a_copy_learns_apart_and_a_loaded_model_needs_no_graph() -> None:
@@ -480,9 +482,10 @@ def test_a_copy_learns_apart_and_a_loaded_model_needs_no_graph() -> None:
     model = model_of(events).eval()
     copied = copy.deepcopy(model)
     with torch.no_grad():
-        copied.layer_0.weight.zero_()
-    assert model.eval().item_table().any()
-    assert not copied.eval().item_table().any()
+        for table in copied._node_tables():
+            table.block(0, table.num_rows).zero_()
+    assert every_vector(model.eval()).any()
+    assert not every_vector(copied.eval()).any()
     model.finish()
     loaded = LightGCN(model.config, num_users=12, num_items=9)
     loaded.load_state_dict(model.state_dict(), assign=True)

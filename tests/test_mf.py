@@ -6,6 +6,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from serving_worlds import every_vector
 from test_contract import events_of, planted_histories
 from torch import Tensor
 
@@ -19,6 +20,7 @@ from foretaste.evaluation.protocol import evaluate
 from foretaste.experiment.fit import fit
 from foretaste.models.catalogue import ModelConfig
 from foretaste.models.layers.fold_in import FoldIn
+from foretaste.models.layers.table import TableConfig, make_table
 from foretaste.models.lightgcn import LightGCNConfig
 from foretaste.models.mf import MF, MFConfig
 from foretaste.models.pinsage import PinSageConfig
@@ -41,12 +43,12 @@ def known(users: list[int], histories: list[list[int]]) -> Queries:
 
 def test_a_score_is_the_dot_product_plus_the_items_bias() -> None:
     model = made(MFConfig(embedding_dim=3, biases=True))
-    model.users.weight.data[7] = torch.tensor([1.0, 2.0, 3.0])
-    model.items.weight.data[4] = torch.tensor([4.0, 5.0, 6.0])
-    assert model.bias is not None
-    model.bias.weight.data[4] = 10
+    model.user_table.weight.data[7] = torch.tensor([1.0, 2.0, 3.0])
+    model.item_table.weight.data[4] = torch.tensor([4.0, 5.0, 6.0])
+    assert model.bias_table is not None
+    model.bias_table.weight.data[4] = 10
     queries = known([7], [EVENTS.history(7).tolist()])
-    score_BI = model.encode(queries) @ model.item_table().T
+    score_BI = model.encode(queries) @ every_vector(model).T
     assert score_BI[0, 4].item() == pytest.approx(4 + 10 + 18 + 10)
     vectors = model(queries, torch.tensor([4]))
     assert (vectors.query_BD @ vectors.item_VD.T).item() == pytest.approx(42)
@@ -54,9 +56,9 @@ def test_a_score_is_the_dot_product_plus_the_items_bias() -> None:
 
 def test_the_cosine_does_not_see_length() -> None:
     model = made(MFConfig(embedding_dim=4, similarity="cosine", temperature=0.1))
-    before = model.item_table().clone()
-    model.items.weight.data[3] *= 7
-    torch.testing.assert_close(model.item_table(), before)
+    before = every_vector(model).clone()
+    model.item_table.weight.data[3] *= 7
+    torch.testing.assert_close(every_vector(model), before)
     length_B = model.encode(known([0], [[]])).norm(dim=1)
     assert length_B.tolist() == pytest.approx([10.0])
 
@@ -66,8 +68,8 @@ def linear_world(model: MF) -> Tensor:
     weight_DD, bias_D = torch.randn(8, 8), torch.randn(8)
     for user in range(EVENTS.num_users):
         items = torch.from_numpy(EVENTS.history(user)).long()
-        bag_D = model.items.weight[items].sum(dim=0) / len(items) ** 0.5
-        model.users.weight.data[user] = bag_D.detach() @ weight_DD + bias_D
+        bag_D = model.item_table.weight[items].sum(dim=0) / len(items) ** 0.5
+        model.user_table.weight.data[user] = bag_D.detach() @ weight_DD + bias_D
     return weight_DD
 
 
@@ -79,7 +81,7 @@ def test_the_regression_finds_the_function_that_users_follow() -> None:
         torch.testing.assert_close(model.fold_in.weight_DD, weight_DD, rtol=0.03, atol=0.03)
         histories = [EVENTS.history(user).tolist() for user in range(5)]
         strangers = model.encode(Queries.of_histories(histories))
-        torch.testing.assert_close(strangers, model.users.weight[:5], rtol=0.05, atol=0.05)
+        torch.testing.assert_close(strangers, model.user_table.weight[:5], rtol=0.05, atol=0.05)
 
 
 def test_a_known_user_is_their_own_vector_until_they_do_more() -> None:
@@ -87,7 +89,7 @@ def test_a_known_user_is_their_own_vector_until_they_do_more() -> None:
     model.learn_new_users(EVENTS)
     history = EVENTS.history(3).tolist()
     same, more = model.encode(known([3, 3], [history, [*history, 30]]))
-    assert torch.equal(same, model.users.weight[3])
+    assert torch.equal(same, model.user_table.weight[3])
     fold_in = model.fold_in
     folded = model.encode(Queries.of_histories([history, [*history, 30]]))
     torch.testing.assert_close(more - same, folded[1] - folded[0], rtol=1e-4, atol=1e-5)
@@ -114,12 +116,12 @@ def test_users_without_training_events_are_strangers() -> None:
 
 def test_fold_in_without_users_or_with_one_is_finite() -> None:
     fold_in = FoldIn(num_users=1, embedding_dim=4)
-    item_ID = torch.randn(3, 4)
-    fold_in.learn(events_of([[0, 1]], num_items=3), torch.randn(1, 4), item_ID)
-    answer = fold_in(Queries.of_histories([[2], []]), torch.randn(1, 4), item_ID)
+    users, items = (make_table(TableConfig(), num, 4) for num in (1, 3))
+    fold_in.learn(events_of([[0, 1]], num_items=3), users, items)
+    answer = fold_in(Queries.of_histories([[2], []]), users, items)
     assert answer.isfinite().all()
     nobody = FoldIn(num_users=0, embedding_dim=4)
-    assert nobody(Queries.of_histories([[2], []]), torch.empty(0, 4), item_ID).isfinite().all()
+    assert nobody(Queries.of_histories([[2], []]), None, items).isfinite().all()
 
 
 @pytest.mark.parametrize("reads", ["nothing", "before", "others"])

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from serving_worlds import every_vector
 from test_contract import events_of
 from torch import Tensor, nn
 
@@ -70,7 +71,7 @@ def test_the_ranks_are_those_of_a_sort_over_what_the_user_has_not_done() -> None
     towers = TwoTower(TwoTowerConfig(embedding_dim=6, history="mean", init_std=1.0), **sizes)
     for model in (mf(), towers.eval()):
         ranked_UT = ranked(mined(model))
-        table_ID = model.item_table()
+        table_ID = every_vector(model)
         for user in range(NUM_USERS):
             done = EVENTS.history(user).tolist()
             query = Queries.of_histories([done])
@@ -217,7 +218,11 @@ def test_mined_negatives_score_above_random_ones() -> None:
     model = mf()
     source = mined(model)
     user_E = torch.from_numpy(EVENTS.user_idx).long()
-    score_EN = (model.users.weight[user_E].unsqueeze(1) * model.items.weight[draw(source)]).sum(2)
+    score_EN = (
+        model.user_table.weight[user_E].unsqueeze(1) * model.item_table.weight[draw(source)]
+    ).sum(2)
     other_EN = torch.randint(NUM_ITEMS, score_EN.shape, generator=torch.Generator().manual_seed(0))
-    drawn_EN = (model.users.weight[user_E].unsqueeze(1) * model.items.weight[other_EN]).sum(2)
+    drawn_EN = (
+        model.user_table.weight[user_E].unsqueeze(1) * model.item_table.weight[other_EN]
+    ).sum(2)
     assert score_EN.min(dim=1).values.mean() > drawn_EN.max(dim=1).values.mean()

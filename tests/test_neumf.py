@@ -22,7 +22,6 @@ def network(config: GMFConfig | MLPConfig | NeuMFConfig, seed: int = 0) -> NCF:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_()
-        model.fields.table.weight[0] = 0.0
     return model
 
 
@@ -35,9 +34,8 @@ def asked(user: list[int]) -> Queries:
 
 
 def vectors(model: NCF, user: int, item: int) -> tuple[Tensor, Tensor]:
-    """Row 0 of the table is nobody, then come users, then items."""
-    weight = model.fields.table.weight
-    return weight[1 + user], weight[1 + NUM_USERS + item]
+    users, items = (table.block(0, table.num_rows) for table in model.id_tables())
+    return users[user], items[item]
 
 
 def test_gmf_is_a_weighted_product() -> None:
@@ -69,7 +67,8 @@ def test_neumf_adds_both_and_shares_no_vector_between_them() -> None:
     before = model(asked([2]), item)["click"]
     gmf = model.output.weight[0, :4] * torch.stack(vectors(model, 2, 7))[:, :4].prod(dim=0)
     with torch.no_grad():
-        model.fields.table.weight[:, :4] = 0.0  # those of GMF
+        for table in model.id_tables():
+            table.block(0, table.num_rows)[:, :4] = 0.0  # those of GMF
     torch.testing.assert_close(model(asked([2]), item)["click"], before - gmf.sum())
 
 
@@ -123,8 +122,9 @@ def test_who_has_no_event_is_nobody_and_is_not_taught() -> None:
     model.train()
     score_BC = model(asked([1]), item)["click"]
     score_BC.sum().backward()
-    grad_R = model.fields.table.weight.grad.abs().sum(dim=1)  # type: ignore[union-attr]  # set
-    assert grad_R.nonzero().flatten().tolist() == [1 + 3 + 0]
+    users, items = (table.get_parameter("weight").grad for table in model.id_tables())
+    assert not users.any()
+    assert items.abs().sum(dim=1).nonzero().flatten().tolist() == [0]
     model.eval()
     torch.testing.assert_close(model(asked([1]), item), model(asked([-1]), item))
 

@@ -11,6 +11,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from serving_worlds import every_vector
 
 import foretaste as ft
 from foretaste.data.batch import Queries
@@ -274,7 +275,7 @@ def test_diversity_weighs_how_alike_new_items_are_as_the_slow_way_does(
 
     def vector(row: Recommendation) -> np.ndarray:
         if isinstance(row.item_id, int):
-            return model.item_table()[row.item_id].detach().numpy()
+            return every_vector(model)[row.item_id].detach().numpy()
         table = features.item.encode(pl.DataFrame({n: [v] for n, v in row.attributes.items()}))
         return model.item_from_features(table)[0].detach().numpy()
 

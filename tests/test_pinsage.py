@@ -7,6 +7,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from serving_worlds import every_vector
 from test_contract import events_of, learn_pairs
 from torch import Tensor
 
@@ -53,12 +54,21 @@ def queries_of(users: list[int], histories: list[list[int]] | None = None) -> Qu
     return replace(queries, user_B=torch.tensor(users, dtype=torch.int64))
 
 
+def ids(model: PinSage) -> Tensor:
+    """Return the vectors of users, of items, and the one for everybody."""
+    users, items = model.inputs.user_table, model.inputs.item_table
+    assert users is not None
+    assert items is not None
+    assert model.inputs.everybody_1D is not None
+    rows = users.block(0, users.num_rows), items.block(0, items.num_rows)
+    return torch.cat([*rows, model.inputs.everybody_1D])
+
+
 def vector_of(model: PinSage, node: int, layer: int) -> Tensor:
     """The definition, one node at a time, in 64 bits."""
     if layer == 0:
         linked = bool(model.inputs.linked_X[node])
-        assert model.inputs.ids is not None
-        return model.inputs.ids.weight[node if linked else -1].double()
+        return ids(model)[node if linked else -1].double()
     convolve, table = model.convolutions[layer - 1], model.neighbourhoods
     assert isinstance(convolve, Convolve)
     assert table is not None
@@ -92,7 +102,7 @@ def test_all_nodes_layer_by_layer_are_those_of_a_batch() -> None:
     users, items = torch.arange(NUM_USERS), torch.arange(NUM_ITEMS)
     vectors = model(queries_of(users.tolist()), items)
     model.eval()
-    torch.testing.assert_close(model.item_table(), vectors.item_VD)
+    torch.testing.assert_close(every_vector(model), vectors.item_VD)
     torch.testing.assert_close(model.encode(queries_of(users.tolist())), vectors.query_BD)
 
 
@@ -181,7 +191,7 @@ def test_uniform_neighbours_really_switch() -> None:
     assert all(len(set(row[row > 0].tolist())) <= 1 for row in weight_VT)
     reached = by_walks.neighbourhoods.neighbour_VT[:NUM_USERS]
     assert ((reached >= 0) & (reached < NUM_USERS)).any()  # walks come to other users too
-    assert not torch.equal(by_walks.eval().item_table(), uniform.eval().item_table())
+    assert not torch.equal(every_vector(by_walks.eval()), every_vector(uniform.eval()))
 
 
 def test_dropout_of_ids_and_neighbours_happens_in_training_only() -> None:
@@ -209,10 +219,9 @@ def test_a_new_user_is_a_new_node() -> None:
     model.eval()
     convolve = model.convolutions[0]
     assert isinstance(convolve, Convolve)
-    assert model.inputs.ids is not None
-    item_2D = model.inputs.ids.weight[NUM_USERS + torch.tensor([2, 6])]
+    item_2D = ids(model)[NUM_USERS + torch.tensor([2, 6])]
     said = torch.relu(convolve.message(item_2D)).mean(dim=0)
-    expected = convolve.update(torch.cat([model.inputs.ids.weight[-1], said]))
+    expected = convolve.update(torch.cat([ids(model)[-1], said]))
     queries = Queries.of_histories([[6, 2, 6], []])
     encoded_BD = model.encode(queries)
     torch.testing.assert_close(encoded_BD[0], expected / expected.norm())
@@ -241,19 +250,18 @@ def test_without_a_graph_it_answers_but_does_not_learn() -> None:
     loaded.load_state_dict(trained.state_dict())
     queries = Queries.of_histories([[1, 2], []])
     assert torch.equal(loaded.eval().encode(queries), trained.eval().encode(queries))
-    assert torch.equal(loaded.item_table(), trained.item_table())
+    assert torch.equal(every_vector(loaded), every_vector(trained))
     with pytest.raises(ConfigError, match="without a graph"):
         loaded(queries_of([0]), torch.tensor([0]))
 
 
 def test_what_was_worked_out_is_forgotten_when_weights_change() -> None:
     model = model_of(world()).eval()
-    before = model.item_table().clone()
-    assert model.item_table() is not before
+    before = every_vector(model)
     with torch.no_grad():
         model.convolutions[0].get_parameter("update.bias").add_(1.0)
-    torch.testing.assert_close(model.item_table(), before)  # kept while in evaluation
-    assert not torch.allclose(model.eval().item_table(), before)
+    torch.testing.assert_close(every_vector(model), before)  # kept while in evaluation
+    assert not torch.allclose(every_vector(model.eval()), before)
 
 
 def two_groups(num_items: int = 40) -> Interactions:
@@ -284,7 +292,9 @@ def test_items_nobody_did_are_placed_by_their_features(settings: dict[str, objec
     )
     learn_pairs(model, events)
     assert model.known_items().all()
-    score_BI = model.encode(Queries.of_histories([[4], [1, 5], [2], [3, 7]])) @ model.item_table().T
+    score_BI = (
+        model.encode(Queries.of_histories([[4], [1, 5], [2], [3, 7]])) @ every_vector(model).T
+    )
     cold = torch.arange(32, 40)
     best_B2 = cold[score_BI[:, cold].topk(2).indices]
     assert (best_B2 % 4 == torch.arange(4).unsqueeze(1)).all()
@@ -311,7 +321,9 @@ def test_items_nobody_did_are_placed_by_what_they_share() -> None:
     assert model.neighbourhoods.neighbour_VT.max() < events.num_users + events.num_items
     learn_pairs(model, events)
     assert model.known_items().all()
-    score_BI = model.encode(Queries.of_histories([[4], [1, 5], [2], [3, 7]])) @ model.item_table().T
+    score_BI = (
+        model.encode(Queries.of_histories([[4], [1, 5], [2], [3, 7]])) @ every_vector(model).T
+    )
     cold = torch.arange(32, 40)
     best_B2 = cold[score_BI[:, cold].topk(2).indices]
     assert (best_B2 % 4 == torch.arange(4).unsqueeze(1)).float().mean() > 0.7

@@ -281,7 +281,7 @@ def test_hard_negatives_change_what_is_learned() -> None:
         fit(config, split_of_two_kinds(), objective=chosen, training=training, show=False)
         for chosen in (objective, replace_hard(objective))
     )
-    one, other = (t.model.state_dict()["inputs.ids.weight"] for t in (with_hard, without))
+    one, other = (t.model.state_dict()["inputs.item_table.weight"] for t in (with_hard, without))
     assert not torch.equal(one, other)
 
 

@@ -21,6 +21,7 @@ from serving_worlds import (
     NUM_USERS,
     SILENT_ITEM,
     SILENT_USER,
+    every_vector,
     make_events,
     make_trained,
 )
@@ -528,7 +529,7 @@ def test_blocks_hold_every_user_once_and_no_giant_among_dwarfs(
 @pytest.mark.parametrize("kind", ["sasrec", "als"])
 def test_similar_items_have_the_highest_cosine(kind: str) -> None:
     recommender = build_recommender(make_trained(kind))
-    table = recommender.trained.model.item_table().detach()[:NUM_ITEMS].double()
+    table = every_vector(recommender.trained.model).detach()[:NUM_ITEMS].double()
     unit = table / table.norm(dim=1, keepdim=True)
     cosine = unit @ unit[3]
     cosine[3] = -2

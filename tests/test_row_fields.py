@@ -14,11 +14,10 @@ from foretaste.data.features_fitted import Bag, Categories, Number, Values, Vect
 from foretaste.data.interactions import Interactions
 from foretaste.data.vocabulary import Vocabulary
 from foretaste.errors import ConfigError
-from foretaste.models.layers import row_fields
-from foretaste.models.layers.embedding import look_up
+from foretaste.models.layers import table as table_layer
 from foretaste.models.layers.row_fields import RowFields
-from foretaste.models.layers.row_sides import RowFieldsConfig
-from foretaste.models.layers.side_fields import SideFields
+from foretaste.models.layers.side_fields import RowFieldsConfig, SideFields
+from foretaste.models.layers.table import look_up
 
 NUM_USERS, NUM_ITEMS, W = 3, 4, 5
 
@@ -92,13 +91,12 @@ def fields(
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.normal_()
-        made.table.weight[0] = 0.0
     made.begin(EVENTS)
     return made
 
 
 def slow_side(made: RowFields, side: SideFields, table: FieldTable, row: int) -> list[Tensor]:
-    found = [made.table.weight[side.first_code + code] for code in table.code_RC[row]]
+    found = [] if side.code_table is None else list(side.code_table(table.code_RC[row]))
     if side.others is not None:
         one = table.rows(torch.tensor([row]))
         of_others = replace(
@@ -117,7 +115,8 @@ def slow_query(made: RowFields, row: int) -> Tensor:
     assert QUERIES.context is not None
     user = int(QUERIES.user_B[row])
     known = user in (0, 2)
-    own = made.table.weight[1 + user] if known else torch.zeros(W)
+    assert made.user.id_table is not None
+    own = made.user.id_table(torch.tensor(user if known else -1))
     table, place = (FEATURES.user_table, user) if user >= 0 else (QUERIES.profile, row)
     of_user = slow_side(made, made.user, table, place)
     return torch.stack([own, *of_user, *slow_side(made, made.context, QUERIES.context, row)])
@@ -125,7 +124,8 @@ def slow_query(made: RowFields, row: int) -> Tensor:
 
 def slow_item(made: RowFields, item: int) -> Tensor:
     assert FEATURES.item_table is not None
-    own = made.table.weight[1 + NUM_USERS + item] if item != 3 else torch.zeros(W)
+    assert made.item.id_table is not None
+    own = made.item.id_table(torch.tensor(item if item != 3 else -1))
     return torch.stack([own, *slow_side(made, made.item, FEATURES.item_table, item)])
 
 
@@ -150,26 +150,28 @@ def test_queries_and_items_alone_are_as_in_one_pass() -> None:
     torch.testing.assert_close(made.items(ITEMS), parts.item_ACGW)
 
 
-def test_one_look_up_serves_all_single_valued_fields(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_table_is_looked_up_once_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     made, passes = fields(), []
 
-    def counted(code_N: Tensor, weight: Tensor) -> Tensor:
-        passes.append(weight is made.table.weight)
-        return look_up(code_N, weight)
+    def counted(row_N: Tensor, weight: Tensor) -> Tensor:
+        passes.append(id(weight))
+        return look_up(row_N, weight)
 
-    monkeypatch.setattr(row_fields, "look_up", counted)
+    monkeypatch.setattr(table_layer, "look_up", counted)
     made(QUERIES, ITEMS, torch.tensor([1, 3]))
-    assert passes == [True]
+    assert len(passes) == len(set(passes)) == 5  # ids of users and items, codes of all three sides
 
 
 def test_nobody_gets_no_gradient() -> None:
     made = fields()
     parts = made(QUERIES, ITEMS, torch.tensor([-1]))
     (parts.query_BQW.sum() + parts.item_ACGW.sum() + parts.history_MGW.sum()).backward()
-    assert made.table.weight.grad is not None
-    assert made.table.weight.grad[0].abs().sum() == 0
-    assert made.table.weight.grad[1 + 1].abs().sum() == 0  # user 1 has no event
-    assert made.table.weight.grad[1 + NUM_USERS + 3].abs().sum() == 0  # nor has item 3
+    for side, row in ((made.user, 1), (made.item, 3)):  # neither has an event
+        assert side.id_table is not None
+        grad_RW = side.id_table.get_parameter("weight").grad
+        assert grad_RW is not None
+        assert grad_RW.any()
+        assert not grad_RW[row].any()
 
 
 def test_the_gradient_is_that_of_each_field_by_itself() -> None:
@@ -243,7 +245,8 @@ def test_a_new_user_has_the_features_that_the_history_makes_likely() -> None:
 def test_where_histories_are_read_only_new_users_have_the_id_that_theirs_makes_likely() -> None:
     made = fields(reads_history=True, folds_in=True).eval()
     made.learn_new_users(EVENTS)
-    own_UW = made.user.ids_of(made.table.weight)
+    assert made.user.id_table is not None
+    own_UW = made.user.id_table.block(0, NUM_USERS)
     asked = replace(Queries.of_histories([[0, 1], [2]]), user_B=torch.tensor([0, 0]))
     known_BQW = made.query(replace(asked, profile=None, context=None))
     assert torch.equal(known_BQW[:, 0], own_UW[:1].expand(2, -1))
@@ -271,7 +274,8 @@ def test_where_each_row_is_a_user_of_its_own_nobody_has_a_vector() -> None:
     made = fields()
     made.begin(held_out)
     assert not made.taught_U.any()
-    assert (made.user.ids_of(made.table.weight) == 0).all()
+    assert made.user.id_table is not None
+    assert not made.user.id_table.block(0, NUM_USERS).any()
     # One event each of users who may come back is a history like any other.
     all_here = replace(EVENTS, offsets=np.array([0, 1, 2, 3]), item_idx=EVENTS.item_idx[:3])
     made.begin(all_here)

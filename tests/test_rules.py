@@ -4,7 +4,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from serving_worlds import CONFIGS, NUM_ITEMS, NUM_USERS, make_events, make_trained
+from serving_worlds import CONFIGS, NUM_ITEMS, NUM_USERS, every_vector, make_events, make_trained
 
 from foretaste.errors import DataError
 from foretaste.retrieval.index import TopK
@@ -142,7 +142,7 @@ def test_diversity_by_vectors_agrees_with_the_slow_way(kind: str) -> None:
     recommender = made(kind)
     ranking = recommender.recommend(history=[503, 508], k=10)
     rows, score = rows_of(ranking), np.array([row.score for row in ranking.rows])
-    table = recommender.trained.model.item_table().detach().double()[rows].numpy()
+    table = every_vector(recommender.trained.model).detach().double()[rows].numpy()
     unit = table / np.linalg.norm(table, axis=1, keepdims=True)
     height = (score - score[-1]) / (score[0] - score[-1])
     chosen = [0]

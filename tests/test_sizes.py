@@ -207,7 +207,7 @@ def test_counting_a_model_draws_nothing_and_counts_what_is_made() -> None:
     first = torch.nn.init.normal_(torch.empty(30, 4), std=1.0)  # nn.Embedding's own, then ours
     torch.nn.init.normal_(torch.empty(NUM_ITEMS, 4), std=1.0)
     second = torch.nn.init.normal_(torch.empty(30, 4), std=SMALL.init_std)
-    torch.testing.assert_close(model.users.weight.detach(), second)
+    torch.testing.assert_close(model.user_table.weight.detach(), second)
     assert not torch.equal(first, second)
 
 

@@ -16,6 +16,7 @@ import polars as pl
 import pytest
 import torch
 from safetensors.torch import save_file
+from serving_worlds import every_vector
 from torch import Tensor, nn
 
 from foretaste.data.batch import Queries
@@ -305,7 +306,7 @@ def sasrec_fit(folder: Path | None = None, **settings) -> tuple[SASRec, Fit]:
         )
 
     def validate(judged: nn.Module) -> float:
-        return -judged.items.weight.abs().sum().item()
+        return -judged.item_table.weight.abs().sum().item()
 
     config = plain(
         **{"epochs": 4, "ema_decay": 0.9, "learning_rate": 0.01, "patience": None} | settings
@@ -415,7 +416,7 @@ def losses_of(config: NextItemConfig, *, draws: int) -> tuple[Tensor, Tensor]:
     events = chain_events()
     torch.manual_seed(0)
     model = SASRec(SASRecConfig(embedding_dim=4, num_heads=1, max_len=8), num_items=20).eval()
-    nn.init.normal_(model.items.weight, std=0.2)
+    nn.init.normal_(model.item_table.weight, std=0.2)
     objective = NextItem(config, events)
     batch = plan_sequences(
         events,
@@ -427,7 +428,7 @@ def losses_of(config: NextItemConfig, *, draws: int) -> tuple[Tensor, Tensor]:
     total, gradient = torch.zeros(()), torch.zeros(20, 4)
     for _ in range(draws):
         loss = objective(model, batch)
-        (found,) = torch.autograd.grad(loss, [model.items.weight])
+        (found,) = torch.autograd.grad(loss, [model.item_table.weight])
         total, gradient = total + loss.detach() / draws, gradient + found / draws
     return total, gradient
 
@@ -494,7 +495,7 @@ def test_every_loss_learns_the_ring(loss: str, epochs: int, learning_rate: float
 
     with torch.inference_mode():
         query = model.encode(Queries.of_histories([[i, (i + 1) % 20] for i in range(20)]))
-        best = (query @ model.item_table().T).argmax(dim=1)
+        best = (query @ every_vector(model).T).argmax(dim=1)
     hits = (best == (torch.arange(20) + 2) % 20).float().mean().item()
     assert hits >= 0.7  # chance is 0.05
 

@@ -7,6 +7,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from serving_worlds import every_vector
 from torch import Tensor
 
 from foretaste.data.batch import Queries
@@ -94,22 +95,22 @@ def one_by_one(model: TwoTower, queries: Queries) -> Tensor:
 
 def test_without_hidden_layers_a_tower_is_the_sum_of_its_parts() -> None:
     model = towers(history="mean", embedding_dim=2)
-    assert model.users is not None
-    assert model.items is not None
+    assert model.user_table is not None
+    assert model.item_table is not None
     assert model.everybody is not None
     with torch.no_grad():
-        model.users.weight[5] = torch.tensor([1.0, 2.0])
-        model.items.weight[:3] = torch.tensor([[3.0, 0.0], [0.0, 6.0], [3.0, 0.0]])
+        model.user_table.weight[5] = torch.tensor([1.0, 2.0])
+        model.item_table.weight[:3] = torch.tensor([[3.0, 0.0], [0.0, 6.0], [3.0, 0.0]])
         model.everybody.copy_(torch.tensor([0.5, -0.5]))
     query = replace(Queries.of_histories([[0, 1, 2]]), user_B=torch.tensor([5]))
     # id (1, 2) + mean of (3, 0) (0, 6) (3, 0) = (2, 2) + everybody (.5, -.5)
     assert model.eval().encode(query).tolist() == [[3.5, 3.5]]
-    assert model.item_table()[1].tolist() == [0, 6]
+    assert every_vector(model)[1].tolist() == [0, 6]
 
 
 def test_the_cosine_of_vectors_of_length_1_is_divided_by_the_temperature() -> None:
     model = towers(history="mean", similarity="cosine", temperature=0.1).eval()
-    assert model.item_table().norm(dim=1).tolist() == pytest.approx([1] * NUM_ITEMS)
+    assert every_vector(model).norm(dim=1).tolist() == pytest.approx([1] * NUM_ITEMS)
     assert model.encode(QUERIES).norm(dim=1).tolist() == pytest.approx([10] * 4)
 
 
@@ -124,7 +125,7 @@ def test_training_and_answering_give_the_same_vectors(
     learned = model(queries, item_V)
     model.eval()
     torch.testing.assert_close(model.encode(queries), learned.query_BD)
-    torch.testing.assert_close(model.item_table()[item_V], learned.item_VD)
+    torch.testing.assert_close(every_vector(model)[item_V], learned.item_VD)
 
 
 def test_features_of_an_item_are_encoded_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,7 +151,7 @@ def test_features_of_an_item_are_encoded_once_a_step(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("features", [None, FEATURES])
 def test_a_mean_history_is_the_mean_of_its_last_items(features: Features | None) -> None:
     model = towers(features, history="mean", user_id=False, user_features=False, max_len=4).eval()
-    base_ID = model._base_table()
+    base_ID = model._base_vectors(torch.arange(NUM_ITEMS))
     expected = [base_ID[h[-4:]].mean(dim=0) if h else torch.zeros(8) for h in HISTORIES]
     assert model.everybody is not None
     torch.testing.assert_close(model.encode(QUERIES), torch.stack(expected) + model.everybody)
@@ -159,20 +160,20 @@ def test_a_mean_history_is_the_mean_of_its_last_items(features: Features | None)
 def test_where_order_means_nothing_all_of_a_history_is_read() -> None:
     settings = {"history": "mean", "user_id": False, "max_len": 2}
     model = towers(reads="others", **settings).eval()
-    assert model.items is not None
+    assert model.item_table is not None
     assert model.everybody is not None
-    expected = model.items.weight[HISTORIES[3]].mean(dim=0) + model.everybody
+    expected = model.item_table.weight[HISTORIES[3]].mean(dim=0) + model.everybody
     torch.testing.assert_close(model.encode(QUERIES)[3], expected)
 
 
 def test_attention_pools_as_the_formula_says() -> None:
     model = towers(history="attention", user_id=False, num_heads=2, max_len=4).eval()
     pool = model.history
-    assert model.items is not None
+    assert model.item_table is not None
     assert model.everybody is not None
     attention = pool.get_submodule("attention")
     question = pool.get_parameter("question")
-    x_LD = model.items.weight[HISTORIES[3][-4:]]
+    x_LD = model.item_table.weight[HISTORIES[3][-4:]]
     query_D = attention.get_submodule("query")(question)
     key_LD, value_LD = attention.get_submodule("key_value")(x_LD).chunk(2, dim=-1)
     heads = []
@@ -192,7 +193,7 @@ def test_a_sasrec_history_is_what_sasrec_says_of_it() -> None:
     assert model.everybody is not None
     state = sasrec.state_dict()
     model.load_state_dict(
-        {"items.weight": state.pop("items.weight"), "everybody": torch.zeros(8)}
+        {"item_table.weight": state.pop("item_table.weight"), "everybody": torch.zeros(8)}
         | {f"history.{name}": value for name, value in state.items()}
     )
     expected = sasrec.eval().encode(QUERIES)
@@ -202,7 +203,7 @@ def test_a_sasrec_history_is_what_sasrec_says_of_it() -> None:
 def test_the_names_of_sasrec_weights_are_those_of_saved_bundles() -> None:
     names = SASRec(SASRecConfig(num_blocks=1), num_items=3).state_dict().keys()
     assert {name for name in names if not name.startswith("blocks.0.")} == {
-        "items.weight",
+        "item_table.weight",
         "positions.weight",
         "start",
         "norm.weight",
@@ -231,7 +232,7 @@ def test_a_block_of_nobody_is_answered_with_nothing() -> None:
 @pytest.mark.parametrize("history", ["none", "mean", "sasrec"])
 def test_the_query_tower_serves_without_the_item_tower(history: str) -> None:
     model = towers(FEATURES, history=history, query_hidden=(8,), item_hidden=(8,)).eval()
-    before, table_ID = model.encode(QUERIES), model.item_table().clone()
+    before, table_ID = model.encode(QUERIES), every_vector(model).clone()
     assert model.item_mlp is not None
     with torch.no_grad():
         for parameter in model.item_mlp.parameters():
@@ -239,27 +240,27 @@ def test_the_query_tower_serves_without_the_item_tower(history: str) -> None:
     model.eval()
     assert torch.equal(model.encode(QUERIES), before)
     assert table_ID.isfinite().all()
-    assert model.item_table().isnan().all()
+    assert every_vector(model).isnan().all()
 
 
 def test_the_item_table_is_worked_out_once_and_forgotten_with_the_weights() -> None:
     model = towers(FEATURES, item_hidden=(8,)).eval()
-    assert model.item_table() is model.item_table()
+    assert next(model.item_blocks())[1] is next(model.item_blocks())[1]
     with torch.inference_mode():
-        first = model.train().eval().item_table()
+        first = next(model.train().eval().item_blocks())[1]
     assert not first.is_inference()  # so that a copy of the model may be trained
     with torch.no_grad():
-        model.get_submodule("items").get_parameter("weight").add_(1)
-    assert torch.equal(model.item_table(), first)
-    assert not torch.equal(model.eval().item_table(), first)
+        model.get_submodule("item_table").get_parameter("weight").add_(1)
+    assert torch.equal(every_vector(model), first)
+    assert not torch.equal(every_vector(model.eval()), first)
     copied = copy.deepcopy(model)
-    assert torch.equal(copied.item_table(), model.item_table())
+    assert torch.equal(every_vector(copied), every_vector(model))
 
 
 def test_blocks_of_items_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = towers(FEATURES, item_hidden=(8,)).eval().item_table()
+    whole = every_vector(towers(FEATURES, item_hidden=(8,)).eval())
     monkeypatch.setattr("foretaste.models.two_tower._BLOCK_ITEMS", 7)
-    torch.testing.assert_close(towers(FEATURES, item_hidden=(8,)).eval().item_table(), whole)
+    torch.testing.assert_close(every_vector(towers(FEATURES, item_hidden=(8,)).eval()), whole)
 
 
 # --- who and what training never saw -----------------------------------------------------------
@@ -285,10 +286,11 @@ def test_ids_without_an_event_are_0() -> None:
     events = WORLD.select((WORLD.item_idx % 10 < 7) & (WORLD.user_idx < 100))
     model = towers(history="mean")
     model.begin(events)
-    assert model.users is not None
-    assert model.items is not None
-    for table, count in ((model.users, np.diff(events.offsets)), (model.items, events.item_count)):
-        is_zero_R = (table.weight == 0).all(dim=1).numpy()
+    assert model.user_table is not None
+    assert model.item_table is not None
+    sides = (model.user_table, np.diff(events.offsets)), (model.item_table, events.item_count)
+    for table, count in sides:
+        is_zero_R = (table.block(0, table.num_rows) == 0).all(dim=1).numpy()
         assert (is_zero_R == (count == 0)).all()
         assert 0 < is_zero_R.sum() < len(is_zero_R)
 
@@ -313,17 +315,19 @@ def test_items_are_placed_by_a_feature_that_says_something() -> None:
 def test_an_id_is_dropped_only_where_something_else_tells() -> None:
     model = towers(FEATURES, history="mean", id_dropout=0.5, item_hidden=())
     item_V = torch.arange(NUM_ITEMS)
-    assert model.items is not None
-    told_VD = model._without_some_items(model.items.weight, item_V)
+    assert model.item_table is not None
+    told_VD = model._without_some_items(model.item_table.weight, item_V)
     assert told_VD is not None
     dropped = (told_VD == 0).all(dim=1)
     assert 8 < int(dropped.sum()) < 32  # 20 expected, standard deviation 3.2
     kept = ~dropped
-    assert torch.equal(told_VD[kept], model.items.weight[kept])
+    assert torch.equal(told_VD[kept], model.item_table.weight[kept])
     bare = towers(id_dropout=0.5)
-    assert bare.items is not None
-    assert bare._without_some_items(bare.items.weight, item_V) is bare.items.weight
-    assert model.eval()._without_some_items(model.items.weight, item_V) is model.items.weight
+    assert bare.item_table is not None
+    assert bare._without_some_items(bare.item_table.weight, item_V) is bare.item_table.weight
+    assert (
+        model.eval()._without_some_items(model.item_table.weight, item_V) is model.item_table.weight
+    )
 
 
 COLD = cold_items_split(world(num_users=400), validation=0.1, test=0.2, seed=3)

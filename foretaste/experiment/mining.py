@@ -96,7 +96,7 @@ class IndexNegatives:
         if not isinstance(model, Retriever):
             raise ConfigError(f"{type(model).__name__} is no retriever: its items have no index")
         index = build_index(
-            model.item_table().float().cpu(),
+            model.item_blocks(),
             known_I=torch.from_numpy(self.events.item_count > 0),
             seed=self.seed,
         )
@@ -171,7 +171,7 @@ def best_unseen(trained: Trained, num: int) -> Int32[Tensor, "U T"]:
     num = min(num, events.num_items)
     if isinstance(model, Retriever):
         known_I = trained.known_I
-        index = build_index(model.item_table().float().cpu(), known_I=known_I, seed=trained.seed)
+        index = build_index(model.item_blocks(), known_I=known_I, seed=trained.seed)
         return _search_all(model, index, events, num)
     score = trained.scorer(exclude_seen=True)
     ranked_UT = torch.full((events.num_users, num), -1, dtype=torch.int32)
@@ -186,7 +186,7 @@ def _search_all(
     model: Retriever, index: ItemIndex, events: Interactions, num: int
 ) -> Int32[Tensor, "U T"]:
     ranked_UT = torch.full((events.num_users, num), -1, dtype=torch.int32)
-    device = model.item_table().device
+    device = model.every_item.device
     for user_B in _by_length(events):
         queries, done_BX = training_histories(events, user_B.numpy())
         query_BD = model.encode(queries.to(device)).float().cpu()

@@ -13,11 +13,12 @@ its history, in closed form, for users of training too: all are answered alike.
 Shape legend: B queries, I items, M distinct (query, item) pairs, L positions, D factors.
 """
 
+from collections.abc import Iterator
 from typing import ClassVar, Literal, final
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from foretaste.config import (
@@ -69,7 +70,7 @@ class ImplicitALS(Retriever):
     def __init__(self, config: ImplicitALSConfig, *, num_items: int) -> None:
         """Draw the factors that `learn` starts from out of torch's global generator."""
         super().__init__()
-        self.config = config
+        self.config, self.num_items = config, num_items
         self.item_ID: Tensor
         self.gram_DD: Tensor
         start_ID = torch.rand(num_items, config.factors) * _START_SCALE
@@ -125,9 +126,12 @@ class ImplicitALS(Retriever):
         solved_BD: Tensor = torch.linalg.solve(left_BDD, right_BD)
         return solved_BD
 
-    def item_table(self) -> Float[Tensor, "I D"]:
-        """Return every item's factors, zeros for items without a training event."""
-        return self.item_ID
+    def items(self, item_V: Int64[Tensor, " V"]) -> Float[Tensor, "V D"]:
+        """Return some items' factors, zeros for items without a training event."""
+        return self.item_ID[item_V]
+
+    def item_blocks(self) -> Iterator[tuple[int, Float[Tensor, "V D"]]]:
+        yield 0, self.item_ID
 
 
 def _gram(item_ID: Tensor) -> Tensor:

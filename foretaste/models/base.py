@@ -9,9 +9,11 @@ E experts, K thresholds between an ordinal task's levels, L positions, R rows.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import chain
 from typing import ClassVar, Literal, NamedTuple
 
+import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
@@ -22,6 +24,7 @@ from foretaste.data.interactions import Interactions
 from foretaste.data.tasks import Task
 from foretaste.errors import ConfigError
 from foretaste.models.layers.heads import Heads
+from foretaste.models.layers.table import BLOCK_ROWS
 
 LearnsBy = Literal["pairs", "next_item", "masked_item", "rows", "events"]
 """What a model learns from, and what `forward` then takes and gives.
@@ -116,13 +119,29 @@ class PairVectors(NamedTuple):
 class Retriever(Model, ABC):
     """A model that scores by a dot product, so that its items can be indexed."""
 
+    num_items: int
+    """I."""
+
     @abstractmethod
     def encode(self, queries: Queries) -> Float[Tensor, "B D"]:
         """Return each query's vector; a user without history gets one too."""
 
     @abstractmethod
-    def item_table(self) -> Float[Tensor, "I D"]:
-        """Return every item's vector; a score is its dot product with a query's."""
+    def items(self, item_V: Int64[Tensor, " V"]) -> Float[Tensor, "V D"]:
+        """Return the vectors of some items, to be learned from; a score is a dot product."""
+
+    def item_blocks(self) -> Iterator[tuple[int, Float[Tensor, "V D"]]]:
+        """Give every item's vector without gradient, in blocks, each with its first item."""
+        for item_V in self.every_item.split(BLOCK_ROWS):
+            with torch.no_grad():
+                vector_VD = self.items(item_V)
+            yield int(item_V[0]), vector_VD
+
+    @property
+    def every_item(self) -> Int64[Tensor, " I"]:
+        """All items, where the weights are."""
+        device = next(chain(self.parameters(), self.buffers())).device
+        return torch.arange(self.num_items, device=device)
 
     def prepare(self, queries: Queries, item_V: Int64[Tensor, " V"]) -> Prepared | None:
         """Do the work on a batch of pairs that takes no weights; None: there is none.

@@ -24,15 +24,16 @@ from jaxtyping import Bool, Float, Int64
 from pydantic import Field
 from torch import Tensor, nn
 
-from foretaste.config import ChoiceConfig, Config, Count, Depth, RangeConfig, Space
+from foretaste.config import ChoiceConfig, Count, Depth, RangeConfig, Space
 from foretaste.data.batch import Queries, SequenceBatch, last_events
 from foretaste.models.base import Retriever
 from foretaste.models.layers.attention import MultiHeadAttention
 from foretaste.models.layers.dropout import Dropout
 from foretaste.models.layers.gated_block import GatedBlock, rows_at
+from foretaste.models.layers.table import IdConfig, make_table
 
 
-class BERT4RecConfig(Config):
+class BERT4RecConfig(IdConfig):
     """Settings of BERT4Rec."""
 
     kind: Literal["bert4rec"] = "bert4rec"
@@ -63,7 +64,7 @@ class BERT4RecConfig(Config):
 
 @final
 class BERT4Rec(Retriever):
-    """The network: `forward` gives the states of hidden places, `item_table` what they name."""
+    """The network: `forward` gives the states of hidden places, `items` what they name."""
 
     learns_by = "masked_item"
 
@@ -72,18 +73,20 @@ class BERT4Rec(Retriever):
         width = config.embedding_dim
         self.max_len = config.max_len
         self.scale = width**0.5
-        self.items = nn.Embedding(num_items, width)
+        self.num_items = num_items
+        self.item_table = make_table(config.table, num_items, width)
         self.mask = nn.Parameter(torch.empty(width))
         self.positions = nn.Embedding(config.max_len, width)
         self.dropout = Dropout(config.dropout)
         self.blocks = nn.ModuleList(_block(config) for _ in range(config.num_blocks))
         self.norm = nn.LayerNorm(width)
         self.projection = nn.Linear(width, width) if config.output_projection else None
-        self.bias = nn.Embedding(num_items, 1) if config.output_bias else None
-        for weight in (self.items.weight, self.mask, self.positions.weight):
+        self.bias_table = make_table(config.table, num_items, 1) if config.output_bias else None
+        self.item_table.draw(std=0.02)
+        for weight in (self.mask, self.positions.weight):
             nn.init.normal_(weight, std=0.02)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias.weight)
+        if self.bias_table is not None:
+            self.bias_table.zero_rows(torch.ones(num_items, dtype=torch.bool))
 
     def forward(
         self, batch: SequenceBatch, place_BT: Int64[Tensor, "B T"]
@@ -100,7 +103,7 @@ class BERT4Rec(Retriever):
             E is D, and one more with `output_bias`.
         """
         hidden_BL = torch.zeros_like(batch.valid_BL).scatter_(1, place_BT, value=True)
-        x_BLD = torch.where(hidden_BL.unsqueeze(2), self.mask, self.items(batch.item_BL))
+        x_BLD = torch.where(hidden_BL.unsqueeze(2), self.mask, self.item_table(batch.item_BL))
         x_BLD = self.dropout(x_BLD * self.scale + self.positions(self._age(batch.valid_BL)))
         valid_BL = None if batch.valid_BL.all() else batch.valid_BL
         for block in self.blocks[:-1]:
@@ -108,7 +111,7 @@ class BERT4Rec(Retriever):
         x_BTD: Tensor = self.norm(self.blocks[-1](x_BLD, valid_BL=valid_BL, place_BT=place_BT))
         if self.projection is not None:
             x_BTD = F.gelu(self.projection(x_BTD))
-        if self.bias is None:
+        if self.bias_table is None:
             return x_BTD
         return torch.cat([x_BTD, torch.ones_like(x_BTD[..., :1])], dim=2)
 
@@ -118,11 +121,12 @@ class BERT4Rec(Retriever):
         state_B1E: Tensor = self(batch, length_B1)
         return state_B1E.squeeze(1)
 
-    def item_table(self) -> Float[Tensor, "I E"]:
-        """Return the item embeddings, shared by input and output, any bias as a last column."""
-        if self.bias is None:
-            return self.items.weight
-        return torch.cat([self.items.weight, self.bias.weight], dim=1)
+    def items(self, item_V: Int64[Tensor, " V"]) -> Float[Tensor, "V E"]:
+        """Return some items' vectors, shared by input and output, any bias as a last column."""
+        vector_VD: Tensor = self.item_table(item_V)
+        if self.bias_table is None:
+            return vector_VD
+        return torch.cat([vector_VD, self.bias_table(item_V)], dim=1)
 
     def _age(self, valid_BL: Bool[Tensor, "B L"]) -> Int64[Tensor, "B L"]:
         """Count back from each row's last event, which has 0."""

@@ -21,6 +21,7 @@ Shape legend: B rows, L positions (L1 = L + 1, the start first), T positions who
 wanted, H heads, D width, I items.
 """
 
+from collections.abc import Iterator
 from typing import ClassVar, Literal, NamedTuple, final
 
 import torch
@@ -29,18 +30,19 @@ from jaxtyping import Bool, Float, Int64
 from pydantic import Field
 from torch import Tensor, nn
 
-from foretaste.config import ChoiceConfig, Config, Count, Depth, RangeConfig, Space
+from foretaste.config import ChoiceConfig, Count, Depth, RangeConfig, Space
 from foretaste.data.batch import NO_TIME, Queries, SequenceBatch, last_events
 from foretaste.errors import ConfigError
 from foretaste.models.base import Retriever
 from foretaste.models.layers.dropout import Dropout
 from foretaste.models.layers.gated_block import rows_at
+from foretaste.models.layers.table import IdConfig, make_table
 
 _BUCKETS = 64
 """Of the seconds between two events: the last begins at 2^31.5, 96 years."""
 
 
-class HSTUConfig(Config):
+class HSTUConfig(IdConfig):
     """Settings of HSTU."""
 
     kind: Literal["hstu"] = "hstu"
@@ -96,12 +98,13 @@ class HSTU(Retriever):
                 value=config.num_heads,
             )
         self.config, self.max_len = config, config.max_len
-        self.items = nn.Embedding(num_items, config.embedding_dim)
+        self.num_items = num_items
+        self.item_table = make_table(config.table, num_items, config.embedding_dim)
         self.start = nn.Parameter(torch.zeros(config.embedding_dim))
         self.dropout = Dropout(config.dropout)
         self.blocks = nn.ModuleList(_Block(config) for _ in range(config.num_blocks))
         self.norm = nn.LayerNorm(config.embedding_dim)
-        nn.init.normal_(self.items.weight, std=0.02)
+        self.item_table.draw(std=0.02)
 
     def forward(self, batch: SequenceBatch) -> Float[Tensor, "B L1 D"]:
         """Return L + 1 states: before any event, and after each one.
@@ -132,13 +135,17 @@ class HSTU(Retriever):
         state_B1D: Tensor = self.norm(x_B1D)
         return state_B1D.squeeze(1)
 
-    def item_table(self) -> Float[Tensor, "I D"]:
-        """Return the item embeddings, shared by input and output."""
-        return self.items.weight
+    def items(self, item_V: Int64[Tensor, " V"]) -> Float[Tensor, "V D"]:
+        """Return some items' vectors, shared by input and output."""
+        vector_VD: Tensor = self.item_table(item_V)
+        return vector_VD
+
+    def item_blocks(self) -> Iterator[tuple[int, Float[Tensor, "V D"]]]:
+        return self.item_table.blocks()
 
     def _inputs(self, batch: SequenceBatch) -> Float[Tensor, "B L1 D"]:
         start_B1D = self.start.expand(len(batch), 1, -1)
-        x_BLD = torch.cat([start_B1D, self.items(batch.item_BL)], dim=1)
+        x_BLD = torch.cat([start_B1D, self.item_table(batch.item_BL)], dim=1)
         input_BLD: Tensor = self.dropout(x_BLD * self.config.embedding_dim**0.5)
         return input_BLD
 

@@ -27,7 +27,7 @@ Shape legend: B users, V items of a batch, I items of the catalogue, N nodes of 
 D width of layer 0, W width of what a node sends, F width of the answer.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import ClassVar, Literal, final
 
 import torch
@@ -38,7 +38,6 @@ from torch import Tensor, nn
 
 from foretaste.config import (
     ChoiceConfig,
-    Config,
     Count,
     CountOrZero,
     Depth,
@@ -58,12 +57,12 @@ from foretaste.models.layers.placing import (
     answer_users,
     place,
     sum_of_rows,
-    take_shapes,
 )
 from foretaste.models.layers.similarity import Similarity, as_item, as_query
+from foretaste.models.layers.table import IdConfig, Table, make_table, make_tables
 
 
-class LightGCNConfig(Config):
+class LightGCNConfig(IdConfig):
     """Settings of LightGCN."""
 
     kind: Literal["lightgcn"] = "lightgcn"
@@ -153,9 +152,12 @@ class LightGCN(Retriever):
         self.config, self.num_users, self.num_items = config, num_users, num_items
         num_nodes = num_users + num_items if graph is None else graph.num_nodes
         width = config.embedding_dim
-        self.layer_0 = nn.Embedding(num_nodes, width)
-        self.layer_0.register_load_state_dict_pre_hook(take_shapes)
-        nn.init.normal_(self.layer_0.weight, std=config.init_std)
+        num_others = num_nodes - num_users - num_items
+        self.user_table, self.item_table, others = make_tables(
+            config.table, (num_users, num_items, num_others), width, std=config.init_std
+        )
+        self.other_table = others if num_others else None
+        self.register_load_state_dict_pre_hook(_make_others)  # type: ignore[no-untyped-call]  # torch
         num_mixes = config.num_layers if config.transform else 0
         self.mixes = nn.ModuleList(_Mix(width) for _ in range(num_mixes))
         self.graph = graph
@@ -164,8 +166,10 @@ class LightGCN(Retriever):
         self.placed = PlacedNodes()
         self._tables: NodeTables | None = None
         if graph is not None:
-            with torch.no_grad():
-                self.layer_0.weight.mul_((torch.from_numpy(graph.degree_V) > 0).unsqueeze(1))
+            first, untied_V = 0, torch.from_numpy(graph.degree_V == 0)
+            for table in self._node_tables():
+                table.zero_rows(untied_V[first : first + table.num_rows])
+                first += table.num_rows
 
     def forward(self, queries: Queries, item_V: Int64[Tensor, " V"]) -> PairVectors:
         """Return the vectors of known users and of some items, after one propagation.
@@ -177,16 +181,17 @@ class LightGCN(Retriever):
         conv = self._made()[1]
         if self.config.is_fast:
             vector_RF, base_RD, view_RF = conv(
-                self.layer_0.weight,
+                self._layer_0(),
                 node_R,
                 num_layers=self.config.num_layers,
                 view_layer=self.config.contrast_layer,
                 change=self.change if self.training else None,
             )
         else:
-            vector_NF = self._equation(self.layer_0.weight, conv.product)
+            layer_0_ND = self._layer_0()
+            vector_NF = self._equation(layer_0_ND, conv.product)
             vector_RF = F.embedding(node_R, vector_NF)
-            base_RD = view_RF = F.embedding(node_R, self.layer_0.weight)
+            base_RD = view_RF = F.embedding(node_R, layer_0_ND)
         views: tuple[tuple[Tensor, Tensor], ...] = ()
         if self.config.contrast_layer:
             few = self.config.contrast_rows
@@ -201,21 +206,21 @@ class LightGCN(Retriever):
 
     def encode(self, queries: Queries) -> Float[Tensor, "B F"]:
         """Return each user's vector: of training, or placed by the history; 0 without one."""
-        user_UD = self.layer_0.weight[: self.num_users]
-        return self._query(answer_users(queries, self._known(), user_UD, self._combine))
+        tables = self._known()
+        return self._query(answer_users(queries, tables, self.user_table, self._combine))
 
     def known_users(self) -> Bool[Tensor, " U"]:
         """Return which users have a tie: an event, or a link to another user."""
         return self._known().strength_U > 0
 
-    def item_table(self) -> Float[Tensor, "I F"]:
-        """Return every item's vector; 0 for those without any tie."""
-        return self._item(self._known().item_IF)
+    def items(self, item_V: Int64[Tensor, " V"]) -> Float[Tensor, "V F"]:
+        """Return some items' vectors; 0 for those without any tie."""
+        return self._item(self._known().item_IF[item_V])
 
     def place_items(
         self, user_P: Int64[Tensor, " P"], length_B: Int64[Tensor, " B"]
     ) -> Float[Tensor, "B F"]:
-        """Return the vectors of new items, as `item_table` has them, from users who did them.
+        """Return the vectors of new items, as `items` has them, from users who did them.
 
         Args:
             user_P: user_idx, one item's after the other's, none twice for the same item.
@@ -255,7 +260,7 @@ class LightGCN(Retriever):
         sent_NW = sent_NW * conv.scale_V.to(sent_NW.dtype).unsqueeze(1)
         received_NW = conv.sum_neighbours(sent_NW)
         strength_N = conv.strength_V.to(sent_NW.dtype)
-        final_NF = place(self.layer_0.weight, received_NW, strength_N, self._combine)
+        final_NF = place(self._layer_0(), received_NW, strength_N, self._combine)
         end = self.num_users + self.num_items
         users, items = slice(0, self.num_users), slice(self.num_users, end)
         tied_I = torch.from_numpy(graph.degree_V[items] > 0)
@@ -275,7 +280,7 @@ class LightGCN(Retriever):
 
     def _sent(self, conv: GraphConv) -> Float[Tensor, "N W"]:
         """Return what each node sends in each step, side by side; their sum where it is fast."""
-        sent = [self.layer_0.weight]
+        sent = [self._layer_0()]
         if self.config.is_fast:
             for _ in range(1, self.config.num_layers):
                 sent.append(conv.product(sent[-1]))
@@ -303,6 +308,14 @@ class LightGCN(Retriever):
             layers.append(mix(layers[-1], send(layers[-1])))
         return _side_by_side(layers)
 
+    def _node_tables(self) -> tuple[Table, ...]:
+        own = self.user_table, self.item_table
+        return own if self.other_table is None else (*own, self.other_table)
+
+    def _layer_0(self) -> Float[Tensor, "N D"]:
+        """Return the rows of all nodes: the graph needs them all in every step."""
+        return torch.cat([table.block(0, table.num_rows) for table in self._node_tables()])
+
     def _made(self) -> tuple[Graph, GraphConv]:
         if self.graph is None or self.conv is None:
             raise ConfigError("LightGCN learns on a graph: hand build_model that of the events")
@@ -329,6 +342,13 @@ class _Mix(nn.Module):
     def forward(self, own_BD: Tensor, received_BD: Tensor) -> Tensor:
         mixed_BD = self.own(own_BD + received_BD) + self.product(own_BD * received_BD)
         return F.leaky_relu(mixed_BD, 0.2)
+
+
+def _make_others(model: LightGCN, state: Mapping[str, Tensor], prefix: str, *_: object) -> None:
+    """Make the table of the nodes that are neither users nor items, if there are any to load."""
+    found = next((v for name, v in state.items() if name.startswith(prefix + "other_table.")), None)
+    if found is not None and model.other_table is None:
+        model.other_table = make_table(model.config.table, len(found), model.config.embedding_dim)
 
 
 def _side_by_side(layers: list[Tensor]) -> Tensor:

@@ -18,15 +18,16 @@ from jaxtyping import Float, Int64
 from pydantic import Field
 from torch import Tensor, nn
 
-from foretaste.config import ChoiceConfig, Config, Count, Positive, RangeConfig, Space
+from foretaste.config import ChoiceConfig, Count, Positive, RangeConfig, Space
 from foretaste.data.batch import Queries
 from foretaste.data.interactions import Interactions
 from foretaste.models.base import PairVectors, Retriever
 from foretaste.models.layers.fold_in import FoldIn
 from foretaste.models.layers.similarity import Similarity, as_item, as_query
+from foretaste.models.layers.table import IdConfig, make_table
 
 
-class MFConfig(Config):
+class MFConfig(IdConfig):
     """Settings of matrix factorisation."""
 
     kind: Literal["mf"] = "mf"
@@ -54,44 +55,46 @@ class MF(Retriever):
     def __init__(self, config: MFConfig, *, num_users: int, num_items: int) -> None:
         super().__init__()
         self.config = config
-        self.users = nn.Embedding(num_users, config.embedding_dim)
-        self.items = nn.Embedding(num_items, config.embedding_dim)
-        self.bias = nn.Embedding(num_items, 1) if config.biases else None
+        self.num_items = num_items
+        self.user_table = make_table(config.table, num_users, config.embedding_dim)
+        self.item_table = make_table(config.table, num_items, config.embedding_dim)
+        self.bias_table = make_table(config.table, num_items, 1) if config.biases else None
         self.dropout = nn.Dropout(config.dropout)
         self.fold_in = FoldIn(num_users=num_users, embedding_dim=config.embedding_dim)
-        for table in (self.users, self.items):
-            nn.init.normal_(table.weight, std=config.init_std)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias.weight)
+        for table in (self.user_table, self.item_table):
+            table.draw(std=config.init_std)
+        if self.bias_table is not None:
+            self.bias_table.zero_rows(torch.ones(num_items, dtype=torch.bool))
 
     def forward(self, queries: Queries, item_V: Int64[Tensor, " V"]) -> PairVectors:
         """Return the vectors of known users and of some items."""
-        user_BD, item_VD = self.users(queries.user_B), self.items(item_V)
-        bias_V1 = None if self.bias is None else self.bias(item_V)
+        user_BD, item_VD = self.user_table(queries.user_B), self.item_table(item_V)
         return PairVectors(
             query_BD=self._query(self.dropout(user_BD)),
-            item_VD=self._item(item_VD, bias_V1),
+            item_VD=self._with_bias(item_V, item_VD),
             base=(user_BD, item_VD),
         )
 
     def encode(self, queries: Queries) -> Float[Tensor, "B D"]:
         """Return each user's vector, folded in where training did not learn it."""
-        return self._query(self.fold_in(queries, self.users.weight, self.items.weight))
+        return self._query(self.fold_in(queries, self.user_table, self.item_table))
 
-    def item_table(self) -> Float[Tensor, "I D"]:
-        """Return every item's vector, its bias as a last column."""
-        return self._item(self.items.weight, None if self.bias is None else self.bias.weight)
+    def items(self, item_V: Int64[Tensor, " V"]) -> Float[Tensor, "V D"]:
+        """Return some items' vectors, the bias as a last column."""
+        return self._with_bias(item_V, self.item_table(item_V))
 
     def learn_new_users(self, events: Interactions) -> None:
         """Learn how to answer new users."""
-        self.fold_in.learn(events, self.users.weight, self.items.weight)
+        self.fold_in.learn(events, self.user_table, self.item_table)
 
     def _query(self, user_BD: Tensor) -> Tensor:
         query_BD = as_query(user_BD, self.config.similarity, self.config.temperature)
-        if self.bias is None:
+        if self.bias_table is None:
             return query_BD
         return torch.cat([query_BD, torch.ones_like(query_BD[:, :1])], dim=1)
 
-    def _item(self, item_VD: Tensor, bias_V1: Tensor | None) -> Tensor:
+    def _with_bias(self, item_V: Tensor, item_VD: Tensor) -> Tensor:
         item_VD = as_item(item_VD, self.config.similarity)
-        return item_VD if bias_V1 is None else torch.cat([item_VD, bias_V1], dim=1)
+        if self.bias_table is None:
+            return item_VD
+        return torch.cat([item_VD, self.bias_table(item_V)], dim=1)

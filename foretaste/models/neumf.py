@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from foretaste.arguments import checked
 from foretaste.config import (
     ChoiceConfig,
-    Config,
     Count,
     Depth,
     Positive,
@@ -40,10 +39,11 @@ from foretaste.models.layers.field_ranker import PairRanker
 from foretaste.models.layers.heads import Heads
 from foretaste.models.layers.pair_mlp import PairMLP, pair_dot
 from foretaste.models.layers.row_fields import RowFields
-from foretaste.models.layers.row_sides import RowFieldsConfig
+from foretaste.models.layers.side_fields import RowFieldsConfig
+from foretaste.models.layers.table import IdConfig, Table
 
 
-class GMFConfig(Config):
+class GMFConfig(IdConfig):
     """Settings of generalised matrix factorisation."""
 
     kind: Literal["gmf"] = "gmf"
@@ -58,7 +58,7 @@ class GMFConfig(Config):
     """Spread of the first vectors."""
 
 
-class MLPConfig(Config):
+class MLPConfig(IdConfig):
     """Settings of the multi-layer perceptron over a user's and an item's vector."""
 
     kind: Literal["mlp"] = "mlp"
@@ -80,7 +80,7 @@ class MLPConfig(Config):
     """Spread of the first vectors."""
 
 
-class NeuMFConfig(Config):
+class NeuMFConfig(IdConfig):
     """Settings of NeuMF: GMF and MLP under one output layer."""
 
     kind: Literal["neumf"] = "neumf"
@@ -111,8 +111,11 @@ class NeuMFConfig(Config):
     @checked
     def parts(self) -> tuple[GMFConfig, MLPConfig]:
         """Return the two models that NeuMF is made of."""
-        gmf = GMFConfig(task=self.task, factors=self.factors, init_std=self.init_std)
+        gmf = GMFConfig(
+            table=self.table, task=self.task, factors=self.factors, init_std=self.init_std
+        )
         mlp = MLPConfig(
+            table=self.table,
             task=self.task,
             factors=self.factors,
             num_layers=self.num_layers,
@@ -143,7 +146,7 @@ class NCF(PairRanker):
         self.gmf_dim = 0 if isinstance(config, MLPConfig) else config.factors
         mlp_dim = -(-hidden[0] // 2) if hidden else 0
         self.fields = RowFields(
-            RowFieldsConfig(init_std=config.init_std),
+            RowFieldsConfig(table=config.table, init_std=config.init_std),
             num_users=num_users,
             num_items=num_items,
             features=None,
@@ -159,15 +162,20 @@ class NCF(PairRanker):
         """Take over what GMF and MLP have learned, where both have."""
         gmf, mlp = (part for part in (parts["gmf"], parts["mlp"]) if isinstance(part, NCF))
         alpha = self.config.alpha if isinstance(self.config, NeuMFConfig) else 1.0
-        table_RW, width = self.fields.table.weight, self.gmf_dim
-        table_RW[:, :width] = gmf.fields.table.weight
-        table_RW[:, width:] = mlp.fields.table.weight
+        width = self.gmf_dim
+        for own, first, second in zip(*(ncf.id_tables() for ncf in (self, gmf, mlp)), strict=True):
+            own.take((first, second))
         if self.mlp is not None and mlp.mlp is not None:
             self.mlp.load_state_dict(mlp.mlp.state_dict())
         self.output.weight[:, :width] = alpha * gmf.output.weight
         self.output.weight[:, width:] = (1 - alpha) * mlp.output.weight
         self.output.bias.copy_(alpha * gmf.output.bias + (1 - alpha) * mlp.output.bias)
         self.heads.load_state_dict(gmf.heads.state_dict())
+
+    def id_tables(self) -> list[Table]:
+        """Return the tables of users and of items."""
+        both = self.fields.user.id_table, self.fields.item.id_table
+        return [table for table in both if table is not None]
 
     def of_fields(
         self, query_BQW: Float[Tensor, "B 1 W"], item_ACGW: Float[Tensor, "A C 1 W"]

@@ -31,7 +31,7 @@ from jaxtyping import Bool, Float, Int64
 from pydantic import Field
 from torch import Tensor, nn
 
-from foretaste.config import ChoiceConfig, Config, Count, Depth, Positive, RangeConfig, Space
+from foretaste.config import ChoiceConfig, Count, Depth, Positive, RangeConfig, Space
 from foretaste.data.batch import Queries
 from foretaste.data.features import Features, FieldTable
 from foretaste.data.graph import Graph, GraphConfig
@@ -46,9 +46,10 @@ from foretaste.models.layers.layerwise import generate
 from foretaste.models.layers.node_inputs import NodeInputs
 from foretaste.models.layers.placing import take_shapes
 from foretaste.models.layers.similarity import Similarity, as_item, as_query
+from foretaste.models.layers.table import IdConfig
 
 
-class PinSageConfig(Config):
+class PinSageConfig(IdConfig):
     """Settings of PinSage."""
 
     kind: Literal["pinsage"] = "pinsage"
@@ -141,6 +142,7 @@ class PinSage(Retriever):
             init_std=config.init_std,
             features=features,
             fusion=config.fusion,
+            table=config.table,
         )
         self.convolutions = nn.ModuleList(
             Convolve(width, message_width, width) for _ in range(config.num_layers)
@@ -233,9 +235,9 @@ class PinSage(Retriever):
         """Return which users have neighbours: by events, or by links to other users."""
         return self.inputs.linked_X[: self.num_users]
 
-    def item_table(self) -> Float[Tensor, "I D"]:
-        """Return every item's vector."""
-        return self._item(self._answers().vector_XD[self.num_users :])
+    def items(self, item_V: Int64[Tensor, " V"]) -> Float[Tensor, "V D"]:
+        """Return some items' vectors."""
+        return self._item(self._answers().vector_XD[self.num_users + item_V])
 
     def known_items(self) -> Bool[Tensor, " I"]:
         """Return which items have neighbours or a feature that says something."""

@@ -12,6 +12,7 @@ predicted, and a user without history gets an answer.
 Shape legend: B rows, L positions (L1 = L + 1), D width, I items.
 """
 
+from collections.abc import Iterator
 from typing import ClassVar, Literal, NamedTuple, final
 
 import torch
@@ -20,15 +21,16 @@ from jaxtyping import Bool, Float, Int64
 from pydantic import Field
 from torch import Tensor, nn
 
-from foretaste.config import ChoiceConfig, Config, Count, Depth, RangeConfig, Space
+from foretaste.config import ChoiceConfig, Count, Depth, RangeConfig, Space
 from foretaste.data.batch import Queries, SequenceBatch, last_events
 from foretaste.models.base import Retriever
 from foretaste.models.layers.attention import MultiHeadAttention
 from foretaste.models.layers.dropout import Dropout
 from foretaste.models.layers.gated_block import GatedBlock, rows_at
+from foretaste.models.layers.table import IdConfig, make_table
 
 
-class SASRecConfig(Config):
+class SASRecConfig(IdConfig):
     """Settings of SASRec."""
 
     kind: Literal["sasrec"] = "sasrec"
@@ -55,7 +57,7 @@ class SASRecConfig(Config):
 
 @final
 class SASRec(Retriever):
-    """The network: `forward` gives a state per position, `item_table` what it is compared with."""
+    """The network: `forward` gives a state per position, `items` what it is compared with."""
 
     learns_by = "next_item"
 
@@ -63,30 +65,35 @@ class SASRec(Retriever):
         super().__init__()
         width = config.embedding_dim
         self.max_len = config.max_len
-        self.items = nn.Embedding(num_items, width)
+        self.num_items = num_items
+        self.item_table = make_table(config.table, num_items, width)
         self.positions = nn.Embedding(config.max_len + 1, width)
         self.start = nn.Parameter(torch.zeros(width))
         self.dropout = Dropout(config.dropout)
         self.blocks = causal_blocks(config)
         self.norm = nn.LayerNorm(width)
-        for table in (self.items, self.positions):
-            nn.init.normal_(table.weight, std=0.02)
+        self.item_table.draw(std=0.02)
+        nn.init.normal_(self.positions.weight, std=0.02)
 
     def forward(self, batch: SequenceBatch) -> Float[Tensor, "B L1 D"]:
         """Return L + 1 states: before any event, and after each one.
 
         States under padding mean nothing. The position counts back from the row's last event.
         """
-        return causal_states(self._parts(), self.items(batch.item_BL), batch.valid_BL)
+        return causal_states(self._parts(), self.item_table(batch.item_BL), batch.valid_BL)
 
     def encode(self, queries: Queries) -> Float[Tensor, "B D"]:
         """Return the state after the last event of each history."""
         batch = last_events(queries, self.max_len)
-        return last_state(self._parts(), self.items(batch.item_BL), batch.valid_BL)
+        return last_state(self._parts(), self.item_table(batch.item_BL), batch.valid_BL)
 
-    def item_table(self) -> Float[Tensor, "I D"]:
-        """Return the item embeddings, shared by input and output."""
-        return self.items.weight
+    def items(self, item_V: Int64[Tensor, " V"]) -> Float[Tensor, "V D"]:
+        """Return some items' vectors, shared by input and output."""
+        vector_VD: Tensor = self.item_table(item_V)
+        return vector_VD
+
+    def item_blocks(self) -> Iterator[tuple[int, Float[Tensor, "V D"]]]:
+        return self.item_table.blocks()
 
     def _parts(self) -> "CausalParts":
         return CausalParts(self.start, self.positions, self.dropout, self.blocks, self.norm)

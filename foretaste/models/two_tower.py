@@ -19,7 +19,7 @@ all histories.
 """
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import ClassVar, Literal, NamedTuple, final
 
@@ -32,7 +32,6 @@ from torch import Tensor, nn
 
 from foretaste.config import (
     ChoiceConfig,
-    Config,
     Count,
     Depth,
     Positive,
@@ -52,12 +51,13 @@ from foretaste.models.layers.history import AttentionHistory, CausalHistory, Mea
 from foretaste.models.layers.known_fields import known_fields, told_of_items, told_of_users
 from foretaste.models.layers.mlp import MLP
 from foretaste.models.layers.similarity import Similarity, as_item, as_query
+from foretaste.models.layers.table import IdConfig, Table, make_table
 from foretaste.models.sasrec import SASRecConfig
 
 _BLOCK_ITEMS = 2**14
 
 
-class TwoTowerConfig(Config):
+class TwoTowerConfig(IdConfig):
     """Settings of Two-Tower."""
 
     kind: Literal["two_tower"] = "two_tower"
@@ -144,18 +144,18 @@ class TwoTower(Retriever):
         self.config, self.num_items = config, num_items
         self.reads: Reads = "nothing" if config.history == "none" else config.reads
         self.max_len = config.max_len
-        self.users = _ids(num_users, config) if config.user_id else None
-        self.items = _ids(num_items, config) if config.item_id else None
+        self.user_table = _ids(num_users, config) if config.user_id else None
+        self.item_table = _ids(num_items, config) if config.item_id else None
         self.user_fields, self.item_fields = (
-            known_fields(told, embedding_dim=width, fusion=config.fusion)
+            known_fields(told, embedding_dim=width, fusion=config.fusion, table=config.table)
             for told in (
                 told_of_users(features if config.user_features else None, num_users),
                 told_of_items(features if config.item_features else None, num_items),
             )
         )
         self.history = _history(config)
-        num_query = sum(p is not None for p in (self.users, self.user_fields, self.history))
-        num_item = sum(p is not None for p in (self.items, self.item_fields))
+        num_query = sum(p is not None for p in (self.user_table, self.user_fields, self.history))
+        num_item = sum(p is not None for p in (self.item_table, self.item_fields))
         if not num_query or not num_item:
             raise ConfigError(_nothing_to_read("item" if num_query else "user"))
         self.query_mlp = _mlp(num_query, config.query_hidden, config)
@@ -165,21 +165,21 @@ class TwoTower(Retriever):
         )
         self.fold_in = (
             FoldIn(num_users=num_users, embedding_dim=width)
-            if self.users is not None and self.history is None
+            if self.user_table is not None and self.history is None
             else None
         )
-        self._kept: dict[str, Tensor] = {}
+        self._kept: list[tuple[int, Tensor]] | None = None
 
     def forward(self, queries: Queries, item_V: Int64[Tensor, " V"]) -> PairVectors:
         """Return the vectors of users and of some items."""
-        user_BD = None if self.users is None else _look_up(queries.user_B, self.users.weight)
-        item_VD = None if self.items is None else F.embedding(item_V, self.items.weight)
-        told = self._told(queries, item_V)
-        query_BD = self._query(queries, self._without_some_users(user_BD), told)
+        user_BD = None if self.user_table is None else self.user_table(queries.user_B)
+        item_VD = None if self.item_table is None else self.item_table(item_V)
+        needed = self._needed(queries, item_V)
+        query_BD = self._query(queries, self._without_some_users(user_BD), needed)
         own_VD = self._without_some_items(item_VD, item_V)
         parts = [] if own_VD is None else [own_VD]
-        if told is not None:
-            parts.append(F.embedding(told.row_I[item_V], told.field_RD))
+        if needed is not None and needed.field_RD is not None:
+            parts.append(F.embedding(needed.place_V, needed.field_RD))
         return PairVectors(
             query_BD=query_BD,
             item_VD=self._item_tower(parts),
@@ -192,16 +192,27 @@ class TwoTower(Retriever):
         Whom training never saw is told by history and features. A model that knows its users by
         ids alone regresses an id vector on the history (`FoldIn`).
         """
-        if self.users is None:
-            return self._query(queries, None)
+        needed = None if self.history is None else self._needed(queries, queries.user_B[:0])
+        if self.user_table is None:
+            return self._query(queries, None, needed)
         if self.fold_in is None:
-            return self._query(queries, _look_up(queries.user_B, self.users.weight))
-        folded_BD: Tensor = self.fold_in(queries, self.users.weight, self._base_table())
-        return self._query(queries, folded_BD)
+            return self._query(queries, self.user_table(queries.user_B), needed)
+        folded_BD: Tensor = self.fold_in(queries, self.user_table, self._base_vectors)
+        return self._query(queries, folded_BD, needed)
 
-    def item_table(self) -> Float[Tensor, "I D"]:
-        """Return every item's vector, worked out block by block, and kept in evaluation mode."""
-        return self._table("items", self._item_vectors)
+    def items(self, item_V: Int64[Tensor, " V"]) -> Float[Tensor, "V D"]:
+        """Return some items' vectors."""
+        return self._item_tower(self._own_parts(item_V))
+
+    def item_blocks(self) -> Iterator[tuple[int, Float[Tensor, "V D"]]]:
+        """Give every item's vector; they are kept in evaluation mode."""
+        if self.training:
+            yield from self._worked_out()
+            return
+        if self._kept is None:
+            with torch.inference_mode(mode=False):
+                self._kept = self._worked_out()
+        yield from self._kept
 
     def known_items(self) -> Bool[Tensor, " I"]:
         """Return which items have a feature that says something."""
@@ -228,91 +239,82 @@ class TwoTower(Retriever):
         if self.item_fields is None:
             raise ConfigError("this model reads no features of items: none can be placed by them")
         told_RD = self.item_fields.encoder(table)
-        own = [] if self.items is None else [torch.zeros_like(told_RD)]
+        own = [] if self.item_table is None else [torch.zeros_like(told_RD)]
         return self._item_tower([*own, told_RD])
 
-    @torch.no_grad()
     def begin(self, events: Interactions) -> None:
         """Make the id vectors 0 that no event can teach."""
-        has_U = torch.from_numpy(np.diff(events.offsets)) > 0
-        has_I = torch.from_numpy(events.item_count) > 0
-        for table, has_R in ((self.users, has_U), (self.items, has_I)):
+        untrained_U = torch.from_numpy(np.diff(events.offsets) == 0)
+        untrained_I = torch.from_numpy(events.item_count == 0)
+        for table, untrained_R in ((self.user_table, untrained_U), (self.item_table, untrained_I)):
             if table is not None:
-                table.weight.mul_(has_R.unsqueeze(1).to(table.weight))
+                table.zero_rows(untrained_R)
 
     def learn_new_users(self, events: Interactions) -> None:
         """Learn how to answer users of whom only the history is known."""
-        if self.fold_in is not None and self.users is not None:
-            self.fold_in.learn(events, self.users.weight, self._base_table())
+        if self.fold_in is not None and self.user_table is not None:
+            self.fold_in.learn(events, self.user_table, self._base_vectors)
 
     def train(self, mode: bool = True) -> "TwoTower":  # noqa: FBT001, FBT002 - torch's signature
         """Forget what was worked out from other weights."""
-        self._kept = {}
+        self._kept = None
         super().train(mode)
         return self
 
-    def _query(self, queries: Queries, id_BD: Tensor | None, told: "_Told | None" = None) -> Tensor:
+    @torch.no_grad()
+    def _worked_out(self) -> list[tuple[int, Tensor]]:
+        blocks = self.every_item.split(_BLOCK_ITEMS)
+        return [(int(item_V[0]), self.items(item_V)) for item_V in blocks]
+
+    def _query(
+        self, queries: Queries, id_BD: Tensor | None, needed: "_Needed | None"
+    ) -> Float[Tensor, "B D"]:
         parts = [] if id_BD is None else [id_BD]
         if self.user_fields is not None:
             parts.append(self.user_fields(queries.user_B, queries.profile))
-        if self.history is not None:
-            parts.append(self.history(*self._as_rows(queries, told)))
+        if self.history is not None and needed is not None:
+            rows = replace(queries, history_N=needed.place_N)
+            parts.append(self.history(rows, self._base(needed.item_R, needed.field_RD)))
         query_BD = _sum_or_mlp(parts, self.query_mlp)
         if self.everybody is not None:
             query_BD = query_BD + self.everybody
         return as_query(query_BD, self.config.similarity, self.config.temperature)
 
-    def _told(self, queries: Queries, item_V: Tensor) -> "_Told | None":
-        """Encode the features of a batch's items once, candidates and histories together."""
-        if self.item_fields is None:
+    def _needed(self, queries: Queries, item_V: Tensor) -> "_Needed | None":
+        """Find the items of a batch, and encode their features once; None: it needs neither."""
+        if self.item_fields is None and self.history is None:
             return None
-        needed_I = torch.zeros(self.num_items, dtype=torch.bool, device=item_V.device)
-        needed_I[item_V] = True
+        parts = [item_V]
         if self.history is not None:
-            needed_I[queries.history_N] = True
-            needed_I[0] = True  # under padding
-        item_R = needed_I.nonzero().squeeze(1)
-        return _Told(item_R=item_R, row_I=needed_I.cumsum(0) - 1, field_RD=self.item_fields(item_R))
-
-    def _as_rows(self, queries: Queries, told: "_Told | None") -> tuple[Queries, Tensor]:
-        """Return the items' vectors that histories need, and the histories as rows of them."""
-        if told is None:
-            return queries, self._base_table()
-        rows = replace(queries, history_N=told.row_I[queries.history_N])
-        if self.items is None:
-            return rows, told.field_RD
-        return rows, F.embedding(told.item_R, self.items.weight) + told.field_RD
+            parts += [queries.history_N, item_V.new_zeros(1)]  # item 0 stands under padding
+        item_R, place = torch.cat(parts).unique(return_inverse=True)
+        num = len(item_V)
+        return _Needed(
+            item_R=item_R,
+            place_V=place[:num],
+            place_N=place[num:-1],
+            field_RD=None if self.item_fields is None else self.item_fields(item_R),
+        )
 
     def _item_tower(self, parts: Sequence[Tensor]) -> Tensor:
         return as_item(_sum_or_mlp(parts, self.item_mlp), self.config.similarity)
 
     def _own_parts(self, item_V: Tensor) -> list[Tensor]:
-        parts = [] if self.items is None else [F.embedding(item_V, self.items.weight)]
+        parts = [] if self.item_table is None else [self.item_table(item_V)]
         if self.item_fields is not None:
             parts.append(self.item_fields(item_V))
         return parts
 
-    def _item_vectors(self, item_V: Tensor) -> Tensor:
-        return self._item_tower(self._own_parts(item_V))
+    def _base(self, item_R: Tensor, field_RD: Tensor | None) -> Float[Tensor, "R D"]:
+        """Return what histories are made of: items before the item tower's MLP."""
+        parts = [] if self.item_table is None else [self.item_table(item_R)]
+        return _sum_or_mlp(parts if field_RD is None else [*parts, field_RD], None)
 
-    def _base_vectors(self, item_V: Tensor) -> Tensor:
-        return torch.stack(self._own_parts(item_V)).sum(dim=0)
-
-    def _base_table(self) -> Float[Tensor, "I D"]:
-        """Return what histories are made of: every item before the item tower's MLP."""
-        if self.items is not None and self.item_fields is None:
-            return self.items.weight
-        return self._table("base", self._base_vectors)
-
-    def _table(self, name: str, make: Callable[[Tensor], Tensor]) -> Float[Tensor, "I D"]:
-        item_I = torch.arange(self.num_items, device=next(self.parameters()).device)
-        if self.training:
-            return make(item_I)
-        if name not in self._kept:
-            with torch.inference_mode(mode=False), torch.no_grad():
-                blocks = [make(item_V.clone()) for item_V in item_I.split(_BLOCK_ITEMS)]
-                self._kept[name] = torch.cat(blocks)
-        return self._kept[name]
+    def _base_vectors(self, item_N: Int64[Tensor, " N"]) -> Float[Tensor, "N D"]:
+        """Return the same of items that may stand there often, each worked out once."""
+        item_R, place_N = item_N.unique(return_inverse=True)
+        field_RD = None if self.item_fields is None else self.item_fields(item_R)
+        return F.embedding(place_N, self._base(item_R, field_RD))
 
     def _without_some_users(self, id_BD: Tensor | None) -> Tensor | None:
         """Drop ids of users who are told by something else."""
@@ -334,18 +336,21 @@ class TwoTower(Retriever):
         return id_RD.masked_fill(dropped_R.unsqueeze(1), 0.0)
 
 
-class _Told(NamedTuple):
-    """What the features say of the items that a batch needs, each once."""
+class _Needed(NamedTuple):
+    """The items that a batch needs, each once."""
 
     item_R: Int64[Tensor, " R"]
-    row_I: Int64[Tensor, " I"]
-    """Where an item that is needed stands in the others."""
-    field_RD: Float[Tensor, "R D"]
+    place_V: Int64[Tensor, " V"]
+    """Where the items to be compared with stand in `item_R`."""
+    place_N: Int64[Tensor, " N"]
+    """Where those of histories do."""
+    field_RD: Float[Tensor, "R D"] | None
+    """What their features come to."""
 
 
-def _ids(num_rows: int, config: TwoTowerConfig) -> nn.Embedding:
-    table = nn.Embedding(num_rows, config.embedding_dim)
-    nn.init.normal_(table.weight, std=config.init_std)
+def _ids(num_rows: int, config: TwoTowerConfig) -> Table:
+    table = make_table(config.table, num_rows, config.embedding_dim)
+    table.draw(std=config.init_std)
     return table
 
 
@@ -384,14 +389,6 @@ def _sum_or_mlp(parts: Sequence[Tensor], mlp: MLP | None) -> Tensor:
         return torch.stack(tuple(parts)).sum(dim=0) if len(parts) > 1 else parts[0]
     output: Tensor = mlp(torch.cat(tuple(parts), dim=1))
     return output
-
-
-def _look_up(user_B: Tensor, table_UD: Tensor) -> Tensor:
-    """Return users' rows, 0 for those whom training never saw."""
-    if len(table_UD) == 0:
-        return table_UD.new_zeros(len(user_B), table_UD.shape[1])
-    row_BD = F.embedding(user_B.clamp(min=0), table_UD)
-    return row_BD.masked_fill((user_B < 0).unsqueeze(1), 0.0)
 
 
 def _nothing_to_read(side: str) -> str:

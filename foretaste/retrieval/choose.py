@@ -3,7 +3,7 @@
 Shape legend: I items of the catalogue, N items in the index, Q measured queries, D width.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -31,7 +31,7 @@ MEASURED_QUERIES = 256
 
 
 def build_index(
-    table_ID: Float[Tensor, "I D"],
+    vectors: Float[Tensor, "I D"] | Iterable[tuple[int, Float[Tensor, "_ D"]]],
     *,
     kind: IndexChoice = "auto",
     known_I: Bool[Tensor, " I"],
@@ -47,7 +47,7 @@ def build_index(
     standard deviation; the facts say which, and what was reached.
 
     Args:
-        table_ID: Every item's vector.
+        vectors: Every item's vector, in one piece or in blocks with the number of the first item.
         kind: "auto" is exact below `exact_below` known items and "ivf_flat" from there on.
         known_I: The items to index; the others are never answered.
         seed: Decides IVF's sample and centroids, and the measured queries.
@@ -62,7 +62,7 @@ def build_index(
     """
     if not 0 < recall_target <= 1:
         raise DataError(f"recall_target is {recall_target}, not in (0, 1]")
-    exact = _exact(table_ID.detach(), known_I)
+    exact = _exact([(0, vectors)] if isinstance(vectors, Tensor) else vectors, known_I)
     kind = choose_kind(kind, num_items=exact.facts.num_items, exact_below=exact_below)
     if kind == "exact":
         return exact
@@ -110,14 +110,18 @@ def exact_of(index: ItemIndex) -> ExactIndex:
             raise ConfigError(f"{type(index).__name__} carries no exact index")
 
 
-def _exact(table_ID: Tensor, known_I: Tensor) -> ExactIndex:
+def _exact(blocks: Iterable[tuple[int, Tensor]], known_I: Tensor) -> ExactIndex:
     item_N = known_I.nonzero().flatten()
     if len(item_N) == 0:
         raise DataError("no item has a training event: there is nothing to index")
-    vectors_ND = table_ID if len(item_N) == len(table_ID) else table_ID[item_N]
+    parts = []
+    for first, block_VD in blocks:
+        known_V = known_I[first : first + len(block_VD)].to(block_VD.device)
+        parts.append((block_VD if known_V.all() else block_VD[known_V]).detach().cpu())
+    vectors_ND = parts[0] if len(parts) == 1 else torch.cat(parts)
     if not vectors_ND.isfinite().all():
         raise NonFiniteError("an item's vector is NaN or infinite: train the model anew")
-    return ExactIndex(vectors_ND, item_N, catalogue_size=len(table_ID))
+    return ExactIndex(vectors_ND, item_N, catalogue_size=len(known_I))
 
 
 def _noisy_items(exact: ExactIndex, seed: int) -> Tensor:

@@ -6,7 +6,7 @@ Shape legend: N rows, M distinct items, I items.
 from typing import final
 
 import torch
-from jaxtyping import Int64
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from foretaste.errors import DataError
@@ -43,27 +43,26 @@ class InBatchSampler:
         """
         if not (count_I > 0).any():
             raise DataError("no item has a training event: no batch has anything in it")
-        self._count_I = count_I.double()
-        self._kept = (-1, torch.empty(0))
+        self._count_I, self._events = count_I, float(count_I.sum())
 
     def draw(self, target_N: Int64[Tensor, " N"]) -> Drawn:
         """Return the distinct items of a batch."""
-        rows, chance_I = self._kept  # as one, since several threads may draw at a time
-        if len(target_N) != rows:
-            chance_I = self._chances(len(target_N))
-            self._kept = (len(target_N), chance_I)
-        return Drawn(target_N.unique(), chance_I.to(target_N.device))
+        if self._count_I.device != target_N.device:
+            self._count_I = self._count_I.to(target_N.device)
+        num_rows = len(target_N)
+        return Drawn(target_N.unique(), lambda item_X: self._chances(item_X, num_rows))
 
-    def _chances(self, rows: int) -> Tensor:
-        events, others = float(self._count_I.sum()) - 1, float(rows - 1)
-        rest_I = events - self._count_I
-        possible_I = rest_I >= others
-        rest_I = rest_I.where(possible_I, others)
-        log_miss_I = (
-            torch.lgamma(rest_I + 1)
-            - torch.lgamma(rest_I - others + 1)
+    def _chances(self, item_X: Int64[Tensor, "*X"], num_rows: int) -> Float[Tensor, "*X"]:
+        count_X = self._count_I[item_X].double()
+        events, others = self._events - 1, float(num_rows - 1)
+        rest_X = events - count_X
+        possible_X = rest_X >= others
+        rest_X = rest_X.where(possible_X, others)
+        log_miss_X = (
+            torch.lgamma(rest_X + 1)
+            - torch.lgamma(rest_X - others + 1)
             - torch.lgamma(torch.tensor(events + 1).double())
             + torch.lgamma(torch.tensor(events - others + 1).double())
         )
-        chance_I = -torch.expm1(log_miss_I.clamp(max=0))
-        return chance_I.where(possible_I, 1.0).where(self._count_I > 0, 0.0).float()
+        chance_X = -torch.expm1(log_miss_X.clamp(max=0))
+        return chance_X.where(possible_X, 1.0).where(count_X > 0, 0.0).float()

@@ -76,10 +76,10 @@ class StreamedFrequency(nn.Module):
         self.register_buffer("num_gaps_KC", torch.zeros(num_hashes, num_cells, dtype=torch.int64))
 
     def draw(self, target_N: Int64[Tensor, " N"]) -> Drawn:
-        """Take one step of the stream; return the batch's distinct items and all items' chances."""
+        """Take one step of the stream; return the batch's distinct items."""
         item_M = target_N.unique()
         self.watch(item_M)
-        return Drawn(item_M, self.chance_I())
+        return Drawn(item_M, self.chance)
 
     @torch.no_grad()
     def watch(self, item_M: Int64[Tensor, " M"]) -> None:
@@ -94,9 +94,11 @@ class StreamedFrequency(nn.Module):
         last[cell] = self.step
 
     @torch.no_grad()
-    def chance_I(self) -> Float[Tensor, " I"]:
-        """Return each item's chance to be in a batch, in [0, 1]; 0 for items never seen."""
-        last, gap, num = self.last_KC.view(-1), self.gap_KC.view(-1), self.num_gaps_KC.view(-1)
-        gap_C = gap.where(num > 0, self.step.double()).where(last > 0, torch.inf)
-        longest_I: Tensor = gap_C[self.cell_KI].amax(dim=0)
-        return longest_I.clamp(min=1).reciprocal().float()
+    def chance(self, item_X: Int64[Tensor, "*X"]) -> Float[Tensor, "*X"]:
+        """Return items' chances to be in a batch, in [0, 1]; 0 for items never seen."""
+        cell_KX = self.cell_KI[:, item_X]
+        last, gap, num = (
+            kept.view(-1)[cell_KX] for kept in (self.last_KC, self.gap_KC, self.num_gaps_KC)
+        )
+        gap_KX = gap.where(num > 0, self.step.double()).where(last > 0, torch.inf)
+        return gap_KX.amax(dim=0).clamp(min=1).reciprocal().float()

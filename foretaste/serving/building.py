@@ -57,7 +57,7 @@ def build_recommender(
     known_I = trained.known_I
     is_exact = choose_kind(index, num_items=int(known_I.sum())) == "exact"
     built = build_index(
-        retriever.item_table().detach(),
+        retriever.item_blocks(),
         kind=index,
         known_I=known_I,
         seed=trained.seed,

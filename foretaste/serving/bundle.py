@@ -25,7 +25,7 @@ from jaxtyping import Float
 from pydantic import Field, NonNegativeInt, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from foretaste.config import Config
 from foretaste.data.features import Features
@@ -44,6 +44,7 @@ from foretaste.json_values import json_value
 from foretaste.models.catalogue import ModelConfig, as_written, build_model
 from foretaste.retrieval.choose import load_index
 from foretaste.retrieval.index import ItemIndex
+from foretaste.serving.format_1 import weights_of_format_1
 from foretaste.training.calibration import Calibration
 from foretaste.training.objectives.catalogue import ObjectiveConfig
 from foretaste.training.trained import Trained
@@ -57,6 +58,7 @@ EVENTS_FOLDER = "events"
 INDEX_FOLDER = "index"
 FEATURES_FOLDER = "features"
 LIBRARIES = ("torch", "numpy", "polars", "faiss-cpu", "safetensors")
+_SMALL = 2**20
 _LEARNED_FROM = {
     "train": "the training part of its split, without validation and test",
     "train and validation": "the training and validation parts of its split, without the test",
@@ -299,7 +301,7 @@ def _read_parts(manifest: BundleManifest, path: Path) -> Bundle:
     model = build_model(
         config, num_users=events.num_users, num_items=events.num_items, features=features
     )
-    model.load_state_dict(load_file(path / WEIGHTS_FILE), strict=True, assign=True)
+    _load_weights(model, path / WEIGHTS_FILE)
     trained = Trained(
         config=config,
         model=model.eval().requires_grad_(requires_grad=False),
@@ -321,6 +323,22 @@ def _read_parts(manifest: BundleManifest, path: Path) -> Bundle:
         index=None if manifest.index is None else load_index(path / INDEX_FOLDER),
         report=_read_report(manifest, path),
     )
+
+
+def _load_weights(model: nn.Module, file: Path) -> None:
+    weights = {
+        name: weight.clone() if weight.nbytes < _SMALL else weight  # as aligned as when it was made
+        for name, weight in weights_of_format_1(load_file(file), model).items()
+    }
+    missing, unknown = model.load_state_dict(weights, strict=False, assign=True)
+    if missing or unknown:
+        lacks, wrong = ("lacks", missing[0]) if missing else ("has, and the model not,", unknown[0])
+        raise BundleError(
+            f"{file} {lacks} the weights {wrong}: the bundle is damaged; save it again from the "
+            "model",
+            name=wrong,
+            value=str(file),
+        )
 
 
 def _as_written(settings: Mapping[str, object]) -> dict[str, object]:

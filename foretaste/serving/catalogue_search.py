@@ -32,7 +32,7 @@ from foretaste.models.two_stage import (
     placer,
 )
 from foretaste.retrieval.choose import exact_of
-from foretaste.retrieval.exact import ExactIndex, padded
+from foretaste.retrieval.exact import ITEM_BLOCK, ExactIndex, padded
 from foretaste.retrieval.index import ItemIndex, TopK
 from foretaste.serving.histories import BLOCK_SCORES, one_query
 from foretaste.serving.new_items import beside, best_of, both
@@ -259,7 +259,8 @@ class CatalogueSearch:
         self, exact: ExactIndex, vector_D: Float[Tensor, " D"], own: int | None, k: int
     ) -> TopK:
         length_N = (self._norms(exact) * vector_D.norm()).clamp(min=1e-12)
-        cosine_N = exact.vectors_ND.float() @ vector_D / length_N
+        blocks = exact.vectors_ND.split(ITEM_BLOCK)
+        cosine_N = torch.cat([block_nD.float() @ vector_D for block_nD in blocks]) / length_N
         if own is not None:
             cosine_N[own] = -torch.inf
         best = _answer(*top_k(cosine_N.unsqueeze(0), k), k)
@@ -268,7 +269,8 @@ class CatalogueSearch:
 
     def _norms(self, exact: ExactIndex) -> Float[Tensor, " N"]:
         if self._norm_N is None:
-            self._norm_N = exact.vectors_ND.float().norm(dim=1)
+            blocks = exact.vectors_ND.split(ITEM_BLOCK)
+            self._norm_N = torch.cat([block_nD.float().norm(dim=1) for block_nD in blocks])
         return self._norm_N
 
     def most_popular(

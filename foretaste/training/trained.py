@@ -213,11 +213,12 @@ def find_scores(model: Model) -> Callable[[Queries], Float[Tensor, "B I"]]:
     Raises:
         ConfigError: The model can neither retrieve nor score; when it is asked.
     """
-    table_ID = model.item_table().float() if isinstance(model, Retriever) else None
 
     def find(queries: Queries) -> Tensor:
-        if table_ID is not None and isinstance(model, Retriever):
-            return model.encode(queries).float() @ table_ID.T
+        if isinstance(model, Retriever):
+            query_BD = model.encode(queries).float()
+            blocks = [query_BD @ item_VD.float().T for _, item_VD in model.item_blocks()]
+            return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)
         if isinstance(model, Scorer):
             return model.score(queries).float().clone()
         raise ConfigError(f"{type(model).__name__} can neither retrieve nor score")

@@ -8,15 +8,15 @@ Shape legend: R rows, C single-valued fields, G bags, M numbers, F fields of all
 P = R (C + G) things looked up, N codes of all bags.
 """
 
-from typing import Any, Literal, final
+from typing import Literal, final
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from foretaste.data.features import FieldSide, FieldTable
 from foretaste.errors import ConfigError
+from foretaste.models.layers.table import Table, TableConfig, make_table
 
 Fusion = Literal["concat", "gate"]
 """How a row's fields become one vector: all side by side through a linear layer, or their sum,
@@ -28,13 +28,19 @@ class FieldVectors(nn.Module):
     """A vector for each field of each row."""
 
     def __init__(
-        self, side: FieldSide, *, embedding_dim: int, init_std: float | None = None
+        self,
+        side: FieldSide,
+        *,
+        embedding_dim: int,
+        table: TableConfig,
+        init_std: float | None = None,
     ) -> None:
         """Make untrained weights.
 
         Args:
             side: The fields.
             embedding_dim: D.
+            table: How the vectors of codes are kept.
             init_std: Spread of the first weights; None: one by the root of D.
 
         Raises:
@@ -46,11 +52,12 @@ class FieldVectors(nn.Module):
         std = embedding_dim**-0.5 if init_std is None else init_std
         self.num_bags = len(side.bags)
         self.embedding_dim = embedding_dim
-        self.codes = nn.Embedding(side.num_codes, embedding_dim) if side.num_codes else None
+        self.codes = make_table(table, side.num_codes, embedding_dim) if side.num_codes else None
         if self.codes is not None:
-            nn.init.normal_(self.codes.weight, std=std)
-            with torch.no_grad():
-                self.codes.weight[list(side.untaught_codes)] = 0.0
+            self.codes.draw(std=std)
+            untrained_V = torch.zeros(side.num_codes, dtype=torch.bool)
+            untrained_V[list(side.untaught_codes)] = True
+            self.codes.zero_rows(untrained_V)
         self.number_weight_MD: nn.Parameter | None = None
         self.number_bias_MD: nn.Parameter | None = None
         if side.num_numbers:
@@ -65,7 +72,7 @@ class FieldVectors(nn.Module):
     def forward(self, table: FieldTable) -> Float[Tensor, "R F D"]:
         """Return the fields' vectors, in the order of the table."""
         present_RF = table.present_RF
-        parts = [] if self.codes is None else [self._look_up(table, self.codes.weight)]
+        parts = [] if self.codes is None else [self._look_up(table, self.codes)]
         after = table.code_RC.shape[1] + self.num_bags
         if self.number_weight_MD is not None and self.number_bias_MD is not None:
             num_numbers = len(self.number_weight_MD)
@@ -78,11 +85,11 @@ class FieldVectors(nn.Module):
             parts.append((layer(vector_RW) * there_R1).unsqueeze(1))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
-    def _look_up(self, table: FieldTable, weight: Tensor) -> Tensor:
+    def _look_up(self, table: FieldTable, codes: Table) -> Tensor:
         """Look up codes and the means of bags (R, C + G, D) in one pass, row by row."""
-        num_rows, num_codes = table.code_RC.shape
-        row_R1 = torch.arange(num_rows, device=weight.device).unsqueeze(1)
-        code_C = torch.arange(num_codes, device=weight.device)
+        (num_rows, num_codes), device = table.code_RC.shape, table.code_RC.device
+        row_R1 = torch.arange(num_rows, device=device).unsqueeze(1)
+        code_C = torch.arange(num_codes, device=device)
         starts_RG1 = table.bag_offsets_RG1 + num_codes * row_R1
         single_RC = starts_RG1[:, :1] + code_C  # a row's codes stand before its bags
         bag_RG = starts_RG1[:, :-1] + num_codes
@@ -92,9 +99,9 @@ class FieldVectors(nn.Module):
             before_N = (num_codes * (row_R1.squeeze(1) + 1)).repeat_interleave(length_R)
             code_N = table.bag_N.new_empty(len(table.bag_N) + code_N.numel())
             code_N[single_RC.flatten()] = table.code_RC.flatten()
-            code_N[torch.arange(len(table.bag_N), device=weight.device) + before_N] = table.bag_N
+            code_N[torch.arange(len(table.bag_N), device=device) + before_N] = table.bag_N
         starts_RK = torch.cat([single_RC, bag_RG], dim=1)
-        looked_PD = mean_bags(code_N, starts_RK.flatten(), weight)
+        looked_PD = codes.mean_bags(code_N, starts_RK.flatten())
         return looked_PD.view(*starts_RK.shape, self.embedding_dim)
 
 
@@ -112,14 +119,16 @@ class FieldEncoder(nn.Module):
         for each, and no tanh, so that any number of fields, missing ones too, weigh 1 together.
     """
 
-    def __init__(self, side: FieldSide, *, embedding_dim: int, fusion: Fusion) -> None:
+    def __init__(
+        self, side: FieldSide, *, embedding_dim: int, fusion: Fusion, table: TableConfig
+    ) -> None:
         """Make untrained weights.
 
         Raises:
             ConfigError: There is no field.
         """
         super().__init__()
-        self.fields = FieldVectors(side, embedding_dim=embedding_dim)
+        self.fields = FieldVectors(side, embedding_dim=embedding_dim, table=table)
         width = side.num_fields * embedding_dim
         self.mix = nn.Linear(width, embedding_dim) if fusion == "concat" else None
         self.gate = (
@@ -152,95 +161,3 @@ def gated_sum(
     lowest = torch.finfo(logit_XF.dtype).min
     weight_XF = logit_XF.masked_fill(~says_XF, lowest).softmax(dim=-1) * says_XF
     return torch.einsum("...f,...fd->...d", weight_XF, silenced_XFD)
-
-
-def mean_bags(
-    code_N: Int64[Tensor, " N"],
-    offsets_P: Int64[Tensor, " P"],
-    weight_VD: Float[Tensor, "V D"],
-) -> Float[Tensor, "P D"]:
-    """Return the mean of the rows of each bag, as `F.embedding_bag` does, with a fast gradient.
-
-    The gradient of a row is a sum over the places where it stands, so it is a sum over bags again:
-    codes in ascending order, one bag a code. torch's own takes ten times as long on a CPU.
-
-    Args:
-        code_N: Rows of `weight_VD`, bag by bag.
-        offsets_P: Where each bag starts in `code_N`; it ends where the next one starts.
-        weight_VD: The table.
-    """
-    length_P = torch.diff(offsets_P, append=offsets_P.new_full((1,), len(code_N)))
-    share_N = length_P.to(weight_VD.dtype).reciprocal().repeat_interleave(length_P)
-    looked_PD: Tensor = _SumBags.apply(  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        code_N, offsets_P, length_P, share_N, weight_VD
-    )
-    return looked_PD
-
-
-def look_up(code_N: Int64[Tensor, " N"], weight_VD: Float[Tensor, "V D"]) -> Float[Tensor, "N D"]:
-    """Return rows of a table, as `F.embedding` does, with a fast gradient; row 0 gets none.
-
-    torch's own gradient takes two to eight times as long on a CPU.
-    """
-    looked_ND: Tensor = _LookUp.apply(code_N, weight_VD)  # type: ignore[no-untyped-call]  # torch
-    return looked_ND
-
-
-class _LookUp(torch.autograd.Function):
-    """Some rows of a table."""
-
-    @staticmethod
-    def forward(
-        context: Any,  # torch's own, without a public type
-        code_N: Tensor,
-        weight_VD: Tensor,
-    ) -> Tensor:
-        context.save_for_backward(code_N)
-        context.num_codes = len(weight_VD)
-        return weight_VD.index_select(0, code_N)
-
-    @staticmethod
-    def backward(context: Any, grad_ND: Tensor) -> tuple[None, Tensor]:
-        (code_N,) = context.saved_tensors
-        order_N, start_V = _by_code(code_N, context.num_codes)
-        grad_VD = F.embedding_bag(order_N, grad_ND.contiguous(), start_V, mode="sum")
-        grad_VD[:1] = 0.0
-        return None, grad_VD
-
-
-def _by_code(code_N: Tensor, num_codes: int) -> tuple[Int64[Tensor, " N"], Int64[Tensor, " V"]]:
-    """Return the places of codes in ascending order, and where each code begins among them."""
-    times_V = code_N.bincount(minlength=num_codes)
-    order_N = code_N.int().sort(stable=True).indices  # int32 sorts in half of the time
-    return order_N, times_V.cumsum(0) - times_V
-
-
-class _SumBags(torch.autograd.Function):
-    """The weighted sum of each bag's rows."""
-
-    @staticmethod
-    def forward(
-        context: Any,  # torch's own, without a public type
-        code_N: Tensor,
-        offsets_P: Tensor,
-        length_P: Tensor,
-        share_N: Tensor,
-        weight_VD: Tensor,
-    ) -> Tensor:
-        context.save_for_backward(code_N, length_P, share_N)
-        context.num_codes = len(weight_VD)
-        return F.embedding_bag(code_N, weight_VD, offsets_P, mode="sum", per_sample_weights=share_N)
-
-    @staticmethod
-    def backward(context: Any, grad_PD: Tensor) -> tuple[None, None, None, None, Tensor]:
-        code_N, length_P, share_N = context.saved_tensors
-        bag_N = torch.arange(len(length_P), device=code_N.device).repeat_interleave(length_P)
-        order_N, start_V = _by_code(code_N, context.num_codes)
-        grad_VD = F.embedding_bag(
-            bag_N[order_N],
-            grad_PD.contiguous(),
-            start_V,
-            mode="sum",
-            per_sample_weights=share_N[order_N],
-        )
-        return None, None, None, None, grad_VD

@@ -28,7 +28,7 @@ from foretaste.models.layers.grouped_histories import Histories, group_histories
 from foretaste.models.layers.heads import score_in_blocks
 from foretaste.models.layers.pair_mlp import Activation
 from foretaste.models.layers.row_fields import RowFields, RowParts
-from foretaste.models.layers.row_sides import RowFieldsConfig
+from foretaste.models.layers.side_fields import RowFieldsConfig
 from foretaste.models.layers.target_attention import TargetAttention, mean_weights, pool
 
 _BLOCK_PAIRS = 2**16

@@ -8,6 +8,7 @@ Shape legend: B queries, U users, I items, D width, E width of users' vectors, D
 events.
 """
 
+from collections.abc import Callable
 from typing import final
 
 import numpy as np
@@ -19,6 +20,10 @@ from torch import Tensor, nn
 from foretaste.data.batch import Queries
 from foretaste.data.interactions import Interactions
 
+Rows = Callable[[Int64[Tensor, " N"]], Float[Tensor, "N _"]]
+"""Gives vectors by row: a `Table`, or what a model makes of one."""
+
+_BLOCK_USERS = 2**12
 _RIDGE = 1e-3
 """Weight of the squared coefficients, over the mean square of the inputs."""
 
@@ -49,60 +54,74 @@ class FoldIn(nn.Module):
         self.register_buffer("num_events_U", torch.full((num_users,), -1))
 
     @torch.no_grad()
-    def learn(
-        self, events: Interactions, user_UD: Float[Tensor, "U E"], item_ID: Float[Tensor, "I D"]
-    ) -> None:
-        """Fit W and b to the users that have a training event."""
-        device = user_UD.device
-        item_N = torch.from_numpy(events.item_idx.astype(np.int64)).to(device)
+    def learn(self, events: Interactions, users: Rows, items: Rows) -> None:
+        """Fit W and b to the users that have a training event, some users at a time.
+
+        Args:
+            events: What histories are made of.
+            users: Gives users' vectors (B, E) by row.
+            items: Gives items' vectors (N, D).
+        """
+        device, (dim, user_dim) = self.weight_DD.device, self.weight_DD.shape
         offsets_U1 = torch.from_numpy(events.offsets.astype(np.int64)).to(device)
         self.num_events_U.copy_(offsets_U1.diff())
-        has_U = self.num_events_U > 0
-        bag_UD = _bag(item_N, offsets_U1, item_ID)[has_U].double()
-        target_UD = user_UD[has_U].double()
-        bag_mean_D, target_mean_D = bag_UD.mean(dim=0), target_UD.mean(dim=0)
-        bag_UD, target_UD = bag_UD - bag_mean_D, target_UD - target_mean_D
-        gram_DD = bag_UD.T @ bag_UD
+        user_U = (self.num_events_U > 0).nonzero().squeeze(1)
+        both = torch.zeros(dim + user_dim, dtype=torch.float64, device=device)
+        product = torch.zeros(dim, dim + user_dim, dtype=torch.float64, device=device)
+        for user_B in user_U.split(_BLOCK_USERS):
+            first, last = int(offsets_U1[user_B[0]]), int(offsets_U1[user_B[-1] + 1])
+            item_N = torch.from_numpy(events.item_idx[first:last].astype(np.int64))
+            offsets_B1 = F.pad(offsets_U1[user_B + 1] - first, (1, 0))
+            bag_BD = _bag(item_N.to(device), offsets_B1, items)
+            pair_BX = torch.cat([bag_BD, users(user_B)], dim=1).double()
+            both += pair_BX.sum(dim=0)
+            product += pair_BX[:, :dim].T @ pair_BX
+        mean = both / len(user_U)
+        product -= len(user_U) * mean[:dim].unsqueeze(1) * mean
+        gram_DD = product[:, :dim].contiguous()
         gram_DD.diagonal().add_(_RIDGE * gram_DD.diagonal().mean() + 1e-12)
-        weight_DD = torch.linalg.solve(gram_DD, bag_UD.T @ target_UD)
+        weight_DD = torch.linalg.solve(gram_DD, product[:, dim:])
         self.weight_DD.copy_(weight_DD)
-        self.bias_D.copy_(target_mean_D - bag_mean_D @ weight_DD)
+        self.bias_D.copy_(mean[dim:] - mean[:dim] @ weight_DD)
 
-    def forward(
-        self,
-        queries: Queries,
-        user_UD: Float[Tensor, "U E"],
-        item_ID: Float[Tensor, "I D"],
-    ) -> Float[Tensor, "B E"]:
-        """Return a vector for each query."""
+    def forward(self, queries: Queries, users: Rows | None, items: Rows) -> Float[Tensor, "B E"]:
+        """Return a vector for each query.
+
+        Args:
+            queries: Users and their histories.
+            users: Gives users' vectors (B, E) by row; None: answer all as new users.
+            items: Gives items' vectors (N, D).
+        """
         length_B = queries.offsets_B1.diff()
         is_user_B = queries.user_B >= 0
-        if len(user_UD) == 0:
-            return self._fold(queries.history_N, queries.offsets_B1, item_ID)
+        if users is None or len(self.num_events_U) == 0:
+            return self._fold(queries.history_N, queries.offsets_B1, items)
         user_B = queries.user_B.clamp(min=0)
         trained_B = self.num_events_U[user_B]
-        own_BD = F.embedding(user_B, user_UD)
+        own_BD = users(user_B)
         is_same_B = (length_B == trained_B) & (trained_B > 0)
         as_trained_B = is_user_B & (is_same_B | (trained_B < 0))
         if as_trained_B.all():
             return own_BD
-        folded_BD = self._fold(queries.history_N, queries.offsets_B1, item_ID)
+        folded_BD = self._fold(queries.history_N, queries.offsets_B1, items)
         moved_B = is_user_B & (length_B > trained_B) & (trained_B > 0)
         if moved_B.any():
             earlier = _first_events(queries, trained_B.where(moved_B, 0))
-            moved_BD = own_BD + folded_BD - self._fold(*earlier, item_ID)
+            moved_BD = own_BD + folded_BD - self._fold(*earlier, items)
             folded_BD = moved_BD.where(moved_B.unsqueeze(1), folded_BD)
         return own_BD.where(as_trained_B.unsqueeze(1), folded_BD)
 
-    def _fold(self, item_N: Tensor, offsets_B1: Tensor, item_ID: Tensor) -> Tensor:
-        return _bag(item_N, offsets_B1, item_ID) @ self.weight_DD + self.bias_D
+    def _fold(self, item_N: Tensor, offsets_B1: Tensor, items: Rows) -> Tensor:
+        return _bag(item_N, offsets_B1, items) @ self.weight_DD + self.bias_D
 
 
-def _bag(item_N: Tensor, offsets_B1: Tensor, item_ID: Tensor) -> Float[Tensor, "B D"]:
+def _bag(item_N: Tensor, offsets_B1: Tensor, items: Rows) -> Float[Tensor, "B D"]:
     """Return the sum of each history's item vectors over the root of its length."""
+    vector_ND = items(item_N)
     if len(item_N) == 0:
-        return item_ID.new_zeros(len(offsets_B1) - 1, item_ID.shape[1])
-    sum_BD = F.embedding_bag(item_N, item_ID, offsets_B1, mode="sum", include_last_offset=True)
+        return vector_ND.new_zeros(len(offsets_B1) - 1, vector_ND.shape[1])
+    place_N = torch.arange(len(item_N), device=item_N.device)
+    sum_BD = F.embedding_bag(place_N, vector_ND, offsets_B1, mode="sum", include_last_offset=True)
     return sum_BD * offsets_B1.diff().clamp(min=1).rsqrt().unsqueeze(1)
 
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from foretaste.data.batch import Queries, SequenceBatch
 from foretaste.models.layers.attention import MultiHeadAttention
 from foretaste.models.layers.dropout import Dropout
-from foretaste.models.layers.embedding import mean_bags
 from foretaste.models.layers.grouped_histories import group_histories
+from foretaste.models.layers.table import mean_bags
 from foretaste.models.sasrec import CausalParts, SASRecConfig, causal_blocks, last_state
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from foretaste.data.features import Features, FieldSide, FieldTable, concat_rows
 from foretaste.errors import ConfigError
 from foretaste.models.layers.embedding import FieldEncoder, Fusion
+from foretaste.models.layers.table import TableConfig
 
 
 @final
@@ -18,12 +19,18 @@ class KnownFields(nn.Module):
     """An encoder with the table that it reads. Row -1 is somebody of whom nothing is known."""
 
     def __init__(
-        self, side: FieldSide, table: FieldTable, *, embedding_dim: int, fusion: Fusion
+        self,
+        side: FieldSide,
+        rows: FieldTable,
+        *,
+        embedding_dim: int,
+        fusion: Fusion,
+        table: TableConfig,
     ) -> None:
         """Make untrained weights."""
         super().__init__()
-        self.encoder = FieldEncoder(side, embedding_dim=embedding_dim, fusion=fusion)
-        self.rows = KnownRows(side, table)
+        self.encoder = FieldEncoder(side, embedding_dim=embedding_dim, fusion=fusion, table=table)
+        self.rows = KnownRows(side, rows)
 
     def forward(
         self, row_B: Int64[Tensor, " B"], other: FieldTable | None = None
@@ -113,12 +120,16 @@ def told_of_items(features: Features | None, num_items: int) -> tuple[FieldSide,
 
 
 def known_fields(
-    told: tuple[FieldSide, FieldTable] | None, *, embedding_dim: int, fusion: Fusion
+    told: tuple[FieldSide, FieldTable] | None,
+    *,
+    embedding_dim: int,
+    fusion: Fusion,
+    table: TableConfig,
 ) -> KnownFields | None:
     """Make what encodes the features of users, or of items; None where none are told."""
     if told is None:
         return None
-    return KnownFields(*told, embedding_dim=embedding_dim, fusion=fusion)
+    return KnownFields(*told, embedding_dim=embedding_dim, fusion=fusion, table=table)
 
 
 def _a_row_each(what: str, table: FieldTable, num_rows: int) -> FieldTable:

@@ -2,8 +2,8 @@
 
 In evaluation only; in training every row is read as it is given.
 
-Shape legend: B queries, S single-valued fields, the id first, Q fields of a user, U users, I items,
-W width of a field.
+Shape legend: B queries, S single-valued fields, the id first, Q fields of a user, W width of a
+field.
 """
 
 import torch
@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from foretaste.data.batch import Queries
-from foretaste.models.layers.fold_in import FoldIn
+from foretaste.models.layers.fold_in import FoldIn, Rows
 
 
 def with_likely_ids(
@@ -20,8 +20,8 @@ def with_likely_ids(
     single_BSW: Float[Tensor, "B S W"],
     has_id_B1: Bool[Tensor, "B 1"],
     *,
-    user_UW: Float[Tensor, "U W"],
-    item_IW: Float[Tensor, "I W"],
+    users: Rows,
+    items: Rows,
     only_new: bool = False,
 ) -> tuple[Float[Tensor, "B S W"], Bool[Tensor, "B 1"]]:
     """Return the ids of queries with a history by `fold_in`, and which queries have an id then.
@@ -31,8 +31,8 @@ def with_likely_ids(
         queries: Users and their histories.
         single_BSW: Single-valued fields.
         has_id_B1: Which users have an id vector.
-        user_UW: The users' id vectors.
-        item_IW: The items'.
+        users: Gives the users' id vectors.
+        items: Gives the items'.
         only_new: Whether known users keep their vectors whatever they have done since.
     """
     told_B1 = (queries.offsets_B1.diff() > 0).unsqueeze(1)
@@ -40,7 +40,7 @@ def with_likely_ids(
         told_B1 = told_B1 & ~has_id_B1
     if not told_B1.any():
         return single_BSW, has_id_B1
-    id_BW = fold_in(queries, user_UW, item_IW).where(told_B1, single_BSW[:, 0])
+    id_BW = fold_in(queries, users, items).where(told_B1, single_BSW[:, 0])
     return torch.cat([id_BW.unsqueeze(1), single_BSW[:, 1:]], dim=1), has_id_B1 | told_B1
 
 
@@ -49,7 +49,7 @@ def with_likely_features(
     queries: Queries,
     field_BQW: Float[Tensor, "B Q W"],
     *,
-    item_IW: Float[Tensor, "I W"],
+    items: Rows,
 ) -> Float[Tensor, "B Q W"]:
     """Replace all fields but the first, of new users with a history whose features are not told."""
     untold_B = (queries.user_B < 0) & (queries.offsets_B1.diff() > 0)
@@ -57,7 +57,6 @@ def with_likely_features(
         untold_B &= ~queries.profile.known_R
     if not untold_B.any():
         return field_BQW
-    nobody_UX = field_BQW[:0, 1:].flatten(1)
-    likely_BX: Tensor = fold_features(queries, nobody_UX, item_IW)
+    likely_BX: Tensor = fold_features(queries, None, items)
     likely_BQW = torch.cat([field_BQW[:, :1], likely_BX.view_as(field_BQW[:, 1:])], dim=1)
     return likely_BQW.where(untold_B[:, None, None], field_BQW)

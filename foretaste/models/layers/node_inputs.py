@@ -6,7 +6,6 @@ Shape legend: S nodes, B users, X users and items, D width.
 from typing import final
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
@@ -15,14 +14,14 @@ from foretaste.data.features import Features, FieldTable
 from foretaste.errors import ConfigError
 from foretaste.models.layers.embedding import Fusion
 from foretaste.models.layers.known_fields import known_fields, told_of_items, told_of_users
+from foretaste.models.layers.table import Table, TableConfig, make_tables
 
 
 @final
 class NodeInputs(nn.Module):
     """Users, then items. One learned vector stands for everybody who has no id of their own.
 
-    Who is without any tie has none: nothing could have taught it. The vector for everybody is the
-    last row of the table, so that one look-up serves all.
+    Who is without any tie has none: nothing could have taught it.
     """
 
     linked_X: Tensor
@@ -39,6 +38,7 @@ class NodeInputs(nn.Module):
         init_std: float,
         features: Features | None,
         fusion: Fusion,
+        table: TableConfig,
     ) -> None:
         """Make untrained weights.
 
@@ -51,6 +51,7 @@ class NodeInputs(nn.Module):
             init_std: Spread of the first id vectors.
             features: What is known of users and items.
             fusion: How a node's features become one vector.
+            table: How the vectors of ids are kept.
 
         Raises:
             ConfigError: There are neither ids nor features of items, or features are of others than
@@ -59,7 +60,7 @@ class NodeInputs(nn.Module):
         super().__init__()
         self.num_users = num_users
         self.user_fields, self.item_fields = (
-            known_fields(told, embedding_dim=embedding_dim, fusion=fusion)
+            known_fields(told, embedding_dim=embedding_dim, fusion=fusion, table=table)
             for told in (told_of_users(features, num_users), told_of_items(features, num_items))
         )
         if not ids and self.item_fields is None:
@@ -68,11 +69,17 @@ class NodeInputs(nn.Module):
                 "or give the items a table of features"
             )
         self.embedding_dim = embedding_dim
-        self.ids = nn.Embedding(num_users + num_items + 1, embedding_dim) if ids else None
-        if self.ids is not None:
-            nn.init.normal_(self.ids.weight, std=init_std)
-            with torch.no_grad():
-                self.ids.weight[-1] *= teach_newcomer
+        self.user_table: Table | None = None
+        self.item_table: Table | None = None
+        self.everybody_1D: nn.Parameter | None = None
+        if ids:
+            sizes = num_users, num_items, 1
+            self.user_table, self.item_table, last = make_tables(
+                table, sizes, embedding_dim, std=init_std
+            )
+            self.everybody_1D = nn.Parameter(
+                last.block(0, 1).detach() * teach_newcomer, requires_grad=teach_newcomer
+            )
         self.register_buffer("linked_X", torch.ones(num_users + num_items, dtype=torch.bool))
 
     def forward(
@@ -127,6 +134,11 @@ class NodeInputs(nn.Module):
         return self.item_fields.known_R
 
     def _own(self, node_S: Tensor, has_id_S: Tensor) -> Tensor:
-        if self.ids is None:
+        """Return id vectors of rising nodes; the one for everybody where there is none."""
+        if self.user_table is None or self.item_table is None or self.everybody_1D is None:
             return torch.zeros(len(node_S), self.embedding_dim, device=node_S.device)
-        return F.embedding(node_S.where(has_id_S, len(self.linked_X)), self.ids.weight)
+        num_users = int((node_S < self.num_users).sum())
+        row_S = node_S.where(has_id_S, -1)
+        item_R = (row_S[num_users:] - self.num_users).clamp(min=-1)
+        id_SD = torch.cat([self.user_table(row_S[:num_users]), self.item_table(item_R)])
+        return id_SD.where(has_id_S.unsqueeze(1), self.everybody_1D)

@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from foretaste.data.batch import Queries
+from foretaste.models.layers.table import Table
 
 Combine = Callable[[Tensor, Tensor], Tensor]
 """From layer 0 (B, D) and what neighbours send at each layer (B, W) to the answer (B, F)."""
@@ -78,7 +79,7 @@ def take_shapes(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: ob
 
 
 def answer_users(
-    queries: Queries, tables: NodeTables, layer_0_UD: Float[Tensor, "U D"], combine: Combine
+    queries: Queries, tables: NodeTables, users: Table, combine: Combine
 ) -> Float[Tensor, "B F"]:
     """Return a vector for each query.
 
@@ -98,10 +99,10 @@ def answer_users(
     new_B = torch.bincount(row_P, minlength=len(queries))
     received_BW = sum_of_rows(tables.sent_VW, node_P, new_B)
     strength_B = new_B.to(received_BW.dtype)
-    layer_0_BD = layer_0_UD.new_zeros(len(queries), layer_0_UD.shape[1])
+    layer_0_BD = received_BW.new_zeros(len(queries), users.width)
     received_BW.index_add_(0, known_R, tables.received_UW[user_R])
     strength_B.index_add_(0, known_R, tables.strength_U[user_R])
-    layer_0_BD.index_copy_(0, known_R, layer_0_UD[user_R])
+    layer_0_BD.index_copy_(0, known_R, users(user_R))
     answer_BF = place(layer_0_BD, received_BW, strength_B, combine)
     same_R = new_B[known_R] == 0
     return answer_BF.index_copy_(0, known_R[same_R], tables.user_UF[user_R[same_R]])

@@ -1,7 +1,7 @@
 """What a ranker reads of a row: its user, its item and its moment, one vector a field.
 
-All single-valued fields of a batch, ids among them, are looked up in one table in one pass; what
-is said of the user and the moment is worked out once for a query, however many items it has; bags,
+The ids of a batch are looked up in one pass a side, and so are the codes of single values; what is
+said of the user and the moment is worked out once for a query, however many items it has; bags,
 numbers and vectors of items are worked out once for an item, however often it stands in a batch.
 
 Shape legend: B queries, A rows of items (B, or 1 where all queries have the same), C items of
@@ -9,7 +9,6 @@ each, R new items, M events of histories, Q fields of a query, G fields of an it
 field.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple, final
 
 import numpy as np
@@ -21,14 +20,14 @@ from foretaste.data.batch import Queries
 from foretaste.data.features import Features, FieldTable
 from foretaste.data.interactions import Interactions
 from foretaste.errors import ConfigError
-from foretaste.models.layers.embedding import look_up
 from foretaste.models.layers.fold_in import FoldIn
 from foretaste.models.layers.new_users import with_likely_features, with_likely_ids
-from foretaste.models.layers.row_sides import RowFieldsConfig, sides_of_rows
-from foretaste.models.layers.side_fields import SideFields, side_by_side
-from foretaste.models.layers.used_rows_l2 import UsedRowsL2
-
-_BLOCK_USERS = 2**14
+from foretaste.models.layers.side_fields import (
+    RowFieldsConfig,
+    SideFields,
+    side_by_side,
+    sides_of_rows,
+)
 
 
 class RowParts(NamedTuple):
@@ -43,10 +42,9 @@ class RowParts(NamedTuple):
 
 @final
 class RowFields(nn.Module):
-    """One table of ids and single values, and what works out the other fields.
+    """The fields of users, items and moments.
 
-    Row 0 of the table is nobody: it is 0, and no gradient goes there. Who has no training event, or
-    is told without an id, stands there.
+    Who has no training event, or is given without an id, is nobody, whose id vector is 0.
     """
 
     taught_U: Tensor
@@ -83,14 +81,13 @@ class RowFields(nn.Module):
         super().__init__()
         self.config, self.num_users, self.num_items = config, num_users, num_items
         self.width = width or config.embedding_dim
-        self.user, self.item, self.context, self.num_codes = sides_of_rows(
+        self.user, self.item, self.context = sides_of_rows(
             config,
             num_users=num_users,
             num_items=num_items,
             features=features,
             width=self.width,
         )
-        self.table = self._table()
         self.register_buffer("taught_U", torch.ones(num_users, dtype=torch.bool))
         self.register_buffer("taught_I", torch.ones(num_items, dtype=torch.bool))
         folds = config.user_id and config.item_id and folds_in
@@ -102,7 +99,6 @@ class RowFields(nn.Module):
             if folds and user_dim
             else None
         )
-        self.l2 = UsedRowsL2(config.l2, config.l2_of, num_codes=self.num_codes)
         self._moments = (
             None if features is None or not config.context_features else features.context_table
         )
@@ -133,14 +129,12 @@ class RowFields(nn.Module):
         history_M = item_AC.new_empty(0) if history_M is None else history_M
         query_codes = self._user_codes(queries, drops=True), self._moment_codes(queries)
         item_ACS, history_MS = self._item_codes(item_AC, drops=True), self._item_codes(history_M)
-        *query_single, item_single, history_single = self._look_up(
-            [*query_codes, item_ACS, history_MS]
-        )
+        item_single, history_single = self._look_up_items(item_ACS, history_MS)
         vector_NOW, vector_MOW = self.item.shared_vectors(
             torch.cat([item_AC.flatten(), history_M])
         ).split([item_AC.numel(), len(history_M)])
         return RowParts(
-            query_BQW=self._query_fields(queries, query_codes[0], query_single),
+            query_BQW=self._query_fields(queries, *query_codes),
             item_ACGW=self._item_fields(item_AC, item_ACS, item_single, vector_NOW),
             history_MGW=self._item_fields(history_M, history_MS, history_single, vector_MOW),
         )
@@ -148,12 +142,12 @@ class RowFields(nn.Module):
     def query(self, queries: Queries) -> Float[Tensor, "B Q W"]:
         """Return the fields of users and moments alone."""
         codes = self._user_codes(queries), self._moment_codes(queries)
-        return self._query_fields(queries, codes[0], self._look_up(codes))
+        return self._query_fields(queries, *codes)
 
     def items(self, item_AC: Int64[Tensor, "A C"]) -> Float[Tensor, "A C G W"]:
         """Return the fields of items alone."""
         item_ACS = self._item_codes(item_AC)
-        (single_ACSW,) = self._look_up([item_ACS])
+        single_ACSW = self.item.look_up(item_ACS)
         vector_MOW = self.item.shared_vectors(item_AC.flatten())
         return self._item_fields(item_AC, item_ACS, single_ACSW, vector_MOW)
 
@@ -167,7 +161,7 @@ class RowFields(nn.Module):
             raise ConfigError("this model reads no features of items: none can be told by them")
         new_R = table.code_RC.new_full((len(table),), -1)
         code_RS = self._item_codes(new_R, other=table)
-        (single_RSW,) = self._look_up([code_RS])
+        single_RSW = self.item.look_up(code_RS)
         vector_ROW = self.item.vectors(new_R, table)
         return self._item_fields(new_R, code_RS, single_RSW, vector_ROW, other=table).unsqueeze(0)
 
@@ -197,26 +191,21 @@ class RowFields(nn.Module):
 
     @torch.no_grad()
     def begin(self, events: Interactions) -> None:
-        """Send users and items that no event can teach to row 0."""
+        """Make nobody of the users and items that no event can train."""
         times_U = torch.from_numpy(np.diff(events.offsets))
         times_I = torch.from_numpy(events.item_count)
         come_back = (times_U > 1).any() or times_U.all()  # else an id learns its row by heart
         self.taught_U.copy_((times_U > 0) & come_back)
         self.taught_I.copy_(times_I > 0)
-        for table_RW, taught_R in (
-            (self._user_table(), self.taught_U),
-            (self._item_table(), self.taught_I),
-        ):
-            if len(table_RW):
-                table_RW.mul_(taught_R.unsqueeze(1).to(table_RW))
-        uses = [
-            (self.user.codes(self.user_U, self.taught_U), times_U),
-            (self.item.codes(self.item_I, self.taught_I), times_I),
-        ]
-        if self._moments is not None:
-            code_ES = self._moments.code_RC + self.context.first_code
-            uses.append((code_ES, torch.ones(len(code_ES), dtype=torch.long)))
-        self.l2.count(uses)
+        for side, taught_R in ((self.user, self.taught_U), (self.item, self.taught_I)):
+            if side.id_table is not None:
+                side.id_table.zero_rows(~taught_R)
+        if self.config.l2:
+            self.user.count(self.user.codes(self.user_U, self.taught_U), times_U)
+            self.item.count(self.item.codes(self.item_I, self.taught_I), times_I)
+            if self._moments is not None:
+                code_ES = self._moments.code_RC
+                self.context.count(code_ES, torch.ones(len(code_ES), dtype=torch.long))
 
     def penalty(
         self,
@@ -232,13 +221,16 @@ class RowFields(nn.Module):
             history_N: Items of the histories that are read.
         """
         if not self.config.l2:
-            return self.table.weight.new_zeros(())
-        codes = [self._user_codes(queries), self._moment_codes(queries), self._item_codes(item_BC)]
+            return torch.zeros((), device=item_BC.device)
+        item_N, num_rows = item_BC.flatten(), len(queries)
         if history_N is not None:
-            codes.append(self._item_codes(history_N))
-        code_N = torch.cat([code.flatten() for code in codes])
-        penalty: Tensor = self.l2(code_N, self.table.weight, num_rows=len(queries))
-        return penalty
+            item_N = torch.cat([item_N, history_N])
+        parts = [
+            *self.user.penalty(self._user_codes(queries), num_rows=num_rows),
+            *self.context.penalty(self._moment_codes(queries), num_rows=num_rows),
+            *self.item.penalty(self._item_codes(item_N), num_rows=num_rows),
+        ]
+        return torch.stack(parts).sum()
 
     @torch.no_grad()
     def learn_new_users(self, events: Interactions) -> None:
@@ -247,26 +239,11 @@ class RowFields(nn.Module):
         Args:
             events: What histories are made of.
         """
-        if self.fold_in is not None:
-            self.fold_in.learn(events, self._user_table(), self._item_table())
-        if self.fold_features is not None:
-            blocks = self.user_U.split(_BLOCK_USERS)
-            known_UX = torch.cat([self._features_of(user_B) for user_B in blocks])
-            self.fold_features.learn(events, known_UX, self._item_table())
-
-    def _table(self) -> nn.Embedding:
-        table = nn.Embedding(self.num_codes, self.width, padding_idx=0)
-        nn.init.normal_(table.weight, std=self.config.init_std)
-        sides = (self.user, self.item, self.context)
-        with torch.no_grad():
-            table.weight[[0, *(code for side in sides for code in side.untaught_codes)]] = 0.0
-        return table
-
-    def _user_table(self) -> Float[Tensor, "_ W"]:
-        return self.user.ids_of(self.table.weight)
-
-    def _item_table(self) -> Float[Tensor, "_ W"]:
-        return self.item.ids_of(self.table.weight)
+        users, items = self.user.id_table, self.item.id_table
+        if self.fold_in is not None and users is not None and items is not None:
+            self.fold_in.learn(events, users, items)
+        if self.fold_features is not None and items is not None:
+            self.fold_features.learn(events, self._features_of, items)
 
     def _user_codes(self, queries: Queries, *, drops: bool = False) -> Int64[Tensor, "B S"]:
         dropped_B = None
@@ -292,18 +269,19 @@ class RowFields(nn.Module):
     def _drawn(self, row_X: Int64[Tensor, "*X"]) -> Bool[Tensor, "*X"]:
         return torch.rand(row_X.shape, device=row_X.device) < self.config.id_dropout
 
-    def _look_up(self, codes: Sequence[Tensor]) -> list[Tensor]:
-        """Look all codes up in one pass."""
-        looked = look_up(torch.cat([code.flatten() for code in codes]), self.table.weight)
-        parts = looked.split([code.numel() for code in codes])
-        return [part.view(*code.shape, self.width) for part, code in zip(parts, codes, strict=True)]
+    def _look_up_items(self, item_ACS: Tensor, history_MS: Tensor) -> tuple[Tensor, Tensor]:
+        """Look up the items that are judged, and those of histories, in one pass."""
+        sizes = [item_ACS[..., 0].numel(), len(history_MS)]
+        code_NS = torch.cat([item_ACS.flatten(0, -2), history_MS])
+        item_NSW, history_MSW = self.item.look_up(code_NS).split(sizes)
+        return item_NSW.view(*item_ACS.shape, self.width), history_MSW
 
     def _query_fields(
-        self, queries: Queries, user_BS: Tensor, single: Sequence[Tensor]
+        self, queries: Queries, user_BS: Tensor, moment_BS: Tensor
     ) -> Float[Tensor, "B Q W"]:
-        own_BSW, moment_BSW = single
+        own_BSW, moment_BSW = self.user.look_up(user_BS), self.context.look_up(moment_BS)
         return side_by_side(
-            self._user_fields(queries, user_BS[:, :1] > 0, own_BSW),
+            self._user_fields(queries, user_BS[:, :1] >= 0, own_BSW),
             self._moment_fields(queries, moment_BSW),
         )
 
@@ -311,20 +289,21 @@ class RowFields(nn.Module):
         offsets_B1 = user_B.new_zeros(len(user_B) + 1)
         queries = Queries(user_B=user_B, history_N=user_B[:0], offsets_B1=offsets_B1)
         code_BS = self._user_codes(queries)
-        (single_BSW,) = self._look_up([code_BS])
-        return self._user_fields(queries, code_BS[:, :1] > 0, single_BSW)[:, 1:].flatten(1)
+        single_BSW = self.user.look_up(code_BS)
+        return self._user_fields(queries, code_BS[:, :1] >= 0, single_BSW)[:, 1:].flatten(1)
 
     def _user_fields(
         self, queries: Queries, has_id_B1: Tensor, single_BSW: Tensor
     ) -> Float[Tensor, "B _ W"]:
-        if self.fold_in is not None and not self.training:
+        users, items, fold_in = self.user.id_table, self.item.id_table, self.fold_in
+        if fold_in is not None and users is not None and items is not None and not self.training:
             single_BSW, has_id_B1 = with_likely_ids(
-                self.fold_in,
+                fold_in,
                 queries,
                 single_BSW,
                 has_id_B1,
-                user_UW=self._user_table(),
-                item_IW=self._item_table(),
+                users=users,
+                items=items,
                 only_new=self.folds_only_new,
             )
         field_BQW = self.user.joined(
@@ -334,11 +313,9 @@ class RowFields(nn.Module):
             vector_XOW=self.user.vectors(queries.user_B, queries.profile),
             has_id_XN=has_id_B1[:, : self.user.has_id],
         )
-        if self.fold_features is None or self.training:
+        if self.fold_features is None or items is None or self.training:
             return field_BQW
-        return with_likely_features(
-            self.fold_features, queries, field_BQW, item_IW=self._item_table()
-        )
+        return with_likely_features(self.fold_features, queries, field_BQW, items=items)
 
     def _moment_fields(self, queries: Queries, single_BSW: Tensor) -> Float[Tensor, "B _ W"]:
         nobody_B = torch.full_like(queries.user_B, -1)
@@ -358,5 +335,5 @@ class RowFields(nn.Module):
             other,
             single_XSW=single_XSW,
             vector_XOW=vector_MOW.view(*item_X.shape, *vector_MOW.shape[1:]),
-            has_id_XN=code_XS[..., : self.item.has_id] > 0,
+            has_id_XN=code_XS[..., : self.item.has_id] >= 0,
         )

@@ -1,25 +1,112 @@
 """One side of a row: its user, its item, or the moment; the id, if it has one, and the features.
 
-The id and single-valued fields are only turned into codes here: all sides share one table of them.
-Bags, numbers and vectors are worked out here, and the gate stands here that makes one field of a
-side's id and its vectors.
+Ids have a table of their own, and so have the codes of single-valued fields. Bags, numbers and
+vectors are worked out row by row; a gate may make one field of a side's id and its vectors.
 
 Shape legend: R rows, X any shape of rows, S single-valued fields, the id among them, O other
 fields, V vectors among them, F fields, N 1 where the side has an id, else 0, W width.
 """
 
-from typing import final
+from typing import Literal, NamedTuple, final
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
+from pydantic import Field
 from torch import Tensor, nn
 
-from foretaste.data.features import FieldSide, FieldTable
+from foretaste.config import Count, Positive, Weight
+from foretaste.data.features import Features, FieldSide, FieldTable
+from foretaste.errors import ConfigError
 from foretaste.models.layers.embedding import FieldVectors, Fusion, gated_sum
-from foretaste.models.layers.known_fields import KnownRows
+from foretaste.models.layers.known_fields import KnownRows, told_of_items, told_of_users
+from foretaste.models.layers.table import IdConfig, Table, make_tables
+
+L2Of = Literal["rows", "mini_batch_aware"]
 
 _BLOCK_ROWS = 2**14
+
+
+class RowFieldsConfig(IdConfig):
+    """Settings of what a ranker reads."""
+
+    embedding_dim: Count = 16
+    """Width of each field's vector."""
+    user_id: bool = True
+    """Whether each user has a vector of their own; nobody has where each row is a user of its
+    own."""
+    item_id: bool = True
+    """Whether each item has a vector of its own."""
+    user_features: bool = True
+    """Whether the features of users are read, where there are any."""
+    item_features: bool = True
+    """Whether the features of items are read, where there are any."""
+    context_features: bool = True
+    """Whether the features of the moment are read, where there are any."""
+    fusion: Fusion = "concat"
+    """How vectors, of a text or an image, join: each as one more field, or by a gate, which makes
+    one field of them and the id."""
+    id_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of rows that are told in training without their id, where something else is known:
+    features learn to stand alone."""
+    init_std: Positive = 0.05
+    """Spread of the first vectors."""
+    l2: Weight = 0.0
+    """Weight of half the squared length of the vectors of ids and single values that a batch
+    uses."""
+    l2_of: L2Of = "rows"
+    """"rows": the mean over the batch's rows of all that they use. "mini_batch_aware": each vector
+    once a batch, by 1 over the number of training rows that use it, so that over an epoch rare
+    and frequent ones are held alike."""
+
+
+@final
+class UsedRowsL2(nn.Module):
+    r"""The price of long vectors, paid by the rows of a table that a batch uses.
+
+    .. math:: \frac{\lambda}{2} \sum_v w_v \lVert e_v \rVert^2
+
+    "rows": w is how often the batch uses row v over its number of rows. "mini_batch_aware": w is 1
+    over the number of training rows that use v: Zhou et al., "Deep Interest Network for
+    Click-Through Rate Prediction", KDD 2018, equation 6. **Departure**: a row that only reads an
+    item in a history does not count among those that use it. Row -1 is nobody, and pays nothing.
+
+    Shape legend: V rows of the table, N uses in a batch.
+    """
+
+    times_V: Tensor
+    """How many training rows use each row of the table; empty where nothing asks for it."""
+
+    def __init__(self, l2: float, of: L2Of) -> None:
+        super().__init__()
+        self.weight, self.of = l2, of
+        self.register_buffer("times_V", torch.zeros(0), persistent=False)
+
+    def count(
+        self, code_RS: Int64[Tensor, "_ _"], times_R: Int64[Tensor, " _"], *, num_rows: int
+    ) -> None:
+        """Count the training rows of each row of the table.
+
+        Args:
+            code_RS: Codes of users, items or moments, -1 for none.
+            times_R: How many training rows each stands in.
+            num_rows: V.
+        """
+        if self.weight and self.of == "mini_batch_aware":
+            times_RS = times_R.unsqueeze(1).expand_as(code_RS)
+            code_N, times_N = code_RS.flatten().cpu(), times_RS.flatten().float()
+            times_V = torch.zeros(num_rows + 1).index_add_(0, code_N + 1, times_N)[1:]
+            self.times_V = times_V.to(self.times_V.device)
+
+    def forward(self, code_N: Int64[Tensor, " N"], table: Table, *, num_rows: int) -> Tensor:
+        """Return the penalty of a batch of `num_rows` rows, which uses `code_N`."""
+        used_V, times_V = code_N[code_N >= 0].unique(return_counts=True)
+        if self.of == "mini_batch_aware":
+            factor_V = self.times_V[used_V].clamp(min=1).reciprocal()
+        else:
+            factor_V = times_V / num_rows
+        square_V: Tensor = table(used_V).square().sum(dim=1)
+        return self.weight / 2 * (factor_V @ square_V)
 
 
 @final
@@ -34,42 +121,40 @@ class SideFields(nn.Module):
         told: tuple[FieldSide, FieldTable | None] | None,
         *,
         num_rows: int,
-        first_id: int | None,
-        first_code: int,
+        has_id: bool,
+        config: RowFieldsConfig,
         width: int,
-        init_std: float,
-        fusion: Fusion,
     ) -> None:
-        """Make untrained weights.
+        """Make untrained weights, all but those of the tables.
 
         Args:
             told: The features, and the encoded rows of all users or items, None of the moment,
                 which has none; None where no features are read.
             num_rows: Users or items; 0 of the moment.
-            first_id: Where ids begin in the table that all sides share; None: there are none.
-            first_code: Where the codes of features begin in it.
+            has_id: Whether each row has a vector of its own.
+            config: The settings.
             width: W.
-            init_std: Spread of the first weights.
-            fusion: How vectors join.
         """
         super().__init__()
         side, table = (FieldSide(), None) if told is None else told
         others = FieldSide(bags=side.bags, numbers=side.numbers, vectors=side.vectors)
-        self.has_id, self.has_features = first_id is not None, told is not None
-        self.first_id, self.first_code, self.width = first_id, first_code, width
-        self._ids = slice(first_id, first_id + num_rows) if first_id is not None else slice(0)
+        self.has_id, self.has_features, self.width = has_id, told is not None, width
+        self.num_ids = num_rows if has_id else 0
         self.num_codes = side.num_codes - others.num_codes
         self.num_singles, self.num_others = len(side.codes), others.num_fields
         self.num_vectors = len(side.vectors)
-        self.untaught_codes = [
-            first_code + code for code in side.untaught_codes if code < self.num_codes
-        ]
+        self.untrained_V = torch.zeros(self.num_codes, dtype=torch.bool)
+        self.untrained_V[[code for code in side.untaught_codes if code < self.num_codes]] = True
+        self.id_table: Table | None = None
+        self.code_table: Table | None = None
+        self.id_l2, self.code_l2 = (UsedRowsL2(config.l2, config.l2_of) for _ in range(2))
         self.others = (
-            FieldVectors(others, embedding_dim=width, init_std=init_std)
+            FieldVectors(others, embedding_dim=width, table=config.table, init_std=config.init_std)
             if others.num_fields
             else None
         )
-        num_gated = self.num_vectors + self.has_id if fusion == "gate" and self.num_vectors else 0
+        gates = config.fusion == "gate" and self.num_vectors
+        num_gated = self.num_vectors + self.has_id if gates else 0
         self.gate = nn.Linear(num_gated * width, num_gated) if num_gated > 1 else None
         self.known = KnownRows(side, side.unknown(num_rows) if table is None else table)
         self._kept_RX: Tensor | None = None
@@ -79,6 +164,14 @@ class SideFields(nn.Module):
         """F."""
         num_fields = self.has_id + self.num_singles + self.num_others
         return num_fields if self.gate is None else num_fields + 1 - self.num_vectors - self.has_id
+
+    def take_tables(self, id_table: Table, code_table: Table) -> None:
+        """Take the tables of ids and of codes, where there are such."""
+        if self.has_id:
+            self.id_table = id_table
+        if self.num_singles:
+            self.code_table = code_table
+            code_table.zero_rows(self.untrained_V)
 
     def codes(
         self,
@@ -92,25 +185,45 @@ class SideFields(nn.Module):
 
         Args:
             row_X: The rows.
-            taught_R: Whose id was learned, None: everybody's; the others' is 0, nobody's.
+            taught_R: Whose id was learned, None: everybody's; the others' is -1.
             other: What is told of rows that are -1.
             dropped_X: Which are told without their id.
         """
-        if self.first_id is None:
+        if not self.has_id:
             return self._single_codes(row_X, other)
         has_id_X = row_X >= 0
         if taught_R is not None and len(taught_R):
             has_id_X &= taught_R[row_X]
         if dropped_X is not None:
             has_id_X &= ~dropped_X
-        id_X1 = (row_X + self.first_id).where(has_id_X, 0).unsqueeze(-1)
+        id_X1 = row_X.where(has_id_X, -1).unsqueeze(-1)
         if not self.num_singles:
             return id_X1
         return torch.cat([id_X1, self._single_codes(row_X, other)], dim=-1)
 
-    def ids_of(self, table_VW: Float[Tensor, "V W"]) -> Float[Tensor, "_ W"]:
-        """Return the part of the shared table that holds ids; no row where there are none."""
-        return table_VW[self._ids]
+    def look_up(self, code_XS: Int64[Tensor, "*X S"]) -> Float[Tensor, "*X S W"]:
+        """Return the vectors of codes, as `codes` gives them."""
+        looked = [table(part_X) for table, part_X, _ in self._by_table(code_XS)]
+        if not looked:
+            return torch.empty(*code_XS.shape, self.width, device=code_XS.device)
+        return looked[0] if len(looked) == 1 else torch.cat(looked, dim=-2)
+
+    def count(self, code_RS: Int64[Tensor, "R S"], times_R: Int64[Tensor, " R"]) -> None:
+        """Count in how many training rows each id and each code stands."""
+        for table, part_R, l2 in self._by_table(code_RS):
+            l2.count(part_R, times_R, num_rows=table.num_rows)
+
+    def penalty(self, code_NS: Int64[Tensor, "N S"], *, num_rows: int) -> list[Tensor]:
+        """Return what the uses of ids and of codes in a batch add to its loss."""
+        return [
+            l2(part_N.flatten(), table, num_rows=num_rows)
+            for table, part_N, l2 in self._by_table(code_NS)
+        ]
+
+    def _by_table(self, code_XS: Tensor) -> list[tuple[Table, Tensor, UsedRowsL2]]:
+        id_X, single_X = code_XS[..., : self.has_id], code_XS[..., self.has_id :]
+        both = (self.id_table, id_X, self.id_l2), (self.code_table, single_X, self.code_l2)
+        return [(table, part_X, l2) for table, part_X, l2 in both if table is not None]
 
     def vectors(
         self, row_R: Int64[Tensor, " R"], other: FieldTable | None = None
@@ -134,10 +247,8 @@ class SideFields(nn.Module):
             return torch.empty(len(row_R), 0, self.width, device=row_R.device)
         row_R = row_R.where(row_R >= 0, self.known.num_rows)
         if self.training:
-            is_needed = torch.zeros_like(self.known.present_RF[:, 0])
-            is_needed[row_R] = True
-            table_RX = self._worked_out(is_needed.nonzero().squeeze(1))
-            row_R = (is_needed.cumsum(0) - 1)[row_R]
+            needed_R, row_R = row_R.unique(return_inverse=True)
+            table_RX = self._worked_out(needed_R)
         else:
             table_RX = self._kept()
         return F.embedding(row_R, table_RX).view(len(row_R), self.num_others, self.width)
@@ -175,7 +286,7 @@ class SideFields(nn.Module):
         own_XS = self.known.code_RC[row_X]
         if other is not None:
             own_XS = own_XS.where((row_X >= 0).unsqueeze(-1), other.code_RC)
-        return own_XS + self.first_code
+        return own_XS
 
     def _worked_out(self, row_R: Tensor) -> Float[Tensor, "R X"]:
         return self.vectors(row_R.where(row_R < self.known.num_rows, -1)).flatten(1)
@@ -209,6 +320,57 @@ class SideFields(nn.Module):
             )
         )
         return other_ROW
+
+
+class RowSides(NamedTuple):
+    """Each may have no field at all."""
+
+    user: SideFields
+    item: SideFields
+    context: SideFields
+
+
+def sides_of_rows(
+    config: RowFieldsConfig,
+    *,
+    num_users: int,
+    num_items: int,
+    features: Features | None,
+    width: int,
+) -> RowSides:
+    """Make the sides and their tables.
+
+    Raises:
+        ConfigError: There is nothing to tell one of several items by, or nothing at all, or
+            features are of others than there are.
+    """
+    users = told_of_users(features if config.user_features else None, num_users)
+    items = told_of_items(features if config.item_features else None, num_items)
+    moments = _told_of_moments(features if config.context_features else None)
+    made = [
+        SideFields(told, num_rows=num_rows, has_id=has_id, config=config, width=width)
+        for told, num_rows, has_id in (
+            (users, num_users, config.user_id),
+            (items, num_items, config.item_id),
+            (moments, 0, False),
+        )
+    ]
+    user, item, context = made
+    if not item.num_fields and num_items > 1:
+        raise ConfigError(
+            "there is nothing to tell an item by: set model.item_id, or give features of items"
+        )
+    if not any(side.num_fields for side in made):
+        raise ConfigError("there is nothing to tell a row by: give features of users or moments")
+    sizes = [1, *(side.num_ids for side in made), *(side.num_codes for side in made)]
+    tables = make_tables(config.table, sizes, width, std=config.init_std)[1:]  # as it was drawn
+    for side, ids, codes in zip(made, tables[:3], tables[3:], strict=True):
+        side.take_tables(ids, codes)
+    return RowSides(user, item, context)
+
+
+def _told_of_moments(features: Features | None) -> tuple[FieldSide, None] | None:
+    return None if features is None or features.context is None else (features.context, None)
 
 
 def side_by_side(

@@ -8,6 +8,7 @@ Shape legend: N rows, M shared candidates, H own candidates, V distinct items, D
 P pairs.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, final
@@ -161,33 +162,29 @@ class CandidateLoss(nn.Module):
         config, device = self.config, target_N.device
         num = self.num_known if config.loss == "softmax" else config.negatives
         drawn = self.shared.draw(num, device=device, generator=generator)
-        item_M, count_I = drawn.item_M, drawn.chance_I
+        item_M, chances = drawn.item_M, [drawn.chance]
         own_NH = target_N.new_empty(len(target_N), 0)
         if config.loss != "softmax":
             if self.in_batch is not None:
                 others = self.in_batch.draw(target_N)
                 item_M = torch.cat([item_M, others.item_M]).unique()
-                count_I = 1 - (1 - count_I) * (1 - others.chance_I)
+                chances.append(others.chance)
             if self.own is not None:
                 own_NH = self._draw_own(user_N, target_N, generator or torch.default_generator)
-                count_I = count_I + own_NH.shape[1] * self.own.probability_I.to(count_I)
         num_drawn = own_NH.shape[1]
         if hard_NH is not None and config.loss != "softmax":
             own_NH = torch.cat([own_NH, hard_NH], dim=1)
-        column_I = torch.full((self.num_items,), -1, device=device)
-        column_I[item_M] = torch.arange(len(item_M), device=device)
         named = torch.cat([target_N, item_M, own_NH.flatten()])
         item_V, place = named.unique(return_inverse=True)
-        log_count_I = count_I.log()
-        log_count_NH = log_count_I[own_NH]
+        log_count_NH = self._count(own_NH, chances, num_drawn).log()
         log_count_NH[:, num_drawn:] = 0
         return Candidates(
             item_V=item_V,
             target_N=place[: len(target_N)],
             shared_M=place[len(target_N) : len(target_N) + len(item_M)],
             own_NH=place[len(target_N) + len(item_M) :].view(own_NH.shape),
-            hidden_2P=self._hidden(user_N, target_N, column_I, len(item_M), own_NH),
-            log_count_M=log_count_I[item_M],
+            hidden_2P=self._hidden(user_N, target_N, item_M, own_NH),
+            log_count_M=self._count(item_M, chances, num_drawn).log(),
             log_count_NH=log_count_NH,
         )
 
@@ -233,20 +230,31 @@ class CandidateLoss(nn.Module):
         drawn = draw_unseen(self.own, user_cpu, num, seen=self.seen, generator=generator)
         return drawn.to(target_N)
 
+    def _count(
+        self, item_X: Tensor, chances: list[Callable[[Tensor], Tensor]], num_own: int
+    ) -> Tensor:
+        """Return how often items are expected among what a row is compared with."""
+        count_X = chances[0](item_X)
+        for chance in chances[1:]:
+            count_X = 1 - (1 - count_X) * (1 - chance(item_X))
+        if self.own is not None and num_own:
+            count_X = count_X + num_own * self.own.probability_I[item_X.cpu()].to(count_X)
+        return count_X
+
     def _hidden(
-        self, user_N: Tensor, target_N: Tensor, column_I: Tensor, num_shared: int, own_NH: Tensor
+        self, user_N: Tensor, target_N: Tensor, item_M: Tensor, own_NH: Tensor
     ) -> Int64[Tensor, "2 P"]:
         if self.seen is None:
             row_P, item_P = torch.arange(len(target_N), device=target_N.device), target_N
         else:
             row_P, item_P = self.seen.items_of(user_N.cpu())
             row_P, item_P = row_P.to(target_N.device), item_P.to(target_N.device)
-        column_P = column_I[item_P]
+        column_P = _columns(item_P, item_M)
         hidden_2P = torch.stack([row_P, column_P])[:, column_P >= 0]
         if own_NH.shape[1] == 0:
             return hidden_2P
         own_2P = (own_NH == target_N.unsqueeze(1)).nonzero().T
-        own_2P[1] += num_shared
+        own_2P[1] += len(item_M)
         both_2P = torch.cat([hidden_2P, own_2P], dim=1)
         return both_2P[:, both_2P[0].argsort(stable=True)]
 
@@ -267,6 +275,15 @@ class CandidateLoss(nn.Module):
             case "margin":
                 chosen = partial(margin_loss_gradient, margin=config.margin)
         return hardest(chosen, config.hardest) if config.hardest else chosen
+
+
+def _columns(item_P: Tensor, item_M: Tensor) -> Int64[Tensor, " P"]:
+    """Return where items stand in `item_M`, -1 for those that do not."""
+    if not len(item_M):
+        return torch.full_like(item_P, -1)
+    sorted_M, order_M = item_M.sort()
+    place_P = torch.searchsorted(sorted_M, item_P).clamp(max=len(item_M) - 1)
+    return order_M[place_P].where(sorted_M[place_P] == item_P, -1)
 
 
 def _in_batch_sampler(

@@ -7,7 +7,6 @@ distinct items, D width.
 from typing import Literal, final
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from pydantic import Field
 from torch import Tensor, nn
@@ -60,7 +59,7 @@ class MaskedItem(nn.Module):
         target_N = batch.item_BL.gather(1, place_BT)[real_BT]
         user_N = batch.user_B.unsqueeze(1).expand_as(place_BT)[real_BT]
         candidates = self.loss.draw(user_N, target_N)
-        item_VD = F.embedding(candidates.item_V, model.item_table())
+        item_VD = model.items(candidates.item_V)
         loss: Tensor = self.loss(candidates, state_BTD[real_BT], item_VD)
         return loss
 

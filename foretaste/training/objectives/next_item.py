@@ -5,7 +5,6 @@ Shape legend: B rows, L positions, N events of the batch, V distinct items, D wi
 
 from typing import Literal, final
 
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -47,6 +46,6 @@ class NextItem(nn.Module):
         state_BLD: Tensor = model(batch)
         user_N = batch.user_B.unsqueeze(1).expand_as(batch.item_BL)[batch.valid_BL]
         candidates = self.loss.draw(user_N, batch.item_BL[batch.valid_BL])
-        item_VD = F.embedding(candidates.item_V, model.item_table())
+        item_VD = model.items(candidates.item_V)
         loss: Tensor = self.loss(candidates, state_BLD[:, :-1][batch.valid_BL], item_VD)
         return loss
