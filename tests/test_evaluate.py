@@ -231,6 +231,25 @@ def test_the_chance_level_is_what_a_constant_scorer_gets(how: dict[str, object])
     assert evaluate(trained(Fixed(scores), events), asked, resamples=0, **how).chance == {}
 
 
+def test_random_scorers_get_the_chance_level_that_is_printed() -> None:
+    # 4,000 users, 2 of 29 items to find: the standard error of a mean is below .006
+    draw = np.random.default_rng(0)
+    drawn = [draw.permutation(29)[:3] + 1 for _ in range(4000)]
+    asked = holdout([[0]] * 4000, [items[:2].tolist() for items in drawn], 30)
+    scores = torch.from_numpy(draw.normal(size=(4000, 30)).astype(np.float32))
+    report = evaluate(trained(Fixed(scores), everything(30)), asked, k=(3, 10))
+    assert report.chance["hit_rate_at_3"] == pytest.approx(1 - (26 / 29) * (25 / 28))
+    for name, level in report.chance.items():
+        assert report.metrics[name] == pytest.approx(level, abs=0.025)
+    frame = report.to_frame()
+    assert frame.columns == ["metric", "value", "low", "high", "chance"]
+    assert dict(zip(frame["metric"], frame["value"], strict=True)) == report.metrics
+    row = frame.row(by_predicate=pl.col("metric") == "ndcg_at_10", named=True)
+    assert (row["low"], row["high"]) == report.intervals["ndcg_at_10"]
+    assert row["chance"] == report.chance["ndcg_at_10"]
+    assert frame.filter(metric="coverage_at_10")["low"].to_list() == [None]
+
+
 def test_a_figure_at_chance_is_said_to_be_no_better() -> None:
     # one of ten items is to be found, and nothing tells it: HR@3 of chance is 3/10
     asked, model = (

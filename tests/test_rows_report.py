@@ -386,6 +386,9 @@ def test_the_effect_of_a_calibration_stands_beside_the_figures() -> None:
 def test_an_auc_that_is_no_better_than_chance_is_said_to_be() -> None:
     blind = measured(world(noise=50.0), resamples=200)
     assert blind.at_chance == ("click",)
+    frame = blind.to_frame()
+    assert dict(zip(frame["metric"], frame["value"], strict=True)) == blind.metrics
+    assert set(frame.filter(chance=0.5)["metric"]) == {n for n in blind.metrics if "auc" in n}
     assert "no better than that, as the interval reaches down to it: click" in blind.to_markdown()
     sighted = measured(world(noise=0.1), resamples=200)
     assert sighted.at_chance == ()

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
+import polars as pl
 from jaxtyping import Float64, Int64
 from rich.console import Console
 from rich.table import Table
@@ -144,6 +145,11 @@ class Report(Shown):
             raise no_report(error, "report") from error
 
     @checked
+    def to_frame(self) -> pl.DataFrame:
+        """Return the figures, a row for each metric: its value, 95 % interval and chance level."""
+        return figures_frame(self.metrics, self.intervals, self.chance)
+
+    @checked
     def to_markdown(self) -> str:
         """Return the tables and notes as Markdown."""
         parts = [f"## {self._title()}", markdown_table(self._headline())]
@@ -217,6 +223,20 @@ class Report(Shown):
 
 def _family(name: str) -> str:
     return name.rpartition("_at_")[0]
+
+
+def figures_frame(
+    metrics: Mapping[str, float],
+    intervals: Mapping[str, Interval],
+    chance: Mapping[str, float],
+) -> pl.DataFrame:
+    """Return figures as a frame with a row for each metric; what a metric lacks is null."""
+    rows = [
+        (name, value, *intervals.get(name, (None, None)), chance.get(name))
+        for name, value in metrics.items()
+    ]
+    numbers = dict.fromkeys(("value", "low", "high", "chance"), pl.Float64)
+    return pl.DataFrame(rows, schema={"metric": pl.String, **numbers}, orient="row")
 
 
 def console_table(rows: list[list[str]], *, title: str) -> Table:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
+import polars as pl
 from jaxtyping import Float64, Int64
 from pydantic import TypeAdapter
 
@@ -16,7 +17,13 @@ from foretaste.data.tasks import Task
 from foretaste.errors import DataError
 from foretaste.evaluation.bootstrap import Interval
 from foretaste.evaluation.calibration import Method, fit_calibration
-from foretaste.evaluation.report import console_table, markdown_table, no_report, printed
+from foretaste.evaluation.report import (
+    console_table,
+    figures_frame,
+    markdown_table,
+    no_report,
+    printed,
+)
 from foretaste.evaluation.row_metrics import Reliability, TaskRows
 from foretaste.shown import Shown
 from foretaste.training.calibration import Calibration
@@ -158,6 +165,12 @@ class RowsReport(Shown):
             )
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise no_report(error, "report of rows") from error
+
+    @checked
+    def to_frame(self) -> pl.DataFrame:
+        """Return the figures, a row for each metric: its value, 95 % interval and chance level."""
+        chance = {name: 0.5 for name in self.metrics if name.startswith(("auc", "gauc"))}
+        return figures_frame(self.metrics, self.intervals, chance)
 
     @checked
     def to_markdown(self) -> str:
