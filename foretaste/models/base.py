@@ -1,8 +1,8 @@
 """What every model is: a network that says in attributes and methods what it can do.
 
 A retriever has a vector for each query and each item, a ranker judges given items, a scorer gives
-every item a score. A model overrides what it can do and inherits the rest; nobody asks for more
-than these classes say.
+every item a score. A model overrides what it can do and inherits the rest; other rooms ask a model
+for nothing else, and never for its name.
 
 Shape legend: B queries, I items, U users, V items of a batch, C items of each query, D width,
 E experts, K thresholds between an ordinal task's levels, L positions, R rows.
@@ -38,7 +38,7 @@ LearnsBy = Literal["pairs", "next_item", "masked_item", "rows", "events"]
 
 
 class Model(nn.Module, ABC):
-    """What all models share, as one that can do nothing of it."""
+    """What all models share; the defaults are those of a model that can do nothing of it."""
 
     learns_by: ClassVar[LearnsBy | None] = None
     """None: it is made of models that have learned."""
