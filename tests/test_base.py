@@ -1,5 +1,7 @@
 """What a model says of itself decides what is done with it, whatever its name."""
 
+from typing import get_args
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,11 +11,15 @@ from foretaste.data.batch import Queries, SequenceBatch, last_events
 from foretaste.data.features_table import FieldTable
 from foretaste.errors import ConfigError
 from foretaste.experiment.learning import make_learning, usual_objective
+from foretaste.models.als import ImplicitALSConfig
 from foretaste.models.base import Ranker, Retriever, Scorer
+from foretaste.models.catalogue import ModelConfig, TwoStageConfig
 from foretaste.models.ease import EASE, EASEConfig
+from foretaste.models.item_knn import ItemKNNConfig
 from foretaste.models.layers.table import TableConfig, make_table
 from foretaste.models.mf import MF, MFConfig
 from foretaste.models.neumf import NCF, GMFConfig
+from foretaste.models.popularity import PopularityConfig
 from foretaste.models.sasrec import SASRec, SASRecConfig
 from foretaste.models.two_stage import TwoStage
 from foretaste.training.objectives.masked_item import MaskedItemConfig
@@ -135,3 +141,18 @@ def test_a_model_of_an_unknown_class_is_trained_and_answers_like_any_other() -> 
         0, torch.tensor([9]), -torch.inf
     )
     assert (score_I.topk(7).indices // GROUP_SIZE == 1).float().mean() > 0.8
+
+
+CONFIGS = [config for config in get_args(get_args(ModelConfig)[0]) if config != TwoStageConfig]
+WITHOUT_TABLES = (ImplicitALSConfig, EASEConfig, ItemKNNConfig, PopularityConfig)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.__name__)
+def test_a_setting_of_tables_is_taken_by_models_that_keep_ids_and_refused_by_name_by_others(
+    config: type[Config],
+) -> None:
+    assert ("table" in config.model_fields) == (config not in WITHOUT_TABLES)
+    name = "table" if config in WITHOUT_TABLES else "table.kind"
+    with pytest.raises(ConfigError) as caught:
+        config(table={"kind": "of another version"})
+    assert caught.value.name == name
