@@ -21,6 +21,7 @@ from foretaste.experiment.learning import make_learning
 from foretaste.experiment.mining import IndexNegatives
 from foretaste.models.lightgcn import LightGCN, LightGCNConfig
 from foretaste.models.mf import MF, MFConfig
+from foretaste.models.popularity import Popularity, PopularityConfig
 from foretaste.models.two_tower import TwoTower, TwoTowerConfig
 from foretaste.training.fit import Fit
 from foretaste.training.objectives.pairs import Pairs, PairsConfig
@@ -124,8 +125,8 @@ def test_what_was_never_mined_and_what_has_no_index_are_said() -> None:
     assert source.state() == {}
     with pytest.raises(ConfigError, match="no hard negatives are mined yet"):
         draw(source)
-    with pytest.raises(ConfigError, match="Linear is no retriever"):
-        source.refresh(nn.Linear(2, 2), 1)
+    with pytest.raises(ConfigError, match="Popularity is no retriever"):
+        source.refresh(Popularity(PopularityConfig(), num_items=2), 1)
 
 
 class BreakOffError(Exception):
