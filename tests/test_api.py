@@ -1,5 +1,6 @@
 """The HTTP API in one process: right answers, live events at once, and every bound."""
 
+import asyncio
 import gc
 import json
 import re
@@ -25,7 +26,7 @@ from foretaste.data.splitting import leave_last_split
 from foretaste.errors import BundleError, NonFiniteError
 from foretaste.experiment.fit import fit
 from foretaste.models.two_tower import TwoTowerConfig
-from foretaste.serving.access import access_of, add_token
+from foretaste.serving.access import Access, access_of, add_token
 from foretaste.serving.api import create_app
 from foretaste.serving.building import build_recommender
 from foretaste.serving.messages import RecommendReply, SimilarReply
@@ -860,6 +861,22 @@ def test_refusals_leave_so_many_lines_a_minute_and_the_next_line_counts_the_othe
         assert [line.get("refusals_not_logged") for line in lines] == [None, None, 5, None]
         text = films.http.get("/metrics", headers={"authorization": "Bearer t"}).text
         assert 'route="/v1/model",status="401"} 7.0' in text
+
+
+def test_faults_outside_of_requests_leave_few_lines_of_json(films: Served) -> None:
+    log: list[str] = []
+    settings = ServerSettings(refusals_logged_per_minute=2)
+    app = create_app(films.service, settings=settings, access=Access([]), write_log=log.append)
+
+    async def fail() -> None:
+        async with app.router.lifespan_context(app):
+            for _ in range(100):
+                fault = {"message": "out of files", "exception": OSError(24, "too many")}
+                asyncio.get_running_loop().call_exception_handler(fault)
+
+    asyncio.run(fail())
+    causes = [json.loads(line)["cause"] for line in log]
+    assert causes == ["out of files: OSError(24, 'too many')"] * 2
 
 
 def test_a_store_that_fails_is_said_and_nothing_is_acknowledged(fresh_films: Served) -> None:

@@ -1,5 +1,8 @@
 """The HTTP API: each route parses, asks the service, and answers."""
 
+import asyncio
+import json
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Annotated
@@ -15,7 +18,7 @@ from starlette.exceptions import HTTPException
 
 from foretaste.config import findings
 from foretaste.errors import DataError, ForetasteError, did_you_mean
-from foretaste.serving.access import Access
+from foretaste.serving.access import Access, Bucket
 from foretaste.serving.guard import Guard, refuse
 from foretaste.serving.messages import (
     ColumnsReply,
@@ -79,12 +82,13 @@ def create_app(
         service: What answers.
         settings: Bounds.
         access: Who may do what, as `access_of` reads it from settings.
-        write_log: Takes one line of JSON per request, its newline included.
+        write_log: Takes one line of JSON per request or fault, its newline included.
     """
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         anyio.to_thread.current_default_thread_limiter().total_tokens = settings.num_threads
+        asyncio.get_running_loop().set_exception_handler(_fault_log(settings, write_log))
         yield
 
     app = FastAPI(
@@ -237,6 +241,23 @@ async def _known_parameters(request: Request) -> None:
                 422,
                 f"{name}: there is no such query parameter{did_you_mean(name, known) or there_are}",
             )
+
+
+def _fault_log(
+    settings: ServerSettings, write_log: Callable[[str], object]
+) -> Callable[[asyncio.AbstractEventLoop, dict[str, object]], None]:
+    """Return what writes of a fault outside of a request, such as no file left to accept with.
+
+    One line each, and only so many a minute: left to itself, the loop writes thousands a second.
+    """
+    lines = Bucket(settings.refusals_logged_per_minute)
+
+    def write(_: asyncio.AbstractEventLoop, fault: dict[str, object]) -> None:
+        if not lines.wait_s():
+            cause = f"{fault['message']}: {fault.get('exception')!r}"
+            write_log(json.dumps({"time": time.time(), "event": "fault", "cause": cause}) + "\n")
+
+    return write
 
 
 def _sent(reply: BaseModel) -> Response:
