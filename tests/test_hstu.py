@@ -10,6 +10,7 @@ from torch.nn.functional import layer_norm, silu
 
 from foretaste.data.batch import NO_TIME, Queries, SequenceBatch, last_events
 from foretaste.errors import ConfigError
+from foretaste.models import hstu
 from foretaste.models.hstu import HSTU, HSTUConfig, time_buckets
 
 NUM_ITEMS, L = 20, 6
@@ -102,6 +103,13 @@ def test_a_query_is_the_last_state_of_its_history(num_blocks: int, *, times: boo
     batch = batch_of(times=times)
     last_BD = model(batch)[torch.arange(4), batch.valid_BL.sum(1)]
     torch.testing.assert_close(model.encode(queries_of(batch)), last_BD)
+
+
+def test_queries_in_blocks_are_the_same_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, queries = network(), queries_of(batch_of())
+    whole = model.encode(queries)
+    monkeypatch.setattr(hstu, "_PAIRS_AT_ONCE", 2 * (L + 1) ** 2)
+    torch.testing.assert_close(model.encode(queries), whole)
 
 
 def test_the_future_cannot_change_the_past() -> None:
