@@ -32,7 +32,7 @@ def compare(
     data_dir: DataDir = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Train several models and the baselines, measure all alike, and say which one to take."""
+    """Train several models and the baselines, measure all in one way, and say which to take."""
     if families is not None and len(recipes) > 1:
         raise typer.BadParameter("--families takes its data and split from one recipe")
     configs = ft.read_recipes(recipes, overrides=overrides or (), data_dir=data_dir)

@@ -55,7 +55,7 @@ def plan_of(
         ConfigError: They cannot be.
         DataError: There is nothing to measure.
     """
-    _check_alike(recipes)
+    _check_equal(recipes)
     seeds = _seeds(recipes, seeds)
     tasks = common_tasks(recipes, split)
     evaluation = next(iter(recipes.values())).evaluation
@@ -155,7 +155,7 @@ def _check_lists(entries: Sequence[Entry]) -> None:
         check_measurable(entry.config.model_copy(update={"evaluation": asked}), entry.split)
 
 
-def _check_alike(recipes: Mapping[str, ExperimentConfig]) -> None:
+def _check_equal(recipes: Mapping[str, ExperimentConfig]) -> None:
     if not recipes:
         raise ConfigError(
             "there is no recipe to compare: give one at least", name="recipes", value=()
