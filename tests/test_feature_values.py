@@ -495,3 +495,29 @@ def test_a_cross_written_before_is_read(tmp_path: Path) -> None:
     (tmp_path / "features.json").write_text(json.dumps(stored))
     side, _ = parts(Features.load(tmp_path))
     assert same(side.encode(frame), parts(features)[1])
+
+
+ODD: dict[str, tuple[pl.Series, FieldConfig, object, FieldConfig]] = {
+    "a text for a number": (pl.Series([1.5, 2.0, 3.5]), NUMBER, "red", CATEGORY),
+    "a list for a number": (pl.Series([1.5, 2.0, 3.5]), NUMBER, [1.0, 2.0], VectorField()),
+    "a list for a category": (pl.Series(["a", "b", "a"]), CATEGORY, ["a", "b"], MultiField()),
+    "a text for a list": (pl.Series([["a"], ["b"]]), MultiField(), "red", CATEGORY),
+    "a text for a vector": (pl.Series([[1.0, 2.0], [0.5, 1.0]]), VectorField(), "red", CATEGORY),
+}
+"""A column, its field, a value that is none of it, and a field that the value would be of."""
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_advice_about_settings_is_given_while_they_can_be_changed_and_no_later(name: str) -> None:
+    column, field, said, other = ODD[name]
+    side, _ = parts(fit(column, field))
+    with pytest.raises(DataError) as served:
+        alone(side, said)
+    assert not any(word in str(served.value) for word in ("kind =", "set ", "leave the column"))
+    assert served.value.column == "x"
+    wrong = pl.Series([said, said])
+    with pytest.raises(DataError) as fitted:
+        fit(wrong, field)
+    assert "or leave the column out" in str(fitted.value)
+    assert fitted.value.column == "x"
+    fit(wrong, other)  # as the message advises

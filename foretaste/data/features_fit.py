@@ -251,6 +251,30 @@ def fit_field(
         DataError: The column is not of the field's kind; the message names the row.
         ConfigError: A text needs an encoder that is not there.
     """
+    try:
+        return _fit(name, field, columns, trained_R)
+    except DataError as error:
+        error.args = (f"{error}; or {_OTHER_SETTINGS[field.kind]}, or leave the column out",)
+        raise
+
+
+_OTHER_SETTINGS = {
+    "categorical": 'set its kind to "multi" or "vector"',
+    "cross": "cross other columns",
+    "multi": 'set its separator, or kind = "categorical"',
+    "numeric": 'set kind = "categorical"',
+    "vector": "set another kind",
+    "text": "set another kind",
+}
+"""What helps as well while a schema is made, and no more once a model reads its features."""
+
+
+def _fit(
+    name: str,
+    field: FieldConfig,
+    columns: Sequence[pl.Series],
+    trained_R: Bool[np.ndarray, " R"],
+) -> Outcome:
     column = columns[0]
     match field:
         case CrossField():

@@ -99,7 +99,7 @@ def _bags_of_single(column: pl.Series, separator: str | None, holds: Held) -> Ba
         raise DataError(
             f"column {column.name!r} holds text, such as {text.drop_nulls()[0]!r}, and a feature "
             'of kind "multi" is a list, such as ["a", "b"], or text that its separator cuts: give '
-            'lists, or set separator, or kind = "categorical"',
+            "lists",
             column=column.name,
             value=text.drop_nulls()[0],
         )
@@ -133,7 +133,7 @@ def vectors_of(column: pl.Series, *, width: int | None = None) -> Vectors:
     if not (inner.is_numeric() or inner == pl.Null):
         raise DataError(
             f"column {column.name!r} holds {in_words(column)}, and a vector is a list of numbers: "
-            "set another kind, or leave the column out",
+            "give lists, or leave it missing",
             column=column.name,
         )
     length_R = column.list.len().fill_null(0).to_numpy()

@@ -123,7 +123,7 @@ def single_of(column: pl.Series) -> pl.Series:
     elif dtype == pl.Binary or dtype.is_nested():
         raise DataError(
             f"column {column.name!r} holds {in_words(column)}, and a category is text, a number or "
-            'a date: set its kind to "multi" or "vector", or leave the column out',
+            "a date: give one value, or leave it missing",
             column=column.name,
         )
     return column.cast(pl.String) if is_text(column) else column
@@ -244,7 +244,7 @@ def numbers_of(column: pl.Series, *, holds: Held | None = None) -> Float64[np.nd
     if column.dtype == pl.Binary or column.dtype.is_nested():
         raise DataError(
             f"column {column.name!r} holds {in_words(column)}, and a numeric field numbers, dates, "
-            "times or durations: set another kind, or leave the column out",
+            "times or durations: give those, or leave it missing",
             column=column.name,
         )
     column = single_of(column)
@@ -254,8 +254,7 @@ def numbers_of(column: pl.Series, *, holds: Held | None = None) -> Float64[np.nd
     if column.dtype == pl.String:
         broken &= column != ""
     wanted = _WANTED[holds or "number"]
-    fix = 'correct it, leave it missing, or set kind = "categorical"'
-    _refuse(column, broken, f"is not {wanted}: {fix}")
+    _refuse(column, broken, f"is not {wanted}: correct it, or leave it missing")
     _refuse(column, numbers.is_infinite(), "is infinite: correct it, or leave it missing")
     return numbers.fill_null(np.nan).to_numpy(writable=True)
 
