@@ -1,7 +1,9 @@
 """What every public function owes a caller who gives it something wrong."""
 
+import ast
 import inspect
 import pickle
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -345,3 +347,46 @@ def test_an_error_keeps_what_it_names_when_it_is_pickled() -> None:
     error = ft.DataError("row 3 is wrong", column="c", row=3, value="NA")
     again = pickle.loads(pickle.dumps(error))  # noqa: S301 - our own
     assert (str(again), again.column, again.row, again.value) == ("row 3 is wrong", "c", 3, "NA")
+
+
+OF_THE_STATE = {
+    "data/graph.py": 2,
+    "data/synthetic.py": 1,
+    "data/walks.py": 1,
+    "evaluation/measure_rows.py": 1,
+    "evaluation/row_metrics.py": 3,
+    "experiment/mining.py": 1,
+    "models/base.py": 4,
+    "models/item_sets.py": 1,
+    "models/layers/embedding.py": 1,
+    "models/layers/node_inputs.py": 1,
+    "models/layers/row_fields.py": 1,
+    "models/layers/side_fields.py": 1,
+    "models/lightgcn.py": 1,
+    "models/pinsage.py": 1,
+    "models/two_stage.py": 3,
+    "models/two_tower.py": 1,
+    "retrieval/choose.py": 2,
+    "retrieval/index.py": 1,
+    "sampling/distinct.py": 1,
+    "sampling/in_batch.py": 1,
+    "sampling/popularity.py": 1,
+    "sampling/uniform.py": 1,
+    "sampling/unseen.py": 1,
+    "serving/catalogue_search.py": 2,
+    "training/trained.py": 2,
+}
+"""How many errors of each file name no setting, argument, column or row: they are about what a
+model or a table is, such as weights that are not finite."""
+
+
+def test_an_error_carries_what_its_message_names() -> None:
+    kinds = {name for name in PUBLIC if name.endswith("Error")}
+    found: Counter[str] = Counter()
+    package = Path(ft.__file__).parent
+    for path in package.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            named = isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+            if named and node.func.id in kinds and not node.keywords:
+                found[path.relative_to(package).as_posix()] += 1
+    assert {file: num for file, num in found.items() if num > OF_THE_STATE.get(file, 0)} == {}

@@ -300,7 +300,12 @@ def label_names(events: Interactions, wanted: Sequence[str] = ()) -> tuple[str, 
         if name not in events.columns:
             near = nearest(name, events.columns)
             advice = f"did you mean {near!r}?" if near else "name a column of numbers"
-            raise ConfigError(f"there is no column {name!r} with labels to audit: {advice}")
+            raise ConfigError(
+                f"there is no column {name!r} with labels to audit: {advice}",
+                column=name,
+                name="labels",
+                value=name,
+            )
     if wanted:
         return tuple(wanted)
     usual = [name for name in events.columns if events.context is not None or name in _USUAL]

@@ -137,7 +137,11 @@ class Features(Shown):
             (folder / _JSON).write_text(stored.model_dump_json(), encoding="utf-8")
             save_file(tensors, folder / _TENSORS)
         except (OSError, SafetensorError) as error:
-            raise BundleError(f"features cannot be written into {folder} ({error})") from error
+            raise BundleError(
+                f"features cannot be written into {folder} ({error})",
+                name=str(folder),
+                value=str(folder),
+            ) from error
 
     @staticmethod
     @checked
@@ -164,7 +168,9 @@ class Features(Shown):
             reason = str(error).strip().splitlines()[0]
             raise BundleError(
                 f"the features in {folder} cannot be read ({reason}): they are broken, or of a "
-                "later foretaste"
+                "later foretaste",
+                name=str(folder),
+                value=str(folder),
             ) from error
 
     def _facts(self) -> dict[str, object]:
@@ -230,7 +236,9 @@ def _fit_side(
     if not schema:
         return None
     if frame is None:
-        raise ConfigError(f"the schema has {role} fields ({', '.join(schema)}), {_ABSENT[role]}")
+        raise ConfigError(
+            f"the schema has {role} fields ({', '.join(schema)}), {_ABSENT[role]}", name=role
+        )
     kinds: dict[type, list[object]] = {}
     for name, field in schema.items():
         columns = [_column(role, column, frame) for column in columns_of(name, field)]

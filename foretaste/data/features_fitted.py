@@ -438,7 +438,9 @@ class Sentence(Config):
             if vector_NW.shape[1] != self.width:
                 raise ConfigError(
                     f"encoder {self.encoder!r} gives {vector_NW.shape[1]} numbers, and gave "
-                    f"{self.width} in training: put back the one that was trained with"
+                    f"{self.width} in training: put back the one that was trained with",
+                    name="encoder",
+                    value=self.encoder,
                 )
             value_RW[present_R] = vector_NW[place_N.to_numpy()]
         return value_RW, present_R

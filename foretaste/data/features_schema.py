@@ -180,7 +180,7 @@ def schema_from_toml(text: str, *, source: str = "the schema") -> FeatureSchema:
     try:
         settings = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{source} is not TOML: {error}") from error
+        raise ConfigError(f"{source} is not TOML: {error}", name=source) from error
     return parse_settings(FeatureSchema, settings, source=source)
 
 

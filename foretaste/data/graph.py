@@ -133,7 +133,9 @@ def make_graph(
     if len(weights) != len(ties) or not all(0 < weight < np.inf for weight in weights):
         raise DataError(
             f"weights of ties are {weights} for {len(ties)} kinds: give each kind one above 0, or "
-            "leave out the ties that should not count"
+            "leave out the ties that should not count",
+            name="weights",
+            value=weights,
         )
     num_nodes = max(num_nodes, events.num_users + events.num_items)
     of_events = np.stack([events.user_idx.astype(np.int64), events.num_users + events.item_idx])

@@ -40,7 +40,11 @@ def concatenate(
         DataError: There is no set, or a column holds lists in one set and single values in another.
     """
     if not 0 < len(sets) <= 255:
-        raise DataError(f"{len(sets)} sets of events to put together: give 1 to 255")
+        raise DataError(
+            f"{len(sets)} sets of events to put together: give 1 to 255",
+            name="sets",
+            value=len(sets),
+        )
     names = names or [f"set {n}" for n, _ in enumerate(sets, 1)]
     notes = [f"{name}: {said}" for name, s in zip(names, sets, strict=True) for said in s.notes]
     users = _merge([s.users for s in sets], [s.user_table for s in sets], "users", notes)

@@ -198,10 +198,12 @@ def place_of(source: str | os.PathLike[str]) -> Path:
     if "://" in text:  # what follows may hold a password
         raise DataError(
             f"{text.split('://')[0]}:// is no path: read it with pandas, Polars or DuckDB, and "
-            "give the table"
+            "give the table",
+            name="files",
+            value=text,
         )
     if "\x00" in text:
-        raise DataError(f"{text!r} is no path")
+        raise DataError(f"{text!r} is no path", name="files", value=text)
     return Path(text)
 
 

@@ -83,7 +83,9 @@ def read_interactions(source: object, read: ReadTables) -> Interactions:  # noqa
         wanted = list(dict.fromkeys((*names.all, *asked)))
         frame, notes = opened.read(wanted, names.ids, numbers=names.measured)
     if not frame.height:
-        raise DataError(f"{opened.name} holds no events: it has columns but no rows")
+        raise DataError(
+            f"{opened.name} holds no events: it has columns but no rows", name=opened.name
+        )
     chosen, choices = _chosen(frame, read)
     try:
         events = _check(chosen, names, read, [*notes, *choices])
@@ -150,9 +152,15 @@ def _choose(source: Source, read: ReadConfig) -> _Names:
     )
     named = [name for name in names[:3] if name is not None]
     if len(set(named)) < len(named):
-        raise DataError(f"user, item and timestamp must be three columns, not {names[:3]}")
+        raise DataError(
+            f"user, item and timestamp must be three columns, not {names[:3]}",
+            name="columns",
+            value=names[:3],
+        )
     if not names.all:
-        raise DataError("no column is named: say user=, item=, columns= or context=")
+        raise DataError(
+            "no column is named: say user=, item=, columns= or context=", name="columns"
+        )
     return names
 
 
@@ -217,7 +225,9 @@ class _Events:
         if dropped := _true(~keep_E) - num_empty:
             self.notes.append(f"{dropped} incomplete rows were left out")
         if not len(self.user):
-            raise DataError(f"{source} holds no events: every row is empty or incomplete")
+            raise DataError(
+                f"{source} holds no events: every row is empty or incomplete", name=str(source)
+            )
 
     def _needed(self) -> dict[str, pl.Series]:
         """Return the columns that no event may lack."""

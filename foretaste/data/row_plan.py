@@ -106,7 +106,9 @@ def plan_rows(
         ConfigError: Items are to be drawn and nobody draws them.
     """
     if num_drawn and draw is None and offered is None:
-        raise ConfigError(f"{num_drawn} items are to be drawn for each row: say who draws them")
+        raise ConfigError(
+            f"{num_drawn} items are to be drawn for each row: say who draws them", name="draw"
+        )
     return RowPlan(
         rows=rows,
         order_E=generator.permutation(len(rows) if offered is None else offered.asked.numpy()),

@@ -222,7 +222,11 @@ def training_rows(
         DataError: A label is none that its task can have.
     """
     if context is not None and len(context) != len(events):
-        raise DataError(f"a context of {len(context)} rows for {len(events)} events: encode theirs")
+        raise DataError(
+            f"a context of {len(context)} rows for {len(events)} events: encode theirs",
+            name="context",
+            value=len(context),
+        )
     happened_E = _positive(events, positive)
     past = positives_of(events, positive)
     before_E = np.cumsum(happened_E, dtype=np.int64) - happened_E

@@ -112,7 +112,10 @@ def attribute_ties(
         there = [] if table is None else table.columns
         raise DataError(
             f"the items have no column {name!r} to make nodes of; there are {there}: name one of "
-            "them, or give a table of items when reading"
+            "them, or give a table of items when reading",
+            column=name,
+            name="attributes",
+            value=name,
         )
     column = table[name]
     pairs = pl.DataFrame({"item": np.arange(len(column)), "value": column})
@@ -123,7 +126,10 @@ def attribute_ties(
     if not (is_name or kind.is_integer()):
         raise DataError(
             f"column {name!r} of the items is {kind}, which hardly two items share: give it in "
-            "classes, as text or integers, or leave it out of the attributes"
+            "classes, as text or integers, or leave it out of the attributes",
+            column=name,
+            name="attributes",
+            value=name,
         )
     pairs = pairs.with_columns(pl.col("value").cast(pl.String))
     pairs = pairs.filter(pl.col("value").is_not_null() & (pl.col("value") != "")).unique()
@@ -131,7 +137,10 @@ def attribute_ties(
     if pairs.is_empty():
         raise DataError(
             f"no two items share a value of column {name!r}: it ties nothing, leave it out of the "
-            "attributes"
+            "attributes",
+            column=name,
+            name="attributes",
+            value=name,
         )
     value_P = pairs["value"].rank("dense").to_numpy().astype(np.int64) - 1
     return pairs["item"].to_numpy(), value_P, int(value_P.max(initial=-1)) + 1

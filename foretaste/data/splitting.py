@@ -52,7 +52,8 @@ def temporal_split(events: Interactions, *, validation: float = 0.1, test: float
     if events.timestamp_s is None:
         raise DataError(
             "a temporal split needs times and these events have none: name the timestamp column "
-            "when reading, or use leave_last"
+            "when reading, or use leave_last",
+            name="timestamp",
         )
     part_E = np.full(len(events), TRAIN, dtype=np.uint8)
     if len(events):
@@ -237,7 +238,10 @@ def given_split_by_column(
         raise DataError(
             f"no column {column!r} says which part an event belongs to; there are "
             f"{sorted([*events.columns, *context])}: name it among the columns, or the context if "
-            "it is text, when reading"
+            "it is text, when reading",
+            column=column,
+            name="column",
+            value=column,
         )
     part_E = np.array([_part_code(value, column) for value in values.tolist()], np.uint8)[inverse_E]
     validated = bool((part_E == VALIDATION).any())
@@ -284,7 +288,9 @@ def _hold_out(
     if (part_E == VALIDATION).any():
         raise ConfigError(
             f"split.validation is {share:g}, but column {column!r} gives a validation part "
-            "already: leave the share out"
+            "already: leave the share out",
+            name="split.validation",
+            value=share,
         )
     train = np.flatnonzero(part_E == TRAIN)
     if by == "blocks":
@@ -366,7 +372,10 @@ def _part_code(value: object, column: str) -> int:
         return _NAMES[value.strip().lower()]
     raise DataError(
         f"column {column!r} says {value!r}, which is no part: write one of {sorted(_NAMES)}, or "
-        f"{TRAIN}, {VALIDATION}, {TEST}, {UNUSED}, {NEGATIVE}"
+        f"{TRAIN}, {VALIDATION}, {TEST}, {UNUSED}, {NEGATIVE}",
+        column=column,
+        name="column",
+        value=value,
     )
 
 
@@ -392,7 +401,8 @@ def _checked(
             raise DataError(
                 f"the {name} part of this {kind} split is empty: {len(events):,} events of "
                 f"{int((np.diff(events.offsets) > 0).sum()):,} users{_moments(events)} are too "
-                "few for it; give more events, other shares, or another kind of split"
+                "few for it; give more events, other shares, or another kind of split",
+                name=name,
             )
     return Split(
         kind=kind,

@@ -116,7 +116,11 @@ def open_store(path: str | os.PathLike[str], *, verify: bool = False) -> Interac
     needed = {"users.arrow", "items.arrow", "offsets.npy", "item_idx.npy"}
     for name in needed | set(manifest.columns.values()):
         if name not in manifest.files:
-            raise BundleError(f"{folder / MANIFEST_FILE} does not list {name!r}: {_AGAIN}")
+            raise BundleError(
+                f"{folder / MANIFEST_FILE} does not list {name!r}: {_AGAIN}",
+                name=str(folder / MANIFEST_FILE),
+                value=name,
+            )
     verify_files(folder, manifest, checksums=verify)
     has = manifest.files.keys()
     opened = partial(_map_array, folder, length=manifest.events)
@@ -195,7 +199,9 @@ def _map_array(folder: Path, name: str, *, length: int) -> Shaped[np.ndarray, " 
     path = folder / name
     array = _load_array(path, is_mapped=length > 0)
     if array.shape != (length,):
-        raise BundleError(f"{path} has shape {array.shape}, not ({length},): {_AGAIN}")
+        raise BundleError(
+            f"{path} has shape {array.shape}, not ({length},): {_AGAIN}", name=str(path)
+        )
     return np.asarray(array)  # a plain array over the same map
 
 
@@ -203,7 +209,9 @@ def _map_links(folder: Path, name: str) -> Int32[np.ndarray, "2 P"]:
     """Return pairs that are stored as all first ends, then all second ends."""
     array = _load_array(folder / name, is_mapped=False)
     if array.ndim != 1 or array.dtype != np.int32 or len(array) % 2:
-        raise BundleError(f"{folder / name} holds no pairs of rows: {_AGAIN}")
+        raise BundleError(
+            f"{folder / name} holds no pairs of rows: {_AGAIN}", name=str(folder / name)
+        )
     return array.reshape(2, -1)
 
 
@@ -213,7 +221,9 @@ def _load_array(path: Path, *, is_mapped: bool) -> Shaped[np.ndarray, " N"]:
             path, mmap_mode="r" if is_mapped else None, allow_pickle=False
         )
     except ValueError as error:
-        raise BundleError(f"{path} is not a column of numbers ({error}): {_AGAIN}") from error
+        raise BundleError(
+            f"{path} is not a column of numbers ({error}): {_AGAIN}", name=str(path)
+        ) from error
     return array
 
 
@@ -232,7 +242,7 @@ def _read_table(path: Path, *, height: int | None = None) -> pl.DataFrame:
         with pa.memory_map(str(path)) as source:
             table = pl.DataFrame(pa.ipc.open_file(source).read_all())
     except (OSError, pa.ArrowException) as error:
-        raise BundleError(f"{path} cannot be read ({error}): {_AGAIN}") from error
+        raise BundleError(f"{path} cannot be read ({error}): {_AGAIN}", name=str(path)) from error
     if height not in (None, table.height):
-        raise BundleError(f"{path} has {table.height} rows, not {height}: {_AGAIN}")
+        raise BundleError(f"{path} has {table.height} rows, not {height}: {_AGAIN}", name=str(path))
     return table

@@ -57,7 +57,11 @@ def correlated_tasks(
         Mixture-of-Experts", KDD 2018, https://doi.org/10.1145/3219819.3220007, section 3.2.
     """
     if not -1 <= correlation <= 1:
-        raise ConfigError(f"correlation is {correlation}: a cosine lies in [-1, 1]")
+        raise ConfigError(
+            f"correlation is {correlation}: a cosine lies in [-1, 1]",
+            name="correlation",
+            value=correlation,
+        )
     if dim < 2 or num_events < 1 or len(frequencies) != len(phases):
         raise ConfigError(
             f"{num_events} rows of width {dim}, {len(frequencies)} frequencies and {len(phases)} "

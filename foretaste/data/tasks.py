@@ -99,7 +99,9 @@ def label_scale(task: Task, label_E: Float[np.ndarray, " E"]) -> LabelScale:
     found_E = label_E[~np.isnan(label_E)].astype(np.float64)
     if len(found_E) == 0:
         raise DataError(
-            f"task {task.name!r} has no label in training (column {task.column!r}): leave it out"
+            f"task {task.name!r} has no label in training (column {task.column!r}): leave it out",
+            column=task.column,
+            name=task.name,
         )
     learned_E = np.log1p(found_E) if task.transform == "log1p" else found_E
     return LabelScale(float(learned_E.mean()), float(learned_E.std()) or 1.0)
@@ -151,7 +153,9 @@ def check_learnable(
         if not len(known_E):
             raise DataError(
                 f"task {task.name!r} has no label on any of {len(label_E):,} training events: "
-                "leave the task out, or give its column values"
+                "leave the task out, or give its column values",
+                column=task.column,
+                name=task.name,
             )
         if task.kind != "binary":
             continue
@@ -162,7 +166,10 @@ def check_learnable(
             )
             raise DataError(
                 f"task {task.name!r} has one class only: every label of training is {high:g}; "
-                f"give it {mend}, or leave it out"
+                f"give it {mend}, or leave it out",
+                column=task.column,
+                name=task.name,
+                value=float(high),
             )
 
 
@@ -245,13 +252,26 @@ def no_column(events: Interactions, column: str, wanted: str) -> ConfigError:
     start = f"{wanted}, and "
     if events.context is not None and column in events.context.columns:
         return ConfigError(
-            f"{start}that is in the context of the events: name it with columns= when reading"
+            f"{start}that is in the context of the events: name it with columns= when reading",
+            name="columns",
+            column=column,
+            value=column,
         )
     if not events.columns:
-        return ConfigError(f"{start}the events have none: name it with columns= when reading")
+        return ConfigError(
+            f"{start}the events have none: name it with columns= when reading",
+            name="columns",
+            column=column,
+            value=column,
+        )
     near = nearest(column, events.columns)
     advice = f"did you mean {near!r}?" if near else "name it with columns= when reading"
-    return ConfigError(f"{start}the events have {', '.join(map(repr, events.columns))}: {advice}")
+    return ConfigError(
+        f"{start}the events have {', '.join(map(repr, events.columns))}: {advice}",
+        name="columns",
+        column=column,
+        value=column,
+    )
 
 
 def _labels(events: Interactions, task: Task) -> Float32[np.ndarray, " E"]:
@@ -287,5 +307,8 @@ def _refuse(
         raise DataError(
             f"task {task.name!r}: column {task.column!r} holds {value_E[wrong_E][0]:g} (and "
             f"{int(wrong_E.sum()) - 1:,} more such), but labels of this {task.kind} task are "
-            f"{what}, or mend them"
+            f"{what}, or mend them",
+            column=task.column,
+            name=task.name,
+            value=float(value_E[wrong_E][0]),
         )

@@ -47,7 +47,11 @@ def toml_value(name: str, value: object) -> str:
         case Sequence():
             return f"[{', '.join(toml_value(name, inner) for inner in value)}]"
         case _:
-            raise ConfigError(f"{name} = {value!r}: TOML has no form for a {type(value).__name__}")
+            raise ConfigError(
+                f"{name} = {value!r}: TOML has no form for a {type(value).__name__}",
+                name=name,
+                value=value,
+            )
 
 
 def _section(settings: Mapping[str, object], path: tuple[str, ...]) -> list[str]:

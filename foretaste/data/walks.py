@@ -82,7 +82,9 @@ def most_visited(
     if min(top, walks, hops) < 1 or not 0 <= restart < 1:
         raise ConfigError(
             f"top {top}, walks {walks} and hops {hops} must be 1 or more, and restart {restart} "
-            "in [0, 1)"
+            "in [0, 1)",
+            name="top",
+            value=top,
         )
     if walks * hops > _MOST_VISITS:
         raise ConfigError(
@@ -137,7 +139,7 @@ def uniform_neighbours(
         2017, https://arxiv.org/abs/1706.02216. **Departure**: drawn once, not anew in each step.
     """
     if top < 1:
-        raise ConfigError(f"top {top} must be 1 or more")
+        raise ConfigError(f"top {top} must be 1 or more", name="top", value=top)
     node_N = _start_nodes(graph, nodes)
     first, last = counted or (0, graph.num_nodes)
     found = Neighbourhoods.empty(len(node_N), top)

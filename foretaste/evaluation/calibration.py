@@ -49,7 +49,9 @@ def fit_calibration(
     label_N, probability_N = checked_labels(label_N), checked_probabilities(probability_N)
     if label_N.min() == label_N.max():
         raise DataError(
-            f"all {len(label_N)} labels are {label_N[0]:g}: a calibration needs rows of both"
+            f"all {len(label_N)} labels are {label_N[0]:g}: a calibration needs rows of both",
+            name="labels",
+            value=float(label_N[0]),
         )
     match method:
         case "platt":

@@ -129,11 +129,17 @@ def read_gates(model: Trained, split: Split, *, part: PartName = "test") -> Gate
     """
     network, ranker, model = model.model, ranker_of(model), model.asked_by(split.events)
     if not ranker.has_gates:
-        raise ConfigError(f"{type(network).__name__} has no gates: MMoE has")
+        raise ConfigError(
+            f"{type(network).__name__} has no gates: MMoE has",
+            name="trained",
+            value=type(network).__name__,
+        )
     split = known_rows(model, split, part=part)[0]
     rows, _, _ = rows_to_judge(model, split, part=part)
     if not len(rows):
-        raise ConfigError(f"{part!r} has no rows: read the gates on another part")
+        raise ConfigError(
+            f"{part!r} has no rows: read the gates on another part", name="part", value=part
+        )
     blocks = []
     for batch in blocks_of(model, rows, _BLOCK_ROWS):
         with torch.inference_mode():

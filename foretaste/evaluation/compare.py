@@ -91,7 +91,7 @@ def compare(
             )
     user_U = reduce(np.intersect1d, [report.user_idx for report in (*reports_a, *reports_b)])
     if len(user_U) == 0:
-        raise DataError("the reports have no user in common")
+        raise DataError("the reports have no user in common", name="b")
     value_a_U = mean_per_user(reports_a, metric, user_U)
     value_b_U = mean_per_user(reports_b, metric, user_U)
     difference_U = value_a_U - value_b_U
@@ -118,7 +118,7 @@ def mean_per_user(
 def _several(reports: AnyReport | Sequence[AnyReport]) -> Sequence[AnyReport]:
     several = reports if isinstance(reports, Sequence) else [reports]
     if not several:
-        raise DataError("there is no report to compare: give one at least")
+        raise DataError("there is no report to compare: give one at least", name="reports")
     return several
 
 
@@ -141,7 +141,9 @@ def check_comparable(a: Measured, b: Measured) -> None:
     if a.holdout_digest != b.holdout_digest:
         raise DataError(
             f"these reports are of different holdouts ({a.holdout} {a.holdout_digest[:8]}, "
-            f"{b.holdout} {b.holdout_digest[:8]}): evaluate both models on the same one"
+            f"{b.holdout} {b.holdout_digest[:8]}): evaluate both models on the same one",
+            name="b",
+            value=b.holdout,
         )
 
 
@@ -186,7 +188,8 @@ def compare_rows(
         if not np.array_equal(first.rows(task).label_N, other.rows(task).label_N):
             raise DataError(
                 f"the labels of task {task!r} differ between {first.model} and {other.model}: give "
-                "both models the same task"
+                "both models the same task",
+                name=task,
             )
     (mean_a, a_R), (mean_b, b_R) = (
         _resampled_mean(reports, metric, task, resamples=resamples, seed=seed)
@@ -224,7 +227,9 @@ def _resampled_mean(
         if metric not in found:
             raise DataError(
                 f"task {task!r} of {report.model} has no {metric!r} here, but "
-                f"{', '.join(found) or 'none at all'}"
+                f"{', '.join(found) or 'none at all'}",
+                name=task,
+                value=metric,
             )
         weighed[str(number)] = found[metric]
     num_users = reports[0].counts["users"]
@@ -318,5 +323,7 @@ def transfer(
         if task.name in single
     ]
     if not rows:
-        raise DataError(f"no joint model has a task of {', '.join(single) or 'the single ones'}")
+        raise DataError(
+            f"no joint model has a task of {', '.join(single) or 'the single ones'}", name="joint"
+        )
     return Transfer(rows=tuple(sorted(rows, key=lambda row: row.task)))

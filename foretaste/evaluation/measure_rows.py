@@ -64,7 +64,9 @@ def measure_rows(
         NonFiniteError: A prediction of a labelled row is NaN or infinite.
     """
     if resamples < 0:
-        raise ConfigError(f"resamples is {resamples}: give 0 or more")
+        raise ConfigError(
+            f"resamples is {resamples}: give 0 or more", name="resamples", value=resamples
+        )
     _check_calibration(predicted.tasks, calibration)
     users, user_N = np.unique(predicted.user_N, return_inverse=True)
     parts = list(_task_rows(predicted, user_N.astype(np.int64), len(users)))
@@ -131,7 +133,8 @@ def _task_rows(
             if not np.isfinite(prediction_N).all():
                 raise NonFiniteError(
                     f"a prediction of task {task.name!r} is NaN or infinite: the model is broken, "
-                    "train it anew"
+                    "train it anew",
+                    name=task.name,
                 )
             parts.append(
                 TaskRows(
@@ -178,7 +181,8 @@ def _check_calibration(tasks: tuple[Task, ...], calibration: Mapping[str, Calibr
         if name not in binary:
             raise ConfigError(
                 f"a calibration is of {name!r}, but the binary tasks are "
-                f"{', '.join(binary) or 'none'}: probabilities alone can be calibrated"
+                f"{', '.join(binary) or 'none'}: probabilities alone can be calibrated",
+                name=name,
             )
 
 

@@ -78,7 +78,9 @@ def evaluate(
     k = (k,) if isinstance(k, int) else tuple(k)
     _check_asked(k, resamples, sampled, among)
     if not len(model.events):
-        raise DataError("the model's training events are empty: there is nothing to recommend")
+        raise DataError(
+            "the model's training events are empty: there is nothing to recommend", name="trained"
+        )
     model = model.asked_by(holdout.events)
     count_I, known_I = model.item_count, model.known_I.numpy()
     ranked_I = known_I if among == "all" else count_I == 0
@@ -165,7 +167,7 @@ def to_find(
     task = make_task(holdout, without_repeats=exclude_seen)
     asked_Q: Bool[np.ndarray, " Q"] = (task.length_Q > 0) == (users == "known")
     if not asked_Q.any():
-        raise DataError(_nothing_to_find(holdout, task, users))
+        raise DataError(_nothing_to_find(holdout, task, users), name="holdout")
     return task, asked_Q
 
 
@@ -188,7 +190,9 @@ def _check_asked(
             f"resamples is {resamples}: give 0 or more", name="resamples", value=resamples
         )
     if sampled is not None and among != "all":
-        raise ConfigError(f"rank among sampled items or among {among!r} ones, not both")
+        raise ConfigError(
+            f"rank among sampled items or among {among!r} ones, not both", name="among", value=among
+        )
 
 
 def _named(values: Mapping[str, V], suffix: str) -> dict[str, V]:

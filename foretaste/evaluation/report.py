@@ -122,7 +122,9 @@ class Report(Shown):
             if document["format"] != _FORMAT:
                 raise DataError(
                     f"a report of format {document['format']}; this foretaste reads {_FORMAT}: "
-                    "update foretaste"
+                    "update foretaste",
+                    name="format",
+                    value=document["format"],
                 )
             return Report(
                 model=document["model"],

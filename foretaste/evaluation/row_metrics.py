@@ -26,7 +26,11 @@ def checked_labels(label_N: Float[np.ndarray, " N"]) -> Float64[np.ndarray, " N"
     wrong_N = (label_N != 0) & (label_N != 1)
     if wrong_N.any():
         row = int(np.argmax(wrong_N))
-        raise DataError(f"label {label_N[row]:g} of row {row} is neither 0 nor 1: leave it out")
+        raise DataError(
+            f"label {label_N[row]:g} of row {row} is neither 0 nor 1: leave it out",
+            row=int(row),
+            value=float(label_N[row]),
+        )
     return label_N.astype(np.float64)
 
 
@@ -43,7 +47,9 @@ def checked_predictions(prediction_N: Float[np.ndarray, " N"]) -> Float64[np.nda
         row = int(np.argmin(np.isfinite(prediction_N)))
         raise NonFiniteError(
             f"the prediction of row {row} is {prediction_N[row]}: the model is broken, train it "
-            "anew"
+            "anew",
+            row=int(row),
+            value=float(prediction_N[row]),
         )
     return prediction_N.astype(np.float64)
 
@@ -58,7 +64,11 @@ def checked_probabilities(probability_N: Float[np.ndarray, " N"]) -> Float64[np.
     found_N = checked_predictions(probability_N)
     if found_N.min() < 0 or found_N.max() > 1:
         row = int(np.argmax((found_N < 0) | (found_N > 1)))
-        raise DataError(f"{found_N[row]:g} of row {row} is no probability: give [0, 1], not logits")
+        raise DataError(
+            f"{found_N[row]:g} of row {row} is no probability: give [0, 1], not logits",
+            row=int(row),
+            value=float(found_N[row]),
+        )
     return found_N
 
 

@@ -110,7 +110,9 @@ def ranker_of(model: Trained) -> Ranker:
     ranker = model.model.second_stage
     if not isinstance(ranker, Ranker):
         raise ConfigError(
-            f"{type(model.model).__name__} predicts no labels: `evaluate` measures its lists"
+            f"{type(model.model).__name__} predicts no labels: `evaluate` measures its lists",
+            name="trained",
+            value=type(model.model).__name__,
         )
     return ranker
 
@@ -194,7 +196,11 @@ def _sampler(model: Trained, sampled: SampledNegatives, num_items: int) -> Sampl
         case "popularity":
             return PopularitySampler(count_I, alpha=sampled.power)
         case "listed":
-            raise ConfigError("rows are drawn zeros for, not listed ones: sampled_by = uniform")
+            raise ConfigError(
+                "rows are drawn zeros for, not listed ones: sampled_by = uniform",
+                name="sampled_by",
+                value="listed",
+            )
 
 
 def _predict(

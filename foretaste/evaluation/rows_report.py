@@ -81,7 +81,10 @@ class RowsReport(Shown):
             DataError: There is no such task, no label of it, or the rows were left out.
         """
         if not len(self.label_NT):
-            raise DataError(f"this report of {self.model} was kept without its rows: evaluate anew")
+            raise DataError(
+                f"this report of {self.model} was kept without its rows: evaluate anew",
+                name=self.model,
+            )
         for place, own in enumerate(self.tasks):
             labelled_N = ~np.isnan(self.label_NT[:, place])
             if own.name == task and labelled_N.any():
@@ -94,7 +97,8 @@ class RowsReport(Shown):
                 )
         raise DataError(
             f"no row of {self.holdout!r} has a label of a task {task!r}; the tasks are "
-            f"{', '.join(own.name for own in self.tasks)}"
+            f"{', '.join(own.name for own in self.tasks)}",
+            name=task,
         )
 
     @checked
@@ -138,7 +142,9 @@ class RowsReport(Shown):
             if document["format"] != _FORMAT:
                 raise DataError(
                     f"a report of format {document['format']}; this foretaste reads {_FORMAT}: "
-                    "update foretaste"
+                    "update foretaste",
+                    name="format",
+                    value=document["format"],
                 )
             tasks = tuple(Task.model_validate(task) for task in document["tasks"])
             curves = document["reliability"].items()

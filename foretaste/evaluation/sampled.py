@@ -119,7 +119,9 @@ def no_list() -> ConfigError:
     """Return the error for data that list no negatives where listed ones are asked for."""
     return ConfigError(
         'the data list no negatives: draw them (sampled_by = "uniform"), or give a part column '
-        "that says 'negative'"
+        "that says 'negative'",
+        name="sampled_by",
+        value="listed",
     )
 
 

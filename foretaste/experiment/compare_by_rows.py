@@ -222,7 +222,7 @@ def _baselines(
 ) -> tuple[dict[str, RowsReport], list[str]]:
     """Return the reports of baselines on a model's rows, the best first, the base rate last."""
     if found.rows is None:
-        raise ConfigError(f"{found.name} was not measured by labelled rows")
+        raise ConfigError(f"{found.name} was not measured by labelled rows", name=found.name)
     counted, notes = count_baselines(split, found.rows, tasks)
     names = [task.name for task in report.tasks]
     label_NT = report.label_NT[:, [names.index(task.name) for task in tasks]]

@@ -236,7 +236,7 @@ def _attempt(entry: Entry, seed: int, bundle: Path, share: float | None, *, show
     run = run_experiment(config, split, show=show, max_seconds=share)
     report = run.report.lists if config.evaluation.catalogue else run.report.rows
     if report is None:
-        raise ConfigError("the data have one item, of which no lists can be made")
+        raise ConfigError("the data have one item, of which no lists can be made", name="recipes")
     recommender = to_recommender(run.trained, run.report)
     recommender.save(bundle)
     rows = None
@@ -312,7 +312,10 @@ def _compare(
     plan: Plan,
 ) -> ModelComparison:
     if not measured:
-        raise ConfigError(f"none of {len(failed)} models could be measured: {failed[0].error}")
+        raise ConfigError(
+            f"none of {len(failed)} models could be measured: {failed[0].error}",
+            name=failed[0].name,
+        )
     notes = (*plan.notes, *_notes(budget_seconds, measured, by_rows=bool(plan.tasks)))
     if plan.tasks:
         return compare_by_rows(measured, failed, split, plan.tasks, budget_seconds, notes=notes)

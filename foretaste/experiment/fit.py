@@ -104,7 +104,8 @@ def fit(
     if len(events) == 0:
         which = f" of positive events ({split.events.positive})" if split.events.positive else ""
         raise DataError(
-            f"the training part of the split is empty{which}: there is nothing to learn from"
+            f"the training part of the split is empty{which}: there is nothing to learn from",
+            name="split",
         )
     if candidates is not None:
         check_same(candidates.retriever.events, events, "the candidates and the split")

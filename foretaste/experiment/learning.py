@@ -46,7 +46,9 @@ def usual_objective(model: Model) -> ObjectiveConfig:
         case "next_item":
             return NextItemConfig()
         case "events" | None:
-            raise ConfigError(f"{type(model).__name__} does not learn by an objective")
+            raise ConfigError(
+                f"{type(model).__name__} does not learn by an objective", name="objective.kind"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +143,11 @@ def make_learning(
             )
             return Learning(objective=rows, plan=plan)
         case _:
-            raise ConfigError(f"{type(model).__name__} is no model that learns by {config.kind!r}")
+            raise ConfigError(
+                f"{type(model).__name__} is no model that learns by {config.kind!r}",
+                name="objective.kind",
+                value=config.kind,
+            )
 
 
 def _learn_pairs(

@@ -83,7 +83,8 @@ def _check_what_happened(tasks: tuple[Task, ...]) -> None:
     if len(tasks) != 1 or tasks[0].column:
         raise ConfigError(
             "first_stage.folds is for a ranker of one task without a column, whether something "
-            "happened: set it to 0, or leave the other tasks out"
+            "happened: set it to 0, or leave the other tasks out",
+            name="first_stage.folds",
         )
 
 
@@ -101,7 +102,9 @@ def _draw(config: RowsConfig, happened: Interactions, mine: DrawItems | None) ->
             if mine is None:
                 raise ConfigError(
                     "objective.negatives_from is 'retriever', and there is none: hand its "
-                    'candidates to fit as candidates=, or set it to "uniform" or "popularity"'
+                    'candidates to fit as candidates=, or set it to "uniform" or "popularity"',
+                    name="objective.negatives_from",
+                    value="retriever",
                 )
             if config.retriever_share == 1:
                 return mine

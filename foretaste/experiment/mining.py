@@ -94,7 +94,11 @@ class IndexNegatives:
         if since < 0 or since % self.config.hard_refresh:
             return
         if not isinstance(model, Retriever):
-            raise ConfigError(f"{type(model).__name__} is no retriever: its items have no index")
+            raise ConfigError(
+                f"{type(model).__name__} is no retriever: its items have no index",
+                name="retriever",
+                value=type(model).__name__,
+            )
         index = build_index(
             model.item_blocks(),
             known_I=torch.from_numpy(self.events.item_count > 0),

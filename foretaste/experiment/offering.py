@@ -99,7 +99,8 @@ def offer(
     if objective.positive or objective.negatives_from == "popularity":
         raise ConfigError(
             "first_stage.folds offers each row its retriever's candidates or any items: leave "
-            'objective.positive empty, and negatives_from "retriever" or "uniform"'
+            'objective.positive empty, and negatives_from "retriever" or "uniform"',
+            name="objective.negatives",
         )
     share = objective.retriever_share if objective.negatives_from == "retriever" else 0.0
     events, generator = split.train, torch.Generator().manual_seed(seed)
@@ -129,7 +130,9 @@ def offer(
     if not len(offered.asked):
         raise DataError(
             f"no row's own item was among its retriever's best {num}: there is nothing to rank, "
-            "raise model.candidates"
+            "raise model.candidates",
+            name="candidates",
+            value=num,
         )
     return offered
 

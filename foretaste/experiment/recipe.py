@@ -225,13 +225,17 @@ def read_experiment(
     try:
         settings = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}: give the path of a recipe") from error
+        raise ConfigError(
+            f"{path}: {error.strerror}: give the path of a recipe", name=str(path), value=str(path)
+        ) from error
     except UnicodeDecodeError as error:
         raise ConfigError(
-            f"{path} is not text in UTF-8: give the path of a recipe, or save it in UTF-8"
+            f"{path} is not text in UTF-8: give the path of a recipe, or save it in UTF-8",
+            name=str(path),
+            value=str(path),
         ) from error
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path}: not TOML: {error}") from error
+        raise ConfigError(f"{path}: not TOML: {error}", name=str(path), value=str(path)) from error
     folders = [*([] if data_dir is None else [Path(data_dir)]), path.parent, Path()]
     changed = with_overrides(_with_features(settings, folders), overrides)
     absent = _with_absent(_with_features(changed, folders))
@@ -268,7 +272,11 @@ def with_overrides(settings: Mapping[str, object], overrides: Sequence[str]) -> 
     for override in overrides:
         name, equals, text = override.partition("=")
         if not equals or not all(name.strip().split(".")):
-            raise ConfigError(f"override {override!r}: write it as section.name=value")
+            raise ConfigError(
+                f"override {override!r}: write it as section.name=value",
+                name=override,
+                value=override,
+            )
         changed = with_setting(changed, name.strip(), _value(text.strip()))
     return changed
 

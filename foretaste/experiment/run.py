@@ -308,7 +308,9 @@ def check_measurable(config: ExperimentConfig, split: Split) -> None:
     if not (asked.catalogue or by_rows):
         raise ConfigError(
             f"evaluation.catalogue is false, and {config.model.kind} predicts no labels of rows: "
-            "set it to true"
+            "set it to true",
+            name="evaluation.catalogue",
+            value=False,
         )
     if not asked.catalogue or (by_rows and not _has_lists(asked, split)):
         return
@@ -321,7 +323,9 @@ def check_measurable(config: ExperimentConfig, split: Split) -> None:
         to_find(test, exclude_seen=asked.exclude_seen, users=asked.users)
     except DataError as error:
         more = ", or set evaluation.catalogue = false" if by_rows else ""
-        raise DataError(f"{error}{more}") from error
+        raise DataError(
+            f"{error}{more}", name=error.name, column=error.column, value=error.value
+        ) from error
 
 
 @checked
@@ -351,7 +355,9 @@ def evaluate_split(trained: Trained, config: ExperimentConfig, split: Split) -> 
     if lists is None and rows is None:
         raise ConfigError(
             f"evaluation.catalogue is false, and {type(trained.model).__name__} predicts no "
-            "labels of rows: set it to true"
+            "labels of rows: set it to true",
+            name="evaluation.catalogue",
+            value=False,
         )
     return Reports(lists=lists, rows=rows, gain=gain)
 
@@ -424,7 +430,8 @@ def recipe_of(trained: Trained) -> ExperimentConfig:
     """
     if "data" not in trained.settings:
         raise ConfigError(
-            "this model was not made from a recipe, so its test data are not known: give a recipe"
+            "this model was not made from a recipe, so its test data are not known: give a recipe",
+            name="trained",
         )
     return parse_settings(ExperimentConfig, trained.settings, source="the bundle's recipe")
 

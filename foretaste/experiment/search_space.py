@@ -57,7 +57,9 @@ def _distribution(
     if part.low >= part.high or (part.log and part.low <= 0):
         raise ConfigError(
             f"tune.space: {name} from {part.low} to {part.high}: low must be below high"
-            + (", and above 0 where the draw is logarithmic" if part.log else "")
+            + (", and above 0 where the draw is logarithmic" if part.log else ""),
+            name=name,
+            value=part.low,
         )
     if whole:
         return IntDistribution(int(part.low), int(part.high), log=part.log)
@@ -70,7 +72,7 @@ def _is_integer(config: ExperimentConfig, name: str) -> bool:
     for section in sections:
         owner = getattr(owner, section, None)
     if not isinstance(owner, BaseModel) or last not in type(owner).model_fields:
-        raise ConfigError(f"tune.space: {name} is not a setting of this recipe")
+        raise ConfigError(f"tune.space: {name} is not a setting of this recipe", name=name)
     schema = type(owner).model_json_schema()["properties"][last]
     kinds = {part.get("type") for part in schema.get("anyOf", [schema])}
     return "integer" in kinds and "number" not in kinds

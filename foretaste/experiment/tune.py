@@ -174,7 +174,9 @@ def _open_study(config: ExperimentConfig, split: Split, folder: Path) -> optuna.
     )
     recipe = config.model_dump_json(exclude={"tune": {"trials", "max_seconds"}, "notes": True})
     if study.user_attrs.get("recipe", recipe) != recipe:
-        raise ConfigError(f"{file} searches another recipe: name another folder")
+        raise ConfigError(
+            f"{file} searches another recipe: name another folder", name="folder", value=str(folder)
+        )
     study.set_user_attr("recipe", recipe)
     data = f"{split.train.fingerprint()} {split.refit().train.fingerprint()}"
     if study.user_attrs.get("data", data) != data:
@@ -255,7 +257,10 @@ def _validated(
     )
     validation = make_validation(trained, split)
     if validation is None:
-        raise ConfigError("the split has no validation part to search by: give it a share")
+        raise ConfigError(
+            "the split has no validation part to search by: give it a share",
+            name="split.validation",
+        )
     return validation.metric, validation.value(trained.model)
 
 
@@ -279,7 +284,8 @@ def _result(
     if not complete:
         why = study.trials[-1].user_attrs.get("error", "they were cut short")
         raise ConfigError(
-            f"none of {len(rows)} trials came to its end: narrow [tune.space]; the last: {why}"
+            f"none of {len(rows)} trials came to its end: narrow [tune.space]; the last: {why}",
+            name="tune.space",
         )
     best = max(complete, key=lambda row: row.value or 0.0)
     result = TuneResult(

@@ -180,7 +180,9 @@ def fit_two_stage(
     if not isinstance(objective, RowsConfig):
         raise ConfigError(
             f"objective.kind is {objective.kind!r}, but in two stages it is the ranker's, which "
-            'learns by "rows": the retriever\'s stands in first_stage.objective'
+            'learns by "rows": the retriever\'s stands in first_stage.objective',
+            name="objective.kind",
+            value=objective.kind,
         )
     half = None if max_seconds is None else max_seconds / 2
     first = fit_first_stage(
@@ -227,7 +229,9 @@ def two_stage(
     """
     if not isinstance(ranker.model, Ranker):
         raise ConfigError(
-            f"{type(ranker.model).__name__} is no ranker: it cannot be asked about given items"
+            f"{type(ranker.model).__name__} is no ranker: it cannot be asked about given items",
+            name="ranker",
+            value=type(ranker.model).__name__,
         )
     check_same(retriever.events, ranker.events, "the retriever and the ranker")
     _check_sides(retriever.features, ranker.features)
@@ -335,5 +339,6 @@ def _check_features(joined: Trained, config: TwoStageConfig) -> None:
     if made != here:
         raise ConfigError(
             "the retriever and the ranker were told different features: fit both with the same "
-            "Features, from fit_features"
+            "Features, from fit_features",
+            name="features",
         )

@@ -62,7 +62,9 @@ class Popularity(Scorer):
         if events.timestamp_s is None:
             raise ConfigError(
                 f"popularity.window_days is {self.config.window_days:g}, but these events have no "
-                "timestamps: read them with a timestamp column, or leave window_days out"
+                "timestamps: read them with a timestamp column, or leave window_days out",
+                name="window_days",
+                value=self.config.window_days,
             )
         oldest_s = events.timestamp_s.max() - self.config.window_days * DAY_S
         recent = events.item_idx[events.timestamp_s >= oldest_s]

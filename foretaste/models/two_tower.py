@@ -157,7 +157,7 @@ class TwoTower(Retriever):
         num_query = sum(p is not None for p in (self.user_table, self.user_fields, self.history))
         num_item = sum(p is not None for p in (self.item_table, self.item_fields))
         if not num_query or not num_item:
-            raise ConfigError(_nothing_to_read("item" if num_query else "user"))
+            raise ConfigError(_nothing_to_read("item" if num_query else "user"), name="features")
         self.query_mlp = _mlp(num_query, config.query_hidden, config)
         self.item_mlp = _mlp(num_item, config.item_hidden, config)
         self.everybody = (

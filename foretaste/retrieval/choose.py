@@ -61,7 +61,11 @@ def build_index(
         TooLargeError: The index would not fit in memory.
     """
     if not 0 < recall_target <= 1:
-        raise DataError(f"recall_target is {recall_target}, not in (0, 1]")
+        raise DataError(
+            f"recall_target is {recall_target}, not in (0, 1]",
+            name="recall_target",
+            value=recall_target,
+        )
     exact = _exact([(0, vectors)] if isinstance(vectors, Tensor) else vectors, known_I)
     kind = choose_kind(kind, num_items=exact.facts.num_items, exact_below=exact_below)
     if kind == "exact":
@@ -107,7 +111,11 @@ def exact_of(index: ItemIndex) -> ExactIndex:
         case FaissIndex():
             return index.exact
         case _:
-            raise ConfigError(f"{type(index).__name__} carries no exact index")
+            raise ConfigError(
+                f"{type(index).__name__} carries no exact index",
+                name="index",
+                value=type(index).__name__,
+            )
 
 
 def _exact(blocks: Iterable[tuple[int, Tensor]], known_I: Tensor) -> ExactIndex:
@@ -180,4 +188,6 @@ def load_index(folder: Path) -> ItemIndex:
         flags = 0 if facts.kind == "hnsw" else faiss.IO_FLAG_MMAP
         return FaissIndex(faiss.read_index(str(folder / FAISS_FILE), flags), exact, facts)
     except (OSError, KeyError, ValidationError, SafetensorError, RuntimeError) as error:
-        raise BundleError(f"{folder}: the index cannot be read: {error}: build it anew") from error
+        raise BundleError(
+            f"{folder}: the index cannot be read: {error}: build it anew", name=str(folder)
+        ) from error

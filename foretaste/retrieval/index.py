@@ -99,13 +99,19 @@ def check_search(
         NonFiniteError: A query is NaN or infinite.
     """
     if k < 1:
-        raise DataError(f"k is {k}: ask for 1 item or more")
+        raise DataError(f"k is {k}: ask for 1 item or more", name="k", value=k)
     if query_BD.shape[1] != facts.embedding_dim:
         raise DataError(
             f"queries are {query_BD.shape[1]} wide and the index {facts.embedding_dim}: "
-            "search with vectors of the model that it was built from"
+            "search with vectors of the model that it was built from",
+            name="query",
+            value=query_BD.shape[1],
         )
     if allow_I is not None and len(allow_I) != facts.catalogue_size:
-        raise DataError(f"allow names {len(allow_I)} items of {facts.catalogue_size}")
+        raise DataError(
+            f"allow names {len(allow_I)} items of {facts.catalogue_size}",
+            name="allow",
+            value=len(allow_I),
+        )
     if not query_BD.isfinite().all():
         raise NonFiniteError("a query is NaN or infinite: the model is broken, train it anew")

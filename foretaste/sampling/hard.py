@@ -66,7 +66,9 @@ def draw_by_rank(
     if not 0 <= low < high <= ranked_RT.shape[1]:
         raise ConfigError(
             f"hard negatives of ranks {low} to {high}, but {ranked_RT.shape[1]} ranks are kept: "
-            "give a range within them"
+            "give a range within them",
+            name="hard_ranks",
+            value=(low, high),
         )
     end_B = (ranked_RT[row_B] >= 0).sum(dim=1).clamp(max=high)
     start_B = (end_B - (high - low)).clamp(min=0, max=low)

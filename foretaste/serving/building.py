@@ -51,7 +51,9 @@ def build_recommender(
         if index not in ("auto", "exact"):
             raise ConfigError(
                 f"index is {index!r}, but {type(retriever).__name__} has no item vectors to "
-                "index: leave it at 'auto'"
+                "index: leave it at 'auto'",
+                name="index",
+                value=index,
             )
         return Recommender(Bundle(trained=trained, popular_I=popular_I, report=report))
     known_I = trained.known_I
@@ -82,7 +84,9 @@ def _popularity(trained: Trained, fallback: Trained | None) -> Tensor:
     if fallback is None:
         count_I = torch.from_numpy(events.item_count).float()
     elif not fallback.events.items.ids.equals(events.items.ids):
-        raise ConfigError("the fallback was trained on other items: train it on the same events")
+        raise ConfigError(
+            "the fallback was trained on other items: train it on the same events", name="fallback"
+        )
     else:
         count_I = fallback.score(one_query(-1, np.empty(0, dtype=np.int64)))[0]
     return count_I.masked_fill(~trained.known_I, -torch.inf)

@@ -198,7 +198,11 @@ def read_bundle(path: Path) -> Bundle:
         BundleError: Something is missing, changed or broken, or the format is a newer one.
     """
     if not path.is_dir():
-        raise BundleError(f"{path} is not a folder: name the folder of a bundle{leftover(path)}")
+        raise BundleError(
+            f"{path} is not a folder: name the folder of a bundle{leftover(path)}",
+            name=str(path),
+            value=str(path),
+        )
     manifest = read_manifest(path, BundleManifest)
     _check_needs(manifest, path)
     verify_files(path, manifest)
@@ -207,7 +211,9 @@ def read_bundle(path: Path) -> Bundle:
     except (OSError, KeyError, ValueError, SafetensorError, RuntimeError) as error:
         raise BundleError(
             f"{path} cannot be used although its checksums are right: {error}: it was written by "
-            f"foretaste {manifest.foretaste}; save it again with that version"
+            f"foretaste {manifest.foretaste}; save it again with that version",
+            name=str(path),
+            value=str(path),
         ) from error
 
 
@@ -229,7 +235,9 @@ def _check_model(trained: Trained) -> None:
     except ValidationError as error:
         raise BundleError(
             f"{type(trained.config).__name__} is not of foretaste's catalogue of models, so a "
-            "bundle of it could not be read: add it to foretaste/models/catalogue.py"
+            "bundle of it could not be read: add it to foretaste/models/catalogue.py",
+            name="trained",
+            value=type(trained.config).__name__,
         ) from error
 
 

@@ -43,7 +43,11 @@ def training_history(
         DataError: `since`, in unix seconds, is asked of events without times.
     """
     if since is not None and events.timestamp_s is None:
-        raise DataError(f"since is {since}, but training's events have no times: leave it out")
+        raise DataError(
+            f"since is {since}, but training's events have no times: leave it out",
+            name="since",
+            value=since,
+        )
     if user_idx < 0:
         return np.empty(0, dtype=np.int64)
     past = events.history(user_idx).astype(np.int64)

@@ -282,6 +282,8 @@ def _days(name: str, text: str) -> float:
     except ValueError:
         raise DataError(
             f"column {name!r} holds times, and {text!r} is none: write it as 2024-02-29 or "
-            "2024-02-29T12:00:00"
+            "2024-02-29T12:00:00",
+            column=name,
+            value=text,
         ) from None
     return time.replace(tzinfo=time.tzinfo or UTC).timestamp() / 86_400

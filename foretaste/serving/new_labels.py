@@ -86,7 +86,9 @@ def _as_told(item_id: object, value: object, own: Labels, like: pl.Series) -> ob
         raise DataError(
             f"rules look at the column {own.name!r}, which holds "
             f"{in_words(pl.Series(dtype=own.dtype))}; the new item {item_id!r} has {value!r} "
-            "there, which is none"
+            "there, which is none",
+            column=own.name,
+            value=value,
         ) from None
 
 

@@ -105,7 +105,9 @@ class RuleBook:
         if not rules.reorder:
             return
         if k > LONGEST:
-            raise DataError(f"k is {k}: caps and diversity arrange lists of 1 to {LONGEST}")
+            raise DataError(
+                f"k is {k}: caps and diversity arrange lists of 1 to {LONGEST}", name="k", value=k
+            )
         nothing = TopK(torch.empty(1, 0, dtype=torch.int64), torch.empty(1, 0))
         self._arranged(rules, k, nothing, 0)
 
@@ -176,7 +178,8 @@ class RuleBook:
         elif self._vectors_of is None:
             raise DataError(
                 f"rules: {self._no_vectors} to be diverse by: name columns of the item "
-                'table in diversity.by, such as ["genres"]'
+                'table in diversity.by, such as ["genres"]',
+                name="diversity",
             )
         else:
             likeness = _cosine(self._vectors_of(item_C).float().numpy())

@@ -68,7 +68,9 @@ class Service:
         if len(asked.history) > self._settings.max_history:
             raise DataError(
                 f"the history holds {len(asked.history)} items and this server takes "
-                f"{self._settings.max_history}: send the newest"
+                f"{self._settings.max_history}: send the newest",
+                name="history",
+                value=len(asked.history),
             )
         loaded = self.slot.current
         user_id = None if asked.user_id is None else loaded.catalogue.user_id(str(asked.user_id))
@@ -162,7 +164,9 @@ class Service:
         if len(asked) > self._settings.max_events:
             raise DataError(
                 f"{len(asked)} events in one request, and this server takes "
-                f"{self._settings.max_events}: send them in parts"
+                f"{self._settings.max_events}: send them in parts",
+                name="events",
+                value=len(asked),
             )
         now_s = int(self._clock())
         loaded = self.slot.current
@@ -171,7 +175,9 @@ class Service:
             if event.timestamp is not None and event.timestamp > now_s + FUTURE_S:
                 raise DataError(
                     f"event {position} has timestamp {event.timestamp}, more than a day after "
-                    f"the server's clock, {now_s}: nothing of this request was stored"
+                    f"the server's clock, {now_s}: nothing of this request was stored",
+                    name="timestamp",
+                    value=event.timestamp,
                 )
         rows = [
             LiveEvent(
@@ -237,7 +243,11 @@ class Service:
 
     def _check_k(self, k: int) -> None:
         if not 1 <= k <= self._settings.max_k:
-            raise DataError(f"k is {k}: this server gives lists of 1 to {self._settings.max_k}")
+            raise DataError(
+                f"k is {k}: this server gives lists of 1 to {self._settings.max_k}",
+                name="k",
+                value=k,
+            )
 
     def _live(self, loaded: Loaded, user_id: str) -> list[LiveEvent]:
         with self.metrics.store("read"):

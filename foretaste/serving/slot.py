@@ -44,7 +44,9 @@ def load_version(bundle: Path) -> Loaded:
         manifest_bytes = (bundle / "manifest.json").read_bytes()
     except OSError as error:
         raise BundleError(
-            f"{bundle} holds no manifest.json that can be read: name a bundle's folder"
+            f"{bundle} holds no manifest.json that can be read: name a bundle's folder",
+            name=str(bundle),
+            value=str(bundle),
         ) from error
     recommender = load(bundle)
     popular = recommender.recommend(k=1)

@@ -131,7 +131,9 @@ def open_live_events(state: str) -> LiveEvents:
         engine = sa.create_engine(url, pool_pre_ping=url.get_backend_name() != "sqlite")
     except ModuleNotFoundError as error:
         raise ConfigError(
-            f"live events at {shown} need {error.name}: pip install 'foretaste[postgres]'"
+            f"live events at {shown} need {error.name}: pip install 'foretaste[postgres]'",
+            name="state",
+            value=shown,
         ) from error
     if url.get_backend_name() == "sqlite":
         sa.event.listen(engine, "connect", _make_durable)
@@ -143,7 +145,9 @@ def open_live_events(state: str) -> LiveEvents:
         engine.dispose()
         raise ConfigError(
             f"live events cannot be kept at {shown}: {first_line(error)}; give another place, a "
-            "path or a URL, as the server's `state`"
+            "path or a URL, as the server's `state`",
+            name="state",
+            value=shown,
         ) from error
     return events
 
@@ -162,13 +166,16 @@ def _url(state: str) -> sa.URL:
     except (ArgumentError, ValueError) as error:
         raise ConfigError(
             "the server's `state` is no database URL: write it as "
-            "postgresql://user:password@host/name, or give the path of an SQLite file"
+            "postgresql://user:password@host/name, or give the path of an SQLite file",
+            name="state",
         ) from error
     if url.drivername in ("postgresql", "postgres"):
         return url.set(drivername="postgresql+psycopg")
     if url.get_backend_name() not in ("sqlite", "postgresql"):
         raise ConfigError(
-            f"live events are kept in SQLite or PostgreSQL, not {url.get_backend_name()}"
+            f"live events are kept in SQLite or PostgreSQL, not {url.get_backend_name()}",
+            name="state",
+            value=url.get_backend_name(),
         )
     return url
 

@@ -300,7 +300,9 @@ class Fit(Generic[Network, Batch]):
         if progress.bad_in_a_row >= _MOST_BAD_STEPS:
             raise NonFiniteError(
                 f"{_MOST_BAD_STEPS} steps in a row were not finite (loss {value}, step "
-                f"{progress.step}): lower training.learning_rate or set training.gradient_clip"
+                f"{progress.step}): lower training.learning_rate or set training.gradient_clip",
+                name="learning_rate",
+                value=self.config.learning_rate,
             )
         if finite and self.average is not None:
             move_average(self.average, self.model, config.ema_decay, progress.step)
@@ -374,7 +376,7 @@ class Fit(Generic[Network, Batch]):
 
     def _restore(self) -> None:
         if self.folder is None:
-            raise ConfigError("to resume, say which folder holds the checkpoint")
+            raise ConfigError("to resume, say which folder holds the checkpoint", name="folder")
         path = find_checkpoint(self.folder)
         if path is None:
             return

@@ -36,5 +36,9 @@ def choose_device(name: str) -> torch.device:
     """
     has_gpu = torch.cuda.is_available()
     if name == "cuda" and not has_gpu:
-        raise ConfigError('training.device is "cuda", and torch sees no GPU here: set it to "auto"')
+        raise ConfigError(
+            'training.device is "cuda", and torch sees no GPU here: set it to "auto"',
+            name="training.device",
+            value="cuda",
+        )
     return torch.device(("cuda" if has_gpu else "cpu") if name == "auto" else name)

@@ -50,11 +50,15 @@ class Files:
                     return opened.read(member)
         except (OSError, EOFError, zlib.error, zipfile.BadZipFile) as error:
             raise SourceError(
-                f"{name} in {self.folder} is broken ({error}): delete it and get it again"
+                f"{name} in {self.folder} is broken ({error}): delete it and get it again",
+                name=name,
+                value=str(self.folder),
             ) from error
         broken = "".join(f"; {path.name} there is no whole archive" for path in self.broken())
         raise SourceError(
-            f"{self.folder} has no {name}, {name}.gz or archive that holds it{broken}"
+            f"{self.folder} has no {name}, {name}.gz or archive that holds it{broken}",
+            name=str(self.folder),
+            value=name,
         )
 
     def text(self, name: str) -> str:
@@ -162,11 +166,15 @@ class Address:
                     received += len(chunk)
                 promised = answer.headers.get("Content-Length")
         except (OSError, http.client.HTTPException) as error:
-            raise SourceError(f"{self.url} broke off: {error}") from error
+            raise SourceError(f"{self.url} broke off: {error}", name=self.url) from error
         if promised is not None and received != int(promised):
-            raise SourceError(f"{self.url} broke off after {received:,} of {promised} bytes")
+            raise SourceError(
+                f"{self.url} broke off after {received:,} of {promised} bytes", name=self.url
+            )
         if self.md5 not in (None, digest.hexdigest()):
-            raise SourceError(f"{self.url} has MD5 {digest.hexdigest()}, not {self.md5}")
+            raise SourceError(
+                f"{self.url} has MD5 {digest.hexdigest()}, not {self.md5}", name=self.url
+            )
 
     @property
     def _name(self) -> str:
@@ -196,7 +204,9 @@ class Wheel:
             self._download(Path(temporary))
             wheel = next(Path(temporary).glob("*.whl"), None)
             if wheel is None:
-                raise SourceError(f"pip brought no wheel of {self.requirement}")
+                raise SourceError(
+                    f"pip brought no wheel of {self.requirement}", name=self.requirement
+                )
             self._unpack(wheel, folder)
 
     def _download(self, into: Path) -> None:
@@ -208,10 +218,14 @@ class Wheel:
                 command, capture_output=True, text=True, timeout=_PIP_TIMEOUT_S, check=False
             )
         except (OSError, subprocess.TimeoutExpired) as error:
-            raise SourceError(f"pip could not be asked for {self.requirement}: {error}") from error
+            raise SourceError(
+                f"pip could not be asked for {self.requirement}: {error}", name=self.requirement
+            ) from error
         if done.returncode:
             said = done.stderr.strip().splitlines() or ["nothing"]
-            raise SourceError(f"pip could not get {self.requirement}: {said[-1]}")
+            raise SourceError(
+                f"pip could not get {self.requirement}: {said[-1]}", name=self.requirement
+            )
 
     def _unpack(self, wheel: Path, folder: Path) -> None:
         found = 0
@@ -222,15 +236,17 @@ class Wheel:
                         (folder / PurePosixPath(member).name).write_bytes(archive.read(member))
                         found += 1
         except (OSError, zipfile.BadZipFile) as error:
-            raise SourceError(f"{wheel.name} cannot be unpacked: {error}") from error
+            raise SourceError(
+                f"{wheel.name} cannot be unpacked: {error}", name=wheel.name
+            ) from error
         if not found:
-            raise SourceError(f"{wheel.name} holds nothing under {self.prefix}")
+            raise SourceError(f"{wheel.name} holds nothing under {self.prefix}", name=wheel.name)
 
 
 def _open(url: str) -> http.client.HTTPResponse:
     """Ask for `url`; name look-up, connection and first answer share one time limit."""
     if urlsplit(url).scheme not in ("http", "https"):
-        raise SourceError(f"{url} is no http or https address")
+        raise SourceError(f"{url} is no http or https address", name="url", value=url)
     answers: queue.Queue[http.client.HTTPResponse | Exception] = queue.Queue(1)
 
     def ask() -> None:
@@ -243,9 +259,11 @@ def _open(url: str) -> http.client.HTTPResponse:
     try:
         answer = answers.get(timeout=TIMEOUT_S)
     except queue.Empty:
-        raise SourceError(f"{url} did not answer within {TIMEOUT_S:g} s") from None
+        raise SourceError(
+            f"{url} did not answer within {TIMEOUT_S:g} s", name="url", value=url
+        ) from None
     if isinstance(answer, Exception):
-        raise SourceError(f"{url} cannot be reached: {answer}") from answer
+        raise SourceError(f"{url} cannot be reached: {answer}", name="url", value=url) from answer
     return answer
 
 

@@ -82,7 +82,9 @@ def from_folder(source: Source, data_dir: Path) -> Dataset:
     broken = "".join(f"; {path} is no whole archive" for path in Files(data_dir).broken())
     raise SourceError(
         f"{source.name} is not in {data_dir}: neither there nor in {source.folder}/ below it is "
-        f"{' or '.join(source.marks)}, plain, gzipped or in a zip archive{broken}"
+        f"{' or '.join(source.marks)}, plain, gzipped or in a zip archive{broken}",
+        name=source.name,
+        value=str(data_dir),
     )
 
 
@@ -109,7 +111,9 @@ def from_cache(source: Source, cache: Path) -> Dataset:
     except OSError as error:
         raise SourceError(
             f"{source.name} cannot be kept in {cache} ({error}): name a folder that can be "
-            "written with --cache-dir"
+            "written with --cache-dir",
+            name=source.name,
+            value=str(cache),
         ) from error
     return dataset
 
@@ -128,7 +132,8 @@ def _fetch(source: Source, temporary: Path) -> tuple[Path, Dataset]:
     reasons = "; ".join(failures) or source.why_no_way
     raise SourceError(
         f"{source.name} could not be had: {reasons}. Get its files by other means "
-        "and name their folder with --data-dir"
+        "and name their folder with --data-dir",
+        name=source.name,
     )
 
 
@@ -161,7 +166,8 @@ def _read(source: Source, files: Files, *, origin: str) -> Dataset:
         tables = source.read(files)
     except (pl.exceptions.PolarsError, ValueError, KeyError, IndexError) as error:
         raise SourceError(
-            f"{source.name} from {origin} cannot be read as its files should: {error}"
+            f"{source.name} from {origin} cannot be read as its files should: {error}",
+            name=source.name,
         ) from error
     _check(source, tables, origin)
     events = read_interactions(
@@ -184,10 +190,12 @@ def _check(source: Source, tables: Tables, origin: str) -> None:
     if source.counts is not None and tables.counts() != source.counts:
         raise SourceError(
             f"{source.name} from {origin} has (users, items, events) {tables.counts()}, not "
-            f"{source.counts}: it is another version, or broken"
+            f"{source.counts}: it is another version, or broken",
+            name=source.name,
         )
     if source.sha256 is not None and tables.sha256() != source.sha256:
         raise SourceError(
             f"{source.name} from {origin} has events of SHA-256 {tables.sha256()}, not "
-            f"{source.sha256}: it is another version, or was changed"
+            f"{source.sha256}: it is another version, or was changed",
+            name=source.name,
         )

@@ -45,9 +45,13 @@ class Heads(nn.Module):
         doubled = [name for name, count in times.items() if count > 1]
         if not tasks or doubled:
             found = f"two tasks are named {doubled[0]!r}" if doubled else "there is no task"
-            raise ConfigError(f"{found}: give one or more, each with a name of its own")
+            raise ConfigError(
+                f"{found}: give one or more, each with a name of its own", name="tasks"
+            )
         if not any(task.weight for task in tasks):
-            raise ConfigError("every task has the weight 0: nothing would be learned")
+            raise ConfigError(
+                "every task has the weight 0: nothing would be learned", name="weight", value=0
+            )
         self.tasks = tasks
         self.list_weights = {
             task.name: weight
@@ -55,7 +59,11 @@ class Heads(nn.Module):
             if (weight := task.weight if task.list_weight is None else task.list_weight)
         }
         if not self.list_weights:
-            raise ConfigError("every task has the list_weight 0: no list would have an order")
+            raise ConfigError(
+                "every task has the list_weight 0: no list would have an order",
+                name="list_weight",
+                value=0,
+            )
         self.register_buffer("scale_T2", torch.tensor([[0.0, 1.0]] * len(tasks)))
         self.steps = nn.ParameterList(
             nn.Parameter(_steps(torch.arange(len(task.levels) - 1.0) - len(task.levels) / 2 + 1))

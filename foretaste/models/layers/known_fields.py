@@ -136,6 +136,8 @@ def _a_row_each(what: str, table: FieldTable, num_rows: int) -> FieldTable:
     if len(table) != num_rows:
         raise ConfigError(
             f"there are features of {len(table)} {what} for {num_rows} of them: fit the features "
-            "to the events that the model learns from"
+            "to the events that the model learns from",
+            name="features",
+            value=len(table),
         )
     return table

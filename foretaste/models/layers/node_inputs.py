@@ -66,7 +66,9 @@ class NodeInputs(nn.Module):
         if not ids and self.item_fields is None:
             raise ConfigError(
                 "ids = false and no features of items leave nothing to start from: keep the ids, "
-                "or give the items a table of features"
+                "or give the items a table of features",
+                name="ids",
+                value=False,
             )
         self.embedding_dim = embedding_dim
         self.user_table: Table | None = None

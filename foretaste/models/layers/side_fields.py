@@ -358,7 +358,9 @@ def sides_of_rows(
     user, item, context = made
     if not item.num_fields and num_items > 1:
         raise ConfigError(
-            "there is nothing to tell an item by: set model.item_id, or give features of items"
+            "there is nothing to tell an item by: set model.item_id, or give features of items",
+            name="item_id",
+            value=False,
         )
     if not any(side.num_fields for side in made):
         raise ConfigError("there is nothing to tell a row by: give features of users or moments")

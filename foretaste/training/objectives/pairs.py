@@ -157,7 +157,9 @@ class Pairs(nn.Module):
             if not vectors.views:
                 raise ConfigError(
                     f"objective.contrast is {self.config.contrast:g}, but the model gives no two "
-                    "views: set it to 0, or LightGCN's contrast_layer to 1 or more"
+                    "views: set it to 0, or LightGCN's contrast_layer to 1 or more",
+                    name="objective.contrast",
+                    value=self.config.contrast,
                 )
             views = [_agreement(a, b, self.config.contrast_temperature) for a, b in vectors.views]
             loss = loss + self.config.contrast * torch.stack(views).sum()
