@@ -205,7 +205,7 @@ def test_the_clock_ends_a_loop_in_good_order() -> None:
         settings,
         seed=0,
         plan=lambda _: Line(),
-        objective=lambda m, batch: (m(batch.view(1, 1)) - 3).square().sum(),
+        objective=lambda m, batch, _: (m(batch.view(1, 1)) - 3).square().sum(),
         validate=validate,
     )
     progress = run.run(max_seconds=0.0)

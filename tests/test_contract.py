@@ -143,7 +143,7 @@ def learn_rows(model: Model, events: Interactions, *, learning_rate: float = 0.0
     model.begin(events)
     known_X = torch.from_numpy(events.item_count).nonzero().squeeze(1)
 
-    def objective(model: Ranker, batch: PairBatch) -> Tensor:
+    def objective(model: Ranker, batch: PairBatch, _: torch.Generator) -> Tensor:
         drawn_BN = known_X[torch.randint(len(known_X), (len(batch), 4))]
         logit_BC = model(batch.queries, torch.cat([batch.item_B.unsqueeze(1), drawn_BN], dim=1))
         label_BC = torch.zeros_like(logit_BC["click"])

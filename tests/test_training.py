@@ -21,18 +21,23 @@ from torch import Tensor, nn
 
 from foretaste.data.batch import Queries
 from foretaste.data.interactions import Interactions
+from foretaste.data.pairs import plan_pairs
 from foretaste.data.sequences import SequencePlan, plan_sequences
 from foretaste.data.vocabulary import Vocabulary
 from foretaste.errors import BundleError, ConfigError, DataError, NonFiniteError
 from foretaste.experiment.run import start_run
+from foretaste.models.bert4rec import BERT4Rec, BERT4RecConfig
+from foretaste.models.mf import MF, MFConfig
 from foretaste.models.sasrec import SASRec, SASRecConfig
 from foretaste.training import checkpoint
 from foretaste.training.checkpoint import read_checkpoint, write_checkpoint
 from foretaste.training.fit import Epoch, Fit
+from foretaste.training.objectives.masked_item import MaskedItem, MaskedItemConfig
 from foretaste.training.objectives.next_item import NextItem, NextItemConfig
+from foretaste.training.objectives.pairs import Pairs, PairsConfig
 from foretaste.training.optimizer import rate_factor
 from foretaste.training.progress import Cost, CostWatch
-from foretaste.training.seeding import epoch_generator, seed_step, step_seed
+from foretaste.training.seeding import epoch_generator, step_generator, step_seed
 from foretaste.training.settings import TrainingConfig
 
 
@@ -65,7 +70,7 @@ class Scalar(nn.Module):
         self.w = nn.Parameter(torch.zeros(()))
 
 
-def times(model: nn.Module, batch: Number) -> Tensor:
+def times(model: nn.Module, batch: Number, _: torch.Generator) -> Tensor:
     return model.w * batch.value
 
 
@@ -181,7 +186,7 @@ def test_the_average_has_the_models_own_moving_means(*, validated: bool) -> None
         plain(ema_decay=0.5),
         seed=0,
         plan=lambda _: Numbers([1.0, 1.0]),
-        objective=lambda m, batch: m.norm(torch.full((2, 1), batch.value)).sum(),
+        objective=lambda m, batch, _: m.norm(torch.full((2, 1), batch.value)).sum(),
         validate=validate if validated else None,
     ).run()
     assert model.norm.running_mean.item() == pytest.approx(0.19)
@@ -512,8 +517,42 @@ def test_a_step_draws_what_torch_seeded_by_its_number_draws() -> None:
     torch.manual_seed(step_seed(3, 1, 4))
     expected = torch.rand(5)
     torch.manual_seed(0)
-    seed_step(3, 1, 4)
-    assert torch.equal(torch.rand(5), expected)
+    generator = step_generator(3, 1, 4)
+    assert torch.equal(torch.rand(5, generator=generator), expected)
+
+
+@pytest.mark.parametrize("objective", [NextItem, MaskedItem, Pairs])
+def test_an_objective_draws_from_the_generator_it_is_given_alone(objective: type) -> None:
+    events = chain_events()
+    num_users, num_items = events.num_users, events.num_items
+    config = {"loss": "sampled_softmax", "negatives": 4, "row_negatives": 2, "in_batch": True}
+    generator = np.random.default_rng(0)
+    windows = plan_sequences(
+        events, max_len=6, batch_events=60, windows="all", generator=generator
+    ).batch(0)
+    pairs = plan_pairs(events, batch_events=40, generator=generator).batch(0)
+    torch.manual_seed(0)
+    match objective.__name__:
+        case "NextItem":
+            sasrec = SASRecConfig(embedding_dim=8, max_len=6, dropout=0.0)
+            parts = SASRec(sasrec, num_items=num_items), NextItemConfig(**config), windows
+        case "MaskedItem":
+            bert4rec = BERT4RecConfig(embedding_dim=8, max_len=6, dropout=0.0)
+            parts = BERT4Rec(bert4rec, num_items=num_items), MaskedItemConfig(**config), windows
+        case _:
+            mf = MF(MFConfig(embedding_dim=8), num_users=num_users, num_items=num_items)
+            parts = mf, PairsConfig(**config), pairs
+    model, settings, batch = parts
+    learned = objective(settings, events)
+
+    def loss(seed: int, *, of_torch: int) -> float:
+        torch.manual_seed(of_torch)
+        value: float = learned(model, batch, torch.Generator().manual_seed(seed)).item()
+        return value
+
+    first = loss(1, of_torch=5)
+    assert loss(1, of_torch=6) == first
+    assert loss(2, of_torch=5) != first
 
 
 def test_the_cost_is_that_of_steps_after_the_first_slow_ones_and_then_of_validation_too() -> None:
@@ -553,7 +592,7 @@ def test_memory_is_counted_by_what_it_is_for() -> None:
         plain(),
         seed=0,
         plan=lambda _: Numbers([1.0] * 20),
-        objective=lambda model, _: model(rows).square().mean(),
+        objective=lambda model, *_: model(rows).square().mean(),
     )
     found: list[Cost] = []
     ticks = iter(range(1000))

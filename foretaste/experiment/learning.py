@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from torch import Tensor
+from torch import Generator, Tensor
 
 from foretaste.data.draw_items import DrawItems
 from foretaste.data.features_table import FieldTable
@@ -55,7 +55,7 @@ def usual_objective(model: Model) -> ObjectiveConfig:
 class Learning:
     """An objective and an epoch's batches, from the epoch's number."""
 
-    objective: Callable[[Any, Any], Tensor]
+    objective: Callable[[Any, Any, Generator], Tensor]
     plan: Callable[[int], Plan[Any]]
     refreshed: Refreshed | None = None
     """What the loop works out anew from the weights, epoch by epoch."""

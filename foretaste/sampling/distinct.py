@@ -66,6 +66,7 @@ class DistinctSampler:
             raise DataError("no item has a training event: there is nothing to draw from")
         self.power = power
         self._rate_I = count_I.double().pow(power).where(count_I > 0, 0.0)
+        self._there = self.known, self._rate_I  # on the device that was asked for last
         self._rates = float(self._rate_I.sum())
         self._many = len(self.known) >= shuffled_below
         self._popular = (
@@ -80,33 +81,33 @@ class DistinctSampler:
 
         Args:
             num: How many.
-            device: Where to draw.
-            generator: Source of all randomness; None: torch's own of the device.
+            device: Where the answer goes; the draws are the same on each.
+            generator: Source of all randomness, of the CPU; None: torch's own.
         """
-        if self.known.device != device:
-            self.known, self._rate_I = self.known.to(device), self._rate_I.to(device)
+        if self._there[0].device != device:
+            self._there = self.known.to(device), self._rate_I.to(device)
         known = self.known
         if num >= len(known):
-            return Drawn(known, self._share(1.0))
+            return Drawn(self._there[0], self._share(1.0))
         if self._many and self._repeats_are_few(num):
             return self._arrive(num, device=device, generator=generator)
         if self.power == 0:
-            item_M = known[torch.randperm(len(known), device=device, generator=generator)[:num]]
-            return Drawn(item_M, self._share(num / len(known)))
+            item_M = known[torch.randperm(len(known), generator=generator)[:num]]
+            return Drawn(item_M.to(device), self._share(num / len(known)))
         rate = self._rate_I[known]
         arrival = torch.empty_like(rate).exponential_(generator=generator) / rate
         first, order = arrival.topk(num + 1, largest=False)
-        return Drawn(known[order[:num]], self._before(first[-1]))
+        return Drawn(known[order[:num]].to(device), self._before(first[-1].to(device)))
 
     def _arrive(
         self, num: int, *, device: torch.device, generator: torch.Generator | None
     ) -> Drawn:
         """Draw items one after the other until there are enough, and one more for the time."""
         if self._popular is None:
-            item_N = self._uniform(num + num // 16 + 8, device, generator)
+            item_N = self._uniform(num + num // 16 + 8, generator)
             while len(first_N := _first_places(item_N)) < num:
-                item_N = torch.cat([item_N, self._uniform(num, device, generator)])
-            return Drawn(item_N[first_N[:num]], self._share(num / len(self.known)))
+                item_N = torch.cat([item_N, self._uniform(num, generator)])
+            return Drawn(item_N[first_N[:num]].to(device), self._share(num / len(self.known)))
         source = generator or torch.default_generator
         item_N = self._popular.draw((2 * num + 8,), generator=source)
         while len(first_N := _first_places(item_N)) <= num:
@@ -124,16 +125,14 @@ class DistinctSampler:
             self._few_repeats[num] = distinct > 1.5 * num
         return self._few_repeats[num]
 
-    def _uniform(self, num: int, device: torch.device, generator: torch.Generator | None) -> Tensor:
-        return self.known[
-            torch.randint(len(self.known), (num,), device=device, generator=generator)
-        ]
+    def _uniform(self, num: int, generator: torch.Generator | None) -> Tensor:
+        return self.known[torch.randint(len(self.known), (num,), generator=generator)]
 
     def _share(self, share: float) -> Callable[[Tensor], Tensor]:
-        return lambda item_X: (self._rate_I[item_X] > 0).to(torch.get_default_dtype()) * share
+        return lambda item_X: (self._there[1][item_X] > 0).to(torch.get_default_dtype()) * share
 
     def _before(self, time: Tensor) -> Callable[[Tensor], Tensor]:
-        return lambda item_X: -torch.expm1(-self._rate_I[item_X] * time).float()
+        return lambda item_X: -torch.expm1(-self._there[1][item_X] * time).float()
 
 
 def _first_places(item_N: Int64[Tensor, " N"]) -> Int64[Tensor, " M"]:

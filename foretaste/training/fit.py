@@ -24,7 +24,7 @@ from foretaste.training.optimizer import make_optimizer, move_average, rate_fact
 from foretaste.training.prefetch import Plan as Plan
 from foretaste.training.prefetch import Prefetch
 from foretaste.training.runtime import choose_device, keep_memory
-from foretaste.training.seeding import seed_step
+from foretaste.training.seeding import step_generator
 from foretaste.training.settings import TrainingConfig
 from foretaste.training.step_log import StepLog
 
@@ -110,7 +110,7 @@ class Fit(Generic[Network, Batch]):
         *,
         seed: int,
         plan: Callable[[int], Plan[Batch]],
-        objective: Callable[[Network, Batch], Tensor],
+        objective: Callable[[Network, Batch, torch.Generator], Tensor],
         validate: Callable[[Network], float] | None = None,
         validate_every: int | None = None,
         folder: Path | None = None,
@@ -124,9 +124,10 @@ class Fit(Generic[Network, Batch]):
             config: The settings.
             seed: Decides order, dropout and negatives; the model's first weights are its maker's.
             plan: From an epoch's number (0, 1, …) to its batches; decided by seed and number.
-            objective: Gives the mean loss of a batch, a scalar, in nats. If it is a module, its
-                state is the run's too: parameters are trained beside the model's, and all of it
-                stands in the checkpoint.
+            objective: Gives the mean loss of a batch, a scalar, in nats, and draws what it needs
+                from the generator that it is given. If it is a module, its state is the run's
+                too: parameters are trained beside the model's, and all of it stands in the
+                checkpoint.
             validate: Gives the metric to stop by, higher is better.
             validate_every: Epochs between two validations, where the settings say "auto"; none: 1.
             folder: Where checkpoints and the log of steps go; none writes neither.
@@ -251,8 +252,8 @@ class Fit(Generic[Network, Batch]):
         started = last_checkpoint = time.perf_counter()
         while progress.batch < steps_per_epoch and not progress.done:
             batch = batches.next()
-            seed_step(self.seed, progress.epoch, progress.batch)
-            loss = self._step(batch, steps_per_epoch)
+            generator = step_generator(self.seed, progress.epoch, progress.batch)
+            loss = self._step(batch, steps_per_epoch, generator)
             log.write(progress.step, progress.epoch, loss)
             if math.isfinite(loss):
                 progress.loss_sum += loss
@@ -273,7 +274,7 @@ class Fit(Generic[Network, Batch]):
             return ""
         return f"{OUT_OF_TIME}: stopped after {self.progress.seconds:.1f} s"
 
-    def _step(self, batch: Any, steps_per_epoch: int) -> float:
+    def _step(self, batch: Any, steps_per_epoch: int, generator: torch.Generator) -> float:
         """Take one optimizer step; return the loss. A step that is not finite changes nothing."""
         progress, config = self.progress, self.config
         rate = config.learning_rate * rate_factor(config, progress.step, steps_per_epoch)
@@ -281,7 +282,7 @@ class Fit(Generic[Network, Batch]):
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
         with self._autocast():
-            loss = self.objective(self.model, batch.to(self.device))
+            loss = self.objective(self.model, batch.to(self.device), generator)
         value = loss.item()
         if math.isfinite(value):
             self.scaler.scale(loss).backward()

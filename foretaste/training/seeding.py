@@ -18,12 +18,15 @@ def step_seed(seed: int, epoch: int, batch: int) -> int:
     return int(state[0])
 
 
-def seed_step(seed: int, epoch: int, batch: int) -> None:
-    """Set torch's generators (dropout, negatives) for one step.
+def step_generator(seed: int, epoch: int, batch: int) -> torch.Generator:
+    """Return what a step draws from, a generator of the CPU on every device.
 
-    `torch.manual_seed` would note down the stack for every device that is not in use: each step.
+    It is torch's own, since dropout can draw from nothing else: set for each step, so that nothing
+    goes from one step to the next through it. `torch.manual_seed` would note down the stack for
+    every device that is not in use: each step.
     """
     number = step_seed(seed, epoch, batch)
     torch.default_generator.manual_seed(number)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed_all(number)
+    return torch.default_generator

@@ -49,41 +49,50 @@ class MaskedItem(nn.Module):
         super().__init__()
         self.config, self.loss = config, CandidateLoss(config, events)
 
-    def forward(self, model: Retriever, batch: SequenceBatch) -> Float[Tensor, ""]:
+    def forward(
+        self, model: Retriever, batch: SequenceBatch, generator: torch.Generator | None = None
+    ) -> Float[Tensor, ""]:
+        """Return the loss; what is drawn is drawn from `generator`, None: torch's own."""
         place_BT, real_BT = draw_places(
             batch.valid_BL.sum(dim=1),
             mask_ratio=self.config.mask_ratio,
             last_share=self.config.last_share,
+            generator=generator,
         )
         state_BTD: Tensor = model(batch, place_BT)
         target_N = batch.item_BL.gather(1, place_BT)[real_BT]
         user_N = batch.user_B.unsqueeze(1).expand_as(place_BT)[real_BT]
-        candidates = self.loss.draw(user_N, target_N)
+        candidates = self.loss.draw(user_N, target_N, generator=generator)
         item_VD = model.items(candidates.item_V)
         loss: Tensor = self.loss(candidates, state_BTD[real_BT], item_VD)
         return loss
 
 
 def draw_places(
-    length_B: Int64[Tensor, " B"], *, mask_ratio: float, last_share: float
+    length_B: Int64[Tensor, " B"],
+    *,
+    mask_ratio: float,
+    last_share: float,
+    generator: torch.Generator | None = None,
 ) -> tuple[Int64[Tensor, "B T"], Bool[Tensor, "B T"]]:
-    """Draw which events of each row are hidden, by torch's global generator.
+    """Draw which events of each row are hidden, on the CPU.
 
     Args:
         length_B: Events of each row, at least 1.
         mask_ratio: Share of them, rounded, at least one event.
         last_share: Chance of a row to hide its last event alone.
+        generator: Source of all randomness; None: torch's own.
 
     Returns:
         Places in [0, length), no two alike in a row but for filling; and where they are real:
         rows with fewer places than others repeat their first.
     """
     device, width = length_B.device, int(length_B.max())
-    last_B = torch.rand(len(length_B), device=device) < last_share
+    last_B = torch.rand(len(length_B), generator=generator).to(device) < last_share
     num_B = (length_B * mask_ratio).round().long().clamp(min=1).where(~last_B, 1)
     place_L = torch.arange(width, device=device)
     last_BL = place_L == length_B.unsqueeze(1) - 1
-    key_BL = torch.rand(len(length_B), width, device=device)
+    key_BL = torch.rand(len(length_B), width, generator=generator).to(device)
     key_BL[place_L >= length_B.unsqueeze(1)] = 2
     key_BL[last_BL & last_B.unsqueeze(1)] = -1
     most = int(num_B.max())

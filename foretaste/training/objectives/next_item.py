@@ -5,6 +5,7 @@ Shape legend: B rows, L positions, N events of the batch, V distinct items, D wi
 
 from typing import Literal, final
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -42,10 +43,13 @@ class NextItem(nn.Module):
         super().__init__()
         self.loss = CandidateLoss(config, events)
 
-    def forward(self, model: Retriever, batch: SequenceBatch) -> Float[Tensor, ""]:
+    def forward(
+        self, model: Retriever, batch: SequenceBatch, generator: torch.Generator | None = None
+    ) -> Float[Tensor, ""]:
+        """Return the loss; what is drawn is drawn from `generator`, None: torch's own."""
         state_BLD: Tensor = model(batch)
         user_N = batch.user_B.unsqueeze(1).expand_as(batch.item_BL)[batch.valid_BL]
-        candidates = self.loss.draw(user_N, batch.item_BL[batch.valid_BL])
+        candidates = self.loss.draw(user_N, batch.item_BL[batch.valid_BL], generator=generator)
         item_VD = model.items(candidates.item_V)
         loss: Tensor = self.loss(candidates, state_BLD[:, :-1][batch.valid_BL], item_VD)
         return loss

@@ -127,7 +127,7 @@ class Pairs(nn.Module):
     def draw(self, model: Retriever, batch: PairBatch, *, seed: int) -> DrawnPairs:
         """Draw what a batch is compared with before its step, which has this seed.
 
-        On a CPU the step then gives the same result as if it had drawn itself.
+        The step then gives the same result as if it had drawn itself.
         """
         generator = torch.Generator().manual_seed(seed)
         candidates = self.loss.draw(
@@ -140,13 +140,22 @@ class Pairs(nn.Module):
             generator_state=generator.get_state(),
         )
 
-    def forward(self, model: Retriever, batch: PairBatch | DrawnPairs) -> Float[Tensor, ""]:
+    def forward(
+        self,
+        model: Retriever,
+        batch: PairBatch | DrawnPairs,
+        generator: torch.Generator | None = None,
+    ) -> Float[Tensor, ""]:
+        """Return the loss; what is drawn is drawn from `generator`, None: torch's own."""
+        generator = generator or torch.default_generator
         if isinstance(batch, PairBatch):
-            candidates = self.loss.draw(batch.queries.user_B, batch.item_B, batch.hard_BH)
+            candidates = self.loss.draw(
+                batch.queries.user_B, batch.item_B, batch.hard_BH, generator=generator
+            )
             queries, prepared = batch.queries, None
         else:
             candidates, queries, prepared = batch.candidates, batch.batch.queries, batch.prepared
-            torch.default_generator.set_state(batch.generator_state)
+            generator.set_state(batch.generator_state)
         ahead = () if prepared is None else (prepared,)
         vectors: PairVectors = model(queries, candidates.item_V, *ahead)
         loss: Tensor = self.loss(candidates, vectors.query_BD, vectors.item_VD)

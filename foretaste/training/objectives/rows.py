@@ -84,7 +84,9 @@ class LabelledRows(nn.Module):
             nn.Parameter(torch.zeros(len(tasks))) if config.weighting == "uncertainty" else None
         )
 
-    def forward(self, model: Ranker, batch: RowBatch) -> Float[Tensor, ""]:
+    def forward(
+        self, model: Ranker, batch: RowBatch, _: torch.Generator | None = None
+    ) -> Float[Tensor, ""]:
         self._check_judged(model, batch)
         outputs = model(batch.queries, batch.item_BC)
         if batch.first_BC is None:
