@@ -9,7 +9,7 @@ import inspect
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeVar, get_args, get_origin
 
 from annotated_types import Ge, Le, Lt, MaxLen
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -415,3 +415,15 @@ class ChoiceConfig(Config):
 
 Space = Mapping[str, RangeConfig | ChoiceConfig]
 """From a setting's name to the values that a search may give it."""
+
+
+class Usual(NamedTuple):
+    """How a model learns where nothing else is said: one opinion, which `fit`, `compare` and `tune`
+    share. It stands in the model's settings class, as `usual`, with its reasons.
+    """
+
+    objective: Mapping[str, object] = {}
+    """The objective's settings, its `kind` among them; none: learned in closed form."""
+    training: Mapping[str, Any] = {}
+    """Of the training loop, what it leaves to the model: the learning rate, the average, and the
+    most events of a step."""

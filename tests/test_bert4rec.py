@@ -334,7 +334,7 @@ def test_any_loss_finds_the_group(loss: str) -> None:
 
 def test_it_learns_by_hiding_unless_told_otherwise() -> None:
     model = encoder("original")
-    assert isinstance(usual_objective(model), MaskedItemConfig)
+    assert isinstance(usual_objective(BERT4RecConfig()), MaskedItemConfig)
     with pytest.raises(ConfigError, match="'next_item', but BERT4Rec learns by 'masked_item'"):
         make_learning(model, NextItemConfig(), ring_events(), batch_events=100, seed=0)
     causal = SASRec(SASRecConfig(embedding_dim=D), num_items=20)

@@ -114,7 +114,8 @@ def test_figures_are_compared_with_those_of_as_many_events_and_the_same_negative
     ("model", "learns_by", "objective", "negatives"),
     [
         ({"kind": "ease"}, "events", None, "none"),
-        ({"kind": "sasrec"}, "next_item", None, "all items"),
+        ({"kind": "sasrec"}, "next_item", None, "drawn again"),
+        ({"kind": "sasrec"}, "next_item", {"kind": "next_item"}, "all items"),
         ({"kind": "sasrec"}, "next_item", {"kind": "next_item", "loss": "bce"}, "drawn again"),
         ({"kind": "mf"}, "pairs", {"kind": "pairs", "loss": "softmax"}, "all items"),
         ({"kind": "mf"}, "pairs", None, "drawn again"),

@@ -43,7 +43,7 @@ def likeness(config: ItemKNNConfig, of: list[list[int]], i: int, j: int) -> floa
     sets = [set(history) for history in of]
     shared = sum(len(s) ** -config.damping for s in sets if i in s and j in s)
     n_i, n_j = (max(1, sum(item in s for s in sets)) for item in (i, j))
-    below = n_i**config.asymmetry * n_j ** (1 - config.asymmetry) + config.shrinkage
+    below = n_i**config.asymmetry * n_j ** (1 - config.asymmetry) + config.strength("shrinkage")
     return 0.0 if i == j else shared / below
 
 

@@ -1,5 +1,6 @@
 """Recipes: what they say, what overrides change, and how a slip of the pen is named."""
 
+import json
 import tomllib
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from foretaste.config import parse_settings
 from foretaste.data.features_schema import schema_from_toml, schema_to_toml
 from foretaste.data.toml_text import to_toml
 from foretaste.errors import ConfigError
+from foretaste.experiment.learning import usual_objective
 from foretaste.experiment.recipe import (
     EvaluationConfig,
     FileData,
@@ -287,3 +289,39 @@ def test_every_recipe_of_the_repository_is_valid(path: Path) -> None:
     config = read_experiment(path)
     assert config.data.kind == "public"
     assert config.published or config.notes  # what no paper has says what it is for
+
+
+def test_recipes_resolve_to_the_settings_that_their_figures_were_measured_with() -> None:
+    """What a recipe leaves out has the default of then: where a default moves, the recipe says it.
+
+    `recorded_defaults.json` holds the defaults of the day on which they began to be chosen.
+    """
+    then = json.loads((Path(__file__).parent / "golden" / "recorded_defaults.json").read_text())
+    for path in RECIPES:
+        config = read_experiment(path)
+        first = config.first_stage
+        for model, training, objective in (
+            (config.model, config.training, config.objective),
+            (getattr(config.model, "retriever", None), first.training, first.objective),
+            (getattr(config.model, "ranker", None), config.training, config.objective),
+        ):
+            if model is None:
+                continue
+            _check_recorded(path.stem, model, then.get(model.kind, {}))
+            if not model.usual.objective:  # of two stages, or in closed form
+                continue
+            learned = objective or usual_objective(model)
+            _check_recorded(path.stem, learned, then[learned.kind])
+            said = training.model_fields_set
+            resolved = training.settled(model.usual.training, 10**9).model_dump(mode="json")
+            largest = training.batch_of(10**9)  # "auto" was the same for all models
+            for name, value in (then["training"] | {"batch_events": largest}).items():
+                if name not in said and value != "auto":
+                    assert resolved[name] == value, (path.stem, name)
+
+
+def _check_recorded(recipe: str, settings: ft.Config, then: dict[str, object]) -> None:
+    now = settings.model_dump(mode="json")
+    for name, value in then.items():
+        if name not in settings.model_fields_set:
+            assert now[name] == value, (recipe, settings, name)

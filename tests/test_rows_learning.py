@@ -401,7 +401,7 @@ def test_what_cannot_be_learned_or_measured_is_refused() -> None:
 
 
 def test_a_ranker_learns_by_rows_unless_told_otherwise() -> None:
-    assert isinstance(usual_objective(NCF(GMFConfig(), num_users=1, num_items=1)), RowsConfig)
+    assert isinstance(usual_objective(GMFConfig()), RowsConfig)
 
 
 def test_rows_are_judged_from_what_came_before_them(clicks: ft.Trained) -> None:

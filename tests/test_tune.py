@@ -100,6 +100,7 @@ MMOE = {
 }
 TWO_STAGES = {
     "kind": "two_stage",
+    "candidates": 3,
     "retriever": {"kind": "mf", "embedding_dim": 4},
     "ranker": {"kind": "deepfm", "embedding_dim": 4, "hidden": [4]},
 }

@@ -132,7 +132,7 @@ def test_how_often_validation_comes_is_counted_from_its_work(
     kind: str, asked: dict[str, object], every: int, on: str
 ) -> None:
     trained = untrained(kind)
-    rows = trained_rows(trained.model, usual_objective(trained.model), SPLIT.train)
+    rows = trained_rows(trained.model, usual_objective(trained.config), SPLIT.train)
     found = make_validation(
         trained,
         SPLIT,

@@ -1,4 +1,4 @@
-"""Families of models by name, each with its usual settings, and the baselines of every comparison.
+"""Families of models by name, and the baselines of every comparison.
 
 A family is a model's `kind`; a new model of the catalogue is a family at once.
 """
@@ -27,56 +27,15 @@ _SETTINGS = {
     for settings in get_args(get_args(ModelConfig)[0])
 }
 FAMILIES: tuple[str, ...] = tuple(_SETTINGS)
-
-_SEQUENCE: Mapping[str, Mapping[str, object]] = {
-    "model": {"max_len": 100, "block": "modern", "hidden_ratio": 1.0},
-    "training": {"batch_events": 2048, "learning_rate": 4e-3, "ema_decay": 0.999},
-}
-_PAIRS: Mapping[str, Mapping[str, object]] = {
-    "objective": {"kind": "pairs", "loss": "sampled_softmax", "negatives": 2048},
-    "training": {"learning_rate": 5e-3},
-}
-_USUAL: Mapping[str, Mapping[str, Mapping[str, object]]] = {
-    "mf": {**_PAIRS, "model": {"similarity": "cosine", "temperature": 0.15}},
-    "two_tower": _PAIRS,
-    "lightgcn": _PAIRS,
-    "pinsage": {**_PAIRS, "model": {"temperature": 0.1}},
-    "sasrec": {
-        **_SEQUENCE,
-        "objective": {"kind": "next_item", "loss": "sampled_softmax", "negatives": 1024},
-    },
-    "bert4rec": {
-        **_SEQUENCE,
-        "objective": {
-            "kind": "masked_item",
-            "loss": "sampled_softmax",
-            "negatives": 1024,
-            "mask_ratio": 0.3,
-        },
-    },
-    "two_stage": {
-        "model": {
-            "retriever": {"kind": "sasrec", **_SEQUENCE["model"]},
-            "ranker": {"kind": "din"},
-        },
-        "training": {"batch_events": 2048, "warmup_steps": 50},
-        "first_stage": {
-            "training": _SEQUENCE["training"],
-            "objective": {"kind": "next_item", "loss": "sampled_softmax", "negatives": 1024},
-        },
-    },
-}
-"""By family: what differs from the defaults, section by section, because it learns faster so.
-
-The learning rate stays constant: a cosine would be laid over epochs that a budget cuts off.
-"""
+_STAGES = {"two_stage": {"retriever": {"kind": "sasrec"}, "ranker": {"kind": "din"}}}
+"""What a family is made of, where it is made of others."""
 
 
 @checked
 def family_recipes(
     config: ExperimentConfig, families: Sequence[str]
 ) -> dict[str, ExperimentConfig]:
-    """Return a recipe for each family, with its usual settings, on the data and split of one.
+    """Return a recipe for each family, at its own defaults, on the data and split of one.
 
     Args:
         config: Gives data, split, features, seed, evaluation and the device to train on; and to
@@ -115,7 +74,6 @@ def _recipe(config: ExperimentConfig, family: str) -> ExperimentConfig:
             name="families",
             value=family,
         )
-    usual = _USUAL.get(family, {})
     kept = config.model_dump(
         exclude={
             "model",
@@ -130,10 +88,9 @@ def _recipe(config: ExperimentConfig, family: str) -> ExperimentConfig:
     )
     told = _told_of_tasks(config, family)
     settings = kept | {
-        "model": {"kind": family, **usual.get("model", {}), **told},
-        "objective": config.objective if told else usual.get("objective"),
-        "training": {"device": config.training.device, **usual.get("training", {})},
-        "first_stage": usual.get("first_stage", {}),
+        "model": {"kind": family, **_STAGES.get(family, {}), **told},
+        "objective": config.objective if told else None,
+        "training": {"device": config.training.device},
     }
     return parse_settings(ExperimentConfig, settings, source=f"the family {family}")
 

@@ -23,7 +23,7 @@ from foretaste.errors import ConfigError, DataError
 from foretaste.experiment.learning import make_learning, usual_objective
 from foretaste.experiment.mining import CandidateNegatives
 from foretaste.experiment.two_stage import Candidates, FirstStage, check_same, fit_two_stage
-from foretaste.experiment.validation import make_validation, trained_rows
+from foretaste.experiment.validation import choose_strengths, make_validation, trained_rows
 from foretaste.models.base import Model
 from foretaste.models.catalogue import (
     LEARNING_COPIES,
@@ -37,9 +37,11 @@ from foretaste.models.catalogue import (
     tasks_of,
 )
 from foretaste.training.fit import Epoch, Fit, Progress
+from foretaste.training.objectives.candidates import CandidateConfig
 from foretaste.training.objectives.catalogue import ObjectiveConfig
+from foretaste.training.objectives.pairs import PairsConfig
 from foretaste.training.objectives.rows import LabelledRows, RowsConfig
-from foretaste.training.progress import Cost, CostWatch, ShowProgress
+from foretaste.training.progress import Cost, CostWatch, ShowProgress, say
 from foretaste.training.settings import TrainingConfig
 from foretaste.training.trained import Trained
 
@@ -133,12 +135,14 @@ def fit(
         )
     positive = objective.positive if isinstance(objective, RowsConfig) else ""
     config = settled(config, events, positive=positive)
-    training = training or TrainingConfig()
+    config, tried = _with_strengths(config, split, fit_part, show=show)
+    asked = training or TrainingConfig()
+    training = asked.settled(config.usual.training, len(events))
     pretraining = pretraining_of(config)
     parts = _fit_parts(
         pretraining,
         partial(fit_part, objective=objective, candidates=candidates),
-        training=training,
+        training=asked,
         folder=folder,
         max_seconds=max_seconds,
     )
@@ -155,9 +159,9 @@ def fit(
     model.begin(events)
     if pretraining is not None:
         model.start_from({kind: part.model for kind, part in parts.items()})
-        rate = training.learning_rate * pretraining.fine_tuning
+        rate = training.rate * pretraining.fine_tuning
         training = training.model_copy(update={"learning_rate": rate})
-    objective = _objective_of(model, objective)
+    objective = _objective_of(config, objective)
     happened = events
     if isinstance(objective, RowsConfig):
         happened = positives_of(events, objective.positive)
@@ -173,6 +177,7 @@ def fit(
         settings=_settings_of(config, split, training, objective),
     )
     log: dict[str, object] = {name: part.log for name, part in parts.items()}
+    log |= {"tried": tried} if tried else {}
     with out_of_memory(
         f"learning {config.kind}",
         "lower training.batch_events, how many negatives are drawn, or the model's widths",
@@ -200,9 +205,9 @@ def fit(
     return make(log=log, train_seconds=time.perf_counter() - started)
 
 
-def _objective_of(model: Model, objective: ObjectiveConfig | None) -> ObjectiveConfig | None:
+def _objective_of(config: ModelConfig, objective: ObjectiveConfig | None) -> ObjectiveConfig | None:
     """Return how a model learns; None of one that learns in closed form."""
-    return None if model.learns_by == "events" else objective or usual_objective(model)
+    return (objective or usual_objective(config)) if config.usual.objective else None
 
 
 def _settings_of(
@@ -216,6 +221,16 @@ def _settings_of(
         "split": split.kind,
         **{name: part.model_dump(mode="json") for name, part in parts.items()},
     }
+
+
+def _with_strengths(
+    config: ModelConfig, split: Split, fit_part: Callable[..., Trained], *, show: bool
+) -> tuple[ModelConfig, dict[str, float]]:
+    """Return settings with every strength decided, and what validation said of those tried."""
+    chosen, tried = choose_strengths(config, split, fit_part)
+    if chosen and show:
+        say(f"{config.kind}: " + ", ".join(f"{name} {value:g}" for name, value in chosen.items()))
+    return config.model_copy(update=chosen), tried
 
 
 def _features_of(
@@ -295,6 +310,8 @@ def _learn(
         mine=_mined(objective, candidates),
         offered=None if candidates is None else candidates.offered,
     )
+    if show:
+        say(_decided(training, objective))
     validation = make_validation(
         untrained,
         split,
@@ -328,6 +345,16 @@ def _learn(
     if isinstance(learning.objective, LabelledRows) and learning.objective.sigmas():
         log["sigma"] = learning.objective.sigmas()
     return log
+
+
+def _decided(training: TrainingConfig, objective: ObjectiveConfig) -> str:
+    """Say how a model learns, where the data or the model may have decided."""
+    said = f"learning rate {training.rate:g}, {training.batch_events} events a step"
+    if training.average_decay:
+        said += f", average {training.average_decay:g}"
+    if isinstance(objective, CandidateConfig):
+        said += f", {objective.loss} with {objective.negatives} negatives"
+    return f"{said}, l2 {objective.l2:g}" if isinstance(objective, PairsConfig) else said
 
 
 def _mined(objective: ObjectiveConfig, candidates: Candidates | None) -> CandidateNegatives | None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from pydantic import TypeAdapter
 from torch import Generator, Tensor
 
 from foretaste.data.draw_items import DrawItems
@@ -18,6 +19,7 @@ from foretaste.errors import ConfigError
 from foretaste.experiment.learning_rows import learn_rows
 from foretaste.experiment.mining import IndexNegatives
 from foretaste.models.base import Model, Ranker, Retriever
+from foretaste.models.catalogue import ModelConfig
 from foretaste.sampling.nearby import NearbyNegatives
 from foretaste.sampling.unseen import Seen
 from foretaste.training.fit import Plan, Refreshed
@@ -29,26 +31,12 @@ from foretaste.training.objectives.rows import RowsConfig
 from foretaste.training.prefetch import WorkedPlan
 from foretaste.training.seeding import epoch_generator, step_seed
 
+_OBJECTIVES: TypeAdapter[ObjectiveConfig] = TypeAdapter(ObjectiveConfig)
 
-def usual_objective(model: Model) -> ObjectiveConfig:
-    """Return how a model learns if nothing else is said.
 
-    Raises:
-        ConfigError: There is no way.
-    """
-    match model.learns_by:
-        case "rows":
-            return RowsConfig()
-        case "pairs":
-            return PairsConfig()
-        case "masked_item":
-            return MaskedItemConfig()
-        case "next_item":
-            return NextItemConfig()
-        case "events" | None:
-            raise ConfigError(
-                f"{type(model).__name__} does not learn by an objective", name="objective.kind"
-            )
+def usual_objective(config: ModelConfig) -> ObjectiveConfig:
+    """Return how a model that learns by gradient learns if nothing else is said."""
+    return _OBJECTIVES.validate_python(config.usual.objective)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +93,7 @@ def make_learning(
     if config.kind != model.learns_by:
         raise ConfigError(
             f"objective.kind is {config.kind!r}, but {type(model).__name__} learns by "
-            f"{usual_objective(model).kind!r}: set it so, or leave the objective out",
+            f"{model.learns_by!r}: set it so, or leave the objective out",
             name="objective.kind",
             value=config.kind,
         )

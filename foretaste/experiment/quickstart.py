@@ -29,7 +29,7 @@ from foretaste.training.settings import TrainingConfig
 from foretaste.training.trained import Trained
 
 DATASET = "ml-100k"
-SASREC = SASRecConfig(embedding_dim=64, max_len=100, dropout=0.3)
+SASREC = SASRecConfig(embedding_dim=64, max_len=100, dropout=0.3, block="original")
 TRAINING = TrainingConfig(
     epochs=20, batch_events=2048, learning_rate=5e-3, warmup_steps=50, schedule="cosine"
 )

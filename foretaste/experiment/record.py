@@ -8,14 +8,12 @@ from foretaste.arguments import checked
 from foretaste.data.folder import whole_file
 from foretaste.evaluation.reports import Reports
 from foretaste.experiment.facts import run_facts
+from foretaste.experiment.learning import usual_objective
 from foretaste.experiment.recipe import ExperimentConfig, Negatives, Protocol
 from foretaste.experiment.run import Run
 from foretaste.models.base import LearnsBy
 from foretaste.models.catalogue import tasks_of
 from foretaste.training.objectives.candidates import CandidateConfig
-from foretaste.training.objectives.masked_item import MaskedItemConfig
-from foretaste.training.objectives.next_item import NextItemConfig
-from foretaste.training.objectives.pairs import PairsConfig
 from foretaste.training.objectives.rows import RowsConfig
 
 
@@ -86,17 +84,11 @@ def _negatives(config: ExperimentConfig, learns_by: LearnsBy | None) -> Negative
     if tasks:
         rows = objective if isinstance(objective, RowsConfig) else RowsConfig()
         return "drawn again" if rows.num_negatives(tasks) else "fixed"
-    match learns_by:
-        case "pairs":
-            usual: CandidateConfig = PairsConfig()
-        case "next_item":
-            usual = NextItemConfig()
-        case "masked_item":
-            usual = MaskedItemConfig()
-        case _:
-            return "none"
-    learned = objective if isinstance(objective, CandidateConfig) else usual
-    return "all items" if learned.loss == "softmax" else "drawn again"
+    if learns_by in ("events", None):
+        return "none"
+    learned = objective if isinstance(objective, CandidateConfig) else usual_objective(config.model)
+    drawn = not isinstance(learned, CandidateConfig) or learned.loss != "softmax"
+    return "drawn again" if drawn else "all items"
 
 
 @checked

@@ -42,6 +42,7 @@ from foretaste.experiment.tracking import Tracker, TrackerKind, check_tracker, o
 from foretaste.experiment.two_stage import ranking_gain, retrieval_alone
 from foretaste.models.base import Ranker
 from foretaste.models.catalogue import tasks_of
+from foretaste.models.item_sets import StrengthConfig
 from foretaste.models.two_stage import TwoStage
 from foretaste.serving.building import build_recommender
 from foretaste.serving.recommender import Recommender
@@ -264,8 +265,11 @@ def fit_final(
         show: Report progress on standard error.
         max_seconds: Stop the training loop after so long.
     """
+    config = _with_chosen_epochs(config, trained.log)
+    if isinstance(trained.config, StrengthConfig):
+        config = config.model_copy(update={"model": trained.config})
     refitted = _fit(
-        _with_chosen_epochs(config, trained.log),
+        config,
         _final_split(config, split),
         folder=folder,
         resume=resume,

@@ -11,19 +11,32 @@ from pydantic import BaseModel
 from foretaste.config import ChoiceConfig, RangeConfig
 from foretaste.errors import ConfigError
 from foretaste.experiment.compare_families import CLOSED_FORM
+from foretaste.experiment.learning import usual_objective
 from foretaste.experiment.recipe import ExperimentConfig
 from foretaste.models.catalogue import ModelConfig, TwoStageConfig
+from foretaste.training.objectives.pairs import PairsConfig
+from foretaste.training.settings import TrainingConfig
 
-_LEARNING_RATE = RangeConfig(low=1e-4, high=1e-2, log=True)
+
+def with_own_objective(config: ExperimentConfig) -> ExperimentConfig:
+    """Return a recipe that says how its model learns, where the model has a term to search."""
+    if config.objective is not None or "l2" not in config.model.usual.objective:
+        return config
+    return config.model_copy(update={"objective": usual_objective(config.model)})
 
 
-def usual_space(model: ModelConfig) -> dict[str, RangeConfig | ChoiceConfig]:
+def usual_space(config: ExperimentConfig) -> dict[str, RangeConfig | ChoiceConfig]:
     """Return what is searched where a recipe names nothing, by the settings' dotted names.
 
     A model's own ranges stand in its settings class, as `tuning`; of two stages both models' are
-    searched. What learns by gradient has a learning rate besides.
+    searched. What learns by gradient has a learning rate besides, from a tenth of the model's own
+    to three times that, and what learns from pairs the strength of its l2, up to ten times as
+    weak or as strong as what it is.
     """
+    model, objective = config.model, config.objective
     own = {f"model.{name}": values for name, values in model.tuning.items()}
+    if isinstance(objective, PairsConfig) and objective.l2:
+        own["objective.l2"] = RangeConfig(low=objective.l2 / 10, high=objective.l2 * 10, log=True)
     if not isinstance(model, TwoStageConfig):
         return own | _rate(model, "training")
     parts = {"model.retriever": model.retriever, "model.ranker": model.ranker}
@@ -33,7 +46,11 @@ def usual_space(model: ModelConfig) -> dict[str, RangeConfig | ChoiceConfig]:
 
 
 def _rate(model: ModelConfig, section: str) -> dict[str, RangeConfig | ChoiceConfig]:
-    return {} if isinstance(model, CLOSED_FORM) else {f"{section}.learning_rate": _LEARNING_RATE}
+    if isinstance(model, CLOSED_FORM):
+        return {}
+    rate = TrainingConfig(**model.usual.training).rate
+    range_ = RangeConfig(low=rate / 10, high=rate * 3, log=True)
+    return {f"{section}.learning_rate": range_}
 
 
 def distributions(config: ExperimentConfig) -> dict[str, BaseDistribution]:
@@ -44,7 +61,7 @@ def distributions(config: ExperimentConfig) -> dict[str, BaseDistribution]:
     Raises:
         ConfigError: A name is not a setting of this recipe, or a range is empty; it says which.
     """
-    space = config.tune.space or usual_space(config.model)
+    space = config.tune.space or usual_space(config)
     return {name: _distribution(name, part, config) for name, part in space.items()}
 
 

@@ -21,7 +21,7 @@ from foretaste.data.toml_text import to_toml
 from foretaste.errors import ConfigError, DataError, NonFiniteError, TooLargeError
 from foretaste.experiment.fit import fit
 from foretaste.experiment.recipe import ExperimentConfig, with_setting, without_defaults
-from foretaste.experiment.search_space import distributions
+from foretaste.experiment.search_space import distributions, with_own_objective
 from foretaste.experiment.validation import STOP_METRIC, make_validation
 from foretaste.training.fit import Epoch
 
@@ -114,6 +114,7 @@ def tune(
             recipe; a range is wrong; the split has no validation part; no trial came to its end.
         DataError: The folder holds a study and neither is given, or it cannot be written.
     """
+    config = with_own_objective(config)
     space, folder = distributions(config), Path(folder)
     trials, max_seconds = trials or config.tune.trials, max_seconds or config.tune.max_seconds
     if max_seconds is not None and not max_seconds > 0:

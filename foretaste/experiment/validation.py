@@ -24,6 +24,8 @@ from foretaste.evaluation.sampled import SampledNegatives
 from foretaste.evaluation.task import Task
 from foretaste.experiment.two_stage import Candidates
 from foretaste.models.base import Model, Ranker, Retriever
+from foretaste.models.catalogue import ModelConfig
+from foretaste.models.item_sets import StrengthConfig
 from foretaste.training.objectives.catalogue import ObjectiveConfig
 from foretaste.training.objectives.masked_item import MaskedItemConfig
 from foretaste.training.objectives.next_item import NextItemConfig
@@ -194,3 +196,36 @@ def _zeros(ranker: Ranker, learned: RowsConfig) -> SampledNegatives | None:
     """Return what validation draws for each row, as training does; None: only what it must."""
     num = learned.num_negatives(ranker.tasks)
     return SampledNegatives(num=num) if learned.stop_by == "rows" and num else None
+
+
+def choose_strengths(
+    config: ModelConfig, split: Split, fit_one: Callable[[ModelConfig], Trained]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Decide by validation the strengths that a model in closed form leaves open, if it is one.
+
+    One after the other is tried, the others as they were best so far. Without validation events,
+    and where there are too many events or items for several fits, the usual ones are taken.
+
+    Args:
+        config: Of any model.
+        split: What it learns from, and is judged by.
+        fit_one: Trains one.
+
+    Returns:
+        The strengths, and what validation said of each that was tried.
+    """
+    if not isinstance(config, StrengthConfig):
+        return {}, {}
+    chosen = {name: config.strength(name) for name in config.left_open}
+    said = dict[str, float]()
+    if len(split.validation) == 0 or not config.may_try(split.train):
+        return chosen, said
+    for name in chosen:
+        values = {}
+        for strength in config.strengths[name]:
+            trained = fit_one(config.model_copy(update=chosen | {name: strength}))
+            validation = make_validation(trained, split, training=TrainingConfig())
+            values[strength] = 0.0 if validation is None else validation.value(trained.model)
+        chosen[name] = max(values, key=lambda strength: values[strength])
+        said |= {f"{name} {strength:g}": value for strength, value in values.items()}
+    return chosen, said

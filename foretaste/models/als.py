@@ -13,7 +13,7 @@ its history, in closed form, for users of training too: all are answered alike.
 Shape legend: B queries, I items, M distinct (query, item) pairs, L positions, D factors.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import ClassVar, Literal, final
 
 import numpy as np
@@ -23,19 +23,25 @@ from torch import Tensor
 
 from foretaste.config import (
     ChoiceConfig,
-    Config,
     Count,
     Positive,
     RangeConfig,
     Rounds,
     Space,
-    Weight,
+    Usual,
 )
 from foretaste.data.batch import Queries
 from foretaste.data.interactions import Interactions
 from foretaste.later import later
 from foretaste.models.base import Retriever
-from foretaste.models.item_sets import ItemSets, check_events, distinct_items, interaction_matrix
+from foretaste.models.item_sets import (
+    ItemSets,
+    Strength,
+    StrengthConfig,
+    check_events,
+    distinct_items,
+    interaction_matrix,
+)
 
 implicit_als, sparse = later("implicit.cpu.als"), later("scipy.sparse")
 threadpoolctl = later("threadpoolctl")
@@ -44,7 +50,7 @@ _BLOCK_QUERIES = 64
 _START_SCALE = 0.01
 
 
-class ImplicitALSConfig(Config):
+class ImplicitALSConfig(StrengthConfig):
     """Settings of implicit ALS."""
 
     kind: Literal["als"] = "als"
@@ -53,11 +59,17 @@ class ImplicitALSConfig(Config):
         "regularization": RangeConfig(low=0.001, high=10.0, log=True),
         "alpha": RangeConfig(low=1.0, high=100.0, log=True),
     }
+    usual: ClassVar[Usual] = Usual()
+    strengths: ClassVar[Mapping[str, tuple[float, ...]]] = {
+        "alpha": (10.0, 2.0, 40.0),
+        "regularization": (10.0, 1.0, 0.1, 50.0),
+    }
     factors: Count = 64
-    regularization: Positive = 0.1
-    """λ: weight of the squared factors in the loss."""
-    alpha: Weight = 10.0
-    """How much more an observed pair counts than one that was not observed."""
+    regularization: Positive | Literal["auto"] = "auto"
+    """λ: weight of the squared factors in the loss; "auto": chosen by validation from 0.1 to 50."""
+    alpha: Strength = "auto"
+    """How much more an observed pair counts than one that was not observed; "auto": chosen by
+    validation from 2 to 40."""
     iterations: Rounds = 15
 
 
@@ -91,8 +103,8 @@ class ImplicitALS(Retriever):
         ):  # implicit runs threads of its own
             als = implicit_als.AlternatingLeastSquares(
                 factors=factors,
-                regularization=self.config.regularization,
-                alpha=1 + self.config.alpha,  # implicit's alpha is the whole confidence
+                regularization=self.config.strength("regularization"),
+                alpha=1 + self.config.strength("alpha"),  # implicit's alpha is the whole confidence
                 iterations=self.config.iterations,
             )
             als.item_factors = self.item_ID.numpy().copy()
@@ -120,9 +132,10 @@ class ImplicitALS(Retriever):
         index_BL = (start_B.unsqueeze(1) + position_L).clamp(max=len(sets.item_M) - 1)
         valid_BL = position_L < length_B.unsqueeze(1)
         y_BLD = self.item_ID[sets.item_M[index_BL]].double() * valid_BL.unsqueeze(2)
-        left_BDD = self.gram_DD + self.config.alpha * y_BLD.mT @ y_BLD
-        left_BDD.diagonal(dim1=1, dim2=2).add_(self.config.regularization)
-        right_BD = (1 + self.config.alpha) * y_BLD.sum(dim=1)
+        alpha = self.config.strength("alpha")
+        left_BDD = self.gram_DD + alpha * y_BLD.mT @ y_BLD
+        left_BDD.diagonal(dim1=1, dim2=2).add_(self.config.strength("regularization"))
+        right_BD = (1 + alpha) * y_BLD.sum(dim=1)
         solved_BD: Tensor = torch.linalg.solve(left_BDD, right_BD)
         return solved_BD
 

@@ -24,7 +24,7 @@ from jaxtyping import Bool, Float, Int64
 from pydantic import Field
 from torch import Tensor, nn
 
-from foretaste.config import ChoiceConfig, Count, Depth, RangeConfig, Space
+from foretaste.config import ChoiceConfig, Count, Depth, RangeConfig, Space, Usual
 from foretaste.data.batch import Queries, SequenceBatch, last_events
 from foretaste.models.base import Retriever
 from foretaste.models.layers.attention import MultiHeadAttention
@@ -42,19 +42,31 @@ class BERT4RecConfig(IdConfig):
         "num_blocks": ChoiceConfig(choices=(1, 2, 3)),
         "dropout": RangeConfig(low=0.0, high=0.5),
     }
+    usual: ClassVar[Usual] = Usual(
+        objective={
+            "kind": "masked_item",
+            "loss": "sampled_softmax",
+            "negatives": 1024,
+            "mask_ratio": 0.3,
+            "last_share": 0.3,
+        },
+        training={"batch_events": 2048, "learning_rate": 4e-3, "ema_decay": 0.999},
+    )
+    """As SASRec; more places are hidden than in print, as only they are learned from, and the last
+    one alone more often, as that is what will be asked."""
     embedding_dim: Count = 64
     """Width of item vectors and states; a multiple of num_heads."""
     num_blocks: Depth = 2
     num_heads: Count = 2
-    max_len: int = Field(default=200, ge=2)
+    max_len: int = Field(default=100, ge=2)
     """Length of a training window; to recommend, one less of the last events, and [MASK]."""
     dropout: float = Field(default=0.2, ge=0, lt=1)
     """Share of values dropped after the embedding and in each block."""
     attention_dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of attention weights dropped; 0 lets the fused kernel run, twice as fast on a CPU."""
-    block: Literal["original", "modern"] = "original"
+    block: Literal["original", "modern"] = "modern"
     """"original": the paper's; "modern": normalise first, SwiGLU, gated residuals."""
-    hidden_ratio: float = Field(default=4.0, gt=0, le=1000)
+    hidden_ratio: float = Field(default=1.0, gt=0, le=1000)
     """Width of the feed-forward layer over embedding_dim; 4 in the paper."""
     output_projection: bool = False
     """Whether a GELU layer stands between a state and its comparison with items, as in print."""

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from foretaste.config import ChoiceConfig, Config, Count, RangeConfig, Space, Weight
+from foretaste.config import ChoiceConfig, Config, Count, RangeConfig, Space, Usual, Weight
 from foretaste.data import memory
 from foretaste.data.features import Features
 from foretaste.data.graph import Graph, graph_of
@@ -69,6 +69,7 @@ class TwoStageConfig(Config):
         "candidates": ChoiceConfig(choices=(100, 200, 500)),
         "retriever_weight": RangeConfig(low=0.0, high=1.0),
     }
+    usual: ClassVar[Usual] = Usual()
     retriever: Annotated[RetrieverConfig, Field(discriminator="kind")]
     """The model that finds candidates in the whole catalogue."""
     ranker: Annotated[RankerConfig, Field(discriminator="kind")]

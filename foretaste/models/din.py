@@ -23,7 +23,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from foretaste.config import ChoiceConfig, RangeConfig, Space, Widths
+from foretaste.config import ChoiceConfig, RangeConfig, Space, Usual, Widths
 from foretaste.data.features import Features
 from foretaste.data.tasks import Task
 from foretaste.models.layers.field_ranker import HistoryConfig, HistoryRanker
@@ -41,6 +41,7 @@ class DINConfig(HistoryConfig):
         "dropout": RangeConfig(low=0.0, high=0.5),
         "l2": RangeConfig(low=1e-07, high=0.001, log=True),
     }
+    usual: ClassVar[Usual] = Usual(objective={"kind": "rows"})
     task: Task = Task(name="click")
     """What is predicted."""
     user_id: bool = False

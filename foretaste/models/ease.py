@@ -10,7 +10,8 @@ Departures: X is 0 or 1, however often a user did an item; float32 throughout.
 Shape legend: B queries, I items, M distinct (query, item) pairs.
 """
 
-from typing import ClassVar, Literal, final
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal, final
 
 import numpy as np
 import torch
@@ -19,28 +20,38 @@ from jaxtyping import Float
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
-from foretaste.config import Config, RangeConfig, Space
+from foretaste.config import RangeConfig, Space, Usual
 from foretaste.data.batch import Queries
 from foretaste.data.interactions import Interactions
 from foretaste.data.memory import available_bytes, check_fits
 from foretaste.errors import NonFiniteError
 from foretaste.models.base import Scorer
-from foretaste.models.item_sets import check_events, distinct_items, interaction_matrix
+from foretaste.models.item_sets import (
+    StrengthConfig,
+    check_events,
+    distinct_items,
+    interaction_matrix,
+)
 
 _BLOCK_ITEMS = 1024
 _MATRICES = 3
 """Item × item matrices alive at once while the model is learned."""
 
 
-class EASEConfig(Config):
+class EASEConfig(StrengthConfig):
     """Settings of EASE."""
 
     kind: Literal["ease"] = "ease"
     tuning: ClassVar[Space] = {
         "l2": RangeConfig(low=1.0, high=5000.0, log=True),
     }
-    l2: float = Field(default=500.0, gt=0, le=1e12)
-    """Weight of the squared weights in the loss; more for sparser data."""
+    usual: ClassVar[Usual] = Usual()
+    strengths: ClassVar[Mapping[str, tuple[float, ...]]] = {
+        "l2": (200.0, 50.0, 100.0, 500.0, 1000.0)
+    }
+    most_items: ClassVar[int] = 4_000
+    l2: Annotated[float, Field(gt=0, le=1e12)] | Literal["auto"] = "auto"
+    """Weight of the squared weights in the loss; "auto": chosen by validation from 50 to 1000."""
     max_bytes: PositiveInt | Literal["auto"] = "auto"
     """Memory that learning may take (12 bytes times items squared); "auto" is three quarters of
     what is available."""
@@ -91,9 +102,9 @@ class EASE(Scorer):
         factor_II, broken = torch.linalg.cholesky_ex(self._gram(events))
         if broken:
             raise NonFiniteError(
-                f"EASE has no solution with l2 {self.config.l2:g}: raise model.l2",
+                f"EASE has no solution with l2 {self.config.strength('l2'):g}: raise model.l2",
                 name="l2",
-                value=self.config.l2,
+                value=self.config.strength("l2"),
             )
         inverse_II = torch.cholesky_inverse(factor_II)
         del factor_II
@@ -107,7 +118,7 @@ class EASE(Scorer):
         for start in range(0, self.num_items, _BLOCK_ITEMS):
             block = (transposed[start : start + _BLOCK_ITEMS] @ matrix).toarray()
             gram_II[start : start + _BLOCK_ITEMS] = torch.from_numpy(block)
-        gram_II.diagonal().add_(self.config.l2)
+        gram_II.diagonal().add_(self.config.strength("l2"))
         return gram_II
 
     @torch.no_grad()

@@ -30,7 +30,7 @@ from jaxtyping import Bool, Float, Int64
 from pydantic import Field
 from torch import Tensor, nn
 
-from foretaste.config import ChoiceConfig, Count, Depth, RangeConfig, Space
+from foretaste.config import ChoiceConfig, Count, Depth, RangeConfig, Space, Usual
 from foretaste.data.batch import NO_TIME, Queries, SequenceBatch, last_events
 from foretaste.errors import ConfigError
 from foretaste.models.base import Retriever
@@ -54,6 +54,7 @@ class HSTUConfig(IdConfig):
         "num_blocks": ChoiceConfig(choices=(2, 4, 8)),
         "dropout": RangeConfig(low=0.0, high=0.5),
     }
+    usual: ClassVar[Usual] = Usual(objective={"kind": "next_item"})
     embedding_dim: Count = 64
     """Width of item vectors and states; a multiple of num_heads."""
     num_blocks: Depth = 2

@@ -15,6 +15,7 @@ Shape legend: B queries, I items, K neighbours, M distinct (query, item) pairs, 
 block, W the longest row.
 """
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal, final
 
 import numpy as np
@@ -23,12 +24,18 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from foretaste.config import Config, Count, RangeConfig, Space, Weight
+from foretaste.config import Count, RangeConfig, Space, Usual
 from foretaste.data.batch import Queries
 from foretaste.data.interactions import Interactions
 from foretaste.later import later
 from foretaste.models.base import Scorer
-from foretaste.models.item_sets import check_events, distinct_items, interaction_matrix
+from foretaste.models.item_sets import (
+    Strength,
+    StrengthConfig,
+    check_events,
+    distinct_items,
+    interaction_matrix,
+)
 
 if TYPE_CHECKING:
     from scipy import sparse
@@ -39,7 +46,7 @@ _BLOCK_PAIRS = 2**23
 _BLOCK_EVENTS = 2**14
 
 
-class ItemKNNConfig(Config):
+class ItemKNNConfig(StrengthConfig):
     """Settings of item-kNN."""
 
     kind: Literal["item_knn"] = "item_knn"
@@ -48,13 +55,16 @@ class ItemKNNConfig(Config):
         "asymmetry": RangeConfig(low=0.0, high=1.0),
         "damping": RangeConfig(low=0.0, high=1.0),
     }
+    usual: ClassVar[Usual] = Usual()
+    strengths: ClassVar[Mapping[str, tuple[float, ...]]] = {"shrinkage": (10.0, 0.0, 100.0)}
     neighbours: Count = 100
     """How many items most like it are kept for each item."""
     asymmetry: float = Field(default=0.5, ge=0, le=1)
     """0.5 is the cosine; 1 is the share of an item's users who did the other one too; between
     them, how far popular items are let through."""
-    shrinkage: Weight = 10.0
-    """Added to the denominator: how many users a likeness must have to be believed."""
+    shrinkage: Strength = "auto"
+    """Added to the denominator: how many users a likeness must have to be believed; "auto": chosen
+    by validation from 0 to 100."""
     damping: float = Field(default=0.5, ge=0, le=10)
     """How much less users with long histories count: each by length to the power -damping."""
 
@@ -101,7 +111,9 @@ class ItemKNN(Scorer):
         length_R = np.diff(shared.indptr)
         row_P = np.repeat(np.arange(len(item_R)), length_R)
         own_P, other_P, a = item_R[row_P], shared.indices, self.config.asymmetry
-        below_P = count_I[own_P] ** a * count_I[other_P] ** (1 - a) + self.config.shrinkage
+        below_P = count_I[own_P] ** a * count_I[other_P] ** (1 - a) + self.config.strength(
+            "shrinkage"
+        )
         similarity_P = np.where(own_P == other_P, 0, shared.data / below_P)
         place_P = np.arange(len(row_P)) - shared.indptr[row_P]
         width = max(int(length_R.max()), self.neighbour_IK.shape[1])

@@ -1,15 +1,19 @@
-"""Histories as sets: which items a user has done, however often and in whatever order.
+"""What models in closed form share: histories as sets, and strengths that validation chooses.
+
+A set says which items a user has done, however often and in whatever order.
 
 Shape legend: B queries, M distinct (query, item) pairs, U users, I items.
 """
 
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Int64
 from torch import Tensor
 
+from foretaste.config import Config, Weight
 from foretaste.data.batch import Queries
 from foretaste.data.interactions import Interactions
 from foretaste.errors import DataError
@@ -19,6 +23,34 @@ if TYPE_CHECKING:
     from scipy import sparse
 else:
     sparse = later("scipy.sparse")
+
+Strength = Weight | Literal["auto"]
+"""How strongly a model trusts the data, or leaves that to validation."""
+
+
+class StrengthConfig(Config):
+    """Settings of a model whose strengths, where they are "auto", validation chooses."""
+
+    strengths: ClassVar[Mapping[str, tuple[float, ...]]] = {}
+    """By setting, what is tried. The first one is taken where nothing can be tried."""
+    most_events: ClassVar[int] = 500_000
+    """Nothing is tried on more events than these: they need less of a strength, and cost more."""
+    most_items: ClassVar[int] = 1_000_000_000
+    """Nothing is tried over more items than these."""
+
+    def strength(self, name: str) -> float:
+        """Return what a setting comes to."""
+        value = getattr(self, name)
+        return self.strengths[name][0] if value == "auto" else float(value)
+
+    @property
+    def left_open(self) -> list[str]:
+        """The strengths that are to be chosen."""
+        return [name for name in self.strengths if getattr(self, name) == "auto"]
+
+    def may_try(self, events: Interactions) -> bool:
+        """Return whether several fits take little."""
+        return len(events) <= self.most_events and events.num_items <= self.most_items
 
 
 class ItemSets(NamedTuple):

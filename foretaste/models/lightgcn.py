@@ -44,6 +44,7 @@ from foretaste.config import (
     Positive,
     RangeConfig,
     Space,
+    Usual,
     Weight,
 )
 from foretaste.data.batch import Queries
@@ -71,6 +72,19 @@ class LightGCNConfig(IdConfig):
         "num_layers": ChoiceConfig(choices=(1, 2, 3, 4)),
         "edge_dropout": RangeConfig(low=0.0, high=0.3),
     }
+    usual: ClassVar[Usual] = Usual(
+        objective={
+            "kind": "pairs",
+            "loss": "sampled_softmax",
+            "negatives": 2048,
+            "log_q": False,
+            "l2": 0.1,
+        },
+        training={"learning_rate": 1e-2},
+    )
+    """Softmax over 2048 negatives, which ranks the whole of a small catalogue at once; uncorrected,
+    so that popularity stays in the products; l2 holds the vectors back while 1e-2 moves them fast.
+    """
     embedding_dim: Count = 64
     num_layers: Depth = 3
     """L: how far vectors travel."""

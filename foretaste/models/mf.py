@@ -18,7 +18,7 @@ from jaxtyping import Float, Int64
 from pydantic import Field
 from torch import Tensor, nn
 
-from foretaste.config import ChoiceConfig, Count, Positive, RangeConfig, Space
+from foretaste.config import ChoiceConfig, Count, Positive, RangeConfig, Space, Usual
 from foretaste.data.batch import Queries
 from foretaste.data.interactions import Interactions
 from foretaste.models.base import PairVectors, Retriever
@@ -35,6 +35,19 @@ class MFConfig(IdConfig):
         "embedding_dim": ChoiceConfig(choices=(32, 64, 128)),
         "dropout": RangeConfig(low=0.0, high=0.5),
     }
+    usual: ClassVar[Usual] = Usual(
+        objective={
+            "kind": "pairs",
+            "loss": "sampled_softmax",
+            "negatives": 2048,
+            "log_q": False,
+            "l2": 0.1,
+        },
+        training={"learning_rate": 1e-2},
+    )
+    """Softmax over 2048 negatives, which ranks the whole of a small catalogue at once; uncorrected,
+    so that popularity stays in the products; l2 holds the vectors back while 1e-2 moves them fast.
+    """
     embedding_dim: Count = 64
     biases: bool = False
     """Whether items have a bias; it is one more column of their vectors."""

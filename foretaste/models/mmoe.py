@@ -22,7 +22,7 @@ from jaxtyping import Float, Int64
 from pydantic import Field
 from torch import Tensor
 
-from foretaste.config import ChoiceConfig, Count, RangeConfig, Space, Widths
+from foretaste.config import ChoiceConfig, Count, RangeConfig, Space, Usual, Widths
 from foretaste.data.batch import Queries
 from foretaste.data.features import Features
 from foretaste.data.tasks import Task
@@ -41,6 +41,7 @@ class MMoEConfig(HistoryConfig):
         "dropout": RangeConfig(low=0.0, high=0.5),
         "l2": RangeConfig(low=1e-07, high=0.001, log=True),
     }
+    usual: ClassVar[Usual] = Usual(objective={"kind": "rows"})
     tasks: tuple[Task, ...] = (Task(name="click"),)
     """What is predicted."""
     num_experts: Count = 4

@@ -32,6 +32,7 @@ from foretaste.config import (
     RangeConfig,
     Rounds,
     Space,
+    Usual,
 )
 from foretaste.data.tasks import Task
 from foretaste.models.base import Model
@@ -50,6 +51,7 @@ class GMFConfig(IdConfig):
     tuning: ClassVar[Space] = {
         "factors": ChoiceConfig(choices=(8, 16, 32, 64)),
     }
+    usual: ClassVar[Usual] = Usual(objective={"kind": "rows"})
     task: Task = Task(name="click")
     """What is predicted."""
     factors: Count = 32
@@ -67,6 +69,7 @@ class MLPConfig(IdConfig):
         "num_layers": ChoiceConfig(choices=(1, 2, 3, 4)),
         "dropout": RangeConfig(low=0.0, high=0.5),
     }
+    usual: ClassVar[Usual] = Usual(objective={"kind": "rows"})
     task: Task = Task(name="click")
     """What is predicted."""
     factors: Count = 32
@@ -89,6 +92,7 @@ class NeuMFConfig(IdConfig):
         "num_layers": ChoiceConfig(choices=(1, 2, 3, 4)),
         "dropout": RangeConfig(low=0.0, high=0.5),
     }
+    usual: ClassVar[Usual] = Usual(objective={"kind": "rows"})
     task: Task = Task(name="click")
     """What is predicted."""
     factors: Count = 32

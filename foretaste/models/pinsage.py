@@ -31,7 +31,7 @@ from jaxtyping import Bool, Float, Int64
 from pydantic import Field
 from torch import Tensor, nn
 
-from foretaste.config import ChoiceConfig, Count, Depth, Positive, RangeConfig, Space
+from foretaste.config import ChoiceConfig, Count, Depth, Positive, RangeConfig, Space, Usual
 from foretaste.data.batch import Queries
 from foretaste.data.features import Features, FieldTable
 from foretaste.data.graph import Graph, GraphConfig
@@ -58,6 +58,11 @@ class PinSageConfig(IdConfig):
         "num_neighbours": RangeConfig(low=5, high=20, log=True),
         "temperature": RangeConfig(low=0.05, high=0.5, log=True),
     }
+    usual: ClassVar[Usual] = Usual(
+        objective={"kind": "pairs", "loss": "sampled_softmax", "negatives": 2048},
+        training={"learning_rate": 5e-3},
+    )
+    """As MF, but corrected for how negatives are drawn, and without l2: cosines are bounded."""
     embedding_dim: Count = 64
     """Width of inputs, states and vectors."""
     message_dim: Count | None = None

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from pydantic import PositiveFloat
 from torch import Tensor
 
-from foretaste.config import Config, RangeConfig, Space
+from foretaste.config import Config, RangeConfig, Space, Usual
 from foretaste.data.batch import Queries
 from foretaste.data.interactions import Interactions
 from foretaste.errors import ConfigError
@@ -30,6 +30,7 @@ class PopularityConfig(Config):
     tuning: ClassVar[Space] = {
         "window_days": RangeConfig(low=1.0, high=365.0, log=True),
     }
+    usual: ClassVar[Usual] = Usual()
     window_days: PositiveFloat | None = None
     """Count only events within this many days before the newest one; without it, all events."""
 

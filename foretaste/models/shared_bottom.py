@@ -18,7 +18,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from foretaste.config import ChoiceConfig, RangeConfig, Space, Widths
+from foretaste.config import ChoiceConfig, RangeConfig, Space, Usual, Widths
 from foretaste.data.features import Features
 from foretaste.data.tasks import Task
 from foretaste.models.layers.experts import Towers
@@ -36,6 +36,7 @@ class SharedBottomConfig(HistoryConfig):
         "dropout": RangeConfig(low=0.0, high=0.5),
         "l2": RangeConfig(low=1e-07, high=0.001, log=True),
     }
+    usual: ClassVar[Usual] = Usual(objective={"kind": "rows"})
     tasks: tuple[Task, ...] = (Task(name="click"),)
     """What is predicted."""
     bottom_hidden: Widths = Field(default=(128, 64), min_length=1)

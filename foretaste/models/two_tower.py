@@ -37,6 +37,7 @@ from foretaste.config import (
     Positive,
     RangeConfig,
     Space,
+    Usual,
     Widths,
 )
 from foretaste.data.batch import Queries
@@ -66,6 +67,19 @@ class TwoTowerConfig(IdConfig):
         "id_dropout": RangeConfig(low=0.0, high=0.5),
         "temperature": RangeConfig(low=0.05, high=1.0, log=True),
     }
+    usual: ClassVar[Usual] = Usual(
+        objective={
+            "kind": "pairs",
+            "loss": "sampled_softmax",
+            "negatives": 2048,
+            "log_q": False,
+            "l2": 0.1,
+        },
+        training={"learning_rate": 1e-2},
+    )
+    """Softmax over 2048 negatives, which ranks the whole of a small catalogue at once; uncorrected,
+    so that popularity stays in the products; l2 holds the vectors back while 1e-2 moves them fast.
+    """
     embedding_dim: Count = 64
     """Width of every part and of both towers' vectors."""
     user_id: bool = True
@@ -368,6 +382,7 @@ def _history(
         case "sasrec":
             return CausalHistory(
                 SASRecConfig(
+                    block="original",
                     embedding_dim=width,
                     num_blocks=config.num_blocks,
                     num_heads=config.num_heads,

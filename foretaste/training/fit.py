@@ -146,7 +146,7 @@ class Fit(Generic[Network, Batch]):
         )
         self.refreshed, self.data = refreshed, data
         self.progress = Progress()
-        self.average = copy.deepcopy(model) if config.ema_decay else None
+        self.average = copy.deepcopy(model) if config.average_decay else None
         self.best_weights: dict[str, Tensor] = {}
         self.parameters = list(model.parameters())
         if isinstance(objective, nn.Module):
@@ -197,7 +197,7 @@ class Fit(Generic[Network, Batch]):
                 "training left weights that are NaN or infinite: lower training.learning_rate or "
                 "set training.gradient_clip",
                 name="learning_rate",
-                value=self.config.learning_rate,
+                value=self.config.rate,
             )
 
     def _epoch(
@@ -277,7 +277,7 @@ class Fit(Generic[Network, Batch]):
     def _step(self, batch: Any, steps_per_epoch: int, generator: torch.Generator) -> float:
         """Take one optimizer step; return the loss. A step that is not finite changes nothing."""
         progress, config = self.progress, self.config
-        rate = config.learning_rate * rate_factor(config, progress.step, steps_per_epoch)
+        rate = config.rate * rate_factor(config, progress.step, steps_per_epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
@@ -306,7 +306,7 @@ class Fit(Generic[Network, Batch]):
                 value=self.config.learning_rate,
             )
         if finite and self.average is not None:
-            move_average(self.average, self.model, config.ema_decay, progress.step)
+            move_average(self.average, self.model, config.average_decay, progress.step)
         return value
 
     def _autocast(self) -> Any:

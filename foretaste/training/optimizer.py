@@ -19,7 +19,7 @@ def make_optimizer(parameters: list[nn.Parameter], config: TrainingConfig) -> op
     ]
     return optim.AdamW(
         [group for group in groups if group["params"]],
-        lr=config.learning_rate,
+        lr=config.rate,
         betas=(0.9, config.beta2),
         weight_decay=config.weight_decay,
         fused=True,

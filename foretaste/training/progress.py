@@ -25,6 +25,11 @@ _LOOK_STEPS, _LOOK_SECONDS = 5, 2.0
 """How long the steps after those are watched at least."""
 
 
+def say(line: str) -> None:
+    """Print a line about a run on standard error."""
+    Console(stderr=True).print(line, highlight=False)
+
+
 @final
 class ShowProgress:
     """Shows a run on the console of standard error, or on the one given."""

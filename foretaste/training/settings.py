@@ -1,6 +1,7 @@
 """How to train: the settings that every gradient-trained model shares."""
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -15,8 +16,9 @@ class TrainingConfig(Config):
     """At most so many passes over the training events; the schedule is laid over all of them."""
     batch_events: Count | Literal["auto"] = "auto"
     """About how many events a step learns from; "auto": a 32nd of the training events, but 32 at
-    least and 8192 at most."""
-    learning_rate: float = Field(default=1e-3, gt=0, le=100)
+    least and 8192, or what the model's own way of learning says, at most."""
+    learning_rate: Annotated[float, Field(gt=0, le=100)] | Literal["auto"] = "auto"
+    """"auto": the model's own, or else 0.001."""
     weight_decay: float = Field(default=0.0, ge=0, le=100)
     """AdamW's decoupled decay, of matrices and tables, not of biases and scales."""
     beta2: float = Field(default=0.98, gt=0, lt=1)
@@ -28,8 +30,9 @@ class TrainingConfig(Config):
     """How the learning rate goes after the warm-up; all but constant end at 2 % of it."""
     gradient_clip: Positive | None = None
     """Largest Euclidean norm of the whole gradient; none clips nothing."""
-    ema_decay: float = Field(default=0.0, ge=0, lt=1)
-    """Above 0, an exponential moving average of the weights is validated and kept."""
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] | Literal["auto"] = "auto"
+    """Above 0, an exponential moving average of the weights is validated and kept; "auto": the
+    model's own, or else 0."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Of the forward and backward pass; weights and updates stay fp32, fp16 scales its loss.
     bf16 pays where the processor multiplies it natively (avx512_bf16, amx, a GPU)."""
@@ -49,6 +52,36 @@ class TrainingConfig(Config):
     producers: int = Field(default=0, ge=0, le=256)
     """Threads that make batches ahead of the trainer: gathering, negatives, and what else a step
     needs that takes no weights. The result is the same."""
+
+    @checked
+    def settled(self, usual: Mapping[str, Any], num_events: int) -> "TrainingConfig":
+        """Return settings in which nothing is left to the model and the data.
+
+        Args:
+            usual: The model's own learning rate and average, and the most events of a batch.
+            num_events: How many there are to learn from.
+        """
+        own = TrainingConfig(**usual)
+        batch = self.batch_of(num_events)
+        if self.batch_events == "auto":
+            batch = min(batch, own.batch_of(num_events))
+        return self.model_copy(
+            update={
+                "batch_events": batch,
+                "learning_rate": own.rate if self.learning_rate == "auto" else self.rate,
+                "ema_decay": own.average_decay if self.ema_decay == "auto" else self.ema_decay,
+            }
+        )
+
+    @property
+    def rate(self) -> float:
+        """The learning rate."""
+        return 1e-3 if self.learning_rate == "auto" else self.learning_rate
+
+    @property
+    def average_decay(self) -> float:
+        """The decay of the average; 0 for none."""
+        return 0.0 if self.ema_decay == "auto" else self.ema_decay
 
     @checked
     def batch_of(self, num_events: int) -> int:
