@@ -2,11 +2,14 @@
 
 import sqlite3
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
+from sqlalchemy.exc import SQLAlchemyError
 
 from foretaste.errors import ConfigError
 from foretaste.serving.state import LiveEvent, LiveEvents, open_live_events, state_beside
@@ -91,7 +94,9 @@ def test_two_servers_on_one_database_see_each_other(state: str) -> None:
         assert items(one, "u") == items(other, "u") == ["a", "b"]
 
 
-def test_many_threads_lose_nothing(events: LiveEvents) -> None:
+def test_many_threads_lose_nothing(state: str) -> None:
+    events = open_live_events(state, timeout_s=60.0)
+
     def write(thread: int) -> None:
         for step in range(20):
             events.add([did(f"u{thread}", f"i{step}", step)])
@@ -103,6 +108,52 @@ def test_many_threads_lose_nothing(events: LiveEvents) -> None:
         thread.join()
     assert events.count() == 160
     assert all(items(events, f"u{n}") == [f"i{step}" for step in range(20)] for n in range(8))
+    events.close()
+
+
+def test_a_locked_table_is_waited_for_for_so_long_and_no_longer_by_all_together(state: str) -> None:
+    with closing(open_live_events(state, timeout_s=0.5)) as events:
+        events.add([did("u", "a")])
+        failed: list[float] = []
+
+        def write() -> None:
+            began = time.monotonic()
+            with pytest.raises(SQLAlchemyError):
+                events.add([did("u", "b")])
+            failed.append(time.monotonic() - began)
+
+        is_sqlite = events._engine.dialect.name == "sqlite"
+        other = sa.create_engine(events._engine.url)
+        with other.connect() as holder:
+            lock = "BEGIN IMMEDIATE" if is_sqlite else "LOCK foretaste_live_events"
+            holder.exec_driver_sql(lock)
+            threads = [threading.Thread(target=write) for _ in range(6)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            holder.rollback()
+        other.dispose()
+        assert len(failed) == 6
+        assert min(failed) > 0.4
+        assert max(failed) < 10  # 0.5 s each in a row, and once more, would be 3.5; before, 60
+        assert events.add([did("u", "c")]) == 1
+        assert items(events, "u") == ["a", "c"]
+
+
+def test_postgresql_waits_for_its_disk_though_the_database_says_otherwise(state: str) -> None:
+    if state.startswith("postgresql"):
+        engine = sa.create_engine(state.replace("postgresql://", "postgresql+psycopg://"))
+        with engine.begin() as connection:
+            name = connection.exec_driver_sql("SELECT current_database()").scalar()
+            connection.exec_driver_sql(f'ALTER DATABASE "{name}" SET synchronous_commit = off')
+        engine.dispose()
+        with (
+            closing(open_live_events(state)) as events,
+            events._engine.connect() as connection,
+        ):
+            assert connection.exec_driver_sql("SHOW synchronous_commit").scalar() == "on"
+            assert connection.exec_driver_sql("SHOW lock_timeout").scalar() == "1s"
 
 
 def test_sqlite_is_in_the_mode_that_survives_a_crash(tmp_path: Path) -> None:

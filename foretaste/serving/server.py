@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -53,10 +54,11 @@ def serve(
             can reach the server.
     """
     bundle, access = Path(bundle), access_of(settings)
+    opened = partial(open_live_events, timeout_s=settings.store_timeout_s)
     state = state_beside(bundle) if settings.state == "beside" else settings.state
     with _rare_collections():
         slot = ModelSlot(lambda: _load(bundle))
-        with closing(open_live_events(state)) as events, _listen(settings) as listener:
+        with closing(opened(state)) as events, _listen(settings) as listener:
             torch.set_num_threads(1)  # each request's thread computes on one core
             metrics = Metrics()
             service = Service(slot, events, settings, bundle=bundle, metrics=metrics)

@@ -17,6 +17,8 @@ class ServerSettings(Config):
     state: str = "beside"
     """Where live events are kept: `beside` is an SQLite file next to the bundle; or the path of an
     SQLite file, or a database URL such as postgresql://user:password@host/name."""
+    store_timeout_s: PositiveFloat = 1.0
+    """Seconds to wait for a lock, a statement or a connection of the database, before 503."""
     token: str | None = Field(default=None, repr=False)
     """If given, every request for data must carry it, or one of `token_file`, as `Authorization:
     Bearer TOKEN`; it may do everything. Health, readiness and the page's own files are open."""

@@ -1,16 +1,18 @@
 """Live events in SQL: on disk before they are acknowledged, read back at the next request.
 
 SQLite by default (write-ahead log, synchronous FULL: a commit has reached the disk), PostgreSQL by
-its URL; both through SQLAlchemy Core and the same statements.
+its URL, with synchronous_commit on; both through SQLAlchemy Core and the same statements. Whoever
+waits for a lock, a statement or a connection gives up after a time that the server chooses.
 """
 
-import sqlite3
+import math
 import threading
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import final
+from typing import TYPE_CHECKING, final
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql
@@ -18,6 +20,11 @@ from sqlalchemy.dialects import sqlite as sqlite_dialect
 from sqlalchemy.exc import ArgumentError, IntegrityError, SQLAlchemyError
 
 from foretaste.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from sqlalchemy.engine.interfaces import DBAPIConnection
+else:
+    DBAPIConnection = object  # a protocol that cannot be checked while the program runs
 
 _TABLES = sa.MetaData()
 _EVENTS = sa.Table(
@@ -59,9 +66,9 @@ class LiveEvent:
 class LiveEvents:
     """All live events of all users, shared by every thread and every server on one database."""
 
-    def __init__(self, engine: sa.Engine) -> None:
-        self._engine = engine
-        self._writing = threading.Lock()
+    def __init__(self, engine: sa.Engine, *, timeout_s: float) -> None:
+        self._engine, self._timeout_s = engine, timeout_s
+        self._lock = threading.Lock()
 
     @property
     def place(self) -> str:
@@ -88,11 +95,22 @@ class LiveEvents:
             .on_conflict_do_nothing(index_elements=["event_id"])
             .returning(_EVENTS.c.seq)
         )
-        with self._writing, self._engine.begin() as connection:
+        with self._writing() as connection:
             stored = len(connection.execute(statement).all())
             if stored < len(events):
                 _check_same(connection, events)
             return stored
+
+    @contextmanager
+    def _writing(self) -> Iterator[sa.Connection]:
+        """Write alone; who waits in a row behind others that wait would wait many times as long."""
+        if not self._lock.acquire(timeout=self._timeout_s):
+            raise sa.exc.TimeoutError("other writes to the store were still waiting")
+        try:
+            with self._engine.begin() as connection:
+                yield connection
+        finally:
+            self._lock.release()
 
     def of_user(self, user_id: str, *, limit: int) -> list[LiveEvent]:
         """Return a user's newest `limit` events, oldest first; those of one second as they came."""
@@ -103,7 +121,7 @@ class LiveEvents:
     def forget(self, user_id: str) -> int:
         """Delete a user's live events and return how many there were."""
         statement = sa.delete(_EVENTS).where(_EVENTS.c.user_id == user_id)
-        with self._writing, self._engine.begin() as connection:
+        with self._writing() as connection:
             return connection.execute(statement).rowcount
 
     def count(self) -> int:
@@ -116,30 +134,38 @@ class LiveEvents:
         self._engine.dispose()
 
 
-def open_live_events(state: str) -> LiveEvents:
+def open_live_events(state: str, *, timeout_s: float = 1.0) -> LiveEvents:
     """Open the events of a server, and make their table if there is none.
 
     Args:
         state: The path of an SQLite file, or a database URL (sqlite://, postgresql://).
+        timeout_s: How long to wait for a lock, a statement or another write. A connection to
+            PostgreSQL is waited for in whole seconds, 2 at least, as its library counts.
 
     Raises:
         ConfigError: The place cannot be reached or written, or is something else.
     """
     url = _url(state)
-    shown = url.render_as_string(hide_password=True)
+    shown, is_sqlite = url.render_as_string(hide_password=True), url.get_backend_name() == "sqlite"
     try:
-        engine = sa.create_engine(url, pool_pre_ping=url.get_backend_name() != "sqlite")
+        if is_sqlite:
+            engine = sa.create_engine(url)
+        else:
+            wait = {"connect_timeout": max(2, math.ceil(timeout_s))}
+            engine = sa.create_engine(
+                url, pool_pre_ping=True, pool_timeout=timeout_s, connect_args=wait
+            )
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"live events at {shown} need {error.name}: pip install 'foretaste[postgres]'",
             name="state",
             value=shown,
         ) from error
-    if url.get_backend_name() == "sqlite":
-        sa.event.listen(engine, "connect", _make_durable)
+    settings = _sqlite_session(timeout_s) if is_sqlite else _postgresql_session(timeout_s)
+    sa.event.listen(engine, "connect", partial(_set_up, settings=settings))
     try:
         _make_table(engine)
-        events = LiveEvents(engine)
+        events = LiveEvents(engine, timeout_s=timeout_s)
         events.count()
     except SQLAlchemyError as error:
         engine.dispose()
@@ -180,11 +206,27 @@ def _url(state: str) -> sa.URL:
     return url
 
 
-def _make_durable(connection: sqlite3.Connection, _: object) -> None:
+def _sqlite_session(timeout_s: float) -> tuple[str, ...]:
+    return (
+        f"PRAGMA busy_timeout = {round(timeout_s * 1000)}",
+        "PRAGMA journal_mode = WAL",
+        "PRAGMA synchronous = FULL",
+    )
+
+
+def _postgresql_session(timeout_s: float) -> tuple[str, ...]:
+    return (
+        f"SET statement_timeout = {round(timeout_s * 1000)}",
+        f"SET lock_timeout = {round(timeout_s * 1000)}",
+        "SET synchronous_commit = on",  # the database's own setting may be off
+    )
+
+
+def _set_up(connection: DBAPIConnection, _: object, *, settings: tuple[str, ...]) -> None:
     with closing(connection.cursor()) as cursor:
-        cursor.execute("PRAGMA busy_timeout = 10000")
-        cursor.execute("PRAGMA journal_mode = WAL")
-        cursor.execute("PRAGMA synchronous = FULL")
+        for statement in settings:
+            cursor.execute(statement)
+    connection.commit()
 
 
 def _make_table(engine: sa.Engine) -> None:
