@@ -435,6 +435,24 @@ def test_saved_and_loaded_features_encode_to_equal_bytes(tmp_path: Path, held_ou
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".safetensors"]
 
 
+def test_saved_features_are_replaced_only_where_that_is_asked_and_read_by_who_may(
+    tmp_path: Path,
+) -> None:
+    first, second = (fit_item(rows_of_all_kinds(30, seed=seed), **KINDS) for seed in (3, 4))
+    folder = tmp_path / "new"
+    first.save(folder)
+    with pytest.raises(DataError) as refused:
+        second.save(folder)
+    assert refused.value.name is not None
+    assert Path(refused.value.name).parent == folder
+    assert_same(*(side_and_table(one)[1] for one in (Features.load(folder), first)))
+    second.save(folder, replace=True)
+    assert_same(*(side_and_table(one)[1] for one in (Features.load(folder), second)))
+    (tmp_path / "usual").touch()
+    usual = (tmp_path / "usual").stat().st_mode
+    assert {path.stat().st_mode for path in folder.iterdir()} == {usual}
+
+
 @pytest.mark.parametrize("broken", ["features.json", "features.safetensors"])
 @pytest.mark.parametrize("how", ["missing", "cut", "later"])
 def test_broken_files_are_refused(tmp_path: Path, broken: str, how: str) -> None:

@@ -32,6 +32,7 @@ from foretaste.data.features_fitted import (
 from foretaste.data.features_schema import FeatureSchema, FieldConfig
 from foretaste.data.features_table import FieldTable, concat_rows, of_tensors
 from foretaste.data.features_values import moved
+from foretaste.data.folder import check_place, whole_file
 from foretaste.data.interactions import Interactions
 from foretaste.errors import BundleError, ConfigError, DataError, nearest
 from foretaste.shown import Shown
@@ -119,13 +120,19 @@ class Features(Shown):
         return _encode("context", self.context, events)
 
     @checked
-    def save(self, folder: Path | str) -> None:
+    def save(self, folder: Path | str, *, replace: bool = False) -> None:
         """Write `features.json` and `features.safetensors` into a folder.
 
+        Args:
+            folder: It is made if it is missing.
+            replace: Those that are there already are replaced.
+
         Raises:
-            BundleError: They cannot be written.
+            DataError: They are there and `replace` is false, or they cannot be written.
         """
         folder = Path(folder)
+        for name in (_JSON, _TENSORS):
+            check_place(folder / name, replace=replace)
         stored = _Stored(user=self.user, item=self.item, context=self.context, notes=self.notes)
         tensors = {
             f"{role}.{name}": tensor.contiguous()
@@ -133,15 +140,10 @@ class Features(Shown):
             if table is not None
             for name, tensor in table.tensors().items()
         }
-        try:
-            (folder / _JSON).write_text(stored.model_dump_json(), encoding="utf-8")
-            save_file(tensors, folder / _TENSORS)
-        except (OSError, SafetensorError) as error:
-            raise BundleError(
-                f"features cannot be written into {folder} ({error})",
-                name=str(folder),
-                value=str(folder),
-            ) from error
+        with whole_file(folder / _TENSORS, replace=replace) as part:
+            save_file(tensors, part)
+        with whole_file(folder / _JSON, replace=replace) as part:
+            part.write_text(stored.model_dump_json(), encoding="utf-8")
 
     @staticmethod
     @checked
