@@ -375,6 +375,16 @@ def cases() -> dict[str, dict[str, Any]]:
             first_objective=pairs,
             **told,
         ),
+        **{
+            f"{name}, {tables}": settings(model, objective, tables=tables, features=features)
+            for tables in ("lazy_adamw", "row_adagrad")
+            for name, model, objective, features in (
+                ("mf", ft.MFConfig(embedding_dim=8, biases=True), pairs, False),
+                ("sasrec", ft.SASRecConfig(**sequence), ft.NextItemConfig(), False),
+                ("pinsage", ft.PinSageConfig(embedding_dim=8), pairs, True),
+                ("deepfm", ft.DeepFMConfig(embedding_dim=6, hidden=(8,), l2=1e-3), rows, True),
+            )
+        },
         "popularity": settings(ft.PopularityConfig()),
         "item_knn": settings(ft.ItemKNNConfig(neighbours=10)),
         "ease": settings(ft.EASEConfig(l2=10)),
@@ -389,7 +399,11 @@ NO_LOSSES = ("popularity", "item_knn", "ease", "als")
 YOUNGER = ("hstu",)
 """Than the first format of bundles."""
 NO_BUNDLE = (
-    *YOUNGER,  # and another of the same kind and of the same weights has one
+    *YOUNGER,
+    *(f"{name}, lazy_adamw" for name in ("mf", "sasrec", "pinsage", "deepfm")),
+    *(
+        f"{name}, row_adagrad" for name in ("mf", "sasrec", "pinsage", "deepfm")
+    ),  # and another of the same kind and of the same weights has one
     "mf, all items",
     "mf, the batch and the popular",
     "mf, hard negatives",

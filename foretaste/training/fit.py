@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from foretaste.errors import ConfigError, NonFiniteError
+from foretaste.models.layers.table import Dense
 from foretaste.training.checkpoint import (
     CHECKPOINT,
     find_checkpoint,
@@ -20,7 +21,13 @@ from foretaste.training.checkpoint import (
     read_checkpoint,
     write_checkpoint,
 )
-from foretaste.training.optimizer import make_optimizer, move_average, rate_factor
+from foretaste.training.optimizer import (
+    clip,
+    gradients,
+    make_optimizer,
+    move_average,
+    rate_factor,
+)
 from foretaste.training.prefetch import Plan as Plan
 from foretaste.training.prefetch import Prefetch
 from foretaste.training.runtime import choose_device, keep_memory
@@ -151,7 +158,8 @@ class Fit(Generic[Network, Batch]):
         self.parameters = list(model.parameters())
         if isinstance(objective, nn.Module):
             self.parameters += list(objective.parameters())
-        self.optimizer = make_optimizer(self.parameters, config)
+        tables = [module for module in model.modules() if isinstance(module, Dense)]
+        self.optimizer = make_optimizer(self.parameters, config, tables=tables)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
 
     def run(
@@ -215,6 +223,7 @@ class Fit(Generic[Network, Batch]):
         self.model.train()
         with Prefetch(plan, producers=self.config.producers, first=first_batch) as batches:
             self._steps(batches, len(plan), log, on_step, max_seconds)
+        self.optimizer.settle()
         trained_s = time.perf_counter() - started
         trained_share = (progress.batch - first_batch) / len(plan)
         rate = plan.num_events * trained_share / trained_s
@@ -287,9 +296,10 @@ class Fit(Generic[Network, Batch]):
         if math.isfinite(value):
             self.scaler.scale(loss).backward()
             self.scaler.unscale_(self.optimizer)
-            norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+            found = gradients(self.parameters)
+            norm = nn.utils.get_total_norm(found)
             if config.gradient_clip is not None:
-                nn.utils.clip_grads_with_norm_(self.parameters, config.gradient_clip, norm)
+                clip(found, norm, config.gradient_clip)
             finite = bool(norm.isfinite())
             if finite or self.scaler.is_enabled():
                 self.scaler.step(self.optimizer)
@@ -306,6 +316,7 @@ class Fit(Generic[Network, Batch]):
                 value=self.config.learning_rate,
             )
         if finite and self.average is not None:
+            self.optimizer.settle()
             move_average(self.average, self.model, config.average_decay, progress.step)
         return value
 

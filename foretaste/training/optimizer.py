@@ -1,29 +1,219 @@
-"""How a step moves the weights: AdamW, its learning rate, and the average that follows behind."""
+"""How a step moves the weights: AdamW, its learning rate, and the average that follows behind.
+
+Tables of many rows learn by rows: a step moves the rows that its batch read, and costs what these
+cost, however many rows there are.
+
+Shape legend: R rows of a table, N of them in a batch, D width.
+"""
 
 import math
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, final
 
 import torch
-from torch import nn, optim
+from torch import Tensor, nn, optim
 
+from foretaste.models.layers.table import Dense
 from foretaste.training.settings import TrainingConfig
 
+ROWS_FROM = 2**17
+"""Rows from which on "auto" lets a table learn by rows."""
 
-def make_optimizer(parameters: list[nn.Parameter], config: TrainingConfig) -> optim.AdamW:
-    """Return AdamW, which decays matrices and tables, but no biases and scales."""
+
+@final
+class AdamWByRows(optim.AdamW):
+    r"""AdamW that moves of some tables only the rows that a batch has read.
+
+    The moments of a row rest while no batch reads it. Weight decay does not: all rows of such a
+    table share a factor that takes it, :math:`\prod_t (1 - \eta_t \lambda)`, at no cost a row.
+
+    With `one_rate` each row of these tables has one rate, by the sum of its squared gradients:
+
+    .. math:: G_r \leftarrow G_r + \frac{1}{D} \lVert g_r \rVert^2, \quad
+              w_r \leftarrow w_r - \eta g_r / (\sqrt{G_r} + \epsilon)
+
+    References:
+        Loshchilov and Hutter, "Decoupled Weight Decay Regularization", ICLR 2019,
+        https://arxiv.org/abs/1711.05101; Duchi, Hazan and Singer, "Adaptive Subgradient Methods
+        for Online Learning and Stochastic Optimization", JMLR 2011, with one sum a row.
+    """
+
+    def __init__(
+        self,
+        groups: Iterable[dict[str, Any]],
+        *,
+        tables: Sequence[Dense],
+        one_rate: bool,
+        **settings: Any,
+    ) -> None:
+        """Prepare, as AdamW does.
+
+        Args:
+            groups: Parameters, as AdamW takes them.
+            tables: Those that learn by rows.
+            one_rate: Whether each of their rows has one rate.
+            settings: AdamW's own.
+        """
+        super().__init__(groups, **settings)
+        self.by_rows = {table.weight: table for table in tables}
+        self.one_rate = one_rate
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]  # torch overloads it
+        """Take a step; a table whose whole gradient is given moves as a whole."""
+        apart = []
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if weight not in self.by_rows or weight.grad is None:
+                    continue
+                if weight.grad.is_sparse or self.one_rate:
+                    apart.append((group, weight, weight.grad))
+                    weight.grad = None  # so that AdamW passes it by
+                else:
+                    self._settle(weight)
+        loss: float | None = super().step(closure)
+        overflow = getattr(self, "found_inf", None)  # of 16 bits: the step is to be left out
+        for group, weight, grad in apart:
+            weight.grad = grad
+            if overflow is None or not bool(overflow):
+                self._move_rows(group, weight, grad)
+        return loss
+
+    def _move_rows(self, group: dict[str, Any], weight: nn.Parameter, grad: Tensor) -> None:
+        table, state, rate = self.by_rows[weight], self.state[weight], group["lr"]
+        if grad.is_sparse:
+            grad = _coalesced(grad)
+            row_N, grad_ND = grad.indices()[0], grad.values()
+        else:
+            row_N, grad_ND = torch.arange(len(grad), device=grad.device), grad
+        if group["weight_decay"]:
+            table.scale *= 1 - rate * group["weight_decay"]
+            state["scale"] = torch.tensor(table.scale, dtype=torch.float64)
+        move = _one_rate if self.one_rate else _lazy_adam
+        change_ND = move(state, group, weight, row_N, grad_ND)
+        weight.index_add_(0, row_N, change_ND, alpha=-rate / table.scale)
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Take weight decay into the tables' weights, before anything else reads them."""
+        for weight in self.by_rows:
+            self._settle(weight)
+
+    def _settle(self, weight: nn.Parameter) -> None:
+        table = self.by_rows[weight]
+        if table.scale != 1:
+            weight.mul_(table.scale)
+            table.scale = 1.0
+            self.state[weight]["scale"] = torch.tensor(1.0, dtype=torch.float64)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take what `state_dict` gave, in which a table's factor is kept too."""
+        super().load_state_dict(state_dict)
+        weights = [weight for group in self.param_groups for weight in group["params"]]
+        for index, weight in enumerate(weights):
+            kept = state_dict["state"].get(index, {})
+            if weight in self.by_rows and "scale" in kept:
+                self.state[weight]["scale"] = kept["scale"]  # AdamW made it 32 bits
+                self.by_rows[weight].scale = float(kept["scale"])
+
+
+def _lazy_adam(
+    state: dict[str, Tensor],
+    group: dict[str, Any],
+    weight: Tensor,
+    row_N: Tensor,
+    grad_ND: Tensor,
+) -> Tensor:
+    if "step" not in state:
+        state["step"] = torch.zeros((), dtype=torch.float32, device=weight.device)
+        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(weight), torch.zeros_like(weight)
+    state["step"] += 1
+    step, (beta1, beta2) = int(state["step"]), group["betas"]
+    mean_ND = state["exp_avg"].index_select(0, row_N).lerp_(grad_ND, 1 - beta1)
+    square_ND = state["exp_avg_sq"].index_select(0, row_N)
+    square_ND.mul_(beta2).addcmul_(grad_ND, grad_ND, value=1 - beta2)
+    state["exp_avg"].index_copy_(0, row_N, mean_ND)
+    state["exp_avg_sq"].index_copy_(0, row_N, square_ND)
+    divisor_ND = square_ND.sqrt_().div_((1 - beta2**step) ** 0.5).add_(group["eps"])
+    return mean_ND.div_(divisor_ND).div_(1 - beta1**step)
+
+
+def _one_rate(
+    state: dict[str, Tensor],
+    group: dict[str, Any],
+    weight: Tensor,
+    row_N: Tensor,
+    grad_ND: Tensor,
+) -> Tensor:
+    if "sum" not in state:
+        state["sum"] = torch.zeros(len(weight), dtype=weight.dtype, device=weight.device)
+    sum_N = state["sum"].index_select(0, row_N) + grad_ND.square().mean(dim=1)
+    state["sum"].index_copy_(0, row_N, sum_N)
+    change_ND: Tensor = grad_ND / (sum_N.sqrt() + group["eps"]).unsqueeze(1)
+    return change_ND
+
+
+def make_optimizer(
+    parameters: Sequence[nn.Parameter], config: TrainingConfig, *, tables: Iterable[Dense] = ()
+) -> AdamWByRows:
+    """Return AdamW, which decays matrices and tables, but no biases and scales.
+
+    Args:
+        parameters: All that learns.
+        config: Says which tables learn by rows.
+        tables: Those among the parameters' owners.
+    """
+    by_rows = []
+    for table in tables:
+        table.by_rows = _learns_by_rows(table, config)
+        by_rows += [table] if table.by_rows else []
     decayed = [p for p in parameters if p.requires_grad and p.ndim > 1]
     others = [p for p in parameters if p.requires_grad and p.ndim <= 1]
     groups: list[dict[str, Any]] = [
         {"params": decayed},
         {"params": others, "weight_decay": 0.0},
     ]
-    return optim.AdamW(
+    return AdamWByRows(
         [group for group in groups if group["params"]],
+        tables=by_rows,
+        one_rate=config.tables == "row_adagrad",
         lr=config.rate,
         betas=(0.9, config.beta2),
         weight_decay=config.weight_decay,
         fused=True,
     )
+
+
+def _learns_by_rows(table: Dense, config: TrainingConfig) -> bool:
+    if config.tables == "auto":
+        return table.num_rows >= ROWS_FROM and not config.average_decay
+    return config.tables != "adamw"
+
+
+def _coalesced(grad: Tensor) -> Tensor:
+    """Sum what stands for one row; that of one look-up is so already, which torch forgets."""
+    row_N = grad._indices()[0]
+    if not grad.is_coalesced() and bool((row_N[1:] > row_N[:-1]).all()):
+        grad._coalesced_(True)  # noqa: FBT003  # torch's own form
+    summed: Tensor = grad.coalesce()
+    return summed
+
+
+def clip(gradients: Sequence[Tensor], norm: Tensor, most: float) -> None:
+    """Shorten a gradient of length `norm` to `most`, where it is longer."""
+    torch._foreach_mul_(list(gradients), (most / (norm + 1e-6)).clamp(max=1.0))
+
+
+def gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    """Return the gradients that there are; of tables that learn by rows those of the rows."""
+    found = []
+    for parameter in parameters:
+        if parameter.grad is not None and parameter.grad.is_sparse:
+            parameter.grad = _coalesced(parameter.grad)
+            found.append(parameter.grad.values())
+        elif parameter.grad is not None:
+            found.append(parameter.grad)
+    return found
 
 
 def rate_factor(config: TrainingConfig, step: int, steps_per_epoch: int) -> float:

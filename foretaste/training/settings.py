@@ -23,6 +23,11 @@ class TrainingConfig(Config):
     """AdamW's decoupled decay, of matrices and tables, not of biases and scales."""
     beta2: float = Field(default=0.98, gt=0, lt=1)
     """AdamW's decay of squared gradients; SASRec's authors use 0.98."""
+    tables: Literal["auto", "adamw", "lazy_adamw", "row_adagrad"] = "auto"
+    """How tables of ids and codes learn. "adamw": all rows move in every step. "lazy_adamw": only
+    the rows that a batch reads, whose moments rest in between, while weight decay reaches all.
+    "row_adagrad": likewise, with one rate a row, by its squared gradients, and a third of the
+    memory. "auto": lazy_adamw for tables of many rows, without `ema_decay`; else adamw."""
     warmup_steps: CountOrZero | Literal["auto"] = "auto"
     """Steps over which the learning rate rises from 0; "auto": those of two epochs, but 200 at
     most."""

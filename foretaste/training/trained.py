@@ -162,7 +162,7 @@ class Trained(Shown):
     @torch.inference_mode()
     @checked
     def scorer(self, *, exclude_seen: bool = False) -> Callable[[Queries], Float[Tensor, "B I"]]:
-        """Return `score` for many blocks in a row: the item table is worked out once.
+        """Return `score` for many blocks in a row; models keep what they work out of their items.
 
         The weights must not change in between. Each block is a tensor of its own, which an
         inference-mode caller may write into.

@@ -106,6 +106,10 @@ class Dense(Table):
     def __init__(self, num_rows: int, width: int) -> None:
         super().__init__()
         self.width, self.std = width, 1.0
+        self.by_rows = False
+        """Whether the gradient of a look-up is one of the rows that were read."""
+        self.scale = 1.0
+        """What the rows are to be multiplied by: weight decay that is not in them yet."""
         self.weight = nn.Parameter(torch.empty(num_rows, width))
         self.draw(std=1.0)
 
@@ -114,11 +118,14 @@ class Dense(Table):
         return len(self.weight)
 
     def forward(self, row_X: Int64[Tensor, "*X"]) -> Float[Tensor, "*X D"]:
-        looked_ND = look_up(row_X.flatten(), self.weight)
+        looked_ND = look_up(row_X.flatten(), self.weight, scale=self.scale, by_rows=self.by_rows)
         return looked_ND.view(*row_X.shape, self.width)
 
     def block(self, first: int, last: int) -> Float[Tensor, "R D"]:
-        return self.weight[first:last]
+        block_RD = self.weight[first:last]
+        if self.scale == 1:
+            return block_RD
+        return block_RD.detach() * self.scale + (block_RD - block_RD.detach())  # gradient as it is
 
     @torch.no_grad()
     def draw(self, *, std: float) -> None:
@@ -144,7 +151,7 @@ class Dense(Table):
     def mean_bags(
         self, code_N: Int64[Tensor, " N"], offsets_P: Int64[Tensor, " P"]
     ) -> Float[Tensor, "P D"]:
-        return mean_bags(code_N, offsets_P, self.weight)
+        return mean_bags(code_N, offsets_P, self.weight, scale=self.scale, by_rows=self.by_rows)
 
 
 def make_table(config: TableConfig, num_rows: int, width: int) -> Table:
@@ -209,12 +216,24 @@ def check_rows(row_N: Int64[Tensor, " N"], num_rows: int) -> bool:
     return lowest < 0
 
 
-def look_up(row_N: Int64[Tensor, " N"], weight_RD: Float[Tensor, "R D"]) -> Float[Tensor, "N D"]:
+def look_up(
+    row_N: Int64[Tensor, " N"],
+    weight_RD: Float[Tensor, "R D"],
+    *,
+    scale: float = 1.0,
+    by_rows: bool = False,
+) -> Float[Tensor, "N D"]:
     """Return rows, as `F.embedding` does, with a fast gradient; row -1 is 0 and gets none.
 
     torch's own gradient takes two to eight times as long on a CPU.
+
+    Args:
+        row_N: Which rows.
+        weight_RD: The table.
+        scale: What its rows are multiplied by; the gradient is that of the product.
+        by_rows: Whether the gradient is a sparse one, of the rows that were read.
     """
-    looked_ND: Tensor = _LookUp.apply(row_N, weight_RD)  # type: ignore[no-untyped-call]  # torch
+    looked_ND: Tensor = _LookUp.apply(row_N, weight_RD, scale, by_rows)  # type: ignore[no-untyped-call]  # torch
     return looked_ND
 
 
@@ -222,6 +241,9 @@ def mean_bags(
     code_N: Int64[Tensor, " N"],
     offsets_P: Int64[Tensor, " P"],
     weight_RD: Float[Tensor, "R D"],
+    *,
+    scale: float = 1.0,
+    by_rows: bool = False,
 ) -> Float[Tensor, "P D"]:
     """Return the mean of the rows of each bag, as `F.embedding_bag` does, with a fast gradient.
 
@@ -232,20 +254,58 @@ def mean_bags(
         code_N: Rows of `weight_RD`, bag by bag.
         offsets_P: Where each bag starts in `code_N`; it ends where the next one starts.
         weight_RD: The table.
+        scale: What its rows are multiplied by; the gradient is that of the product.
+        by_rows: Whether the gradient is a sparse one, of the rows that were read.
     """
     length_P = torch.diff(offsets_P, append=offsets_P.new_full((1,), len(code_N)))
     share_N = length_P.to(weight_RD.dtype).reciprocal().repeat_interleave(length_P)
     looked_PD: Tensor = _SumBags.apply(  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        code_N, offsets_P, length_P, share_N, weight_RD
+        code_N, offsets_P, length_P, share_N, weight_RD, scale, by_rows
     )
     return looked_PD
 
 
-def _by_code(code_N: Tensor, num_codes: int) -> tuple[Int64[Tensor, " N"], Int64[Tensor, " R"]]:
-    """Return the places of codes in ascending order, and where each code begins among them."""
-    times_R = code_N.bincount(minlength=num_codes)
-    order_N = code_N.int().sort(stable=True).indices  # int32 sorts in half of the time
-    return order_N, times_R.cumsum(0) - times_R
+def _sum_by_row(
+    row_N: Tensor,
+    grad_XD: Tensor,
+    *,
+    num_rows: int,
+    by_rows: bool,
+    of_N: Tensor | None = None,
+    share_N: Tensor | None = None,
+) -> Tensor:
+    """Return the gradient of a table from that of its rows: dense, or sparse and coalesced.
+
+    Args:
+        row_N: The rows; -1 gets no gradient.
+        grad_XD: Gradients.
+        num_rows: Of the table.
+        by_rows: Whether the answer is sparse.
+        of_N: Which of them belongs to each row; None: they stand as the rows do.
+        share_N: What each counts; None: 1.
+    """
+    ordered_N, order_N = row_N.int().sort(stable=True)  # int32 sorts in half of the time
+    num_none = int((ordered_N < 0).sum())
+    ordered_N, order_N = ordered_N[num_none:], order_N[num_none:]
+    shape = (num_rows, grad_XD.shape[1])
+    if not len(ordered_N) and not by_rows:
+        return grad_XD.new_zeros(shape)
+    if by_rows:
+        row_R, times_R = ordered_N.unique_consecutive(return_counts=True)
+    else:
+        row_R, times_R = None, ordered_N.bincount(minlength=num_rows)
+    grad_RD = F.embedding_bag(
+        order_N if of_N is None else of_N[order_N],
+        grad_XD.contiguous(),
+        times_R.cumsum(0) - times_R,
+        mode="sum",
+        per_sample_weights=None if share_N is None else share_N[order_N],
+    )
+    if row_R is None:
+        return grad_RD
+    return torch.sparse_coo_tensor(
+        row_R.long().unsqueeze(0), grad_RD, shape, is_coalesced=True, check_invariants=False
+    )
 
 
 class _LookUp(torch.autograd.Function):
@@ -256,24 +316,27 @@ class _LookUp(torch.autograd.Function):
         context: Any,  # torch's own, without a public type
         row_N: Tensor,
         weight_RD: Tensor,
+        scale: float,
+        by_rows: bool,  # noqa: FBT001  # torch hands no names on
     ) -> Tensor:
         context.save_for_backward(row_N)
-        context.num_rows = len(weight_RD)
-        context.has_none = check_rows(row_N, len(weight_RD))
-        if not context.has_none:
-            return weight_RD.index_select(0, row_N)
-        if not len(weight_RD):
-            return weight_RD.new_zeros(len(row_N), weight_RD.shape[1])
-        looked_ND = weight_RD.index_select(0, row_N.clamp(min=0))
-        return looked_ND.masked_fill_((row_N < 0).unsqueeze(1), 0.0)
+        context.num_rows, context.by_rows = len(weight_RD), by_rows
+        if check_rows(row_N, len(weight_RD)):
+            if not len(weight_RD):
+                return weight_RD.new_zeros(len(row_N), weight_RD.shape[1])
+            looked_ND = weight_RD.index_select(0, row_N.clamp(min=0))
+            looked_ND.masked_fill_((row_N < 0).unsqueeze(1), 0.0)
+        else:
+            looked_ND = weight_RD.index_select(0, row_N)
+        return looked_ND if scale == 1 else looked_ND.mul_(scale)
 
     @staticmethod
-    def backward(context: Any, *grad_outputs: Tensor) -> tuple[None, Tensor]:
+    def backward(context: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (row_N,) = context.saved_tensors
-        shift = int(context.has_none)  # -1 sorts first, and is cut off
-        order_N, start_R = _by_code(row_N + shift, context.num_rows + shift)
-        grad_ND = grad_outputs[0].contiguous()
-        return None, F.embedding_bag(order_N, grad_ND, start_R, mode="sum")[shift:]
+        grad_RD = _sum_by_row(
+            row_N, grad_outputs[0], num_rows=context.num_rows, by_rows=context.by_rows
+        )
+        return None, grad_RD, None, None
 
 
 class _SumBags(torch.autograd.Function):
@@ -287,21 +350,26 @@ class _SumBags(torch.autograd.Function):
         length_P: Tensor,
         share_N: Tensor,
         weight_RD: Tensor,
+        scale: float,
+        by_rows: bool,  # noqa: FBT001  # torch hands no names on
     ) -> Tensor:
         context.save_for_backward(code_N, length_P, share_N)
-        context.num_codes = len(weight_RD)
-        return F.embedding_bag(code_N, weight_RD, offsets_P, mode="sum", per_sample_weights=share_N)
+        context.num_rows, context.by_rows = len(weight_RD), by_rows
+        sum_PD = F.embedding_bag(
+            code_N, weight_RD, offsets_P, mode="sum", per_sample_weights=share_N
+        )
+        return sum_PD if scale == 1 else sum_PD.mul_(scale)
 
     @staticmethod
-    def backward(context: Any, *grad_outputs: Tensor) -> tuple[None, None, None, None, Tensor]:
+    def backward(context: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         code_N, length_P, share_N = context.saved_tensors
         bag_N = torch.arange(len(length_P), device=code_N.device).repeat_interleave(length_P)
-        order_N, start_R = _by_code(code_N, context.num_codes)
-        grad_RD = F.embedding_bag(
-            bag_N[order_N],
-            grad_outputs[0].contiguous(),
-            start_R,
-            mode="sum",
-            per_sample_weights=share_N[order_N],
+        grad_RD = _sum_by_row(
+            code_N,
+            grad_outputs[0],
+            num_rows=context.num_rows,
+            by_rows=context.by_rows,
+            of_N=bag_N,
+            share_N=share_N,
         )
-        return None, None, None, None, grad_RD
+        return None, None, None, None, grad_RD, None, None
