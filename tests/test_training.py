@@ -159,6 +159,105 @@ def test_early_stop_keeps_the_best_weights() -> None:
     assert model.w.item() == seen[1] != seen[3]
 
 
+def values_of(values: list[float], **settings) -> tuple[Fit, list[Epoch]]:
+    """Return a run that is validated as said, and its epochs; each of them is one step."""
+    level = settings.pop("level", -math.inf)
+    given, epochs = iter(values), []
+    config = plain(epochs=len(values), **settings)
+    _, run = scalar_fit([1.0], config, validate=lambda _: next(given), level=level)
+    run.run(on_epoch=epochs.append)
+    return run, epochs
+
+
+@pytest.mark.parametrize(
+    ("values", "ended"),
+    [
+        # No value is above the level of .5 before the fifteenth: the tenth without a better one
+        # would be the eleventh, and the fourth is better.
+        ([0.4, 0.3, 0.3, 0.41, *[0.4] * 10, 0.6, 0.5, 0.5, 0.5], 14),
+        ([0.4, 0.3, 0.3, 0.41, *[0.4] * 9, 0.6, 0.5, 0.5, 0.5], 16),
+        ([0.5] * 20, 11),  # the level itself is not above it
+        ([0.6, 0.5, 0.5, 0.5], 3),
+        ([0.4, 0.51, 0.5, 0.5, 0.5], 4),
+    ],
+)
+def test_patience_is_five_times_as_long_on_the_level_of_popularity(
+    values: list[float], ended: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("_PATIENT_EPOCHS", 2), ("_PATIENT_STEPS", 1), ("_LAST", 1)):
+        monkeypatch.setattr(f"foretaste.training.fit.{name}", value)
+    run, epochs = values_of(values, level=0.5)
+    assert len(epochs) == ended
+    assert run.progress.done.startswith("no better validation")
+    asked, _ = values_of(values, patience=2, level=0.5)  # a number is taken as it is
+    assert asked.progress.epoch == 3 + (values[1] > values[0])
+
+
+def test_a_run_that_never_leaves_the_level_ends_with_its_epochs() -> None:
+    run, epochs = values_of([0.3] * 40, level=0.5)
+    assert (len(epochs), run.progress.done) == (40, "all epochs done")
+
+
+@pytest.mark.parametrize(
+    ("steps", "every", "patience"),
+    [(61, 1, 5), (32, 1, 10), (1, 1, 300), (32, 4, 3), (32, 20, 2), (150, 2, 3)],
+)
+def test_patience_by_itself_lasts_five_epochs_and_300_steps(
+    steps: int, every: int, patience: int
+) -> None:
+    # Of 32 steps an epoch 300 take ten epochs: ten validations, or three of every fourth epoch.
+    values = [1.0, *[0.0] * (patience + 1)]
+    given = iter(values)
+    _, run = scalar_fit(
+        [0.0] * steps,
+        plain(epochs=every * len(values)),
+        validate=lambda _: next(given),
+        validate_every=every,
+        level=0.5,
+    )
+    progress = run.run()
+    assert progress.epoch == every * (1 + patience)
+
+
+def test_patience_by_itself_watches_the_mean_of_three(monkeypatch: pytest.MonkeyPatch) -> None:
+    # One value is high by luck. Means: .1, .25, .233, .3, .283, .337, .36, .37, .38, then no more.
+    monkeypatch.setattr("foretaste.training.fit._PATIENT_STEPS", 1)
+    values = [0.1, 0.4, 0.2, 0.3, 0.35, 0.36, 0.37, 0.38, 0.39, *[0.38] * 9]
+    run, epochs = values_of(values)
+    assert len(epochs) == 10 + 5
+    assert run.progress.best_epoch == 2
+    _, plain_epochs = values_of(values, patience=5)
+    assert len(plain_epochs) == 7
+
+
+@pytest.mark.parametrize("killed_after", range(1, 9, 3))
+def test_a_resumed_run_waits_as_long_as_one_that_was_not_broken_off(
+    killed_after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("foretaste.training.fit._PATIENT_STEPS", 1)
+
+    def run_of(folder: Path) -> Fit:
+        return scalar_fit(
+            [1.0],
+            plain(epochs=30, checkpoint_seconds=0),
+            validate=lambda model: -((model.w.item() + 0.35) ** 2),
+            folder=folder,
+            level=-0.01,
+        )[1]
+
+    def kill(epoch: Epoch) -> None:
+        if epoch.epoch == killed_after:
+            raise KeyboardInterrupt
+
+    whole = run_of(tmp_path / "whole").run()
+    assert (whole.epoch, whole.best_epoch) == (9, 3)
+    with pytest.raises(KeyboardInterrupt):
+        run_of(tmp_path / "broken").run(on_epoch=kill)
+    resumed = run_of(tmp_path / "broken").run(resume=True)
+    for name in ("epoch", "done", "best", "best_epoch", "watched", "waited", "last"):
+        assert getattr(resumed, name) == getattr(whole, name), name
+
+
 def test_the_average_of_weights_is_what_is_kept() -> None:
     # w goes 0, -0.1, -0.2; the average follows with decay min(.5, 1/10), min(.5, 2/11).
     model, run = scalar_fit([1.0, 1.0], plain(ema_decay=0.5))

@@ -1,6 +1,7 @@
 """What early stopping watches: which queries, how often, and that it is the reports' own figure."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import polars as pl
@@ -181,6 +182,68 @@ def test_two_runs_validate_the_same_epochs_on_the_same_queries_and_say_which() -
     ).log
     assert every_third["validated"] == "validated every 3 epochs on 204 of 204 queries"
     assert list(validated(every_third)) == [3, 6, 7]
+
+
+def test_popularity_gives_the_level_and_item_knn_is_named_beside_it() -> None:
+    found = make_validation(untrained("mf"), SPLIT)
+    assert found is not None
+    reports = {
+        name: ft.evaluate(ft.fit(config, SPLIT, show=False), SPLIT.validation, resamples=0)
+        for name, config in (
+            ("popularity", PopularityConfig()),
+            ("item-kNN", ft.ItemKNNConfig(shrinkage=10)),
+        )
+    }
+    expected = {name: report.metrics["ndcg_at_10"] for name, report in reports.items()}
+    assert found.beside() == pytest.approx(expected, abs=1e-12)
+    assert found.level == pytest.approx(1.1 * expected["popularity"], abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("best", "best_epoch", "named", "todo"),
+    [
+        (0.9, 3, "", ""),
+        (0.0, 3, "item-kNN", "learned little"),
+        (0.0, 19, "item-kNN", "epochs"),
+        (0.31, 3, "item-kNN", "l2"),  # 1.1 times popularity is .309
+    ],
+)
+def test_a_run_below_what_counting_reaches_is_told_what_to_try(
+    best: float, best_epoch: int, named: str, todo: str
+) -> None:
+    found = make_validation(untrained("mf"), SPLIT)
+    assert found is not None
+    beside, advice = found.advice(best, best_epoch=best_epoch, epochs=20)
+    assert beside["popularity"] < 0.31 < beside["item-kNN"] < 0.9
+    assert bool(advice) == bool(named)
+    assert named in advice
+    assert todo in advice
+
+
+def test_a_fit_logs_what_it_came_to_beside_models_that_only_count() -> None:
+    log = untrained("mf").log
+    beside, advice = log["beside"], log["advice"]
+    assert isinstance(beside, dict)
+    assert isinstance(advice, str)
+    assert set(beside) == {"popularity", "item-kNN"}
+    assert max(beside, key=lambda name: beside[name]) in advice
+
+
+def test_labelled_rows_are_held_against_counts_of_labels() -> None:
+    events = walks()
+    liked = (events.item_idx % 3 == 0).astype(np.float32)
+    split = ft.temporal_split(replace(events, columns={"liked": liked}), validation=0.3, test=0.1)
+    task = ft.Task(name="liked", column="liked")
+    training = TrainingConfig(epochs=1, device="cpu")
+    trained = ft.fit(ft.GMFConfig(task=task, factors=4), split, training=training, show=False)
+    found = make_validation(trained, split)
+    assert found is not None
+    assert found.level == pytest.approx(0.51)
+    beside = found.beside()
+    assert beside["counts by item"] == 1.0  # the item decides it
+    assert beside["base rate"] == 0.5
+    assert trained.log["beside"] == beside
+    assert "counts by item" in str(trained.log["advice"])
 
 
 def test_without_validation_events_nothing_is_said() -> None:

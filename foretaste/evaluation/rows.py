@@ -5,7 +5,7 @@ each, T tasks.
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -19,6 +19,7 @@ from foretaste.data.batch import RowBatch
 from foretaste.data.parts import TEST, TRAIN, UNUSED, VALIDATION
 from foretaste.data.rows import PartName, Rows, happened_split, rows_of
 from foretaste.data.splits import Split
+from foretaste.data.tasks import Task
 from foretaste.errors import ConfigError
 from foretaste.evaluation.measure_rows import Predicted, measure_rows
 from foretaste.evaluation.overlap import Asked, Overlap, overlap
@@ -78,8 +79,7 @@ def evaluate_rows(
     model = model.asked_by(split.events)
     split, known = known_rows(model, split, part=part)
     rows, notes, suffix = rows_to_judge(model, split, part=part, sampled=sampled)
-    parts = list(_predict(model, rows))
-    label_NT = np.concatenate([label_NT for label_NT, _ in parts])
+    label_NT, prediction_NT = predict_rows(model, rows)
     return measure_rows(
         Predicted(
             name=part,
@@ -87,7 +87,7 @@ def evaluate_rows(
             tasks=rows.tasks,
             user_N=np.repeat(rows.events.user_idx, 1 + rows.drawn_EN.shape[1]).astype(np.int64),
             label_NT=label_NT,
-            prediction_NT=np.concatenate([prediction_NT for _, prediction_NT in parts]),
+            prediction_NT=prediction_NT,
             notes=(*notes, *(() if known is None else known.notes)),
             counts={} if known is None else known.counts,
             suffix=suffix,
@@ -214,7 +214,19 @@ def _predict(
         yield label_BCT.flatten(0, 1).numpy(), prediction_BCT.flatten(0, 1).numpy()
 
 
-def task_values(model: Trained, rows: Rows) -> Iterator[float]:
+def predict_rows(
+    model: Trained, rows: Rows
+) -> tuple[Float64[np.ndarray, "N T"], Float64[np.ndarray, "N T"]]:
+    """Return labels and a ranker's predictions, of rows and of the items drawn for each."""
+    labels, predictions = zip(*_predict(model, rows), strict=True)
+    return np.concatenate(labels), np.concatenate(predictions)
+
+
+def task_values(
+    tasks: Sequence[Task],
+    label_NT: Float64[np.ndarray, "N T"],
+    prediction_NT: Float64[np.ndarray, "N T"],
+) -> Iterator[float]:
     """Give a number for each task that rows can judge, 1 is perfect, none has a unit.
 
     Of a binary task it is the AUC, of another 1 - RMSE / standard deviation of the labels. They are
@@ -223,10 +235,7 @@ def task_values(model: Trained, rows: Rows) -> Iterator[float]:
     Raises:
         NonFiniteError: A prediction is NaN or infinite.
     """
-    label_NT, prediction_NT = (
-        np.concatenate(parts) for parts in zip(*_predict(model, rows), strict=True)
-    )
-    for task, label_N, prediction_N in zip(rows.tasks, label_NT.T, prediction_NT.T, strict=True):
+    for task, label_N, prediction_N in zip(tasks, label_NT.T, prediction_NT.T, strict=True):
         labelled_N = ~np.isnan(label_N)
         if not labelled_N.any():
             continue

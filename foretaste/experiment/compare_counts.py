@@ -15,7 +15,7 @@ import polars as pl
 from jaxtyping import Bool, Float64, Int64
 
 from foretaste.data.interactions import Interactions
-from foretaste.data.parts import TEST, TRAIN
+from foretaste.data.parts import TEST, TRAIN, VALIDATION
 from foretaste.data.rows import Rows, rows_of
 from foretaste.data.splits import Split
 from foretaste.data.tasks import Task
@@ -47,11 +47,11 @@ class Column(NamedTuple):
 def count_baselines(
     split: Split, rows: Rows, tasks: Sequence[Task]
 ) -> tuple[list[Counted], list[str]]:
-    """Return what counting predicts of a test part's rows, the base rate last; and notes.
+    """Return what counting predicts of a part's rows, the base rate last; and notes.
 
     Args:
         split: Its training part is counted, its tables and context give the categories.
-        rows: The test rows, with the items that were drawn for them, 0s of every binary task.
+        rows: Those of validation or of test, with the items drawn for them, 0s of binary tasks.
         tasks: A mean each.
     """
     counting = _Counting.of(split, rows, tasks)
@@ -142,7 +142,8 @@ class _Counting:
     def of(split: Split, rows: Rows, tasks: Sequence[Task]) -> "_Counting":
         train, each = rows_of(split, "train", tasks=tuple(tasks)), 1 + rows.drawn_EN.shape[1]
         item_NC = np.concatenate([rows.item_E.numpy()[:, None], rows.drawn_EN], axis=1)
-        trained_E, judged_N = (np.flatnonzero(split.part_E == part) for part in (TRAIN, TEST))
+        part = VALIDATION if rows.name == "validation" else TEST
+        trained_E, judged_N = (np.flatnonzero(split.part_E == code) for code in (TRAIN, part))
         return _Counting(
             tasks=tasks,
             label_ET=train.label_ET.astype(np.float64),

@@ -1,5 +1,6 @@
 """From settings and a split to a trained model: the wiring of every room."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -23,7 +24,12 @@ from foretaste.errors import ConfigError, DataError
 from foretaste.experiment.learning import make_learning, usual_objective
 from foretaste.experiment.mining import CandidateNegatives
 from foretaste.experiment.two_stage import Candidates, FirstStage, check_same, fit_two_stage
-from foretaste.experiment.validation import choose_strengths, make_validation, trained_rows
+from foretaste.experiment.validation import (
+    Validation,
+    choose_strengths,
+    make_validation,
+    trained_rows,
+)
 from foretaste.models.base import Model
 from foretaste.models.catalogue import (
     LEARNING_COPIES,
@@ -327,6 +333,7 @@ def _learn(
         objective=learning.objective,
         validate=None if validation is None else validation.value,
         validate_every=None if validation is None else validation.every,
+        level=-math.inf if validation is None else validation.level,
         folder=folder,
         refreshed=learning.refreshed,
         data="" if folder is None else events.fingerprint(),
@@ -334,7 +341,7 @@ def _learn(
     log = _run(
         run,
         training,
-        validated="" if validation is None else str(validation),
+        validation=validation,
         name=name,
         resume=resume,
         show=show,
@@ -369,7 +376,7 @@ def _run(
     run: Fit[Any, Any],
     training: TrainingConfig,
     *,
-    validated: str,
+    validation: Validation | None,
     name: str,
     resume: bool,
     show: bool,
@@ -384,8 +391,8 @@ def _run(
             *([on_cost] if on_cost else ()),
         ]
         watch = CostWatch(run, on_costs, max_seconds=max_seconds)
-        if show and validated:
-            display.say(validated)
+        if show and validation is not None:
+            display.say(str(validation))
 
         def step(progress: Progress, steps_per_epoch: int) -> None:
             if show:
@@ -397,6 +404,9 @@ def _run(
                 tell(ended)
 
         progress = run.run(resume=resume, on_epoch=epoch, on_step=step, max_seconds=max_seconds)
+        judged = _judged(validation, progress)
+        if show and judged["advice"]:
+            display.say(str(judged["advice"]))
     return {
         "cost": None if watch.cost is None else asdict(watch.cost),
         "epochs": progress.epochs,
@@ -404,5 +414,15 @@ def _run(
         "steps": progress.step,
         "skipped_steps": progress.skipped,
         "stopped": progress.done,
-        "validated": validated,
+        **judged,
     }
+
+
+def _judged(validation: Validation | None, progress: Progress) -> dict[str, object]:
+    """Return how a run was validated, and what it came to beside models that only count."""
+    if validation is None:
+        return {"validated": "", "beside": {}, "advice": ""}
+    beside, advice = validation.advice(
+        progress.best, best_epoch=progress.best_epoch, epochs=progress.epoch
+    )
+    return {"validated": str(validation), "beside": beside, "advice": advice}

@@ -9,6 +9,7 @@ Shape legend: E events, T tasks.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -19,13 +20,22 @@ from foretaste.errors import DataError
 from foretaste.evaluation.cold import Whose
 from foretaste.evaluation.measure_queries import mean_ndcg
 from foretaste.evaluation.protocol import to_find
-from foretaste.evaluation.rows import ranker_of, rows_settings, rows_to_judge, task_values
+from foretaste.evaluation.rows import (
+    predict_rows,
+    ranker_of,
+    rows_settings,
+    rows_to_judge,
+    task_values,
+)
 from foretaste.evaluation.sampled import SampledNegatives
 from foretaste.evaluation.task import Task
+from foretaste.experiment.compare_counts import count_baselines
 from foretaste.experiment.two_stage import Candidates
 from foretaste.models.base import Model, Ranker, Retriever
 from foretaste.models.catalogue import ModelConfig
+from foretaste.models.item_knn import ItemKNN, ItemKNNConfig
 from foretaste.models.item_sets import StrengthConfig
+from foretaste.models.popularity import Popularity, PopularityConfig
 from foretaste.training.objectives.catalogue import ObjectiveConfig
 from foretaste.training.objectives.masked_item import MaskedItemConfig
 from foretaste.training.objectives.next_item import NextItemConfig
@@ -45,6 +55,11 @@ _JUDGED, _READ, _MULTIPLIED = 1 / 4, 1 / 9, 1 / 400
 """What it takes to run a ranker on a row, to read an event of a history, and to multiply two
 vectors and see whether the product is among the best: shares of a training step's work on one row,
 as measured on MovieLens 100K."""
+_ABOVE, _ABOVE_BASE = 1.1, 0.01
+"""A model has left popularity's level at 1.1 times its NDCG, and the base rate's at .01 more than
+it: .5 of AUC, 0 of a regression."""
+_MOST_PAIRS = 2**28
+"""Of items that a user did both, for item-kNN to be worked out beside a run: some seconds."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -56,8 +71,36 @@ class Validation:
     value: Callable[[Model], float]
     on: str
     """What it is worked out on, such as "1,000 of 9,885 queries"."""
+    level: float
+    """Above it a model has learned more than what is popular, or more than the base rate."""
+    beside: Callable[[], dict[str, float]]
+    """Works out what models that only count reach, by name."""
     every: int = 1
     """Epochs between two of them."""
+
+    def advice(self, best: float, *, best_epoch: int, epochs: int) -> tuple[dict[str, float], str]:
+        """Return what models that only count reach, and what to try if a run is below one.
+
+        Args:
+            best: The run's best value.
+            best_epoch: Where it was.
+            epochs: How many the run took.
+        """
+        beside = self.beside()
+        better = {name: value for name, value in beside.items() if value > best}
+        if not better:
+            return beside, ""
+        name = max(better, key=lambda name: better[name])
+        if best_epoch >= epochs - self.every:
+            todo = "it was still getting better: raise training.epochs or training.learning_rate"
+        elif best <= self.level:
+            todo = "it learned little: try another training.learning_rate, or a lower l2"
+        else:
+            todo = "it was best early: raise l2 or dropout, or lower training.learning_rate"
+        return beside, (
+            f"below {name} on validation ({self.metric} {best:.4f}, not {better[name]:.4f}): "
+            f"{todo}; `tune` searches such settings, `compare` other models"
+        )
 
     def __str__(self) -> str:
         """Say what is done."""
@@ -110,20 +153,59 @@ def make_validation(
     task, exclude_seen = _asked(holdout)
     each = _work_of_query(trained, task, candidates)
     sample = task.sample(_num_queries(training, _SAMPLED * rows_of_epoch / each, len(task.row_Q)))
+    lists = _Lists(trained=trained, holdout=holdout, task=sample, exclude_seen=exclude_seen)
 
     def value(model: Model) -> float:
         model.learn_new_users(trained.events)
-        if candidates is not None:
-            model = candidates.ranked_by(model)
-        judged = replace(trained, model=model)
-        return mean_ndcg(judged, holdout, sample, k=10, exclude_seen=exclude_seen)
+        return lists.ndcg(model if candidates is None else candidates.ranked_by(model))
 
     return Validation(
         metric=STOP_METRIC,
         value=value,
         on=f"{len(sample.row_Q):,} of {len(task.row_Q):,} queries",
+        level=_ABOVE * lists.popular,
+        beside=lists.beside,
         every=_every(training, each * len(sample.row_Q), rows_of_epoch),
     )
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _Lists:
+    """What any model's lists are worth on the same queries."""
+
+    trained: Trained
+    holdout: Holdout
+    task: Task
+    exclude_seen: bool
+
+    def ndcg(self, model: Model) -> float:
+        judged = replace(self.trained, model=model)
+        return mean_ndcg(judged, self.holdout, self.task, k=10, exclude_seen=self.exclude_seen)
+
+    @cached_property
+    def popular(self) -> float:
+        """What popularity reaches."""
+        return self._learned(Popularity(PopularityConfig(), num_items=self._num_items))
+
+    def beside(self) -> dict[str, float]:
+        """Work out what popularity reaches, and item-kNN where there are histories to answer."""
+        found = {"popularity": self.popular}
+        if self.task.length_Q.any() and _pairs(self.trained.events) <= _MOST_PAIRS:
+            found["item-kNN"] = self._learned(ItemKNN(ItemKNNConfig(), num_items=self._num_items))
+        return found
+
+    def _learned(self, model: Popularity | ItemKNN) -> float:
+        model.learn(self.trained.events)
+        return self.ndcg(model)
+
+    @property
+    def _num_items(self) -> int:
+        return self.trained.events.num_items
+
+
+def _pairs(events: Interactions) -> int:
+    """Return how many pairs of items have a user in common, which is item-kNN's work."""
+    return int((np.diff(events.offsets).astype(np.float64) ** 2).sum())
 
 
 def _num_queries(training: TrainingConfig | None, affordable: float, num_all: int) -> int:
@@ -176,18 +258,36 @@ def _by_rows(
     """Return what judges a ranker by labels; None where they tell no good model from a bad one."""
     sampled = _zeros(ranker_of(trained), rows_settings(trained))
     rows, _, _ = rows_to_judge(trained, split, part="validation", sampled=sampled)
+    judged = []
     for label_E, task in zip(rows.label_ET.T, rows.tasks, strict=True):
         values = set(label_E[~np.isnan(label_E)].tolist())
         if values and sampled is not None:
             values.add(0.0)  # of what is drawn
         if len(values) > (1 if task.kind == "binary" else 0):
-            break
-    else:
+            judged.append(task)
+    if not judged:
         return None
+
+    def value(model: Model) -> float:
+        label_NT, prediction_NT = predict_rows(replace(trained, model=model), rows)
+        return float(np.mean(list(task_values(rows.tasks, label_NT, prediction_NT))))
+
+    def beside() -> dict[str, float]:
+        blind = replace(rows, context=None).batch(rows.every, reads="nothing", max_len=0)
+        label_NT = blind.label_BCT.flatten(0, 1).double().numpy()
+        counted, _ = count_baselines(split, rows, rows.tasks)
+        return {
+            each.name: float(np.mean(list(task_values(rows.tasks, label_NT, each.prediction_NT))))
+            for each in counted
+        }
+
+    binary = [task.kind == "binary" for task in judged]
     return Validation(
         metric=ROWS_METRIC,
-        value=lambda model: float(np.mean(list(task_values(replace(trained, model=model), rows)))),
+        value=value,
         on=f"{len(rows):,} rows",
+        level=float(np.mean(binary)) / 2 + _ABOVE_BASE,
+        beside=beside,
         every=_every(training, len(rows) * (1 + rows.drawn_EN.shape[1]) * _JUDGED, rows_of_epoch),
     )
 

@@ -38,6 +38,13 @@ from foretaste.training.step_log import StepLog
 Network = TypeVar("Network", bound=nn.Module)
 Batch = TypeVar("Batch", covariant=True)
 _MOST_BAD_STEPS = 20
+_PATIENT_EPOCHS, _PATIENT_STEPS = 5, 300
+"""What a patience of "auto" is made of: the validations of so many epochs and so many steps."""
+_LAST = 3
+"""Validations whose mean that patience watches."""
+_PLATEAU = 5
+"""How many times longer it is on popularity's level: a model that learns what is popular
+first stays there for long before it learns more."""
 OUT_OF_TIME = "out of time"
 """How `Progress.done` begins where a run was ended by the clock."""
 
@@ -96,7 +103,12 @@ class Progress:
     seconds: float = 0.0
     best: float = -math.inf
     best_epoch: int = 0
+    last: list[float] = field(default_factory=list)
+    """The last validations, three at most."""
+    watched: float = -math.inf
+    """The best of what patience watches."""
     waited: int = 0
+    """Validations since then."""
     done: str = ""
     """Why the run ended; empty while it runs."""
     epochs: list[dict[str, Any]] = field(default_factory=list)
@@ -120,6 +132,7 @@ class Fit(Generic[Network, Batch]):
         objective: Callable[[Network, Batch, torch.Generator], Tensor],
         validate: Callable[[Network], float] | None = None,
         validate_every: int | None = None,
+        level: float = -math.inf,
         folder: Path | None = None,
         refreshed: Refreshed | None = None,
         data: str = "",
@@ -137,6 +150,7 @@ class Fit(Generic[Network, Batch]):
                 checkpoint.
             validate: Gives the metric to stop by, higher is better.
             validate_every: Epochs between two validations, where the settings say "auto"; none: 1.
+            level: The metric of a model that has learned what is popular and nothing else.
             folder: Where checkpoints and the log of steps go; none writes neither.
             refreshed: What batches are made with that the weights decide; it sees them as
                 validation does.
@@ -151,7 +165,7 @@ class Fit(Generic[Network, Batch]):
         self.validate_every = (
             (validate_every or 1) if config.validate_every == "auto" else config.validate_every
         )
-        self.refreshed, self.data = refreshed, data
+        self.refreshed, self.data, self.level = refreshed, data, level
         self.progress = Progress()
         self.average = copy.deepcopy(model) if config.average_decay else None
         self.best_weights: dict[str, Tensor] = {}
@@ -227,7 +241,7 @@ class Fit(Generic[Network, Batch]):
         trained_s = time.perf_counter() - started
         trained_share = (progress.batch - first_batch) / len(plan)
         rate = plan.num_events * trained_share / trained_s
-        validation = self._validate()
+        validation = self._validate(len(plan))
         validation_s = time.perf_counter() - started - trained_s
         progress.seconds = seconds_before + time.perf_counter() - started
         epoch = Epoch(
@@ -324,7 +338,7 @@ class Fit(Generic[Network, Batch]):
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.config.precision)
         return torch.autocast(self.device.type, dtype) if dtype else nullcontext()
 
-    def _validate(self) -> float | None:
+    def _validate(self, steps_per_epoch: int) -> float | None:
         progress, config = self.progress, self.config
         number = progress.epoch + 1
         is_last = number == config.epochs or progress.done
@@ -333,17 +347,35 @@ class Fit(Generic[Network, Batch]):
         judged = self._judged()
         value = self.validate(judged)
         if value > progress.best:
-            progress.best, progress.best_epoch, progress.waited = value, number, 0
+            progress.best, progress.best_epoch = value, number
             self.best_weights = {
                 name: tensor.detach().clone() for name, tensor in judged.state_dict().items()
             }
-        else:
-            progress.waited += 1
-            if config.patience is not None and progress.waited >= config.patience:
-                progress.done = (
-                    f"no better validation since epoch {progress.best_epoch} ({progress.best:.5f})"
-                )
+        self._wait(value, self._patience(steps_per_epoch))
         return value
+
+    def _wait(self, value: float, patience: int | None) -> None:
+        """Count validations that were not better, and end the run after too many."""
+        progress = self.progress
+        progress.last = [*progress.last, value][-_LAST:]
+        if self.config.patience == "auto":
+            value = sum(progress.last) / len(progress.last)
+        if value > progress.watched:
+            progress.watched, progress.waited = value, 0
+            return
+        progress.waited += 1
+        if patience is not None and progress.waited >= patience:
+            progress.done = (
+                f"no better validation since epoch {progress.best_epoch} ({progress.best:.5f})"
+            )
+
+    def _patience(self, steps_per_epoch: int) -> int | None:
+        """Return how many validations in a row may be no better."""
+        if self.config.patience != "auto":
+            return self.config.patience
+        epochs = max(_PATIENT_EPOCHS, math.ceil(_PATIENT_STEPS / steps_per_epoch))
+        patience = max(2, math.ceil(epochs / self.validate_every))
+        return patience if self.progress.best > self.level else _PLATEAU * patience
 
     def _judged(self) -> Network:
         """Return the weights as validation sees them, in evaluation mode.

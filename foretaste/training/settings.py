@@ -50,8 +50,11 @@ class TrainingConfig(Config):
     """How many queries of the validation part lists are judged by, spread over users, the same each
     time and with every seed; "auto": as many as validation at every epoch allows, 1,000 at least.
     The report is always of all queries. Rankers that are judged by labels take all rows."""
-    patience: Count | None = 5
-    """Stop after so many validations without a better one; none never stops early."""
+    patience: Count | Literal["auto"] | None = "auto"
+    """Stop after so many validations without a better one; none never stops early. "auto": as many
+    as come in five epochs and in 300 steps, two at least, without a better mean of the last three.
+    It is five times as many while no validation is above what popularity reaches there (by labels:
+    the base rate), as models stay on that level before they learn more."""
     checkpoint_seconds: float = Field(default=60.0, ge=0)
     """Seconds between two checkpoints, where a folder for them is given; 0 writes one a step."""
     producers: int = Field(default=0, ge=0, le=256)
