@@ -27,7 +27,7 @@ import torch
 
 import foretaste as ft
 from foretaste.experiment.facts import run_facts
-from foretaste.models.layers.row_sides import RowFieldsConfig
+from foretaste.models.layers.side_fields import RowFieldsConfig
 
 By = Literal["uniform", "popularity"]
 WAYS: tuple[By, ...] = ("uniform", "popularity")
