@@ -50,7 +50,10 @@ else:
 
         def __call__(cls, *args: object, **settings: object) -> object:
             if args:
-                first = next((name for name in cls.model_fields if name != "kind"), "name")
+                bases = [base for base in cls.__bases__ if issubclass(base, BaseModel)]
+                inherited = {name for base in bases for name in base.model_fields}
+                names = [name for name in cls.model_fields if name != "kind"]
+                first = min(names, key=inherited.__contains__, default="name")  # its own first
                 raise ConfigError(
                     f"{cls.__name__} takes its settings by name, such as "
                     f"{cls.__name__}({first}=…), not {shown(args[0])}",

@@ -14,15 +14,14 @@ from foretaste.experiment.learning import make_learning, usual_objective
 from foretaste.models.als import ImplicitALSConfig
 from foretaste.models.base import Ranker, Retriever, Scorer
 from foretaste.models.catalogue import ModelConfig, TwoStageConfig
-from foretaste.models.ease import EASE, EASEConfig
+from foretaste.models.ease import EASEConfig
 from foretaste.models.item_knn import ItemKNNConfig
 from foretaste.models.layers.table import TableConfig, make_table
 from foretaste.models.mf import MF, MFConfig
 from foretaste.models.neumf import NCF, GMFConfig
 from foretaste.models.popularity import PopularityConfig
-from foretaste.models.sasrec import SASRec, SASRecConfig
+from foretaste.models.sasrec import SASRecConfig
 from foretaste.models.two_stage import TwoStage
-from foretaste.training.objectives.masked_item import MaskedItemConfig
 from foretaste.training.objectives.next_item import NextItemConfig
 from foretaste.training.objectives.pairs import PairsConfig
 from foretaste.training.objectives.rows import RowsConfig
@@ -62,8 +61,8 @@ class LastItem(Retriever):
 def test_a_model_of_an_unknown_class_learns_by_what_it_says() -> None:
     torch.manual_seed(0)
     model = LastItem()
-    learning = make_learning(model, usual_objective(model), EVENTS, batch_events=100, seed=0)
-    loss = learning.objective(model, learning.plan(0).batch(0))
+    learning = make_learning(model, NextItemConfig(), EVENTS, batch_events=100, seed=0)
+    loss = learning.objective(model, learning.plan(0).batch(0), torch.Generator().manual_seed(0))
     loss.backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
 
@@ -74,17 +73,12 @@ def test_an_objective_that_a_model_does_not_learn_by_is_named_beside_the_one_tha
     assert (caught.value.name, caught.value.value) == ("objective.kind", "pairs")
 
 
-def test_the_usual_objective_is_the_one_that_the_class_names() -> None:
-    sizes = {"num_users": 1, "num_items": 2}
-    mf, gmf = MF(MFConfig(), **sizes), NCF(GMFConfig(), **sizes)
-    assert isinstance(usual_objective(mf), PairsConfig)
-    assert isinstance(usual_objective(gmf), RowsConfig)
-    assert isinstance(usual_objective(SASRec(SASRecConfig(), num_items=2)), NextItemConfig)
-    ease = EASE(EASEConfig(), num_items=2)
-    for model in (ease, TwoStage(mf, gmf, num_candidates=1)):
-        with pytest.raises(ConfigError, match=type(model).__name__):
-            usual_objective(model)
-    assert not isinstance(usual_objective(mf), MaskedItemConfig)
+def test_the_usual_objective_is_the_one_that_the_settings_name() -> None:
+    assert isinstance(usual_objective(MFConfig()), PairsConfig)
+    assert isinstance(usual_objective(GMFConfig()), RowsConfig)
+    assert isinstance(usual_objective(SASRecConfig()), NextItemConfig)
+    for closed_form in (EASEConfig(), PopularityConfig()):
+        assert not closed_form.usual.objective
 
 
 def test_a_class_that_leaves_out_what_it_owes_cannot_be_made() -> None:

@@ -147,10 +147,10 @@ def test_diversity_by_vectors_agrees_with_the_slow_way(kind: str) -> None:
     height = (score - score[-1]) / (score[0] - score[-1])
     chosen = [0]
     while len(chosen) < 10:
-        gain = 0.5 * height - 0.5 * (unit @ unit[chosen].T).max(axis=1)
+        gain = 0.3 * height - 0.7 * (unit @ unit[chosen].T).max(axis=1)
         gain[chosen] = -np.inf
         chosen.append(int(gain.argmax()))
-    rules = Rules(diversity=Diversity(relevance=0.5, pool=10))
+    rules = Rules(diversity=Diversity(relevance=0.3, pool=10))
     found = rows_of(recommender.recommend(history=[503, 508], k=10, rules=rules))
     assert found == [rows[at] for at in chosen]
     assert found != rows

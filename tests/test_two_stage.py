@@ -618,7 +618,7 @@ def test_two_trained_models_are_joined_and_strangers_are_not() -> None:
     ranker = ft.fit(NeuMFConfig(factors=4), SPLIT, training=SHORT, show=False)
     joined = ft.two_stage(retriever, ranker, candidates=7)
     assert joined.config == TwoStageConfig(
-        retriever=ItemKNNConfig(), ranker=NeuMFConfig(factors=4), candidates=7
+        retriever=retriever.config, ranker=NeuMFConfig(factors=4), candidates=7
     )
     with pytest.raises(ConfigError, match="ItemKNN is no ranker"):
         ft.two_stage(ranker, retriever)

@@ -187,7 +187,9 @@ def test_attention_pools_as_the_formula_says() -> None:
 
 def test_a_sasrec_history_is_what_sasrec_says_of_it() -> None:
     torch.manual_seed(1)
-    sasrec = SASRec(SASRecConfig(embedding_dim=8, max_len=5, dropout=0), num_items=NUM_ITEMS)
+    sasrec = SASRec(
+        SASRecConfig(embedding_dim=8, max_len=5, dropout=0, block="original"), num_items=NUM_ITEMS
+    )
     model = towers(history="sasrec", user_id=False, max_len=5)
     assert model.history is not None
     assert model.everybody is not None

@@ -271,7 +271,7 @@ class RowFields(nn.Module):
 
     def _look_up_items(self, item_ACS: Tensor, history_MS: Tensor) -> tuple[Tensor, Tensor]:
         """Look up the items that are judged, and those of histories, in one pass."""
-        sizes = [item_ACS[..., 0].numel(), len(history_MS)]
+        sizes = [item_ACS.shape[:-1].numel(), len(history_MS)]
         code_NS = torch.cat([item_ACS.flatten(0, -2), history_MS])
         item_NSW, history_MSW = self.item.look_up(code_NS).split(sizes)
         return item_NSW.view(*item_ACS.shape, self.width), history_MSW
