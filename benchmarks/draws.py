@@ -5,6 +5,9 @@
 Threads draw at the same time, each with a generator of its own, as producers of batches do. All
 take turns, so that a busy minute of the machine falls on all alike. A rate is that of the clock on
 the wall; beside it stands the rate by the threads' own processor time, which neighbours touch less.
+
+`--distinct` measures only what a draw of 512 distinct items, with their chances, takes of one
+thread's processor time in catalogues of three sizes, and renews that part of the file.
 """
 
 import argparse
@@ -21,10 +24,12 @@ import numpy as np
 import torch
 
 from foretaste.experiment.facts import run_facts
+from foretaste.sampling.distinct import DistinctSampler
 from foretaste.sampling.popularity import PopularitySampler
 from foretaste.sampling.uniform import UniformSampler
 from foretaste.training.runtime import keep_memory
 
+SIZES = (10_000, 1_000_000, 10_000_000)
 Draw = Callable[[int, int], object]
 """From a thread's number and how many to draw to the draws."""
 
@@ -32,6 +37,15 @@ Draw = Callable[[int, int], object]
 def main() -> None:
     options = parse()
     torch.set_num_threads(1)  # of each thread of its own
+    facts = {**run_facts(threads=1), "load_at_start": os.getloadavg()[0]}
+    draws = [distinct_draws(num, power) for num in SIZES for power in (0.0, 0.75)]
+    distinct = {"distinct": {"facts": facts, "draws": draws}}
+    print(*draws, sep="\n")
+    if options.distinct:
+        if options.out:
+            kept = json.loads(options.out.read_text())
+            options.out.write_text(json.dumps({**kept, **distinct}, indent=1) + "\n")
+        return
     keep_memory()  # as training does
     load = os.getloadavg()[0]
     programs = samplers(options.items, options.threads)
@@ -49,7 +63,28 @@ def main() -> None:
             f"{result['million_per_second_of_processor_time']:8.1f} M/s a thread of processor time"
         )
     if options.out:
-        options.out.write_text(json.dumps(report(options, load, results), indent=1) + "\n")
+        written = {**report(options, load, results), **distinct}
+        options.out.write_text(json.dumps(written, indent=1) + "\n")
+
+
+def distinct_draws(num_items: int, power: float) -> dict[str, Any]:
+    """Return what a draw of 512 distinct items and their chances takes."""
+    count_I = torch.from_numpy(np.random.default_rng(0).zipf(1.3, num_items).clip(max=10**6))
+    sampler, seconds = DistinctSampler(count_I, power=power), []
+    for _ in range(203):
+        begin = time.thread_time()
+        drawn = sampler.draw(512, device=torch.device("cpu"))
+        drawn.chance(drawn.item_M)
+        seconds.append(time.thread_time() - begin)
+    ms = sorted(1e3 * second for second in seconds[3:])
+    return {
+        "items": num_items,
+        "distinct": 512,
+        "popularity_power": power,
+        "ms": statistics.median(ms),
+        "lowest": ms[0],
+        "highest": ms[-1],
+    }
 
 
 def samplers(num_items: int, threads: int) -> dict[str, Draw]:
@@ -128,6 +163,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--blocks", type=int, default=16)
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--distinct", action="store_true", help="only the draws of distinct items")
     parser.add_argument("--out", type=Path)
     return parser.parse_args()
 
