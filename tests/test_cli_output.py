@@ -233,6 +233,8 @@ def test_a_run_that_is_stopped_says_how_to_go_on(stop: signal.Signals, tmp_path:
     assert line.startswith("foretaste: stopped at epoch ")
     assert "--resume" in line
     assert not (tmp_path / "b").exists()
+    for left in ("best-987.safetensors", ".model-9.safetensors.ab12.writing"):  # as by a kill
+        (tmp_path / "b.run/checkpoint" / left).write_bytes(b"half")
     with pytest.raises(ft.BundleError, match="--resume"):
         ft.start_run(tmp_path / "b")
     assert ft.start_run(tmp_path / "b", resume=True) == ft.run_folder(tmp_path / "b")

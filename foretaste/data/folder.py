@@ -360,6 +360,8 @@ def _check_replaceable(
                 kind,
             )
         foreign = [found for found in _files_below(place) if found not in listed]
+        if kind == "checkpoint":  # a run that was killed leaves parts that it had not listed yet
+            foreign = [found for found in foreign if ".safetensors" not in found]
         if foreign:
             raise _error(
                 f"{path} holds {foreign[0]}, which is not of the {kind}: move it away, or choose "
