@@ -27,6 +27,7 @@ from foretaste.data.vocabulary import Vocabulary
 from foretaste.errors import BundleError, ConfigError, DataError, NonFiniteError
 from foretaste.experiment.run import start_run
 from foretaste.models.bert4rec import BERT4Rec, BERT4RecConfig
+from foretaste.models.layers.table import Dense
 from foretaste.models.mf import MF, MFConfig
 from foretaste.models.sasrec import SASRec, SASRecConfig
 from foretaste.training import checkpoint
@@ -702,6 +703,24 @@ def test_memory_is_counted_by_what_it_is_for() -> None:
     assert cost.optimizer_bytes == 3 * cost.weight_bytes + 4  # gradient, two means, the step
     assert cost.batch_bytes == 6 * 8 * 4 + 6 * 4 * 4
     assert cost.process_bytes > 2**26
+
+
+def test_memory_is_counted_where_gradients_hold_only_the_rows_of_a_batch() -> None:
+    table = Dense(100, 4)
+    run = Fit(
+        table,
+        plain(tables="lazy_adamw"),
+        seed=0,
+        plan=lambda _: Numbers([1.0] * 20),
+        objective=lambda model, *_: model(torch.tensor([3, 5])).square().mean(),
+    )
+    found: list[Cost] = []
+    ticks = iter(range(1000))
+    watch = CostWatch(run, [found.append], clock=lambda: float(next(ticks)))
+    run.run(on_step=lambda _, steps: watch.step(steps), on_epoch=watch.epoch)
+    kept = sum(value.nbytes for value in run.optimizer.state[table.weight].values())
+    assert found[0].optimizer_bytes == kept + 2 * 8 + 2 * 4 * 4  # two rows' numbers and gradients
+    assert "for 1 epoch;" in str(found[0])
 
 
 def test_watching_a_run_changes_nothing_of_it() -> None:

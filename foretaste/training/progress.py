@@ -134,8 +134,8 @@ class Cost:
         known = self.validation_seconds is not None or not self.validations
         gpu = f"; {_size(self.gpu_bytes)} of the GPU's" if self.gpu_bytes else ""
         return (
-            f"about {each}: {at_most}{duration(self.seconds)} for {self.epochs:,} epochs"
-            f"{'' if known else ', validation not counted'}; "
+            f"about {each}: {at_most}{duration(self.seconds)} for {self.epochs:,} "
+            f"epoch{'s' * (self.epochs > 1)}{'' if known else ', validation not counted'}; "
             f"{_size(self.process_bytes)} of memory (weights {_size(self.weight_bytes)}, optimizer "
             f"{_size(self.optimizer_bytes)}, a batch {_size(self.batch_bytes)}){gpu}"
         )
@@ -257,4 +257,9 @@ def _size(size: int) -> str:
 
 
 def _nbytes(values: Iterable[object]) -> int:
-    return sum(value.nbytes for value in values if isinstance(value, Tensor))
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    return sum(
+        one.nbytes
+        for tensor in tensors
+        for one in ((tensor._indices(), tensor._values()) if tensor.is_sparse else (tensor,))
+    )
