@@ -516,6 +516,44 @@ def test_half_precision_learns_the_same(precision: str) -> None:
     assert losses[precision] == pytest.approx(losses["fp32"], abs=0.05)
 
 
+@pytest.mark.parametrize(("gain", "chosen"), [(0.0, "fp32"), (math.inf, "bf16")])
+def test_measuring_the_precision_leaves_nothing_in_the_run(
+    gain: float, chosen: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("foretaste.training.fit._GAIN", gain)
+    measured_model, measured = sasrec_fit(tmp_path, precision="auto", epochs=2)
+    assert measured.run().precision == chosen
+    model, run = sasrec_fit(precision=chosen, epochs=2)
+    run.run()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, measured_model.state_dict()[name]), name
+    monkeypatch.setattr("foretaste.training.fit._GAIN", math.inf if gain == 0 else 0.0)
+    _, resumed = sasrec_fit(tmp_path, precision="auto", epochs=2)
+    resumed._restore()
+    assert resumed.progress.precision == chosen  # what was chosen is not measured again
+
+
+def test_measuring_the_precision_leaves_moving_means_as_they_were() -> None:
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(2)
+
+    def objective(model: nn.Module, batch: Number, _: torch.Generator) -> Tensor:
+        return model.norm(torch.full((3, 2), batch.value)).sum() * 0.0
+
+    model = Normed()
+    run = Fit(
+        model,
+        plain(precision="auto"),
+        seed=0,
+        plan=lambda _: Numbers([5.0]),
+        objective=objective,
+    )
+    run.run()
+    assert model.norm.running_mean.tolist() == pytest.approx([0.5, 0.5])  # of one step
+
+
 def losses_of(config: NextItemConfig, *, draws: int) -> tuple[Tensor, Tensor]:
     """The mean loss and its mean gradient to the item table over many draws of negatives."""
     events = chain_events()

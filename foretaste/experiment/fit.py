@@ -413,6 +413,7 @@ def _run(
         "best_epoch": progress.best_epoch or progress.epoch,
         "steps": progress.step,
         "skipped_steps": progress.skipped,
+        "precision": progress.precision,
         "stopped": progress.done,
         **judged,
     }

@@ -40,6 +40,8 @@ Batch = TypeVar("Batch", covariant=True)
 _MOST_BAD_STEPS = 20
 _PATIENT_EPOCHS, _PATIENT_STEPS = 5, 300
 """What a patience of "auto" is made of: the validations of so many epochs and so many steps."""
+_TRIALS, _GAIN = 5, 0.9
+"""How often `precision = "auto"` times a batch, and the share of fp32's time that bf16 may need."""
 _LAST = 3
 """Validations whose mean that patience watches."""
 _PLATEAU = 5
@@ -111,6 +113,8 @@ class Progress:
     """Validations since then."""
     done: str = ""
     """Why the run ended; empty while it runs."""
+    precision: str = ""
+    """What its steps are calculated in; empty until "auto" has measured."""
     epochs: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -166,7 +170,8 @@ class Fit(Generic[Network, Batch]):
             (validate_every or 1) if config.validate_every == "auto" else config.validate_every
         )
         self.refreshed, self.data, self.level = refreshed, data, level
-        self.progress = Progress()
+        measured = config.precision == "auto"
+        self.progress = Progress(precision="" if measured else config.precision)
         self.average = copy.deepcopy(model) if config.average_decay else None
         self.best_weights: dict[str, Tensor] = {}
         self.parameters = list(model.parameters())
@@ -275,6 +280,8 @@ class Fit(Generic[Network, Batch]):
         started = last_checkpoint = time.perf_counter()
         while progress.batch < steps_per_epoch and not progress.done:
             batch = batches.next()
+            if not progress.precision:
+                progress.precision = self._measured_precision(batch)
             generator = step_generator(self.seed, progress.epoch, progress.batch)
             loss = self._step(batch, steps_per_epoch, generator)
             log.write(progress.step, progress.epoch, loss)
@@ -304,7 +311,7 @@ class Fit(Generic[Network, Batch]):
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
-        with self._autocast():
+        with self._autocast(progress.precision):
             loss = self.objective(self.model, batch.to(self.device), generator)
         value = loss.item()
         if math.isfinite(value):
@@ -334,9 +341,27 @@ class Fit(Generic[Network, Batch]):
             move_average(self.average, self.model, config.average_decay, progress.step)
         return value
 
-    def _autocast(self) -> Any:
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.config.precision)
+    def _autocast(self, precision: str) -> Any:
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
         return torch.autocast(self.device.type, dtype) if dtype else nullcontext()
+
+    def _measured_precision(self, batch: Any) -> str:
+        """Time forward and backward passes of a batch; nothing of them stays in the run."""
+        buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        seconds: dict[str, list[float]] = {"fp32": [], "bf16": []}
+        for precision in ("fp32", "bf16") * (1 + _TRIALS):  # the first two are slower
+            generator = step_generator(self.seed, self.progress.epoch, self.progress.batch)
+            started = time.perf_counter()
+            with self._autocast(precision):
+                loss = self.objective(self.model, batch.to(self.device), generator)
+            loss.backward()
+            loss.item()  # waits for a GPU
+            seconds[precision].append(time.perf_counter() - started)
+            self.optimizer.zero_grad(set_to_none=True)
+        for buffer, kept in buffers:
+            buffer.copy_(kept)
+        fp32, bf16 = (min(times[1:]) for times in seconds.values())
+        return "bf16" if bf16 <= _GAIN * fp32 else "fp32"
 
     def _validate(self, steps_per_epoch: int) -> float | None:
         progress, config = self.progress, self.config

@@ -38,9 +38,11 @@ class TrainingConfig(Config):
     ema_decay: Annotated[float, Field(ge=0, lt=1)] | Literal["auto"] = "auto"
     """Above 0, an exponential moving average of the weights is validated and kept; "auto": the
     model's own, or else 0."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
     """Of the forward and backward pass; weights and updates stay fp32, fp16 scales its loss.
-    bf16 pays where the processor multiplies it natively (avx512_bf16, amx, a GPU)."""
+    bf16 pays where the processor multiplies it natively (avx512_bf16, amx, a GPU). "auto": the
+    first batch is passed through in fp32 and in bf16 a few times, and bf16 is taken if it needs at
+    most nine tenths of the time; what was chosen is in the log, and a resumed run keeps it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """"auto" takes a GPU where there is one."""
     validate_every: Count | Literal["auto"] = "auto"

@@ -1,0 +1,136 @@
+"""What a step costs in fp32, bf16 and fp16, and what lists are worth after it.
+
+Each model learns MovieLens 100K, cut in time, at default settings.
+
+    python benchmarks/precision.py --data-dir DATA --out benchmarks/results/precision.json
+    python benchmarks/precision.py --data-dir DATA --quality mf,lightgcn,sasrec \
+        --out benchmarks/results/precision.json
+
+- steps: each model and precision has a process of its own, in turns, `--turns` times: events a
+  second of an epoch without validation (the most of two epochs and all turns), peak memory, and
+  what `precision = "auto"` chose.
+- quality: runs to their end, test NDCG@10 of each of `--seeds` seeds with its 95 % interval, in
+  fp32 and bf16.
+
+The file keeps what it holds of other models and kinds.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from validation_share import MODELS
+
+import foretaste as ft
+from foretaste.experiment.facts import run_facts
+
+PRECISIONS = ("fp32", "bf16", "fp16")
+
+
+def main() -> None:
+    asked = parse()
+    torch.set_num_threads(1)
+    if asked.one:
+        name, precision = asked.one.split(",")
+        print(json.dumps(one_run(name, precision, asked)))
+        return
+    document: dict[str, Any] = {}
+    if asked.out.exists():
+        document = json.loads(asked.out.read_text(encoding="utf-8"))
+    document["what"] = "MovieLens 100K, temporal split, default settings, one thread"
+    document["bf16 in hardware"] = native_bf16()
+    for name in (asked.quality or asked.models).split(","):
+        place = "ndcg_at_10" if asked.quality else "epoch"
+        found = quality(name, asked) if asked.quality else steps(name, asked)
+        document.setdefault(place, {})[name] = found
+        document[f"run of {place}"] = run_facts()
+        print(name, found, flush=True)
+        asked.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data-dir", type=Path, required=True)
+    parser.add_argument("--models", default=",".join(MODELS))
+    parser.add_argument("--quality", default="")
+    parser.add_argument("--turns", type=int, default=2)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--one", default="")
+    parser.add_argument("--out", type=Path)
+    return parser.parse_args()
+
+
+def native_bf16() -> bool:
+    """Whether this processor multiplies bf16 without turning it into fp32 first."""
+    facts = Path("/proc/cpuinfo")
+    return facts.exists() and "avx512_bf16" in facts.read_text(encoding="utf-8")
+
+
+def steps(name: str, asked: argparse.Namespace) -> Mapping[str, object]:
+    """Give the rate of an epoch in each precision."""
+    call = [sys.executable, __file__, "--data-dir", str(asked.data_dir), "--one"]
+    runs: dict[str, list[dict[str, Any]]] = {precision: [] for precision in (*PRECISIONS, "auto")}
+    for _ in range(asked.turns):
+        for precision, found in runs.items():
+            told = subprocess.run(
+                [*call, f"{name},{precision}"], capture_output=True, check=True, text=True
+            )
+            found.append(json.loads(told.stdout.splitlines()[-1]))
+    rates = {key: max(run["events_per_second"] for run in found) for key, found in runs.items()}
+    result: dict[str, object] = {
+        precision: {
+            "events_per_second": round(rates[precision]),
+            "seconds_of_fp32": round(rates["fp32"] / rates[precision], 3),
+            "peak_gib": min(run["peak_gib"] for run in runs[precision]),
+        }
+        for precision in PRECISIONS
+    }
+    return result | {"auto": [run["precision"] for run in runs["auto"]]}
+
+
+def one_run(name: str, precision: str, asked: argparse.Namespace) -> Mapping[str, object]:
+    """Train two epochs; give the faster one's rate."""
+    split = split_of(asked)
+    training = ft.TrainingConfig(epochs=2, precision=precision, validate_every=100)
+    few = ft.temporal_split(split.events.select(split.events.user_idx < 50))
+    ft.fit(MODELS[name], few, training=training, show=False)  # compiles
+    log = ft.fit(MODELS[name], split, training=training, show=False).log
+    return {
+        "events_per_second": max(epoch["events_per_second"] for epoch in log["epochs"]),
+        "precision": log["precision"],
+        "peak_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3),
+    }
+
+
+def quality(name: str, asked: argparse.Namespace) -> Mapping[str, object]:
+    """Give the test figure of each precision and seed."""
+    split, found = split_of(asked), dict[str, object]()
+    for precision in ("fp32", "bf16"):
+        runs = []
+        for seed in range(asked.seeds):
+            training = ft.TrainingConfig(precision=precision)
+            trained = ft.fit(MODELS[name], split, training=training, seed=seed, show=False)
+            report = ft.evaluate(trained, split.test, k=(10,))
+            low, high = report.intervals["ndcg_at_10"]
+            value = report.metrics["ndcg_at_10"]
+            runs.append(
+                {"ndcg_at_10": round(value, 5), "interval": [round(low, 5), round(high, 5)]}
+            )
+        figure = mean(run["ndcg_at_10"] for run in runs)
+        found[precision] = {"mean": round(figure, 5), "seeds": runs}
+    return found
+
+
+def split_of(asked: argparse.Namespace) -> ft.Split:
+    return ft.temporal_split(ft.get_dataset("ml-100k", data_dir=asked.data_dir).events)
+
+
+if __name__ == "__main__":
+    main()
