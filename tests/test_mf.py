@@ -208,3 +208,10 @@ def test_what_is_validated_is_what_will_answer(config: ModelConfig, ema_decay: f
     logged = trained.log["epochs"][trained.log["best_epoch"] - 1]["validation"]
     report = evaluate(trained, split.validation, k=(10,), resamples=0)
     assert logged == pytest.approx(report.metrics["ndcg_at_10"], abs=1e-9)
+
+
+@pytest.mark.parametrize("settings", [{}, {"biases": True}, {"similarity": "cosine"}])
+def test_blocks_of_items_are_the_items(settings: dict[str, object]) -> None:
+    model = made(MFConfig(embedding_dim=3, **settings)).eval()
+    (block,) = [item_VD for _, item_VD in model.item_blocks()]
+    assert torch.equal(block, model.items(model.every_item))

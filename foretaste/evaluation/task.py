@@ -15,6 +15,9 @@ from foretaste.data.splits import Holdout
 _BLOCK_ELEMENTS = 2**22
 """16 MB of scores: all that is asked of a block is answered from the cache."""
 _MOST_ROWS = 1024
+_FEW_ROWS, _MOST_ELEMENTS = 32, 2**27
+"""With fewer queries a block reading the items' vectors takes longer than all that is asked of
+scores outside the cache, which may take 512 MB."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -93,7 +96,8 @@ class Task:
 
 def block_rows(num_items: int) -> int:
     """Return how many queries are scored together: a function of the catalogue's size alone."""
-    return max(1, min(_MOST_ROWS, _BLOCK_ELEMENTS // num_items))
+    few = min(_FEW_ROWS, _MOST_ELEMENTS // num_items)
+    return max(1, min(_MOST_ROWS, max(few, _BLOCK_ELEMENTS // num_items)))
 
 
 def make_task(holdout: Holdout, *, without_repeats: bool) -> Task:

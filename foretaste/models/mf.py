@@ -11,6 +11,7 @@ by regression on their history (`FoldIn`).
 Shape legend: B users, V items, I items of the catalogue, D width.
 """
 
+from collections.abc import Iterator
 from typing import ClassVar, Literal, final
 
 import torch
@@ -95,6 +96,10 @@ class MF(Retriever):
     def items(self, item_V: Int64[Tensor, " V"]) -> Float[Tensor, "V D"]:
         """Return some items' vectors, the bias as a last column."""
         return self._with_bias(item_V, self.item_table(item_V))
+
+    def item_blocks(self) -> Iterator[tuple[int, Float[Tensor, "V D"]]]:
+        as_they_are = self.config.similarity == "dot" and not self.config.biases
+        return self.item_table.blocks() if as_they_are else super().item_blocks()
 
     def learn_new_users(self, events: Interactions) -> None:
         """Learn how to answer new users."""

@@ -1,0 +1,207 @@
+"""What each stage of a life with a catalogue of so many items costs: seconds and memory.
+
+    python benchmarks/catalogue.py --out benchmarks/results/catalogue.json \
+        --items 100000 1000000 10000000 --models mf two_tower sasrec
+
+Events are made up (`large_events`): a fifth as many users as items, two events an item, half of
+them by taste and popularity. Each model and size has a process of its own: events are read, split,
+learned from for `--seconds` by a sampled softmax, judged on 2,000 users, indexed, saved, loaded by
+another process and asked 300 times, on one thread. `slopes` are of log seconds on log items,
+between the two largest catalogues: 0 costs nothing more, 1 costs in proportion.
+"""
+
+import argparse
+import json
+import math
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+
+import foretaste as ft
+from foretaste.experiment.facts import run_facts
+
+MODELS = {
+    "mf": ft.MFConfig(embedding_dim=64),
+    "two_tower": ft.TwoTowerConfig(embedding_dim=64),
+    "sasrec": ft.SASRecConfig(embedding_dim=64, max_len=20),
+}
+LEARNING = {
+    "pairs": ft.PairsConfig(loss="sampled_softmax", negatives=512),
+    "next_item": ft.NextItemConfig(loss="sampled_softmax", negatives=512),
+}
+CLUSTERS, OF_USER = 1_000, 3
+BATCH, ASKED_USERS, ASKED = 8_192, 2_000, 300
+
+
+def main() -> None:
+    asked = parse()
+    torch.set_num_threads(1)
+    if asked.serve:
+        print(json.dumps(served(asked.serve, asked.users)))
+        return
+    if asked.one:
+        print(json.dumps(life(asked.one, asked.items[0], asked.seconds)))
+        return
+    document: dict[str, Any] = {"rows": []}
+    if asked.out.exists():
+        document = json.loads(asked.out.read_text(encoding="utf-8"))
+    document["what"] = __doc__.split("\n", maxsplit=1)[0]
+    for items in asked.items:
+        for name in asked.models:
+            found = in_process(
+                "--one", name, "--items", str(items), "--seconds", str(asked.seconds)
+            )
+            rows = [r for r in document["rows"] if (r["model"], r["items"]) != (name, items)]
+            document["rows"] = [*rows, {"model": name, "items": items, **found, **run_facts()}]
+            document["slopes"] = slopes(document["rows"])
+            print(name, items, found, flush=True)
+            asked.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--items", type=int, nargs="+", default=[100_000, 1_000_000, 10_000_000])
+    parser.add_argument("--models", nargs="+", default=list(MODELS))
+    parser.add_argument("--seconds", type=float, default=20.0)
+    parser.add_argument("--one", default="")
+    parser.add_argument("--serve", type=Path)
+    parser.add_argument("--users", type=int, default=0)
+    parser.add_argument("--out", type=Path)
+    return parser.parse_args()
+
+
+def in_process(*told: str) -> dict[str, Any]:
+    call = subprocess.run([sys.executable, __file__, *told], stdout=subprocess.PIPE, check=True)
+    found: dict[str, Any] = json.loads(call.stdout.splitlines()[-1])
+    return found
+
+
+def large_events(num_users: int, num_items: int, *, seed: int) -> pl.DataFrame:
+    """Return two events an item: each item once, and as many again by taste and popularity.
+
+    Item i is of cluster i mod 1,000, and the i / 1,000-th most popular of it (Zipf's law,
+    exponent 1); a user likes three clusters. Times are the order, one event a second.
+    """
+    rng = np.random.default_rng(seed)
+    liked = rng.integers(0, CLUSTERS, (num_users, OF_USER), dtype=np.int32)
+    user = rng.integers(0, num_users, 2 * num_items, dtype=np.int32)
+    cluster = liked[user[:num_items], rng.integers(0, OF_USER, num_items)]
+    ranks = num_items // CLUSTERS
+    rank = np.exp(rng.random(num_items) * math.log(ranks + 1)).astype(np.int64) - 1
+    item = np.concatenate([rank * CLUSTERS + cluster, np.arange(num_items)])
+    order = rng.permutation(len(item))
+    return pl.DataFrame(
+        {"user": user[order], "item": item[order], "time": np.arange(len(item), dtype=np.int64)}
+    )
+
+
+class Stages:
+    """Seconds of each stage, and the most memory that the process had by its end."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, dict[str, float]] = {}
+
+    def take(self, name: str, stage: Callable[[], Any]) -> Any:
+        started = time.process_time()
+        result = stage()
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        seconds = round(time.process_time() - started, 3)
+        self.found[name] = {"seconds": seconds, "peak_gib": round(peak, 3)}
+        print(name, self.found[name], file=sys.stderr, flush=True)
+        return result
+
+
+def life(name: str, num_items: int, seconds: float) -> Mapping[str, object]:
+    """Give what the stages of one model cost."""
+    num_users, stages = num_items // 5, Stages()
+    frames = [stages.take("generate", lambda: large_events(num_users, num_items, seed=0))]
+    columns = {"user": "user", "item": "item", "timestamp": "time"}
+    events = stages.take("read", lambda: ft.read_interactions(frames.pop(), **columns))
+    test = ASKED_USERS / len(events)
+    split = stages.take("split", lambda: ft.temporal_split(events, validation=0.0, test=test))
+    training = ft.TrainingConfig(epochs=1, batch_events=BATCH, tables="lazy_adamw")
+    objective = LEARNING[MODELS[name].usual.objective["kind"]]
+    trained = stages.take(
+        "fit",
+        lambda: ft.fit(
+            MODELS[name],
+            split,
+            training=training,
+            objective=objective,
+            max_seconds=seconds,
+            show=False,
+        ),
+    )
+    report = stages.take("evaluate", lambda: ft.evaluate(trained, split.test, k=(10,)))
+    recommender = stages.take("index", lambda: ft.build_recommender(trained))
+    with tempfile.TemporaryDirectory() as folder:
+        bundle = Path(folder) / "bundle"
+        stages.take("save", lambda: recommender.save(bundle))
+        size = sum(file.stat().st_size for file in bundle.rglob("*") if file.is_file())
+        asked = in_process("--serve", str(bundle), "--users", str(num_users))
+    (epoch,) = trained.log["epochs"]
+    return {
+        "users": num_users,
+        "events": 2 * num_items,
+        "ms_per_step": round(1e3 * BATCH / epoch["events_per_second"], 2),
+        "steps": trained.log["steps"],
+        "stages": stages.found | {"load": asked["load"]},
+        "index_kind": str(recommender.index.kind),
+        "answer_p50_ms": asked["p50_ms"],
+        "answer_p99_ms": asked["p99_ms"],
+        "bundle_gib": round(size / 2**30, 3),
+        "queries": len(split.test),
+        "ndcg_at_10": round(report.metrics["ndcg_at_10"], 5),
+    }
+
+
+def served(bundle: Path, num_users: int) -> Mapping[str, object]:
+    """Load a bundle and ask it for lists of ten, one user after the other."""
+    stages = Stages()
+    recommender = stages.take("load", lambda: ft.load(bundle))
+    took = []
+    for user in np.random.default_rng(1).integers(0, num_users, ASKED).tolist():
+        started = time.perf_counter()
+        recommender.recommend(user, k=10)
+        took.append(1e3 * (time.perf_counter() - started))
+    p50, p99 = np.percentile(took[20:], [50, 99])
+    return {"load": stages.found["load"], "p50_ms": round(p50, 3), "p99_ms": round(p99, 3)}
+
+
+def slopes(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Give the slope of each cost between a model's two largest catalogues."""
+    found: dict[str, dict[str, float]] = {}
+    for name in {row["model"] for row in rows}:
+        of_model = sorted((row for row in rows if row["model"] == name), key=lambda r: r["items"])
+        if len(of_model) < 2:
+            continue
+        small, large = (costs(row) for row in of_model[-2:])
+        wider = math.log(of_model[-1]["items"] / of_model[-2]["items"])
+        found[name] = {
+            cost: round(math.log(max(large[cost], 1e-3) / max(small[cost], 1e-3)) / wider, 2)
+            for cost in large
+        }
+    return found
+
+
+def costs(row: Mapping[str, Any]) -> dict[str, float]:
+    stages = {f"{name} seconds": stage["seconds"] for name, stage in row["stages"].items()}
+    peak = max(stage["peak_gib"] for stage in row["stages"].values())
+    return stages | {
+        "ms_per_step": row["ms_per_step"],
+        "answer_p50_ms": row["answer_p50_ms"],
+        "peak_gib": peak,
+    }
+
+
+if __name__ == "__main__":
+    main()
