@@ -46,7 +46,7 @@ SETS: Mapping[str, tuple[str, dict[str, object]]] = {
 """By name: the data set, and how it is split; the smaller ones first."""
 ROWS = ("frappe",)
 """Sets of labelled rows: rankers alone."""
-RETRIEVERS = ("mf", "two_tower", "lightgcn", "pinsage", "sasrec", "bert4rec")
+RETRIEVERS = ("mf", "two_tower", "lightgcn", "pinsage", "sasrec", "bert4rec", "hstu")
 RANKERS = ("gmf", "mlp", "neumf", "deepfm", "din", "shared_bottom", "mmoe")
 FIGURES = Path(__file__).parent / "results" / "defaults.json"
 

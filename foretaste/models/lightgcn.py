@@ -78,12 +78,13 @@ class LightGCNConfig(IdConfig):
             "loss": "sampled_softmax",
             "negatives": 2048,
             "log_q": False,
-            "l2": 0.1,
+            "l2": 0.01,
         },
-        training={"learning_rate": 1e-2},
+        training={"learning_rate": 2e-2},
     )
-    """Softmax over 2048 negatives, which ranks the whole of a small catalogue at once; uncorrected,
-    so that popularity stays in the products; l2 holds the vectors back while 1e-2 moves them fast.
+    """As MF, with a tenth of its l2 and twice its rate: what is passed along is a mean, so vectors
+    of layer 0 must grow further until products tell more than popularity. An l2 of .03 keeps them
+    on popularity's level on MovieLens-100K.
     """
     embedding_dim: Count = 64
     num_layers: Depth = 3
