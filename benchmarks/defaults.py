@@ -144,7 +144,8 @@ def measured(
         run = run_experiment(config, split, show=False, max_seconds=options.cell_seconds)
     except ft.TooLargeError as error:  # EASE over a hundred thousand items
         return {"default": None, "interval": None, "seconds": None, "error": str(error)}
-    report, log = run.report.rows or run.report.lists, run.trained.log
+    report = run.report.rows if name in ROWS else run.report.lists
+    log = run.trained.log
     metric = "auc" if name in ROWS else "ndcg_at_10"
     found = {
         "default": rounded(report.metrics[metric]),

@@ -1,17 +1,21 @@
-"""Defaults: one opinion of each model, and what of it the data decide."""
+"""Defaults: one opinion of each model, and what of it the data or a short search decide."""
+
+from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
+import torch
 
 import foretaste as ft
 from foretaste.data.interactions import Interactions
 from foretaste.data.vocabulary import Vocabulary
 from foretaste.experiment.learning import usual_objective
-from foretaste.experiment.run import fit_final
-from foretaste.experiment.search_space import usual_space, with_own_objective
+from foretaste.experiment.run import fit_final, run_experiment
+from foretaste.experiment.search_space import usual_space, with_drawn, with_own_objective
 from foretaste.experiment.validation import make_validation
 from foretaste.models.item_sets import StrengthConfig
+from foretaste.training.fit import Epoch
 
 CLOSED = (ft.ImplicitALSConfig(factors=4), ft.EASEConfig(), ft.ItemKNNConfig(neighbours=5))
 
@@ -123,3 +127,126 @@ def test_odd_data_are_learned_from_at_defaults(
     trained = ft.fit(config, split, training=ft.TrainingConfig(epochs=2), show=False)
     report = ft.evaluate(trained, split.test, exclude_seen=False, resamples=0)
     assert 0 <= report.metrics["ndcg_at_10"] <= 1
+
+
+SMALL = ft.MFConfig(embedding_dim=4)
+SEARCHED = ft.TrainingConfig(search=True, epochs=3)
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a search train for one epoch, and for two."""
+    monkeypatch.setattr("foretaste.experiment.search_space._ROUNDS", ((1, 3), (2, 1)))
+
+
+def searched(split: ft.Split, **asked: object) -> ft.Trained:
+    return ft.fit(SMALL, split, training=SEARCHED, show=False, **asked)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_short_search_trains_with_what_was_best_in_its_last_round() -> None:
+    found = searched(groups())
+    search = found.log["search"]
+    rows = search["trials"]
+    first, last = ([row for row in rows if row["epochs"] == epochs] for epochs in (1, 2))
+    best = sorted(first, key=lambda row: -row["validation"])[:3]
+    assert len(first) == 9
+    assert first[0]["settings"] == last[0]["settings"] == {}  # the model's own go on
+    assert [row["settings"] for row in last if row["settings"]] == [
+        row["settings"] for row in first if row in best and row["settings"]
+    ]
+    drawn = {name for row in first for name in row["settings"]}
+    assert drawn == {"training.learning_rate", "objective.l2", "model.dropout"}
+    values = [row["validation"] for row in last]
+    chosen = last[values.index(max(values))]["settings"]
+    own = recipe(SMALL.model_dump()).model_copy(update={"objective": usual_objective(SMALL)})
+    ran = with_drawn(own, chosen)
+    assert found.config == ran.model
+    assert found.objective == ran.objective
+    assert (
+        found.settings["training"]["learning_rate"]
+        == ran.training.settled(SMALL.usual.training, 100).rate
+    )
+    assert found.settings["training"]["search"] is False
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_short_search_gives_the_same_again_and_another_with_another_seed() -> None:
+    one, again, other = (searched(groups(), seed=seed) for seed in (0, 0, 1))
+    assert one.log["search"] == again.log["search"]
+    assert torch.equal(one.model.items(torch.arange(40)), again.model.items(torch.arange(40)))
+    assert one.log["search"]["trials"] != other.log["search"]["trials"]
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_short_search_of_many_events_is_on_users_drawn_from_them(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("foretaste.experiment.search_space._SAMPLE", 40)
+    split = groups()
+    monkeypatch.setattr("foretaste.experiment.fit.TrainingConfig", lambda **_: SEARCHED)
+    ft.fit(SMALL, split, training="auto")
+    said = " ".join(capsys.readouterr().err.split())
+    assert "9 trainings of 1 epochs and 4 of 2, on 40 of 240 events" in said
+    assert "as much as 3 epochs" in said  # 40 / 240 * (9 * 1 + 4 * 2) is 2.8
+    assert said.index("searching") < said.index("epoch 1/")
+
+
+@pytest.mark.parametrize("max_seconds", [1e-6, 1e-3])
+@pytest.mark.usefixtures("quick")
+def test_a_search_without_time_leaves_the_settings_as_they_are(max_seconds: float) -> None:
+    found = searched(groups(), max_seconds=max_seconds)
+    assert found.log["search"]["ended"] == "out of time"
+    assert found.config == SMALL
+    assert found.objective == usual_objective(SMALL)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_search_without_validation_events_leaves_the_settings_as_they_are() -> None:
+    split = ft.leave_last_split(groups().events, validation=False)
+    found = ft.fit(SMALL, split, training=SEARCHED, show=False)
+    assert found.log["search"]["trials"] == []
+    assert found.objective == usual_objective(SMALL)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_resumed_run_trains_with_what_its_search_has_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = searched(groups(), folder=tmp_path / "whole")
+
+    def stop(epoch: Epoch) -> None:
+        if epoch.epoch == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        searched(groups(), folder=tmp_path / "broken", on_epoch=stop)
+    monkeypatch.delattr("foretaste.experiment.search_space.ShortSearch.run")
+    again = searched(groups(), folder=tmp_path / "broken", resume=True)
+    assert again.log["search"] == whole.log["search"]
+    assert torch.equal(again.model.items(torch.arange(40)), whole.model.items(torch.arange(40)))
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_recipe_of_a_run_holds_what_its_search_has_found_and_the_last_training_keeps_it() -> (
+    None
+):
+    config = recipe(SMALL.model_dump()).model_copy(update={"final": "all"})
+    assert ft.override(config, ["training=auto"]).training == ft.TrainingConfig(search=True)
+    config = config.model_copy(update={"training": SEARCHED})
+    run = run_experiment(config, groups(), show=False)
+    found = run.trained.log["search"]["found"]
+    for trained in (run.trained, run.refitted):
+        assert trained.config.model_dump(mode="json") == found["model"]
+        assert trained.settings["objective"] == found["objective"]
+        assert trained.settings["training"]["search"] is False
+    assert "search" not in run.refitted.log
+
+
+@pytest.mark.usefixtures("quick")
+def test_two_stages_are_not_searched_by_themselves() -> None:
+    stages = {"retriever": {"kind": "mf"}, "ranker": {"kind": "din"}}
+    config = recipe({"kind": "two_stage", **stages})
+    with pytest.raises(ft.ConfigError) as refused:
+        ft.fit(config.model, groups(), training="auto", show=False)
+    assert refused.value.name == "training.search"

@@ -18,8 +18,8 @@ from foretaste.data.vocabulary import Vocabulary
 from foretaste.errors import ConfigError, DataError
 from foretaste.experiment.compare_families import CLOSED_FORM, FAMILIES
 from foretaste.experiment.recipe import without_defaults
-from foretaste.experiment.search_space import distributions
-from foretaste.experiment.tune import tune, with_drawn
+from foretaste.experiment.search_space import distributions, with_drawn
+from foretaste.experiment.tune import tune
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 

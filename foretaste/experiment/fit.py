@@ -1,20 +1,22 @@
 """From settings and a split to a trained model: the wiring of every room."""
 
+import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from types import NoneType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from foretaste.arguments import checked
-from foretaste.config import Config, Seed
+from foretaste.config import Config, Seed, parse_settings
 from foretaste.data.features import Features, fit_features
 from foretaste.data.features_schema import FeatureSchema
+from foretaste.data.folder import whole_file
 from foretaste.data.graph import Graph
 from foretaste.data.interactions import Interactions
 from foretaste.data.memory import out_of_memory
@@ -23,6 +25,7 @@ from foretaste.data.splits import Split
 from foretaste.errors import ConfigError, DataError
 from foretaste.experiment.learning import make_learning, usual_objective
 from foretaste.experiment.mining import CandidateNegatives
+from foretaste.experiment.search_space import Learner, ShortSearch
 from foretaste.experiment.two_stage import Candidates, FirstStage, check_same, fit_two_stage
 from foretaste.experiment.validation import (
     Validation,
@@ -58,7 +61,7 @@ def fit(
     split: Split,
     *,
     seed: Seed = 0,
-    training: TrainingConfig | None = None,
+    training: TrainingConfig | Literal["auto"] | None = None,
     objective: "ObjectiveConfig | None" = None,
     features: Features | FeatureSchema | None = None,
     folder: Path | str | None = None,
@@ -79,7 +82,8 @@ def fit(
         config: Which model, and its settings.
         split: Made by `temporal_split`, `leave_last_split` and their like.
         seed: Decides first weights, order, dropout and negatives: one seed, one result.
-        training: The loop's settings.
+        training: The loop's settings; "auto": those that a short search finds, which says what it
+            costs before it starts.
         objective: What the loss is and how negatives are drawn.
         features: What is known of users and items, or which columns say it: those are fitted to
             the training part. Features that were fitted to other events are encoded for these.
@@ -105,16 +109,12 @@ def fit(
     """
     started = time.perf_counter()
     folder = None if folder is None else Path(folder)
+    asked = _asked(training)
     if not (tasks_of(config) and isinstance(objective, RowsConfig | NoneType)):
         _refuse_positive(config, objective)
         split = happened_split(split)
     events = split.train
-    if len(events) == 0:
-        which = f" of positive events ({split.events.positive})" if split.events.positive else ""
-        raise DataError(
-            f"the training part of the split is empty{which}: there is nothing to learn from",
-            name="split",
-        )
+    _refuse_empty(events)
     if candidates is not None:
         check_same(candidates.retriever.events, events, "the candidates and the split")
     features = _features_of(features, events)
@@ -127,12 +127,17 @@ def fit(
         show=show,
         on_cost=on_cost,
     )
+    learner = _to_search(config, objective, asked, candidates)
+    if learner is not None:
+        return _search_and_fit(
+            learner, split, fit_part, folder=folder, on_epoch=on_epoch, max_seconds=max_seconds
+        )
     if isinstance(config, TwoStageConfig):
         return fit_two_stage(
             config,
             fit_part,
             split,
-            training=training,
+            training=asked,
             objective=objective,
             first_stage=first_stage or FirstStage(),
             folder=folder,
@@ -142,7 +147,6 @@ def fit(
     positive = objective.positive if isinstance(objective, RowsConfig) else ""
     config = settled(config, events, positive=positive)
     config, tried = _with_strengths(config, split, fit_part, show=show)
-    asked = training or TrainingConfig()
     training = asked.settled(config.usual.training, len(events))
     pretraining = pretraining_of(config)
     parts = _fit_parts(
@@ -211,6 +215,80 @@ def fit(
     return make(log=log, train_seconds=time.perf_counter() - started)
 
 
+def _asked(training: TrainingConfig | Literal["auto"] | None) -> TrainingConfig:
+    return TrainingConfig(search=True) if training == "auto" else training or TrainingConfig()
+
+
+def _to_search(
+    config: ModelConfig,
+    objective: ObjectiveConfig | None,
+    asked: TrainingConfig,
+    candidates: Candidates | None,
+) -> Learner | None:
+    """Return what a short search begins with, if one is asked for and there is something to search.
+
+    Raises:
+        ConfigError: The model is of two stages.
+    """
+    if not asked.search:
+        return None
+    if isinstance(config, TwoStageConfig) or candidates is not None:
+        raise ConfigError(
+            "training.search is of a model by itself, not of two stages: leave it out, or search "
+            "both with `tune`",
+            name="training.search",
+            value=True,
+        )
+    if not config.usual.objective:
+        return None
+    return Learner(
+        model=config,
+        objective=objective or usual_objective(config),
+        training=asked.model_copy(update={"search": False}),
+    )
+
+
+def _search_and_fit(
+    own: Learner,
+    split: Split,
+    fit_part: "partial[Trained]",
+    *,
+    folder: Path | None,
+    on_epoch: Callable[[Epoch], None] | None,
+    max_seconds: float | None,
+) -> Trained:
+    """Search settings, for a third of the time at most, and train with what was found."""
+    started, shared = time.perf_counter(), fit_part.keywords
+    file = None if folder is None else folder / "search.json"
+    if shared["resume"] and file is not None and file.is_file():
+        log = json.loads(file.read_text(encoding="utf-8"))
+        learner = parse_settings(Learner, log["found"], source=str(file))
+    else:
+        learner, log = ShortSearch(
+            own=own,
+            fit_one=partial(fit_part, resume=False, show=False, on_cost=None),
+            split=split,
+            seed=shared["seed"],
+            max_seconds=None if max_seconds is None else max_seconds / 3,
+            say=say if shared["show"] else str,
+        ).run()
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with whole_file(file, replace=True) as part:
+                part.write_text(json.dumps(log), encoding="utf-8")
+    used = time.perf_counter() - started
+    trained = fit_part(
+        learner.model,
+        training=learner.training,
+        objective=learner.objective,
+        folder=folder,
+        on_epoch=on_epoch,
+        max_seconds=None if max_seconds is None else max(0.0, max_seconds - used),
+    )
+    seconds = time.perf_counter() - started
+    return replace(trained, log={**trained.log, "search": log}, train_seconds=seconds)
+
+
 def _objective_of(config: ModelConfig, objective: ObjectiveConfig | None) -> ObjectiveConfig | None:
     """Return how a model learns; None of one that learns in closed form."""
     return (objective or usual_objective(config)) if config.usual.objective else None
@@ -254,6 +332,15 @@ def _refuse_positive(config: ModelConfig, objective: ObjectiveConfig | None) -> 
             f"rows: give positive = {objective.positive!r} when reading ([data] of a recipe)",
             name="objective.positive",
             value=objective.positive,
+        )
+
+
+def _refuse_empty(events: Interactions) -> None:
+    if len(events) == 0:
+        which = f" of positive events ({events.positive})" if events.positive else ""
+        raise DataError(
+            f"the training part of the split is empty{which}: there is nothing to learn from",
+            name="split",
         )
 
 

@@ -265,7 +265,7 @@ def fit_final(
         show: Report progress on standard error.
         max_seconds: Stop the training loop after so long.
     """
-    config = _with_chosen_epochs(config, trained.log)
+    config = _with_chosen_epochs(_with_found(config, trained.log), trained.log)
     if isinstance(trained.config, StrengthConfig):
         config = config.model_copy(update={"model": trained.config})
     refitted = _fit(
@@ -489,7 +489,18 @@ def _fit(
         max_seconds=max_seconds,
         first_stage=config.first_stage,
     )
+    config = _with_found(config, trained.log)
     return replace(trained, settings=config.model_dump(mode="json"))
+
+
+def _with_found(config: ExperimentConfig, log: Mapping[str, object]) -> ExperimentConfig:
+    """Return a recipe with what a short search has found in its place, if there was one."""
+    search = log.get("search")
+    if not isinstance(search, Mapping):
+        return config
+    return parse_settings(
+        ExperimentConfig, config.model_dump() | search["found"], source="what a search found"
+    )
 
 
 def _with_chosen_epochs(config: ExperimentConfig, log: Mapping[str, object]) -> ExperimentConfig:

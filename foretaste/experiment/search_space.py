@@ -1,5 +1,17 @@
-"""What a search may vary: what a recipe names, or a model's usual ranges."""
+"""What a search may vary, and the short search that may go before a training.
 
+It is successive halving: Jamieson and Talwalkar, "Non-stochastic Best Arm Identification and
+Hyperparameter Optimization", AISTATS 2016, https://arxiv.org/abs/1502.07943. **Departures**: what
+goes on begins again from its first step; the model's own settings always go on.
+"""
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
+
+import numpy as np
 from optuna.distributions import (
     BaseDistribution,
     CategoricalDistribution,
@@ -8,14 +20,25 @@ from optuna.distributions import (
 )
 from pydantic import BaseModel
 
-from foretaste.config import ChoiceConfig, RangeConfig
-from foretaste.errors import ConfigError
+from foretaste.config import ChoiceConfig, Config, RangeConfig, parse_settings, shown
+from foretaste.data.splits import Split
+from foretaste.errors import ConfigError, NonFiniteError, TooLargeError
 from foretaste.experiment.compare_families import CLOSED_FORM
 from foretaste.experiment.learning import usual_objective
-from foretaste.experiment.recipe import ExperimentConfig
+from foretaste.experiment.recipe import ExperimentConfig, with_setting
 from foretaste.models.catalogue import ModelConfig, TwoStageConfig
+from foretaste.training.fit import OUT_OF_TIME, Epoch
+from foretaste.training.objectives.catalogue import ObjectiveConfig
 from foretaste.training.objectives.pairs import PairsConfig
 from foretaste.training.settings import TrainingConfig
+from foretaste.training.trained import Trained
+
+C = TypeVar("C", bound=Config)
+_SAMPLE = 50_000
+"""Training events of a short search, at most: those of so many users."""
+_DRAWN = 8
+_ROUNDS = ((5, 3), (15, 1))
+"""Epochs of each round, and how many ways go on to the next."""
 
 
 def with_own_objective(config: ExperimentConfig) -> ExperimentConfig:
@@ -25,7 +48,7 @@ def with_own_objective(config: ExperimentConfig) -> ExperimentConfig:
     return config.model_copy(update={"objective": usual_objective(config.model)})
 
 
-def usual_space(config: ExperimentConfig) -> dict[str, RangeConfig | ChoiceConfig]:
+def usual_space(config: "ExperimentConfig | Learner") -> dict[str, RangeConfig | ChoiceConfig]:
     """Return what is searched where a recipe names nothing, by the settings' dotted names.
 
     A model's own ranges stand in its settings class, as `tuning`; of two stages both models' are
@@ -83,7 +106,7 @@ def _distribution(
     return FloatDistribution(part.low, part.high, log=part.log)
 
 
-def _is_integer(config: ExperimentConfig, name: str) -> bool:
+def _is_integer(config: Config, name: str) -> bool:
     owner: object = config
     *sections, last = name.split(".")
     for section in sections:
@@ -93,3 +116,141 @@ def _is_integer(config: ExperimentConfig, name: str) -> bool:
     schema = type(owner).model_json_schema()["properties"][last]
     kinds = {part.get("type") for part in schema.get("anyOf", [schema])}
     return "integer" in kinds and "number" not in kinds
+
+
+def with_drawn(config: C, drawn: Mapping[str, object]) -> C:
+    """Return settings with some of them replaced, by dotted name.
+
+    Raises:
+        ConfigError: A name is no setting, or a value is out of its range.
+    """
+    settings: dict[str, object] = config.model_dump()
+    for name, value in drawn.items():
+        settings = with_setting(settings, name, value)
+    return parse_settings(type(config), settings, source="tune")
+
+
+class Learner(Config):
+    """A model and how it learns."""
+
+    model: ModelConfig
+    objective: ObjectiveConfig
+    training: TrainingConfig
+
+
+@dataclass(kw_only=True)
+class ShortSearch:
+    """Tries learning rate, l2 and one more setting of a model for a few epochs on a sample of the
+    data: of eight ways to learn three go on, and the model's own.
+    """
+
+    own: Learner
+    """What is taken where nothing is better."""
+    fit_one: Callable[..., Trained]
+    """`fit`, given what all trainings share."""
+    split: Split
+    seed: int
+    """Decides the sample, of users, and what is tried."""
+    max_seconds: float | None
+    """For all trainings; if the last round does not end in it, the model's own settings stay."""
+    say: Callable[[str], object]
+    """Called with what it costs before it begins, and with what it came to."""
+    rows: list[dict[str, object]] = field(default_factory=list)
+    """Each training: its epochs, what was drawn, and what validation said."""
+
+    def run(self) -> tuple[Learner, dict[str, object]]:
+        """Return the settings to train with, and a log of how they were found."""
+        sample, drawn = _sample(self.split, self.seed), _drawn(self.own, self.seed)
+        if len(sample.validation) == 0:
+            return self._ended({}, "there is no validation part to search by")
+        self.say(self._cost(sample, drawn))
+        end = math.inf if self.max_seconds is None else time.perf_counter() + self.max_seconds
+        ways: list[Mapping[str, object]] = [{}, *drawn]
+        for epochs, num_on in _ROUNDS:
+            values = list[float]()
+            for way in ways:
+                values.append(self._value(way, sample, epochs=epochs, end=end))
+                if time.perf_counter() >= end:
+                    return self._ended({}, OUT_OF_TIME)
+            on = sorted(range(len(ways)), key=lambda place: -values[place])[:num_on]
+            ways = [ways[place] for place in (sorted({0, *on}) if num_on > 1 else on)]
+        return self._ended(ways[0], "done")
+
+    def _value(self, way: Mapping[str, object], sample: Split, *, epochs: int, end: float) -> float:
+        """Return the best that validation says of a training; minus infinity of one that broke."""
+        values = [-math.inf]
+
+        def see(epoch: Epoch) -> None:
+            values.extend([] if epoch.validation is None else [epoch.validation])
+
+        try:
+            learner = with_drawn(self.own, way)
+            self.fit_one(
+                learner.model,
+                split=sample,
+                objective=learner.objective,
+                training=learner.training.model_copy(update={"epochs": epochs, "patience": None}),
+                on_epoch=see,
+                max_seconds=None if math.isinf(end) else max(0.0, end - time.perf_counter()),
+            )
+        except (ConfigError, NonFiniteError, TooLargeError):
+            values = [-math.inf]
+        best = max(values)
+        value = None if math.isinf(best) else best
+        self.rows.append({"epochs": epochs, "settings": dict(way), "validation": value})
+        return best
+
+    def _cost(self, sample: Split, drawn: list[dict[str, object]]) -> str:
+        (first, num_on), (last, _) = _ROUNDS
+        num, all_events = len(sample.train), len(self.split.train)
+        work = num / all_events * ((1 + len(drawn)) * first + (num_on + 1) * last)
+        return (
+            f"searching {', '.join(drawn[0])}: {1 + len(drawn)} trainings of {first} epochs and "
+            f"{num_on + 1} of {last}, on {num:,} of {all_events:,} events; it costs as much as "
+            f"{max(1, round(work))} epochs of the training that follows"
+        )
+
+    def _ended(self, way: Mapping[str, object], why: str) -> tuple[Learner, dict[str, object]]:
+        learner = with_drawn(self.own, way)
+        chosen = ", ".join(f"{name} {shown(value)}" for name, value in way.items())
+        self.say(f"search {why}: {chosen or 'the settings stay as they are'}")
+        found = learner.model_dump(mode="json")
+        return learner, {"trials": self.rows, "found": found, "ended": why}
+
+
+def _sample(split: Split, seed: int) -> Split:
+    """Return the events of as many users, drawn with the seed, as have 50,000 of training."""
+    if len(split.train) <= _SAMPLE:
+        return split
+    drawn_U = np.random.default_rng(seed).permutation(split.events.num_users)
+    before_U = np.cumsum(np.diff(split.train.offsets)[drawn_U])
+    num = 1 + int(np.searchsorted(before_U, _SAMPLE))
+    keep_E = np.isin(split.events.user_idx, drawn_U[:num])
+    return replace(split, events=split.events.select(keep_E), part_E=split.part_E[keep_E])
+
+
+def _drawn(own: Learner, seed: int) -> list[dict[str, object]]:
+    """Return ways to learn; each setting is spread over its range, in an order of its own."""
+    rng, space = np.random.default_rng(seed), usual_space(own)
+    names = [name for name in space if name.endswith(("learning_rate", ".l2"))]
+    more = [name for name in space if name not in names and not name.endswith("embedding_dim")]
+    more.sort(key=lambda name: name != "model.dropout")
+    columns = {
+        name: [
+            _at(space[name], (place + 0.5) / _DRAWN, whole=_is_integer(own, name))
+            for place in rng.permutation(_DRAWN)
+        ]
+        for name in (*names, *more[:1])
+    }
+    return [dict(zip(columns, way, strict=True)) for way in zip(*columns.values(), strict=True)]
+
+
+def _at(part: RangeConfig | ChoiceConfig, share: float, *, whole: bool) -> object:
+    """Return the value at a share of the way through a range or a list."""
+    if isinstance(part, ChoiceConfig):
+        return part.choices[int(share * len(part.choices))]
+    if part.log:
+        value = part.low * (part.high / part.low) ** share
+    else:
+        value = part.low + (part.high - part.low) * share
+    return round(value) if whole else float(f"{value:.3g}")

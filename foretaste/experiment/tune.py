@@ -13,15 +13,15 @@ from optuna.samplers import TPESampler
 from optuna.trial import FrozenTrial, TrialState
 
 from foretaste.arguments import checked
-from foretaste.config import Rounds, parse_settings
+from foretaste.config import Rounds
 from foretaste.data.folder import check_place, whole_file
 from foretaste.data.memory import out_of_memory
 from foretaste.data.splits import Split
 from foretaste.data.toml_text import to_toml
 from foretaste.errors import ConfigError, DataError, NonFiniteError, TooLargeError
 from foretaste.experiment.fit import fit
-from foretaste.experiment.recipe import ExperimentConfig, with_setting, without_defaults
-from foretaste.experiment.search_space import distributions, with_own_objective
+from foretaste.experiment.recipe import ExperimentConfig, without_defaults
+from foretaste.experiment.search_space import distributions, with_drawn, with_own_objective
 from foretaste.experiment.validation import STOP_METRIC, make_validation
 from foretaste.training.fit import Epoch
 
@@ -263,18 +263,6 @@ def _validated(
             name="split.validation",
         )
     return validation.metric, validation.value(trained.model)
-
-
-def with_drawn(config: ExperimentConfig, drawn: Mapping[str, object]) -> ExperimentConfig:
-    """Return the recipe with some settings replaced, by dotted name.
-
-    Raises:
-        ConfigError: A name is no setting, or a value is out of its range.
-    """
-    settings: dict[str, object] = config.model_dump()
-    for name, value in drawn.items():
-        settings = with_setting(settings, name, value)
-    return parse_settings(ExperimentConfig, settings, source="tune")
 
 
 def _result(

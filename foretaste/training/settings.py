@@ -3,14 +3,14 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from foretaste.arguments import checked
 from foretaste.config import Config, Count, CountOrZero, Positive, Rounds
 
 
 class TrainingConfig(Config):
-    """Settings of the training loop."""
+    """Settings of the training loop. The text "auto" stands for `search = true` and no others."""
 
     epochs: Rounds = 100
     """At most so many passes over the training events; the schedule is laid over all of them."""
@@ -62,6 +62,15 @@ class TrainingConfig(Config):
     producers: int = Field(default=0, ge=0, le=256)
     """Threads that make batches ahead of the trainer: gathering, negatives, and what else a step
     needs that takes no weights. The result is the same."""
+
+    search: bool = False
+    """Whether learning rate, l2 and one setting of the model are searched first, by validation, on
+    a sample of the data. What that costs is said before it starts; `tune` searches longer."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _auto_searches(cls, settings: object) -> object:
+        return {"search": True} if settings == "auto" else settings
 
     @checked
     def settled(self, usual: Mapping[str, Any], num_events: int) -> "TrainingConfig":
