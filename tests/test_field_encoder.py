@@ -17,7 +17,8 @@ from foretaste.data.features_fitted import Bag, Buckets, Categories, Number, Val
 from foretaste.errors import ConfigError
 from foretaste.models.layers import table as table_layer
 from foretaste.models.layers.embedding import FieldEncoder
-from foretaste.models.layers.table import TableConfig, look_up, mean_bags
+from foretaste.models.layers.table import look_up, mean_bags
+from foretaste.models.layers.tables import DenseConfig
 
 FUSIONS: tuple[Literal["concat", "gate"], ...] = ("concat", "gate")
 D = 6
@@ -47,7 +48,7 @@ TABLE = SIDE.encode(FRAME)
 
 def encoder(fusion: Literal["concat", "gate"], side: FieldSide = SIDE) -> FieldEncoder:
     torch.manual_seed(0)
-    return FieldEncoder(side, embedding_dim=D, fusion=fusion, table=TableConfig())
+    return FieldEncoder(side, embedding_dim=D, fusion=fusion, table=DenseConfig())
 
 
 def slow_fields(model: FieldEncoder, table: FieldTable) -> Tensor:

@@ -5,14 +5,16 @@ import torch
 
 from foretaste.errors import DataError
 from foretaste.models.layers import table as table_layer
-from foretaste.models.layers.table import Table, TableConfig, make_table, make_tables
+from foretaste.models.layers.table import Table
+from foretaste.models.layers.table_settings import make_table, make_tables
+from foretaste.models.layers.tables import DenseConfig
 
 NUM_ROWS, WIDTH = 7, 3
 
 
 def drawn(num_rows: int = NUM_ROWS) -> Table:
     torch.manual_seed(0)
-    table = make_table(TableConfig(), num_rows, WIDTH)
+    table = make_table(DenseConfig(), num_rows, WIDTH)
     table.draw(std=0.5)
     return table
 
@@ -88,10 +90,10 @@ def test_means_of_bags_are_means_of_rows() -> None:
 
 def test_tables_made_together_are_one_table_cut() -> None:
     torch.manual_seed(3)
-    parts = make_tables(TableConfig(), (2, 0, 5), WIDTH, std=0.1)
+    parts = make_tables(DenseConfig(), (2, 0, 5), WIDTH, std=0.1)
     after = torch.rand(1)
     torch.manual_seed(3)
-    whole = make_table(TableConfig(), NUM_ROWS, WIDTH)
+    whole = make_table(DenseConfig(), NUM_ROWS, WIDTH)
     whole.draw(std=0.1)
     assert [part.num_rows for part in parts] == [2, 0, 5]
     rows = torch.cat([part.block(0, part.num_rows) for part in parts])

@@ -25,6 +25,7 @@ from foretaste.data.tasks import Task
 from foretaste.errors import ConfigError
 from foretaste.models.layers.heads import Heads
 from foretaste.models.layers.table import BLOCK_ROWS
+from foretaste.models.layers.tables import code_by_events
 
 LearnsBy = Literal["pairs", "next_item", "masked_item", "rows", "events"]
 """What a model learns from, and what `forward` then takes and gives.
@@ -85,6 +86,8 @@ class Model(nn.Module, ABC):
 
     def begin(self, events: Interactions) -> None:
         """Take from the training events what must be known before the first step."""
+        users, items = (getattr(self, name, None) for name in ("user_table", "item_table"))
+        code_by_events(events, users=users, items=items)
 
     def learn_new_users(self, events: Interactions) -> None:
         """Work out from the weights how to answer users without a vector of their own.

@@ -36,7 +36,7 @@ from foretaste.errors import ConfigError
 from foretaste.models.base import Retriever
 from foretaste.models.layers.dropout import Dropout
 from foretaste.models.layers.gated_block import rows_at
-from foretaste.models.layers.table import IdConfig, make_table
+from foretaste.models.layers.table_settings import IdConfig, make_table
 
 _BUCKETS = 64
 """Of the seconds between two events: the last begins at 2^31.5, 96 years."""

@@ -60,7 +60,8 @@ from foretaste.models.layers.placing import (
     sum_of_rows,
 )
 from foretaste.models.layers.similarity import Similarity, as_item, as_query
-from foretaste.models.layers.table import IdConfig, Table, make_table, make_tables
+from foretaste.models.layers.table import Table
+from foretaste.models.layers.table_settings import IdConfig, make_table, make_tables
 
 
 class LightGCNConfig(IdConfig):

@@ -41,7 +41,8 @@ from foretaste.models.layers.heads import Heads
 from foretaste.models.layers.pair_mlp import PairMLP, pair_dot
 from foretaste.models.layers.row_fields import RowFields
 from foretaste.models.layers.side_fields import RowFieldsConfig
-from foretaste.models.layers.table import IdConfig, Table
+from foretaste.models.layers.table import Table
+from foretaste.models.layers.table_settings import IdConfig
 
 
 class GMFConfig(IdConfig):

@@ -46,7 +46,7 @@ from foretaste.models.layers.layerwise import generate
 from foretaste.models.layers.node_inputs import NodeInputs
 from foretaste.models.layers.placing import take_shapes
 from foretaste.models.layers.similarity import Similarity, as_item, as_query
-from foretaste.models.layers.table import IdConfig
+from foretaste.models.layers.table_settings import IdConfig
 
 
 class PinSageConfig(IdConfig):
@@ -267,6 +267,7 @@ class PinSage(Retriever):
 
     def begin(self, events: Interactions) -> None:
         """Note how many items each user has done, to tell whose vector answers."""
+        super().begin(events)
         pair_E = events.user_idx.astype(np.int64) * self.num_items + events.item_idx
         user_P = torch.from_numpy(pair_E).unique() // self.num_items
         self.num_items_U.copy_(torch.bincount(user_P, minlength=self.num_users))

@@ -27,7 +27,7 @@ from foretaste.models.base import Retriever
 from foretaste.models.layers.attention import MultiHeadAttention
 from foretaste.models.layers.dropout import Dropout
 from foretaste.models.layers.gated_block import GatedBlock, rows_at
-from foretaste.models.layers.table import IdConfig, make_table
+from foretaste.models.layers.table_settings import IdConfig, make_table
 
 
 class SASRecConfig(IdConfig):

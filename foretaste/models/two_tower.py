@@ -52,7 +52,8 @@ from foretaste.models.layers.history import AttentionHistory, CausalHistory, Mea
 from foretaste.models.layers.known_fields import known_fields, told_of_items, told_of_users
 from foretaste.models.layers.mlp import MLP
 from foretaste.models.layers.similarity import Similarity, as_item, as_query
-from foretaste.models.layers.table import IdConfig, Table, make_table
+from foretaste.models.layers.table import Table
+from foretaste.models.layers.table_settings import IdConfig, make_table
 from foretaste.models.sasrec import SASRecConfig
 
 _BLOCK_ITEMS = 2**14
@@ -258,6 +259,7 @@ class TwoTower(Retriever):
 
     def begin(self, events: Interactions) -> None:
         """Make the id vectors 0 that no event can teach."""
+        super().begin(events)
         untrained_U = torch.from_numpy(np.diff(events.offsets) == 0)
         untrained_I = torch.from_numpy(events.item_count == 0)
         for table, untrained_R in ((self.user_table, untrained_U), (self.item_table, untrained_I)):

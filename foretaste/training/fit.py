@@ -27,6 +27,7 @@ from foretaste.training.optimizer import (
     make_optimizer,
     move_average,
     rate_factor,
+    refuse_at_rest,
 )
 from foretaste.training.prefetch import Plan as Plan
 from foretaste.training.prefetch import Prefetch
@@ -177,6 +178,7 @@ class Fit(Generic[Network, Batch]):
         self.parameters = list(model.parameters())
         if isinstance(objective, nn.Module):
             self.parameters += list(objective.parameters())
+        refuse_at_rest(model)
         tables = [module for module in model.modules() if isinstance(module, Dense)]
         self.optimizer = make_optimizer(self.parameters, config, tables=tables)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")

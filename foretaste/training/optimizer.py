@@ -13,7 +13,8 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn, optim
 
-from foretaste.models.layers.table import Dense
+from foretaste.errors import ConfigError
+from foretaste.models.layers.table import Dense, Table
 from foretaste.training.settings import TrainingConfig
 
 ROWS_FROM = 2**17
@@ -147,6 +148,7 @@ def _one_rate(
 ) -> Tensor:
     if "sum" not in state:
         state["sum"] = torch.zeros(len(weight), dtype=weight.dtype, device=weight.device)
+        state["step"] = torch.zeros(())  # not counted: AdamW looks for it where a run is resumed
     sum_N = state["sum"].index_select(0, row_N) + grad_ND.square().mean(dim=1)
     state["sum"].index_copy_(0, row_N, sum_N)
     change_ND: Tensor = grad_ND / (sum_N.sqrt() + group["eps"]).unsqueeze(1)
@@ -214,6 +216,22 @@ def gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
         elif parameter.grad is not None:
             found.append(parameter.grad)
     return found
+
+
+def refuse_at_rest(model: nn.Module) -> None:
+    """Refuse to train what is made of a trained table.
+
+    Raises:
+        ConfigError: A table of the model is.
+    """
+    for table in model.modules():
+        if isinstance(table, Table) and not table.trains:
+            raise ConfigError(
+                f"a table of {type(table).__name__} is made of a trained one and cannot be "
+                "trained: set model.table to another kind, such as dense, and compress it then",
+                name="model.table",
+                value=type(table).__name__,
+            )
 
 
 def rate_factor(config: TrainingConfig, step: int, steps_per_epoch: int) -> float:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from foretaste.data.features import FieldSide, FieldTable
 from foretaste.errors import ConfigError
-from foretaste.models.layers.table import Table, TableConfig, make_table
+from foretaste.models.layers.table import Table
+from foretaste.models.layers.table_settings import TableConfig, make_table
 
 Fusion = Literal["concat", "gate"]
 """How a row's fields become one vector: all side by side through a linear layer, or their sum,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from foretaste.data.features import Features, FieldSide, FieldTable, concat_rows
 from foretaste.errors import ConfigError
 from foretaste.models.layers.embedding import FieldEncoder, Fusion
-from foretaste.models.layers.table import TableConfig
+from foretaste.models.layers.table_settings import TableConfig
 
 
 @final

@@ -20,7 +20,8 @@ from foretaste.data.features import Features, FieldSide, FieldTable
 from foretaste.errors import ConfigError
 from foretaste.models.layers.embedding import FieldVectors, Fusion, gated_sum
 from foretaste.models.layers.known_fields import KnownRows, told_of_items, told_of_users
-from foretaste.models.layers.table import IdConfig, Table, make_tables
+from foretaste.models.layers.table import Table
+from foretaste.models.layers.table_settings import IdConfig, make_tables
 
 L2Of = Literal["rows", "mini_batch_aware"]
 

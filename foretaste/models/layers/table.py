@@ -9,37 +9,23 @@ Shape legend: R rows of a table, X any shape of rows asked for, D width, P bags,
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, final
+from typing import Any, ClassVar, final
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
-from foretaste.config import Config
 from foretaste.errors import ConfigError, DataError
 
 BLOCK_ROWS = 2**18
 """Rows of a block: 64 MiB at a width of 64."""
 
 
-class TableConfig(Config):
-    """Settings of how the vectors of ids and of features' codes are kept."""
-
-    kind: Literal["dense"] = "dense"
-    """"dense": a row of its own for each."""
-
-
-class IdConfig(Config):
-    """Settings of a model that has a vector for each id."""
-
-    table: TableConfig = TableConfig()
-    """How the vectors of ids and of features' codes are kept."""
-
-
 class Table(nn.Module, ABC):
     """Rows by number; row -1 is 0."""
 
+    trains: ClassVar[bool] = True
     width: int
 
     @property
@@ -154,33 +140,6 @@ class Dense(Table):
         return mean_bags(code_N, offsets_P, self.weight, scale=self.scale, by_rows=self.by_rows)
 
 
-def make_table(config: TableConfig, num_rows: int, width: int) -> Table:
-    """Make an untrained table; its rows are drawn around 0 with a standard deviation of 1."""
-    match config.kind:
-        case "dense":
-            return Dense(num_rows, width)
-
-
-@torch.no_grad()
-def make_tables(
-    config: TableConfig, sizes: Sequence[int], width: int, *, std: float
-) -> list[Table]:
-    """Make tables of one width whose rows are drawn as those of one table, cut at `sizes`."""
-    if config.kind != "dense":
-        made = [make_table(config, num_rows, width) for num_rows in sizes]
-        for table in made:
-            table.draw(std=std)
-        return made
-    whole = Dense(sum(sizes), width)
-    whole.draw(std=std)
-    tables: list[Table] = []
-    for part_RD in whole.weight.detach().split(list(sizes)):
-        part = Dense(0, width)
-        part.std, part.weight = std, nn.Parameter(part_RD.clone())
-        tables.append(part)
-    return tables
-
-
 def check_growth(num_before: int, num_rows: int) -> None:
     """Refuse to shrink.
 
@@ -202,7 +161,7 @@ def check_rows(row_N: Int64[Tensor, " N"], num_rows: int) -> bool:
     Raises:
         DataError: A row is beyond the table.
     """
-    if not row_N.numel():
+    if not row_N.numel() or row_N.is_meta:
         return False
     lowest, highest = (int(value) for value in row_N.aminmax())
     if highest >= num_rows or lowest < -1:

@@ -1,0 +1,492 @@
+"""Kinds of tables: how the vectors of ids and of features' codes are kept, and their settings.
+
+Whoever needs a table asks its settings for one (`make_table`); nothing outside this file and
+`tables_at_rest.py` knows a kind by its name.
+
+Shape legend: R rows of a table, X any shape of rows asked for, N rows asked for, D width, K hash
+functions, M sub-spaces or digits.
+"""
+
+import math
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Annotated, Literal, final
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int64
+from pydantic import Field
+from torch import Tensor, nn
+
+from foretaste.config import Config, Count, CountOrZero
+from foretaste.data.interactions import Interactions
+from foretaste.errors import ConfigError
+from foretaste.later import later
+from foretaste.models.layers.table import Dense, Table, check_growth, check_rows
+
+faiss = later("faiss")
+
+CODES = 256
+"""Vectors of a codebook, so that a code is a byte."""
+_SIGNED = 2**63 - 1
+
+Times = Annotated[float, Field(gt=1, le=1e6)]
+Parts = Annotated[int, Field(ge=2, le=4)]
+
+
+class TableKind(Config):
+    """Settings that every kind of table has."""
+
+    @abstractmethod
+    def make(self, num_rows: int, width: int) -> Table:
+        """Make an untrained table."""
+
+    def compressed(self, table: Table) -> Table:
+        """Return a trained table in this kind.
+
+        Raises:
+            ConfigError: It has to be trained so.
+        """
+        kind = str(getattr(self, "kind", ""))
+        raise ConfigError(
+            f"a table of kind {kind!r} has to be trained as one: set model.table.kind = {kind!r} "
+            "in a recipe, or compress to half, int8, int4, pruned or quantised",
+            name="table.kind",
+            value=kind,
+        )
+
+    def make_several(self, sizes: Sequence[int], width: int, *, std: float) -> list[Table]:
+        """Make tables of one width, drawn with one standard deviation."""
+        tables = [self.make(num_rows, width) for num_rows in sizes]
+        for table in tables:
+            table.draw(std=std)
+        return tables
+
+
+class DenseConfig(TableKind):
+    """Settings of a table with a row of its own for each id."""
+
+    kind: Literal["dense"] = "dense"
+    """"dense": a row of its own for each."""
+
+    def make(self, num_rows: int, width: int) -> Table:
+        """Make an untrained table."""
+        return Dense(num_rows, width)
+
+    @torch.no_grad()
+    def make_several(self, sizes: Sequence[int], width: int, *, std: float) -> list[Table]:
+        """Make tables whose rows are drawn as those of one table, cut at `sizes`."""
+        whole = Dense(sum(sizes), width)
+        whole.draw(std=std)
+        tables: list[Table] = []
+        for part_RD in whole.weight.detach().split(list(sizes)):
+            part = Dense(0, width)
+            part.std, part.weight = std, nn.Parameter(part_RD.clone())
+            tables.append(part)
+        return tables
+
+
+class SmallerConfig(TableKind):
+    """Settings of tables that keep less than a row for each id."""
+
+    from_rows: CountOrZero = 256
+    """Tables of fewer rows, and those of biases, stay dense: there is nothing to be saved."""
+
+    def make(self, num_rows: int, width: int) -> Table:
+        """Make an untrained table, a dense one where it would be small anyway."""
+        if num_rows < max(1, self.from_rows) or width == 1:
+            return Dense(num_rows, width)
+        return self.make_smaller(num_rows, width)
+
+    @abstractmethod
+    def make_smaller(self, num_rows: int, width: int) -> Table:
+        """Make an untrained table of at least one row."""
+
+
+class NarrowConfig(SmallerConfig):
+    """Settings of rows of a smaller width, and a learned projection to the model's."""
+
+    kind: Literal["narrow"] = "narrow"
+    """"narrow": rows of a smaller width and one learned projection; what other kinds have to
+    beat."""
+    times: Times = 8.0
+    """About how many times fewer weights there are than in a dense table."""
+
+    def make_smaller(self, num_rows: int, width: int) -> Table:
+        """Make an untrained table."""
+        inner = round(num_rows * width / (self.times * (num_rows + width)))
+        return Narrow(num_rows, width, inner=max(1, inner))
+
+
+class HashConfig(SmallerConfig):
+    """Settings of rows that are weighted sums of shared ones, chosen by hash functions."""
+
+    kind: Literal["hash"] = "hash"
+    """"hash": sums of shared rows that hash functions choose, with learned weights."""
+    times: Times = 8.0
+    """About how many times fewer weights there are than in a dense table."""
+    hashes: Annotated[int, Field(ge=1, le=8)] = 2
+    """How many shared rows each sum is of."""
+    rows: Count | None = None
+    """How many shared rows there are; none: as `times` says."""
+
+    def make_smaller(self, num_rows: int, width: int) -> Table:
+        """Make an untrained table."""
+        shared = round(num_rows * width / (self.times * (width + self.hashes)))
+        return Hash(num_rows, width, shared=self.rows or max(1, shared), hashes=self.hashes)
+
+
+class CompositionalConfig(SmallerConfig):
+    """Settings of rows that are put together from one row for each digit of their number."""
+
+    kind: Literal["compositional"] = "compositional"
+    """"compositional": one shared row for each digit of the row's number, put together."""
+    times: Times = 8.0
+    """About how many times fewer weights there are than in a dense table, or as many as the digits
+    allow."""
+    parts: Parts = 2
+    """Digits; two are quotient and remainder."""
+    operation: Literal["product", "sum", "concatenation"] = "product"
+    """How their rows become one."""
+
+    def make_smaller(self, num_rows: int, width: int) -> Table:
+        """Make an untrained table."""
+        return Compositional(num_rows, width, bases=self._bases(num_rows), operation=self.operation)
+
+    def _bases(self, num_rows: int) -> list[int]:
+        """Return the bases of all digits but the last, which has what is left.
+
+        m remainders and n / m quotients are n / times rows in all: the larger root m of a square.
+        """
+        wanted = num_rows / self.times
+        if self.operation == "concatenation":
+            wanted *= self.parts  # as each row is narrower
+        root = wanted * wanted - 4 * num_rows
+        if self.parts == 2 and root > 0:
+            return [math.ceil((wanted + math.sqrt(root)) / 2)]
+        return [max(2, math.ceil(num_rows ** (1 / self.parts)))] * (self.parts - 1)
+
+
+class QuantisedConfig(SmallerConfig):
+    """Settings of rows of codes: one vector of a codebook for each part of the width."""
+
+    kind: Literal["quantised"] = "quantised"
+    """"quantised": a byte for each part of the width, which chooses one of 256 learned vectors;
+    bytes of users and items are chosen by a singular value decomposition of the events before
+    training, or by k-means on a trained table."""
+    sub_spaces: Count = 8
+    """Parts of the width; a row takes so many bytes."""
+
+    def make_smaller(self, num_rows: int, width: int) -> Table:
+        """Make an untrained table."""
+        return Quantised(num_rows, width, sub_spaces=self.sub_spaces)
+
+    def compressed(self, table: Table) -> Table:
+        """Return a trained table in this kind; a small one as it is."""
+        made = self.make(table.num_rows, table.width)
+        if not isinstance(made, Quantised) or table.num_rows < CODES:
+            return table
+        made.fill(table)
+        return made
+
+
+class SharedRows(Table):
+    """Rows that are worked out of weights which several of them share."""
+
+    def __init__(self, num_rows: int, width: int) -> None:
+        super().__init__()
+        self.width, self._num_rows = width, num_rows
+
+    @property
+    def num_rows(self) -> int:
+        return self._num_rows
+
+    @abstractmethod
+    def rows(self, row_N: Int64[Tensor, " N"]) -> Float[Tensor, "N D"]:
+        """Return rows; -1 gives 0."""
+
+    def forward(self, row_X: Int64[Tensor, "*X"]) -> Float[Tensor, "*X D"]:
+        row_N = row_X.flatten()
+        check_rows(row_N, self.num_rows)
+        return self.rows(row_N).view(*row_X.shape, self.width)
+
+    def block(self, first: int, last: int) -> Float[Tensor, "R D"]:
+        device = next(self.parameters()).device
+        return self.rows(torch.arange(first, last, device=device))
+
+    def zero_rows(self, untrained_R: Bool[Tensor, " R"]) -> None:
+        """Do nothing: what an untrained row shares with others is trained."""
+
+    def grow(self, num_rows: int) -> None:
+        check_growth(self.num_rows, num_rows)
+        self._num_rows = num_rows
+
+
+@final
+class Narrow(SharedRows):
+    r"""Rows of a smaller width d and a projection: :math:`e_r = W z_r`."""
+
+    def __init__(self, num_rows: int, width: int, *, inner: int) -> None:
+        super().__init__(num_rows, width)
+        self.inner = Dense(num_rows, inner)
+        self.projection = nn.Parameter(torch.empty(inner, width))
+        self.draw(std=1.0)
+
+    def rows(self, row_N: Int64[Tensor, " N"]) -> Float[Tensor, "N D"]:
+        projected_ND: Tensor = self.inner(row_N) @ self.projection
+        return projected_ND
+
+    def draw(self, *, std: float) -> None:
+        self.inner.draw(std=std)
+        nn.init.normal_(self.projection, std=self.inner.width**-0.5)
+
+    def zero_rows(self, untrained_R: Bool[Tensor, " R"]) -> None:
+        self.inner.zero_rows(untrained_R)
+
+    def grow(self, num_rows: int) -> None:
+        super().grow(num_rows)
+        self.inner.grow(num_rows)
+
+
+@final
+class Hash(SharedRows):
+    r"""Weighted sums of shared rows, chosen by K hash functions:
+
+    .. math:: e_r = \sum_k p_{h_0(r), k} \, c_{h_k(r)}
+
+    It has as many rows of weights p as of vectors c, and grows without growing.
+
+    References:
+        Svenstrup, Hansen and Winther, "Hash Embeddings for Efficient Word Representations",
+        NeurIPS 2017, https://arxiv.org/abs/1709.03933. There each id may have weights of its own,
+        and weights may stand beside the vector.
+    """
+
+    def __init__(self, num_rows: int, width: int, *, shared: int, hashes: int) -> None:
+        super().__init__(num_rows, width)
+        self.hashes = hashes
+        self.shared, self.importance = Dense(shared, width), Dense(shared, hashes)
+        self.draw(std=1.0)
+
+    def rows(self, row_N: Int64[Tensor, " N"]) -> Float[Tensor, "N D"]:
+        shared = self.shared.num_rows
+        chosen = [hashed(row_N, salt, shared) for salt in range(1, 1 + self.hashes)]
+        part_NKD = self.shared(torch.stack(chosen, dim=1))
+        share_NK = self.importance(hashed(row_N, 0, shared))
+        summed_ND: Tensor = (share_NK.unsqueeze(1) @ part_NKD).squeeze(1)
+        return summed_ND
+
+    @torch.no_grad()
+    def draw(self, *, std: float) -> None:
+        self.shared.draw(std=std)
+        self.importance.weight.fill_(self.hashes**-0.5)
+
+
+@final
+class Compositional(SharedRows):
+    """One row for each digit of the row's number, multiplied, added or side by side.
+
+    Side by side, all rows differ wherever those of each digit do; products and sums may coincide.
+
+    References:
+        Shi, Mudigere, Naumov and Yang, "Compositional Embeddings Using Complementary Partitions for
+        Memory-Efficient Recommendation Systems", KDD 2020, https://arxiv.org/abs/1909.02107.
+    """
+
+    def __init__(self, num_rows: int, width: int, *, bases: Sequence[int], operation: str) -> None:
+        super().__init__(num_rows, width)
+        self.bases, self.operation = list(bases), operation
+        digits = len(bases) + 1
+        sides = operation == "concatenation"
+        if sides and digits > width:
+            raise ConfigError(
+                f"table.parts = {digits} is more than the width {width}, so rows side by side "
+                "would be empty: set fewer, or another operation",
+                name="table.parts",
+                value=digits,
+            )
+        sizes = [*self.bases, self._left(num_rows)]
+        widths = _even(width, digits) if sides else [width] * digits
+        self.digits = nn.ModuleList(map(Dense, sizes, widths))
+        self.draw(std=1.0)
+
+    def _left(self, num_rows: int) -> int:
+        return max(1, math.ceil(num_rows / math.prod(self.bases)))
+
+    def rows(self, row_N: Int64[Tensor, " N"]) -> Float[Tensor, "N D"]:
+        found, rest_N, none_N = [], row_N.clamp(min=0), row_N < 0
+        for base, table in zip([*self.bases, 0], self.digits, strict=True):
+            digit_N = rest_N % base if base else rest_N
+            rest_N = rest_N // base if base else rest_N
+            found.append(table(digit_N.masked_fill(none_N, -1)))
+        if self.operation == "concatenation":
+            return torch.cat(found, dim=1)
+        stacked_MND = torch.stack(found)
+        joined_ND: Tensor = (
+            stacked_MND.prod(dim=0) if self.operation == "product" else stacked_MND.sum(dim=0)
+        )
+        return joined_ND
+
+    def draw(self, *, std: float) -> None:
+        num = len(self.digits)
+        of_digit = {"product": std ** (1 / num), "sum": std / num**0.5, "concatenation": std}
+        for table in self._tables():
+            table.draw(std=of_digit[self.operation])
+
+    def grow(self, num_rows: int) -> None:
+        super().grow(num_rows)
+        last = self._tables()[-1]
+        last.grow(max(last.num_rows, self._left(num_rows)))
+
+    def _tables(self) -> list[Dense]:
+        return [table for table in self.digits if isinstance(table, Dense)]
+
+
+@final
+class Quantised(SharedRows):
+    r"""Product quantisation: a code for each of M parts of the width, each a vector of a codebook.
+
+    .. math:: e_r = [c^1_{b_{r1}}; \dots; c^M_{b_{rM}}], \quad b_{rm} \in \{0, \dots, 255\}
+
+    Codes are fixed while the vectors learn; until `code_by` is called they are by chance.
+
+    References:
+        Petrov and Macdonald, "RecJPQ: Training Large-Catalogue Sequential Recommenders", WSDM 2024,
+        https://arxiv.org/abs/2312.06165; Jégou, Douze and Schmid, "Product Quantization for Nearest
+        Neighbor Search", TPAMI 2011.
+    """
+
+    code_RM: Tensor
+
+    def __init__(self, num_rows: int, width: int, *, sub_spaces: int) -> None:
+        super().__init__(num_rows, width)
+        if sub_spaces > width:
+            raise ConfigError(
+                f"table.sub_spaces = {sub_spaces} cuts a width of {width} in more parts than it "
+                "has numbers: set fewer, or a larger width",
+                name="table.sub_spaces",
+                value=sub_spaces,
+            )
+        self.sub_spaces, self.sizes = sub_spaces, _even(width, sub_spaces)
+        self.codebooks = Dense(sub_spaces * CODES, self.sizes[0])
+        self.register_buffer("code_RM", _codes_by_chance(0, num_rows, sub_spaces))
+        self.draw(std=1.0)
+
+    def rows(self, row_N: Int64[Tensor, " N"]) -> Float[Tensor, "N D"]:
+        code_NM = self.code_RM[row_N.clamp(min=0)].long()
+        code_NM += torch.arange(0, self.sub_spaces * CODES, CODES, device=row_N.device)
+        found_NMd = self.codebooks(code_NM.masked_fill_((row_N < 0).unsqueeze(1), -1))
+        found_ND: Tensor = found_NMd.flatten(1)
+        return found_ND if self._fits else found_ND[:, self._kept().to(row_N.device)]
+
+    @property
+    def _fits(self) -> bool:
+        """Whether all parts are of one size."""
+        return self.sizes[0] == self.sizes[-1]
+
+    def _kept(self) -> Tensor:
+        """Return which numbers of all codebooks' vectors, side by side, are in a row."""
+        widest = self.sizes[0]
+        parts = [torch.arange(size) + part * widest for part, size in enumerate(self.sizes)]
+        return torch.cat(parts)
+
+    def draw(self, *, std: float) -> None:
+        self.codebooks.draw(std=std)
+
+    @torch.no_grad()
+    def code_by(self, factor_RM: Float[Tensor, "R M"]) -> None:
+        """Code each part by one factor, in 256 bins of as many rows each."""
+        place_RM = factor_RM.argsort(dim=0, stable=True).argsort(dim=0, stable=True)
+        self.code_RM[:, : factor_RM.shape[1]] = place_RM * CODES // self.num_rows
+
+    @torch.no_grad()
+    def fill(self, table: Table) -> None:
+        """Take a trained table's rows, coded by k-means in each part (FAISS's trainer)."""
+        rows_RD = torch.cat([block_RD for _, block_RD in finite_blocks(table)]).cpu()
+        padded_RP = rows_RD.new_zeros(len(rows_RD), self.sub_spaces * self.sizes[0])
+        padded_RP[:, self._kept()] = rows_RD
+        quantizer = faiss.ProductQuantizer(padded_RP.shape[1], self.sub_spaces, 8)
+        quantizer.train(padded_RP.numpy())
+        self.code_RM.copy_(torch.from_numpy(quantizer.compute_codes(padded_RP.numpy())))
+        found = torch.from_numpy(faiss.vector_to_array(quantizer.centroids))
+        self.codebooks.weight.copy_(found.view_as(self.codebooks.weight))
+
+    def grow(self, num_rows: int) -> None:
+        before = self.num_rows
+        super().grow(num_rows)
+        more_RM = _codes_by_chance(before, num_rows, self.sub_spaces)
+        self.code_RM = torch.cat([self.code_RM, more_RM.to(self.code_RM.device)])
+
+
+@torch.no_grad()
+def code_by_events(events: Interactions, *, users: Table | None, items: Table | None) -> None:
+    """Code quantised tables by a truncated singular value decomposition of who did what.
+
+    Parts beyond the decomposition's rank keep their codes by chance.
+    """
+    quantised = {
+        side: table
+        for side, table in (("users", users), ("items", items))
+        if isinstance(table, Quantised)
+    }
+    if not quantised:
+        return
+    shape = (events.num_users, events.num_items)
+    wanted = min(max(table.sub_spaces for table in quantised.values()), *shape)
+    pair_2E = torch.from_numpy(np.stack([events.user_idx, events.item_idx]).astype(np.int64))
+    done_UI = torch.sparse_coo_tensor(
+        pair_2E, torch.ones(len(events)), shape, check_invariants=False
+    ).coalesce()
+    done_UI.values().fill_(1.0)  # however often
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        user_UM, _, item_IM = torch.svd_lowrank(done_UI, q=wanted, niter=4)
+    for side, factor_RM in (("users", user_UM), ("items", item_IM)):
+        if side in quantised:
+            quantised[side].code_by(factor_RM[:, : quantised[side].sub_spaces])
+
+
+def finite_blocks(table: Table) -> list[tuple[int, Tensor]]:
+    """Return a trained table's blocks.
+
+    Raises:
+        ConfigError: A number is NaN or infinite.
+    """
+    blocks = list(table.blocks())
+    for first, block_RD in blocks:
+        broken_R = ~block_RD.isfinite().all(dim=1)
+        if broken_R.any():
+            row = first + int(broken_R.nonzero()[0])
+            raise ConfigError(
+                f"row {row} of the table is NaN or infinite, so it cannot be compressed: the model "
+                "is broken, train it again",
+                name="row",
+                value=row,
+            )
+    return blocks
+
+
+def hashed(row_N: Int64[Tensor, " N"], salt: int, num: int) -> Int64[Tensor, " N"]:
+    """Return a number in [0, num) for each row, by splitmix64; -1 for -1."""
+    x_N = row_N + _wrapped(salt * 0x9E3779B97F4A7C15)
+    x_N = (x_N ^ (x_N >> 30 & (1 << 34) - 1)) * _wrapped(0xBF58476D1CE4E5B9)
+    x_N = (x_N ^ (x_N >> 27 & (1 << 37) - 1)) * _wrapped(0x94D049BB133111EB)
+    x_N = x_N ^ (x_N >> 31 & (1 << 33) - 1)
+    found_N: Tensor = ((x_N & _SIGNED) % num).masked_fill_(row_N < 0, -1)
+    return found_N
+
+
+def _even(width: int, parts: int) -> list[int]:
+    """Cut a width into parts that differ by one at most, the wider ones first."""
+    return [width // parts + (part < width % parts) for part in range(parts)]
+
+
+def _wrapped(number: int) -> int:
+    """Return a number of 64 bits as torch has it, with a sign."""
+    return (number + 2**63) % 2**64 - 2**63
+
+
+def _codes_by_chance(first: int, last: int, sub_spaces: int) -> Tensor:
+    row_N = torch.arange(first, last)
+    codes = [hashed(row_N, 1 + space, CODES) for space in range(sub_spaces)]
+    return torch.stack(codes, dim=1).to(torch.uint8)

@@ -1,0 +1,197 @@
+"""Kinds of tables that are made of a trained one: fewer bits a number, or fewer rows.
+
+They cannot be trained. Their settings stand in a bundle like those of the kinds that can.
+
+Shape legend: R rows of a table, N rows asked for, D width, K rows that are kept.
+"""
+
+from abc import abstractmethod
+from typing import Annotated, ClassVar, Literal, final
+
+import torch
+from jaxtyping import Float, Int64
+from pydantic import Field
+from torch import Tensor
+
+from foretaste.errors import ConfigError
+from foretaste.models.layers.table import Dense, Table
+from foretaste.models.layers.tables import SharedRows, SmallerConfig, finite_blocks
+
+_LOWEST = torch.finfo(torch.float32).tiny
+
+
+class AtRestConfig(SmallerConfig):
+    """Settings of a table that is made of a trained one."""
+
+    def compressed(self, table: Table) -> Table:
+        """Return a trained table in this kind; a small one as it is."""
+        made = self.make(table.num_rows, table.width)
+        if not isinstance(made, AtRest):
+            return table
+        made.fill(table)
+        return made
+
+
+class HalfConfig(AtRestConfig):
+    """Settings of rows of 16 bits a number."""
+
+    kind: Literal["half"] = "half"
+    """"half": 16 bits a number, from a trained table."""
+    format: Literal["fp16", "bf16"] = "fp16"
+    """fp16 has finer steps, bf16 the range of fp32."""
+
+    def make_smaller(self, num_rows: int, width: int) -> Table:
+        """Make an empty table."""
+        dtype = torch.float16 if self.format == "fp16" else torch.bfloat16
+        return Half(num_rows, width, dtype=dtype)
+
+
+class IntegerConfig(AtRestConfig):
+    """Settings of rows of small whole numbers with a scale a row."""
+
+    kind: Literal["int8", "int4"] = "int8"
+    """"int8" and "int4": whole numbers of so many bits and a scale a row, from a trained table."""
+
+    def make_smaller(self, num_rows: int, width: int) -> Table:
+        """Make an empty table."""
+        if self.kind == "int4" and width % 2:
+            raise ConfigError(
+                f"a table of int4 packs two numbers a byte, and the width is {width}: take int8",
+                name="table.kind",
+                value=self.kind,
+            )
+        return Integers(num_rows, width, bits=8 if self.kind == "int8" else 4)
+
+
+class PrunedConfig(AtRestConfig):
+    """Settings of a table whose shortest rows are dropped."""
+
+    kind: Literal["pruned"] = "pruned"
+    """"pruned": the shortest rows are dropped and answered by their mean, from a trained table."""
+    keep: Annotated[float, Field(gt=0, lt=1)] = 0.125
+    """Share of the rows that stay."""
+
+    def make_smaller(self, num_rows: int, width: int) -> Table:
+        """Make an empty table."""
+        return Pruned(num_rows, width, kept=max(1, round(self.keep * num_rows)))
+
+
+class AtRest(SharedRows):
+    """Rows that cannot be trained."""
+
+    trains: ClassVar[bool] = False
+
+    @abstractmethod
+    def fill(self, table: Table) -> None:
+        """Take a trained table's rows.
+
+        Raises:
+            ConfigError: They are not finite.
+        """
+
+    def draw(self, *, std: float) -> None:
+        """Leave the rows as they are: they are a trained table's."""
+
+    def block(self, first: int, last: int) -> Float[Tensor, "R D"]:
+        return self.rows(torch.arange(first, last, device=next(self.buffers()).device))
+
+    def grow(self, num_rows: int) -> None:
+        raise ConfigError(
+            f"a table of {type(self).__name__} is made of a trained one and cannot grow: grow the "
+            "trained one, and compress it",
+            name="table.kind",
+            value=type(self).__name__,
+        )
+
+
+@final
+class Half(AtRest):
+    """Rows of 16 bits a number."""
+
+    weight: Tensor
+
+    def __init__(self, num_rows: int, width: int, *, dtype: torch.dtype) -> None:
+        super().__init__(num_rows, width)
+        self.register_buffer("weight", torch.zeros(num_rows, width, dtype=dtype))
+
+    def rows(self, row_N: Int64[Tensor, " N"]) -> Float[Tensor, "N D"]:
+        return _none_is_0(self.weight[row_N.clamp(min=0)].float(), row_N)
+
+    def fill(self, table: Table) -> None:
+        for first, block_RD in finite_blocks(table):
+            limit = torch.finfo(self.weight.dtype).max
+            self.weight[first : first + len(block_RD)] = block_RD.clamp(-limit, limit)
+
+
+@final
+class Integers(AtRest):
+    r"""Rows of b bits a number, :math:`e_r = s_r q_r` with
+    :math:`s_r = \max_d |e_{rd}| / (2^{b-1} - 1)`.
+
+    Of 4 bits two stand in a byte, each plus 8.
+    """
+
+    weight: Tensor
+    scale_R: Tensor
+
+    def __init__(self, num_rows: int, width: int, *, bits: Literal[4, 8]) -> None:
+        super().__init__(num_rows, width)
+        self.bits, self.most = bits, 2 ** (bits - 1) - 1
+        kept, dtype = (width, torch.int8) if bits == 8 else (width // 2, torch.uint8)
+        self.register_buffer("weight", torch.zeros(num_rows, kept, dtype=dtype))
+        self.register_buffer("scale_R", torch.zeros(num_rows))
+
+    def rows(self, row_N: Int64[Tensor, " N"]) -> Float[Tensor, "N D"]:
+        place_N = row_N.clamp(min=0)
+        whole_ND = self.weight[place_N]
+        if self.bits == 4:
+            pair_N2 = torch.stack([whole_ND & 15, whole_ND >> 4], dim=2).flatten(1)
+            whole_ND = pair_N2.to(torch.int8) - 8
+        return _none_is_0(whole_ND.float() * self.scale_R[place_N].unsqueeze(1), row_N)
+
+    def fill(self, table: Table) -> None:
+        for first, block_RD in finite_blocks(table):
+            rows = slice(first, first + len(block_RD))
+            scale_R = block_RD.abs().amax(dim=1) / self.most
+            whole_RD = (block_RD / scale_R.clamp(min=_LOWEST).unsqueeze(1)).round()
+            whole_RD = whole_RD.clamp(-self.most, self.most).to(torch.int8)
+            if self.bits == 4:
+                pair_RD2 = (whole_RD + 8).to(torch.uint8).view(len(block_RD), -1, 2)
+                whole_RD = pair_RD2[..., 0] | pair_RD2[..., 1] << 4
+            self.weight[rows], self.scale_R[rows] = whole_RD, scale_R
+
+
+@final
+class Pruned(AtRest):
+    """The longest rows, and the mean of all others for each of those."""
+
+    place_R: Tensor
+
+    def __init__(self, num_rows: int, width: int, *, kept: int) -> None:
+        super().__init__(num_rows, width)
+        self.kept = Dense(kept + 1, width)
+        self.kept.requires_grad_(requires_grad=False)
+        self.register_buffer("place_R", torch.zeros(num_rows, dtype=torch.int32))
+
+    def rows(self, row_N: Int64[Tensor, " N"]) -> Float[Tensor, "N D"]:
+        place_N = self.place_R[row_N.clamp(min=0)].long()
+        found_ND: Tensor = self.kept(place_N.masked_fill(row_N < 0, -1))
+        return found_ND
+
+    @torch.no_grad()
+    def fill(self, table: Table) -> None:
+        num = self.kept.num_rows - 1
+        length_R = torch.cat([block_RD.norm(dim=1) for _, block_RD in finite_blocks(table)])
+        kept_K = length_R.topk(num).indices.sort().values
+        self.place_R.fill_(num)
+        self.place_R[kept_K] = torch.arange(num, dtype=torch.int32, device=kept_K.device)
+        total_D, place_R = torch.zeros(self.width, dtype=torch.float64), self.place_R.long()
+        for first, block_RD in table.blocks():
+            here_R = place_R[first : first + len(block_RD)]
+            self.kept.weight[here_R] = block_RD
+            total_D += block_RD[here_R == num].sum(dim=0, dtype=torch.float64).cpu()
+        self.kept.weight[num] = total_D / max(1, self.num_rows - num)
+
+
+def _none_is_0(found_ND: Tensor, row_N: Tensor) -> Tensor:
+    return found_ND.masked_fill_((row_N < 0).unsqueeze(1), 0.0)
