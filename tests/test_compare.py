@@ -26,6 +26,7 @@ from foretaste.experiment.compare_advice import choose
 from foretaste.experiment.compare_families import BASELINES, FAMILIES
 from foretaste.experiment.compare_picture import comparison_svg
 from foretaste.experiment.compare_table import ModelComparison, ModelRow, TaskFigure
+from foretaste.experiment.search_space import ShortSearch
 from foretaste.training.fit import OUT_OF_TIME, Fit
 from foretaste.training.objectives.pairs import PairsConfig
 
@@ -855,3 +856,27 @@ def test_the_command_line_ends_with_1_where_the_work_fails_and_2_where_the_call_
     wrong = call(recipe, recipe, "--families", "mf")
     assert (wrong.returncode, wrong.stdout) == (2, "")
     assert "one recipe" in wrong.stderr
+
+
+def test_a_model_searches_how_it_learns_within_its_share_of_a_budget(
+    recipe: ft.ExperimentConfig, split: ft.Split, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("foretaste.experiment.search_space._ROUNDS", ((1, 2), (1, 1)))
+    tried = []
+    searched = ShortSearch.run
+
+    def watch(search: ShortSearch) -> object:
+        found = searched(search)
+        tried.append((search.max_seconds, found[0].training.rate))
+        return found
+
+    monkeypatch.setattr(ShortSearch, "run", watch)
+    (own,) = ft.family_recipes(recipe, ["mf"]).values()
+    own = own.model_copy(update={"model": ft.MFConfig(embedding_dim=4)})
+    given = own.model_copy(update={"training": ft.TrainingConfig(epochs=2, device="cpu")})
+    found = ft.compare_models({"own": own, "given": given}, split, budget_seconds=60.0)
+    ((seconds, rate),) = tried  # the recipe that says how to train is not searched
+    assert seconds < 20
+    assert row_of(found, "own").settings["training"]["learning_rate"] == rate
+    ft.compare_models({"own": own}, split)
+    assert len(tried) == 1  # without a budget nothing is searched

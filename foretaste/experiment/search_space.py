@@ -152,7 +152,7 @@ class ShortSearch:
     seed: int
     """Decides the sample, of users, and what is tried."""
     max_seconds: float | None
-    """For all trainings; if the last round does not end in it, the model's own settings stay."""
+    """For all trainings; once they would not end in it, the model's own settings stay."""
     say: Callable[[str], object]
     """Called with what it costs before it begins, and with what it came to."""
     rows: list[dict[str, object]] = field(default_factory=list)
@@ -166,11 +166,14 @@ class ShortSearch:
         self.say(self._cost(sample, drawn))
         end = math.inf if self.max_seconds is None else time.perf_counter() + self.max_seconds
         ways: list[Mapping[str, object]] = [{}, *drawn]
+        left = self._epochs(drawn)
         for epochs, num_on in _ROUNDS:
             values = list[float]()
             for way in ways:
+                begun = time.perf_counter()
                 values.append(self._value(way, sample, epochs=epochs, end=end))
-                if time.perf_counter() >= end:
+                now, left = time.perf_counter(), left - epochs
+                if now + left * (now - begun) / epochs > end:
                     return self._ended({}, OUT_OF_TIME)
             on = sorted(range(len(ways)), key=lambda place: -values[place])[:num_on]
             ways = [ways[place] for place in (sorted({0, *on}) if num_on > 1 else on)]
@@ -203,12 +206,17 @@ class ShortSearch:
     def _cost(self, sample: Split, drawn: list[dict[str, object]]) -> str:
         (first, num_on), (last, _) = _ROUNDS
         num, all_events = len(sample.train), len(self.split.train)
-        work = num / all_events * ((1 + len(drawn)) * first + (num_on + 1) * last)
+        work = num / all_events * self._epochs(drawn)
         return (
             f"searching {', '.join(drawn[0])}: {1 + len(drawn)} trainings of {first} epochs and "
             f"{num_on + 1} of {last}, on {num:,} of {all_events:,} events; it costs as much as "
             f"{max(1, round(work))} epochs of the training that follows"
         )
+
+    def _epochs(self, drawn: list[dict[str, object]]) -> int:
+        """Return how many epochs all trainings have at most."""
+        (first, num_on), (last, _) = _ROUNDS
+        return (1 + len(drawn)) * first + (num_on + 1) * last
 
     def _ended(self, way: Mapping[str, object], why: str) -> tuple[Learner, dict[str, object]]:
         learner = with_drawn(self.own, way)

@@ -54,7 +54,11 @@ class HSTUConfig(IdConfig):
         "num_blocks": ChoiceConfig(choices=(2, 4, 8)),
         "dropout": RangeConfig(low=0.0, high=0.5),
     }
-    usual: ClassVar[Usual] = Usual(objective={"kind": "next_item"})
+    usual: ClassVar[Usual] = Usual(
+        objective={"kind": "next_item", "loss": "sampled_softmax", "negatives": 1024},
+        training={"batch_events": 2048, "learning_rate": 4e-3, "ema_decay": 0.999},
+    )
+    """As SASRec; on MovieLens-100K better and sooner than by all items at the usual rate."""
     embedding_dim: Count = 64
     """Width of item vectors and states; a multiple of num_heads."""
     num_blocks: Depth = 2
