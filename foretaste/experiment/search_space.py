@@ -238,8 +238,13 @@ def _sample(split: Split, seed: int) -> Split:
 
 
 def _drawn(own: Learner, seed: int) -> list[dict[str, object]]:
-    """Return ways to learn; each setting is spread over its range, in an order of its own."""
+    """Return ways to learn; each setting is spread over its range, in an order of its own.
+
+    The learning rate is near the model's own: few epochs say nothing for a much lower one.
+    """
     rng, space = np.random.default_rng(seed), usual_space(own)
+    rate = TrainingConfig(**own.model.usual.training).rate
+    space["training.learning_rate"] = RangeConfig(low=rate / 4, high=rate * 4, log=True)
     names = [name for name in space if name.endswith(("learning_rate", ".l2"))]
     more = [name for name in space if name not in names and not name.endswith("embedding_dim")]
     more.sort(key=lambda name: name != "model.dropout")

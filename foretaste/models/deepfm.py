@@ -45,7 +45,12 @@ class DeepFMConfig(RowFieldsConfig):
         "dropout": RangeConfig(low=0.0, high=0.5),
         "l2": RangeConfig(low=1e-07, high=0.001, log=True),
     }
-    usual: ClassVar[Usual] = Usual(objective={"kind": "rows"})
+    usual: ClassVar[Usual] = Usual(
+        objective={"kind": "rows"},
+        training={"batch_events": 1024, "learning_rate": 5e-3},
+    )
+    """Each row brings drawn items, so that 1024 events are many rows; five times the usual rate
+    ends sooner and higher on MovieLens-100K and Frappe."""
     task: Task = Task(name="click")
     """What is predicted."""
     linear: bool = True

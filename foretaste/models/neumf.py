@@ -52,7 +52,12 @@ class GMFConfig(IdConfig):
     tuning: ClassVar[Space] = {
         "factors": ChoiceConfig(choices=(8, 16, 32, 64)),
     }
-    usual: ClassVar[Usual] = Usual(objective={"kind": "rows"})
+    usual: ClassVar[Usual] = Usual(
+        objective={"kind": "rows"},
+        training={"batch_events": 1024, "learning_rate": 5e-3},
+    )
+    """Each row brings drawn items, so that 1024 events are many rows; five times the usual rate
+    ends sooner and higher on MovieLens-100K and Frappe."""
     task: Task = Task(name="click")
     """What is predicted."""
     factors: Count = 32
@@ -70,7 +75,12 @@ class MLPConfig(IdConfig):
         "num_layers": ChoiceConfig(choices=(1, 2, 3, 4)),
         "dropout": RangeConfig(low=0.0, high=0.5),
     }
-    usual: ClassVar[Usual] = Usual(objective={"kind": "rows"})
+    usual: ClassVar[Usual] = Usual(
+        objective={"kind": "rows"},
+        training={"batch_events": 1024, "learning_rate": 5e-3},
+    )
+    """Each row brings drawn items, so that 1024 events are many rows; five times the usual rate
+    ends sooner and higher on MovieLens-100K and Frappe."""
     task: Task = Task(name="click")
     """What is predicted."""
     factors: Count = 32
@@ -93,7 +103,12 @@ class NeuMFConfig(IdConfig):
         "num_layers": ChoiceConfig(choices=(1, 2, 3, 4)),
         "dropout": RangeConfig(low=0.0, high=0.5),
     }
-    usual: ClassVar[Usual] = Usual(objective={"kind": "rows"})
+    usual: ClassVar[Usual] = Usual(
+        objective={"kind": "rows"},
+        training={"batch_events": 1024, "learning_rate": 5e-3},
+    )
+    """Each row brings drawn items, so that 1024 events are many rows; five times the usual rate
+    ends sooner and higher on MovieLens-100K and Frappe."""
     task: Task = Task(name="click")
     """What is predicted."""
     factors: Count = 32
