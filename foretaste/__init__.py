@@ -63,6 +63,7 @@ if TYPE_CHECKING:
     from foretaste.experiment.compare_families import family_recipes
     from foretaste.experiment.compare_models import compare_models, read_recipes
     from foretaste.experiment.compare_table import ModelComparison
+    from foretaste.experiment.compress import Frontier, compress, compress_tables
     from foretaste.experiment.contents import BundleContents, inspect_bundle
     from foretaste.experiment.fit import fit
     from foretaste.experiment.lists import write_lists
@@ -143,6 +144,7 @@ __all__ = [
     "Features",
     "FirstStage",
     "ForetasteError",
+    "Frontier",
     "GMFConfig",
     "GraphConfig",
     "HSTUConfig",
@@ -208,6 +210,8 @@ __all__ = [
     "compare",
     "compare_models",
     "compare_rows",
+    "compress",
+    "compress_tables",
     "evaluate",
     "evaluate_rows",
     "evaluate_split",
@@ -281,6 +285,7 @@ _HOME = {
     "Features": "data.features",
     "FirstStage": "experiment.two_stage",
     "ForetasteError": "errors",
+    "Frontier": "experiment.compress",
     "GMFConfig": "models.neumf",
     "GraphConfig": "data.graph",
     "HSTUConfig": "models.hstu",
@@ -345,6 +350,8 @@ _HOME = {
     "compare": "evaluation.compare",
     "compare_models": "experiment.compare_models",
     "compare_rows": "evaluation.compare",
+    "compress": "experiment.compress",
+    "compress_tables": "experiment.compress",
     "evaluate": "evaluation.protocol",
     "evaluate_rows": "evaluation.rows",
     "evaluate_split": "experiment.run",

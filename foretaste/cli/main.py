@@ -38,6 +38,7 @@ app.command()(compare.compare)
 app.command()(answers.recommend)
 app.command()(answers.similar)
 app.command()(inspect.inspect)
+app.command()(inspect.compress)
 app.command()(serve.serve)
 app.command()(serve.token)
 

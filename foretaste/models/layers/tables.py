@@ -115,7 +115,15 @@ class NarrowConfig(SmallerConfig):
     def make_smaller(self, num_rows: int, width: int) -> Table:
         """Make an untrained table."""
         inner = round(num_rows * width / (self.times * (num_rows + width)))
-        return Narrow(num_rows, width, inner=max(1, inner))
+        return Narrow(num_rows, width, inner=min(width, max(1, inner)))
+
+    def compressed(self, table: Table) -> Table:
+        """Return a trained table in this kind; a small one as it is."""
+        made = self.make(table.num_rows, table.width)
+        if not isinstance(made, Narrow):
+            return table
+        made.fill(table)
+        return made
 
 
 class HashConfig(SmallerConfig):
@@ -239,6 +247,13 @@ class Narrow(SharedRows):
     def draw(self, *, std: float) -> None:
         self.inner.draw(std=std)
         nn.init.normal_(self.projection, std=self.inner.width**-0.5)
+
+    @torch.no_grad()
+    def fill(self, table: Table) -> None:
+        """Take a trained table's rows, along its principal directions."""
+        self.projection.copy_(principal_directions(table, self.inner.width))
+        for first, block_RD in finite_blocks(table):
+            self.inner.weight[first : first + len(block_RD)] = block_RD @ self.projection.T
 
     def zero_rows(self, untrained_R: Bool[Tensor, " R"]) -> None:
         self.inner.zero_rows(untrained_R)
@@ -406,6 +421,7 @@ class Quantised(SharedRows):
         padded_RP = rows_RD.new_zeros(len(rows_RD), self.sub_spaces * self.sizes[0])
         padded_RP[:, self._kept()] = rows_RD
         quantizer = faiss.ProductQuantizer(padded_RP.shape[1], self.sub_spaces, 8)
+        quantizer.cp.min_points_per_centroid = 1  # as few as there are: no warning
         quantizer.train(padded_RP.numpy())
         self.code_RM.copy_(torch.from_numpy(quantizer.compute_codes(padded_RP.numpy())))
         found = torch.from_numpy(faiss.vector_to_array(quantizer.centroids))
@@ -464,6 +480,17 @@ def finite_blocks(table: Table) -> list[tuple[int, Tensor]]:
                 value=row,
             )
     return blocks
+
+
+@torch.no_grad()
+def principal_directions(table: Table, num: int) -> Float[Tensor, "d D"]:
+    """Return the orthonormal directions along which the rows, as they are, are the longest."""
+    square_DD = torch.zeros(table.width, table.width, dtype=torch.float64)
+    for _, block_RD in finite_blocks(table):
+        square_DD += (block_RD.T @ block_RD).double().cpu()
+    direction_DD = torch.linalg.eigh(square_DD).eigenvectors  # the longest last
+    longest_dD: Tensor = direction_DD.T.flip(0)[:num].float()
+    return longest_dD
 
 
 def hashed(row_N: Int64[Tensor, " N"], salt: int, num: int) -> Int64[Tensor, " N"]:

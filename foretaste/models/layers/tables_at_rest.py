@@ -11,11 +11,17 @@ from typing import Annotated, ClassVar, Literal, final
 import torch
 from jaxtyping import Float, Int64
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
+from foretaste.config import Count
 from foretaste.errors import ConfigError
 from foretaste.models.layers.table import Dense, Table
-from foretaste.models.layers.tables import SharedRows, SmallerConfig, finite_blocks
+from foretaste.models.layers.tables import (
+    SharedRows,
+    SmallerConfig,
+    finite_blocks,
+    principal_directions,
+)
 
 _LOWEST = torch.finfo(torch.float32).tiny
 
@@ -51,16 +57,13 @@ class IntegerConfig(AtRestConfig):
 
     kind: Literal["int8", "int4"] = "int8"
     """"int8" and "int4": whole numbers of so many bits and a scale a row, from a trained table."""
+    width: Count | None = None
+    """Numbers a row: along so many principal directions of the table; none: all of them."""
 
     def make_smaller(self, num_rows: int, width: int) -> Table:
         """Make an empty table."""
-        if self.kind == "int4" and width % 2:
-            raise ConfigError(
-                f"a table of int4 packs two numbers a byte, and the width is {width}: take int8",
-                name="table.kind",
-                value=self.kind,
-            )
-        return Integers(num_rows, width, bits=8 if self.kind == "int8" else 4)
+        inner = width if self.width is None else min(self.width, width)
+        return Integers(num_rows, width, bits=8 if self.kind == "int8" else 4, inner=inner)
 
 
 class PrunedConfig(AtRestConfig):
@@ -133,32 +136,42 @@ class Integers(AtRest):
 
     weight: Tensor
     scale_R: Tensor
+    direction_dD: Tensor | None
 
-    def __init__(self, num_rows: int, width: int, *, bits: Literal[4, 8]) -> None:
+    def __init__(self, num_rows: int, width: int, *, bits: Literal[4, 8], inner: int) -> None:
         super().__init__(num_rows, width)
-        self.bits, self.most = bits, 2 ** (bits - 1) - 1
-        kept, dtype = (width, torch.int8) if bits == 8 else (width // 2, torch.uint8)
+        self.inner, self.bits, self.most = inner, bits, 2 ** (bits - 1) - 1
+        kept, dtype = (inner, torch.int8) if bits == 8 else ((inner + 1) // 2, torch.uint8)
         self.register_buffer("weight", torch.zeros(num_rows, kept, dtype=dtype))
         self.register_buffer("scale_R", torch.zeros(num_rows))
+        directions = torch.zeros(inner, width) if inner < width else None
+        self.register_buffer("direction_dD", directions)
 
     def rows(self, row_N: Int64[Tensor, " N"]) -> Float[Tensor, "N D"]:
         place_N = row_N.clamp(min=0)
-        whole_ND = self.weight[place_N]
+        whole_Nd = self.weight[place_N]
         if self.bits == 4:
-            pair_N2 = torch.stack([whole_ND & 15, whole_ND >> 4], dim=2).flatten(1)
-            whole_ND = pair_N2.to(torch.int8) - 8
-        return _none_is_0(whole_ND.float() * self.scale_R[place_N].unsqueeze(1), row_N)
+            pair_Nd2 = torch.stack([whole_Nd & 15, whole_Nd >> 4], dim=2).flatten(1)
+            whole_Nd = pair_Nd2[:, : self.inner].to(torch.int8) - 8
+        found_ND = whole_Nd.float() * self.scale_R[place_N].unsqueeze(1)
+        if self.direction_dD is not None:
+            found_ND = found_ND @ self.direction_dD
+        return _none_is_0(found_ND, row_N)
 
     def fill(self, table: Table) -> None:
+        if self.direction_dD is not None:
+            self.direction_dD.copy_(principal_directions(table, self.inner))
         for first, block_RD in finite_blocks(table):
             rows = slice(first, first + len(block_RD))
+            if self.direction_dD is not None:
+                block_RD = block_RD @ self.direction_dD.T
             scale_R = block_RD.abs().amax(dim=1) / self.most
-            whole_RD = (block_RD / scale_R.clamp(min=_LOWEST).unsqueeze(1)).round()
-            whole_RD = whole_RD.clamp(-self.most, self.most).to(torch.int8)
+            whole_Rd = (block_RD / scale_R.clamp(min=_LOWEST).unsqueeze(1)).round()
+            whole_Rd = whole_Rd.clamp(-self.most, self.most).to(torch.int8)
             if self.bits == 4:
-                pair_RD2 = (whole_RD + 8).to(torch.uint8).view(len(block_RD), -1, 2)
-                whole_RD = pair_RD2[..., 0] | pair_RD2[..., 1] << 4
-            self.weight[rows], self.scale_R[rows] = whole_RD, scale_R
+                even_Rd = nn.functional.pad((whole_Rd + 8).to(torch.uint8), (0, self.inner % 2))
+                whole_Rd = even_Rd[:, ::2] | even_Rd[:, 1::2] << 4
+            self.weight[rows], self.scale_R[rows] = whole_Rd, scale_R
 
 
 @final
