@@ -15,7 +15,7 @@ import torch
 from serving_worlds import CONFIGS, make_events, make_trained
 
 from foretaste.config import Config
-from foretaste.data.folder import entry_of, list_files, read_manifest
+from foretaste.data.folder import FileEntry, entry_of, list_files, read_manifest
 from foretaste.errors import BundleError
 from foretaste.json_values import json_value
 from foretaste.retrieval.index import IndexChoice
@@ -260,6 +260,27 @@ def test_files_that_the_manifest_does_not_list_are_ignored(saved: Path) -> None:
     (saved / "notes.txt").write_text("mine")
     (saved / "evil.pkl").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
     assert all_answers(load(saved)) == before
+
+
+def test_a_manifest_lists_every_file_that_is_read(saved: Path) -> None:
+    listed = read_manifest(saved, BundleManifest).files
+    read = [name for name in listed if "/" in name or name.endswith(".safetensors")]
+    assert {"weights.safetensors", "events/manifest.json", "index/index.json"} <= set(read)
+    for name in read:
+        reseal(saved, lambda document, name=name: document["files"].pop(name))
+        with pytest.raises(BundleError) as caught:
+            read_bundle(saved)
+        assert caught.value.value == name
+        reseal(saved, lambda document: document.update(files=to_json(listed)))
+    read_bundle(saved)
+    reseal(saved, lambda document: document.update(files={}))
+    with pytest.raises(BundleError) as caught:
+        read_bundle(saved)
+    assert caught.value.value in read
+
+
+def to_json(files: dict[str, FileEntry]) -> dict[str, object]:
+    return {name: vars(entry) for name, entry in files.items()}
 
 
 def test_a_folder_that_is_no_bundle_is_never_overwritten(tmp_path: Path) -> None:

@@ -41,6 +41,23 @@ def test_what_is_added_is_read_back_oldest_first(events: LiveEvents) -> None:
     assert events.count() == 4
 
 
+def test_a_check_reads_one_row_at_most(events: LiveEvents) -> None:
+    events.add([did("u", str(number)) for number in range(50)])
+    asked = []
+    sa.event.listen(events._engine, "before_cursor_execute", lambda *given: asked.append(given[2]))
+    events.check()
+    assert len(asked) == 1
+    assert "count" not in asked[0]
+    assert "LIMIT" in asked[0]
+
+
+def test_a_check_of_a_missing_table_is_an_error(events: LiveEvents) -> None:
+    with events._engine.begin() as connection:
+        connection.exec_driver_sql("DROP TABLE foretaste_live_events")
+    with pytest.raises(SQLAlchemyError):
+        events.check()
+
+
 def test_events_of_one_second_stay_as_they_came(events: LiveEvents) -> None:
     events.add([did("u", name) for name in "abc"])
     events.add([did("u", name) for name in "de"])

@@ -91,7 +91,7 @@ def seal(folder: Path, manifest: FolderManifest) -> None:
 
 def list_files(folder: Path) -> dict[str, FileEntry]:
     """Return the entry of every file below a folder, the manifest left out."""
-    names = [name for name in _files_below(folder) if name != MANIFEST_FILE]
+    names = [name for name in files_below(folder) if name != MANIFEST_FILE]
     return {name: entry_of(folder / name) for name in names}
 
 
@@ -359,7 +359,7 @@ def _check_replaceable(
                 path,
                 kind,
             )
-        foreign = [found for found in _files_below(place) if found not in listed]
+        foreign = [found for found in files_below(place) if found not in listed]
         if kind == "checkpoint":  # a run that was killed leaves parts that it had not listed yet
             foreign = [found for found in foreign if ".safetensors" not in found]
         if foreign:
@@ -389,7 +389,8 @@ def _listed_files(place: Path, kind: Kind) -> set[str] | None:
         return None
 
 
-def _files_below(place: Path) -> list[str]:
+def files_below(place: Path) -> list[str]:
+    """Return the paths of all files below a folder, relative to it; none if there is no folder."""
     found = (path for path in place.rglob("*") if not path.is_dir())
     return sorted(path.relative_to(place).as_posix() for path in found)
 

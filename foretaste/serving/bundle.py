@@ -30,7 +30,9 @@ from torch import Tensor, nn
 from foretaste.config import Config
 from foretaste.data.features import Features
 from foretaste.data.folder import (
+    MANIFEST_FILE,
     FolderManifest,
+    files_below,
     leftover,
     read_manifest,
     seal,
@@ -191,8 +193,8 @@ def write_bundle(bundle: Bundle, path: Path, *, replace: bool = False) -> None:
 def read_bundle(path: Path) -> Bundle:
     """Read a bundle of this or any earlier format; large parts are memory-mapped.
 
-    Every listed file is compared with its checksum before any is used; files that the manifest
-    does not list are ignored.
+    Every listed file is compared with its checksum before any is used, and a file that could be
+    read without one is a reason to refuse; others that the manifest does not list are ignored.
 
     Raises:
         BundleError: Something is missing, changed or broken, or the format is a newer one.
@@ -205,6 +207,7 @@ def read_bundle(path: Path) -> Bundle:
         )
     manifest = read_manifest(path, BundleManifest)
     _check_needs(manifest, path)
+    _check_listed(manifest, path)
     verify_files(path, manifest)
     try:
         return _read_parts(manifest, path)
@@ -226,6 +229,21 @@ def _check_needs(manifest: BundleManifest, path: Path) -> None:
             f"read: install foretaste {manifest.foretaste}, which wrote it, or a newer one",
             name=unknown[0],
             value=str(path),
+        )
+
+
+def _check_listed(manifest: BundleManifest, path: Path) -> None:
+    """Refuse a manifest that leaves out a file which could be read."""
+    needed = {WEIGHTS_FILE, POPULAR_FILE, f"{EVENTS_FOLDER}/{MANIFEST_FILE}"}
+    for folder in (EVENTS_FOLDER, INDEX_FOLDER, FEATURES_FOLDER):
+        needed |= {f"{folder}/{name}" for name in files_below(path / folder)}
+    left_out = sorted(needed - manifest.files.keys())
+    if left_out:
+        raise BundleError(
+            f"{path / MANIFEST_FILE} does not list {left_out[0]}, which could be read without a "
+            f"checksum: remove it if it is not of the bundle, or {manifest.remedy}",
+            name=str(path / MANIFEST_FILE),
+            value=left_out[0],
         )
 
 

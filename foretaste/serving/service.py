@@ -208,7 +208,7 @@ class Service:
     def ready(self) -> None:
         """Ask the store of live events whether it answers."""
         with self.metrics.store("ready"):
-            self.events.count()
+            self.events.check()
 
     def model(self) -> ModelReply:
         """Say what serves."""

@@ -46,6 +46,7 @@ _NEWEST = (  # built once: building it again takes longer than the look-up itsel
     .order_by(_EVENTS.c.timestamp_s.desc(), _EVENTS.c.seq.desc())
     .limit(sa.bindparam("most"))
 )
+_ANY = sa.select(_EVENTS.c.seq).limit(1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,9 +126,18 @@ class LiveEvents:
             return connection.execute(statement).rowcount
 
     def count(self) -> int:
-        """Return how many events are stored; it also shows that the database answers."""
+        """Return how many events are stored, by reading all of them."""
         with self._engine.connect() as connection:
             return connection.execute(sa.select(sa.func.count()).select_from(_EVENTS)).scalar_one()
+
+    def check(self) -> None:
+        """Read one event, if there is one: the database answers, however many it holds.
+
+        Raises:
+            sqlalchemy.exc.SQLAlchemyError: It does not.
+        """
+        with self._engine.connect() as connection:
+            connection.execute(_ANY)
 
     def close(self) -> None:
         """Give back every connection."""
@@ -166,7 +176,7 @@ def open_live_events(state: str, *, timeout_s: float = 1.0) -> LiveEvents:
     try:
         _make_table(engine)
         events = LiveEvents(engine, timeout_s=timeout_s)
-        events.count()
+        events.check()
     except SQLAlchemyError as error:
         engine.dispose()
         raise ConfigError(
