@@ -73,10 +73,12 @@ class Frontier(Shown):
     recommended: Point | None
     """The smallest that is better than `narrow` and `int8` of as many bytes."""
 
+    @checked
     def to_json(self) -> str:
         """Return it as JSON."""
         return json.dumps(asdict(self), indent=1)
 
+    @checked
     def to_frame(self) -> pl.DataFrame:
         """Return a row for each point."""
         return pl.DataFrame(
