@@ -9,15 +9,9 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
-from optuna.distributions import (
-    BaseDistribution,
-    CategoricalDistribution,
-    FloatDistribution,
-    IntDistribution,
-)
 from pydantic import BaseModel
 
 from foretaste.config import ChoiceConfig, Config, RangeConfig, parse_settings, shown
@@ -26,12 +20,18 @@ from foretaste.errors import ConfigError, NonFiniteError, TooLargeError
 from foretaste.experiment.compare_families import CLOSED_FORM
 from foretaste.experiment.learning import usual_objective
 from foretaste.experiment.recipe import ExperimentConfig, with_setting
+from foretaste.later import later
 from foretaste.models.catalogue import ModelConfig, TwoStageConfig
 from foretaste.training.fit import OUT_OF_TIME, Epoch
 from foretaste.training.objectives.catalogue import ObjectiveConfig
 from foretaste.training.objectives.pairs import PairsConfig
 from foretaste.training.settings import TrainingConfig
 from foretaste.training.trained import Trained
+
+if TYPE_CHECKING:
+    from optuna import distributions as drawn_from
+else:
+    drawn_from = later("optuna.distributions")
 
 C = TypeVar("C", bound=Config)
 _SAMPLE = 50_000
@@ -76,7 +76,7 @@ def _rate(model: ModelConfig, section: str) -> dict[str, RangeConfig | ChoiceCon
     return {f"{section}.learning_rate": range_}
 
 
-def distributions(config: ExperimentConfig) -> dict[str, BaseDistribution]:
+def distributions(config: ExperimentConfig) -> "dict[str, drawn_from.BaseDistribution]":
     """Return what Optuna draws from, by the setting's dotted name.
 
     A range whose setting is an integer draws integers.
@@ -90,10 +90,10 @@ def distributions(config: ExperimentConfig) -> dict[str, BaseDistribution]:
 
 def _distribution(
     name: str, part: RangeConfig | ChoiceConfig, config: ExperimentConfig
-) -> BaseDistribution:
+) -> "drawn_from.BaseDistribution":
     whole = _is_integer(config, name)
     if isinstance(part, ChoiceConfig):
-        return CategoricalDistribution(part.choices)
+        return drawn_from.CategoricalDistribution(part.choices)
     if part.low >= part.high or (part.log and part.low <= 0):
         raise ConfigError(
             f"tune.space: {name} from {part.low} to {part.high}: low must be below high"
@@ -102,8 +102,8 @@ def _distribution(
             value=part.low,
         )
     if whole:
-        return IntDistribution(int(part.low), int(part.high), log=part.log)
-    return FloatDistribution(part.low, part.high, log=part.log)
+        return drawn_from.IntDistribution(int(part.low), int(part.high), log=part.log)
+    return drawn_from.FloatDistribution(part.low, part.high, log=part.log)
 
 
 def _is_integer(config: Config, name: str) -> bool:
