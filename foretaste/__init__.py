@@ -114,10 +114,9 @@ if TYPE_CHECKING:
     from foretaste.serving.server import serve
     from foretaste.serving.settings import ServerSettings
     from foretaste.training.objectives.catalogue import ObjectiveConfig
-    from foretaste.training.objectives.masked_item import MaskedItemConfig
-    from foretaste.training.objectives.next_item import NextItemConfig
     from foretaste.training.objectives.pairs import PairsConfig
     from foretaste.training.objectives.rows import RowsConfig
+    from foretaste.training.objectives.sequences import MaskedItemConfig, NextItemConfig
     from foretaste.training.settings import TrainingConfig
     from foretaste.training.trained import Trained
 
@@ -297,12 +296,12 @@ _HOME = {
     "MFConfig": "models.mf",
     "MLPConfig": "models.neumf",
     "MMoEConfig": "models.mmoe",
-    "MaskedItemConfig": "training.objectives.masked_item",
+    "MaskedItemConfig": "training.objectives.sequences",
     "ModelComparison": "experiment.compare_table",
     "ModelConfig": "models.catalogue",
     "MultiField": "data.features_schema",
     "NeuMFConfig": "models.neumf",
-    "NextItemConfig": "training.objectives.next_item",
+    "NextItemConfig": "training.objectives.sequences",
     "NonFiniteError": "errors",
     "NumericField": "data.features_schema",
     "ObjectiveConfig": "training.objectives.catalogue",

@@ -23,9 +23,9 @@ from foretaste.models.neumf import NCF, GMFConfig
 from foretaste.models.popularity import PopularityConfig
 from foretaste.models.sasrec import SASRecConfig
 from foretaste.models.two_stage import TwoStage
-from foretaste.training.objectives.next_item import NextItemConfig
 from foretaste.training.objectives.pairs import PairsConfig
 from foretaste.training.objectives.rows import RowsConfig
+from foretaste.training.objectives.sequences import NextItemConfig
 from foretaste.training.trained import Trained
 from tests.test_contract import EVENTS, GROUP_SIZE, NUM_ITEMS, learn_next_item
 

@@ -20,12 +20,16 @@ from foretaste.data.vocabulary import Vocabulary
 from foretaste.errors import ConfigError
 from foretaste.experiment.learning import make_learning, usual_objective
 from foretaste.models.bert4rec import BERT4Rec, BERT4RecConfig
-from foretaste.models.layers.gated_block import GatedBlock
+from foretaste.models.layers.attention import GatedBlock
 from foretaste.models.sasrec import SASRec, SASRecConfig
 from foretaste.training.fit import Fit, Progress
-from foretaste.training.objectives.masked_item import MaskedItem, MaskedItemConfig, draw_places
-from foretaste.training.objectives.next_item import NextItemConfig
-from foretaste.training.seeding import epoch_generator
+from foretaste.training.objectives.sequences import (
+    MaskedItem,
+    MaskedItemConfig,
+    NextItemConfig,
+    draw_places,
+)
+from foretaste.training.runtime import epoch_generator
 from foretaste.training.settings import TrainingConfig
 
 B, L, D, NUM_ITEMS = 4, 6, 16, 50

@@ -41,10 +41,14 @@ from foretaste.models.shared_bottom import SharedBottomConfig
 from foretaste.models.two_stage import TwoStage
 from foretaste.models.two_tower import TwoTowerConfig
 from foretaste.training.fit import Fit
-from foretaste.training.objectives.masked_item import MaskedItem, MaskedItemConfig
-from foretaste.training.objectives.next_item import NextItem, NextItemConfig
 from foretaste.training.objectives.pairs import Pairs, PairsConfig
-from foretaste.training.seeding import epoch_generator
+from foretaste.training.objectives.sequences import (
+    MaskedItem,
+    MaskedItemConfig,
+    NextItem,
+    NextItemConfig,
+)
+from foretaste.training.runtime import epoch_generator
 from foretaste.training.settings import TrainingConfig
 from foretaste.training.trained import Trained
 

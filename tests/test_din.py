@@ -10,7 +10,7 @@ from torch import Tensor
 from foretaste.data.batch import Queries
 from foretaste.errors import ConfigError
 from foretaste.models.din import DIN, DINConfig
-from foretaste.models.layers import field_ranker, grouped_histories
+from foretaste.models.layers import field_ranker
 from foretaste.models.layers.target_attention import TargetAttention
 from tests.test_row_fields import EVENTS, FEATURES, ITEMS, NUM_ITEMS, NUM_USERS, QUERIES
 
@@ -124,7 +124,7 @@ def test_neighbours_and_their_lengths_change_nothing(
     for row, history in enumerate(HISTORIES):
         alone = model(Queries.of_histories([history]), ITEMS[row : row + 1])["click"]
         torch.testing.assert_close(alone[0], together[row])
-    monkeypatch.setattr(grouped_histories, "_GROUP_ROWS", 1)  # a group for each length
+    monkeypatch.setattr("foretaste.models.layers.history._GROUP_ROWS", 1)  # a group for each length
     torch.testing.assert_close(model(told, ITEMS)["click"], together)
 
 

@@ -15,8 +15,7 @@ from serving_worlds import CONFIGS, make_trained
 import foretaste as ft
 from foretaste.data.folder import reason_of, whole_file, whole_folder
 from foretaste.errors import ConfigError, ForetasteError
-from foretaste.training.checkpoint import write_checkpoint
-from foretaste.training.step_log import StepLog
+from foretaste.training.checkpoint import StepLog, write_checkpoint
 
 RECOMMENDER = ft.build_recommender(make_trained("popularity"))
 

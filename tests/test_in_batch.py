@@ -21,7 +21,7 @@ from foretaste.sampling.streaming import StreamedFrequency
 from foretaste.training.fit import Fit
 from foretaste.training.objectives.candidates import CandidateConfig, CandidateLoss
 from foretaste.training.objectives.pairs import Pairs, PairsConfig
-from foretaste.training.seeding import epoch_generator
+from foretaste.training.runtime import epoch_generator
 from foretaste.training.settings import TrainingConfig
 
 

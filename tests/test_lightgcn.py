@@ -24,7 +24,7 @@ from foretaste.models.lightgcn import LightGCN, LightGCNConfig, Send, propagate
 from foretaste.models.pinsage import PinSageConfig
 from foretaste.training.fit import Fit
 from foretaste.training.objectives.pairs import Pairs, PairsConfig
-from foretaste.training.seeding import epoch_generator
+from foretaste.training.runtime import epoch_generator
 from foretaste.training.settings import TrainingConfig
 
 GROUPS, SIZE = 4, 6

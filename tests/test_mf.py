@@ -26,7 +26,7 @@ from foretaste.models.lightgcn import LightGCNConfig
 from foretaste.models.mf import MF, MFConfig
 from foretaste.models.pinsage import PinSageConfig
 from foretaste.models.two_tower import TwoTowerConfig
-from foretaste.training.seeding import epoch_generator
+from foretaste.training.runtime import epoch_generator
 from foretaste.training.settings import TrainingConfig
 
 EVENTS = events_of(planted_histories(), num_items=40)

@@ -26,8 +26,8 @@ from foretaste.models.sasrec import SASRecConfig
 from foretaste.sampling.nearby import NearbyNegatives
 from foretaste.sampling.unseen import Seen
 from foretaste.training.objectives.catalogue import ObjectiveConfig
-from foretaste.training.objectives.next_item import NextItemConfig
 from foretaste.training.objectives.pairs import PairsConfig, hardness
+from foretaste.training.objectives.sequences import NextItemConfig
 from foretaste.training.prefetch import Prefetch
 from foretaste.training.settings import TrainingConfig
 

@@ -33,12 +33,16 @@ from foretaste.models.sasrec import SASRec, SASRecConfig
 from foretaste.training import checkpoint
 from foretaste.training.checkpoint import read_checkpoint, write_checkpoint
 from foretaste.training.fit import Epoch, Fit
-from foretaste.training.objectives.masked_item import MaskedItem, MaskedItemConfig
-from foretaste.training.objectives.next_item import NextItem, NextItemConfig
 from foretaste.training.objectives.pairs import Pairs, PairsConfig
+from foretaste.training.objectives.sequences import (
+    MaskedItem,
+    MaskedItemConfig,
+    NextItem,
+    NextItemConfig,
+)
 from foretaste.training.optimizer import rate_factor
 from foretaste.training.progress import Cost, CostWatch
-from foretaste.training.seeding import epoch_generator, step_generator, step_seed
+from foretaste.training.runtime import epoch_generator, step_generator, step_seed
 from foretaste.training.settings import TrainingConfig
 
 

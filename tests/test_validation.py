@@ -16,8 +16,8 @@ from foretaste.experiment.validation import make_validation, trained_rows
 from foretaste.models.catalogue import ModelConfig
 from foretaste.models.popularity import PopularityConfig
 from foretaste.models.sasrec import SASRec
-from foretaste.training.objectives.next_item import NextItemConfig
 from foretaste.training.objectives.rows import RowsConfig
+from foretaste.training.objectives.sequences import NextItemConfig
 from foretaste.training.settings import TrainingConfig
 
 MODELS: dict[str, ModelConfig] = {

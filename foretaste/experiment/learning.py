@@ -24,12 +24,16 @@ from foretaste.sampling.nearby import NearbyNegatives
 from foretaste.sampling.unseen import Seen
 from foretaste.training.fit import Plan, Refreshed
 from foretaste.training.objectives.catalogue import ObjectiveConfig
-from foretaste.training.objectives.masked_item import MaskedItem, MaskedItemConfig
-from foretaste.training.objectives.next_item import NextItem, NextItemConfig
 from foretaste.training.objectives.pairs import Hardness, Pairs, PairsConfig, hardness
 from foretaste.training.objectives.rows import RowsConfig
+from foretaste.training.objectives.sequences import (
+    MaskedItem,
+    MaskedItemConfig,
+    NextItem,
+    NextItemConfig,
+)
 from foretaste.training.prefetch import WorkedPlan
-from foretaste.training.seeding import epoch_generator, step_seed
+from foretaste.training.runtime import epoch_generator, step_seed
 
 _OBJECTIVES: TypeAdapter[ObjectiveConfig] = TypeAdapter(ObjectiveConfig)
 

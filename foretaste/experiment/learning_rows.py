@@ -19,7 +19,7 @@ from foretaste.sampling.row_negatives import RowNegatives
 from foretaste.sampling.uniform import UniformSampler
 from foretaste.sampling.unseen import Seen
 from foretaste.training.objectives.rows import LabelledRows, RowsConfig
-from foretaste.training.seeding import epoch_generator
+from foretaste.training.runtime import epoch_generator
 
 
 def learn_rows(

@@ -24,7 +24,7 @@ from foretaste.models.ease import EASEConfig
 from foretaste.models.item_knn import ItemKNNConfig
 from foretaste.models.popularity import PopularityConfig
 from foretaste.models.sasrec import SASRecConfig
-from foretaste.training.objectives.next_item import NextItemConfig
+from foretaste.training.objectives.sequences import NextItemConfig
 from foretaste.training.settings import TrainingConfig
 from foretaste.training.trained import Trained
 

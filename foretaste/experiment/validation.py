@@ -37,9 +37,8 @@ from foretaste.models.item_knn import ItemKNN, ItemKNNConfig
 from foretaste.models.item_sets import StrengthConfig
 from foretaste.models.popularity import Popularity, PopularityConfig
 from foretaste.training.objectives.catalogue import ObjectiveConfig
-from foretaste.training.objectives.masked_item import MaskedItemConfig
-from foretaste.training.objectives.next_item import NextItemConfig
 from foretaste.training.objectives.rows import RowsConfig
+from foretaste.training.objectives.sequences import MaskedItemConfig, NextItemConfig
 from foretaste.training.settings import TrainingConfig
 from foretaste.training.trained import Trained
 

@@ -28,7 +28,7 @@ from foretaste.data.features import Features
 from foretaste.data.tasks import Task
 from foretaste.models.layers.field_ranker import HistoryConfig, HistoryRanker
 from foretaste.models.layers.heads import Heads
-from foretaste.models.layers.pair_mlp import PairMLP
+from foretaste.models.layers.mlp import PairMLP
 
 
 class DINConfig(HistoryConfig):

@@ -34,8 +34,7 @@ from foretaste.config import ChoiceConfig, Count, Depth, RangeConfig, Space, Usu
 from foretaste.data.batch import NO_TIME, Queries, SequenceBatch, last_events
 from foretaste.errors import ConfigError
 from foretaste.models.base import Retriever
-from foretaste.models.layers.dropout import Dropout
-from foretaste.models.layers.gated_block import rows_at
+from foretaste.models.layers.attention import Dropout, rows_at
 from foretaste.models.layers.table_settings import IdConfig, make_table
 
 _BUCKETS = 64

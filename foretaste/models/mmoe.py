@@ -26,9 +26,9 @@ from foretaste.config import ChoiceConfig, Count, RangeConfig, Space, Usual, Wid
 from foretaste.data.batch import Queries
 from foretaste.data.features import Features
 from foretaste.data.tasks import Task
-from foretaste.models.layers.experts import Experts, Towers
 from foretaste.models.layers.field_ranker import HistoryConfig, HistoryRanker
 from foretaste.models.layers.heads import Heads
+from foretaste.models.layers.mlp import Experts, Towers
 
 
 class MMoEConfig(HistoryConfig):

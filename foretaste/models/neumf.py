@@ -38,7 +38,7 @@ from foretaste.data.tasks import Task
 from foretaste.models.base import Model
 from foretaste.models.layers.field_ranker import PairRanker
 from foretaste.models.layers.heads import Heads
-from foretaste.models.layers.pair_mlp import PairMLP, pair_dot
+from foretaste.models.layers.mlp import PairMLP, pair_dot
 from foretaste.models.layers.row_fields import RowFields
 from foretaste.models.layers.side_fields import RowFieldsConfig
 from foretaste.models.layers.table import Table

@@ -24,9 +24,7 @@ from torch import Tensor, nn
 from foretaste.config import ChoiceConfig, Count, Depth, RangeConfig, Space, Usual
 from foretaste.data.batch import Queries, SequenceBatch, last_events
 from foretaste.models.base import Retriever
-from foretaste.models.layers.attention import MultiHeadAttention
-from foretaste.models.layers.dropout import Dropout
-from foretaste.models.layers.gated_block import GatedBlock, rows_at
+from foretaste.models.layers.attention import Dropout, GatedBlock, MultiHeadAttention, rows_at
 from foretaste.models.layers.table_settings import IdConfig, make_table
 
 

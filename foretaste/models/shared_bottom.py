@@ -21,10 +21,9 @@ from torch import Tensor
 from foretaste.config import ChoiceConfig, RangeConfig, Space, Usual, Widths
 from foretaste.data.features import Features
 from foretaste.data.tasks import Task
-from foretaste.models.layers.experts import Towers
 from foretaste.models.layers.field_ranker import HistoryConfig, HistoryRanker
 from foretaste.models.layers.heads import Heads
-from foretaste.models.layers.pair_mlp import PairMLP
+from foretaste.models.layers.mlp import PairMLP, Towers
 
 
 class SharedBottomConfig(HistoryConfig):

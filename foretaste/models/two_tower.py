@@ -46,10 +46,9 @@ from foretaste.data.histories import Reads
 from foretaste.data.interactions import Interactions
 from foretaste.errors import ConfigError
 from foretaste.models.base import PairVectors, Retriever
-from foretaste.models.layers.embedding import Fusion
+from foretaste.models.layers.embedding import Fusion, known_fields, told_of_items, told_of_users
 from foretaste.models.layers.fold_in import FoldIn
 from foretaste.models.layers.history import AttentionHistory, CausalHistory, MeanHistory
-from foretaste.models.layers.known_fields import known_fields, told_of_items, told_of_users
 from foretaste.models.layers.mlp import MLP
 from foretaste.models.layers.similarity import Similarity, as_item, as_query
 from foretaste.models.layers.table import Table

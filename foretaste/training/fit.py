@@ -16,6 +16,7 @@ from foretaste.errors import ConfigError, NonFiniteError
 from foretaste.models.layers.table import Dense
 from foretaste.training.checkpoint import (
     CHECKPOINT,
+    StepLog,
     find_checkpoint,
     forget_checkpoint,
     read_checkpoint,
@@ -31,10 +32,8 @@ from foretaste.training.optimizer import (
 )
 from foretaste.training.prefetch import Plan as Plan
 from foretaste.training.prefetch import Prefetch
-from foretaste.training.runtime import choose_device, keep_memory
-from foretaste.training.seeding import step_generator
+from foretaste.training.runtime import choose_device, keep_memory, step_generator
 from foretaste.training.settings import TrainingConfig
-from foretaste.training.step_log import StepLog
 
 Network = TypeVar("Network", bound=nn.Module)
 Batch = TypeVar("Batch", covariant=True)

@@ -24,9 +24,9 @@ from foretaste.data.histories import Reads
 from foretaste.data.interactions import Interactions
 from foretaste.errors import ConfigError
 from foretaste.models.base import Ranker, Scorer
-from foretaste.models.layers.grouped_histories import Histories, group_histories
 from foretaste.models.layers.heads import score_in_blocks
-from foretaste.models.layers.pair_mlp import Activation
+from foretaste.models.layers.history import Histories, group_histories
+from foretaste.models.layers.mlp import Activation
 from foretaste.models.layers.row_fields import RowFields, RowParts
 from foretaste.models.layers.side_fields import RowFieldsConfig
 from foretaste.models.layers.target_attention import TargetAttention, mean_weights, pool

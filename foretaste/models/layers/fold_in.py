@@ -4,8 +4,11 @@ r"""A vector for a user of whom training saw nothing, from what they have done.
 
 W and b are the ridge regression of the users that training learned on their own histories.
 
+`with_likely_ids` and `with_likely_features` give a ranker such vectors, in evaluation only: in
+training every row is read as it is given.
+
 Shape legend: B queries, U users, I items, D width, E width of users' vectors, D unless said, N
-events.
+events, S single-valued fields, the id first, Q fields of a user, W width of a field.
 """
 
 from collections.abc import Callable
@@ -14,7 +17,7 @@ from typing import final
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from foretaste.data.batch import Queries
@@ -133,3 +136,51 @@ def _first_events(
     row_N = torch.repeat_interleave(length_B)
     place_N = torch.arange(len(row_N), device=row_N.device) - offsets_B1[row_N]
     return queries.history_N[queries.offsets_B1[row_N] + place_N], offsets_B1
+
+
+def with_likely_ids(
+    fold_in: FoldIn,
+    queries: Queries,
+    single_BSW: Float[Tensor, "B S W"],
+    has_id_B1: Bool[Tensor, "B 1"],
+    *,
+    users: Rows,
+    items: Rows,
+    only_new: bool = False,
+) -> tuple[Float[Tensor, "B S W"], Bool[Tensor, "B 1"]]:
+    """Return the ids of queries with a history by `fold_in`, and which queries have an id then.
+
+    Args:
+        fold_in: Knows the regression.
+        queries: Users and their histories.
+        single_BSW: Single-valued fields.
+        has_id_B1: Which users have an id vector.
+        users: Gives the users' id vectors.
+        items: Gives the items'.
+        only_new: Whether known users keep their vectors whatever they have done since.
+    """
+    told_B1 = (queries.offsets_B1.diff() > 0).unsqueeze(1)
+    if only_new:
+        told_B1 = told_B1 & ~has_id_B1
+    if not told_B1.any():
+        return single_BSW, has_id_B1
+    id_BW = fold_in(queries, users, items).where(told_B1, single_BSW[:, 0])
+    return torch.cat([id_BW.unsqueeze(1), single_BSW[:, 1:]], dim=1), has_id_B1 | told_B1
+
+
+def with_likely_features(
+    fold_features: FoldIn,
+    queries: Queries,
+    field_BQW: Float[Tensor, "B Q W"],
+    *,
+    items: Rows,
+) -> Float[Tensor, "B Q W"]:
+    """Replace all fields but the first, of new users with a history whose features are not told."""
+    untold_B = (queries.user_B < 0) & (queries.offsets_B1.diff() > 0)
+    if queries.profile is not None:
+        untold_B &= ~queries.profile.known_R
+    if not untold_B.any():
+        return field_BQW
+    likely_BX: Tensor = fold_features(queries, None, items)
+    likely_BQW = torch.cat([field_BQW[:, :1], likely_BX.view_as(field_BQW[:, 1:])], dim=1)
+    return likely_BQW.where(untold_B[:, None, None], field_BQW)

@@ -1,12 +1,24 @@
-"""A tower of layers, each followed by ReLU but the last."""
+"""Layers over a query and each of its items, the query's share worked out once, and towers of them.
 
-from collections.abc import Sequence
-from typing import final
+A first layer is linear, so :math:`W [q; i] = W_q q + W_i i`: with C items of a query, or all
+queries over the same items, most of its products are done once and not for every pair.
 
-from jaxtyping import Float
+Shape legend: B queries, A rows of items (B, or 1 where all queries have the same), C items of
+each, Q width of a query, I width of an item, O width of the output, R rows, E experts, T tasks, H
+width of an expert's output.
+"""
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any, Literal, final
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from foretaste.models.layers.dropout import Dropout
+from foretaste.data.tasks import Task
+from foretaste.models.layers.attention import Dropout
 
 
 @final
@@ -26,3 +38,295 @@ class MLP(nn.Module):
     def forward(self, x_XD: Float[Tensor, "*X D"]) -> Float[Tensor, "*X O"]:
         output: Tensor = self.layers(x_XD)
         return output
+
+
+Activation = Literal["relu", "prelu", "dice"]
+"""What follows a hidden layer: ReLU; its leaky form with a learned slope; or Dice, whose corner
+moves with the data."""
+
+
+@final
+class PairLinear(nn.Module):
+    r"""One linear layer over a query and an item side by side.
+
+    Its first weights keep the spread of its input through a ReLU, with :math:`D = Q + I`:
+
+    .. math:: W \sim N(0, 2 / D), \quad b = 0
+
+    Torch's are less than half as wide: experts then missed parts of their tasks. Layers further up
+    have torch's: wider ones there learn tables of many rare ids by heart.
+
+    References:
+        He et al., "Delving Deep into Rectifiers: Surpassing Human-Level Performance on ImageNet
+        Classification", ICCV 2015, https://arxiv.org/abs/1502.01852
+    """
+
+    def __init__(self, query_dim: int, item_dim: int, output_dim: int) -> None:
+        super().__init__()
+        self.query_dim, self.item_dim = query_dim, item_dim
+        self.joint = nn.Linear(query_dim + item_dim, output_dim)
+        nn.init.kaiming_normal_(self.joint.weight, nonlinearity="relu")
+        nn.init.zeros_(self.joint.bias)
+
+    def forward(
+        self, query_BQ: Float[Tensor, "B Q"], item_ACI: Float[Tensor, "A C I"]
+    ) -> Float[Tensor, "B C O"]:
+        """Return the layer's output for each pair."""
+        weight, bias = self.joint.weight, self.joint.bias
+        query_B1O = F.linear(query_BQ, weight[:, : self.query_dim], bias).unsqueeze(1)
+        if not self.item_dim:
+            return query_B1O.repeat(1, item_ACI.shape[1], 1)
+        item_ACO = F.linear(item_ACI, weight[:, self.query_dim :])
+        return item_ACO.add_(query_B1O) if len(item_ACO) == len(query_B1O) else item_ACO + query_B1O
+
+
+@final
+class PairMLP(nn.Module):
+    """Hidden layers over a query and an item, then a linear one, if there is an output."""
+
+    def __init__(
+        self,
+        query_dim: int,
+        item_dim: int,
+        hidden: Sequence[int],
+        output_dim: int | None = None,
+        *,
+        dropout: float = 0.0,
+        activation: Activation = "relu",
+        batch_norm: bool = False,
+    ) -> None:
+        """Make untrained weights.
+
+        Args:
+            query_dim: Q.
+            item_dim: I.
+            hidden: Widths of the hidden layers.
+            output_dim: O; None: the last hidden layer is the output, and there must be one.
+            dropout: Share of values dropped after each of them.
+            activation: What follows each of them.
+            batch_norm: Whether each is normalised over the batch before it.
+        """
+        super().__init__()
+        widths = [*hidden] if output_dim is None else [*hidden, output_dim]
+        self.first = PairLinear(query_dim, item_dim, widths[0])
+        layers: list[nn.Module] = []
+        for place, width in enumerate(widths):
+            layers += [nn.Linear(widths[place - 1], width)] if place else []
+            if place < len(hidden):
+                layers += [RowNorm(width)] if batch_norm else []
+                layers += [activate(activation, width), Dropout(dropout)]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(
+        self, query_BQ: Float[Tensor, "B Q"], item_ACI: Float[Tensor, "A C I"]
+    ) -> Float[Tensor, "B C O"]:
+        """Return the last layer's output for each pair."""
+        first_BCO: Tensor = self.first(query_BQ, item_ACI)
+        output_RO: Tensor = self.layers(first_BCO.flatten(0, 1))
+        return output_RO.view(*first_BCO.shape[:2], output_RO.shape[1])
+
+
+@final
+class RowNorm(nn.Module):
+    """Batch normalisation over all rows, however they are laid out."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(width)
+
+    def forward(self, x_XO: Float[Tensor, "*X O"]) -> Float[Tensor, "*X O"]:
+        rows_RO = x_XO.flatten(0, -2)
+        if self.training and len(rows_RO) < 2:  # one row has no spread
+            return x_XO
+        normal: Tensor = self.norm(rows_RO)
+        return normal.view(x_XO.shape)
+
+
+@final
+class Dice(nn.Module):
+    r"""PReLU whose corner lies at the mean of the data, and is as soft as they spread.
+
+    .. math:: f(s) = p(s)\, s + (1 - p(s))\, \alpha s, \quad
+              p(s) = \sigma\left(\frac{s - E[s]}{\sqrt{Var[s] + \epsilon}}\right)
+
+    Mean and variance are those of the batch in training, and moving averages of them afterwards.
+
+    References:
+        Zhou et al., "Deep Interest Network for Click-Through Rate Prediction", KDD 2018,
+        https://arxiv.org/abs/1706.06978
+    """
+
+    mean_O: Tensor
+    var_O: Tensor
+
+    def __init__(self, width: int, *, momentum: float = 0.1, epsilon: float = 1e-8) -> None:
+        super().__init__()
+        self.momentum, self.epsilon = momentum, epsilon
+        self.slope_O = nn.Parameter(torch.zeros(width))
+        self.register_buffer("mean_O", torch.zeros(width))
+        self.register_buffer("var_O", torch.ones(width))
+
+    def forward(
+        self, x_XO: Float[Tensor, "*X O"], valid_X: Bool[Tensor, "*X"] | None = None
+    ) -> Float[Tensor, "*X O"]:
+        """Return the activations; rows that are not valid do not count in mean and variance."""
+        mean_O, var_O = self._moments(x_XO, valid_X) if self.training else (self.mean_O, self.var_O)
+        share_XO = ((x_XO - mean_O) * (var_O + self.epsilon).rsqrt()).sigmoid()
+        return x_XO * (share_XO + (1 - share_XO) * self.slope_O)
+
+    def _moments(self, x_XO: Tensor, valid_X: Tensor | None) -> tuple[Tensor, Tensor]:
+        rows_RO = (x_XO.flatten(0, -2) if valid_X is None else x_XO[valid_X]).float()
+        if len(rows_RO) < 2:
+            return self.mean_O, self.var_O
+        var_O, mean_O = torch.var_mean(rows_RO, dim=0, correction=0)
+        with torch.no_grad():
+            self.mean_O.lerp_(mean_O, self.momentum)
+            self.var_O.lerp_(var_O, self.momentum)
+        return mean_O, var_O
+
+
+def activate(kind: Activation, width: int) -> nn.Module:
+    """Make what follows a hidden layer of a width."""
+    match kind:
+        case "relu":
+            return nn.ReLU(inplace=True)
+        case "prelu":
+            return SlopedReLU(width)
+        case "dice":
+            return Dice(width)
+
+
+@final
+class SlopedReLU(nn.Module):
+    """PReLU with a slope for each unit, which stands last."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.slope_O = nn.Parameter(torch.full((width,), 0.25))
+
+    def forward(self, x_XO: Float[Tensor, "*X O"]) -> Float[Tensor, "*X O"]:
+        sloped_RO: Tensor = _Sloped.apply(  # type: ignore[no-untyped-call]  # torch leaves it so
+            x_XO.flatten(0, -2), self.slope_O.to(x_XO.dtype)
+        )
+        return sloped_RO.view(x_XO.shape)
+
+
+class _Sloped(torch.autograd.Function):
+    """PReLU, with a gradient in half of the time that torch's own takes on a CPU."""
+
+    @staticmethod
+    def forward(
+        context: Any,  # torch's own, without a public type
+        x_RO: Tensor,
+        slope_O: Tensor,
+    ) -> Tensor:
+        context.save_for_backward(x_RO, slope_O)
+        return F.prelu(x_RO, slope_O)
+
+    @staticmethod
+    def backward(context: Any, grad_RO: Tensor) -> tuple[Tensor, Tensor]:
+        x_RO, slope_O = context.saved_tensors
+        below_RO = grad_RO * (x_RO <= 0)
+        of_slope_O = x_RO.new_ones(len(x_RO)) @ (below_RO * x_RO)
+        return torch.addcmul(grad_RO, below_RO, slope_O - 1), of_slope_O
+
+
+def pair_dot(
+    query_BD: Float[Tensor, "B D"], item_ACD: Float[Tensor, "A C D"]
+) -> Float[Tensor, "B C"]:
+    """Return the dot product of each query with its items."""
+    if len(item_ACD) == 1:
+        return query_BD @ item_ACD[0].T
+    return (item_ACD * query_BD.unsqueeze(1)).sum(dim=2)
+
+
+@final
+class Experts(nn.Module):
+    """Networks side by side, each layer followed by ReLU, and a softmax over them for each task.
+
+    The first layers of all experts and all gates are one product.
+    """
+
+    def __init__(
+        self,
+        query_dim: int,
+        item_dim: int,
+        hidden: Sequence[int],
+        *,
+        num_experts: int,
+        num_gates: int,
+        dropout: float = 0.0,
+    ) -> None:
+        """Make untrained weights.
+
+        Args:
+            query_dim: Q.
+            item_dim: I.
+            hidden: Widths of each expert's layers, one or more; the last is H.
+            num_experts: E.
+            num_gates: T.
+            dropout: Share of values dropped after each layer.
+        """
+        super().__init__()
+        self.num_experts, self.num_gates = num_experts, num_gates
+        self.first = PairLinear(
+            query_dim, item_dim, num_experts * hidden[0] + num_gates * num_experts
+        )
+        self.further = nn.ModuleList(
+            _Layer(num_experts, before, after) for before, after in pairwise(hidden)
+        )
+        self.dropout = Dropout(dropout)
+
+    def forward(
+        self, query_BQ: Float[Tensor, "B Q"], item_ACI: Float[Tensor, "A C I"]
+    ) -> tuple[Float[Tensor, "B C E H"], Float[Tensor, "B C T E"]]:
+        """Return each expert's output and each task's weights of them, which sum to 1."""
+        num_experts, num_gates = self.num_experts, self.num_gates
+        both: Tensor = self.first(query_BQ, item_ACI)
+        logit_BCTE = both[..., both.shape[-1] - num_gates * num_experts :].unflatten(
+            -1, (num_gates, num_experts)
+        )
+        state = both[..., : both.shape[-1] - num_gates * num_experts]
+        state = self.dropout(state.unflatten(-1, (num_experts, -1)).relu())
+        for layer in self.further:
+            state = self.dropout(layer(state).relu())
+        return state, logit_BCTE.softmax(dim=-1)
+
+
+@final
+class _Layer(nn.Module):
+    """A linear layer for each expert."""
+
+    def __init__(self, num_experts: int, before: int, after: int) -> None:
+        super().__init__()
+        bound = before**-0.5
+        self.weight_EHK = nn.Parameter(torch.empty(num_experts, before, after))
+        self.bias_EK = nn.Parameter(torch.empty(num_experts, after))
+        nn.init.uniform_(self.weight_EHK, -bound, bound)
+        nn.init.uniform_(self.bias_EK, -bound, bound)
+
+    def forward(self, x_BCEH: Float[Tensor, "B C E H"]) -> Float[Tensor, "B C E K"]:
+        x_ENH = x_BCEH.flatten(0, 1).transpose(0, 1)
+        y_ENK = torch.baddbmm(self.bias_EK.unsqueeze(1), x_ENH, self.weight_EHK)
+        return y_ENK.transpose(0, 1).reshape(*x_BCEH.shape[:3], -1)
+
+
+@final
+class Towers(nn.Module):
+    """A small network for each task, from what it is given to one number."""
+
+    def __init__(
+        self, tasks: tuple[Task, ...], input_dim: int, hidden: Sequence[int], *, dropout: float
+    ) -> None:
+        super().__init__()
+        self.tasks = tasks
+        self.towers = nn.ModuleList(MLP(input_dim, hidden, 1, dropout=dropout) for _ in tasks)
+
+    def forward(
+        self, input_BCH: Sequence[Float[Tensor, "B C H"]]
+    ) -> Mapping[str, Float[Tensor, "B C"]]:
+        """Return each task's number, given each task's input."""
+        return {
+            task.name: tower(x_BCH).squeeze(2)
+            for task, tower, x_BCH in zip(self.tasks, self.towers, input_BCH, strict=True)
+        }

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from foretaste.data.batch import Queries
 from foretaste.data.features import Features, FieldTable
 from foretaste.errors import ConfigError
-from foretaste.models.layers.embedding import Fusion
-from foretaste.models.layers.known_fields import known_fields, told_of_items, told_of_users
+from foretaste.models.layers.embedding import Fusion, known_fields, told_of_items, told_of_users
 from foretaste.models.layers.table import Table
 from foretaste.models.layers.table_settings import TableConfig, make_tables
 

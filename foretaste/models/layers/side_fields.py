@@ -18,8 +18,14 @@ from torch import Tensor, nn
 from foretaste.config import Count, Positive, Weight
 from foretaste.data.features import Features, FieldSide, FieldTable
 from foretaste.errors import ConfigError
-from foretaste.models.layers.embedding import FieldVectors, Fusion, gated_sum
-from foretaste.models.layers.known_fields import KnownRows, told_of_items, told_of_users
+from foretaste.models.layers.embedding import (
+    FieldVectors,
+    Fusion,
+    KnownRows,
+    gated_sum,
+    told_of_items,
+    told_of_users,
+)
 from foretaste.models.layers.table import Table
 from foretaste.models.layers.table_settings import IdConfig, make_tables
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from foretaste.models.layers.pair_mlp import Activation, Dice, activate
+from foretaste.models.layers.mlp import Activation, Dice, activate
 
 
 @final
