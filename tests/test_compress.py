@@ -1,13 +1,16 @@
 """Compressing a trained model's tables: what is measured, what is served, what is refused."""
 
+import json
 from pathlib import Path
 
 import polars as pl
 import pytest
 import torch
 from serving_worlds import make_events
+from typer.testing import CliRunner
 
 import foretaste as ft
+from foretaste.cli.main import app
 from foretaste.errors import ConfigError
 from foretaste.experiment.compress import compress_tables
 from foretaste.models.layers.tables import HashConfig, QuantisedConfig
@@ -139,6 +142,29 @@ def test_only_trained_dense_tables_are_compressed_and_only_once(table, name: str
     with pytest.raises(ConfigError) as caught:
         compress_tables(once, table)
     assert (caught.value.name, caught.value.value) == ("table", table.kind)
+
+
+@pytest.mark.parametrize("config", [ft.LightGCNConfig(), ft.PinSageConfig()])
+def test_models_of_graphs_say_why_they_are_not_compressed(config) -> None:
+    with pytest.raises(ConfigError) as caught:
+        compress_tables(fitted(config), SMALL)
+    assert (caught.value.name, caught.value.value) == ("model.kind", config.kind)
+
+
+def test_a_kind_may_be_given_as_settings(bundle: Path) -> None:
+    trained = ft.load(bundle).trained
+    assert compress_tables(trained, {"kind": "int4"}).config.table == IntegerConfig(kind="int4")
+    with pytest.raises(ConfigError) as caught:
+        compress_tables(trained, {"kind": "int3"})
+    assert caught.value.name == "table"
+
+
+def test_the_command_writes_the_kind_that_it_is_told(bundle: Path, tmp_path: Path) -> None:
+    line = ["compress", str(bundle), "--kind", "int8", "--out", str(tmp_path / "small"), "--json"]
+    done = CliRunner().invoke(app, line)
+    assert done.exit_code == 0, done.output
+    assert ft.load(tmp_path / "small").trained.config.table == IntegerConfig()
+    assert json.loads(done.stdout)["points"][0]["table"]["kind"] == "int8"
 
 
 def test_a_model_without_tables_and_a_metric_that_is_not_there_are_named(bundle: Path) -> None:

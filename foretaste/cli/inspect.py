@@ -2,16 +2,13 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import Annotated
 
 import typer
 
 import foretaste as ft
 from foretaste.cli.fit import DataDir
 from foretaste.cli.show import JsonFlag, answer, pairs
-
-if TYPE_CHECKING:
-    from foretaste.models.layers.table_settings import TableConfig
 
 
 def inspect(
@@ -42,10 +39,10 @@ def compress(
 ) -> None:
     """Measure smaller tables on the bundle's test part, and write one that is worth it."""
     asked = None if recipe is None else ft.read_experiment(recipe, data_dir=data_dir)
-    tables = cast("list[TableConfig]", [] if kind is None else [{"kind": kind}])
+    tables = [] if kind is None else [{"kind": kind}]
     found = ft.compress(bundle, tables=tables, recipe=asked, data_dir=data_dir, metric=metric)
     chosen = {"kind": kind} if kind else found.recommended and found.recommended.table
     if out is not None and chosen:
-        smaller = ft.compress_tables(ft.load(bundle).trained, cast("TableConfig", chosen))
+        smaller = ft.compress_tables(ft.load(bundle).trained, chosen)
         ft.build_recommender(smaller).save(out)
     answer(json.loads(found.to_json()), found, as_json=as_json)

@@ -10,7 +10,7 @@ import copy
 import json
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import final
@@ -26,13 +26,14 @@ from foretaste.evaluation.reports import Reports
 from foretaste.experiment.recipe import ExperimentConfig
 from foretaste.experiment.run import evaluate_split, read_split, recipe_of
 from foretaste.models.layers.table import Dense, Table
-from foretaste.models.layers.table_settings import TableConfig
+from foretaste.models.layers.table_settings import IdConfig, TableConfig
 from foretaste.models.layers.tables import DenseConfig, NarrowConfig, QuantisedConfig
 from foretaste.models.layers.tables_at_rest import HalfConfig, IntegerConfig, PrunedConfig
 from foretaste.serving.building import build_recommender, load
 from foretaste.shown import Shown
 from foretaste.training.trained import Trained
 
+Settings = TableConfig | Mapping[str, object]
 _ASKED = 200
 
 
@@ -118,17 +119,17 @@ class Frontier(Shown):
 
 
 @checked
-def compress_tables(trained: Trained, table: TableConfig) -> Trained:
+def compress_tables(trained: Trained, table: Settings) -> Trained:
     """Return a trained model whose tables are kept in another kind; the original stays.
 
     Args:
         trained: With dense tables.
-        table: A kind that can be made of a trained table.
+        table: A kind that can be made of a trained table, as settings: `{"kind": "int8"}`.
 
     Raises:
         ConfigError: It has no dense tables, or the kind must be trained.
     """
-    config = trained.config
+    config, kept = trained.config, _settings(table)
     if not isinstance(getattr(config, "table", None), DenseConfig):
         kind = getattr(getattr(config, "table", None), "kind", "none")
         raise ConfigError(
@@ -137,15 +138,24 @@ def compress_tables(trained: Trained, table: TableConfig) -> Trained:
             name="table",
             value=kind,
         )
+    if hasattr(config, "graph"):
+        kind = str(getattr(config, "kind", ""))
+        raise ConfigError(
+            f"{kind} answers with vectors that it worked out from its tables over a graph, so "
+            "smaller tables would not make it smaller: train it with model.table of a kind that "
+            "trains, or take a model without a graph",
+            name="model.kind",
+            value=kind,
+        )
     model, made = copy.deepcopy(trained.model), dict[Dense, Table]()
     for parent in list(model.modules()):
         for name, part in parent.named_children():
             if isinstance(part, Dense):
                 if part not in made:
-                    made[part] = table.compressed(part)
+                    made[part] = kept.compressed(part)
                 setattr(parent, name, made[part])
     model.train().eval()  # forgets what was worked out from the other tables
-    smaller = config.model_copy(update={"table": table})
+    smaller = config.model_copy(update={"table": kept})
     settings = {**trained.settings, "model": smaller.model_dump(mode="json")}
     return replace(trained, model=model, config=smaller, settings=settings)
 
@@ -154,7 +164,7 @@ def compress_tables(trained: Trained, table: TableConfig) -> Trained:
 def compress(
     bundle: Path | str,
     *,
-    tables: Sequence[TableConfig] = (),
+    tables: Sequence[Settings] = (),
     recipe: ExperimentConfig | None = None,
     data_dir: Path | str | None = None,
     metric: str = "ndcg_at_10",
@@ -199,7 +209,7 @@ def compress(
             found[table] = (_point(smaller, table, report, original, metric, dense_bytes), report)
         return found[table]
 
-    for table in tables or usual_tables(width):
+    for table in map(_settings, tables or usual_tables(width)):
         point, report = measure(table)
         above: dict[str, bool] = {}
         for name, anchor in anchors(table, point.times_smaller, width).items():
@@ -216,6 +226,10 @@ def compress(
         points=points,
         recommended=max(better, key=lambda p: p.times_smaller, default=None),
     )
+
+
+def _settings(table: Settings) -> TableConfig:
+    return IdConfig(table=table).table  # type: ignore[arg-type]  # settings are read there
 
 
 def usual_tables(width: int) -> list[TableConfig]:
