@@ -974,6 +974,38 @@ def test_a_model_that_cannot_answer_a_history_does_not_serve(tmp_path: Path) -> 
         load_version(tmp_path / "broken")
 
 
+@pytest.mark.parametrize("raised", [IndexError, MemoryError, BaseException])
+def test_whatever_a_bundle_raises_while_it_is_loaded_refuses_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, raised: type[BaseException]
+) -> None:
+    bundle = write_film_bundle(tmp_path / "films")
+    with served(bundle, str(tmp_path / "e.sqlite")) as films:
+        version = films.http.get("/v1/model").json()["version"]
+
+        def fail(_: Path) -> None:
+            raise raised
+
+        monkeypatch.setattr("foretaste.serving.slot.load", fail)
+        refused = films.http.post("/v1/model/reload")
+        assert refused.status_code == 409
+        assert raised.__name__ in refused.json()["error"]
+        assert films.recommend(user_id=1)["model_version"] == version
+        assert 'foretaste_reloads_total{result="refused"} 1.0' in films.http.get("/metrics").text
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
+def test_loading_can_be_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: type[BaseException]
+) -> None:
+    def fail(_: Path) -> None:
+        raise stop
+
+    (tmp_path / "manifest.json").write_text("{}")
+    monkeypatch.setattr("foretaste.serving.slot.load", fail)
+    with pytest.raises(stop):
+        load_version(tmp_path)
+
+
 def test_an_old_version_is_gone_at_once_and_waits_for_no_collector(tmp_path: Path) -> None:
     # What lived when the collector was told to leave it alone is freed by its last user or never.
     bundle = write_film_bundle(tmp_path / "films")

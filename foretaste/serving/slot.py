@@ -48,6 +48,20 @@ def load_version(bundle: Path) -> Loaded:
             name=str(bundle),
             value=str(bundle),
         ) from error
+    try:
+        return _load_and_ask(bundle, manifest_bytes)
+    except (ForetasteError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic of native code is no Exception
+        raise BundleError(
+            f"{bundle} cannot serve although its checksums are right: {type(error).__name__} while "
+            "it was loaded or asked; save it again from a model that answers",
+            name=str(bundle),
+            value=str(bundle),
+        ) from error
+
+
+def _load_and_ask(bundle: Path, manifest_bytes: bytes) -> Loaded:
     recommender = load(bundle)
     popular = recommender.recommend(k=1)
     recommender.recommend(history=[row.item_id for row in popular.rows], k=1)
