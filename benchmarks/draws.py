@@ -24,9 +24,7 @@ import numpy as np
 import torch
 
 from foretaste.experiment.facts import run_facts
-from foretaste.sampling.distinct import DistinctSampler
-from foretaste.sampling.popularity import PopularitySampler
-from foretaste.sampling.uniform import UniformSampler
+from foretaste.sampling.samplers import DistinctSampler, PopularitySampler, UniformSampler
 from foretaste.training.runtime import keep_memory
 
 SIZES = (10_000, 1_000_000, 10_000_000)

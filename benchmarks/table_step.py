@@ -26,7 +26,7 @@ from foretaste.data.batch import Queries
 from foretaste.experiment.facts import run_facts
 from foretaste.models.layers.table import Dense
 from foretaste.models.mf import MF, MFConfig
-from foretaste.sampling.distinct import DistinctSampler
+from foretaste.sampling.samplers import DistinctSampler
 from foretaste.training.optimizer import gradients, make_optimizer
 from foretaste.training.settings import TrainingConfig
 

@@ -368,11 +368,8 @@ OF_THE_STATE = {
     "models/two_tower.py": 1,
     "retrieval/choose.py": 2,
     "retrieval/index.py": 1,
-    "sampling/distinct.py": 1,
-    "sampling/in_batch.py": 1,
-    "sampling/popularity.py": 1,
-    "sampling/uniform.py": 1,
-    "sampling/unseen.py": 1,
+    "sampling/negatives.py": 1,
+    "sampling/samplers.py": 4,
     "serving/catalogue_search.py": 2,
     "training/trained.py": 2,
 }

@@ -22,8 +22,8 @@ from foretaste.experiment.compare_by_rows import common_tasks
 from foretaste.experiment.compare_counts import BASE_RATE, count_baselines
 from foretaste.experiment.compare_picture import comparison_svg
 from foretaste.experiment.compare_table import ModelComparison, ModelRow
-from foretaste.sampling.row_negatives import RowNegatives
-from foretaste.sampling.uniform import UniformSampler
+from foretaste.sampling.negatives import RowNegatives
+from foretaste.sampling.samplers import UniformSampler
 
 SHORT = {"epochs": 4, "batch_events": 128, "learning_rate": 0.05, "warmup_steps": 0}
 LIKED = Task(name="liked", column="liked")

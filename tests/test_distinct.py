@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from foretaste.errors import DataError
-from foretaste.sampling.distinct import DistinctSampler
+from foretaste.sampling.samplers import DistinctSampler
 
 COUNTS = torch.tensor([0, 1, 2, 4, 8, 16, 32, 64])
 CPU = torch.device("cpu")

@@ -16,8 +16,7 @@ from foretaste.data.pairs import plan_pairs
 from foretaste.data.vocabulary import Vocabulary
 from foretaste.errors import DataError
 from foretaste.models.mf import MF, MFConfig
-from foretaste.sampling.in_batch import InBatchSampler
-from foretaste.sampling.streaming import StreamedFrequency
+from foretaste.sampling.samplers import InBatchSampler, StreamedFrequency
 from foretaste.training.fit import Fit
 from foretaste.training.objectives.candidates import CandidateConfig, CandidateLoss
 from foretaste.training.objectives.pairs import Pairs, PairsConfig

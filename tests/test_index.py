@@ -15,7 +15,7 @@ from torch import Tensor
 
 from foretaste.errors import BundleError, DataError, NonFiniteError
 from foretaste.models.layers.top_k import top_k
-from foretaste.retrieval import exact as exact_module
+from foretaste.retrieval import index as index_module
 from foretaste.retrieval.choose import build_index, load_index
 from foretaste.retrieval.faiss_index import FaissIndex
 from foretaste.retrieval.index import IndexChoice, ItemIndex
@@ -93,8 +93,8 @@ def test_exact_is_a_sort_of_what_is_allowed(
     table, queries = normal(seed, num_items, 4), normal(seed + 1, 3, 4)
     exclude = torch.randint(-1, num_items, (3, excluded), generator=generator)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exact_module, "ITEM_BLOCK", item_block)
-        patch.setattr(exact_module, "SCORE_BLOCK", score_block)
+        patch.setattr(index_module, "ITEM_BLOCK", item_block)
+        patch.setattr(index_module, "SCORE_BLOCK", score_block)
         index = build_index(table, kind="exact", known_I=known)
         answer = index.search(queries, k, exclude_BX=exclude, allow_I=allow)
     for row in range(3):

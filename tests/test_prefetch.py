@@ -23,8 +23,7 @@ from foretaste.models.lightgcn import LightGCNConfig
 from foretaste.models.mf import MF, MFConfig
 from foretaste.models.pinsage import PinSageConfig
 from foretaste.models.sasrec import SASRecConfig
-from foretaste.sampling.nearby import NearbyNegatives
-from foretaste.sampling.unseen import Seen
+from foretaste.sampling.negatives import NearbyNegatives, Seen
 from foretaste.training.objectives.catalogue import ObjectiveConfig
 from foretaste.training.objectives.pairs import PairsConfig, hardness
 from foretaste.training.objectives.sequences import NextItemConfig

@@ -31,8 +31,8 @@ from foretaste.data.splitting import (
 )
 from foretaste.data.tasks import Task
 from foretaste.errors import ConfigError, DataError
-from foretaste.sampling.uniform import UniformSampler
-from foretaste.sampling.unseen import Seen, draw_unseen
+from foretaste.sampling.negatives import Seen, draw_unseen
+from foretaste.sampling.samplers import UniformSampler
 
 CLICK = (Task(name="click", column="click"),)
 SCHEMA = FeatureSchema(context={"hour": NumericField(), "place": CategoricalField()})

@@ -27,9 +27,8 @@ from foretaste.experiment.learning import make_learning, usual_objective
 from foretaste.models.mf import MFConfig
 from foretaste.models.neumf import NCF, GMFConfig, NeuMFConfig
 from foretaste.models.shared_bottom import SharedBottomConfig
-from foretaste.sampling.row_negatives import RowNegatives
-from foretaste.sampling.uniform import UniformSampler
-from foretaste.sampling.unseen import Seen
+from foretaste.sampling.negatives import RowNegatives, Seen
+from foretaste.sampling.samplers import UniformSampler
 from foretaste.training.objectives.pairs import PairsConfig
 from foretaste.training.objectives.rows import RowsConfig
 from foretaste.training.settings import TrainingConfig

@@ -12,11 +12,9 @@ from scipy import stats
 from foretaste.data.interactions import Interactions
 from foretaste.data.vocabulary import Vocabulary
 from foretaste.errors import DataError
-from foretaste.sampling import unseen
-from foretaste.sampling.popularity import PopularitySampler
-from foretaste.sampling.sampler import Sampler
-from foretaste.sampling.uniform import UniformSampler
-from foretaste.sampling.unseen import Seen, draw_unseen
+from foretaste.sampling import negatives
+from foretaste.sampling.negatives import Seen, draw_unseen
+from foretaste.sampling.samplers import PopularitySampler, Sampler, UniformSampler
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -143,7 +141,7 @@ def test_a_user_of_everything_is_named() -> None:
 
 @pytest.mark.parametrize("most_flags", [0, 1 << 26])
 def test_seen_answers_as_a_set_would(most_flags: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(unseen, "_MOST_FLAGS", most_flags)  # by search, or by one look
+    monkeypatch.setattr(negatives, "_MOST_FLAGS", most_flags)  # by search, or by one look
     seen = Seen.of(events_of(HISTORIES, 20))
     user, item = (
         grid.flatten() for grid in torch.meshgrid(torch.arange(5), torch.arange(20), indexing="ij")

@@ -32,7 +32,7 @@ from foretaste.models.neumf import NeuMFConfig
 from foretaste.models.popularity import Popularity
 from foretaste.models.sasrec import SASRecConfig
 from foretaste.models.two_stage import TwoStage, below, judge
-from foretaste.sampling.mixed import MixedNegatives
+from foretaste.sampling.negatives import MixedNegatives
 from foretaste.serving.bundle import Bundle
 from foretaste.serving.messages import RecommendReply, RecommendRequest
 from foretaste.serving.metrics import Metrics

@@ -27,11 +27,8 @@ from foretaste.evaluation.row_metrics import auc, checked_predictions
 from foretaste.evaluation.rows_report import RowsReport
 from foretaste.evaluation.sampled import SampledNegatives
 from foretaste.models.base import Ranker
-from foretaste.sampling.popularity import PopularitySampler
-from foretaste.sampling.row_negatives import RowNegatives
-from foretaste.sampling.sampler import Sampler
-from foretaste.sampling.uniform import UniformSampler
-from foretaste.sampling.unseen import Seen
+from foretaste.sampling.negatives import RowNegatives, Seen
+from foretaste.sampling.samplers import PopularitySampler, Sampler, UniformSampler
 from foretaste.training.calibration import Calibration
 from foretaste.training.objectives.rows import RowsConfig
 from foretaste.training.trained import Trained

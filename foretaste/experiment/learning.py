@@ -20,8 +20,7 @@ from foretaste.experiment.learning_rows import learn_rows
 from foretaste.experiment.mining import IndexNegatives
 from foretaste.models.base import Model, Ranker, Retriever
 from foretaste.models.catalogue import ModelConfig
-from foretaste.sampling.nearby import NearbyNegatives
-from foretaste.sampling.unseen import Seen
+from foretaste.sampling.negatives import NearbyNegatives, Seen
 from foretaste.training.fit import Plan, Refreshed
 from foretaste.training.objectives.catalogue import ObjectiveConfig
 from foretaste.training.objectives.pairs import Hardness, Pairs, PairsConfig, hardness

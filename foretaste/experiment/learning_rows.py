@@ -13,11 +13,8 @@ from foretaste.data.rows import positives_of, training_rows
 from foretaste.data.tasks import Task, check_learnable, label_scale
 from foretaste.errors import ConfigError
 from foretaste.models.base import Ranker
-from foretaste.sampling.mixed import MixedNegatives
-from foretaste.sampling.popularity import PopularitySampler
-from foretaste.sampling.row_negatives import RowNegatives
-from foretaste.sampling.uniform import UniformSampler
-from foretaste.sampling.unseen import Seen
+from foretaste.sampling.negatives import MixedNegatives, RowNegatives, Seen
+from foretaste.sampling.samplers import PopularitySampler, UniformSampler
 from foretaste.training.objectives.rows import LabelledRows, RowsConfig
 from foretaste.training.runtime import epoch_generator
 

@@ -17,8 +17,7 @@ from foretaste.models.base import Model, Retriever
 from foretaste.models.layers.top_k import top_k
 from foretaste.retrieval.choose import build_index
 from foretaste.retrieval.index import ItemIndex
-from foretaste.sampling.hard import check_ranks, draw_by_rank
-from foretaste.sampling.unseen import Seen
+from foretaste.sampling.negatives import Seen, check_ranks, draw_by_rank
 from foretaste.serving.histories import training_histories
 from foretaste.training.objectives.pairs import PairsConfig
 from foretaste.training.trained import Trained

@@ -16,11 +16,15 @@ from foretaste.config import Seed
 from foretaste.data.memory import check_fits
 from foretaste.errors import BundleError, ConfigError, DataError, NonFiniteError
 from foretaste.later import later
-from foretaste.retrieval.exact import ExactIndex, load_vectors
-from foretaste.retrieval.faiss_index import FAISS_FILE, FaissIndex
-from foretaste.retrieval.hnsw import build_hnsw
-from foretaste.retrieval.index import IndexChoice, IndexFacts, IndexKind, ItemIndex
-from foretaste.retrieval.ivf import build_ivf
+from foretaste.retrieval.faiss_index import FAISS_FILE, FaissIndex, build_hnsw, build_ivf
+from foretaste.retrieval.index import (
+    ExactIndex,
+    IndexChoice,
+    IndexFacts,
+    IndexKind,
+    ItemIndex,
+    load_vectors,
+)
 
 faiss = later("faiss")
 

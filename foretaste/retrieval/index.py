@@ -1,14 +1,22 @@
-"""The door to the item index: what serving may ask of any, exact or approximate."""
+"""The item index: what serving may ask of any, and the exact one, by which the others are measured.
+
+Shape legend: B queries, N items in the index, I items of the catalogue, D width, X exclusions,
+A allowed items, K list length.
+"""
 
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Literal, NamedTuple, Protocol, final, runtime_checkable
 
+import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from pydantic import Field
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from foretaste.config import Config
 from foretaste.errors import DataError, NonFiniteError
+from foretaste.models.layers.top_k import best_first, top_k
 
 IndexKind = Literal["exact", "ivf_flat", "ivf_sq8", "hnsw"]
 IndexChoice = Literal["auto", "exact", "ivf_flat", "ivf_sq8", "hnsw"]
@@ -115,3 +123,148 @@ def check_search(
         )
     if not query_BD.isfinite().all():
         raise NonFiniteError("a query is NaN or infinite: the model is broken, train it anew")
+
+
+ITEM_BLOCK = 2**20
+"""Items compared at a time."""
+SCORE_BLOCK = 2**24
+"""Scores held at a time: 64 MiB."""
+VECTORS_FILE = "vectors.safetensors"
+
+
+def padded(best: TopK, k: int) -> TopK:
+    """Make answers k long: -1 and -inf where the catalogue ran out."""
+    missing = k - best.item_BK.shape[1]
+    if missing == 0:
+        return best
+    return TopK(
+        item_BK=F.pad(best.item_BK, (0, missing), value=-1),
+        score_BK=F.pad(best.score_BK, (0, missing), value=-torch.inf),
+    )
+
+
+@final
+class ExactIndex:
+    """Compares a query with every item."""
+
+    def __init__(
+        self,
+        vectors_ND: Float[Tensor, "N D"],
+        item_N: Int64[Tensor, " N"],
+        *,
+        catalogue_size: int,
+    ) -> None:
+        """Keep vectors by reference; `item_N` says which item each is, rising."""
+        self.vectors_ND = vectors_ND
+        self.item_N = item_N
+        self._is_whole = len(item_N) == catalogue_size
+        self._facts = IndexFacts(
+            kind="exact",
+            num_items=len(item_N),
+            catalogue_size=catalogue_size,
+            embedding_dim=vectors_ND.shape[1],
+        )
+
+    @property
+    def kind(self) -> IndexKind:
+        return "exact"
+
+    @property
+    def facts(self) -> IndexFacts:
+        return self._facts
+
+    def positions(self, item_BX: Int64[Tensor, "B X"]) -> Int64[Tensor, "B X"]:
+        """Return where items stand in the index, -1 for those that do not."""
+        if self._is_whole:
+            return item_BX
+        return _find(self.item_N, item_BX)
+
+    def allowed(self, allow_I: Bool[Tensor, " I"]) -> Bool[Tensor, " N"]:
+        """Return which of the index's items are allowed."""
+        return allow_I if self._is_whole else allow_I.index_select(0, self.item_N)
+
+    def search(
+        self,
+        query_BD: Float[Tensor, "B D"],
+        k: int,
+        *,
+        exclude_BX: Int64[Tensor, "B X"],
+        allow_I: Bool[Tensor, " I"] | None = None,
+    ) -> TopK:
+        """Return the K best items of each query; see `ItemIndex.search`."""
+        check_search(self._facts, query_BD, k, allow_I)
+        vectors_AD, item_A, exclude_BX = self.vectors_ND, self.item_N, self.positions(exclude_BX)
+        if allow_I is not None:
+            chosen_A = self.allowed(allow_I).nonzero().flatten()
+            vectors_AD = vectors_AD.index_select(0, chosen_A)  # 10 times as fast as [chosen_A]
+            item_A = item_A.index_select(0, chosen_A)
+            exclude_BX = _find(chosen_A, exclude_BX)
+        query_BD = query_BD.to(vectors_AD.dtype)
+        found = min(k, len(item_A))
+        rows = max(1, SCORE_BLOCK // max(1, min(len(item_A), ITEM_BLOCK)))
+        answers = [
+            _search_block(vectors_AD, query_bD, found, exclude_bX)
+            for query_bD, exclude_bX in zip(
+                query_BD.split(rows), exclude_BX.split(rows), strict=True
+            )
+        ]
+        score_BK = torch.cat([score_bK for score_bK, _ in answers]).float()
+        position_BK = torch.cat([position_bK for _, position_bK in answers])
+        item_BK = position_BK if self._is_whole and allow_I is None else item_A[position_BK]
+        item_BK = item_BK.where(score_BK > -torch.inf, -1)
+        return padded(TopK(item_BK=item_BK, score_BK=score_BK), k)
+
+    def save(self, folder: Path) -> None:
+        """Write `vectors.safetensors` and `index.json`."""
+        save_vectors(self, folder)
+        (folder / "index.json").write_text(self._facts.model_dump_json(indent=2))
+
+
+def save_vectors(exact: ExactIndex, folder: Path) -> None:
+    """Write the vectors and which items they are."""
+    tensors = {"vectors_ND": exact.vectors_ND.contiguous(), "item_N": exact.item_N.contiguous()}
+    save_file(tensors, folder / VECTORS_FILE)
+
+
+def load_vectors(folder: Path, facts: IndexFacts) -> ExactIndex:
+    """Read what `save_vectors` wrote, as a memory map."""
+    tensors = load_file(folder / VECTORS_FILE)
+    return ExactIndex(tensors["vectors_ND"], tensors["item_N"], catalogue_size=facts.catalogue_size)
+
+
+def _find(sorted_N: Tensor, value_BX: Tensor) -> Tensor:
+    """Return where values stand in `sorted_N`, -1 where they do not."""
+    if len(sorted_N) == 0:
+        return torch.full_like(value_BX, -1)
+    at_BX = torch.searchsorted(sorted_N, value_BX.contiguous()).clamp(max=len(sorted_N) - 1)
+    return at_BX.where(sorted_N[at_BX] == value_BX, -1)
+
+
+def _search_block(
+    vectors_ND: Tensor, query_BD: Tensor, k: int, exclude_BX: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the k <= N best positions of each query, excluded ones at -inf."""
+    blocks = vectors_ND.split(ITEM_BLOCK)
+    best = _score_block(blocks[0], query_BD, k, exclude_BX, start=0)
+    for number, block_nD in enumerate(blocks[1:], start=1):
+        more = _score_block(block_nD, query_BD, k, exclude_BX, start=number * ITEM_BLOCK)
+        value_BK, position_BK = best_first(
+            torch.cat([best[0], more[0]], dim=1), torch.cat([best[1], more[1]], dim=1)
+        )
+        best = value_BK[:, :k], position_BK[:, :k]
+    return best
+
+
+def _score_block(
+    block_ND: Tensor, query_BD: Tensor, k: int, exclude_BX: Tensor, *, start: int
+) -> tuple[Tensor, Tensor]:
+    """Return the best of the items from position `start` on, at most k."""
+    score_BN = query_BD @ block_ND.T
+    width = score_BN.shape[1]
+    if exclude_BX.numel():
+        place_BX = exclude_BX - start
+        inside_BX = (exclude_BX >= start) & (place_BX < width)
+        row_B1 = torch.arange(len(query_BD)).unsqueeze(1) * width
+        score_BN.view(-1)[(place_BX + row_B1)[inside_BX]] = -torch.inf
+    value_BK, position_BK = top_k(score_BN, k)
+    return value_BK, position_BK + start

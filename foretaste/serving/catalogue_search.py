@@ -32,8 +32,7 @@ from foretaste.models.two_stage import (
     placer,
 )
 from foretaste.retrieval.choose import exact_of
-from foretaste.retrieval.exact import ITEM_BLOCK, ExactIndex, padded
-from foretaste.retrieval.index import ItemIndex, TopK
+from foretaste.retrieval.index import ITEM_BLOCK, ExactIndex, ItemIndex, TopK, padded
 from foretaste.serving.histories import BLOCK_SCORES, one_query
 from foretaste.serving.new_items import beside, best_of, both
 from foretaste.serving.stages import Stages

@@ -13,8 +13,7 @@ from jaxtyping import Int64, Shaped
 
 from foretaste.data.batch import Queries
 from foretaste.data.interactions import Interactions
-from foretaste.retrieval.exact import padded
-from foretaste.retrieval.index import TopK
+from foretaste.retrieval.index import TopK, padded
 from foretaste.serving.catalogue_search import Best, CatalogueSearch
 from foretaste.serving.histories import blocks, training_histories
 from foretaste.serving.profiles import Profiles

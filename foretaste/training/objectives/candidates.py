@@ -32,13 +32,15 @@ from foretaste.losses.candidates import (
     margin_loss_gradient,
     softmax_loss_gradient,
 )
-from foretaste.sampling.distinct import DistinctSampler
-from foretaste.sampling.in_batch import InBatchSampler
-from foretaste.sampling.popularity import PopularitySampler
-from foretaste.sampling.sampler import Sampler
-from foretaste.sampling.streaming import StreamedFrequency
-from foretaste.sampling.uniform import UniformSampler
-from foretaste.sampling.unseen import Seen, draw_unseen
+from foretaste.sampling.negatives import Seen, draw_unseen
+from foretaste.sampling.samplers import (
+    DistinctSampler,
+    InBatchSampler,
+    PopularitySampler,
+    Sampler,
+    StreamedFrequency,
+    UniformSampler,
+)
 
 Loss = Literal["softmax", "sampled_softmax", "bce", "gbce", "bpr", "margin"]
 

@@ -1,0 +1,359 @@
+"""Negatives: items a user has not interacted with, from any sampler, and hard ones by a ranking.
+
+Hard negatives come from walks in the graph (here), an index over the model's own items, or a
+retriever's candidates; training asks for all of them through `DrawItems`.
+
+Shape legend: B rows or pairs, N negatives of each, E distinct (user, item) pairs, P pairs of a
+batch, R rows of a ranking, T ranks, I items, U users.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import final
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int32, Int64
+from torch import Tensor
+
+from foretaste.data.distinct import distinct
+from foretaste.data.draw_items import DrawItems
+from foretaste.data.graph import Graph
+from foretaste.data.interactions import Interactions
+from foretaste.data.memory import check_fits
+from foretaste.data.walks import most_visited
+from foretaste.errors import ConfigError, DataError
+from foretaste.sampling.samplers import Sampler
+
+_ROUNDS = 8
+_BLOCK_ROWS, _BLOCK_WEIGHTS = 64, 2**24
+"""Rows, and weights of items for all of them, in memory at once."""
+_MOST_FLAGS = 1 << 26
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Seen:
+    """Which items each user has done, to be asked in bulk."""
+
+    num_items: int
+    key_E: Int64[Tensor, " E"]
+    """user_idx · num_items + item_idx, rising."""
+    offsets_U1: Int64[Tensor, " U1"]
+    """Where each user's keys begin and end."""
+
+    @staticmethod
+    def of(events: Interactions) -> "Seen":
+        """Collect the distinct pairs of some events."""
+        key_E = distinct(events.user_idx.astype(np.int64) * events.num_items + events.item_idx)
+        bounds = np.arange(events.num_users + 1) * events.num_items
+        return Seen(
+            num_items=events.num_items,
+            key_E=torch.from_numpy(key_E),
+            offsets_U1=torch.from_numpy(np.searchsorted(key_E, bounds)),
+        )
+
+    def contains(
+        self, user_B: Int64[Tensor, "*B"], item_B: Int64[Tensor, "*B"]
+    ) -> Bool[Tensor, "*B"]:
+        """Return whether each user has done the item beside it."""
+        if len(self.key_E) == 0:
+            return torch.zeros_like(item_B, dtype=torch.bool)
+        key_B = user_B * self.num_items + item_B
+        if self._flags is not None:
+            return self._flags[key_B]
+        place_B = torch.searchsorted(self.key_E, key_B).clamp_(max=len(self.key_E) - 1)
+        return self.key_E[place_B] == key_B
+
+    @cached_property
+    def _flags(self) -> Bool[Tensor, " pairs"] | None:
+        """A byte for each pair that can be: one look instead of a search; None where too many."""
+        num_pairs = (len(self.offsets_U1) - 1) * self.num_items
+        if num_pairs > _MOST_FLAGS:
+            return None
+        flags = torch.zeros(num_pairs, dtype=torch.bool)
+        flags[self.key_E] = True
+        return flags
+
+    def items_of(
+        self, user_B: Int64[Tensor, " B"]
+    ) -> tuple[Int64[Tensor, " P"], Int64[Tensor, " P"]]:
+        """Return all pairs of a row and an item that its user has done, row by row."""
+        start_B, end_B = self.offsets_U1[user_B], self.offsets_U1[user_B + 1]
+        length_B = end_B - start_B
+        row_P = torch.repeat_interleave(length_B)
+        first_B = length_B.cumsum(0) - length_B
+        index_P = torch.arange(len(row_P)) + (start_B - first_B)[row_P]
+        return row_P, self.key_E[index_P] - user_B[row_P] * self.num_items
+
+
+def draw_unseen(
+    sampler: Sampler,
+    user_B: Int64[Tensor, " B"],
+    num_negatives: int,
+    *,
+    seen: Seen,
+    generator: torch.Generator,
+) -> Int64[Tensor, "B N"]:
+    """Draw for each row items that its user has not done, with the sampler's chances among them.
+
+    A user who has done nearly everything is served by an exact draw over the whole catalogue,
+    so the number of rounds is bounded.
+
+    Args:
+        sampler: Whose distribution is drawn from, less what the user has done.
+        user_B: user_idx of each row.
+        num_negatives: Draws per row, with replacement.
+        seen: What may not be drawn.
+        generator: Source of all randomness.
+
+    Returns:
+        item_idx. Their log chances are the sampler's up to one constant per user.
+
+    Raises:
+        DataError: A user has done every item that can be drawn.
+    """
+    item_BN = sampler.draw((len(user_B), num_negatives), generator=generator)
+    row_R, column_R = seen.contains(user_B.unsqueeze(1).expand_as(item_BN), item_BN).nonzero().T
+    for _ in range(_ROUNDS):
+        if len(row_R) == 0:
+            return item_BN
+        item_R = sampler.draw((len(row_R),), generator=generator)
+        item_BN[row_R, column_R] = item_R
+        again_R = seen.contains(user_B[row_R], item_R)
+        row_R, column_R = row_R[again_R], column_R[again_R]
+    size = max(1, min(_BLOCK_ROWS, _BLOCK_WEIGHTS // seen.num_items))
+    for rows, columns in zip(row_R.split(size), column_R.split(size), strict=True):
+        item_BN[rows, columns] = _draw_exactly(sampler, user_B[rows], seen, generator)
+    return item_BN
+
+
+def _draw_exactly(
+    sampler: Sampler, user_R: Tensor, seen: Seen, generator: torch.Generator
+) -> Int64[Tensor, " R"]:
+    row_P, item_P = seen.items_of(user_R)
+    weight_RI = sampler.probability_I.repeat(len(user_R), 1)
+    weight_RI[row_P, item_P] = 0
+    if not (weight_RI.sum(dim=1) > 0).all():
+        user_idx = int(user_R[weight_RI.sum(dim=1).argmin()])
+        raise DataError(
+            f"the user in row {user_idx} has done all {int((sampler.probability_I > 0).sum())} "
+            "items that can be drawn: leave such users out, or set exclude_known = false"
+        )
+    # As `multinomial` draws one, which refuses more than 2^24 items.
+    race_RI = torch.empty_like(weight_RI).exponential_(generator=generator)
+    return torch.div(weight_RI, race_RI, out=race_RI).argmax(dim=1)
+
+
+_TRIES = 4
+"""Draws before a place is left empty."""
+
+
+def check_ranks(num_rows: int, ranks: int) -> None:
+    """Refuse more ranks than fit in memory.
+
+    Raises:
+        TooLargeError: They do not.
+    """
+    check_fits(
+        num_rows * ranks * 20,  # while an index answers: ids of 8 bytes, scores, and ids of 4
+        f"{ranks:,} ranks of each of {num_rows:,} rows",
+        "lower the farthest of objective.hard_ranks",
+        name="hard_ranks",
+        value=ranks,
+    )
+
+
+def draw_by_rank(
+    ranked_RT: Int32[Tensor, "R T"],
+    row_B: Int64[Tensor, " B"],
+    user_B: Int64[Tensor, " B"],
+    positive_B: Int64[Tensor, " B"],
+    num: int,
+    *,
+    ranks: tuple[int, int],
+    seen: Seen,
+    generator: torch.Generator,
+) -> Int64[Tensor, "B N"]:
+    """Draw from a window of ranks, and draw again what the user has done.
+
+    Args:
+        ranked_RT: item_idx, hardest first; rows may end early, with -1.
+        row_B: The row of each pair.
+        user_B: user_idx of each pair.
+        positive_B: Its observed item_idx.
+        num: N, draws per pair, with replacement.
+        ranks: First and last-plus-one rank to draw from; a row of fewer gives its last ones.
+        seen: What may not be drawn.
+        generator: Source of all randomness.
+
+    Returns:
+        item_idx; the pair's own where nothing was found that the user has not done.
+
+    Raises:
+        ConfigError: The ranks are none, or beyond those kept.
+    """
+    low, high = ranks
+    if not 0 <= low < high <= ranked_RT.shape[1]:
+        raise ConfigError(
+            f"hard negatives of ranks {low} to {high}, but {ranked_RT.shape[1]} ranks are kept: "
+            "give a range within them",
+            name="hard_ranks",
+            value=(low, high),
+        )
+    end_B = (ranked_RT[row_B] >= 0).sum(dim=1).clamp(max=high)
+    start_B = (end_B - (high - low)).clamp(min=0, max=low)
+    width_P, start_P, row_P, user_P, drawn_P = (
+        index_B.repeat_interleave(num)
+        for index_B in (end_B - start_B, start_B, row_B, user_B, positive_B)
+    )
+    open_P = width_P.nonzero().squeeze(1)
+    for _ in range(_TRIES):
+        share_P = torch.rand(len(open_P), generator=generator, dtype=torch.float64)
+        rank_P = start_P[open_P] + (share_P * width_P[open_P]).long()
+        found_P = ranked_RT[row_P[open_P], rank_P].long()
+        is_new_P = ~seen.contains(user_P[open_P], found_P)
+        drawn_P[open_P[is_new_P]] = found_P[is_new_P]
+        open_P = open_P[~is_new_P]
+    return drawn_P.view(len(user_B), num)
+
+
+_WALKS, _HOPS = 1000, 4
+"""From each item: about 2,000 visits to other items, enough to rank a few hundred."""
+
+
+@final
+class NearbyNegatives:
+    """Ranks, for each item, the items that random walks from it visit most; draws by rank.
+
+    References:
+        Ying et al., "Graph Convolutional Neural Networks for Web-Scale Recommender Systems", KDD
+        2018, https://arxiv.org/abs/1806.01973, section 3.3.
+    """
+
+    def __init__(self, graph: Graph, seen: Seen, *, ranks: int, seed: int) -> None:
+        """Walk from every item.
+
+        Args:
+            graph: Users and items.
+            seen: What may not be drawn for a user.
+            ranks: How many ranks are kept of each item.
+            seed: Decides the walks.
+
+        Raises:
+            TooLargeError: The ranks would not fit in memory.
+        """
+        check_ranks(graph.num_items, ranks)
+        first, last = graph.num_users, graph.num_users + graph.num_items
+        found = most_visited(
+            graph,
+            top=ranks,
+            seed=seed,
+            walks=_WALKS,
+            hops=_HOPS,
+            nodes=np.arange(first, last),
+            counted=(first, last),
+        )
+        item_IT = np.maximum(found.neighbour_VT - np.int32(first), np.int32(-1))
+        self.seen = seen
+        self._ranked_IT: Int32[Tensor, "I T"] = torch.from_numpy(item_IT)
+
+    def draw(
+        self,
+        user_B: Int64[Tensor, " B"],
+        positive_B: Int64[Tensor, " B"],
+        num: int,
+        *,
+        ranks: tuple[int, int],
+        generator: torch.Generator,
+    ) -> Int64[Tensor, "B N"]:
+        """Draw by rank, 0 is visited most; with the ranks given it is a `DrawItems`.
+
+        Raises:
+            ConfigError: The ranks are none, or beyond those kept.
+        """
+        return draw_by_rank(
+            self._ranked_IT,
+            positive_B,
+            user_B,
+            positive_B,
+            num,
+            ranks=ranks,
+            seen=self.seen,
+            generator=generator,
+        )
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class MixedNegatives:
+    """A `DrawItems` that asks one source with a probability, and else another."""
+
+    first: DrawItems
+    share: float
+    """Probability, in [0, 1], that a negative is of the first source."""
+    second: DrawItems
+
+    def __call__(
+        self,
+        user_B: Int64[Tensor, " B"],
+        positive_B: Int64[Tensor, " B"],
+        num: int,
+        *,
+        generator: torch.Generator,
+    ) -> Int64[Tensor, "B N"]:
+        """Return item_idx; the pair's own where its source found nothing."""
+        first_BN, second_BN = (
+            draw(user_B, positive_B, num, generator=generator) for draw in (self.first, self.second)
+        )
+        is_first_BN = torch.rand(first_BN.shape, generator=generator) < self.share
+        return first_BN.where(is_first_BN, second_BN)
+
+
+@final
+class RowNegatives:
+    """A `DrawItems` that looks at no model: it draws from one distribution for all."""
+
+    def __init__(self, sampler: Sampler, seen: Seen | None) -> None:
+        """Prepare.
+
+        Args:
+            sampler: Whose chances.
+            seen: What each user has done and is never drawn; None: only the row's own is not.
+        """
+        self.sampler, self.seen = sampler, seen
+        if seen is not None:
+            drawable_I = sampler.probability_I > 0
+            done_U = torch.bincount(
+                seen.key_E.div(seen.num_items, rounding_mode="floor"),
+                drawable_I[seen.key_E % seen.num_items].double(),
+                minlength=len(seen.offsets_U1) - 1,
+            )
+            self._full_U = done_U == drawable_I.sum()
+
+    def __call__(
+        self,
+        user_B: Int64[Tensor, " B"],
+        positive_B: Int64[Tensor, " B"],
+        num: int,
+        *,
+        generator: torch.Generator,
+    ) -> Int64[Tensor, "B N"]:
+        """Return item_idx; the row's own where nothing can be drawn."""
+        own_BN = positive_B.unsqueeze(1).expand(-1, num)
+        if self.seen is None:
+            return self._other(own_BN, generator)
+        full_B = self._full_U[user_B]
+        drawn_BN = own_BN.clone()
+        drawn_BN[~full_B] = draw_unseen(
+            self.sampler, user_B[~full_B], num, seen=self.seen, generator=generator
+        )
+        return drawn_BN
+
+    def _other(self, own_BN: Tensor, generator: torch.Generator) -> Int64[Tensor, "B N"]:
+        drawn_BN = self.sampler.draw(tuple(own_BN.shape), generator=generator)
+        for _ in range(_ROUNDS):
+            again_BN = drawn_BN == own_BN
+            num_again = int(again_BN.sum())
+            if not num_again:
+                break
+            drawn_BN[again_BN] = self.sampler.draw((num_again,), generator=generator)
+        return drawn_BN
