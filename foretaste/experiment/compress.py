@@ -155,6 +155,9 @@ def compress_tables(trained: Trained, table: Settings) -> Trained:
                     made[part] = kept.compressed(part)
                 setattr(parent, name, made[part])
     model.train().eval()  # forgets what was worked out from the other tables
+    model.learn_new_users(trained.events)
+    model.finish()
+    model.eval()
     smaller = config.model_copy(update={"table": kept})
     settings = {**trained.settings, "model": smaller.model_dump(mode="json")}
     return replace(trained, model=model, config=smaller, settings=settings)
