@@ -7,8 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from foretaste.config import Config
-from foretaste.data.batch import Queries, SequenceBatch, last_events
-from foretaste.data.features_table import FieldTable
+from foretaste.data.batch import FieldTable, Queries, SequenceBatch, last_events
 from foretaste.errors import ConfigError
 from foretaste.experiment.learning import make_learning, usual_objective
 from foretaste.models.als import ImplicitALSConfig

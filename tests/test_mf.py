@@ -10,8 +10,7 @@ from serving_worlds import every_vector
 from test_contract import events_of, planted_histories
 from torch import Tensor
 
-from foretaste.data.batch import Queries
-from foretaste.data.histories import Reads
+from foretaste.data.batch import Queries, Reads
 from foretaste.data.pairs import plan_pairs
 from foretaste.data.reading import read_interactions
 from foretaste.data.splitting import temporal_split

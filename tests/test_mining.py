@@ -12,8 +12,7 @@ from serving_worlds import every_vector
 from test_contract import events_of
 from torch import Tensor, nn
 
-from foretaste.data.batch import Queries
-from foretaste.data.draw_items import DrawItems
+from foretaste.data.batch import DrawItems, Queries
 from foretaste.data.graph import graph_of
 from foretaste.data.interactions import Interactions
 from foretaste.errors import ConfigError

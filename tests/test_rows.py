@@ -11,17 +11,14 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-from foretaste.data.batch import PairBatch, RowBatch, SequenceBatch
-from foretaste.data.draw_items import DrawItems
+from foretaste.data.batch import DrawItems, PairBatch, Reads, RowBatch, SequenceBatch, Share
 from foretaste.data.features import fit_features
 from foretaste.data.features_schema import CategoricalField, FeatureSchema, NumericField
-from foretaste.data.histories import Reads
 from foretaste.data.interactions import Interactions
 from foretaste.data.pairs import PairPlan, plan_pairs
 from foretaste.data.reading import read_interactions
 from foretaste.data.row_plan import RowPlan, plan_rows
 from foretaste.data.rows import Rows, positives_of, rows_of, training_rows
-from foretaste.data.seeds import Share
 from foretaste.data.sequences import SequencePlan, plan_sequences
 from foretaste.data.splits import TEST, TRAIN, VALIDATION
 from foretaste.data.splitting import (

@@ -14,8 +14,7 @@ from serving_worlds import SILENT_USER, make_events, make_trained
 from torch import Tensor
 
 import foretaste as ft
-from foretaste.data.batch import Queries
-from foretaste.data.draw_items import DrawItems
+from foretaste.data.batch import DrawItems, Queries
 from foretaste.data.interactions import Interactions
 from foretaste.data.rows import rows_of
 from foretaste.data.tasks import Task

@@ -1,15 +1,104 @@
-"""What goes through a model in one piece: typed, ragged where users differ in length."""
+"""One batch: encoded features, queries, the seed and share of a process, drawn items and histories.
+
+What a batch holds is decided for the whole batch, from a seed and its number, before it is divided
+among processes, so several of them learn from the same batches as one.
+
+Shape legend: R rows, B picked rows, C single-valued fields (codes), G bags, N values of all bags
+(in `DrawItems`, items drawn for each row), M numbers, F fields of all kinds, H events of all
+histories.
+"""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float32, Int64
 from torch import Tensor
 
-from foretaste.data.features import FieldTable
+from foretaste.data.interactions import Interactions
+from foretaste.data.memory import check_fits
+from foretaste.data.ranges import ranges
+from foretaste.errors import ConfigError
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class FieldTable:
+    """Rows of encoded features. Fields stand in the order codes, bags, numbers, vectors."""
+
+    code_RC: Int64[Tensor, "R C"]
+    """One code of the side's space for each single-valued field."""
+    bag_N: Int64[Tensor, " N"]
+    """Codes of all bags, row by row and, within a row, bag by bag; no bag is empty."""
+    bag_offsets_RG1: Int64[Tensor, "R G1"]
+    """Bag g of row r: `bag_N[bag_offsets_RG1[r, g] : bag_offsets_RG1[r, g + 1]]`."""
+    number_RM: Float32[Tensor, "R M"]
+    """Standardised; 0 where missing."""
+    vectors: tuple[Float32[Tensor, "R _"], ...]
+    """One matrix a vector field; zeros where missing."""
+    present_RF: Bool[Tensor, "R F"]
+    """Which fields say something: neither missing nor a value of which training taught nothing."""
+
+    def __len__(self) -> int:
+        return len(self.code_RC)
+
+    @property
+    def known_R(self) -> Bool[Tensor, " R"]:
+        """Which rows have a feature that says something."""
+        return self.present_RF.any(dim=1)
+
+    def rows(self, row_B: Int64[Tensor, " B"]) -> "FieldTable":
+        """Return some rows, in the order given; each in `[0, R)`."""
+        offsets_BG1 = self.bag_offsets_RG1.index_select(0, row_B)
+        start_B = offsets_BG1[:, 0]
+        length_B = offsets_BG1[:, -1] - start_B
+        first_B = length_B.cumsum(0) - length_B
+        shift_B = start_B - first_B
+        place_N = torch.arange(int(length_B.sum()), device=row_B.device)
+        return FieldTable(
+            code_RC=self.code_RC.index_select(0, row_B),
+            bag_N=self.bag_N[place_N + shift_B.repeat_interleave(length_B)],
+            bag_offsets_RG1=offsets_BG1 - shift_B.unsqueeze(1),
+            number_RM=self.number_RM.index_select(0, row_B),
+            vectors=tuple(vector.index_select(0, row_B) for vector in self.vectors),
+            present_RF=self.present_RF.index_select(0, row_B),
+        )
+
+    def to(self, device: torch.device) -> "FieldTable":
+        """Return the table on a device."""
+        tensors = {name: tensor.to(device) for name, tensor in self.tensors().items()}
+        return of_tensors(tensors, len(self.vectors))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return every tensor by a name of its own."""
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "vectors"}
+        return plain | {f"vector-{n}": vector for n, vector in enumerate(self.vectors)}
+
+
+def concat_rows(tables: Sequence[FieldTable]) -> FieldTable:
+    """Put tables of one side one below the other; there is at least one."""
+    parts = [table.tensors() for table in tables]
+    before = 0
+    for part in parts:
+        part["bag_offsets_RG1"] = part["bag_offsets_RG1"] + before
+        before += len(part["bag_N"])
+    together = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return of_tensors(together, len(tables[0].vectors))
+
+
+def of_tensors(tensors: Mapping[str, Tensor], num_vectors: int) -> FieldTable:
+    """Make a table of what `FieldTable.tensors` gave."""
+    return FieldTable(
+        code_RC=tensors["code_RC"],
+        bag_N=tensors["bag_N"],
+        bag_offsets_RG1=tensors["bag_offsets_RG1"],
+        number_RM=tensors["number_RM"],
+        vectors=tuple(tensors[f"vector-{n}"] for n in range(num_vectors)),
+        present_RF=tensors["present_RF"],
+    )
+
 
 NO_TIME = -(2**63)
 """The time of an event of which none is known."""
@@ -213,3 +302,162 @@ def last_events(
 
 def _on(device: torch.device, times: Times | None) -> Times | None:
     return None if times is None else lambda: times().to(device)
+
+
+@dataclass(frozen=True)
+class Share:
+    """The part of every batch that one of several processes reads."""
+
+    rank: int = 0
+    """Number of the process, in [0, world)."""
+    world: int = 1
+    """How many processes there are."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.world:
+            raise ConfigError(
+                f"rank is {self.rank} of {self.world} processes: ranks are counted from 0",
+                name="rank",
+                value=self.rank,
+            )
+
+    def of(self, num: int) -> slice:
+        """Return this process's rows of a batch of `num`; rank after rank they are the batch.
+
+        Shares differ by one row at most; one may be empty where there are more processes than rows.
+        """
+        return slice(num * self.rank // self.world, num * (self.rank + 1) // self.world)
+
+
+WHOLE = Share()
+
+
+def mixed(seed: int, number: int) -> int:
+    """Return the seed of one part, an unsigned 64-bit integer."""
+    return int(np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0])
+
+
+def torch_generator(seed: int, number: int) -> torch.Generator:
+    """Return what decides one part's draws."""
+    return torch.Generator().manual_seed(mixed(seed, number) % 2**63)
+
+
+def check_drawn(num_rows: int, num: int) -> None:
+    """Refuse to draw more items than fit in memory.
+
+    Raises:
+        TooLargeError: They do not.
+    """
+    check_fits(
+        num_rows * num * 32,
+        f"{num:,} items drawn for each of {num_rows:,} rows",
+        "lower objective.negatives or training.batch_events",
+        name="negatives",
+        value=num,
+    )
+
+
+@runtime_checkable
+class DrawItems(Protocol):
+    """Draws items that a row's user has not done, easy or hard ones."""
+
+    def __call__(
+        self,
+        user_B: Int64[Tensor, " B"],
+        positive_B: Int64[Tensor, " B"],
+        num: int,
+        *,
+        generator: torch.Generator,
+    ) -> Int64[Tensor, "B N"]:
+        """Draw.
+
+        Args:
+            user_B: user_idx of each row.
+            positive_B: The item_idx that was observed.
+            num: N, draws for each row, with replacement.
+            generator: Source of all randomness.
+
+        Returns:
+            item_idx; the row's own where nothing was found: it is hidden, and gets no label.
+        """
+        ...
+
+
+Reads = Literal["nothing", "before", "others"]
+"""What of a user's history goes with a row: nothing; the last events before it; or other events
+of the user drawn at random, where the order means nothing."""
+
+ALL_ROWS = slice(None)
+
+
+class History(NamedTuple):
+    """What is read of the histories of a batch's rows, named as `Queries` names it."""
+
+    history_N: Int64[Tensor, " H"]
+    offsets_B1: Int64[Tensor, " B1"]
+    times: Times | None
+
+
+def read_histories(
+    past: Interactions,
+    user_B: Int64[np.ndarray, " B"],
+    *,
+    reads: Reads,
+    max_len: int,
+    end_B: Int64[np.ndarray, " B"],
+    own_B: Int64[np.ndarray, " B"],
+    generator: np.random.Generator,
+    share: slice = ALL_ROWS,
+) -> History:
+    """Return each row's history.
+
+    Args:
+        past: The events that histories are made of.
+        user_B: user_idx of each row.
+        reads: What of them.
+        max_len: How many events at most.
+        end_B: Of "before": position in `past` where the row's history ends.
+        own_B: Of "others": position in `past` of the row's own event, -1 where it is not there.
+        generator: Of "others": decides which, of all rows before some are left out.
+        share: The rows whose histories are wanted.
+    """
+    if reads == "nothing":
+        nothing_B1 = np.zeros(len(user_B[share]) + 1, np.int64)
+        return _at(past, np.empty(0, np.int64), nothing_B1)
+    start_B = past.offsets[user_B]
+    if reads == "before":
+        start_B, end_B = start_B[share], end_B[share]
+        first_B = np.maximum(start_B, end_B - max_len)
+        index_H, offsets_B1 = ranges(first_B, end_B - first_B)
+        return _at(past, index_H, offsets_B1)
+    # A run of the user's events from a random place, once around, without the row's own.
+    size_B = past.offsets[user_B + 1] - start_B
+    others_B = size_B - (own_B >= 0)
+    turn_B = generator.integers(0, np.maximum(1, others_B))
+    start_B, size_B, others_B, turn_B, own_B = (
+        all_B[share] for all_B in (start_B, size_B, others_B, turn_B, own_B)
+    )
+    length_B = np.minimum(others_B, max_len)
+    step_H, offsets_B1 = ranges(np.zeros_like(length_B), length_B)
+    behind_B = np.where(own_B >= 0, own_B - start_B, -1)
+    ahead_H = 1 + _once_around(step_H + np.repeat(turn_B, length_B), np.repeat(others_B, length_B))
+    place_H = _once_around(ahead_H + np.repeat(behind_B, length_B), np.repeat(size_B, length_B))
+    return _at(past, place_H + np.repeat(start_B, length_B), offsets_B1)
+
+
+def _at(
+    past: Interactions, index_H: Int64[np.ndarray, " H"], offsets_B1: Int64[np.ndarray, " B1"]
+) -> History:
+    return History(
+        history_N=torch.from_numpy(past.item_idx[index_H].astype(np.int64)),
+        offsets_B1=torch.from_numpy(offsets_B1),
+        times=times_at(past.timestamp_s, index_H),
+    )
+
+
+def _once_around(
+    place_H: Int64[np.ndarray, " H"], size_H: Int64[np.ndarray, " H"]
+) -> Int64[np.ndarray, " H"]:
+    """Return places in `[0, 2 size)` as places in `[0, size)`: a division costs ten times this."""
+    around_H: Int64[np.ndarray, " H"] = place_H - size_H * (place_H >= size_H)
+    return around_H

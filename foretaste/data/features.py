@@ -19,6 +19,7 @@ from torch import Tensor
 
 from foretaste.arguments import checked
 from foretaste.config import Config
+from foretaste.data.batch import FieldTable, concat_rows, of_tensors
 from foretaste.data.features_fit import FieldSide, columns_of, fit_field
 from foretaste.data.features_fitted import (
     Bag,
@@ -30,7 +31,6 @@ from foretaste.data.features_fitted import (
     Vector,
 )
 from foretaste.data.features_schema import FeatureSchema, FieldConfig
-from foretaste.data.features_table import FieldTable, concat_rows, of_tensors
 from foretaste.data.features_values import moved
 from foretaste.data.folder import check_place, whole_file
 from foretaste.data.interactions import Interactions

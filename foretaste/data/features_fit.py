@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Bool, Float32, Float64, Int64
 
 from foretaste.config import Config
+from foretaste.data.batch import FieldTable
 from foretaste.data.features_fitted import (
     BLOCK,
     Bag,
@@ -45,7 +46,6 @@ from foretaste.data.features_schema import (
     TextField,
     VectorField,
 )
-from foretaste.data.features_table import FieldTable
 from foretaste.data.features_values import Held, embed_texts, held_by, numbers_of, texts_of
 from foretaste.data.outliers import flattening
 from foretaste.data.tables import open_source

@@ -11,10 +11,8 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from foretaste.data.batch import PairBatch, Queries
-from foretaste.data.histories import Reads, read_histories
+from foretaste.data.batch import WHOLE, PairBatch, Queries, Reads, Share, read_histories
 from foretaste.data.interactions import Interactions
-from foretaste.data.seeds import WHOLE, Share
 
 FindHard = Callable[[Tensor, Tensor, torch.Generator], Tensor]
 """From user_idx (B,), their observed item_idx (B,) and a source of randomness to hard negatives

@@ -10,12 +10,18 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from foretaste.data.batch import RowBatch
-from foretaste.data.draw_items import DrawItems, check_drawn
-from foretaste.data.histories import Reads
+from foretaste.data.batch import (
+    WHOLE,
+    DrawItems,
+    Reads,
+    RowBatch,
+    Share,
+    check_drawn,
+    mixed,
+    torch_generator,
+)
 from foretaste.data.offered import Offered
 from foretaste.data.rows import Rows
-from foretaste.data.seeds import WHOLE, Share, mixed, torch_generator
 from foretaste.errors import ConfigError
 
 

@@ -20,15 +20,21 @@ from torch import Tensor
 
 from foretaste.arguments import checked
 from foretaste.config import CountOrZero
-from foretaste.data.batch import Queries, RowBatch
-from foretaste.data.draw_items import DrawItems, check_drawn
+from foretaste.data.batch import (
+    ALL_ROWS,
+    DrawItems,
+    FieldTable,
+    Queries,
+    Reads,
+    RowBatch,
+    check_drawn,
+    read_histories,
+    torch_generator,
+)
 from foretaste.data.features import Features
-from foretaste.data.features_table import FieldTable
-from foretaste.data.histories import ALL_ROWS, Reads, read_histories
 from foretaste.data.interactions import Interactions
 from foretaste.data.parts import NEGATIVE, TEST, TRAIN, VALIDATION
 from foretaste.data.ranges import check_rows
-from foretaste.data.seeds import torch_generator
 from foretaste.data.splits import Split
 from foretaste.data.tasks import Task, labels_of, no_column
 from foretaste.errors import DataError

@@ -11,9 +11,8 @@ import numpy as np
 import torch
 from jaxtyping import Int64
 
-from foretaste.data.batch import SequenceBatch, times_at
+from foretaste.data.batch import WHOLE, SequenceBatch, Share, times_at
 from foretaste.data.interactions import Interactions
-from foretaste.data.seeds import WHOLE, Share
 
 Windows = Literal["last", "all"]
 

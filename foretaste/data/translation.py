@@ -15,8 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from foretaste.data.batch import Queries, RowBatch
-from foretaste.data.features_table import FieldTable
+from foretaste.data.batch import FieldTable, Queries, RowBatch
 from foretaste.data.interactions import Interactions
 from foretaste.data.vocabulary import Vocabulary
 

@@ -8,8 +8,7 @@ from typing import Any
 from pydantic import TypeAdapter
 from torch import Generator, Tensor
 
-from foretaste.data.draw_items import DrawItems
-from foretaste.data.features_table import FieldTable
+from foretaste.data.batch import DrawItems, FieldTable
 from foretaste.data.graph import Graph, graph_of
 from foretaste.data.interactions import Interactions
 from foretaste.data.offered import Offered

@@ -4,8 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from foretaste.data.draw_items import DrawItems
-from foretaste.data.features_table import FieldTable
+from foretaste.data.batch import DrawItems, FieldTable
 from foretaste.data.interactions import Interactions
 from foretaste.data.offered import Offered
 from foretaste.data.row_plan import RowPlan, plan_rows

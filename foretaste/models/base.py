@@ -17,9 +17,8 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
-from foretaste.data.batch import Prepared, Queries
+from foretaste.data.batch import Prepared, Queries, Reads
 from foretaste.data.features import FieldTable
-from foretaste.data.histories import Reads
 from foretaste.data.interactions import Interactions
 from foretaste.data.tasks import Task
 from foretaste.errors import ConfigError

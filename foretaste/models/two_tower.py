@@ -40,9 +40,8 @@ from foretaste.config import (
     Usual,
     Widths,
 )
-from foretaste.data.batch import Queries
+from foretaste.data.batch import Queries, Reads
 from foretaste.data.features import Features, FieldTable
-from foretaste.data.histories import Reads
 from foretaste.data.interactions import Interactions
 from foretaste.errors import ConfigError
 from foretaste.models.base import PairVectors, Retriever

@@ -18,9 +18,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from foretaste.config import Count, Widths
-from foretaste.data.batch import Queries
+from foretaste.data.batch import Queries, Reads
 from foretaste.data.features import Features, FieldTable
-from foretaste.data.histories import Reads
 from foretaste.data.interactions import Interactions
 from foretaste.errors import ConfigError
 from foretaste.models.base import Ranker, Scorer
