@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import foretaste as ft
 from foretaste.data.batch import Queries, SequenceBatch
 from foretaste.data.interactions import Interactions
-from foretaste.data.sequences import plan_sequences
+from foretaste.data.plans import plan_sequences
 from foretaste.data.vocabulary import Vocabulary
 from foretaste.errors import ConfigError
 from foretaste.experiment.learning import make_learning, usual_objective

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from foretaste.data.batch import PairBatch, Queries
 from foretaste.data.interactions import Interactions
-from foretaste.data.pairs import plan_pairs
-from foretaste.data.sequences import plan_sequences
+from foretaste.data.plans import plan_pairs, plan_sequences
 from foretaste.data.vocabulary import Vocabulary
 from foretaste.models.als import ImplicitALSConfig
 from foretaste.models.base import Model, Ranker, Retriever

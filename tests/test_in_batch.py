@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from foretaste.data.interactions import Interactions
-from foretaste.data.pairs import plan_pairs
+from foretaste.data.plans import plan_pairs
 from foretaste.data.vocabulary import Vocabulary
 from foretaste.errors import DataError
 from foretaste.models.mf import MF, MFConfig

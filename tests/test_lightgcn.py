@@ -15,7 +15,7 @@ import foretaste as ft
 from foretaste.data.batch import Queries
 from foretaste.data.graph import Graph, GraphConfig, graph_of, make_graph
 from foretaste.data.interactions import Interactions
-from foretaste.data.pairs import plan_pairs
+from foretaste.data.plans import plan_pairs
 from foretaste.data.vocabulary import Vocabulary
 from foretaste.errors import ConfigError
 from foretaste.models import lightgcn

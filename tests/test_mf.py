@@ -11,7 +11,7 @@ from test_contract import events_of, planted_histories
 from torch import Tensor
 
 from foretaste.data.batch import Queries, Reads
-from foretaste.data.pairs import plan_pairs
+from foretaste.data.plans import plan_pairs
 from foretaste.data.reading import read_interactions
 from foretaste.data.splitting import temporal_split
 from foretaste.errors import ConfigError

@@ -15,11 +15,16 @@ from foretaste.data.batch import DrawItems, PairBatch, Reads, RowBatch, Sequence
 from foretaste.data.features import fit_features
 from foretaste.data.features_schema import CategoricalField, FeatureSchema, NumericField
 from foretaste.data.interactions import Interactions
-from foretaste.data.pairs import PairPlan, plan_pairs
+from foretaste.data.plans import (
+    PairPlan,
+    RowPlan,
+    SequencePlan,
+    plan_pairs,
+    plan_rows,
+    plan_sequences,
+)
 from foretaste.data.reading import read_interactions
-from foretaste.data.row_plan import RowPlan, plan_rows
 from foretaste.data.rows import Rows, positives_of, rows_of, training_rows
-from foretaste.data.sequences import SequencePlan, plan_sequences
 from foretaste.data.splits import TEST, TRAIN, VALIDATION
 from foretaste.data.splitting import (
     given_split_by_column,

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from foretaste.data.interactions import Interactions
-from foretaste.data.sequences import Windows, plan_sequences
+from foretaste.data.plans import Windows, plan_sequences
 from foretaste.data.vocabulary import Vocabulary
 
 

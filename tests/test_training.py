@@ -21,8 +21,7 @@ from torch import Tensor, nn
 
 from foretaste.data.batch import Queries
 from foretaste.data.interactions import Interactions
-from foretaste.data.pairs import plan_pairs
-from foretaste.data.sequences import SequencePlan, plan_sequences
+from foretaste.data.plans import SequencePlan, plan_pairs, plan_sequences
 from foretaste.data.vocabulary import Vocabulary
 from foretaste.errors import BundleError, ConfigError, DataError, NonFiniteError
 from foretaste.experiment.run import start_run

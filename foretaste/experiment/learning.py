@@ -11,9 +11,7 @@ from torch import Generator, Tensor
 from foretaste.data.batch import DrawItems, FieldTable
 from foretaste.data.graph import Graph, graph_of
 from foretaste.data.interactions import Interactions
-from foretaste.data.offered import Offered
-from foretaste.data.pairs import FindHard, plan_pairs
-from foretaste.data.sequences import Windows, plan_sequences
+from foretaste.data.plans import FindHard, Offered, Windows, plan_pairs, plan_sequences
 from foretaste.errors import ConfigError
 from foretaste.experiment.learning_rows import learn_rows
 from foretaste.experiment.mining import IndexNegatives

@@ -6,8 +6,7 @@ import torch
 
 from foretaste.data.batch import DrawItems, FieldTable
 from foretaste.data.interactions import Interactions
-from foretaste.data.offered import Offered
-from foretaste.data.row_plan import RowPlan, plan_rows
+from foretaste.data.plans import Offered, RowPlan, plan_rows
 from foretaste.data.rows import positives_of, training_rows
 from foretaste.data.tasks import Task, check_learnable, label_scale
 from foretaste.errors import ConfigError

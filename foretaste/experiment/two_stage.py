@@ -13,7 +13,7 @@ from foretaste.arguments import checked, checked_class
 from foretaste.config import Config, Count, Weight
 from foretaste.data.features import Features
 from foretaste.data.interactions import Interactions
-from foretaste.data.offered import Offered
+from foretaste.data.plans import Offered
 from foretaste.data.rows import happened_split
 from foretaste.data.splits import Split
 from foretaste.errors import ConfigError, DataError

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from foretaste.data.batch import SequenceBatch
 from foretaste.data.interactions import Interactions
-from foretaste.data.sequences import Windows
+from foretaste.data.plans import Windows
 from foretaste.models.base import Retriever
 from foretaste.training.objectives.candidates import CandidateConfig, CandidateLoss
 
