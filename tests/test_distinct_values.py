@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from foretaste.data.distinct import distinct
+from foretaste.data.arrays import distinct
 
 
 @pytest.mark.parametrize("num_values", [0, 1, 2, 50])

@@ -15,10 +15,10 @@ import numpy as np
 import polars as pl
 import pytest
 
-from foretaste.data import ranges, store
+from foretaste.data import arrays, store
+from foretaste.data.arrays import count_before, pick
 from foretaste.data.interactions import Interactions
 from foretaste.data.parts import TRAIN
-from foretaste.data.ranges import count_before, pick
 from foretaste.data.reading import read_interactions
 from foretaste.data.splitting import leave_last_split
 from foretaste.data.store import open_store, write_store
@@ -287,7 +287,7 @@ def test_no_room_for_a_part_of_a_mapped_column_is_one_sentence(
 
     np.save(tmp_path / "column.npy", np.arange(21))
     mapped = np.load(tmp_path / "column.npy", mmap_mode="r")
-    monkeypatch.setattr(ranges, "TemporaryFile", full)
+    monkeypatch.setattr(arrays, "TemporaryFile", full)
     with pytest.raises(DataError, match=r"No space left on device.*TMPDIR") as caught:
         pick(mapped, np.ones(21, np.bool_), block=7)
     assert caught.value.name == "TMPDIR"

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Int64
 
 from foretaste.arguments import checked
+from foretaste.data.arrays import distinct
 from foretaste.data.audit_evidence import (
     Finding,
     columns_that_tell,
@@ -21,7 +22,6 @@ from foretaste.data.audit_evidence import (
     label_names,
     worst_first,
 )
-from foretaste.data.distinct import distinct
 from foretaste.data.interactions import Interactions
 from foretaste.data.parts import TEST, TRAIN, VALIDATION
 from foretaste.data.splits import Split, newer_than_own

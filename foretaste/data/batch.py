@@ -18,9 +18,9 @@ import torch
 from jaxtyping import Bool, Float32, Int64
 from torch import Tensor
 
+from foretaste.data.arrays import ranges
 from foretaste.data.interactions import Interactions
 from foretaste.data.memory import check_fits
-from foretaste.data.ranges import ranges
 from foretaste.errors import ConfigError
 
 

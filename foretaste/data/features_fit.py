@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Bool, Float32, Float64, Int64
 
 from foretaste.config import Config
+from foretaste.data.arrays import flattening
 from foretaste.data.batch import FieldTable
 from foretaste.data.features_fitted import (
     BLOCK,
@@ -47,7 +48,6 @@ from foretaste.data.features_schema import (
     VectorField,
 )
 from foretaste.data.features_values import Held, embed_texts, held_by, numbers_of, texts_of
-from foretaste.data.outliers import flattening
 from foretaste.data.tables import open_source
 from foretaste.errors import DataError, nearest
 

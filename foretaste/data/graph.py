@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float32, Int32, Int64
 
 from foretaste.config import Config, Positive, Weight
-from foretaste.data.distinct import distinct
+from foretaste.data.arrays import distinct
 from foretaste.data.interactions import Interactions
 from foretaste.data.side_tables import attribute_ties
 from foretaste.errors import DataError

@@ -10,8 +10,8 @@ import polars as pl
 from jaxtyping import Bool, Int32, Int64, Shaped
 
 from foretaste.arguments import checked, checked_class
+from foretaste.data.arrays import check_rows, count_before, pick
 from foretaste.data.columns import kept
-from foretaste.data.ranges import check_rows, count_before, pick
 from foretaste.data.vocabulary import Vocabulary, text_buffers
 from foretaste.errors import DataError
 from foretaste.shown import Shown

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from foretaste.arguments import checked
 from foretaste.config import CountOrZero
+from foretaste.data.arrays import check_rows
 from foretaste.data.batch import (
     ALL_ROWS,
     DrawItems,
@@ -34,7 +35,6 @@ from foretaste.data.batch import (
 from foretaste.data.features import Features
 from foretaste.data.interactions import Interactions
 from foretaste.data.parts import NEGATIVE, TEST, TRAIN, VALIDATION
-from foretaste.data.ranges import check_rows
 from foretaste.data.splits import Split
 from foretaste.data.tasks import Task, labels_of, no_column
 from foretaste.errors import DataError

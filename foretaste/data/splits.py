@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Int32, Int64, UInt8
 
 from foretaste.arguments import checked, checked_class
+from foretaste.data.arrays import check_rows, ranges
 from foretaste.data.batch import Queries, times_at
 from foretaste.data.features import FieldSide
 from foretaste.data.interactions import Interactions
@@ -24,7 +25,6 @@ from foretaste.data.parts import (
     LearnedFrom,
     SplitKind,
 )
-from foretaste.data.ranges import check_rows, ranges
 from foretaste.errors import DataError
 from foretaste.shown import Shown
 

@@ -9,8 +9,8 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from foretaste.config import Config, Weight
+from foretaste.data.arrays import flattening
 from foretaste.data.interactions import Interactions
-from foretaste.data.outliers import flattening
 from foretaste.errors import ConfigError, DataError, nearest
 
 Weights = Mapping[str, float | int]

@@ -23,7 +23,7 @@ from jaxtyping import Int32, Int64, UInt8
 
 from foretaste.arguments import as_list, checked
 from foretaste.config import shown
-from foretaste.data.ranges import check_rows
+from foretaste.data.arrays import check_rows
 from foretaste.errors import DataError
 from foretaste.later import later
 

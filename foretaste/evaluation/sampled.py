@@ -20,9 +20,9 @@ from torch import Tensor
 
 from foretaste.arguments import checked, checked_class
 from foretaste.config import Count, Seed
+from foretaste.data.arrays import ranges
 from foretaste.data.batch import Queries
 from foretaste.data.interactions import Interactions
-from foretaste.data.ranges import ranges
 from foretaste.errors import ConfigError
 from foretaste.evaluation.rank import noise
 from foretaste.models.base import Ranker

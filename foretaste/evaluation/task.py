@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from jaxtyping import Bool, Int64
 
-from foretaste.data.distinct import distinct
+from foretaste.data.arrays import distinct
 from foretaste.data.splits import Holdout
 
 _BLOCK_ELEMENTS = 2**22

@@ -16,8 +16,8 @@ import torch
 from jaxtyping import Bool, Int32, Int64
 from torch import Tensor
 
+from foretaste.data.arrays import distinct
 from foretaste.data.batch import DrawItems
-from foretaste.data.distinct import distinct
 from foretaste.data.graph import Graph
 from foretaste.data.interactions import Interactions
 from foretaste.data.memory import check_fits

@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
+from foretaste.data.arrays import ranges
 from foretaste.data.batch import NO_TIME, Queries, Times, times_at
 from foretaste.data.interactions import Interactions
-from foretaste.data.ranges import ranges
 from foretaste.errors import DataError
 
 BLOCK_USERS = 1024

@@ -13,11 +13,11 @@ import numpy as np
 import polars as pl
 from jaxtyping import Bool, Float64, Int64
 
+from foretaste.data.arrays import ranges
 from foretaste.data.columns import in_words
 from foretaste.data.features_fitted import bags_of
 from foretaste.data.features_schema import separator_of
 from foretaste.data.features_values import numbers_of, texts_of
-from foretaste.data.ranges import ranges
 from foretaste.data.vocabulary import number_ids
 from foretaste.errors import DataError, did_you_mean
 from foretaste.later import later
