@@ -11,8 +11,7 @@ from scipy import stats
 from foretaste.data.audit import audit_events, audit_split
 from foretaste.data.audit_evidence import Finding, explained_share, rank_correlation, separation
 from foretaste.data.interactions import Interactions
-from foretaste.data.parts import TEST, TRAIN, VALIDATION
-from foretaste.data.splits import Split
+from foretaste.data.splits import TEST, TRAIN, VALIDATION, Split
 from foretaste.data.splitting import leave_last_split, random_split, temporal_split
 from foretaste.data.vocabulary import Vocabulary
 from foretaste.errors import ConfigError

@@ -14,7 +14,7 @@ import pytest
 import foretaste as ft
 from foretaste.cli.main import run as command
 from foretaste.config import parse_settings
-from foretaste.data.parts import TRAIN, UNUSED
+from foretaste.data.splits import TRAIN, UNUSED
 from foretaste.errors import ConfigError, DataError, TooLargeError
 from foretaste.experiment.recipe import override
 from foretaste.experiment.run import Run, recipe_of, run_experiment, to_recommender

@@ -13,7 +13,6 @@ from scipy.io import savemat
 
 from foretaste.data.audit import audit_events
 from foretaste.data.interactions import Interactions
-from foretaste.data.parts import TEST, TRAIN, VALIDATION
 from foretaste.data.rows import rows_of
 from foretaste.data.sources import rows as frappe
 from foretaste.data.sources.files import Files
@@ -28,6 +27,7 @@ from foretaste.data.sources.rows import (
     read_retailrocket_buys,
 )
 from foretaste.data.split_config import GivenSplitConfig, make_split
+from foretaste.data.splits import TEST, TRAIN, VALIDATION
 from foretaste.data.tasks import Task
 from foretaste.errors import SourceError
 

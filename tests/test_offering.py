@@ -11,8 +11,8 @@ from torch import Tensor
 
 import foretaste as ft
 from foretaste.data.batch import Queries, RowBatch
-from foretaste.data.parts import TRAIN
 from foretaste.data.plans import Offered
+from foretaste.data.splits import TRAIN
 from foretaste.data.tasks import Task
 from foretaste.errors import ConfigError, DataError
 from foretaste.experiment.offering import Fold, fit_folds, offer

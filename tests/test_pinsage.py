@@ -16,7 +16,7 @@ from foretaste.data.features import fit_features
 from foretaste.data.features_schema import CategoricalField, FeatureSchema
 from foretaste.data.graph import GraphConfig, graph_of
 from foretaste.data.interactions import Interactions
-from foretaste.data.neighbourhoods import Neighbourhoods, make_frontier
+from foretaste.data.walks import Neighbourhoods, make_frontier
 from foretaste.errors import ConfigError
 from foretaste.models.layers.importance import Convolve, pool
 from foretaste.models.layers.layerwise import generate

@@ -18,8 +18,8 @@ import pytest
 from foretaste.data import arrays, store
 from foretaste.data.arrays import count_before, pick
 from foretaste.data.interactions import Interactions
-from foretaste.data.parts import TRAIN
 from foretaste.data.reading import read_interactions
+from foretaste.data.splits import TRAIN
 from foretaste.data.splitting import leave_last_split
 from foretaste.data.store import open_store, write_store
 from foretaste.data.vocabulary import Vocabulary

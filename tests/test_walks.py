@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from foretaste.data.graph import Graph
-from foretaste.data.neighbourhoods import Neighbourhoods
-from foretaste.data.walks import most_visited, uniform_neighbours
+from foretaste.data.walks import Neighbourhoods, most_visited, uniform_neighbours
 from foretaste.errors import ConfigError, DataError
 
 

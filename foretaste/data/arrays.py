@@ -2,7 +2,6 @@
 
 Shape legend: B ranges, H rows of all of them, E rows of a column, K rows that are kept, P places,
 N values, M distinct ones.
-
 """
 
 import math

@@ -23,8 +23,7 @@ from foretaste.data.audit_evidence import (
     worst_first,
 )
 from foretaste.data.interactions import Interactions
-from foretaste.data.parts import TEST, TRAIN, VALIDATION
-from foretaste.data.splits import Split, newer_than_own
+from foretaste.data.splits import TEST, TRAIN, VALIDATION, Split, newer_than_own
 
 
 def repeats(events: Interactions) -> Iterator[Finding]:

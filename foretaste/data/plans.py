@@ -1,8 +1,8 @@
 """Plans of an epoch: which pairs, windows of a history, or rows each batch holds, in random order.
 
-Shape legend: E events or rows, W windows, L positions, B rows of a batch, H hard negatives, R rows that a ranker learns
-from, T candidates of the first stage for each row, N drawn of them; C is N + 1.
-
+Shape legend: E events or rows, W windows, L positions, B rows of a batch, H hard negatives, R rows
+that a ranker learns from, T candidates of the first stage for each row, N drawn of them; C is
+N + 1.
 """
 
 from collections.abc import Callable

@@ -34,8 +34,7 @@ from foretaste.data.batch import (
 )
 from foretaste.data.features import Features
 from foretaste.data.interactions import Interactions
-from foretaste.data.parts import NEGATIVE, TEST, TRAIN, VALIDATION
-from foretaste.data.splits import Split
+from foretaste.data.splits import NEGATIVE, TEST, TRAIN, VALIDATION, Split
 from foretaste.data.tasks import Task, labels_of, no_column
 from foretaste.errors import DataError
 from foretaste.shown import Shown

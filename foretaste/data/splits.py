@@ -5,6 +5,7 @@ Every split gives each event one part; the rest follows from that. A split says 
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 import polars as pl
@@ -16,17 +17,20 @@ from foretaste.data.arrays import check_rows, ranges
 from foretaste.data.batch import Queries, times_at
 from foretaste.data.features import FieldSide
 from foretaste.data.interactions import Interactions
-from foretaste.data.parts import (
-    NEGATIVE,
-    TEST,
-    TRAIN,
-    UNUSED,
-    VALIDATION,
-    LearnedFrom,
-    SplitKind,
-)
 from foretaste.errors import DataError
 from foretaste.shown import Shown
+
+TRAIN, VALIDATION, TEST, UNUSED, NEGATIVE = 0, 1, 2, 3, 4
+"""The values of `Split.part_E`; an UNUSED event is neither learned from nor in any history. A
+NEGATIVE is no event at all: a pair that a published protocol lists for its user's test events to
+be compared with."""
+
+LearnedFrom = Literal["train", "train and validation", "all events"]
+"""The parts that a model learned from."""
+
+SplitKind = Literal[
+    "temporal", "leave_last", "ratio", "random", "given", "cold_items", "cold_users"
+]
 
 
 def find_leaks(

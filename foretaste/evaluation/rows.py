@@ -16,9 +16,8 @@ from torch import Tensor
 from foretaste.arguments import checked
 from foretaste.config import Resamples, Seed
 from foretaste.data.batch import RowBatch
-from foretaste.data.parts import TEST, TRAIN, UNUSED, VALIDATION
 from foretaste.data.rows import PartName, Rows, happened_split, rows_of
-from foretaste.data.splits import Split
+from foretaste.data.splits import TEST, TRAIN, UNUSED, VALIDATION, Split
 from foretaste.data.tasks import Task
 from foretaste.errors import ConfigError
 from foretaste.evaluation.measure_rows import Predicted, measure_rows

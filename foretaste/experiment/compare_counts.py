@@ -15,9 +15,8 @@ import polars as pl
 from jaxtyping import Bool, Float64, Int64
 
 from foretaste.data.interactions import Interactions
-from foretaste.data.parts import TEST, TRAIN, VALIDATION
 from foretaste.data.rows import Rows, rows_of
-from foretaste.data.splits import Split
+from foretaste.data.splits import TEST, TRAIN, VALIDATION, Split
 from foretaste.data.tasks import Task
 
 BASE_RATE = "base rate"

@@ -20,9 +20,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from foretaste.data.batch import Queries
-from foretaste.data.parts import TRAIN, UNUSED
 from foretaste.data.plans import Offered
-from foretaste.data.splits import Holdout, Split
+from foretaste.data.splits import TRAIN, UNUSED, Holdout, Split
 from foretaste.errors import ConfigError, DataError
 from foretaste.evaluation.task import block_rows
 from foretaste.models.layers.top_k import top_k

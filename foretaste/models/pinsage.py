@@ -36,8 +36,13 @@ from foretaste.data.batch import Queries
 from foretaste.data.features import Features, FieldTable
 from foretaste.data.graph import Graph, GraphConfig
 from foretaste.data.interactions import Interactions
-from foretaste.data.neighbourhoods import Neighbourhoods, PairFrontier, make_frontier
-from foretaste.data.walks import most_visited, uniform_neighbours
+from foretaste.data.walks import (
+    Neighbourhoods,
+    PairFrontier,
+    make_frontier,
+    most_visited,
+    uniform_neighbours,
+)
 from foretaste.errors import ConfigError
 from foretaste.models.base import PairVectors, Retriever
 from foretaste.models.layers.embedding import Fusion

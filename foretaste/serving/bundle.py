@@ -39,7 +39,7 @@ from foretaste.data.folder import (
     verify_files,
     whole_folder,
 )
-from foretaste.data.parts import LearnedFrom
+from foretaste.data.splits import LearnedFrom
 from foretaste.data.store import fill_store, open_store
 from foretaste.errors import BundleError
 from foretaste.json_values import json_value

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 import polars as pl
 
-from foretaste.data.parts import NEGATIVE, TEST, TRAIN
 from foretaste.data.sources.files import Files, Tables
+from foretaste.data.splits import NEGATIVE, TEST, TRAIN
 from foretaste.later import later
 
 sparse, scipy_io = later("scipy.sparse"), later("scipy.io")

@@ -5,8 +5,8 @@ import io
 import numpy as np
 import polars as pl
 
-from foretaste.data.parts import TEST, TRAIN, VALIDATION
 from foretaste.data.sources.files import Files, Tables
+from foretaste.data.splits import TEST, TRAIN, VALIDATION
 from foretaste.later import later
 
 sparse = later("scipy.sparse")

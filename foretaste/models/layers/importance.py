@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from foretaste.data.neighbourhoods import Layer
+from foretaste.data.walks import Layer
 
 _TINY = 1e-6
 """Added to squared lengths: who starts from nothing at all has a vector of 0 and a gradient."""

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float, Float32, Int32
 from torch import Tensor
 
-from foretaste.data.neighbourhoods import Neighbourhoods
+from foretaste.data.walks import Neighbourhoods
 from foretaste.models.layers.importance import Convolve, weighted_bag
 
 OnBlock = Callable[[int, int, Tensor], None]
