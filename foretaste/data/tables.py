@@ -7,7 +7,7 @@ Polars and pyarrow is ever imported here.
 import os
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar, final, runtime_checkable
 
@@ -46,12 +46,10 @@ class Source(Protocol):
     @property
     def name(self) -> str:
         """What messages call it."""
-        ...
 
     @property
     def columns(self) -> list[str]:
         """The names of all columns, in order."""
-        ...
 
     def read(
         self,
@@ -69,7 +67,6 @@ class Source(Protocol):
             numbers: Those that are nothing but numbers or times.
             optional: Those that may be left out, with a note, if their type cannot be read.
         """
-        ...
 
 
 def open_source(
@@ -97,12 +94,9 @@ def open_source(
         ConfigError: The separator or the encoding cannot be one.
     """
     missing = (missing,) if isinstance(missing, str) else tuple(missing)
-
-    def opened(path: str | os.PathLike[str]) -> Source:
-        return _open_file(
-            path, separator=separator, header=header, encoding=encoding, missing=missing
-        )
-
+    opened = partial(
+        _open_file, separator=separator, header=header, encoding=encoding, missing=missing
+    )
     match source:
         case str() | os.PathLike():
             return opened(source)
@@ -143,20 +137,18 @@ def find_column(source: Source, wanted: str | int, *, argument: str) -> str:
     """
     columns = source.columns
     if isinstance(wanted, int):
-        if 0 <= wanted < len(columns):
-            _each_once(source, [name for name in columns if name == columns[wanted]])
-            return columns[wanted]
-        raise DataError(
-            f"{source.name} has no column at position {wanted} ({argument}): it has "
-            f"{len(columns)}, counted from 0",
-            name=argument,
-            value=wanted,
-        )
-    if columns.count(wanted) == 1:
-        return wanted
-    if wanted in columns:
-        _each_once(source, [name for name in columns if name == wanted])
-    raise DataError(_no_column(source, wanted, argument), name=argument, value=wanted)
+        if not 0 <= wanted < len(columns):
+            raise DataError(
+                f"{source.name} has no column at position {wanted} ({argument}): it has "
+                f"{len(columns)}, counted from 0",
+                name=argument,
+                value=wanted,
+            )
+        wanted = columns[wanted]
+    if wanted not in columns:
+        raise DataError(_no_column(source, wanted, argument), name=argument, value=wanted)
+    _each_once(source, [name for name in columns if name == wanted])
+    return wanted
 
 
 def _no_column(source: Source, wanted: str, argument: str) -> str:
