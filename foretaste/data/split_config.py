@@ -1,5 +1,6 @@
 """The settings of a split, as a recipe writes them, and the split that they describe."""
 
+from collections.abc import Callable, Mapping
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -117,6 +118,17 @@ SplitConfig = Annotated[
     Field(discriminator="kind"),
 ]
 
+_CUTS: Mapping[str, Callable[..., Split]] = {
+    "temporal": temporal_split,
+    "leave_last": leave_last_split,
+    "ratio": ratio_split,
+    "random": random_split,
+    "given": given_split_by_column,
+    "cold_items": cold_items_split,
+    "cold_users": cold_users_split,
+}
+"""The function of each kind; its arguments are named as the settings are."""
+
 
 @checked
 def make_split(
@@ -134,31 +146,7 @@ def make_split(
     Raises:
         DataError: The events cannot be cut so; the message says why.
     """
-    match config:
-        case TemporalSplitConfig():
-            split = temporal_split(events, validation=config.validation, test=config.test)
-            return split if config.stop_on == "time" else leave_last_within_training(split)
-        case LeaveLastSplitConfig():
-            return leave_last_split(events, validation=config.validation)
-        case RatioSplitConfig():
-            return ratio_split(events, validation=config.validation, test=config.test)
-        case RandomSplitConfig():
-            return random_split(
-                events, validation=config.validation, test=config.test, seed=config.seed
-            )
-        case GivenSplitConfig():
-            return given_split_by_column(
-                events,
-                column=config.column,
-                validation=config.validation,
-                validation_by=config.validation_by,
-                seed=config.seed,
-            )
-        case ColdItemsSplitConfig():
-            return cold_items_split(
-                events, validation=config.validation, test=config.test, seed=config.seed
-            )
-        case ColdUsersSplitConfig():
-            return cold_users_split(
-                events, validation=config.validation, test=config.test, seed=config.seed
-            )
+    settings = config.model_dump(exclude={"kind", "stop_on"})
+    split = _CUTS[config.kind](events, **settings)
+    by_last = isinstance(config, TemporalSplitConfig) and config.stop_on == "leave_last"
+    return leave_last_within_training(split) if by_last else split
