@@ -83,17 +83,6 @@ def test_a_compressed_model_answers_as_its_bundle_does_and_nearly_as_before(
         assert torch.equal(value, before[name]), name  # the original stays
 
 
-@pytest.mark.parametrize("config", [ft.MFConfig(), ft.LightGCNConfig()], ids=lambda c: c.kind)
-def test_new_users_are_answered_by_the_tables_that_there_are(config) -> None:
-    table = PrunedConfig(keep=0.1, from_rows=0)  # far from the dense one
-    model = compress_tables(fitted(config), table).model
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    model.learn_new_users(SPLIT.train)
-    model.finish()
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, before[name]), name
-
-
 def test_weights_take_as_many_bytes_as_is_said(bundle: Path, tmp_path: Path) -> None:
     trained = ft.load(bundle).trained
     for table, of_row in [

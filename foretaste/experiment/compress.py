@@ -154,10 +154,9 @@ def compress_tables(trained: Trained, table: Settings) -> Trained:
                 if part not in made:
                     made[part] = kept.compressed(part)
                 setattr(parent, name, made[part])
-    model.train().eval()  # forgets what was worked out from the other tables
-    model.learn_new_users(trained.events)
-    model.finish()
-    model.eval()
+    # Item vectors worked out from the other tables are forgotten; how new users are answered stays
+    # as the dense tables taught it: learned again from pruned rows it was worse.
+    model.train().eval()
     smaller = config.model_copy(update={"table": kept})
     settings = {**trained.settings, "model": smaller.model_dump(mode="json")}
     return replace(trained, model=model, config=smaller, settings=settings)
