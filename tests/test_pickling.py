@@ -113,7 +113,7 @@ OBJECTS: dict[str, Callable[[], Any]] = {
     "Dataset": lambda: ft.Dataset(name="own", events=events(), origin="here", licence="none"),
 }
 OF_THESE = {"BundleContents", "ModelComparison", "Quickstart", "RankingGain", "RowsReport"}
-OF_THESE |= {"TuneResult"}
+OF_THESE |= {"Frontier", "TuneResult"}
 """Records of plain values and of the objects above."""
 PROTOCOLS = {"Tracker"}
 

@@ -85,6 +85,17 @@ def test_rows_blocks_and_row_minus_1_agree(name: str) -> None:
         assert (caught.value.name, caught.value.value) == ("row", row)
 
 
+@pytest.mark.parametrize("name", ["dense", *TRAINED, *AT_REST])
+@pytest.mark.parametrize(
+    ("first", "last", "named"), [(5, NUM + 1, NUM + 1), (-1, 3, -1), (4, 3, 4)]
+)
+def test_a_block_beyond_the_table_is_refused(name: str, first: int, last: int, named: int) -> None:
+    table = dense() if name == "dense" else made(name)
+    with pytest.raises(DataError) as caught:
+        table.block(first, last)
+    assert (caught.value.name, caught.value.value) == ("row", named)
+
+
 @pytest.mark.parametrize("name", TRAINED)
 def test_rows_are_drawn_with_the_deviation_that_is_asked(name: str) -> None:
     table = made(name)

@@ -39,7 +39,11 @@ class Table(nn.Module, ABC):
 
     @abstractmethod
     def block(self, first: int, last: int) -> Float[Tensor, "R D"]:
-        """Return the rows in [first, last), with their gradient."""
+        """Return the rows in [first, last), with their gradient.
+
+        Raises:
+            DataError: They are not within the table.
+        """
 
     @abstractmethod
     def draw(self, *, std: float) -> None:
@@ -108,6 +112,7 @@ class Dense(Table):
         return looked_ND.view(*row_X.shape, self.width)
 
     def block(self, first: int, last: int) -> Float[Tensor, "R D"]:
+        check_block(first, last, self.num_rows)
         block_RD = self.weight[first:last]
         if self.scale == 1:
             return block_RD
@@ -140,6 +145,37 @@ class Dense(Table):
         return mean_bags(code_N, offsets_P, self.weight, scale=self.scale, by_rows=self.by_rows)
 
 
+def finite_blocks(table: Table) -> list[tuple[int, Tensor]]:
+    """Return a trained table's blocks.
+
+    Raises:
+        ConfigError: A number is NaN or infinite.
+    """
+    blocks = list(table.blocks())
+    for first, block_RD in blocks:
+        broken_R = ~block_RD.isfinite().all(dim=1)
+        if broken_R.any():
+            row = first + int(broken_R.nonzero()[0])
+            raise ConfigError(
+                f"row {row} of the table is NaN or infinite, so it cannot be compressed: the model "
+                "is broken, train it again",
+                name="row",
+                value=row,
+            )
+    return blocks
+
+
+@torch.no_grad()
+def principal_directions(table: Table, num: int) -> Float[Tensor, "d D"]:
+    """Return the orthonormal directions along which the rows, as they are, are the longest."""
+    square_DD = torch.zeros(table.width, table.width, dtype=torch.float64)
+    for _, block_RD in finite_blocks(table):
+        square_DD += (block_RD.T @ block_RD).double().cpu()
+    direction_DD = torch.linalg.eigh(square_DD).eigenvectors  # the longest last
+    longest_dD: Tensor = direction_DD.T.flip(0)[:num].float()
+    return longest_dD
+
+
 def check_growth(num_before: int, num_rows: int) -> None:
     """Refuse to shrink.
 
@@ -152,6 +188,21 @@ def check_growth(num_before: int, num_rows: int) -> None:
             "give at least all ids that the model was trained with",
             name="num_rows",
             value=num_rows,
+        )
+
+
+def check_block(first: int, last: int, num_rows: int) -> None:
+    """Refuse a block that is not within the table.
+
+    Raises:
+        DataError: It begins before row 0, ends beyond the table, or before it begins.
+    """
+    if not 0 <= first <= last <= num_rows:
+        raise DataError(
+            f"rows {first} to {last} were asked of a table of {num_rows:,} rows: ask for a block "
+            "within it",
+            name="row",
+            value=last if last > num_rows else first,
         )
 
 

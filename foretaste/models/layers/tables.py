@@ -10,6 +10,7 @@ functions, M sub-spaces or digits.
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
+from itertools import chain
 from typing import Annotated, Literal, final
 
 import numpy as np
@@ -22,7 +23,15 @@ from foretaste.config import Config, Count, CountOrZero
 from foretaste.data.interactions import Interactions
 from foretaste.errors import ConfigError
 from foretaste.later import later
-from foretaste.models.layers.table import Dense, Table, check_growth, check_rows
+from foretaste.models.layers.table import (
+    Dense,
+    Table,
+    check_block,
+    check_growth,
+    check_rows,
+    finite_blocks,
+    principal_directions,
+)
 
 faiss = later("faiss")
 
@@ -219,7 +228,8 @@ class SharedRows(Table):
         return self.rows(row_N).view(*row_X.shape, self.width)
 
     def block(self, first: int, last: int) -> Float[Tensor, "R D"]:
-        device = next(self.parameters()).device
+        check_block(first, last, self.num_rows)
+        device = next(chain(self.parameters(), self.buffers())).device
         return self.rows(torch.arange(first, last, device=device))
 
     def zero_rows(self, untrained_R: Bool[Tensor, " R"]) -> None:
@@ -460,37 +470,6 @@ def code_by_events(events: Interactions, *, users: Table | None, items: Table | 
     for side, factor_RM in (("users", user_UM), ("items", item_IM)):
         if side in quantised:
             quantised[side].code_by(factor_RM[:, : quantised[side].sub_spaces])
-
-
-def finite_blocks(table: Table) -> list[tuple[int, Tensor]]:
-    """Return a trained table's blocks.
-
-    Raises:
-        ConfigError: A number is NaN or infinite.
-    """
-    blocks = list(table.blocks())
-    for first, block_RD in blocks:
-        broken_R = ~block_RD.isfinite().all(dim=1)
-        if broken_R.any():
-            row = first + int(broken_R.nonzero()[0])
-            raise ConfigError(
-                f"row {row} of the table is NaN or infinite, so it cannot be compressed: the model "
-                "is broken, train it again",
-                name="row",
-                value=row,
-            )
-    return blocks
-
-
-@torch.no_grad()
-def principal_directions(table: Table, num: int) -> Float[Tensor, "d D"]:
-    """Return the orthonormal directions along which the rows, as they are, are the longest."""
-    square_DD = torch.zeros(table.width, table.width, dtype=torch.float64)
-    for _, block_RD in finite_blocks(table):
-        square_DD += (block_RD.T @ block_RD).double().cpu()
-    direction_DD = torch.linalg.eigh(square_DD).eigenvectors  # the longest last
-    longest_dD: Tensor = direction_DD.T.flip(0)[:num].float()
-    return longest_dD
 
 
 def hashed(row_N: Int64[Tensor, " N"], salt: int, num: int) -> Int64[Tensor, " N"]:

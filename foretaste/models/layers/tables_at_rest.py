@@ -15,13 +15,8 @@ from torch import Tensor, nn
 
 from foretaste.config import Count
 from foretaste.errors import ConfigError
-from foretaste.models.layers.table import Dense, Table
-from foretaste.models.layers.tables import (
-    SharedRows,
-    SmallerConfig,
-    finite_blocks,
-    principal_directions,
-)
+from foretaste.models.layers.table import Dense, Table, finite_blocks, principal_directions
+from foretaste.models.layers.tables import SharedRows, SmallerConfig
 
 _LOWEST = torch.finfo(torch.float32).tiny
 
@@ -94,9 +89,6 @@ class AtRest(SharedRows):
 
     def draw(self, *, std: float) -> None:
         """Leave the rows as they are: they are a trained table's."""
-
-    def block(self, first: int, last: int) -> Float[Tensor, "R D"]:
-        return self.rows(torch.arange(first, last, device=next(self.buffers()).device))
 
     def grow(self, num_rows: int) -> None:
         raise ConfigError(
