@@ -293,7 +293,8 @@ def test_printed_it_is_a_table_that_ends_with_the_sentence(
 ) -> None:
     *lines, last = str(found[0]).splitlines()
     assert last == found[0].sentence
-    (row,) = (line for line in lines if "knn <again> | once" in line)
+    rows = (line for line in lines if not line.startswith("· "))  # remarks name models too
+    (row,) = (line for line in rows if "knn <again> | once" in line)
     quality = row_of(found[0], "knn <again> | once").quality
     assert f"{quality:.4f} [" in row
     assert any(line.startswith("· endless: out of time") for line in lines)
