@@ -19,6 +19,7 @@ from foretaste.models.layers.table import Dense, Table
 from foretaste.models.layers.tables import (
     CompositionalConfig,
     DenseConfig,
+    FilledConfig,
     Hash,
     HashConfig,
     NarrowConfig,
@@ -29,7 +30,6 @@ from foretaste.models.layers.tables import (
     hashed,
 )
 from foretaste.models.layers.tables_at_rest import (
-    AtRestConfig,
     HalfConfig,
     IntegerConfig,
     Pruned,
@@ -45,7 +45,7 @@ TRAINED: dict[str, TableKind] = {
     "concatenation": CompositionalConfig(from_rows=0, operation="concatenation", parts=4),
     "quantised": QuantisedConfig(from_rows=0, sub_spaces=4),
 }
-AT_REST: dict[str, AtRestConfig] = {
+AT_REST: dict[str, FilledConfig] = {
     "half": HalfConfig(),
     "bf16": HalfConfig(format="bf16"),
     "int8": IntegerConfig(),
@@ -235,6 +235,14 @@ def test_pruning_keeps_the_longest_rows_and_the_mean_of_the_others() -> None:
     assert torch.equal(whole(pruned)[kept], whole(table)[kept])
     mean = whole(table)[~kept].mean(dim=0)
     assert torch.allclose(whole(pruned)[~kept], mean.expand(NUM - 60, -1), atol=1e-6)
+
+
+@pytest.mark.parametrize("num", [1, 100, 256, 300])
+def test_few_rows_are_coded_exactly_or_nearly(num: int) -> None:
+    table = dense(num)
+    made = QuantisedConfig(from_rows=0, sub_spaces=4).compressed(table)
+    assert isinstance(made, Quantised)
+    assert (whole(made) - whole(table)).square().mean() < 0.05
 
 
 @pytest.mark.parametrize("width", [16, 17, 23])

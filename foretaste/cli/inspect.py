@@ -38,6 +38,8 @@ def compress(
     as_json: JsonFlag = False,
 ) -> None:
     """Measure smaller tables on the bundle's test part, and write one that is worth it."""
+    if out is not None:
+        ft.check_place(out, "bundle")
     asked = None if recipe is None else ft.read_experiment(recipe, data_dir=data_dir)
     tables = [] if kind is None else [{"kind": kind}]
     found = ft.compress(bundle, tables=tables, recipe=asked, data_dir=data_dir, metric=metric)

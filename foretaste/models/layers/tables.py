@@ -112,7 +112,19 @@ class SmallerConfig(TableKind):
         """Make an untrained table of at least one row."""
 
 
-class NarrowConfig(SmallerConfig):
+class FilledConfig(SmallerConfig):
+    """Settings of tables that can be made of a trained one."""
+
+    def compressed(self, table: Table) -> Table:
+        """Return a trained table in this kind; where it would be dense, as it is."""
+        made = self.make(table.num_rows, table.width)
+        if not isinstance(made, Filled):
+            return table
+        made.fill(table)
+        return made
+
+
+class NarrowConfig(FilledConfig):
     """Settings of rows of a smaller width, and a learned projection to the model's."""
 
     kind: Literal["narrow"] = "narrow"
@@ -125,14 +137,6 @@ class NarrowConfig(SmallerConfig):
         """Make an untrained table."""
         inner = round(num_rows * width / (self.times * (num_rows + width)))
         return Narrow(num_rows, width, inner=min(width, max(1, inner)))
-
-    def compressed(self, table: Table) -> Table:
-        """Return a trained table in this kind; a small one as it is."""
-        made = self.make(table.num_rows, table.width)
-        if not isinstance(made, Narrow):
-            return table
-        made.fill(table)
-        return made
 
 
 class HashConfig(SmallerConfig):
@@ -184,7 +188,7 @@ class CompositionalConfig(SmallerConfig):
         return [max(2, math.ceil(num_rows ** (1 / self.parts)))] * (self.parts - 1)
 
 
-class QuantisedConfig(SmallerConfig):
+class QuantisedConfig(FilledConfig):
     """Settings of rows of codes: one vector of a codebook for each part of the width."""
 
     kind: Literal["quantised"] = "quantised"
@@ -197,14 +201,6 @@ class QuantisedConfig(SmallerConfig):
     def make_smaller(self, num_rows: int, width: int) -> Table:
         """Make an untrained table."""
         return Quantised(num_rows, width, sub_spaces=self.sub_spaces)
-
-    def compressed(self, table: Table) -> Table:
-        """Return a trained table in this kind; a small one as it is."""
-        made = self.make(table.num_rows, table.width)
-        if not isinstance(made, Quantised) or table.num_rows < CODES:
-            return table
-        made.fill(table)
-        return made
 
 
 class SharedRows(Table):
@@ -240,8 +236,20 @@ class SharedRows(Table):
         self._num_rows = num_rows
 
 
+class Filled(SharedRows):
+    """Rows that can be those of a trained table, nearly."""
+
+    @abstractmethod
+    def fill(self, table: Table) -> None:
+        """Take a trained table's rows.
+
+        Raises:
+            ConfigError: They are not finite.
+        """
+
+
 @final
-class Narrow(SharedRows):
+class Narrow(Filled):
     r"""Rows of a smaller width d and a projection: :math:`e_r = W z_r`."""
 
     def __init__(self, num_rows: int, width: int, *, inner: int) -> None:
@@ -368,7 +376,7 @@ class Compositional(SharedRows):
 
 
 @final
-class Quantised(SharedRows):
+class Quantised(Filled):
     r"""Product quantisation: a code for each of M parts of the width, each a vector of a codebook.
 
     .. math:: e_r = [c^1_{b_{r1}}; \dots; c^M_{b_{rM}}], \quad b_{rm} \in \{0, \dots, 255\}
@@ -432,7 +440,8 @@ class Quantised(SharedRows):
         padded_RP[:, self._kept()] = rows_RD
         quantizer = faiss.ProductQuantizer(padded_RP.shape[1], self.sub_spaces, 8)
         quantizer.cp.min_points_per_centroid = 1  # as few as there are: no warning
-        quantizer.train(padded_RP.numpy())
+        times = -(-CODES // len(padded_RP))  # it wants as many rows as vectors
+        quantizer.train(padded_RP.repeat(times, 1).numpy())
         self.code_RM.copy_(torch.from_numpy(quantizer.compute_codes(padded_RP.numpy())))
         found = torch.from_numpy(faiss.vector_to_array(quantizer.centroids))
         self.codebooks.weight.copy_(found.view_as(self.codebooks.weight))

@@ -5,7 +5,6 @@ They cannot be trained. Their settings stand in a bundle like those of the kinds
 Shape legend: R rows of a table, N rows asked for, D width, K rows that are kept.
 """
 
-from abc import abstractmethod
 from typing import Annotated, ClassVar, Literal, final
 
 import torch
@@ -16,24 +15,12 @@ from torch import Tensor, nn
 from foretaste.config import Count
 from foretaste.errors import ConfigError
 from foretaste.models.layers.table import Dense, Table, finite_blocks, principal_directions
-from foretaste.models.layers.tables import SharedRows, SmallerConfig
+from foretaste.models.layers.tables import Filled, FilledConfig
 
 _LOWEST = torch.finfo(torch.float32).tiny
 
 
-class AtRestConfig(SmallerConfig):
-    """Settings of a table that is made of a trained one."""
-
-    def compressed(self, table: Table) -> Table:
-        """Return a trained table in this kind; a small one as it is."""
-        made = self.make(table.num_rows, table.width)
-        if not isinstance(made, AtRest):
-            return table
-        made.fill(table)
-        return made
-
-
-class HalfConfig(AtRestConfig):
+class HalfConfig(FilledConfig):
     """Settings of rows of 16 bits a number."""
 
     kind: Literal["half"] = "half"
@@ -47,7 +34,7 @@ class HalfConfig(AtRestConfig):
         return Half(num_rows, width, dtype=dtype)
 
 
-class IntegerConfig(AtRestConfig):
+class IntegerConfig(FilledConfig):
     """Settings of rows of small whole numbers with a scale a row."""
 
     kind: Literal["int8", "int4"] = "int8"
@@ -61,7 +48,7 @@ class IntegerConfig(AtRestConfig):
         return Integers(num_rows, width, bits=8 if self.kind == "int8" else 4, inner=inner)
 
 
-class PrunedConfig(AtRestConfig):
+class PrunedConfig(FilledConfig):
     """Settings of a table whose shortest rows are dropped."""
 
     kind: Literal["pruned"] = "pruned"
@@ -74,18 +61,10 @@ class PrunedConfig(AtRestConfig):
         return Pruned(num_rows, width, kept=max(1, round(self.keep * num_rows)))
 
 
-class AtRest(SharedRows):
+class AtRest(Filled):
     """Rows that cannot be trained."""
 
     trains: ClassVar[bool] = False
-
-    @abstractmethod
-    def fill(self, table: Table) -> None:
-        """Take a trained table's rows.
-
-        Raises:
-            ConfigError: They are not finite.
-        """
 
     def draw(self, *, std: float) -> None:
         """Leave the rows as they are: they are a trained table's."""
