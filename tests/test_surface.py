@@ -36,8 +36,7 @@ arguments, environment, random_state = list(sys.argv), dict(os.environ), torch.g
 threads, torch_threads = threading.active_count(), torch.get_num_threads()
 sys.addaudithook(refuse)
 for name in MODULES:
-    if not name.endswith("__main__"):
-        importlib.import_module(name)
+    importlib.import_module(name)
 assert (sys.argv, dict(os.environ)) == (arguments, environment)
 assert (threading.active_count(), torch.get_num_threads()) == (threads, torch_threads)
 assert torch.equal(torch.get_rng_state(), random_state)
