@@ -7,14 +7,14 @@ and wrong calls are answered at once.
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, cast
 
 import typer
 from pydantic import ValidationError
 
 import foretaste as ft
-from foretaste.cli import answers, compare, data, fit, inspect, quickstart, serve, tune
+from foretaste.cli import data, serving, training
 from foretaste.cli.show import Stopped, answer, fail, stoppable
 from foretaste.config import findings
 
@@ -29,18 +29,22 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command()(quickstart.quickstart)
 app.add_typer(data.app, name="data")
-app.command()(fit.fit)
-app.command()(fit.evaluate)
-app.command()(tune.tune)
-app.command()(compare.compare)
-app.command()(answers.recommend)
-app.command()(answers.similar)
-app.command()(inspect.inspect)
-app.command()(inspect.compress)
-app.command()(serve.serve)
-app.command()(serve.token)
+_COMMANDS: tuple[Callable[..., None], ...] = (
+    serving.quickstart,
+    training.fit,
+    training.evaluate,
+    training.tune,
+    training.compare,
+    serving.recommend,
+    serving.similar,
+    serving.inspect,
+    training.compress,
+    serving.serve,
+    serving.token,
+)
+for _command in _COMMANDS:
+    app.command()(_command)
 
 
 def _version(wanted: bool | None) -> None:  # noqa: FBT001 - typer calls it so

@@ -12,6 +12,7 @@ import sys
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 from typing import Annotated, NoReturn
 
@@ -28,6 +29,7 @@ ReplaceFlag = Annotated[
 JsonFlag = Annotated[
     bool, typer.Option("--json", help="Print one JSON document instead; NaN and infinity are null.")
 ]
+DataDir = Annotated[Path | None, typer.Option(help="Where the data's files lie already.")]
 
 _BROKEN_PIPE = 128 + signal.SIGPIPE if hasattr(signal, "SIGPIPE") else 1
 _WIDE = 1_000_000

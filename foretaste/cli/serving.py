@@ -1,15 +1,17 @@
-"""`foretaste recommend` and `foretaste similar`: answers at the prompt, or lists in a file."""
+"""Commands that answer: `recommend`, `similar`, `inspect`, `serve`, `token` and `quickstart`."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 import foretaste as ft
-from foretaste.cli.show import JsonFlag, ReplaceFlag, answer, table
+from foretaste.cli.show import DataDir, JsonFlag, ReplaceFlag, answer, heading, log, pairs, table
 
 Bundle = Annotated[Path, typer.Argument(help="Folder of a bundle.")]
 Features = Annotated[
@@ -113,6 +115,16 @@ def similar(
     _answer(found, f"like {item}", as_json=as_json)
 
 
+def inspect(
+    bundle: Bundle,
+    *,
+    as_json: JsonFlag = False,
+) -> None:
+    """Show a bundle's settings, versions, files and figures; every checksum is verified."""
+    found = ft.inspect_bundle(bundle)
+    answer(found.to_json(), pairs(str(bundle), found.facts()), as_json=as_json)
+
+
 def _history(given: Sequence[str], items: "ft.Vocabulary") -> list[str]:
     """Return the item ids: a text that is no item of training is taken apart at its commas."""
     found = []
@@ -166,3 +178,85 @@ def _notes(written: Mapping[str, object]) -> list[str]:
     said = [f"· {note}" for note in notes] if isinstance(notes, list) else []
     counts = ((written["unknown"], "are unknown to training"), (written["missing"], "had no id"))
     return [*said, *(f"· {count} of the users {what}" for count, what in counts if count)]
+
+
+def serve(
+    bundle: Bundle,
+    *,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free one.")] = 8000,
+    state: Annotated[
+        str, typer.Option(help="Live events: a file for SQLite, a database URL, or beside.")
+    ] = "beside",
+    token: Annotated[
+        str | None,
+        typer.Option(
+            help="Requests must carry it as Bearer token; better given as FORETASTE_TOKEN."
+        ),
+    ] = None,
+    token_file: Annotated[
+        Path | None, typer.Option(help="Tokens by their hashes, as `foretaste token` writes them.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="Another setting: max_k=200"),
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Answer over HTTP, with the page, until told to stop."""
+    if token is None:
+        token = os.environ.get("FORETASTE_TOKEN")  # an empty one is refused: a secret not set
+    given = {"host": host, "port": port, "state": state, "token": token, "token_file": token_file}
+    settings = ft.parse_settings(
+        ft.ServerSettings, ft.with_overrides(given, overrides or ()), source="serve"
+    )
+    ft.serve(bundle, settings=settings, announce=partial(announce, as_json=as_json))
+
+
+def token(
+    path: Annotated[Path, typer.Argument(help="File of tokens, made where there is none.")],
+    name: Annotated[str, typer.Argument(help="What the log calls the token.")],
+    *,
+    role: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="read (if none is given), write (live events) or admin; may be repeated."
+        ),
+    ] = None,
+    requests_per_minute: Annotated[
+        int | None, typer.Option(min=1, help="At most so many requests; none: no bound.")
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Make a token for `serve --token-file`; it is shown once, and the file holds its hash."""
+    made = ft.add_token(
+        path, name, roles=role or ("read",), requests_per_minute=requests_per_minute
+    )
+    answer({"name": name, "token": made}, f"{made}\n", as_json=as_json)
+
+
+def announce(line: str, *, as_json: bool) -> None:
+    """Print the line that ends with the server's address."""
+    answer({"address": line.split()[-1]}, line.strip(), as_json=as_json)
+
+
+def quickstart(
+    *,
+    serve: Annotated[bool, typer.Option(help="Serve the page when all is done.")] = True,
+    data_dir: DataDir = None,
+    out: Annotated[Path, typer.Option(help="Folder of the bundle to write.")] = Path("quickstart"),
+    replace: ReplaceFlag = False,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free one.")] = 8000,
+    as_json: JsonFlag = False,
+) -> None:
+    """Train, measure and serve a recommender on MovieLens-100K, in a few minutes."""
+    found = ft.run_quickstart(out, data_dir=data_dir, replace=replace, say=log)
+    tables = [
+        table(part.title, ("model", *map(heading, part.columns)), part.rows)
+        for part in found.tables
+    ]
+    answer(found.to_json(), *tables, *found.sentences, as_json=as_json)
+    log(f"to serve it again: foretaste serve {out}")
+    if serve:
+        settings = ft.ServerSettings(port=port)
+        ft.serve(out, settings=settings, announce=partial(announce, as_json=as_json))

@@ -1,0 +1,218 @@
+"""Commands that train and measure: `fit`, `evaluate`, `tune`, `compare` and `compress`."""
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+import foretaste as ft
+from foretaste.cli.show import DataDir, JsonFlag, ReplaceFlag, Stopped, answer, log, table
+
+if TYPE_CHECKING:
+    from foretaste.experiment.tune import TrialRow
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="NAME=VALUE", help="Replace a setting: model.dropout=0.5"),
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on where it was stopped.")]
+
+
+def fit(
+    recipe: Annotated[Path, typer.Argument(help="A recipe, in TOML.")],
+    *,
+    out: Annotated[Path, typer.Option(help="Folder of the bundle to write.")],
+    overrides: Overrides = None,
+    resume: Resume = False,
+    replace: ReplaceFlag = False,
+    data_dir: DataDir = None,
+    result: Annotated[Path | None, typer.Option(help="Record the run in this JSON file.")] = None,
+    track: Annotated[ft.TrackerKind | None, typer.Option(help="Where to follow the run.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Train a recipe's model, report it on the test part, and write the bundle."""
+    config = ft.read_experiment(recipe, overrides=overrides or (), data_dir=data_dir)
+    folder = ft.start_run(out, result=result, resume=resume, replace=replace, track=track)
+    split = ft.read_split(config, data_dir=data_dir)
+    for note in split.events.notes:
+        log(note)
+    try:
+        run = ft.run_experiment(config, split, folder=folder, resume=resume, track=track)
+    except Stopped as stop:
+        raise Stopped(stop.signum, _kept(ft.stopped_after(folder), folder)) from stop
+    trained, report = run.final
+    for note in trained.notes:
+        log(note)
+    ft.to_recommender(trained, report).save(out, replace=resume or replace)
+    if result is not None:
+        record = ft.record_run(run, config, recipe=recipe.stem, overrides=overrides or ())
+        ft.write_record(record, result, replace=resume or replace)
+    log(f"wrote {out}; checkpoints and the log of steps are in {folder}")
+    answer(json.loads(report.to_json(per_user=False)), report, as_json=as_json)
+
+
+def _kept(epochs: int | None, folder: Path) -> str:
+    if epochs is None:
+        return "stopped: there is no checkpoint yet, so start again"
+    return f"stopped at epoch {epochs + 1}: {folder} holds a checkpoint, and --resume goes on"
+
+
+def evaluate(
+    bundle: Annotated[Path, typer.Argument(help="Folder of a bundle.")],
+    *,
+    recipe: Annotated[
+        Path | None, typer.Option(help="Measure on this recipe's data and split instead.")
+    ] = None,
+    overrides: Overrides = None,
+    data_dir: DataDir = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Measure a bundle on the test part of the recipe that it was made from."""
+    recommender = ft.load(bundle)
+    config = (
+        ft.recipe_of(recommender.trained)
+        if recipe is None
+        else ft.read_experiment(recipe, data_dir=data_dir)
+    )
+    config = ft.override(config, overrides or ())
+    split = ft.read_split(config, data_dir=data_dir)
+    report = ft.evaluate_split(recommender.trained, config, split)
+    answer(json.loads(report.to_json(per_user=False)), report, as_json=as_json)
+
+
+def tune(
+    recipe: Annotated[Path, typer.Argument(help="A recipe; its [tune] says what is searched.")],
+    *,
+    out: Annotated[Path, typer.Option(help="Folder of the study and the best recipe.")] = Path(
+        "tuned"
+    ),
+    trials: Annotated[int | None, typer.Option(min=1, help="In all, resumed ones too.")] = None,
+    max_seconds: Annotated[
+        float | None, typer.Option(help="Begin no trial after so long, and end the last one there.")
+    ] = None,
+    resume: Resume = False,
+    replace: ReplaceFlag = False,
+    overrides: Overrides = None,
+    data_dir: DataDir = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Search a recipe's settings by validation; write the best as a recipe."""
+    config = ft.read_experiment(recipe, overrides=overrides or (), data_dir=data_dir)
+    ft.check_place(out / "best.toml", replace=True)
+    split = ft.read_split(config, data_dir=data_dir)
+    try:
+        found = ft.tune(
+            config,
+            split,
+            folder=out,
+            trials=trials,
+            max_seconds=max_seconds,
+            resume=resume,
+            replace=replace,
+            watch=partial(_log, trials=trials or config.tune.trials, seen=[]),
+        )
+    except Stopped as stop:
+        kept = f"stopped: its trials are in {out}, and --resume goes on with them"
+        raise Stopped(stop.signum, kept) from stop
+    frame = found.to_frame()
+    rows = [(*row[:4], *map(str, row[4:])) for row in frame.rows()]
+    made = table(f"{found.metric} on validation, best first", frame.columns, rows)
+    log(f"{found.ended}; they took {found.seconds:.1f} s")
+    answer(found.to_json(), made, f"best recipe: {out / 'best.toml'}", as_json=as_json)
+
+
+def _log(trial: "TrialRow", *, trials: int, seen: list[int]) -> None:
+    """Print a trial that ended, and after the first one about how long the others will take."""
+    value = "" if trial.value is None else f"{trial.value:.4f} "
+    settings = ", ".join(f"{name} = {drawn}" for name, drawn in trial.settings.items())
+    log(f"trial {trial.number}: {trial.state} {value}{settings}")
+    left = trials - trial.number - 1
+    if not seen and left > 0:
+        log(f"it took {trial.seconds:.1f} s: about {trial.seconds * left:.0f} s for {left} more")
+    seen.append(trial.number)
+
+
+def compare(
+    recipes: Annotated[list[Path], typer.Argument(help="Recipes of the same data and split.")],
+    *,
+    families: Annotated[
+        str | None,
+        typer.Option(help="Instead of the one recipe's model, these kinds, between commas."),
+    ] = None,
+    budget_seconds: Annotated[
+        float | None, typer.Option(help="For all trainings together; without it, no end is set.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the table, the picture and the best bundle.")
+    ] = None,
+    replace: ReplaceFlag = False,
+    seeds: Annotated[
+        str | None,
+        typer.Option(help="Train each model once with each, between commas: 0,1,2"),
+    ] = None,
+    overrides: Overrides = None,
+    data_dir: DataDir = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Train several models and the baselines, measure all in one way, and say which to take."""
+    if families is not None and len(recipes) > 1:
+        raise typer.BadParameter("--families takes its data and split from one recipe")
+    configs = ft.read_recipes(recipes, overrides=overrides or (), data_dir=data_dir)
+    first = next(iter(configs.values()))
+    if families is not None:
+        configs = ft.family_recipes(first, [name.strip() for name in families.split(",")])
+    if out is not None:
+        ft.check_place(out / "bundle", "bundle", replace=replace)
+    split = ft.read_split(first, data_dir=data_dir)
+    found = ft.compare_models(
+        configs,
+        split,
+        budget_seconds=budget_seconds,
+        folder=out,
+        replace=replace,
+        say=log,
+        seeds=None if seeds is None else _numbers(seeds),
+    )
+    if out is not None:
+        log(f"wrote the table, the picture and the bundle of {found.pick} into {out}")
+    answer(found.to_json(), str(found), as_json=as_json)
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(
+            f"--seeds takes whole numbers between commas, as in 0,1,2, not {text!r}"
+        ) from None
+
+
+def compress(
+    bundle: Annotated[Path, typer.Argument(help="Folder of a bundle with dense tables.")],
+    *,
+    recipe: Annotated[
+        Path | None, typer.Option(help="Measure on this recipe's data and split instead.")
+    ] = None,
+    metric: Annotated[str, typer.Option(help="What is to be kept.")] = "ndcg_at_10",
+    out: Annotated[
+        Path | None, typer.Option(help="Where the recommended bundle is written, if one is.")
+    ] = None,
+    kind: Annotated[
+        str | None, typer.Option(help="Write and measure this kind alone, such as int8.")
+    ] = None,
+    data_dir: DataDir = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Measure smaller tables on the bundle's test part, and write one that is worth it."""
+    if out is not None:
+        ft.check_place(out, "bundle")
+    asked = None if recipe is None else ft.read_experiment(recipe, data_dir=data_dir)
+    tables = [] if kind is None else [{"kind": kind}]
+    found = ft.compress(bundle, tables=tables, recipe=asked, data_dir=data_dir, metric=metric)
+    chosen = {"kind": kind} if kind else found.recommended and found.recommended.table
+    if out is not None and chosen:
+        smaller = ft.compress_tables(ft.load(bundle).trained, chosen)
+        ft.build_recommender(smaller).save(out)
+    answer(json.loads(found.to_json()), found, as_json=as_json)
