@@ -1,15 +1,19 @@
 """The pages say what is so: every example runs, every setting and command stands there."""
 
+import ast
 import importlib.machinery
 import importlib.util
 import re
+import tomllib
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
+import polars as pl
 import pytest
 
 import foretaste as ft
+from foretaste.evaluation.measure_queries import ACCURACY
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -98,3 +102,57 @@ def test_every_setting_that_a_recipe_may_hold_is_in_the_reference() -> None:
     for name, part in parts.items():
         for setting in part.get("properties", {}).keys() - {"kind"}:
             assert f"| `{setting}` |" in page, f"{name}.{setting}"
+
+
+BUILT = (ROOT / "docs/how-it-is-built.md").read_text(encoding="utf-8")
+
+
+def test_the_drawing_of_the_packages_has_the_arrows_that_are_checked() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    checked = [
+        layer.replace("foretaste.", "")
+        for layer in settings["tool"]["importlinter"]["contracts"][0]["layers"]
+    ]
+    drawing = re.findall(r"```text\n(.*?)```", BUILT, re.S)[0]
+    assert re.findall(r"^(\w+(?: \| \w+)*)", drawing, re.M) == checked
+    packages = {path.parent.name for path in (ROOT / "foretaste").glob("*/__init__.py")}
+    assert packages <= set(re.findall(r"\w+", " ".join(checked)))
+
+
+def test_all_that_the_page_on_the_code_names_is_there() -> None:
+    names = {"forward", "draw"}  # methods of torch's and of many classes
+    for path in (ROOT / "foretaste").rglob("*.py"):
+        names.add(path.parent.name)
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef | ast.FunctionDef):
+                names.add(node.name)
+            elif isinstance(node, ast.Name | ast.Attribute) and isinstance(node.ctx, ast.Store):
+                names.add(node.id if isinstance(node, ast.Name) else node.attr)
+    prose = re.sub(r"```.*?```", "", BUILT, flags=re.S)
+    for quoted in re.findall(r"`([^`]+)`", prose):
+        if re.fullmatch(r"[A-Za-z_]+(\.[a-z_]+)?", quoted) and not (ROOT / quoted).exists():
+            others = {"match", "score_BI", "Case", "lint", "relevance_BK", "config"}
+            assert set(quoted.split(".")) <= names | others, quoted
+        elif re.fullmatch(r"[a-z_/]+\.(py|toml|md)|[a-z]+/[a-z]+", quoted):
+            assert (ROOT / quoted).exists() or (ROOT / "foretaste" / quoted).exists(), quoted
+
+
+def test_the_first_change_of_the_page_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    # User 1 has c and is to be given b; a is more popular, so b is at place 2: (1 - 0.8) * 0.8.
+    scope: dict[str, object] = {}
+    function, by_hand = re.findall(r"```python\n(.*?)```", BUILT, re.S)
+    exec(function, scope)  # noqa: S102 - our own text
+    exec(by_hand, scope)  # noqa: S102 - our own text
+    monkeypatch.setitem(ACCURACY, "rank_biased_precision", scope["rank_biased_precision"])
+    table = pl.DataFrame(
+        {
+            "user_id": [1, 2, 3, 4, 2, 3, 1],
+            "item_id": ["c", "a", "a", "a", "b", "b", "b"],
+            "part": [0, 0, 0, 0, 0, 0, 2],
+        }
+    )
+    split = ft.given_split_by_column(ft.read_interactions(table, columns=["part"]))
+    report = ft.evaluate(ft.fit(ft.PopularityConfig(), split), split.test, k=(1, 2))
+    assert report.metrics["rank_biased_precision_at_1"] == 0
+    assert report.metrics["rank_biased_precision_at_2"] == pytest.approx(0.2 * 0.8)
+    assert report.chance["rank_biased_precision_at_2"] == pytest.approx((0.2 + 0.2 * 0.8) / 2)
