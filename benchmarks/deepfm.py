@@ -11,7 +11,7 @@ from ranking_rates import arguments, report, run
 from sequence_ml1m import at_start
 
 from foretaste.data.sources.files import Files
-from foretaste.data.sources.rows import read_frappe_rows
+from foretaste.data.sources.readers import read_frappe_rows
 
 PEERS = {
     "recbole": "peer_recbole_ranking.py",

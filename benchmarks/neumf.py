@@ -12,7 +12,7 @@ from ranking_rates import arguments, report, run
 from sequence_ml1m import at_start
 
 from foretaste.data.sources.files import Files
-from foretaste.data.sources.rankings import read_ncf
+from foretaste.data.sources.readers import read_ncf
 
 PEERS = {"recbole": "peer_recbole_ranking.py"}
 NEGATIVES, FACTORS, LAYERS = 4, 32, 3

@@ -14,12 +14,12 @@ from scipy.io import savemat
 from foretaste.data.audit import audit_events
 from foretaste.data.interactions import Interactions
 from foretaste.data.rows import rows_of
-from foretaste.data.sources import rows as frappe
+from foretaste.data.sources import readers as frappe
 from foretaste.data.sources.files import Files
 from foretaste.data.sources.load import get_dataset
-from foretaste.data.sources.rankings import read_ciao_ratings
-from foretaste.data.sources.rows import (
+from foretaste.data.sources.readers import (
     read_adult,
+    read_ciao_ratings,
     read_frappe,
     read_frappe_positives,
     read_frappe_rows,

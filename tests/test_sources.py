@@ -9,8 +9,9 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import ClassVar
+from urllib.parse import urlsplit
 
 import numpy as np
 import polars as pl
@@ -18,8 +19,15 @@ import pytest
 
 from foretaste.data.sources import files as fetch
 from foretaste.data.sources.files import Address, Files, Wheel
-from foretaste.data.sources.load import Dataset, from_cache, from_folder, get_dataset
-from foretaste.data.sources.registry import SOURCES, Source, find_source
+from foretaste.data.sources.load import (
+    SOURCES,
+    Dataset,
+    Source,
+    find_source,
+    from_cache,
+    from_folder,
+    get_dataset,
+)
 from foretaste.data.split_config import GivenSplitConfig, make_split
 from foretaste.errors import ConfigError, SourceError
 
@@ -229,6 +237,19 @@ def test_where_no_way_leads_there_each_is_said_with_the_mend(
     assert kept(tmp_path / "cache") == []
 
 
+def test_without_pip_a_line_says_that_the_wheel_needs_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetch, "installed", lambda package: package != "pip")
+    wheel = Wheel(requirement="tinydata==1.0", prefix="tinydata/data/")
+    with pytest.raises(SourceError) as caught:
+        wheel.fetch(tmp_path)
+    assert caught.value.name == "pip"
+    source = at("http://127.0.0.1:9/ml-100k.zip", tmp_path, wheel=wheel)
+    with pytest.raises(SourceError, match=r"install pip.*--data-dir"):
+        from_cache(source, tmp_path / "cache")
+
+
 @pytest.mark.slow
 def test_the_wheel_of_the_real_index_holds_the_real_ratings(tmp_path: Path) -> None:
     real = SOURCES["ml-100k"]
@@ -296,6 +317,30 @@ def test_a_malformed_file_is_no_traceback_of_another_library(tmp_path: Path) -> 
         (tmp_path / SOURCES[source].marks[0]).write_text(line + "\n")
         with pytest.raises(SourceError, match=source):
             get_dataset(source, data_dir=tmp_path)
+
+
+# --- the registry ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("source", SOURCES.values(), ids=lambda source: source.name)
+def test_each_entry_says_where_it_is_how_it_is_read_and_what_it_must_be(source: Source) -> None:
+    assert all((source.name, source.folder, source.marks, source.licence, callable(source.read)))
+    for way in source.ways:
+        for file in way:
+            assert urlsplit(file.url).hostname if isinstance(file, Address) else file.prefix
+        names = [PurePosixPath(urlsplit(str(file)).path).name for file in way]
+        assert len(set(names)) == len(names)  # no file is written over another of its way
+    assert source.counts is None or (len(source.counts) == 3 and min(source.counts) > 0)
+    if source.sha256 is not None:
+        assert len(bytes.fromhex(source.sha256)) == 32
+
+
+def test_the_registry_is_in_the_wheel(tmp_path: Path) -> None:
+    wheel = pytest.importorskip("hatchling.builders.wheel", reason="hatchling builds the wheel")
+    builder = wheel.WheelBuilder(str(Path(__file__).parents[1]))
+    (built,) = builder.build(directory=str(tmp_path), versions=["standard"])
+    with zipfile.ZipFile(built) as opened:
+        assert "foretaste/data/sources/registry.toml" in opened.namelist()
 
 
 # --- doors -----------------------------------------------------------------------------------

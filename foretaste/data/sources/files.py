@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 import polars as pl
 
 from foretaste.errors import SourceError
+from foretaste.later import installed
 
 
 @final
@@ -210,6 +211,10 @@ class Wheel:
             self._unpack(wheel, folder)
 
     def _download(self, into: Path) -> None:
+        if not installed("pip"):
+            raise SourceError(
+                f"{self} is fetched by pip, which is not installed: install pip", name="pip"
+            )
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input"]
         command += ["--disable-pip-version-check", "--no-deps", "--only-binary=:all:"]
         command += ["--dest", str(into), self.requirement]

@@ -4,8 +4,13 @@ import logging
 import os
 import shutil
 import tempfile
+import tomllib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import platformdirs
@@ -15,12 +20,74 @@ from jaxtyping import UInt8
 from foretaste.arguments import checked
 from foretaste.data.interactions import Interactions
 from foretaste.data.reading import read_interactions
+from foretaste.data.sources import readers
 from foretaste.data.sources.files import Address, Files, Tables, Wheel
-from foretaste.data.sources.registry import Source, find_source
-from foretaste.errors import SourceError
+from foretaste.errors import ConfigError, SourceError, did_you_mean
 
 _ORIGIN = "ORIGIN.txt"
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where a data set can be had, how it is read, and how to know that it is the one."""
+
+    name: str
+    folder: str
+    """Its folder where several data sets lie side by side."""
+    ways: tuple[tuple[Address | Wheel, ...], ...] = ()
+    """Tried in order; all files of one way make the data set. Empty where it is published only
+    in files that are never read, such as pickles, or at no address that is known."""
+    marks: tuple[str, ...]
+    """Files of which a folder that holds the data set has at least one."""
+    read: Callable[[Files], Tables]
+    """A function of readers.py, given its `file` where it reads one of several."""
+    licence: str
+    counts: tuple[int, int, int] | None = None
+    """Users, items, events; None where the publisher changes them."""
+    sha256: str | None = None
+    """Of `Tables.sha256`; None where no whole copy could be had to take it from."""
+    why_no_way: str = "it is published only in files that are not read (pickles)"
+
+
+def _known_sources() -> Mapping[str, Source]:
+    """Return the data sets of registry.toml by their names."""
+    known = tomllib.loads(Path(__file__).with_name("registry.toml").read_text(encoding="utf-8"))
+    licences, sources = known["licences"], {}
+    for name, entry in known["sets"].items():
+        read, file = vars(readers)[entry.pop("reader")], entry.pop("file", None)
+        entry["read"] = read if file is None else partial(read, name=file)
+        entry["licence"] = licences[entry["licence"]]
+        entry["ways"] = tuple(_way(way) for way in entry.get("ways", ()))
+        entry["marks"] = tuple(entry["marks"])
+        entry["counts"] = tuple(entry["counts"]) if "counts" in entry else None
+        sources[name] = Source(name=name, **entry)
+    return MappingProxyType(sources)
+
+
+def _way(way: Mapping[str, Any]) -> tuple[Address | Wheel, ...]:
+    """Return the files at an address, or a wheel of the package index."""
+    if "wheel" in way:
+        return (Wheel(requirement=way["wheel"], prefix=way["prefix"]),)
+    return tuple(
+        Address(url=f"{way['address']}/{file}", md5=way.get("md5")) for file in way["files"]
+    )
+
+
+SOURCES = _known_sources()
+"""Every known data set by its name."""
+
+
+def find_source(name: str) -> Source:
+    """Return the source of that name.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    if name not in SOURCES:
+        advice = did_you_mean(name, SOURCES) or f"; there are {', '.join(SOURCES)}"
+        raise ConfigError(f"no data set {name!r} is known{advice}", name="name", value=name)
+    return SOURCES[name]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
