@@ -405,15 +405,18 @@ class RangeConfig(Config):
     """A setting that the search draws from a range."""
 
     low: float
+    """The lowest value."""
     high: float
+    """The highest value."""
     log: bool = False
-    """Draw uniformly in the logarithm."""
+    """Whether values are drawn log-uniformly."""
 
 
 class ChoiceConfig(Config):
     """A setting that the search draws from a list."""
 
     choices: tuple[bool | int | float | str, ...] = Field(min_length=1)
+    """The values, one of which is drawn uniformly."""
 
 
 Space = Mapping[str, RangeConfig | ChoiceConfig]

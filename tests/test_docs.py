@@ -3,8 +3,10 @@
 import ast
 import importlib.machinery
 import importlib.util
+import pkgutil
 import re
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -13,6 +15,7 @@ import polars as pl
 import pytest
 
 import foretaste as ft
+from foretaste.config import Config
 from foretaste.evaluation.measure_queries import ACCURACY
 
 ROOT = Path(__file__).parents[1]
@@ -93,6 +96,27 @@ def test_every_command_in_the_pages_exists() -> None:
 def test_each_page_is_reached_from_the_readme() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert [page.name for page in PAGES if f"docs/{page.name}" not in readme] == []
+
+
+def all_settings(kind: type[Config]) -> Iterator[type[Config]]:
+    for child in kind.__subclasses__():
+        yield child
+        yield from all_settings(child)
+
+
+def test_every_setting_has_a_meaning() -> None:
+    for module in pkgutil.walk_packages(ft.__path__, "foretaste."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+    without = [
+        f"{kind.__name__}.{name}"
+        for kind in all_settings(Config)
+        for name, field in kind.model_fields.items()
+        if kind.__module__.startswith("foretaste.")
+        and name != "kind"
+        and not (field.description or "").strip()
+    ]
+    assert without == []
 
 
 def test_every_setting_that_a_recipe_may_hold_is_in_the_reference() -> None:

@@ -46,11 +46,17 @@ class _Stored(Config):
     """What `features.json` says."""
 
     format: Literal["foretaste-features"] = "foretaste-features"
+    """What kind of folder it is."""
     version: Literal[1] = 1
+    """Version of the folder's format."""
     user: FieldSide | None
+    """The fitted fields of users; None without any."""
     item: FieldSide | None
+    """The fitted fields of items; None without any."""
     context: FieldSide | None = None
+    """The fitted fields of the context; None without any."""
     notes: tuple[str, ...]
+    """What fitting left out or merged."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)

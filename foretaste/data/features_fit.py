@@ -61,8 +61,11 @@ class FieldSide(Config):
     codes: tuple[Codes, ...] = ()
     """Single-valued fields: categories, bucketised numbers and crosses."""
     bags: tuple[Bag, ...] = ()
+    """Fields of several values."""
     numbers: tuple[Number, ...] = ()
+    """Standardised numbers."""
     vectors: tuple[Vectorised, ...] = ()
+    """Vectors and encoded texts."""
 
     @property
     def names(self) -> tuple[str, ...]:

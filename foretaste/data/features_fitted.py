@@ -184,10 +184,12 @@ class Values(Config):
     """The categories that training had often enough, the most frequent first."""
 
     texts: tuple[str, ...]
+    """The categories, most frequent first."""
     rare: NonNegativeInt
-    """Training rows of values left out of `texts`: what the bucket of the unseen learns from."""
+    """Training rows of values that `texts` leaves out; the bucket of unseen values learns from
+    them."""
     holds: Held = "text"
-    """What the column held in training, as which a text is read; of a cross, text."""
+    """Type of the column in training, by which a text is read later; of a cross, text."""
 
     @model_validator(mode="before")
     @classmethod
@@ -225,7 +227,9 @@ class Categories(Config):
 
     kind: Literal["categorical"] = "categorical"
     name: str
+    """Name of the field."""
     values: Values
+    """The categories that have a code."""
 
     @property
     def num_codes(self) -> int:
@@ -262,10 +266,13 @@ class Cross(Config):
 
     kind: Literal["cross"] = "cross"
     name: str
+    """Name of the field."""
     of: tuple[str, ...]
+    """The columns that are crossed."""
     values: Values
+    """The combinations that have a code."""
     holds: tuple[Held, ...] = ()
-    """What each column held in training; empty: text."""
+    """Type of each column in training; empty: text."""
 
     @model_validator(mode="before")
     @classmethod
@@ -314,10 +321,11 @@ class Buckets(Config):
 
     kind: Literal["buckets"] = "buckets"
     name: str
+    """Name of the field."""
     edges: tuple[float, ...]
     """Bucket b holds numbers above `edges[b - 1]` and up to `edges[b]`."""
     holds: Held | None = None
-    """What the column held in training; None: numbers or times."""
+    """Type of the column in training; None: numbers or times."""
 
     @property
     def num_codes(self) -> int:
@@ -345,8 +353,11 @@ class Bag(Config):
     """Several values, as codes; an empty bag is a missing one."""
 
     name: str
+    """Name of the field."""
     separator: str | None
+    """Separator of the values of a text; None for lists."""
     values: Values
+    """The categories that have a code."""
 
     def encode(self, column: pl.Series) -> tuple[Int64[np.ndarray, " N"], Int64[np.ndarray, " N"]]:
         """Return the local codes of all rows and the row of each; a missing bag holds one code."""
@@ -362,11 +373,15 @@ class Number(Config):
     """A number, standardised."""
 
     name: str
+    """Name of the field."""
     log1p: bool
+    """Whether the logarithm of 1 plus the absolute number is taken, with the number's sign."""
     mean: float
+    """Mean over the training rows, which is subtracted."""
     std: float = Field(gt=0)
+    """Standard deviation over the training rows, by which the difference is divided."""
     holds: Held | None = None
-    """What the column held in training; None: numbers or times."""
+    """Type of the column in training; None: numbers or times."""
 
     def encode(self, column: pl.Series) -> tuple[Float32[np.ndarray, " R"], Bool[np.ndarray, " R"]]:
         """Return numbers, 0 where missing, and which are there."""
@@ -383,11 +398,14 @@ class Vector(Config):
 
     kind: Literal["vector"] = "vector"
     name: str
+    """Name of the field."""
     width: PositiveInt
+    """Numbers in the vector."""
     length: float | None = Field(gt=0)
-    """What all are divided by; None divides each by its own length."""
+    """Divisor of all vectors; None divides each by its own length."""
     mean: tuple[float, ...] = ()
-    """Taken away before, of vectors of length 1 if each has its own length; empty: nothing is."""
+    """Mean of the training vectors, which is subtracted first (after each vector is divided by its
+    own length, if it is); empty: nothing is subtracted."""
 
     def encode(
         self, column: pl.Series
@@ -414,9 +432,13 @@ class Sentence(Config):
 
     kind: Literal["text"] = "text"
     name: str
+    """Name of the field."""
     encoder: str
+    """Folder or name of the sentence encoder."""
     batch_size: PositiveInt
+    """Texts that are encoded at a time."""
     width: PositiveInt
+    """Numbers in the encoder's vectors."""
 
     def encode(
         self, column: pl.Series

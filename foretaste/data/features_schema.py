@@ -23,11 +23,11 @@ class CategoricalField(Config):
 
     kind: Literal["categorical"] = "categorical"
     min_count: Count = 1
-    """Values on fewer training rows share one bucket with values that training never saw."""
+    """Values on fewer training rows share one bucket with values that are not in training."""
     max_values: Count = 100_000
-    """Beyond so many, the most frequent are kept and the others join the same bucket."""
+    """The most frequent values up to this number have a code; the others share the same bucket."""
     why: str = ""
-    """Why the column is taken so; nothing reads it but people."""
+    """Why this kind was chosen: a note for people, which nothing reads."""
 
 
 class MultiField(Config):
@@ -35,56 +35,58 @@ class MultiField(Config):
 
     kind: Literal["multi"] = "multi"
     separator: str | None = Field(default=None, min_length=1)
-    """What stands between the values of a text, "|" in "Action|Comedy"; lists need none."""
+    """Separator of the values of a text, "|" in "Action|Comedy"; lists need none."""
     min_count: Count = 1
-    """Values that stand in training rows fewer times share one bucket with those never seen."""
+    """Values on fewer training rows share one bucket with values that are not in training."""
     max_values: Count = 100_000
-    """Beyond so many, the most frequent are kept and the others join the same bucket."""
+    """The most frequent values up to this number have a code; the others share the same bucket."""
     why: str = ""
-    """Why the column is taken so; nothing reads it but people."""
+    """Why this kind was chosen: a note for people, which nothing reads."""
 
 
 class NumericField(Config):
-    """A number; of dates and times the days since 1970, of durations and times of day seconds."""
+    """A number. Dates and times count as days since 1970, durations and times of day as seconds."""
 
     kind: Literal["numeric"] = "numeric"
     transform: Literal["standardise", "bucketise", "log1p_standardise"] = "standardise"
-    """Minus the mean, by the standard deviation; or one of the buckets between quantiles; or the
-    logarithm of 1 plus the absolute number, under the number's sign, then standardised."""
+    """"standardise": subtract the mean and divide by the standard deviation. "bucketise": the code
+    of a bucket between quantiles. "log1p_standardise": the logarithm of 1 plus the absolute number,
+    with the number's sign, then standardised."""
     num_buckets: int = Field(default=10, ge=2, le=10_000)
-    """Buckets of `bucketise`, with as many training rows each as equal numbers allow."""
+    """Buckets of `bucketise`. Each has the same number of training rows, as far as equal numbers
+    allow."""
     why: str = ""
-    """Why the column is taken so; nothing reads it but people."""
+    """Why this kind was chosen: a note for people, which nothing reads."""
 
 
 class VectorField(Config):
-    """A list of numbers, as long in every row: an embedding of a text or an image."""
+    """A list of numbers, of the same length in every row: an embedding of a text or an image."""
 
     kind: Literal["vector"] = "vector"
     normalise: bool = True
-    """Divide each vector by its own length; otherwise all by the root mean square of the lengths
-    in training."""
+    """Whether each vector is divided by its own length; otherwise all are divided by the root mean
+    square of the lengths in training."""
     centre: bool = False
-    """Take the mean of training away before, of vectors of length 1 where they are normalised.
-    Encoders of images and texts often give all things one direction in common."""
+    """Whether the mean of training is subtracted, after normalisation if there is any. Encoders of
+    images and texts often give all vectors one direction in common."""
     why: str = ""
-    """Why the column is taken so; nothing reads it but people."""
+    """Why this kind was chosen: a note for people, which nothing reads."""
 
 
 class TextField(Config):
-    """Free text, made a vector of length 1 by a sentence encoder on this machine.
+    """Free text, which a sentence encoder on this machine turns into a vector of length 1.
 
     Needs the extra `text` (sentence-transformers), in training and in serving.
     """
 
     kind: Literal["text"] = "text"
     encoder: str
-    """Folder or name of a sentence-transformers model that is on this machine already."""
+    """Folder or name of a sentence-transformers model that is already on this machine."""
     batch_size: Count = 1
-    """Texts encoded at a time. More is faster; then a vector's last digits may depend on what
-    stood beside its text, and serving may differ from training by them."""
+    """Texts that are encoded at a time. More is faster, but the last digits of a vector may then
+    depend on the other texts of its batch, so that serving differs from training by them."""
     why: str = ""
-    """Why the column is taken so; nothing reads it but people."""
+    """Why this kind was chosen: a note for people, which nothing reads."""
 
 
 class CrossField(Config):
@@ -95,14 +97,16 @@ class CrossField(Config):
 
     kind: Literal["cross"] = "cross"
     of: tuple[str, ...] = Field(min_length=2)
-    """Columns of the same table, each taken as a category; where one is missing, all are."""
+    """Columns of the same table, each read as a category. If one is missing, the cross is
+    missing."""
     min_count: Count = 1
-    """Pairs of values on fewer training rows share one bucket with those that training never
-    saw."""
+    """Combinations on fewer training rows share one bucket with combinations that are not in
+    training."""
     max_values: Count = 100_000
-    """Beyond so many, the most frequent are kept and the others join the same bucket."""
+    """The most frequent combinations up to this number have a code; the others share the same
+    bucket."""
     why: str = ""
-    """Why the columns are crossed; nothing reads it but people."""
+    """Why these columns are crossed: a note for people, which nothing reads."""
 
 
 FieldConfig = Annotated[
@@ -112,7 +116,7 @@ FieldConfig = Annotated[
 
 
 class FeatureSchema(Config):
-    """Which columns about users, items and moments are features, and of which kind."""
+    """Which columns of users, items and the context are features, and of which kind."""
 
     user: dict[str, FieldConfig] = Field(default_factory=dict)
     """From a column of the table of users to its kind and settings."""
@@ -121,7 +125,8 @@ class FeatureSchema(Config):
     context: dict[str, FieldConfig] = Field(default_factory=dict)
     """From a column of the events' context to its kind and settings; rankers read it."""
     left_out: dict[str, str] = Field(default_factory=dict)
-    """Columns that inspection left out, such as `item.title`, and why; nothing reads it."""
+    """Columns that inspection left out, such as `item.title`, and why: a note for people, which
+    nothing reads."""
 
     @model_validator(mode="after")
     def _no_name_is_empty(self) -> "FeatureSchema":

@@ -40,8 +40,9 @@ class FileEntry(Config):
     """What a file of a folder must be."""
 
     size: NonNegativeInt
-    """Bytes."""
+    """Bytes of the file."""
     sha256: str
+    """SHA-256 of the file, in hexadecimal."""
 
 
 class FolderManifest(Config):
@@ -56,7 +57,9 @@ class FolderManifest(Config):
     """What helps where a folder is broken."""
 
     format: str
+    """What kind of folder it is."""
     format_version: int
+    """Version of the folder's format."""
     files: dict[str, FileEntry] = Field(default_factory=dict)
     """Every other file of the folder, by its path with forward slashes."""
 

@@ -24,16 +24,18 @@ else:
 
 
 class GraphConfig(Config):
-    """What besides the events ties nodes, and how much. The tie of an event weighs 1."""
+    """Edges of the graph besides those of events, and their weights; an event has weight 1."""
 
     user_links: Weight = 1.0
-    """Weight of a tie between two users, where the data have such links; 0 leaves them out."""
+    """Weight of an edge between two linked users, if the data have such links; 0 leaves them
+    out."""
     item_links: Weight = 1.0
-    """Weight of a tie between two items, likewise."""
+    """Weight of an edge between two linked items; 0 leaves them out."""
     attributes: tuple[str, ...] = ()
-    """Columns of the item table; each of their values is a node, tied to the items that have it."""
+    """Columns of the item table. Each of their values is a node with an edge to each item that has
+    it."""
     attribute_weight: Positive = 1.0
-    """Weight of the tie between an item and such a value."""
+    """Weight of the edge between an item and such a value."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

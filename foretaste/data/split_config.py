@@ -27,9 +27,9 @@ class _Shares(Config):
     """Two shares of the events that leave something to train on."""
 
     validation: Share = 0.1
-    """Share of the events to choose by; 0 for none."""
+    """Share of the events for validation; 0 for none."""
     test: Share = 0.1
-    """Share of the events to report on; 0 for none: then nothing is measured."""
+    """Share of the events for the test; 0 for none: then nothing is measured."""
 
     @model_validator(mode="after")
     def _leave_something(self) -> "_Shares":
@@ -41,12 +41,12 @@ class _Shares(Config):
 
 
 class TemporalSplitConfig(_Shares):
-    """All users are cut at the same moments; the test is rolling."""
+    """All users are cut at the same two times; the test is rolling."""
 
     kind: Literal["temporal"] = "temporal"
     stop_on: Literal["time", "leave_last"] = "time"
-    """What validation is: the events between the cuts, or each user's last event before the
-    test (the events between the cuts are then trained on)."""
+    """What validation is: the events between the two cuts; or each user's last event before the
+    test, and then the model also trains on the other events between the cuts."""
 
 
 class LeaveLastSplitConfig(Config):
@@ -54,7 +54,7 @@ class LeaveLastSplitConfig(Config):
 
     kind: Literal["leave_last"] = "leave_last"
     validation: bool = True
-    """Whether the last but one is held out to choose by."""
+    """Whether each user's last event but one is held out for validation."""
 
 
 class RatioSplitConfig(_Shares):
@@ -62,49 +62,50 @@ class RatioSplitConfig(_Shares):
 
     kind: Literal["ratio"] = "ratio"
     test: Share = 0.2
+    """Share of each user's events, the last ones, for the test."""
 
 
 class RandomSplitConfig(_Shares):
-    """Events are held out whatever their user and time."""
+    """Events are held out at random, regardless of user and time."""
 
     kind: Literal["random"] = "random"
     seed: Seed = 0
-    """Equal seeds give equal splits."""
+    """Decides the draws; equal seeds give equal splits."""
 
 
 class GivenSplitConfig(Config):
-    """The data say which part an event belongs to."""
+    """A column of the data holds each event's part."""
 
     kind: Literal["given"] = "given"
     column: str = "part"
-    """Holds train, validation, test or unused, or 0, 1, 2 or 3."""
+    """Column of the part: train, validation, test or unused, or 0, 1, 2 or 3."""
     validation: Share = 0.0
-    """Share of the training events to choose by, drawn at random, where the data give none."""
+    """Share of the training events that are drawn for validation if the data give none."""
     validation_by: Literal["events", "blocks"] = "events"
-    """Each event is drawn for itself; or of each user a block of items that others did together,
-    which is nearer to a test that holds users' last events, in data without times."""
+    """"events": each event is drawn by itself. "blocks": for each user, a group of items that have
+    users in common, which is closer to a test of users' last events if the data have no times."""
     seed: Seed = 0
-    """Equal seeds give equal draws."""
+    """Decides the draws; equal seeds give equal splits."""
 
 
 class ColdItemsSplitConfig(_Shares):
-    """All events of some items are held out: training sees nothing of them."""
+    """All events of some items are held out, so that training has none of them."""
 
     kind: Literal["cold_items"] = "cold_items"
     test: Share = 0.2
-    """Share of the items, not of the events; likewise validation."""
+    """Share of the items, not of the events; the same holds for validation."""
     seed: Seed = 0
-    """Equal seeds give equal splits."""
+    """Decides the draws; equal seeds give equal splits."""
 
 
 class ColdUsersSplitConfig(_Shares):
-    """All events of some users are held out: training sees nothing of them."""
+    """All events of some users are held out, so that training has none of them."""
 
     kind: Literal["cold_users"] = "cold_users"
     test: Share = 0.2
-    """Share of the users, not of the events; likewise validation."""
+    """Share of the users, not of the events; the same holds for validation."""
     seed: Seed = 0
-    """Equal seeds give equal splits."""
+    """Decides the draws; equal seeds give equal splits."""
 
 
 SplitConfig = Annotated[

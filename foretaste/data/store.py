@@ -40,7 +40,9 @@ class StoredIds(Config):
     """One vocabulary of a store."""
 
     count: NonNegativeInt
+    """Number of ids."""
     is_integer: bool
+    """Whether the ids are integers; otherwise they are texts."""
 
 
 class StoreManifest(FolderManifest):
@@ -52,15 +54,21 @@ class StoreManifest(FolderManifest):
     remedy = _AGAIN
 
     format: Literal["foretaste-event-store"] = "foretaste-event-store"
+    """What kind of folder it is."""
     format_version: int = 2
+    """Version of the folder's format."""
     events: NonNegativeInt
+    """Number of events."""
     users: StoredIds
+    """The vocabulary of users."""
     items: StoredIds
+    """The vocabulary of items."""
     columns: Mapping[str, str]
     """The file of each further column."""
     positive: str = ""
-    """The column that says which events are positive."""
+    """The column that marks positive events."""
     notes: tuple[str, ...] = ()
+    """What reading dropped, merged or assumed."""
 
     @classmethod
     def upgraded(cls, document: dict[str, Any]) -> dict[str, Any]:

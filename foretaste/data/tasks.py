@@ -31,30 +31,30 @@ class Task(Config):
     """One thing to predict: a click, a purchase, minutes watched, stars."""
 
     name: str = Field(min_length=1)
-    """Also the key of its figures, and of its weight when lists are made."""
+    """Name of the task; its metrics and its weight in a request carry it."""
     kind: Literal["binary", "regression", "ordinal"] = "binary"
     """Whether it happens; how much of it, 0 or more where `transform` is "log1p"; or which of some
     ordered levels."""
     column: str = ""
-    """The events' column that holds the labels, NaN where one is missing. Empty, of a binary
-    task: every event is a 1, and what is drawn is a 0."""
+    """The events' column that holds the labels, NaN where one is missing. If it is empty, every
+    event of a binary task has label 1, and drawn items have label 0."""
     above: float | None = None
-    """Of a binary task: a label is 1 above this value of the column, else 0; none: the column
-    holds 0 and 1 already."""
+    """For a binary task: a label is 1 if the column's value is above this, else 0. None: the column
+    already holds 0 and 1."""
     levels: tuple[float, ...] = ()
-    """Of an ordinal task: the values that a label may have, ascending."""
+    """For an ordinal task: the values that a label may have, ascending."""
     transform: Literal["none", "log1p"] = "none"
-    """Of a regression: what is learned is the label, or the logarithm of 1 plus it; predictions
-    are in the label's own unit either way."""
+    """For a regression: whether the network learns the label or the logarithm of 1 plus it.
+    Predictions are in the label's own unit either way."""
     loss: Literal["squared", "huber"] = "squared"
-    """Of a regression: Huber's is less moved by far-out labels."""
+    """For a regression: the squared error, or Huber's, which outliers move less."""
     weight: Weight = 1.0
-    """In the sum of the tasks' losses; and in the score that orders a list of several tasks, where
-    each answers between 0 and 1: its probability, the expected level's place between the lowest and
-    the highest, or about the share of training labels below the quantity that it predicts."""
+    """Weight of the task in the sum of losses, and in the score that orders a list. In that score
+    each task is between 0 and 1: a probability; the place of the expected level between the lowest
+    and the highest; or, for a quantity, about the share of training labels below the prediction."""
     list_weight: Weight | None = None
-    """In the score that orders a list, where it is another than `weight`: with 0 for all tasks but
-    one, that one alone orders."""
+    """Weight in the score that orders a list, if it is not `weight`. If it is 0 for all tasks but
+    one, that task alone decides the order."""
 
     @model_validator(mode="after")
     def _is_whole(self) -> "Task":

@@ -32,27 +32,28 @@ from foretaste.training.settings import TrainingConfig
 
 
 class PublicData(WhichEvents):
-    """A public data set by its registry name."""
+    """A public data set, by its name in the registry."""
 
     kind: Literal["public"] = "public"
     name: str
-    """As `foretaste data get` knows it, `ml-100k` for one."""
+    """A name that `foretaste data get` knows, such as `ml-100k`."""
 
 
 class FileData(ReadConfig):
-    """Tables of the caller's own."""
+    """Files of tables."""
 
     kind: Literal["files"] = "files"
     files: tuple[str, ...] = Field(min_length=1)
-    """Text, Parquet or Arrow; a path that is not absolute starts at `--data-dir`, or here."""
+    """Text, Parquet or Arrow files. A relative path starts at `--data-dir`, or at the current
+    folder."""
     users: str | None = None
-    """A table about users."""
+    """File of a table of users."""
     items: str | None = None
-    """A table about items: a `title`, say, which the page shows."""
+    """File of a table of items, such as one with a `title`, which the page shows."""
     user_links: str | None = None
-    """A table of two columns of user ids: who trusts whom."""
+    """File of a table of two columns of user ids: who trusts whom."""
     item_links: str | None = None
-    """A table of two columns of item ids that go together."""
+    """File of a table of two columns of item ids that go together."""
 
     def tables(self, base: Path) -> tuple[list[Path], dict[str, Any]]:
         """Return the event files, and what else `read_interactions` is given, by name."""
@@ -67,7 +68,7 @@ class StoreData(WhichEvents):
 
     kind: Literal["store"] = "store"
     path: str
-    """Its folder; a path that is not absolute starts at `--data-dir`, or here."""
+    """Folder of the store. A relative path starts at `--data-dir`, or at the current folder."""
 
 
 DataConfig = Annotated[PublicData | FileData | StoreData, Field(discriminator="kind")]
@@ -77,27 +78,29 @@ class EvaluationConfig(Config):
     """How the test events are reported."""
 
     k: tuple[Count, ...] = Field(default=(10, 20), min_length=1)
-    """Lengths of the lists that are measured; the first one leads."""
+    """Lengths of the lists that are measured; the first one is the main figure."""
     exclude_seen: bool = True
-    """Whether items that the user has had already are left out of the ranking."""
+    """Whether items that the user already had are left out of the ranking."""
     among: Among = "all"
-    """What is ranked: "all", or "cold" for items without a training event among themselves, and
-    metrics are named so."""
+    """What is ranked: "all" items, or "cold": only items without a training event. The names of
+    metrics show it."""
     users: Whose = "known"
-    """Whose lists are measured: those of users with a history, or "new" for the others alone, and
-    metrics are named so."""
+    """Whose lists are measured: "known", users with a history; "new", only users without one. The
+    names of metrics show it."""
     sampled_negatives: CountOrZero = 0
-    """Above 0, targets are ranked among so many sampled items only, and metrics are named so."""
+    """Above 0, targets are ranked among this many sampled items only. The names of metrics show
+    it."""
     sampled_by: Literal["listed", "uniform", "popularity"] = "uniform"
-    """Where they come from: the data's own list, or drawn alike, or in favour of the popular."""
+    """How items are sampled: "listed" in the data, "uniform", or by "popularity"."""
     catalogue: bool = True
-    """Whether lists over the catalogue are measured; of a ranker of one item only, or where no user
-    has two events, they never are."""
+    """Whether lists over the catalogue are measured. They never are for a ranker of one item, or if
+    no user has two events."""
     rows: bool = True
-    """Of a ranker: whether its predictions of labelled rows are measured."""
+    """For a ranker: whether its predictions of labelled rows are measured."""
     calibration: Literal["platt", "isotonic"] | None = None
-    """Of a ranker: what is fitted to the probabilities of validation's rows, if anything. The model
-    keeps it and answers by it; its effect on the test's stands beside the plain figures."""
+    """For a ranker: how its probabilities are calibrated on the validation rows, if at all. The
+    model keeps the calibration and answers by it; the report shows the test's figures with and
+    without it."""
 
     @model_validator(mode="after")
     def _measures_something(self) -> "EvaluationConfig":
@@ -117,11 +120,12 @@ class TuneConfig(Config):
     """What `foretaste tune` searches."""
 
     trials: Rounds = 20
-    """How many trials there are in all, resumed ones too."""
+    """Number of trials, including those of a resumed search."""
     max_seconds: float | None = Field(default=None, gt=0)
-    """Begin no trial after so long, and end the training of the last one there; none: no end."""
+    """No trial begins after this time, and the training of the last one ends there. None: no
+    limit."""
     space: dict[str, RangeConfig | ChoiceConfig] = Field(default_factory=dict)
-    """From a setting's dotted name to a range or a list; empty searches the model's usual ones."""
+    """From a setting's dotted name to a range or a list. Empty: the model's usual ranges."""
 
 
 Final = Literal["none", "validation", "all"]
@@ -131,13 +135,13 @@ Selection = Literal["validation", "fixed epochs", "test"]
 
 
 class Protocol(Config):
-    """What decides whether two figures may be compared."""
+    """Facts that decide whether two figures may be compared."""
 
     trained_on: TrainedOn = "train"
-    """The events that the model learned from: those before validation, or those with it."""
+    """The events that the model learned from: "train", or "train and validation"."""
     negatives: Negatives = "drawn again"
-    """Whether what is told apart from the positives is drawn again in each epoch, given in the data
-    once and for all ("fixed"), the whole catalogue, or nothing."""
+    """Where the negatives of training come from: "drawn again" in each epoch, "fixed" in the data,
+    "all items", or "none"."""
     selection: Selection = "validation"
     """What chose the epoch. Many papers report the best epoch on the test."""
 
@@ -155,35 +159,42 @@ class ExperimentConfig(Config):
     """Everything that decides a run; the bundle stores it beside the numbers."""
 
     seed: Seed = 0
+    """Decides initial weights, order, dropout and draws: one seed gives one result."""
     seeds: tuple[Seed, ...] = ()
-    """Of a comparison: the model is trained once with each of these, and its figures are means over
-    them. `fit` and `tune` take `seed`."""
+    """For `compare`: the model is trained once with each of these, and its figures are means over
+    them. `fit` and `tune` use `seed`."""
     data: DataConfig
+    """Where the events come from."""
     split: SplitConfig
+    """How the events are divided into training, validation and test."""
     features: FeatureSchema | None = None
-    """Which columns about users, items and moments the model reads: sections, or the path of a file
-    of them, such as `foretaste data schema` writes; one that is not absolute starts at
-    `--data-dir`, beside the recipe, or here."""
+    """Which columns of users, items and the context the model reads: sections, or the path of a
+    file of them, such as `foretaste data schema` writes. A relative path starts at `--data-dir`, at
+    the recipe's folder, or at the current folder."""
     model: ModelConfig
+    """Which model is trained, and its settings."""
     objective: ObjectiveConfig | None = None
-    """How it learns; without it, the model's usual way."""
+    """How the model learns; without it, in its usual way."""
     training: TrainingConfig = Field(default_factory=TrainingConfig)
+    """Settings of the training loop."""
     first_stage: FirstStage = Field(default_factory=FirstStage)
-    """Of a model in two stages: how its retriever learns. `objective` and `training` are the
-    ranker's then."""
+    """For a model in two stages: how its retriever learns. `objective` and `training` are then the
+    ranker's."""
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    """What is measured on the test part."""
     final: Final = "none"
-    """What the model in the bundle learns from after the first run: "none", the first run's is
-    kept; "validation", one more run with the validation events, which is reported too; "all", one
-    more run with all events, the test's too, on which nothing can be measured: the report is the
-    first run's. It trains for as many epochs as the first run chose."""
+    """What the model in the bundle learned from: "none": training events, the first run's model.
+    "validation": one more run adds the validation events, and is reported too. "all": one more run
+    on all events, including the test's, so that nothing can be measured of it; the report is the
+    first run's. The second run trains for as many epochs as the first run chose."""
     tune: TuneConfig = Field(default_factory=TuneConfig)
+    """What `foretaste tune` searches."""
     published: dict[str, float] = Field(default_factory=dict)
-    """Figures in print that the recipe is held against, such as `ndcg_at_10`."""
+    """Published figures that the recipe is compared with, by metric, such as `ndcg_at_10`."""
     published_as: Protocol = Field(default_factory=Protocol)
-    """How those were made."""
+    """How the published figures were made."""
     notes: str = ""
-    """What a reader of the result should know."""
+    """Remarks for readers of the result."""
 
     @field_validator("seeds")
     @classmethod

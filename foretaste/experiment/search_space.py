@@ -134,8 +134,11 @@ class Learner(Config):
     """A model and how it learns."""
 
     model: ModelConfig
+    """The model and its settings."""
     objective: ObjectiveConfig
+    """How the model learns."""
     training: TrainingConfig
+    """Settings of the training loop."""
 
 
 @dataclass(kw_only=True)

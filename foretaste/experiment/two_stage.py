@@ -32,18 +32,19 @@ from foretaste.training.trained import Trained
 
 
 class FirstStage(Config):
-    """How the retriever of a model in two stages learns; the recipe's own sections are the
-    ranker's.
+    """How the retriever of a model in two stages learns; the other sections of the recipe are for
+    the ranker.
     """
 
     objective: ObjectiveConfig | None = None
-    """How it learns; without it, the model's usual way."""
+    """How the retriever learns; without it, in the model's usual way."""
     training: TrainingConfig = Field(default_factory=TrainingConfig)
+    """Settings of the retriever's training loop."""
     folds: Literal[0] | Annotated[int, Field(ge=2, le=100)] = 0
-    """Parts into which users are dealt, each answered by a further retriever fitted to all other
-    users. The ranker then learns to tell each row's item from those offered before it, its logit
-    and `retriever_weight` times the score added as in answers. 0: it learns alone, from candidates
-    of the end of training."""
+    """Number of parts into which users are dealt; the candidates of each part's rows come from a
+    retriever trained on all other users. The ranker then learns to tell each row's item from its
+    candidates, by its logit plus `retriever_weight` times the retriever's score, as in answers. 0:
+    the ranker learns by itself, from the candidates of the trained retriever."""
 
 
 @checked_class

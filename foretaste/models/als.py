@@ -65,12 +65,14 @@ class ImplicitALSConfig(StrengthConfig):
         "regularization": (10.0, 1.0, 0.1, 50.0),
     }
     factors: Count = 64
+    """Width of the vectors."""
     regularization: Positive | Literal["auto"] = "auto"
-    """λ: weight of the squared factors in the loss; "auto": chosen by validation from 0.1 to 50."""
+    """λ: weight of the squared factors in the loss. "auto": chosen by validation from 0.1 to 50."""
     alpha: Strength = "auto"
-    """How much more an observed pair counts than one that was not observed; "auto": chosen by
-    validation from 2 to 40."""
+    """How much more an observed pair counts than an unobserved one. "auto": chosen by validation
+    from 2 to 40."""
     iterations: Rounds = 15
+    """Number of iterations, each of which solves for all users and all items."""
 
 
 @final

@@ -55,21 +55,25 @@ class BERT4RecConfig(IdConfig):
     embedding_dim: Count = 64
     """Width of item vectors and states; a multiple of num_heads."""
     num_blocks: Depth = 2
+    """Number of blocks, each of attention and a feed-forward layer."""
     num_heads: Count = 2
+    """Attention heads in a block."""
     max_len: int = Field(default=100, ge=2)
-    """Length of a training window; to recommend, one less of the last events, and [MASK]."""
+    """Length of a training window. A recommendation reads one event less, and [MASK]."""
     dropout: float = Field(default=0.2, ge=0, lt=1)
     """Share of values dropped after the embedding and in each block."""
     attention_dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Share of attention weights dropped; 0 lets the fused kernel run, twice as fast on a CPU."""
+    """Share of attention weights dropped. With 0 the fused kernel can run, twice as fast on a
+    CPU."""
     block: Literal["original", "modern"] = "modern"
-    """"original": the paper's; "modern": normalise first, SwiGLU, gated residuals."""
+    """"original": the paper's block. "modern": normalisation first, SwiGLU, gated residuals."""
     hidden_ratio: float = Field(default=1.0, gt=0, le=1000)
-    """Width of the feed-forward layer over embedding_dim; 4 in the paper."""
+    """Width of the feed-forward layer divided by embedding_dim; 4 in the paper."""
     output_projection: bool = False
-    """Whether a GELU layer stands between a state and its comparison with items, as in print."""
+    """Whether a GELU layer comes between a state and its product with the items, as in the
+    paper."""
     output_bias: bool = False
-    """Whether each item has a bias, as in print; it is one more column of the item vectors."""
+    """Whether each item has a bias, as in the paper; it is one more column of the item vectors."""
 
 
 @final

@@ -73,11 +73,11 @@ class TwoStageConfig(Config):
     retriever: Annotated[RetrieverConfig, Field(discriminator="kind")]
     """The model that finds candidates in the whole catalogue."""
     ranker: Annotated[RankerConfig, Field(discriminator="kind")]
-    """The model that judges them, for one task or several."""
+    """The model that orders the candidates, for one task or several."""
     candidates: Count = 200
-    """How many of the retriever's best items are ranked anew; all others stand below them."""
+    """How many of the retriever's best items the ranker orders; all others follow below them."""
     retriever_weight: Weight = 0.0
-    """How much the retriever's own score counts beside the ranker's; not where a request brings
+    """Weight of the retriever's score, added to the ranker's. It is not used if a request gives
     weights of its own."""
 
 

@@ -52,19 +52,19 @@ class DeepFMConfig(RowFieldsConfig):
     """Each row brings drawn items, so that 1024 events are many rows; five times the usual rate
     ends sooner and higher on MovieLens-100K and Frappe."""
     task: Task = Task(name="click")
-    """What is predicted."""
+    """The task to predict."""
     linear: bool = True
-    """Whether the first-order part takes part."""
+    """Whether the first-order part is used."""
     fm: bool = True
-    """Whether pairs of fields do."""
+    """Whether the products of pairs of fields are used."""
     deep: bool = True
-    """Whether the deep network does."""
+    """Whether the deep network is used."""
     hidden: Widths = (128, 128, 128)
-    """Widths of its hidden layers."""
+    """Widths of the deep network's hidden layers."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Share of values dropped after each of them."""
+    """Share of values dropped after each hidden layer."""
     batch_norm: bool = False
-    """Whether each is normalised over the batch."""
+    """Whether each hidden layer is normalised over the batch."""
 
     @model_validator(mode="after")
     def _has_a_part(self) -> "DeepFMConfig":

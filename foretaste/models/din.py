@@ -48,18 +48,18 @@ class DINConfig(HistoryConfig):
     """Each row brings drawn items, so that 1024 events are many rows. At ten times the usual rate
     seven epochs on MovieLens-100K reach an NDCG of .10, at five times .09."""
     task: Task = Task(name="click")
-    """What is predicted."""
+    """The task to predict."""
     user_id: bool = False
-    """Whether each user has a vector of their own, beside the history."""
+    """Whether each user has a vector, besides the history."""
     pooling: Literal["auto", "attention", "mean", "none"] = "attention"
-    """How a history becomes a vector: by how much each event matters to the item judged, by the
-    mean of all events, or not at all. "auto": "attention" where a user of the training events has
-    several, and "none" where no user has, or where some events did not happen (a click of 0) and
-    no `positive` says which did."""
+    """How a history becomes a vector: "attention", weighted by how much each event matters to the
+    item that is scored; "mean", the mean of all events; "none", not at all. "auto": "attention" if
+    a user has several training events, else "none"; "none" too if some events are negative (a click
+    of 0) and no `positive` marks which are positive."""
     hidden: Widths = (200, 80)
     """Widths of the MLP's hidden layers."""
     activation: Literal["prelu", "dice"] = "prelu"
-    """What follows hidden layers."""
+    """The activation after each hidden layer."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of values dropped after each hidden layer of the MLP."""
 

@@ -51,9 +51,9 @@ class EASEConfig(StrengthConfig):
     }
     most_items: ClassVar[int] = 4_000
     l2: Annotated[float, Field(gt=0, le=1e12)] | Literal["auto"] = "auto"
-    """Weight of the squared weights in the loss; "auto": chosen by validation from 50 to 1000."""
+    """Weight of the squared weights in the loss. "auto": chosen by validation from 50 to 1000."""
     max_bytes: PositiveInt | Literal["auto"] = "auto"
-    """Memory that learning may take (12 bytes times items squared); "auto" is three quarters of
+    """Most memory that learning may take (12 bytes times items squared). "auto": three quarters of
     what is available."""
 
 

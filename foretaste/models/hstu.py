@@ -61,16 +61,18 @@ class HSTUConfig(IdConfig):
     embedding_dim: Count = 64
     """Width of item vectors and states; a multiple of num_heads."""
     num_blocks: Depth = 2
+    """Number of blocks."""
     num_heads: Count = 2
+    """Attention heads in a block."""
     max_len: Count = 200
     """How many of a user's last events the model reads."""
     dropout: float = Field(default=0.2, ge=0, lt=1)
-    """Share of values dropped of the item vectors, and of what each block adds."""
+    """Share of values dropped from the item vectors and from what each block adds."""
     times: bool = True
-    """Whether the time between events is read, where events have times."""
+    """Whether the time between events is read, if events have times."""
     time_dropout: float = Field(default=0.1, ge=0, lt=1)
-    """Share of rows whose times are hidden in training, so that a history without times, as a
-    request may bring one, is no stranger."""
+    """Share of rows whose times are hidden in training, so that the model can also read a history
+    without times, as a request may bring one."""
 
 
 class _Between(NamedTuple):

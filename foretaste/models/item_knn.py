@@ -58,15 +58,15 @@ class ItemKNNConfig(StrengthConfig):
     usual: ClassVar[Usual] = Usual()
     strengths: ClassVar[Mapping[str, tuple[float, ...]]] = {"shrinkage": (10.0, 0.0, 100.0)}
     neighbours: Count = 100
-    """How many items most like it are kept for each item."""
+    """How many of the most similar items are kept for each item."""
     asymmetry: float = Field(default=0.5, ge=0, le=1)
-    """0.5 is the cosine; 1 is the share of an item's users who did the other one too; between
-    them, how far popular items are let through."""
+    """0.5 is the cosine; 1 is the share of an item's users who also have the other item. In
+    between, larger values favour popular items."""
     shrinkage: Strength = "auto"
-    """Added to the denominator: how many users a likeness must have to be believed; "auto": chosen
-    by validation from 0 to 100."""
+    """Added to the denominator, so that a similarity from few users counts less. "auto": chosen by
+    validation from 0 to 100."""
     damping: float = Field(default=0.5, ge=0, le=10)
-    """How much less users with long histories count: each by length to the power -damping."""
+    """How much less users with long histories count: each is weighted by length^-damping."""
 
 
 @final

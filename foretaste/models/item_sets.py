@@ -29,7 +29,7 @@ Strength = Weight | Literal["auto"]
 
 
 class StrengthConfig(Config):
-    """Settings of a model whose strengths, where they are "auto", validation chooses."""
+    """Settings of a model whose strengths are chosen by validation if they are "auto"."""
 
     strengths: ClassVar[Mapping[str, tuple[float, ...]]] = {}
     """By setting, what is tried. The first one is taken where nothing can be tried."""

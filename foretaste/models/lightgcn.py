@@ -88,29 +88,32 @@ class LightGCNConfig(IdConfig):
     on popularity's level on MovieLens-100K.
     """
     embedding_dim: Count = 64
+    """Width of the vectors."""
     num_layers: Depth = 3
-    """L: how far vectors travel."""
+    """L, the number of propagation layers."""
     similarity: Similarity = "dot"
+    """How two vectors are compared: by dot product, or by cosine."""
     temperature: Positive = 1.0
-    """Divides scores; below 1 for the cosine, whose range is narrow."""
+    """Divisor of the scores; below 1 for the cosine, whose range is small."""
     init_std: Positive = 0.1
+    """Standard deviation of the initial vectors."""
     noise: Weight = 0.0
     """Length of the random vector added to each node after each layer in training (SimGCL)."""
     contrast_layer: CountOrZero = 0
-    """Layer whose vectors should agree with the final ones (XSimGCL); 0: none. Its weight is
-    the objective's `contrast`."""
+    """Layer whose vectors are contrasted with the final ones (XSimGCL); 0: none. The objective's
+    `contrast` is its weight."""
     contrast_rows: Count = 2048
-    """How many users, and how many items, of a batch are compared so."""
+    """How many users, and how many items, of a batch are contrasted."""
     edge_dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Share of ties left out at each step."""
+    """Share of edges left out at each step."""
     propagation: Literal["fast", "reference"] = "fast"
-    """"fast": only what a batch needs, by a backward pass of its own; "reference": the equation as
-    it is written in the model's file, slower, to be changed by whoever studies it."""
+    """"fast": computes only what a batch needs, with its own backward pass. "reference": the
+    equation as it is written in the model's file; slower, for those who want to change it."""
     transform: bool = False
-    """NGCF: each layer multiplies by matrices and bends what it passes along, and the layers stand
-    side by side. An ablation: slower, and worse in LightGCN's paper."""
+    """Whether layers are NGCF's: each multiplies by matrices and applies an activation, and the
+    layers are concatenated. An ablation: slower, and worse in LightGCN's paper."""
     graph: GraphConfig = Field(default_factory=GraphConfig)
-    """Which ties there are besides the events'."""
+    """Which edges there are besides those of events."""
 
     @model_validator(mode="after")
     def _layers_fit(self) -> "LightGCNConfig":

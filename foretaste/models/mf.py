@@ -50,14 +50,17 @@ class MFConfig(IdConfig):
     so that popularity stays in the products; l2 holds the vectors back while 1e-2 moves them fast.
     """
     embedding_dim: Count = 64
+    """Width of the vectors."""
     biases: bool = False
     """Whether items have a bias; it is one more column of their vectors."""
     similarity: Similarity = "dot"
+    """How two vectors are compared: by dot product, or by cosine."""
     temperature: Positive = 1.0
-    """Divides scores; below 1 for the cosine, whose range is narrow."""
+    """Divisor of the scores; below 1 for the cosine, whose range is small."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the users' coordinates dropped in training."""
+    """Share of the coordinates of user vectors dropped in training."""
     init_std: Positive = 0.05
+    """Standard deviation of the initial vectors."""
 
 
 @final

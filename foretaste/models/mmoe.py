@@ -48,9 +48,9 @@ class MMoEConfig(HistoryConfig):
     """Each row brings drawn items, so that 1024 events are many rows; five times the usual rate
     ends sooner and higher on MovieLens-100K and Frappe."""
     tasks: tuple[Task, ...] = (Task(name="click"),)
-    """What is predicted."""
+    """The tasks to predict."""
     num_experts: Count = 4
-    """Networks that the tasks share."""
+    """Number of expert networks, which the tasks share."""
     expert_hidden: Widths = Field(default=(64,), min_length=1)
     """Widths of each expert's layers."""
     tower_hidden: Widths = (32,)

@@ -59,11 +59,11 @@ class GMFConfig(IdConfig):
     """Each row brings drawn items, so that 1024 events are many rows; five times the usual rate
     ends sooner and higher on MovieLens-100K and Frappe."""
     task: Task = Task(name="click")
-    """What is predicted."""
+    """The task to predict."""
     factors: Count = 32
     """Width of the vectors."""
     init_std: Positive = 0.01
-    """Spread of the first vectors."""
+    """Standard deviation of the initial vectors."""
 
 
 class MLPConfig(IdConfig):
@@ -82,16 +82,16 @@ class MLPConfig(IdConfig):
     """Each row brings drawn items, so that 1024 events are many rows; five times the usual rate
     ends sooner and higher on MovieLens-100K and Frappe."""
     task: Task = Task(name="click")
-    """What is predicted."""
+    """The task to predict."""
     factors: Count = 32
-    """Width of the last hidden layer; each layer before it is twice as wide as the next, and the
-    two vectors side by side are as wide as the first."""
+    """Width of the last hidden layer. Each layer before it is twice as wide as the next, and the
+    user's and the item's vector together are as wide as the first."""
     num_layers: Depth = 3
-    """Hidden layers."""
+    """Number of hidden layers."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of values dropped after each hidden layer."""
     init_std: Positive = 0.01
-    """Spread of the first vectors."""
+    """Standard deviation of the initial vectors."""
 
 
 class NeuMFConfig(IdConfig):
@@ -110,23 +110,25 @@ class NeuMFConfig(IdConfig):
     """Each row brings drawn items, so that 1024 events are many rows; five times the usual rate
     ends sooner and higher on MovieLens-100K and Frappe."""
     task: Task = Task(name="click")
-    """What is predicted."""
+    """The task to predict."""
     factors: Count = 32
     """Width of GMF's vectors and of MLP's last hidden layer."""
     num_layers: Depth = 3
     """Hidden layers of MLP, each twice as wide as the next."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Share of values dropped after each of them."""
+    """Share of values dropped after each hidden layer."""
     init_std: Positive = 0.01
-    """Spread of the first vectors."""
+    """Standard deviation of the initial vectors."""
     pretrain: bool = False
-    """Train GMF and MLP first, with the same settings, and start from them."""
+    """Whether GMF and MLP are trained first, with the same settings, and NeuMF starts from their
+    weights."""
     pretrain_epochs: Rounds | None = None
-    """Epochs of each of them, in a final run too; none: as many as training has."""
+    """Epochs of each pretraining, in a final run too. None: as many as `training.epochs`."""
     fine_tuning: float = Field(default=1.0, gt=0, le=1000)
-    """The learning rate after them, as a share of training's: they have nearly arrived."""
+    """Learning rate after pretraining, as a share of `training.learning_rate`: the weights need
+    only small changes then."""
     alpha: float = Field(default=0.5, gt=0, lt=1)
-    """Share of GMF in the output layer that a pre-trained NeuMF starts with."""
+    """Share of GMF in the output layer with which a pretrained NeuMF starts."""
 
     @checked
     def parts(self) -> tuple[GMFConfig, MLPConfig]:

@@ -71,36 +71,38 @@ class PinSageConfig(IdConfig):
     embedding_dim: Count = 64
     """Width of inputs, states and vectors."""
     message_dim: Count | None = None
-    """Width of what neighbours say; none: as embedding_dim."""
+    """Width of a neighbour's message. None: embedding_dim."""
     num_layers: Depth = 2
+    """Number of pooling layers."""
     neighbours: Literal["ppr", "uniform"] = "ppr"
-    """"ppr": the nodes that random walks visit most, weighted by how often; "uniform": direct
-    neighbours drawn alike, as GraphSAGE does."""
+    """"ppr": the nodes that random walks visit most, weighted by the visits. "uniform": direct
+    neighbours, drawn uniformly, as in GraphSAGE."""
     num_neighbours: Count = 10
-    """How many neighbours a node pools at most."""
+    """Most neighbours that a node pools."""
     walks: Count = 200
     """Random walks from each node."""
     hops: Count = 3
     """Length of a walk."""
     restart: float = Field(default=0.0, ge=0, lt=1)
-    """Chance that a walk goes back to its start before a hop."""
+    """Probability that a walk returns to its start before a hop."""
     ids: bool = True
-    """Whether users and items have an embedding of their own beside their features."""
+    """Whether users and items have an embedding, besides their features."""
     fusion: Fusion = "gate"
-    """How a node's features become one vector; it is added to that of its id."""
+    """How a node's features become one vector, which is added to the vector of its id."""
     id_dropout: float = Field(default=0.05, ge=0, lt=1)
-    """Share of a batch's nodes whose id is hidden in training: one vector, learned so, stands for
-    everybody whom training never saw."""
+    """Share of a batch's nodes whose id is hidden in training. One learned vector replaces them; it
+    also stands for new users and items."""
     cold_share: float = Field(default=0.0, ge=0, lt=1)
-    """Share of a batch's nodes that training shows without id and without neighbours, so that
-    features learn to stand alone."""
+    """Share of a batch's nodes that training shows without id and neighbours, so that the features
+    alone learn to represent a node."""
     similarity: Similarity = "cosine"
+    """How two vectors are compared: by dot product, or by cosine."""
     temperature: Positive = 0.1
-    """Divides scores; below 1 for the cosine, whose range is narrow."""
+    """Divisor of the scores; below 1 for the cosine, whose range is small."""
     init_std: Positive = 0.1
-    """Spread of the first id vectors."""
+    """Standard deviation of the initial id vectors."""
     graph: GraphConfig = Field(default_factory=GraphConfig)
-    """Which ties there are besides the events'."""
+    """Which edges there are besides those of events."""
 
 
 class _Tables(NamedTuple):

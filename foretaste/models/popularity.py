@@ -24,7 +24,7 @@ DAY_S = 86_400
 
 
 class PopularityConfig(Config):
-    """What counts as popular."""
+    """Settings of popularity."""
 
     kind: Literal["popularity"] = "popularity"
     tuning: ClassVar[Space] = {
@@ -32,7 +32,7 @@ class PopularityConfig(Config):
     }
     usual: ClassVar[Usual] = Usual()
     window_days: PositiveFloat | None = None
-    """Count only events within this many days before the newest one; without it, all events."""
+    """Count only events within this many days before the newest one. None: all events."""
 
 
 @final

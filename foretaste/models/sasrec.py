@@ -46,17 +46,20 @@ class SASRecConfig(IdConfig):
     embedding_dim: Count = 64
     """Width of item vectors and states; a multiple of num_heads."""
     num_blocks: Depth = 2
+    """Number of blocks, each of attention and a feed-forward layer."""
     num_heads: Count = 2
+    """Attention heads in a block."""
     max_len: Count = 100
     """How many of a user's last events the model reads."""
     dropout: float = Field(default=0.2, ge=0, lt=1)
     """Share of values dropped after the embedding, in attention and in the feed-forward layers."""
     attention_dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Share of attention weights dropped; 0 lets the fused kernel run, twice as fast on a CPU."""
+    """Share of attention weights dropped. With 0 the fused kernel can run, twice as fast on a
+    CPU."""
     block: Literal["original", "modern"] = "modern"
-    """"original": the paper's; "modern": normalise first, SwiGLU, gated residuals."""
+    """"original": the paper's block. "modern": normalisation first, SwiGLU, gated residuals."""
     hidden_ratio: float = Field(default=1.0, gt=0, le=1000)
-    """Width of the feed-forward layer over embedding_dim; 1 in the paper."""
+    """Width of the feed-forward layer divided by embedding_dim; 1 in the paper."""
 
 
 @final

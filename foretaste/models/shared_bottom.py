@@ -42,7 +42,7 @@ class SharedBottomConfig(HistoryConfig):
     """Each row brings drawn items, so that 1024 events are many rows; five times the usual rate
     ends sooner and higher on MovieLens-100K and Frappe."""
     tasks: tuple[Task, ...] = (Task(name="click"),)
-    """What is predicted."""
+    """The tasks to predict."""
     bottom_hidden: Widths = Field(default=(128, 64), min_length=1)
     """Widths of the layers that all tasks share."""
     tower_hidden: Widths = (32,)

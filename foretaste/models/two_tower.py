@@ -80,42 +80,43 @@ class TwoTowerConfig(IdConfig):
     so that popularity stays in the products; l2 holds the vectors back while 1e-2 moves them fast.
     """
     embedding_dim: Count = 64
-    """Width of every part and of both towers' vectors."""
+    """Width of each input vector and of both towers' outputs."""
     user_id: bool = True
-    """Whether each user has a vector of their own."""
+    """Whether each user has a vector."""
     item_id: bool = True
-    """Whether each item has a vector of its own."""
+    """Whether each item has a vector."""
     user_features: bool = True
-    """Whether the features of users are read, where there are any."""
+    """Whether the features of users are read, if there are any."""
     item_features: bool = True
-    """Whether the features of items are read, where there are any."""
+    """Whether the features of items are read, if there are any."""
     fusion: Fusion = "gate"
     """How a row's features become one vector."""
     history: Literal["none", "mean", "attention", "sasrec"] = "none"
-    """How what a user has done becomes a vector; "sasrec" minds the order."""
+    """How a user's history becomes a vector; "sasrec" reads its order."""
     reads: Literal["before", "others"] = "before"
-    """What training reads as the history of a pair: the user's events before it, or others drawn
-    at random, for data whose order means nothing."""
+    """What training reads as the history of a pair: "before", the user's events before it;
+    "others", the user's other events, drawn at random, for data whose order has no meaning."""
     max_len: Count = 50
-    """How many events of a history are read; of "others" only while training."""
+    """How many events of a history are read; with `reads = "others"`, only in training."""
     num_heads: Count = 2
-    """Heads of "attention" and "sasrec"."""
+    """Attention heads of "attention" and "sasrec"."""
     num_blocks: Depth = 2
     """Blocks of "sasrec"."""
     query_hidden: Widths = ()
-    """Widths of the query tower's hidden layers; without any, its parts are added up."""
+    """Widths of the query tower's hidden layers. Without any, its input vectors are added up."""
     item_hidden: Widths = ()
-    """Widths of the item tower's hidden layers, likewise."""
+    """Widths of the item tower's hidden layers. Without any, its input vectors are added up."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of values dropped in hidden layers and in "sasrec"."""
     id_dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Share of rows that are told in training without their id: items by their features alone,
+    """Share of training rows whose id is hidden: items are then represented by features alone,
     users by features and history."""
     similarity: Similarity = "dot"
+    """How two vectors are compared: by dot product, or by cosine."""
     temperature: Positive = 1.0
-    """Divides scores; below 1 for the cosine, whose range is narrow."""
+    """Divisor of the scores; below 1 for the cosine, whose range is small."""
     init_std: Positive = 0.05
-    """Spread of the first id vectors."""
+    """Standard deviation of the initial id vectors."""
 
     @model_validator(mode="after")
     def _order_is_known(self) -> "TwoTowerConfig":

@@ -41,13 +41,15 @@ class IndexFacts(Config):
     catalogue_size: int
     """Items of the catalogue; item_idx lies in [0, catalogue_size)."""
     embedding_dim: int
+    """Width of the vectors."""
     search_width: int = 0
-    """Lists probed by IVF, candidates kept by HNSW; 0 where everything is compared."""
+    """Lists probed by IVF, candidates kept by HNSW; 0 if everything is compared."""
     build: dict[str, int] = Field(default_factory=dict)
     """What it was built with, such as IVF's number of lists."""
     recall_at_100: float = 1.0
     """Share of the true 100 best that it finds, in [0, 1], measured when it was built."""
     recall_target: float = 1.0
+    """The recall that the search width was tuned for."""
     recall_queries: str = "exact by construction"
     """Where the measured queries came from."""
 

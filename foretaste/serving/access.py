@@ -32,19 +32,20 @@ class TokenConfig(Config):
     """A token that the server knows by its hash."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")
-    """Letters, digits, dots, dashes and underscores; the log says it."""
+    """Letters, digits, dots, dashes and underscores; the log shows it."""
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$", repr=False)
     """The token's SHA-256, in hexadecimal."""
     roles: tuple[Role, ...] = Field(default=("read",), min_length=1)
-    """What it may do."""
+    """What the token allows."""
     requests_per_minute: Count | None = None
-    """At most so many, all of which may come at once; none: no bound."""
+    """Most requests in a minute, which may all come at once; None: no limit."""
 
 
 class TokensConfig(Config):
     """A file of tokens."""
 
     tokens: tuple[TokenConfig, ...] = ()
+    """The tokens, each with its name, hash, roles and limit."""
 
     @model_validator(mode="after")
     def _each_once(self) -> "TokensConfig":

@@ -87,8 +87,11 @@ class DataFacts(Config):
     fingerprint: str
     """`Interactions.fingerprint` of the training events."""
     num_users: NonNegativeInt
+    """Number of users."""
     num_items: NonNegativeInt
+    """Number of items."""
     num_events: NonNegativeInt
+    """Number of events."""
 
 
 class BundleManifest(FolderManifest):
@@ -99,28 +102,33 @@ class BundleManifest(FolderManifest):
     remedy = "save the bundle again"
 
     format: Literal["foretaste-bundle"] = "foretaste-bundle"
+    """What kind of folder it is."""
     format_version: int = 2
+    """Version of the folder's format."""
     foretaste: str
     """Version of foretaste that wrote it."""
     versions: dict[str, str]
-    """Versions of python and of the libraries that shaped the numbers."""
+    """Versions of Python and of the libraries that shaped the numbers."""
     model: dict[str, object]
     """The model's settings; `kind` says which model."""
     seed: int
+    """The seed of the run."""
     train_seconds: float
+    """Seconds that training took."""
     settings: dict[str, object]
     """Everything that decided the run."""
     log: dict[str, object]
-    """What training saw."""
+    """The log of training: losses and validations by epoch."""
     data: DataFacts
+    """Facts of the training events."""
     index: dict[str, object] | None
     """Facts of the item index, with its measured recall; None for a model without vectors."""
     objective: dict[str, object] | None = None
-    """How the model learned; None of one that learns in closed form."""
+    """How the model learned; None for a model that learns in closed form."""
     learned_from: LearnedFrom | Literal[""] = ""
     """Which parts of its split the model learned from."""
     optional: dict[str, dict[str, object]] = Field(default_factory=dict)
-    """Of each optional place that is filled, by its name, what is to be known of it."""
+    """What must be known of each optional place that is filled, by the name of the place."""
     needs: tuple[str, ...] = ()
     """The optional places without which the bundle cannot be read."""
 

@@ -75,34 +75,34 @@ class _Reply(BaseModel):
 
 
 class RecommendRequest(Config):
-    """Whom to recommend for: a user, somebody with a history, both, or nobody known."""
+    """Whom to recommend for: a known user, a history, both, or an unknown user."""
 
     user_id: Id | None = None
     """A user; the events posted since training count."""
     history: tuple[Id, ...] = ()
-    """Items, oldest first; for a user, what came after all that the server knows."""
+    """Items, oldest first; for a user, those after all that the server knows."""
     features: dict[str, JsonValue] | None = Field(default=None, max_length=100)
-    """What is known of a user whom training never saw: column of the user table to value."""
+    """Features of a new user: column of the user table to value."""
     context: dict[str, JsonValue] | None = Field(default=None, max_length=100)
-    """What is known of the moment: column of the events' context to value."""
+    """Features of the context: column of the events' context to value."""
     k: int = Field(default=10, ge=1)
     """Length of the list."""
     exclude_seen: bool = True
-    """Leave out what is in the history."""
+    """Whether items of the history are left out."""
     allow: tuple[Id, ...] | None = None
-    """If given, only these items."""
+    """If given, only these items may be in the list."""
     deny: tuple[Id, ...] | None = None
-    """Never these items."""
+    """Items that may not be in the list."""
     new_items: dict[_NewId, dict[str, JsonValue]] | None = Field(default=None, max_length=100)
-    """Items that the catalogue has not, to be ranked beside it: from id to what is known of each,
-    column of the item table to value. Rules hold for them too."""
+    """Items that are not in the catalogue, to be ranked with it: from id to features, column of the
+    item table to value. Rules apply to them too."""
     weights: dict[str, float] | None = Field(default=None, min_length=1, max_length=100)
-    """How much each task's prediction counts in the score, for each unit that the rows show of it,
-    0 for tasks that are not named."""
+    """How much each task's prediction counts in the score, per unit that the rows show; 0 for tasks
+    that are not named."""
     rules: Rules = NO_RULES
     """Filters on attributes, caps on categories, diversity."""
     explain: bool = False
-    """Also say which item of the history each row rests on most."""
+    """Whether each row also names the item of the history that it depends on most."""
 
 
 class Item(_Reply):

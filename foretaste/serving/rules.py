@@ -26,17 +26,17 @@ Bound = StrictInt | StrictFloat | StrictStr
 
 
 class Condition(Config):
-    """What an item must say in one column; all that is given must hold.
+    """A condition on one column of an item; all parts that are given must hold.
 
-    Values are compared as the text they are written as, so 1994 and "1994" are one. A missing
-    value meets `none_of` and nothing else. A column of several values is one of lists, or of
-    texts cut at a separator, such as "Action|Comedy".
+    Values are compared as text, so 1994 and "1994" are equal. A missing value meets `none_of` and
+    nothing else. A column of several values holds lists, or texts with a separator, such as
+    "Action|Comedy".
     """
 
     equals: Value | None = None
     """The value, in a column of one value an item."""
     one_of: Values | None = None
-    """One of these values; in a column of several, any of them."""
+    """At least one of these values."""
     none_of: Values | None = None
     """None of these values."""
     contains: Values | None = None
@@ -55,31 +55,34 @@ class Condition(Config):
 
 
 class Diversity(Config):
-    """Maximal marginal relevance: each place goes to what is good and unlike what stands above.
+    """Maximal marginal relevance: each place goes to an item with a high score that differs from
+    those above it.
 
-    Every next item has the greatest `relevance` times its score minus (1 - `relevance`) times its
-    likeness to the most alike of those chosen.
+    The next item is the one with the greatest `relevance` times its score minus
+    (1 - `relevance`) times its similarity to the most similar of those chosen.
     """
 
     relevance: float = Field(default=0.7, ge=0, le=1)
-    """The weight of the score: 1 keeps its order, 0 looks at nothing but difference."""
+    """Weight of the score: 1 keeps the order of scores, 0 looks at difference alone."""
     pool: PositiveInt = Field(default=100, le=10_000)
-    """So many of the best are looked at; those after them get in only when these give no more."""
+    """How many of the best items are considered; later ones are used only if these cannot fill the
+    list."""
     by: Literal["vectors"] | tuple[str, ...] = Field(default="vectors", min_length=1)
-    """What makes items alike: the cosine of the model's item vectors; or columns of the item
-    table, by the share of their values that two items have in common."""
+    """What makes two items similar: "vectors", the cosine of the model's item vectors; or columns
+    of the item table, by the share of their values that two items have in common."""
 
 
 class Rules(Config):
-    """What a list may hold, beside what is seen, allowed and denied by id."""
+    """What a list may hold, besides seen items and those allowed or denied by id."""
 
     where: dict[str, Condition] = Field(default_factory=dict, max_length=100)
-    """From a column of the item table to what it must say."""
+    """From a column of the item table to the condition that it must meet."""
     caps: dict[str, Count] = Field(default_factory=dict, max_length=100)
     """From a column of the item table to how many items of a list may share a value of it. Items
-    without a value are not counted."""
+    without a value do not count."""
     diversity: Diversity | None = None
-    """How unlike the items of a list shall be; without it, the score alone orders."""
+    """How different the items of a list should be; without it, the score alone decides the
+    order."""
 
     @property
     def columns(self) -> tuple[str, ...]:

@@ -17,8 +17,9 @@ class PlattCalibration(Config):
 
     kind: Literal["platt"] = "platt"
     slope: float
-    """Above 0; below 1 where the model was too sure of itself."""
+    """The factor a, above 0; below 1 if the model was too confident."""
     intercept: float
+    """The constant b."""
 
 
 class IsotonicCalibration(Config):
@@ -28,7 +29,7 @@ class IsotonicCalibration(Config):
     at: tuple[float, ...] = Field(min_length=1)
     """Probabilities, ascending."""
     gives: tuple[float, ...] = Field(min_length=1)
-    """What becomes of each, never falling."""
+    """The calibrated value of each; it never falls."""
 
 
 Calibration = Annotated[PlattCalibration | IsotonicCalibration, Field(discriminator="kind")]

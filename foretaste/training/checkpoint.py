@@ -44,9 +44,11 @@ class CheckpointManifest(FolderManifest):
     remedy = "begin again without --resume"
 
     format: Literal["foretaste-checkpoint"] = "foretaste-checkpoint"
+    """What kind of folder it is."""
     format_version: int = 1
+    """Version of the folder's format."""
     facts: dict[str, Any]
-    """All that is no tensor."""
+    """Everything that is not a tensor."""
 
 
 def write_checkpoint(

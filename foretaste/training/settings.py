@@ -13,59 +13,60 @@ class TrainingConfig(Config):
     """Settings of the training loop. The text "auto" stands for `search = true` and no others."""
 
     epochs: Rounds = 100
-    """At most so many passes over the training events; the schedule is laid over all of them."""
+    """Most passes over the training events; the schedule is laid over all of them."""
     batch_events: Count | Literal["auto"] = "auto"
-    """About how many events a step learns from; "auto": a 32nd of the training events, but 32 at
-    least and 8192, or what the model's own way of learning says, at most."""
+    """About how many events a step learns from. "auto": a 32nd of the training events, at least 32,
+    and at most 8192 or the model's own limit."""
     learning_rate: Annotated[float, Field(gt=0, le=100)] | Literal["auto"] = "auto"
-    """"auto": the model's own, or else 0.001."""
+    """Step size of the optimizer. "auto": the model's own, or else 0.001."""
     weight_decay: float = Field(default=0.0, ge=0, le=100)
     """AdamW's decoupled decay, of matrices and tables, not of biases and scales."""
     beta2: float = Field(default=0.98, gt=0, lt=1)
     """AdamW's decay of squared gradients; SASRec's authors use 0.98."""
     tables: Literal["auto", "adamw", "lazy_adamw", "row_adagrad"] = "auto"
-    """How tables of ids and codes learn. "adamw": all rows move in every step. "lazy_adamw": only
-    the rows that a batch reads, whose moments rest in between, while weight decay reaches all.
-    "row_adagrad": likewise, with one rate a row, by its squared gradients, and a third of the
-    memory. "auto": lazy_adamw for tables of many rows, without `ema_decay`; else adamw."""
+    """Optimizer of the tables of ids and codes. "adamw": all rows change in every step.
+    "lazy_adamw": only the rows that a batch reads; the moments of the others wait, but weight decay
+    reaches all. "row_adagrad": only the rows that a batch reads, with one rate for each row, from
+    its squared gradients, in a third of the memory. "auto": lazy_adamw for tables of many rows if
+    there is no `ema_decay`; else adamw."""
     warmup_steps: CountOrZero | Literal["auto"] = "auto"
-    """Steps over which the learning rate rises from 0; "auto": those of two epochs, but 200 at
-    most."""
+    """Steps over which the learning rate rises from 0. "auto": those of two epochs, at most 200."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
-    """How the learning rate goes after the warm-up; all but constant end at 2 % of it."""
+    """The learning rate after the warm-up; all but "constant" end at 2 % of it."""
     gradient_clip: Positive | None = None
-    """Largest Euclidean norm of the whole gradient; none clips nothing."""
+    """Largest Euclidean norm of the whole gradient; None clips nothing."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] | Literal["auto"] = "auto"
-    """Above 0, an exponential moving average of the weights is validated and kept; "auto": the
-    model's own, or else 0."""
+    """Decay of an exponential moving average of the weights, which is validated and kept; 0: none.
+    "auto": the model's own, or else 0."""
     precision: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
-    """Of the forward and backward pass; weights and updates stay fp32, fp16 scales its loss.
-    bf16 pays where the processor multiplies it natively (avx512_bf16, amx, a GPU). "auto": the
-    first batch is passed through in fp32 and in bf16 a few times, and bf16 is taken if it needs at
-    most nine tenths of the time; what was chosen is in the log, and a resumed run keeps it."""
+    """Number format of the forward and backward pass; weights and updates stay fp32, and fp16
+    scales its loss. bf16 pays if the processor multiplies it natively (avx512_bf16, amx, a GPU).
+    "auto": times the first batch in fp32 and in bf16, and takes bf16 if it needs at most nine
+    tenths of the time. The log holds the choice, and a resumed run keeps it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """"auto" takes a GPU where there is one."""
+    """Where training runs; "auto" takes a GPU if there is one."""
     validate_every: Count | Literal["auto"] = "auto"
-    """Epochs between two validations; "auto": as few as keep validation's work, which is counted
-    and not timed, at a quarter of training's."""
+    """Epochs between two validations. "auto": as few as keep the work of validation, which is
+    counted and not timed, at a quarter of training's."""
     validate_queries: Count | Literal["auto", "all"] = "auto"
-    """How many queries of the validation part lists are judged by, spread over users, the same each
-    time and with every seed; "auto": as many as validation at every epoch allows, 1,000 at least.
-    The report is always of all queries. Rankers that are judged by labels take all rows."""
+    """How many validation queries the lists are measured on, spread over users and the same each
+    time and with every seed. "auto": as many as validation at every epoch allows, at least 1,000.
+    The report always measures all queries. Rankers that are validated by labels use all rows."""
     patience: Count | Literal["auto"] | None = "auto"
-    """Stop after so many validations without a better one; none never stops early. "auto": as many
-    as come in five epochs and in 300 steps, two at least, without a better mean of the last three.
-    It is five times as many while no validation is above what popularity reaches there (by labels:
-    the base rate), as models stay on that level before they learn more."""
+    """Validations without improvement before training stops; None never stops early. "auto": as
+    many as there are in five epochs and in 300 steps, at least two, watching the mean of the last
+    three; five times as many while no validation is above what popularity reaches (with labels: the
+    base rate), because models may stay at that level before they learn more."""
     checkpoint_seconds: float = Field(default=60.0, ge=0)
-    """Seconds between two checkpoints, where a folder for them is given; 0 writes one a step."""
+    """Seconds between two checkpoints, if there is a folder for them; 0 writes one after each
+    step."""
     producers: int = Field(default=0, ge=0, le=256)
-    """Threads that make batches ahead of the trainer: gathering, negatives, and what else a step
-    needs that takes no weights. The result is the same."""
+    """Threads that prepare batches ahead of the trainer: gathering, negatives, and other work that
+    needs no weights. The result is the same."""
 
     search: bool = False
     """Whether learning rate, l2 and one setting of the model are searched first, by validation, on
-    a sample of the data. What that costs is said before it starts; `tune` searches longer."""
+    a sample of the data. The cost is printed before it starts; `tune` searches longer."""
 
     @model_validator(mode="before")
     @classmethod

@@ -143,20 +143,20 @@ class HistoryConfig(RowFieldsConfig):
     """Settings of a ranker that may read histories."""
 
     pooling: Literal["auto", "attention", "mean", "none"] = "auto"
-    """How a history becomes a vector: by how much each event matters to the item judged, by the
-    mean of all events, or not at all. "auto": "attention" where a user of the training events has
-    several, and "none" where no user has, or where some events did not happen (a click of 0) and
-    no `positive` says which did."""
+    """How a history becomes a vector: "attention", weighted by how much each event matters to the
+    item that is scored; "mean", the mean of all events; "none", not at all. "auto": "attention" if
+    a user has several training events, else "none"; "none" too if some events are negative (a click
+    of 0) and no `positive` marks which are positive."""
     reads: Literal["before", "others"] = "before"
-    """What training reads as the history of a row: the user's events before it, or others drawn at
-    random, for data whose order means nothing."""
+    """What training reads as the history of a row: "before", the user's events before it; "others",
+    the user's other events, drawn at random, for data whose order has no meaning."""
     max_len: Count = 50
-    """How many events of a history are read, the last ones."""
+    """How many events of a history are read: the last ones."""
     weights: Literal["softmax", "unnormalised"] = "softmax"
-    """Whether attention weights sum to 1; where they do not, as in DIN's paper, they also carry how
+    """Whether attention weights sum to 1. If they do not, as in DIN's paper, they also measure how
     strong an interest is."""
     attention_hidden: Widths = Field(default=(36,), min_length=1)
-    """Widths of the activation unit's hidden layers."""
+    """Widths of the hidden layers that compute the attention weights."""
 
     @property
     def reads_history(self) -> bool:

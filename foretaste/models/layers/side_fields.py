@@ -35,36 +35,35 @@ _BLOCK_ROWS = 2**14
 
 
 class RowFieldsConfig(IdConfig):
-    """Settings of what a ranker reads."""
+    """Settings of the fields that a ranker reads."""
 
     embedding_dim: Count = 16
     """Width of each field's vector."""
     user_id: bool = True
-    """Whether each user has a vector of their own; nobody has where each row is a user of its
-    own."""
+    """Whether each user has a vector. If each row is a user of its own, there is none."""
     item_id: bool = True
-    """Whether each item has a vector of its own."""
+    """Whether each item has a vector."""
     user_features: bool = True
-    """Whether the features of users are read, where there are any."""
+    """Whether the features of users are read, if there are any."""
     item_features: bool = True
-    """Whether the features of items are read, where there are any."""
+    """Whether the features of items are read, if there are any."""
     context_features: bool = True
-    """Whether the features of the moment are read, where there are any."""
+    """Whether the features of the context are read, if there are any."""
     fusion: Fusion = "concat"
-    """How vectors, of a text or an image, join: each as one more field, or by a gate, which makes
-    one field of them and the id."""
+    """How vectors of texts or images are joined: "concat", each is one more field; "gate", a gate
+    makes one field of them and the id."""
     id_dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Share of rows that are told in training without their id, where something else is known:
-    features learn to stand alone."""
+    """Share of training rows whose id is hidden if there is other information, so that the features
+    alone learn to predict."""
     init_std: Positive = 0.05
-    """Spread of the first vectors."""
+    """Standard deviation of the initial vectors."""
     l2: Weight = 0.0
     """Weight of half the squared length of the vectors of ids and single values that a batch
     uses."""
     l2_of: L2Of = "rows"
-    """"rows": the mean over the batch's rows of all that they use. "mini_batch_aware": each vector
-    once a batch, by 1 over the number of training rows that use it, so that over an epoch rare
-    and frequent ones are held alike."""
+    """"rows": the mean over the batch's rows of all vectors that they use. "mini_batch_aware": each
+    vector once a batch, divided by the number of training rows that use it, so that rare and
+    frequent vectors get the same penalty over an epoch."""
 
 
 @final

@@ -96,10 +96,10 @@ class DenseConfig(TableKind):
 
 
 class SmallerConfig(TableKind):
-    """Settings of tables that keep less than a row for each id."""
+    """Settings of tables that keep fewer numbers than a row for each id."""
 
     from_rows: CountOrZero = 256
-    """Tables of fewer rows, and those of biases, stay dense: there is nothing to be saved."""
+    """Tables of fewer rows, and tables of biases, stay dense: there is little to save."""
 
     def make(self, num_rows: int, width: int) -> Table:
         """Make an untrained table, a dense one where it would be small anyway."""
@@ -131,7 +131,7 @@ class NarrowConfig(FilledConfig):
     """"narrow": rows of a smaller width and one learned projection; what other kinds have to
     beat."""
     times: Times = 8.0
-    """About how many times fewer weights there are than in a dense table."""
+    """How many times fewer weights than a dense table has, approximately."""
 
     def make_smaller(self, num_rows: int, width: int) -> Table:
         """Make an untrained table."""
@@ -145,11 +145,11 @@ class HashConfig(SmallerConfig):
     kind: Literal["hash"] = "hash"
     """"hash": sums of shared rows that hash functions choose, with learned weights."""
     times: Times = 8.0
-    """About how many times fewer weights there are than in a dense table."""
+    """How many times fewer weights than a dense table has, approximately."""
     hashes: Annotated[int, Field(ge=1, le=8)] = 2
-    """How many shared rows each sum is of."""
+    """Hash functions: each row is the weighted sum of as many shared rows."""
     rows: Count | None = None
-    """How many shared rows there are; none: as `times` says."""
+    """Number of shared rows; None: as `times` decides."""
 
     def make_smaller(self, num_rows: int, width: int) -> Table:
         """Make an untrained table."""
@@ -158,17 +158,17 @@ class HashConfig(SmallerConfig):
 
 
 class CompositionalConfig(SmallerConfig):
-    """Settings of rows that are put together from one row for each digit of their number."""
+    """Settings of rows that combine one shared row for each digit of the row's number."""
 
     kind: Literal["compositional"] = "compositional"
     """"compositional": one shared row for each digit of the row's number, put together."""
     times: Times = 8.0
-    """About how many times fewer weights there are than in a dense table, or as many as the digits
-    allow."""
+    """How many times fewer weights than a dense table has, approximately; the digits set a
+    limit."""
     parts: Parts = 2
-    """Digits; two are quotient and remainder."""
+    """Number of digits; two digits are quotient and remainder."""
     operation: Literal["product", "sum", "concatenation"] = "product"
-    """How their rows become one."""
+    """How the rows of the digits are combined."""
 
     def make_smaller(self, num_rows: int, width: int) -> Table:
         """Make an untrained table."""
@@ -196,7 +196,7 @@ class QuantisedConfig(FilledConfig):
     bytes of users and items are chosen by a singular value decomposition of the events before
     training, or by k-means on a trained table."""
     sub_spaces: Count = 8
-    """Parts of the width; a row takes so many bytes."""
+    """Parts of the width, which is the number of bytes of a row."""
 
     def make_smaller(self, num_rows: int, width: int) -> Table:
         """Make an untrained table."""

@@ -26,7 +26,7 @@ class HalfConfig(FilledConfig):
     kind: Literal["half"] = "half"
     """"half": 16 bits a number, from a trained table."""
     format: Literal["fp16", "bf16"] = "fp16"
-    """fp16 has finer steps, bf16 the range of fp32."""
+    """fp16 has finer steps, bf16 has the range of fp32."""
 
     def make_smaller(self, num_rows: int, width: int) -> Table:
         """Make an empty table."""
@@ -40,7 +40,8 @@ class IntegerConfig(FilledConfig):
     kind: Literal["int8", "int4"] = "int8"
     """"int8" and "int4": whole numbers of so many bits and a scale a row, from a trained table."""
     width: Count | None = None
-    """Numbers a row: along so many principal directions of the table; none: all of them."""
+    """Numbers in a row: coordinates along as many principal directions of the table. None keeps
+    all."""
 
     def make_smaller(self, num_rows: int, width: int) -> Table:
         """Make an empty table."""
@@ -54,7 +55,7 @@ class PrunedConfig(FilledConfig):
     kind: Literal["pruned"] = "pruned"
     """"pruned": the shortest rows are dropped and answered by their mean, from a trained table."""
     keep: Annotated[float, Field(gt=0, lt=1)] = 0.125
-    """Share of the rows that stay."""
+    """Share of the rows that are kept."""
 
     def make_smaller(self, num_rows: int, width: int) -> Table:
         """Make an empty table."""

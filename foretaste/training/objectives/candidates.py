@@ -49,28 +49,30 @@ class CandidateConfig(Config):
     """Settings of the loss and of the negatives, shared by all objectives."""
 
     loss: Loss = "softmax"
-    """"softmax": cross-entropy over the whole catalogue. The others need negatives."""
+    """"softmax": cross-entropy over the whole catalogue. The others compare with negatives."""
     negatives: CountOrZero = 512
-    """How many items a batch draws, distinct, shared by all its rows."""
+    """How many distinct items are drawn for a batch; all its rows share them."""
     row_negatives: CountOrZero = 0
     """How many items are drawn for each row alone, as BPR's authors do."""
     in_batch: bool = False
-    """Whether the batch's other positives are negatives too; with `negatives`, a mixture."""
+    """Whether the other positives of the batch are negatives too; with `negatives`, the two are
+    mixed."""
     frequency: Literal["counted", "streamed"] = "counted"
-    """How often an item is in a batch: exactly, from its training events, or estimated from the
-    batches that went by, as for a stream."""
+    """How the probability of an item in a batch is found: "counted", exactly, from its training
+    events; "streamed", estimated from the batches so far, as for a stream."""
     popularity_power: float = Field(default=0.0, ge=0, le=10)
     """Negatives are drawn with probability ~ count^power; 0 is uniform."""
     hardest: CountOrZero = 0
-    """Only so many negatives of a row count, those scored highest; 0: all do."""
+    """How many negatives of a row count, those with the highest scores; 0: all."""
     exclude_known: bool = False
-    """Never take for a negative what the user has in training; else only the row's own item."""
+    """Whether an item that the user has in training is never a negative; otherwise only the row's
+    own item is excluded."""
     log_q: bool = True
-    """Sampled softmax corrects each negative by its expected number of draws."""
+    """Whether sampled softmax corrects each negative by its expected number of draws."""
     calibration: float = Field(default=0.75, ge=0, le=1)
     """gBCE's t: 0 is BCE, 1 calibrates probabilities fully."""
     margin: Positive = 1.0
-    """How far above a negative the positive should stand, for the margin loss."""
+    """For the margin loss: how far the positive's score should be above a negative's."""
 
     @model_validator(mode="after")
     def _has_negatives(self) -> "CandidateConfig":

@@ -30,28 +30,30 @@ class PairsConfig(CandidateConfig):
 
     kind: Literal["pairs"] = "pairs"
     loss: Loss = "sampled_softmax"
+    """"softmax": cross-entropy over the whole catalogue. The others compare with negatives."""
     l2: Weight = 0.0
-    """Weight of half the squared length of the base vectors that a pair uses: user, item and, for
-    each, the mean over its batch of candidates."""
+    """Weight of half the squared length of the base vectors that a pair uses: those of its user, of
+    its item and, averaged over the batch, of its candidates."""
     contrast: Weight = 0.0
-    """Weight of the agreement of a model's two views of the same users and items, if it has any."""
+    """Weight of the contrastive loss between a model's two views of the same users and items, if it
+    has any."""
     contrast_temperature: Positive = 0.2
+    """Divisor of the similarities in the contrastive loss."""
     hard_negatives: CountOrZero = 0
-    """At most so many hard negatives of each pair, which its user has not done; what share of all
-    they are, the other counts of negatives decide."""
+    """Most hard negatives of each pair: items that its user has not done."""
     hard_from: Literal["walks", "index"] = "walks"
-    """Where they come from: "walks", items that random walks from the pair's item visit much;
-    "index", items that the model itself scores high for the pair's user."""
+    """Where hard negatives come from: "walks", items that random walks from the pair's item visit
+    often; "index", items that the model itself scores high for the pair's user."""
     hard_refresh: Count = 1
-    """Epochs between two searches of the "index", each with the weights of its time."""
+    """Epochs between two searches of the "index", each with the weights at that time."""
     hard_from_epoch: Count = 2
-    """The first epoch with hard negatives, counted from 1: one a pair; each epoch after it has one
-    more."""
+    """The first epoch with hard negatives, counted from 1. It has one for each pair, and each later
+    epoch has one more."""
     hard_ranks: tuple[CountOrZero, Count] = (10, 100)
-    """The nearest and the farthest rank of them, by visits or by score. A window of half of the
-    range moves from the farthest ranks to the nearest."""
+    """The nearest and the farthest rank of hard negatives, by visits or by score. A window of half
+    this range moves from the farthest ranks to the nearest."""
     hard_epochs: Count = 10
-    """Epochs that the window takes."""
+    """Epochs in which the window reaches the nearest ranks."""
 
     @model_validator(mode="after")
     def _ranks_rise(self) -> "PairsConfig":

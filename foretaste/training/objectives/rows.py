@@ -28,26 +28,29 @@ class RowsConfig(Config):
 
     kind: Literal["rows"] = "rows"
     weighting: Literal["fixed", "uncertainty"] = "fixed"
-    """Of the tasks in the sum: by each task's `weight`; or, times that, by a learned uncertainty:
-    noisy tasks weigh less."""
+    """How the tasks' losses are summed: "fixed", by each task's `weight`; "uncertainty", also by a
+    learned uncertainty, so that noisy tasks count less."""
     negatives: CountOrZero | Literal["usual"] = "usual"
-    """Items drawn for each row, a 0 for every binary task and without a label for the others.
-    "usual": 4 where no task has a column, so that the data hold only what happened; else 0."""
+    """Items drawn for each row; they have label 0 for every binary task, and no label for the
+    others. "usual": 4 if no task has a column, so that the data hold positive events only; else
+    0."""
     negatives_from: Literal["uniform", "popularity", "retriever"] = "uniform"
-    """Who is drawn: all items alike, the popular more often, or a retriever's candidates."""
+    """Which items are drawn: "uniform", all equally often; "popularity", popular ones more often;
+    "retriever", a retriever's candidates."""
     retriever_share: float = Field(default=1.0, ge=0, le=1)
-    """Of "retriever": the probability that a drawn item is a candidate, and not any item."""
+    """With "retriever": the probability that a drawn item is a candidate, and not any item."""
     popularity_power: float = Field(default=0.75, ge=0, le=10)
-    """Of "popularity": items are drawn with probability ~ count^power."""
+    """With "popularity": items are drawn with probability ~ count^power."""
     exclude_known: bool = True
-    """Never draw an item that the user has in training; else only not the row's own."""
+    """Whether an item that the user has in training is never drawn; otherwise only the row's own
+    item is excluded."""
     positive: str = ""
-    """Column whose values above 0 make an event part of histories and of what must not be drawn;
-    empty: every event is."""
+    """Column whose values above 0 mark positive events: only those are in histories and are
+    excluded from draws. Empty: every event is positive."""
     stop_by: Literal["usual", "rows"] = "usual"
-    """What validation judges: "usual", the labels, or lists over the whole catalogue where only
-    what happened is known; "rows", the labels beside items drawn as in training, a 0 for every
-    binary task, which costs less than lists where items are many."""
+    """What validation measures: "usual", the labels, or, if the data hold positive events only,
+    lists over the whole catalogue; "rows", the labels, with drawn items as zeros of every binary
+    task as in training, which costs less than lists if there are many items."""
 
     @checked
     def num_negatives(self, tasks: tuple[Task, ...]) -> int:

@@ -23,8 +23,8 @@ class NextItemConfig(CandidateConfig):
 
     kind: Literal["next_item"] = "next_item"
     windows: Windows = "all"
-    """"last": a user's last max_len events, as in the SASRec paper; "all": every event, long
-    histories cut into windows."""
+    """"last": a user's last max_len events, as in SASRec's paper. "all": every event; long
+    histories are cut into windows."""
 
 
 @final
@@ -62,12 +62,12 @@ class MaskedItemConfig(CandidateConfig):
 
     kind: Literal["masked_item"] = "masked_item"
     mask_ratio: float = Field(default=0.2, gt=0, lt=1)
-    """Share of a row's events that are hidden, rounded to whole events, at least one."""
+    """Share of a row's events that are hidden, rounded to whole events; at least one is."""
     last_share: float = Field(default=0.1, ge=0, le=1)
-    """Share of rows of which only the last event is hidden, which is what will be asked; the
-    paper's authors have one such row beside ten others."""
+    """Share of rows in which only the last event is hidden, as in a recommendation; 1 in 11 in the
+    paper."""
     windows: Windows = "all"
-    """"last": a user's last max_len events, as in the paper; "all": every event, long histories
+    """"last": a user's last max_len events, as in the paper. "all": every event; long histories are
     cut into windows."""
 
 
