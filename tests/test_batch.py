@@ -13,9 +13,9 @@ import foretaste as ft
 from foretaste.config import Config
 from foretaste.data.batch import NO_TIME, Queries, SequenceBatch, Times, last_events
 from foretaste.data.interactions import Interactions
+from foretaste.data.merging import Translation
 from foretaste.data.plans import plan_pairs, plan_sequences
 from foretaste.data.rows import rows_of
-from foretaste.data.translation import Translation
 from foretaste.data.vocabulary import Vocabulary
 from foretaste.models.base import Scorer
 from foretaste.serving.histories import training_histories

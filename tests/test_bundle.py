@@ -17,7 +17,7 @@ from serving_worlds import CONFIGS, make_events, make_trained
 from foretaste.config import Config
 from foretaste.data.folder import FileEntry, entry_of, list_files, read_manifest
 from foretaste.errors import BundleError
-from foretaste.json_values import json_value
+from foretaste.plain_values import json_value
 from foretaste.retrieval.index import IndexChoice
 from foretaste.serving.building import build_recommender, load
 from foretaste.serving.bundle import PLACES, BundleManifest, read_bundle

@@ -5,9 +5,9 @@ import polars as pl
 import pytest
 import torch
 
+from foretaste.data.arrays import available_bytes
 from foretaste.data.batch import Queries
 from foretaste.data.interactions import Interactions
-from foretaste.data.memory import available_bytes
 from foretaste.data.vocabulary import Vocabulary
 from foretaste.errors import ConfigError, TooLargeError
 from foretaste.models import ease

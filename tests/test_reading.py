@@ -20,10 +20,9 @@ from hypothesis import given, settings
 
 import foretaste
 from foretaste.data.audit import audit_events
-from foretaste.data.interactions import Interactions
+from foretaste.data.interactions import Interactions, find_repeats, group_events, sort_by_time
 from foretaste.data.read_config import MISSING, TimestampUnit
 from foretaste.data.reading import read_interactions
-from foretaste.data.sorting import find_repeats, group_events, sort_by_time
 from foretaste.data.store import write_store
 from foretaste.errors import ConfigError, DataError
 

@@ -10,7 +10,6 @@ import pytest
 import foretaste as ft
 from foretaste.config import parse_settings
 from foretaste.data.features_schema import schema_from_toml, schema_to_toml
-from foretaste.data.toml_text import to_toml
 from foretaste.errors import ConfigError
 from foretaste.experiment.learning import usual_objective
 from foretaste.experiment.recipe import (
@@ -21,6 +20,7 @@ from foretaste.experiment.recipe import (
     with_overrides,
 )
 from foretaste.experiment.run import read_split
+from foretaste.plain_values import to_toml
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.toml"))
 SMALL = """

@@ -13,7 +13,7 @@ import torch
 
 import foretaste as ft
 from foretaste.config import Config
-from foretaste.data import memory
+from foretaste.data import arrays
 from foretaste.data.features_schema import MultiField
 from foretaste.data.graph import GraphConfig
 from foretaste.data.split_config import RandomSplitConfig
@@ -109,7 +109,7 @@ def use(config: Config) -> ft.Report:
 @pytest.fixture
 def little_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A GiB is free, and the system gives not much more."""
-    monkeypatch.setattr(memory, "available_bytes", lambda: GIB)
+    monkeypatch.setattr(arrays, "available_bytes", lambda: GIB)
     limits = resource.getrlimit(resource.RLIMIT_AS)
     used = psutil.Process().memory_info().vms
     resource.setrlimit(resource.RLIMIT_AS, (used + 2 * GIB, limits[1]))
@@ -213,8 +213,8 @@ def test_counting_a_model_draws_nothing_and_counts_what_is_made() -> None:
 
 @pytest.mark.parametrize("free", [100_000, 10**9])
 def test_learning_counts_five_times_the_weights(free: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "_SURELY_FITS", 0)
-    monkeypatch.setattr(memory, "available_bytes", lambda: free)
+    monkeypatch.setattr(arrays, "_SURELY_FITS", 0)
+    monkeypatch.setattr(arrays, "available_bytes", lambda: free)
     wide = ft.MFConfig(embedding_dim=100)  # 60 rows of 400 bytes, five times: 120,000
     if free > 120_000:
         ft.fit(wide, SPLIT, training=ft.TrainingConfig(epochs=1), show=False)
@@ -242,8 +242,8 @@ def test_an_index_that_would_not_fit_is_refused_before_it_is_built(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     trained = ft.fit(SMALL, SPLIT, training=ft.TrainingConfig(epochs=1), show=False)
-    monkeypatch.setattr(memory, "_SURELY_FITS", 0)
-    monkeypatch.setattr(memory, "available_bytes", lambda: 1000)
+    monkeypatch.setattr(arrays, "_SURELY_FITS", 0)
+    monkeypatch.setattr(arrays, "available_bytes", lambda: 1000)
     ft.build_recommender(trained, index="exact")
     for kind in ("ivf_flat", "ivf_sq8", "hnsw"):
         with pytest.raises(ft.TooLargeError) as caught:

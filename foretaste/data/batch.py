@@ -18,9 +18,8 @@ import torch
 from jaxtyping import Bool, Float32, Int64
 from torch import Tensor
 
-from foretaste.data.arrays import ranges
+from foretaste.data.arrays import check_fits, ranges
 from foretaste.data.interactions import Interactions
-from foretaste.data.memory import check_fits
 from foretaste.errors import ConfigError
 
 

@@ -14,8 +14,8 @@ from foretaste.config import Config, Count, parse_settings
 from foretaste.data.columns import in_words
 from foretaste.data.features_values import Held, held_by, is_text, numbers_of, texts_of
 from foretaste.data.interactions import Interactions
-from foretaste.data.toml_text import toml_key, toml_value
 from foretaste.errors import ConfigError
+from foretaste.plain_values import toml_key, toml_value
 
 
 class CategoricalField(Config):

@@ -20,15 +20,8 @@ from foretaste.data.conditions import (
     positive_note,
     rows_where,
 )
-from foretaste.data.interactions import Interactions
-from foretaste.data.read_config import (
-    Duplicates,
-    ReadConfig,
-    ReadTables,
-    settings_as_arguments,
-)
-from foretaste.data.side_tables import Side, aligned, alike, notes_about, read_side, with_links
-from foretaste.data.sorting import (
+from foretaste.data.interactions import (
+    Interactions,
     Sorting,
     compile_loops,
     find_repeats,
@@ -36,6 +29,13 @@ from foretaste.data.sorting import (
     group_events,
     sort_by_time,
 )
+from foretaste.data.read_config import (
+    Duplicates,
+    ReadConfig,
+    ReadTables,
+    settings_as_arguments,
+)
+from foretaste.data.side_tables import Side, aligned, alike, notes_about, read_side, with_links
 from foretaste.data.tables import Source, find_column, open_source
 from foretaste.data.times import Times, canonical_times
 from foretaste.data.vocabulary import Vocabulary, number_ids

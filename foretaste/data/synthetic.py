@@ -10,8 +10,8 @@ import polars as pl
 from jaxtyping import Float64
 
 from foretaste.config import Seed
+from foretaste.data.arrays import check_fits
 from foretaste.data.interactions import Interactions
-from foretaste.data.memory import check_fits
 from foretaste.data.vocabulary import Vocabulary
 from foretaste.errors import ConfigError
 

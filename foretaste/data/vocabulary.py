@@ -27,12 +27,11 @@ from foretaste.data.arrays import check_rows
 from foretaste.errors import DataError
 from foretaste.later import later
 
-if TYPE_CHECKING:
-    from foretaste.data import csr
+loops = later("foretaste.data.loops")
 
+if TYPE_CHECKING:
     Ids = Iterable[object]
 else:
-    csr = later("foretaste.data.csr")
     Ids = object  # `listed` checks it, with an error of its own
 """What holds ids one after the other: a list, a tuple, a set, a generator, a dictionary's view, or
 an array or a column of NumPy, pandas, Polars or Arrow."""
@@ -444,13 +443,13 @@ def number_ids(
     present = np.zeros(span, np.bool_)
     for series in (ids,) if also is None else (ids, also):
         for chunk in series.get_chunks():
-            csr.mark_present(chunk.to_numpy(), lowest, present)
+            loops.mark_present(chunk.to_numpy(), lowest, present)
     found = np.flatnonzero(present)
     row_of = np.zeros(span, np.int32)
     row_of[found] = np.arange(len(found), dtype=np.int32)
     row_E, start = np.empty(len(ids), np.int32), 0
     for chunk in ids.get_chunks():
-        csr.look_up(chunk.to_numpy(), lowest, row_of, row_E[start : start + len(chunk)])
+        loops.look_up(chunk.to_numpy(), lowest, row_of, row_E[start : start + len(chunk)])
         start += len(chunk)
     return _sorted_vocabulary(pl.Series("id", found + lowest, dtype=pl.Int64)), row_E
 

@@ -12,23 +12,19 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from jaxtyping import Float32, Float64, Int32, Int64, Integer
 from torch import Tensor
 
+from foretaste.data.arrays import check_fits
 from foretaste.data.batch import Prepared
 from foretaste.data.graph import Graph
-from foretaste.data.memory import check_fits
 from foretaste.errors import ConfigError, DataError
 from foretaste.later import later
 
-if TYPE_CHECKING:
-    from foretaste.data import walk_loops
-else:
-    walk_loops = later("foretaste.data.walk_loops")
+loops = later("foretaste.data.loops")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -147,13 +143,9 @@ def _layer_below(
 ) -> tuple[Layer, Int32[np.ndarray, " S"]]:
     """Return what a layer's nodes are made from, and the nodes of the layer below."""
     neighbour_VT, weight_VT = table.neighbour_VT, table.weight_VT
-    offsets_R1, node_S, row_of_V = walk_loops.nodes_below(node_R, neighbour_VT)
-    source_E, weight_E = walk_loops.edges_below(
-        node_R, offsets_R1, row_of_V, neighbour_VT, weight_VT
-    )
-    target_E, back_weight_E, back_S1 = walk_loops.turned(
-        offsets_R1, source_E, weight_E, len(node_S)
-    )
+    offsets_R1, node_S, row_of_V = loops.nodes_below(node_R, neighbour_VT)
+    source_E, weight_E = loops.edges_below(node_R, offsets_R1, row_of_V, neighbour_VT, weight_VT)
+    target_E, back_weight_E, back_S1 = loops.turned(offsets_R1, source_E, weight_E, len(node_S))
     layer = Layer(
         self_R=torch.from_numpy(row_of_V[node_R]),
         source_E=torch.from_numpy(source_E),
@@ -242,7 +234,7 @@ def most_visited(
     total_E = _running_totals(graph)
 
     def walk(low: int, high: int) -> None:
-        walk_loops.most_visited(
+        loops.most_visited(
             node_N,
             low,
             high,
@@ -287,7 +279,7 @@ def uniform_neighbours(
     found = Neighbourhoods.empty(len(node_N), top)
 
     def draw(low: int, high: int) -> None:
-        walk_loops.uniform(
+        loops.uniform(
             node_N,
             low,
             high,

@@ -4,7 +4,6 @@ Shape legend: N events of a test, U users, I items.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import polars as pl
@@ -18,10 +17,7 @@ from foretaste.errors import DataError
 from foretaste.later import later
 from foretaste.training.trained import Trained
 
-if TYPE_CHECKING:
-    from foretaste.data import csr
-else:
-    csr = later("foretaste.data.csr")
+loops = later("foretaste.data.loops")
 
 _MOST_TRAINED_ON = 0.5
 """Of a test's events, how many training may hold: beyond, the figure is of what was learned by
@@ -229,7 +225,7 @@ def trained_on_events(model: Trained, test: Asked) -> Bool[np.ndarray, " N"]:
     end_N = np.where((user_N < 0) | (item_N < 0), start_N, own.offsets[user_N + 1])
     none_E, timed = np.empty(0, np.int64), _timed(model, test)
     seen_N = np.zeros(len(item_N), np.bool_)
-    csr.mark_trained_on(
+    loops.mark_trained_on(
         (own.item_idx, own.timestamp_s if timed else none_E, start_N, end_N, item_N),
         (
             past.item_idx,

@@ -14,12 +14,12 @@ import torch
 
 from foretaste.arguments import checked
 from foretaste.config import Config, Seed, parse_settings
+from foretaste.data.arrays import out_of_memory
 from foretaste.data.features import Features, fit_features
 from foretaste.data.features_schema import FeatureSchema
 from foretaste.data.folder import whole_file
 from foretaste.data.graph import Graph
 from foretaste.data.interactions import Interactions
-from foretaste.data.memory import out_of_memory
 from foretaste.data.rows import happened_split, positives_of
 from foretaste.data.splits import Split
 from foretaste.errors import ConfigError, DataError

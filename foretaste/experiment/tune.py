@@ -14,15 +14,15 @@ from optuna.trial import FrozenTrial, TrialState
 
 from foretaste.arguments import checked
 from foretaste.config import Rounds
+from foretaste.data.arrays import out_of_memory
 from foretaste.data.folder import check_place, whole_file
-from foretaste.data.memory import out_of_memory
 from foretaste.data.splits import Split
-from foretaste.data.toml_text import to_toml
 from foretaste.errors import ConfigError, DataError, NonFiniteError, TooLargeError
 from foretaste.experiment.fit import fit
 from foretaste.experiment.recipe import ExperimentConfig, without_defaults
 from foretaste.experiment.search_space import distributions, with_drawn, with_own_objective
 from foretaste.experiment.validation import STOP_METRIC, make_validation
+from foretaste.plain_values import to_toml
 from foretaste.training.fit import Epoch
 
 _STUDY, _BEST, _TRIALS = _FILES = ("study.db", "best.toml", "trials.json")

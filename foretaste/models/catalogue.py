@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 
 from foretaste.config import ChoiceConfig, Config, Count, RangeConfig, Space, Usual, Weight
-from foretaste.data import memory
+from foretaste.data import arrays
 from foretaste.data.features import Features
 from foretaste.data.graph import Graph, graph_of
 from foretaste.data.interactions import Interactions
@@ -221,9 +221,9 @@ def build_model(
         )
 
     needed = bytes_of(config)
-    if needed > memory.available_bytes():
+    if needed > arrays.available_bytes():
         name, value = _size_to_lower(config, bytes_of)
-        memory.check_fits(
+        arrays.check_fits(
             needed,
             f"{config.kind} over {num_users:,} users and {num_items:,} items",
             f"lower model.{name}, which is {value}, or leave rare users and items, and the "

@@ -21,9 +21,9 @@ from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from foretaste.config import RangeConfig, Space, Usual
+from foretaste.data.arrays import available_bytes, check_fits
 from foretaste.data.batch import Queries
 from foretaste.data.interactions import Interactions
-from foretaste.data.memory import available_bytes, check_fits
 from foretaste.errors import NonFiniteError
 from foretaste.models.base import Scorer
 from foretaste.models.item_sets import (

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from foretaste.config import Seed
-from foretaste.data.memory import check_fits
+from foretaste.data.arrays import check_fits
 from foretaste.errors import BundleError, ConfigError, DataError, NonFiniteError
 from foretaste.later import later
 from foretaste.retrieval.faiss_index import FAISS_FILE, FaissIndex, build_hnsw, build_ivf

@@ -16,11 +16,10 @@ import torch
 from jaxtyping import Bool, Int32, Int64
 from torch import Tensor
 
-from foretaste.data.arrays import distinct
+from foretaste.data.arrays import check_fits, distinct
 from foretaste.data.batch import DrawItems
 from foretaste.data.graph import Graph
 from foretaste.data.interactions import Interactions
-from foretaste.data.memory import check_fits
 from foretaste.data.walks import most_visited
 from foretaste.errors import ConfigError, DataError
 from foretaste.sampling.samplers import Sampler

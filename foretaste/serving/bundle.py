@@ -42,8 +42,8 @@ from foretaste.data.folder import (
 from foretaste.data.splits import LearnedFrom
 from foretaste.data.store import fill_store, open_store
 from foretaste.errors import BundleError
-from foretaste.json_values import json_value
 from foretaste.models.catalogue import ModelConfig, as_written, build_model
+from foretaste.plain_values import json_value
 from foretaste.retrieval.choose import load_index
 from foretaste.retrieval.index import ItemIndex
 from foretaste.serving.format_1 import weights_of_format_1

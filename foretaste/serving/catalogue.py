@@ -8,7 +8,7 @@ import numpy as np
 import polars as pl
 
 from foretaste.data.interactions import Interactions
-from foretaste.json_values import json_value
+from foretaste.plain_values import json_value
 from foretaste.serving.answer import title_column
 from foretaste.serving.messages import Item, PastEvent
 from foretaste.serving.state import LiveEvent

@@ -12,7 +12,7 @@ from typing import final
 from pydantic import JsonValue, TypeAdapter
 
 from foretaste.errors import BundleError, ForetasteError
-from foretaste.json_values import json_value
+from foretaste.plain_values import json_value
 from foretaste.serving.building import load
 from foretaste.serving.catalogue import Catalogue
 from foretaste.serving.recommender import Recommender

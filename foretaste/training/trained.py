@@ -15,9 +15,9 @@ from foretaste.data.batch import Queries
 from foretaste.data.conditions import unread_labels
 from foretaste.data.features import Features, FieldSide
 from foretaste.data.interactions import Interactions
+from foretaste.data.merging import Translation
 from foretaste.data.splits import LearnedFrom
 from foretaste.data.tasks import notes_about_histories, notes_about_labels
-from foretaste.data.translation import Translation
 from foretaste.errors import ConfigError, DataError, NonFiniteError
 from foretaste.models.base import Model, Ranker, Retriever, Scorer
 from foretaste.models.layers.field_ranker import HistoryRanker

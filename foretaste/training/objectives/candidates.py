@@ -20,8 +20,8 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from foretaste.config import Config, CountOrZero, Positive
+from foretaste.data.arrays import check_fits
 from foretaste.data.interactions import Interactions
-from foretaste.data.memory import check_fits
 from foretaste.losses.candidates import (
     LossGradient,
     bce_loss_gradient,

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from foretaste.arguments import checked
 from foretaste.config import Config, CountOrZero
+from foretaste.data.arrays import check_fits
 from foretaste.data.batch import RowBatch
-from foretaste.data.memory import check_fits
 from foretaste.data.tasks import LabelScale, Task
 from foretaste.losses.multitask import listwise_loss, task_loss, uncertain_terms
 from foretaste.models.base import Ranker
