@@ -54,12 +54,12 @@ if TYPE_CHECKING:
     )
     from foretaste.evaluation.chart import gates_svg, read_gates, reliability_svg
     from foretaste.evaluation.compare import Comparison, compare, compare_rows, transfer
+    from foretaste.evaluation.measure_queries import SampledNegatives
     from foretaste.evaluation.protocol import evaluate
     from foretaste.evaluation.report import Report
     from foretaste.evaluation.reports import RankingGain, Reports
     from foretaste.evaluation.rows import evaluate_rows
     from foretaste.evaluation.rows_report import RowsReport, calibrate
-    from foretaste.evaluation.sampled import SampledNegatives
     from foretaste.experiment.compare_families import family_recipes
     from foretaste.experiment.compare_models import compare_models, read_recipes
     from foretaste.experiment.compare_table import ModelComparison
@@ -320,7 +320,7 @@ _HOME = {
     "Rules": "serving.rules",
     "Run": "experiment.run",
     "SASRecConfig": "models.sasrec",
-    "SampledNegatives": "evaluation.sampled",
+    "SampledNegatives": "evaluation.measure_queries",
     "ServerSettings": "serving.settings",
     "SharedBottomConfig": "models.shared_bottom",
     "SourceError": "errors",

@@ -17,12 +17,11 @@ from foretaste.data.interactions import Interactions
 from foretaste.data.splits import Holdout
 from foretaste.data.vocabulary import Vocabulary
 from foretaste.errors import ConfigError, DataError, NonFiniteError
-from foretaste.evaluation import task as task_file
+from foretaste.evaluation import asked as task_file
 from foretaste.evaluation.compare import compare
-from foretaste.evaluation.measure_queries import ACCURACY
+from foretaste.evaluation.measure_queries import ACCURACY, SampledNegatives
 from foretaste.evaluation.protocol import evaluate
 from foretaste.evaluation.report import Report, Slice
-from foretaste.evaluation.sampled import SampledNegatives
 from foretaste.models.base import Retriever, Scorer
 from foretaste.training.trained import Trained
 

@@ -16,7 +16,9 @@ from ir_measures import AP, RR, P, Qrel, R, ScoredDoc, Success, iter_calc, nDCG
 from sklearn.metrics import ndcg_score
 
 from foretaste.evaluation.list_metrics import (
+    Hits,
     average_precision,
+    best,
     coverage,
     head_membership,
     hit_rate,
@@ -27,8 +29,8 @@ from foretaste.evaluation.list_metrics import (
     precision,
     recall,
     self_information,
+    settle,
 )
-from foretaste.evaluation.rank import Hits, best, settle
 
 ALL = (hit_rate, recall, precision, ndcg, mrr, average_precision)
 Metric = Callable[[Hits, int], np.ndarray]

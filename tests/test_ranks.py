@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from foretaste.evaluation.rank import (
+from foretaste.evaluation.list_metrics import (
     Hits,
     best,
     chance_within,

@@ -17,9 +17,9 @@ from foretaste.data.sources.load import get_dataset
 from foretaste.data.splits import Split
 from foretaste.data.splitting import given_split_by_column, leave_last_split
 from foretaste.errors import ConfigError
+from foretaste.evaluation.measure_queries import SampledNegatives, kept_items
 from foretaste.evaluation.protocol import evaluate
 from foretaste.evaluation.report import Report
-from foretaste.evaluation.sampled import SampledNegatives, kept_items
 from foretaste.experiment.fit import fit
 from foretaste.models.base import Scorer
 from foretaste.models.catalogue import ModelConfig

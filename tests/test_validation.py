@@ -8,9 +8,9 @@ import polars as pl
 import pytest
 
 import foretaste as ft
+from foretaste.evaluation.asked import Task
 from foretaste.evaluation.measure_queries import mean_ndcg
 from foretaste.evaluation.protocol import to_find
-from foretaste.evaluation.task import Task
 from foretaste.experiment.learning import usual_objective
 from foretaste.experiment.validation import make_validation, trained_rows
 from foretaste.models.catalogue import ModelConfig

@@ -1,9 +1,9 @@
 """How a model is measured: against the full catalogue, averaged over users, every choice said.
 
-Shape legend: I items, U users, Q queries, M metrics.
+Shape legend: I items, U users, Q queries, N targets of all queries, M metrics.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -14,17 +14,18 @@ from foretaste.arguments import checked
 from foretaste.config import Count, Resamples, Seed
 from foretaste.data.splits import Holdout
 from foretaste.errors import ConfigError, DataError
+from foretaste.evaluation.asked import Asked, Task, check_new, digest, make_task, overlap
 from foretaste.evaluation.bootstrap import bootstrap_intervals
-from foretaste.evaluation.cold import COLD_SUFFIX, NEW_SUFFIX, Among, Whose
-from foretaste.evaluation.list_metrics import coverage
-from foretaste.evaluation.measure_queries import measure_queries
-from foretaste.evaluation.overlap import Asked, check_new, overlap
-from foretaste.evaluation.protocol_notes import protocol_notes
-from foretaste.evaluation.rank import chance_within
-from foretaste.evaluation.report import Report
-from foretaste.evaluation.sampled import SampledNegatives
-from foretaste.evaluation.slices import mean_by_user, query_slices, target_slices
-from foretaste.evaluation.task import Task, digest, make_task
+from foretaste.evaluation.list_metrics import chance_within, coverage, mean_by_user, popularity_rank
+from foretaste.evaluation.measure_queries import (
+    COLD_SUFFIX,
+    NEW_SUFFIX,
+    Among,
+    SampledNegatives,
+    Whose,
+    measure_queries,
+)
+from foretaste.evaluation.report import Report, Slice
 from foretaste.training.trained import Trained
 
 V = TypeVar("V")
@@ -241,3 +242,155 @@ def _counts(
         "doubled_targets": task.doubles,
         "idle_queries": task.idle,
     }
+
+
+def protocol_notes(
+    model: Trained,
+    holdout: Holdout,
+    task: Task,
+    *,
+    exclude_seen: bool,
+    resamples: int,
+    seed: int,
+    sampled: str | None,
+    among: Among,
+    users: Whose,
+) -> tuple[str, ...]:
+    """Say what was ranked, averaged and divided by what; arguments are those of `evaluate`, and
+    `sampled` is the note of the sampled items.
+    """
+    seen = (
+        f"seen items are excluded: what a query's history holds is not in its list; left out are "
+        f"{task.repeats} targets that stand there, and {task.idle} queries that had no other"
+        if exclude_seen
+        else "seen items are not excluded: they compete, and may be targets again"
+    )
+    which, misses = _candidates(model, sampled, among)
+    return (
+        which,
+        seen,
+        misses,
+        "mean over users of the mean over the user's queries; users "
+        + (
+            "without history are not in it, but a slice of their own"
+            if users == "known"
+            else "with a history are not in it"
+        ),
+        "equal scores are settled as by chance: accuracy is the exact expectation over their "
+        f"orders; for coverage, novelty and popularity share one order is drawn (seed {seed})",
+        "ndcg: the ideal list has min(k, targets) hits, as in ranx, trec_eval and scikit-learn",
+        "map: divided by min(k, targets); ranx and trec_eval divide by the number of targets",
+        "recall: divided by the number of targets; precision: by k",
+        "novelty: mean of -log2 of an item's share of training events, in bits; popularity share: "
+        "places taken by the most popular fifth of the catalogue, 0.2 if blind",
+        f"intervals: 95 %, percentile bootstrap over users, {resamples} resamples, seed {seed}"
+        if resamples
+        else "intervals: none asked for",
+        *_of_moments(model, holdout),
+    )
+
+
+def _candidates(model: Trained, sampled: str | None, among: Among) -> tuple[str, str]:
+    """Return which items are ranked, and which targets are never found."""
+    cold_I = model.item_count == 0
+    num_placed = int((model.known_I.numpy() & cold_I).sum())
+    if among == "cold":
+        return (
+            f"candidates: NOT the full catalogue but its {int(cold_I.sum())} items without a "
+            f"training event; {num_placed} of them are placed by the model, the others stand "
+            "behind these as equals",
+            "targets that a training event has are no candidates and count as misses",
+        )
+    placed = f" and {num_placed} others that the model places" if num_placed else ""
+    whole = f"candidates: the full catalogue, every item with a training event{placed}"
+    misses = "targets that no training event has" + (
+        " and the model does not place" if num_placed else ""
+    )
+    return (
+        f"{whole}; none sampled" if sampled is None else sampled,
+        f"{misses} are never found and count as misses",
+    )
+
+
+def _of_moments(model: Trained, holdout: Holdout) -> tuple[str, ...]:
+    """Say what a model with features of the moment was given of it."""
+    if model.moment is None:
+        return ()
+    if holdout.context is None:
+        return ("context: the events have none, so nothing is known of any moment",)
+    return ("context: each query is asked at the moment of its first target",)
+
+
+HISTORY_EDGES = (1, 5, 10, 20, 50, 100)
+"""Where each bucket of history lengths begins."""
+
+
+def query_slices(task: Task, values: Mapping[str, Float64[np.ndarray, " Q"]]) -> Iterator[Slice]:
+    """Give the users without history, then the others by its length; empty slices are left out."""
+    targets_Q = np.diff(task.offsets_Q1)
+    parts: list[tuple[str, str, np.ndarray]] = [("cold users", "no history", task.length_Q == 0)]
+    for low, high in zip(HISTORY_EDGES, (*HISTORY_EDGES[1:], None), strict=True):
+        label = f"{low} events or more" if high is None else f"{low} to {high - 1} events"
+        below = True if high is None else task.length_Q < high
+        parts.append(("history length", label, (task.length_Q >= low) & below))
+    for group, label, in_Q in parts:
+        if in_Q.any():
+            user_U, means_UM = mean_by_user(
+                task.user_Q[in_Q], np.stack([value[in_Q] for value in values.values()], axis=1)
+            )
+            yield Slice(
+                group=group,
+                label=label,
+                users=len(user_U),
+                queries=int(in_Q.sum()),
+                targets=int(targets_Q[in_Q].sum()),
+                metrics=dict(zip(values, means_UM.mean(axis=0).tolist(), strict=True)),
+            )
+
+
+def target_slices(
+    task: Task,
+    found: Mapping[str, Float64[np.ndarray, " N"]],
+    found_among_cold: Mapping[str, Float64[np.ndarray, " N"]],
+    *,
+    count_I: Int64[np.ndarray, " I"],
+    in_headline_N: Bool[np.ndarray, " N"],
+) -> Iterator[Slice]:
+    """Give the targets by tenths of the catalogue, most popular first, then those unknown to it.
+
+    Args:
+        task: The queries.
+        found: Name of a recall to each target's probability to be found.
+        found_among_cold: Likewise, where items without a training event are ranked alone; empty
+            gives no slice of it.
+        count_I: Training events of each item.
+        in_headline_N: Targets of queries with a history.
+    """
+    query_N, num_known = task.query_N, int((count_I > 0).sum())
+    tenth_N = 10 * popularity_rank(count_I)[task.target_N] // num_known
+    tenth_N[count_I[task.target_N] == 0] = 10
+    parts = [("target popularity", _tenth_label(tenth), tenth, found) for tenth in range(10)]
+    parts.append(("cold items", "no training event", 10, found))
+    if found_among_cold:
+        parts.append(("cold items among themselves", "no training event", 10, found_among_cold))
+    for group, label, tenth, recalls in parts:
+        in_N = in_headline_N & (tenth_N == tenth)
+        if not in_N.any():
+            continue
+        query = query_N[in_N]
+        user_U, means_UM = mean_by_user(
+            task.user_Q[query], np.stack([value[in_N] for value in recalls.values()], axis=1)
+        )
+        yield Slice(
+            group=group,
+            label=label,
+            users=len(user_U),
+            queries=len(np.unique(query)),
+            targets=int(in_N.sum()),
+            metrics=dict(zip(recalls, means_UM.mean(axis=0).tolist(), strict=True)),
+        )
+
+
+def _tenth_label(tenth: int) -> str:
+    end = {0: " (most popular)", 9: " (least popular)"}.get(tenth, "")
+    return f"tenth {tenth + 1}{end}"

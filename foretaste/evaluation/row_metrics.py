@@ -1,13 +1,15 @@
-"""Pointwise metrics of labelled rows, and of a task over users drawn again.
+"""Pointwise metrics of labelled rows, over users drawn again, and what calibrates probabilities.
 
 A user that is drawn brings all its rows: what rows of one user have in common counts once.
+Calibrations are fitted on validation rows and used on others; none changes the order of a task's
+rows, but for ties that isotonic regression makes.
 
 Shape legend: N rows, U users, R resamples, T tasks, M bins, G distinct scores.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, final
+from typing import Literal, assert_never, final
 
 import numpy as np
 from jaxtyping import Float, Float64, Int64
@@ -15,6 +17,13 @@ from jaxtyping import Float, Float64, Int64
 from foretaste.data.tasks import Task
 from foretaste.errors import DataError, NonFiniteError
 from foretaste.evaluation.bootstrap import drawn_again
+from foretaste.later import later
+from foretaste.training.calibration import (
+    IsotonicCalibration,
+    PlattCalibration,
+    logit,
+    sigmoid,
+)
 
 
 def checked_labels(label_N: Float[np.ndarray, " N"]) -> Float64[np.ndarray, " N"]:
@@ -179,37 +188,6 @@ def user_auc(
     return auc_U
 
 
-def gauc(
-    label_N: Float[np.ndarray, " N"],
-    score_N: Float[np.ndarray, " N"],
-    user_N: Int64[np.ndarray, " N"],
-) -> float:
-    r"""Return the mean over users of their own AUC, weighted by their rows, in [0, 1].
-
-    .. math:: \frac{\sum_u n_u \text{AUC}_u}{\sum_u n_u}
-
-    Over users that have rows of both classes; the others cannot be ordered rightly or wrongly.
-
-    Raises:
-        DataError: No user has both, or a label is neither 0 nor 1.
-        NonFiniteError: A score is NaN or infinite.
-
-    References:
-        Zhu et al., "Optimized Cost per Click in Taobao Display Advertising", KDD 2017,
-        https://arxiv.org/abs/1703.02091
-    """
-    _, place_N = np.unique(user_N, return_inverse=True)
-    rows_U = np.bincount(place_N)
-    auc_U = user_auc(label_N, score_N, place_N, num_users=len(rows_U))
-    both_U = ~np.isnan(auc_U)
-    if not both_U.any():
-        raise DataError(
-            f"GAUC orders each user's own rows, and none of {len(rows_U)} users has both a 1 and "
-            "a 0: measure AUC instead"
-        )
-    return float(np.average(auc_U[both_U], weights=rows_U[both_U]))
-
-
 def row_log_loss(
     label_N: Float[np.ndarray, " N"], probability_N: Float[np.ndarray, " N"]
 ) -> Float64[np.ndarray, " N"]:
@@ -228,26 +206,8 @@ def row_log_loss(
     return loss_N
 
 
-def log_loss(
-    label_N: Float[np.ndarray, " N"],
-    probability_N: Float[np.ndarray, " N"],
-    weight_N: Float64[np.ndarray, " N"] | None = None,
-) -> float:
-    r"""Return the mean log loss, in nats: 0 is perfect, ln 2 is a coin.
-
-    .. math:: -\frac{1}{N} \sum_n y_n \ln p_n + (1 - y_n) \ln(1 - p_n)
-
-    Raises:
-        DataError: A label is neither 0 nor 1, or a probability is none.
-        NonFiniteError: A probability is NaN or infinite.
-    """
-    return float(np.average(row_log_loss(label_N, probability_N), weights=weight_N))
-
-
 NUM_BINS = 15
 """As in Guo et al. 2017."""
-Bins = Literal["width", "count"]
-"""All bins as wide, from 0 to 1; or as many rows in each, as far as equal probabilities allow."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,9 +225,6 @@ class Reliability:
 def reliability(
     label_N: Float[np.ndarray, " N"],
     probability_N: Float[np.ndarray, " N"],
-    *,
-    num_bins: int = NUM_BINS,
-    bins: Bins = "width",
 ) -> Reliability:
     """Return what was predicted and what happened, bin by bin, as scikit-learn's curve does.
 
@@ -276,11 +233,11 @@ def reliability(
         NonFiniteError: A probability is NaN or infinite.
     """
     label_N, probability_N = checked_labels(label_N), checked_probabilities(probability_N)
-    bin_N = bin_of(probability_N, num_bins=num_bins, bins=bins)
-    count_M = np.bincount(bin_N, minlength=num_bins)
+    bin_N = bin_of(probability_N)
+    count_M = np.bincount(bin_N)
     kept_M = count_M > 0
-    predicted_M = np.bincount(bin_N, probability_N, num_bins)[kept_M] / count_M[kept_M]
-    happened_M = np.bincount(bin_N, label_N, num_bins)[kept_M] / count_M[kept_M]
+    predicted_M = np.bincount(bin_N, probability_N)[kept_M] / count_M[kept_M]
+    happened_M = np.bincount(bin_N, label_N)[kept_M] / count_M[kept_M]
     return Reliability(
         count=tuple(count_M[kept_M].tolist()),
         predicted=tuple(predicted_M.tolist()),
@@ -288,69 +245,10 @@ def reliability(
     )
 
 
-def calibration_error(
-    label_N: Float[np.ndarray, " N"],
-    probability_N: Float[np.ndarray, " N"],
-    *,
-    num_bins: int = NUM_BINS,
-    bins: Bins = "width",
-) -> float:
-    r"""Return the expected calibration error (ECE), in [0, 1]; 0 is calibrated.
-
-    .. math:: \sum_m \frac{n_m}{N} \Big|\bar p_m - \bar y_m\Big|
-
-    Raises:
-        DataError: A label is neither 0 nor 1, or a probability is none.
-        NonFiniteError: A probability is NaN or infinite.
-
-    References:
-        Naeini, Cooper and Hauskrecht, "Obtaining Well Calibrated Probabilities Using Bayesian
-        Binning", AAAI 2015; Guo et al., "On Calibration of Modern Neural Networks", ICML 2017,
-        https://arxiv.org/abs/1706.04599
-    """
-    curve = reliability(label_N, probability_N, num_bins=num_bins, bins=bins)
-    apart_M = np.abs(np.subtract(curve.predicted, curve.happened))
-    return float(np.average(apart_M, weights=curve.count))
-
-
-def bin_of(
-    probability_N: Float64[np.ndarray, " N"], *, num_bins: int = NUM_BINS, bins: Bins = "width"
-) -> Int64[np.ndarray, " N"]:
-    """Return each row's bin; what lies on an edge belongs below it."""
-    edges = np.linspace(0, 1, num_bins + 1)
-    if bins == "count":
-        edges = np.quantile(probability_N, edges)
+def bin_of(probability_N: Float64[np.ndarray, " N"]) -> Int64[np.ndarray, " N"]:
+    """Return each row's bin, all of equal width; what lies on an edge belongs below it."""
+    edges = np.linspace(0, 1, NUM_BINS + 1)
     return np.searchsorted(edges[1:-1], probability_N).astype(np.int64)
-
-
-def mae(
-    label_N: Float[np.ndarray, " N"],
-    value_N: Float[np.ndarray, " N"],
-    weight_N: Float64[np.ndarray, " N"] | None = None,
-) -> float:
-    r"""Return :math:`\frac{1}{N} \sum_n |\hat y_n - y_n|`, in the label's unit.
-
-    Raises:
-        DataError: There is no row.
-        NonFiniteError: A value is NaN or infinite.
-    """
-    error_N = checked_predictions(value_N) - label_N
-    return float(np.average(np.abs(error_N), weights=weight_N))
-
-
-def rmse(
-    label_N: Float[np.ndarray, " N"],
-    value_N: Float[np.ndarray, " N"],
-    weight_N: Float64[np.ndarray, " N"] | None = None,
-) -> float:
-    r"""Return :math:`\sqrt{\frac{1}{N} \sum_n (\hat y_n - y_n)^2}`, in the label's unit.
-
-    Raises:
-        DataError: There is no row.
-        NonFiniteError: A value is NaN or infinite.
-    """
-    error_N = checked_predictions(value_N) - label_N
-    return float(np.sqrt(np.average(error_N**2, weights=weight_N)))
 
 
 Weighed = Callable[[Float64[np.ndarray, " U"]], float]
@@ -375,7 +273,19 @@ class TaskRows:
         return replace(self, prediction_N=prediction_N)
 
     def metrics(self) -> dict[str, Weighed]:
-        """Return the metrics that these rows define, by name."""
+        r"""Return the metrics that these rows define, by name: functions of users' weights.
+
+        "auc" of a binary task is that of `auc`, left out if all labels are equal, and "gauc" the
+        mean of each user's own, weighted by its rows, over users that have rows of both classes.
+        Of other tasks, in the label's unit,
+
+        .. math:: \text{rmse} = \sqrt{\frac 1N \sum_n (\hat y_n - y_n)^2} \qquad
+                  \text{mae} = \frac 1N \sum_n |\hat y_n - y_n|
+
+        References:
+            Zhu et al., "Optimized Cost per Click in Taobao Display Advertising", KDD 2017,
+            https://arxiv.org/abs/1703.02091, for "gauc".
+        """
         if self.task.kind == "binary":
             return self._ordering() | self.probability_metrics()
         error_N = checked_predictions(self.prediction_N) - self.label_N
@@ -383,7 +293,19 @@ class TaskRows:
         return {"rmse": lambda times_U: float(np.sqrt(square(times_U))), "mae": absolute}
 
     def probability_metrics(self) -> dict[str, Weighed]:
-        """Return the metrics of probabilities as such, whatever order they give."""
+        r"""Return the metrics of probabilities as such, whatever order they give.
+
+        .. math:: \text{log\_loss} = -\frac 1N \sum_n y_n \ln p_n + (1 - y_n) \ln(1 - p_n) \qquad
+                  \text{ece} = \sum_m \frac{n_m}{N} \Big|\bar p_m - \bar y_m\Big|
+
+        The first is in nats: 0 is perfect, ln 2 is a coin. The second, the expected calibration
+        error over bins m, is in [0, 1]; 0 is calibrated.
+
+        References:
+            Naeini, Cooper and Hauskrecht, "Obtaining Well Calibrated Probabilities Using Bayesian
+            Binning", AAAI 2015; Guo et al., "On Calibration of Modern Neural Networks", ICML 2017,
+            https://arxiv.org/abs/1706.04599
+        """
         loss = self._mean(row_log_loss(self.label_N, self.prediction_N))
         apart_N, bin_N = self.prediction_N - self.label_N, bin_of(self.prediction_N)
         num_bins = int(bin_N.max()) + 1
@@ -450,3 +372,118 @@ def resampled(
             for name, metric in metrics.items():
                 found[name].append(metric(times_U))
     return {name: np.array(values) for name, values in found.items()}
+
+
+optimize = later("scipy.optimize")
+
+Method = Literal["platt", "isotonic"]
+_MOST_STEPS = 100
+_STEEPEST = 1.0
+"""How much isotonic regression may rise for each unit of the logit; of the logistic curve itself,
+which changes no probability, it is a quarter at most."""
+
+
+def fit_calibration(
+    method: Method, label_N: Float[np.ndarray, " N"], probability_N: Float[np.ndarray, " N"]
+) -> PlattCalibration | IsotonicCalibration:
+    """Learn from rows that training did not see what a model's probabilities mean.
+
+    Args:
+        method: "platt" has two numbers to learn and needs few rows; "isotonic" follows any rising
+            curve and wants a thousand or more.
+        label_N: 0 or 1.
+        probability_N: What the model gave.
+
+    Raises:
+        DataError: There are rows of one class only, a label is neither 0 nor 1, or a probability
+            is none.
+        NonFiniteError: A probability is NaN or infinite.
+    """
+    label_N, probability_N = checked_labels(label_N), checked_probabilities(probability_N)
+    if label_N.min() == label_N.max():
+        raise DataError(
+            f"all {len(label_N)} labels are {label_N[0]:g}: a calibration needs rows of both",
+            name="labels",
+            value=float(label_N[0]),
+        )
+    match method:
+        case "platt":
+            return _fit_platt(label_N, logit(probability_N))
+        case "isotonic":
+            return _fit_isotonic(label_N, probability_N)
+        case _:
+            assert_never(method)
+
+
+def _fit_platt(
+    label_N: Float64[np.ndarray, " N"], logit_N: Float64[np.ndarray, " N"]
+) -> PlattCalibration:
+    """Find the line of greatest likelihood by Newton's method, halving steps that overshoot.
+
+    References:
+        Platt, "Probabilistic Outputs for Support Vector Machines and Comparisons to Regularized
+        Likelihood Methods", 1999: labels are drawn in by one row of each class, so that rows that
+        a line parts perfectly have a finite answer too.
+    """
+    ones = label_N.sum()
+    target_N = np.where(label_N == 1, (ones + 1) / (ones + 2), 1 / (len(label_N) - ones + 2))
+    input_N2 = np.stack([logit_N, np.ones(len(logit_N))], axis=1)
+    line_2 = np.array([1.0, 0.0])
+    loss = _line_loss(input_N2 @ line_2, target_N)
+    for _ in range(_MOST_STEPS):
+        share_N = sigmoid(input_N2 @ line_2)
+        slope_2 = input_N2.T @ (share_N - target_N)
+        bend_22 = (input_N2.T * (share_N * (1 - share_N))) @ input_N2
+        step_2 = np.linalg.lstsq(bend_22, slope_2, rcond=None)[0]
+        size = 1.0
+        while (moved := _line_loss(input_N2 @ (line_2 - size * step_2), target_N)) > loss:
+            size /= 2
+            if size < 1e-9:
+                break
+        if loss - moved < 1e-12 * max(1.0, loss):
+            break
+        line_2, loss = line_2 - size * step_2, moved
+    return PlattCalibration(slope=float(line_2[0]), intercept=float(line_2[1]))
+
+
+def _fit_isotonic(
+    label_N: Float64[np.ndarray, " N"], probability_N: Float64[np.ndarray, " N"]
+) -> IsotonicCalibration:
+    """Pool adjacent violators over distinct probabilities; only the ends of a stair are kept.
+
+    **Departures**: a lowest stair of 0 and a highest of 1 are drawn in to one of its n + 2 rows,
+    not beyond the next stair: "never" and "always" would cost without bound when they are wrong.
+    Steps become slopes (`_eased`).
+    """
+    at, place_N, count = np.unique(probability_N, return_inverse=True, return_counts=True)
+    mean = np.bincount(place_N, label_N) / count
+    gives: np.ndarray = optimize.isotonic_regression(mean, weights=count.astype(np.float64)).x
+    levels, stair = np.unique(gives, return_inverse=True)
+    rows = np.bincount(stair, count)
+    if len(levels) > 1:
+        lowest, highest = levels[0], levels[-1]
+        levels[0] = max(lowest, min(levels[1], 1 / (rows[0] + 2)))
+        levels[-1] = min(highest, max(levels[-2], 1 - 1 / (rows[-1] + 2)))
+    gives = _eased(at, levels[stair])
+    level = np.diff(gives) == 0
+    inner = np.append(level, False) & np.insert(level, 0, False)  # level on both sides
+    return IsotonicCalibration(at=tuple(at[~inner].tolist()), gives=tuple(gives[~inner].tolist()))
+
+
+def _eased(
+    at: Float64[np.ndarray, " N"], gives: Float64[np.ndarray, " N"]
+) -> Float64[np.ndarray, " N"]:
+    """Rise no steeper than `_STEEPEST`: half of a step is taken before it, half behind it.
+
+    A logit's last digits differ with how many rows are judged at once, and a step between two that
+    lie 1e-5 apart would make ten thousand times as much of it: answers would not be those measured.
+    """
+    line = _STEEPEST * logit(at)
+    late = line + np.minimum.accumulate(gives - line)
+    early = line + np.maximum.accumulate((gives - line)[::-1])[::-1]
+    eased: np.ndarray = np.maximum.accumulate(((late + early) / 2).round(12))  # level is level
+    return eased
+
+
+def _line_loss(line_N: Float64[np.ndarray, " N"], target_N: Float64[np.ndarray, " N"]) -> float:
+    return float((np.logaddexp(0, line_N) - target_N * line_N).sum())

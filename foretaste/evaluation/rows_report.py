@@ -16,7 +16,6 @@ from foretaste.arguments import checked
 from foretaste.data.tasks import Task
 from foretaste.errors import DataError
 from foretaste.evaluation.bootstrap import Interval
-from foretaste.evaluation.calibration import Method, fit_calibration
 from foretaste.evaluation.report import (
     console_table,
     figures_frame,
@@ -24,7 +23,7 @@ from foretaste.evaluation.report import (
     no_report,
     printed,
 )
-from foretaste.evaluation.row_metrics import Reliability, TaskRows
+from foretaste.evaluation.row_metrics import Method, Reliability, TaskRows, fit_calibration
 from foretaste.shown import Shown
 from foretaste.training.calibration import Calibration
 

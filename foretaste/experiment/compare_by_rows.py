@@ -15,8 +15,7 @@ from foretaste.data.splits import Split
 from foretaste.data.tasks import Task
 from foretaste.errors import ConfigError
 from foretaste.evaluation.compare import Comparison, compare_rows, mean_and_interval
-from foretaste.evaluation.measure_rows import Predicted, measure_rows
-from foretaste.evaluation.rows import has_zeros, predict_tasks, ranker_of
+from foretaste.evaluation.rows import Predicted, has_zeros, measure_rows, predict_tasks, ranker_of
 from foretaste.evaluation.rows_report import RowsReport
 from foretaste.experiment.compare_advice import choose
 from foretaste.experiment.compare_counts import BASE_RATE, count_baselines

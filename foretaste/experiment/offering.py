@@ -23,7 +23,7 @@ from foretaste.data.batch import Queries
 from foretaste.data.plans import Offered
 from foretaste.data.splits import TRAIN, UNUSED, Holdout, Split
 from foretaste.errors import ConfigError, DataError
-from foretaste.evaluation.task import block_rows
+from foretaste.evaluation.asked import block_rows
 from foretaste.models.layers.top_k import top_k
 from foretaste.training.objectives.rows import RowsConfig
 from foretaste.training.trained import Trained

@@ -24,7 +24,7 @@ from foretaste.data.features_schema import FeatureSchema, schema_from_toml
 from foretaste.data.read_config import ReadConfig, ReadTables, WhichEvents
 from foretaste.data.split_config import SplitConfig
 from foretaste.errors import ConfigError
-from foretaste.evaluation.cold import Among, Whose
+from foretaste.evaluation.measure_queries import Among, Whose
 from foretaste.experiment.two_stage import FirstStage
 from foretaste.models.catalogue import ModelConfig
 from foretaste.training.objectives.catalogue import ObjectiveConfig

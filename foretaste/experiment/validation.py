@@ -17,8 +17,8 @@ from foretaste.data.interactions import Interactions
 from foretaste.data.rows import happened_split
 from foretaste.data.splits import Holdout, Split
 from foretaste.errors import DataError
-from foretaste.evaluation.cold import Whose
-from foretaste.evaluation.measure_queries import mean_ndcg
+from foretaste.evaluation.asked import Task
+from foretaste.evaluation.measure_queries import SampledNegatives, Whose, mean_ndcg
 from foretaste.evaluation.protocol import to_find
 from foretaste.evaluation.rows import (
     predict_rows,
@@ -27,8 +27,6 @@ from foretaste.evaluation.rows import (
     rows_to_judge,
     task_values,
 )
-from foretaste.evaluation.sampled import SampledNegatives
-from foretaste.evaluation.task import Task
 from foretaste.experiment.compare_counts import count_baselines
 from foretaste.experiment.two_stage import Candidates
 from foretaste.models.base import Model, Ranker, Retriever
