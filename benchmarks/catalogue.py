@@ -27,7 +27,7 @@ import polars as pl
 import torch
 
 import foretaste as ft
-from foretaste.experiment.facts import run_facts
+from foretaste.experiment.record import run_facts
 
 MODELS = {
     "mf": ft.MFConfig(embedding_dim=64),

@@ -18,7 +18,7 @@ import torch
 
 import foretaste as ft
 from foretaste.experiment.compress import anchors, table_bytes, usual_tables, width_of
-from foretaste.experiment.facts import run_facts
+from foretaste.experiment.record import run_facts
 from foretaste.models.layers.tables import (
     CompositionalConfig,
     HashConfig,

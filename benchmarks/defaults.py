@@ -23,8 +23,8 @@ import torch
 
 import foretaste as ft
 from foretaste.experiment.compare_counts import count_baselines
-from foretaste.experiment.compare_families import BASELINES
-from foretaste.experiment.facts import run_facts
+from foretaste.experiment.compare_plan import BASELINES
+from foretaste.experiment.record import run_facts
 from foretaste.experiment.run import run_experiment
 from foretaste.experiment.tune import tune
 

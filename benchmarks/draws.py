@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from foretaste.experiment.facts import run_facts
+from foretaste.experiment.record import run_facts
 from foretaste.sampling.samplers import DistinctSampler, PopularitySampler, UniformSampler
 from foretaste.training.runtime import keep_memory
 

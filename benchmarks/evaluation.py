@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from foretaste.experiment.facts import run_facts
+from foretaste.experiment.record import run_facts
 
 HERE = Path(__file__).parent
 NUM_USERS, NUM_ITEMS, WIDTH, NUM_EVENTS = 6_040, 3_416, 64, 1_000_000

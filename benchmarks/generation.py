@@ -19,7 +19,7 @@ from torch import Tensor
 from walks import random_graph
 
 from foretaste.data.walks import most_visited
-from foretaste.experiment.facts import run_facts
+from foretaste.experiment.record import run_facts
 from foretaste.models.layers.importance import Convolve
 from foretaste.models.layers.layerwise import generate
 

@@ -33,7 +33,7 @@ import foretaste as ft
 from foretaste.data.splits import TEST
 from foretaste.data.synthetic import media_log
 from foretaste.evaluation.row_metrics import auc
-from foretaste.experiment.facts import run_facts
+from foretaste.experiment.record import run_facts
 from foretaste.models.layers.field_ranker import HistoryConfig
 
 TASKS = (

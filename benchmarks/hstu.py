@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 import foretaste as ft
-from foretaste.experiment.facts import run_facts
+from foretaste.experiment.record import run_facts
 
 LIKE = {"embedding_dim": 64, "num_blocks": 2, "num_heads": 2, "max_len": 100, "dropout": 0.3}
 MODELS = {

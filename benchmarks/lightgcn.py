@@ -26,7 +26,7 @@ from typing import Any
 
 from turns import KEEP_MEMORY, Program
 
-from foretaste.experiment.facts import run_facts
+from foretaste.experiment.record import run_facts
 
 HERE = Path(__file__).parent
 PEERS = HERE.parent / ".peers"

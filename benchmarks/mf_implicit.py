@@ -19,7 +19,7 @@ from pathlib import Path
 from sequence_ml1m import at_start, command, run, summary
 from turns import Program
 
-from foretaste.experiment.facts import run_facts
+from foretaste.experiment.record import run_facts
 
 HERE = Path(__file__).parent
 PEER_PYTHON = HERE.parent / ".peers" / "implicit" / "bin" / "python"

@@ -23,7 +23,7 @@ from torch import nn
 
 import foretaste as ft
 from foretaste.data.synthetic import INPUT, correlated_tasks
-from foretaste.experiment.facts import run_facts
+from foretaste.experiment.record import run_facts
 from foretaste.models.catalogue import build_model
 
 TASKS = tuple(ft.Task(name=n, kind="regression", column=n) for n in ("first", "second"))

@@ -18,7 +18,7 @@ import torch
 import foretaste as ft
 from foretaste.evaluation.chart import gates_svg, read_gates
 from foretaste.evaluation.compare import transfer
-from foretaste.experiment.facts import run_facts
+from foretaste.experiment.record import run_facts
 from foretaste.models.mmoe import MMoE
 
 

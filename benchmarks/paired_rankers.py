@@ -21,7 +21,7 @@ import torch
 
 import foretaste as ft
 from foretaste.evaluation.compare import Comparison
-from foretaste.experiment.facts import run_facts
+from foretaste.experiment.record import run_facts
 from foretaste.experiment.run import run_experiment
 
 MEASURED = ("hit_rate", "recall", "ndcg")

@@ -26,7 +26,7 @@ import polars as pl
 import torch
 
 import foretaste as ft
-from foretaste.experiment.facts import run_facts
+from foretaste.experiment.record import run_facts
 
 GROUPS, SIZE, HITS, WIDTH = 200, 15, 200, 16
 METRIC = "ndcg_at_10"

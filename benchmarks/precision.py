@@ -29,7 +29,7 @@ import torch
 from validation_share import MODELS
 
 import foretaste as ft
-from foretaste.experiment.facts import run_facts
+from foretaste.experiment.record import run_facts
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 

@@ -20,7 +20,7 @@ import polars as pl
 from sequence_ml1m import command
 from turns import KEEP_MEMORY, Program
 
-from foretaste.experiment.facts import run_facts
+from foretaste.experiment.record import run_facts
 
 HERE = Path(__file__).parent
 OURS = {"foretaste": "fp32", "foretaste-bf16": "bf16"}

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from foretaste.experiment.facts import run_facts
+from foretaste.experiment.record import run_facts
 
 FORETASTE = """
 import sys

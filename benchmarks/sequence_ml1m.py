@@ -19,7 +19,7 @@ from typing import Any
 
 from turns import KEEP_MEMORY, Program
 
-from foretaste.experiment.facts import run_facts
+from foretaste.experiment.record import run_facts
 
 HERE = Path(__file__).parent
 PEER_PYTHON = HERE.parent / ".peers" / "rectools" / "bin" / "python"

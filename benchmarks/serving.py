@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 import foretaste as ft
-from foretaste.experiment.facts import run_facts
+from foretaste.experiment.record import run_facts
 from foretaste.models.catalogue import build_model
 
 

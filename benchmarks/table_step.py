@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from foretaste.data.batch import Queries
-from foretaste.experiment.facts import run_facts
+from foretaste.experiment.record import run_facts
 from foretaste.models.layers.table import Dense
 from foretaste.models.mf import MF, MFConfig
 from foretaste.sampling.samplers import DistinctSampler

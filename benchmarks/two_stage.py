@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 import foretaste as ft
-from foretaste.experiment.facts import run_facts
+from foretaste.experiment.record import run_facts
 from foretaste.experiment.run import evaluate_split
 from foretaste.experiment.two_stage import fit_first_stage
 

@@ -25,7 +25,7 @@ from statistics import mean
 import torch
 
 import foretaste as ft
-from foretaste.experiment.facts import run_facts
+from foretaste.experiment.record import run_facts
 from foretaste.models.catalogue import ModelConfig
 from foretaste.training.fit import Fit
 

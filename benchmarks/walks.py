@@ -15,7 +15,7 @@ import numpy as np
 
 from foretaste.data.graph import Graph
 from foretaste.data.walks import most_visited
-from foretaste.experiment.facts import run_facts
+from foretaste.experiment.record import run_facts
 
 
 def main() -> None:

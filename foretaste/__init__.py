@@ -60,11 +60,10 @@ if TYPE_CHECKING:
     from foretaste.evaluation.reports import RankingGain, Reports
     from foretaste.evaluation.rows import evaluate_rows
     from foretaste.evaluation.rows_report import RowsReport, calibrate
-    from foretaste.experiment.compare_families import family_recipes
     from foretaste.experiment.compare_models import compare_models, read_recipes
+    from foretaste.experiment.compare_plan import family_recipes
     from foretaste.experiment.compare_table import ModelComparison
     from foretaste.experiment.compress import Frontier, compress, compress_tables
-    from foretaste.experiment.contents import BundleContents, inspect_bundle
     from foretaste.experiment.fit import fit
     from foretaste.experiment.lists import write_lists
     from foretaste.experiment.quickstart import Quickstart, run_quickstart
@@ -74,7 +73,7 @@ if TYPE_CHECKING:
         read_experiment,
         with_overrides,
     )
-    from foretaste.experiment.record import record_run, write_record
+    from foretaste.experiment.record import BundleContents, inspect_bundle, record_run, write_record
     from foretaste.experiment.run import (
         Run,
         evaluate_split,
@@ -264,7 +263,7 @@ __all__ = [
 _HOME = {
     "Answer": "serving.answer",
     "BERT4RecConfig": "models.bert4rec",
-    "BundleContents": "experiment.contents",
+    "BundleContents": "experiment.record",
     "BundleError": "errors",
     "Candidates": "experiment.two_stage",
     "CategoricalField": "data.features_schema",
@@ -354,14 +353,14 @@ _HOME = {
     "evaluate": "evaluation.protocol",
     "evaluate_rows": "evaluation.rows",
     "evaluate_split": "experiment.run",
-    "family_recipes": "experiment.compare_families",
+    "family_recipes": "experiment.compare_plan",
     "fit": "experiment.fit",
     "fit_features": "data.features",
     "gates_svg": "evaluation.chart",
     "get_dataset": "data.sources.load",
     "given_split": "data.splitting",
     "given_split_by_column": "data.splitting",
-    "inspect_bundle": "experiment.contents",
+    "inspect_bundle": "experiment.record",
     "inspect_schema": "data.features_schema",
     "leave_last_split": "data.splitting",
     "leave_last_within_training": "data.splitting",

@@ -23,9 +23,8 @@ from foretaste.evaluation.compare import Comparison
 from foretaste.evaluation.report import latex_table
 from foretaste.experiment import compare_models
 from foretaste.experiment.compare_advice import choose
-from foretaste.experiment.compare_families import BASELINES, FAMILIES
-from foretaste.experiment.compare_picture import comparison_svg
-from foretaste.experiment.compare_table import ModelComparison, ModelRow, TaskFigure
+from foretaste.experiment.compare_plan import BASELINES, FAMILIES
+from foretaste.experiment.compare_table import ModelComparison, ModelRow, TaskFigure, comparison_svg
 from foretaste.experiment.search_space import ShortSearch
 from foretaste.training.fit import OUT_OF_TIME, Fit
 from foretaste.training.objectives.pairs import PairsConfig

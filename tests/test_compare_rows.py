@@ -18,10 +18,9 @@ from foretaste.data.rows import rows_of
 from foretaste.data.tasks import Task
 from foretaste.evaluation.compare import compare_rows
 from foretaste.evaluation.rows_report import RowsReport
-from foretaste.experiment.compare_by_rows import common_tasks
 from foretaste.experiment.compare_counts import BASE_RATE, count_baselines
-from foretaste.experiment.compare_picture import comparison_svg
-from foretaste.experiment.compare_table import ModelComparison, ModelRow
+from foretaste.experiment.compare_plan import common_tasks
+from foretaste.experiment.compare_table import ModelComparison, ModelRow, comparison_svg
 from foretaste.sampling.negatives import RowNegatives
 from foretaste.sampling.samplers import UniformSampler
 

@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from foretaste.experiment.facts import run_facts
 from foretaste.experiment.recipe import ExperimentConfig, Protocol, read_experiment
-from foretaste.experiment.record import protocol_of
+from foretaste.experiment.record import protocol_of, run_facts
 from foretaste.models.base import LearnsBy
 
 

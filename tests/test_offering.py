@@ -15,7 +15,7 @@ from foretaste.data.plans import Offered
 from foretaste.data.splits import TRAIN
 from foretaste.data.tasks import Task
 from foretaste.errors import ConfigError, DataError
-from foretaste.experiment.offering import Fold, fit_folds, offer
+from foretaste.experiment.mining import Fold, fit_folds, offer
 from foretaste.losses.multitask import listwise_loss
 from foretaste.models.base import Ranker
 from foretaste.models.layers.heads import Heads

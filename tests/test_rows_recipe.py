@@ -12,7 +12,7 @@ import foretaste as ft
 from foretaste.cli.main import run
 from foretaste.evaluation.row_metrics import Method
 from foretaste.evaluation.rows import predict_tasks, ranker_of
-from foretaste.experiment.contents import metrics_in
+from foretaste.experiment.record import metrics_in
 from foretaste.training.calibration import IsotonicCalibration, PlattCalibration
 
 RECIPE = """

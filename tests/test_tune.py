@@ -15,10 +15,11 @@ import foretaste as ft
 from foretaste.data.interactions import Interactions
 from foretaste.data.vocabulary import Vocabulary
 from foretaste.errors import ConfigError, DataError
-from foretaste.experiment.compare_families import CLOSED_FORM, FAMILIES
+from foretaste.experiment.compare_plan import FAMILIES
 from foretaste.experiment.recipe import without_defaults
 from foretaste.experiment.search_space import distributions, with_drawn
 from foretaste.experiment.tune import tune
+from foretaste.models.catalogue import CLOSED_FORM
 from foretaste.plain_values import to_toml
 
 RECIPES = Path(__file__).parents[1] / "recipes"

@@ -8,14 +8,13 @@ import time
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from jaxtyping import Float32
 
-from foretaste.data.rows import Rows, rows_of
+from foretaste.data.rows import Rows
 from foretaste.data.splits import Split
 from foretaste.data.tasks import Task
 from foretaste.errors import ConfigError
 from foretaste.evaluation.compare import Comparison, compare_rows, mean_and_interval
-from foretaste.evaluation.rows import Predicted, has_zeros, measure_rows, predict_tasks, ranker_of
+from foretaste.evaluation.rows import Predicted, measure_rows, predict_tasks, ranker_of
 from foretaste.evaluation.rows_report import RowsReport
 from foretaste.experiment.compare_advice import choose
 from foretaste.experiment.compare_counts import BASE_RATE, count_baselines
@@ -29,125 +28,12 @@ from foretaste.experiment.compare_table import (
     difference,
     model_row,
 )
-from foretaste.experiment.recipe import ExperimentConfig
-from foretaste.models.catalogue import tasks_of
-from foretaste.training.objectives.rows import RowsConfig
 from foretaste.training.trained import Trained
 
 _TIMED_ROWS, _TIMES = 1000, 7
 _RESAMPLES = 1000
 _MANY_ROWS, _FEW_RESAMPLES = 300_000, 200
 """From so many rows on, baselines are resampled less often: it would take longer than training."""
-
-
-def common_tasks(recipes: Mapping[str, ExperimentConfig], split: Split) -> tuple[Task, ...]:
-    """Return the tasks by which recipes are compared; none where lists are what is asked for.
-
-    Args:
-        recipes: By name; in the first one's order.
-        split: Their data: with one item only, there are no lists.
-
-    Raises:
-        ConfigError: Some ask for lists and others do not, a model predicts no labels, or no task
-            is common to all.
-    """
-    (first, *others) = recipes
-    asks = {name: config.evaluation.catalogue for name, config in recipes.items()}
-    for name in others:
-        if asks[name] != asks[first]:
-            raise ConfigError(
-                f"{name} has evaluation.catalogue = {str(asks[name]).lower()} and {first} "
-                f"{str(asks[first]).lower()}: models are compared by their lists (true) or by "
-                "labelled rows (false), so set it to one value for all",
-                name="evaluation.catalogue",
-                value=asks[name],
-            )
-    if asks[first] and split.events.num_items > 1:
-        return ()
-    without = [name for name, config in recipes.items() if not tasks_of(config.model)]
-    if without:
-        why = "evaluation.catalogue is false" if not asks[first] else "the data have no items"
-        raise ConfigError(
-            f"{why}, so models are compared by labelled rows, and {without[0]} "
-            f"({recipes[without[0]].model.kind}) predicts no labels: leave it out",
-            name="model.kind",
-            value=recipes[without[0]].model.kind,
-        )
-    common = tuple(
-        task
-        for task in tasks_of(recipes[first].model)
-        if all(_has(recipes[name], task) for name in others)
-    )
-    if not common:
-        told = "; ".join(
-            f"{name} has {', '.join(task.name for task in tasks_of(config.model))}"
-            for name, config in recipes.items()
-        )
-        raise ConfigError(
-            f"no task is common to all recipes ({told}): a common one has the same name, kind, "
-            "column, limit and levels",
-            name="model.tasks",
-            value=told,
-        )
-    return common
-
-
-def _has(config: ExperimentConfig, task: Task) -> bool:
-    labels = {"name", "kind", "column", "above", "levels"}
-    asked = task.model_dump(include=labels)
-    return any(own.model_dump(include=labels) == asked for own in tasks_of(config.model))
-
-
-def judged_tasks(
-    recipes: Mapping[str, ExperimentConfig], split: Split, tasks: tuple[Task, ...]
-) -> tuple[Task, ...]:
-    """Return the tasks whose test labels tell a good model from a bad one.
-
-    Raises:
-        ConfigError: There is none, or other numbers of items are drawn for the models' rows.
-        DataError: A label is none that its task can have.
-    """
-    drawn = {name: _num_drawn(config, split) for name, config in recipes.items()}
-    first, *others = drawn
-    for name in others:
-        if drawn[name] != drawn[first]:
-            raise ConfigError(
-                f"{name} is judged beside {drawn[name]} drawn items a row, {first} beside "
-                f"{drawn[first]}, so their rows differ: set objective.negatives to one number for "
-                "all, or evaluation.sampled_negatives",
-                name="objective.negatives",
-                value=drawn[name],
-            )
-    label_ET = rows_of(split, "test", tasks=tasks).label_ET
-    found = tuple(
-        task
-        for task, label_E in zip(tasks, label_ET.T, strict=True)
-        if _tells(task, label_E, drawn[first])
-    )
-    if not found:
-        raise ConfigError(
-            "the test rows do not hold labels of both classes for any common task: hold out more "
-            "of them, or take another split",
-            name="split",
-            value=split.kind,
-        )
-    return found
-
-
-def _num_drawn(config: ExperimentConfig, split: Split) -> int:
-    """Return how many items are drawn for each test row, as `evaluate_split` will do."""
-    tasks, asked, learned = tasks_of(config.model), config.evaluation, config.objective
-    num = (learned if isinstance(learned, RowsConfig) else RowsConfig()).num_negatives(tasks)
-    if num and asked.sampled_negatives and asked.sampled_by != "listed":
-        return asked.sampled_negatives
-    return 0 if num and has_zeros(rows_of(split, "test", tasks=tasks)) else num
-
-
-def _tells(task: Task, label_E: Float32[np.ndarray, " E"], num_drawn: int) -> bool:
-    values = set(label_E[~np.isnan(label_E)].tolist())
-    if values and num_drawn:
-        values.add(0.0)  # of what is drawn
-    return len(values) > (1 if task.kind == "binary" else 0)
 
 
 def compare_by_rows(

@@ -25,13 +25,13 @@ from foretaste.experiment.compare_by_rows import (
     compare_by_rows,
     thousand_rows_ms,
 )
-from foretaste.experiment.compare_picture import comparison_svg
 from foretaste.experiment.compare_plan import Entry, Plan, plan_of
 from foretaste.experiment.compare_table import (
     FailedModel,
     Measured,
     ModelComparison,
     TaskFigure,
+    comparison_svg,
     corrected,
     label,
     model_row,

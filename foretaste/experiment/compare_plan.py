@@ -1,19 +1,43 @@
-"""What a comparison trains and how it judges, settled before anything is trained."""
+"""What a comparison trains and how it judges, settled before anything is trained.
+
+A family is a model's `kind`; a new model of the catalogue is a family at once.
+
+Shape legend: E events of a part, T tasks.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
-from foretaste.data.rows import happened_split
+import numpy as np
+from jaxtyping import Float32
+
+from foretaste.arguments import checked
+from foretaste.config import parse_settings
+from foretaste.data.rows import happened_split, rows_of
 from foretaste.data.splits import Split
 from foretaste.data.tasks import Task
-from foretaste.errors import ConfigError
-from foretaste.experiment.compare_by_rows import common_tasks, judged_tasks
-from foretaste.experiment.compare_families import CLOSED_FORM, WITHOUT_SEED, with_baselines
+from foretaste.errors import ConfigError, did_you_mean
+from foretaste.evaluation.rows import has_zeros
 from foretaste.experiment.recipe import ExperimentConfig
 from foretaste.experiment.run import check_measurable
-from foretaste.models.catalogue import tasks_of
+from foretaste.models.catalogue import CLOSED_FORM, ModelConfig, tasks_of
+from foretaste.models.ease import EASEConfig
+from foretaste.models.item_knn import ItemKNNConfig
+from foretaste.models.popularity import PopularityConfig
 from foretaste.training.objectives.rows import RowsConfig
+
+BASELINES = ("popularity", "item_knn", "ease", "als")
+"""What every comparison includes."""
+WITHOUT_SEED = (PopularityConfig, ItemKNNConfig, EASEConfig)
+"""They draw nothing: every seed gives the same model."""
+_SETTINGS = {
+    str(settings.model_fields["kind"].default): settings
+    for settings in get_args(get_args(ModelConfig)[0])
+}
+FAMILIES: tuple[str, ...] = tuple(_SETTINGS)
+_STAGES = {"two_stage": {"retriever": {"kind": "sasrec"}, "ranker": {"kind": "din"}}}
+"""What a family is made of, where it is made of others."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -170,3 +194,193 @@ def _check_equal(recipes: Mapping[str, ExperimentConfig]) -> None:
                     name=part,
                     value=getattr(recipes[name], part),
                 )
+
+
+def common_tasks(recipes: Mapping[str, ExperimentConfig], split: Split) -> tuple[Task, ...]:
+    """Return the tasks by which recipes are compared; none where lists are what is asked for.
+
+    Args:
+        recipes: By name; in the first one's order.
+        split: Their data: with one item only, there are no lists.
+
+    Raises:
+        ConfigError: Some ask for lists and others do not, a model predicts no labels, or no task
+            is common to all.
+    """
+    (first, *others) = recipes
+    asks = {name: config.evaluation.catalogue for name, config in recipes.items()}
+    for name in others:
+        if asks[name] != asks[first]:
+            raise ConfigError(
+                f"{name} has evaluation.catalogue = {str(asks[name]).lower()} and {first} "
+                f"{str(asks[first]).lower()}: models are compared by their lists (true) or by "
+                "labelled rows (false), so set it to one value for all",
+                name="evaluation.catalogue",
+                value=asks[name],
+            )
+    if asks[first] and split.events.num_items > 1:
+        return ()
+    without = [name for name, config in recipes.items() if not tasks_of(config.model)]
+    if without:
+        why = "evaluation.catalogue is false" if not asks[first] else "the data have no items"
+        raise ConfigError(
+            f"{why}, so models are compared by labelled rows, and {without[0]} "
+            f"({recipes[without[0]].model.kind}) predicts no labels: leave it out",
+            name="model.kind",
+            value=recipes[without[0]].model.kind,
+        )
+    common = tuple(
+        task
+        for task in tasks_of(recipes[first].model)
+        if all(_has(recipes[name], task) for name in others)
+    )
+    if not common:
+        told = "; ".join(
+            f"{name} has {', '.join(task.name for task in tasks_of(config.model))}"
+            for name, config in recipes.items()
+        )
+        raise ConfigError(
+            f"no task is common to all recipes ({told}): a common one has the same name, kind, "
+            "column, limit and levels",
+            name="model.tasks",
+            value=told,
+        )
+    return common
+
+
+def _has(config: ExperimentConfig, task: Task) -> bool:
+    labels = {"name", "kind", "column", "above", "levels"}
+    asked = task.model_dump(include=labels)
+    return any(own.model_dump(include=labels) == asked for own in tasks_of(config.model))
+
+
+def judged_tasks(
+    recipes: Mapping[str, ExperimentConfig], split: Split, tasks: tuple[Task, ...]
+) -> tuple[Task, ...]:
+    """Return the tasks whose test labels tell a good model from a bad one.
+
+    Raises:
+        ConfigError: There is none, or other numbers of items are drawn for the models' rows.
+        DataError: A label is none that its task can have.
+    """
+    drawn = {name: _num_drawn(config, split) for name, config in recipes.items()}
+    first, *others = drawn
+    for name in others:
+        if drawn[name] != drawn[first]:
+            raise ConfigError(
+                f"{name} is judged beside {drawn[name]} drawn items a row, {first} beside "
+                f"{drawn[first]}, so their rows differ: set objective.negatives to one number for "
+                "all, or evaluation.sampled_negatives",
+                name="objective.negatives",
+                value=drawn[name],
+            )
+    label_ET = rows_of(split, "test", tasks=tasks).label_ET
+    found = tuple(
+        task
+        for task, label_E in zip(tasks, label_ET.T, strict=True)
+        if _tells(task, label_E, drawn[first])
+    )
+    if not found:
+        raise ConfigError(
+            "the test rows do not hold labels of both classes for any common task: hold out more "
+            "of them, or take another split",
+            name="split",
+            value=split.kind,
+        )
+    return found
+
+
+def _num_drawn(config: ExperimentConfig, split: Split) -> int:
+    """Return how many items are drawn for each test row, as `evaluate_split` will do."""
+    tasks, asked, learned = tasks_of(config.model), config.evaluation, config.objective
+    num = (learned if isinstance(learned, RowsConfig) else RowsConfig()).num_negatives(tasks)
+    if num and asked.sampled_negatives and asked.sampled_by != "listed":
+        return asked.sampled_negatives
+    return 0 if num and has_zeros(rows_of(split, "test", tasks=tasks)) else num
+
+
+def _tells(task: Task, label_E: Float32[np.ndarray, " E"], num_drawn: int) -> bool:
+    values = set(label_E[~np.isnan(label_E)].tolist())
+    if values and num_drawn:
+        values.add(0.0)  # of what is drawn
+    return len(values) > (1 if task.kind == "binary" else 0)
+
+
+@checked
+def family_recipes(
+    config: ExperimentConfig, families: Sequence[str]
+) -> dict[str, ExperimentConfig]:
+    """Return a recipe for each family, at its own defaults, on the data and split of one.
+
+    Args:
+        config: Gives data, split, features, seed, evaluation and the device to train on; and to
+            rankers what its own model, if it is one, predicts and how that is learned.
+        families: Kinds of models, such as "sasrec".
+
+    Raises:
+        ConfigError: There is no such family, the message names the nearest; one is named twice; or
+            one learns a single task, and the recipe has several.
+    """
+    twice = next((family for family in families if list(families).count(family) > 1), None)
+    if twice is not None:
+        raise ConfigError(
+            f"the family {twice} is named twice: give each once", name="families", value=twice
+        )
+    return {family: _recipe(config, family) for family in families}
+
+
+def with_baselines(recipes: Mapping[str, ExperimentConfig]) -> dict[str, ExperimentConfig]:
+    """Add the baselines that are not among the recipes, at their usual settings.
+
+    A name that a recipe of other settings has taken already is given with "(usual)".
+    """
+    first, added = next(iter(recipes.values())), dict(recipes)
+    for name, config in family_recipes(first, BASELINES).items():
+        if all(config.model != recipe.model for recipe in recipes.values()):
+            added[name if name not in added else f"{name} (usual)"] = config
+    return added
+
+
+def _recipe(config: ExperimentConfig, family: str) -> ExperimentConfig:
+    if family not in FAMILIES:
+        raise ConfigError(
+            f"there is no family {family!r}; they are {', '.join(FAMILIES)}"
+            f"{did_you_mean(family, FAMILIES)}",
+            name="families",
+            value=family,
+        )
+    kept = config.model_dump(
+        exclude={
+            "model",
+            "objective",
+            "training",
+            "first_stage",
+            "final",
+            "tune",
+            "published",
+            "notes",
+        }
+    )
+    told = _told_of_tasks(config, family)
+    settings = kept | {
+        "model": {"kind": family, **_STAGES.get(family, {}), **told},
+        "objective": config.objective if told else None,
+        "training": {"device": config.training.device},
+    }
+    return parse_settings(ExperimentConfig, settings, source=f"the family {family}")
+
+
+def _told_of_tasks(config: ExperimentConfig, family: str) -> dict[str, object]:
+    """Return what a ranker's settings take over from those of another."""
+    tasks = tasks_of(config.model)
+    fields = _SETTINGS[family].model_fields
+    if tasks and "tasks" in fields:
+        return {"tasks": tasks}
+    if len(tasks) > 1 and "task" in fields:
+        raise ConfigError(
+            f"the recipe has the tasks {', '.join(task.name for task in tasks)}, and {family} "
+            "learns one: take shared_bottom or mmoe, or a recipe of one task",
+            name="families",
+            value=family,
+        )
+    return {"task": tasks[0]} if tasks and "task" in fields else {}

@@ -1,18 +1,27 @@
-"""The record of a run that counts: what was run, where, and what came out."""
+"""What is kept of a run: the record of one that counts, what its figures depend on, its bundle."""
 
 import json
+import os
+import platform
+import subprocess
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 
+import torch
+
+import foretaste
 from foretaste.arguments import checked
-from foretaste.data.folder import whole_file
+from foretaste.data.folder import read_manifest, whole_file
 from foretaste.evaluation.reports import Reports
-from foretaste.experiment.facts import run_facts
 from foretaste.experiment.learning import usual_objective
 from foretaste.experiment.recipe import ExperimentConfig, Negatives, Protocol
 from foretaste.experiment.run import Run
 from foretaste.models.base import LearnsBy
 from foretaste.models.catalogue import tasks_of
+from foretaste.serving.bundle import BundleManifest, read_bundle
 from foretaste.training.objectives.candidates import CandidateConfig
 from foretaste.training.objectives.rows import RowsConfig
 
@@ -100,3 +109,126 @@ def write_record(record: Mapping[str, object], path: str | Path, *, replace: boo
     """
     with whole_file(path, replace=replace) as part:
         part.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+_PACKAGES = ("torch", "numpy", "numba", "polars", "faiss-cpu", "implicit")
+
+
+def run_facts(*, threads: int | None = None, packages: Sequence[str] = ()) -> dict[str, object]:
+    """Return when, by which code and where a run was made: plain JSON values.
+
+    Args:
+        threads: How many the run computed with; None: as many as torch does here.
+        packages: Further ones whose versions matter.
+    """
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "threads": torch.get_num_threads() if threads is None else threads,
+        "machine": _machine(),
+        "versions": {
+            "foretaste": foretaste.__version__,
+            "python": platform.python_version(),
+            **{name: version(name) for name in (*_PACKAGES, *packages)},
+        },
+    }
+
+
+def _commit() -> str:
+    """Return the commit of the code that runs, with a + where files differ from it."""
+    here = Path(__file__).parent
+    try:
+        run = ["git", "-C", str(here), "describe", "--always", "--abbrev=12", "--dirty=+"]
+        return subprocess.run(run, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def _machine() -> str:
+    names = [
+        line.partition(":")[2].strip()
+        for line in _lines(Path("/proc/cpuinfo"))
+        if line.startswith("model name")
+    ]
+    processor = names[0] if names else platform.processor() or platform.machine()
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{processor}, {os.cpu_count()} cores, {platform.system()}{gpu}"
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+
+
+@dataclass(frozen=True, kw_only=True)
+class BundleContents:
+    """A bundle that was read whole: every checksum is right."""
+
+    manifest: BundleManifest
+    parameters: int
+    """Numbers in the network."""
+    size: int
+    """Bytes of all files."""
+    learned_from: str
+    """Which events the model learned from, in words."""
+    measured_on: str
+    """What the stored report was measured on, in words."""
+    metrics: dict[str, float]
+    """Of the stored report; empty without one."""
+
+    @checked
+    def facts(self) -> dict[str, object]:
+        """Return what a person wants to know first, by name."""
+        manifest, data, index = self.manifest, self.manifest.data, self.manifest.index or {}
+        return {
+            "model": manifest.model["kind"],
+            "written by": f"foretaste {manifest.foretaste}, format {manifest.format_version}",
+            "parameters": self.parameters,
+            "MiB": self.size / 2**20,
+            "users, items, events": f"{data.num_users:,}, {data.num_items:,}, {data.num_events:,}",
+            "learned from": self.learned_from,
+            "data": f"sha256 {data.fingerprint[:16]}…",
+            "seed": manifest.seed,
+            "seconds of training": manifest.train_seconds,
+            "index": ", ".join(f"{name} {value}" for name, value in index.items()) or "none",
+            "measured on": self.measured_on,
+            **self.metrics,
+        }
+
+    @checked
+    def to_json(self) -> dict[str, object]:
+        """Return all of it as plain JSON values."""
+        return {
+            "manifest": self.manifest.model_dump(mode="json"),
+            "parameters": self.parameters,
+            "size": self.size,
+            "learned_from": self.learned_from,
+            "measured_on": self.measured_on,
+            "metrics": self.metrics,
+        }
+
+
+@checked
+def inspect_bundle(path: Path | str) -> BundleContents:
+    """Read a bundle and say what it holds.
+
+    Raises:
+        BundleError: It is missing, broken, tampered with or of a newer format.
+    """
+    path = Path(path)
+    bundle = read_bundle(path)
+    manifest = read_manifest(path, BundleManifest)
+    return BundleContents(
+        manifest=manifest,
+        parameters=sum(value.numel() for value in bundle.trained.model.parameters()),
+        size=sum(entry.size for entry in manifest.files.values()),
+        learned_from=bundle.learned_from,
+        measured_on=bundle.measured_on,
+        metrics=metrics_in(bundle.report or {}),
+    )
+
+
+def metrics_in(report: Mapping[str, object]) -> dict[str, float]:
+    """Return the figures of a stored report, those of its part about rows included."""
+    own, rows = report.get("metrics"), report.get("rows")
+    inner = metrics_in(rows) if isinstance(rows, Mapping) else {}
+    return {**own, **inner} if isinstance(own, dict) else inner

@@ -17,11 +17,10 @@ from pydantic import BaseModel
 from foretaste.config import ChoiceConfig, Config, RangeConfig, parse_settings, shown
 from foretaste.data.splits import Split
 from foretaste.errors import ConfigError, NonFiniteError, TooLargeError
-from foretaste.experiment.compare_families import CLOSED_FORM
 from foretaste.experiment.learning import usual_objective
 from foretaste.experiment.recipe import ExperimentConfig, with_setting
 from foretaste.later import later
-from foretaste.models.catalogue import ModelConfig, TwoStageConfig
+from foretaste.models.catalogue import CLOSED_FORM, ModelConfig, TwoStageConfig
 from foretaste.training.fit import OUT_OF_TIME, Epoch
 from foretaste.training.objectives.catalogue import ObjectiveConfig
 from foretaste.training.objectives.pairs import PairsConfig

@@ -20,7 +20,7 @@ from foretaste.errors import ConfigError, DataError
 from foretaste.evaluation.compare import compare
 from foretaste.evaluation.report import Report
 from foretaste.evaluation.reports import RankingGain
-from foretaste.experiment.offering import Fold, fit_folds, offer
+from foretaste.experiment.mining import Fold, fit_folds, offer
 from foretaste.models.base import Model, Ranker
 from foretaste.models.catalogue import TwoStageConfig, build_model
 from foretaste.models.two_stage import TwoStage

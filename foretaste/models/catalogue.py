@@ -84,6 +84,8 @@ class TwoStageConfig(Config):
 ModelConfig = Annotated[
     RetrieverConfig | RankerConfig | TwoStageConfig, Field(discriminator="kind")
 ]
+CLOSED_FORM = (PopularityConfig, ItemKNNConfig, EASEConfig, ImplicitALSConfig)
+"""They learn in one piece, which no budget can interrupt."""
 
 
 def tasks_of(config: ModelConfig) -> tuple[Task, ...]:
