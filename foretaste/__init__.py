@@ -53,13 +53,18 @@ if TYPE_CHECKING:
         TooLargeError,
     )
     from foretaste.evaluation.chart import gates_svg, read_gates, reliability_svg
-    from foretaste.evaluation.compare import Comparison, compare, compare_rows, transfer
+    from foretaste.evaluation.compare import (
+        Comparison,
+        RankingGain,
+        Reports,
+        compare,
+        compare_rows,
+        transfer,
+    )
     from foretaste.evaluation.measure_queries import SampledNegatives
     from foretaste.evaluation.protocol import evaluate
-    from foretaste.evaluation.report import Report
-    from foretaste.evaluation.reports import RankingGain, Reports
+    from foretaste.evaluation.report import Report, RowsReport, calibrate
     from foretaste.evaluation.rows import evaluate_rows
-    from foretaste.evaluation.rows_report import RowsReport, calibrate
     from foretaste.experiment.compare_models import compare_models, read_recipes
     from foretaste.experiment.compare_plan import family_recipes
     from foretaste.experiment.compare_table import ModelComparison
@@ -308,14 +313,14 @@ _HOME = {
     "PinSageConfig": "models.pinsage",
     "PopularityConfig": "models.popularity",
     "Quickstart": "experiment.quickstart",
-    "RankingGain": "evaluation.reports",
+    "RankingGain": "evaluation.compare",
     "Recommendation": "serving.answer",
     "Recommender": "serving.recommender",
     "Report": "evaluation.report",
-    "Reports": "evaluation.reports",
+    "Reports": "evaluation.compare",
     "Rows": "data.rows",
     "RowsConfig": "training.objectives.rows",
-    "RowsReport": "evaluation.rows_report",
+    "RowsReport": "evaluation.report",
     "Rules": "serving.rules",
     "Run": "experiment.run",
     "SASRecConfig": "models.sasrec",
@@ -341,7 +346,7 @@ _HOME = {
     "audit_events": "data.audit",
     "audit_split": "data.audit",
     "build_recommender": "serving.building",
-    "calibrate": "evaluation.rows_report",
+    "calibrate": "evaluation.report",
     "check_place": "data.folder",
     "cold_items_split": "data.splitting",
     "cold_users_split": "data.splitting",

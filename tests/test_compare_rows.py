@@ -17,7 +17,7 @@ import foretaste as ft
 from foretaste.data.rows import rows_of
 from foretaste.data.tasks import Task
 from foretaste.evaluation.compare import compare_rows
-from foretaste.evaluation.rows_report import RowsReport
+from foretaste.evaluation.report import RowsReport
 from foretaste.experiment.compare_counts import BASE_RATE, count_baselines
 from foretaste.experiment.compare_plan import common_tasks
 from foretaste.experiment.compare_table import ModelComparison, ModelRow, comparison_svg

@@ -20,8 +20,8 @@ from foretaste.data.tasks import Task
 from foretaste.data.vocabulary import Vocabulary
 from foretaste.errors import ConfigError, DataError
 from foretaste.evaluation.measure_queries import SampledNegatives
+from foretaste.evaluation.report import RowsReport
 from foretaste.evaluation.rows import evaluate_rows, rows_to_judge
-from foretaste.evaluation.rows_report import RowsReport
 from foretaste.experiment.fit import fit
 from foretaste.experiment.learning import make_learning, usual_objective
 from foretaste.models.mf import MFConfig

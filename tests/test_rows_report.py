@@ -16,9 +16,9 @@ from foretaste.errors import ConfigError, DataError, NonFiniteError
 from foretaste.evaluation.bootstrap import bootstrap_intervals
 from foretaste.evaluation.chart import reliability_svg
 from foretaste.evaluation.compare import compare_rows
+from foretaste.evaluation.report import RowsReport
 from foretaste.evaluation.row_metrics import auc, fit_calibration
 from foretaste.evaluation.rows import Predicted, measure_rows
-from foretaste.evaluation.rows_report import RowsReport
 from foretaste.training.calibration import IsotonicCalibration, PlattCalibration, calibrated
 
 CLICK = Task(name="click", column="click")

@@ -10,7 +10,7 @@ from foretaste.data.synthetic import INPUT, correlated_tasks
 from foretaste.errors import ConfigError, DataError
 from foretaste.evaluation.chart import gates_svg, read_gates
 from foretaste.evaluation.compare import transfer
-from foretaste.evaluation.rows_report import RowsReport
+from foretaste.evaluation.report import RowsReport
 from foretaste.models.mmoe import MMoEConfig
 from foretaste.models.shared_bottom import SharedBottomConfig
 

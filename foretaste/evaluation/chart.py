@@ -12,8 +12,8 @@ from foretaste.arguments import checked
 from foretaste.data.rows import PartName
 from foretaste.data.splits import Split
 from foretaste.errors import ConfigError
+from foretaste.evaluation.report import RowsReport
 from foretaste.evaluation.rows import blocks_of, known_rows, ranker_of, rows_to_judge
-from foretaste.evaluation.rows_report import RowsReport
 from foretaste.training.trained import Trained
 
 

@@ -1,27 +1,180 @@
-"""What an evaluation found, with every choice that could have changed it.
+"""What an evaluation found, of lists or of labelled rows, with every choice that was made.
 
-Shape legend: U users that had something to find.
+Shape legend: U users that had something to find, N rows, T tasks.
 """
 
 import io
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import polars as pl
 from jaxtyping import Float64, Int64
+from pydantic import TypeAdapter
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from foretaste.arguments import checked
+from foretaste.data.tasks import Task
 from foretaste.errors import DataError
 from foretaste.evaluation.bootstrap import Interval
+from foretaste.evaluation.row_metrics import Method, Reliability, TaskRows, fit_calibration
+from foretaste.plain_values import json_value
 from foretaste.shown import Shown
+from foretaste.training.calibration import Calibration
 
 _FORMAT = 1
+_LATER = ("suffix", "chance")
+"""Fields that the first reports of this format lack."""
 _WIDE = 1_000_000
+_CALIBRATIONS: TypeAdapter[dict[str, Calibration]] = TypeAdapter(dict[str, Calibration])
+
+R = TypeVar("R", bound="AnyReport")
+Cells = list[list[str]]
+"""Of a table, the first of them headings."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
+class AnyReport(Shown):
+    """What reports of lists and of rows have in common. Printed, a report is its tables."""
+
+    model: str
+    """Name of the model's class."""
+    holdout: str
+    """"validation" or "test"."""
+    holdout_digest: str
+    """SHA-256 of what was to be predicted: only reports of equal ones can be compared."""
+    metrics: Mapping[str, float]
+    """Name to value."""
+    intervals: Mapping[str, Interval]
+    """Name to 95 % bootstrap interval over users; a figure that is no mean over users may have
+    none."""
+    counts: Mapping[str, int]
+    """How much was evaluated, and how much was left out, by reason."""
+    notes: tuple[str, ...]
+    """Every choice that could have changed a number, one sentence each."""
+    settings: Mapping[str, object] = field(default_factory=dict)
+    """What decided the training run, as plain JSON values."""
+    seed: int = 0
+    """Of the training run."""
+    suffix: str = ""
+    """What the names of metrics end in, such as `_sampled_99`."""
+
+    _WHAT: ClassVar[str]
+    _FROM_JSON: ClassVar[Mapping[str, Callable[[Any], object]]]
+    """By field, how it is made of what JSON holds; others are held as they are."""
+
+    @classmethod
+    @checked
+    def from_json(cls: type[R], text: str) -> R:
+        """Read what `to_json` wrote.
+
+        Raises:
+            DataError: It is no such report, or one of a later format.
+        """
+        made: dict[str, Callable[[Any], object]] = {
+            "intervals": _intervals,
+            "notes": tuple,
+            **cls._FROM_JSON,
+        }
+        try:
+            document = json.loads(text)
+            if document["format"] != _FORMAT:
+                raise DataError(
+                    f"a report of format {document['format']}; this foretaste reads {_FORMAT}: "
+                    "update foretaste",
+                    name="format",
+                    value=document["format"],
+                )
+            there = [p.name for p in fields(cls) if p.name not in _LATER or p.name in document]
+            found = {name: document[_key(name)] for name in there}
+            return cls(**found | {name: make(found[name]) for name, make in made.items()})
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise _no_report(error, cls._WHAT) from error
+
+    def _json(self, *, without: Iterable[str]) -> str:
+        document: dict[str, object] = {"format": _FORMAT}
+        for part in fields(self):
+            value = json_value(getattr(self, part.name))
+            document[_key(part.name)] = type(value)() if part.name in without else value
+        return json.dumps(document, allow_nan=False)
+
+    @checked
+    def to_frame(self) -> pl.DataFrame:
+        """Return the figures, a row for each metric: its value, 95 % interval and chance level."""
+        levels = self._levels()
+        rows = [
+            (name, value, *self.intervals.get(name, (None, None)), levels.get(name))
+            for name, value in self.metrics.items()
+        ]
+        numbers = dict.fromkeys(("value", "low", "high", "chance"), pl.Float64)
+        return pl.DataFrame(rows, schema={"metric": pl.String, **numbers}, orient="row")
+
+    @checked
+    def to_markdown(self) -> str:
+        """Return the tables and notes as Markdown."""
+        (title, _), *_ = tables = self._tables()
+        parts = [f"## {title}", *(markdown_table(rows) for _, rows in tables)]
+        parts.append("\n".join(f"- {line}" for line in self._remarks()))
+        return "\n\n".join(parts) + "\n"
+
+    def __str__(self) -> str:
+        tables = [console_table(rows, title=title) for title, rows in self._tables()]
+        return printed(tables, self._remarks())
+
+    @property
+    def at_chance(self) -> tuple[str, ...]:
+        """What is no better than chance: its interval holds the level, or lies below it."""
+        return tuple(
+            name
+            for name, level in self._levels().items()
+            if name in self.intervals and self.intervals[name].low <= level
+        )
+
+    def _remarks(self) -> Iterator[str]:
+        yield ", ".join(f"{name} {count:,}" for name, count in self.counts.items())
+        if self._levels():
+            held = ", ".join(self.at_chance)
+            yield f"chance: {self._chance()}" + (
+                f"; no better than that, as the interval reaches down to it: {held}" if held else ""
+            )
+        yield from self.notes
+
+    def _cell(self, name: str) -> str:
+        if name not in self.metrics:
+            return ""
+        value = f"{self.metrics[name]:.4f}"
+        if name not in self.intervals:
+            return value
+        return "{} [{:.4f}, {:.4f}]".format(value, *self.intervals[name])
+
+    def _rows(self) -> Cells:
+        return self._tables()[0][1]
+
+    def _tables(self) -> list[tuple[str, Cells]]:
+        """Return the tables with their titles; the first one's is the report's."""
+        raise NotImplementedError
+
+    def _levels(self) -> Mapping[str, float]:
+        """Return what chance gets, by metric."""
+        raise NotImplementedError
+
+    def _chance(self) -> str:
+        """Say what chance is."""
+        raise NotImplementedError
+
+
+def _key(name: str) -> str:
+    """Return a field's name in JSON: without the letters of its shape."""
+    return re.sub("_[A-Z]+$", "", name)
+
+
+def _intervals(found: Mapping[str, Iterable[float]]) -> dict[str, Interval]:
+    return {name: Interval(*ends) for name, ends in found.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,47 +193,29 @@ class Slice:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
-class Report(Shown):
-    """The metrics of one model on one holdout. Printed, it is a table."""
+class Report(AnyReport):
+    """The metrics of one model's lists on one holdout, each a mean over users.
 
-    model: str
-    """Name of the model's class."""
-    holdout: str
-    """"validation" or "test"."""
-    holdout_digest: str
-    """SHA-256 of what was to be predicted: only reports of equal ones can be compared."""
+    Every metric's name ends in `_at_K`, and `suffix`. Printed, it is a table.
+    """
+
     k: tuple[int, ...]
-    metrics: Mapping[str, float]
-    """Name to mean over users; every name ends in `_at_K`, and `suffix`."""
-    intervals: Mapping[str, Interval]
-    """Name to 95 % interval; coverage, which is no mean over users, has none."""
     user_idx: Int64[np.ndarray, " U"]
     """The users that had something to find, ascending."""
     per_user: Mapping[str, Float64[np.ndarray, " U"]]
     """Name to each user's value, the mean over the user's queries; empty if left out."""
-    counts: Mapping[str, int]
-    """How much was evaluated, and how much was left out, by reason."""
-    notes: tuple[str, ...]
-    """Every choice that could have changed a number, one sentence each."""
     slices: tuple[Slice, ...] = ()
-    settings: Mapping[str, object] = field(default_factory=dict)
-    """What decided the training run, as plain JSON values."""
-    seed: int = 0
-    """Of the training run."""
-    suffix: str = ""
-    """What the names of metrics end in after `_at_K`, such as `_sampled_99`."""
     chance: Mapping[str, float] = field(default_factory=dict)
     """Name of a metric of accuracy to what a random order of the same candidates gets, on average;
     empty where no intervals were asked for."""
 
-    @property
-    def at_chance(self) -> tuple[str, ...]:
-        """The metrics whose interval holds their chance level, or lies below it."""
-        return tuple(
-            name
-            for name, level in self.chance.items()
-            if name in self.intervals and self.intervals[name].low <= level
-        )
+    _WHAT: ClassVar[str] = "report"
+    _FROM_JSON: ClassVar[Mapping[str, Callable[[Any], object]]] = {
+        "k": tuple,
+        "user_idx": lambda found: np.array(found, np.int64),
+        "per_user": lambda found: {n: np.array(v, np.float64) for n, v in found.items()},
+        "slices": lambda found: tuple(Slice(**part) for part in found),
+    }
 
     @checked
     def to_json(self, *, per_user: bool = True) -> str:
@@ -89,101 +224,21 @@ class Report(Shown):
         Args:
             per_user: False leaves each user's values out; such a report cannot be compared.
         """
-        document = {
-            "format": _FORMAT,
-            "model": self.model,
-            "holdout": self.holdout,
-            "holdout_digest": self.holdout_digest,
-            "k": list(self.k),
-            "metrics": dict(self.metrics),
-            "intervals": {name: list(interval) for name, interval in self.intervals.items()},
-            "counts": dict(self.counts),
-            "notes": list(self.notes),
-            "slices": [asdict(part) for part in self.slices],
-            "settings": dict(self.settings),
-            "seed": self.seed,
-            "suffix": self.suffix,
-            "chance": dict(self.chance),
-            "user_idx": self.user_idx.tolist() if per_user else [],
-            "per_user": {n: v.tolist() for n, v in self.per_user.items()} if per_user else {},
-        }
-        return json.dumps(document, allow_nan=False)
+        return self._json(without=() if per_user else ("user_idx", "per_user"))
 
-    @staticmethod
-    @checked
-    def from_json(text: str) -> "Report":
-        """Read what `to_json` wrote.
+    def _levels(self) -> Mapping[str, float]:
+        return self.chance
 
-        Raises:
-            DataError: It is no report, or one of a later format.
-        """
-        try:
-            document = json.loads(text)
-            if document["format"] != _FORMAT:
-                raise DataError(
-                    f"a report of format {document['format']}; this foretaste reads {_FORMAT}: "
-                    "update foretaste",
-                    name="format",
-                    value=document["format"],
-                )
-            return Report(
-                model=document["model"],
-                holdout=document["holdout"],
-                holdout_digest=document["holdout_digest"],
-                k=tuple(document["k"]),
-                metrics=document["metrics"],
-                intervals={name: Interval(*ends) for name, ends in document["intervals"].items()},
-                user_idx=np.array(document["user_idx"], dtype=np.int64),
-                per_user={n: np.array(v, np.float64) for n, v in document["per_user"].items()},
-                counts=document["counts"],
-                notes=tuple(document["notes"]),
-                slices=tuple(Slice(**part) for part in document["slices"]),
-                settings=document["settings"],
-                seed=document["seed"],
-                suffix=document.get("suffix", ""),
-                chance=document.get("chance", {}),
-            )
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise no_report(error, "report") from error
+    def _chance(self) -> str:
+        return "what a random order of the same candidates gets, on average"
 
-    @checked
-    def to_frame(self) -> pl.DataFrame:
-        """Return the figures, a row for each metric: its value, 95 % interval and chance level."""
-        return figures_frame(self.metrics, self.intervals, self.chance)
-
-    @checked
-    def to_markdown(self) -> str:
-        """Return the tables and notes as Markdown."""
-        parts = [f"## {self._title()}", markdown_table(self._headline())]
-        if self.slices:
-            parts.append(markdown_table(self._sliced()))
-        parts.append("\n".join(f"- {line}" for line in self._remarks()))
-        return "\n\n".join(parts) + "\n"
-
-    def __str__(self) -> str:
-        tables = [console_table(self._headline(), title=self._title())]
-        if self.slices:
-            tables.append(console_table(self._sliced(), title="slices"))
-        return printed(tables, self._remarks())
-
-    def _remarks(self) -> Iterator[str]:
-        yield self._counted()
-        if self.chance:
-            held = ", ".join(self.at_chance)
-            yield "chance: what a random order of the same candidates gets, on average" + (
-                f"; no better than that, as the interval reaches down to it: {held}" if held else ""
-            )
-        yield from self.notes
-
-    def _title(self) -> str:
+    def _tables(self) -> list[tuple[str, Cells]]:
         users = "1 user" if len(self.user_idx) == 1 else f"{self.counts['users']:,} users"
-        return f"{self.model} on {self.holdout}: {users}, {self.counts['catalogue']:,} items"
+        title = f"{self.model} on {self.holdout}: {users}, {self.counts['catalogue']:,} items"
+        return [(title, self._headline()), *([("slices", self._sliced())] if self.slices else [])]
 
-    def _counted(self) -> str:
-        return ", ".join(f"{name} {count:,}" for name, count in self.counts.items())
-
-    def _headline(self) -> list[list[str]]:
-        families = list(dict.fromkeys(_family(name) for name in self.metrics))
+    def _headline(self) -> Cells:
+        families = dict.fromkeys(name.rpartition("_at_")[0] for name in self.metrics)
         heads = ["chance"] if self.chance else []
         rows = [["metric", *(head for k in self.k for head in (f"@{k}", *heads))]]
         for family in families:
@@ -198,13 +253,7 @@ class Report(Shown):
         level = self.chance.get(name)
         return [self._cell(name), "" if level is None else f"{level:.4f}"]
 
-    def _cell(self, name: str) -> str:
-        value = f"{self.metrics[name]:.4f}"
-        if name not in self.intervals:
-            return value
-        return "{} [{:.4f}, {:.4f}]".format(value, *self.intervals[name])
-
-    def _sliced(self) -> list[list[str]]:
+    def _sliced(self) -> Cells:
         families = ("hit_rate", "recall", "ndcg")
         names = [f"{family}_at_{self.k[0]}{self.suffix}" for family in families]
         titles = (f"{family}_at_{self.k[0]}" for family in families)
@@ -219,26 +268,144 @@ class Report(Shown):
         figure = {} if leading is None else {leading: self._cell(leading)}
         return {"": f"{self.model} on {self.holdout}", "users": self.counts["users"], **figure}
 
-    def _rows(self) -> list[list[str]]:
-        return self._headline()
+
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
+class RowsReport(AnyReport):
+    """The pointwise metrics of one model on the labelled rows of one part.
+
+    Where there are several tasks, the names of metrics end in `_TASK`. Printed, it is a table.
+    """
+
+    tasks: tuple[Task, ...]
+    reliability: Mapping[str, Reliability]
+    """Of each binary task, by its name; of calibrated probabilities, by `TASK_METHOD`."""
+    user_N: Int64[np.ndarray, " N"]
+    """The user of each row, in [0, `counts["users"]`); empty if left out, like the next two."""
+    label_NT: Float64[np.ndarray, "N T"]
+    """NaN where one is missing."""
+    prediction_NT: Float64[np.ndarray, "N T"]
+    """Probabilities, values in the labels' units, or expected levels; before any calibration."""
+    calibration: Mapping[str, Calibration] = field(default_factory=dict)
+    """By the task's name: what the calibrated figures were worked out with."""
+
+    _WHAT: ClassVar[str] = "report of rows"
+    _FROM_JSON: ClassVar[Mapping[str, Callable[[Any], object]]] = {
+        "tasks": lambda found: tuple(map(Task.model_validate, found)),
+        "reliability": lambda found: {
+            name: Reliability(**{key: tuple(values) for key, values in curve.items()})
+            for name, curve in found.items()
+        },
+        "user_N": lambda found: np.array(found, np.int64),
+        "label_NT": lambda found: _two_dimensions(found),
+        "prediction_NT": lambda found: _two_dimensions(found),
+        "calibration": _CALIBRATIONS.validate_python,
+    }
+
+    @checked
+    def name(self, metric: str, task: str) -> str:
+        """Return the full name of a metric of a task, such as `auc_click`."""
+        return metric_name(metric, task, self.tasks, self.suffix)
+
+    @checked
+    def rows(self, task: str) -> TaskRows:
+        """Return what there is of a task: labels, predictions, users.
+
+        Raises:
+            DataError: There is no such task, no label of it, or the rows were left out.
+        """
+        if not len(self.label_NT):
+            raise DataError(
+                f"this report of {self.model} was kept without its rows: evaluate anew",
+                name=self.model,
+            )
+        for place, own in enumerate(self.tasks):
+            labelled_N = ~np.isnan(self.label_NT[:, place])
+            if own.name == task and labelled_N.any():
+                return TaskRows(
+                    task=own,
+                    label_N=self.label_NT[labelled_N, place],
+                    prediction_N=self.prediction_NT[labelled_N, place],
+                    user_N=self.user_N[labelled_N],
+                    num_users=self.counts["users"],
+                )
+        raise DataError(
+            f"no row of {self.holdout!r} has a label of a task {task!r}; the tasks are "
+            f"{', '.join(own.name for own in self.tasks)}",
+            name=task,
+        )
+
+    @checked
+    def to_json(self, *, per_row: bool = True) -> str:
+        """Return the whole report as one JSON document, to the last digit.
+
+        Args:
+            per_row: False leaves each row's values out; such a report cannot be compared.
+        """
+        return self._json(without=() if per_row else ("user_N", "label_NT", "prediction_NT"))
+
+    @property
+    def at_chance(self) -> tuple[str, ...]:
+        """The binary tasks whose AUC has an interval that holds 0.5, or lies below it."""
+        held = super().at_chance
+        return tuple(task.name for task in self.tasks if self.name("auc", task.name) in held)
+
+    def _levels(self) -> Mapping[str, float]:
+        return {name: 0.5 for name in self.metrics if name.startswith(("auc", "gauc"))}
+
+    def _chance(self) -> str:
+        return "a random order gets an auc and a gauc of 0.5"
+
+    def _tables(self) -> list[tuple[str, Cells]]:
+        """Give a line a metric, and a column a task."""
+        rows = [["metric", *(task.name for task in self.tasks)]]
+        bases = ["auc", "gauc", "log_loss", "ece", "rmse", "mae"]
+        methods = dict.fromkeys(found.kind for found in self.calibration.values())
+        bases[4:4] = [f"{base}_{method}" for method in methods for base in ("log_loss", "ece")]
+        for base in bases:
+            names = [self.name(base, task.name) for task in self.tasks]
+            if any(name in self.metrics for name in names):
+                rows.append([base + self.suffix, *map(self._cell, names)])
+        return [(f"{self.model} on {self.holdout}: {self.counts['rows']:,} rows", rows)]
+
+    def _facts(self) -> dict[str, object]:
+        figures = {name: self._cell(name) for name in list(self.metrics)[:3]}
+        return {"": f"{self.model} on {self.holdout}", "rows": self.counts["rows"], **figures}
 
 
-def _family(name: str) -> str:
-    return name.rpartition("_at_")[0]
+def _two_dimensions(found: list[list[float | None]]) -> Float64[np.ndarray, "N T"]:
+    return np.array(found, np.float64).reshape(len(found), len(found[0]) if found else 0)
 
 
-def figures_frame(
-    metrics: Mapping[str, float],
-    intervals: Mapping[str, Interval],
-    chance: Mapping[str, float],
-) -> pl.DataFrame:
-    """Return figures as a frame with a row for each metric; what a metric lacks is null."""
-    rows = [
-        (name, value, *intervals.get(name, (None, None)), chance.get(name))
-        for name, value in metrics.items()
-    ]
-    numbers = dict.fromkeys(("value", "low", "high", "chance"), pl.Float64)
-    return pl.DataFrame(rows, schema={"metric": pl.String, **numbers}, orient="row")
+@checked
+def calibrate(report: RowsReport, method: Method) -> dict[str, Calibration]:
+    """Fit the probabilities of every binary task that has labels of both classes, by its name.
+
+    Args:
+        report: Of rows that training did not see, such as validation's; not of those on which the
+            effect is to be shown.
+        method: "platt" or "isotonic".
+
+    Raises:
+        DataError: The report was kept without its rows, or is of rows that training saw.
+    """
+    if report.holdout == "train":
+        raise DataError(
+            "the report is of training's own rows, of which the model is too sure: calibrate on "
+            'those of validation, evaluate_rows(model, split, part="validation")',
+            name="report",
+            value=report.holdout,
+        )
+    found: dict[str, Calibration] = {}
+    for task in report.tasks:
+        if task.kind == "binary" and report.name("auc", task.name) in report.metrics:
+            rows = report.rows(task.name)
+            found[task.name] = fit_calibration(method, rows.label_N, rows.prediction_N)
+    return found
+
+
+def metric_name(metric: str, task: str, tasks: tuple[Task, ...], suffix: str) -> str:
+    """Return the full name of a metric: with its task where there are several."""
+    return f"{metric}_{task}{suffix}" if len(tasks) > 1 else f"{metric}{suffix}"
 
 
 def console_table(rows: list[list[str]], *, title: str) -> Table:
@@ -296,7 +463,7 @@ def _in_latex(text: str) -> str:
     return "".join(_LATEX.get(sign, sign) for sign in " ".join(text.split()))
 
 
-def no_report(error: Exception, what: str) -> DataError:
+def _no_report(error: Exception, what: str) -> DataError:
     """Say why a text is not what `to_json` of a report wrote."""
     match error:
         case json.JSONDecodeError(lineno=line, colno=column):

@@ -23,6 +23,7 @@ from foretaste.errors import ConfigError, DataError, NonFiniteError
 from foretaste.evaluation.asked import Asked, Overlap, overlap
 from foretaste.evaluation.bootstrap import percentile_interval
 from foretaste.evaluation.measure_queries import SampledNegatives
+from foretaste.evaluation.report import RowsReport, metric_name
 from foretaste.evaluation.row_metrics import (
     NUM_BINS,
     Reliability,
@@ -34,7 +35,6 @@ from foretaste.evaluation.row_metrics import (
     reliability,
     resampled,
 )
-from foretaste.evaluation.rows_report import RowsReport, metric_name
 from foretaste.models.base import Ranker
 from foretaste.sampling.negatives import RowNegatives, Seen
 from foretaste.sampling.samplers import PopularitySampler, Sampler, UniformSampler

@@ -14,8 +14,8 @@ from foretaste.data.splits import Split
 from foretaste.data.tasks import Task
 from foretaste.errors import ConfigError
 from foretaste.evaluation.compare import Comparison, compare_rows, mean_and_interval
+from foretaste.evaluation.report import RowsReport
 from foretaste.evaluation.rows import Predicted, measure_rows, predict_tasks, ranker_of
-from foretaste.evaluation.rows_report import RowsReport
 from foretaste.experiment.compare_advice import choose
 from foretaste.experiment.compare_counts import BASE_RATE, count_baselines
 from foretaste.experiment.compare_table import (

@@ -13,8 +13,14 @@ from foretaste.data.rows import Rows
 from foretaste.evaluation.bootstrap import Interval, holm
 from foretaste.evaluation.chart import line, page, text
 from foretaste.evaluation.compare import Comparison
-from foretaste.evaluation.report import Report, console_table, latex_table, markdown_table, printed
-from foretaste.evaluation.rows_report import RowsReport
+from foretaste.evaluation.report import (
+    Report,
+    RowsReport,
+    console_table,
+    latex_table,
+    markdown_table,
+    printed,
+)
 from foretaste.shown import Shown
 from foretaste.training.fit import OUT_OF_TIME
 

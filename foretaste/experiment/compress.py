@@ -20,9 +20,8 @@ from torch import nn
 
 from foretaste.arguments import checked
 from foretaste.errors import ConfigError
-from foretaste.evaluation.compare import compare
+from foretaste.evaluation.compare import Reports, compare
 from foretaste.evaluation.report import console_table, printed
-from foretaste.evaluation.reports import Reports
 from foretaste.experiment.recipe import ExperimentConfig
 from foretaste.experiment.run import evaluate_split, read_split, recipe_of
 from foretaste.models.layers.table import Dense, Table

@@ -11,10 +11,9 @@ from foretaste.data.sources.load import get_dataset
 from foretaste.data.split_config import LeaveLastSplitConfig, TemporalSplitConfig, make_split
 from foretaste.data.splits import Split
 from foretaste.data.splitting import leave_last_split
-from foretaste.evaluation.compare import compare
+from foretaste.evaluation.compare import Reports, compare
 from foretaste.evaluation.protocol import evaluate
 from foretaste.evaluation.report import Report
-from foretaste.evaluation.reports import Reports
 from foretaste.experiment.fit import fit
 from foretaste.experiment.recipe import ExperimentConfig, PublicData
 from foretaste.experiment.run import Run, fit_final, to_recommender

@@ -15,7 +15,7 @@ import torch
 import foretaste
 from foretaste.arguments import checked
 from foretaste.data.folder import read_manifest, whole_file
-from foretaste.evaluation.reports import Reports
+from foretaste.evaluation.compare import Reports
 from foretaste.experiment.learning import usual_objective
 from foretaste.experiment.recipe import ExperimentConfig, Negatives, Protocol
 from foretaste.experiment.run import Run

@@ -24,12 +24,11 @@ from foretaste.data.split_config import make_split
 from foretaste.data.splits import Split
 from foretaste.data.store import open_store
 from foretaste.errors import BundleError, ConfigError, DataError
+from foretaste.evaluation.compare import Reports
 from foretaste.evaluation.measure_queries import SampledNegatives, no_list
 from foretaste.evaluation.protocol import evaluate, to_find
-from foretaste.evaluation.report import Report
-from foretaste.evaluation.reports import Reports
+from foretaste.evaluation.report import Report, RowsReport, calibrate
 from foretaste.evaluation.rows import evaluate_rows, ranker_of, rows_settings
-from foretaste.evaluation.rows_report import RowsReport, calibrate
 from foretaste.experiment.fit import fit
 from foretaste.experiment.recipe import (
     EvaluationConfig,

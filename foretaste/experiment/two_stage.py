@@ -17,9 +17,8 @@ from foretaste.data.plans import Offered
 from foretaste.data.rows import happened_split
 from foretaste.data.splits import Split
 from foretaste.errors import ConfigError, DataError
-from foretaste.evaluation.compare import compare
+from foretaste.evaluation.compare import RankingGain, compare
 from foretaste.evaluation.report import Report
-from foretaste.evaluation.reports import RankingGain
 from foretaste.experiment.mining import Fold, fit_folds, offer
 from foretaste.models.base import Model, Ranker
 from foretaste.models.catalogue import TwoStageConfig, build_model
