@@ -20,8 +20,7 @@ from walks import random_graph
 
 from foretaste.data.walks import most_visited
 from foretaste.experiment.record import run_facts
-from foretaste.models.layers.importance import Convolve
-from foretaste.models.layers.layerwise import generate
+from foretaste.models.layers.pooling import Convolve, generate
 
 
 def main() -> None:

@@ -94,19 +94,17 @@ if TYPE_CHECKING:
     from foretaste.experiment.tune import TuneResult, tune
     from foretaste.experiment.two_stage import Candidates, FirstStage, two_stage
     from foretaste.models.als import ImplicitALSConfig
+    from foretaste.models.baselines import EASEConfig, ItemKNNConfig, PopularityConfig
     from foretaste.models.bert4rec import BERT4RecConfig
     from foretaste.models.catalogue import ModelConfig, TwoStageConfig
     from foretaste.models.deepfm import DeepFMConfig
     from foretaste.models.din import DINConfig
-    from foretaste.models.ease import EASEConfig
     from foretaste.models.hstu import HSTUConfig
-    from foretaste.models.item_knn import ItemKNNConfig
     from foretaste.models.lightgcn import LightGCNConfig
     from foretaste.models.mf import MFConfig
     from foretaste.models.mmoe import MMoEConfig
     from foretaste.models.neumf import GMFConfig, MLPConfig, NeuMFConfig
     from foretaste.models.pinsage import PinSageConfig
-    from foretaste.models.popularity import PopularityConfig
     from foretaste.models.sasrec import SASRecConfig
     from foretaste.models.shared_bottom import SharedBottomConfig
     from foretaste.models.two_tower import TwoTowerConfig
@@ -282,7 +280,7 @@ _HOME = {
     "Dataset": "data.sources.load",
     "DeepFMConfig": "models.deepfm",
     "Diversity": "serving.rules",
-    "EASEConfig": "models.ease",
+    "EASEConfig": "models.baselines",
     "ExperimentConfig": "experiment.recipe",
     "FeatureSchema": "data.features_schema",
     "Features": "data.features",
@@ -295,7 +293,7 @@ _HOME = {
     "Holdout": "data.splits",
     "ImplicitALSConfig": "models.als",
     "Interactions": "data.interactions",
-    "ItemKNNConfig": "models.item_knn",
+    "ItemKNNConfig": "models.baselines",
     "LightGCNConfig": "models.lightgcn",
     "MFConfig": "models.mf",
     "MLPConfig": "models.neumf",
@@ -311,7 +309,7 @@ _HOME = {
     "ObjectiveConfig": "training.objectives.catalogue",
     "PairsConfig": "training.objectives.pairs",
     "PinSageConfig": "models.pinsage",
-    "PopularityConfig": "models.popularity",
+    "PopularityConfig": "models.baselines",
     "Quickstart": "experiment.quickstart",
     "RankingGain": "evaluation.compare",
     "Recommendation": "serving.answer",

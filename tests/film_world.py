@@ -7,9 +7,8 @@ import polars as pl
 
 from foretaste.data.interactions import Interactions
 from foretaste.data.vocabulary import Vocabulary
+from foretaste.models.baselines import ItemKNNConfig, PopularityConfig
 from foretaste.models.catalogue import build_model
-from foretaste.models.item_knn import ItemKNNConfig
-from foretaste.models.popularity import PopularityConfig
 from foretaste.serving.building import build_recommender
 from foretaste.training.trained import Trained
 

@@ -9,10 +9,8 @@ from foretaste.data.interactions import Interactions
 from foretaste.data.vocabulary import Vocabulary
 from foretaste.models.als import ImplicitALSConfig
 from foretaste.models.base import Retriever
+from foretaste.models.baselines import EASEConfig, ItemKNNConfig, PopularityConfig
 from foretaste.models.catalogue import ModelConfig, build_model
-from foretaste.models.ease import EASEConfig
-from foretaste.models.item_knn import ItemKNNConfig
-from foretaste.models.popularity import PopularityConfig
 from foretaste.models.sasrec import SASRecConfig
 from foretaste.training.trained import Trained
 

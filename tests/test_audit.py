@@ -8,8 +8,14 @@ import polars as pl
 import pytest
 from scipy import stats
 
-from foretaste.data.audit import audit_events, audit_split
-from foretaste.data.audit_evidence import Finding, explained_share, rank_correlation, separation
+from foretaste.data.audit import (
+    Finding,
+    audit_events,
+    audit_split,
+    explained_share,
+    rank_correlation,
+    separation,
+)
 from foretaste.data.interactions import Interactions
 from foretaste.data.splits import TEST, TRAIN, VALIDATION, Split
 from foretaste.data.splitting import leave_last_split, random_split, temporal_split

@@ -12,14 +12,12 @@ from foretaste.errors import ConfigError
 from foretaste.experiment.learning import make_learning, usual_objective
 from foretaste.models.als import ImplicitALSConfig
 from foretaste.models.base import Ranker, Retriever, Scorer
+from foretaste.models.baselines import EASEConfig, ItemKNNConfig, PopularityConfig
 from foretaste.models.catalogue import ModelConfig, TwoStageConfig
-from foretaste.models.ease import EASEConfig
-from foretaste.models.item_knn import ItemKNNConfig
 from foretaste.models.layers.table_settings import make_table
 from foretaste.models.layers.tables import DenseConfig
 from foretaste.models.mf import MF, MFConfig
 from foretaste.models.neumf import NCF, GMFConfig
-from foretaste.models.popularity import PopularityConfig
 from foretaste.models.sasrec import SASRecConfig
 from foretaste.models.two_stage import TwoStage
 from foretaste.training.objectives.pairs import PairsConfig

@@ -17,7 +17,7 @@ from foretaste.data.splitting import alike, draw_blocks
 from foretaste.data.vocabulary import Vocabulary
 from foretaste.evaluation.protocol import evaluate
 from foretaste.experiment.fit import fit
-from foretaste.models.item_knn import ItemKNNConfig
+from foretaste.models.baselines import ItemKNNConfig
 
 
 def events_of(lists: list[list[int]], num_items: int, **columns: np.ndarray) -> Interactions:

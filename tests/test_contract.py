@@ -22,19 +22,17 @@ from foretaste.data.plans import plan_pairs, plan_sequences
 from foretaste.data.vocabulary import Vocabulary
 from foretaste.models.als import ImplicitALSConfig
 from foretaste.models.base import Model, Ranker, Retriever
+from foretaste.models.baselines import EASEConfig, ItemKNNConfig, PopularityConfig
 from foretaste.models.bert4rec import BERT4RecConfig
 from foretaste.models.catalogue import ModelConfig, TwoStageConfig, build_model, graph_for
 from foretaste.models.deepfm import DeepFMConfig
 from foretaste.models.din import DINConfig
-from foretaste.models.ease import EASEConfig
 from foretaste.models.hstu import HSTUConfig
-from foretaste.models.item_knn import ItemKNNConfig
 from foretaste.models.lightgcn import LightGCNConfig
 from foretaste.models.mf import MFConfig
 from foretaste.models.mmoe import MMoEConfig
 from foretaste.models.neumf import GMFConfig, MLPConfig, NeuMFConfig
 from foretaste.models.pinsage import PinSageConfig
-from foretaste.models.popularity import PopularityConfig
 from foretaste.models.sasrec import SASRecConfig
 from foretaste.models.shared_bottom import SharedBottomConfig
 from foretaste.models.two_stage import TwoStage

@@ -10,8 +10,8 @@ from foretaste.data.batch import Queries
 from foretaste.data.interactions import Interactions
 from foretaste.data.vocabulary import Vocabulary
 from foretaste.errors import ConfigError, TooLargeError
-from foretaste.models import ease
-from foretaste.models.ease import EASE, EASEConfig
+from foretaste.models import baselines
+from foretaste.models.baselines import EASE, EASEConfig
 
 NUM_ITEMS = 40
 
@@ -33,7 +33,7 @@ def events_of(matrix_UI: np.ndarray) -> Interactions:
 def test_weights_and_scores_follow_the_formula(
     l2: float, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ease, "_BLOCK_ITEMS", block)
+    monkeypatch.setattr(baselines, "_BLOCK_ITEMS", block)
     rng = np.random.default_rng(0)
     times_UI = rng.poisson(0.2, size=(90, NUM_ITEMS))  # some do an item twice: counted once
     model = EASE(EASEConfig(l2=l2), num_items=NUM_ITEMS)

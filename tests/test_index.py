@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from foretaste.errors import BundleError, DataError, NonFiniteError
-from foretaste.models.layers.top_k import top_k
+from foretaste.models.base import top_k
 from foretaste.retrieval import index as index_module
 from foretaste.retrieval.choose import build_index, load_index
 from foretaste.retrieval.faiss_index import FaissIndex

@@ -8,8 +8,8 @@ import torch
 from foretaste.data.batch import Queries
 from foretaste.data.interactions import Interactions
 from foretaste.data.vocabulary import Vocabulary
-from foretaste.models import item_knn
-from foretaste.models.item_knn import ItemKNN, ItemKNNConfig
+from foretaste.models import baselines
+from foretaste.models.baselines import ItemKNN, ItemKNNConfig
 
 NUM_ITEMS = 30
 
@@ -60,8 +60,8 @@ CONFIGS = [
 def test_scores_are_those_of_a_double_loop(
     config: ItemKNNConfig, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(item_knn, "_BLOCK_PAIRS", block)
-    monkeypatch.setattr(item_knn, "_BLOCK_EVENTS", max(1, block // 10))
+    monkeypatch.setattr(baselines, "_BLOCK_PAIRS", block)
+    monkeypatch.setattr(baselines, "_BLOCK_EVENTS", max(1, block // 10))
     of, asked = histories(), histories(seed=1)
     model = learned(config, of)
     expected = np.zeros((len(asked), NUM_ITEMS))

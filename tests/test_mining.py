@@ -18,9 +18,9 @@ from foretaste.data.interactions import Interactions
 from foretaste.errors import ConfigError
 from foretaste.experiment.learning import make_learning
 from foretaste.experiment.mining import IndexNegatives
+from foretaste.models.baselines import Popularity, PopularityConfig
 from foretaste.models.lightgcn import LightGCN, LightGCNConfig
 from foretaste.models.mf import MF, MFConfig
-from foretaste.models.popularity import Popularity, PopularityConfig
 from foretaste.models.two_tower import TwoTower, TwoTowerConfig
 from foretaste.training.fit import Fit
 from foretaste.training.objectives.pairs import Pairs, PairsConfig

@@ -18,8 +18,7 @@ from foretaste.data.graph import GraphConfig, graph_of
 from foretaste.data.interactions import Interactions
 from foretaste.data.walks import Neighbourhoods, make_frontier
 from foretaste.errors import ConfigError
-from foretaste.models.layers.importance import Convolve, pool
-from foretaste.models.layers.layerwise import generate
+from foretaste.models.layers.pooling import Convolve, generate, pool
 from foretaste.models.pinsage import PinSage, PinSageConfig
 
 NUM_USERS, NUM_ITEMS = 12, 9

@@ -9,7 +9,7 @@ from foretaste.data.batch import Queries
 from foretaste.data.interactions import Interactions
 from foretaste.data.vocabulary import Vocabulary
 from foretaste.errors import ConfigError, DataError
-from foretaste.models.popularity import Popularity, PopularityConfig
+from foretaste.models.baselines import Popularity, PopularityConfig
 
 DAY_S = 86_400
 

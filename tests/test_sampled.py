@@ -22,12 +22,12 @@ from foretaste.evaluation.protocol import evaluate
 from foretaste.evaluation.report import Report
 from foretaste.experiment.fit import fit
 from foretaste.models.base import Scorer
+from foretaste.models.baselines import PopularityConfig
 from foretaste.models.catalogue import ModelConfig
 from foretaste.models.deepfm import DeepFMConfig
 from foretaste.models.din import DINConfig
 from foretaste.models.mmoe import MMoEConfig
 from foretaste.models.neumf import NeuMFConfig
-from foretaste.models.popularity import PopularityConfig
 from foretaste.training.settings import TrainingConfig
 
 

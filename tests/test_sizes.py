@@ -20,8 +20,8 @@ from foretaste.data.split_config import RandomSplitConfig
 from foretaste.evaluation.measure_queries import SampledNegatives
 from foretaste.experiment.recipe import EvaluationConfig, TuneConfig
 from foretaste.experiment.two_stage import FirstStage
+from foretaste.models.baselines import ItemKNN
 from foretaste.models.catalogue import ModelConfig, TwoStageConfig, build_model
-from foretaste.models.item_knn import ItemKNN
 from foretaste.training.objectives.catalogue import ObjectiveConfig
 
 GIB = 2**30

@@ -23,12 +23,10 @@ from foretaste.evaluation.rows import ranker_of
 from foretaste.experiment.mining import CandidateNegatives, best_unseen
 from foretaste.models import two_stage as module
 from foretaste.models.base import Model, Ranker, Scorer
+from foretaste.models.baselines import EASEConfig, ItemKNNConfig, Popularity
 from foretaste.models.catalogue import ModelConfig, TwoStageConfig, build_model
-from foretaste.models.ease import EASEConfig
-from foretaste.models.item_knn import ItemKNNConfig
 from foretaste.models.layers.heads import Heads
 from foretaste.models.neumf import NeuMFConfig
-from foretaste.models.popularity import Popularity
 from foretaste.models.sasrec import SASRecConfig
 from foretaste.models.two_stage import TwoStage, below, judge
 from foretaste.sampling.negatives import MixedNegatives

@@ -19,7 +19,7 @@ from foretaste.data.vocabulary import Vocabulary
 from foretaste.errors import ConfigError
 from foretaste.evaluation.protocol import evaluate
 from foretaste.experiment.fit import fit
-from foretaste.models.popularity import PopularityConfig
+from foretaste.models.baselines import PopularityConfig
 from foretaste.models.sasrec import SASRec, SASRecConfig
 from foretaste.models.two_tower import TwoTower, TwoTowerConfig
 from foretaste.training.objectives.pairs import PairsConfig

@@ -13,8 +13,8 @@ from foretaste.evaluation.measure_queries import mean_ndcg
 from foretaste.evaluation.protocol import to_find
 from foretaste.experiment.learning import usual_objective
 from foretaste.experiment.validation import make_validation, trained_rows
+from foretaste.models.baselines import PopularityConfig
 from foretaste.models.catalogue import ModelConfig
-from foretaste.models.popularity import PopularityConfig
 from foretaste.models.sasrec import SASRec
 from foretaste.training.objectives.rows import RowsConfig
 from foretaste.training.objectives.sequences import NextItemConfig

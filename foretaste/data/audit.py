@@ -13,7 +13,7 @@ from jaxtyping import Bool, Int64
 
 from foretaste.arguments import checked
 from foretaste.data.arrays import distinct
-from foretaste.data.audit_evidence import (
+from foretaste.data.audit import (
     Finding,
     columns_that_tell,
     features_of_the_future,

@@ -21,10 +21,8 @@ from foretaste.errors import ConfigError, did_you_mean
 from foretaste.evaluation.rows import has_zeros
 from foretaste.experiment.recipe import ExperimentConfig
 from foretaste.experiment.run import check_measurable
+from foretaste.models.baselines import EASEConfig, ItemKNNConfig, PopularityConfig
 from foretaste.models.catalogue import CLOSED_FORM, ModelConfig, tasks_of
-from foretaste.models.ease import EASEConfig
-from foretaste.models.item_knn import ItemKNNConfig
-from foretaste.models.popularity import PopularityConfig
 from foretaste.training.objectives.rows import RowsConfig
 
 BASELINES = ("popularity", "item_knn", "ease", "als")

@@ -27,8 +27,7 @@ from foretaste.data.plans import Offered
 from foretaste.data.splits import TRAIN, UNUSED, Holdout, Split
 from foretaste.errors import ConfigError, DataError
 from foretaste.evaluation.asked import block_rows
-from foretaste.models.base import Model, Retriever
-from foretaste.models.layers.top_k import top_k
+from foretaste.models.base import Model, Retriever, top_k
 from foretaste.retrieval.choose import build_index
 from foretaste.retrieval.index import ItemIndex
 from foretaste.sampling.negatives import Seen, check_ranks, draw_by_rank

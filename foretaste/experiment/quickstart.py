@@ -18,10 +18,8 @@ from foretaste.experiment.fit import fit
 from foretaste.experiment.recipe import ExperimentConfig, PublicData
 from foretaste.experiment.run import Run, fit_final, to_recommender
 from foretaste.models.als import ImplicitALSConfig
+from foretaste.models.baselines import EASEConfig, ItemKNNConfig, PopularityConfig
 from foretaste.models.catalogue import ModelConfig
-from foretaste.models.ease import EASEConfig
-from foretaste.models.item_knn import ItemKNNConfig
-from foretaste.models.popularity import PopularityConfig
 from foretaste.models.sasrec import SASRecConfig
 from foretaste.training.objectives.sequences import NextItemConfig
 from foretaste.training.settings import TrainingConfig

@@ -40,8 +40,8 @@ from foretaste.experiment.recipe import (
 from foretaste.experiment.tracking import Tracker, TrackerKind, check_tracker, open_tracker
 from foretaste.experiment.two_stage import ranking_gain, retrieval_alone
 from foretaste.models.base import Ranker
+from foretaste.models.baselines import StrengthConfig
 from foretaste.models.catalogue import tasks_of
-from foretaste.models.item_sets import StrengthConfig
 from foretaste.models.two_stage import TwoStage
 from foretaste.serving.building import build_recommender
 from foretaste.serving.recommender import Recommender

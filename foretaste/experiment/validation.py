@@ -30,10 +30,14 @@ from foretaste.evaluation.rows import (
 from foretaste.experiment.compare_counts import count_baselines
 from foretaste.experiment.two_stage import Candidates
 from foretaste.models.base import Model, Ranker, Retriever
+from foretaste.models.baselines import (
+    ItemKNN,
+    ItemKNNConfig,
+    Popularity,
+    PopularityConfig,
+    StrengthConfig,
+)
 from foretaste.models.catalogue import ModelConfig
-from foretaste.models.item_knn import ItemKNN, ItemKNNConfig
-from foretaste.models.item_sets import StrengthConfig
-from foretaste.models.popularity import Popularity, PopularityConfig
 from foretaste.training.objectives.catalogue import ObjectiveConfig
 from foretaste.training.objectives.rows import RowsConfig
 from foretaste.training.objectives.sequences import MaskedItemConfig, NextItemConfig

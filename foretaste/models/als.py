@@ -34,7 +34,7 @@ from foretaste.data.batch import Queries
 from foretaste.data.interactions import Interactions
 from foretaste.later import later
 from foretaste.models.base import Retriever
-from foretaste.models.item_sets import (
+from foretaste.models.baselines import (
     ItemSets,
     Strength,
     StrengthConfig,

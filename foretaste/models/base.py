@@ -5,7 +5,7 @@ every item a score. A model overrides what it can do and inherits the rest; othe
 for nothing else, and never for its name.
 
 Shape legend: B queries, I items, U users, V items of a batch, C items of each query, D width,
-E experts, K thresholds between an ordinal task's levels, L positions, R rows.
+E experts, K thresholds of an ordinal task or length of a list, L positions, N scores, R rows.
 """
 
 from abc import ABC, abstractmethod
@@ -14,6 +14,7 @@ from itertools import chain
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
@@ -237,3 +238,49 @@ def _reads_no_items(model: Model) -> ConfigError:
     return ConfigError(
         f"{type(model).__name__} reads no features of items: it knows them by their ids alone"
     )
+
+
+Similarity = Literal["dot", "cosine"]
+
+
+def as_query(
+    vector_BD: Float[Tensor, "B D"], similarity: Similarity, temperature: float
+) -> Float[Tensor, "B D"]:
+    """Return query vectors scaled so that a dot product is the similarity over the temperature."""
+    return as_item(vector_BD, similarity) / temperature
+
+
+def as_item(vector_VD: Float[Tensor, "V D"], similarity: Similarity) -> Float[Tensor, "V D"]:
+    """Return item vectors, of length 1 for the cosine."""
+    return F.normalize(vector_VD, dim=1) if similarity == "cosine" else vector_VD
+
+
+def top_k(
+    score_BN: Float[Tensor, "B N"], k: int
+) -> tuple[Float[Tensor, "B K"], Int64[Tensor, "B K"]]:
+    """Return the min(k, N) best scores of each row and where they stand, best first.
+
+    Ties go to the lower position, so a longer list begins with the shorter one.
+    """
+    k, num_items = min(k, score_BN.shape[1]), score_BN.shape[1]
+    value_BK, position_BK = score_BN.topk(min(k + 1, num_items))  # one more shows a tie at the end
+    tie_BK = value_BK[:, 1:] == value_BK[:, :-1]
+    value_BK, position_BK = value_BK[:, :k], position_BK[:, :k]
+    if not tie_BK.any() or k == 0:
+        return value_BK, position_BK
+    if k < num_items:
+        last_B1 = value_BK[:, -1:]
+        goes_on_B = tie_BK[:, -1] & last_B1.squeeze(1).isfinite()
+        for row in goes_on_B.nonzero().flatten().tolist():
+            above = (score_BN[row] > last_B1[row]).nonzero().flatten()
+            equal = (score_BN[row] == last_B1[row]).nonzero().flatten()[: k - len(above)]
+            position_BK[row] = torch.cat([above, equal])
+            value_BK[row] = score_BN[row, position_BK[row]]
+    return best_first(value_BK, position_BK)
+
+
+def best_first(value_BK: Tensor, position_BK: Tensor) -> tuple[Tensor, Tensor]:
+    """Sort rows by value, highest first, and ties by position, lowest first."""
+    position_BK, order_BK = position_BK.sort(dim=1)
+    value_BK, again_BK = value_BK.gather(1, order_BK).sort(dim=1, descending=True, stable=True)
+    return value_BK, position_BK.gather(1, again_BK)

@@ -22,19 +22,24 @@ from foretaste.data.tasks import Task, zeros_in_histories
 from foretaste.errors import ConfigError
 from foretaste.models.als import ImplicitALS, ImplicitALSConfig
 from foretaste.models.base import Model
+from foretaste.models.baselines import (
+    EASE,
+    EASEConfig,
+    ItemKNN,
+    ItemKNNConfig,
+    Popularity,
+    PopularityConfig,
+)
 from foretaste.models.bert4rec import BERT4Rec, BERT4RecConfig
 from foretaste.models.deepfm import DeepFM, DeepFMConfig
 from foretaste.models.din import DIN, DINConfig
-from foretaste.models.ease import EASE, EASEConfig
 from foretaste.models.hstu import HSTU, HSTUConfig
-from foretaste.models.item_knn import ItemKNN, ItemKNNConfig
 from foretaste.models.layers.field_ranker import HistoryConfig
 from foretaste.models.lightgcn import LightGCN, LightGCNConfig
 from foretaste.models.mf import MF, MFConfig
 from foretaste.models.mmoe import MMoE, MMoEConfig
 from foretaste.models.neumf import NCF, GMFConfig, MLPConfig, NeuMFConfig
 from foretaste.models.pinsage import PinSage, PinSageConfig
-from foretaste.models.popularity import Popularity, PopularityConfig
 from foretaste.models.sasrec import SASRec, SASRecConfig
 from foretaste.models.shared_bottom import SharedBottom, SharedBottomConfig
 from foretaste.models.two_stage import TwoStage

@@ -50,16 +50,15 @@ from foretaste.config import (
 from foretaste.data.batch import Queries
 from foretaste.data.graph import Graph, GraphConfig
 from foretaste.errors import ConfigError
-from foretaste.models.base import PairVectors, Retriever
+from foretaste.models.base import PairVectors, Retriever, Similarity, as_item, as_query
 from foretaste.models.layers.graph_conv import GraphConv, Perturbation
-from foretaste.models.layers.placing import (
+from foretaste.models.layers.nodes import (
     NodeTables,
     PlacedNodes,
     answer_users,
     place,
     sum_of_rows,
 )
-from foretaste.models.layers.similarity import Similarity, as_item, as_query
 from foretaste.models.layers.table import Table
 from foretaste.models.layers.table_settings import IdConfig, make_table, make_tables
 

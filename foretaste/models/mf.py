@@ -22,9 +22,8 @@ from torch import Tensor, nn
 from foretaste.config import ChoiceConfig, Count, Positive, RangeConfig, Space, Usual
 from foretaste.data.batch import Queries
 from foretaste.data.interactions import Interactions
-from foretaste.models.base import PairVectors, Retriever
+from foretaste.models.base import PairVectors, Retriever, Similarity, as_item, as_query
 from foretaste.models.layers.fold_in import FoldIn
-from foretaste.models.layers.similarity import Similarity, as_item, as_query
 from foretaste.models.layers.table_settings import IdConfig, make_table
 
 

@@ -44,13 +44,10 @@ from foretaste.data.walks import (
     uniform_neighbours,
 )
 from foretaste.errors import ConfigError
-from foretaste.models.base import PairVectors, Retriever
+from foretaste.models.base import PairVectors, Retriever, Similarity, as_item, as_query
 from foretaste.models.layers.embedding import Fusion
-from foretaste.models.layers.importance import Convolve, weighted_bag
-from foretaste.models.layers.layerwise import generate
-from foretaste.models.layers.node_inputs import NodeInputs
-from foretaste.models.layers.placing import take_shapes
-from foretaste.models.layers.similarity import Similarity, as_item, as_query
+from foretaste.models.layers.nodes import NodeInputs, take_shapes
+from foretaste.models.layers.pooling import Convolve, generate, weighted_bag
 from foretaste.models.layers.table_settings import IdConfig
 
 

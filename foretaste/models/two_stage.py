@@ -21,8 +21,7 @@ from foretaste.data.batch import Queries
 from foretaste.data.features import FieldTable
 from foretaste.data.tasks import Weights
 from foretaste.errors import ConfigError, NonFiniteError
-from foretaste.models.base import Model, Ranker, Retriever, Scorer
-from foretaste.models.layers.top_k import top_k
+from foretaste.models.base import Model, Ranker, Retriever, Scorer, top_k
 
 _BLOCK_PAIRS = 2**15
 """Pairs of a query and a candidate that are judged at once, about."""

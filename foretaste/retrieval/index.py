@@ -16,7 +16,7 @@ from torch import Tensor
 
 from foretaste.config import Config
 from foretaste.errors import DataError, NonFiniteError
-from foretaste.models.layers.top_k import best_first, top_k
+from foretaste.models.base import best_first, top_k
 
 IndexKind = Literal["exact", "ivf_flat", "ivf_sq8", "hnsw"]
 IndexChoice = Literal["auto", "exact", "ivf_flat", "ivf_sq8", "hnsw"]

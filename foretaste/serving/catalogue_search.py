@@ -21,8 +21,7 @@ from foretaste.data.batch import Queries
 from foretaste.data.features import FieldTable
 from foretaste.data.tasks import Weights
 from foretaste.errors import ConfigError
-from foretaste.models.base import Model, Ranker, Retriever
-from foretaste.models.layers.top_k import top_k
+from foretaste.models.base import Model, Ranker, Retriever, top_k
 from foretaste.models.two_stage import (
     Judged,
     TwoStage,

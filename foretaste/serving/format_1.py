@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from foretaste.models.bert4rec import BERT4Rec
-from foretaste.models.layers.node_inputs import NodeInputs
+from foretaste.models.layers.nodes import NodeInputs
 from foretaste.models.layers.row_fields import RowFields
 from foretaste.models.lightgcn import LightGCN
 from foretaste.models.mf import MF

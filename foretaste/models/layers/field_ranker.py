@@ -24,11 +24,16 @@ from foretaste.data.interactions import Interactions
 from foretaste.errors import ConfigError
 from foretaste.models.base import Ranker, Scorer
 from foretaste.models.layers.heads import score_in_blocks
-from foretaste.models.layers.history import Histories, group_histories
+from foretaste.models.layers.history import (
+    Histories,
+    TargetAttention,
+    group_histories,
+    mean_weights,
+    pool,
+)
 from foretaste.models.layers.mlp import Activation
 from foretaste.models.layers.row_fields import RowFields, RowParts
 from foretaste.models.layers.side_fields import RowFieldsConfig
-from foretaste.models.layers.target_attention import TargetAttention, mean_weights, pool
 
 _BLOCK_PAIRS = 2**16
 _HISTORY_QUERIES, _HISTORY_PAIRS = 32, 2**13

@@ -1,0 +1,377 @@
+"""Scorers without gradient descent: popularity, item-kNN and EASE; and what such models share.
+
+They take a history as a set: which items a user has done, however often and in whatever order.
+
+Shape legend: B queries, I items, U users, K neighbours, M distinct (query, item) pairs, R rows of
+a block, W the longest row.
+"""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, NamedTuple, final
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int64
+from pydantic import Field, PositiveFloat, PositiveInt
+from torch import Tensor
+
+from foretaste.config import Config, Count, RangeConfig, Space, Usual, Weight
+from foretaste.data.arrays import available_bytes, check_fits
+from foretaste.data.batch import Queries
+from foretaste.data.interactions import Interactions
+from foretaste.errors import ConfigError, DataError, NonFiniteError
+from foretaste.later import later
+from foretaste.models.base import Scorer
+
+if TYPE_CHECKING:
+    from scipy import sparse
+else:
+    sparse = later("scipy.sparse")
+
+Strength = Weight | Literal["auto"]
+"""How strongly a model trusts the data, or leaves that to validation."""
+
+
+class StrengthConfig(Config):
+    """Settings of a model whose strengths are chosen by validation if they are "auto"."""
+
+    strengths: ClassVar[Mapping[str, tuple[float, ...]]] = {}
+    """By setting, what is tried. The first one is taken where nothing can be tried."""
+    most_events: ClassVar[int] = 500_000
+    """Nothing is tried on more events than these: they need less of a strength, and cost more."""
+    most_items: ClassVar[int] = 1_000_000_000
+    """Nothing is tried over more items than these."""
+
+    def strength(self, name: str) -> float:
+        """Return what a setting comes to."""
+        value = getattr(self, name)
+        return self.strengths[name][0] if value == "auto" else float(value)
+
+    @property
+    def left_open(self) -> list[str]:
+        """The strengths that are to be chosen."""
+        return [name for name in self.strengths if getattr(self, name) == "auto"]
+
+    def may_try(self, events: Interactions) -> bool:
+        """Return whether several fits take little."""
+        return len(events) <= self.most_events and events.num_items <= self.most_items
+
+
+class ItemSets(NamedTuple):
+    """The distinct items of each query, one query after the other, rising within each."""
+
+    item_M: Int64[Tensor, " M"]
+    offsets_B1: Int64[Tensor, " B1"]
+
+
+def distinct_items(queries: Queries, *, num_items: int) -> ItemSets:
+    """Drop order and repetition from histories."""
+    row_N = torch.repeat_interleave(queries.offsets_B1.diff())
+    key_M = torch.unique(row_N * num_items + queries.history_N)
+    bounds_B1 = torch.arange(len(queries) + 1) * num_items
+    return ItemSets(item_M=key_M % num_items, offsets_B1=torch.searchsorted(key_M, bounds_B1))
+
+
+def interaction_matrix(events: Interactions) -> "sparse.csr_array":
+    """Return the (U, I) matrix of float32 ones where a user has done an item, once or more."""
+    matrix = sparse.csr_array(
+        (np.ones(len(events), np.float32), events.item_idx, events.offsets),
+        shape=(events.num_users, events.num_items),
+        copy=True,
+    )
+    matrix.sum_duplicates()
+    matrix.data.fill(1)
+    return matrix
+
+
+def check_events(events: Interactions, *, num_items: int) -> None:
+    """Refuse events that cannot teach a model of `num_items` items.
+
+    Raises:
+        DataError: There is none, or their catalogue is of another size.
+    """
+    if len(events) == 0:
+        raise DataError("there is no training event: nothing can be learned")
+    if events.num_items != num_items:
+        raise DataError(
+            f"the model was made for {num_items} items and the events speak of "
+            f"{events.num_items}: build it with num_items={events.num_items}",
+            name="num_items",
+            value=num_items,
+        )
+
+
+DAY_S = 86_400
+
+
+class PopularityConfig(Config):
+    """Settings of popularity."""
+
+    kind: Literal["popularity"] = "popularity"
+    tuning: ClassVar[Space] = {
+        "window_days": RangeConfig(low=1.0, high=365.0, log=True),
+    }
+    usual: ClassVar[Usual] = Usual()
+    window_days: PositiveFloat | None = None
+    """Count only events within this many days before the newest one. None: all events."""
+
+
+@final
+class Popularity(Scorer):
+    """Scores an item by its number of training events, of late or ever, the same for every query.
+
+    It learns nothing about any user, and so is the floor that every other model must clear.
+    """
+
+    learns_by = "events"
+
+    def __init__(self, config: PopularityConfig, *, num_items: int) -> None:
+        super().__init__()
+        self.config = config
+        self.count_I: Tensor
+        self.register_buffer("count_I", torch.zeros(num_items, dtype=torch.int64))
+
+    def learn(self, events: Interactions) -> None:
+        """Count each item's events within the window, repeated ones each time.
+
+        Raises:
+            ConfigError: A window is asked for, and the events have no times.
+            DataError: There is no event, or the catalogue has another size than the model.
+        """
+        check_events(events, num_items=len(self.count_I))
+        self.count_I.copy_(torch.from_numpy(self._counts(events)))
+
+    def _counts(self, events: Interactions) -> np.ndarray:
+        if self.config.window_days is None:
+            return events.item_count
+        if events.timestamp_s is None:
+            raise ConfigError(
+                f"popularity.window_days is {self.config.window_days:g}, but these events have no "
+                "timestamps: read them with a timestamp column, or leave window_days out",
+                name="window_days",
+                value=self.config.window_days,
+            )
+        oldest_s = events.timestamp_s.max() - self.config.window_days * DAY_S
+        recent = events.item_idx[events.timestamp_s >= oldest_s]
+        return np.bincount(recent, minlength=events.num_items)
+
+    @torch.no_grad()
+    def score(self, queries: Queries) -> Float[Tensor, "B I"]:
+        """Return each item's number of events, once per query."""
+        return self.count_I.float().expand(len(queries), -1)
+
+
+_BLOCK_PAIRS = 2**23
+_BLOCK_EVENTS = 2**14
+
+
+class ItemKNNConfig(StrengthConfig):
+    """Settings of item-kNN."""
+
+    kind: Literal["item_knn"] = "item_knn"
+    tuning: ClassVar[Space] = {
+        "neighbours": RangeConfig(low=10, high=500, log=True),
+        "asymmetry": RangeConfig(low=0.0, high=1.0),
+        "damping": RangeConfig(low=0.0, high=1.0),
+    }
+    usual: ClassVar[Usual] = Usual()
+    strengths: ClassVar[Mapping[str, tuple[float, ...]]] = {"shrinkage": (10.0, 0.0, 100.0)}
+    neighbours: Count = 100
+    """How many of the most similar items are kept for each item."""
+    asymmetry: float = Field(default=0.5, ge=0, le=1)
+    """0.5 is the cosine; 1 is the share of an item's users who also have the other item. In
+    between, larger values favour popular items."""
+    shrinkage: Strength = "auto"
+    """Added to the denominator, so that a similarity from few users counts less. "auto": chosen by
+    validation from 0 to 100."""
+    damping: float = Field(default=0.5, ge=0, le=10)
+    """How much less users with long histories count: each is weighted by length^-damping."""
+
+
+@final
+class ItemKNN(Scorer):
+    r"""Scores an item by its likeness to the items of the history.
+
+    .. math:: s_{uj} = \sum_{i \in u,\ j \in N_K(i)} \mathrm{sim}(i, j), \quad
+              \mathrm{sim}(i, j) = \frac{\sum_{u \ni i, j} |u|^{-d}}{n_i^{a} n_j^{1 - a} + h}
+
+    n is the number of an item's users, K `neighbours`, a `asymmetry`, d `damping`, h `shrinkage`.
+
+    References:
+        Deshpande and Karypis, "Item-Based Top-N Recommendation Algorithms", TOIS 2004,
+        https://doi.org/10.1145/963770.963776; asymmetric cosine: Aiolli, "Efficient Top-N
+        Recommendation for Very Large Scale Binary Rated Datasets", RecSys 2013. **Departure**: a
+        history counts as a set.
+    """
+
+    learns_by = "events"
+
+    def __init__(self, config: ItemKNNConfig, *, num_items: int) -> None:
+        super().__init__()
+        self.config = config
+        self.num_items = num_items
+        shape = num_items, min(config.neighbours, num_items)
+        self.neighbour_IK: Tensor
+        self.similarity_IK: Tensor
+        self.register_buffer("neighbour_IK", torch.zeros(shape, dtype=torch.int64))
+        self.register_buffer("similarity_IK", torch.zeros(shape))
+
+    @torch.no_grad()
+    def learn(self, events: Interactions) -> None:
+        """Find each item's neighbours, a block of items at a time.
+
+        Raises:
+            DataError: There is no event, or the catalogue has another size than the model.
+        """
+        check_events(events, num_items=self.num_items)
+        matrix = interaction_matrix(events)
+        length_U = np.maximum(np.diff(matrix.indptr), 1).astype(np.float32)
+        damped = sparse.diags_array(length_U**-self.config.damping) @ matrix
+        transposed = matrix.T.tocsr()
+        count_I = np.diff(transposed.indptr)
+        order_I = np.argsort(count_I, kind="stable")  # rows of like length share a block
+        pairs_I = np.minimum(transposed @ np.diff(matrix.indptr), self.num_items)[order_I]
+        block_I = np.cumsum(pairs_I) // _BLOCK_PAIRS
+        for item_R in np.split(order_I, np.flatnonzero(np.diff(block_I)) + 1):
+            shared = (transposed[item_R] @ damped).tocsr()
+            self._keep_best(item_R, shared, np.maximum(count_I, 1))
+
+    def _keep_best(
+        self, item_R: np.ndarray, shared: "sparse.csr_array", count_I: np.ndarray
+    ) -> None:
+        length_R = np.diff(shared.indptr)
+        row_P = np.repeat(np.arange(len(item_R)), length_R)
+        own_P, other_P, a = item_R[row_P], shared.indices, self.config.asymmetry
+        below_P = count_I[own_P] ** a * count_I[other_P] ** (1 - a) + self.config.strength(
+            "shrinkage"
+        )
+        similarity_P = np.where(own_P == other_P, 0, shared.data / below_P)
+        place_P = np.arange(len(row_P)) - shared.indptr[row_P]
+        width = max(int(length_R.max()), self.neighbour_IK.shape[1])
+        similarity_RW = torch.zeros(len(item_R), width)
+        other_RW = torch.zeros(len(item_R), width, dtype=torch.int64)
+        at = torch.from_numpy(row_P), torch.from_numpy(place_P)
+        similarity_RW[at] = torch.from_numpy(similarity_P).float()
+        other_RW[at] = torch.from_numpy(other_P).long()
+        best = similarity_RW.topk(self.neighbour_IK.shape[1], dim=1)
+        self.similarity_IK[torch.from_numpy(item_R)] = best.values
+        self.neighbour_IK[torch.from_numpy(item_R)] = other_RW.gather(1, best.indices)
+
+    @torch.no_grad()
+    def score(self, queries: Queries) -> Float[Tensor, "B I"]:
+        """Return each item's score, 0 for all where the history is empty."""
+        item_M, offsets_B1 = distinct_items(queries, num_items=self.num_items)
+        start_M = torch.repeat_interleave(offsets_B1.diff()) * self.num_items
+        score = torch.zeros(len(queries) * self.num_items)
+        for item, start in zip(
+            item_M.split(_BLOCK_EVENTS), start_M.split(_BLOCK_EVENTS), strict=True
+        ):
+            place = self.neighbour_IK[item] + start.unsqueeze(1)
+            score.index_add_(0, place.flatten(), self.similarity_IK[item].flatten())
+        return score.view(len(queries), self.num_items)
+
+
+_BLOCK_ITEMS = 1024
+_MATRICES = 3
+"""Item × item matrices alive at once while the model is learned."""
+
+
+class EASEConfig(StrengthConfig):
+    """Settings of EASE."""
+
+    kind: Literal["ease"] = "ease"
+    tuning: ClassVar[Space] = {
+        "l2": RangeConfig(low=1.0, high=5000.0, log=True),
+    }
+    usual: ClassVar[Usual] = Usual()
+    strengths: ClassVar[Mapping[str, tuple[float, ...]]] = {
+        "l2": (200.0, 50.0, 100.0, 500.0, 1000.0)
+    }
+    most_items: ClassVar[int] = 4_000
+    l2: Annotated[float, Field(gt=0, le=1e12)] | Literal["auto"] = "auto"
+    """Weight of the squared weights in the loss. "auto": chosen by validation from 50 to 1000."""
+    max_bytes: PositiveInt | Literal["auto"] = "auto"
+    """Most memory that learning may take (12 bytes times items squared). "auto": three quarters of
+    what is available."""
+
+
+@final
+class EASE(Scorer):
+    r"""A linear model from items to items, in closed form.
+
+    .. math:: P = (X^\top X + \lambda I)^{-1}, \quad B = I - P\,\mathrm{diag}(1 / \mathrm{diag}(P))
+
+    References:
+        Steck, "Embarrassingly Shallow Autoencoders for Sparse Data", WWW 2019,
+        https://arxiv.org/abs/1905.03375. **Departures**: X is 0 or 1, however often a user did an
+        item; float32 throughout.
+    """
+
+    learns_by = "events"
+
+    def __init__(self, config: EASEConfig, *, num_items: int) -> None:
+        """Make room for the weights.
+
+        Raises:
+            TooLargeError: The weights alone would not fit.
+        """
+        super().__init__()
+        self.config = config
+        self.num_items = num_items
+        self._refuse_beyond_limit(matrices=1)
+        self.weight_II: Tensor
+        lazily_zero = np.zeros((num_items, num_items), np.float32)  # takes memory once written to
+        self.register_buffer("weight_II", torch.from_numpy(lazily_zero))
+
+    def _refuse_beyond_limit(self, *, matrices: int) -> None:
+        limit = self.config.max_bytes
+        check_fits(
+            matrices * 4 * self.num_items**2,
+            f"EASE over {self.num_items:,} items",
+            "leave rare items out, raise model.max_bytes, or take item_knn",
+            name="max_bytes",
+            value=limit,
+            limit_bytes=available_bytes() * 3 // 4 if limit == "auto" else limit,
+        )
+
+    @torch.no_grad()
+    def learn(self, events: Interactions) -> None:
+        """Solve for the weights.
+
+        Raises:
+            DataError: There is no event, or the catalogue has another size than the model.
+            NonFiniteError: The weight of squared weights is too small for float32.
+            TooLargeError: Learning would not fit in memory; said before it is tried.
+        """
+        check_events(events, num_items=self.num_items)
+        self._refuse_beyond_limit(matrices=_MATRICES)
+        factor_II, broken = torch.linalg.cholesky_ex(self._gram(events))
+        if broken:
+            raise NonFiniteError(
+                f"EASE has no solution with l2 {self.config.strength('l2'):g}: raise model.l2",
+                name="l2",
+                value=self.config.strength("l2"),
+            )
+        inverse_II = torch.cholesky_inverse(factor_II)
+        del factor_II
+        self.weight_II.copy_(inverse_II.div_(-inverse_II.diagonal().clone()))
+        self.weight_II.fill_diagonal_(0)
+
+    def _gram(self, events: Interactions) -> Tensor:
+        matrix = interaction_matrix(events)
+        transposed = matrix.T.tocsr()
+        gram_II = torch.empty(self.num_items, self.num_items)
+        for start in range(0, self.num_items, _BLOCK_ITEMS):
+            block = (transposed[start : start + _BLOCK_ITEMS] @ matrix).toarray()
+            gram_II[start : start + _BLOCK_ITEMS] = torch.from_numpy(block)
+        gram_II.diagonal().add_(self.config.strength("l2"))
+        return gram_II
+
+    @torch.no_grad()
+    def score(self, queries: Queries) -> Float[Tensor, "B I"]:
+        """Return each item's score, 0 for all where the history is empty."""
+        item_M, offsets_B1 = distinct_items(queries, num_items=self.num_items)
+        return F.embedding_bag(
+            item_M, self.weight_II, offsets_B1, mode="sum", include_last_offset=True
+        )
