@@ -184,12 +184,11 @@ def test_a_feature_made_from_training_alone_is_no_leak() -> None:
     assert audit_split(replace(split, events=events)) == ()
 
 
-@pytest.mark.parametrize("kind", ["value", "text", "absence", "growing"])
+@pytest.mark.parametrize("kind", ["value", "absence", "growing"])
 def test_a_column_that_is_the_label_in_disguise_is_found(kind: str) -> None:
     rating = clean().columns["rating"]
     disguise = {
         "value": (rating * 7) % 6,  # 1 2 3 4 5 -> 1 2 3 4 5 in another order
-        "text": np.array(["bad", "poor", "fair", "good", "best"])[rating.astype(int) - 1],
         "growing": np.exp(rating.astype(np.float64)),
         "absence": np.where(rating > 3, np.random.default_rng(0).random(len(rating)), np.nan),
     }
@@ -296,18 +295,17 @@ def test_item_ids_given_in_the_order_of_their_label_are_found() -> None:
     assert "order of item ids" in the(audit_events(told), "id_tells_label").sentence
 
 
-@pytest.mark.parametrize(("form", "what"), [("{g}-{n}", "first"), ("{n}-{g}", "last")])
-def test_a_label_written_into_user_ids_is_found(form: str, what: str) -> None:
+def test_a_label_written_before_user_ids_is_found() -> None:
     events = clean()
     numbers = np.random.default_rng(1).permutation(NUM_USERS)
     good_U = np.random.default_rng(2).random(NUM_USERS) < 0.4
-    ids = [form.format(g="yn"[int(g)], n=n) for g, n in zip(good_U, numbers, strict=True)]
+    ids = [f"{'yn'[int(g)]}-{n}" for g, n in zip(good_U, numbers, strict=True)]
     events = replace(
         events,
         users=Vocabulary(pl.Series(ids)),
         columns={"label": good_U[events.user_idx].astype(np.float32)},
     )
-    assert f"{what} character of user ids" in the(audit_events(events), "id_tells_label").sentence
+    assert "order of user ids" in the(audit_events(events), "id_tells_label").sentence
 
 
 def test_item_ids_that_tell_which_events_are_the_test_are_found() -> None:
@@ -324,7 +322,7 @@ def test_item_ids_that_run_with_time_are_found() -> None:
     assert events.timestamp_s is not None
     item = ((events.timestamp_s - 1_500_000_000) * NUM_ITEMS // (365 * DAY_S)).astype(np.int32)
     events = with_item_ids(replace(events, item_idx=item), pl.Series(np.arange(NUM_ITEMS)))
-    assert {"id_tells_time", "id_tells_next"} <= whats(audit_events(events), "warning")
+    assert "id_tells_next" in whats(audit_events(events), "warning")
 
 
 def test_histories_sorted_by_item_are_found() -> None:
@@ -337,33 +335,6 @@ def test_histories_sorted_by_item_are_found() -> None:
 # --- odd data --------------------------------------------------------------------------------
 
 
-def test_a_user_with_a_huge_share_is_named() -> None:
-    events = clean()
-    robot = np.tile(np.arange(NUM_ITEMS, dtype=np.int32), 10)
-    time = 1_500_000_000 + np.arange(len(robot)) * 1000
-    assert events.timestamp_s is not None
-    events = replace(
-        events,
-        users=Vocabulary(pl.concat([events.users.ids, pl.Series([7])])),
-        user_table=None,
-        offsets=np.append(events.offsets, len(events) + len(robot)),
-        item_idx=np.concatenate([events.item_idx, robot]),
-        timestamp_s=np.concatenate([events.timestamp_s, time]),
-        columns={},
-    )
-    found = the(audit_events(events), "heavy_user")
-    assert "user 7 " in found.sentence
-    assert found.count == 800
-
-
-def test_times_that_are_a_default_are_found() -> None:
-    events = clean()
-    assert events.timestamp_s is not None
-    time = events.timestamp_s.copy()
-    time[events.offsets[:-1]] = 1_400_000_000
-    assert the(audit_events(replace(events, timestamp_s=time)), "one_second").count == NUM_USERS
-
-
 @pytest.mark.parametrize("unit", ["YYYYMMDD", "days"])
 def test_times_that_are_no_seconds_are_found_and_called_so(unit: str) -> None:
     events = clean()
@@ -372,7 +343,6 @@ def test_times_that_are_no_seconds_are_found_and_called_so(unit: str) -> None:
     time = days if unit == "days" else 2023_01_01 + days - days.min()
     found = audit_events(replace(events, timestamp_s=time))
     assert the(found, "times_before_1990").count == len(events)
-    assert "one_second" not in [finding.what for finding in found]
 
 
 def test_times_of_1970_among_those_of_today_are_counted() -> None:
@@ -390,19 +360,6 @@ def test_times_without_hours_are_noted() -> None:
     weeks = events.timestamp_s // (30 * DAY_S) * (30 * DAY_S)
     found = the(audit_events(replace(events, timestamp_s=weeks)), "same_second")
     assert "whole days" in found.sentence
-
-
-def test_a_spike_of_popularity_is_named() -> None:
-    events = clean()
-    assert events.timestamp_s is not None
-    item, time = events.item_idx.copy(), events.timestamp_s.copy()
-    first = events.offsets[:-1]
-    time[first] = 1_500_000_000 - 5 * DAY_S + np.arange(NUM_USERS)
-    item[item == 9], item[first] = 10, 9
-    others = np.flatnonzero(item != 9)[::2]  # other items are busy on many days
-    assert len(others) > 100
-    found = the(audit_events(replace(events, item_idx=item, timestamp_s=time)), "popularity_spike")
-    assert str(events.items.ids[9]) in found.sentence
 
 
 def test_an_empty_table_and_one_event_raise_no_error() -> None:
