@@ -27,8 +27,7 @@ if TYPE_CHECKING:
     from foretaste.data.reading import read_interactions
     from foretaste.data.rows import Rows, rows_of
     from foretaste.data.sources.load import Dataset, get_dataset
-    from foretaste.data.split_config import SplitConfig, make_split
-    from foretaste.data.splits import Holdout, Split
+    from foretaste.data.splits import Holdout, Split, SplitConfig
     from foretaste.data.splitting import (
         cold_items_split,
         cold_users_split,
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
         given_split_by_column,
         leave_last_split,
         leave_last_within_training,
+        make_split,
         random_split,
         ratio_split,
         temporal_split,
@@ -327,7 +327,7 @@ _HOME = {
     "SharedBottomConfig": "models.shared_bottom",
     "SourceError": "errors",
     "Split": "data.splits",
-    "SplitConfig": "data.split_config",
+    "SplitConfig": "data.splits",
     "Task": "data.tasks",
     "TextField": "data.features_schema",
     "TooLargeError": "errors",
@@ -368,7 +368,7 @@ _HOME = {
     "leave_last_split": "data.splitting",
     "leave_last_within_training": "data.splitting",
     "load": "serving.building",
-    "make_split": "data.split_config",
+    "make_split": "data.splitting",
     "open_store": "data.store",
     "open_tracker": "experiment.tracking",
     "override": "experiment.recipe",

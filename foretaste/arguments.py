@@ -15,6 +15,7 @@ from types import NoneType, UnionType
 from typing import (
     Annotated,
     Any,
+    Concatenate,
     Literal,
     ParamSpec,
     TypeVar,
@@ -27,12 +28,14 @@ from typing import (
 import numpy as np
 from annotated_types import Ge, Gt, Le, Lt
 
-from foretaste.config import Config, plain, shown
+from foretaste.config import Config, parse_settings, plain, shown
 from foretaste.errors import ConfigError, did_you_mean, nearest
 
 P = ParamSpec("P")
 T = TypeVar("T")
 C = TypeVar("C", bound=type)
+S = TypeVar("S", bound=Config)
+A = TypeVar("A")
 
 _TAKES_ALL = (object, Any, inspect.Parameter.empty)
 _FIXES = {
@@ -94,6 +97,44 @@ def checked(function: Callable[P, T]) -> Callable[P, T]:
         return function(*bound.args, **bound.kwargs)
 
     return call
+
+
+def settings_as_arguments(
+    settings: Callable[P, S],
+) -> Callable[[Callable[[A, S], T]], Callable[Concatenate[A, P], T]]:
+    """Make a function of something and settings one that takes each setting by its name.
+
+    Its signature and its documentation come from the settings, which are written once; a type
+    checker and an editor see them too. `kind`, which a recipe needs, is no argument.
+    """
+    made: type[Config] = settings  # type: ignore[assignment]  # a class, typed by its constructor
+
+    def decorate(function: Callable[[A, S], T]) -> Callable[Concatenate[A, P], T]:
+        @wraps(function)
+        def call(first: A, /, *args: P.args, **kwargs: P.kwargs) -> T:
+            found: Any = parse_settings(made, kwargs, source=function.__name__)
+            return function(first, found)
+
+        fields = {name: field for name, field in made.model_fields.items() if name != "kind"}
+        first = next(iter(inspect.signature(function).parameters.values()))
+        parameters = [
+            inspect.Parameter(
+                name, first.KEYWORD_ONLY, default=field.default, annotation=field.annotation
+            )
+            for name, field in fields.items()
+        ]
+        call.__signature__ = inspect.signature(function).replace(  # type: ignore[attr-defined]  # read by inspect
+            parameters=[first, *parameters]
+        )
+        call.__annotations__ = {first.name: first.annotation}
+        arguments = "\n".join(
+            f"        {name}: {(field.description or '').replace(chr(10), chr(10) + ' ' * 12)}"
+            for name, field in fields.items()
+        )
+        call.__doc__ = (function.__doc__ or "").replace("        (settings)", arguments)
+        return checked(call)
+
+    return decorate
 
 
 def _counted(function: Callable[P, T], signature: inspect.Signature) -> Callable[P, T]:

@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 
 from foretaste.data.interactions import Interactions
 from foretaste.data.sources.load import get_dataset
-from foretaste.data.split_config import GivenSplitConfig, make_split
-from foretaste.data.splits import TEST, VALIDATION
-from foretaste.data.splitting import alike, draw_blocks
+from foretaste.data.splits import TEST, VALIDATION, GivenSplitConfig
+from foretaste.data.splitting import alike, draw_blocks, make_split
 from foretaste.data.vocabulary import Vocabulary
 from foretaste.evaluation.protocol import evaluate
 from foretaste.experiment.fit import fit

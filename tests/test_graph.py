@@ -14,8 +14,8 @@ from foretaste.data.read_config import ReadConfig
 from foretaste.data.reading import read_interactions
 from foretaste.data.side_tables import attribute_ties, read_links
 from foretaste.data.sources.load import get_dataset
-from foretaste.data.split_config import GivenSplitConfig, make_split
-from foretaste.data.splitting import leave_last_split
+from foretaste.data.splits import GivenSplitConfig
+from foretaste.data.splitting import leave_last_split, make_split
 from foretaste.data.store import open_store, write_store
 from foretaste.data.vocabulary import Vocabulary
 from foretaste.errors import BundleError, ConfigError, DataError

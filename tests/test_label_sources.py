@@ -26,8 +26,8 @@ from foretaste.data.sources.readers import (
     read_retailrocket,
     read_retailrocket_buys,
 )
-from foretaste.data.split_config import GivenSplitConfig, make_split
-from foretaste.data.splits import TEST, TRAIN, VALIDATION
+from foretaste.data.splits import TEST, TRAIN, VALIDATION, GivenSplitConfig
+from foretaste.data.splitting import make_split
 from foretaste.data.tasks import Task
 from foretaste.errors import SourceError
 

@@ -16,7 +16,7 @@ from foretaste.config import Config
 from foretaste.data import arrays
 from foretaste.data.features_schema import MultiField
 from foretaste.data.graph import GraphConfig
-from foretaste.data.split_config import RandomSplitConfig
+from foretaste.data.splits import RandomSplitConfig
 from foretaste.evaluation.measure_queries import SampledNegatives
 from foretaste.experiment.recipe import EvaluationConfig, TuneConfig
 from foretaste.experiment.two_stage import FirstStage

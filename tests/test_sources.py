@@ -28,7 +28,8 @@ from foretaste.data.sources.load import (
     from_folder,
     get_dataset,
 )
-from foretaste.data.split_config import GivenSplitConfig, make_split
+from foretaste.data.splits import GivenSplitConfig
+from foretaste.data.splitting import make_split
 from foretaste.errors import ConfigError, SourceError
 
 RATINGS = "196\t242\t3\t881250949\n186\t302\t4\t891717742\n196\t302\t5\t881250950\n"

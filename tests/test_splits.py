@@ -11,8 +11,15 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
 from foretaste.data.interactions import Interactions
-from foretaste.data.split_config import SplitConfig, TemporalSplitConfig, make_split
-from foretaste.data.splits import TEST, TRAIN, UNUSED, VALIDATION, Split
+from foretaste.data.splits import (
+    TEST,
+    TRAIN,
+    UNUSED,
+    VALIDATION,
+    Split,
+    SplitConfig,
+    TemporalSplitConfig,
+)
 from foretaste.data.splitting import (
     cold_items_split,
     cold_users_split,
@@ -20,6 +27,7 @@ from foretaste.data.splitting import (
     given_split_by_column,
     leave_last_split,
     leave_last_within_training,
+    make_split,
     random_split,
     ratio_split,
     temporal_split,
@@ -313,7 +321,7 @@ def test_cold_users_are_in_one_part_and_asked_for_from_no_history() -> None:
 def test_too_few_items_cannot_be_cold() -> None:
     with pytest.raises(DataError, match="the validation part of this cold_items split is empty"):
         cold_items_split(interactions(TEN))
-    with pytest.raises(ConfigError, match="leave something to train on"):
+    with pytest.raises(ConfigError, match="leave nothing to train on"):
         cold_items_split(interactions(TEN), validation=0.5, test=0.5)
     untimed = cold_items_split(interactions(TEN, timed=False), validation=0.0, test=0.3)
     assert any("items were held out whatever their order" in leak for leak in untimed.leaks)
@@ -471,9 +479,11 @@ def test_no_other_cut_in_time_meets_the_share_better(rows: list[Event]) -> None:
 
 @pytest.mark.parametrize(("validation", "test"), [(0.1, -0.1), (0.1, 1.0), (-0.1, 0.1), (0.5, 0.5)])
 def test_shares_that_leave_nothing_are_refused(validation: float, test: float) -> None:
+    wrong = "test" if not 0 <= test < 1 else "validation" if validation < 0 else None
     for split in (temporal_split, ratio_split, random_split):
-        with pytest.raises(ConfigError, match="shares"):
+        with pytest.raises(ConfigError) as caught:
             split(interactions(TEN), validation=validation, test=test)
+        assert caught.value.name == wrong  # None: their sum leaves nothing to train on
     with pytest.raises(ConfigError):
         TemporalSplitConfig(validation=validation, test=test)
 

@@ -1,20 +1,14 @@
 """The settings of reading a table of events, written once for Python, recipes and the prompt."""
 
-import inspect
 import os
-from collections.abc import Callable, Sequence
-from functools import wraps
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Concatenate, Literal, ParamSpec, TypeVar
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator
 
-from foretaste.arguments import checked
-from foretaste.config import Config, parse_settings
+from foretaste.config import Config
 from foretaste.errors import DataError
-
-P = ParamSpec("P")
-T = TypeVar("T")
 
 Column = str | int
 """A column by its name or, as an integer, by its position from 0."""
@@ -126,46 +120,6 @@ class ReadTables(ReadConfig):
     ids, links to oneself and repeated links are left out and counted."""
     item_links: Any = None
     """A table of two columns of item ids that go together, read in the same way."""
-
-
-def settings_as_arguments(
-    settings: Callable[P, ReadTables],
-) -> Callable[[Callable[[object, ReadTables], T]], Callable[Concatenate[object, P], T]]:
-    """Make a function of a source and settings one that takes each setting by its name.
-
-    Its signature and its documentation come from the settings, which are written once; a type
-    checker and an editor see them too.
-    """
-
-    def decorate(read: Callable[[object, ReadTables], T]) -> Callable[Concatenate[object, P], T]:
-        @wraps(read)
-        def call(source: object, /, *args: P.args, **kwargs: P.kwargs) -> T:
-            found = parse_settings(ReadTables, kwargs, source=read.__name__)
-            return read(source, found)
-
-        fields = ReadTables.model_fields
-        first = inspect.Parameter("source", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        call.__signature__ = inspect.signature(read).replace(  # type: ignore[attr-defined]  # read by inspect
-            parameters=[first]
-            + [
-                inspect.Parameter(
-                    name,
-                    inspect.Parameter.KEYWORD_ONLY,
-                    default=field.default,
-                    annotation=field.annotation,
-                )
-                for name, field in fields.items()
-            ]
-        )
-        call.__annotations__ = {}
-        arguments = "\n".join(
-            f"        {name}: {(field.description or '').replace(chr(10), chr(10) + ' ' * 12)}"
-            for name, field in fields.items()
-        )
-        call.__doc__ = (read.__doc__ or "").replace("        (settings)", arguments)
-        return checked(call)
-
-    return decorate
 
 
 _UNPACK, _EXPORT = "unpack it first", "write it as CSV or Parquet"

@@ -12,6 +12,7 @@ import numpy as np
 import polars as pl
 from jaxtyping import Int32, Int64, Shaped
 
+from foretaste.arguments import settings_as_arguments
 from foretaste.data.columns import canonical_ids, canonical_numbers, kept
 from foretaste.data.conditions import (
     check_some,
@@ -33,7 +34,6 @@ from foretaste.data.read_config import (
     Duplicates,
     ReadConfig,
     ReadTables,
-    settings_as_arguments,
 )
 from foretaste.data.side_tables import Side, aligned, alike, notes_about, read_side, with_links
 from foretaste.data.tables import Source, find_column, open_source
@@ -48,7 +48,7 @@ ONE_ITEM = "row"
 
 
 @settings_as_arguments(ReadTables)
-def read_interactions(source: object, read: ReadTables) -> Interactions:  # noqa: D417 - see there
+def read_interactions(source: object, read: ReadTables) -> Interactions:
     """Read events from any table, each user's oldest first, ties in the order of the table.
 
     Integer ids stay integers; every other type becomes text. Rows of the vocabularies go by

@@ -1,18 +1,22 @@
 """A table of events in parts: what is trained on, what is held out, and what leaks between them.
 
+Also the settings of a split, as a recipe writes them; splitting.py makes the split.
+
 Every split gives each event one part; the rest follows from that. A split says what leaks.
 """
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import polars as pl
 import torch
 from jaxtyping import Bool, Int32, Int64, UInt8
+from pydantic import Field, model_validator
 
 from foretaste.arguments import checked, checked_class
+from foretaste.config import Config, Seed
 from foretaste.data.arrays import check_rows, ranges
 from foretaste.data.batch import Queries, times_at
 from foretaste.data.features import FieldSide
@@ -30,6 +34,106 @@ LearnedFrom = Literal["train", "train and validation", "all events"]
 
 SplitKind = Literal[
     "temporal", "leave_last", "ratio", "random", "given", "cold_items", "cold_users"
+]
+
+
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+class SharesConfig(Config):
+    """Two shares of the events that leave something to train on."""
+
+    validation: Share = 0.1
+    """Share of the events for validation; 0 for none."""
+    test: Share = 0.1
+    """Share of the events for the test; 0 for none: then nothing is measured."""
+
+    @model_validator(mode="after")
+    def _leave_something(self) -> "SharesConfig":
+        if self.validation + self.test >= 1:
+            raise ValueError(
+                f"validation {self.validation:g} and test {self.test:g} leave nothing to train on"
+            )
+        return self
+
+
+class TemporalSplitConfig(SharesConfig):
+    """All users are cut at the same two times; the test is rolling."""
+
+    kind: Literal["temporal"] = "temporal"
+    stop_on: Literal["time", "leave_last"] = "time"
+    """What validation is: the events between the two cuts; or each user's last event before the
+    test, and then the model also trains on the other events between the cuts."""
+
+
+class LeaveLastSplitConfig(Config):
+    """Each user's last event is the test."""
+
+    kind: Literal["leave_last"] = "leave_last"
+    validation: bool = True
+    """Whether each user's last event but one is held out for validation."""
+
+
+class RatioSplitConfig(SharesConfig):
+    """The last share of each user's own events is the test."""
+
+    kind: Literal["ratio"] = "ratio"
+    test: Share = 0.2
+    """Share of each user's events, the last ones, for the test."""
+
+
+class RandomSplitConfig(SharesConfig):
+    """Events are held out at random, regardless of user and time."""
+
+    kind: Literal["random"] = "random"
+    seed: Seed = 0
+    """Decides the draws; equal seeds give equal splits."""
+
+
+class GivenSplitConfig(Config):
+    """A column of the data holds each event's part."""
+
+    kind: Literal["given"] = "given"
+    column: str = "part"
+    """Column of the part: train, validation, test or unused, or 0, 1, 2 or 3."""
+    validation: Share = 0.0
+    """Share of the training events that are drawn for validation if the data give none."""
+    validation_by: Literal["events", "blocks"] = "events"
+    """"events": each event is drawn by itself. "blocks": for each user, a group of items that have
+    users in common, which is closer to a test of users' last events if the data have no times."""
+    seed: Seed = 0
+    """Decides the draws; equal seeds give equal splits."""
+
+
+class ColdItemsSplitConfig(SharesConfig):
+    """All events of some items are held out, so that training has none of them."""
+
+    kind: Literal["cold_items"] = "cold_items"
+    test: Share = 0.2
+    """Share of the items, not of the events; the same holds for validation."""
+    seed: Seed = 0
+    """Decides the draws; equal seeds give equal splits."""
+
+
+class ColdUsersSplitConfig(SharesConfig):
+    """All events of some users are held out, so that training has none of them."""
+
+    kind: Literal["cold_users"] = "cold_users"
+    test: Share = 0.2
+    """Share of the users, not of the events; the same holds for validation."""
+    seed: Seed = 0
+    """Decides the draws; equal seeds give equal splits."""
+
+
+SplitConfig = Annotated[
+    TemporalSplitConfig
+    | LeaveLastSplitConfig
+    | RatioSplitConfig
+    | RandomSplitConfig
+    | GivenSplitConfig
+    | ColdItemsSplitConfig
+    | ColdUsersSplitConfig,
+    Field(discriminator="kind"),
 ]
 
 
@@ -127,9 +231,6 @@ def _same_second(events: Interactions, test_E: Bool[np.ndarray, " E"]) -> str:
 
 def _share(count: int, total: int) -> str:
     return f"{count / total:.1%} ({count:,} of {total:,})"
-
-
-__all__ = ["TEST", "TRAIN", "UNUSED", "VALIDATION", "Holdout", "PartSize", "Split"]
 
 
 @checked_class

@@ -3,15 +3,13 @@
 Shape legend: E events, U users, R rows, which are users or items.
 """
 
-from collections.abc import Mapping
-from typing import Literal
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import polars as pl
 from jaxtyping import Bool, Float64, Int64, UInt8
 
-from foretaste.arguments import checked
-from foretaste.config import Seed
+from foretaste.arguments import checked, settings_as_arguments
 from foretaste.data.interactions import Interactions
 from foretaste.data.merging import concatenate
 from foretaste.data.splits import (
@@ -20,8 +18,16 @@ from foretaste.data.splits import (
     TRAIN,
     UNUSED,
     VALIDATION,
+    ColdItemsSplitConfig,
+    ColdUsersSplitConfig,
+    GivenSplitConfig,
+    LeaveLastSplitConfig,
+    RandomSplitConfig,
+    RatioSplitConfig,
+    SharesConfig,
     Split,
     SplitKind,
+    TemporalSplitConfig,
     find_leaks,
 )
 from foretaste.errors import ConfigError, DataError
@@ -39,8 +45,8 @@ _NAMES: Mapping[str, int] = {
 }
 
 
-@checked
-def temporal_split(events: Interactions, *, validation: float = 0.1, test: float = 0.1) -> Split:
+@settings_as_arguments(TemporalSplitConfig)
+def temporal_split(events: Interactions, split: TemporalSplitConfig) -> Split:
     """Cut all users at the same two moments: training before, then validation, then test.
 
     The cuts fall where the shares are met best without parting events of one second. The test
@@ -49,14 +55,12 @@ def temporal_split(events: Interactions, *, validation: float = 0.1, test: float
 
     Args:
         events: With times.
-        validation: Share of the events, in [0, 1).
-        test: Share of the events, in [0, 1); 0: nothing is measured.
+        (settings)
 
     Raises:
         ConfigError: The shares leave nothing to train on.
         DataError: The events have no times, or too few different ones.
     """
-    _check_shares(validation, test)
     if events.timestamp_s is None:
         raise DataError(
             "a temporal split needs times and these events have none: name the timestamp column "
@@ -66,85 +70,77 @@ def temporal_split(events: Interactions, *, validation: float = 0.1, test: float
     part_E = np.full(len(events), TRAIN, dtype=np.uint8)
     if len(events):
         time_E = events.timestamp_s
-        if validation + test > 0:
-            part_E[time_E >= _cut(time_E, 1 - test - validation)] = VALIDATION
-        if test > 0:
-            part_E[time_E >= _cut(time_E, 1 - test)] = TEST
-    return _checked("temporal", events, part_E, rolling=True, held_out=(validation > 0, test > 0))
+        if split.validation + split.test > 0:
+            part_E[time_E >= _cut(time_E, 1 - split.test - split.validation)] = VALIDATION
+        if split.test > 0:
+            part_E[time_E >= _cut(time_E, 1 - split.test)] = TEST
+    made = _checked("temporal", events, part_E, rolling=True, held_out=_held_out(split))
+    return leave_last_within_training(made) if split.stop_on == "leave_last" else made
 
 
-@checked
-def leave_last_split(events: Interactions, *, validation: bool = True) -> Split:
+@settings_as_arguments(LeaveLastSplitConfig)
+def leave_last_split(events: Interactions, split: LeaveLastSplitConfig) -> Split:
     """Hold out each user's last event for the test and the last but one for validation.
 
     Of events of which some are positive, the last positive one and what follows it are the test.
     Users with fewer than three events (two without validation) stay in training whole; the
     split's notes count them.
 
+    Args:
+        events: With times, or in an order that stands for time.
+        (settings)
+
     Raises:
         DataError: No user has events enough.
     """
-    part_E, notes = _leave_last(events, (TEST, VALIDATION) if validation else (TEST,))
-    return _checked("leave_last", events, part_E, held_out=(validation, True), notes=notes)
+    part_E, notes = _leave_last(events, (TEST, VALIDATION) if split.validation else (TEST,))
+    return _checked("leave_last", events, part_E, held_out=(split.validation, True), notes=notes)
 
 
-@checked
-def ratio_split(events: Interactions, *, validation: float = 0.1, test: float = 0.2) -> Split:
+@settings_as_arguments(RatioSplitConfig)
+def ratio_split(events: Interactions, split: RatioSplitConfig) -> Split:
     """Hold out the last share of every user's own events, rounded down.
 
     Args:
         events: With times, or in an order that stands for time.
-        validation: Share of a user's events, in [0, 1), just before the test's.
-        test: Share of a user's events, in [0, 1), the last ones; 0: nothing is measured.
+        (settings)
 
     Raises:
         ConfigError: The shares leave nothing to train on.
         DataError: No user has events enough.
     """
-    _check_shares(validation, test)
     length_U = _num_positives(events)
-    test_U = np.floor(length_U * test + _ROUNDING).astype(np.int64)
-    validation_U = np.floor(length_U * validation + _ROUNDING).astype(np.int64)
+    test_U = np.floor(length_U * split.test + _ROUNDING).astype(np.int64)
+    validation_U = np.floor(length_U * split.validation + _ROUNDING).astype(np.int64)
     from_end_E = _from_end(events)
     part_E = np.full(len(events), TRAIN, dtype=np.uint8)
     part_E[from_end_E < (test_U + validation_U)[events.user_idx]] = VALIDATION
     part_E[from_end_E < test_U[events.user_idx]] = TEST
-    short = int(((test_U == 0) & (length_U > 0)).sum()) if test else 0
-    notes = (f"{short:,} users have too few events for a test share of {test:g}",) if short else ()
-    return _checked("ratio", events, part_E, held_out=(validation > 0, test > 0), notes=notes)
+    short = int(((test_U == 0) & (length_U > 0)).sum()) if split.test else 0
+    note = f"{short:,} users have too few events for a test share of {split.test:g}"
+    return _checked(
+        "ratio", events, part_E, held_out=_held_out(split), notes=(note,) if short else ()
+    )
 
 
-@checked
-def random_split(
-    events: Interactions, *, validation: float = 0.1, test: float = 0.1, seed: Seed = 0
-) -> Split:
+@settings_as_arguments(RandomSplitConfig)
+def random_split(events: Interactions, split: RandomSplitConfig) -> Split:
     """Hold out events drawn without regard to user or time.
 
     Args:
         events: Any.
-        validation: Share of the events, in [0, 1).
-        test: Share of the events, in [0, 1); 0: nothing is measured.
-        seed: Equal seeds give equal splits.
+        (settings)
 
     Raises:
         ConfigError: The shares leave nothing to train on.
         DataError: There are too few events.
     """
-    _check_shares(validation, test)
-    num_test, num_validation = (
-        int(np.floor(len(events) * share + _ROUNDING)) for share in (test, validation)
-    )
-    drawn = np.random.default_rng(seed).permutation(len(events))
-    part_E = np.full(len(events), TRAIN, dtype=np.uint8)
-    part_E[drawn[:num_test]] = TEST
-    part_E[drawn[num_test : num_test + num_validation]] = VALIDATION
-    return _checked("random", events, part_E, held_out=(validation > 0, test > 0))
+    part_E = _drawn_parts(np.arange(len(events)), len(events), split)
+    return _checked("random", events, part_E, held_out=_held_out(split))
 
 
-@checked
-def cold_items_split(
-    events: Interactions, *, validation: float = 0.1, test: float = 0.2, seed: Seed = 0
-) -> Split:
+@settings_as_arguments(ColdItemsSplitConfig)
+def cold_items_split(events: Interactions, split: ColdItemsSplitConfig) -> Split:
     """Hold out all events of some items, so that training sees nothing of them.
 
     What is asked is which of these items a user did, from the user's other events: the parts
@@ -153,23 +149,19 @@ def cold_items_split(
 
     Args:
         events: Any.
-        validation: Share of the items that have an event, in [0, 1).
-        test: Share of them, in [0, 1); 0: nothing is measured.
-        seed: Equal seeds give equal splits.
+        (settings)
 
     Raises:
         ConfigError: The shares leave nothing to train on.
         DataError: There are too few items.
     """
-    part_I = _parts_of_rows(events.item_count, validation, test, seed)
+    part_I = _drawn_parts(np.flatnonzero(events.item_count), events.num_items, split)
     part_E = part_I[events.item_idx]
-    return _checked("cold_items", events, part_E, held_out=(validation > 0, test > 0))
+    return _checked("cold_items", events, part_E, held_out=_held_out(split))
 
 
-@checked
-def cold_users_split(
-    events: Interactions, *, validation: float = 0.1, test: float = 0.2, seed: Seed = 0
-) -> Split:
+@settings_as_arguments(ColdUsersSplitConfig)
+def cold_users_split(events: Interactions, split: ColdUsersSplitConfig) -> Split:
     """Hold out all events of some users, so that training sees nothing of them.
 
     What is asked is what such a user did, from no history: a model must tell users by what else is
@@ -177,17 +169,15 @@ def cold_users_split(
 
     Args:
         events: Any.
-        validation: Share of the users that have an event, in [0, 1).
-        test: Share of them, in [0, 1); 0: nothing is measured.
-        seed: Equal seeds give equal splits.
+        (settings)
 
     Raises:
         ConfigError: The shares leave nothing to train on.
         DataError: There are too few users.
     """
-    part_U = _parts_of_rows(np.diff(events.offsets), validation, test, seed)
+    part_U = _drawn_parts(np.flatnonzero(np.diff(events.offsets)), events.num_users, split)
     part_E = part_U[events.user_idx]
-    return _checked("cold_users", events, part_E, held_out=(validation > 0, test > 0))
+    return _checked("cold_users", events, part_E, held_out=_held_out(split))
 
 
 @checked
@@ -212,30 +202,19 @@ def given_split(
     return _checked("given", merged, part_E, held_out=(validation is not None, True))
 
 
-@checked
-def given_split_by_column(
-    events: Interactions,
-    *,
-    column: str = "part",
-    validation: float = 0.0,
-    validation_by: Literal["events", "blocks"] = "events",
-    seed: Seed = 0,
-) -> Split:
+@settings_as_arguments(GivenSplitConfig)
+def given_split_by_column(events: Interactions, split: GivenSplitConfig) -> Split:
     """Take parts from a column that says of each event where it belongs.
 
     Args:
         events: With that column.
-        validation: Share of the training events, in [0, 1), drawn at random to choose by, where
-            the column gives no validation.
-        validation_by: Draw each event for itself, or of each user a block of what belongs together
-            (`draw_blocks`): nearer to a test that holds users' last events.
-        seed: Decides the draw.
-        column: Holds "train", "validation", "test" or "unused", or the codes 0, 1, 2 and 3.
+        (settings)
 
     Raises:
         ConfigError: A share is asked for, and the column gives a validation already.
         DataError: There is no such column, or a value is none of these.
     """
+    column = split.column
     context = {} if events.context is None else {c.name: c for c in events.context.iter_columns()}
     if column in events.columns:
         values, inverse_E = np.unique(events.columns[column], return_inverse=True)
@@ -253,8 +232,8 @@ def given_split_by_column(
         )
     part_E = np.array([_part_code(value, column) for value in values.tolist()], np.uint8)[inverse_E]
     validated = bool((part_E == VALIDATION).any())
-    if validation:
-        _hold_out(part_E, events, validation, validation_by, seed, column)
+    if split.validation:
+        _hold_out(part_E, events, split)
         validated = True
     return _checked("given", events, part_E, held_out=(validated, True))
 
@@ -284,54 +263,76 @@ def leave_last_within_training(split: Split) -> Split:
     )
 
 
-def _hold_out(
-    part_E: UInt8[np.ndarray, " E"],
+_CUTS: Mapping[str, Callable[..., Split]] = {
+    "temporal": temporal_split,
+    "leave_last": leave_last_split,
+    "ratio": ratio_split,
+    "random": random_split,
+    "given": given_split_by_column,
+    "cold_items": cold_items_split,
+    "cold_users": cold_users_split,
+}
+"""The function of each kind; its arguments are named as the settings are."""
+
+
+@checked
+def make_split(
+    config: TemporalSplitConfig
+    | LeaveLastSplitConfig
+    | RatioSplitConfig
+    | RandomSplitConfig
+    | GivenSplitConfig
+    | ColdItemsSplitConfig
+    | ColdUsersSplitConfig,
     events: Interactions,
-    share: float,
-    by: Literal["events", "blocks"],
-    seed: int,
-    column: str,
+) -> Split:
+    """Cut `events` as `config` describes.
+
+    Raises:
+        DataError: The events cannot be cut so; the message says why.
+    """
+    return _CUTS[config.kind](events, **config.model_dump(exclude={"kind"}))
+
+
+def _hold_out(
+    part_E: UInt8[np.ndarray, " E"], events: Interactions, split: GivenSplitConfig
 ) -> None:
     """Move a share of the training events into validation."""
+    share = split.validation
     if (part_E == VALIDATION).any():
         raise ConfigError(
-            f"split.validation is {share:g}, but column {column!r} gives a validation part "
+            f"split.validation is {share:g}, but column {split.column!r} gives a validation part "
             "already: leave the share out",
             name="split.validation",
             value=share,
         )
     train = np.flatnonzero(part_E == TRAIN)
-    if by == "blocks":
-        part_E[train[draw_blocks(events.select(part_E == TRAIN), share, seed)]] = VALIDATION
+    if split.validation_by == "blocks":
+        held_E = draw_blocks(events.select(part_E == TRAIN), share, split.seed)
+        part_E[train[held_E]] = VALIDATION
         return
     num = int(np.floor(len(train) * share + _ROUNDING))
-    part_E[np.random.default_rng(seed).permutation(train)[:num]] = VALIDATION
+    part_E[np.random.default_rng(split.seed).permutation(train)[:num]] = VALIDATION
 
 
-def _parts_of_rows(
-    count_R: Int64[np.ndarray, " R"], validation: float, test: float, seed: int
+def _drawn_parts(
+    row_N: Int64[np.ndarray, " N"],
+    num_rows: int,
+    split: RandomSplitConfig | ColdItemsSplitConfig | ColdUsersSplitConfig,
 ) -> UInt8[np.ndarray, " R"]:
-    """Draw the rows with an event whose events are all held out."""
-    _check_shares(validation, test)
-    row = np.flatnonzero(count_R)
+    """Return the part of each row: some of `row_N`, drawn, are held out."""
     num_test, num_validation = (
-        int(np.floor(len(row) * share + _ROUNDING)) for share in (test, validation)
+        int(np.floor(len(row_N) * share + _ROUNDING)) for share in (split.test, split.validation)
     )
-    drawn = np.random.default_rng(seed).permutation(row)
-    part_R = np.full(len(count_R), TRAIN, dtype=np.uint8)
+    drawn = np.random.default_rng(split.seed).permutation(row_N)
+    part_R = np.full(num_rows, TRAIN, dtype=np.uint8)
     part_R[drawn[:num_test]] = TEST
     part_R[drawn[num_test : num_test + num_validation]] = VALIDATION
     return part_R
 
 
-def _check_shares(validation: float, test: float) -> None:
-    if not (test >= 0 and validation >= 0 and test + validation < 1):
-        raise ConfigError(
-            f"validation={validation:g} and test={test:g} are no shares that leave something to "
-            "train on: each is in [0, 1), their sum below 1",
-            name="test",
-            value=test,
-        )
+def _held_out(split: SharesConfig) -> tuple[bool, bool]:
+    return split.validation > 0, split.test > 0
 
 
 def _cut(timestamp_E: Int64[np.ndarray, " E"], share_before: float) -> int:

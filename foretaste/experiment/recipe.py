@@ -22,7 +22,7 @@ from foretaste.config import (
 )
 from foretaste.data.features_schema import FeatureSchema, schema_from_toml
 from foretaste.data.read_config import ReadConfig, ReadTables, WhichEvents
-from foretaste.data.split_config import SplitConfig
+from foretaste.data.splits import SplitConfig
 from foretaste.errors import ConfigError
 from foretaste.evaluation.measure_queries import Among, Whose
 from foretaste.experiment.two_stage import FirstStage
