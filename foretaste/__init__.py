@@ -102,11 +102,10 @@ if TYPE_CHECKING:
     from foretaste.models.hstu import HSTUConfig
     from foretaste.models.lightgcn import LightGCNConfig
     from foretaste.models.mf import MFConfig
-    from foretaste.models.mmoe import MMoEConfig
+    from foretaste.models.multitask import MMoEConfig, SharedBottomConfig
     from foretaste.models.neumf import GMFConfig, MLPConfig, NeuMFConfig
     from foretaste.models.pinsage import PinSageConfig
     from foretaste.models.sasrec import SASRecConfig
-    from foretaste.models.shared_bottom import SharedBottomConfig
     from foretaste.models.two_tower import TwoTowerConfig
     from foretaste.serving.access import add_token
     from foretaste.serving.answer import Answer, Recommendation
@@ -297,7 +296,7 @@ _HOME = {
     "LightGCNConfig": "models.lightgcn",
     "MFConfig": "models.mf",
     "MLPConfig": "models.neumf",
-    "MMoEConfig": "models.mmoe",
+    "MMoEConfig": "models.multitask",
     "MaskedItemConfig": "training.objectives.sequences",
     "ModelComparison": "experiment.compare_table",
     "ModelConfig": "models.catalogue",
@@ -324,7 +323,7 @@ _HOME = {
     "SASRecConfig": "models.sasrec",
     "SampledNegatives": "evaluation.measure_queries",
     "ServerSettings": "serving.settings",
-    "SharedBottomConfig": "models.shared_bottom",
+    "SharedBottomConfig": "models.multitask",
     "SourceError": "errors",
     "Split": "data.splits",
     "SplitConfig": "data.splits",

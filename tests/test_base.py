@@ -13,13 +13,12 @@ from foretaste.experiment.learning import make_learning, usual_objective
 from foretaste.models.als import ImplicitALSConfig
 from foretaste.models.base import Ranker, Retriever, Scorer
 from foretaste.models.baselines import EASEConfig, ItemKNNConfig, PopularityConfig
-from foretaste.models.catalogue import ModelConfig, TwoStageConfig
+from foretaste.models.catalogue import ModelConfig, TwoStage, TwoStageConfig
 from foretaste.models.layers.table_settings import make_table
 from foretaste.models.layers.tables import DenseConfig
 from foretaste.models.mf import MF, MFConfig
 from foretaste.models.neumf import NCF, GMFConfig
 from foretaste.models.sasrec import SASRecConfig
-from foretaste.models.two_stage import TwoStage
 from foretaste.training.objectives.pairs import PairsConfig
 from foretaste.training.objectives.rows import RowsConfig
 from foretaste.training.objectives.sequences import NextItemConfig

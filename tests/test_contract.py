@@ -24,18 +24,16 @@ from foretaste.models.als import ImplicitALSConfig
 from foretaste.models.base import Model, Ranker, Retriever
 from foretaste.models.baselines import EASEConfig, ItemKNNConfig, PopularityConfig
 from foretaste.models.bert4rec import BERT4RecConfig
-from foretaste.models.catalogue import ModelConfig, TwoStageConfig, build_model, graph_for
+from foretaste.models.catalogue import ModelConfig, TwoStage, TwoStageConfig, build_model, graph_for
 from foretaste.models.deepfm import DeepFMConfig
 from foretaste.models.din import DINConfig
 from foretaste.models.hstu import HSTUConfig
 from foretaste.models.lightgcn import LightGCNConfig
 from foretaste.models.mf import MFConfig
-from foretaste.models.mmoe import MMoEConfig
+from foretaste.models.multitask import MMoEConfig, SharedBottomConfig
 from foretaste.models.neumf import GMFConfig, MLPConfig, NeuMFConfig
 from foretaste.models.pinsage import PinSageConfig
 from foretaste.models.sasrec import SASRecConfig
-from foretaste.models.shared_bottom import SharedBottomConfig
-from foretaste.models.two_stage import TwoStage
 from foretaste.models.two_tower import TwoTowerConfig
 from foretaste.training.fit import Fit
 from foretaste.training.objectives.pairs import Pairs, PairsConfig

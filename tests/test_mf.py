@@ -18,7 +18,7 @@ from foretaste.errors import ConfigError
 from foretaste.evaluation.protocol import evaluate
 from foretaste.experiment.fit import fit
 from foretaste.models.catalogue import ModelConfig
-from foretaste.models.layers.fold_in import FoldIn
+from foretaste.models.layers.history import FoldIn
 from foretaste.models.layers.table_settings import make_table
 from foretaste.models.layers.tables import DenseConfig
 from foretaste.models.lightgcn import LightGCNConfig

@@ -18,9 +18,8 @@ from foretaste.data.batch import Queries
 from foretaste.data.features import fit_features
 from foretaste.data.interactions import Interactions
 from foretaste.data.tasks import Task
-from foretaste.models.catalogue import ModelConfig, TwoStageConfig, build_model
+from foretaste.models.catalogue import ModelConfig, TwoStage, TwoStageConfig, build_model, judge_new
 from foretaste.models.layers.field_ranker import FieldRanker
-from foretaste.models.two_stage import TwoStage, judge_new
 from foretaste.models.two_tower import TwoTower
 from foretaste.serving.answer import Answer, Recommendation
 from foretaste.serving.catalogue import Catalogue

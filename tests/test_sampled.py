@@ -26,7 +26,7 @@ from foretaste.models.baselines import PopularityConfig
 from foretaste.models.catalogue import ModelConfig
 from foretaste.models.deepfm import DeepFMConfig
 from foretaste.models.din import DINConfig
-from foretaste.models.mmoe import MMoEConfig
+from foretaste.models.multitask import MMoEConfig
 from foretaste.models.neumf import NeuMFConfig
 from foretaste.training.settings import TrainingConfig
 

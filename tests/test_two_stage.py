@@ -21,14 +21,20 @@ from foretaste.data.tasks import Task
 from foretaste.errors import ConfigError, DataError, NonFiniteError
 from foretaste.evaluation.rows import ranker_of
 from foretaste.experiment.mining import CandidateNegatives, best_unseen
-from foretaste.models import two_stage as module
+from foretaste.models import catalogue as module
 from foretaste.models.base import Model, Ranker, Scorer
 from foretaste.models.baselines import EASEConfig, ItemKNNConfig, Popularity
-from foretaste.models.catalogue import ModelConfig, TwoStageConfig, build_model
+from foretaste.models.catalogue import (
+    ModelConfig,
+    TwoStage,
+    TwoStageConfig,
+    below,
+    build_model,
+    judge,
+)
 from foretaste.models.layers.heads import Heads
 from foretaste.models.neumf import NeuMFConfig
 from foretaste.models.sasrec import SASRecConfig
-from foretaste.models.two_stage import TwoStage, below, judge
 from foretaste.sampling.negatives import MixedNegatives
 from foretaste.serving.bundle import Bundle
 from foretaste.serving.messages import RecommendReply, RecommendRequest

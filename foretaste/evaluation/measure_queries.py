@@ -49,7 +49,7 @@ from foretaste.evaluation.list_metrics import (
     settle,
 )
 from foretaste.models.base import Ranker
-from foretaste.models.two_stage import judge
+from foretaste.models.catalogue import judge
 from foretaste.training.trained import Trained
 
 Among = Literal["all", "cold"]

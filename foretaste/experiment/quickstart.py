@@ -8,9 +8,8 @@ from foretaste.arguments import checked
 from foretaste.config import Seed
 from foretaste.data.folder import check_place
 from foretaste.data.sources.load import get_dataset
-from foretaste.data.split_config import LeaveLastSplitConfig, TemporalSplitConfig, make_split
-from foretaste.data.splits import Split
-from foretaste.data.splitting import leave_last_split
+from foretaste.data.splits import LeaveLastSplitConfig, Split, TemporalSplitConfig
+from foretaste.data.splitting import leave_last_split, make_split
 from foretaste.evaluation.compare import Reports, compare
 from foretaste.evaluation.protocol import evaluate
 from foretaste.evaluation.report import Report

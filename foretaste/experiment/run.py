@@ -41,8 +41,7 @@ from foretaste.experiment.tracking import Tracker, TrackerKind, check_tracker, o
 from foretaste.experiment.two_stage import ranking_gain, retrieval_alone
 from foretaste.models.base import Ranker
 from foretaste.models.baselines import StrengthConfig
-from foretaste.models.catalogue import tasks_of
-from foretaste.models.two_stage import TwoStage
+from foretaste.models.catalogue import TwoStage, tasks_of
 from foretaste.serving.building import build_recommender
 from foretaste.serving.recommender import Recommender
 from foretaste.shown import Shown

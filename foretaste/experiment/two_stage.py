@@ -21,8 +21,7 @@ from foretaste.evaluation.compare import RankingGain, compare
 from foretaste.evaluation.report import Report
 from foretaste.experiment.mining import Fold, fit_folds, offer
 from foretaste.models.base import Model, Ranker
-from foretaste.models.catalogue import TwoStageConfig, build_model
-from foretaste.models.two_stage import TwoStage
+from foretaste.models.catalogue import TwoStage, TwoStageConfig, build_model
 from foretaste.training.fit import Epoch
 from foretaste.training.objectives.catalogue import ObjectiveConfig
 from foretaste.training.objectives.rows import RowsConfig

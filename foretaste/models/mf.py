@@ -23,7 +23,7 @@ from foretaste.config import ChoiceConfig, Count, Positive, RangeConfig, Space, 
 from foretaste.data.batch import Queries
 from foretaste.data.interactions import Interactions
 from foretaste.models.base import PairVectors, Retriever, Similarity, as_item, as_query
-from foretaste.models.layers.fold_in import FoldIn
+from foretaste.models.layers.history import FoldIn
 from foretaste.models.layers.table_settings import IdConfig, make_table
 
 

@@ -46,8 +46,7 @@ from foretaste.data.interactions import Interactions
 from foretaste.errors import ConfigError
 from foretaste.models.base import PairVectors, Retriever, Similarity, as_item, as_query
 from foretaste.models.layers.embedding import Fusion, known_fields, told_of_items, told_of_users
-from foretaste.models.layers.fold_in import FoldIn
-from foretaste.models.layers.history import AttentionHistory, CausalHistory, MeanHistory
+from foretaste.models.layers.history import AttentionHistory, CausalHistory, FoldIn, MeanHistory
 from foretaste.models.layers.mlp import MLP
 from foretaste.models.layers.table import Table
 from foretaste.models.layers.table_settings import IdConfig, make_table

@@ -22,7 +22,7 @@ from foretaste.data.features import FieldTable
 from foretaste.data.tasks import Weights
 from foretaste.errors import ConfigError
 from foretaste.models.base import Model, Ranker, Retriever, top_k
-from foretaste.models.two_stage import (
+from foretaste.models.catalogue import (
     Judged,
     TwoStage,
     below,

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from foretaste.data.features import FieldTable
-from foretaste.models.two_stage import Judged
+from foretaste.models.catalogue import Judged
 from foretaste.retrieval.index import TopK
 
 Told = Mapping[Any, Mapping[str, object]]

@@ -20,8 +20,8 @@ from foretaste.data.splits import LearnedFrom
 from foretaste.data.tasks import notes_about_histories, notes_about_labels
 from foretaste.errors import ConfigError, DataError, NonFiniteError
 from foretaste.models.base import Model, Ranker, Retriever, Scorer
+from foretaste.models.catalogue import TwoStage, placer
 from foretaste.models.layers.field_ranker import HistoryRanker
-from foretaste.models.two_stage import TwoStage, placer
 from foretaste.shown import Shown
 from foretaste.training.calibration import Calibration, calibrated
 from foretaste.training.objectives.catalogue import ObjectiveConfig

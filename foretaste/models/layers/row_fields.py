@@ -20,7 +20,7 @@ from foretaste.data.batch import Queries
 from foretaste.data.features import Features, FieldTable
 from foretaste.data.interactions import Interactions
 from foretaste.errors import ConfigError
-from foretaste.models.layers.fold_in import FoldIn, with_likely_features, with_likely_ids
+from foretaste.models.layers.history import FoldIn, with_likely_features, with_likely_ids
 from foretaste.models.layers.side_fields import (
     RowFieldsConfig,
     SideFields,
