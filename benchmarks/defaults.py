@@ -39,7 +39,7 @@ SETS: Mapping[str, tuple[str, dict[str, object]]] = {
     "s3rec-beauty": ("s3rec-beauty", {"kind": "leave_last"}),
     "retailrocket": ("retailrocket", {"kind": "temporal", "stop_on": "leave_last"}),
     "social-ciao": ("social-ciao", GIVEN),
-    "ml-1m": ("ml-1m", {"kind": "leave_last"}),
+    "ml-1m": ("ml-1m-sequences", {"kind": "leave_last"}),
     "gowalla": ("gowalla", {**GIVEN, "validation_by": "blocks"}),
     "frappe": ("frappe-ctr-rows", {"kind": "given"}),
 }

@@ -858,7 +858,7 @@ def test_the_command_line_ends_with_1_where_the_work_fails_and_2_where_the_call_
     assert "one recipe" in wrong.stderr
 
 
-def test_a_model_searches_how_it_learns_within_its_share_of_a_budget(
+def test_a_recipe_that_asks_for_a_search_has_it_within_its_share_of_a_budget(
     recipe: ft.ExperimentConfig, split: ft.Split, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("foretaste.experiment.search_space._ROUNDS", ((1, 2), (1, 1)))
@@ -873,10 +873,10 @@ def test_a_model_searches_how_it_learns_within_its_share_of_a_budget(
     monkeypatch.setattr(ShortSearch, "run", watch)
     (own,) = ft.family_recipes(recipe, ["mf"]).values()
     own = own.model_copy(update={"model": ft.MFConfig(embedding_dim=4)})
-    given = own.model_copy(update={"training": ft.TrainingConfig(epochs=2, device="cpu")})
-    found = ft.compare_models({"own": own, "given": given}, split, budget_seconds=60.0)
-    ((seconds, rate),) = tried  # the recipe that says how to train is not searched
+    own = own.model_copy(update={"training": ft.TrainingConfig(epochs=2, device="cpu")})
+    searching = ft.TrainingConfig(epochs=2, device="cpu", search=True)
+    asked = own.model_copy(update={"training": searching})
+    found = ft.compare_models({"own": own, "asked": asked}, split, budget_seconds=60.0)
+    ((seconds, rate),) = tried  # without `search` nothing is searched
     assert seconds < 20
-    assert row_of(found, "own").settings["training"]["learning_rate"] == rate
-    ft.compare_models({"own": own}, split)
-    assert len(tried) == 1  # without a budget nothing is searched
+    assert row_of(found, "asked").settings["training"]["learning_rate"] == rate

@@ -44,11 +44,9 @@ from foretaste.experiment.run import (
     sampled_rows,
     to_recommender,
 )
-from foretaste.models.catalogue import TwoStageConfig
 from foretaste.serving.building import build_recommender, load
 from foretaste.serving.recommender import Recommender
 from foretaste.training.fit import OUT_OF_TIME
-from foretaste.training.settings import TrainingConfig
 
 ASKED = 200
 """How many single questions the time of an answer is the median of."""
@@ -103,10 +101,10 @@ def compare_models(
 
     Those that learn in closed form go first. Each of the others may train for an even share of
     what is left of the budget, one step at least; what one leaves over falls to those after it.
-    Where a recipe leaves `training` open, a third of that share at most is for a search
-    (`training.search`). A model that fails does not end the others. Every model learns from the
-    training part alone, whatever `final` a recipe has; the one to take is then trained once more on
-    all events, for as many epochs as were chosen, and that is the bundle.
+    Of that share a third at most is for a search, where a recipe asks for one (`training.search`).
+    A model that fails does not end the others. Every model learns from the training part alone,
+    whatever `final` a recipe has; the one to take is then trained once more on all events, for as
+    many epochs as were chosen, and that is the bundle.
 
     Args:
         recipes: By name, on the same data and split; the first one says how all are evaluated.
@@ -236,7 +234,6 @@ def _attempts(
 
 def _attempt(entry: Entry, seed: int, bundle: Path, share: float | None, *, show: bool) -> Measured:
     config, split = entry.config.model_copy(update={"seed": seed}), entry.split
-    config = config if share is None else _searching(config)
     run = run_experiment(config, split, show=show, max_seconds=share)
     report = run.report.lists if config.evaluation.catalogue else run.report.rows
     if report is None:
@@ -263,14 +260,6 @@ def _attempt(entry: Entry, seed: int, bundle: Path, share: float | None, *, show
         answer_ms=answer_ms,
         rows=rows,
     )
-
-
-def _searching(config: ExperimentConfig) -> ExperimentConfig:
-    """Let a model search how it learns, where its recipe leaves that to it."""
-    left_open = TrainingConfig(device=config.training.device)
-    if config.training != left_open or isinstance(config.model, TwoStageConfig):
-        return config
-    return config.model_copy(update={"training": left_open.model_copy(update={"search": True})})
 
 
 def _final(
