@@ -1,5 +1,6 @@
 """Defaults: one opinion of each model, and what of it the data or a short search decide."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -106,6 +107,25 @@ def test_what_is_left_to_the_model_is_decided_and_what_is_asked_for_is_kept() ->
     assert asked.settled(usual, 10**6) == asked
     plain = ft.TrainingConfig().settled({}, 10**6)
     assert (plain.learning_rate, plain.ema_decay, plain.batch_events) == (1e-3, 0.0, 8192)
+
+
+@pytest.mark.parametrize("pooling", ["attention", "auto"])
+def test_training_reads_other_events_of_a_user_only_where_their_order_has_no_meaning(
+    pooling: str,
+) -> None:
+    last = groups()
+    given = ft.Split(kind="given", events=last.events, part_E=last.part_E, rolling=False)
+    timed = replace(last.events, timestamp_s=np.arange(len(last.events), dtype=np.int64))
+    by_time = replace(given, events=timed)
+    auto = ft.DINConfig(embedding_dim=4, pooling=pooling)
+    for split, config, reads in (
+        (last, auto, "before"),
+        (given, auto, "others"),
+        (by_time, auto, "before"),
+        (given, auto.model_copy(update={"reads": "before"}), "before"),
+    ):
+        trained = ft.fit(config, split, training=ft.TrainingConfig(epochs=1), show=False)
+        assert (trained.config.reads, trained.model.reads) == (reads, reads)
 
 
 ODD = {

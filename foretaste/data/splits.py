@@ -37,6 +37,10 @@ SplitKind = Literal[
 ]
 
 
+_BY_ORDER: tuple[SplitKind, ...] = ("temporal", "leave_last", "ratio")
+"""Splits that take the order of events for their time, where events have none."""
+
+
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -337,6 +341,11 @@ class Split(Shown):
                 name="part_E",
                 value=len(self.part_E),
             )
+
+    @property
+    def ordered(self) -> bool:
+        """Whether the order of a user's events has a meaning: by their times or by the split."""
+        return self.events.timestamp_s is not None or self.kind in _BY_ORDER
 
     @cached_property
     def train(self) -> Interactions:

@@ -145,7 +145,7 @@ def fit(
             max_seconds=max_seconds,
         )
     positive = objective.positive if isinstance(objective, RowsConfig) else ""
-    config = settled(config, events, positive=positive)
+    config = settled(config, events, positive=positive, ordered=split.ordered)
     config, tried = _with_strengths(config, split, fit_part, show=show)
     training = asked.settled(config.usual.training, len(events))
     pretraining = pretraining_of(config)

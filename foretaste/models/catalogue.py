@@ -150,14 +150,19 @@ def as_written(model: Mapping[str, object]) -> dict[str, object]:
     return whole | {"ranker": as_written(ranker)} if isinstance(ranker, Mapping) else whole
 
 
-def settled(config: ModelConfig, events: Interactions, *, positive: str = "") -> ModelConfig:
+def settled(
+    config: ModelConfig, events: Interactions, *, positive: str = "", ordered: bool = True
+) -> ModelConfig:
     """Return settings with what they leave to the data, "auto", decided.
 
     Args:
         config: Of a model that is to be trained.
         events: Those of training.
         positive: Column whose values above 0 make an event part of histories; "": as they say.
+        ordered: Whether the order of a user's events has a meaning.
     """
+    if isinstance(config, HistoryConfig) and config.reads == "auto":
+        config = config.model_copy(update={"reads": "before" if ordered else "others"})
     if not (isinstance(config, HistoryConfig) and config.pooling == "auto"):
         return config
     happened = positives_of(events, positive)

@@ -152,9 +152,12 @@ class HistoryConfig(RowFieldsConfig):
     item that is scored; "mean", the mean of all events; "none", not at all. "auto": "attention" if
     a user has several training events, else "none"; "none" too if some events are negative (a click
     of 0) and no `positive` marks which are positive."""
-    reads: Literal["before", "others"] = "before"
+    reads: Literal["auto", "before", "others"] = "auto"
     """What training reads as the history of a row: "before", the user's events before it; "others",
-    the user's other events, drawn at random, for data whose order has no meaning."""
+    the user's other events, drawn at random, for data whose order has no meaning. "auto": "others"
+    where events have no times and the split is not by their order, as the last events of such
+    training histories are met again and again, and a model that knows them by heart is worse on
+    new ones; else "before"."""
     max_len: Count = 50
     """How many events of a history are read: the last ones."""
     weights: Literal["softmax", "unnormalised"] = "softmax"
@@ -202,7 +205,8 @@ class HistoryRanker(PairRanker, ABC):
         """
         super().__init__()
         self.config, self.max_len = config, config.max_len
-        self.reads: Reads = config.reads if config.reads_history else "nothing"
+        reads: Reads = "others" if config.reads == "others" else "before"
+        self.reads: Reads = reads if config.reads_history else "nothing"
         self.fields = RowFields(
             config,
             num_users=num_users,
