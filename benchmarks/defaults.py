@@ -7,7 +7,9 @@ One cell, a data set and a model, at a time; each goes into the record as soon a
 that a run that was broken off goes on where it was. Sets are cut to 200,000 events by users drawn
 with a seed. Lists: test NDCG@10 over the whole catalogue; the labelled rows of Frappe: AUC and
 log loss. Intervals are of a bootstrap over users or rows, seconds are processor seconds of
-one thread. `--tuned` adds the same model after 15 pruned trials of its usual ranges.
+one thread. `--tuned` adds the same model after 15 pruned trials of its usual ranges, `--shuffled`
+sequence models on a copy in which each user's training items are in random order: what they lose is
+what order tells.
 """
 
 import argparse
@@ -15,6 +17,7 @@ import json
 import tempfile
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -47,6 +50,7 @@ SETS: Mapping[str, tuple[str, dict[str, object]]] = {
 ROWS = ("frappe",)
 """Sets of labelled rows: rankers alone."""
 RETRIEVERS = ("mf", "two_tower", "lightgcn", "pinsage", "sasrec", "bert4rec", "hstu")
+BY_ORDER = ("sasrec", "bert4rec", "hstu")
 RANKERS = ("gmf", "mlp", "neumf", "deepfm", "din", "shared_bottom", "mmoe")
 FIGURES = Path(__file__).parent / "results" / "defaults.json"
 
@@ -72,6 +76,11 @@ def main() -> None:
                 cell |= searched(recipe(name, model), name, options)
                 keep(record, options.out)
                 print(name, model, "tuned", cell["tuned"], flush=True)
+            if options.shuffled and model in BY_ORDER and "shuffled" not in cell:
+                found = measured(recipe(name, model), name, options, shuffled=True)
+                cell |= {"shuffled": found["default"], "shuffled_interval": found["interval"]}
+                keep(record, options.out)
+                print(name, model, "shuffled", cell["shuffled"], flush=True)
         if name in ROWS and name not in record["baselines"]:
             record["baselines"][name] = counted(name, options)
             keep(record, options.out)
@@ -83,6 +92,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
     parser.add_argument("--models", nargs="+", choices=(*BASELINES, *RETRIEVERS, *RANKERS))
     parser.add_argument("--tuned", action="store_true", help="measure each model tuned, too")
+    parser.add_argument("--shuffled", action="store_true", help="and without order")
     parser.add_argument("--budget", type=float, help="begin no cell after so many seconds")
     parser.add_argument("--cell-seconds", type=float, help="end a training after so many seconds")
     parser.add_argument("--again", action="store_true", help="measure the defaults again")
@@ -135,10 +145,20 @@ def cut(events: ft.Interactions) -> ft.Interactions:
     return events.select(np.isin(events.user_idx, drawn_U[before_U <= MOST_EVENTS]))
 
 
+def without_order(split: ft.Split) -> ft.Split:
+    """Return a split with each user's training items in random order; what is asked stays."""
+    events, train = split.events, np.flatnonzero(split.part_E == 0)
+    order = np.lexsort((np.random.default_rng(0).random(len(train)), events.user_idx[train]))
+    item_E = events.item_idx.copy()
+    item_E[train] = item_E[train[order]]
+    return replace(split, events=replace(events, item_idx=item_E))
+
+
 def measured(
-    config: ft.ExperimentConfig, name: str, options: argparse.Namespace
+    config: ft.ExperimentConfig, name: str, options: argparse.Namespace, *, shuffled: bool = False
 ) -> dict[str, object]:
     split = read(name, options.data_dir)
+    split = without_order(split) if shuffled else split
     started = time.process_time()
     try:
         run = run_experiment(config, split, show=False, max_seconds=options.cell_seconds)

@@ -11,7 +11,7 @@ import torch
 import foretaste as ft
 from foretaste.data.interactions import Interactions
 from foretaste.data.vocabulary import Vocabulary
-from foretaste.experiment.learning import usual_objective
+from foretaste.experiment.learning import l2_factor, usual_objective
 from foretaste.experiment.run import fit_final, run_experiment
 from foretaste.experiment.search_space import usual_space, with_drawn, with_own_objective
 from foretaste.experiment.validation import make_validation
@@ -86,7 +86,7 @@ def test_a_model_learns_its_own_way_wherever_it_is_trained() -> None:
     config = recipe({"kind": "mf", "embedding_dim": 4})
     trained = ft.fit(config.model, groups(), training=ft.TrainingConfig(epochs=1), show=False)
     own = usual_objective(config.model).model_dump(mode="json")
-    assert trained.settings["objective"] == own
+    assert trained.settings["objective"] == own | {"l2": 0.3}  # by counts: they are few
     assert trained.settings["training"]["learning_rate"] == 1e-2
     compared = ft.family_recipes(config, ["mf"])["mf"]
     assert (compared.objective, compared.training) == (None, ft.TrainingConfig())
@@ -126,6 +126,19 @@ def test_training_reads_other_events_of_a_user_only_where_their_order_has_no_mea
     ):
         trained = ft.fit(config, split, training=ft.TrainingConfig(epochs=1), show=False)
         assert (trained.config.reads, trained.model.reads) == (reads, reads)
+
+
+@pytest.mark.parametrize(
+    ("num_users", "each", "factor"), [(40, 10, 3.0), (40, 20, 2.0), (40, 40, 1.0), (160, 10, 2.0)]
+)
+def test_l2_is_stronger_where_events_are_few_for_a_user_and_an_item(
+    num_users: int, each: int, factor: float
+) -> None:
+    events = events_of([[user % 40] * each for user in range(num_users)], num_items=50)
+    assert l2_factor(events) == pytest.approx(factor)  # items without events do not count
+    config = ft.LightGCNConfig()
+    assert usual_objective(config, events).l2 == pytest.approx(0.01 * factor)
+    assert usual_objective(ft.PinSageConfig(), events) == usual_objective(ft.PinSageConfig())
 
 
 ODD = {

@@ -127,7 +127,7 @@ def fit(
         show=show,
         on_cost=on_cost,
     )
-    learner = _to_search(config, objective, asked, candidates)
+    learner = _to_search(config, objective, asked, candidates, events)
     if learner is not None:
         return _search_and_fit(
             learner, split, fit_part, folder=folder, on_epoch=on_epoch, max_seconds=max_seconds
@@ -171,7 +171,7 @@ def fit(
         model.start_from({kind: part.model for kind, part in parts.items()})
         rate = training.rate * pretraining.fine_tuning
         training = training.model_copy(update={"learning_rate": rate})
-    objective = _objective_of(config, objective)
+    objective = _objective_of(config, objective, events)
     happened = events
     if isinstance(objective, RowsConfig):
         happened = positives_of(events, objective.positive)
@@ -224,6 +224,7 @@ def _to_search(
     objective: ObjectiveConfig | None,
     asked: TrainingConfig,
     candidates: Candidates | None,
+    events: Interactions,
 ) -> Learner | None:
     """Return what a short search begins with, if one is asked for and there is something to search.
 
@@ -243,7 +244,7 @@ def _to_search(
         return None
     return Learner(
         model=config,
-        objective=objective or usual_objective(config),
+        objective=objective or usual_objective(config, events),
         training=asked.model_copy(update={"search": False}),
     )
 
@@ -289,9 +290,11 @@ def _search_and_fit(
     return replace(trained, log={**trained.log, "search": log}, train_seconds=seconds)
 
 
-def _objective_of(config: ModelConfig, objective: ObjectiveConfig | None) -> ObjectiveConfig | None:
+def _objective_of(
+    config: ModelConfig, objective: ObjectiveConfig | None, events: Interactions
+) -> ObjectiveConfig | None:
     """Return how a model learns; None of one that learns in closed form."""
-    return (objective or usual_objective(config)) if config.usual.objective else None
+    return (objective or usual_objective(config, events)) if config.usual.objective else None
 
 
 def _settings_of(

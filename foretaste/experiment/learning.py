@@ -1,10 +1,12 @@
 """Which model learns in which way: the objective and the batches that go with it."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from pydantic import TypeAdapter
 from torch import Generator, Tensor
@@ -45,9 +47,34 @@ from foretaste.training.runtime import epoch_generator, step_seed
 _OBJECTIVES: TypeAdapter[ObjectiveConfig] = TypeAdapter(ObjectiveConfig)
 
 
-def usual_objective(config: ModelConfig) -> ObjectiveConfig:
-    """Return how a model that learns by gradient learns if nothing else is said."""
-    return _OBJECTIVES.validate_python(config.usual.objective)
+def usual_objective(config: ModelConfig, events: Interactions | None = None) -> ObjectiveConfig:
+    """Return how a model that learns by gradient learns if nothing else is said.
+
+    Args:
+        config: The model's settings.
+        events: Those of training, by whose counts the model's own l2 is raised where it has one;
+            None: as it is.
+    """
+    objective = _OBJECTIVES.validate_python(config.usual.objective)
+    if events is None or not (isinstance(objective, PairsConfig) and objective.l2):
+        return objective
+    l2 = float(f"{objective.l2 * l2_factor(events):.2g}")
+    return objective.model_copy(update={"l2": l2})
+
+
+def l2_factor(events: Interactions) -> float:
+    r"""Return how much stronger l2 is than in data of many events a user and an item.
+
+    .. math:: \min\left(3, \max\left(1, 40 \frac{\sqrt{UI}}{E}\right)\right)
+
+    with E events of U users and I items. The fewer events there are for a vector, the more of what
+    it learns is chance. On validation MF is better with an l2 of .3 than of .1 at 8 and 13 events
+    (TikTok .034 and .030, social Last.fm .133 and .117), and worse at 25 and 78 (S3-Rec's Last.fm
+    .046 and .051, MovieLens-100K .066 and .092); at 1 it stays on popularity's level.
+    """
+    num_users = np.count_nonzero(np.diff(events.offsets))
+    num_items = np.count_nonzero(events.item_count)
+    return min(3.0, max(1.0, 40 * math.sqrt(num_users * num_items) / len(events)))
 
 
 @dataclass(frozen=True, kw_only=True)
