@@ -231,7 +231,7 @@ def test_a_search_without_time_leaves_the_settings_as_they_are(max_seconds: floa
     found = searched(groups(), max_seconds=max_seconds)
     assert found.log["search"]["ended"] == "out of time"
     assert found.config == SMALL
-    assert found.objective == usual_objective(SMALL)
+    assert found.objective == usual_objective(SMALL, groups().train)
 
 
 @pytest.mark.usefixtures("quick")
@@ -239,7 +239,7 @@ def test_a_search_without_validation_events_leaves_the_settings_as_they_are() ->
     split = ft.leave_last_split(groups().events, validation=False)
     found = ft.fit(SMALL, split, training=SEARCHED, show=False)
     assert found.log["search"]["trials"] == []
-    assert found.objective == usual_objective(SMALL)
+    assert found.objective == usual_objective(SMALL, split.train)
 
 
 @pytest.mark.usefixtures("quick")

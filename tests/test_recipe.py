@@ -322,6 +322,8 @@ def test_recipes_resolve_to_the_settings_that_their_figures_were_measured_with()
 
 def _check_recorded(recipe: str, settings: ft.Config, then: dict[str, object]) -> None:
     now = settings.model_dump(mode="json")
+    if now.get("pooling") == "none":  # no histories are read
+        then = {name: value for name, value in then.items() if name != "reads"}
     for name, value in then.items():
         if name not in settings.model_fields_set:
             assert now[name] == value, (recipe, settings, name)
