@@ -1,115 +1,197 @@
 """What tables lose by kind: made of trained ones, and trained as such, beside narrow and int8.
 
-    python benchmarks/compression.py --data-dir DATA --data ml-100k --model mf \
-        --out benchmarks/results/compression.json
+    python benchmarks/compression.py frappe-deepfm --data-dir DATA --keep FOLDER \
+        --seeds 3 --out benchmarks/results/compression.json
 
-The data are cut by each user's last event; models are at default settings, one a seed. A point's
-value is the mean over seeds, its interval the paired one over users of the difference from the
-dense tables; it is above an anchor where the interval of their difference is clear of 0.
-The file keeps what it holds of other data and models.
+Each set is a recipe with the changes that stand in `SETS`, fewer epochs among them. A point's value
+is the mean over seeds, its interval the paired one over users of the difference from the dense
+tables; it is above an anchor where the interval of their difference is clear of 0. The figure is
+written after each point, and what was trained and measured is kept in `--keep`: a run that was
+ended goes on from there, with more seeds too. Kinds that train follow with `--train`.
 """
 
 import argparse
+import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 import foretaste as ft
 from foretaste.experiment.compress import anchors, table_bytes, usual_tables, width_of
-from foretaste.experiment.record import run_facts
+from foretaste.experiment.facts import run_facts
+from foretaste.models.layers.table_settings import TableConfig
 from foretaste.models.layers.tables import (
     CompositionalConfig,
+    DenseConfig,
     HashConfig,
     NarrowConfig,
     QuantisedConfig,
 )
+from foretaste.models.layers.tables_at_rest import IntegerConfig
 
-MODELS = {"mf": ft.MFConfig(), "sasrec": ft.SASRecConfig(), "lightgcn": ft.LightGCNConfig()}
+ROOT = Path(__file__).parent.parent
+DENSE = DenseConfig()
+
+
+class Set(NamedTuple):
+    """A recipe and what is changed in it."""
+
+    recipe: str
+    changes: tuple[str, ...]
+    metric: str = "ndcg_at_10"
+
+
+SETS = {
+    "frappe-deepfm": Set("deepfm-frappe", ("training.epochs=12",), "auc"),
+    "ml-1m-sasrec": Set("sasrec-ml1m-fast", ("training.epochs=8",)),
+    "gowalla-mf": Set("mf-gowalla", ("training.epochs=16", "objective.l2=0.22")),
+}
 TRAINED = (
-    NarrowConfig(times=4),
+    QuantisedConfig(sub_spaces=8),
     NarrowConfig(times=8),
-    HashConfig(times=4),
     HashConfig(times=8),
-    CompositionalConfig(times=4),
     CompositionalConfig(times=8),
     CompositionalConfig(times=8, operation="concatenation"),
-    QuantisedConfig(sub_spaces=8),
+    NarrowConfig(times=4),
+    HashConfig(times=4),
+    CompositionalConfig(times=4),
 )
-METRIC = "ndcg_at_10"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data-dir", type=Path, required=True)
-    parser.add_argument("--data", default="ml-100k")
-    parser.add_argument("--model", choices=list(MODELS), default="mf")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--out", type=Path, required=True)
-    asked = parser.parse_args()
-    torch.set_num_threads(1)
-    split = ft.leave_last_split(ft.get_dataset(asked.data, data_dir=asked.data_dir).events)
-    config = MODELS[asked.model]
+class Measured(NamedTuple):
+    """One kind of table of one seed."""
 
-    def fitted(table: Any) -> list[ft.Trained]:
-        made = config.model_copy(update={"table": table}) if table is not None else config
-        return [ft.fit(made, split, seed=seed, show=False) for seed in range(asked.seeds)]
+    report: Any
+    times_smaller: float
 
-    def reports(models: list[ft.Trained]) -> list[ft.Report]:
-        return [ft.evaluate(model, split.test, k=(10,)) for model in models]
 
-    dense = fitted(None)
-    original, width = reports(dense), width_of(dense[0])
-    measured: dict[Any, tuple[float, list[ft.Report]]] = {}
+class Bench:
+    """One set: its models are trained once, and its reports kept."""
 
-    def at_rest(table: Any) -> tuple[float, list[ft.Report]]:
-        if table not in measured:
-            smaller = [ft.compress_tables(model, table) for model in dense]
-            times = table_bytes(dense[0]) / table_bytes(smaller[0])
-            measured[table] = times, reports(smaller)
-        return measured[table]
+    def __init__(self, name: str, recipe: Path, *, data_dir: Path, keep: Path) -> None:
+        self.name, self.data_dir, self.keep = name, data_dir, keep
+        self.set = SETS[name] if name in SETS else Set(str(recipe), ())
+        self.recipe = ft.read_experiment(recipe, overrides=self.set.changes)
+        self.split = ft.read_split(self.recipe, data_dir=data_dir)
+        self.models: dict[int, ft.Trained] = {}
+        keep.mkdir(parents=True, exist_ok=True)
 
-    def point(table: Any, times: float, found: list[ft.Report], *, trained: bool) -> dict[str, Any]:
-        beside = ft.compare(found, original, METRIC)
-        above = {
-            f"above_{name}": ft.compare(found, at_rest(anchor)[1], METRIC).interval.low > 0
-            for name, anchor in anchors(table, times, width).items()
-        }
+    def dense(self, seed: int) -> ft.Trained:
+        """Return the model of a seed with dense tables, which is trained if it is not kept."""
+        if seed not in self.models:
+            place = self.keep / f"{self.name}-{seed}"
+            if not place.exists():
+                ft.build_recommender(self._trained(DENSE, seed)).save(place)
+            self.models[seed] = ft.load(place).trained
+        return self.models[seed]
+
+    def _trained(self, table: TableConfig, seed: int) -> ft.Trained:
+        model = self.recipe.model.model_copy(update={"table": table})
+        recipe = self.recipe.model_copy(update={"model": model, "seed": seed})
+        return ft.run_experiment(recipe, self.split, show=False).trained
+
+    def measured(self, table: TableConfig, seed: int, *, trained: bool) -> Measured:
+        """Return the report of a kind, from the file where it is kept."""
+        is_rows = self.set.metric == "auc"
+        said = f"{table.model_dump_json()} {trained}"
+        digest = hashlib.sha256(said.encode()).hexdigest()[:12]
+        place = self.keep / f"{self.name}-{seed}-{table.kind}-{digest}.json"
+        if not place.exists():
+            if trained:
+                model = self._trained(table, seed)
+            else:
+                dense = self.dense(seed)
+                model = dense if table == DENSE else ft.compress_tables(dense, table)
+            reports = ft.evaluate_split(model, self.recipe, self.split)
+            report: Any = reports.rows if is_rows else reports.lists
+            times = table_bytes(self.dense(seed)) / table_bytes(model)
+            place.write_text(json.dumps({"times": times, "report": report.to_json()}))
+        kept = json.loads(place.read_text())
+        kind = ft.RowsReport if is_rows else ft.Report
+        return Measured(kind.from_json(kept["report"]), kept["times"])
+
+    def compared(self, a: list[Any], b: list[Any]) -> Any:
+        """Compare reports, one a seed."""
+        if self.set.metric == "auc":
+            return ft.compare_rows(a, b, "auc")
+        return ft.compare(a, b, self.set.metric)
+
+    def point(self, table: TableConfig, seeds: range, *, trained: bool) -> dict[str, Any]:
+        """Return what a kind loses, beside both anchors of as many bytes."""
+        found = [self.measured(table, seed, trained=trained) for seed in seeds]
+        times = found[0].times_smaller
+        reports = [one.report for one in found]
+        original = [self.measured(DENSE, seed, trained=False).report for seed in seeds]
+        beside = self.compared(reports, original)
+        above = {}
+        for name, anchor in anchors(table, times, width_of(self.dense(0))).items():
+            other = [self.measured(anchor, seed, trained=False).report for seed in seeds]
+            above[name] = self.compared(reports, other).interval.low > 0
+        chance = 0.5 if self.set.metric == "auc" else 0.0
         return {
-            "data": asked.data,
-            "items": split.train.num_items,
-            "model": asked.model,
+            "data": self.name,
+            "recipe": self.set.recipe,
+            "changes": list(self.set.changes),
+            "items": self.split.train.num_items,
+            "model": self.recipe.model.kind,
             "kind": table.kind,
             "settings": table.model_dump(mode="json"),
             "trained": trained,
             "times_smaller": round(times, 2),
-            "metric": METRIC,
+            "metric": self.set.metric,
             "value": round(beside.mean_a, 5),
-            "loss_percent": round(100 * (1 - beside.mean_a / beside.mean_b), 2),
-            "interval": [round(beside.interval.low, 5), round(beside.interval.high, 5)],
-            "above_narrow": above.get("above_narrow"),
-            "above_int8": above.get("above_int8"),
-            "seeds": asked.seeds,
+            "loss_percent": round(
+                100 * (beside.mean_b - beside.mean_a) / (beside.mean_b - chance), 3
+            ),
+            "interval": [round(beside.interval.low, 6), round(beside.interval.high, 6)],
+            "above_narrow": above.get("narrow"),
+            "above_int8": above.get("int8"),
+            "seeds": len(seeds),
         }
 
-    points = [point(table, *at_rest(table), trained=False) for table in usual_tables(width)]
-    for table in TRAINED:
-        models = fitted(table)
-        times = table_bytes(dense[0]) / table_bytes(models[0])
-        points.append(point(table, times, reports(models), trained=True))
-        print(points[-1], flush=True)
-    points += [
-        point(table, *found, trained=False)
-        for table, found in measured.items()
-        if table not in usual_tables(width)
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("name", help=f"One of {', '.join(SETS)}, or a name for --recipe.")
+    parser.add_argument("--recipe", type=Path)
+    parser.add_argument("--data-dir", type=Path, required=True)
+    parser.add_argument("--keep", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--train", type=int, default=0, help="How many of the kinds that train.")
+    parser.add_argument("--out", type=Path, required=True)
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    recipe = asked.recipe or ROOT / "recipes" / f"{SETS[asked.name].recipe}.toml"
+    bench = Bench(asked.name, recipe, data_dir=asked.data_dir, keep=asked.keep)
+    width = width_of(bench.dense(0))
+    at_rest = [
+        *usual_tables(width),
+        NarrowConfig(times=8),
+        IntegerConfig(width=max(1, width // 2 - 4)),  # 8 times smaller, like the next one
+        IntegerConfig(kind="int4", width=max(1, width - 8)),
     ]
+    for seeds in range(1, asked.seeds + 1):
+        times = [bench.measured(table, 0, trained=False).times_smaller for table in at_rest]
+        both = [anchors(*one, width) for one in zip(at_rest, times, strict=True)]
+        beside = [anchor for found in both for anchor in found.values()]
+        for table in dict.fromkeys([*at_rest, *beside]):
+            write(asked.out, bench.point(table, range(seeds), trained=False))
+    for table in TRAINED[: asked.train]:
+        write(asked.out, bench.point(table, range(1), trained=True))
+
+
+def write(out: Path, point: dict[str, Any]) -> None:
+    """Put a point into the file, in place of the same one of fewer seeds."""
     document: dict[str, Any] = {"points": []}
-    if asked.out.exists():
-        document = json.loads(asked.out.read_text(encoding="utf-8"))
-    others = [p for p in document["points"] if (p["data"], p["model"]) != (asked.data, asked.model)]
-    document = {"points": [*others, *points], **run_facts()}
-    asked.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    if out.exists():
+        document = json.loads(out.read_text(encoding="utf-8"))
+    same = ("data", "model", "settings", "trained")
+    others = [p for p in document["points"] if any(p[key] != point[key] for key in same)]
+    document = {"points": [*others, point], **run_facts()}
+    out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    print(point, flush=True)
 
 
 if __name__ == "__main__":
