@@ -44,9 +44,10 @@ class Set(NamedTuple):
 
 
 SETS = {
-    "frappe-deepfm": Set("deepfm-frappe", ("training.epochs=12",), "auc"),
-    "ml-1m-sasrec": Set("sasrec-ml1m-fast", ("training.epochs=8",)),
-    "gowalla-mf": Set("mf-gowalla", ("training.epochs=16", "objective.l2=0.22")),
+    "frappe-deepfm": Set("deepfm-frappe-rows", (), "auc"),
+    "gowalla-mf": Set("mf-gowalla", ('training.tables="lazy_adamw"',)),
+    "sports-sasrec": Set("sasrec-sports", ()),
+    "ml-1m-sasrec": Set("sasrec-ml1m-fast", ('training.tables="lazy_adamw"',)),
 }
 TRAINED = (
     QuantisedConfig(sub_spaces=8),

@@ -23,8 +23,9 @@ from foretaste.data.features import FieldTable
 from foretaste.data.interactions import Interactions
 from foretaste.data.tasks import Task
 from foretaste.errors import ConfigError
+from foretaste.models.layers.codes import Codes
 from foretaste.models.layers.heads import Heads
-from foretaste.models.layers.table import BLOCK_ROWS
+from foretaste.models.layers.table import BLOCK_ROWS, Table
 from foretaste.models.layers.tables import code_by_events
 
 LearnsBy = Literal["pairs", "next_item", "masked_item", "rows", "events"]
@@ -133,8 +134,27 @@ class Retriever(Model, ABC):
     def items(self, item_V: Int64[Tensor, " V"]) -> Float[Tensor, "V D"]:
         """Return the vectors of some items, to be learned from; a score is a dot product."""
 
+    @property
+    def item_rows(self) -> Table | None:
+        """The table whose rows are the items' vectors as they are; None: they are worked out."""
+        return None
+
+    def item_codes(self) -> Codes | None:
+        """Return every item's vector as codes, where its table keeps them so."""
+        return None if self.item_rows is None else self.item_rows.codes()
+
+    def products(self, query_BD: Float[Tensor, "B D"]) -> Float[Tensor, "B I"]:
+        """Return every item's score for each query, without gradient."""
+        if self.item_rows is not None:
+            return self.item_rows.products(query_BD)
+        blocks = [query_BD @ item_VD.float().T for _, item_VD in self.item_blocks()]
+        return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)
+
     def item_blocks(self) -> Iterator[tuple[int, Float[Tensor, "V D"]]]:
         """Give every item's vector without gradient, in blocks, each with its first item."""
+        if self.item_rows is not None:
+            yield from self.item_rows.blocks()
+            return
         for item_V in self.every_item.split(BLOCK_ROWS):
             with torch.no_grad():
                 vector_VD = self.items(item_V)

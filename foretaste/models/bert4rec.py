@@ -28,6 +28,7 @@ from foretaste.config import ChoiceConfig, Count, Depth, RangeConfig, Space, Usu
 from foretaste.data.batch import Queries, SequenceBatch, last_events
 from foretaste.models.base import Retriever
 from foretaste.models.layers.attention import Dropout, GatedBlock, MultiHeadAttention, rows_at
+from foretaste.models.layers.table import Table
 from foretaste.models.layers.table_settings import IdConfig, make_table
 
 
@@ -141,6 +142,11 @@ class BERT4Rec(Retriever):
         if self.bias_table is None:
             return vector_VD
         return torch.cat([vector_VD, self.bias_table(item_V)], dim=1)
+
+    @property
+    def item_rows(self) -> Table | None:
+        """The table of items, where there is no bias."""
+        return self.item_table if self.bias_table is None else None
 
     def _age(self, valid_BL: Bool[Tensor, "B L"]) -> Int64[Tensor, "B L"]:
         """Count back from each row's last event, which has 0."""

@@ -21,7 +21,6 @@ Shape legend: B rows, L positions (L1 = L + 1, the start first), T positions who
 wanted, H heads, D width, I items.
 """
 
-from collections.abc import Iterator
 from typing import ClassVar, Literal, NamedTuple, final
 
 import torch
@@ -35,6 +34,7 @@ from foretaste.data.batch import NO_TIME, Queries, SequenceBatch, last_events
 from foretaste.errors import ConfigError
 from foretaste.models.base import Retriever
 from foretaste.models.layers.attention import Dropout, rows_at
+from foretaste.models.layers.table import Table
 from foretaste.models.layers.table_settings import IdConfig, make_table
 
 _BUCKETS = 64
@@ -157,8 +157,10 @@ class HSTU(Retriever):
         vector_VD: Tensor = self.item_table(item_V)
         return vector_VD
 
-    def item_blocks(self) -> Iterator[tuple[int, Float[Tensor, "V D"]]]:
-        return self.item_table.blocks()
+    @property
+    def item_rows(self) -> Table:
+        """The table of items."""
+        return self.item_table
 
     def _inputs(self, batch: SequenceBatch) -> Float[Tensor, "B L1 D"]:
         start_B1D = self.start.expand(len(batch), 1, -1)

@@ -11,7 +11,6 @@ by regression on their history (`FoldIn`).
 Shape legend: B users, V items, I items of the catalogue, D width.
 """
 
-from collections.abc import Iterator
 from typing import ClassVar, Literal, final
 
 import torch
@@ -24,6 +23,7 @@ from foretaste.data.batch import Queries
 from foretaste.data.interactions import Interactions
 from foretaste.models.base import PairVectors, Retriever, Similarity, as_item, as_query
 from foretaste.models.layers.history import FoldIn
+from foretaste.models.layers.table import Table
 from foretaste.models.layers.table_settings import IdConfig, make_table
 
 
@@ -99,9 +99,11 @@ class MF(Retriever):
         """Return some items' vectors, the bias as a last column."""
         return self._with_bias(item_V, self.item_table(item_V))
 
-    def item_blocks(self) -> Iterator[tuple[int, Float[Tensor, "V D"]]]:
+    @property
+    def item_rows(self) -> Table | None:
+        """The table of items, where vectors are its rows as they are."""
         as_they_are = self.config.similarity == "dot" and not self.config.biases
-        return self.item_table.blocks() if as_they_are else super().item_blocks()
+        return self.item_table if as_they_are else None
 
     def learn_new_users(self, events: Interactions) -> None:
         """Learn how to answer new users."""

@@ -12,7 +12,6 @@ predicted, and a user without history gets an answer.
 Shape legend: B rows, L positions (L1 = L + 1), D width, I items.
 """
 
-from collections.abc import Iterator
 from typing import ClassVar, Literal, NamedTuple, final
 
 import torch
@@ -25,6 +24,7 @@ from foretaste.config import ChoiceConfig, Count, Depth, RangeConfig, Space, Usu
 from foretaste.data.batch import Queries, SequenceBatch, last_events
 from foretaste.models.base import Retriever
 from foretaste.models.layers.attention import Dropout, GatedBlock, MultiHeadAttention, rows_at
+from foretaste.models.layers.table import Table
 from foretaste.models.layers.table_settings import IdConfig, make_table
 
 
@@ -99,8 +99,10 @@ class SASRec(Retriever):
         vector_VD: Tensor = self.item_table(item_V)
         return vector_VD
 
-    def item_blocks(self) -> Iterator[tuple[int, Float[Tensor, "V D"]]]:
-        return self.item_table.blocks()
+    @property
+    def item_rows(self) -> Table:
+        """The table of items."""
+        return self.item_table
 
     def _parts(self) -> "CausalParts":
         return CausalParts(self.start, self.positions, self.dropout, self.blocks, self.norm)

@@ -16,13 +16,17 @@ from foretaste.config import Seed
 from foretaste.data.arrays import check_fits
 from foretaste.errors import BundleError, ConfigError, DataError, NonFiniteError
 from foretaste.later import later
+from foretaste.models.layers.codes import Codes, train_codes
 from foretaste.retrieval.faiss_index import FAISS_FILE, FaissIndex, build_hnsw, build_ivf
 from foretaste.retrieval.index import (
+    CodeIndex,
     ExactIndex,
     IndexChoice,
     IndexFacts,
     IndexKind,
     ItemIndex,
+    WholeIndex,
+    load_codes,
     load_vectors,
 )
 
@@ -31,11 +35,13 @@ faiss = later("faiss")
 EXACT_BELOW = 200_000
 """Items up to which "auto" compares everything: about 10 ms a query on one core."""
 RECALL_AT = 100
+NUMBERS_OF_A_CODE = 4
+"""Numbers of a vector that one byte stands for, where vectors are coded for the index."""
 MEASURED_QUERIES = 256
 
 
 def build_index(
-    vectors: Float[Tensor, "I D"] | Iterable[tuple[int, Float[Tensor, "_ D"]]],
+    vectors: Float[Tensor, "I D"] | Iterable[tuple[int, Float[Tensor, "_ D"]]] | Codes,
     *,
     kind: IndexChoice = "auto",
     known_I: Bool[Tensor, " I"],
@@ -51,8 +57,11 @@ def build_index(
     standard deviation; the facts say which, and what was reached.
 
     Args:
-        vectors: Every item's vector, in one piece or in blocks with the number of the first item.
-        kind: "auto" is exact below `exact_below` known items and "ivf_flat" from there on.
+        vectors: Every item's vector, in one piece or in blocks with the number of the first item;
+            or as codes.
+        kind: "auto" is exact below `exact_below` known items and "ivf_flat" from there on; of
+            codes it is "codes". "codes" of vectors are learned from these, a byte for each four
+            numbers, and answer as good as the vectors that they stand for: the facts say how good.
         known_I: The items to index; the others are never answered.
         seed: Decides IVF's sample and centroids, and the measured queries.
         recall_target: In (0, 1].
@@ -64,13 +73,11 @@ def build_index(
         NonFiniteError: A known item's vector is NaN or infinite.
         TooLargeError: The index would not fit in memory.
     """
-    if not 0 < recall_target <= 1:
-        raise DataError(
-            f"recall_target is {recall_target}, not in (0, 1]",
-            name="recall_target",
-            value=recall_target,
-        )
-    exact = _exact([(0, vectors)] if isinstance(vectors, Tensor) else vectors, known_I)
+    _check_target(recall_target)
+    if isinstance(vectors, Codes) and kind in ("auto", "codes"):
+        return _of_codes(vectors, known_I)
+    blocks = vectors.blocks() if isinstance(vectors, Codes) else vectors
+    exact = _exact([(0, blocks)] if isinstance(blocks, Tensor) else blocks, known_I)
     kind = choose_kind(kind, num_items=exact.facts.num_items, exact_below=exact_below)
     if kind == "exact":
         return exact
@@ -87,13 +94,28 @@ def build_index(
     else:
         origin, query_QD = "the model's queries", query_QD[:MEASURED_QUERIES]
     aim = {"recall_target": recall_target, "recall_queries": f"{len(query_QD)} {origin}"}
-    if kind != "hnsw":
-        return _tuned(build_ivf(exact, kind=kind, seed=seed), query_QD, aim)
+    if kind == "codes":
+        return _coded(exact, query_QD, aim)
+    if kind == "hnsw":
+        return _hnsw(exact, query_QD, aim)
+    return _tuned(build_ivf(exact, kind=kind, seed=seed), query_QD, aim)
+
+
+def _hnsw(exact: ExactIndex, query_QD: Tensor, aim: Mapping[str, object]) -> FaissIndex:
     plain = _tuned(build_hnsw(exact, levelled=False), query_QD, aim)
-    if plain.facts.recall_at_100 >= recall_target:
+    if plain.facts.recall_at_100 >= plain.facts.recall_target:
         return plain
     levelled = _tuned(build_hnsw(exact, levelled=True), query_QD, aim)
     return max(plain, levelled, key=lambda index: index.facts.recall_at_100)
+
+
+def _check_target(recall_target: float) -> None:
+    if not 0 < recall_target <= 1:
+        raise DataError(
+            f"recall_target is {recall_target}, not in (0, 1]",
+            name="recall_target",
+            value=recall_target,
+        )
 
 
 def choose_kind(kind: IndexChoice, *, num_items: int, exact_below: int = EXACT_BELOW) -> IndexKind:
@@ -103,14 +125,14 @@ def choose_kind(kind: IndexChoice, *, num_items: int, exact_below: int = EXACT_B
     return "exact" if num_items < exact_below else "ivf_flat"
 
 
-def exact_of(index: ItemIndex) -> ExactIndex:
-    """Return the exact index over the same items, which every index carries.
+def exact_of(index: ItemIndex) -> WholeIndex:
+    """Return the index over the same items that compares them all, which every index carries.
 
     Raises:
         ConfigError: The index is of a foreign kind.
     """
     match index:
-        case ExactIndex():
+        case WholeIndex():
             return index
         case FaissIndex():
             return index.exact
@@ -122,18 +144,55 @@ def exact_of(index: ItemIndex) -> ExactIndex:
             )
 
 
-def _exact(blocks: Iterable[tuple[int, Tensor]], known_I: Tensor) -> ExactIndex:
+def _of_codes(codes: Codes, known_I: Tensor) -> CodeIndex:
+    item_N = _known_items(known_I)
+    if not codes.book_MCd.isfinite().all():
+        raise _not_finite()
+    known = codes if len(item_N) == len(codes) else codes.take(item_N)
+    facts = IndexFacts(
+        kind="codes",
+        num_items=len(item_N),
+        catalogue_size=len(known_I),
+        embedding_dim=codes.width,
+        build={"sub_spaces": codes.code_RM.shape[1]},
+    )
+    return CodeIndex(known, item_N, facts)
+
+
+def _coded(exact: ExactIndex, query_QD: Tensor, aim: Mapping[str, object]) -> CodeIndex:
+    """Code vectors and see how many of the best are found so."""
+    width = exact.facts.embedding_dim
+    codes = train_codes(exact.vectors_ND.float(), max(1, width // NUMBERS_OF_A_CODE))
+    facts = exact.facts.model_copy(
+        update={**aim, "kind": "codes", "build": {"sub_spaces": codes.code_RM.shape[1]}}
+    )
+    index = CodeIndex(codes, exact.item_N, facts)
+    k, none = min(RECALL_AT, facts.num_items), torch.full((len(query_QD), 0), -1)
+    true, found = (one.search(query_QD, k, exclude_BX=none).item_BK for one in (exact, index))
+    reached = float(_recall(true, found).mean())
+    return CodeIndex(codes, exact.item_N, facts.model_copy(update={"recall_at_100": reached}))
+
+
+def _known_items(known_I: Tensor) -> Tensor:
     item_N = known_I.nonzero().flatten()
     if len(item_N) == 0:
         raise DataError("no item has a training event: there is nothing to index")
-    parts = []
+    return item_N
+
+
+def _exact(blocks: Iterable[tuple[int, Tensor]], known_I: Tensor) -> ExactIndex:
+    item_N, parts = _known_items(known_I), []
     for first, block_VD in blocks:
         known_V = known_I[first : first + len(block_VD)].to(block_VD.device)
         parts.append((block_VD if known_V.all() else block_VD[known_V]).detach().cpu())
     vectors_ND = parts[0] if len(parts) == 1 else torch.cat(parts)
     if not vectors_ND.isfinite().all():
-        raise NonFiniteError("an item's vector is NaN or infinite: train the model anew")
+        raise _not_finite()
     return ExactIndex(vectors_ND, item_N, catalogue_size=len(known_I))
+
+
+def _not_finite() -> NonFiniteError:
+    return NonFiniteError("an item's vector is NaN or infinite: train the model again")
 
 
 def _noisy_items(exact: ExactIndex, seed: int) -> Tensor:
@@ -186,6 +245,8 @@ def load_index(folder: Path) -> ItemIndex:
     """
     try:
         facts = IndexFacts.model_validate_json((folder / "index.json").read_bytes())
+        if facts.kind == "codes":
+            return load_codes(folder, facts)
         exact = load_vectors(folder, facts)
         if facts.kind == "exact":
             return exact

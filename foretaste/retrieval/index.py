@@ -4,6 +4,8 @@ Shape legend: B queries, N items in the index, I items of the catalogue, D width
 A allowed items, K list length.
 """
 
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol, final, runtime_checkable
 
@@ -17,9 +19,10 @@ from torch import Tensor
 from foretaste.config import Config
 from foretaste.errors import DataError, NonFiniteError
 from foretaste.models.base import best_first, top_k
+from foretaste.models.layers.codes import Codes, read_codes
 
-IndexKind = Literal["exact", "ivf_flat", "ivf_sq8", "hnsw"]
-IndexChoice = Literal["auto", "exact", "ivf_flat", "ivf_sq8", "hnsw"]
+IndexKind = Literal["exact", "codes", "ivf_flat", "ivf_sq8", "hnsw"]
+IndexChoice = Literal["auto", "exact", "codes", "ivf_flat", "ivf_sq8", "hnsw"]
 
 
 class TopK(NamedTuple):
@@ -45,7 +48,7 @@ class IndexFacts(Config):
     search_width: int = 0
     """Lists probed by IVF, candidates kept by HNSW; 0 if everything is compared."""
     build: dict[str, int] = Field(default_factory=dict)
-    """What it was built with, such as IVF's number of lists."""
+    """What it was built with, such as IVF's number of lists, or a row's number of codes."""
     recall_at_100: float = 1.0
     """Share of the true 100 best that it finds, in [0, 1], measured when it was built."""
     recall_target: float = 1.0
@@ -132,6 +135,7 @@ ITEM_BLOCK = 2**20
 SCORE_BLOCK = 2**24
 """Scores held at a time: 64 MiB."""
 VECTORS_FILE = "vectors.safetensors"
+CODES_FILE = "codes.safetensors"
 
 
 def padded(best: TopK, k: int) -> TopK:
@@ -145,35 +149,40 @@ def padded(best: TopK, k: int) -> TopK:
     )
 
 
-@final
-class ExactIndex:
+class WholeIndex(ABC):
     """Compares a query with every item."""
 
-    def __init__(
-        self,
-        vectors_ND: Float[Tensor, "N D"],
-        item_N: Int64[Tensor, " N"],
-        *,
-        catalogue_size: int,
-    ) -> None:
-        """Keep vectors by reference; `item_N` says which item each is, rising."""
-        self.vectors_ND = vectors_ND
-        self.item_N = item_N
-        self._is_whole = len(item_N) == catalogue_size
-        self._facts = IndexFacts(
-            kind="exact",
-            num_items=len(item_N),
-            catalogue_size=catalogue_size,
-            embedding_dim=vectors_ND.shape[1],
-        )
+    def __init__(self, item_N: Int64[Tensor, " N"], facts: IndexFacts) -> None:
+        """Take which item each position is, rising."""
+        self.item_N, self.facts = item_N, facts
+        self._is_whole = len(item_N) == facts.catalogue_size
 
     @property
     def kind(self) -> IndexKind:
-        return "exact"
+        return self.facts.kind
 
-    @property
-    def facts(self) -> IndexFacts:
-        return self._facts
+    @abstractmethod
+    def search(
+        self,
+        query_BD: Float[Tensor, "B D"],
+        k: int,
+        *,
+        exclude_BX: Int64[Tensor, "B X"],
+        allow_I: Bool[Tensor, " I"] | None = None,
+    ) -> TopK:
+        """Return the K best items of each query; see `ItemIndex.search`."""
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Write its files."""
+
+    @abstractmethod
+    def vectors_at(self, position_X: Int64[Tensor, "*X"]) -> Float[Tensor, "*X D"]:
+        """Return the vectors of some positions."""
+
+    @abstractmethod
+    def blocks(self) -> Iterator[Float[Tensor, "_ D"]]:
+        """Give all vectors, in blocks."""
 
     def positions(self, item_BX: Int64[Tensor, "B X"]) -> Int64[Tensor, "B X"]:
         """Return where items stand in the index, -1 for those that do not."""
@@ -185,6 +194,40 @@ class ExactIndex:
         """Return which of the index's items are allowed."""
         return allow_I if self._is_whole else allow_I.index_select(0, self.item_N)
 
+    def products(self, vector_D: Float[Tensor, " D"]) -> Float[Tensor, " N"]:
+        """Return each item's product with a vector."""
+        return torch.cat([block_nD @ vector_D for block_nD in self.blocks()])
+
+
+@final
+class ExactIndex(WholeIndex):
+    """Whole vectors, by which approximate indexes are measured."""
+
+    def __init__(
+        self,
+        vectors_ND: Float[Tensor, "N D"],
+        item_N: Int64[Tensor, " N"],
+        *,
+        catalogue_size: int,
+    ) -> None:
+        """Keep vectors by reference; `item_N` says which item each is, rising."""
+        facts = IndexFacts(
+            kind="exact",
+            num_items=len(item_N),
+            catalogue_size=catalogue_size,
+            embedding_dim=vectors_ND.shape[1],
+        )
+        super().__init__(item_N, facts)
+        self.vectors_ND = vectors_ND
+
+    def vectors_at(self, position_X: Int64[Tensor, "*X"]) -> Float[Tensor, "*X D"]:
+        found_ND = self.vectors_ND.index_select(0, position_X.flatten()).float()
+        return found_ND.view(*position_X.shape, -1)
+
+    def blocks(self) -> Iterator[Float[Tensor, "_ D"]]:
+        for block_nD in self.vectors_ND.split(ITEM_BLOCK):
+            yield block_nD.float()
+
     def search(
         self,
         query_BD: Float[Tensor, "B D"],
@@ -193,8 +236,7 @@ class ExactIndex:
         exclude_BX: Int64[Tensor, "B X"],
         allow_I: Bool[Tensor, " I"] | None = None,
     ) -> TopK:
-        """Return the K best items of each query; see `ItemIndex.search`."""
-        check_search(self._facts, query_BD, k, allow_I)
+        check_search(self.facts, query_BD, k, allow_I)
         vectors_AD, item_A, exclude_BX = self.vectors_ND, self.item_N, self.positions(exclude_BX)
         if allow_I is not None:
             chosen_A = self.allowed(allow_I).nonzero().flatten()
@@ -219,7 +261,72 @@ class ExactIndex:
     def save(self, folder: Path) -> None:
         """Write `vectors.safetensors` and `index.json`."""
         save_vectors(self, folder)
-        (folder / "index.json").write_text(self._facts.model_dump_json(indent=2))
+        (folder / "index.json").write_text(self.facts.model_dump_json(indent=2))
+
+
+@final
+class CodeIndex(WholeIndex):
+    """Vectors kept as codes: scores are sums of partial products, and nothing is decompressed.
+
+    The best of the decompressed vectors, to rounding: in float32 a sum of M parts and one of D
+    products differ by about 1e-7 of the parts' size.
+    """
+
+    def __init__(self, codes: Codes, item_N: Int64[Tensor, " N"], facts: IndexFacts) -> None:
+        """Keep codes by reference; `item_N` says which item each is, rising."""
+        super().__init__(item_N, facts)
+        self.codes = codes
+
+    def search(
+        self,
+        query_BD: Float[Tensor, "B D"],
+        k: int,
+        *,
+        exclude_BX: Int64[Tensor, "B X"],
+        allow_I: Bool[Tensor, " I"] | None = None,
+    ) -> TopK:
+        check_search(self.facts, query_BD, k, allow_I)
+        score_BK, position_BK = self.codes.best(
+            query_BD,
+            k,
+            left_out_BY=self.positions(exclude_BX),
+            left_out_R=None if allow_I is None else ~self.allowed(allow_I),
+        )
+        item_BK = self.item_N[position_BK.clamp(min=0)].where(position_BK >= 0, -1)
+        return padded(TopK(item_BK=item_BK, score_BK=score_BK), k)
+
+    def vectors_at(self, position_X: Int64[Tensor, "*X"]) -> Float[Tensor, "*X D"]:
+        return self.codes.rows(position_X)
+
+    def blocks(self) -> Iterator[Float[Tensor, "_ D"]]:
+        for _, block_nD in self.codes.blocks():
+            yield block_nD
+
+    def products(self, vector_D: Float[Tensor, " D"]) -> Float[Tensor, " N"]:
+        return self.codes.products(vector_D.unsqueeze(0))[0]
+
+    def save(self, folder: Path) -> None:
+        """Write `codes.safetensors` and `index.json`."""
+        tensors = {"code_NM": self.codes.code_RM, "book_MCd": self.codes.book_MCd}
+        tensors = {name: value.contiguous() for name, value in tensors.items()}
+        save_file(tensors | {"item_N": self.item_N.contiguous()}, folder / CODES_FILE)
+        (folder / "index.json").write_text(self.facts.model_dump_json(indent=2))
+
+
+def load_codes(folder: Path, facts: IndexFacts) -> CodeIndex:
+    """Read what `CodeIndex.save` wrote, as a memory map.
+
+    Raises:
+        BundleError: The codes do not fit their codebooks.
+    """
+    tensors = load_file(folder / CODES_FILE)
+    codes = read_codes(
+        tensors["code_NM"],
+        tensors["book_MCd"],
+        width=facts.embedding_dim,
+        source=str(folder / CODES_FILE),
+    )
+    return CodeIndex(codes, tensors["item_N"], facts)
 
 
 def save_vectors(exact: ExactIndex, folder: Path) -> None:

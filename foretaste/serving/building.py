@@ -56,10 +56,11 @@ def build_recommender(
                 value=index,
             )
         return Recommender(Bundle(trained=trained, popular_I=popular_I, report=report))
-    known_I = trained.known_I
-    is_exact = choose_kind(index, num_items=int(known_I.sum())) == "exact"
+    known_I, codes = trained.known_I, retriever.item_codes()
+    asked = "codes" if index == "auto" and codes is not None else index
+    is_exact = choose_kind(asked, num_items=int(known_I.sum())) == "exact"
     built = build_index(
-        retriever.item_blocks(),
+        retriever.item_blocks() if codes is None else codes,
         kind=index,
         known_I=known_I,
         seed=trained.seed,

@@ -31,7 +31,7 @@ from foretaste.models.catalogue import (
     placer,
 )
 from foretaste.retrieval.choose import exact_of
-from foretaste.retrieval.index import ITEM_BLOCK, ExactIndex, ItemIndex, TopK, padded
+from foretaste.retrieval.index import ItemIndex, TopK, WholeIndex, padded
 from foretaste.serving.histories import BLOCK_SCORES, one_query
 from foretaste.serving.new_items import beside, best_of, both
 from foretaste.serving.stages import Stages
@@ -225,9 +225,9 @@ class CatalogueSearch:
         """
         if self._index is None:
             raise ConfigError("this model has no item vectors")
-        exact = exact_of(self._index)
-        at_T = exact.positions(item_T.unsqueeze(0))[0]
-        return exact.vectors_ND[at_T.clamp(min=0)].float() * (at_T >= 0).unsqueeze(1)
+        whole = exact_of(self._index)
+        at_T = whole.positions(item_T.unsqueeze(0))[0]
+        return whole.vectors_at(at_T.clamp(min=0)) * (at_T >= 0).unsqueeze(1)
 
     def vectors_of_new(self, new: FieldTable) -> Float[Tensor, "R D"] | None:
         """Return the vectors of new items; None where the model cannot place them."""
@@ -239,9 +239,9 @@ class CatalogueSearch:
         if self._index is None:
             query = one_query(-1, np.array([item_idx], dtype=np.int64))
             return self._find(query, k, own_1X, None, Stages())
-        exact = exact_of(self._index)
-        own = int(exact.positions(own_1X)[0, 0])
-        return self._nearest(exact, exact.vectors_ND[own].float(), own, k)
+        whole = exact_of(self._index)
+        own = whole.positions(own_1X)[0, 0]
+        return self._nearest(whole, whole.vectors_at(own), int(own), k)
 
     def near(self, vector_D: Float[Tensor, " D"], k: int) -> TopK:
         """Return the items nearest by cosine to a vector that is no item's.
@@ -254,21 +254,19 @@ class CatalogueSearch:
         return self._nearest(exact_of(self._index), vector_D.float(), None, k)
 
     def _nearest(
-        self, exact: ExactIndex, vector_D: Float[Tensor, " D"], own: int | None, k: int
+        self, whole: WholeIndex, vector_D: Float[Tensor, " D"], own: int | None, k: int
     ) -> TopK:
-        length_N = (self._norms(exact) * vector_D.norm()).clamp(min=1e-12)
-        blocks = exact.vectors_ND.split(ITEM_BLOCK)
-        cosine_N = torch.cat([block_nD.float() @ vector_D for block_nD in blocks]) / length_N
+        length_N = (self._norms(whole) * vector_D.norm()).clamp(min=1e-12)
+        cosine_N = whole.products(vector_D) / length_N
         if own is not None:
             cosine_N[own] = -torch.inf
         best = _answer(*top_k(cosine_N.unsqueeze(0), k), k)
-        item_BK = exact.item_N[best.item_BK.clamp(min=0)].where(best.item_BK >= 0, -1)
+        item_BK = whole.item_N[best.item_BK.clamp(min=0)].where(best.item_BK >= 0, -1)
         return TopK(item_BK=item_BK, score_BK=best.score_BK)
 
-    def _norms(self, exact: ExactIndex) -> Float[Tensor, " N"]:
+    def _norms(self, whole: WholeIndex) -> Float[Tensor, " N"]:
         if self._norm_N is None:
-            blocks = exact.vectors_ND.split(ITEM_BLOCK)
-            self._norm_N = torch.cat([block_nD.float().norm(dim=1) for block_nD in blocks])
+            self._norm_N = torch.cat([block_nD.norm(dim=1) for block_nD in whole.blocks()])
         return self._norm_N
 
     def most_popular(

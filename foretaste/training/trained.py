@@ -216,9 +216,7 @@ def find_scores(model: Model) -> Callable[[Queries], Float[Tensor, "B I"]]:
 
     def find(queries: Queries) -> Tensor:
         if isinstance(model, Retriever):
-            query_BD = model.encode(queries).float()
-            blocks = [query_BD @ item_VD.float().T for _, item_VD in model.item_blocks()]
-            return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)
+            return model.products(model.encode(queries).float())
         if isinstance(model, Scorer):
             return model.score(queries).float().clone()
         raise ConfigError(f"{type(model).__name__} can neither retrieve nor score")

@@ -4,7 +4,8 @@ A model asks a table for rows, for a block of them, or for the mean of bags of t
 how they are kept. A side has a table of its own (users, items, the codes of features), so that it
 can grow at its end.
 
-Shape legend: R rows of a table, X any shape of rows asked for, D width, P bags, N codes of them.
+Shape legend: R rows of a table, X any shape of rows asked for, D width, P bags, N codes of them,
+B queries.
 """
 
 from abc import ABC, abstractmethod
@@ -17,6 +18,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from foretaste.errors import ConfigError, DataError
+from foretaste.models.layers.codes import Codes
 
 BLOCK_ROWS = 2**18
 """Rows of a block: 64 MiB at a width of 64."""
@@ -80,6 +82,15 @@ class Table(nn.Module, ABC):
             with torch.no_grad():
                 rows_RD = self.block(first, min(first + BLOCK_ROWS, self.num_rows))
             yield first, rows_RD.detach()
+
+    def codes(self) -> Codes | None:
+        """Return the rows as codes, where they are kept so."""
+        return None
+
+    def products(self, query_BD: Float[Tensor, "B D"]) -> Float[Tensor, "B R"]:
+        """Return the product of each query with every row, without gradient."""
+        blocks = [query_BD @ block_RD.float().T for _, block_RD in self.blocks()]
+        return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)
 
     def mean_bags(
         self, code_N: Int64[Tensor, " N"], offsets_P: Int64[Tensor, " P"]

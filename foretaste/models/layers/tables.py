@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from foretaste.config import Config, Count, CountOrZero
 from foretaste.data.interactions import Interactions
 from foretaste.errors import ConfigError
-from foretaste.later import later
+from foretaste.models.layers.codes import CODES, Codes, even, places, train_codes
 from foretaste.models.layers.table import (
     Dense,
     Table,
@@ -33,10 +33,6 @@ from foretaste.models.layers.table import (
     principal_directions,
 )
 
-faiss = later("faiss")
-
-CODES = 256
-"""Vectors of a codebook, so that a code is a byte."""
 _SIGNED = 2**63 - 1
 
 Times = Annotated[float, Field(gt=1, le=1e6)]
@@ -339,7 +335,7 @@ class Compositional(SharedRows):
                 value=digits,
             )
         sizes = [*self.bases, self._left(num_rows)]
-        widths = _even(width, digits) if sides else [width] * digits
+        widths = even(width, digits) if sides else [width] * digits
         self.digits = nn.ModuleList(map(Dense, sizes, widths))
         self.draw(std=1.0)
 
@@ -400,8 +396,8 @@ class Quantised(Filled):
                 name="table.sub_spaces",
                 value=sub_spaces,
             )
-        self.sub_spaces, self.sizes = sub_spaces, _even(width, sub_spaces)
-        self.codebooks = Dense(sub_spaces * CODES, self.sizes[0])
+        self.sub_spaces = sub_spaces
+        self.codebooks = Dense(sub_spaces * CODES, even(width, sub_spaces)[0])
         self.register_buffer("code_RM", _codes_by_chance(0, num_rows, sub_spaces))
         self.draw(std=1.0)
 
@@ -410,18 +406,20 @@ class Quantised(Filled):
         code_NM += torch.arange(0, self.sub_spaces * CODES, CODES, device=row_N.device)
         found_NMd = self.codebooks(code_NM.masked_fill_((row_N < 0).unsqueeze(1), -1))
         found_ND: Tensor = found_NMd.flatten(1)
-        return found_ND if self._fits else found_ND[:, self._kept().to(row_N.device)]
+        if found_ND.shape[1] == self.width:
+            return found_ND
+        return found_ND[:, places(self.width, self.sub_spaces).to(row_N.device)]
 
-    @property
-    def _fits(self) -> bool:
-        """Whether all parts are of one size."""
-        return self.sizes[0] == self.sizes[-1]
+    def codes(self) -> Codes:
+        """Return the rows as they are now."""
+        with torch.no_grad():
+            book_SD = self.codebooks.block(0, self.codebooks.num_rows).detach()
+        book_MCd = book_SD.view(self.sub_spaces, CODES, -1)
+        return Codes(code_RM=self.code_RM, book_MCd=book_MCd, width=self.width)
 
-    def _kept(self) -> Tensor:
-        """Return which numbers of all codebooks' vectors, side by side, are in a row."""
-        widest = self.sizes[0]
-        parts = [torch.arange(size) + part * widest for part, size in enumerate(self.sizes)]
-        return torch.cat(parts)
+    def products(self, query_BD: Float[Tensor, "B D"]) -> Float[Tensor, "B R"]:
+        on_cpu = self.code_RM.device.type == "cpu"
+        return self.codes().products(query_BD) if on_cpu else super().products(query_BD)
 
     def draw(self, *, std: float) -> None:
         self.codebooks.draw(std=std)
@@ -436,15 +434,9 @@ class Quantised(Filled):
     def fill(self, table: Table) -> None:
         """Take a trained table's rows, coded by k-means in each part (FAISS's trainer)."""
         rows_RD = torch.cat([block_RD for _, block_RD in finite_blocks(table)]).cpu()
-        padded_RP = rows_RD.new_zeros(len(rows_RD), self.sub_spaces * self.sizes[0])
-        padded_RP[:, self._kept()] = rows_RD
-        quantizer = faiss.ProductQuantizer(padded_RP.shape[1], self.sub_spaces, 8)
-        quantizer.cp.min_points_per_centroid = 1  # as few as there are: no warning
-        times = -(-CODES // len(padded_RP))  # it wants as many rows as vectors
-        quantizer.train(padded_RP.repeat(times, 1).numpy())
-        self.code_RM.copy_(torch.from_numpy(quantizer.compute_codes(padded_RP.numpy())))
-        found = torch.from_numpy(faiss.vector_to_array(quantizer.centroids))
-        self.codebooks.weight.copy_(found.view_as(self.codebooks.weight))
+        found = train_codes(rows_RD, self.sub_spaces)
+        self.code_RM.copy_(found.code_RM)
+        self.codebooks.weight.copy_(found.book_MCd.flatten(0, 1))
 
     def grow(self, num_rows: int) -> None:
         before = self.num_rows
@@ -489,11 +481,6 @@ def hashed(row_N: Int64[Tensor, " N"], salt: int, num: int) -> Int64[Tensor, " N
     x_N = x_N ^ (x_N >> 31 & (1 << 33) - 1)
     found_N: Tensor = ((x_N & _SIGNED) % num).masked_fill_(row_N < 0, -1)
     return found_N
-
-
-def _even(width: int, parts: int) -> list[int]:
-    """Cut a width into parts that differ by one at most, the wider ones first."""
-    return [width // parts + (part < width % parts) for part in range(parts)]
 
 
 def _wrapped(number: int) -> int:

@@ -1,0 +1,189 @@
+"""Rows of codes, scored without decompressing: the item side of product quantisation.
+
+Shape legend: R rows, X any shape of rows asked for, M codes of a row (sub-spaces), C vectors of a
+codebook, d width of the widest of them, D width, B queries, K list length, Y left out.
+"""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, final
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int64, UInt8
+from torch import Tensor
+
+from foretaste.errors import BundleError
+from foretaste.later import later
+
+if TYPE_CHECKING:
+    from foretaste.models.layers import code_loops
+else:
+    code_loops = later("foretaste.models.layers.code_loops")
+faiss = later("faiss")
+
+CODES = 256
+"""Vectors of a codebook, so that a code is a byte."""
+_BLOCK_ROWS = 2**18
+
+
+def even(width: int, parts: int) -> list[int]:
+    """Cut a width into parts that differ by one at most, the wider ones first."""
+    return [width // parts + (part < width % parts) for part in range(parts)]
+
+
+def places(width: int, parts: int) -> Int64[Tensor, " D"]:
+    """Return where a row's numbers are among those of all codebooks' vectors, side by side."""
+    sizes = even(width, parts)
+    return torch.cat([torch.arange(size) + part * sizes[0] for part, size in enumerate(sizes)])
+
+
+@final
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Codes:
+    r"""Rows :math:`[c^1_{b_{r1}}; \dots; c^M_{b_{rM}}]`, kept as their codes b.
+
+    A product with a query is a sum over sub-spaces of one of 256 partial products, each worked out
+    once a query: :math:`q \cdot e_r = \sum_m q^m \cdot c^m_{b_{rm}}`. It differs from that with the
+    decompressed row by the order of summation alone.
+
+    References:
+        Jégou, Douze and Schmid, "Product Quantization for Nearest Neighbor Search", TPAMI 2011;
+        Petrov, Macdonald and Tonellotto, "Efficient Inference of Sub-Item Id-based Sequential
+        Recommendation Models with Millions of Items", RecSys 2024,
+        https://arxiv.org/abs/2408.09992.
+    """
+
+    code_RM: UInt8[Tensor, "R M"]
+    book_MCd: Float[Tensor, "M C d"]
+    """Narrower parts end in zeros."""
+    width: int
+
+    def __len__(self) -> int:
+        return len(self.code_RM)
+
+    def take(self, row_N: Int64[Tensor, " N"]) -> "Codes":
+        """Return some of the rows."""
+        return Codes(
+            code_RM=self.code_RM.index_select(0, row_N), book_MCd=self.book_MCd, width=self.width
+        )
+
+    def rows(self, row_X: Int64[Tensor, "*X"]) -> Float[Tensor, "*X D"]:
+        """Return rows as vectors."""
+        num_parts, width = self.code_RM.shape[1], self.book_MCd.shape[2]
+        code_NM = self.code_RM[row_X.flatten()].long() + torch.arange(num_parts) * CODES
+        found_ND = self.book_MCd.reshape(-1, width)[code_NM].flatten(1)
+        if self.width < found_ND.shape[1]:
+            found_ND = found_ND[:, places(self.width, num_parts)]
+        return found_ND.view(*row_X.shape, self.width)
+
+    def blocks(self) -> Iterator[tuple[int, Float[Tensor, "_ D"]]]:
+        """Give all rows as vectors, in blocks, each with the number of its first row."""
+        for row_N in torch.arange(len(self)).split(_BLOCK_ROWS):
+            yield int(row_N[0]), self.rows(row_N)
+
+    def products(self, query_BD: Float[Tensor, "B D"]) -> Float[Tensor, "B R"]:
+        """Return the product of each query with every row."""
+        part_BMC, code_RM = self._parts(query_BD), self.code_RM.numpy()
+        score_BR = np.empty((len(query_BD), len(self)), dtype=np.float32)
+        _in_threads(len(query_BD), lambda b: code_loops.sums(code_RM, part_BMC[b], score_BR[b]))
+        return torch.from_numpy(score_BR)
+
+    def best(
+        self,
+        query_BD: Float[Tensor, "B D"],
+        k: int,
+        *,
+        left_out_BY: Int64[Tensor, "B Y"],
+        left_out_R: Bool[Tensor, " R"] | None = None,
+    ) -> tuple[Float[Tensor, "B K"], Int64[Tensor, "B K"]]:
+        """Return the best min(k, R) products of each query and their rows, best first.
+
+        Ties go to the lower row; -inf and -1 where too few are left.
+
+        Args:
+            query_BD: Queries.
+            k: List length.
+            left_out_BY: Rows that a query must not get; -1 pads.
+            left_out_R: Rows that none may get.
+        """
+        part_BMC, code_RM = self._parts(query_BD), self.code_RM.numpy()
+        shape = (len(query_BD), min(k, len(self)))
+        score_BK, row_BK = np.full(shape, -np.inf, np.float32), np.full(shape, -1, np.int64)
+        left_out = np.ascontiguousarray(left_out_BY.numpy())
+
+        def work(b: slice) -> None:
+            none = (
+                np.zeros(len(self), np.bool_) if left_out_R is None else left_out_R.numpy().copy()
+            )
+            code_loops.best(code_RM, part_BMC[b], none, left_out[b], score_BK[b], row_BK[b])
+
+        _in_threads(len(query_BD), work)
+        found_BK, order_BK = torch.from_numpy(score_BK).sort(dim=1, descending=True, stable=True)
+        return found_BK, torch.from_numpy(row_BK).gather(1, order_BK)
+
+    def _parts(self, query_BD: Tensor) -> np.ndarray:
+        """Return the partial products (B, M, C)."""
+        num_parts, _, width = self.book_MCd.shape
+        query_BD = query_BD.detach().float()
+        if self.width < num_parts * width:
+            padded_BP = query_BD.new_zeros(len(query_BD), num_parts * width)
+            padded_BP[:, places(self.width, num_parts)] = query_BD
+            query_BD = padded_BP
+        query_MBd = query_BD.view(len(query_BD), num_parts, width).transpose(0, 1)
+        part_BMC: np.ndarray = (query_MBd @ self.book_MCd.mT).transpose(0, 1).contiguous().numpy()
+        return part_BMC
+
+
+def read_codes(code: Tensor, book: Tensor, *, width: int, source: str) -> Codes:
+    """Return codes from a file.
+
+    Raises:
+        BundleError: They do not fit: a code is beyond its codebook, or a number is not finite.
+    """
+    num_parts = code.shape[-1] if code.dim() == 2 else 0
+    wanted = (num_parts, CODES, even(width, max(1, num_parts))[0])
+    wrong = ""
+    if code.dtype != torch.uint8 or not 0 < num_parts <= width:
+        wrong = f"its codes are {code.dtype} of shape {tuple(code.shape)}, and not rows of bytes"
+    elif book.dtype != torch.float32 or tuple(book.shape) != wanted:
+        wrong = f"its codebooks are {book.dtype} of shape {tuple(book.shape)}, and not {wanted}"
+    elif not book.isfinite().all():
+        wrong = "a codebook has a number that is NaN or infinite"
+    if wrong:
+        raise BundleError(
+            f"{source}: {wrong}: the file is damaged, write the bundle again", name=source
+        )
+    return Codes(code_RM=code, book_MCd=book, width=width)
+
+
+def train_codes(row_RD: Float[Tensor, "R D"], sub_spaces: int) -> Codes:
+    """Code rows by k-means in each sub-space (FAISS's trainer)."""
+    num_rows, width = row_RD.shape
+    size = even(width, sub_spaces)[0]
+    padded_RP = row_RD.new_zeros(num_rows, sub_spaces * size)
+    padded_RP[:, places(width, sub_spaces)] = row_RD
+    quantizer = faiss.ProductQuantizer(padded_RP.shape[1], sub_spaces, 8)
+    quantizer.cp.min_points_per_centroid = 1  # as few as there are: no warning
+    times = -(-CODES // num_rows)  # it wants as many rows as vectors
+    quantizer.train(padded_RP.repeat(times, 1).numpy())
+    found = torch.from_numpy(faiss.vector_to_array(quantizer.centroids))
+    return Codes(
+        code_RM=torch.from_numpy(quantizer.compute_codes(padded_RP.numpy())),
+        book_MCd=found.view(sub_spaces, CODES, size),
+        width=width,
+    )
+
+
+def _in_threads(num: int, work: Callable[[slice], None]) -> None:
+    """Do work on slices of [0, num), in as many threads as torch computes with."""
+    threads = max(1, min(torch.get_num_threads(), num))
+    step = -(-num // threads)
+    slices = [slice(first, first + step) for first in range(0, num, max(1, step))]
+    if threads == 1:
+        for one in slices:
+            work(one)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(work, slices))
