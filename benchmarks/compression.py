@@ -19,16 +19,16 @@ from typing import Any, NamedTuple
 import torch
 
 import foretaste as ft
-from foretaste.experiment.compress import anchors, table_bytes, usual_tables, width_of
-from foretaste.experiment.facts import run_facts
-from foretaste.models.layers.table_settings import TableConfig
-from foretaste.models.layers.tables import (
-    CompositionalConfig,
-    DenseConfig,
-    HashConfig,
-    NarrowConfig,
-    QuantisedConfig,
+from foretaste.experiment.compress import (
+    anchors,
+    table_bytes,
+    trained_tables,
+    usual_tables,
+    width_of,
 )
+from foretaste.experiment.record import run_facts
+from foretaste.models.layers.table_settings import TableConfig
+from foretaste.models.layers.tables import DenseConfig, NarrowConfig
 from foretaste.models.layers.tables_at_rest import IntegerConfig
 
 ROOT = Path(__file__).parent.parent
@@ -49,16 +49,6 @@ SETS = {
     "sports-sasrec": Set("sasrec-sports", ()),
     "ml-1m-sasrec": Set("sasrec-ml1m-fast", ('training.tables="lazy_adamw"',)),
 }
-TRAINED = (
-    QuantisedConfig(sub_spaces=8),
-    NarrowConfig(times=8),
-    HashConfig(times=8),
-    CompositionalConfig(times=8),
-    CompositionalConfig(times=8, operation="concatenation"),
-    NarrowConfig(times=4),
-    HashConfig(times=4),
-    CompositionalConfig(times=4),
-)
 
 
 class Measured(NamedTuple):
@@ -179,7 +169,8 @@ def main() -> None:
         beside = [anchor for found in both for anchor in found.values()]
         for table in dict.fromkeys([*at_rest, *beside]):
             write(asked.out, bench.point(table, range(seeds), trained=False))
-    for table in TRAINED[: asked.train]:
+    both_sizes = [table for times in (8.0, 4.0) for table in trained_tables(times, width)]
+    for table in both_sizes[: asked.train]:
         write(asked.out, bench.point(table, range(1), trained=True))
 
 

@@ -68,7 +68,7 @@ if TYPE_CHECKING:
     from foretaste.experiment.compare_models import compare_models, read_recipes
     from foretaste.experiment.compare_plan import family_recipes
     from foretaste.experiment.compare_table import ModelComparison
-    from foretaste.experiment.compress import Frontier, compress, compress_tables
+    from foretaste.experiment.compress import Frontier, compress, compress_tables, frontier_svg
     from foretaste.experiment.fit import fit
     from foretaste.experiment.lists import write_lists
     from foretaste.experiment.quickstart import Quickstart, run_quickstart
@@ -218,6 +218,7 @@ __all__ = [
     "family_recipes",
     "fit",
     "fit_features",
+    "frontier_svg",
     "gates_svg",
     "get_dataset",
     "given_split",
@@ -352,6 +353,7 @@ _HOME = {
     "compare_rows": "evaluation.compare",
     "compress": "experiment.compress",
     "compress_tables": "experiment.compress",
+    "frontier_svg": "experiment.compress",
     "evaluate": "evaluation.protocol",
     "evaluate_rows": "evaluation.rows",
     "evaluate_split": "experiment.run",

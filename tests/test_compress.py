@@ -1,6 +1,8 @@
 """Compressing a trained model's tables: what is measured, what is served, what is refused."""
 
 import json
+import math
+import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import polars as pl
@@ -11,9 +13,10 @@ from typer.testing import CliRunner
 
 import foretaste as ft
 from foretaste.cli.main import app
-from foretaste.errors import ConfigError
-from foretaste.experiment.compress import compress_tables
-from foretaste.models.layers.tables import HashConfig, QuantisedConfig
+from foretaste.errors import BundleError, ConfigError
+from foretaste.experiment.compress import Frontier, Point, compress_tables, frontier_svg
+from foretaste.models.layers.quantised import QuantisedConfig
+from foretaste.models.layers.tables import HashConfig
 from foretaste.models.layers.tables_at_rest import HalfConfig, IntegerConfig, PrunedConfig
 
 SPLIT = ft.leave_last_split(make_events())
@@ -23,6 +26,11 @@ SMALL = IntegerConfig(from_rows=0)
 
 def fitted(config) -> ft.Trained:
     return ft.fit(config, SPLIT, training=TRAINING, show=False)
+
+
+@pytest.fixture(scope="module")
+def mf() -> ft.Trained:
+    return fitted(ft.MFConfig())
 
 
 @pytest.fixture(scope="module")
@@ -174,3 +182,84 @@ def test_a_model_without_tables_and_a_metric_that_is_not_there_are_named(bundle:
     with pytest.raises(ConfigError) as caught:
         ft.compress(bundle, metric="ndcg_at_7")
     assert caught.value.name == "metric"
+
+
+def test_kinds_that_train_are_trained_again_and_stand_in_the_picture(
+    bundle: Path, tmp_path: Path
+) -> None:
+    picture = tmp_path / "frontier.svg"
+    line = ["compress", str(bundle), "--kind", "half", "--retrain", "--json"]
+    done = CliRunner().invoke(app, [*line, "--chart", str(picture)])
+    assert done.exit_code == 0, done.output
+    points = json.loads(done.stdout)["points"]
+    again = [point for point in points if point["trained"]]
+    assert {p["table"]["kind"] for p in again} == {"narrow", "hash", "compositional", "quantised"}
+    for point in again:
+        if point["table"]["kind"] in ("narrow", "hash"):
+            times = point["table"]["times"]
+            assert point["times_smaller"] == pytest.approx(times, rel=0.35)
+        if point["table"]["kind"] != "narrow":  # it is an anchor itself
+            assert point["above_narrow"] is not None
+    drawn = ET.fromstring(picture.read_text(encoding="utf-8"))  # our own
+    circles = [part for part in drawn.iter() if part.tag.endswith("circle")]
+    assert len(circles) == len(points)
+    again = CliRunner().invoke(app, [*line, "--chart", str(picture)])
+    assert again.exit_code != 0  # it is not replaced
+
+
+def test_the_picture_is_higher_where_the_metric_is_and_further_where_tables_are_smaller() -> None:
+    def point(times: float, value: float) -> Point:
+        return Point(
+            table={"kind": "half"},
+            weight_bytes=1,
+            times_smaller=times,
+            value=value,
+            loss_percent=0.0,
+            interval=(value - 0.6, value - 0.4),
+            p50_ms=1.0,
+        )
+
+    points = (point(2, 0.5), point(4, 0.3), point(16, 0.4))
+    frontier = Frontier(
+        metric="ndcg_at_10", original=0.5, weight_bytes=4, points=points, recommended=None
+    )
+    drawn = ET.fromstring(frontier_svg(frontier))  # our own
+    circles = [part for part in drawn.iter() if part.tag.endswith("circle")]
+    x, y = ([float(circle.get(name, "")) for circle in circles] for name in ("cx", "cy"))
+    assert x[1] - x[0] == pytest.approx((x[2] - x[0]) / 3, abs=0.2)  # octaves: 2, 4, 16
+    assert y[0] < y[2] < y[1]
+    assert y[2] == pytest.approx((y[0] + y[1]) / 2, abs=0.2)
+
+
+@pytest.mark.parametrize(
+    ("table", "weight", "value"),
+    [
+        (PrunedConfig(from_rows=0), "place_R", 10**6),
+        (PrunedConfig(from_rows=0), "place_R", -1),
+        (PrunedConfig(from_rows=0), "kept.weight", math.nan),
+        (SMALL, "scale_R", math.nan),
+        (SMALL, "scale_R", -1.0),
+        (IntegerConfig(from_rows=0, width=3), "direction_dD", math.inf),
+        (HalfConfig(from_rows=0), "weight", math.inf),
+        (QuantisedConfig(from_rows=0, sub_spaces=4), "codebooks.weight", math.nan),
+    ],
+)
+def test_damaged_tables_in_a_bundle_are_refused(
+    mf: ft.Trained, table, weight: str, value: float, tmp_path: Path
+) -> None:
+    smaller = compress_tables(mf, table)
+    recommender = ft.build_recommender(smaller)
+    smaller.model.state_dict()[f"item_table.{weight}"].view(-1)[0] = value
+    recommender.save(tmp_path / "bundle")
+    with pytest.raises(BundleError) as caught:
+        ft.load(tmp_path / "bundle")
+    assert caught.value.name == type(smaller.model.item_table).__name__
+
+
+def test_codes_that_are_no_bytes_are_refused(mf: ft.Trained) -> None:
+    model = compress_tables(mf, QuantisedConfig(from_rows=0, sub_spaces=4)).model
+    state = model.state_dict()
+    state["item_table.code_RM"] = state["item_table.code_RM"].short() + 256
+    with pytest.raises(BundleError) as caught:
+        model.load_state_dict(state, assign=True)
+    assert caught.value.name == "Quantised"

@@ -15,6 +15,7 @@ from foretaste.data.interactions import Interactions
 from foretaste.data.vocabulary import Vocabulary
 from foretaste.errors import ConfigError, DataError
 from foretaste.models.catalogue import ModelConfig, TwoStageConfig
+from foretaste.models.layers.quantised import Quantised, QuantisedConfig, code_by_events
 from foretaste.models.layers.table import Dense, Table
 from foretaste.models.layers.tables import (
     CompositionalConfig,
@@ -23,10 +24,7 @@ from foretaste.models.layers.tables import (
     Hash,
     HashConfig,
     NarrowConfig,
-    Quantised,
-    QuantisedConfig,
     TableKind,
-    code_by_events,
     hashed,
 )
 from foretaste.models.layers.tables_at_rest import (

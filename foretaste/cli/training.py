@@ -202,17 +202,29 @@ def compress(
     kind: Annotated[
         str | None, typer.Option(help="Write and measure this kind alone, such as int8.")
     ] = None,
+    retrain: Annotated[
+        bool, typer.Option("--retrain", help="Train the recipe again with the kinds that train.")
+    ] = False,
+    chart: Annotated[Path | None, typer.Option(help="SVG file for a drawing.")] = None,
     data_dir: DataDir = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Measure smaller tables on the bundle's test part, and write one that is worth it."""
     if out is not None:
         ft.check_place(out, "bundle")
+    if chart is not None:
+        ft.check_place(chart)
     asked = None if recipe is None else ft.read_experiment(recipe, data_dir=data_dir)
     tables = [] if kind is None else [{"kind": kind}]
-    found = ft.compress(bundle, tables=tables, recipe=asked, data_dir=data_dir, metric=metric)
-    chosen = {"kind": kind} if kind else found.recommended and found.recommended.table
-    if out is not None and chosen:
-        smaller = ft.compress_tables(ft.load(bundle).trained, chosen)
-        ft.build_recommender(smaller).save(out)
+    found = ft.compress(
+        bundle,
+        tables=tables,
+        retrain=retrain,
+        recipe=asked,
+        data_dir=data_dir,
+        metric=metric,
+        out=out,
+    )
+    if chart is not None:
+        chart.write_text(ft.frontier_svg(found), encoding="utf-8")
     answer(json.loads(found.to_json()), found, as_json=as_json)

@@ -1,17 +1,19 @@
 """What tables of a trained model may lose: a frontier of bytes and quality.
 
-Each kind of table that can be made of a trained one is measured on the test part beside `narrow`
-and `int8` of as many bytes; one is recommended only where it is better than both.
+Each kind of table that can be made of a trained one, or trained again, is measured on the test part
+beside `narrow` and `int8` of as many bytes; one is recommended only where it is better than both.
 
 Shape legend: D width of a table.
 """
 
 import copy
 import json
+import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from html import escape
 from pathlib import Path
 from typing import final
 
@@ -19,15 +21,16 @@ import polars as pl
 from torch import nn
 
 from foretaste.arguments import checked
+from foretaste.data.splits import Split
 from foretaste.errors import ConfigError
-from foretaste.evaluation.compare import Reports, compare
+from foretaste.evaluation.chart import line, page, text
+from foretaste.evaluation.compare import Reports, compare, compare_rows
 from foretaste.evaluation.report import console_table, printed
 from foretaste.experiment.recipe import ExperimentConfig
-from foretaste.experiment.run import evaluate_split, read_split, recipe_of
+from foretaste.experiment.run import evaluate_split, read_split, recipe_of, run_experiment
 from foretaste.models.layers.table import Dense, Table
-from foretaste.models.layers.table_settings import IdConfig, TableConfig
-from foretaste.models.layers.tables import DenseConfig, NarrowConfig, QuantisedConfig
-from foretaste.models.layers.tables_at_rest import HalfConfig, IntegerConfig, PrunedConfig
+from foretaste.models.layers.table_settings import KINDS, IdConfig, TableConfig
+from foretaste.models.layers.tables import DenseConfig
 from foretaste.serving.building import build_recommender, load
 from foretaste.shown import Shown
 from foretaste.training.trained import Trained
@@ -43,6 +46,8 @@ class Point:
 
     table: dict[str, object]
     """Its settings."""
+    trained: bool = False
+    """Whether the model was trained with it; else it was made of the bundle's tables."""
     weight_bytes: int
     """Of all weights, on disk as in memory."""
     times_smaller: float
@@ -105,7 +110,7 @@ class Frontier(Shown):
         heads = ("table", "times smaller", self.metric, "loss %", "95 % interval", "p50 ms")
         rows = [
             (
-                _said(p.table),
+                _said(p.table) + (", trained" if p.trained else ""),
                 f"{p.times_smaller:.1f}",
                 f"{p.value:.4f}",
                 f"{p.loss_percent:+.2f}",
@@ -141,8 +146,9 @@ def compress_tables(trained: Trained, table: Settings) -> Trained:
         kind = str(getattr(config, "kind", ""))
         raise ConfigError(
             f"{kind} answers with vectors that it worked out from its tables over a graph, so "
-            "smaller tables would not make it smaller: train it with model.table of a kind that "
-            "trains, or take a model without a graph",
+            "smaller tables would not make it smaller: keep its vectors as codes, "
+            'build_recommender(trained, index="codes"), or train it with model.table of a kind '
+            "that trains",
             name="model.kind",
             value=kind,
         )
@@ -166,9 +172,11 @@ def compress(
     bundle: Path | str,
     *,
     tables: Sequence[Settings] = (),
+    retrain: bool = False,
     recipe: ExperimentConfig | None = None,
     data_dir: Path | str | None = None,
     metric: str = "ndcg_at_10",
+    out: Path | str | None = None,
 ) -> Frontier:
     """Measure kinds of tables, made of a bundle's, on the test part of its recipe.
 
@@ -178,55 +186,108 @@ def compress(
     Args:
         bundle: A folder, with dense tables.
         tables: What to try; nothing: half, int8, int4, quantised and pruned at several sizes.
+        retrain: Also train the recipe again with each kind that trains, 4 and 8 times smaller.
         recipe: Whose data and split to measure on, if not the bundle's own.
         data_dir: Where its public data are.
         metric: Of the report; higher is better.
+        out: The bundle that is written: of the recommended kind, if one is; where `tables` are one
+            kind alone, of this.
 
     Raises:
         ConfigError: The model has no dense tables, or the report has no such metric.
     """
     trained = load(bundle).trained
     config = recipe or recipe_of(trained)
-    split = read_split(config, data_dir=data_dir)
+    measure = _Measure(trained, config, read_split(config, data_dir=data_dir), metric)
+    asked = [(table, False) for table in map(_settings, tables or usual_tables(measure.width))]
+    if retrain:
+        again = [t for times in (4.0, 8.0) for t in trained_tables(times, measure.width)]
+        asked += [(table, True) for table in dict.fromkeys(again)]
+    for table, by_training in asked:
+        measure.with_anchors(table, trained=by_training)
+    frontier = measure.frontier()
+    chosen = frontier.recommended
+    if len(tables) == 1 and not retrain:
+        chosen = measure.found[asked[0]][0]
+    if out is not None and chosen is not None:
+        build_recommender(measure.model(_settings(chosen.table), trained=chosen.trained)).save(out)
+    return frontier
 
-    def measured(one: Trained) -> Reports:
-        report = evaluate_split(one, config, split)
-        if metric not in report.metrics:
-            raise ConfigError(
-                f"the report has no {metric!r}: take one of {', '.join(report.metrics)}",
-                name="metric",
-                value=metric,
-            )
-        return report
 
-    original, width = measured(trained), width_of(trained)
-    dense_bytes = table_bytes(trained)
-    found: dict[TableConfig, tuple[Point, Reports]] = {}
+@final
+class _Measure:
+    """The points of one bundle; none is measured twice."""
 
-    def measure(table: TableConfig) -> tuple[Point, Reports]:
-        if table not in found:
-            smaller = compress_tables(trained, table)
-            report = measured(smaller)
-            found[table] = (_point(smaller, table, report, original, metric, dense_bytes), report)
-        return found[table]
+    def __init__(
+        self, original: Trained, config: ExperimentConfig, split: Split, metric: str
+    ) -> None:
+        self.original, self.config, self.split, self.metric = original, config, split, metric
+        self.width, self.bytes = width_of(original), table_bytes(original)
+        self.report = self._report(original)
+        self.found: dict[tuple[TableConfig, bool], tuple[Point, Reports]] = {}
+        self._trained: dict[TableConfig, Trained] = {}
 
-    for table in map(_settings, tables or usual_tables(width)):
-        point, report = measure(table)
+    def model(self, table: TableConfig, *, trained: bool) -> Trained:
+        """Return the model with another kind of table."""
+        if not trained:
+            return compress_tables(self.original, table)
+        if table not in self._trained:
+            model = self.config.model.model_copy(update={"table": table})
+            recipe = self.config.model_copy(update={"model": model, "final": "none"})
+            self._trained[table] = run_experiment(recipe, self.split, show=False).trained
+        return self._trained[table]
+
+    def with_anchors(self, table: TableConfig, *, trained: bool) -> None:
+        """Measure a kind, and beside it those of as many bytes."""
+        point, report = self._measured(table, trained=trained)
         above: dict[str, bool] = {}
-        for name, anchor in anchors(table, point.times_smaller, width).items():
-            difference = _difference(report, measure(anchor)[1], metric)
+        for name, anchor in anchors(table, point.times_smaller, self.width).items():
+            difference = _difference(report, self._measured(anchor, trained=False)[1], self.metric)
             above[name] = difference is not None and difference[0] > 0
         point = replace(point, above_narrow=above.get("narrow"), above_int8=above.get("int8"))
-        found[table] = (point, report)
-    points = tuple(point for point, _ in found.values())
-    better = [p for p in points if p.above_narrow and p.above_int8]
-    return Frontier(
-        metric=metric,
-        original=original.metrics[metric],
-        weight_bytes=_bytes(trained.model),
-        points=points,
-        recommended=max(better, key=lambda p: p.times_smaller, default=None),
-    )
+        self.found[table, trained] = point, report
+
+    def frontier(self) -> Frontier:
+        """Return all points, and the smallest that is better than both of its neighbours."""
+        points = tuple(point for point, _ in self.found.values())
+        better = [p for p in points if p.above_narrow and p.above_int8]
+        return Frontier(
+            metric=self.metric,
+            original=self.report.metrics[self.metric],
+            weight_bytes=_bytes(self.original.model),
+            points=points,
+            recommended=max(better, key=lambda p: p.times_smaller, default=None),
+        )
+
+    def _measured(self, table: TableConfig, *, trained: bool) -> tuple[Point, Reports]:
+        if (table, trained) not in self.found:
+            model = self.model(table, trained=trained)
+            report = self._report(model)
+            value, before = report.metrics[self.metric], self.report.metrics[self.metric]
+            chance = 0.5 if self.metric.startswith("auc") else 0.0
+            loss = 100 * (before - value) / (before - chance) if before != chance else 0.0
+            point = Point(
+                table=table.model_dump(mode="json"),
+                trained=trained,
+                weight_bytes=_bytes(model.model),
+                times_smaller=self.bytes / table_bytes(model),
+                value=value,
+                loss_percent=loss,
+                interval=_difference(report, self.report, self.metric),
+                p50_ms=_p50_ms(model),
+            )
+            self.found[table, trained] = point, report
+        return self.found[table, trained]
+
+    def _report(self, trained: Trained) -> Reports:
+        report = evaluate_split(trained, self.config, self.split)
+        if self.metric not in report.metrics:
+            raise ConfigError(
+                f"the report has no {self.metric!r}: take one of {', '.join(report.metrics)}",
+                name="metric",
+                value=self.metric,
+            )
+        return report
 
 
 def _settings(table: Settings) -> TableConfig:
@@ -234,57 +295,31 @@ def _settings(table: Settings) -> TableConfig:
 
 
 def usual_tables(width: int) -> list[TableConfig]:
-    """Return what is tried for tables of a width."""
-    sub_spaces = [n for n in (width // 2, width // 4, width // 8) if n]
-    return [
-        HalfConfig(),
-        IntegerConfig(),
-        IntegerConfig(kind="int4"),
-        *(QuantisedConfig(sub_spaces=n) for n in sub_spaces),
-        *(PrunedConfig(keep=keep) for keep in (0.5, 0.25, 0.125)),
-    ]
+    """Return what is made of trained tables of a width."""
+    return [table for kind in KINDS for table in kind.tried(width)]
+
+
+def trained_tables(times: float, width: int) -> list[TableConfig]:
+    """Return what is trained again, in tables of about `times` fewer bytes."""
+    return [table for kind in KINDS for table in kind.retrained(times, width)]
 
 
 def anchors(table: TableConfig, times: float, width: int) -> dict[str, TableConfig]:
-    """Return narrow and int8 tables of about as many bytes as a dense one of so many `times` fewer.
-
-    A row of int8 takes a byte a number, and four for its scale.
-    """
-    if isinstance(table, NarrowConfig | IntegerConfig) or times <= 1:
+    """Return by kind what a table is compared with, of as many bytes; nothing for one of these."""
+    if times <= 1 or type(table).anchor(times, width) is not None:
         return {}
-    whole = min(width, max(1, round(4 * width / times) - 4))
-    return {
-        "narrow": NarrowConfig(times=times),
-        "int8": IntegerConfig(width=whole if whole < width else None),
-    }
-
-
-def _point(
-    trained: Trained,
-    table: TableConfig,
-    report: Reports,
-    original: Reports,
-    metric: str,
-    dense_bytes: int,
-) -> Point:
-    value, before = report.metrics[metric], original.metrics[metric]
-    chance = 0.5 if metric.startswith("auc") else 0.0
-    return Point(
-        table=table.model_dump(mode="json"),
-        weight_bytes=_bytes(trained.model),
-        times_smaller=dense_bytes / table_bytes(trained),
-        value=value,
-        loss_percent=100 * (before - value) / (before - chance) if before != chance else 0.0,
-        interval=_difference(report, original, metric),
-        p50_ms=_p50_ms(trained),
-    )
+    found = [kind.anchor(times, width) for kind in KINDS]
+    return {one.kind: one for one in found if one is not None}
 
 
 def _difference(a: Reports, b: Reports, metric: str) -> tuple[float, float] | None:
-    """Return the paired interval over users; None of reports by rows."""
-    if a.lists is None or b.lists is None or metric not in a.lists.per_user:
+    """Return the paired interval over users; None where neither report has such a metric."""
+    if a.lists is not None and b.lists is not None and metric in a.lists.per_user:
+        interval = compare(a.lists, b.lists, metric, resamples=2000).interval
+    elif a.rows is not None and b.rows is not None and len(a.rows.tasks) == 1:
+        interval = compare_rows(a.rows, b.rows, metric, resamples=1000).interval
+    else:
         return None
-    interval = compare(a.lists, b.lists, metric, resamples=2000).interval
     return interval.low, interval.high
 
 
@@ -324,3 +359,67 @@ def _said(table: dict[str, object]) -> str:
         if name not in ("kind", "from_rows") and value is not None
     )
     return f"{table['kind']} ({settings})" if settings else str(table["kind"])
+
+
+_LEFT, _TOP, _WIDTH, _HEIGHT = 70.0, 50.0, 480.0, 300.0
+_COLOURS = ("#888888", "#3465a4", "#2e8b57", "#c4622d", "#75507b", "#b8860b", "#008b8b", "#a52a2a")
+
+
+@checked
+def frontier_svg(frontier: Frontier) -> str:
+    """Draw the metric over how many times smaller the tables are, a curve for each kind.
+
+    A bar is the paired interval of the difference from the original, the grey line.
+    """
+    title = f"{frontier.metric} by the size of the tables"
+    values = [v for p in frontier.points for v in _ends(p, frontier)] + [frontier.original]
+    low, high = min(values), max(values)
+    most = max(2.0, *(p.times_smaller for p in frontier.points))
+
+    def at(times: float, value: float) -> tuple[float, float]:
+        across = math.log(max(1.0, times)) / math.log(most)
+        up = (value - low) / (high - low) if high > low else 0.5
+        return _LEFT + across * _WIDTH, _TOP + (1 - up) * _HEIGHT
+
+    base, bottom = at(1, frontier.original)[1], _TOP + _HEIGHT
+    parts = [
+        text(_LEFT, 22.0, title, size=14),
+        line(_LEFT, base, _LEFT + _WIDTH, base, "#bbbbbb"),
+        text(_LEFT - 8, base + 4, f"{frontier.original:.4f}", anchor="end"),
+        text(_LEFT - 8, bottom + 4, f"{low:.4f}", anchor="end"),
+        text(_LEFT + _WIDTH / 2, bottom + 40, "times smaller (log scale)", anchor="middle"),
+    ]
+    for exponent in range(1 + int(math.log2(most))):
+        x = at(2.0**exponent, low)[0]
+        parts += [line(x, _TOP, x, bottom, "#eeeeee")]
+        parts += [text(x, bottom + 18, f"{2**exponent}", anchor="middle")]
+    kinds = dict.fromkeys(_curve(p) for p in frontier.points)
+    for number, name in enumerate(kinds):
+        colour = _COLOURS[number % len(_COLOURS)]
+        points = sorted(
+            (p for p in frontier.points if _curve(p) == name), key=lambda p: p.times_smaller
+        )
+        path = " L".join("{:.1f},{:.1f}".format(*at(p.times_smaller, p.value)) for p in points)
+        parts.append(f'<path d="M{path}" stroke="{colour}" fill="none"/>')
+        for p in points:
+            x, y = at(p.times_smaller, p.value)
+            ends = [at(p.times_smaller, value)[1] for value in _ends(p, frontier)]
+            parts.append(line(x, ends[0], x, ends[1], colour))
+            words = f"{_said(p.table)}: {p.times_smaller:.1f} times smaller, {p.value:.4f}"
+            parts.append(
+                f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{colour}">'
+                f"<title>{escape(words)}</title></circle>"
+            )
+        parts.append(text(_LEFT + _WIDTH + 16, _TOP + 18 * (number + 1), name, colour=colour))
+    return page(parts, width=_LEFT + _WIDTH + 190, height=bottom + 56, title=title)
+
+
+def _curve(point: Point) -> str:
+    return f"{point.table['kind']}{', trained' if point.trained else ''}"
+
+
+def _ends(point: Point, frontier: Frontier) -> tuple[float, float]:
+    """Return the ends of a point's bar."""
+    if point.interval is None:
+        return point.value, point.value
+    return frontier.original + point.interval[0], frontier.original + point.interval[1]

@@ -4,18 +4,18 @@ A model takes tables by `make_table` and `make_tables`, and knows of no kind.
 """
 
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any, get_args
 
 from pydantic import Field
 
 from foretaste.config import Config
+from foretaste.models.layers.quantised import QuantisedConfig
 from foretaste.models.layers.table import Table
 from foretaste.models.layers.tables import (
     CompositionalConfig,
     DenseConfig,
     HashConfig,
     NarrowConfig,
-    QuantisedConfig,
 )
 from foretaste.models.layers.tables_at_rest import HalfConfig, IntegerConfig, PrunedConfig
 
@@ -30,6 +30,10 @@ TableConfig = Annotated[
     | PrunedConfig,
     Field(discriminator="kind"),
 ]
+
+
+KINDS: Any = get_args(get_args(TableConfig)[0])
+"""The settings classes of all kinds."""
 
 
 class IdConfig(Config):

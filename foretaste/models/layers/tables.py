@@ -1,7 +1,7 @@
 """Kinds of tables: how the vectors of ids and of features' codes are kept, and their settings.
 
-Whoever needs a table asks its settings for one (`make_table`); nothing outside this file and
-`tables_at_rest.py` knows a kind by its name.
+Whoever needs a table asks its settings for one (`make_table`); nothing outside this file,
+`quantised.py` and `tables_at_rest.py` knows a kind by its name.
 
 Shape legend: R rows of a table, X any shape of rows asked for, N rows asked for, D width, K hash
 functions, M sub-spaces or digits.
@@ -11,18 +11,16 @@ import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from itertools import chain
-from typing import Annotated, Literal, final
+from typing import Annotated, Any, Literal, final
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int64
 from pydantic import Field
 from torch import Tensor, nn
 
 from foretaste.config import Config, Count, CountOrZero
-from foretaste.data.interactions import Interactions
-from foretaste.errors import ConfigError
-from foretaste.models.layers.codes import CODES, Codes, even, places, train_codes
+from foretaste.errors import BundleError, ConfigError
+from foretaste.models.layers.codes import even
 from foretaste.models.layers.table import (
     Dense,
     Table,
@@ -59,6 +57,21 @@ class TableKind(Config):
             name="table.kind",
             value=kind,
         )
+
+    @classmethod
+    def tried(cls, width: int) -> Sequence["TableKind"]:
+        """Return what `compress` makes of trained tables of a width."""
+        return ()
+
+    @classmethod
+    def retrained(cls, times: float, width: int) -> Sequence["TableKind"]:
+        """Return what `compress` trains again, in tables of about `times` fewer bytes."""
+        return ()
+
+    @classmethod
+    def anchor(cls, times: float, width: int) -> "TableKind | None":
+        """Return settings of about `times` fewer bytes, if others are compared with this kind."""
+        return None
 
     def make_several(self, sizes: Sequence[int], width: int, *, std: float) -> list[Table]:
         """Make tables of one width, drawn with one standard deviation."""
@@ -129,6 +142,16 @@ class NarrowConfig(FilledConfig):
     times: Times = 8.0
     """How many times fewer weights than a dense table has, approximately."""
 
+    @classmethod
+    def retrained(cls, times: float, width: int) -> Sequence["TableKind"]:
+        """Return rows that are as narrow."""
+        return (cls(times=times),)
+
+    @classmethod
+    def anchor(cls, times: float, width: int) -> "TableKind":
+        """Return rows that are as narrow."""
+        return cls(times=times)
+
     def make_smaller(self, num_rows: int, width: int) -> Table:
         """Make an untrained table."""
         inner = round(num_rows * width / (self.times * (num_rows + width)))
@@ -146,6 +169,11 @@ class HashConfig(SmallerConfig):
     """Hash functions: each row is the weighted sum of as many shared rows."""
     rows: Count | None = None
     """Number of shared rows; None: as `times` decides."""
+
+    @classmethod
+    def retrained(cls, times: float, width: int) -> Sequence["TableKind"]:
+        """Return sums of as few rows."""
+        return (cls(times=times),)
 
     def make_smaller(self, num_rows: int, width: int) -> Table:
         """Make an untrained table."""
@@ -166,6 +194,11 @@ class CompositionalConfig(SmallerConfig):
     operation: Literal["product", "sum", "concatenation"] = "product"
     """How the rows of the digits are combined."""
 
+    @classmethod
+    def retrained(cls, times: float, width: int) -> Sequence["TableKind"]:
+        """Return products and rows side by side, of as few digits' rows."""
+        return (cls(times=times), cls(times=times, operation="concatenation"))
+
     def make_smaller(self, num_rows: int, width: int) -> Table:
         """Make an untrained table."""
         return Compositional(num_rows, width, bases=self._bases(num_rows), operation=self.operation)
@@ -184,27 +217,13 @@ class CompositionalConfig(SmallerConfig):
         return [max(2, math.ceil(num_rows ** (1 / self.parts)))] * (self.parts - 1)
 
 
-class QuantisedConfig(FilledConfig):
-    """Settings of rows of codes: one vector of a codebook for each part of the width."""
-
-    kind: Literal["quantised"] = "quantised"
-    """"quantised": a byte for each part of the width, which chooses one of 256 learned vectors;
-    bytes of users and items are chosen by a singular value decomposition of the events before
-    training, or by k-means on a trained table."""
-    sub_spaces: Count = 8
-    """Parts of the width, which is the number of bytes of a row."""
-
-    def make_smaller(self, num_rows: int, width: int) -> Table:
-        """Make an untrained table."""
-        return Quantised(num_rows, width, sub_spaces=self.sub_spaces)
-
-
 class SharedRows(Table):
     """Rows that are worked out of weights which several of them share."""
 
     def __init__(self, num_rows: int, width: int) -> None:
         super().__init__()
         self.width, self._num_rows = width, num_rows
+        self.register_load_state_dict_post_hook(_refuse_damage)  # type: ignore[no-untyped-call]
 
     @property
     def num_rows(self) -> int:
@@ -213,6 +232,10 @@ class SharedRows(Table):
     @abstractmethod
     def rows(self, row_N: Int64[Tensor, " N"]) -> Float[Tensor, "N D"]:
         """Return rows; -1 gives 0."""
+
+    def damage(self) -> str:
+        """Return what is wrong with weights that were read from a file; nothing is ""."""
+        return ""
 
     def forward(self, row_X: Int64[Tensor, "*X"]) -> Float[Tensor, "*X D"]:
         row_N = row_X.flatten()
@@ -230,6 +253,22 @@ class SharedRows(Table):
     def grow(self, num_rows: int) -> None:
         check_growth(self.num_rows, num_rows)
         self._num_rows = num_rows
+
+
+def _refuse_damage(table: SharedRows, _: Any) -> None:
+    """Check weights that were read; torch calls this with the names that were missing.
+
+    Raises:
+        BundleError: No rows can be made of them.
+    """
+    if wrong := table.damage():
+        kind = type(table).__name__
+        raise BundleError(
+            f"the weights of a table of kind {kind} are damaged: {wrong}: write the bundle again "
+            "from the model",
+            name=kind,
+            value=wrong,
+        )
 
 
 class Filled(SharedRows):
@@ -371,108 +410,6 @@ class Compositional(SharedRows):
         return [table for table in self.digits if isinstance(table, Dense)]
 
 
-@final
-class Quantised(Filled):
-    r"""Product quantisation: a code for each of M parts of the width, each a vector of a codebook.
-
-    .. math:: e_r = [c^1_{b_{r1}}; \dots; c^M_{b_{rM}}], \quad b_{rm} \in \{0, \dots, 255\}
-
-    Codes are fixed while the vectors learn; until `code_by` is called they are by chance.
-
-    References:
-        Petrov and Macdonald, "RecJPQ: Training Large-Catalogue Sequential Recommenders", WSDM 2024,
-        https://arxiv.org/abs/2312.06165; Jégou, Douze and Schmid, "Product Quantization for Nearest
-        Neighbor Search", TPAMI 2011.
-    """
-
-    code_RM: Tensor
-
-    def __init__(self, num_rows: int, width: int, *, sub_spaces: int) -> None:
-        super().__init__(num_rows, width)
-        if sub_spaces > width:
-            raise ConfigError(
-                f"table.sub_spaces = {sub_spaces} cuts a width of {width} in more parts than it "
-                "has numbers: set fewer, or a larger width",
-                name="table.sub_spaces",
-                value=sub_spaces,
-            )
-        self.sub_spaces = sub_spaces
-        self.codebooks = Dense(sub_spaces * CODES, even(width, sub_spaces)[0])
-        self.register_buffer("code_RM", _codes_by_chance(0, num_rows, sub_spaces))
-        self.draw(std=1.0)
-
-    def rows(self, row_N: Int64[Tensor, " N"]) -> Float[Tensor, "N D"]:
-        code_NM = self.code_RM[row_N.clamp(min=0)].long()
-        code_NM += torch.arange(0, self.sub_spaces * CODES, CODES, device=row_N.device)
-        found_NMd = self.codebooks(code_NM.masked_fill_((row_N < 0).unsqueeze(1), -1))
-        found_ND: Tensor = found_NMd.flatten(1)
-        if found_ND.shape[1] == self.width:
-            return found_ND
-        return found_ND[:, places(self.width, self.sub_spaces).to(row_N.device)]
-
-    def codes(self) -> Codes:
-        """Return the rows as they are now."""
-        with torch.no_grad():
-            book_SD = self.codebooks.block(0, self.codebooks.num_rows).detach()
-        book_MCd = book_SD.view(self.sub_spaces, CODES, -1)
-        return Codes(code_RM=self.code_RM, book_MCd=book_MCd, width=self.width)
-
-    def products(self, query_BD: Float[Tensor, "B D"]) -> Float[Tensor, "B R"]:
-        on_cpu = self.code_RM.device.type == "cpu"
-        return self.codes().products(query_BD) if on_cpu else super().products(query_BD)
-
-    def draw(self, *, std: float) -> None:
-        self.codebooks.draw(std=std)
-
-    @torch.no_grad()
-    def code_by(self, factor_RM: Float[Tensor, "R M"]) -> None:
-        """Code each part by one factor, in 256 bins of as many rows each."""
-        place_RM = factor_RM.argsort(dim=0, stable=True).argsort(dim=0, stable=True)
-        self.code_RM[:, : factor_RM.shape[1]] = place_RM * CODES // self.num_rows
-
-    @torch.no_grad()
-    def fill(self, table: Table) -> None:
-        """Take a trained table's rows, coded by k-means in each part (FAISS's trainer)."""
-        rows_RD = torch.cat([block_RD for _, block_RD in finite_blocks(table)]).cpu()
-        found = train_codes(rows_RD, self.sub_spaces)
-        self.code_RM.copy_(found.code_RM)
-        self.codebooks.weight.copy_(found.book_MCd.flatten(0, 1))
-
-    def grow(self, num_rows: int) -> None:
-        before = self.num_rows
-        super().grow(num_rows)
-        more_RM = _codes_by_chance(before, num_rows, self.sub_spaces)
-        self.code_RM = torch.cat([self.code_RM, more_RM.to(self.code_RM.device)])
-
-
-@torch.no_grad()
-def code_by_events(events: Interactions, *, users: Table | None, items: Table | None) -> None:
-    """Code quantised tables by a truncated singular value decomposition of who did what.
-
-    Parts beyond the decomposition's rank keep their codes by chance.
-    """
-    quantised = {
-        side: table
-        for side, table in (("users", users), ("items", items))
-        if isinstance(table, Quantised)
-    }
-    if not quantised:
-        return
-    shape = (events.num_users, events.num_items)
-    wanted = min(max(table.sub_spaces for table in quantised.values()), *shape)
-    pair_2E = torch.from_numpy(np.stack([events.user_idx, events.item_idx]).astype(np.int64))
-    done_UI = torch.sparse_coo_tensor(
-        pair_2E, torch.ones(len(events)), shape, check_invariants=False
-    ).coalesce()
-    done_UI.values().fill_(1.0)  # however often
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        user_UM, _, item_IM = torch.svd_lowrank(done_UI, q=wanted, niter=4)
-    for side, factor_RM in (("users", user_UM), ("items", item_IM)):
-        if side in quantised:
-            quantised[side].code_by(factor_RM[:, : quantised[side].sub_spaces])
-
-
 def hashed(row_N: Int64[Tensor, " N"], salt: int, num: int) -> Int64[Tensor, " N"]:
     """Return a number in [0, num) for each row, by splitmix64; -1 for -1."""
     x_N = row_N + _wrapped(salt * 0x9E3779B97F4A7C15)
@@ -486,9 +423,3 @@ def hashed(row_N: Int64[Tensor, " N"], salt: int, num: int) -> Int64[Tensor, " N
 def _wrapped(number: int) -> int:
     """Return a number of 64 bits as torch has it, with a sign."""
     return (number + 2**63) % 2**64 - 2**63
-
-
-def _codes_by_chance(first: int, last: int, sub_spaces: int) -> Tensor:
-    row_N = torch.arange(first, last)
-    codes = [hashed(row_N, 1 + space, CODES) for space in range(sub_spaces)]
-    return torch.stack(codes, dim=1).to(torch.uint8)

@@ -5,6 +5,7 @@ They cannot be trained. Their settings stand in a bundle like those of the kinds
 Shape legend: R rows of a table, N rows asked for, D width, K rows that are kept.
 """
 
+from collections.abc import Sequence
 from typing import Annotated, ClassVar, Literal, final
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from foretaste.config import Count
 from foretaste.errors import ConfigError
 from foretaste.models.layers.table import Dense, Table, finite_blocks, principal_directions
-from foretaste.models.layers.tables import Filled, FilledConfig
+from foretaste.models.layers.tables import Filled, FilledConfig, TableKind
 
 _LOWEST = torch.finfo(torch.float32).tiny
 
@@ -27,6 +28,11 @@ class HalfConfig(FilledConfig):
     """"half": 16 bits a number, from a trained table."""
     format: Literal["fp16", "bf16"] = "fp16"
     """fp16 has finer steps, bf16 has the range of fp32."""
+
+    @classmethod
+    def tried(cls, width: int) -> Sequence[TableKind]:
+        """Return the finer one."""
+        return (cls(),)
 
     def make_smaller(self, num_rows: int, width: int) -> Table:
         """Make an empty table."""
@@ -43,6 +49,17 @@ class IntegerConfig(FilledConfig):
     """Numbers in a row: coordinates along as many principal directions of the table. None keeps
     all."""
 
+    @classmethod
+    def tried(cls, width: int) -> Sequence[TableKind]:
+        """Return both."""
+        return (cls(), cls(kind="int4"))
+
+    @classmethod
+    def anchor(cls, times: float, width: int) -> TableKind:
+        """Return int8 of the width that gives those bytes: one a number, and four for the scale."""
+        whole = min(width, max(1, round(4 * width / times) - 4))
+        return cls(width=whole if whole < width else None)
+
     def make_smaller(self, num_rows: int, width: int) -> Table:
         """Make an empty table."""
         inner = width if self.width is None else min(self.width, width)
@@ -56,6 +73,11 @@ class PrunedConfig(FilledConfig):
     """"pruned": the shortest rows are dropped and answered by their mean, from a trained table."""
     keep: Annotated[float, Field(gt=0, lt=1)] = 0.125
     """Share of the rows that are kept."""
+
+    @classmethod
+    def tried(cls, width: int) -> Sequence[TableKind]:
+        """Return a half of the rows, a quarter and an eighth."""
+        return [cls(keep=keep) for keep in (0.5, 0.25, 0.125)]
 
     def make_smaller(self, num_rows: int, width: int) -> Table:
         """Make an empty table."""
@@ -91,6 +113,11 @@ class Half(AtRest):
 
     def rows(self, row_N: Int64[Tensor, " N"]) -> Float[Tensor, "N D"]:
         return _none_is_0(self.weight[row_N.clamp(min=0)].float(), row_N)
+
+    def damage(self) -> str:
+        if self.weight.dtype not in (torch.float16, torch.bfloat16):
+            return f"rows are {self.weight.dtype}"
+        return "" if self.weight.isfinite().all() else "a row is not finite"
 
     def fill(self, table: Table) -> None:
         for first, block_RD in finite_blocks(table):
@@ -130,6 +157,14 @@ class Integers(AtRest):
             found_ND = found_ND @ self.direction_dD
         return _none_is_0(found_ND, row_N)
 
+    def damage(self) -> str:
+        if self.weight.dtype != (torch.int8 if self.bits == 8 else torch.uint8):
+            return f"rows are {self.weight.dtype}"
+        if not (self.scale_R.isfinite() & (self.scale_R >= 0)).all():
+            return "a row's scale is negative or not finite"
+        broken = self.direction_dD is not None and not self.direction_dD.isfinite().all()
+        return "a direction is not finite" if broken else ""
+
     def fill(self, table: Table) -> None:
         if self.direction_dD is not None:
             self.direction_dD.copy_(principal_directions(table, self.inner))
@@ -162,6 +197,12 @@ class Pruned(AtRest):
         place_N = self.place_R[row_N.clamp(min=0)].long()
         found_ND: Tensor = self.kept(place_N.masked_fill(row_N < 0, -1))
         return found_ND
+
+    def damage(self) -> str:
+        lowest, highest = self.place_R.aminmax()
+        if self.place_R.dtype != torch.int32 or lowest < 0 or highest >= self.kept.num_rows:
+            return f"a row stands at place {int(highest)} of {self.kept.num_rows}"
+        return "" if self.kept.weight.isfinite().all() else "a row is not finite"
 
     @torch.no_grad()
     def fill(self, table: Table) -> None:

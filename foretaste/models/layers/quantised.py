@@ -1,0 +1,158 @@
+"""The kind of table whose rows are codes, made before training or of a trained table.
+
+Shape legend: R rows of a table, N rows asked for, D width, M sub-spaces, C vectors of a codebook, d
+width of the widest of them, S all of these, B queries.
+"""
+
+from collections.abc import Sequence
+from typing import Literal, final
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from foretaste.config import Count
+from foretaste.data.interactions import Interactions
+from foretaste.errors import ConfigError
+from foretaste.models.layers.codes import CODES, Codes, even, places, train_codes
+from foretaste.models.layers.table import Dense, Table, finite_blocks
+from foretaste.models.layers.tables import Filled, FilledConfig, TableKind, hashed
+
+
+class QuantisedConfig(FilledConfig):
+    """Settings of rows of codes: one vector of a codebook for each part of the width."""
+
+    kind: Literal["quantised"] = "quantised"
+    """"quantised": a byte for each part of the width, which chooses one of 256 learned vectors;
+    bytes of users and items are chosen by a singular value decomposition of the events before
+    training, or by k-means on a trained table."""
+    sub_spaces: Count = 8
+    """Parts of the width, which is the number of bytes of a row."""
+
+    @classmethod
+    def tried(cls, width: int) -> Sequence[TableKind]:
+        """Return half as many bytes as numbers, and fewer."""
+        return [cls(sub_spaces=n) for n in (width // 2, width // 4, width // 8) if n]
+
+    @classmethod
+    def retrained(cls, times: float, width: int) -> Sequence[TableKind]:
+        """Return as few bytes a row."""
+        return (cls(sub_spaces=max(1, min(width, round(4 * width / times)))),)
+
+    def make_smaller(self, num_rows: int, width: int) -> Table:
+        """Make an untrained table."""
+        return Quantised(num_rows, width, sub_spaces=self.sub_spaces)
+
+
+@final
+class Quantised(Filled):
+    r"""Product quantisation: a code for each of M parts of the width, each a vector of a codebook.
+
+    .. math:: e_r = [c^1_{b_{r1}}; \dots; c^M_{b_{rM}}], \quad b_{rm} \in \{0, \dots, 255\}
+
+    Codes are fixed while the vectors learn; until `code_by` is called they are by chance.
+
+    References:
+        Petrov and Macdonald, "RecJPQ: Training Large-Catalogue Sequential Recommenders", WSDM 2024,
+        https://arxiv.org/abs/2312.06165; Jégou, Douze and Schmid, "Product Quantization for Nearest
+        Neighbor Search", TPAMI 2011.
+    """
+
+    code_RM: Tensor
+
+    def __init__(self, num_rows: int, width: int, *, sub_spaces: int) -> None:
+        super().__init__(num_rows, width)
+        if sub_spaces > width:
+            raise ConfigError(
+                f"table.sub_spaces = {sub_spaces} cuts a width of {width} in more parts than it "
+                "has numbers: set fewer, or a larger width",
+                name="table.sub_spaces",
+                value=sub_spaces,
+            )
+        self.sub_spaces = sub_spaces
+        self.codebooks = Dense(sub_spaces * CODES, even(width, sub_spaces)[0])
+        self.register_buffer("code_RM", _codes_by_chance(0, num_rows, sub_spaces))
+        self.draw(std=1.0)
+
+    def rows(self, row_N: Int64[Tensor, " N"]) -> Float[Tensor, "N D"]:
+        code_NM = self.code_RM[row_N.clamp(min=0)].long()
+        code_NM += torch.arange(0, self.sub_spaces * CODES, CODES, device=row_N.device)
+        found_NMd = self.codebooks(code_NM.masked_fill_((row_N < 0).unsqueeze(1), -1))
+        found_ND: Tensor = found_NMd.flatten(1)
+        if found_ND.shape[1] == self.width:
+            return found_ND
+        return found_ND[:, places(self.width, self.sub_spaces).to(row_N.device)]
+
+    def codes(self) -> Codes:
+        """Return the rows as they are now."""
+        with torch.no_grad():
+            book_SD = self.codebooks.block(0, self.codebooks.num_rows).detach()
+        book_MCd = book_SD.view(self.sub_spaces, CODES, -1)
+        return Codes(code_RM=self.code_RM, book_MCd=book_MCd, width=self.width)
+
+    def products(self, query_BD: Float[Tensor, "B D"]) -> Float[Tensor, "B R"]:
+        on_cpu = self.code_RM.device.type == "cpu"
+        return self.codes().products(query_BD) if on_cpu else super().products(query_BD)
+
+    def damage(self) -> str:
+        if self.code_RM.dtype != torch.uint8:
+            return f"codes are {self.code_RM.dtype}, beyond codebooks of {CODES} vectors"
+        return "" if self.codebooks.weight.isfinite().all() else "a codebook is not finite"
+
+    def draw(self, *, std: float) -> None:
+        self.codebooks.draw(std=std)
+
+    @torch.no_grad()
+    def code_by(self, factor_RM: Float[Tensor, "R M"]) -> None:
+        """Code each part by one factor, in 256 bins of as many rows each."""
+        place_RM = factor_RM.argsort(dim=0, stable=True).argsort(dim=0, stable=True)
+        self.code_RM[:, : factor_RM.shape[1]] = place_RM * CODES // self.num_rows
+
+    @torch.no_grad()
+    def fill(self, table: Table) -> None:
+        """Take a trained table's rows, coded by k-means in each part (FAISS's trainer)."""
+        rows_RD = torch.cat([block_RD for _, block_RD in finite_blocks(table)]).cpu()
+        found = train_codes(rows_RD, self.sub_spaces)
+        self.code_RM.copy_(found.code_RM)
+        self.codebooks.weight.copy_(found.book_MCd.flatten(0, 1))
+
+    def grow(self, num_rows: int) -> None:
+        before = self.num_rows
+        super().grow(num_rows)
+        more_RM = _codes_by_chance(before, num_rows, self.sub_spaces)
+        self.code_RM = torch.cat([self.code_RM, more_RM.to(self.code_RM.device)])
+
+
+@torch.no_grad()
+def code_by_events(events: Interactions, *, users: Table | None, items: Table | None) -> None:
+    """Code quantised tables by a truncated singular value decomposition of who did what.
+
+    Parts beyond the decomposition's rank keep their codes by chance.
+    """
+    quantised = {
+        side: table
+        for side, table in (("users", users), ("items", items))
+        if isinstance(table, Quantised)
+    }
+    if not quantised:
+        return
+    shape = (events.num_users, events.num_items)
+    wanted = min(max(table.sub_spaces for table in quantised.values()), *shape)
+    pair_2E = torch.from_numpy(np.stack([events.user_idx, events.item_idx]).astype(np.int64))
+    done_UI = torch.sparse_coo_tensor(
+        pair_2E, torch.ones(len(events)), shape, check_invariants=False
+    ).coalesce()
+    done_UI.values().fill_(1.0)  # however often
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        user_UM, _, item_IM = torch.svd_lowrank(done_UI, q=wanted, niter=4)
+    for side, factor_RM in (("users", user_UM), ("items", item_IM)):
+        if side in quantised:
+            quantised[side].code_by(factor_RM[:, : quantised[side].sub_spaces])
+
+
+def _codes_by_chance(first: int, last: int, sub_spaces: int) -> Tensor:
+    row_N = torch.arange(first, last)
+    codes = [hashed(row_N, 1 + space, CODES) for space in range(sub_spaces)]
+    return torch.stack(codes, dim=1).to(torch.uint8)
