@@ -235,6 +235,24 @@ def test_pruning_keeps_the_longest_rows_and_the_mean_of_the_others() -> None:
     assert torch.allclose(whole(pruned)[~kept], mean.expand(NUM - 60, -1), atol=1e-6)
 
 
+def test_the_kept_row_with_the_most_in_common_answers_for_a_dropped_one() -> None:
+    table = Dense(6, 2)
+    with torch.no_grad():
+        table.weight.copy_(torch.tensor([[9, 0], [0, 9], [1, 0], [0, 1], [1, 1], [9, 9]]).float())
+    # Rows 0, 1 and 5 stay. Of what row 2 has (10, 11), row 0 has both and more, row 5 one and no
+    # more: cosines of 2 / (2 * 3)^.5 = .82 and 1 / 2^.5 = .71. Row 3 has what row 1 has. Row 4 has
+    # nothing that is kept, so the mean of rows 2, 3 and 4 answers.
+    row = torch.tensor([0, 0, 0, 5, 2, 2, 2, 1, 3, 4])
+    has = torch.tensor([10, 11, 12, 10, 10, 11, 10, 13, 13, 7])
+    kind = PrunedConfig(from_rows=0, keep=0.5, instead="neighbours")
+    pruned = kind.compressed(table, lambda asked: (row, has) if asked == "neighbours" else None)
+    kept = table.weight.detach()
+    third = kept[2:5].mean(dim=0)
+    torch.testing.assert_close(
+        pruned.block(0, 6), torch.stack([kept[0], kept[1], kept[0], kept[1], third, kept[5]])
+    )
+
+
 @pytest.mark.parametrize("num", [1, 100, 256, 300])
 def test_few_rows_are_coded_exactly_or_nearly(num: int) -> None:
     table = dense(num)

@@ -13,11 +13,14 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import final
 
+import numpy as np
 import polars as pl
+import torch
 from torch import nn
 
 from foretaste.arguments import checked
@@ -30,7 +33,7 @@ from foretaste.experiment.recipe import ExperimentConfig
 from foretaste.experiment.run import evaluate_split, read_split, recipe_of, run_experiment
 from foretaste.models.layers.table import Dense, Table
 from foretaste.models.layers.table_settings import KINDS, IdConfig, TableConfig
-from foretaste.models.layers.tables import DenseConfig
+from foretaste.models.layers.tables import DenseConfig, Links
 from foretaste.serving.building import build_recommender, load
 from foretaste.shown import Shown
 from foretaste.training.trained import Trained
@@ -153,11 +156,17 @@ def compress_tables(trained: Trained, table: Settings) -> Trained:
             value=kind,
         )
     model, made = copy.deepcopy(trained.model), dict[Dense, Table]()
+    sides = {
+        getattr(part, f"{side}_table", None): side
+        for part in model.modules()
+        for side in ("user", "item")
+    }
     for parent in list(model.modules()):
         for name, part in parent.named_children():
             if isinstance(part, Dense):
                 if part not in made:
-                    made[part] = kept.compressed(part)
+                    links = partial(_links, trained, sides.get(part, ""))
+                    made[part] = kept.compressed(part, links)
                 setattr(parent, name, made[part])
     # Item vectors worked out from the other tables are forgotten; how new users are answered stays
     # as the dense tables taught it: learned again from pruned rows it was worse.
@@ -165,6 +174,35 @@ def compress_tables(trained: Trained, table: Settings) -> Trained:
     smaller = config.model_copy(update={"table": kept})
     settings = {**trained.settings, "model": smaller.model_dump(mode="json")}
     return replace(trained, model=model, config=smaller, settings=settings)
+
+
+def _links(trained: Trained, side: str, kind: str) -> Links | None:
+    """Return what rows of users or items have: the items or users of events, or features' codes.
+
+    Raises:
+        ConfigError: Features are asked for, and the model has none.
+    """
+    if side not in ("user", "item"):
+        return None  # a table of features' codes
+    if kind == "neighbours":
+        pair = trained.events.user_idx, trained.events.item_idx
+        first, second = (torch.from_numpy(idx.astype(np.int64)) for idx in pair)
+        return (first, second) if side == "user" else (second, first)
+    features = trained.features
+    if features is None:
+        raise ConfigError(
+            f'table.instead = "{kind}" needs features, and the model has none: set it to '
+            '"neighbours" or "mean"',
+            name="table.instead",
+            value=kind,
+        )
+    table = features.item_table if side == "item" else features.user_table
+    if table is None:
+        return None
+    row_R = torch.arange(len(table))
+    in_bags_R = table.bag_offsets_RG1[:, -1] - table.bag_offsets_RG1[:, 0]
+    row_N = [row_R.repeat_interleave(table.code_RC.shape[1]), row_R.repeat_interleave(in_bags_R)]
+    return torch.cat(row_N), torch.cat([table.code_RC.flatten(), table.bag_N])
 
 
 @checked
@@ -381,7 +419,7 @@ def frontier_svg(frontier: Frontier) -> str:
         up = (value - low) / (high - low) if high > low else 0.5
         return _LEFT + across * _WIDTH, _TOP + (1 - up) * _HEIGHT
 
-    base, bottom = at(1, frontier.original)[1], _TOP + _HEIGHT
+    base, bottom = at(1.0, frontier.original)[1], _TOP + _HEIGHT
     parts = [
         text(_LEFT, 22.0, title, size=14),
         line(_LEFT, base, _LEFT + _WIDTH, base, "#bbbbbb"),

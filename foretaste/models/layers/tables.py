@@ -9,7 +9,7 @@ functions, M sub-spaces or digits.
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Annotated, Any, Literal, final
 
@@ -37,6 +37,17 @@ Times = Annotated[float, Field(gt=1, le=1e6)]
 Parts = Annotated[int, Field(ge=2, le=4)]
 
 
+Links = tuple[Int64[Tensor, " N"], Int64[Tensor, " N"]]
+"""Pairs of a row and something that it has: the other side of an event, or a feature's code."""
+FindLinks = Callable[[str], Links | None]
+"""From "neighbours" or "features" to the links of a table; None: it has none such."""
+
+
+def no_links(_: str) -> None:
+    """Say that rows have nothing in common."""
+    return
+
+
 class TableKind(Config):
     """Settings that every kind of table has."""
 
@@ -44,8 +55,12 @@ class TableKind(Config):
     def make(self, num_rows: int, width: int) -> Table:
         """Make an untrained table."""
 
-    def compressed(self, table: Table) -> Table:
+    def compressed(self, table: Table, links: FindLinks = no_links) -> Table:
         """Return a trained table in this kind.
+
+        Args:
+            table: The trained one.
+            links: What its rows have in common.
 
         Raises:
             ConfigError: It has to be trained so.
@@ -124,13 +139,17 @@ class SmallerConfig(TableKind):
 class FilledConfig(SmallerConfig):
     """Settings of tables that can be made of a trained one."""
 
-    def compressed(self, table: Table) -> Table:
+    def compressed(self, table: Table, links: FindLinks = no_links) -> Table:
         """Return a trained table in this kind; where it would be dense, as it is."""
         made = self.make(table.num_rows, table.width)
         if not isinstance(made, Filled):
             return table
-        made.fill(table)
+        self.fill(made, table, links)
         return made
+
+    def fill(self, made: "Filled", table: Table, links: FindLinks) -> None:
+        """Give an empty table a trained one's rows."""
+        made.fill(table)
 
 
 class NarrowConfig(FilledConfig):

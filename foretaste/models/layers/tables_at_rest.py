@@ -8,6 +8,7 @@ Shape legend: R rows of a table, N rows asked for, D width, K rows that are kept
 from collections.abc import Sequence
 from typing import Annotated, ClassVar, Literal, final
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int64
 from pydantic import Field
@@ -15,9 +16,13 @@ from torch import Tensor, nn
 
 from foretaste.config import Count
 from foretaste.errors import ConfigError
+from foretaste.later import later
 from foretaste.models.layers.table import Dense, Table, finite_blocks, principal_directions
-from foretaste.models.layers.tables import Filled, FilledConfig, TableKind
+from foretaste.models.layers.tables import Filled, FilledConfig, FindLinks, TableKind
 
+sparse = later("scipy.sparse")
+
+_LINKED_ROWS = 4096
 _LOWEST = torch.finfo(torch.float32).tiny
 
 
@@ -70,9 +75,12 @@ class PrunedConfig(FilledConfig):
     """Settings of a table whose shortest rows are dropped."""
 
     kind: Literal["pruned"] = "pruned"
-    """"pruned": the shortest rows are dropped and answered by their mean, from a trained table."""
+    """"pruned": the shortest rows are dropped and others answer for them, from a trained table."""
     keep: Annotated[float, Field(gt=0, lt=1)] = 0.125
     """Share of the rows that are kept."""
+    instead: Literal["mean", "neighbours", "features"] = "mean"
+    """What answers for a dropped row: the mean of all of them, or the kept row that has the most in
+    common with it, in the events ("neighbours") or in features; without any in common, the mean."""
 
     @classmethod
     def tried(cls, width: int) -> Sequence[TableKind]:
@@ -82,6 +90,13 @@ class PrunedConfig(FilledConfig):
     def make_smaller(self, num_rows: int, width: int) -> Table:
         """Make an empty table."""
         return Pruned(num_rows, width, kept=max(1, round(self.keep * num_rows)))
+
+    def fill(self, made: Filled, table: Table, links: FindLinks) -> None:
+        """Keep the longest rows, and choose what answers for the others."""
+        made.fill(table)
+        found = None if self.instead == "mean" else links(self.instead)
+        if found is not None and isinstance(made, Pruned):
+            made.answer_by(*found)
 
 
 class AtRest(Filled):
@@ -183,7 +198,7 @@ class Integers(AtRest):
 
 @final
 class Pruned(AtRest):
-    """The longest rows, and the mean of all others for each of those."""
+    """The longest rows; for each of the others their mean, or a kept row."""
 
     place_R: Tensor
 
@@ -217,6 +232,30 @@ class Pruned(AtRest):
             self.kept.weight[here_R] = block_RD
             total_D += block_RD[here_R == num].sum(dim=0, dtype=torch.float64).cpu()
         self.kept.weight[num] = total_D / max(1, self.num_rows - num)
+
+    @torch.no_grad()
+    def answer_by(self, row_N: Int64[Tensor, " N"], has_N: Int64[Tensor, " N"]) -> None:
+        """Let the kept row with the most in common answer for each dropped one, by cosine.
+
+        Args:
+            row_N: Rows, with repetitions.
+            has_N: What each has.
+        """
+        num, place_R = self.kept.num_rows - 1, self.place_R.numpy()
+        shape = (self.num_rows, 1 + int(has_N.max()) if len(has_N) else 1)
+        ones = np.ones(len(row_N), np.float32)
+        has_RA = sparse.csr_array((ones, (row_N.numpy(), has_N.numpy())), shape=shape)
+        has_RA.data[:] = 1.0  # however often
+        length_R = np.sqrt(np.maximum(1.0, has_RA.sum(axis=1)))
+        has_RA = (sparse.diags_array(1 / length_R) @ has_RA).tocsr()
+        dropped_R = np.flatnonzero(place_R == num)
+        has_AK = has_RA[np.flatnonzero(place_R < num)].T.tocsr()
+        for first in range(0, len(dropped_R), _LINKED_ROWS):
+            row_B = dropped_R[first : first + _LINKED_ROWS]
+            common = (has_RA[row_B] @ has_AK).tocoo()
+            order = np.lexsort((common.col, -common.data, common.row))
+            found_F, at = np.unique(common.row[order], return_index=True)
+            place_R[row_B[found_F]] = common.col[order][at]
 
 
 def _none_is_0(found_ND: Tensor, row_N: Tensor) -> Tensor:
