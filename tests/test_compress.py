@@ -21,6 +21,7 @@ from foretaste.experiment.compress import (
     compress_tables,
     frontier_svg,
     trained_tables,
+    usual_tables,
 )
 from foretaste.models.layers.quantised import QuantisedConfig
 from foretaste.models.layers.tables import HashConfig
@@ -113,6 +114,12 @@ def test_weights_take_as_many_bytes_as_is_said(bundle: Path, tmp_path: Path) -> 
         ft.build_recommender(smaller).save(tmp_path / table.kind)
         on_disk = (tmp_path / table.kind / "weights.safetensors").stat().st_size
         assert on_disk < (bundle / "weights.safetensors").stat().st_size
+
+
+def test_all_kinds_but_narrow_and_int8_are_compared_with_both() -> None:
+    for table in [*usual_tables(64), *trained_tables(8.0, 64)]:
+        beside = set(compressing.anchors(table, 8.0, 64))
+        assert beside == (set() if table.kind in ("narrow", "int8") else {"narrow", "int8"})
 
 
 def test_the_frontier_sets_narrow_and_int8_of_as_many_bytes_beside(bundle: Path) -> None:

@@ -344,10 +344,11 @@ def trained_tables(times: float, width: int) -> list[TableConfig]:
 
 def anchors(table: TableConfig, times: float, width: int) -> dict[str, TableConfig]:
     """Return by kind what a table is compared with, of as many bytes; nothing for one of these."""
-    if times <= 1 or type(table).anchor(times, width) is not None:
+    if times <= 1:
         return {}
     found = [kind.anchor(times, width) for kind in KINDS]
-    return {one.kind: one for one in found if one is not None}
+    by_kind = {one.kind: one for one in found if one is not None}
+    return {} if table.kind in by_kind else by_kind
 
 
 def _difference(a: Reports, b: Reports, metric: str) -> tuple[float, float] | None:
