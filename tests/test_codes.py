@@ -18,9 +18,9 @@ from torch import Tensor
 
 import foretaste as ft
 from foretaste.errors import BundleError, ConfigError, NonFiniteError
+from foretaste.models.base import top_k
 from foretaste.models.layers.codes import CODES, Codes, even
 from foretaste.models.layers.quantised import QuantisedConfig
-from foretaste.models.layers.top_k import top_k
 from foretaste.retrieval.choose import build_index, load_index
 from foretaste.retrieval.index import CodeIndex
 
