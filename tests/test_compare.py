@@ -22,7 +22,7 @@ from foretaste.evaluation.bootstrap import Interval, holm
 from foretaste.evaluation.compare import Comparison
 from foretaste.evaluation.report import latex_table
 from foretaste.experiment import compare_models
-from foretaste.experiment.compare_advice import choose
+from foretaste.experiment.compare_figures import choose
 from foretaste.experiment.compare_plan import BASELINES, FAMILIES
 from foretaste.experiment.compare_table import ModelComparison, ModelRow, TaskFigure, comparison_svg
 from foretaste.experiment.search_space import ShortSearch

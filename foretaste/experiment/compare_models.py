@@ -14,27 +14,18 @@ import numpy as np
 from foretaste.arguments import checked
 from foretaste.config import Seed
 from foretaste.data.folder import check_place, reason_of, whole_file
+from foretaste.data.rows import Rows
 from foretaste.data.splits import Split
 from foretaste.errors import ConfigError, DataError, ForetasteError
-from foretaste.evaluation.bootstrap import bootstrap_intervals
-from foretaste.evaluation.compare import compare, mean_per_user
 from foretaste.evaluation.report import Report
-from foretaste.evaluation.rows import rows_to_judge
-from foretaste.experiment.compare_advice import choose
-from foretaste.experiment.compare_by_rows import (
-    compare_by_rows,
-    thousand_rows_ms,
-)
+from foretaste.evaluation.rows import predict_tasks, ranker_of, rows_to_judge
+from foretaste.experiment.compare_figures import ASKED, compare_measured
 from foretaste.experiment.compare_plan import Entry, Plan, plan_of
 from foretaste.experiment.compare_table import (
     FailedModel,
     Measured,
     ModelComparison,
-    TaskFigure,
     comparison_svg,
-    corrected,
-    label,
-    model_row,
 )
 from foretaste.experiment.recipe import ExperimentConfig, read_experiment
 from foretaste.experiment.run import (
@@ -47,10 +38,10 @@ from foretaste.experiment.run import (
 from foretaste.serving.building import build_recommender, load
 from foretaste.serving.recommender import Recommender
 from foretaste.training.fit import OUT_OF_TIME
+from foretaste.training.trained import Trained
 
-ASKED = 200
-"""How many single questions the time of an answer is the median of."""
 _WARM_UP = 10
+_TIMED_ROWS, _TIMES = 1000, 7
 _FILES = tuple(f"comparison.{kind}" for kind in ("svg", "json", "md", "csv", "tex"))
 
 
@@ -157,7 +148,7 @@ def compare_models(
                 failed.append(found)
             else:
                 measured.append(found)
-        comparison = _compare(measured, failed, split, budget_seconds, plan)
+        comparison = compare_measured(measured, failed, split, plan, budget_seconds)
         if folder is not None:
             (pick,) = (found for found in measured if found.name == comparison.pick)
             recommender, note = _final(pick, plan, clock, say)
@@ -246,7 +237,7 @@ def _attempt(entry: Entry, seed: int, bundle: Path, share: float | None, *, show
     else:
         sampled = sampled_rows(run.trained, config.evaluation)
         rows, _, _ = rows_to_judge(run.trained, split, part="test", sampled=sampled)
-        answer_ms = thousand_rows_ms(run.trained, rows)
+        answer_ms = _thousand_rows_ms(run.trained, rows)
     return Measured(
         name=entry.name,
         kind=config.model.kind,
@@ -305,120 +296,17 @@ def _answer_ms(recommender: Recommender, *, k: int) -> float:
     return statistics.median(milliseconds[_WARM_UP:])
 
 
-def _compare(
-    measured: list[Measured],
-    failed: list[FailedModel],
-    split: Split,
-    budget_seconds: float | None,
-    plan: Plan,
-) -> ModelComparison:
-    if not measured:
-        raise ConfigError(
-            f"none of {len(failed)} models could be measured: {failed[0].error}",
-            name=failed[0].name,
-        )
-    notes = (*plan.notes, *_notes(budget_seconds, measured, by_rows=bool(plan.tasks)))
-    if plan.tasks:
-        return compare_by_rows(measured, failed, split, plan.tasks, budget_seconds, notes=notes)
-    metric = _leading_metric(_lists(measured[0])[0])
-    measured.sort(key=lambda found: -_mean(found, metric))
-    best = _lists(measured[0])
-    figures = corrected([_figure(_lists(found), best, metric) for found in measured])
-    rows = [model_row(*pair) for pair in zip(measured, figures, strict=True)]
-    users, chance = len(best[0].user_idx), best[0].chance[metric]
-    pick, sentence = choose(rows, metric, users=users, chance=chance)
-    if rows[0].interval.low <= chance:
-        sentence = (
-            f"No model is better than chance beyond luck: the best {label(metric)}, "
-            f"{rows[0].quality:.4f}, has an interval from {rows[0].interval.low:.4f}, and a random "
-            f"order gets {chance:.4f}. {sentence}"
-        )
-    return ModelComparison(
-        metric=metric,
-        rows=tuple(rows),
-        failed=tuple(failed),
-        split=split.kind,
-        users=users,
-        budget_seconds=budget_seconds,
-        pick=pick,
-        sentence=sentence,
-        notes=(
-            f"chance: a random order of the same candidates gets {chance:.4f}",
-            best[0].notes[0],
-            *notes,
-        ),
-        chance=chance,
-    )
-
-
-def _lists(found: Measured) -> list[Report]:
-    return [report for report in found.reports if isinstance(report, Report)]
-
-
-def _mean(found: Measured, metric: str) -> float:
-    return statistics.mean(report.metrics[metric] for report in found.reports)
-
-
-def _figure(reports: list[Report], best: list[Report], metric: str) -> TaskFigure:
-    """Return the leading figure of a model: over users, the mean over its seeds."""
-    first, values = reports[0], [report.metrics[metric] for report in reports]
-    interval = first.intervals[metric]
-    if len(reports) > 1:
-        mean_U = mean_per_user(reports, metric, first.user_idx)
-        (interval,) = bootstrap_intervals(mean_U[:, None], resamples=1000, seed=0)
-    return TaskFigure(
-        metric=metric,
-        value=statistics.mean(values),
-        interval=interval,
-        behind=None if reports[0] is best[0] else compare(best, reports, metric),
-        spread=statistics.stdev(values) if len(values) > 1 else None,
-    )
-
-
-def _leading_metric(report: Report) -> str:
-    """Return NDCG at the first list length, under the name that the report gives it."""
-    name = f"ndcg_at_{report.k[0]}"
-    return next(m for m in report.per_user if m == name or m.startswith(f"{name}_"))
-
-
-def _notes(
-    budget_seconds: float | None, measured: Sequence[Measured], *, by_rows: bool
-) -> tuple[str, ...]:
-    budget = (
-        "no budget was set"
-        if budget_seconds is None
-        else f"the budget of {budget_seconds:g} s is of training alone, validations counted in; "
-        "models in closed form go first and cannot be cut short"
-    )
-    how, of_best = "of the paired sign-flip test", "the best"
-    if by_rows:
-        how, of_best = "by the bootstrap", "the best by the first task"
-    asked = (
-        "1,000 rows: median time from their events to predictions"
-        if by_rows
-        else f"answer: median of {ASKED} single questions, put to the model as it is served"
-    )
-    return (
-        f"behind the best: by how much it is worse than {of_best}, paired by user, with its 95 % "
-        f"bootstrap interval; p {how}, corrected for several models after Holm",
-        f"{asked}; bundle: all its files, the training events among them",
-        f"training: {budget}; all learned from the training part alone",
-        *_of_seeds(measured),
-    )
-
-
-def _of_seeds(measured: Sequence[Measured]) -> tuple[str, ...]:
-    """Say what several seeds mean for the figures, where there are several."""
-    several = {seeds for found in measured if len(seeds := found.seeds) > 1}
-    if not several:
-        return ()
-    once = ", ".join(found.name for found in measured if len(found.seeds) == 1)
-    return tuple(
-        f"seeds {', '.join(map(str, seeds))}: a figure is the mean over them, ± their standard "
-        "deviation; intervals and p are over users, of each user's mean; the bundle, its size and "
-        f"the time of an answer are of the first{f'. Trained once: {once}' if once else ''}"
-        for seeds in several
-    )
+def _thousand_rows_ms(trained: Trained, rows: Rows) -> float:
+    """Return the median time in which a model judges 1,000 test rows, from their events on."""
+    ranker, milliseconds = ranker_of(trained), []
+    index_B = np.arange(min(len(rows), _TIMED_ROWS))
+    for _ in range(_TIMES):
+        started = time.perf_counter()
+        batch = rows.batch(index_B, reads=ranker.reads, max_len=ranker.max_len, seed=0)
+        judged = predict_tasks(ranker, batch)
+        seconds = time.perf_counter() - started
+        milliseconds.append(seconds * 1e6 / (judged.shape[0] * judged.shape[1]))
+    return statistics.median(milliseconds)
 
 
 def _write(comparison: ModelComparison, folder: Path, *, replace: bool) -> None:

@@ -1,0 +1,489 @@
+"""How measured models compare: figures with intervals, baselines that count, and the advice.
+
+By lists or by labelled rows, the way is one: models are put in order by the first question, each
+question gives every model a figure and how far it lies behind the best, and one is to be taken.
+
+Shape legend: N rows, T tasks, U users.
+"""
+
+import statistics
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeVar, final
+
+from foretaste.data.splits import Split
+from foretaste.data.tasks import Task
+from foretaste.errors import ConfigError
+from foretaste.evaluation.bootstrap import Interval, bootstrap_intervals
+from foretaste.evaluation.compare import (
+    Comparison,
+    compare,
+    compare_rows,
+    mean_and_interval,
+    mean_per_user,
+)
+from foretaste.evaluation.report import AnyReport, Report, RowsReport
+from foretaste.evaluation.rows import Predicted, measure_rows
+from foretaste.experiment.compare_counts import BASE_RATE, count_baselines
+from foretaste.experiment.compare_plan import Plan
+from foretaste.experiment.compare_table import (
+    FailedModel,
+    Measured,
+    ModelComparison,
+    ModelRow,
+    TaskFigure,
+    corrected,
+    difference,
+    label,
+    model_row,
+)
+
+K = TypeVar("K", bound=AnyReport)
+
+ASKED = 200
+"""How many single questions the time of an answer is the median of."""
+WORTH = 0.1
+"""A model is as good as the best if it is behind by less than this share of what the best gains
+over chance."""
+FEWEST_USERS = 6
+"""Of 5 users, all have the same sign of difference by luck alone in 2 of 32 cases: with fewer than
+6 no paired test comes below .05."""
+_RESAMPLES = 1000
+_MANY_ROWS, _FEW_RESAMPLES = 300_000, 200
+"""From so many rows on, baselines are resampled less often: it would take longer than training."""
+
+
+def _of(kind: type[K], reports: Iterable[AnyReport]) -> list[K]:
+    return [report for report in reports if isinstance(report, kind)]
+
+
+class Question(ABC):
+    """What models are compared by."""
+
+    metric: str
+    """Its name in the table."""
+    sign = -1
+    """1 where less is better."""
+
+    @abstractmethod
+    def value(self, report: AnyReport) -> float: ...
+
+    @abstractmethod
+    def interval(self, report: AnyReport) -> Interval: ...
+
+    @abstractmethod
+    def mean(self, reports: Sequence[AnyReport]) -> tuple[float, Interval]:
+        """Return the mean over reports from several seeds, and its interval."""
+
+    @abstractmethod
+    def behind(self, better: Sequence[AnyReport], other: Sequence[AnyReport]) -> Comparison:
+        """Return by how much one model is better than another."""
+
+    def badness(self, reports: Sequence[AnyReport]) -> float:
+        """Return what orders models, the best first."""
+        return statistics.mean(map(self.value, reports)) * self.sign
+
+    def figure(self, reports: Sequence[AnyReport], best: Sequence[AnyReport]) -> TaskFigure:
+        """Return how good a model is, and how far it lies behind the best, on the same users."""
+        values = [self.value(report) for report in reports]
+        value, interval = values[0], self.interval(reports[0])
+        if len(reports) > 1:
+            value, interval = self.mean(reports)
+        return TaskFigure(
+            metric=self.metric,
+            value=value,
+            interval=interval,
+            behind=None if reports is best else self.behind(best, reports),
+            spread=statistics.stdev(values) if len(values) > 1 else None,
+        )
+
+
+@final
+class ByLists(Question):
+    """NDCG at the first list length, a mean over users."""
+
+    def __init__(self, report: Report) -> None:
+        name = f"ndcg_at_{report.k[0]}"
+        names = report.per_user
+        self.metric = next(m for m in names if m == name or m.startswith(f"{name}_"))
+
+    def value(self, report: AnyReport) -> float:
+        return report.metrics[self.metric]
+
+    def interval(self, report: AnyReport) -> Interval:
+        return report.intervals[self.metric]
+
+    def mean(self, reports: Sequence[AnyReport]) -> tuple[float, Interval]:
+        lists = _of(Report, reports)
+        mean_U = mean_per_user(lists, self.metric, lists[0].user_idx)
+        (interval,) = bootstrap_intervals(mean_U[:, None], resamples=1000, seed=0)
+        return statistics.mean(map(self.value, reports)), interval
+
+    def behind(self, better: Sequence[AnyReport], other: Sequence[AnyReport]) -> Comparison:
+        return compare(_of(Report, better), _of(Report, other), self.metric)
+
+
+@final
+class OfTask(Question):
+    """What predictions of a task are worth: the AUC, or the RMSE, of which less is better."""
+
+    def __init__(self, task: Task, report: RowsReport) -> None:
+        self.task, self.short = task, "auc" if task.kind == "binary" else "rmse"
+        self.sign = -1 if task.kind == "binary" else 1
+        self.metric = f"{self.short}_{task.name}{report.suffix}"
+
+    def _name(self, report: AnyReport) -> str:
+        """Return the metric's name in a report, which may have other tasks besides."""
+        (rows,) = _of(RowsReport, [report])
+        return rows.name(self.short, self.task.name)
+
+    def value(self, report: AnyReport) -> float:
+        return report.metrics[self._name(report)]
+
+    def interval(self, report: AnyReport) -> Interval:
+        return report.intervals[self._name(report)]
+
+    def mean(self, reports: Sequence[AnyReport]) -> tuple[float, Interval]:
+        return mean_and_interval(_of(RowsReport, reports), self.short, self.task.name)
+
+    def behind(self, better: Sequence[AnyReport], other: Sequence[AnyReport]) -> Comparison:
+        first, second = _of(RowsReport, better), _of(RowsReport, other)
+        pair = (first, second) if self.sign < 0 else (second, first)
+        many = len(first[0].label_NT) >= _MANY_ROWS
+        resamples = _FEW_RESAMPLES if many else 2 * _RESAMPLES
+        return compare_rows(*pair, self.short, task=self.task.name, resamples=resamples)
+
+
+Reports = Mapping[str, Sequence[AnyReport]]
+"""By the name of a model or baseline, one for each seed."""
+
+
+def compare_measured(
+    measured: Sequence[Measured],
+    failed: Sequence[FailedModel],
+    split: Split,
+    plan: Plan,
+    budget_seconds: float | None,
+) -> ModelComparison:
+    """Compare models, beside baselines that count where they are judged by labelled rows.
+
+    Args:
+        measured: One at least.
+        failed: Models without figures.
+        split: What they learned from.
+        plan: What was trained.
+        budget_seconds: Of all trainings.
+
+    Raises:
+        ConfigError: No model was measured.
+    """
+    if not measured:
+        raise ConfigError(
+            f"none of {len(failed)} models could be measured: {failed[0].error}",
+            name=failed[0].name,
+        )
+    questions = _questions(measured[0].reports[0], plan.tasks)
+    leading = questions[0]
+    measured = sorted(measured, key=lambda found: leading.badness(found.reports))
+    reports = {found.name: found.reports for found in measured}
+    best = measured[0].reports
+    floors, left_out = _baselines(measured[0], questions, split) if plan.tasks else ({}, [])
+    every: Reports = {**reports, **floors}
+    figures = [corrected([one.figure(own, best) for own in every.values()]) for one in questions]
+    of = dict(zip(every, zip(*figures, strict=True), strict=True))
+    rows = [model_row(found, *of[found.name]) for found in measured]
+    chance = _chance(best[0], leading, of)
+    users = best[0].counts["users"]
+    pick, sentence = choose(rows, leading.metric, users=users, chance=chance)
+    meaning = _notes(budget_seconds, measured, by_rows=bool(plan.tasks))
+    notes = [best[0].notes[0], *plan.notes, *meaning, *left_out]
+    beaten_by = ""
+    if plan.tasks:
+        beaten_by, sentence = _beside_counting(sentence, pick, reports, floors, questions)
+    else:
+        notes.insert(0, f"chance: a random order of the same candidates gets {chance:.4f}")
+        if rows[0].interval.low <= chance:
+            sentence = (
+                f"No model is better than chance beyond luck: the best {label(leading.metric)}, "
+                f"{rows[0].quality:.4f}, has an interval from {rows[0].interval.low:.4f}, and a "
+                f"random order gets {chance:.4f}. {sentence}"
+            )
+    return ModelComparison(
+        metric=leading.metric,
+        rows=(*rows, *(_floor(name, floors[name][0], of[name]) for name in floors)),
+        failed=tuple(failed),
+        split=split.kind,
+        users=users,
+        budget_seconds=budget_seconds,
+        pick=pick,
+        sentence=sentence,
+        notes=tuple(notes),
+        judged=best[0].counts["rows"] if plan.tasks else 0,
+        chance=None if plan.tasks else chance,
+        beaten_by=beaten_by,
+    )
+
+
+def _questions(report: AnyReport, tasks: tuple[Task, ...]) -> Sequence[Question]:
+    lists, rows = _of(Report, [report]), _of(RowsReport, [report])
+    return [ByLists(lists[0])] if lists else [OfTask(task, rows[0]) for task in tasks]
+
+
+def _chance(report: AnyReport, leading: Question, of: Mapping[str, Sequence[TaskFigure]]) -> float:
+    """Return the leading figure of a model that knows nothing."""
+    if isinstance(report, Report):
+        return report.chance[leading.metric]
+    return 0.5 if leading.sign < 0 else of[BASE_RATE][0].value
+
+
+def _baselines(
+    found: Measured, questions: Sequence[Question], split: Split
+) -> tuple[dict[str, list[RowsReport]], list[str]]:
+    """Return the reports of baselines on a model's rows, the best first, the base rate last."""
+    if found.rows is None:
+        raise ConfigError(f"{found.name} was not measured by labelled rows", name=found.name)
+    tasks = tuple(one.task for one in questions if isinstance(one, OfTask))
+    counted, notes = count_baselines(split, found.rows, tasks)
+    report = _of(RowsReport, found.reports)[0]
+    names = [task.name for task in report.tasks]
+    label_NT = report.label_NT[:, [names.index(task.name) for task in tasks]]
+    reports = {
+        one.name: measure_rows(
+            Predicted(
+                name=report.holdout,
+                digest=report.holdout_digest,
+                tasks=tasks,
+                user_N=report.user_N,
+                label_NT=label_NT,
+                prediction_NT=one.prediction_NT,
+                suffix=report.suffix,
+            ),
+            model=one.name,
+            resamples=_RESAMPLES if len(label_NT) < _MANY_ROWS else _FEW_RESAMPLES,
+            seed=0,
+            calibration={},
+            settings={},
+            train_seed=0,
+        )
+        for one in counted
+    }
+    in_order = sorted(
+        reports, key=lambda name: (name == BASE_RATE, questions[0].badness([reports[name]]))
+    )
+    return {name: [reports[name]] for name in in_order}, notes
+
+
+def _floor(name: str, report: AnyReport, figures: Sequence[TaskFigure]) -> ModelRow:
+    return ModelRow(
+        name=name,
+        kind=name,
+        leading=figures[0],
+        train_seconds=0.0,
+        bundle_bytes=0,
+        answer_ms=0.0,
+        stopped=False,
+        note="",
+        metrics=report.metrics,
+        settings={},
+        tasks=tuple(figures[1:]),
+        is_baseline=True,
+    )
+
+
+def _beside_counting(
+    sentence: str, pick: str, reports: Reports, floors: Reports, questions: Sequence[Question]
+) -> tuple[str, str]:
+    """Return the baseline that beats every model, if one does; and the advice, with what other
+    tasks and baselines say of it.
+    """
+    tasks = [one for one in questions if isinstance(one, OfTask)]
+    beaten_by, warning = _counting_is_better(reports, floors, tasks[0])
+    if beaten_by:
+        sentence = f"{warning}Of the models alone, {sentence[0].lower()}{sentence[1:]}"
+    sentence += "".join(_better_elsewhere(pick, reports, task) for task in tasks[1:])
+    unsaid = tasks if beaten_by in ("", BASE_RATE) else tasks[1:]
+    return beaten_by, sentence + "".join(_no_better(reports[pick], floors, one) for one in unsaid)
+
+
+def _better_elsewhere(pick: str, reports: Reports, task: OfTask) -> str:
+    """Say which model is better than the one to take at another task, if one is beyond luck."""
+    name = _strongest(reports, task)
+    if name == pick:
+        return ""
+    found = task.behind(reports[name], reports[pick])
+    if found.interval.low <= 0:
+        return ""
+    return f" Of {task.task.name}, {name} is better: by {found.difference:.4f} of {task.short}."
+
+
+def _counting_is_better(reports: Reports, floors: Reports, task: OfTask) -> tuple[str, str]:
+    """Return the baseline with a better figure than every model's, and a sentence; or "" and ""."""
+    name, best = _strongest(floors, task), next(iter(reports))
+    found = task.behind(floors[name], reports[best])
+    if found.difference < 0:
+        return "", ""
+    own = task.figure(reports[best], reports[best]).value
+    return name, (
+        f"No model is worth taking yet: {_named(name)}, without any training, has an {task.short} "
+        f"of {task.value(floors[name][0]):.4f} at {task.task.name}, and {best}, the best model, "
+        f"{own:.4f} (behind by {difference(found)}). "
+    )
+
+
+def _no_better(reports: Sequence[AnyReport], floors: Reports, task: OfTask) -> str:
+    """Say that a model is not better than a baseline beyond luck, if it is not."""
+    name, of = _strongest(floors, task), task.task.name
+    ahead = task.behind(reports, floors[name])
+    value = f"{task.short} is {task.value(floors[name][0]):.4f}"
+    if ahead.interval.high < 0:
+        return f" Of {of}, {_named(name)} is better than it: its {value}."
+    if task.behind(reports, floors[BASE_RATE]).interval.low <= 0:
+        return f" Of {of} it cannot be told from the {BASE_RATE}: nothing was learned there."
+    if ahead.interval.low > 0:
+        return ""
+    return f" Of {of} it is not better than {_named(name)} beyond luck, whose {value}."
+
+
+def _named(baseline: str) -> str:
+    return f"the {BASE_RATE}" if baseline == BASE_RATE else baseline.replace("counts", "counting")
+
+
+def _strongest(reports: Reports, task: Question) -> str:
+    return min(reports, key=lambda name: task.badness(reports[name]))
+
+
+def _notes(
+    budget_seconds: float | None, measured: Sequence[Measured], *, by_rows: bool
+) -> tuple[str, ...]:
+    budget = (
+        "no budget was set"
+        if budget_seconds is None
+        else f"the budget of {budget_seconds:g} s is of training alone, validations counted in; "
+        "models in closed form go first and cannot be cut short"
+    )
+    how, of_best = "of the paired sign-flip test", "the best"
+    if by_rows:
+        how, of_best = "by the bootstrap", "the best by the first task"
+    asked = (
+        "1,000 rows: median time from their events to predictions"
+        if by_rows
+        else f"answer: median of {ASKED} single questions, put to the model as it is served"
+    )
+    return (
+        f"behind the best: by how much it is worse than {of_best}, paired by user, with its 95 % "
+        f"bootstrap interval; p {how}, corrected for several models after Holm",
+        f"{asked}; bundle: all its files, the training events among them",
+        f"training: {budget}; all learned from the training part alone",
+        *_of_seeds(measured),
+    )
+
+
+def _of_seeds(measured: Sequence[Measured]) -> tuple[str, ...]:
+    """Say what several seeds mean for the figures, where there are several."""
+    several = {seeds for found in measured if len(seeds := found.seeds) > 1}
+    if not several:
+        return ()
+    once = ", ".join(found.name for found in measured if len(found.seeds) == 1)
+    return tuple(
+        f"seeds {', '.join(map(str, seeds))}: a figure is the mean over them, ± their standard "
+        "deviation; intervals and p are over users, of each user's mean; the bundle, its size and "
+        f"the time of an answer are of the first{f'. Trained once: {once}' if once else ''}"
+        for seeds in several
+    )
+
+
+def choose(rows: Sequence[ModelRow], metric: str, *, users: int, chance: float) -> tuple[str, str]:
+    """Return the name of the model to take, and the sentence that says why.
+
+    It is the best, unless one that trains faster is as good: its paired interval holds 0 and ends
+    below `WORTH` of what the best gains over chance. Where luck may explain that a model is behind,
+    and the interval reaches further, there are too few users to say: the best figure stays the
+    advice.
+
+    Args:
+        rows: Best first.
+        metric: The leading one.
+        users: How many were measured.
+        chance: The leading figure of a model that knows nothing.
+    """
+    best, others = rows[0], rows[1:]
+    margin = WORTH * abs(best.quality - chance)
+    tied = [row for row in others if row.ties_with_the_best]
+    unsure = [row for row in tied if _reach(row, users) > margin]
+    faster = [row for row in tied if row.train_seconds < best.train_seconds]
+    if unsure:
+        pick, sentence = best, _too_few(best, unsure, metric, users=users, margin=margin)
+    elif faster:
+        pick = min(faster, key=lambda row: row.train_seconds)
+        sentence = (
+            f"Take {pick.name}: its {label(metric)} of {pick.quality:.4f} is as good as the "
+            f"{best.quality:.4f} of {best.name}, the best (behind by {_behind(pick)}; less than "
+            f"{margin:.2g}, a tenth of what {best.name} gains over chance, makes no difference), "
+            f"and it trains in {pick.train_seconds:.2f} s instead of {best.train_seconds:.2f} s."
+        )
+    else:
+        pick = best
+        sentence = f"Take {pick.name}: its {label(metric)} "
+        if others:
+            next_one = f"{others[0].name} comes next, behind by {_behind(others[0])}"
+            sentence += f"of {best.quality:.4f} is the best; {next_one}."
+        else:
+            sentence += f"is {best.quality:.4f}, and there is no other model to compare it with."
+    return pick.name, sentence + _cut_short(rows)
+
+
+def _reach(row: ModelRow, users: int) -> float:
+    """Return how far the model may be behind: by its interval, and by what luck may have hidden.
+
+    If none of U users shows a difference, up to 3 in U may still have one (the rule of three), of
+    1 at most.
+    """
+    high = 0.0 if row.behind is None else row.behind.interval.high
+    return max(high, 3 / users)
+
+
+def _too_few(
+    best: ModelRow, unsure: Sequence[ModelRow], metric: str, *, users: int, margin: float
+) -> str:
+    """Say which models cannot be told from the best, and how many users it would take."""
+    names = ", ".join(row.name for row in unsure)
+    far = max(unsure, key=lambda row: row.behind.difference if row.behind else 0.0)
+    seen = max(3 / users, *(_half(row) for row in unsure))
+    needed = max(_users_needed(row, users=users, margin=margin) for row in unsure)
+    return (
+        f"Too few users to say which is best: on {users:,} test "
+        f"{'user' if users == 1 else 'users'} luck may explain that {names} "
+        f"{'is' if len(unsure) == 1 else 'are'} behind {best.name} ({far.name} by {_behind(far)}); "
+        f"differences below about {seen:.2g} do not show. Stay with {best.name}, whose "
+        f"{label(metric)} of {best.quality:.4f} is the best figure, or measure about "
+        f"{needed:,} users."
+    )
+
+
+def _half(row: ModelRow) -> float:
+    """Return half the width of the interval: a smaller difference does not show."""
+    return 0.0 if row.behind is None else (row.behind.interval.high - row.behind.interval.low) / 2
+
+
+def _users_needed(row: ModelRow, *, users: int, margin: float) -> int:
+    """Return about how many users would tell the model from the best, or show that it is as good.
+
+    Widths fall with the root of the number of users; the figure is rounded to two digits.
+    """
+    wanted = max(margin, row.behind.difference if row.behind else 0.0, 1e-4)
+    needed = max(users * (_half(row) / wanted) ** 2, 3 / wanted, users + 1, FEWEST_USERS)
+    return int(float(f"{needed:.2g}"))
+
+
+def _cut_short(rows: Sequence[ModelRow]) -> str:
+    cut = [row.name for row in rows if row.stopped]
+    if not cut:
+        return ""
+    return (
+        f" More time could change this: the budget cut {', '.join(cut)} short, and what "
+        f"{'it' if len(cut) == 1 else 'they'} could reach is not known."
+    )
+
+
+def _behind(row: ModelRow) -> str:
+    return "0" if row.behind is None else difference(row.behind)
