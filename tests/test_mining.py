@@ -59,7 +59,7 @@ def ranked(source: IndexNegatives) -> Tensor:
 
 
 def draw(source: IndexNegatives, num: int = 2, ranks: tuple[int, int] = (0, 6)) -> Tensor:
-    mine: DrawItems = partial(source.draw, ranks=ranks)
+    mine: DrawItems = partial(source.ranked.draw, ranks=ranks)
     user_E = torch.from_numpy(EVENTS.user_idx).long()
     item_E = torch.from_numpy(EVENTS.item_idx).long()
     return mine(user_E, item_E, num, generator=torch.Generator().manual_seed(1))
@@ -102,7 +102,9 @@ def test_who_has_everything_gets_the_pair_s_own_item() -> None:
     source = IndexNegatives(CONFIG, events, seed=0)
     source.refresh(mf(events=events), 1)
     user, item = torch.tensor([0, 0, 1]), torch.tensor([2, 0, 0])
-    drawn = source.draw(user, item, 8, ranks=(0, 2), generator=torch.Generator().manual_seed(0))
+    drawn = source.ranked.draw(
+        user, item, 8, ranks=(0, 2), generator=torch.Generator().manual_seed(0)
+    )
     assert drawn[:2].tolist() == [[2] * 8, [0] * 8]
     assert set(drawn[2].tolist()) == {1, 2}
 

@@ -23,7 +23,7 @@ from foretaste.models.lightgcn import LightGCNConfig
 from foretaste.models.mf import MF, MFConfig
 from foretaste.models.pinsage import PinSageConfig
 from foretaste.models.sasrec import SASRecConfig
-from foretaste.sampling.negatives import NearbyNegatives, Seen
+from foretaste.sampling.negatives import Seen, nearby_negatives
 from foretaste.training.objectives.catalogue import ObjectiveConfig
 from foretaste.training.objectives.pairs import PairsConfig, hardness
 from foretaste.training.objectives.sequences import NextItemConfig
@@ -228,7 +228,7 @@ def test_the_window_of_ranks_moves_nearer() -> None:
 def draw_nearby(
     events: Interactions, user: Tensor, item: Tensor, num: int, ranks: tuple[int, int]
 ) -> Tensor:
-    source = NearbyNegatives(graph_of(events), Seen.of(events), ranks=ranks[1], seed=0)
+    source = nearby_negatives(graph_of(events), Seen.of(events), ranks=ranks[1], seed=0)
     return source.draw(user, item, num, ranks=ranks, generator=torch.Generator().manual_seed(1))
 
 
@@ -262,7 +262,7 @@ def test_who_has_everything_gets_no_hard_negative() -> None:
 
 def test_ranks_that_are_not_kept_are_named() -> None:
     events = split_of_two_kinds().train
-    source = NearbyNegatives(graph_of(events), Seen.of(events), ranks=8, seed=0)
+    source = nearby_negatives(graph_of(events), Seen.of(events), ranks=8, seed=0)
     pair = torch.tensor([0])
     with pytest.raises(ConfigError, match="ranks 2 to 20, but 8 ranks"):
         source.draw(pair, pair, 1, ranks=(2, 20), generator=torch.Generator())

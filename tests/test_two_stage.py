@@ -20,7 +20,7 @@ from foretaste.data.rows import rows_of
 from foretaste.data.tasks import Task
 from foretaste.errors import ConfigError, DataError, NonFiniteError
 from foretaste.evaluation.rows import ranker_of
-from foretaste.experiment.mining import CandidateNegatives, best_unseen
+from foretaste.experiment.mining import best_unseen, candidate_negatives
 from foretaste.models import catalogue as module
 from foretaste.models.base import Model, Ranker, Scorer
 from foretaste.models.baselines import EASEConfig, ItemKNNConfig, Popularity
@@ -570,7 +570,7 @@ def test_a_run_that_is_resumed_ends_the_same(both: tuple[Trained, Path]) -> None
 
 def test_a_retrievers_candidates_are_its_best_that_the_user_has_not_done() -> None:
     trained = make_trained("ease")
-    drawn = CandidateNegatives(trained, 4)
+    drawn = candidate_negatives(trained, 4)
     score_BI = trained.scorer(exclude_seen=True)
     for user in range(0, 30, 7):
         past = trained.events.history(user).astype(int).tolist()

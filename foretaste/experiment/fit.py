@@ -15,6 +15,7 @@ import torch
 from foretaste.arguments import checked
 from foretaste.config import Config, Seed, parse_settings
 from foretaste.data.arrays import out_of_memory
+from foretaste.data.batch import DrawItems
 from foretaste.data.features import Features, fit_features
 from foretaste.data.features_schema import FeatureSchema
 from foretaste.data.folder import whole_file
@@ -24,7 +25,7 @@ from foretaste.data.rows import happened_split, positives_of
 from foretaste.data.splits import Split
 from foretaste.errors import ConfigError, DataError
 from foretaste.experiment.learning import make_learning, usual_objective
-from foretaste.experiment.mining import CandidateNegatives
+from foretaste.experiment.mining import candidate_negatives
 from foretaste.experiment.search_space import Learner, ShortSearch
 from foretaste.experiment.two_stage import Candidates, FirstStage, check_same, fit_two_stage
 from foretaste.experiment.validation import (
@@ -454,12 +455,12 @@ def _decided(training: TrainingConfig, objective: ObjectiveConfig) -> str:
     return f"{said}, l2 {objective.l2:g}" if isinstance(objective, PairsConfig) else said
 
 
-def _mined(objective: ObjectiveConfig, candidates: Candidates | None) -> CandidateNegatives | None:
+def _mined(objective: ObjectiveConfig, candidates: Candidates | None) -> DrawItems | None:
     if candidates is None or not isinstance(objective, RowsConfig):
         return None
     if objective.negatives_from != "retriever" or candidates.offered is not None:
         return None
-    return CandidateNegatives(candidates.retriever, candidates.num)
+    return candidate_negatives(candidates.retriever, candidates.num)
 
 
 def _run(

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,7 +28,13 @@ from foretaste.errors import ConfigError
 from foretaste.experiment.mining import IndexNegatives
 from foretaste.models.base import Model, Ranker, Retriever
 from foretaste.models.catalogue import ModelConfig
-from foretaste.sampling.negatives import MixedNegatives, NearbyNegatives, RowNegatives, Seen
+from foretaste.sampling.negatives import (
+    MixedNegatives,
+    RankedNegatives,
+    RowNegatives,
+    Seen,
+    nearby_negatives,
+)
 from foretaste.sampling.samplers import PopularitySampler, UniformSampler
 from foretaste.training.fit import Plan, Refreshed
 from foretaste.training.objectives.catalogue import ObjectiveConfig
@@ -217,21 +222,23 @@ def _learn_pairs(
 
 def _hard_source(
     config: PairsConfig, events: Interactions, *, seed: int, graph: Graph | None
-) -> NearbyNegatives | IndexNegatives | None:
+) -> RankedNegatives | IndexNegatives | None:
     if not config.hard_negatives:
         return None
     match config.hard_from:
         case "walks":
-            return NearbyNegatives(
+            return nearby_negatives(
                 graph or graph_of(events), Seen.of(events), ranks=config.hard_ranks[1], seed=seed
             )
         case "index":
             return IndexNegatives(config, events, seed=seed)
 
 
-def _finder(source: NearbyNegatives | IndexNegatives, hard: Hardness) -> FindHard:
-    mine: DrawItems = partial(source.draw, ranks=hard.ranks)
-    return lambda user_B, item_B, generator: mine(user_B, item_B, hard.num, generator=generator)
+def _finder(source: RankedNegatives | IndexNegatives, hard: Hardness) -> FindHard:
+    ranked = source.ranked if isinstance(source, IndexNegatives) else source
+    return lambda user_B, item_B, generator: ranked.draw(
+        user_B, item_B, hard.num, ranks=hard.ranks, generator=generator
+    )
 
 
 def learn_rows(

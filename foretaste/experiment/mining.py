@@ -14,6 +14,7 @@ ranks or items offered for each row, I items.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import final
 
 import numpy as np
@@ -21,7 +22,7 @@ import torch
 from jaxtyping import Float, Int32, Int64
 from torch import Tensor
 
-from foretaste.data.batch import Queries
+from foretaste.data.batch import DrawItems, Queries
 from foretaste.data.interactions import Interactions
 from foretaste.data.plans import Offered
 from foretaste.data.splits import TRAIN, UNUSED, Holdout, Split
@@ -30,7 +31,7 @@ from foretaste.evaluation.asked import block_rows
 from foretaste.models.base import Model, Retriever, top_k
 from foretaste.retrieval.choose import build_index
 from foretaste.retrieval.index import ItemIndex
-from foretaste.sampling.negatives import Seen, check_ranks, draw_by_rank
+from foretaste.sampling.negatives import RankedNegatives, Seen, check_ranks
 from foretaste.serving.histories import training_histories
 from foretaste.training.objectives.pairs import PairsConfig
 from foretaste.training.objectives.rows import RowsConfig
@@ -69,32 +70,16 @@ class IndexNegatives:
         self.seen = Seen.of(events)
         self._ranked_UT: Int32[Tensor, "U T"] | None = None
 
-    def draw(
-        self,
-        user_B: Int64[Tensor, " B"],
-        positive_B: Int64[Tensor, " B"],
-        num: int,
-        *,
-        ranks: tuple[int, int],
-        generator: torch.Generator,
-    ) -> Int64[Tensor, "B N"]:
-        """Draw by rank, 0 is scored highest; with the ranks given it is a `DrawItems`.
+    @property
+    def ranked(self) -> RankedNegatives:
+        """What the last search found: rank 0 is scored highest.
 
         Raises:
-            ConfigError: Nothing was searched yet, or the ranks are none, or beyond those kept.
+            ConfigError: Nothing was searched yet.
         """
         if self._ranked_UT is None:
             raise ConfigError("no hard negatives are mined yet: refresh them with a model first")
-        return draw_by_rank(
-            self._ranked_UT,
-            user_B,
-            user_B,
-            positive_B,
-            num,
-            ranks=ranks,
-            seen=self.seen,
-            generator=generator,
-        )
+        return RankedNegatives(self._ranked_UT, self.seen)
 
     def refresh(self, model: Model, epoch: int) -> None:
         """Search anew with a model in evaluation mode, if it is the turn of this epoch, from 0.
@@ -129,45 +114,22 @@ class IndexNegatives:
         self._ranked_UT = state.get("ranked_UT")
 
 
-@final
-class CandidateNegatives:
-    """What a trained retriever offers each user, as negatives of a ranker: a `DrawItems`.
+def candidate_negatives(retriever: Trained, num: int) -> DrawItems:
+    """Return what draws uniformly from the items that a trained retriever gives each user.
 
-    These are the items that the ranker will be asked about, less what the user has done.
+    These are the items that the ranker will be asked about, less what the user has done; the row's
+    own item where there are none.
+
+    Args:
+        retriever: Trained; its events say what each user has done. All users are searched for once.
+        num: How many items of each user are kept, the best ones.
+
+    Raises:
+        NonFiniteError: A score is NaN or infinite.
     """
-
-    def __init__(self, retriever: Trained, num: int) -> None:
-        """Search once for all users.
-
-        Args:
-            retriever: Trained; its events say what each user has done.
-            num: How many items of each user are kept, the best ones.
-
-        Raises:
-            NonFiniteError: A score is NaN or infinite.
-        """
-        self.seen = Seen.of(retriever.events)
-        self.ranked_UT = best_unseen(retriever, num)
-
-    def __call__(
-        self,
-        user_B: Int64[Tensor, " B"],
-        positive_B: Int64[Tensor, " B"],
-        num: int,
-        *,
-        generator: torch.Generator,
-    ) -> Int64[Tensor, "B N"]:
-        """Draw alike from a user's candidates; the row's own item where there are none."""
-        return draw_by_rank(
-            self.ranked_UT,
-            user_B,
-            user_B,
-            positive_B,
-            num,
-            ranks=(0, self.ranked_UT.shape[1]),
-            seen=self.seen,
-            generator=generator,
-        )
+    ranked_UT = best_unseen(retriever, num)
+    found = RankedNegatives(ranked_UT, Seen.of(retriever.events))
+    return partial(found.draw, ranks=(0, ranked_UT.shape[1]))
 
 
 @torch.no_grad()

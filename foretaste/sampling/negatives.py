@@ -162,99 +162,17 @@ def check_ranks(num_rows: int, ranks: int) -> None:
     )
 
 
-def draw_by_rank(
-    ranked_RT: Int32[Tensor, "R T"],
-    row_B: Int64[Tensor, " B"],
-    user_B: Int64[Tensor, " B"],
-    positive_B: Int64[Tensor, " B"],
-    num: int,
-    *,
-    ranks: tuple[int, int],
-    seen: Seen,
-    generator: torch.Generator,
-) -> Int64[Tensor, "B N"]:
-    """Draw from a window of ranks, and draw again what the user has done.
-
-    Args:
-        ranked_RT: item_idx, hardest first; rows may end early, with -1.
-        row_B: The row of each pair.
-        user_B: user_idx of each pair.
-        positive_B: Its observed item_idx.
-        num: N, draws per pair, with replacement.
-        ranks: First and last-plus-one rank to draw from; a row of fewer gives its last ones.
-        seen: What may not be drawn.
-        generator: Source of all randomness.
-
-    Returns:
-        item_idx; the pair's own where nothing was found that the user has not done.
-
-    Raises:
-        ConfigError: The ranks are none, or beyond those kept.
-    """
-    low, high = ranks
-    if not 0 <= low < high <= ranked_RT.shape[1]:
-        raise ConfigError(
-            f"hard negatives of ranks {low} to {high}, but {ranked_RT.shape[1]} ranks are kept: "
-            "give a range within them",
-            name="hard_ranks",
-            value=(low, high),
-        )
-    end_B = (ranked_RT[row_B] >= 0).sum(dim=1).clamp(max=high)
-    start_B = (end_B - (high - low)).clamp(min=0, max=low)
-    width_P, start_P, row_P, user_P, drawn_P = (
-        index_B.repeat_interleave(num)
-        for index_B in (end_B - start_B, start_B, row_B, user_B, positive_B)
-    )
-    open_P = width_P.nonzero().squeeze(1)
-    for _ in range(_TRIES):
-        share_P = torch.rand(len(open_P), generator=generator, dtype=torch.float64)
-        rank_P = start_P[open_P] + (share_P * width_P[open_P]).long()
-        found_P = ranked_RT[row_P[open_P], rank_P].long()
-        is_new_P = ~seen.contains(user_P[open_P], found_P)
-        drawn_P[open_P[is_new_P]] = found_P[is_new_P]
-        open_P = open_P[~is_new_P]
-    return drawn_P.view(len(user_B), num)
-
-
-_WALKS, _HOPS = 1000, 4
-"""From each item: about 2,000 visits to other items, enough to rank a few hundred."""
-
-
 @final
-class NearbyNegatives:
-    """Ranks, for each item, the items that random walks from it visit most; draws by rank.
+@dataclass(frozen=True, eq=False)
+class RankedNegatives:
+    """Lists of items, the hardest first, from which negatives are drawn by rank."""
 
-    References:
-        Ying et al., "Graph Convolutional Neural Networks for Web-Scale Recommender Systems", KDD
-        2018, https://arxiv.org/abs/1806.01973, section 3.3.
-    """
-
-    def __init__(self, graph: Graph, seen: Seen, *, ranks: int, seed: int) -> None:
-        """Walk from every item.
-
-        Args:
-            graph: Users and items.
-            seen: What may not be drawn for a user.
-            ranks: How many ranks are kept of each item.
-            seed: Decides the walks.
-
-        Raises:
-            TooLargeError: The ranks would not fit in memory.
-        """
-        check_ranks(graph.num_items, ranks)
-        first, last = graph.num_users, graph.num_users + graph.num_items
-        found = most_visited(
-            graph,
-            top=ranks,
-            seed=seed,
-            walks=_WALKS,
-            hops=_HOPS,
-            nodes=np.arange(first, last),
-            counted=(first, last),
-        )
-        item_IT = np.maximum(found.neighbour_VT - np.int32(first), np.int32(-1))
-        self.seen = seen
-        self._ranked_IT: Int32[Tensor, "I T"] = torch.from_numpy(item_IT)
+    ranked_RT: Int32[Tensor, "R T"]
+    """item_idx; rows may end early, with -1."""
+    seen: Seen
+    """What may not be drawn."""
+    of_items: bool = False
+    """Whether there is a row for each positive item; else there is one for each user."""
 
     def draw(
         self,
@@ -265,21 +183,82 @@ class NearbyNegatives:
         ranks: tuple[int, int],
         generator: torch.Generator,
     ) -> Int64[Tensor, "B N"]:
-        """Draw by rank, 0 is visited most; with the ranks given it is a `DrawItems`.
+        """Draw from a window of ranks, and again where the user has done the item.
+
+        With the ranks given it is a `DrawItems`.
+
+        Args:
+            user_B: user_idx of each pair.
+            positive_B: Its observed item_idx.
+            num: N, draws per pair, with replacement.
+            ranks: First and last-plus-one rank to draw from; a row of fewer gives its last ones.
+            generator: Source of all randomness.
+
+        Returns:
+            item_idx; the pair's own where nothing was found that the user has not done.
 
         Raises:
             ConfigError: The ranks are none, or beyond those kept.
         """
-        return draw_by_rank(
-            self._ranked_IT,
-            positive_B,
-            user_B,
-            positive_B,
-            num,
-            ranks=ranks,
-            seen=self.seen,
-            generator=generator,
+        ranked_RT, row_B = self.ranked_RT, positive_B if self.of_items else user_B
+        low, high = ranks
+        if not 0 <= low < high <= ranked_RT.shape[1]:
+            raise ConfigError(
+                f"hard negatives of ranks {low} to {high}, but {ranked_RT.shape[1]} ranks are "
+                "kept: give a range within them",
+                name="hard_ranks",
+                value=(low, high),
+            )
+        end_B = (ranked_RT[row_B] >= 0).sum(dim=1).clamp(max=high)
+        start_B = (end_B - (high - low)).clamp(min=0, max=low)
+        width_P, start_P, row_P, user_P, drawn_P = (
+            index_B.repeat_interleave(num)
+            for index_B in (end_B - start_B, start_B, row_B, user_B, positive_B)
         )
+        open_P = width_P.nonzero().squeeze(1)
+        for _ in range(_TRIES):
+            share_P = torch.rand(len(open_P), generator=generator, dtype=torch.float64)
+            rank_P = start_P[open_P] + (share_P * width_P[open_P]).long()
+            found_P = ranked_RT[row_P[open_P], rank_P].long()
+            is_new_P = ~self.seen.contains(user_P[open_P], found_P)
+            drawn_P[open_P[is_new_P]] = found_P[is_new_P]
+            open_P = open_P[~is_new_P]
+        return drawn_P.view(len(user_B), num)
+
+
+_WALKS, _HOPS = 1000, 4
+"""From each item: about 2,000 visits to other items, enough to rank a few hundred."""
+
+
+def nearby_negatives(graph: Graph, seen: Seen, *, ranks: int, seed: int) -> RankedNegatives:
+    """Rank, for each item, the items that random walks from it visit most.
+
+    Args:
+        graph: Users and items.
+        seen: What may not be drawn for a user.
+        ranks: How many ranks are kept of each item.
+        seed: Decides the walks.
+
+    Raises:
+        TooLargeError: The ranks would not fit in memory.
+
+    References:
+        Ying et al., "Graph Convolutional Neural Networks for Web-Scale Recommender Systems", KDD
+        2018, https://arxiv.org/abs/1806.01973, section 3.3.
+    """
+    check_ranks(graph.num_items, ranks)
+    first, last = graph.num_users, graph.num_users + graph.num_items
+    found = most_visited(
+        graph,
+        top=ranks,
+        seed=seed,
+        walks=_WALKS,
+        hops=_HOPS,
+        nodes=np.arange(first, last),
+        counted=(first, last),
+    )
+    item_IT = np.maximum(found.neighbour_VT - np.int32(first), np.int32(-1))
+    return RankedNegatives(torch.from_numpy(item_IT), seen, of_items=True)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
