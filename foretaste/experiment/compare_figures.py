@@ -182,6 +182,7 @@ def compare_measured(
             f"none of {len(failed)} models could be measured: {failed[0].error}",
             name=failed[0].name,
         )
+    meaning = _notes(budget_seconds, measured, by_rows=bool(plan.tasks))
     questions = _questions(measured[0].reports[0], plan.tasks)
     leading = questions[0]
     measured = sorted(measured, key=lambda found: leading.badness(found.reports))
@@ -195,7 +196,6 @@ def compare_measured(
     chance = _chance(best[0], leading, of)
     users = best[0].counts["users"]
     pick, sentence = choose(rows, leading.metric, users=users, chance=chance)
-    meaning = _notes(budget_seconds, measured, by_rows=bool(plan.tasks))
     notes = [best[0].notes[0], *plan.notes, *meaning, *left_out]
     beaten_by = ""
     if plan.tasks:
