@@ -230,6 +230,36 @@ def test_a_model_of_codes_is_searched_by_codes_and_answers_as_offline(
     assert facts["build"] == {"sub_spaces": 8}
 
 
+@pytest.mark.parametrize(
+    "config",
+    [ft.LightGCNConfig(), ft.PinSageConfig(), ft.TwoTowerConfig()],
+    ids=lambda config: config.kind,
+)
+def test_vectors_that_a_model_works_out_are_searched_as_codes(config, tmp_path: Path) -> None:
+    trained = ft.fit(config, SPLIT, training=TRAINING, show=False)
+    recommender = ft.build_recommender(trained, index="codes")
+    recommender.save(tmp_path / "bundle")
+    loaded = ft.load(tmp_path / "bundle")
+    index = loaded.index
+    assert isinstance(index, CodeIndex)
+    query = SPLIT.test.queries(np.arange(4))
+    with torch.no_grad():
+        query_BD = trained.model.encode(query).float()
+        whole_ND = torch.cat([block for _, block in trained.model.item_blocks()])
+    found = index.search(query_BD, 5, exclude_BX=nothing(4))
+    coded_ND = torch.cat(list(index.blocks()))
+    scores = torch.einsum("bd,bkd->bk", query_BD, index.vectors_at(index.positions(found.item_BK)))
+    torch.testing.assert_close(found.score_BK, scores, rtol=1e-5, atol=1e-5)
+    known_ND = whole_ND[trained.known_I]
+    assert (coded_ND - known_ND).square().mean() < 0.1 * known_ND.var()  # few items: nearly exact
+    user = trained.events.users.ids[0]
+    first, second = (
+        {row.item_id: row.score for row in one.recommend(user, k=5).rows}
+        for one in (recommender, loaded)
+    )
+    assert first == second
+
+
 def test_a_model_without_vectors_has_no_codes_to_search() -> None:
     trained = ft.fit(ft.EASEConfig(), SPLIT, show=False)
     with pytest.raises(ConfigError) as caught:
