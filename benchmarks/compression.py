@@ -33,6 +33,7 @@ from foretaste.experiment.compress import (
     width_of,
 )
 from foretaste.experiment.record import run_facts
+from foretaste.models.layers.quantised import QuantisedConfig
 from foretaste.models.layers.table_settings import TableConfig
 from foretaste.models.layers.tables import DenseConfig, NarrowConfig
 from foretaste.models.layers.tables_at_rest import IntegerConfig
@@ -61,6 +62,7 @@ MADE_UP = """\
 [data]
 kind = "files"
 files = ["{events}"]
+timestamp = "timestamp"
 [split]
 kind = "temporal"
 validation = 0.0
@@ -228,6 +230,7 @@ def main() -> None:
         NarrowConfig(times=8),
         IntegerConfig(width=max(1, width // 2 - 4)),  # 8 times smaller, like the next one
         IntegerConfig(kind="int4", width=max(1, width - 8)),
+        QuantisedConfig(sub_spaces=max(1, width // 12)),  # 48 times
     ]
     for seeds in range(1, asked.seeds + 1):
         times = [bench.measured(table, 0, trained=False).times_smaller for table in at_rest]
