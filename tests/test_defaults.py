@@ -103,10 +103,25 @@ def test_what_is_left_to_the_model_is_decided_and_what_is_asked_for_is_kept() ->
     assert (settled.learning_rate, settled.ema_decay, settled.batch_events) == (4e-3, 0.999, 2048)
     few = ft.TrainingConfig().settled(usual, 50)
     assert few.batch_events == 32  # a share of the events, where that is less
-    asked = ft.TrainingConfig(learning_rate=1e-3, ema_decay=0.0, batch_events=9000)
+    asked = ft.TrainingConfig(
+        learning_rate=1e-3, ema_decay=0.0, batch_events=9000, epochs=7, schedule="cosine"
+    )
     assert asked.settled(usual, 10**6) == asked
     plain = ft.TrainingConfig().settled({}, 10**6)
     assert (plain.learning_rate, plain.ema_decay, plain.batch_events) == (1e-3, 0.0, 8192)
+    assert (plain.epochs, plain.schedule) == (100, "constant")
+
+
+@pytest.mark.parametrize(
+    ("num_events", "epochs"), [(10**6, 8), (102_400, 8), (51_200, 16), (3200, 25), (50, 100)]
+)
+def test_a_model_that_has_epochs_of_its_own_takes_800_steps_at_least(
+    num_events: int, epochs: int
+) -> None:
+    own = {"batch_events": 1024, "epochs": 8, "schedule": "linear"}
+    settled = ft.TrainingConfig().settled(own, num_events)
+    assert (settled.epochs, settled.schedule) == (epochs, "linear")
+    assert ft.TrainingConfig(epochs=3).settled(own, num_events).epochs == 3
 
 
 @pytest.mark.parametrize("pooling", ["attention", "auto"])

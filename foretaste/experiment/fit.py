@@ -475,7 +475,7 @@ def _run(
     on_cost: Callable[[Cost], None] | None,
     max_seconds: float | None,
 ) -> dict[str, object]:
-    with ShowProgress(training.epochs) as display:
+    with ShowProgress(training.rounds) as display:
         on_epochs = [*([display.epoch] if show else ()), *([on_epoch] if on_epoch else ())]
         on_costs = [
             *([partial(display.cost, name)] if show else ()),

@@ -223,7 +223,7 @@ def _every(training: TrainingConfig | None, work: float, rows_of_epoch: int) -> 
         return 1
     if training.validate_every != "auto":
         return training.validate_every
-    return max(1, min(training.epochs, math.ceil(work / (_MOST * rows_of_epoch))))
+    return max(1, min(training.rounds, math.ceil(work / (_MOST * rows_of_epoch))))
 
 
 def _asked(holdout: Holdout) -> tuple[Task, bool]:

@@ -262,7 +262,7 @@ class Fit(Generic[Network, Batch]):
         progress.epochs.append(asdict(epoch))
         progress.epoch, progress.batch = progress.epoch + 1, 0
         progress.loss_sum, progress.counted = 0.0, 0
-        all_done = "all epochs done" if progress.epoch == self.config.epochs else ""
+        all_done = "all epochs done" if progress.epoch == self.config.rounds else ""
         progress.done = progress.done or all_done or self._out_of_time(max_seconds)
         self._checkpoint()
         if on_epoch:
@@ -367,7 +367,7 @@ class Fit(Generic[Network, Batch]):
     def _validate(self, steps_per_epoch: int) -> float | None:
         progress, config = self.progress, self.config
         number = progress.epoch + 1
-        is_last = number == config.epochs or progress.done
+        is_last = number == config.rounds or progress.done
         if self.validate is None or (number % self.validate_every and not is_last):
             return None
         judged = self._judged()

@@ -236,12 +236,12 @@ def refuse_at_rest(model: nn.Module) -> None:
 
 def rate_factor(config: TrainingConfig, step: int, steps_per_epoch: int) -> float:
     """Return the learning rate's factor: a rise from 0, then the schedule, down to 0.02."""
-    done = step / (steps_per_epoch * config.epochs)
+    done = step / (steps_per_epoch * config.rounds)
     after = {
         "constant": 1.0,
         "cosine": 0.5 * (1 + math.cos(math.pi * min(1.0, done))),
         "linear": 1 - done,
-    }[config.schedule]
+    }[config.decay]
     warmup = config.warmup_of(steps_per_epoch)
     return min(1.0, (step + 1) / (warmup + 1)) * max(0.02, after)
 

@@ -199,7 +199,7 @@ class CostWatch:
             return
         run, step = self._run, seconds / steps
         refreshed = 0.0 if run.refreshed is None else max(0.0, self._first - self._began - step)
-        every, epochs = run.validate_every, run.config.epochs
+        every, epochs = run.validate_every, run.config.rounds
         kept = [value for state in run.optimizer.state.values() for value in state.values()]
         self.cost = Cost(
             epochs=epochs,

@@ -1,5 +1,6 @@
 """How to train: the settings that every gradient-trained model shares."""
 
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -8,12 +9,16 @@ from pydantic import Field, model_validator
 from foretaste.arguments import checked
 from foretaste.config import Config, Count, CountOrZero, Positive, Rounds
 
+_LEAST_STEPS = 800
+"""Of a training whose epochs are the model's own: few events need more epochs."""
+
 
 class TrainingConfig(Config):
     """Settings of the training loop. The text "auto" stands for `search = true` and no others."""
 
-    epochs: Rounds = 100
-    """Most passes over the training events; the schedule is laid over all of them."""
+    epochs: Rounds | Literal["auto"] = "auto"
+    """Most passes over the training events; the schedule is laid over all of them. "auto": the
+    model's own, but as many as 800 steps take; of a model without any, 100."""
     batch_events: Count | Literal["auto"] = "auto"
     """About how many events a step learns from. "auto": a 32nd of the training events, at least 32,
     and at most 8192 or the model's own limit."""
@@ -31,8 +36,9 @@ class TrainingConfig(Config):
     there is no `ema_decay`; else adamw."""
     warmup_steps: CountOrZero | Literal["auto"] = "auto"
     """Steps over which the learning rate rises from 0. "auto": those of two epochs, at most 200."""
-    schedule: Literal["constant", "cosine", "linear"] = "constant"
-    """The learning rate after the warm-up; all but "constant" end at 2 % of it."""
+    schedule: Literal["constant", "cosine", "linear", "auto"] = "auto"
+    """The learning rate after the warm-up; all but "constant" end at 2 % of it. "auto": the model's
+    own, or else "constant"."""
     gradient_clip: Positive | None = None
     """Largest Euclidean norm of the whole gradient; None clips nothing."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] | Literal["auto"] = "auto"
@@ -78,20 +84,36 @@ class TrainingConfig(Config):
         """Return settings in which nothing is left to the model and the data.
 
         Args:
-            usual: The model's own learning rate and average, and the most events of a batch.
+            usual: The model's own settings: learning rate, schedule, epochs and average, and the
+                most events of a batch.
             num_events: How many there are to learn from.
         """
         own = TrainingConfig(**usual)
         batch = self.batch_of(num_events)
         if self.batch_events == "auto":
             batch = min(batch, own.batch_of(num_events))
+        own_epochs = own.rounds
+        if own.epochs != "auto":
+            own_epochs = min(100, max(own_epochs, math.ceil(_LEAST_STEPS * batch / num_events)))
         return self.model_copy(
             update={
+                "epochs": own_epochs if self.epochs == "auto" else self.epochs,
                 "batch_events": batch,
+                "schedule": own.decay if self.schedule == "auto" else self.schedule,
                 "learning_rate": own.rate if self.learning_rate == "auto" else self.rate,
                 "ema_decay": own.average_decay if self.ema_decay == "auto" else self.ema_decay,
             }
         )
+
+    @property
+    def rounds(self) -> int:
+        """Most epochs."""
+        return 100 if self.epochs == "auto" else self.epochs
+
+    @property
+    def decay(self) -> Literal["constant", "cosine", "linear"]:
+        """The schedule of the learning rate."""
+        return "constant" if self.schedule == "auto" else self.schedule
 
     @property
     def rate(self) -> float:
