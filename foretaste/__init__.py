@@ -76,6 +76,7 @@ if TYPE_CHECKING:
         ExperimentConfig,
         override,
         read_experiment,
+        recipe_of,
         with_overrides,
     )
     from foretaste.experiment.record import BundleContents, inspect_bundle, record_run, write_record
@@ -83,7 +84,6 @@ if TYPE_CHECKING:
         Run,
         evaluate_split,
         read_split,
-        recipe_of,
         run_experiment,
         run_folder,
         start_run,
@@ -381,7 +381,7 @@ _HOME = {
     "read_interactions": "data.reading",
     "read_recipes": "experiment.compare_models",
     "read_split": "experiment.run",
-    "recipe_of": "experiment.run",
+    "recipe_of": "experiment.recipe",
     "record_run": "experiment.record",
     "reliability_svg": "evaluation.chart",
     "rows_of": "data.rows",

@@ -16,8 +16,8 @@ from foretaste.cli.main import run as command
 from foretaste.config import parse_settings
 from foretaste.data.splits import TRAIN, UNUSED
 from foretaste.errors import ConfigError, DataError, TooLargeError
-from foretaste.experiment.recipe import override
-from foretaste.experiment.run import Run, recipe_of, run_experiment, to_recommender
+from foretaste.experiment.recipe import override, recipe_of
+from foretaste.experiment.run import Run, run_experiment, to_recommender
 from foretaste.serving.metrics import Metrics
 from foretaste.serving.service import Service
 from foretaste.serving.slot import ModelSlot, load_version

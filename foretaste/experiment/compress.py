@@ -29,8 +29,8 @@ from foretaste.errors import ConfigError
 from foretaste.evaluation.chart import line, page, text
 from foretaste.evaluation.compare import Reports, compare, compare_rows
 from foretaste.evaluation.report import console_table, printed
-from foretaste.experiment.recipe import ExperimentConfig
-from foretaste.experiment.run import evaluate_split, read_split, recipe_of, run_experiment
+from foretaste.experiment.recipe import ExperimentConfig, recipe_of
+from foretaste.experiment.run import evaluate_split, read_split, run_experiment
 from foretaste.models.layers.table import Dense, Table
 from foretaste.models.layers.table_settings import KINDS, IdConfig, TableConfig
 from foretaste.models.layers.tables import DenseConfig, Links

@@ -29,6 +29,7 @@ from foretaste.experiment.two_stage import FirstStage
 from foretaste.models.catalogue import ModelConfig
 from foretaste.training.objectives.catalogue import ObjectiveConfig
 from foretaste.training.settings import TrainingConfig
+from foretaste.training.trained import Trained
 
 
 class PublicData(WhichEvents):
@@ -380,3 +381,18 @@ def _without_defaults(value: object, plain: Any) -> object:
             return [_without_defaults(*pair) for pair in zip(value, plain, strict=True)]
         case _:
             return plain
+
+
+@checked
+def recipe_of(trained: Trained) -> ExperimentConfig:
+    """Return the recipe that a model was made from.
+
+    Raises:
+        ConfigError: It was made in Python, by `fit`, and knows no recipe.
+    """
+    if "data" not in trained.settings:
+        raise ConfigError(
+            "this model was not made from a recipe, so its test data are not known: give a recipe",
+            name="trained",
+        )
+    return parse_settings(ExperimentConfig, trained.settings, source="the bundle's recipe")

@@ -1,8 +1,7 @@
 """From a recipe to a trained, measured model: data, split, fit, evaluate, and a final fit."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -37,7 +36,7 @@ from foretaste.experiment.recipe import (
     PublicData,
     StoreData,
 )
-from foretaste.experiment.tracking import Tracker, TrackerKind, check_tracker, open_tracker
+from foretaste.experiment.tracking import TrackerKind, check_tracker, followed, tell
 from foretaste.experiment.two_stage import ranking_gain, retrieval_alone
 from foretaste.models.base import Ranker
 from foretaste.models.baselines import StrengthConfig
@@ -210,8 +209,8 @@ def run_experiment(
     check_measurable(config, split)
     if folder is not None and not resume:
         forget_checkpoint(folder / _FINAL)
-    with _tracker(config, folder, track) as tracker:
-        told = None if tracker is None else partial(_tell, tracker)
+    with followed(config, folder, track) as tracker:
+        told = None if tracker is None else partial(tell, tracker)
         trained = _fit(
             config,
             split,
@@ -421,44 +420,6 @@ def to_recommender(trained: Trained, report: Report | Reports) -> Recommender:
     Where nothing was measured, none is kept.
     """
     return build_recommender(trained, report=json.loads(report.to_json(per_user=False)) or None)
-
-
-@checked
-def recipe_of(trained: Trained) -> ExperimentConfig:
-    """Return the recipe that a model was made from.
-
-    Raises:
-        ConfigError: It was made in Python, by `fit`, and knows no recipe.
-    """
-    if "data" not in trained.settings:
-        raise ConfigError(
-            "this model was not made from a recipe, so its test data are not known: give a recipe",
-            name="trained",
-        )
-    return parse_settings(ExperimentConfig, trained.settings, source="the bundle's recipe")
-
-
-@contextmanager
-def _tracker(
-    config: ExperimentConfig, folder: Path | None, kind: TrackerKind | None
-) -> Iterator[Tracker | None]:
-    if kind is None:
-        yield None
-        return
-    place = folder or Path()
-    tracker = open_tracker(kind, folder=place / kind, run=place.stem or config.model.kind)
-    tracker.log_settings(config.model_dump(mode="json"))
-    try:
-        yield tracker
-    finally:
-        tracker.close()
-
-
-def _tell(tracker: Tracker, epoch: Epoch) -> None:
-    found = {"loss": epoch.loss, "events_per_second": epoch.events_per_second}
-    if epoch.validation is not None:
-        found["validation"] = epoch.validation
-    tracker.log_metrics(found, step=epoch.epoch)
 
 
 def _fit(

@@ -2,14 +2,17 @@
 inside the one class that needs it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, Protocol, final, runtime_checkable
 
 from foretaste.arguments import checked
 from foretaste.errors import ConfigError
+from foretaste.experiment.recipe import ExperimentConfig
 from foretaste.later import installed
+from foretaste.training.fit import Epoch
 
 TrackerKind = Literal["mlflow", "tensorboard"]
 
@@ -54,6 +57,35 @@ def check_tracker(kind: TrackerKind) -> None:
     """
     if not installed(kind):
         raise _not_installed(kind)
+
+
+@contextmanager
+def followed(
+    config: ExperimentConfig, folder: Path | None, kind: TrackerKind | None
+) -> Iterator[Tracker | None]:
+    """Give a tracker that knows a run's settings, in a folder or here; None if none is asked for.
+
+    Raises:
+        ConfigError: The tracker's package is not installed.
+    """
+    if kind is None:
+        yield None
+        return
+    place = folder or Path()
+    tracker = open_tracker(kind, folder=place / kind, run=place.stem or config.model.kind)
+    tracker.log_settings(config.model_dump(mode="json"))
+    try:
+        yield tracker
+    finally:
+        tracker.close()
+
+
+def tell(tracker: Tracker, epoch: Epoch) -> None:
+    """Write what an epoch came to."""
+    found = {"loss": epoch.loss, "events_per_second": epoch.events_per_second}
+    if epoch.validation is not None:
+        found["validation"] = epoch.validation
+    tracker.log_metrics(found, step=epoch.epoch)
 
 
 @final
