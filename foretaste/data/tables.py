@@ -7,9 +7,9 @@ Polars and pyarrow is ever imported here.
 import os
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar, final, runtime_checkable
+from typing import Any, NamedTuple, TypeVar, final
 
 import polars as pl
 import pyarrow as pa
@@ -23,7 +23,7 @@ from foretaste.data.columns import (
     without_markers,
 )
 from foretaste.data.delimited import TextFile, open_text
-from foretaste.data.read_config import MISSING, first_bytes, place_of
+from foretaste.data.read_config import MISSING
 from foretaste.data.vocabulary import id_text
 from foretaste.errors import DataError, nearest
 
@@ -39,22 +39,24 @@ class Table(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-@runtime_checkable
-class Source(Protocol):
+@final
+@dataclass(frozen=True, kw_only=True)
+class Source:
     """A table whose columns are known and whose rows are not read yet."""
 
-    @property
-    def name(self) -> str:
-        """What messages call it."""
-
-    @property
-    def columns(self) -> list[str]:
-        """The names of all columns, in order."""
+    name: str
+    """What messages call it."""
+    columns: list[str]
+    """The names of all columns, in order."""
+    header: bool = False
+    """Whether a first line of text named them."""
+    fetch: Callable[[list[str], Collection[str], Collection[str], Collection[str]], Table]
+    """Reads columns; its arguments are those of `read`."""
 
     def read(
         self,
         columns: list[str],
-        ids: list[str],
+        ids: Collection[str],
         *,
         numbers: Collection[str] = (),
         optional: Collection[str] = (),
@@ -67,6 +69,8 @@ class Source(Protocol):
             numbers: Those that are nothing but numbers or times.
             optional: Those that may be left out, with a note, if their type cannot be read.
         """
+        _each_once(self, columns)
+        return self.fetch(columns, ids, numbers, optional)
 
 
 def open_source(
@@ -102,16 +106,16 @@ def open_source(
             return opened(source)
         case list() | tuple() if source and all(isinstance(s, str | os.PathLike) for s in source):
             files = [opened(file) for file in source]
-            return files[0] if len(files) == 1 else _Many(files)
+            return files[0] if len(files) == 1 else _together(files)
         case pl.DataFrame():
-            return _Scan(role, source.lazy(), missing)
+            return _scan(role, source.lazy(), missing)
         case pl.LazyFrame():
-            return _Scan(role, source, missing)
+            return _scan(role, source, missing)
     if type(source).__module__.split(".")[0] == "pandas" and hasattr(source, "columns"):
-        return _Pandas(role, _with_index(source), missing)
+        return _pandas(role, _with_index(source), missing)
     if hasattr(source, "__arrow_c_stream__") and not hasattr(source, "to_frame"):
         batches = _quietly(role, lambda: pa.RecordBatchReader.from_stream(source))
-        return _Stream(role, batches, missing)
+        return _stream(role, batches, missing)
     raise _no_source(source, role)
 
 
@@ -156,198 +160,102 @@ def _no_column(source: Source, wanted: str, argument: str) -> str:
     near = nearest(wanted.lower(), lower, likeness=0.5)
     names = ", ".join(map(repr, source.columns[:30])) + (" …" if len(source.columns) > 30 else "")
     advice = f"did you mean {argument}={lower[near]!r}?" if near else f"say {argument}=NAME"
-    if (isinstance(source, _Text) and source.file.header) or (
-        isinstance(source, _Many) and source.header
-    ):
+    if source.header:
         advice += " (header=False if the first line holds values)"
     return f"{source.name} has no column {wanted!r} ({argument}); it has {names}: {advice}"
 
 
-@final
-@dataclass(frozen=True)
-class _Scan:
-    """Polars reads it: a Parquet or Arrow file, or one of its own frames."""
-
-    name: str
-    lazy: pl.LazyFrame
-    missing: tuple[str, ...]
-
-    @property
-    def columns(self) -> list[str]:
-        return _quietly(self.name, lambda: self.lazy.collect_schema().names())
-
-    def read(
-        self,
-        columns: list[str],
-        ids: list[str],
-        *,
-        numbers: Collection[str] = (),
-        optional: Collection[str] = (),
-    ) -> Table:
-        def load(names: list[str]) -> pl.DataFrame:
-            return self.lazy.select(names).collect()
-
-        return _gathered(self, columns, load, self.missing, optional)
+def _scan(name: str, lazy: pl.LazyFrame, missing: tuple[str, ...]) -> Source:
+    """Have Polars read a file or a frame; its schema now, so that a broken file is refused."""
+    columns = _quietly(name, lambda: lazy.collect_schema().names())
+    return _typed(name, columns, lambda names: lazy.select(names).collect(), missing)
 
 
-@final
-@dataclass(frozen=True)
-class _Text:
-    """A text file, as a `Source`."""
+def _stream(name: str, batches: pa.RecordBatchReader, missing: tuple[str, ...]) -> Source:
+    """Read a stream of Arrow batches, once."""
+    whole = cache(lambda: _quietly(name, batches.read_all))
 
-    file: TextFile
+    def load(names: list[str]) -> pl.DataFrame:
+        return pl.DataFrame([of_arrow(column, whole()[column]) for column in names])
 
-    @property
-    def name(self) -> str:
-        return self.file.name
-
-    @property
-    def columns(self) -> list[str]:
-        return list(self.file.columns)
-
-    def read(
-        self,
-        columns: list[str],
-        ids: list[str],
-        *,
-        numbers: Collection[str] = (),
-        optional: Collection[str] = (),
-    ) -> Table:
-        _each_once(self, columns)
-        return Table(*self.file.read(columns, ids, numbers))
+    return _typed(name, list(batches.schema.names), load, missing)
 
 
-@final
-@dataclass(frozen=True)
-class _Stream:
-    """A stream of Arrow batches."""
+def _pandas(name: str, frame: Any, missing: tuple[str, ...]) -> Source:
+    """Read a pandas frame: a column of mixed types, which Arrow refuses, is taken as text."""
+    columns = [str(label) for label in frame.columns]
 
-    name: str
-    batches: pa.RecordBatchReader
-    missing: tuple[str, ...]
+    def load(names: list[str]) -> pl.DataFrame:
+        return pl.DataFrame(
+            [_of_pandas(column, frame.iloc[:, [columns.index(column)]]) for column in names]
+        )
 
-    @property
-    def columns(self) -> list[str]:
-        return list(self.batches.schema.names)
-
-    def read(
-        self,
-        columns: list[str],
-        ids: list[str],
-        *,
-        numbers: Collection[str] = (),
-        optional: Collection[str] = (),
-    ) -> Table:
-        def load(names: list[str]) -> pl.DataFrame:
-            return pl.DataFrame([of_arrow(name, self._table[name]) for name in names])
-
-        return _gathered(self, columns, load, self.missing, optional)
-
-    @cached_property
-    def _table(self) -> pa.Table:
-        return _quietly(self.name, self.batches.read_all)
+    return _typed(name, columns, load, missing)
 
 
-@final
-@dataclass(frozen=True)
-class _Pandas:
-    """A pandas frame: a column of mixed types, which Arrow refuses, is taken as text."""
-
-    name: str
-    frame: Any  # pandas is not imported here, so it has no type
-    missing: tuple[str, ...]
-
-    @property
-    def columns(self) -> list[str]:
-        return [str(label) for label in self.frame.columns]
-
-    def read(
-        self,
-        columns: list[str],
-        ids: list[str],
-        *,
-        numbers: Collection[str] = (),
-        optional: Collection[str] = (),
-    ) -> Table:
-        def load(names: list[str]) -> pl.DataFrame:
-            return pl.DataFrame([self._column(name) for name in names])
-
-        return _gathered(self, columns, load, self.missing, optional)
-
-    def _column(self, name: str) -> pl.Series:
-        one = self.frame.iloc[:, [self.columns.index(name)]]
-        dtype = one.dtypes.iloc[0]
-        kind = str(dtype.categories.dtype if hasattr(dtype, "categories") else dtype)
-        try:
-            if kind.startswith(("period", "interval")):
-                raise TypeError(kind)  # Arrow takes them for numbers and records
-            if kind.startswith("Sparse"):
-                one = one.sparse.to_dense()
-            if kind in ("float96", "float128"):
-                one = one.astype("float64")
-            return of_arrow(name, pa.RecordBatchReader.from_stream(one).read_all()[0])
-        except _BROKEN:
-            column = one.iloc[:, 0]
-            pairs = zip(column.isna(), column, strict=True)
-            values = [None if missing else id_text(value) for missing, value in pairs]
-            return pl.Series(name, values, dtype=pl.String)
+def _of_pandas(name: str, one: Any) -> pl.Series:
+    dtype = one.dtypes.iloc[0]
+    kind = str(dtype.categories.dtype if hasattr(dtype, "categories") else dtype)
+    try:
+        if kind.startswith(("period", "interval")):
+            raise TypeError(kind)  # Arrow takes them for numbers and records
+        if kind.startswith("Sparse"):
+            one = one.sparse.to_dense()
+        if kind in ("float96", "float128"):
+            one = one.astype("float64")
+        return of_arrow(name, pa.RecordBatchReader.from_stream(one).read_all()[0])
+    except _BROKEN:
+        column = one.iloc[:, 0]
+        pairs = zip(column.isna(), column, strict=True)
+        values = [None if missing else id_text(value) for missing, value in pairs]
+        return pl.Series(name, values, dtype=pl.String)
 
 
-@final
-@dataclass(frozen=True)
-class _Many:
-    """Files one after the other."""
+def _text(file: TextFile) -> Source:
+    """Read a text file."""
 
-    files: list[Source]
+    def fetch(columns: list[str], ids: Any, numbers: Any, optional: Any) -> Table:
+        return Table(*file.read(columns, list(ids), numbers))
 
-    @property
-    def name(self) -> str:
-        return f"{self.files[0].name} and {len(self.files) - 1} more"
+    return Source(name=file.name, columns=list(file.columns), header=file.header, fetch=fetch)
 
-    @property
-    def header(self) -> bool:
-        return any(isinstance(file, _Text) and file.file.header for file in self.files)
 
-    @property
-    def columns(self) -> list[str]:
-        return self.files[0].columns
+def _together(files: list[Source]) -> Source:
+    """Read files one after the other."""
+    name = f"{files[0].name} and {len(files) - 1} more"
 
-    def read(
-        self,
-        columns: list[str],
-        ids: list[str],
-        *,
-        numbers: Collection[str] = (),
-        optional: Collection[str] = (),
-    ) -> Table:
-        for file in self.files:
-            for name in columns:
-                find_column(file, name, argument="in every file")
-        tables = [
-            file.read(columns, ids, numbers=numbers, optional=optional) for file in self.files
-        ]
-        read = [set(table.frame.columns) for table in tables]
+    def fetch(columns: list[str], ids: Any, numbers: Any, optional: Any) -> Table:
+        for file in files:
+            for column in columns:
+                find_column(file, column, argument="in every file")
+        tables = [file.read(columns, ids, numbers=numbers, optional=optional) for file in files]
+        in_all = set.intersection(*(set(table.frame.columns) for table in tables))
         together = [
-            self._together(name, [table.frame[name] for table in tables], is_id=name in ids)
-            for name in columns
-            if all(name in names for names in read)
+            _joined(name, files, [table.frame[column] for table in tables], is_id=column in ids)
+            for column in columns
+            if column in in_all
         ]
-        notes = (note for table in tables for note in table.notes)
-        return Table(pl.DataFrame(together), tuple(notes))
+        return Table(pl.DataFrame(together), tuple(n for table in tables for n in table.notes))
 
-    def _together(self, name: str, parts: list[pl.Series], *, is_id: bool) -> pl.Series:
-        try:
-            return pl.concat(
-                [part.to_frame() for part in _alike(parts, is_id=is_id)], how="vertical_relaxed"
-            )[name]
-        except _BROKEN as error:
-            kinds = ", ".join(f"{in_words(part)} in {file.name}"
-                              for part, file in zip(parts, self.files, strict=True))  # fmt: skip
-            raise DataError(
-                f"{self.name}: column {name!r} is of types that do not go together ({kinds}): "
-                "bring it to one type in all files",
-                column=name,
-            ) from error
+    header = any(file.header for file in files)
+    return Source(name=name, columns=files[0].columns, header=header, fetch=fetch)
+
+
+def _joined(name: str, files: list[Source], parts: list[pl.Series], *, is_id: bool) -> pl.Series:
+    """Put one column of several files together."""
+    column = parts[0].name
+    try:
+        frames = [part.to_frame() for part in _alike(parts, is_id=is_id)]
+        return pl.concat(frames, how="vertical_relaxed")[column]
+    except _BROKEN as error:
+        kinds = ", ".join(
+            f"{in_words(part)} in {file.name}" for part, file in zip(parts, files, strict=True)
+        )
+        raise DataError(
+            f"{name}: column {column!r} is of types that do not go together ({kinds}): "
+            "bring it to one type in all files",
+            column=column,
+        ) from error
 
 
 def _alike(parts: list[pl.Series], *, is_id: bool) -> list[pl.Series]:
@@ -375,6 +283,68 @@ def _in_utc(times: pl.Series) -> pl.Series:
     return times.cast(pl.Datetime("us")).dt.replace_time_zone("UTC")
 
 
+_UNPACK, _EXPORT = "unpack it first", "write it as CSV or Parquet"
+_NOT_TABLES = (
+    (0, b"PK\x03\x04", "a zip archive or a spreadsheet", "unpack it first, or save it as CSV"),
+    (0, b"\xd0\xcf\x11\xe0", "a spreadsheet", "save it as CSV"),
+    (0, b"\x28\xb5\x2f\xfd", "a zstd archive", _UNPACK),
+    (0, b"BZh", "a bzip2 archive", _UNPACK),
+    (0, b"\xfd7zXZ\x00", "an xz archive", _UNPACK),
+    (0, b"7z\xbc\xaf\x27\x1c", "a 7z archive", _UNPACK),
+    (0, b"Rar!", "a rar archive", _UNPACK),
+    (0, b"\x04\x22\x4d\x18", "an lz4 archive", _UNPACK),
+    (257, b"ustar", "a tar archive", _UNPACK),
+    (8, b"DUCK", "a DuckDB database", "give the result of a query, duckdb.connect(FILE).sql(…)"),
+    (0, b"SQLite format 3", "an SQLite database", "give the result of pandas.read_sql"),
+    (0, b"\x89HDF", "an HDF5 file", _EXPORT),
+    (0, b"\x93NUMPY", "a NumPy array", _EXPORT),
+    (0, b"ORC", "an ORC file", "read it with pyarrow.orc, and give the table"),
+    (0, b"Obj\x01", "an Avro file", "read it with polars.read_avro, and give the table"),
+    (0, b"\xff\xff\xff\xff", "an Arrow stream", "read it with pyarrow.ipc, and give the table"),
+    (0, b"FEA1", "a Feather file of the first version", _EXPORT),
+    (0, b"%PDF", "a PDF", _EXPORT),
+)
+"""Where which bytes stand in a file, what it is then, and what to do."""
+
+
+def _place_of(source: str | os.PathLike[str]) -> Path:
+    """Return where a table lies.
+
+    Raises:
+        DataError: It is no path, but an address of a database or the web.
+    """
+    text = os.fspath(source)
+    if "://" in text:  # what follows may hold a password
+        raise DataError(
+            f"{text.split('://')[0]}:// is no path: read it with pandas, Polars or DuckDB, and "
+            "give the table",
+            name="files",
+            value=text,
+        )
+    if "\x00" in text:
+        raise DataError(f"{text!r} is no path", name="files", value=text)
+    return Path(text)
+
+
+def _first_bytes(path: Path) -> bytes:
+    """Return the first bytes of what may be a table.
+
+    Raises:
+        DataError: It cannot be read, is empty, or is known to be something else.
+    """
+    try:
+        with path.open("rb") as file:
+            magic = file.read(512)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}", name=str(path)) from error
+    if not magic:
+        raise DataError(f"{path} is empty (0 bytes): it holds no table", name=str(path))
+    for start, there, what, fix in _NOT_TABLES:
+        if magic.startswith(there, start):
+            raise DataError(f"{path} is {what}: {fix}", name=str(path))
+    return magic
+
+
 def _open_file(
     source: str | os.PathLike[str],
     *,
@@ -383,16 +353,16 @@ def _open_file(
     encoding: str | None,
     missing: tuple[str, ...],
 ) -> Source:
-    path = place_of(source)
+    path = _place_of(source)
     if path.is_dir():
         return _open_folder(path, missing)
-    magic = first_bytes(path)
+    magic = _first_bytes(path)
     suffix = path.suffix.lower()
     if magic[:4] == b"PAR1" or suffix in (".parquet", ".pq"):
         return _open_parquet(path, missing)
     if magic[:6] == b"ARROW1" or suffix in (".arrow", ".feather", ".ipc"):
-        return _checked(_Scan(str(path), pl.scan_ipc(path), missing))
-    return _Text(
+        return _scan(str(path), pl.scan_ipc(path), missing)
+    return _text(
         open_text(path, separator=separator, header=header, encoding=encoding, missing=missing)
     )
 
@@ -412,7 +382,7 @@ def _open_folder(path: Path, missing: tuple[str, ...]) -> Source:
         )
     if any(path.glob("**/*.parquet")):
         lazy = pl.scan_parquet(path / "**/*.parquet", hive_partitioning=True)
-        return _checked(_Scan(str(path), lazy, missing))
+        return _scan(str(path), lazy, missing)
     names = sorted(str(file) for file in path.iterdir() if file.is_file())[:2]
     raise DataError(
         f"{path} is a folder: give its files as a list, such as {[*names, '…']}", name=str(path)
@@ -422,20 +392,14 @@ def _open_folder(path: Path, missing: tuple[str, ...]) -> Source:
 def _open_parquet(path: Path, missing: tuple[str, ...]) -> Source:
     """Open a Parquet file with Polars, or, if it lacks the type of a column, with Arrow."""
     try:
-        return _checked(_Scan(str(path), pl.scan_parquet(path), missing))
+        return _scan(str(path), pl.scan_parquet(path), missing)
     except DataError as error:
         try:
             file = pq.ParquetFile(path)
             batches = pa.RecordBatchReader.from_batches(file.schema_arrow, file.iter_batches())
         except _BROKEN:
             raise error from None
-        return _Stream(str(path), batches, missing)
-
-
-def _checked(scan: _Scan) -> _Scan:
-    """Read the schema now: a truncated file is refused at the door."""
-    _quietly(scan.name, scan.lazy.collect_schema)
-    return scan
+        return _stream(str(path), batches, missing)
 
 
 def _each_once(source: Source, columns: list[str]) -> None:
@@ -446,33 +410,46 @@ def _each_once(source: Source, columns: list[str]) -> None:
             )
 
 
+def _typed(
+    name: str,
+    columns: list[str],
+    load: Callable[[list[str]], pl.DataFrame],
+    missing: tuple[str, ...],
+) -> Source:
+    """Return a source whose columns have types; `load` gives some of them."""
+
+    def fetch(wanted: list[str], ids: Any, numbers: Any, optional: Any) -> Table:
+        return _gathered(name, wanted, load, missing, optional)
+
+    return Source(name=name, columns=columns, fetch=fetch)
+
+
 def _gathered(
-    source: Source,
+    name: str,
     columns: list[str],
     load: Callable[[list[str]], pl.DataFrame],
     missing: tuple[str, ...],
     optional: Collection[str],
 ) -> Table:
     """Load columns; where one cannot be, name it, or leave it out if it may be."""
-    _each_once(source, columns)
     left_out: list[str] = []
     try:
         frame = load(columns)
     except _BROKEN:
         parts = []
-        for name in columns:
+        for column in columns:
             try:
-                parts.append(load([name]))
+                parts.append(load([column]))
             except _BROKEN as error:
-                if name not in optional:
+                if column not in optional:
                     raise DataError(
-                        f"{source.name}: column {name!r} cannot be read: its type is unknown here, "
+                        f"{name}: column {column!r} cannot be read: its type is unknown here, "
                         "or the file is broken or cut short; cast it to text or numbers, leave "
                         "the column out, or get the file again",
-                        column=name,
+                        column=column,
                     ) from error
                 left_out.append(
-                    f"{source.name}: column {name!r} was left out: its type cannot be read here"
+                    f"{name}: column {column!r} was left out: its type cannot be read here"
                 )
         frame = pl.concat(parts, how="horizontal")
     frame, notes = without_markers(without_extensions(frame), missing)
