@@ -7,7 +7,7 @@
   data, of the user), drawn to the overall mean as if by 5 further rows.
 
 All read the same fields and are trained on one split with the same settings, once a seed. On the
-media log (`foretaste.data.synthetic.media_log`) users' interests last for about 20 impressions
+media log (`foretaste.data.tasks.media_log`) users' interests last for about 20 impressions
 ("planted") or for one ("absent", where histories can bring nothing); histories are of clicks, or
 "of impressions", clicked or not. With a recipe of MMoE or Shared-Bottom its data, features and
 settings are taken instead.
@@ -31,7 +31,7 @@ import torch
 
 import foretaste as ft
 from foretaste.data.splits import TEST
-from foretaste.data.synthetic import media_log
+from foretaste.data.tasks import media_log
 from foretaste.evaluation.row_metrics import auc
 from foretaste.experiment.record import run_facts
 from foretaste.models.layers.field_ranker import HistoryConfig

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 import foretaste as ft
-from foretaste.data.synthetic import INPUT, correlated_tasks
+from foretaste.data.tasks import INPUT, correlated_tasks
 from foretaste.experiment.record import run_facts
 from foretaste.models.catalogue import build_model
 

@@ -93,8 +93,12 @@ if TYPE_CHECKING:
     from foretaste.experiment.tracking import Tracker, TrackerKind, open_tracker
     from foretaste.experiment.tune import TuneResult, tune
     from foretaste.experiment.two_stage import Candidates, FirstStage, two_stage
-    from foretaste.models.als import ImplicitALSConfig
-    from foretaste.models.baselines import EASEConfig, ItemKNNConfig, PopularityConfig
+    from foretaste.models.baselines import (
+        EASEConfig,
+        ImplicitALSConfig,
+        ItemKNNConfig,
+        PopularityConfig,
+    )
     from foretaste.models.bert4rec import BERT4RecConfig
     from foretaste.models.catalogue import ModelConfig, TwoStageConfig
     from foretaste.models.deepfm import DeepFMConfig
@@ -291,7 +295,7 @@ _HOME = {
     "GraphConfig": "data.graph",
     "HSTUConfig": "models.hstu",
     "Holdout": "data.splits",
-    "ImplicitALSConfig": "models.als",
+    "ImplicitALSConfig": "models.baselines",
     "Interactions": "data.interactions",
     "ItemKNNConfig": "models.baselines",
     "LightGCNConfig": "models.lightgcn",

@@ -7,9 +7,13 @@ from torch import Tensor, nn
 
 from foretaste.data.interactions import Interactions
 from foretaste.data.vocabulary import Vocabulary
-from foretaste.models.als import ImplicitALSConfig
 from foretaste.models.base import Retriever
-from foretaste.models.baselines import EASEConfig, ItemKNNConfig, PopularityConfig
+from foretaste.models.baselines import (
+    EASEConfig,
+    ImplicitALSConfig,
+    ItemKNNConfig,
+    PopularityConfig,
+)
 from foretaste.models.catalogue import ModelConfig, build_model
 from foretaste.models.sasrec import SASRecConfig
 from foretaste.training.trained import Trained

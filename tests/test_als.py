@@ -14,8 +14,8 @@ from threadpoolctl import threadpool_limits
 from foretaste.data.batch import Queries
 from foretaste.data.interactions import Interactions
 from foretaste.data.vocabulary import Vocabulary
-from foretaste.models import als
-from foretaste.models.als import ImplicitALS, ImplicitALSConfig
+from foretaste.models import baselines as als
+from foretaste.models.baselines import ImplicitALS, ImplicitALSConfig
 
 NUM_ITEMS = 50
 CONFIG = ImplicitALSConfig(factors=6, regularization=0.3, alpha=4.0, iterations=10)

@@ -351,7 +351,7 @@ def test_an_error_keeps_what_it_names_when_it_is_pickled() -> None:
 
 OF_THE_STATE = {
     "data/graph.py": 2,
-    "data/synthetic.py": 1,
+    "data/tasks.py": 1,
     "data/walks.py": 1,
     "evaluation/row_metrics.py": 2,
     "evaluation/rows.py": 1,

@@ -10,9 +10,13 @@ from foretaste.config import Config
 from foretaste.data.batch import FieldTable, Queries, SequenceBatch, last_events
 from foretaste.errors import ConfigError
 from foretaste.experiment.learning import make_learning, usual_objective
-from foretaste.models.als import ImplicitALSConfig
 from foretaste.models.base import Ranker, Retriever, Scorer
-from foretaste.models.baselines import EASEConfig, ItemKNNConfig, PopularityConfig
+from foretaste.models.baselines import (
+    EASEConfig,
+    ImplicitALSConfig,
+    ItemKNNConfig,
+    PopularityConfig,
+)
 from foretaste.models.catalogue import ModelConfig, TwoStage, TwoStageConfig
 from foretaste.models.layers.table_settings import make_table
 from foretaste.models.layers.tables import DenseConfig

@@ -20,9 +20,13 @@ from foretaste.data.batch import PairBatch, Queries
 from foretaste.data.interactions import Interactions
 from foretaste.data.plans import plan_pairs, plan_sequences
 from foretaste.data.vocabulary import Vocabulary
-from foretaste.models.als import ImplicitALSConfig
 from foretaste.models.base import Model, Ranker, Retriever
-from foretaste.models.baselines import EASEConfig, ItemKNNConfig, PopularityConfig
+from foretaste.models.baselines import (
+    EASEConfig,
+    ImplicitALSConfig,
+    ItemKNNConfig,
+    PopularityConfig,
+)
 from foretaste.models.bert4rec import BERT4RecConfig
 from foretaste.models.catalogue import ModelConfig, TwoStage, TwoStageConfig, build_model, graph_for
 from foretaste.models.deepfm import DeepFMConfig

@@ -4,7 +4,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from foretaste.data.synthetic import MediaLog, correlated_tasks, media_log
+from foretaste.data.tasks import MediaLog, correlated_tasks, media_log
 from foretaste.errors import ConfigError
 
 

@@ -16,8 +16,12 @@ from foretaste.evaluation.report import Report
 from foretaste.experiment.fit import fit
 from foretaste.experiment.recipe import ExperimentConfig, PublicData
 from foretaste.experiment.run import Run, fit_final, to_recommender
-from foretaste.models.als import ImplicitALSConfig
-from foretaste.models.baselines import EASEConfig, ItemKNNConfig, PopularityConfig
+from foretaste.models.baselines import (
+    EASEConfig,
+    ImplicitALSConfig,
+    ItemKNNConfig,
+    PopularityConfig,
+)
 from foretaste.models.catalogue import ModelConfig
 from foretaste.models.sasrec import SASRecConfig
 from foretaste.training.objectives.sequences import NextItemConfig

@@ -26,11 +26,12 @@ from foretaste.data.interactions import Interactions
 from foretaste.data.rows import positives_of
 from foretaste.data.tasks import Task, Weights, zeros_in_histories
 from foretaste.errors import ConfigError, NonFiniteError
-from foretaste.models.als import ImplicitALS, ImplicitALSConfig
 from foretaste.models.base import Model, Ranker, Retriever, Scorer, top_k
 from foretaste.models.baselines import (
     EASE,
     EASEConfig,
+    ImplicitALS,
+    ImplicitALSConfig,
     ItemKNN,
     ItemKNNConfig,
     Popularity,
