@@ -222,14 +222,13 @@ class Values(Config):
         return code_N >= (UNSEEN if self.rare else FIRST)
 
 
-class Categories(Config):
-    """A single value, as a code."""
+class _Coded(Config):
+    """A field of one code a row, out of those that training had."""
 
-    kind: Literal["categorical"] = "categorical"
     name: str
     """Name of the field."""
     values: Values
-    """The categories that have a code."""
+    """The categories, or combinations of them, that have a code."""
 
     @property
     def num_codes(self) -> int:
@@ -240,6 +239,16 @@ class Categories(Config):
     def untaught(self) -> tuple[int, ...]:
         """Codes that stand for no value."""
         return (MISSING, UNSEEN)
+
+    def says(self, code_R: Int64[np.ndarray, " R"]) -> Bool[np.ndarray, " R"]:
+        """Return which codes say something."""
+        return self.values.says(code_R)
+
+
+class Categories(_Coded):
+    """A single value, as a code."""
+
+    kind: Literal["categorical"] = "categorical"
 
     def encode(self, column: pl.Series) -> Int64[np.ndarray, " R"]:
         """Return local codes; of whole numbers each distinct one is made text once."""
@@ -256,21 +265,13 @@ class Categories(Config):
     def _codes(self, column: pl.Series) -> Int64[np.ndarray, " R"]:
         return self.values.codes(texts_of(column, holds=self.values.holds))
 
-    def says(self, code_R: Int64[np.ndarray, " R"]) -> Bool[np.ndarray, " R"]:
-        """Return which codes say something."""
-        return self.values.says(code_R)
 
-
-class Cross(Config):
+class Cross(_Coded):
     """The values of several columns together, as a code."""
 
     kind: Literal["cross"] = "cross"
-    name: str
-    """Name of the field."""
     of: tuple[str, ...]
     """The columns that are crossed."""
-    values: Values
-    """The combinations that have a code."""
     holds: tuple[Held, ...] = ()
     """Type of each column in training; empty: text."""
 
@@ -297,23 +298,9 @@ class Cross(Config):
             "holds": tuple(holds for _, holds in columns),
         }
 
-    @property
-    def num_codes(self) -> int:
-        """How many codes the field has."""
-        return self.values.num_codes
-
-    @property
-    def untaught(self) -> tuple[int, ...]:
-        """Codes that stand for no value."""
-        return (MISSING, UNSEEN)
-
     def encode(self, *columns: pl.Series) -> Int64[np.ndarray, " R"]:
         """Return local codes, from the crossed columns in the order of `of`."""
         return self.values.codes(joint_of(columns, holds=self.holds))
-
-    def says(self, code_R: Int64[np.ndarray, " R"]) -> Bool[np.ndarray, " R"]:
-        """Return which codes say something."""
-        return self.values.says(code_R)
 
 
 class Buckets(Config):
