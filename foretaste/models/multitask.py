@@ -7,8 +7,9 @@ Shape legend: B queries, A rows of items (B or 1), C items of each, Q fields of 
 of an item, W width of a field, E experts, T tasks, H width of an expert's output.
 """
 
+from abc import abstractmethod
 from collections.abc import Mapping
-from typing import ClassVar, Literal, final
+from typing import Any, ClassVar, Literal, final
 
 from jaxtyping import Float, Int64
 from pydantic import Field
@@ -48,59 +49,6 @@ class SharedBottomConfig(HistoryConfig):
     """Share of values dropped after each layer."""
 
 
-@final
-class SharedBottom(HistoryRanker):
-    r"""Shared-Bottom: one network below, a tower for each task above.
-
-    .. math:: s^{(t)} = h^{(t)}(f(x))
-
-    x are the fields of the row.
-
-    References:
-        Caruana, "Multitask Learning", Machine Learning 1997,
-        https://doi.org/10.1023/A:1007379606734
-    """
-
-    def __init__(
-        self,
-        config: SharedBottomConfig,
-        *,
-        num_users: int,
-        num_items: int,
-        features: Features | None = None,
-    ) -> None:
-        """Make untrained weights.
-
-        Args:
-            config: The settings.
-            num_users: Users that training knows, 0 or more.
-            num_items: Items of the catalogue, 1 or more.
-            features: What else is known of them, and of moments.
-
-        Raises:
-            ConfigError: There is nothing to tell an item by, or the tasks are not whole.
-        """
-        super().__init__(config, num_users=num_users, num_items=num_items, features=features)
-        self.tasks = config.tasks
-        self.heads = Heads(self.tasks)
-        self.bottom = PairMLP(
-            self.query_dim,
-            self.item_dim,
-            config.bottom_hidden,
-            dropout=config.dropout,
-        )
-        self.towers = Towers(
-            self.tasks, config.bottom_hidden[-1], config.tower_hidden, dropout=config.dropout
-        )
-
-    def of_fields(
-        self, query_BQW: Float[Tensor, "B Q W"], item_ACGW: Float[Tensor, "A C G W"]
-    ) -> Mapping[str, Float[Tensor, "B C"]]:
-        state_BCH: Tensor = self.bottom(query_BQW.flatten(1), item_ACGW.flatten(2))
-        raw: Mapping[str, Tensor] = self.towers([state_BCH] * len(self.tasks))
-        return raw
-
-
 class MMoEConfig(HistoryConfig):
     """Settings of MMoE."""
 
@@ -129,26 +77,12 @@ class MMoEConfig(HistoryConfig):
     """Share of values dropped after each layer."""
 
 
-@final
-class MMoE(HistoryRanker):
-    r"""MMoE: tasks share experts, each task mixes its own blend of them.
-
-    .. math:: g^{(t)} = \mathrm{softmax}(W^{(t)} x), \quad
-              s^{(t)} = h^{(t)}\Big(\sum_e g^{(t)}_e f_e(x)\Big)
-
-    x are the fields of the row.
-
-    References:
-        Ma et al., "Modeling Task Relationships in Multi-task Learning with Multi-gate
-        Mixture-of-Experts", KDD 2018, https://doi.org/10.1145/3219819.3220007. **Departures**:
-        gates have a bias; the paper reads no histories.
-    """
-
-    has_gates = True
+class _TaskTowers(HistoryRanker):
+    """A network below, which each model makes its own, and a tower for each task above."""
 
     def __init__(
         self,
-        config: MMoEConfig,
+        config: SharedBottomConfig | MMoEConfig,
         *,
         num_users: int,
         num_items: int,
@@ -168,6 +102,62 @@ class MMoE(HistoryRanker):
         super().__init__(config, num_users=num_users, num_items=num_items, features=features)
         self.tasks = config.tasks
         self.heads = Heads(self.tasks)
+        width = self.make_trunk(config)
+        self.towers = Towers(self.tasks, width, config.tower_hidden, dropout=config.dropout)
+
+    @abstractmethod
+    def make_trunk(self, config: Any) -> int:
+        """Make the network below the towers, and return its width."""
+
+
+@final
+class SharedBottom(_TaskTowers):
+    r"""Shared-Bottom: one network below, a tower for each task above.
+
+    .. math:: s^{(t)} = h^{(t)}(f(x))
+
+    x are the fields of the row.
+
+    References:
+        Caruana, "Multitask Learning", Machine Learning 1997,
+        https://doi.org/10.1023/A:1007379606734
+    """
+
+    def make_trunk(self, config: SharedBottomConfig) -> int:
+        self.bottom = PairMLP(
+            self.query_dim,
+            self.item_dim,
+            config.bottom_hidden,
+            dropout=config.dropout,
+        )
+        return config.bottom_hidden[-1]
+
+    def of_fields(
+        self, query_BQW: Float[Tensor, "B Q W"], item_ACGW: Float[Tensor, "A C G W"]
+    ) -> Mapping[str, Float[Tensor, "B C"]]:
+        state_BCH: Tensor = self.bottom(query_BQW.flatten(1), item_ACGW.flatten(2))
+        raw: Mapping[str, Tensor] = self.towers([state_BCH] * len(self.tasks))
+        return raw
+
+
+@final
+class MMoE(_TaskTowers):
+    r"""MMoE: tasks share experts, each task mixes its own blend of them.
+
+    .. math:: g^{(t)} = \mathrm{softmax}(W^{(t)} x), \quad
+              s^{(t)} = h^{(t)}\Big(\sum_e g^{(t)}_e f_e(x)\Big)
+
+    x are the fields of the row.
+
+    References:
+        Ma et al., "Modeling Task Relationships in Multi-task Learning with Multi-gate
+        Mixture-of-Experts", KDD 2018, https://doi.org/10.1145/3219819.3220007. **Departures**:
+        gates have a bias; the paper reads no histories.
+    """
+
+    has_gates = True
+
+    def make_trunk(self, config: MMoEConfig) -> int:
         self.experts = Experts(
             self.query_dim,
             self.item_dim,
@@ -176,9 +166,7 @@ class MMoE(HistoryRanker):
             num_gates=len(self.tasks),
             dropout=config.dropout,
         )
-        self.towers = Towers(
-            self.tasks, config.expert_hidden[-1], config.tower_hidden, dropout=config.dropout
-        )
+        return config.expert_hidden[-1]
 
     def gates(
         self, queries: Queries, item_BC: Int64[Tensor, "B C"]
