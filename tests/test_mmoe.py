@@ -209,8 +209,8 @@ def test_histories_are_read_by_default_where_users_have_several_events_that_make
 ) -> None:
     for config in (MMoEConfig(), SharedBottomConfig()):
         found = settled(config, events, positive=positive)
-        assert found == config.model_copy(update={"pooling": pooling})
-        asked = config.model_copy(update={"pooling": "mean"})
+        assert found == config.model_copy(update={"pooling": pooling, "reads": "before"})
+        asked = config.model_copy(update={"pooling": "mean", "reads": "before"})
         assert settled(asked, events, positive=positive) == asked
 
 
