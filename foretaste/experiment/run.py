@@ -35,7 +35,7 @@ from foretaste.experiment.recipe import (
     PublicData,
     StoreData,
 )
-from foretaste.experiment.tracking import TrackerKind, check_tracker, followed, tell
+from foretaste.experiment.tracking import Tracker, TrackerKind, check_tracker, followed
 from foretaste.experiment.two_stage import ranking_gain, retrieval_alone
 from foretaste.models.base import Ranker
 from foretaste.models.baselines import StrengthConfig
@@ -208,8 +208,9 @@ def run_experiment(
     check_measurable(config, split)
     if folder is not None and not resume:
         forget_checkpoint(folder / _FINAL)
-    with followed(config, folder, track) as tracker:
-        told = None if tracker is None else partial(tell, tracker)
+    name, settings = config.model.kind, config.model_dump(mode="json")
+    with followed(track, folder, name=name, settings=settings) as tracker:
+        told = None if tracker is None else partial(_tell, tracker)
         trained = _fit(
             config,
             split,
@@ -419,6 +420,11 @@ def to_recommender(trained: Trained, report: Report | Reports) -> Recommender:
     Where nothing was measured, none is kept.
     """
     return build_recommender(trained, report=json.loads(report.to_json(per_user=False)) or None)
+
+
+def _tell(tracker: Tracker, epoch: Epoch) -> None:
+    found = {n: getattr(epoch, n) for n in ("loss", "events_per_second", "validation")}
+    tracker.log_metrics({n: v for n, v in found.items() if v is not None}, step=epoch.epoch)
 
 
 def _fit(

@@ -10,9 +10,7 @@ from typing import Any, Literal, Protocol, final, runtime_checkable
 
 from foretaste.arguments import checked
 from foretaste.errors import ConfigError
-from foretaste.experiment.recipe import ExperimentConfig
 from foretaste.later import installed
-from foretaste.training.fit import Epoch
 
 TrackerKind = Literal["mlflow", "tensorboard"]
 
@@ -61,9 +59,15 @@ def check_tracker(kind: TrackerKind) -> None:
 
 @contextmanager
 def followed(
-    config: ExperimentConfig, folder: Path | None, kind: TrackerKind | None
+    kind: TrackerKind | None, folder: Path | None, *, name: str, settings: Mapping[str, object]
 ) -> Iterator[Tracker | None]:
     """Give a tracker that knows a run's settings, in a folder or here; None if none is asked for.
+
+    Args:
+        kind: Which; None: none.
+        folder: Of the run, which is called as its folder.
+        name: What the run is called without a folder.
+        settings: What decided it.
 
     Raises:
         ConfigError: The tracker's package is not installed.
@@ -72,20 +76,12 @@ def followed(
         yield None
         return
     place = folder or Path()
-    tracker = open_tracker(kind, folder=place / kind, run=place.stem or config.model.kind)
-    tracker.log_settings(config.model_dump(mode="json"))
+    tracker = open_tracker(kind, folder=place / kind, run=place.stem or name)
+    tracker.log_settings(settings)
     try:
         yield tracker
     finally:
         tracker.close()
-
-
-def tell(tracker: Tracker, epoch: Epoch) -> None:
-    """Write what an epoch came to."""
-    found = {"loss": epoch.loss, "events_per_second": epoch.events_per_second}
-    if epoch.validation is not None:
-        found["validation"] = epoch.validation
-    tracker.log_metrics(found, step=epoch.epoch)
 
 
 @final
