@@ -118,6 +118,7 @@ if TYPE_CHECKING:
     from foretaste.serving.rules import Condition, Diversity, Rules
     from foretaste.serving.server import serve
     from foretaste.serving.settings import ServerSettings
+    from foretaste.serving.versions import sign_bundle
     from foretaste.training.objectives.catalogue import ObjectiveConfig
     from foretaste.training.objectives.pairs import PairsConfig
     from foretaste.training.objectives.rows import RowsConfig
@@ -254,6 +255,7 @@ __all__ = [
     "schema_from_toml",
     "schema_to_toml",
     "serve",
+    "sign_bundle",
     "start_run",
     "stopped_after",
     "temporal_split",
@@ -395,6 +397,7 @@ _HOME = {
     "schema_from_toml": "data.features_schema",
     "schema_to_toml": "data.features_schema",
     "serve": "serving.server",
+    "sign_bundle": "serving.versions",
     "start_run": "experiment.run",
     "stopped_after": "experiment.run",
     "temporal_split": "data.splitting",

@@ -23,7 +23,7 @@ from serving_worlds import make_trained
 from foretaste.data.features_schema import schema_from_toml
 from foretaste.data.reading import read_interactions
 from foretaste.data.splitting import leave_last_split
-from foretaste.errors import BundleError, NonFiniteError
+from foretaste.errors import BundleError
 from foretaste.experiment.fit import fit
 from foretaste.models.two_tower import TwoTowerConfig
 from foretaste.serving.access import Access, access_of, add_token
@@ -32,10 +32,11 @@ from foretaste.serving.building import build_recommender
 from foretaste.serving.messages import RecommendReply, SimilarReply
 from foretaste.serving.metrics import Metrics
 from foretaste.serving.server import server_config
-from foretaste.serving.service import Service
+from foretaste.serving.service import WITHOUT_STORE, Service
 from foretaste.serving.settings import ServerSettings
 from foretaste.serving.slot import ModelSlot, load_version
-from foretaste.serving.state import open_live_events
+from foretaste.serving.state import cause_of, open_live_events
+from foretaste.serving.versions import Versions
 from foretaste.training.settings import TrainingConfig
 
 pytest_plugins = ["postgres_server"]
@@ -67,7 +68,7 @@ class Served:
 def served(bundle: Path, state: str, **settings: object) -> Iterator[Served]:
     """Serve on a free port of this machine, from a thread of this process."""
     chosen, log = ServerSettings(**settings), []
-    slot, events = ModelSlot(lambda: load_version(bundle)), open_live_events(state)
+    slot, events = ModelSlot(Versions(bundle)), open_live_events(state)
     metrics = Metrics()
     service = Service(slot, events, chosen, bundle=bundle, metrics=metrics, clock=lambda: NOW_S)
     app = create_app(service, settings=chosen, access=access_of(chosen), write_log=log.append)
@@ -884,8 +885,9 @@ def test_a_store_that_fails_is_said_and_nothing_is_acknowledged(fresh_films: Ser
         connection.exec_driver_sql("DROP TABLE foretaste_live_events")
     reply = fresh_films.http.post("/v1/events", json={"user_id": 1, "item_id": 1})
     assert reply.status_code == 503
-    assert "nothing was stored" in reply.json()["error"]
-    assert fresh_films.http.get("/ready").status_code == 503
+    assert "does not answer" in reply.json()["error"]
+    ready = fresh_films.http.get("/ready")
+    assert (ready.status_code, ready.json()["store"]) == (200, "does not answer")
     assert fresh_films.http.get("/health").status_code == 200
     causes = [line.get("cause") for line in fresh_films.logged(3)]
     cause = "OperationalError: no such table: foretaste_live_events"
@@ -895,6 +897,31 @@ def test_a_store_that_fails_is_said_and_nothing_is_acknowledged(fresh_films: Ser
         labels = f'{{operation="{operation}"}} 1.0'
         assert f"foretaste_store_errors_total{labels}" in text
         assert f"foretaste_store_seconds_count{labels}" in text
+
+
+def test_answers_go_on_without_the_store_and_say_so(
+    fresh_films: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    http, service = fresh_films.http, fresh_films.service
+    before = fresh_films.recommend(user_id=1, k=3)
+    http.post("/v1/events", json={"user_id": 1, "item_id": 130})
+    causes: list[str] = []
+    monkeypatch.setattr(service, "_report", lambda error: causes.append(cause_of(error)))
+    with service.events._engine.begin() as connection:
+        connection.exec_driver_sql("ALTER TABLE foretaste_live_events RENAME TO aside")
+    for _ in range(3):
+        without = fresh_films.recommend(user_id=1, k=3)
+        assert without["items"] == before["items"]
+        assert without["live_events"] == 0
+        assert without["notes"] == [*before["notes"], WITHOUT_STORE]
+    assert causes == ["OperationalError: no such table: foretaste_live_events"]  # once a second
+    assert http.get("/v1/users/1/recommendations").status_code == 200
+    assert http.get("/v1/users/1/history").status_code == 503
+    with service.events._engine.begin() as connection:
+        connection.exec_driver_sql("ALTER TABLE aside RENAME TO foretaste_live_events")
+    service._asleep_until = 0
+    again = fresh_films.recommend(user_id=1, k=3)
+    assert (again["live_events"], again["notes"]) == (1, before["notes"])
 
 
 class Panic(BaseException):
@@ -946,6 +973,7 @@ def test_another_version_takes_over_and_a_broken_one_does_not(tmp_path: Path) ->
         assert swapped["changed"] is True
         assert swapped["previous"] == first["version"]
         assert films.recommend(user_id=1)["model_version"] == swapped["version"]
+        write_film_bundle(bundle, seed=2)
         (weights,) = bundle.glob("weights*")
         content = bytearray(weights.read_bytes())
         content[-1] ^= 1
@@ -959,9 +987,53 @@ def test_another_version_takes_over_and_a_broken_one_does_not(tmp_path: Path) ->
         assert f'foretaste_model_info{{version="{swapped["version"]}"}} 1.0' in text
 
 
+def test_versions_are_listed_activated_rolled_back_and_tried_on_some_users(
+    tmp_path: Path,
+) -> None:
+    bundle = write_film_bundle(tmp_path / "films")
+    with served(bundle, str(tmp_path / "e.sqlite")) as films:
+        first = films.http.get("/v1/model").json()["version"]
+        assert films.http.post("/v1/model/roll-back").status_code == 409
+        write_film_bundle(bundle, seed=1)
+        second = films.http.post("/v1/model/reload").json()["version"]
+        listed = films.http.get("/v1/models").json()
+        assert (listed["active"], listed["previous"], listed["canary"]) == (second, first, "")
+        assert {one["version"] for one in listed["versions"]} == {first, second}
+        assert films.http.post("/v1/model/roll-back").json()["version"] == first
+        assert films.http.post(f"/v1/models/{second}/activate").json()["previous"] == first
+        for wrong, status in (("0" * 12, 409), ("../films", 404), ("nonsense", 422)):
+            assert films.http.post(f"/v1/models/{wrong}/activate").status_code == status
+        assert films.service.events.chosen("films") == films.service.slot.choice
+        tried = films.http.post(f"/v1/models/{first}/canary", json={"share": 0.5}).json()
+        assert (tried["canary"], tried["canary_share"]) == (first, 0.5)
+        gets = {films.recommend(user_id=user)["model_version"] for user in range(1, 40)}
+        assert gets == {first, second}
+        assert {films.recommend(user_id=3)["model_version"] for _ in range(5)} < gets
+        text = films.http.get("/metrics").text
+        counted = re.findall(r'foretaste_answers_total\{model="(\w+)",.*\} (\d+)', text)
+        assert {model for model, _ in counted} == {"active", "canary"}
+        assert sum(int(number) for _, number in counted) == 44
+        assert films.http.post(f"/v1/models/{first}/canary", json={"share": 2}).status_code == 422
+        assert (
+            films.http.post(f"/v1/models/{first}/canary", json={"share": 0}).json()["canary"] == ""
+        )
+
+
+def test_two_servers_on_one_database_switch_together(tmp_path: Path) -> None:
+    bundle, state = write_film_bundle(tmp_path / "films"), str(tmp_path / "e.sqlite")
+    with served(bundle, state) as one, served(bundle, state) as other:
+        one.service.publish()
+        assert not other.service.follow()
+        write_film_bundle(bundle, seed=1)
+        version = one.http.post("/v1/model/reload").json()["version"]
+        assert other.service.follow()
+        assert other.recommend(user_id=1)["model_version"] == version
+        assert f'foretaste_model_info{{version="{version}"}} 1.0' in other.http.get("/metrics").text
+
+
 def test_a_folder_without_a_bundle_does_not_serve(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=r"manifest\.json"):
-        ModelSlot(lambda: load_version(tmp_path))
+        ModelSlot(Versions(tmp_path))
 
 
 def test_a_model_that_cannot_answer_a_history_does_not_serve(tmp_path: Path) -> None:
@@ -970,7 +1042,7 @@ def test_a_model_that_cannot_answer_a_history_does_not_serve(tmp_path: Path) -> 
     load_version(tmp_path / "sound")
     trained.model.positions.weight.data.fill_(float("nan"))
     build_recommender(trained).save(tmp_path / "broken")
-    with pytest.raises(NonFiniteError, match="the model is broken"):
+    with pytest.raises(BundleError, match=r"positions\.weight .* NaN"):
         load_version(tmp_path / "broken")
 
 
@@ -985,6 +1057,7 @@ def test_whatever_a_bundle_raises_while_it_is_loaded_refuses_it(
         def fail(_: Path) -> None:
             raise raised
 
+        write_film_bundle(bundle, seed=1)
         monkeypatch.setattr("foretaste.serving.slot.load", fail)
         refused = films.http.post("/v1/model/reload")
         assert refused.status_code == 409
@@ -1009,7 +1082,7 @@ def test_loading_can_be_stopped(
 def test_an_old_version_is_gone_at_once_and_waits_for_no_collector(tmp_path: Path) -> None:
     # What lived when the collector was told to leave it alone is freed by its last user or never.
     bundle = write_film_bundle(tmp_path / "films")
-    slot = ModelSlot(lambda: load_version(bundle))
+    slot = ModelSlot(Versions(bundle))
     slot.current.catalogue.find_items("space", limit=5)
     slot.current.recommender.recommend(1, k=5)
     old = slot.current.recommender.trained
@@ -1053,7 +1126,7 @@ def test_prometheus_counts_by_route_and_not_by_id(fresh_films: Served) -> None:
     assert f'foretaste_requests_total{{method="GET",route="{route}",status="200"}} 5.0' in text
     assert f'foretaste_request_seconds_count{{route="{route}"}} 5.0' in text
     assert "foretaste_events_stored_total 1.0" in text
-    assert 'foretaste_answers_total{source="model"} 5.0' in text
+    assert 'foretaste_answers_total{model="active",source="model"} 5.0' in text
 
 
 def test_prometheus_counts_refusals_by_route_and_what_the_process_takes(

@@ -20,8 +20,9 @@ from foretaste.experiment.recipe import override, recipe_of
 from foretaste.experiment.run import Run, run_experiment, to_recommender
 from foretaste.serving.metrics import Metrics
 from foretaste.serving.service import Service
-from foretaste.serving.slot import ModelSlot, load_version
+from foretaste.serving.slot import ModelSlot
 from foretaste.serving.state import open_live_events
+from foretaste.serving.versions import Versions
 from foretaste.training.progress import Cost
 from foretaste.training.trained import Trained
 
@@ -203,7 +204,7 @@ def test_bundle_and_server_say_what_was_learned_from_and_measured_on(
     run, _, _ = done(final=final)
     to_recommender(*run.final).save(tmp_path / "bundle")
     facts = ft.inspect_bundle(tmp_path / "bundle").facts()
-    slot = ModelSlot(lambda: load_version(tmp_path / "bundle"))
+    slot = ModelSlot(Versions(tmp_path / "bundle"))
     with closing(open_live_events("sqlite://")) as live:
         settings, metrics = ft.ServerSettings(), Metrics()
         service = Service(slot, live, settings, bundle=tmp_path / "bundle", metrics=metrics)

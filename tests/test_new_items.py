@@ -31,8 +31,9 @@ from foretaste.serving.recommender import Recommender
 from foretaste.serving.rules import Condition, Diversity, Rules
 from foretaste.serving.service import Service
 from foretaste.serving.settings import ServerSettings
-from foretaste.serving.slot import ModelSlot, load_version
+from foretaste.serving.slot import ModelSlot
 from foretaste.serving.state import open_live_events
+from foretaste.serving.versions import Versions
 from foretaste.training.trained import Trained
 
 NUM_ITEMS = 12
@@ -426,7 +427,7 @@ def test_a_person_sees_of_a_new_item_what_is_told_of_the_columns_that_items_show
 def test_over_http_new_items_have_their_features_in_a_saved_model_too(tmp_path: Path) -> None:
     recommender = make(RANKERS["mmoe, without ids"])
     recommender.save(tmp_path / "bundle")
-    slot = ModelSlot(lambda: load_version(tmp_path / "bundle"))
+    slot = ModelSlot(Versions(tmp_path / "bundle"))
     with closing(open_live_events("sqlite://")) as live:
         service = Service(
             slot, live, ServerSettings(), bundle=tmp_path / "bundle", metrics=Metrics()

@@ -23,8 +23,9 @@ from foretaste.serving.api import create_app
 from foretaste.serving.metrics import Metrics
 from foretaste.serving.service import Service
 from foretaste.serving.settings import ServerSettings
-from foretaste.serving.slot import ModelSlot, load_version
+from foretaste.serving.slot import ModelSlot
 from foretaste.serving.state import LiveEvent, LiveEvents, open_live_events
+from foretaste.serving.versions import Versions
 
 pytestmark = pytest.mark.slow
 
@@ -123,7 +124,7 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrom
 def serve_films(folder: Path, **settings: object) -> Iterator[tuple[str, LiveEvents]]:
     bundle = write_film_bundle(folder / "films")
     chosen, events = ServerSettings(**settings), open_live_events(str(folder / "e.sqlite"))
-    slot = ModelSlot(lambda: load_version(bundle))
+    slot = ModelSlot(Versions(bundle))
     service = Service(slot, events, chosen, bundle=bundle, metrics=Metrics())
     app = create_app(service, settings=chosen, access=access_of(chosen), write_log=lambda _: None)
     listener = socket.create_server(("127.0.0.1", 0))

@@ -42,9 +42,10 @@ from foretaste.serving.metrics import Metrics
 from foretaste.serving.recommender import Recommender
 from foretaste.serving.service import Service
 from foretaste.serving.settings import ServerSettings
-from foretaste.serving.slot import ModelSlot, load_version
+from foretaste.serving.slot import ModelSlot
 from foretaste.serving.stages import Stages
 from foretaste.serving.state import open_live_events
+from foretaste.serving.versions import Versions
 from foretaste.training.trained import Trained
 
 
@@ -679,7 +680,7 @@ def test_the_first_stage_of_a_recipe_may_be_without_patience(tmp_path: Path) -> 
 def test_over_http_a_row_says_what_is_predicted_and_each_stage_is_timed(tmp_path: Path) -> None:
     trained = make_two_stage(EASEConfig(l2=1.0))
     ft.build_recommender(trained).save(tmp_path / "bundle")
-    slot = ModelSlot(lambda: load_version(tmp_path / "bundle"))
+    slot = ModelSlot(Versions(tmp_path / "bundle"))
     metrics = Metrics()
     with closing(open_live_events("sqlite://")) as live:
         service = Service(slot, live, ServerSettings(), bundle=tmp_path / "bundle", metrics=metrics)

@@ -42,6 +42,7 @@ _COMMANDS: tuple[Callable[..., None], ...] = (
     training.compress,
     serving.serve,
     serving.token,
+    serving.sign,
 )
 for _command in _COMMANDS:
     app.command()(_command)

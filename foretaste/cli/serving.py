@@ -235,6 +235,17 @@ def token(
     answer({"name": name, "token": made}, f"{made}\n", as_json=as_json)
 
 
+def sign(
+    bundle: Annotated[Path, typer.Argument(help="Folder of a bundle.")],
+    *,
+    key: Annotated[Path, typer.Option(help="File with the key, 32 random bytes or more.")],
+    as_json: JsonFlag = False,
+) -> None:
+    """Sign a bundle, so that a server with the setting `signature_key` takes it."""
+    ft.sign_bundle(bundle, key)
+    answer({"bundle": str(bundle)}, f"signed {bundle}\n", as_json=as_json)
+
+
 def announce(line: str, *, as_json: bool) -> None:
     """Print the line that ends with the server's address."""
     answer({"address": line.split()[-1]}, line.strip(), as_json=as_json)

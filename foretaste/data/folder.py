@@ -8,6 +8,7 @@ A bundle, an event store and a checkpoint are folders with a `manifest.json`: wh
 the size and SHA-256 of every other file of it, and, at its end, the SHA-256 of the manifest itself.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -112,7 +113,7 @@ def read_manifest(folder: Path, kind: type[M]) -> M:
     """
     path, what = folder / MANIFEST_FILE, _a(kind.kind)
     try:
-        text = path.read_bytes().decode()
+        text = regular_bytes(path).decode()
         document = json.loads(text)
     except OSError as error:
         raise _broken(
@@ -184,8 +185,7 @@ def verify_files(folder: Path, manifest: FolderManifest, *, checksums: bool = Tr
     for name, entry in manifest.files.items():
         path = folder / name
         try:
-            if not path.is_file():
-                raise FileNotFoundError(2, "there is no such file")
+            check_regular(folder, name)
             size = path.stat().st_size
             same = size == entry.size and (not checksums or sha256_of(path) == entry.sha256)
         except OSError as error:
@@ -199,6 +199,29 @@ def verify_files(folder: Path, manifest: FolderManifest, *, checksums: bool = Tr
                 f"written: restore it, or {manifest.remedy}",
                 path,
             )
+
+
+def check_regular(folder: Path, name: str) -> None:
+    """Refuse a file of a folder that is reached through a link, or is no file of bytes.
+
+    Raises:
+        OSError: It is one, or is missing.
+    """
+    for part in [folder / name, *(folder / above for above in PurePosixPath(name).parents[:-1])]:
+        if part.is_symlink():
+            raise OSError(errno.ELOOP, "it is a link; a folder of foretaste's holds files alone")
+    if not (folder / name).is_file():
+        raise FileNotFoundError(errno.ENOENT, "there is no such file")
+
+
+def regular_bytes(path: Path) -> bytes:
+    """Read a file that is no link and no pipe, whose reader could wait for ever.
+
+    Raises:
+        OSError: It is one, or cannot be read.
+    """
+    check_regular(path.parent, path.name)
+    return path.read_bytes()
 
 
 def _broken(message: str, path: Path, *, value: object = None) -> BundleError:

@@ -6,7 +6,8 @@ size and SHA-256. A store is written beside its place and renamed into it: whole
 """
 
 import os
-from collections.abc import Mapping
+import struct
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -29,11 +30,17 @@ from foretaste.data.folder import (
 )
 from foretaste.data.interactions import Interactions
 from foretaste.data.vocabulary import Vocabulary
-from foretaste.errors import BundleError
+from foretaste.errors import BundleError, DataError
 
 _CONTEXT = "context.arrow"
 _BLOCK = 1 << 23
+_FAR_S = 2**52
+"""Times before and after this are none, and differences of them would not fit 64 bits."""
 _AGAIN = "import the events again"
+_DICTIONARY = 2
+"""Arrow's number for a message that holds a dictionary."""
+_LARGEST_HEADER = 128
+"""Bytes of the header that NumPy writes for a column; a larger file holds values."""
 
 
 class StoredIds(Config):
@@ -109,12 +116,16 @@ def fill_store(events: Interactions, folder: Path) -> None:
 
 
 @checked
-def open_store(path: str | os.PathLike[str], *, verify: bool = False) -> Interactions:
+def open_store(
+    path: str | os.PathLike[str], *, verify: bool = False, trusted: bool = True
+) -> Interactions:
     """Open a store that `write_store` wrote. Its columns are read-only maps of its files.
 
     Args:
         path: The folder.
         verify: Read every file through and compare its checksum; otherwise sizes are compared.
+        trusted: False reads every value too and refuses those that `write_store` cannot have
+            written, such as rows out of range: checksums say nothing of who computed them.
 
     Raises:
         BundleError: It is no store, or a file of it is missing, cut short or changed.
@@ -132,21 +143,25 @@ def open_store(path: str | os.PathLike[str], *, verify: bool = False) -> Interac
     verify_files(folder, manifest, checksums=verify)
     has = manifest.files.keys()
     opened = partial(_map_array, folder, length=manifest.events)
-    return Interactions(
+    read = partial(_read_table, whole=not trusted)
+    events = Interactions(
         users=_open_ids(folder, "users.arrow", manifest.users),
         items=_open_ids(folder, "items.arrow", manifest.items),
         offsets=_map_array(folder, "offsets.npy", length=manifest.users.count + 1),
         item_idx=opened("item_idx.npy"),
         timestamp_s=opened("timestamp_s.npy") if "timestamp_s.npy" in has else None,
         columns={name: opened(file) for name, file in manifest.columns.items()},
-        context=_read_table(folder / _CONTEXT, height=manifest.events) if _CONTEXT in has else None,
-        user_table=_read_table(folder / "user_table.arrow") if "user_table.arrow" in has else None,
-        item_table=_read_table(folder / "item_table.arrow") if "item_table.arrow" in has else None,
+        context=read(folder / _CONTEXT, height=manifest.events) if _CONTEXT in has else None,
+        user_table=read(folder / "user_table.arrow") if "user_table.arrow" in has else None,
+        item_table=read(folder / "item_table.arrow") if "item_table.arrow" in has else None,
         user_links=_map_links(folder, "user_links.npy") if "user_links.npy" in has else None,
         item_links=_map_links(folder, "item_links.npy") if "item_links.npy" in has else None,
         positive=manifest.positive,
         notes=manifest.notes,
     )
+    if not trusted:
+        _check_values(folder, events)
+    return events
 
 
 def _write_files(events: Interactions, folder: Path) -> None:
@@ -182,6 +197,40 @@ def _write_files(events: Interactions, folder: Path) -> None:
         notes=events.notes,
     )
     seal(folder, manifest)
+
+
+def _check_values(folder: Path, events: Interactions) -> None:
+    """Refuse values that no store can hold; code that is not Python reads them unchecked."""
+    inside = [
+        ("offsets.npy", np.diff(events.offsets, prepend=0), 0, len(events)),
+        ("offsets.npy", events.offsets[-1:] - len(events), 0, 0),
+        ("item_idx.npy", events.item_idx, 0, events.num_items - 1),
+        ("timestamp_s.npy", events.timestamp_s, -_FAR_S, _FAR_S),
+        ("user_links.npy", events.user_links, 0, events.num_users - 1),
+        ("item_links.npy", events.item_links, 0, events.num_items - 1),
+    ]
+    for name, array, least, most in inside:
+        if array is None or not array.size:
+            continue
+        for found in (int(array.min()), int(array.max())):
+            if not least <= found <= most:
+                raise BundleError(
+                    f"{folder / name} holds {found}, which is not in [{least}, {most}]: {_AGAIN}",
+                    name=str(folder / name),
+                    value=found,
+                )
+    for name, vocabulary in (("users.arrow", events.users), ("items.arrow", events.items)):
+        try:
+            whole = Vocabulary(vocabulary.ids)
+            same = (len(whole), whole.is_integer) == (len(vocabulary), vocabulary.is_integer)
+        except DataError:
+            same = False
+        if not same:
+            raise BundleError(
+                f"{folder / name} does not hold {len(vocabulary)} distinct ids of the manifest's "
+                f"type: {_AGAIN}",
+                name=str(folder / name),
+            )
 
 
 def _flat(links: Int32[np.ndarray, "2 P"] | None) -> Int32[np.ndarray, " P2"] | None:
@@ -225,6 +274,7 @@ def _map_links(folder: Path, name: str) -> Int32[np.ndarray, "2 P"]:
 
 def _load_array(path: Path, *, is_mapped: bool) -> Shaped[np.ndarray, " N"]:
     try:
+        is_mapped = is_mapped or path.stat().st_size > _LARGEST_HEADER  # a map takes no memory
         array: Shaped[np.ndarray, " N"] = np.load(
             path, mmap_mode="r" if is_mapped else None, allow_pickle=False
         )
@@ -242,15 +292,64 @@ def _open_ids(folder: Path, name: str, stored: StoredIds) -> Vocabulary:
 
 
 def _read_ids(path: Path) -> pl.Series:
-    return _read_table(path).to_series()
+    return _read_table(path, whole=True).to_series()
 
 
-def _read_table(path: Path, *, height: int | None = None) -> pl.DataFrame:
+def _read_table(path: Path, *, height: int | None = None, whole: bool = False) -> pl.DataFrame:
+    """Read a table as a map of its file, and with `whole` look at every value of it first."""
     try:
         with pa.memory_map(str(path)) as source:
-            table = pl.DataFrame(pa.ipc.open_file(source).read_all())
-    except (OSError, pa.ArrowException) as error:
+            content = source.read_buffer()
+        if any(_is_compressed(content, at) for at in _batches(content)):
+            raise pa.ArrowInvalid("it is compressed, which no table of a store is")
+        found = pa.ipc.open_file(content).read_all()
+        found.validate(full=whole)
+        table = pl.DataFrame(found)
+    except (OSError, struct.error, pa.ArrowException) as error:
         raise BundleError(f"{path} cannot be read ({error}): {_AGAIN}", name=str(path)) from error
     if height not in (None, table.height):
         raise BundleError(f"{path} has {table.height} rows, not {height}: {_AGAIN}", name=str(path))
     return table
+
+
+def _batches(file: pa.Buffer) -> Iterator[int]:
+    """Yield where each batch of an Arrow file begins, as its footer lists them.
+
+    Arrow says that a batch is compressed only by unpacking it, to whatever size its writer chose.
+    The layout is https://github.com/apache/arrow/blob/main/format/File.fbs, in Flatbuffers.
+    """
+    (length,) = struct.unpack_from("<i", file, file.size - 10)
+    start = file.size - 10 - length
+    footer = start + _uint(file, start)
+    for dictionaries_or_batches in (2, 3):
+        if at := _field(file, footer, dictionaries_or_batches):
+            first = at + _uint(file, at)
+            for number in range(_uint(file, first)):
+                yield struct.unpack_from("<q", file, first + 4 + 24 * number)[0]
+
+
+def _is_compressed(file: pa.Buffer, batch: int) -> bool:
+    batch += 8 if _uint(file, batch) == 0xFFFFFFFF else 4
+    message = batch + _uint(file, batch)
+    header = _field(file, message, 2)
+    if not header:
+        return False
+    record = header + _uint(file, header)
+    if file[_field(file, message, 1)] == _DICTIONARY:
+        data = _field(file, record, 1)
+        record = data + _uint(file, data)
+    return bool(_field(file, record, 3))
+
+
+def _field(file: pa.Buffer, table: int, number: int) -> int:
+    """Return where a field of a Flatbuffers table is, 0 where it is left out."""
+    (down,) = struct.unpack_from("<i", file, table)
+    (size,) = struct.unpack_from("<H", file, table - down)
+    if 4 + 2 * number >= size:
+        return 0
+    (offset,) = struct.unpack_from("<H", file, table - down + 4 + 2 * number)
+    return table + offset if offset else 0
+
+
+def _uint(file: pa.Buffer, at: int) -> int:
+    return int(struct.unpack_from("<I", file, at)[0])

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Bool, Float, Float32, Int64, UInt8
 from torch import Tensor
 
+from foretaste.errors import BundleError
 from foretaste.later import later
 from foretaste.retrieval.index import (
     ExactIndex,
@@ -217,6 +218,56 @@ class FaissIndex:
         position_BF: np.ndarray = self._index.search(query_BD, fetched, params=parameters)[1]
         return position_BF
 
+    def check(self) -> None:
+        """Read all that FAISS holds, and compare it with the items and their vectors.
+
+        Raises:
+            BundleError: It holds others, or its search width is none.
+        """
+        vectors_ND = np.ascontiguousarray(self.exact.vectors_ND.float().numpy())
+        if self._index.ntotal != len(vectors_ND) or not 1 <= self._facts.search_width <= max(
+            self.widest, NARROWEST
+        ):
+            raise _other_items(f"{self._index.ntotal} items, width {self._facts.search_width}")
+        if self.kind == "hnsw":
+            self._check_graph(vectors_ND)
+        else:
+            self._check_lists(vectors_ND)
+
+    def _check_graph(self, vectors_ND: Float32[np.ndarray, "N D"]) -> None:
+        graph, num = self._index.hnsw, len(vectors_ND)
+        node_E, last = faiss.vector_to_array(graph.neighbors), graph.entry_point
+        stored = faiss.downcast_index(self._index.storage).reconstruct_n(0, num)
+        if node_E.min(initial=-1) < -1 or max(node_E.max(initial=-1), last) >= num or last < 0:
+            raise _other_items("edges to items that are not there")
+        if not np.array_equal(stored[:, : vectors_ND.shape[1]], vectors_ND):
+            raise _other_items("other vectors")
+
+    def _check_lists(self, vectors_ND: Float32[np.ndarray, "N D"]) -> None:
+        lists, parts = self._index.invlists, []
+        if lists.nlist != self._facts.build.get("num_lists"):
+            raise _other_items(f"{lists.nlist} lists")
+        for number in range(lists.nlist):
+            size = lists.list_size(number)
+            if not size:
+                continue
+            item_M = faiss.rev_swig_ptr(lists.get_ids(number), size).copy()
+            code_M = faiss.rev_swig_ptr(lists.get_codes(number), size * lists.code_size)
+            parts.append(item_M)
+            if item_M.min() < 0 or item_M.max() >= len(vectors_ND):
+                raise _other_items("items that are not there")
+            own_MD, code_MC = vectors_ND[item_M], code_M.reshape(size, -1)
+            if self.kind == "ivf_flat":
+                same = np.array_equal(code_MC.view(np.float32), own_MD)
+            else:
+                residual_MD = own_MD - self._index.quantizer.reconstruct(number)
+                coded_MC = self._index.sq.compute_codes(np.ascontiguousarray(residual_MD))
+                same = bool((np.abs(coded_MC.astype(int) - code_MC) <= 1).all())
+            if not same:
+                raise _other_items("other vectors")
+        if not np.array_equal(np.sort(np.concatenate(parts)), np.arange(len(vectors_ND))):
+            raise _other_items("items twice or not at all")
+
     def save(self, folder: Path) -> None:
         """Write `index.faiss`, `vectors.safetensors` and `index.json`.
 
@@ -229,6 +280,12 @@ class FaissIndex:
         except RuntimeError as error:  # what FAISS says where it is the disk
             raise OSError(f"{folder / FAISS_FILE}: {error}") from error
         (folder / "index.json").write_text(self._facts.model_dump_json(indent=2))
+
+
+def _other_items(what: str) -> BundleError:
+    return BundleError(
+        f"the index does not hold the model's items: it has {what}; build it again", name="index"
+    )
 
 
 NEIGHBOURS = 32

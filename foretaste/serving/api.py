@@ -3,8 +3,9 @@
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 from typing import Annotated
 
 import anyio.to_thread
@@ -21,6 +22,7 @@ from foretaste.errors import DataError, ForetasteError, did_you_mean
 from foretaste.serving.access import Access, Bucket
 from foretaste.serving.guard import Guard, refuse
 from foretaste.serving.messages import (
+    CanaryRequest,
     ColumnsReply,
     ErrorReply,
     EventRequest,
@@ -30,6 +32,7 @@ from foretaste.serving.messages import (
     HistoryReply,
     ItemsReply,
     ModelReply,
+    ModelsReply,
     PathId,
     RecommendReply,
     RecommendRequest,
@@ -40,7 +43,7 @@ from foretaste.serving.messages import (
 from foretaste.serving.page import FILES, add_page
 from foretaste.serving.service import Service
 from foretaste.serving.settings import ServerSettings
-from foretaste.serving.state import first_line
+from foretaste.serving.state import cause_of
 
 
 class _Anything(Convertor[str]):
@@ -64,6 +67,7 @@ OneOrMany = Annotated[
 UserId = Annotated[PathId, Path(description="A user's id.")]
 ItemId = Annotated[PathId, Path(description="An item's id.")]
 AnyId = Annotated[PathId, Query(description="A user's id.")]
+Version = Annotated[str, Path(pattern="^[0-9a-f]{12}$", description="A version that is kept.")]
 Length = Annotated[int, Query(description="Length of the list, from 1.")]
 Limit = Annotated[int, Query(ge=1, le=200, description="At most so many.")]
 Words = Annotated[str, Query(max_length=200, description="Words or the beginning of an id.")]
@@ -122,6 +126,7 @@ def create_app(
     _add_errors(app)
     _add_answers(app, service)
     _add_people(app, service)
+    _add_models(app, service)
     _add_operations(app, service)
     add_page(app)
     return app
@@ -198,19 +203,53 @@ def _add_people(app: FastAPI, service: Service) -> None:
         return service.forget(user_id)
 
 
+def _add_models(app: FastAPI, service: Service) -> None:
+    """Add what switches the model; what is refused is answered 409, and the old one serves on."""
+    switch = partial(app.post, tags=["model"], responses={409: {"model": ErrorReply}})
+
+    @app.get("/v1/models", tags=["model"])
+    def models() -> ModelsReply:
+        """The versions that are kept, and which of them serve."""
+        return service.models()
+
+    @switch("/v1/model/reload")
+    def reload() -> ReloadReply:
+        """Read the bundle's folder again; a broken version is refused and the old one serves on."""
+        with _refusals():
+            return service.reload()
+
+    @switch("/v1/model/roll-back")
+    def roll_back() -> ReloadReply:
+        """Have the version serve that did before."""
+        with _refusals():
+            return service.activate("")
+
+    @switch("/v1/models/{version}/activate")
+    def activate(version: Version) -> ReloadReply:
+        """Have a kept version serve."""
+        with _refusals():
+            return service.activate(version)
+
+    @switch("/v1/models/{version}/canary")
+    def try_out(version: Version, asked: CanaryRequest) -> ModelsReply:
+        """Have a kept version answer a share of the users, 0 for none; metrics count it apart."""
+        with _refusals():
+            return service.try_out(version, asked.share)
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    try:
+        yield
+    except ForetasteError as error:
+        raise HTTPException(409, f"the old version serves on: {error}") from error
+
+
 def _add_operations(app: FastAPI, service: Service) -> None:
     @app.get("/v1/model", tags=["model"])
     def model() -> ModelReply:
         """The model that serves: its manifest and its report."""
         return service.model()
-
-    @app.post("/v1/model/reload", tags=["model"], responses={409: {"model": ErrorReply}})
-    def reload() -> ReloadReply:
-        """Read the bundle's folder again; a broken version is refused and the old one serves on."""
-        try:
-            return service.reload()
-        except ForetasteError as error:
-            raise HTTPException(409, f"the old version serves on: {error}") from error
 
     @app.get("/health", tags=["operations"])
     async def health() -> HealthReply:
@@ -218,10 +257,11 @@ def _add_operations(app: FastAPI, service: Service) -> None:
         return HealthReply(status="ok")
 
     @app.get("/ready", tags=["operations"])
-    def ready() -> HealthReply:
-        """A model is loaded and the event store answers."""
-        service.ready()
-        return HealthReply(status="ready")
+    def ready(request: Request) -> HealthReply:
+        """A model answers, also where the store of live events does not; the body says so."""
+        if cause := service.ready():
+            request.state.log["cause"] = cause
+        return HealthReply(status="ready", store="does not answer" if cause else "answers")
 
     @app.get("/metrics", tags=["operations"], response_class=Response)
     async def prometheus() -> Response:
@@ -286,8 +326,11 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(SQLAlchemyError)
     async def no_events(request: Request, error: SQLAlchemyError) -> Response:
-        request.state.log["cause"] = f"{type(error).__name__}: {first_line(error)}"
-        sentence = "the store of live events does not answer: nothing was stored, try again"
+        request.state.log["cause"] = cause_of(error)
+        sentence = (
+            "the store of live events does not answer: send it again, with an event_id it is "
+            "stored once"
+        )
         return refuse(503, sentence, {"retry-after": "5"})
 
 

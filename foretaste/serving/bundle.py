@@ -6,6 +6,7 @@ popular.safetensors   what is offered to somebody of whom nothing is known
 events/               an event store: ids, training histories, user and item tables
 index/                the item index, of a model with vectors
 features/             what was fitted to users' and items' columns, of a model that reads them
+answers.json          questions, and what the model answered when it was saved
 report.json           measured figures, where there are any
 calibration.json      what a ranker's probabilities become, where that was fitted
 
@@ -21,6 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from jaxtyping import Float
 from pydantic import Field, NonNegativeInt, TypeAdapter, ValidationError
 from safetensors import SafetensorError
@@ -47,6 +49,7 @@ from foretaste.plain_values import json_value
 from foretaste.retrieval.choose import load_index
 from foretaste.retrieval.index import ItemIndex
 from foretaste.serving.format_1 import weights_of_format_1
+from foretaste.serving.self_test import StoredAnswers
 from foretaste.training.calibration import Calibration
 from foretaste.training.objectives.catalogue import ObjectiveConfig
 from foretaste.training.trained import Trained
@@ -56,11 +59,14 @@ WEIGHTS_FILE = "weights.safetensors"
 POPULAR_FILE = "popular.safetensors"
 REPORT_FILE = "report.json"
 CALIBRATION_FILE = "calibration.json"
+ANSWERS_FILE = "answers.json"
 EVENTS_FOLDER = "events"
 INDEX_FOLDER = "index"
 FEATURES_FOLDER = "features"
 LIBRARIES = ("torch", "numpy", "polars", "faiss-cpu", "safetensors")
 _SMALL = 2**20
+_LARGEST = 1e12
+"""Weights beyond it are damage: their products leave float32."""
 _LEARNED_FROM = {
     "train": "the training part of its split, without validation and test",
     "train and validation": "the training and validation parts of its split, without the test",
@@ -159,6 +165,8 @@ class Bundle:
     """Of a retriever's items; None for a model that scores the whole catalogue."""
     report: Mapping[str, object] | None = None
     """Measured figures, as JSON values."""
+    answers: StoredAnswers | None = None
+    """What the model answered when it was saved."""
 
     @property
     def learned_from(self) -> str:
@@ -281,6 +289,8 @@ def _write_parts(bundle: Bundle, folder: Path) -> None:
     if trained.calibration:
         written = _CALIBRATION.dump_json(dict(trained.calibration), indent=2)
         (folder / CALIBRATION_FILE).write_bytes(written + b"\n")
+    if bundle.answers is not None:
+        (folder / ANSWERS_FILE).write_bytes(bundle.answers.model_dump_json().encode() + b"\n")
     if bundle.report is not None:
         text = json.dumps(json_value(bundle.report), indent=2)
         (folder / REPORT_FILE).write_text(text + "\n", encoding="utf-8")
@@ -320,6 +330,7 @@ def _manifest(bundle: Bundle) -> BundleManifest:
         if trained.objective is None
         else _mapping(trained.objective.model_dump(mode="json")),
         learned_from=trained.learned_from,
+        optional={} if bundle.answers is None else {"answers": {"file": ANSWERS_FILE}},
     )
 
 
@@ -328,7 +339,7 @@ def _mapping(values: Mapping[str, object]) -> dict[str, object]:
 
 
 def _read_parts(manifest: BundleManifest, path: Path) -> Bundle:
-    events = open_store(path / EVENTS_FOLDER)
+    events = open_store(path / EVENTS_FOLDER, trusted=False)
     config = _MODEL_CONFIG.validate_python(as_written(manifest.model))
     has_features = any(name.startswith(f"{FEATURES_FOLDER}/") for name in manifest.files)
     features = Features.load(path / FEATURES_FOLDER) if has_features else None
@@ -353,9 +364,12 @@ def _read_parts(manifest: BundleManifest, path: Path) -> Bundle:
     )
     return Bundle(
         trained=trained,
-        popular_I=load_file(path / POPULAR_FILE)["popular_I"],
+        popular_I=_load_popular(path / POPULAR_FILE, events.num_items),
         index=None if manifest.index is None else load_index(path / INDEX_FOLDER),
         report=_read_report(manifest, path),
+        answers=StoredAnswers.model_validate_json((path / ANSWERS_FILE).read_bytes())
+        if ANSWERS_FILE in manifest.files
+        else None,
     )
 
 
@@ -364,6 +378,7 @@ def _load_weights(model: nn.Module, file: Path) -> None:
         name: weight.clone() if weight.nbytes < _SMALL else weight  # as aligned as when it was made
         for name, weight in weights_of_format_1(load_file(file), model).items()
     }
+    made = {name: weight.dtype for name, weight in model.state_dict().items()}
     missing, unknown = model.load_state_dict(weights, strict=False, assign=True)
     if missing or unknown:
         lacks, wrong = ("lacks", missing[0]) if missing else ("has, and the model not,", unknown[0])
@@ -373,6 +388,29 @@ def _load_weights(model: nn.Module, file: Path) -> None:
             name=wrong,
             value=str(file),
         )
+    for name, own in made.items():
+        weight = weights[name]
+        sound = weight.dtype == own and (
+            not weight.is_floating_point() or bool((weight.abs() <= _LARGEST).all())
+        )
+        if not sound:
+            raise BundleError(
+                f"the weights {name} of {file} are {weight.dtype} where {own} are needed, NaN or "
+                "beyond any that is learned: train the model again",
+                name=name,
+                value=str(file),
+            )
+
+
+def _load_popular(file: Path, num_items: int) -> Float[Tensor, " I"]:
+    """Read how good an offer each item is, which may be -inf and nothing worse."""
+    popular_I = load_file(file)["popular_I"]
+    if popular_I.shape != (num_items,) or not bool((popular_I < torch.inf).all()):
+        raise BundleError(
+            f"{file} does not hold a number for each of {num_items} items: save the bundle again",
+            name=str(file),
+        )
+    return popular_I.float()
 
 
 def _as_written(settings: Mapping[str, object]) -> dict[str, object]:

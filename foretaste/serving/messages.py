@@ -271,6 +271,39 @@ class ReloadReply(_Reply):
     changed: bool
 
 
+class KeptVersion(_Reply):
+    """A version of the bundle that the server keeps a copy of."""
+
+    version: str
+    bytes: int
+    used_at_s: float
+    """Unix seconds: when it was kept, or last made the one that serves."""
+
+
+class ModelsReply(_Reply):
+    """The versions that are kept, and which of them serve."""
+
+    active: str
+    previous: str
+    """What a roll back brings back; empty if there is none."""
+    canary: str
+    """What answers a share of the users; empty if there is none."""
+    canary_share: float
+    versions: list[KeptVersion]
+    """The one used last first."""
+    last_refusal: str
+    """Why the newest try to switch was refused; empty if it was not."""
+
+
+class CanaryRequest(BaseModel):
+    """A version to try on a share of the users."""
+
+    model_config = Config.model_config
+
+    share: float = Field(ge=0, le=1)
+    """Of users with an id, who always get the same version; 0 ends the canary."""
+
+
 class ErrorReply(_Reply):
     """Why a request was refused."""
 
@@ -281,3 +314,5 @@ class HealthReply(_Reply):
     """The process runs."""
 
     status: str
+    store: str = ""
+    """Of `/ready`: whether the store of live events answers, `answers` or `does not answer`."""

@@ -68,8 +68,15 @@ class Metrics:
         )
         self.answers = Counter(
             "foretaste_answers",
-            "Recommendations, by where they came from.",
-            ("source",),
+            "Recommendations, by where they came from and which model answered.",
+            ("source", "model"),
+            registry=self._registry,
+        )
+        self.answer_seconds = Histogram(
+            "foretaste_answer_seconds",
+            "All stages of a recommendation, by which model answered: active or canary.",
+            ("model",),
+            buckets=SECONDS,
             registry=self._registry,
         )
         self.reloads = Counter(

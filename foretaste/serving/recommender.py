@@ -1,7 +1,7 @@
 """The answer for everybody: external ids in, external ids out, and where each row came from."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import replace as with_parts
 from pathlib import Path
 from typing import final
 
@@ -10,6 +10,7 @@ import polars as pl
 import torch
 
 from foretaste.arguments import checked
+from foretaste.data.folder import check_place
 from foretaste.data.tasks import Weights
 from foretaste.data.vocabulary import Ids, Vocabulary, plain_id
 from foretaste.errors import DataError
@@ -30,6 +31,7 @@ from foretaste.serving.reasons import reasons
 from foretaste.serving.request_checks import check_k, check_weights
 from foretaste.serving.rule_book import RuleBook
 from foretaste.serving.rules import NO_RULES, Rules
+from foretaste.serving.self_test import answers_of
 from foretaste.serving.stages import Stages
 from foretaste.shown import Shown
 from foretaste.training.trained import Trained
@@ -175,7 +177,7 @@ class Recommender(Shown):
             times = training_times(self.trained.events, user_idx, since=since, more=len(extra))
             queries = one_query(asker, history_idx, times)
             return self._search.best(
-                replace(queries, profile=profile, context=moment),
+                with_parts(queries, profile=profile, context=moment),
                 num,
                 exclude_BX=torch.from_numpy(banned).unsqueeze(0),
                 allow_I=allow_I,
@@ -340,7 +342,9 @@ class Recommender(Shown):
             BundleError: The path exists and `replace` is false, or it is something else than a
                 bundle, or the disk is full or refuses.
         """
-        write_bundle(self.bundle, Path(path), replace=replace)
+        check_place(path, "bundle", replace=replace)  # before the model is asked
+        bundle = with_parts(self.bundle, answers=answers_of(self))
+        write_bundle(bundle, Path(path), replace=replace)
 
     def _user(self, user_id: object) -> int:
         users = self.trained.events.users

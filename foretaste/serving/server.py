@@ -3,6 +3,7 @@
 import errno
 import gc
 import json
+import math
 import signal
 import socket
 import sys
@@ -13,9 +14,11 @@ from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from types import FrameType
+from typing import TypeVar
 
 import torch
 import uvicorn
+from sqlalchemy.exc import SQLAlchemyError
 from starlette.types import ASGIApp
 
 from foretaste.arguments import checked
@@ -27,7 +30,13 @@ from foretaste.serving.metrics import Metrics
 from foretaste.serving.service import Service
 from foretaste.serving.settings import ServerSettings
 from foretaste.serving.slot import Loaded, ModelSlot, load_version
-from foretaste.serving.state import open_live_events, state_beside
+from foretaste.serving.state import cause_of, open_live_events, state_beside
+from foretaste.serving.trial import Trials
+from foretaste.serving.versions import Versions, read_key
+
+T = TypeVar("T")
+RETIRE_S = 3600.0
+"""Seconds between two deletions of old events."""
 
 
 @checked
@@ -56,18 +65,52 @@ def serve(
     bundle, access = Path(bundle), access_of(settings)
     opened = partial(open_live_events, timeout_s=settings.store_timeout_s)
     state = state_beside(bundle) if settings.state == "beside" else settings.state
-    with _rare_collections():
-        slot = ModelSlot(lambda: _load(bundle))
-        with closing(opened(state)) as events, _listen(settings) as listener:
-            torch.set_num_threads(1)  # each request's thread computes on one core
-            metrics = Metrics()
-            service = Service(slot, events, settings, bundle=bundle, metrics=metrics)
-            app = create_app(service, settings=settings, access=access, write_log=write_log)
-            config = server_config(app, settings, metrics)
+    versions = _versions(bundle, settings)
+    if not versions.kept():
+        versions.delivered()  # or there is nothing to serve, before anything is opened
+    with (
+        _rare_collections(),
+        closing(_trials(settings)) as trials,
+        closing(opened(state)) as events,
+    ):
+        chosen = _if_it_answers(lambda: events.chosen(bundle.name), write_log)
+        slot = ModelSlot(versions, try_bundle=trials.try_once, read=_load, chosen=chosen)
+        torch.set_num_threads(1)  # each request's thread computes on one core
+        metrics = Metrics()
+        service = Service(
+            slot,
+            events,
+            settings,
+            bundle=bundle,
+            metrics=metrics,
+            report=partial(_log_store, write_log),
+        )
+        if chosen is None or slot.current.version != chosen.version:
+            _if_it_answers(service.publish, write_log)
+        app = create_app(service, settings=settings, access=access, write_log=write_log)
+        config = server_config(app, settings, metrics)
+        with (
+            _listen(settings) as listener,
+            _signals(lambda: _reload(service, write_log)),
+            _keeper(service, settings, write_log),
+        ):
             announce(f"foretaste serves {bundle.name} at {_address(listener)}\n")
             sys.stdout.flush()
-            with _signals(lambda: _reload(service, write_log)):
-                uvicorn.Server(config).run(sockets=[listener])
+            uvicorn.Server(config).run(sockets=[listener])
+
+
+def _versions(bundle: Path, settings: ServerSettings) -> Versions:
+    return Versions(
+        bundle,
+        settings.versions,
+        key=None if settings.signature_key is None else read_key(settings.signature_key),
+        most=settings.keep_versions,
+        most_bytes=settings.keep_versions_bytes,
+    )
+
+
+def _trials(settings: ServerSettings) -> Trials:
+    return Trials(timeout_s=settings.load_timeout_s, within_s=settings.answer_timeout_s)
 
 
 def server_config(app: ASGIApp, settings: ServerSettings, metrics: Metrics) -> uvicorn.Config:
@@ -165,11 +208,58 @@ def _signals(reload: Callable[[], None]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+@contextmanager
+def _keeper(
+    service: Service, settings: ServerSettings, write_log: Callable[[str], object]
+) -> Iterator[None]:
+    """Follow the other servers' switches, and delete old events, in a thread of its own."""
+    ended = threading.Event()
+
+    def work() -> None:
+        retired_at = -math.inf
+        while not ended.wait(settings.follow_s):
+            _if_it_answers(lambda: _follow(service, write_log), write_log)
+            if time.monotonic() - retired_at > RETIRE_S:
+                retired_at = time.monotonic()
+                _if_it_answers(service.retire, write_log)
+
+    threading.Thread(target=work, name="keeper", daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
+
+
+def _if_it_answers(ask: Callable[[], T], write_log: Callable[[str], object]) -> T | None:
+    """Ask the store; None, and a line in the log, while it does not answer."""
+    try:
+        return ask()
+    except SQLAlchemyError as error:
+        _log_store(write_log, error)
+        return None
+
+
+def _log_store(write_log: Callable[[str], object], error: SQLAlchemyError) -> None:
+    line = {"time": time.time(), "event": "store", "cause": cause_of(error)}
+    write_log(json.dumps(line) + "\n")
+
+
+def _follow(service: Service, write_log: Callable[[str], object]) -> None:
+    line: dict[str, object] = {"time": time.time(), "event": "follow"}
+    try:
+        if not service.follow():
+            return
+        line |= {"result": "swapped", "version": service.slot.current.version}
+    except ForetasteError as error:
+        line |= {"result": "refused", "reason": str(error)}
+    write_log(json.dumps(line) + "\n")
+
+
 def _reload(service: Service, write_log: Callable[[str], object]) -> None:
     line: dict[str, object] = {"time": time.time(), "event": "reload"}
     try:
         reply = service.reload()
-    except ForetasteError as error:
+    except (ForetasteError, SQLAlchemyError) as error:
         line |= {"result": "refused", "reason": str(error)}
     else:
         line |= {"result": "swapped" if reply.changed else "same", "version": reply.version}

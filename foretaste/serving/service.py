@@ -1,9 +1,12 @@
 """What the server answers, without HTTP: requests in, replies out."""
 
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import final
+
+from sqlalchemy.exc import SQLAlchemyError
 
 from foretaste.errors import DataError, ForetasteError
 from foretaste.serving.answer import Answer, Recommendation
@@ -17,7 +20,9 @@ from foretaste.serving.messages import (
     HistoryReply,
     Item,
     ItemsReply,
+    KeptVersion,
     ModelReply,
+    ModelsReply,
     RecommendReply,
     RecommendRequest,
     ReloadReply,
@@ -28,10 +33,14 @@ from foretaste.serving.messages import (
 from foretaste.serving.metrics import Metrics
 from foretaste.serving.settings import ServerSettings
 from foretaste.serving.slot import Loaded, ModelSlot
-from foretaste.serving.state import LiveEvent, LiveEvents
+from foretaste.serving.state import Choice, LiveEvent, LiveEvents, cause_of
 
 SHOWN_VALUES = 200
 """So many values of a column are named."""
+WITHOUT_STORE = (
+    "the store of live events does not answer: what the user did since training had no influence"
+)
+STORE_RETRY_S = 1.0
 FUTURE_S = 86_400
 """An event may be this much ahead of the server's clock."""
 
@@ -49,13 +58,26 @@ class Service:
         bundle: Path,
         metrics: Metrics,
         clock: Callable[[], float] = time.time,
+        report: Callable[[SQLAlchemyError], object] = lambda _: None,
     ) -> None:
+        """Join them.
+
+        Args:
+            slot: The model that serves.
+            events: The store.
+            settings: Bounds.
+            bundle: Whose name the servers on one database share.
+            metrics: What is counted.
+            clock: Unix seconds.
+            report: Told why an answer was made without the store.
+        """
         self.slot = slot
         self.events = events
         self.metrics = metrics
         self._settings = settings
         self._bundle = bundle
-        self._clock = clock
+        self._clock, self._report = clock, report
+        self._patient_clock, self._asleep_until = time.monotonic, -math.inf
         metrics.model.info({"version": slot.current.version})
 
     def recommend(self, asked: RecommendRequest) -> RecommendReply:
@@ -72,9 +94,11 @@ class Service:
                 name="history",
                 value=len(asked.history),
             )
-        loaded = self.slot.current
-        user_id = None if asked.user_id is None else loaded.catalogue.user_id(str(asked.user_id))
-        live = [] if user_id is None else self._live(loaded, user_id)
+        user_id = None if asked.user_id is None else str(asked.user_id)
+        if user_id is not None:  # spelled as the catalogue has it, so that 3.0 is 3 for a canary
+            user_id = self.slot.current.catalogue.user_id(user_id)
+        loaded = self.slot.of_user(user_id)
+        live, missing = ([], ()) if user_id is None else self._live_if_any(loaded, user_id)
         history = [*(event.item_id for event in live), *map(str, asked.history)]
         answer = loaded.recommender.recommend(
             user_id,
@@ -91,7 +115,9 @@ class Service:
         )
         for stage, seconds in answer.seconds.items():
             self.metrics.stages.labels(stage).observe(seconds)
-        self.metrics.answers.labels(answer.source).inc()
+        place = "active" if loaded is self.slot.current else "canary"
+        self.metrics.answers.labels(answer.source, place).inc()
+        self.metrics.answer_seconds.labels(place).observe(sum(answer.seconds.values()))
         because = self._because(loaded, user_id, history, answer) if asked.explain else {}
         return RecommendReply(
             user_id=user_id,
@@ -99,7 +125,7 @@ class Service:
             source=answer.source,
             items=[_row(loaded, row, because.get(str(row.item_id))) for row in answer.rows],
             unknown_items=[str(item_id) for item_id in answer.unknown_items],
-            notes=list(answer.notes),
+            notes=[*answer.notes, *missing],
             live_events=len(live),
             model_version=loaded.version,
         )
@@ -205,10 +231,14 @@ class Service:
         with self.metrics.store("forget"):
             return ForgetReply(deleted=self.events.forget(user_id))
 
-    def ready(self) -> None:
-        """Ask the store of live events whether it answers."""
-        with self.metrics.store("ready"):
-            self.events.check()
+    def ready(self) -> str:
+        """Return why the store of live events does not answer, "" if it does; answers go on."""
+        try:
+            with self.metrics.store("ready"):
+                self.events.check()
+        except SQLAlchemyError as error:
+            return cause_of(error)
+        return ""
 
     def model(self) -> ModelReply:
         """Say what serves."""
@@ -231,8 +261,69 @@ class Service:
         Raises:
             ForetasteError: It was refused; the old version serves on.
         """
+        return self._switched(lambda: self.slot.reload(self._publish))
+
+    def activate(self, version: str) -> ReloadReply:
+        """Have a kept version serve; "" is the previous one.
+
+        Raises:
+            ForetasteError: It is not kept or was refused; the old version serves on.
+        """
+        return self._switched(lambda: self.slot.activate(version, self._publish))
+
+    def try_out(self, version: str, share: float) -> ModelsReply:
+        """Have a kept version answer a share of the users, none with 0.
+
+        Raises:
+            ForetasteError: It is not kept or was refused; nothing has changed.
+        """
+        self.slot.try_out(version, share, self._publish)
+        return self.models()
+
+    def models(self) -> ModelsReply:
+        """Return the versions that are kept, and which of them serve."""
+        choice = self.slot.choice
+        return ModelsReply(
+            active=choice.version,
+            previous=choice.previous,
+            canary=choice.canary,
+            canary_share=choice.share,
+            versions=[
+                KeptVersion(version=one.version, bytes=one.size, used_at_s=one.used_at_s)
+                for one in self.slot.versions.kept()
+            ],
+            last_refusal=self.slot.last_error,
+        )
+
+    def publish(self) -> None:
+        """Tell the other servers on this database what serves here."""
+        self._publish(self.slot.choice)
+
+    def follow(self) -> bool:
+        """Switch to what the servers on this database have agreed on; return whether it did.
+
+        Raises:
+            ForetasteError: The version was refused here.
+        """
+        chosen = self.events.chosen(self._bundle.name)
+        if chosen is None:
+            return False
+        changed = self.slot.follow(chosen)
+        self.metrics.model.info({"version": self.slot.current.version})
+        return changed
+
+    def retire(self) -> int:
+        """Delete live events that are older than settings keep them; return how many."""
+        days = self._settings.keep_events_days
+        return 0 if days is None else self.events.retire(int(self._clock()) - days * 86_400)
+
+    def _publish(self, choice: Choice) -> None:
+        with self.metrics.store("choose"):
+            self.events.choose(self._bundle.name, choice)
+
+    def _switched(self, switch: Callable[[], tuple[Loaded, Loaded]]) -> ReloadReply:
         try:
-            old, new = self.slot.reload()
+            old, new = switch()
         except ForetasteError:
             self.metrics.reloads.labels("refused").inc()
             raise
@@ -248,6 +339,19 @@ class Service:
                 name="k",
                 value=k,
             )
+
+    def _live_if_any(self, loaded: Loaded, user_id: str) -> tuple[list[LiveEvent], tuple[str, ...]]:
+        """Return a user's live events; none, and a note, while the store does not answer.
+
+        After a failure it is asked once a second, so that a store that hangs slows no answer more.
+        """
+        if self._patient_clock() >= self._asleep_until:
+            try:
+                return self._live(loaded, user_id), ()
+            except SQLAlchemyError as error:
+                self._asleep_until = self._patient_clock() + STORE_RETRY_S
+                self._report(error)
+        return [], (WITHOUT_STORE,)
 
     def _live(self, loaded: Loaded, user_id: str) -> list[LiveEvent]:
         with self.metrics.store("read"):

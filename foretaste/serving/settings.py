@@ -17,8 +17,27 @@ class ServerSettings(Config):
     state: str = "beside"
     """Where live events are kept: `beside` is an SQLite file next to the bundle; or the path of an
     SQLite file, or a database URL such as postgresql://user:password@host/name."""
+    versions: Path | None = None
+    """Folder of the versions that are kept, private copies of the bundle; none given: one beside
+    it. Servers of one bundle on one machine share it."""
+    keep_versions: Count = 5
+    """So many versions are kept; the one used longest ago goes first."""
+    keep_versions_bytes: Count | None = None
+    """And so many bytes of them; none: no bound. Versions that serve stay."""
+    signature_key: Path | None = None
+    """A file with the key that every bundle must be signed with, as `foretaste sign` does it; none:
+    no signature is asked for."""
+    load_timeout_s: PositiveFloat = 300.0
+    """Seconds that a new version may take to load and to answer its stored questions, before it is
+    refused."""
+    answer_timeout_s: PositiveFloat = 2.0
+    """Seconds that a new version may take for one answer, before it is refused."""
     store_timeout_s: PositiveFloat = 1.0
     """Seconds to wait for a lock, a statement or a connection of the database, before 503."""
+    keep_events_days: Count | None = None
+    """Live events older than so many days are deleted, once an hour; none: they are kept."""
+    follow_s: PositiveFloat = 2.0
+    """Seconds between two looks at which version the servers on one database have agreed on."""
     token: str | None = Field(default=None, repr=False)
     """If given, every request for data must carry it, or one of `token_file`, as `Authorization:
     Bearer TOKEN`; it has all roles. Health, readiness and the page's own files are open."""

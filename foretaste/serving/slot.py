@@ -1,21 +1,26 @@
-"""The model that serves, and how another takes its place between two requests."""
+"""The model that serves, how another takes its place between two requests, and one on trial."""
 
 import hashlib
 import json
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import final
 
 from pydantic import JsonValue, TypeAdapter
 
+from foretaste.data.folder import regular_bytes
 from foretaste.errors import BundleError, ForetasteError
 from foretaste.plain_values import json_value
 from foretaste.serving.building import load
 from foretaste.serving.catalogue import Catalogue
 from foretaste.serving.recommender import Recommender
+from foretaste.serving.self_test import check_answers
+from foretaste.serving.state import Choice
+from foretaste.serving.versions import Versions
 
 _JSON: TypeAdapter[JsonValue] = TypeAdapter(JsonValue)
 
@@ -32,24 +37,30 @@ class Loaded:
     loaded_at_s: float
 
 
-def load_version(bundle: Path) -> Loaded:
-    """Read a bundle and have it answer a stranger without and with a history.
+def load_version(bundle: Path, *, within_s: float | None = None) -> Loaded:
+    """Read a bundle and have it answer what it was asked when it was saved.
 
     So a broken one is known before it serves, and what is worked out once is worked out.
+
+    Args:
+        bundle: Its folder, which nobody writes to.
+        within_s: Each answer may take so long; None: any time.
 
     Raises:
         ForetasteError: The bundle is missing, broken or tampered with, or cannot answer.
     """
     try:
-        manifest_bytes = (bundle / "manifest.json").read_bytes()
-    except OSError as error:
-        raise BundleError(
-            f"{bundle} holds no manifest.json that can be read: name a bundle's folder",
-            name=str(bundle),
-            value=str(bundle),
-        ) from error
-    try:
-        return _load_and_ask(bundle, manifest_bytes)
+        recommender = load(bundle)
+        check_answers(recommender, recommender.bundle.answers, within_s=within_s)
+        manifest_bytes = regular_bytes(bundle / "manifest.json")
+        return Loaded(
+            recommender=recommender,
+            catalogue=Catalogue(recommender.trained.events),
+            version=hashlib.sha256(manifest_bytes).hexdigest()[:12],
+            manifest=json.loads(manifest_bytes),
+            report=_JSON.validate_python(json_value(recommender.report)),
+            loaded_at_s=time.time(),
+        )
     except (ForetasteError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # a panic of native code is no Exception
@@ -61,52 +72,204 @@ def load_version(bundle: Path) -> Loaded:
         ) from error
 
 
-def _load_and_ask(bundle: Path, manifest_bytes: bytes) -> Loaded:
-    recommender = load(bundle)
-    popular = recommender.recommend(k=1)
-    recommender.recommend(history=[row.item_id for row in popular.rows], k=1)
-    return Loaded(
-        recommender=recommender,
-        catalogue=Catalogue(recommender.trained.events),
-        version=hashlib.sha256(manifest_bytes).hexdigest()[:12],
-        manifest=json.loads(manifest_bytes),
-        report=_JSON.validate_python(json_value(recommender.report)),
-        loaded_at_s=time.time(),
-    )
-
-
 @final
 class ModelSlot:
-    """Holds the version that serves. Reading `current` is atomic; a swap never waits for it."""
+    """Holds the version that serves and, at times, a canary. Reading them never waits for a swap.
 
-    def __init__(self, read: Callable[[], Loaded]) -> None:
-        """Load the first version.
+    Every switch is: a private copy, a trial in another process, loading, publishing, the swap. What
+    fails before the swap is a refusal, and what served serves on.
+    """
+
+    def __init__(
+        self,
+        versions: Versions,
+        *,
+        try_bundle: Callable[[Path], None] | None = None,
+        read: Callable[[Path], Loaded] = load_version,
+        chosen: Choice | None = None,
+    ) -> None:
+        """Load the first version: what lies in the bundle's folder, or else what was chosen.
+
+        A version that was kept before is old, and then the choice holds: a restart does not undo
+        a roll back.
+
+        Args:
+            versions: Where versions come from and are kept.
+            try_bundle: Loads a version elsewhere and raises what is wrong with it.
+            read: Loads a version here.
+            chosen: What the servers on one database have agreed on, if anything.
 
         Raises:
             ForetasteError: There is none that can serve.
         """
-        self._read = read
+        self.versions, self._try, self._read = versions, try_bundle, read
         self._loading = threading.Lock()
-        self.current = read()
         self.last_error = ""
         """Why the newest try to load was refused; empty if it was not."""
+        self._canary: tuple[Loaded, float] | None = None
+        self.previous = "" if chosen is None else chosen.previous
+        self._unfit = ""
+        agreed = "" if chosen is None or not versions.has(chosen.version) else chosen.version
+        self.current = self._first(agreed)
 
-    def reload(self) -> tuple[Loaded, Loaded]:
-        """Load the bundle again beside the old version, then swap; give the old and the new.
+    @property
+    def canary(self) -> Loaded | None:
+        """The version that a share of the users gets."""
+        return None if self._canary is None else self._canary[0]
 
-        The same version is kept as it is.
+    @property
+    def choice(self) -> Choice:
+        """What serves here."""
+        canary, share = (None, 0.0) if self._canary is None else self._canary
+        return Choice(
+            version=self.current.version,
+            previous=self.previous,
+            canary="" if canary is None else canary.version,
+            share=share,
+        )
+
+    def of_user(self, user_id: str | None) -> Loaded:
+        """Return the version that answers a user: always the same one for as long as it serves."""
+        if self._canary is None or user_id is None:
+            return self.current
+        canary, share = self._canary
+        drawn = hashlib.sha256(f"{canary.version}\0{user_id}".encode()).digest()[:8]
+        return canary if int.from_bytes(drawn) < share * 2**64 else self.current
+
+    def reload(self, publish: Callable[[Choice], None] = lambda _: None) -> tuple[Loaded, Loaded]:
+        """Take what lies in the bundle's folder and swap; give the old version and the new.
+
+        One that serves already is not loaded again.
+
+        Args:
+            publish: Told of the switch when nothing but the swap is left; may refuse it.
 
         Raises:
             ForetasteError: It was refused; the old version serves on.
         """
-        with self._loading:
+        with self._switching():
             old = self.current
+            if self.versions.delivered() != old.version:
+                version = self.versions.take()
+                try:
+                    new = self._tried(version)
+                except ForetasteError:
+                    self.versions.drop(version)  # it is copied again when it is whole
+                    raise
+                publish(Choice(version=version, previous=old.version))
+                self._swap(new)
+            return old, self.current
+
+    def activate(
+        self, version: str, publish: Callable[[Choice], None] = lambda _: None
+    ) -> tuple[Loaded, Loaded]:
+        """Have a kept version serve; see `reload`. "" is the previous one: a roll back.
+
+        Raises:
+            ForetasteError: It is not kept, or was refused; the old version serves on.
+        """
+        with self._switching():
+            old, version = self.current, version or self.previous
+            if version != old.version:
+                new = self._kept(version)
+                publish(Choice(version=version, previous=old.version))
+                self._swap(new)
+            return old, self.current
+
+    def try_out(
+        self, version: str, share: float, publish: Callable[[Choice], None] = lambda _: None
+    ) -> None:
+        """Have a kept version answer a share of the users; a share of 0 ends that.
+
+        Raises:
+            ForetasteError: It is not kept, or was refused; nothing has changed.
+        """
+        with self._switching():
+            canary = None if share == 0 else (self._kept(version), share)
+            name = "" if canary is None else canary[0].version
+            publish(replace(self.choice, canary=name, share=share))
+            self._canary = canary
+
+    def follow(self, chosen: Choice) -> bool:
+        """Switch to what another server chose, where it is kept or delivered here too.
+
+        Returns:
+            Whether anything changed.
+
+        Raises:
+            ForetasteError: It was refused here; it is not tried again until the choice is another.
+        """
+        if chosen == self.choice or self._unfit == repr(chosen):
+            return False
+        with self._switching():
             try:
-                new = self._read()
+                if chosen.version != self.current.version:
+                    self._swap(self._arrived(chosen.version))
+                same = self.choice.canary == chosen.canary
+                if chosen.canary and not (same and self.canary):
+                    self._canary = (self._arrived(chosen.canary), chosen.share)
+                elif self.canary is not None:
+                    self._canary = (self.canary, chosen.share) if chosen.canary else None
+                self.previous, self._unfit = chosen.previous, ""
+            except ForetasteError:
+                self._unfit = repr(chosen)
+                raise
+            return True
+
+    def _first(self, agreed: str) -> Loaded:
+        try:
+            known = self.versions.has(self.versions.delivered())
+            if agreed and known:
+                return self._read(self.versions.path(agreed))
+            version = self.versions.take()
+            return self._tried(version, alone=not agreed)
+        except ForetasteError as error:
+            if not agreed:
+                raise
+            self.last_error = str(error)
+            return self._read(self.versions.path(agreed))
+
+    def _arrived(self, version: str) -> Loaded:
+        if not self.versions.has(version) and self.versions.delivered() == version:
+            self.versions.take()
+        return self._kept(version)
+
+    def _kept(self, version: str) -> Loaded:
+        for here in (self.current, self.canary):
+            if here is not None and here.version == version:
+                return here
+        if not self.versions.has(version):
+            what = f"version {version!r} is not kept" if version else "there is no previous version"
+            raise BundleError(f"{what}: GET /v1/models lists those that are", name="version")
+        self.versions.check_signature(version)
+        return self._tried(version)
+
+    def _tried(self, version: str, *, alone: bool = False) -> Loaded:
+        """Load a version, and before that elsewhere, unless nothing `alone` would be protected."""
+        path = self.versions.path(version)
+        try:
+            if self._try is not None and not alone:
+                self._try(path)
+            return self._read(path)
+        except ForetasteError as error:
+            bundle = self.versions.bundle  # where whoever reads the message looks
+            said = str(error).replace(str(path), str(bundle))
+            raise BundleError(said, name=str(bundle), value=str(bundle)) from error
+
+    def _swap(self, new: Loaded) -> None:
+        if self.canary is not None and self.canary.version == new.version:
+            self._canary = None
+        self.previous, self.current = self.current.version, new
+        self.versions.used(new.version)
+        in_use = {new.version, self.previous, "" if self.canary is None else self.canary.version}
+        self.versions.drop_oldest(but=in_use)
+
+    @contextmanager
+    def _switching(self) -> Iterator[None]:
+        with self._loading:
+            try:
+                yield
             except ForetasteError as error:
                 self.last_error = str(error)
                 raise
             self.last_error = ""
-            if new.version != old.version:
-                self.current = new
-            return old, self.current

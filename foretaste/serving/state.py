@@ -2,17 +2,26 @@
 
 SQLite by default (write-ahead log, synchronous FULL: a commit has reached the disk), PostgreSQL by
 its URL, with synchronous_commit on; both through SQLAlchemy Core and the same statements. Whoever
-waits for a lock, a statement or a connection gives up after a time that the server chooses.
+waits for a lock, a statement or a connection gives up after a time that the server chooses, and
+calls of PostgreSQL run in threads of their own, so that a network that swallows them holds none
+of the server's.
+
+The tables carry the version of their layout. It changes by `_LAYOUTS`, whose statements run once,
+in one transaction with the new version's row.
 """
 
 import math
+import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, final
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, TypeVar, final
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql
@@ -26,6 +35,7 @@ if TYPE_CHECKING:
 else:
     DBAPIConnection = object  # a protocol that cannot be checked while the program runs
 
+T = TypeVar("T")
 _TABLES = sa.MetaData()
 _EVENTS = sa.Table(
     "foretaste_live_events",
@@ -38,6 +48,21 @@ _EVENTS = sa.Table(
     sa.Index("foretaste_live_events_of_user", "user_id", "timestamp_s", "seq"),
     sqlite_autoincrement=True,
 )
+_CHOICES = sa.Table(
+    "foretaste_models",
+    _TABLES,
+    sa.Column("bundle", sa.Text, primary_key=True),
+    sa.Column("version", sa.Text, nullable=False),
+    sa.Column("previous", sa.Text, nullable=False),
+    sa.Column("canary", sa.Text, nullable=False),
+    sa.Column("share", sa.Float, nullable=False),
+)
+_LAYOUT = sa.Table("foretaste_layout", _TABLES, sa.Column("version", sa.Integer, primary_key=True))
+_LAYOUTS: dict[int, tuple[str, ...]] = {1: (), 2: ()}
+"""What brings the tables of the version before to each; tables that are missing are made first.
+Version 1 had events alone and no row that says so."""
+_CHUNK = 5_000
+"""Old events deleted in one transaction, which others wait for."""
 _GIVEN = ("user_id", "item_id", "timestamp_s", "event_id")
 """The columns that an event fills."""
 _NEWEST = (  # built once: building it again takes longer than the look-up itself
@@ -63,6 +88,52 @@ class LiveEvent:
     """Whether the time is the server's, as the sender gave none; it is not stored."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """Which versions of a bundle serve, as all servers on one database are to have it."""
+
+    version: str
+    previous: str = ""
+    """What served before, and serves again after a roll back."""
+    canary: str = ""
+    """What a share of the users gets in its place; "": there is none."""
+    share: float = 0.0
+
+
+@final
+class _Threads:
+    """Runs calls in threads of their own, for each of which the caller waits only so long."""
+
+    def __init__(self, number: int, *, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
+        self._calls: SimpleQueue[tuple[Future[object], Callable[[], object]]] = SimpleQueue()
+        for _ in range(number):
+            threading.Thread(target=self._work, name="store", daemon=True).start()
+
+    def run(self, call: Callable[[], T]) -> T:
+        """Return what a call returns.
+
+        Raises:
+            sqlalchemy.exc.TimeoutError: It took longer; it may still come to its end.
+        """
+        future: Future[T] = Future()
+        self._calls.put((future, call))  # type: ignore[arg-type]  # a queue of calls of all types
+        try:
+            return future.result(self._timeout_s)
+        except FutureTimeout:
+            future.cancel()
+            raise sa.exc.TimeoutError(f"no answer within {self._timeout_s:g} s") from None
+
+    def _work(self) -> None:
+        while True:
+            future, call = self._calls.get()
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(call())
+                except BaseException as error:  # noqa: BLE001 - it is the caller's
+                    future.set_exception(error)
+
+
 @final
 class LiveEvents:
     """All live events of all users, shared by every thread and every server on one database."""
@@ -70,6 +141,37 @@ class LiveEvents:
     def __init__(self, engine: sa.Engine, *, timeout_s: float) -> None:
         self._engine, self._timeout_s = engine, timeout_s
         self._lock = threading.Lock()
+        self._is_laid_out = False
+        self._file: tuple[int, int] | None = None
+        is_sqlite = engine.dialect.name == "sqlite"
+        most_s = 2 * timeout_s + _connection_s(timeout_s)  # a lock, a statement and a connection
+        self._threads = None if is_sqlite else _Threads(8, timeout_s=most_s)
+
+    def _run(self, call: Callable[[sa.Connection], T], *, writes: bool = False) -> T:
+        def act() -> T:
+            self._lay_out()
+            self._check_file()
+            with self._writing() if writes else self._engine.connect() as connection:
+                return call(connection)
+
+        return act() if self._threads is None else self._threads.run(act)
+
+    def _lay_out(self) -> None:
+        if not self._is_laid_out:
+            _bring_to_layout(self._engine)
+            self._is_laid_out, self._file = True, _file_of(self._engine)
+
+    def _check_file(self) -> None:
+        """Refuse a SQLite file that was removed or replaced: what is written there would be lost.
+
+        Raises:
+            sqlalchemy.exc.InvalidRequestError: It was.
+        """
+        if self._file is not None and _file_of(self._engine) != self._file:
+            raise sa.exc.InvalidRequestError(
+                f"the file {self._engine.url.database} was removed or replaced while it was in "
+                "use: put it back, or start the server again for a new one"
+            )
 
     @property
     def place(self) -> str:
@@ -90,17 +192,23 @@ class LiveEvents:
         insert = (
             sqlite_dialect.insert if self._engine.dialect.name == "sqlite" else postgresql.insert
         )
-        statement = (
-            insert(_EVENTS)
-            .values([{name: getattr(event, name) for name in _GIVEN} for event in events])
-            .on_conflict_do_nothing(index_elements=["event_id"])
-            .returning(_EVENTS.c.seq)
-        )
-        with self._writing() as connection:
+
+        def store(connection: sa.Connection) -> int:
+            rows = [{name: getattr(event, name) for name in _GIVEN} for event in events]
+            for row, time_s in zip(rows, _as_they_came(connection, events), strict=True):
+                row["timestamp_s"] = time_s
+            statement = (
+                insert(_EVENTS)
+                .values(rows)
+                .on_conflict_do_nothing(index_elements=["event_id"])
+                .returning(_EVENTS.c.seq)
+            )
             stored = len(connection.execute(statement).all())
             if stored < len(events):
                 _check_same(connection, events)
             return stored
+
+        return self._run(store, writes=True)
 
     @contextmanager
     def _writing(self) -> Iterator[sa.Connection]:
@@ -115,20 +223,49 @@ class LiveEvents:
 
     def of_user(self, user_id: str, *, limit: int) -> list[LiveEvent]:
         """Return a user's newest `limit` events, oldest first; those of one second as they came."""
-        with self._engine.connect() as connection:
-            rows = connection.execute(_NEWEST, {"user": user_id, "most": limit}).all()
+        asked = {"user": user_id, "most": limit}
+        rows = self._run(lambda connection: connection.execute(_NEWEST, asked).all())
         return [LiveEvent(**row._mapping) for row in reversed(rows)]
 
     def forget(self, user_id: str) -> int:
         """Delete a user's live events and return how many there were."""
         statement = sa.delete(_EVENTS).where(_EVENTS.c.user_id == user_id)
-        with self._writing() as connection:
-            return connection.execute(statement).rowcount
+        return self._run(lambda connection: connection.execute(statement).rowcount, writes=True)
+
+    def retire(self, before_s: int) -> int:
+        """Delete events of before a time, some at a time, and return how many there were."""
+        old = sa.select(_EVENTS.c.seq).where(_EVENTS.c.timestamp_s < before_s).limit(_CHUNK)
+        statement, deleted = sa.delete(_EVENTS).where(_EVENTS.c.seq.in_(old)), 0
+        while True:
+            done = self._run(lambda connection: connection.execute(statement).rowcount, writes=True)
+            deleted += done
+            if done < _CHUNK:
+                return deleted
 
     def count(self) -> int:
         """Return how many events are stored, by reading all of them."""
-        with self._engine.connect() as connection:
-            return connection.execute(sa.select(sa.func.count()).select_from(_EVENTS)).scalar_one()
+        counted = sa.select(sa.func.count()).select_from(_EVENTS)
+        return self._run(lambda connection: connection.execute(counted).scalar_one())
+
+    def chosen(self, bundle: str) -> Choice | None:
+        """Return which versions of a bundle the servers have agreed on, None before the first."""
+        asked = sa.select(*_CHOICES.c).where(_CHOICES.c.bundle == bundle)
+        row = self._run(lambda connection: connection.execute(asked).first())
+        if row is None:
+            return None
+        return Choice(
+            version=row.version, previous=row.previous, canary=row.canary, share=row.share
+        )
+
+    def choose(self, bundle: str, choice: Choice) -> None:
+        """Have all servers on this database switch; they look every few seconds."""
+        values = vars(choice) | {"bundle": bundle}
+
+        def store(connection: sa.Connection) -> None:
+            connection.execute(sa.delete(_CHOICES).where(_CHOICES.c.bundle == bundle))
+            connection.execute(sa.insert(_CHOICES).values(values))
+
+        self._run(store, writes=True)
 
     def check(self) -> None:
         """Read one event, if there is one: the database answers, however many it holds.
@@ -136,8 +273,7 @@ class LiveEvents:
         Raises:
             sqlalchemy.exc.SQLAlchemyError: It does not.
         """
-        with self._engine.connect() as connection:
-            connection.execute(_ANY)
+        self._run(lambda connection: connection.execute(_ANY).first())
 
     def close(self) -> None:
         """Give back every connection."""
@@ -145,7 +281,9 @@ class LiveEvents:
 
 
 def open_live_events(state: str, *, timeout_s: float = 1.0) -> LiveEvents:
-    """Open the events of a server, and make their table if there is none.
+    """Open the events of a server, and make their tables if there are none.
+
+    A PostgreSQL that cannot be reached now is asked again at every call.
 
     Args:
         state: The path of an SQLite file, or a database URL (sqlite://, postgresql://).
@@ -153,7 +291,8 @@ def open_live_events(state: str, *, timeout_s: float = 1.0) -> LiveEvents:
             PostgreSQL is waited for in whole seconds, 2 at least, as its library counts.
 
     Raises:
-        ConfigError: The place cannot be reached or written, or is something else.
+        ConfigError: The place cannot be written, is something else, or holds tables of a later
+            foretaste or of another program.
     """
     url = _url(state)
     shown, is_sqlite = url.render_as_string(hide_password=True), url.get_backend_name() == "sqlite"
@@ -161,7 +300,7 @@ def open_live_events(state: str, *, timeout_s: float = 1.0) -> LiveEvents:
         if is_sqlite:
             engine = sa.create_engine(url)
         else:
-            wait = {"connect_timeout": max(2, math.ceil(timeout_s))}
+            wait = {"connect_timeout": _connection_s(timeout_s)}
             engine = sa.create_engine(
                 url, pool_pre_ping=True, pool_timeout=timeout_s, connect_args=wait
             )
@@ -173,11 +312,12 @@ def open_live_events(state: str, *, timeout_s: float = 1.0) -> LiveEvents:
         ) from error
     settings = _sqlite_session(timeout_s) if is_sqlite else _postgresql_session(timeout_s)
     sa.event.listen(engine, "connect", partial(_set_up, settings=settings))
+    events = LiveEvents(engine, timeout_s=timeout_s)
     try:
-        _make_table(engine)
-        events = LiveEvents(engine, timeout_s=timeout_s)
         events.check()
     except SQLAlchemyError as error:
+        if not is_sqlite and isinstance(error, sa.exc.OperationalError | sa.exc.TimeoutError):
+            return events
         engine.dispose()
         raise ConfigError(
             f"live events cannot be kept at {shown}: {first_line(error)}; give another place, a "
@@ -239,11 +379,88 @@ def _set_up(connection: DBAPIConnection, _: object, *, settings: tuple[str, ...]
     connection.commit()
 
 
-def _make_table(engine: sa.Engine) -> None:
+def _file_of(engine: sa.Engine) -> tuple[int, int] | None:
+    """Return which file a SQLite database is, none of one in memory; it may have been removed."""
+    place = engine.url.database
+    if engine.dialect.name != "sqlite" or place in (None, "", ":memory:"):
+        return None
     try:
-        _TABLES.create_all(engine)
+        found = os.stat(str(place))
+    except OSError:
+        return 0, 0
+    return found.st_dev, found.st_ino
+
+
+def _connection_s(timeout_s: float) -> int:
+    """Return how long a connection to PostgreSQL is waited for, in the whole seconds it takes."""
+    return max(2, math.ceil(timeout_s))
+
+
+def _bring_to_layout(engine: sa.Engine) -> None:
+    """Make the tables that are missing, and bring those of an earlier foretaste to this layout.
+
+    Raises:
+        sqlalchemy.exc.InvalidRequestError: They are of a later foretaste or of another program.
+    """
+    found, latest = sa.inspect(engine), max(_LAYOUTS)
+    there = set(found.get_table_names())
+    version = 1 if _EVENTS.name in there else 0
+    if _LAYOUT.name in there:
+        with engine.connect() as connection:
+            version = connection.execute(sa.select(sa.func.max(_LAYOUT.c.version))).scalar() or 0
+    if version > latest:
+        raise sa.exc.InvalidRequestError(
+            f"its tables have layout {version}, and this foretaste knows {latest}: install a newer "
+            "foretaste"
+        )
+    for table in _TABLES.sorted_tables if version == latest else [_EVENTS]:
+        if table.name in there:
+            columns = {column["name"] for column in found.get_columns(table.name)}
+            lacking = [column.name for column in table.columns if column.name not in columns]
+            if lacking:
+                raise sa.exc.InvalidRequestError(
+                    f"its table {table.name} is not foretaste's: it has no {lacking[0]}"
+                )
+    if version == latest:
+        return
+    try:
+        _change_layout(engine, version, latest)
     except (IntegrityError, sa.exc.ProgrammingError, sa.exc.OperationalError):
-        _TABLES.create_all(engine)  # another server made it between our look and our step
+        _change_layout(engine, latest, latest)  # another server did it since we looked
+
+
+def _change_layout(engine: sa.Engine, version: int, latest: int) -> None:
+    with engine.begin() as connection:
+        _TABLES.create_all(connection)
+        for step in range(version + 1, latest + 1):
+            for statement in _LAYOUTS[step]:
+                connection.exec_driver_sql(statement)
+        known = connection.execute(sa.select(_LAYOUT.c.version)).scalars().all()
+        if latest not in known:
+            connection.execute(sa.insert(_LAYOUT).values(version=latest))
+
+
+def _as_they_came(connection: sa.Connection, events: Sequence[LiveEvent]) -> list[int]:
+    """Return the times of events; one whose sender gave none follows all that its user has.
+
+    So a server's clock that was set back changes no order.
+    """
+    users = {event.user_id for event in events if event.by_clock}
+    if not users:
+        return [event.timestamp_s for event in events]
+    of_users = (
+        sa.select(_EVENTS.c.user_id, sa.func.max(_EVENTS.c.timestamp_s))
+        .where(_EVENTS.c.user_id.in_(users))
+        .group_by(_EVENTS.c.user_id)
+    )
+    newest: dict[str, int] = {row[0]: row[1] for row in connection.execute(of_users)}
+    times = []
+    for event in events:
+        time_s, last_s = event.timestamp_s, newest.get(event.user_id, event.timestamp_s)
+        time_s = max(time_s, last_s) if event.by_clock else time_s
+        newest[event.user_id] = max(time_s, last_s)
+        times.append(time_s)
+    return times
 
 
 def _check_same(connection: sa.Connection, events: Sequence[LiveEvent]) -> None:
@@ -272,3 +489,8 @@ def first_line(error: SQLAlchemyError) -> str:
     """Say what went wrong in the database's own words, without the statement and its values."""
     cause = error.orig if isinstance(error, sa.exc.DBAPIError) and error.orig else error
     return str(cause).strip().partition("\n")[0]
+
+
+def cause_of(error: SQLAlchemyError) -> str:
+    """Say for the log what went wrong: the kind of error, and the database's own words."""
+    return f"{type(error).__name__}: {first_line(error)}"

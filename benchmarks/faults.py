@@ -1,0 +1,296 @@
+"""What the service survives: bundles broken and sealed, kill -9, swaps and faults under load.
+
+Each part that is asked for replaces its own entry of the record.
+
+    python benchmarks/faults.py --mutations 1000 --kill9 100 --swaps 12 --out FILE
+    python benchmarks/faults.py --overload --bundle BUNDLE --out FILE
+
+The server of `--overload` is pinned to the first core and the clients to the second, so it says
+something only on a machine that does nothing else.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from sealed_mutations import mutations, write_film_bundle
+from serving import request, start
+
+from foretaste.serving.trial import Trials
+
+
+def ask(address: str, path: str, body: object = None) -> tuple[int, Any]:
+    """Return the status and the document of an answer, 0 and None where no connection is left."""
+    data = None if body is None else json.dumps(body).encode()
+    asked = urllib.request.Request(
+        address.rstrip("/") + path, data, {"content-type": "application/json"}
+    )
+    try:
+        with urllib.request.urlopen(asked, timeout=60) as reply:
+            return reply.status, json.loads(reply.read())
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read())
+    except (OSError, ValueError):
+        return 0, None
+
+
+@contextmanager
+def served(bundle: Path, folder: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    process, address = start(bundle, folder)
+    try:
+        yield process, address
+    finally:
+        process.kill()
+        process.communicate()
+
+
+# ---- kill -9 -----------------------------------------------------------------------------
+
+
+def kill9(rounds: int, folder: Path) -> dict[str, int]:
+    """Kill a server that four clients write to, and look for what it acknowledged after a start."""
+    bundle, rng = write_film_bundle(folder / "films"), random.Random(0)
+    sent = lost = doubled = 0
+    for turn in range(rounds):
+        acknowledged: list[list[str]] = [[] for _ in range(4)]
+        with served(bundle, folder) as (process, address):
+            writers = [
+                threading.Thread(target=_write, args=(address, f"{turn}-{sender}", mine))
+                for sender, mine in enumerate(acknowledged)
+            ]
+            for writer in writers:
+                writer.start()
+            time.sleep(rng.uniform(0.3, 2.0))
+            process.kill()
+            for writer in writers:
+                writer.join()
+        with served(bundle, folder) as (_, address):
+            for sender, mine in enumerate(acknowledged):
+                user, held = f"{turn}-{sender}", []
+                for first in range(0, len(mine), 1000):
+                    again = [event(user, one) for one in mine[first : first + 1000]]
+                    _, reply = ask(address, "/v1/events", again)
+                    lost += reply["stored"]
+                    held.append(reply["duplicates"])
+                _, history = ask(address, f"/v1/users/{user}/history")
+                sent += len(mine)
+                # at most one more: stored, and killed before it was acknowledged
+                doubled += max(0, history["total"] - len(mine) - 1)
+        print(f"kill -9, round {turn + 1}: {sent} acknowledged, {lost} lost", file=sys.stderr)
+    return {"rounds": rounds, "acknowledged": sent, "lost": lost, "doubled": doubled}
+
+
+def event(user: str, event_id: str) -> dict[str, object]:
+    return {"user_id": user, "item_id": 101, "event_id": event_id}
+
+
+def _write(address: str, user: str, acknowledged: list[str]) -> None:
+    for number in range(1900):  # a history says how many there are up to 2,000
+        status, _ = ask(address, "/v1/events", event(user, f"{user}-{number}"))
+        if status == 0:
+            return
+        if status == 201:
+            acknowledged.append(f"{user}-{number}")
+
+
+# ---- swaps and faults while it answers ---------------------------------------------------
+
+
+def swaps(number: int, folder: Path) -> dict[str, int]:
+    """Swap the model while clients ask, broken bundles among the new ones."""
+    bundle = write_film_bundle(folder / "films")
+    counts = {"swaps": 0, "refused": 0, "requests": 0, "failed": 0}
+    with served(bundle, folder) as (_, address):
+        ended = threading.Event()
+
+        def client() -> None:
+            while not ended.is_set():
+                status, _ = ask(address, "/v1/recommend", {"user_id": 1, "k": 5})
+                counts["requests"] += 1
+                counts["failed"] += status != 200
+
+        clients = [threading.Thread(target=client) for _ in range(2)]
+        for one in clients:
+            one.start()
+        for turn in range(number):
+            write_film_bundle(bundle, seed=turn + 1)
+            if turn % 4 == 3:
+                weights = next(bundle.glob("weights*"))
+                os.truncate(weights, weights.stat().st_size // 2)
+            status, _ = ask(address, "/v1/model/reload", {})
+            counts["swaps" if status == 200 else "refused"] += 1
+        ended.set()
+        for one in clients:
+            one.join()
+    return counts
+
+
+# ---- overload ----------------------------------------------------------------------------
+
+
+class Clients:
+    """Asks a server from one thread, and counts what is answered with 200 and how fast."""
+
+    def __init__(self, address: str, users: list[str]) -> None:
+        self._host, _, port = address.strip("/").rpartition("/")[2].rpartition(":")
+        self._port, self._users = int(port), users
+        self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+        self.good: list[float] = []
+
+    async def _ask(self, number: int) -> None:
+        begun = time.perf_counter()
+        try:
+            pair = self._idle.pop() if self._idle else None
+            reader, writer = pair or await asyncio.open_connection(self._host, self._port)
+            body = {"user_id": self._users[number % len(self._users)], "k": 20}
+            writer.write(request(self._host, body))
+            head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
+            size = head.partition("content-length: ")[2].partition("\r\n")[0]
+            await reader.readexactly(int(size))
+        except (OSError, asyncio.IncompleteReadError):
+            return
+        if head.startswith("http/1.1 200"):
+            self.good.append(time.perf_counter() - begun)
+        if "connection: close" in head:
+            writer.close()
+        else:
+            self._idle.append((reader, writer))
+
+    async def open_loop(self, rate: float, seconds: float) -> float:
+        """Send so many a second, whatever is answered; return the answers a second."""
+        self.good.clear()
+        begun, tasks = time.perf_counter(), []
+        for number in range(int(rate * seconds)):
+            await asyncio.sleep(max(0.0, begun + number / rate - time.perf_counter()))
+            tasks.append(asyncio.create_task(self._ask(number)))
+        inside = len(self.good) / (time.perf_counter() - begun)
+        await asyncio.wait(tasks, timeout=30)
+        return inside
+
+    async def closed_loop(self, clients: int, seconds: float) -> float:
+        """Have so many clients ask again as soon as they are answered, 503 or not."""
+        self.good.clear()
+        begun = time.perf_counter()
+
+        async def one(first: int) -> None:
+            number = first
+            while time.perf_counter() - begun < seconds:
+                await self._ask(number)
+                number += clients
+
+        await asyncio.gather(*(one(number) for number in range(clients)))
+        return len(self.good) / (time.perf_counter() - begun)
+
+    def p99_ms(self) -> float:
+        return 1000 * float(np.percentile(self.good, 99)) if self.good else float("nan")
+
+
+def overload(bundle: Path, users: list[str], folder: Path, seconds: float) -> dict[str, float]:
+    """Offer more than the server can answer, and count what it still answers."""
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[0]})  # inherited by the server
+    process, address = start(bundle, folder)
+    os.sched_setaffinity(0, {cores[-1]})
+    try:
+        clients = Clients(address, users)
+
+        async def measure() -> dict[str, float]:
+            await clients.closed_loop(4, 2.0)
+            best = max([await clients.closed_loop(number, seconds) for number in (2, 4, 8)])
+            await clients.open_loop(best / 2, seconds)
+            half_ms, before = clients.p99_ms(), resident_mib(process.pid)
+            shares, slow_ms = {}, []
+            for times in (2, 5):
+                shares[f"{times}x"] = await clients.open_loop(times * best, seconds) / best
+                slow_ms.append(clients.p99_ms())
+                await asyncio.sleep(1.0)
+            shares["640"] = await clients.closed_loop(640, seconds) / best
+            slow_ms.append(clients.p99_ms())
+            await clients.open_loop(10 * best, seconds / 2)
+            await asyncio.sleep(5.0)
+            after = await clients.open_loop(best / 2, seconds)
+            return {
+                "best_per_s": best,
+                **{f"goodput_share_{name}": share for name, share in shares.items()},
+                "half_p99_ms": half_ms,
+                "p99_ratio": max(slow_ms) / half_ms,
+                "rss_growth_mib": resident_mib(process.pid) - before,
+                "after_share": after / (best / 2),
+                "after_p99_ms": clients.p99_ms(),
+            }
+
+        return {name: round(value, 3) for name, value in asyncio.run(measure()).items()}
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def resident_mib(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/status").read_text().split()
+    return int(fields[fields.index("VmRSS:") + 1]) / 1024
+
+
+# ------------------------------------------------------------------------------------------
+
+
+def sealed(number: int, seed: int, folder: Path) -> dict[str, object]:
+    """Try mutations; print what was wrong, which is nothing."""
+    with Trials(timeout_s=60.0, within_s=20.0) as trials:
+        count = vars(mutations(number, seed=seed, trials=trials, folder=folder))
+    print(json.dumps(count["causes"].most_common(40), indent=2), *count["wrong"], sep="\n")
+    return {name: value for name, value in count.items() if name not in ("causes", "wrong")}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--mutations", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kill9", type=int, default=0, metavar="ROUNDS")
+    parser.add_argument("--swaps", type=int, default=0)
+    parser.add_argument("--overload", action="store_true")
+    parser.add_argument("--bundle", type=Path, help="of --overload; a small one is made without")
+    parser.add_argument("--seconds", type=float, default=10.0, help="of each load")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+
+    def loaded(folder: Path) -> dict[str, float]:
+        bundle = options.bundle or write_film_bundle(folder / "films")
+        with served(bundle, folder) as (_, address):
+            users = ask(address, "/v1/users?limit=200")[1]["users"]
+        return overload(bundle, users, folder, options.seconds)
+
+    parts: dict[str, tuple[object, Callable[[Path], dict[str, Any]]]] = {
+        "sealed_mutations": (
+            options.mutations,
+            lambda folder: sealed(options.mutations, options.seed, folder),
+        ),
+        "kill9": (options.kill9, lambda folder: kill9(options.kill9, folder)),
+        "swap": (options.swaps, lambda folder: swaps(options.swaps, folder)),
+        "overload": (options.overload, loaded),
+    }
+    record = json.loads(options.out.read_text()) if options.out and options.out.exists() else {}
+    for name, (wanted, measure) in parts.items():
+        if wanted:
+            with tempfile.TemporaryDirectory() as folder:
+                record[name] = measure(Path(folder))
+            print(name, json.dumps(record[name]))
+            if options.out:
+                options.out.write_text(json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""The process that looks at what `sealed_mutations` saw accepted; it imports nothing that computes.
+
+A child that is forked after another library has started threads may wait for them for ever.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from foretaste.serving import trial
+from foretaste.serving.answer import Recommendation
+from foretaste.serving.self_test import StoredAnswers, check_answers
+from foretaste.serving.slot import load_version
+
+
+def examine(copy: Path, **_: object) -> None:
+    """Raise if a bundle that was accepted answers otherwise, with NaN, or with foreign items."""
+    original = Path((copy.parents[1] / "original").read_text())
+    answers = json.loads((original / "answers.json").read_text())
+    loaded = load_version(copy).recommender
+    check_answers(loaded, StoredAnswers.model_validate(answers))
+    events = loaded.trained.events
+    for user_id in events.users.ids:
+        for row in loaded.recommend(user_id, k=events.num_items).rows:
+            _check(row, events.items.find(row.item_id) >= 0)
+    for item_id in events.items.ids:
+        for row in loaded.similar(item_id, events.num_items).rows:
+            _check(row, events.items.find(row.item_id) >= 0)
+    loaded.recommend_many(list(events.users.ids), k=5)
+
+
+def _check(row: Recommendation, is_known: bool) -> None:  # noqa: FBT001
+    if not is_known or not np.isfinite(row.score):
+        raise ValueError(f"{row} is no item, or has no score")
+
+
+if __name__ == "__main__":
+    trial.load_version = examine
+    trial.main()

@@ -1,0 +1,286 @@
+"""The versions of a bundle that a server keeps: private copies, which nobody else writes to.
+
+A server never reads the folder that bundles are delivered to while it answers: what is changed
+there under a memory map is changed in the model, and what is cut short ends the process. A version
+is named by the checksum of its manifest, and so of everything in it.
+"""
+
+import errno
+import hashlib
+import hmac
+import json
+import os
+import shutil
+import stat
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import final
+
+from foretaste.arguments import checked
+from foretaste.data.folder import (
+    MANIFEST_FILE,
+    SIGNATURE_FILE,
+    check_regular,
+    read_manifest,
+    regular_bytes,
+    whole_file,
+    whole_folder,
+)
+from foretaste.errors import BundleError, ConfigError
+from foretaste.serving.bundle import BundleManifest
+
+_LARGEST = 2**26
+"""Bytes of a manifest, or of a signature."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """A version that is kept."""
+
+    version: str
+    size: int
+    """Bytes."""
+    used_at_s: float
+    """When it was kept, or last made the one that serves."""
+
+
+@final
+class Versions:
+    """A folder of versions, shared by all servers of a machine that serve one bundle."""
+
+    def __init__(
+        self,
+        bundle: Path,
+        folder: Path | None = None,
+        *,
+        key: bytes | None = None,
+        most: int = 5,
+        most_bytes: int | None = None,
+    ) -> None:
+        """Take settings; nothing is read yet.
+
+        Args:
+            bundle: Where new versions are delivered.
+            folder: Where copies are kept; None: beside the bundle.
+            key: If given, a version must carry its signature.
+            most: So many versions are kept.
+            most_bytes: And so many bytes of them, but for those that serve.
+        """
+        self.bundle = bundle
+        self._folder = folder or versions_beside(bundle)
+        self._key, self._most, self._most_bytes = key, most, most_bytes
+
+    def delivered(self) -> str:
+        """Return the version that lies in the bundle's folder.
+
+        Raises:
+            BundleError: There is no manifest that can be read.
+        """
+        return _version_of(_manifest_bytes(self.bundle))
+
+    def path(self, version: str) -> Path:
+        """Return where a version is kept, whether or not it is."""
+        return self._folder / version
+
+    def has(self, version: str) -> bool:
+        """Return whether a version is kept."""
+        return bool(version) and (self.path(version) / MANIFEST_FILE).is_file()
+
+    def take(self) -> str:
+        """Copy what lies in the bundle's folder, unless it is kept already; return its version.
+
+        Raises:
+            BundleError: It is no bundle, holds links or pipes, its files have other sizes than its
+                manifest says, its signature is missing or wrong, or there is no room for a copy.
+        """
+        version = self.delivered()
+        self._check_signature(self.bundle)
+        if not self.has(version):
+            manifest = read_manifest(self.bundle, BundleManifest)
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            names = [MANIFEST_FILE, *manifest.files]
+            if (self.bundle / SIGNATURE_FILE).exists():
+                names.append(SIGNATURE_FILE)
+            try:
+                with whole_folder(self.path(version), "bundle") as part:
+                    for name in names:
+                        entry = manifest.files.get(name)
+                        _copy(self.bundle, name, part, None if entry is None else entry.size)
+                    if _version_of(_manifest_bytes(part)) != version:
+                        raise _refused(self.bundle, "it changed while it was copied; try again")
+            except BundleError:
+                if not self.has(version):  # else another server was quicker
+                    raise
+        elif self._key is not None:  # it may have been signed after it was copied
+            with whole_file(self.path(version) / SIGNATURE_FILE, replace=True) as part:
+                part.write_bytes(_bounded(self.bundle / SIGNATURE_FILE))
+        return version
+
+    def check_signature(self, version: str) -> None:
+        """Refuse a version that whoever has the key did not sign, if there is a key.
+
+        Raises:
+            BundleError: Its signature is missing or wrong.
+        """
+        self._check_signature(self.path(version))
+
+    def _check_signature(self, folder: Path) -> None:
+        if self._key is None:
+            return
+        try:
+            given = json.loads(_bounded(folder / SIGNATURE_FILE))["hmac_sha256"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise _refused(
+                self.bundle,
+                "it carries no signature, and this server asks for one: `foretaste sign`",
+            ) from error
+        if not hmac.compare_digest(str(given), _signature(_manifest_bytes(folder), self._key)):
+            raise _refused(self.bundle, "its signature is not of this server's key")
+
+    def kept(self) -> list[Kept]:
+        """Return the versions that are kept, the one used last first."""
+        found = []
+        for path in self._folder.glob("[0-9a-f]*"):
+            try:
+                size = sum(one.lstat().st_size for one in path.rglob("*") if one.is_file())
+                found.append(Kept(version=path.name, size=size, used_at_s=path.stat().st_mtime))
+            except OSError:  # another server drops it
+                continue
+        return sorted(found, key=lambda one: one.used_at_s, reverse=True)
+
+    def used(self, version: str) -> None:
+        """Note that a version serves from now on."""
+        os.utime(self.path(version))
+
+    def drop(self, version: str) -> None:
+        """Delete a copy; a server that has it in memory keeps it there."""
+        shutil.rmtree(self.path(version), ignore_errors=True)
+
+    def drop_oldest(self, *, but: set[str]) -> None:
+        """Delete versions beyond the bounds, the one used longest ago first."""
+        number = size = 0
+        for kept in self.kept():
+            number, size = number + 1, size + kept.size
+            full = self._most_bytes is not None and size > self._most_bytes
+            if kept.version not in but and (number > self._most or full):
+                self.drop(kept.version)
+
+
+def versions_beside(bundle: Path) -> Path:
+    """Return the folder of versions that goes with a bundle."""
+    place = bundle.absolute()
+    return place.with_name(f"{place.name}.versions")
+
+
+@checked
+def sign_bundle(bundle: Path | str, key_file: Path | str) -> None:
+    """Sign a bundle with a key, so that a server with the same key serves it.
+
+    The signature, `signature.json` beside the manifest, is an HMAC-SHA256 of the manifest, which
+    holds the checksum of every other file.
+
+    Args:
+        bundle: Its folder.
+        key_file: A file of 32 random bytes or more, which whoever may deliver bundles has.
+
+    Raises:
+        BundleError: It is no bundle.
+        ConfigError: The key cannot be read, or is too short.
+    """
+    bundle = Path(bundle)
+    read_manifest(bundle, BundleManifest)
+    signed = _signature(_manifest_bytes(bundle), read_key(Path(key_file)))
+    with whole_file(bundle / SIGNATURE_FILE, replace=True) as part:
+        part.write_text(json.dumps({"hmac_sha256": signed}) + "\n", encoding="utf-8")
+
+
+def read_key(path: Path) -> bytes:
+    """Read the key that bundles are signed with.
+
+    Raises:
+        ConfigError: It cannot be read, or is shorter than 32 bytes.
+    """
+    try:
+        key = path.read_bytes().strip()
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be read as a key: {error.strerror}; make one with "
+            f"`openssl rand -hex 32 > {path}`",
+            name="signature_key",
+            value=path,
+        ) from error
+    if len(key) < 32:
+        raise ConfigError(
+            f"{path} holds {len(key)} bytes, and a key needs 32: make one with "
+            f"`openssl rand -hex 32 > {path}`",
+            name="signature_key",
+            value=path,
+        )
+    return key
+
+
+def _signature(manifest: bytes, key: bytes) -> str:
+    return hmac.new(key, manifest, hashlib.sha256).hexdigest()
+
+
+def _version_of(manifest: bytes) -> str:
+    return hashlib.sha256(manifest).hexdigest()[:12]
+
+
+def _manifest_bytes(folder: Path) -> bytes:
+    try:
+        return _bounded(folder / MANIFEST_FILE)
+    except OSError as error:
+        raise BundleError(
+            f"{folder} holds no {MANIFEST_FILE} that can be read ({error.strerror}): name a "
+            "bundle's folder",
+            name=str(folder),
+            value=str(folder),
+        ) from error
+
+
+def _bounded(path: Path) -> bytes:
+    check_regular(path.parent, path.name)
+    if path.stat().st_size > _LARGEST:
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+    return regular_bytes(path)
+
+
+def _copy(bundle: Path, name: str, into: Path, size: int | None) -> None:
+    """Copy a file's bytes, shared by the file system where it can do that until one is changed."""
+    target = into / name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        check_regular(bundle, name)
+        handle = os.open(bundle / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        with open(handle, "rb") as source:
+            found = os.fstat(handle)
+            if not stat.S_ISREG(found.st_mode) or size not in (None, found.st_size):
+                raise OSError(errno.EINVAL, f"{found.st_size} bytes, and {size} were written")
+            with target.open("xb") as copy:
+                _copy_bytes(source.fileno(), copy.fileno(), found.st_size)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise
+        raise _refused(bundle, f"{name} cannot be copied: {error.strerror}") from error
+
+
+def _copy_bytes(source: int, target: int, size: int) -> None:
+    left = size
+    while left > 0:
+        try:
+            done = os.copy_file_range(source, target, left) if sys.platform == "linux" else -1
+        except OSError as error:
+            if error.errno not in (errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
+                raise
+            done = -1
+        if done < 0:  # another way where the system has none to copy by itself
+            done = os.write(target, os.read(source, min(left, 2**22)))
+        if not done:
+            raise OSError(errno.EIO, "it became shorter while it was copied")
+        left -= done
+
+
+def _refused(bundle: Path, why: str) -> BundleError:
+    return BundleError(f"{bundle} is refused: {why}", name=str(bundle), value=str(bundle))
