@@ -20,6 +20,7 @@ from foretaste.experiment.compress import (
     Point,
     compress_tables,
     frontier_svg,
+    recommended,
     trained_tables,
     usual_tables,
 )
@@ -227,6 +228,27 @@ def test_every_kind_that_can_be_trained_is_trained_again_at_the_size_that_is_ask
             made = table.make(50_000, 64)
             weights = sum(value.nbytes for value in made.state_dict().values())
             assert 4 * 64 * 50_000 / weights == pytest.approx(times, rel=0.15)
+
+
+def test_the_smallest_is_recommended_that_is_better_than_both_and_loses_one_percent_at_most() -> (
+    None
+):
+    def point(times: float, loss: float, *, above: bool = True) -> Point:
+        return Point(
+            table={"kind": "int4"},
+            weight_bytes=1,
+            times_smaller=times,
+            value=1.0 - loss / 100,
+            loss_percent=loss,
+            interval=None,
+            p50_ms=1.0,
+            above_narrow=True,
+            above_int8=above,
+        )
+
+    small, lossy, beaten = point(4.0, 0.9), point(8.0, 4.0), point(6.0, 0.1, above=False)
+    assert recommended([point(2.0, 0.0), small, lossy, beaten]) == small
+    assert recommended([lossy, beaten]) is None
 
 
 def test_the_picture_is_higher_where_the_metric_is_and_further_where_tables_are_smaller() -> None:

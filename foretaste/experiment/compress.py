@@ -40,6 +40,7 @@ from foretaste.training.trained import Trained
 
 Settings = TableConfig | Mapping[str, object]
 _ASKED = 200
+_MOST_LOST = 1.0
 
 
 @final
@@ -79,7 +80,7 @@ class Frontier(Shown):
     weight_bytes: int
     points: tuple[Point, ...]
     recommended: Point | None
-    """The smallest that is better than `narrow` and `int8` of as many bytes."""
+    """The smallest that loses 1 % at most and is better than `narrow` and `int8` of its size."""
 
     @checked
     def to_json(self) -> str:
@@ -104,7 +105,7 @@ class Frontier(Shown):
         return {
             self.metric: f"{self.original:.4f}",
             "weights": f"{self.weight_bytes / 2**20:,.1f} MiB",
-            "recommended": "no kind is better than narrow and int8 of as many bytes"
+            "recommended": "no kind that loses 1 % at most is better than narrow and int8"
             if self.recommended is None
             else f"{_said(self.recommended.table)} is better than narrow and int8",
         }
@@ -288,13 +289,12 @@ class _Measure:
     def frontier(self) -> Frontier:
         """Return all points, and the smallest that is better than both of its neighbours."""
         points = tuple(point for point, _ in self.found.values())
-        better = [p for p in points if p.above_narrow and p.above_int8]
         return Frontier(
             metric=self.metric,
             original=self.report.metrics[self.metric],
             weight_bytes=_bytes(self.original.model),
             points=points,
-            recommended=max(better, key=lambda p: p.times_smaller, default=None),
+            recommended=recommended(points),
         )
 
     def _measured(self, table: TableConfig, *, trained: bool) -> tuple[Point, Reports]:
@@ -326,6 +326,12 @@ class _Measure:
                 value=self.metric,
             )
         return report
+
+
+def recommended(points: Sequence[Point]) -> Point | None:
+    """Return the smallest that is better than both others of its size, and loses 1 % at most."""
+    better = [p for p in points if p.above_narrow and p.above_int8 and p.loss_percent <= _MOST_LOST]
+    return max(better, key=lambda p: p.times_smaller, default=None)
 
 
 def _settings(table: Settings) -> TableConfig:
