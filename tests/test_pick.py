@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from foretaste.serving.pick import Cap, Spread, pick
+from foretaste.serving.rule_book import Cap, Spread, pick
 
 
 def cap(most: int, labels: list[list[int]]) -> Cap:

@@ -37,13 +37,13 @@ from foretaste.models.neumf import NeuMFConfig
 from foretaste.models.sasrec import SASRecConfig
 from foretaste.sampling.negatives import MixedNegatives
 from foretaste.serving.bundle import Bundle
+from foretaste.serving.catalogue_search import Stages
 from foretaste.serving.messages import RecommendReply, RecommendRequest
 from foretaste.serving.metrics import Metrics
 from foretaste.serving.recommender import Recommender
 from foretaste.serving.service import Service
 from foretaste.serving.settings import ServerSettings
 from foretaste.serving.slot import ModelSlot
-from foretaste.serving.stages import Stages
 from foretaste.serving.state import open_live_events
 from foretaste.serving.versions import Versions
 from foretaste.training.trained import Trained

@@ -1,10 +1,15 @@
-"""What a recommender answers: rows with external ids, and where each came from."""
+"""What a recommender answers: rows with external ids, their sources, and notes on the list."""
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from foretaste.serving.stages import Stage
+from foretaste.config import shown
+from foretaste.data.tasks import Weights
+from foretaste.errors import DataError, did_you_mean
+from foretaste.serving.catalogue_search import Best, Stage
+from foretaste.serving.items import KnownItems, NewItems
 from foretaste.shown import Shown
 
 Source = Literal["model", "fold-in", "features", "popular"]
@@ -79,3 +84,108 @@ class Answer(Shown):
             for place, row in enumerate(self.rows, 1)
         ]
         return [("", "item_id", "title", "score", "source"), *rows]
+
+
+def answer_rows(
+    best: Best, source: Source, items: KnownItems, new: NewItems | None = None
+) -> tuple[Recommendation, ...]:
+    """Return one row for each item found, best first.
+
+    Args:
+        best: A single list, padded with -1.
+        source: Where items of the catalogue came from; new ones come from their features.
+        items: The catalogue.
+        new: The items past the catalogue's.
+    """
+    item_idx = [item for item in best.top.item_BK[0].tolist() if item >= 0]
+    score = best.top.score_BK[0].tolist()
+    old = [item for item in item_idx if item < items.num_items]
+    shown: dict[int, tuple[int | str, Mapping[str, object], Source]] = {
+        item: (item_id, attributes, source)
+        for item, item_id, attributes in zip(
+            old, items.ids_of(old), items.attributes(old), strict=True
+        )
+    }
+    for row, (item_id, told) in enumerate(() if new is None else new.told.items()):
+        shown[items.num_items + row] = item_id, told, "features"
+    predicted = {name: value_BK[0].tolist() for name, value_BK in best.prediction.items()}
+    return tuple(
+        Recommendation(
+            item_id,
+            score[row],
+            where,
+            attributes,
+            {n: values[row] for n, values in predicted.items() if math.isfinite(values[row])},
+        )
+        for row, (item_id, attributes, where) in enumerate(shown[item] for item in item_idx)
+    )
+
+
+def notes(
+    source: Source,
+    *,
+    found: int,
+    k: int,
+    unknown: Mapping[int | str, None],
+    stranger: object = None,
+) -> tuple[str, ...]:
+    """Say who and what is unknown, and why a list is of popular items, or short.
+
+    Args:
+        source: Where the answer came from.
+        found: How many items it has.
+        k: How many were asked for.
+        unknown: Ids of items.
+        stranger: The id of an unknown user.
+    """
+    said = [] if stranger is None else [f"user {stranger!r} is unknown to training"]
+    if unknown:
+        some = ", ".join(repr(item_id) for item_id in list(unknown)[:5])
+        more = ", …" if len(unknown) > 5 else ""
+        what = "item id is" if len(unknown) == 1 else "item ids are"
+        said.append(f"{len(unknown)} {what} unknown to training: {some}{more}")
+    if source == "popular":
+        said.append("nothing is known to go by: these are the most popular items")
+    if found < k:
+        said.append(f"{k} were asked for, and {found} are all that may be answered")
+    return tuple(said)
+
+
+MAX_K = 1_000_000
+
+
+def check_k(k: int) -> None:
+    """Refuse a list length outside of [1, 10^6].
+
+    Raises:
+        DataError: It is.
+    """
+    if not 1 <= k <= MAX_K:
+        raise DataError(f"k is {shown(k)}: ask for 1 to {MAX_K} items", name="k", value=k)
+
+
+def check_weights(weights: Weights | None, tasks: Sequence[str]) -> None:
+    """Refuse weights of tasks that a model has not, and such as order nothing.
+
+    Raises:
+        DataError: A name is none of the tasks, or a weight is not finite, or all are 0.
+    """
+    if weights is None:
+        return
+    for name, weight in weights.items():
+        if name not in tasks:
+            known = f"this model's are {', '.join(tasks)}" if tasks else "this model has none"
+            advice = did_you_mean(name, tasks)
+            raise DataError(
+                f"weights: {name!r} is no task; {known}{advice}", name="weights", value=name
+            )
+        if isinstance(weight, bool) or not math.isfinite(weight):
+            raise DataError(
+                f"weights: {name!r} is {weight!r}: give a finite number",
+                name=f"weights.{name}",
+                value=weight,
+            )
+    if not any(weights.values()):
+        raise DataError(
+            "weights: all are 0, which orders nothing: give one that is not", name="weights"
+        )

@@ -1,11 +1,13 @@
-"""The HTTP API: each route parses, asks the service, and answers."""
+"""The HTTP API: each route parses, asks the service, and answers; and the files of the page."""
 
 import asyncio
+import hashlib
 import json
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
+from importlib import resources
 from typing import Annotated
 
 import anyio.to_thread
@@ -40,7 +42,6 @@ from foretaste.serving.messages import (
     SimilarReply,
     UsersReply,
 )
-from foretaste.serving.page import FILES, add_page
 from foretaste.serving.service import Service
 from foretaste.serving.settings import ServerSettings
 from foretaste.serving.state import cause_of
@@ -373,3 +374,43 @@ def _sentence(error: RequestValidationError) -> str:
     for words, ours in _AS_JSON:
         said = said.replace(words, ours)
     return said
+
+
+_TYPES = {
+    ".html": "text/html; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".svg": "image/svg+xml",
+}
+_NAMES = {"/": "index.html", "/docs": "docs.html", "/favicon.ico": "icon.svg"}
+
+
+def _paths() -> dict[str, str]:
+    folder = resources.files("foretaste.serving") / "web"
+    names = sorted(file.name for file in folder.iterdir() if file.name[0] not in "._")
+    return _NAMES | {f"/web/{name}": name for name in names}
+
+
+FILES = frozenset(_paths())
+"""The paths of the page; they hold no data and so need no token."""
+
+
+def add_page(app: FastAPI) -> None:
+    """Serve each file at its path, with an entity tag: a browser asks, and mostly keeps its own."""
+    folder = resources.files("foretaste.serving") / "web"
+    for path, name in _paths().items():
+        _add_file(app, path, (folder / name).read_bytes(), _TYPES["." + name.rpartition(".")[2]])
+
+
+def _add_file(app: FastAPI, path: str, content: bytes, media_type: str) -> None:
+    tag = f'"{hashlib.sha256(content).hexdigest()[:16]}"'
+    headers = {"etag": tag, "cache-control": "no-cache"}
+
+    async def file(request: Request) -> Response:
+        if request.headers.get("if-none-match") == tag:
+            return Response(status_code=304, headers=headers)
+        return Response(content, media_type=media_type, headers=headers)
+
+    app.add_api_route(
+        path, file, methods=["GET", "HEAD"], include_in_schema=False, response_class=Response
+    )

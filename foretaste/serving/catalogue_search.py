@@ -1,15 +1,17 @@
 """A trained model's answers over its catalogue, in rows: an index where it has vectors, all its
 scores where it has none, and popularity for those of whom nothing is known. A model in two stages
-then ranks what was found anew.
+then ranks what was found again.
 
 Shape legend: B users, I items, N items in the index, D width, X exclusions, K list length,
 H histories, T items, C candidates, R new items.
 """
 
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
-from typing import NamedTuple, final
+from typing import Literal, NamedTuple, final
 
 import numpy as np
 import torch
@@ -32,10 +34,31 @@ from foretaste.models.catalogue import (
 )
 from foretaste.retrieval.choose import exact_of
 from foretaste.retrieval.index import ItemIndex, TopK, WholeIndex, padded
-from foretaste.serving.histories import BLOCK_SCORES, one_query
-from foretaste.serving.new_items import beside, best_of, both
-from foretaste.serving.stages import Stages
+from foretaste.serving.histories import BLOCK_SCORES, one_query, without_each
+from foretaste.serving.items import beside, best_of, both
 from foretaste.training.trained import Trained
+
+Stage = Literal["encode", "search", "rank", "rules"]
+"""From a history to a vector; from it, or from all scores, to the best items; the second model's
+judgement of them; what the request asks of the list."""
+
+
+@final
+class Stages:
+    """The seconds of one answer, stage by stage; a stage that was not needed is not there."""
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.seconds: dict[Stage, float] = {}
+        self._clock = clock
+
+    @contextmanager
+    def timed(self, stage: Stage) -> Iterator[None]:
+        """Add the time of what is done inside to a stage."""
+        begun = self._clock()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + self._clock() - begun
 
 
 class Best(NamedTuple):
@@ -313,3 +336,31 @@ def _answer(score_BF: Tensor, item_BF: Tensor, k: int) -> TopK:
     """Put -1 where there is no item, and make answers k long."""
     found_BF = score_BF > -torch.inf
     return padded(TopK(item_BK=item_BF.where(found_BF, -1), score_BK=score_BF), k)
+
+
+EXPLAINED_EVENTS = 50
+"""How many of a history's last events are tried as a reason."""
+
+
+def reasons(
+    search: CatalogueSearch, history_L: Int64[np.ndarray, " L"], item_T: Int64[np.ndarray, " T"]
+) -> Int64[np.ndarray, " T"]:
+    """Return the item of the history that speaks for each item most; -1 where none does.
+
+    Of a ranker that attends, it is the item that the ranker attends to most. Else it is the one
+    whose removal lowers the score most, of the distinct items of the last `EXPLAINED_EVENTS`. An
+    item is no reason for itself.
+    """
+    if len(history_L) == 0 or len(item_T) == 0:
+        return np.full(len(item_T), -1)
+    attention_TL = search.attention(history_L, torch.from_numpy(item_T))
+    if attention_TL is None:
+        reason_C, without = without_each(history_L, last=EXPLAINED_EVENTS)
+        score_CT = search.scores([history_L, *without], torch.from_numpy(item_T))
+        weight_CT = (score_CT[0] - score_CT[1:]).numpy()
+    else:
+        reason_C, place_L = np.unique(history_L, return_inverse=True)
+        weight_CT = np.zeros((len(reason_C), len(item_T)), dtype=np.float32)
+        np.add.at(weight_CT, place_L, attention_TL.T.numpy())
+    weight_CT[reason_C[:, None] == item_T] = -np.inf
+    return np.where(weight_CT.max(axis=0) > 0, reason_C[weight_CT.argmax(axis=0)], -1)

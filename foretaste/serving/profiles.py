@@ -13,7 +13,7 @@ from foretaste.data.features import FieldSide, FieldTable, concat_rows
 from foretaste.data.features_values import cell_of
 from foretaste.errors import DataError, did_you_mean
 from foretaste.models.catalogue import placer
-from foretaste.serving.new_items import NewItems, Told
+from foretaste.serving.items import NewItems, Told
 from foretaste.training.trained import Trained
 
 Role = Literal["user", "item", "place", "context"]

@@ -15,24 +15,17 @@ from foretaste.data.tasks import Weights
 from foretaste.data.vocabulary import Ids, Vocabulary, plain_id
 from foretaste.errors import DataError
 from foretaste.retrieval.index import ItemIndex, TopK
-from foretaste.serving.answer import Answer, Source
-from foretaste.serving.answer_rows import answer_rows
+from foretaste.serving.answer import Answer, Source, answer_rows, check_k, check_weights, notes
 from foretaste.serving.bundle import Bundle, write_bundle
-from foretaste.serving.catalogue_search import Best, CatalogueSearch
+from foretaste.serving.catalogue_search import Best, CatalogueSearch, Stages, reasons
 from foretaste.serving.histories import one_query, training_history, training_times
 from foretaste.serving.item_labels import ItemLabels
-from foretaste.serving.items import KnownItems
-from foretaste.serving.lists import lists_table
-from foretaste.serving.many_users import best_of_users
-from foretaste.serving.new_items import NewItems, Told
-from foretaste.serving.notes import notes
+from foretaste.serving.items import KnownItems, NewItems, Told
+from foretaste.serving.many_users import best_of_users, lists_table
 from foretaste.serving.profiles import Profiles
-from foretaste.serving.reasons import reasons
-from foretaste.serving.request_checks import check_k, check_weights
 from foretaste.serving.rule_book import RuleBook
 from foretaste.serving.rules import NO_RULES, Rules
 from foretaste.serving.self_test import answers_of
-from foretaste.serving.stages import Stages
 from foretaste.shown import Shown
 from foretaste.training.trained import Trained
 
