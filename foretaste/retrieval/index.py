@@ -222,7 +222,7 @@ class ExactIndex(WholeIndex):
 
     def vectors_at(self, position_X: Int64[Tensor, "*X"]) -> Float[Tensor, "*X D"]:
         found_ND = self.vectors_ND.index_select(0, position_X.flatten()).float()
-        return found_ND.view(*position_X.shape, -1)
+        return found_ND.view(*position_X.shape, self.vectors_ND.shape[1])
 
     def blocks(self) -> Iterator[Float[Tensor, "_ D"]]:
         for block_nD in self.vectors_ND.split(ITEM_BLOCK):
