@@ -13,6 +13,7 @@ from torch import Tensor
 
 from foretaste.data.graph import graph_of
 from foretaste.data.interactions import Interactions
+from foretaste.data.plans import Plan
 from foretaste.data.splits import Split
 from foretaste.data.splitting import random_split
 from foretaste.errors import ConfigError, DataError
@@ -32,7 +33,7 @@ from foretaste.training.settings import TrainingConfig
 
 
 @dataclass
-class Squares:
+class Squares(Plan[int]):
     """A plan whose batch i is i squared, and which notes what it was asked for."""
 
     size: int

@@ -51,6 +51,21 @@ def test_a_recipe_is_read_as_written_and_the_rest_has_defaults(recipe: Path) -> 
     assert config.evaluation.k == (10, 20)
 
 
+@pytest.mark.parametrize("kind", ["half", "int8", "int4", "pruned"])
+def test_a_recipe_with_a_kind_of_table_that_cannot_be_trained_is_refused_when_read(
+    recipe: Path, kind: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read_experiment(recipe, overrides=[f"model.table.kind={kind}"])
+    assert (caught.value.name, caught.value.value) == ("model.table.kind", kind)
+    retriever = ["model.kind=two_stage", "model.retriever.kind=mf", "model.ranker.kind=deepfm"]
+    recipe.write_text(SMALL.partition("[model]")[0])
+    read_experiment(recipe, overrides=retriever)
+    with pytest.raises(ConfigError) as caught:
+        read_experiment(recipe, overrides=[*retriever, f"model.ranker.table.kind={kind}"])
+    assert caught.value.name == "model.ranker.table.kind"
+
+
 FEATURES = """
 [item.genres]
 kind = "multi"

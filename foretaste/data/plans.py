@@ -5,10 +5,11 @@ that a ranker learns from, T candidates of the first stage for each row, N drawn
 N + 1.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import Generic, Literal, NamedTuple, TypeVar, final
 
 import numpy as np
 import torch
@@ -39,8 +40,28 @@ FindHard = Callable[[Tensor, Tensor, torch.Generator], Tensor]
 (B, H)."""
 
 
+Batch = TypeVar("Batch", covariant=True)
+
+
+class Plan(ABC, Generic[Batch]):
+    """An epoch's batches, made one by one when asked for."""
+
+    @property
+    @abstractmethod
+    def num_events(self) -> int:
+        """What is learned from in the epoch, of all processes together."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def batch(self, index: int) -> Batch:
+        """Make one batch, or this process's share of it."""
+
+
+@final
 @dataclass(frozen=True, eq=False, kw_only=True)
-class PairPlan:
+class PairPlan(Plan[PairBatch]):
     """One epoch's batches, decided by (seed, epoch) alone and made one by one when asked for."""
 
     events: Interactions
@@ -127,8 +148,9 @@ def plan_pairs(
 Windows = Literal["last", "all"]
 
 
+@final
 @dataclass(frozen=True, eq=False, kw_only=True)
-class SequencePlan:
+class SequencePlan(Plan[SequenceBatch]):
     """One epoch's batches, decided by (seed, epoch) alone and made one by one when asked for."""
 
     events: Interactions
@@ -292,8 +314,9 @@ class Offered:
         )
 
 
+@final
 @dataclass(frozen=True, eq=False, kw_only=True)
-class RowPlan:
+class RowPlan(Plan[RowBatch]):
     """One epoch's batches, decided by (seed, epoch) alone and made one by one when asked for."""
 
     rows: Rows

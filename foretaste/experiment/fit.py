@@ -189,6 +189,7 @@ def fit(
     )
     log: dict[str, object] = {name: part.log for name, part in parts.items()}
     log |= {"tried": tried} if tried else {}
+    epochs = 1
     with out_of_memory(
         f"learning {config.kind}",
         "lower training.batch_events, how many negatives are drawn, or the model's widths",
@@ -197,7 +198,7 @@ def fit(
         if objective is None:
             model.learn(events)
         else:
-            log |= _learn(
+            found, epochs = _learn(
                 make(),
                 split,
                 name=config.kind,
@@ -212,8 +213,9 @@ def fit(
                 max_seconds=None if max_seconds is None else max_seconds / (1 + len(parts)),
                 candidates=candidates,
             )
+            log |= found
     _finish(model, happened)
-    return make(log=log, train_seconds=time.perf_counter() - started)
+    return make(log=log, epochs=(epochs,), train_seconds=time.perf_counter() - started)
 
 
 def _asked(training: TrainingConfig | Literal["auto"] | None) -> TrainingConfig:
@@ -392,8 +394,8 @@ def _learn(
     on_cost: Callable[[Cost], None] | None,
     max_seconds: float | None,
     candidates: Candidates | None,
-) -> dict[str, object]:
-    """Run the training loop on a model's weights; return its log."""
+) -> tuple[dict[str, object], int]:
+    """Run the training loop on a model's weights; return its log and the epochs it chose."""
     model, events, features = untrained.model, split.train, untrained.features
     learning = make_learning(
         model,
@@ -429,7 +431,7 @@ def _learn(
         refreshed=learning.refreshed,
         data="" if folder is None else events.fingerprint(),
     )
-    log = _run(
+    log, epochs = _run(
         run,
         training,
         validation=validation,
@@ -442,7 +444,7 @@ def _learn(
     )
     if isinstance(learning.objective, LabelledRows) and learning.objective.sigmas():
         log["sigma"] = learning.objective.sigmas()
-    return log
+    return log, epochs
 
 
 def _decided(training: TrainingConfig, objective: ObjectiveConfig) -> str:
@@ -474,7 +476,7 @@ def _run(
     on_epoch: Callable[[Epoch], None] | None,
     on_cost: Callable[[Cost], None] | None,
     max_seconds: float | None,
-) -> dict[str, object]:
+) -> tuple[dict[str, object], int]:
     with ShowProgress(training.rounds) as display:
         on_epochs = [*([display.epoch] if show else ()), *([on_epoch] if on_epoch else ())]
         on_costs = [
@@ -498,16 +500,18 @@ def _run(
         judged = _judged(validation, progress)
         if show and judged["advice"]:
             display.say(str(judged["advice"]))
-    return {
+    best_epoch = progress.best_epoch or progress.epoch
+    log = {
         "cost": None if watch.cost is None else asdict(watch.cost),
         "epochs": progress.epochs,
-        "best_epoch": progress.best_epoch or progress.epoch,
+        "best_epoch": best_epoch,
         "steps": progress.step,
         "skipped_steps": progress.skipped,
         "precision": progress.precision,
         "stopped": progress.done,
         **judged,
     }
+    return log, max(1, best_epoch)
 
 
 def _judged(validation: Validation | None, progress: Progress) -> dict[str, object]:

@@ -16,6 +16,7 @@ from foretaste.data.interactions import Interactions
 from foretaste.data.plans import (
     FindHard,
     Offered,
+    Plan,
     RowPlan,
     Windows,
     plan_pairs,
@@ -36,7 +37,7 @@ from foretaste.sampling.negatives import (
     nearby_negatives,
 )
 from foretaste.sampling.samplers import PopularitySampler, UniformSampler
-from foretaste.training.fit import Plan, Refreshed
+from foretaste.training.fit import Refreshed
 from foretaste.training.objectives.catalogue import ObjectiveConfig
 from foretaste.training.objectives.pairs import Hardness, Pairs, PairsConfig, hardness
 from foretaste.training.objectives.rows import LabelledRows, RowsConfig

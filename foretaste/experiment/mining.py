@@ -33,6 +33,7 @@ from foretaste.retrieval.choose import build_index
 from foretaste.retrieval.index import ItemIndex
 from foretaste.sampling.negatives import RankedNegatives, Seen, check_ranks
 from foretaste.serving.histories import training_histories
+from foretaste.training.fit import Refreshed
 from foretaste.training.objectives.pairs import PairsConfig
 from foretaste.training.objectives.rows import RowsConfig
 from foretaste.training.trained import Trained
@@ -41,7 +42,7 @@ _BLOCK_USERS = 256
 
 
 @final
-class IndexNegatives:
+class IndexNegatives(Refreshed):
     """Ranks, for each user, the items that the model scores highest of those not done.
 
     What the weights of an earlier step found stays good until the next search; it is kept in

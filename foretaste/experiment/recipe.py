@@ -26,7 +26,8 @@ from foretaste.data.splits import SplitConfig
 from foretaste.errors import ConfigError
 from foretaste.evaluation.measure_queries import Among, Whose
 from foretaste.experiment.two_stage import FirstStage
-from foretaste.models.catalogue import ModelConfig
+from foretaste.models.catalogue import ModelConfig, TwoStageConfig
+from foretaste.models.layers.table_settings import IdConfig
 from foretaste.training.objectives.catalogue import ObjectiveConfig
 from foretaste.training.settings import TrainingConfig
 from foretaste.training.trained import Trained
@@ -252,11 +253,33 @@ def read_experiment(
     changed = with_overrides(_with_features(settings, folders), overrides)
     absent = _with_absent(_with_features(changed, folders))
     config = parse_settings(ExperimentConfig, absent, source=str(path))
+    _refuse_at_rest(config.model, path)
     if "refit" in changed:
         logging.getLogger(__name__).warning(
             'refit has a new name: write final = "%s" in its place in %s', config.final, path
         )
     return config
+
+
+def _refuse_at_rest(model: ModelConfig, path: Path) -> None:
+    """Refuse to train tables of a kind that is made of trained ones.
+
+    Raises:
+        ConfigError: The model's settings, or those of one of two stages, name such a kind.
+    """
+    parts = {"model": model}
+    if isinstance(model, TwoStageConfig):
+        parts = {"model.retriever": model.retriever, "model.ranker": model.ranker}
+    for name, part in parts.items():
+        table = part.table if isinstance(part, IdConfig) else None
+        if table is not None and not table.trains:
+            raise ConfigError(
+                f"{path}: {name}.table.kind is {table.kind!r}, a kind that is made of a trained "
+                f"table: take another, such as dense, and run `foretaste compress --kind "
+                f"{table.kind}` on the bundle",
+                name=f"{name}.table.kind",
+                value=table.kind,
+            )
 
 
 @checked

@@ -52,7 +52,6 @@ from foretaste.training.checkpoint import (
 from foretaste.training.fit import Epoch
 from foretaste.training.objectives.rows import RowsConfig
 from foretaste.training.progress import Cost, ShowProgress, duration
-from foretaste.training.settings import TrainingConfig
 from foretaste.training.trained import Trained
 
 _FINAL = "final"
@@ -262,7 +261,7 @@ def fit_final(
         show: Report progress on standard error.
         max_seconds: Stop the training loop after so long.
     """
-    config = _with_chosen_epochs(_with_found(config, trained.log), trained.log)
+    config = _with_chosen_epochs(_with_found(config, trained.log), trained.epochs)
     if isinstance(trained.config, StrengthConfig):
         config = config.model_copy(update={"model": trained.config})
     refitted = _fit(
@@ -467,22 +466,15 @@ def _with_found(config: ExperimentConfig, log: Mapping[str, object]) -> Experime
     )
 
 
-def _with_chosen_epochs(config: ExperimentConfig, log: Mapping[str, object]) -> ExperimentConfig:
+def _with_chosen_epochs(config: ExperimentConfig, chosen: tuple[int, ...]) -> ExperimentConfig:
     """Return a recipe whose stages train for as many epochs as validation chose."""
-    first, of_retriever = config.first_stage, log.get("retriever")
-    if isinstance(of_retriever, Mapping):
-        training = _for_epochs(first.training, of_retriever)
+    *of_first, own = chosen
+    first = config.first_stage
+    if of_first:
+        training = first.training.model_copy(update={"epochs": of_first[0]})
         first = first.model_copy(update={"training": training})
-    return config.model_copy(
-        update={"training": _for_epochs(config.training, log), "first_stage": first}
-    )
-
-
-def _for_epochs(training: TrainingConfig, log: Mapping[str, object]) -> TrainingConfig:
-    """Return settings for the epochs that a log chose; 1 for a model that learns in closed form."""
-    epochs = log.get("best_epoch", 1)
-    chosen = max(1, epochs) if isinstance(epochs, int) else 1  # 0: stopped within the first one
-    return training.model_copy(update={"epochs": chosen})
+    training = config.training.model_copy(update={"epochs": own})
+    return config.model_copy(update={"training": training, "first_stage": first})
 
 
 def _read_events(data: PublicData | FileData | StoreData, data_dir: Path | None) -> Interactions:

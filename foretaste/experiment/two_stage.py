@@ -251,6 +251,7 @@ def two_stage(
         ).ranked_by(ranker.model),
         features=features,
         train_seconds=retriever.train_seconds + ranker.train_seconds,
+        epochs=(*retriever.epochs, *ranker.epochs),
         settings={
             **ranker.settings,
             "model": config.model_dump(mode="json"),

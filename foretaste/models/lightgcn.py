@@ -57,7 +57,6 @@ from foretaste.models.layers.nodes import (
     PlacedNodes,
     answer_users,
     place,
-    sum_of_rows,
 )
 from foretaste.models.layers.table import Table
 from foretaste.models.layers.table_settings import IdConfig, make_table, make_tables
@@ -234,21 +233,6 @@ class LightGCN(Retriever):
     def items(self, item_V: Int64[Tensor, " V"]) -> Float[Tensor, "V F"]:
         """Return some items' vectors; 0 for those without any tie."""
         return self._item(self._known().item_IF[item_V])
-
-    def place_items(
-        self, user_P: Int64[Tensor, " P"], length_B: Int64[Tensor, " B"]
-    ) -> Float[Tensor, "B F"]:
-        """Return the vectors of new items, as `items` has them, from users who did them.
-
-        Args:
-            user_P: user_idx, one item's after the other's, none twice for the same item.
-            length_B: How many users each item has; 0 gives a vector of 0.
-        """
-        tables = self._known()
-        received_BW = sum_of_rows(tables.sent_VW, user_P, length_B)
-        layer_0_BD = received_BW.new_zeros(len(length_B), self.config.embedding_dim)
-        strength_B = length_B.to(received_BW.dtype)
-        return self._item(place(layer_0_BD, received_BW, strength_B, self._combine))
 
     def known_items(self) -> Bool[Tensor, " I"]:
         """Return the items that no user did, but that are tied to other items or attributes."""

@@ -3,8 +3,9 @@
 Shape legend: N or R draws, M distinct items, I items, X any items, K hashes, C cells.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import NamedTuple, Protocol, final, runtime_checkable
+from typing import NamedTuple, final
 
 import numpy as np
 import torch
@@ -15,8 +16,7 @@ from foretaste.config import Seed
 from foretaste.errors import DataError
 
 
-@runtime_checkable
-class Sampler(Protocol):
+class Sampler(ABC):
     """Draws items in bulk, with replacement, from one distribution for all.
 
     Shape legend: I items.
@@ -25,13 +25,13 @@ class Sampler(Protocol):
     probability_I: Float[Tensor, " I"]
     """Chance of each item in one draw, float64; 0 for items that are never drawn."""
 
+    @abstractmethod
     def draw(self, shape: tuple[int, ...], *, generator: torch.Generator) -> Int64[Tensor, "..."]:
         """Return a tensor of `shape`, each entry an item_idx drawn on its own."""
-        ...
 
 
 @final
-class UniformSampler:
+class UniformSampler(Sampler):
     """Draws from the known items alike.
 
     Shape legend: I items.
@@ -53,7 +53,7 @@ class UniformSampler:
                 f"{int(known_I.sum())} of {len(known_I)} items may be drawn from a catalogue of "
                 f"{num_items}: a sampler needs one flag per item, and one that is true"
             )
-        self.probability_I: Float[Tensor, " I"] = known_I.double() / known_I.sum()
+        self.probability_I = known_I.double() / known_I.sum()
         self._num_known = int(known_I.sum())
         self._known = None if known_I.all() else known_I.nonzero().squeeze(1)
 
@@ -70,7 +70,7 @@ _BLOCK_DRAWS = 2**15
 
 
 @final
-class PopularitySampler:
+class PopularitySampler(Sampler):
     r"""Draws popular items more often: :math:`P(j) \propto n_j^\alpha`, n the events of item j.
 
     An item without events is never drawn. Draws come from an alias table (Walker, "An Efficient
@@ -97,7 +97,7 @@ class PopularitySampler:
         )
         probability_I = weight_I / weight_I.sum()
         share_I, alias_I = _alias_table(probability_I)
-        self.probability_I: Float[Tensor, " I"] = torch.from_numpy(probability_I)
+        self.probability_I = torch.from_numpy(probability_I)
         self._share_I, self._alias_I = torch.from_numpy(share_I), torch.from_numpy(alias_I)
 
     def draw(self, shape: tuple[int, ...], *, generator: torch.Generator) -> Int64[Tensor, "..."]:

@@ -3,15 +3,17 @@
 import copy
 import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar, final, runtime_checkable
+from typing import Any, Generic, TypeVar, final
 
 import torch
 from torch import Tensor, nn
 
+from foretaste.data.plans import Plan
 from foretaste.errors import ConfigError, NonFiniteError
 from foretaste.models.layers.table import Dense
 from foretaste.training.checkpoint import (
@@ -30,7 +32,6 @@ from foretaste.training.optimizer import (
     rate_factor,
     refuse_at_rest,
 )
-from foretaste.training.prefetch import Plan as Plan
 from foretaste.training.prefetch import Prefetch
 from foretaste.training.runtime import choose_device, keep_memory, step_generator
 from foretaste.training.settings import TrainingConfig
@@ -51,23 +52,22 @@ OUT_OF_TIME = "out of time"
 """How `Progress.done` begins where a run was ended by the clock."""
 
 
-@runtime_checkable
-class Refreshed(Protocol):
+class Refreshed(ABC):
     """What is worked out from the weights and holds for an epoch or more, such as negatives that
     the model itself finds hard. It is part of a run's state.
     """
 
+    @abstractmethod
     def refresh(self, model: Any, epoch: int) -> None:
-        """Work it out anew, before the first step of an epoch (0, 1, …), if it is its turn."""
-        ...
+        """Work it out again, before the first step of an epoch (0, 1, …), if it is its turn."""
 
+    @abstractmethod
     def state(self) -> Mapping[str, Tensor]:
         """Return what a checkpoint keeps."""
-        ...
 
+    @abstractmethod
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Take what `state` gave."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,9 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar, final, runtime_checkable
+from typing import Any, Generic, TypeVar, final
+
+from foretaste.data.plans import Plan
 
 Batch = TypeVar("Batch", covariant=True)
 
@@ -17,19 +19,9 @@ _AHEAD = 2
 """Batches that wait or are being made, for each producer."""
 
 
-@runtime_checkable
-class Plan(Protocol[Batch]):
-    """An epoch's batches, made one by one when asked for."""
-
-    @property
-    def num_events(self) -> int: ...
-    def __len__(self) -> int: ...
-    def batch(self, index: int) -> Batch: ...
-
-
 @final
 @dataclass(frozen=True, eq=False, kw_only=True)
-class WorkedPlan:
+class WorkedPlan(Plan[Any]):
     """A plan whose batches are worked on further by whoever makes them."""
 
     plan: Plan[Any]

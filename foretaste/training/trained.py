@@ -47,6 +47,9 @@ class Trained(Shown):
     learned_from: LearnedFrom | Literal[""] = ""
     """Which parts of its split it learned from; empty where that was not kept."""
     train_seconds: float = 0.0
+    epochs: tuple[int, ...] = (1,)
+    """How many epochs validation chose, of the first of two stages and of the second, or of the one
+    model; 1 where it learns in closed form. A bundle does not keep it."""
     settings: Mapping[str, object] = field(default_factory=dict)
     """Everything that decided the run, as plain JSON values."""
     log: Mapping[str, object] = field(default_factory=dict)

@@ -11,7 +11,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from itertools import chain
-from typing import Annotated, Any, Literal, final
+from typing import Annotated, Any, ClassVar, Literal, final
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -50,6 +50,9 @@ def no_links(_: str) -> None:
 
 class TableKind(Config):
     """Settings that every kind of table has."""
+
+    trains: ClassVar[bool] = True
+    """Whether its tables can be trained."""
 
     @abstractmethod
     def make(self, num_rows: int, width: int) -> Table:

@@ -26,7 +26,13 @@ _LINKED_ROWS = 4096
 _LOWEST = torch.finfo(torch.float32).tiny
 
 
-class HalfConfig(FilledConfig):
+class AtRestConfig(FilledConfig):
+    """Settings of tables that cannot be trained."""
+
+    trains: ClassVar[bool] = False
+
+
+class HalfConfig(AtRestConfig):
     """Settings of rows of 16 bits a number."""
 
     kind: Literal["half"] = "half"
@@ -45,7 +51,7 @@ class HalfConfig(FilledConfig):
         return Half(num_rows, width, dtype=dtype)
 
 
-class IntegerConfig(FilledConfig):
+class IntegerConfig(AtRestConfig):
     """Settings of rows of small whole numbers with a scale a row."""
 
     kind: Literal["int8", "int4"] = "int8"
@@ -71,7 +77,7 @@ class IntegerConfig(FilledConfig):
         return Integers(num_rows, width, bits=8 if self.kind == "int8" else 4, inner=inner)
 
 
-class PrunedConfig(FilledConfig):
+class PrunedConfig(AtRestConfig):
     """Settings of a table whose shortest rows are dropped."""
 
     kind: Literal["pruned"] = "pruned"
