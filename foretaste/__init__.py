@@ -49,6 +49,7 @@ if TYPE_CHECKING:
         DataError,
         ForetasteError,
         NonFiniteError,
+        ProcessError,
         SourceError,
         TooLargeError,
     )
@@ -123,6 +124,7 @@ if TYPE_CHECKING:
     from foretaste.training.objectives.pairs import PairsConfig
     from foretaste.training.objectives.rows import RowsConfig
     from foretaste.training.objectives.sequences import MaskedItemConfig, NextItemConfig
+    from foretaste.training.processes import joined_processes, start_processes
     from foretaste.training.settings import TrainingConfig
     from foretaste.training.trained import Trained
 
@@ -173,6 +175,7 @@ __all__ = [
     "PairsConfig",
     "PinSageConfig",
     "PopularityConfig",
+    "ProcessError",
     "Quickstart",
     "RankingGain",
     "Recommendation",
@@ -230,6 +233,7 @@ __all__ = [
     "given_split_by_column",
     "inspect_bundle",
     "inspect_schema",
+    "joined_processes",
     "leave_last_split",
     "leave_last_within_training",
     "load",
@@ -256,6 +260,7 @@ __all__ = [
     "schema_to_toml",
     "serve",
     "sign_bundle",
+    "start_processes",
     "start_run",
     "stopped_after",
     "temporal_split",
@@ -316,6 +321,7 @@ _HOME = {
     "PairsConfig": "training.objectives.pairs",
     "PinSageConfig": "models.pinsage",
     "PopularityConfig": "models.baselines",
+    "ProcessError": "errors",
     "Quickstart": "experiment.quickstart",
     "RankingGain": "evaluation.compare",
     "Recommendation": "serving.answer",
@@ -372,6 +378,7 @@ _HOME = {
     "given_split_by_column": "data.splitting",
     "inspect_bundle": "experiment.record",
     "inspect_schema": "data.features_schema",
+    "joined_processes": "training.processes",
     "leave_last_split": "data.splitting",
     "leave_last_within_training": "data.splitting",
     "load": "serving.building",
@@ -398,6 +405,7 @@ _HOME = {
     "schema_to_toml": "data.features_schema",
     "serve": "serving.server",
     "sign_bundle": "serving.versions",
+    "start_processes": "training.processes",
     "start_run": "experiment.run",
     "stopped_after": "experiment.run",
     "temporal_split": "data.splitting",

@@ -6,7 +6,8 @@ ForetasteError
 ├── NonFiniteError   a loss or a score is NaN or infinite
 ├── TooLargeError    what was asked for would not fit, said before it is tried
 ├── SourceError      a public data set could not be had, or is not what it should be
-└── BundleError      a bundle or an event store is missing, broken, or was tampered with
+├── BundleError      a bundle or an event store is missing, broken, or was tampered with
+└── ProcessError     one of several processes that train a model has ended
 
 A message names the thing, the value and the fix. The command line prints it as one line. What the
 message names is also an attribute of the error, so that a program need not read prose.
@@ -75,6 +76,13 @@ class SourceError(ForetasteError):
 
 class BundleError(ForetasteError):
     """A bundle or an event store is missing, broken, or was tampered with."""
+
+
+class ProcessError(ForetasteError):
+    """One of several processes that train a model together has ended, or does not answer."""
+
+    followed = 75
+    """The exit code of a process that ended because another one did."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import foretaste as ft
+from foretaste.data.plans import Plan
 from foretaste.evaluation.bootstrap import Interval, holm
 from foretaste.evaluation.compare import Comparison
 from foretaste.evaluation.report import latex_table
@@ -184,7 +185,7 @@ def test_a_training_that_would_overrun_is_cut_at_its_share_and_still_counts(
 
 
 def test_the_clock_ends_a_loop_in_good_order() -> None:
-    class Line:
+    class Line(Plan[Tensor]):
         num_events = 1000
 
         def __len__(self) -> int:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from foretaste.data.batch import Queries, RowBatch
+from foretaste.data.plans import Plan
 from foretaste.data.tasks import LabelScale, Task, in_own_unit, label_scale, standardised
 from foretaste.errors import DataError
 from foretaste.losses.multitask import (
@@ -220,7 +221,7 @@ def test_the_sum_with_uncertainty_is_least_where_sigma_squared_is_the_loss() -> 
 
 
 @dataclass
-class Same:
+class Same(Plan[RowBatch]):
     """An epoch of one batch, over and over."""
 
     rows: RowBatch

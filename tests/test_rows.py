@@ -11,7 +11,8 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-from foretaste.data.batch import DrawItems, PairBatch, Reads, RowBatch, SequenceBatch, Share
+from foretaste.data.batch import DrawItems, PairBatch, Reads, RowBatch, SequenceBatch
+from foretaste.data.draws import Share
 from foretaste.data.features import fit_features
 from foretaste.data.features_schema import CategoricalField, FeatureSchema, NumericField
 from foretaste.data.interactions import Interactions

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from foretaste.data.batch import Queries
 from foretaste.data.interactions import Interactions
-from foretaste.data.plans import SequencePlan, plan_pairs, plan_sequences
+from foretaste.data.plans import Plan, SequencePlan, plan_pairs, plan_sequences
 from foretaste.data.vocabulary import Vocabulary
 from foretaste.errors import BundleError, ConfigError, DataError, NonFiniteError
 from foretaste.experiment.run import start_run
@@ -49,12 +49,15 @@ from foretaste.training.settings import TrainingConfig
 class Number:
     value: float
 
+    def __len__(self) -> int:
+        return 1
+
     def to(self, device: torch.device) -> "Number":
         return self
 
 
 @dataclass
-class Numbers:
+class Numbers(Plan[Number]):
     values: list[float]
 
     @property

@@ -1,6 +1,9 @@
 """Commands that train and measure: `fit`, `evaluate`, `tune`, `compare` and `compress`."""
 
 import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -8,10 +11,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import foretaste as ft
-from foretaste.cli.show import DataDir, JsonFlag, ReplaceFlag, Stopped, answer, log, table
+from foretaste.cli.show import DataDir, JsonFlag, ReplaceFlag, Stopped, answer, fail, log, table
 
 if TYPE_CHECKING:
     from foretaste.experiment.tune import TrialRow
+    from foretaste.training.processes import Together
 
 Overrides = Annotated[
     list[str] | None,
@@ -30,18 +34,31 @@ def fit(
     data_dir: DataDir = None,
     result: Annotated[Path | None, typer.Option(help="Record the run in this JSON file.")] = None,
     track: Annotated[ft.TrackerKind | None, typer.Option(help="Where to follow the run.")] = None,
+    processes: Annotated[
+        int, typer.Option(min=1, help="Train with so many processes on this machine.")
+    ] = 1,
     as_json: JsonFlag = False,
 ) -> None:
     """Train a recipe's model, report it on the test part, and write the bundle."""
-    config = ft.read_experiment(recipe, overrides=overrides or (), data_dir=data_dir)
-    folder = ft.start_run(out, result=result, resume=resume, replace=replace, track=track)
-    split = ft.read_split(config, data_dir=data_dir)
-    for note in split.events.notes:
-        log(note)
-    try:
-        run = ft.run_experiment(config, split, folder=folder, resume=resume, track=track)
-    except Stopped as stop:
-        raise Stopped(stop.signum, _kept(ft.stopped_after(folder), folder)) from stop
+    read = partial(ft.read_experiment, recipe, overrides=overrides or (), data_dir=data_dir)
+    if processes > 1:
+        read()
+        options = {"--out": out, "--data-dir": data_dir, "--result": result, "--track": track}
+        flags = {"--resume": resume, "--replace": replace, "--json": as_json}
+        _start(processes, recipe, options, flags, overrides or ())
+        return
+    with _together() as together:
+        config = together.first_goes(read)
+        folder = ft.start_run(out, result=result, resume=resume, replace=replace, track=track)
+        split = together.first_goes(partial(ft.read_split, config, data_dir=data_dir))
+        for note in split.events.notes if together.is_first else ():
+            log(note)
+        try:
+            run = ft.run_experiment(config, split, folder=folder, resume=resume, track=track)
+        except Stopped as stop:
+            raise Stopped(stop.signum, _kept(ft.stopped_after(folder), folder)) from stop
+        if not together.is_first:
+            return
     trained, report = run.final
     for note in trained.notes:
         log(note)
@@ -51,6 +68,38 @@ def fit(
         ft.write_record(record, result, replace=resume or replace)
     log(f"wrote {out}; checkpoints and the log of steps are in {folder}")
     answer(json.loads(report.to_json(per_user=False)), report, as_json=as_json)
+
+
+def _start(
+    num: int,
+    recipe: Path,
+    options: Mapping[str, object],
+    flags: Mapping[str, bool],
+    overrides: Sequence[str],
+) -> None:
+    """Run this command in several processes, and end as they ended."""
+    given = [str(word) for name, value in options.items() if value for word in (name, value)]
+    given += [name for name, is_set in flags.items() if is_set]
+    given += [word for override in overrides for word in ("--set", override)]
+    signum = ft.start_processes(num, ["-m", "foretaste", "fit", str(recipe), *given])
+    if signum:
+        sys.exit(128 + signum)
+
+
+@contextmanager
+def _together() -> Iterator["Together"]:
+    """Join the processes that torchrun started; only the first one says that it was stopped."""
+    with ft.joined_processes() as together:
+        try:
+            yield together
+        except Stopped as stop:
+            if together.is_first:
+                raise
+            sys.exit(stop.code)
+        except ft.ProcessError as error:
+            if together.is_first:
+                fail(str(error), ft.ProcessError.followed)
+            sys.exit(ft.ProcessError.followed)
 
 
 def _kept(epochs: int | None, folder: Path) -> str:

@@ -17,20 +17,17 @@ from jaxtyping import Float32, Int32, Int64
 from torch import Tensor
 
 from foretaste.data.batch import (
-    WHOLE,
     DrawItems,
     PairBatch,
     Queries,
     Reads,
     RowBatch,
     SequenceBatch,
-    Share,
     check_drawn,
-    mixed,
     read_histories,
     times_at,
-    torch_generator,
 )
+from foretaste.data.draws import WHOLE, Share, mixed, torch_generator
 from foretaste.data.interactions import Interactions
 from foretaste.data.rows import Rows
 from foretaste.errors import ConfigError

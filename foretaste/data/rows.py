@@ -30,8 +30,8 @@ from foretaste.data.batch import (
     RowBatch,
     check_drawn,
     read_histories,
-    torch_generator,
 )
+from foretaste.data.draws import torch_generator
 from foretaste.data.features import Features
 from foretaste.data.interactions import Interactions
 from foretaste.data.splits import NEGATIVE, TEST, TRAIN, VALIDATION, Split

@@ -16,6 +16,7 @@ from foretaste.arguments import checked
 from foretaste.config import Config, Seed, parse_settings
 from foretaste.data.arrays import out_of_memory
 from foretaste.data.batch import DrawItems
+from foretaste.data.draws import WHOLE
 from foretaste.data.features import Features, fit_features
 from foretaste.data.features_schema import FeatureSchema
 from foretaste.data.folder import whole_file
@@ -24,7 +25,7 @@ from foretaste.data.interactions import Interactions
 from foretaste.data.rows import happened_split, positives_of
 from foretaste.data.splits import Split
 from foretaste.errors import ConfigError, DataError
-from foretaste.experiment.learning import make_learning, usual_objective
+from foretaste.experiment.learning import make_learning, needs_one_process, usual_objective
 from foretaste.experiment.mining import candidate_negatives
 from foretaste.experiment.search_space import Learner, ShortSearch
 from foretaste.experiment.two_stage import Candidates, FirstStage, check_same, fit_two_stage
@@ -46,6 +47,7 @@ from foretaste.models.catalogue import (
     settled,
     tasks_of,
 )
+from foretaste.training import processes
 from foretaste.training.fit import Epoch, Fit, Progress
 from foretaste.training.objectives.candidates import CandidateConfig
 from foretaste.training.objectives.catalogue import ObjectiveConfig
@@ -108,7 +110,7 @@ def fit(
         NonFiniteError: Training left the finite numbers.
         TooLargeError: The model would not fit in memory.
     """
-    started = time.perf_counter()
+    started, show = time.perf_counter(), show and processes.is_first()
     folder = None if folder is None else Path(folder)
     asked = _asked(training)
     if not (tasks_of(config) and isinstance(objective, RowsConfig | NoneType)):
@@ -236,6 +238,8 @@ def _to_search(
     """
     if not asked.search:
         return None
+    if processes.share() != WHOLE:
+        raise needs_one_process("training.search", value=True)
     if isinstance(config, TwoStageConfig) or candidates is not None:
         raise ConfigError(
             "training.search is of a model by itself, not of two stages: leave it out, or search "
@@ -397,6 +401,9 @@ def _learn(
 ) -> tuple[dict[str, object], int]:
     """Run the training loop on a model's weights; return its log and the epochs it chose."""
     model, events, features = untrained.model, split.train, untrained.features
+    processes.check_same(
+        {"model": untrained.config.model_dump(), "objective": objective.model_dump()}
+    )
     learning = make_learning(
         model,
         objective,
@@ -429,7 +436,7 @@ def _learn(
         level=-math.inf if validation is None else validation.level,
         folder=folder,
         refreshed=learning.refreshed,
-        data="" if folder is None else events.fingerprint(),
+        data=events.fingerprint() if folder or processes.share() != WHOLE else "",
     )
     log, epochs = _run(
         run,
@@ -516,7 +523,7 @@ def _run(
 
 def _judged(validation: Validation | None, progress: Progress) -> dict[str, object]:
     """Return how a run was validated, and what it came to beside models that only count."""
-    if validation is None:
+    if validation is None or not processes.is_first():
         return {"validated": "", "beside": {}, "advice": ""}
     beside, advice = validation.advice(
         progress.best, best_epoch=progress.best_epoch, epochs=progress.epoch

@@ -11,6 +11,7 @@ from pydantic import TypeAdapter
 from torch import Generator, Tensor
 
 from foretaste.data.batch import DrawItems, FieldTable
+from foretaste.data.draws import WHOLE
 from foretaste.data.graph import Graph, graph_of
 from foretaste.data.interactions import Interactions
 from foretaste.data.plans import (
@@ -37,6 +38,7 @@ from foretaste.sampling.negatives import (
     nearby_negatives,
 )
 from foretaste.sampling.samplers import PopularitySampler, UniformSampler
+from foretaste.training import processes
 from foretaste.training.fit import Refreshed
 from foretaste.training.objectives.catalogue import ObjectiveConfig
 from foretaste.training.objectives.pairs import Hardness, Pairs, PairsConfig, hardness
@@ -132,8 +134,11 @@ def make_learning(
             batch_events=batch_events,
             windows=which,
             generator=epoch_generator(seed, epoch),
+            share=processes.share(),
         )
 
+    if processes.share() != WHOLE:
+        _refuse_together(model, config, batch_events)
     if config.kind != model.learns_by:
         raise ConfigError(
             f"objective.kind is {config.kind!r}, but {type(model).__name__} learns by "
@@ -182,6 +187,38 @@ def make_learning(
             )
 
 
+def needs_one_process(name: str, *, value: object) -> ConfigError:
+    """Return the error of a setting that several processes cannot do as one does."""
+    return ConfigError(
+        f"{name} = {value!r} needs all rows of a batch in one process: leave it out, or train "
+        "with one process",
+        name=name,
+        value=value,
+    )
+
+
+def _refuse_together(model: Model, config: ObjectiveConfig, batch_events: int) -> None:
+    """Refuse what several processes cannot do as one does.
+
+    Raises:
+        ConfigError: Something looks at all rows of a batch together, or there are fewer rows.
+    """
+    num = processes.share().world
+    if batch_events < num:
+        raise ConfigError(
+            f"a batch has {batch_events} events, and there are {num} processes: raise "
+            "training.batch_events, or start fewer",
+            name="training.batch_events",
+            value=batch_events,
+        )
+    if isinstance(config, PairsConfig) and config.contrast:
+        raise needs_one_process("objective.contrast", value=config.contrast)
+    for layer in model.modules():
+        name, value = getattr(layer, "needs_whole_batch", ("", None))
+        if name:
+            raise needs_one_process(name, value=value)
+
+
 def _learn_pairs(
     model: Retriever,
     config: PairsConfig,
@@ -204,8 +241,9 @@ def _learn_pairs(
             reads=model.reads,
             max_len=model.max_len,
             find_hard=None if source is None or not hard.num else _finder(source, hard),
+            share=processes.share(),
         )
-        if not (producers and objective.loss.draws_ahead):
+        if not (producers and objective.loss.draws_ahead and processes.share() == WHOLE):
             return pairs
         return WorkedPlan(
             plan=pairs,
@@ -294,6 +332,7 @@ def learn_rows(
             num_drawn=num_drawn,
             draw=draw,
             offered=offered,
+            share=processes.share(),
         )
 
     return LabelledRows(config, model.tasks, scales), plan

@@ -43,6 +43,7 @@ from foretaste.models.catalogue import TwoStage, tasks_of
 from foretaste.serving.building import build_recommender
 from foretaste.serving.recommender import Recommender
 from foretaste.shown import Shown
+from foretaste.training import processes
 from foretaste.training.checkpoint import (
     CHECKPOINT,
     epochs_done,
@@ -142,9 +143,11 @@ def start_run(
             the former layout.
         DataError: The same of the record.
     """
+    bundle, folder = Path(bundle), run_folder(bundle)
+    if not processes.is_first():
+        return folder
     if track is not None:
         check_tracker(track)
-    bundle, folder = Path(bundle), run_folder(bundle)
     may_replace = replace or (resume and find_checkpoint(folder) is not None)
     check_place(bundle, "bundle", replace=may_replace)
     check_place(folder / CHECKPOINT, "checkpoint", replace=True)
@@ -187,7 +190,8 @@ def run_experiment(
 ) -> Run:
     """Fit a recipe's model, report it on the test part, and fit it on more if `final` says so.
 
-    Where the split has no test part, nothing is measured.
+    Where the split has no test part, nothing is measured. Of several processes, the first one
+    measures and follows the run; the reports of others are empty.
 
     Args:
         config: The recipe.
@@ -203,12 +207,12 @@ def run_experiment(
         DataError: The test part holds nothing to find; this is seen before anything is trained.
         NonFiniteError: Training left the finite numbers.
     """
-    folder = None if folder is None else Path(folder)
+    folder, is_first = None if folder is None else Path(folder), processes.is_first()
     check_measurable(config, split)
-    if folder is not None and not resume:
+    if folder is not None and not resume and is_first:
         forget_checkpoint(folder / _FINAL)
     name, settings = config.model.kind, config.model_dump(mode="json")
-    with followed(track, folder, name=name, settings=settings) as tracker:
+    with followed(track if is_first else None, folder, name=name, settings=settings) as tracker:
         told = None if tracker is None else partial(_tell, tracker)
         trained = _fit(
             config,
@@ -220,8 +224,10 @@ def run_experiment(
             show=show,
             max_seconds=max_seconds,
         )
-        trained = with_calibration(trained, config.evaluation, split)
-        report = evaluate_split(trained, config, split) if split.has_test else Reports()
+        if is_first:
+            trained = with_calibration(trained, config.evaluation, split)
+        measured = split.has_test and is_first
+        report = evaluate_split(trained, config, split) if measured else Reports()
         if tracker is not None:
             tracker.log_metrics(report.metrics, step=0)
     if config.final == "none":
@@ -235,7 +241,7 @@ def run_experiment(
         show=show,
         max_seconds=max_seconds,
     )
-    measurable = config.final == "validation" and split.has_test
+    measurable = config.final == "validation" and split.has_test and is_first
     again = evaluate_split(refitted, config, split) if measurable else None
     return Run(trained=trained, report=report, refitted=refitted, refitted_report=again)
 

@@ -21,6 +21,7 @@ Shape legend: B rows, L positions (L1 = L + 1, the start first), T positions who
 wanted, H heads, D width, I items.
 """
 
+from functools import partial
 from typing import ClassVar, Literal, NamedTuple, final
 
 import torch
@@ -31,6 +32,7 @@ from torch import Tensor, nn
 
 from foretaste.config import ChoiceConfig, Count, Depth, RangeConfig, Space, Usual
 from foretaste.data.batch import NO_TIME, Queries, SequenceBatch, last_events
+from foretaste.data.draws import draw_for_rows
 from foretaste.errors import ConfigError
 from foretaste.models.base import Retriever
 from foretaste.models.layers.attention import Dropout, rows_at
@@ -176,8 +178,9 @@ class HSTU(Retriever):
         else:
             time_BL = F.pad(batch.times(), (1, 0), value=NO_TIME)
             if self.training and self.config.time_dropout:
-                hidden_B1 = torch.rand(len(batch), 1, device=time_BL.device)
-                time_BL = time_BL.masked_fill(hidden_B1 < self.config.time_dropout, NO_TIME)
+                draw = partial(torch.rand, device=time_BL.device)
+                hidden_B1 = draw_for_rows((len(batch), 1), draw) < self.config.time_dropout
+                time_BL = time_BL.masked_fill(hidden_B1, NO_TIME)
             time_BT = time_BL.gather(1, place_BT.expand(len(batch), -1))
             bucket_BTL = time_buckets(time_BT.unsqueeze(2), time_BL.unsqueeze(1))
         return _Between(step_BTL.clamp(min=0), bucket_BTL, step_BTL >= 0)

@@ -16,10 +16,11 @@ from typing import ClassVar, Literal, final
 import torch
 from jaxtyping import Float, Int64
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from foretaste.config import ChoiceConfig, Count, Positive, RangeConfig, Space, Usual
 from foretaste.data.batch import Queries
+from foretaste.data.draws import draw_for_rows
 from foretaste.data.interactions import Interactions
 from foretaste.models.base import PairVectors, Retriever, Similarity, as_item, as_query
 from foretaste.models.layers.history import FoldIn
@@ -75,7 +76,6 @@ class MF(Retriever):
         self.user_table = make_table(config.table, num_users, config.embedding_dim)
         self.item_table = make_table(config.table, num_items, config.embedding_dim)
         self.bias_table = make_table(config.table, num_items, 1) if config.biases else None
-        self.dropout = nn.Dropout(config.dropout)
         self.fold_in = FoldIn(num_users=num_users, embedding_dim=config.embedding_dim)
         for table in (self.user_table, self.item_table):
             table.draw(std=config.init_std)
@@ -86,7 +86,7 @@ class MF(Retriever):
         """Return the vectors of known users and of some items."""
         user_BD, item_VD = self.user_table(queries.user_B), self.item_table(item_V)
         return PairVectors(
-            query_BD=self._query(self.dropout(user_BD)),
+            query_BD=self._query(self._dropped(user_BD)),
             item_VD=self._with_bias(item_V, item_VD),
             base=(user_BD, item_VD),
         )
@@ -108,6 +108,14 @@ class MF(Retriever):
     def learn_new_users(self, events: Interactions) -> None:
         """Learn how to answer new users."""
         self.fold_in.learn(events, self.user_table, self.item_table)
+
+    def _dropped(self, user_BD: Tensor) -> Tensor:
+        kept = 1 - self.config.dropout
+        if not self.training or kept == 1:
+            return user_BD
+        draw = user_BD.new_empty
+        kept_BD = draw_for_rows(user_BD.shape, lambda shape: draw(shape).bernoulli_(kept))
+        return user_BD * kept_BD / kept
 
     def _query(self, user_BD: Tensor) -> Tensor:
         query_BD = as_query(user_BD, self.config.similarity, self.config.temperature)

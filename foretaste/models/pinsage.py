@@ -22,6 +22,7 @@ catalogue, U users, D width, H width of messages, K layers, S nodes of the lowes
 and items.
 """
 
+from functools import partial
 from typing import ClassVar, Literal, NamedTuple, final
 
 import numpy as np
@@ -33,6 +34,7 @@ from torch import Tensor, nn
 
 from foretaste.config import ChoiceConfig, Count, Depth, Positive, RangeConfig, Space, Usual
 from foretaste.data.batch import Queries
+from foretaste.data.draws import draw_for_keys
 from foretaste.data.features import Features, FieldTable
 from foretaste.data.graph import Graph, GraphConfig
 from foretaste.data.interactions import Interactions
@@ -330,7 +332,7 @@ class PinSage(Retriever):
         """Draw a share of the nodes, in training only."""
         if not (self.training and share):
             return torch.zeros_like(node_S, dtype=torch.bool)
-        return torch.rand(len(node_S), device=node_S.device) < share
+        return draw_for_keys(node_S, partial(torch.rand, device=node_S.device)) < share
 
     def _new_nodes(self, queries: Queries, message_KIH: Tensor) -> Float[Tensor, "B D"]:
         """Convolve users whose neighbours are the different items of their histories."""

@@ -19,8 +19,9 @@ all histories.
 """
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import ClassVar, Literal, NamedTuple, final
 
 import numpy as np
@@ -41,6 +42,7 @@ from foretaste.config import (
     Widths,
 )
 from foretaste.data.batch import Queries, Reads
+from foretaste.data.draws import draw_for_keys, draw_for_rows
 from foretaste.data.features import Features, FieldTable
 from foretaste.data.interactions import Interactions
 from foretaste.errors import ConfigError
@@ -53,6 +55,10 @@ from foretaste.models.layers.table_settings import IdConfig, make_table
 from foretaste.models.sasrec import SASRecConfig
 
 _BLOCK_ITEMS = 2**14
+
+
+DrawFor = Callable[[Callable[[torch.Size], Tensor]], Tensor]
+"""From what draws a shape to what is drawn for rows or keys."""
 
 
 class TwoTowerConfig(IdConfig):
@@ -333,19 +339,22 @@ class TwoTower(Retriever):
         """Drop ids of users who are told by something else."""
         if id_BD is None or (self.history is None and self.user_fields is None):
             return id_BD
-        return self._drop(id_BD, torch.ones_like(id_BD[:, 0], dtype=torch.bool))
+        return self._drop(id_BD, partial(draw_for_rows, id_BD.shape[:1]))
 
     def _without_some_items(self, id_VD: Tensor | None, item_V: Tensor) -> Tensor | None:
         """Drop ids of items that have a feature."""
         if id_VD is None or self.item_fields is None:
             return id_VD
-        return self._drop(id_VD, self.item_fields.known_R[item_V])
+        may_V = self.item_fields.known_R[item_V]
+        return self._drop(id_VD, partial(draw_for_keys, item_V), may_V)
 
-    def _drop(self, id_RD: Tensor, may_R: Tensor) -> Tensor:
+    def _drop(self, id_RD: Tensor, draw: DrawFor, may_R: Tensor | None = None) -> Tensor:
         share = self.config.id_dropout
         if not self.training or share == 0:
             return id_RD
-        dropped_R = may_R & (torch.rand(len(id_RD), device=id_RD.device) < share)
+        dropped_R = draw(partial(torch.rand, device=id_RD.device)) < share
+        if may_R is not None:
+            dropped_R &= may_R
         return id_RD.masked_fill(dropped_R.unsqueeze(1), 0.0)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from foretaste.data.plans import Plan
 from foretaste.errors import ConfigError, NonFiniteError
 from foretaste.models.layers.table import Dense
+from foretaste.training import processes
 from foretaste.training.checkpoint import (
     CHECKPOINT,
     StepLog,
@@ -174,9 +175,8 @@ class Fit(Generic[Network, Batch]):
         self.progress = Progress(precision="" if measured else config.precision)
         self.average = copy.deepcopy(model) if config.average_decay else None
         self.best_weights: dict[str, Tensor] = {}
-        self.parameters = list(model.parameters())
-        if isinstance(objective, nn.Module):
-            self.parameters += list(objective.parameters())
+        self.of_objective = list(objective.parameters()) if isinstance(objective, nn.Module) else []
+        self.parameters = [*model.parameters(), *self.of_objective]
         refuse_at_rest(model)
         tables = [module for module in model.modules() if isinstance(module, Dense)]
         self.optimizer = make_optimizer(self.parameters, config, tables=tables)
@@ -206,9 +206,11 @@ class Fit(Generic[Network, Batch]):
         """
         if resume:
             self._restore()
-        elif self.folder is not None:
+        elif self.folder is not None and processes.is_first():
             forget_checkpoint(self.folder)
-        with StepLog(self.folder, self.progress.step) as log:
+        processes.check_same(self._facts() | {"step": self.progress.step})
+        logged_in = self.folder if processes.is_first() else None
+        with StepLog(logged_in, self.progress.step) as log:
             while not self.progress.done:
                 self._epoch(log, on_epoch, on_step, max_seconds)
         if self.best_weights:
@@ -301,7 +303,9 @@ class Fit(Generic[Network, Batch]):
             progress.done = self._out_of_time(max_seconds)
 
     def _out_of_time(self, max_seconds: float | None) -> str:
-        if max_seconds is None or self.progress.seconds < max_seconds:
+        if max_seconds is None:
+            return ""
+        if not processes.by_first(lambda: self.progress.seconds >= max_seconds):
             return ""
         return f"{OUT_OF_TIME}: stopped after {self.progress.seconds:.1f} s"
 
@@ -312,11 +316,12 @@ class Fit(Generic[Network, Batch]):
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
-        with self._autocast(progress.precision):
+        with self._autocast(progress.precision), processes.dealt(batch):
             loss = self.objective(self.model, batch.to(self.device), generator)
         value = loss.item()
         if math.isfinite(value):
             self.scaler.scale(loss).backward()
+            processes.add_gradients(list(self.model.parameters()), shared=self.of_objective)
             self.scaler.unscale_(self.optimizer)
             found = gradients(self.parameters)
             norm = nn.utils.get_total_norm(found)
@@ -353,7 +358,7 @@ class Fit(Generic[Network, Batch]):
         for precision in ("fp32", "bf16") * (1 + _TRIALS):  # the first two are slower
             generator = step_generator(self.seed, self.progress.epoch, self.progress.batch)
             started = time.perf_counter()
-            with self._autocast(precision):
+            with self._autocast(precision), processes.dealt(batch):
                 loss = self.objective(self.model, batch.to(self.device), generator)
             loss.backward()
             loss.item()  # waits for a GPU
@@ -362,7 +367,7 @@ class Fit(Generic[Network, Batch]):
         for buffer, kept in buffers:
             buffer.copy_(kept)
         fp32, bf16 = (min(times[1:]) for times in seconds.values())
-        return "bf16" if bf16 <= _GAIN * fp32 else "fp32"
+        return "bf16" if processes.by_first(lambda: bf16 <= _GAIN * fp32) else "fp32"
 
     def _validate(self, steps_per_epoch: int) -> float | None:
         progress, config = self.progress, self.config
@@ -371,7 +376,8 @@ class Fit(Generic[Network, Batch]):
         if self.validate is None or (number % self.validate_every and not is_last):
             return None
         judged = self._judged()
-        value = self.validate(judged)
+        validate = self.validate
+        value = processes.by_first(lambda: validate(judged))
         if value > progress.best:
             progress.best, progress.best_epoch = value, number
             self.best_weights = {
@@ -416,7 +422,7 @@ class Fit(Generic[Network, Batch]):
         return self.average.eval()
 
     def _checkpoint(self) -> None:
-        if self.folder is None:
+        if self.folder is None or not processes.is_first():
             return
         step, optimizer = self.progress.step, self.optimizer.state_dict()["state"]
         parts: dict[str, Mapping[str, Tensor]] = {
@@ -434,12 +440,15 @@ class Fit(Generic[Network, Batch]):
         facts = {
             "progress": asdict(self.progress),
             "scaler": self.scaler.state_dict(),
-            "settings": self.config.model_dump(mode="json"),
-            "seed": self.seed,
-            "data": self.data,
+            **self._facts(),
         }
         kept = {name: tensors for name, tensors in parts.items() if tensors}
         write_checkpoint(self.folder / CHECKPOINT, kept, facts)
+
+    def _facts(self) -> dict[str, Any]:
+        """Return what decides a run."""
+        settings = self.config.model_dump(mode="json")
+        return {"settings": settings, "seed": self.seed, "data": self.data}
 
     def _objective_state(self) -> Mapping[str, Tensor]:
         return self.objective.state_dict() if isinstance(self.objective, nn.Module) else {}

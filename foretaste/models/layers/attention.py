@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor, nn
 
+from foretaste.data.draws import draw_for_rows
 from foretaste.errors import ConfigError
 
 
@@ -108,7 +109,9 @@ class Dropout(nn.Module):
             return x
         if x.device.type != "cpu":
             return nn.functional.dropout(x, self.levels / _LEVELS)
-        kept = random_bytes(x.shape).ge_(self.levels)  # in bytes: bools become floats slowly
+        kept = draw_for_rows(x.shape, random_bytes).ge_(
+            self.levels
+        )  # in bytes: bools become floats slowly
         return x * kept.to(x.dtype).mul_(_LEVELS / (_LEVELS - self.levels))
 
 

@@ -130,6 +130,8 @@ class PairMLP(nn.Module):
 class RowNorm(nn.Module):
     """Batch normalisation over all rows, however they are laid out."""
 
+    needs_whole_batch = ("model.batch_norm", True)
+
     def __init__(self, width: int) -> None:
         super().__init__()
         self.norm = nn.BatchNorm1d(width)
@@ -156,6 +158,7 @@ class Dice(nn.Module):
         https://arxiv.org/abs/1706.06978
     """
 
+    needs_whole_batch = ("model.activation", "dice")
     mean_O: Tensor
     var_O: Tensor
 

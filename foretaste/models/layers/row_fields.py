@@ -9,6 +9,7 @@ each, R new items, M events of histories, Q fields of a query, G fields of an it
 field.
 """
 
+from functools import partial
 from typing import NamedTuple, final
 
 import numpy as np
@@ -17,6 +18,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from foretaste.data.batch import Queries
+from foretaste.data.draws import draw_for_rows
 from foretaste.data.features import Features, FieldTable
 from foretaste.data.interactions import Interactions
 from foretaste.errors import ConfigError
@@ -266,7 +268,8 @@ class RowFields(nn.Module):
         return self.training and self.config.id_dropout > 0 and side.has_id and side.has_features
 
     def _drawn(self, row_X: Int64[Tensor, "*X"]) -> Bool[Tensor, "*X"]:
-        return torch.rand(row_X.shape, device=row_X.device) < self.config.id_dropout
+        draw = partial(torch.rand, device=row_X.device)
+        return draw_for_rows(row_X.shape, draw) < self.config.id_dropout
 
     def _look_up_items(self, item_ACS: Tensor, history_MS: Tensor) -> tuple[Tensor, Tensor]:
         """Look up the items that are judged, and those of histories, in one pass."""

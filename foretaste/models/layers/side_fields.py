@@ -86,6 +86,8 @@ class UsedRowsL2(nn.Module):
     def __init__(self, l2: float, of: L2Of) -> None:
         super().__init__()
         self.weight, self.of = l2, of
+        counts_rows_once = l2 and of == "mini_batch_aware"
+        self.needs_whole_batch = ("model.l2_of" if counts_rows_once else "", of)
         self.register_buffer("times_V", torch.zeros(0), persistent=False)
 
     def count(

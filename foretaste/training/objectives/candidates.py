@@ -4,12 +4,12 @@ A row is a query with its observed item: a user of a pair, or a place in a histo
 come from up to three sources: items drawn once for the whole batch, the batch's other positives,
 and items drawn for the row alone. Any of them goes with any loss.
 
-Shape legend: N rows, M shared candidates, H own candidates, V distinct items, D width, I items,
-P pairs.
+Shape legend: N rows, M shared candidates, H own candidates, V distinct items, X those of them that
+this process works out, D width, I items, P pairs.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, final
 
@@ -41,6 +41,7 @@ from foretaste.sampling.samplers import (
     StreamedFrequency,
     UniformSampler,
 )
+from foretaste.training import processes
 
 Loss = Literal["softmax", "sampled_softmax", "bce", "gbce", "bpr", "margin"]
 
@@ -111,6 +112,25 @@ class Candidates:
         """Return them on a device."""
         return Candidates(**{name: tensor.to(device) for name, tensor in vars(self).items()})
 
+    @property
+    def own_item_X(self) -> Int64[Tensor, " X"]:
+        """Those of `item_V` whose vectors this process works out; alone, all of them."""
+        return self.item_V[processes.share().of(len(self.item_V))]
+
+    def of_rows(self, rows: slice) -> "Candidates":
+        """Return those of some of the rows; items and shared candidates stay as they are."""
+        if rows == slice(0, len(self.target_N)):
+            return self
+        row_P = self.hidden_2P[0]
+        hidden_2P = self.hidden_2P[:, (row_P >= rows.start) & (row_P < rows.stop)]
+        return replace(
+            self,
+            target_N=self.target_N[rows],
+            own_NH=self.own_NH[rows],
+            hidden_2P=hidden_2P - hidden_2P.new_tensor([[rows.start], [0]]),
+            log_count_NH=self.log_count_NH[rows],
+        )
+
 
 @final
 class CandidateLoss(nn.Module):
@@ -151,7 +171,7 @@ class CandidateLoss(nn.Module):
         *,
         generator: torch.Generator | None = None,
     ) -> Candidates:
-        """Draw what rows are compared with.
+        """Draw what rows are compared with: of several processes, for all rows in each of them.
 
         Args:
             user_N: user_idx of each row.
@@ -164,6 +184,10 @@ class CandidateLoss(nn.Module):
             TooLargeError: The rows' own negatives would not fit in memory.
         """
         config, device = self.config, target_N.device
+        if hard_NH is None or config.loss == "softmax":
+            hard_NH = target_N.new_empty(len(target_N), 0)
+        (user_N, target_N, hard_NH), own = processes.all_rows(user_N, target_N, hard_NH)
+        processes.same_draws(generator or torch.default_generator)
         num = self.num_known if config.loss == "softmax" else config.negatives
         drawn = self.shared.draw(num, device=device, generator=generator)
         item_M, chances = drawn.item_M, [drawn.chance]
@@ -176,8 +200,7 @@ class CandidateLoss(nn.Module):
             if self.own is not None:
                 own_NH = self._draw_own(user_N, target_N, generator or torch.default_generator)
         num_drawn = own_NH.shape[1]
-        if hard_NH is not None and config.loss != "softmax":
-            own_NH = torch.cat([own_NH, hard_NH], dim=1)
+        own_NH = torch.cat([own_NH, hard_NH], dim=1)
         named = torch.cat([target_N, item_M, own_NH.flatten()])
         item_V, place = named.unique(return_inverse=True)
         log_count_NH = self._count(own_NH, chances, num_drawn).log()
@@ -190,15 +213,16 @@ class CandidateLoss(nn.Module):
             hidden_2P=self._hidden(user_N, target_N, item_M, own_NH),
             log_count_M=self._count(item_M, chances, num_drawn).log(),
             log_count_NH=log_count_NH,
-        )
+        ).of_rows(own)
 
     def forward(
         self,
         candidates: Candidates,
         query_ND: Float[Tensor, "N D"],
-        item_VD: Float[Tensor, "V D"],
+        item_XD: Float[Tensor, "X D"],
     ) -> Float[Tensor, ""]:
-        """Return the mean loss over rows, given the vectors of `candidates.item_V`."""
+        """Return the mean loss over all rows, given the vectors of `candidates.own_item_X`."""
+        item_VD = processes.joined_vectors(item_XD, len(candidates.item_V))
         corrected = self.config.loss == "sampled_softmax" and self.config.log_q
         has_own = candidates.own_NH.shape[1] > 0
         self._check_own(len(query_ND), bytes_each=12 * query_ND.shape[1])
@@ -212,7 +236,7 @@ class CandidateLoss(nn.Module):
             own_NHD=F.embedding(candidates.own_NH, item_VD) if has_own else None,
             own_offset_NH=-candidates.log_count_NH if corrected and has_own else None,
         )
-        return loss / len(query_ND)
+        return processes.mean_of_all(loss, len(query_ND))
 
     def _check_own(self, num_rows: int, *, bytes_each: int) -> None:
         num = self.config.row_negatives

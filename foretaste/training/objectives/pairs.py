@@ -17,6 +17,7 @@ from foretaste.data.batch import PairBatch, Prepared
 from foretaste.data.interactions import Interactions
 from foretaste.errors import ConfigError
 from foretaste.models.base import PairVectors, Retriever
+from foretaste.training import processes
 from foretaste.training.objectives.candidates import (
     CandidateConfig,
     CandidateLoss,
@@ -138,7 +139,7 @@ class Pairs(nn.Module):
         return DrawnPairs(
             batch=batch,
             candidates=candidates,
-            prepared=model.prepare(batch.queries, candidates.item_V),
+            prepared=model.prepare(batch.queries, candidates.own_item_X),
             generator_state=generator.get_state(),
         )
 
@@ -159,7 +160,7 @@ class Pairs(nn.Module):
             candidates, queries, prepared = batch.candidates, batch.batch.queries, batch.prepared
             generator.set_state(batch.generator_state)
         ahead = () if prepared is None else (prepared,)
-        vectors: PairVectors = model(queries, candidates.item_V, *ahead)
+        vectors: PairVectors = model(queries, candidates.own_item_X, *ahead)
         loss: Tensor = self.loss(candidates, vectors.query_BD, vectors.item_VD)
         if self.config.l2:
             squares = [_half_square(base_RD) for base_RD in vectors.base]
@@ -178,7 +179,7 @@ class Pairs(nn.Module):
 
 
 def _half_square(base_RD: Tensor) -> Tensor:
-    return base_RD.square().sum() / (2 * len(base_RD))
+    return processes.mean_of_all(base_RD.square().sum() / 2, len(base_RD))
 
 
 def _agreement(one_RD: Tensor, other_RD: Tensor, temperature: float) -> Float[Tensor, ""]:

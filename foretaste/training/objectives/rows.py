@@ -18,6 +18,7 @@ from foretaste.data.batch import RowBatch
 from foretaste.data.tasks import LabelScale, Task
 from foretaste.losses.multitask import listwise_loss, task_loss, uncertain_terms
 from foretaste.models.base import Ranker
+from foretaste.training import processes
 
 USUAL_NEGATIVES = 4
 """Drawn for each row where the data hold only what happened, as He et al. 2017 do."""
@@ -96,9 +97,10 @@ class LabelledRows(nn.Module):
             loss = self._of_labels(outputs, batch.label_BCT)
         else:
             hidden_BC = batch.label_BCT[:, :, 0].isnan()
-            loss = listwise_loss(outputs[self.tasks[0].name] + batch.first_BC, hidden_BC)
+            logit_BC = outputs[self.tasks[0].name] + batch.first_BC
+            loss = _mean_of_all(listwise_loss(logit_BC, hidden_BC), logit_BC)
         penalty = model.penalty(batch.queries, batch.item_BC)
-        return loss if penalty is None else loss + penalty
+        return loss if penalty is None else loss + _mean_of_all(penalty, batch.item_BC)
 
     def _check_judged(self, model: Ranker, batch: RowBatch) -> None:
         """Count what the layers make of each item: values, their gradient, and what ReLU keeps."""
@@ -130,16 +132,19 @@ class LabelledRows(nn.Module):
         self, outputs: Mapping[str, Tensor], label_BCT: Float[Tensor, "B C T"]
     ) -> dict[str, Float[Tensor, ""]]:
         """Return each task's mean loss, without those that no row has a label for."""
-        found = {}
+        summed, nums = [], []
         for place, task in enumerate(self.tasks):
-            label_BC = label_BCT[:, :, place]
+            label_BC, output = label_BCT[:, :, place], outputs[task.name].float()
             labelled_BC = ~label_BC.isnan()
-            if labelled_BC.any():
-                output = outputs[task.name][labelled_BC].float()
-                found[task.name] = task_loss(
-                    task, output, label_BC[labelled_BC], self.scales[task.name]
-                )
-        return found
+            nums.append(int(labelled_BC.sum()))
+            if nums[-1]:
+                label_N, scale = label_BC[labelled_BC], self.scales[task.name]
+                summed.append(nums[-1] * task_loss(task, output[labelled_BC], label_N, scale))
+            else:
+                summed.append(output.sum() * 0.0)
+        means, totals = processes.means_of_all(torch.stack(summed), nums)
+        found = zip(self.tasks, means, totals, strict=True)
+        return {task.name: mean for task, mean, total in found if total}
 
     def sigmas(self) -> dict[str, float]:
         """Return each task's learned sigma; empty where the weights are fixed."""
@@ -147,3 +152,12 @@ class LabelledRows(nn.Module):
             return {}
         sigmas = self.log_sigma_T.detach().exp().tolist()
         return {task.name: sigma for task, sigma in zip(self.tasks, sigmas, strict=True)}
+
+
+def _mean_of_all(mean: Tensor, row_BC: Tensor) -> Float[Tensor, ""]:
+    """Return the mean over the rows of all processes, given that over one's own, if there are any.
+
+    Without any it is NaN, and its sum is 0.
+    """
+    num = len(row_BC)
+    return processes.mean_of_all(num * mean if num else row_BC.sum().to(mean) * 0.0, num)

@@ -1,7 +1,7 @@
 """Learn from histories: predict each event from those before it, or hide some and fill the gaps.
 
 Shape legend: B rows, L positions, T hidden places of a row, N events of the batch or hidden places,
-V distinct items, D width.
+X distinct items, D width.
 """
 
 from typing import Literal, final
@@ -15,6 +15,7 @@ from foretaste.data.batch import SequenceBatch
 from foretaste.data.interactions import Interactions
 from foretaste.data.plans import Windows
 from foretaste.models.base import Retriever
+from foretaste.training import processes
 from foretaste.training.objectives.candidates import CandidateConfig, CandidateLoss
 
 
@@ -52,8 +53,8 @@ class NextItem(nn.Module):
         state_BLD: Tensor = model(batch)
         user_N = batch.user_B.unsqueeze(1).expand_as(batch.item_BL)[batch.valid_BL]
         candidates = self.loss.draw(user_N, batch.item_BL[batch.valid_BL], generator=generator)
-        item_VD = model.items(candidates.item_V)
-        loss: Tensor = self.loss(candidates, state_BLD[:, :-1][batch.valid_BL], item_VD)
+        item_XD = model.items(candidates.own_item_X)
+        loss: Tensor = self.loss(candidates, state_BLD[:, :-1][batch.valid_BL], item_XD)
         return loss
 
 
@@ -92,18 +93,20 @@ class MaskedItem(nn.Module):
         self, model: Retriever, batch: SequenceBatch, generator: torch.Generator | None = None
     ) -> Float[Tensor, ""]:
         """Return the loss; what is drawn is drawn from `generator`, None: torch's own."""
+        (length_B,), own = processes.all_rows(batch.valid_BL.sum(dim=1))
         place_BT, real_BT = draw_places(
-            batch.valid_BL.sum(dim=1),
+            length_B,
             mask_ratio=self.config.mask_ratio,
             last_share=self.config.last_share,
             generator=generator,
         )
+        place_BT, real_BT = place_BT[own], real_BT[own]
         state_BTD: Tensor = model(batch, place_BT)
         target_N = batch.item_BL.gather(1, place_BT)[real_BT]
         user_N = batch.user_B.unsqueeze(1).expand_as(place_BT)[real_BT]
         candidates = self.loss.draw(user_N, target_N, generator=generator)
-        item_VD = model.items(candidates.item_V)
-        loss: Tensor = self.loss(candidates, state_BTD[real_BT], item_VD)
+        item_XD = model.items(candidates.own_item_X)
+        loss: Tensor = self.loss(candidates, state_BTD[real_BT], item_XD)
         return loss
 
 

@@ -1,0 +1,123 @@
+"""Seeds of parts of a run, and draws that are the same for any number of processes.
+
+What is drawn for the rows of a batch is drawn for all of it, from a seed and its number, before it
+is divided among processes, so that several of them learn from the same batches as one.
+
+Shape legend: S keys of this process, T of all processes.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Int64, Shaped
+from torch import Tensor
+
+from foretaste.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Share:
+    """The part of every batch that one of several processes reads."""
+
+    rank: int = 0
+    """Number of the process, in [0, world)."""
+    world: int = 1
+    """How many processes there are."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.world:
+            raise ConfigError(
+                f"rank is {self.rank} of {self.world} processes: ranks are counted from 0",
+                name="rank",
+                value=self.rank,
+            )
+
+    def of(self, num: int) -> slice:
+        """Return this process's rows of a batch of `num`; rank after rank they are the batch.
+
+        Shares differ by one row at most; one may be empty where there are more processes than rows.
+        """
+        return slice(num * self.rank // self.world, num * (self.rank + 1) // self.world)
+
+
+WHOLE = Share()
+
+
+class Part(NamedTuple):
+    """Which rows of a step's batch one of several processes has."""
+
+    first: int
+    last: int
+    """One more than its last row."""
+    total: int
+    """Of all processes together."""
+
+    @property
+    def rows(self) -> slice:
+        """The rows, counted in the whole batch."""
+        return slice(self.first, self.last)
+
+
+AllKeys = Callable[[Tensor], Tensor]
+"""From a process's distinct keys, rising, to those of all processes, rising."""
+_dealt: list[tuple[Part, AllKeys]] = []
+
+
+@contextmanager
+def only_part(part: Part, all_keys: AllKeys) -> Iterator[None]:
+    """Let draws know that the batches of this context are parts of larger ones."""
+    _dealt.append((part, all_keys))
+    try:
+        yield
+    finally:
+        _dealt.pop()
+
+
+def draw_for_rows(
+    shape: Sequence[int], draw: Callable[[torch.Size], Tensor]
+) -> Shaped[Tensor, "..."]:
+    """Draw numbers for the rows of a batch, so many for each: those of the whole batch are drawn.
+
+    So they are the same for any number of processes.
+
+    Args:
+        shape: What is wanted; the first size is a multiple of the batch's rows, or is that of
+            something else, for which it alone is drawn.
+        draw: Draws a tensor of a shape.
+    """
+    if not _dealt:
+        return draw(torch.Size(shape))
+    (part, _), (num, *others) = _dealt[-1], shape
+    num_own = part.last - part.first
+    each, rest = divmod(num, num_own) if num_own else (1, num)
+    if rest:
+        return draw(torch.Size(shape))
+    drawn = draw(torch.Size((part.total * each, *others)))
+    return drawn[part.first * each : part.last * each]
+
+
+def draw_for_keys(
+    key_S: Int64[Tensor, " S"], draw: Callable[[torch.Size], Tensor]
+) -> Shaped[Tensor, " S"]:
+    """Draw a number for each of a batch's distinct keys, rising, such as its items.
+
+    A key that several processes have gets the same number in each.
+    """
+    if not _dealt:
+        return draw(key_S.shape)
+    every_T = _dealt[-1][1](key_S)
+    return draw(every_T.shape)[torch.searchsorted(every_T, key_S)]
+
+
+def mixed(seed: int, number: int) -> int:
+    """Return the seed of one part, an unsigned 64-bit integer."""
+    return int(np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0])
+
+
+def torch_generator(seed: int, number: int) -> torch.Generator:
+    """Return what decides one part's draws."""
+    return torch.Generator().manual_seed(mixed(seed, number) % 2**63)

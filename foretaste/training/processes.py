@@ -1,0 +1,434 @@
+"""Several processes that train one model: the only file that knows how they talk to each other.
+
+Every process has the same weights, and its share of the rows of each batch. What a step draws is
+drawn for all rows, the same in every process, and each keeps its part. What a loss needs of all
+rows goes through the functions below, and gradients are added up after the backward pass. So a
+step is that of one process, but for the order of its sums. Where there is one process, they do
+nothing.
+
+Shape legend: N rows of this process, K numbers of each, V items of a batch, X those of them that
+this process works out, T means, D width.
+"""
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from datetime import timedelta
+from typing import Any, NamedTuple, TypeVar, final
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, distributed, nn
+
+from foretaste.data.draws import WHOLE, Part, Share, only_part
+from foretaste.errors import ConfigError, ForetasteError, ProcessError
+
+T = TypeVar("T")
+_STEP, _WAIT = timedelta(minutes=10), timedelta(days=1)
+"""How long a process waits for another in a step, and while the first one validates or reads."""
+_HANDLED = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")
+_LAST_WORDS = 15
+"""Seconds that the others get to end when one has failed."""
+
+
+class _Group(NamedTuple):
+    share: Share
+    patient: distributed.ProcessGroup
+
+
+_joined: list[_Group] = []
+
+
+def share() -> Share:
+    """Return which part of every batch this process has; the whole, if it is alone."""
+    return _joined[-1].share if _joined else WHOLE
+
+
+def is_first() -> bool:
+    """Return whether this process speaks, validates and writes for all; alone, it does."""
+    return share().rank == 0
+
+
+def was_started() -> bool:
+    """Return whether torchrun started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
+
+
+@final
+class Together:
+    """What one of several processes has to know; alone, it is the first."""
+
+    @property
+    def is_first(self) -> bool:
+        """Whether it speaks and writes for all."""
+        return is_first()
+
+    def first_goes(self, work: Callable[[], T]) -> T:
+        """Do some work in every process, in the first one before all others, such as a download."""
+        return first_goes(work)
+
+
+@contextmanager
+def joined_processes() -> Iterator[Together]:
+    """Train together with the processes that torchrun started beside this one, if it did so.
+
+    What is called in this context must be called in all of them, in the same order.
+
+    Raises:
+        ProcessError: The others did not come, or one of them has ended.
+    """
+    if not was_started() or _joined:
+        yield Together()
+        return
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    with _in_our_words():
+        distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=_STEP)
+        patient = distributed.new_group(backend="gloo", timeout=_WAIT)
+    own = Share(distributed.get_rank(), distributed.get_world_size())
+    _joined.append(_Group(own, patient))
+    try:
+        yield Together()
+        distributed.destroy_process_group()  # which may hang where another process has ended
+    except ForetasteError as error:
+        if own.rank:
+            error.args = (f"process {own.rank}: {error}",)
+        raise
+    finally:
+        _joined.pop()
+
+
+@contextmanager
+def _in_our_words() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise ProcessError(
+            "another process of this training has ended, or did not answer for "
+            f"{_STEP.seconds // 60} minutes: see what it said, and go on with --resume",
+            name="processes",
+        ) from error
+
+
+def first_goes(work: Callable[[], T]) -> T:
+    """Do some work in every process, in the first one before all others, such as a download."""
+    if not _joined:
+        return work()
+    if is_first():
+        result = work()
+    _wait()
+    return result if is_first() else work()
+
+
+def _wait() -> None:
+    with _in_our_words():
+        distributed.all_reduce(torch.zeros(()), group=_joined[-1].patient)
+
+
+def by_first(work: Callable[[], float | bool]) -> float:
+    """Let the first process work out a number for all; the others wait."""
+    if not _joined:
+        return float(work())
+    value = torch.tensor(work() if is_first() else 0.0, dtype=torch.float64)
+    with _in_our_words():
+        distributed.broadcast(value, 0, group=_joined[-1].patient)
+    return float(value)
+
+
+def check_same(facts: Mapping[str, object]) -> None:
+    """Refuse to train where one process has other data or settings than the first.
+
+    Raises:
+        ConfigError: The fact of this name differs.
+    """
+    if not _joined:
+        return
+    found: list[Any] = [None] * share().world
+    with _in_our_words():
+        distributed.all_gather_object(found, dict(facts))
+    for rank, other in enumerate(found):
+        for name, value in found[0].items():
+            if other[name] != value:
+                raise ConfigError(
+                    f"process {rank} has {name} {other[name]!r}, and process 0 has {value!r}: "
+                    "start all with the same recipe and the same data",
+                    name=name,
+                    value=other[name],
+                )
+
+
+def dealt(batch: Sized) -> AbstractContextManager[None]:
+    """Let draws for rows know which part of a step's batch this process has."""
+    if not _joined:
+        return nullcontext()
+    return only_part(_part(_sizes(len(batch))), lambda key_S: all_rows(key_S)[0][0].unique())
+
+
+def _part(sizes: list[int]) -> Part:
+    first = sum(sizes[: share().rank])
+    return Part(first, first + sizes[share().rank], sum(sizes))
+
+
+def _sizes(num_rows: int) -> list[int]:
+    size = torch.tensor([num_rows])
+    return [int(other) for other in _from_all(size)]
+
+
+def _from_all(same_shape: Tensor) -> list[Tensor]:
+    """Return each process's tensor, all of one shape."""
+    found = [torch.empty_like(same_shape) for _ in range(share().world)]
+    with _in_our_words():
+        distributed.all_gather(found, same_shape)
+    return found
+
+
+def all_rows(
+    rows_N: Int64[Tensor, " N"], *others: Int64[Tensor, "..."]
+) -> tuple[tuple[Tensor, ...], slice]:
+    """Return the rows of all processes, one process after the other, and which are one's own."""
+    if not _joined:
+        return (rows_N, *others), slice(0, len(rows_N))
+    columns = [rows.unsqueeze(1) if rows.ndim == 1 else rows for rows in (rows_N, *others)]
+    sizes = _sizes(len(rows_N))
+    whole_NK = torch.cat(_gathered(torch.cat(columns, dim=1), sizes))
+    parts = whole_NK.split([column.shape[1] for column in columns], dim=1)
+    shaped = tuple(
+        part.reshape(len(whole_NK), *rows.shape[1:]).contiguous()
+        for part, rows in zip(parts, (rows_N, *others), strict=True)
+    )
+    return shaped, _part(sizes).rows
+
+
+def _gathered(rows_NK: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    """Gather the rows of all processes, of which each has its own number."""
+    padded = rows_NK.new_zeros(max(sizes), rows_NK.shape[1])
+    padded[: len(rows_NK)] = rows_NK
+    found = _from_all(padded)
+    return [rows[:size] for rows, size in zip(found, sizes, strict=True)]
+
+
+def same_draws(generator: torch.Generator) -> None:
+    """Give a generator the state of the first process's, so that all draw the same."""
+    if _joined:
+        state = generator.get_state()
+        with _in_our_words():
+            distributed.broadcast(state, 0)
+        generator.set_state(state)
+
+
+def joined_vectors(vector_XD: Float[Tensor, "X D"], num: int) -> Float[Tensor, "V D"]:
+    """Put together the vectors of `num` items of which each process worked out its share."""
+    if not _joined:
+        return vector_XD
+    joined_VD: Tensor = _Joined.apply(vector_XD, num)  # type: ignore[no-untyped-call]  # torch
+    return joined_VD
+
+
+@final
+class _Joined(torch.autograd.Function):
+    """The parts of all processes; each part's gradient is the sum over processes."""
+
+    @staticmethod
+    def forward(
+        context: Any,  # torch's own, without a public type
+        part_XD: Tensor,
+        num: int,
+    ) -> Tensor:
+        context.own = share().of(num)
+        slices = [Share(rank, share().world).of(num) for rank in range(share().world)]
+        return torch.cat(_gathered(part_XD, [each.stop - each.start for each in slices]))
+
+    @staticmethod
+    def backward(context: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        grad_VD = grad_outputs[0].contiguous().clone()
+        _add(grad_VD)
+        return grad_VD[context.own], None
+
+
+def mean_of_all(summed: Float[Tensor, ""], num: int) -> Float[Tensor, ""]:
+    """Return the mean over the rows of all processes, given the sum over one's own rows."""
+    return means_of_all(summed.unsqueeze(0), [num])[0][0]
+
+
+def means_of_all(
+    summed_T: Float[Tensor, " T"], num_T: Sequence[int]
+) -> tuple[Float[Tensor, " T"], list[int]]:
+    """Return means over the rows of all processes, and how many these are.
+
+    Each process learns from its own rows alone: their gradients are added up afterwards.
+
+    Args:
+        summed_T: Sums over one's own rows.
+        num_T: How many these are.
+    """
+    total_T = list(num_T)
+    if _joined:
+        both_2T = torch.stack([summed_T.double(), summed_T.new_tensor(total_T).double()])
+        both_2T = _Total.apply(both_2T)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        summed_T, total_T = both_2T[0].to(summed_T.dtype), [int(num) for num in both_2T[1]]
+    return summed_T / summed_T.new_tensor([max(1, num) for num in total_T]), total_T
+
+
+@final
+class _Total(torch.autograd.Function):
+    """The sum over processes, each of which makes the same of it: the gradient is handed on."""
+
+    @staticmethod
+    def forward(
+        context: Any,  # torch's own, without a public type
+        value: Tensor,
+    ) -> Tensor:
+        total = value.clone()
+        _add(total)
+        return total
+
+    @staticmethod
+    def backward(context: Any, *grad_outputs: Tensor) -> Tensor:
+        return grad_outputs[0]
+
+
+def _add(values: Tensor, *, most: bool = False) -> None:
+    operation = distributed.ReduceOp.MAX if most else distributed.ReduceOp.SUM
+    with _in_our_words():
+        distributed.all_reduce(values, operation)
+
+
+_NONE, _DENSE, _ROWS = 0, 1, 2
+
+
+@torch.no_grad()
+def add_gradients(
+    parameters: Sequence[nn.Parameter], *, shared: Iterable[nn.Parameter] = ()
+) -> None:
+    """Add up the gradients of all processes.
+
+    Args:
+        parameters: Of the model, each learned from the own rows of a process.
+        shared: Those of the loss, of which every process has the whole gradient already.
+    """
+    if not _joined:
+        return
+    for parameter in shared:
+        if parameter.grad is not None:
+            parameter.grad /= share().world
+    every = [*parameters, *shared]
+    kinds = torch.tensor([_kind(parameter) for parameter in every])
+    _add(kinds, most=True)
+    by_rows = [p for p, kind in zip(every, kinds.tolist(), strict=True) if kind == _ROWS]
+    dense = [p for p, kind in zip(every, kinds.tolist(), strict=True) if kind == _DENSE]
+    for parameter in by_rows:
+        parameter.grad = _rows_of_all(parameter)
+    if dense:
+        flat = torch.cat([_dense(parameter).flatten() for parameter in dense])
+        _add(flat)
+        parts = flat.split([parameter.numel() for parameter in dense])
+        for parameter, part in zip(dense, parts, strict=True):
+            parameter.grad = part.view_as(parameter)
+
+
+def _kind(parameter: nn.Parameter) -> int:
+    if parameter.grad is None:
+        return _NONE
+    return _ROWS if parameter.grad.is_sparse else _DENSE
+
+
+def _dense(parameter: nn.Parameter) -> Tensor:
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+
+
+def _rows_of_all(parameter: nn.Parameter) -> Tensor:
+    """Return the gradient of the rows that any process has read."""
+    grad = _dense(parameter)
+    grad = (grad if grad.is_sparse else grad.to_sparse(1)).coalesce()
+    sizes = _sizes(len(grad.values()))
+    row_N = torch.cat(_gathered(grad.indices().T.contiguous(), sizes)).squeeze(1)
+    grad_ND = torch.cat(_gathered(grad.values(), sizes))
+    return torch.sparse_coo_tensor(
+        row_N.unsqueeze(0), grad_ND, parameter.shape, check_invariants=False
+    )
+
+
+def start_processes(num: int, command: Sequence[str]) -> int:
+    """Start Python so many times on this machine, by torchrun's own engine, and wait.
+
+    Args:
+        num: How many processes.
+        command: What follows `python`, such as the path of a script.
+
+    Returns:
+        The number of the signal that stopped them, 0 where none did.
+
+    Raises:
+        ConfigError: There are fewer cores, or torchrun has started this process already.
+        ProcessError: One of them failed; the message and `value` name it.
+    """
+    from torch.distributed.elastic.multiprocessing import SignalException  # noqa: PLC0415
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError  # noqa: PLC0415
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch  # noqa: PLC0415
+
+    if was_started():
+        raise ConfigError(
+            "torchrun has started several processes already: leave out --processes",
+            name="processes",
+            value=num,
+        )
+    cores = os.cpu_count() or 1
+    if num > cores:
+        raise ConfigError(
+            f"{num} processes on a machine of {cores} cores: ask for {cores} at most",
+            name="processes",
+            value=num,
+        )
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // num)))
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=num,
+        run_id=f"foretaste-{os.getpid()}",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        shutdown_timeout=_LAST_WORDS,
+    )
+    try:
+        with _own_handlers():
+            elastic_launch(config, sys.executable)(*command)
+    except ChildFailedError as error:
+        failures = error.failures
+        rank = min(failures, key=lambda r: (_followed(failures[r].exitcode), failures[r].timestamp))
+        raise ProcessError(
+            f"process {rank} of {num} ended with {_ended(failures[rank].exitcode)}, and so did "
+            "this training: see what it said above, and go on with --resume",
+            name="processes",
+            value=rank,
+        ) from error
+    except SignalException as stop:
+        return int(stop.sigval)
+    return 0
+
+
+@contextmanager
+def _own_handlers() -> Iterator[None]:
+    """Put back what handles signals in this process, which torch leaves changed."""
+    numbers = [getattr(signal, name) for name in _HANDLED if hasattr(signal, name)]
+    before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        yield
+    finally:
+        with suppress(ValueError):  # signals are handled in the main thread alone
+            for number, handler in before.items():
+                signal.signal(number, handler or signal.SIG_DFL)
+
+
+def _followed(code: int) -> bool:
+    """Return whether a process ended because another one had."""
+    return code in (ProcessError.followed, 128 + signal.SIGTERM, -signal.SIGTERM)
+
+
+def _ended(code: int) -> str:
+    return f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
