@@ -9,9 +9,9 @@ import polars as pl
 import pytest
 
 import foretaste as ft
+from foretaste.data.conditions import counted_as_positive, only_where
 from foretaste.data.interactions import Interactions
 from foretaste.data.merging import concatenate
-from foretaste.data.read_config import counted_as_positive, only_where
 from foretaste.experiment.recipe import read_experiment
 
 LOG = pl.DataFrame(

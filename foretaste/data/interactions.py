@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import polars as pl
@@ -15,6 +15,7 @@ from jaxtyping import Bool, Int32, Int64, Integer, Shaped
 from foretaste.arguments import checked, checked_class
 from foretaste.data.arrays import check_rows, count_before, pick
 from foretaste.data.columns import kept
+from foretaste.data.read_config import Duplicates
 from foretaste.data.vocabulary import Vocabulary, text_buffers
 from foretaste.errors import DataError
 from foretaste.later import later
@@ -223,7 +224,6 @@ def _parts(column: pl.Series) -> Iterator[bytes]:
 
 loops = later("foretaste.data.loops")
 
-Duplicates = Literal["keep", "first", "last"]
 _T = TypeVar("_T")
 _PARTS = min(8, os.cpu_count() or 1)
 

@@ -14,8 +14,8 @@ from jaxtyping import Int32, Int64, Shaped
 
 from foretaste.arguments import settings_as_arguments
 from foretaste.data.columns import canonical_ids, canonical_numbers, kept
+from foretaste.data.conditions import check_some, columns_in, left_out, positive_note, rows_where
 from foretaste.data.interactions import (
-    Duplicates,
     Interactions,
     Sorting,
     compile_loops,
@@ -24,15 +24,7 @@ from foretaste.data.interactions import (
     group_events,
     sort_by_time,
 )
-from foretaste.data.read_config import (
-    ReadConfig,
-    ReadTables,
-    check_some,
-    columns_in,
-    left_out,
-    positive_note,
-    rows_where,
-)
+from foretaste.data.read_config import Duplicates, ReadConfig, ReadTables
 from foretaste.data.side_tables import Side, aligned, alike, notes_about, read_side, with_links
 from foretaste.data.tables import Source, find_column, open_source
 from foretaste.data.times import Times, canonical_times

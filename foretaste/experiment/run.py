@@ -10,11 +10,12 @@ import numpy as np
 
 from foretaste.arguments import checked
 from foretaste.config import parse_settings
+from foretaste.data.conditions import counted_as_positive, only_where
 from foretaste.data.features_schema import FeatureSchema, TextField
 from foretaste.data.features_values import load_encoder
 from foretaste.data.folder import check_place
 from foretaste.data.interactions import Interactions
-from foretaste.data.read_config import WhichEvents, counted_as_positive, only_where
+from foretaste.data.read_config import WhichEvents
 from foretaste.data.reading import read_interactions
 from foretaste.data.rows import happened_split
 from foretaste.data.sources.load import get_dataset

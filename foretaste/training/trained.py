@@ -12,10 +12,10 @@ from torch import Tensor
 from foretaste.arguments import checked
 from foretaste.config import Config
 from foretaste.data.batch import Queries
+from foretaste.data.conditions import unread_labels
 from foretaste.data.features import Features, FieldSide
 from foretaste.data.interactions import Interactions
 from foretaste.data.merging import Translation
-from foretaste.data.read_config import unread_labels
 from foretaste.data.splits import LearnedFrom
 from foretaste.data.tasks import notes_about_histories, notes_about_labels
 from foretaste.errors import ConfigError, DataError, NonFiniteError
