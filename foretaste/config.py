@@ -297,7 +297,7 @@ def _said(problem: ErrorDetails, kind: type[BaseModel] | None) -> str:
             limits = {name: _plainly(limit) for name, limit in facts.items()}
             return "must be " + _WANTED[known].format(value=value, **limits)
         case _:
-            return f"{value} cannot stand here"
+            return f"{value} is not allowed here"
 
 
 def _plainly(limit: object) -> object:
@@ -336,7 +336,7 @@ def _is_wish(sentence: str) -> bool:
 def shown(value: object) -> str:
     """Return a value as it may stand in a message: short, and never another library's words."""
     if isinstance(value, int) and value.bit_length() > 10_000:  # Python does not print it
-        return "a number of thousands of digits"
+        return "a number with thousands of digits"
     if isinstance(value, str | int | float | bool | None):
         text = repr(value)
     elif isinstance(value, type):

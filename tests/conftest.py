@@ -1,9 +1,14 @@
 """What every test may lean on."""
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import jaxtyping
 import pytest
 import torch
+
+from foretaste.training.fit import Fit
 
 torch.set_num_threads(1)  # beside a busy neighbour, two threads stall at every parallel region
 
@@ -15,3 +20,20 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"real data sets are not at {folder}: their tests are left out")
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shapes_of_the_first_epoch() -> Iterator[None]:
+    """Check shapes in the first epoch of each training alone: later epochs have the same."""
+    epoch = Fit._epoch
+
+    def checked_at_first(run: Any, *args: Any) -> None:
+        jaxtyping.config.update("jaxtyping_disable", run.progress.epoch > 0)
+        try:
+            epoch(run, *args)
+        finally:
+            jaxtyping.config.update("jaxtyping_disable", value=False)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Fit, "_epoch", checked_at_first)
+        yield

@@ -8,7 +8,6 @@ import pytest
 import torch
 from implicit.cpu.als import AlternatingLeastSquares
 from scipy import sparse
-from serving_worlds import every_vector
 from threadpoolctl import threadpool_limits
 
 from foretaste.data.batch import Queries
@@ -16,6 +15,7 @@ from foretaste.data.interactions import Interactions
 from foretaste.data.vocabulary import Vocabulary
 from foretaste.models import baselines as als
 from foretaste.models.baselines import ImplicitALS, ImplicitALSConfig
+from tests.worlds import every_vector
 
 NUM_ITEMS = 50
 CONFIG = ImplicitALSConfig(factors=6, regularization=0.3, alpha=4.0, iterations=10)

@@ -148,7 +148,9 @@ def test_features_told_of_a_known_user_are_said_to_be_in_vain(
     _, recommender = served
     plain, told = (recommender.recommend("user-3", features=f) for f in (None, {"age": 60.0}))
     assert plain.rows == told.rows
-    why = "by its own" if recommender.trained.model.reads_profiles else "reads none of users"
+    why = (
+        "by its own features" if recommender.trained.model.reads_profiles else "reads none of users"
+    )
     assert "the features given had no influence: " in (said := " ".join(told.notes))
     assert why in said
 
@@ -218,7 +220,7 @@ def test_an_unseen_item_with_features(served: tuple[str, ft.Recommender]) -> Non
     name, recommender = served
     told = {"genres": ["Horror"], "length": 94.0}
     if name not in PLACES:
-        with pytest.raises(ft.DataError, match="its features say nothing that this model reads"):
+        with pytest.raises(ft.DataError, match="its features have no value that this model reads"):
             recommender.similar("film-new", k=4, features=told)
         return
     answer = recommender.similar("film-new", k=4, features=told)
@@ -241,10 +243,10 @@ def test_a_feature_that_does_not_exist_is_named(served: tuple[str, ft.Recommende
     if name in READS:
         with pytest.raises(ft.DataError, match="'age' cannot hold"):
             recommender.recommend(features={"age": [1, [2]]})
-        with pytest.raises(ft.DataError, match=r"'agee' is no feature of users.*mean 'age'"):
+        with pytest.raises(ft.DataError, match=r"'agee' is not a feature of users.*mean 'age'"):
             recommender.recommend("new", features={"agee": 20.0})
         with pytest.raises(ft.DataError, match="age"):
             recommender.recommend("new", features={"age": "twenty"})
     if name in PLACES:
-        with pytest.raises(ft.DataError, match="'genre' is no feature of items"):
+        with pytest.raises(ft.DataError, match="'genre' is not a feature of items"):
             recommender.similar("film-new", features={"genre": ["Drama"]})

@@ -17,8 +17,6 @@ import httpx
 import polars as pl
 import pytest
 import uvicorn
-from film_world import HOSTILE, is_space, write_film_bundle
-from serving_worlds import make_trained
 
 from foretaste.data.features_schema import schema_from_toml
 from foretaste.data.reading import read_interactions
@@ -38,6 +36,7 @@ from foretaste.serving.slot import ModelSlot, load_version
 from foretaste.serving.state import cause_of, open_live_events
 from foretaste.serving.versions import Versions
 from foretaste.training.settings import TrainingConfig
+from tests.worlds import HOSTILE, is_space, make_trained, write_film_bundle
 
 pytest_plugins = ["postgres_server"]
 
@@ -177,7 +176,7 @@ def test_rules_are_obeyed_and_a_short_list_says_so(films: Served) -> None:
     where = {"genres": {"contains": "Crime"}, "year": {"at_least": 2000, "at_most": 2005}}
     reply = films.recommend(user_id=1, k=20, rules={"where": where})
     assert sorted(ids(reply)) == ["121", "122", "123", "124", "125", "126"]
-    assert "20 were asked for, and 6 are all that may be answered" in reply["notes"]
+    assert "20 were asked for, and only 6 are allowed" in reply["notes"]
     capped = films.recommend(user_id=1, k=20, rules={"caps": {"genres": 2}})
     assert [is_space(item) for item in ids(capped)] == [True, True, False, False]
     mixed = {"diversity": {"by": ["genres"], "relevance": 0.1}, "where": where}
@@ -189,13 +188,13 @@ def test_rules_are_obeyed_and_a_short_list_says_so(films: Served) -> None:
     [
         ({"where": {"yeer": {"equals": 1}}}, "did you mean 'year'?"),
         ({"where": {"year": {"equals": "soon"}}}, "'year' holds numbers, and 'soon' is none"),
-        ({"where": {"year": {}}}, "rules.where.year: a condition says nothing"),
+        ({"where": {"year": {}}}, "rules.where.year: a condition is empty"),
         (
             {"where": {"year": {"at_lest": 3}}},
             "rules.where.year.at_lest: there is no such field; did you mean at_least?",
         ),
         ({"caps": {"genres": 0}}, "rules.caps.genres: must be at least 1"),
-        ({"diversity": {}}, "this model has no item vectors to be diverse by"),
+        ({"diversity": {}}, "this model has no item vectors for diversity"),
     ],
 )
 def test_rules_that_cannot_be_kept_are_refused(films: Served, rules: dict, says: str) -> None:
@@ -437,7 +436,7 @@ def test_events_that_training_has_since_taken_in_do_not_count_twice(films: Serve
         ({"user_id": 1, "item_id": 1, "timestamp": NOW_S * 1000}, "looks like milliseconds"),
         ({"user_id": 1, "item_id": 1, "timestamp": NOW_S + 100_000}, "more than a day after"),
         ({"user_id": 1, "item_id": ""}, "1 to 512 characters"),
-        ({"user_id": "a\0b", "item_id": 1}, "without NUL"),
+        ({"user_id": "a\0b", "item_id": 1}, "may not contain NUL"),
         (
             {"user_id": 1, "item_id": 1, "extra": 1},
             "extra: there is no such field; there are user_id, item_id",
@@ -585,7 +584,7 @@ def test_a_list_length_is_a_whole_number(films: Served) -> None:
     ("path", "says"),
     [
         ("/v1/users//recommendations", "user_id: an id has 1 to 512 characters, not 0"),
-        ("/v1/users/a%00b/recommendations", "user_id: an id is text without NUL"),
+        ("/v1/users/a%00b/recommendations", "user_id: an id may not contain NUL"),
         (f"/v1/users/{'x' * 513}/history", "user_id: an id has 1 to 512 characters, not 513"),
         ("/v1/items//similar", "item_id: an id has 1 to 512 characters, not 0"),
         ("/v1/items?limit=0", "limit: must be at least 1, not '0'"),
@@ -665,7 +664,7 @@ def test_what_is_no_json_is_refused_with_a_sentence(films: Served, body: bytes) 
 def test_a_wrong_path_is_refused_with_a_sentence(films: Served) -> None:
     reply = films.http.get("/v1/nothing")
     assert reply.status_code == 404
-    assert reply.json() == {"error": "there is no GET /v1/nothing: /docs lists what there is"}
+    assert reply.json() == {"error": "there is no GET /v1/nothing: /docs lists the routes"}
     assert films.http.delete("/v1/recommend").status_code == 405
     assert films.http.get("/web/../settings.py").status_code == 404
     assert films.http.get("/web/%2e%2e/settings.py").status_code == 404
@@ -744,7 +743,7 @@ def test_a_token_that_has_sent_too_much_waits(film_bundle: Path, tmp_path: Path)
         replies = [films.http.get("/v1/model", headers=headers) for _ in range(3)]
         assert [reply.status_code for reply in replies] == [200, 200, 429]
         assert 1 <= int(replies[2].headers["retry-after"]) <= 30
-        assert "slow has sent all" in replies[2].json()["error"]
+        assert "slow has used up its requests" in replies[2].json()["error"]
         headers = {"authorization": f"Bearer {other}"}
         assert films.http.get("/v1/model", headers=headers).status_code == 200
 
@@ -938,7 +937,7 @@ def test_a_fault_of_the_server_is_answered_as_json_with_its_cause_in_the_log(
     monkeypatch.setattr(films.service, "columns", fail)
     reply = films.http.get("/v1/columns")
     assert reply.status_code == 500
-    assert "its log says how" in reply.json()["error"]
+    assert "its log says why" in reply.json()["error"]
     assert reply.headers["x-content-type-options"] == "nosniff"
     (line,) = films.logged(1)
     assert (line["route"], line["status"]) == ("/v1/columns", 500)
@@ -980,7 +979,7 @@ def test_another_version_takes_over_and_a_broken_one_does_not(tmp_path: Path) ->
         weights.write_bytes(content)
         refused = films.http.post("/v1/model/reload")
         assert refused.status_code == 409
-        assert "the old version serves on" in refused.json()["error"]
+        assert "the old version keeps serving" in refused.json()["error"]
         assert films.recommend(user_id=1)["model_version"] == swapped["version"]
         text = films.http.get("/metrics").text
         assert 'foretaste_reloads_total{result="refused"} 1.0' in text

@@ -218,7 +218,7 @@ def told(**context: Callable[[np.ndarray], object]) -> Interactions:
 
 
 def test_a_context_that_knows_nothing_of_the_labels_raises_no_alarm() -> None:
-    # the minutes of what was not clicked are missing, but one label is no feature of another
+    # the minutes of what was not clicked are missing, but one label is not a feature of another
     assert "column_tells_label" not in whats(audit_events(told()))
 
 

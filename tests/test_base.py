@@ -27,7 +27,9 @@ from foretaste.training.objectives.pairs import PairsConfig
 from foretaste.training.objectives.rows import RowsConfig
 from foretaste.training.objectives.sequences import NextItemConfig
 from foretaste.training.trained import Trained
-from tests.test_contract import EVENTS, GROUP_SIZE, NUM_ITEMS, learn_next_item
+from tests.worlds import GROUP_SIZE, PLANTED_ITEMS, events_of, learn, planted_histories
+
+EVENTS = events_of(planted_histories(), num_items=PLANTED_ITEMS)
 
 
 class LastItem(Retriever):
@@ -38,8 +40,8 @@ class LastItem(Retriever):
 
     def __init__(self) -> None:
         super().__init__()
-        self.num_items = NUM_ITEMS
-        self.item_table = make_table(DenseConfig(), NUM_ITEMS, 16)
+        self.num_items = PLANTED_ITEMS
+        self.item_table = make_table(DenseConfig(), PLANTED_ITEMS, 16)
         self.next = nn.Linear(16, 16)
         self.start = nn.Parameter(torch.zeros(16))
         self.item_table.draw(std=0.1)
@@ -114,7 +116,7 @@ def test_what_a_model_cannot_do_is_refused_by_its_name() -> None:
 
 
 def test_two_stages_say_what_either_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    retriever, ranker = LastItem(), NCF(GMFConfig(), num_users=1, num_items=NUM_ITEMS)
+    retriever, ranker = LastItem(), NCF(GMFConfig(), num_users=1, num_items=PLANTED_ITEMS)
     both = TwoStage(retriever, ranker, num_candidates=3)
     assert (both.first_stage, both.second_stage) == (retriever, ranker)
     assert (ranker.first_stage, ranker.second_stage) == (ranker, ranker)
@@ -129,7 +131,7 @@ def test_two_stages_say_what_either_says(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_model_of_an_unknown_class_is_trained_and_answers_like_any_other() -> None:
     torch.manual_seed(0)
     model = LastItem()
-    learn_next_item(model, EVENTS, epochs=30)
+    learn(model, EVENTS, NextItemConfig(windows="all"), epochs=30, learning_rate=0.01)
     trained = Trained(config=Config(), model=model.eval(), events=EVENTS, seed=0)
     # the seven other items of the group of item 9; by chance, 7 of 39
     score_I = trained.score(Queries.of_histories([[30, 9]]))[0].index_fill(

@@ -9,7 +9,6 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from serving_worlds import every_vector
 from torch import Tensor, nn
 
 import foretaste as ft
@@ -31,6 +30,7 @@ from foretaste.training.objectives.sequences import (
 )
 from foretaste.training.runtime import epoch_generator
 from foretaste.training.settings import TrainingConfig
+from tests.worlds import every_vector
 
 B, L, D, NUM_ITEMS = 4, 6, 16, 50
 Block = Literal["original", "modern"]

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from serving_worlds import CONFIGS, make_events, make_trained
 
 from foretaste.config import Config
 from foretaste.data.folder import FileEntry, entry_of, list_files, read_manifest
@@ -24,6 +23,7 @@ from foretaste.serving.bundle import PLACES, BundleManifest, read_bundle
 from foretaste.serving.recommender import Recommender
 from foretaste.training.objectives.rows import RowsConfig
 from foretaste.training.trained import Trained
+from tests.worlds import CONFIGS, make_events, make_trained
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -383,7 +383,7 @@ class ForeignConfig(Config):
 def test_a_model_outside_the_catalogue_cannot_be_saved(tmp_path: Path) -> None:
     trained = make_trained("popularity")
     foreign = Trained(config=ForeignConfig(), model=trained.model, events=trained.events, seed=0)
-    with pytest.raises(BundleError, match="ForeignConfig is not of foretaste's catalogue"):
+    with pytest.raises(BundleError, match="ForeignConfig is not in foretaste's catalogue"):
         build_recommender(foreign).save(tmp_path / "bundle")
     assert list(tmp_path.iterdir()) == []
 

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_contract import events_of, planted_histories
 from torch import Tensor
 
 from foretaste.data.interactions import Interactions
@@ -19,6 +18,7 @@ from foretaste.losses.candidates import (
     softmax_loss_gradient,
 )
 from foretaste.training.objectives.candidates import CandidateConfig, CandidateLoss, Loss
+from tests.worlds import events_of, planted_histories
 
 LOSSES: tuple[Loss, ...] = ("sampled_softmax", "bce", "gbce", "bpr", "margin")
 SOURCES: dict[str, dict[str, object]] = {
@@ -139,7 +139,7 @@ def test_hard_negatives_are_compared_in_full() -> None:
 def test_a_user_who_has_done_everything_is_said() -> None:
     events = events_of([[0, 1, 2], [0]], num_items=3)
     config = CandidateConfig(loss="bpr", negatives=0, row_negatives=1, exclude_known=True)
-    with pytest.raises(DataError, match="row 0 has done all 3 items"):
+    with pytest.raises(DataError, match="row 0 has had all 3 items"):
         CandidateLoss(config, events).draw(torch.tensor([0, 1]), torch.tensor([0, 0]))
 
 

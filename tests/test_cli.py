@@ -206,7 +206,7 @@ def test_rules_narrow_what_is_recommended(foretaste: Run, bundle: Path, world: P
     answer = json.loads(out)
     assert code == 0
     assert {row["attributes"]["title"] for row in answer["rows"]} == set(titles)
-    assert "9 were asked for, and 3 are all that may be answered" in answer["notes"]
+    assert "9 were asked for, and only 3 are allowed" in answer["notes"]
     code, out, _ = foretaste("recommend", bundle, "--rule", "diversity.relevance=0.2", "--json")
     assert (code, len(json.loads(out)["rows"])) == (0, 10)
     (world / "one.txt").write_text("u1\n")
@@ -376,7 +376,7 @@ def test_a_table_without_a_known_user_is_refused_with_the_name_that_helps(
     table.write_text("a,b\nx,y\nz,w\n")
     code, _, err = foretaste("recommend", bundle, "--users", table, "--out", out)
     assert code == 1
-    assert "call the one of user ids 'user_id'" in err
+    assert "name the column of user ids 'user_id'" in err
     table.write_text("user_id,b\nx,y\nz,w\n")
     assert foretaste("recommend", bundle, "--users", table, "--out", out)[0] == 0
 
@@ -395,7 +395,7 @@ def test_a_token_is_shown_once_and_an_empty_or_missing_one_does_not_serve(
     code, out, _ = foretaste("token", file, "cron", "--json")
     assert (code, json.loads(out)["name"]) == (0, "cron")
     code, _, err = foretaste("serve", "nowhere", "--host", "0.0.0.0")
-    assert (code, "no token is asked for" in err) == (1, True)
+    assert (code, "needs no token" in err) == (1, True)
     for words in (("--token", ""), ()):
         monkeypatch.setenv("FORETASTE_TOKEN", "")
         code, _, err = foretaste("serve", "nowhere", *words)

@@ -13,7 +13,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from serving_worlds import make_events
 from torch import Tensor
 
 import foretaste as ft
@@ -23,6 +22,7 @@ from foretaste.models.layers.codes import CODES, Codes, even
 from foretaste.models.layers.quantised import QuantisedConfig
 from foretaste.retrieval.choose import build_index, load_index
 from foretaste.retrieval.index import CodeIndex
+from tests.worlds import make_events
 
 SPLIT = ft.leave_last_split(make_events())
 TRAINING = ft.TrainingConfig(epochs=1, batch_events=64, patience=None)

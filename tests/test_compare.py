@@ -398,8 +398,8 @@ BEST = made_row("best", 0.5, 100.0, None)
             [BEST, made_row("near", 0.48, 1.0, (-0.08, 0.12))],
             1000,
             "best",
-            "differences below about 0.1 do not show. Stay with best, whose ndcg@10 of 0.5000 is "
-            "the best figure, or measure about 4,000 users.",
+            "the test cannot detect differences below about 0.1. Stay with best, whose ndcg@10 of "
+            "0.5000 is the best figure, or measure about 4,000 users.",
         ),
         # No test tells them apart after Holm, though the interval is clear of 0.
         (
@@ -423,14 +423,15 @@ BEST = made_row("best", 0.5, 100.0, None)
             ],
             22,
             "s",
-            "Too few users to say which is best: on 22 test users luck may explain that popularity "
+            "Too few users to decide which is best: on 22 test users luck may explain that "
+            "popularity "
             "is behind s (popularity by 0.0719 [0.0000, 0.1893])",
         ),
         (
             [BEST, made_row("near", 0.1, 1.0, (0.4, 0.4), p_holm=1.0)],
             1,
             "best",
-            "Too few users to say which is best: on 1 test user",
+            "Too few users to decide which is best: on 1 test user",
         ),
     ],
 )
@@ -440,7 +441,7 @@ def test_a_cheaper_model_is_taken_only_where_it_is_shown_to_be_as_good(
     name, sentence = choose(rows, "ndcg_at_10", users=users, chance=0.0)
     assert name == pick
     assert words in sentence
-    assert (f"Take {pick}: " in sentence) != ("Too few users to say" in sentence)
+    assert (f"Take {pick}: " in sentence) != ("Too few users to decide" in sentence)
 
 
 @settings(deadline=None, derandomize=True, max_examples=200)
@@ -613,7 +614,7 @@ def test_positives_of_no_column_and_without_any_event_are_refused_before_trainin
         split,
         events=replace(split.events, columns={"clicked": np.zeros(len(split.events), np.float32)}),
     )
-    with pytest.raises(ft.DataError, match="something to find"):
+    with pytest.raises(ft.DataError, match="a target"):
         ft.compare_models({"a": config}, never, say=told.append)
     assert not told
 
@@ -753,7 +754,7 @@ def test_p_values_are_corrected_for_how_many_models_there_are(
     raw = [row.behind.p_value for row in others if row.behind is not None]
     assert [row.leading.p_holm for row in others] == holm(raw)
     assert comparison.columns[3] == "p (Holm)"
-    assert any("corrected for several models after Holm" in note for note in comparison.notes)
+    assert any("corrected for several models by Holm's method" in note for note in comparison.notes)
 
 
 # --- too little to say ----------------------------------------------------------------------------
@@ -777,7 +778,7 @@ def test_a_comparison_of_one_user_says_that_it_says_nothing(
     # of one user nothing can be told, so the best figure stays the advice
     assert found.pick == found.rows[0].name
     assert all(row.leading.p_holm in (None, 1.0) for row in found.rows)
-    assert "Too few users to say which is best: on 1 test user " in found.sentence
+    assert "Too few users to decide which is best: on 1 test user " in found.sentence
 
 
 def test_a_comparison_with_nothing_to_find_is_refused_before_anything_is_trained(
@@ -802,9 +803,7 @@ def test_a_budget_of_a_moment_says_what_it_cut_short(
     )
     found = ft.compare_models({"deep": long}, split, budget_seconds=1e-6)
     assert row_of(found, "deep").stopped
-    assert found.sentence.endswith(
-        "the budget cut deep short, and what it could reach is not known."
-    )
+    assert found.sentence.endswith("the budget cut deep short, and what it could reach is unknown.")
 
 
 def test_recipes_of_one_name_go_by_their_paths(world: Path, tmp_path: Path) -> None:

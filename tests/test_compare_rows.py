@@ -140,7 +140,7 @@ def test_the_last_baseline_is_the_base_rate_which_can_order_nothing(
     assert (floor.quality, floor.interval) == (0.5, (0.5, 0.5))
     assert floor.behind is not None
     assert floor.behind.interval.low > 0
-    assert "nothing was learned" not in found[0].sentence
+    assert "it learned nothing" not in found[0].sentence
     # of hours it is the error of saying the mean of training to every row
     config = parsed(recipe(TABLE, {"kind": "deepfm", "task": HOURS.model_dump()}, **COLOUR))
     split = ft.read_split(config, data_dir=place)
@@ -227,7 +227,7 @@ def test_a_model_that_learned_nothing_is_not_recommended_in_silence(place: Path)
     blind = blind.model_copy(update={"data": data})
     found = ft.compare_models({"blind": blind}, ft.read_split(blind, data_dir=place))
     assert found.sentence.endswith(
-        "Of liked it cannot be told from the base rate: nothing was learned there."
+        "Of liked it does not differ from the base rate: it learned nothing there."
     )
     assert found.beaten_by
 

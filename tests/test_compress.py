@@ -8,7 +8,6 @@ from pathlib import Path
 import polars as pl
 import pytest
 import torch
-from serving_worlds import make_events
 from typer.testing import CliRunner
 
 import foretaste as ft
@@ -27,6 +26,7 @@ from foretaste.experiment.compress import (
 from foretaste.models.layers.quantised import QuantisedConfig
 from foretaste.models.layers.tables import HashConfig
 from foretaste.models.layers.tables_at_rest import HalfConfig, IntegerConfig, PrunedConfig
+from tests.worlds import make_events
 
 SPLIT = ft.leave_last_split(make_events())
 TRAINING = ft.TrainingConfig(epochs=2, batch_events=64, patience=None)

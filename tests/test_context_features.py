@@ -98,7 +98,7 @@ def test_features_of_before_there_was_a_context_still_open(tmp_path: Path) -> No
     path.write_text(json.dumps(stored))
     assert Features.load(tmp_path).context is None
     path.write_text(json.dumps(stored | {"weather": None}))
-    with pytest.raises(BundleError, match="of a later foretaste"):
+    with pytest.raises(BundleError, match="written by a newer version"):
         Features.load(tmp_path)
 
 
@@ -219,11 +219,11 @@ def test_a_list_is_asked_for_at_the_moment_of_its_first_target(name: str) -> Non
     trained = Trained(config=Config(), model=model, events=split.train, features=features, seed=0)
     report = evaluate(trained, split.test, k=(1,), exclude_seen=False, resamples=0)
     assert report.metrics["hit_rate_at_1"] == 1.0
-    assert "context: each query is asked at the moment of its first target" in report.notes
+    assert "context: each query has the context of its first target" in report.notes
     mute = replace(split, events=replace(split.events, context=None))
     blind = evaluate(trained, mute.test, k=(1,), exclude_seen=False, resamples=0)
     assert blind.metrics["hit_rate_at_1"] < 1.0
-    assert any("nothing is known of any moment" in note for note in blind.notes)
+    assert any("it is missing in every query" in note for note in blind.notes)
     untold = replace(trained, features=None)
     plain = evaluate(untold, split.test, k=(1,), exclude_seen=False, resamples=0)
     assert plain.metrics == blind.metrics

@@ -4,30 +4,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import polars as pl
 import pytest
 import torch
 
 import foretaste as ft
-from foretaste.data.interactions import Interactions
-from foretaste.data.vocabulary import Vocabulary
 from foretaste.experiment.learning import l2_factor, usual_objective
 from foretaste.experiment.run import fit_final, run_experiment
 from foretaste.experiment.search_space import usual_space, with_drawn, with_own_objective
 from foretaste.experiment.validation import make_validation
 from foretaste.models.baselines import StrengthConfig
 from foretaste.training.fit import Epoch
+from tests.worlds import events_of
 
 CLOSED = (ft.ImplicitALSConfig(factors=4), ft.EASEConfig(), ft.ItemKNNConfig(neighbours=5))
-
-
-def events_of(histories: list[list[int]], *, num_items: int) -> Interactions:
-    return Interactions(
-        users=Vocabulary(pl.Series(range(len(histories)))),
-        items=Vocabulary(pl.Series(range(num_items))),
-        offsets=np.cumsum([0, *map(len, histories)], dtype=np.int64),
-        item_idx=np.concatenate(histories).astype(np.int32),
-    )
 
 
 def groups(*, num_users: int = 60) -> ft.Split:

@@ -372,11 +372,11 @@ def test_a_column_that_is_the_same_or_another_everywhere_is_said() -> None:
         own=CategoricalField(),
     )
     assert features.notes == (
-        "item field 'x' is 'film' on every training row: it tells nothing",
-        "item field 'n' is 7 wherever it is known in training: it tells little",
+        "item field 'x' is 'film' on every training row: it contributes nothing",
+        "item field 'n' is 7 wherever it is known in training: it contributes little",
         "item field 'rare' has no value on 2 training rows: all share one bucket",
-        "item field 'own' has another value on every training row: it tells a row by nothing that "
-        "others have",
+        "item field 'own' has another value on every training row: no two rows have anything "
+        "in common",
     )
 
 

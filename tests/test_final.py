@@ -213,7 +213,7 @@ def test_bundle_and_server_say_what_was_learned_from_and_measured_on(
     assert str(facts["measured on"]) == reply.measured_on
     assert reply.learned_from.startswith(learned)
     assert reply.measured_on.startswith(measured)
-    assert ("nothing was measured of this model" in reply.measured_on) == (final == "all")
+    assert ("this model was not measured" in reply.measured_on) == (final == "all")
 
 
 # --- the former name ------------------------------------------------------------------------------
@@ -353,7 +353,7 @@ def test_what_both_trainings_will_cost_is_said_early(
     costs = [line for line in said if line.startswith("sasrec: about ")]
     assert len(costs) == 3  # after the first steps, after the first validation, and of the last run
     assert [" a validation" in line for line in costs] == [False, True, False]
-    (again,) = (line for line in said if line.startswith('final = "all" trains once more'))
+    (again,) = (line for line in said if line.startswith('final = "all" trains again'))
     second = next(place for place, line in enumerate(said) if line.startswith("epoch 2/4"))
     assert said.index(costs[1]) < said.index(again) < second
     cost = trained.log["cost"]

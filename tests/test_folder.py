@@ -10,12 +10,12 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-from serving_worlds import CONFIGS, make_trained
 
 import foretaste as ft
 from foretaste.data.folder import reason_of, whole_file, whole_folder
 from foretaste.errors import ConfigError, ForetasteError
 from foretaste.training.checkpoint import StepLog, write_checkpoint
+from tests.worlds import CONFIGS, make_trained
 
 RECOMMENDER = ft.build_recommender(make_trained("popularity"))
 

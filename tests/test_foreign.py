@@ -510,7 +510,7 @@ def test_queries_of_other_events_have_no_scores() -> None:
     model = made(ft.ItemKNNConfig(), OWN)
     more = pl.concat([table(), table().with_columns(pl.col("user_id") + 9000)])
     test = split_of(more).test
-    with pytest.raises(DataError, match="of other events") as caught:
+    with pytest.raises(DataError, match="to other events") as caught:
         model.score(test.queries([len(test) - 1]))  # type: ignore[arg-type]
     assert caught.value.name == "queries"
 

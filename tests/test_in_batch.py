@@ -6,14 +6,12 @@ from math import comb
 from pathlib import Path
 
 import numpy as np
-import polars as pl
 import pytest
 import torch
 from torch import Tensor
 
 from foretaste.data.interactions import Interactions
 from foretaste.data.plans import plan_pairs
-from foretaste.data.vocabulary import Vocabulary
 from foretaste.errors import DataError
 from foretaste.models.mf import MF, MFConfig
 from foretaste.sampling.samplers import InBatchSampler, StreamedFrequency
@@ -22,16 +20,12 @@ from foretaste.training.objectives.candidates import CandidateConfig, CandidateL
 from foretaste.training.objectives.pairs import Pairs, PairsConfig
 from foretaste.training.runtime import epoch_generator
 from foretaste.training.settings import TrainingConfig
+from tests.worlds import events_of
 
 
-def events_of(item_idx: list[int], *, num_items: int) -> Interactions:
+def singles(item_idx: list[int], *, num_items: int) -> Interactions:
     """Each event is a user's only one."""
-    return Interactions(
-        users=Vocabulary(pl.Series(range(len(item_idx)), dtype=pl.Int64)),
-        items=Vocabulary(pl.Series(range(num_items), dtype=pl.Int64)),
-        offsets=np.arange(len(item_idx) + 1),
-        item_idx=np.array(item_idx, dtype=np.int32),
-    )
+    return events_of([[item] for item in item_idx], num_items=num_items)
 
 
 TABLE = [0, 0, 0, 0, 1, 1, 2, 3, 3]
@@ -72,7 +66,7 @@ def in_batch_loss(**settings: object) -> CandidateLoss:
     config = CandidateConfig.model_validate(
         {"loss": "sampled_softmax", "negatives": 0, "in_batch": True} | settings
     )
-    return CandidateLoss(config, events_of(TABLE, num_items=5))
+    return CandidateLoss(config, singles(TABLE, num_items=5))
 
 
 def test_a_row_never_has_its_own_item_for_a_negative_however_often_the_batch_has_it() -> None:
@@ -106,7 +100,7 @@ def test_the_chances_of_a_mixture_are_how_often_its_items_are_there() -> None:
 
 NUM_ITEMS = 24
 COUNTS = np.maximum(1, 120 // (1 + np.arange(NUM_ITEMS)) ** 1.2).astype(int)
-SKEWED = events_of(np.repeat(np.arange(NUM_ITEMS), COUNTS).tolist(), num_items=NUM_ITEMS)
+SKEWED = singles(np.repeat(np.arange(NUM_ITEMS), COUNTS).tolist(), num_items=NUM_ITEMS)
 
 
 def item_gradient(config: CandidateConfig, *, rows: int, draws: int) -> Tensor:

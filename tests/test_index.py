@@ -331,5 +331,5 @@ def test_a_broken_index_is_a_bundle_error(name: str, damage: str, tmp_path: Path
     path.unlink()
     if damage != "missing":
         path.write_bytes(b"" if damage == "empty" else whole[: len(whole) // 2])
-    with pytest.raises(BundleError, match="build it anew"):
+    with pytest.raises(BundleError, match="build it again"):
         load_index(tmp_path)

@@ -8,7 +8,6 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from serving_worlds import every_vector
 from torch import Tensor
 
 import foretaste as ft
@@ -16,7 +15,6 @@ from foretaste.data.batch import Queries
 from foretaste.data.graph import Graph, GraphConfig, graph_of, make_graph
 from foretaste.data.interactions import Interactions
 from foretaste.data.plans import plan_pairs
-from foretaste.data.vocabulary import Vocabulary
 from foretaste.errors import ConfigError
 from foretaste.models import lightgcn
 from foretaste.models.layers.graph_conv import GraphConv, Perturbation
@@ -26,18 +24,9 @@ from foretaste.training.fit import Fit
 from foretaste.training.objectives.pairs import Pairs, PairsConfig
 from foretaste.training.runtime import epoch_generator
 from foretaste.training.settings import TrainingConfig
+from tests.worlds import events_of, every_vector
 
 GROUPS, SIZE = 4, 6
-
-
-def events_of(histories: list[list[int]], *, num_items: int) -> Interactions:
-    lengths = [len(history) for history in histories]
-    return Interactions(
-        users=Vocabulary(pl.Series(range(len(histories)), dtype=pl.Int64)),
-        items=Vocabulary(pl.Series(range(num_items), dtype=pl.Int64)),
-        offsets=np.cumsum([0, *lengths]),
-        item_idx=np.array([i for h in histories for i in h], dtype=np.int32),
-    )
 
 
 def random_events(seed: int = 0) -> Interactions:

@@ -6,8 +6,6 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from serving_worlds import every_vector
-from test_contract import events_of, planted_histories
 from torch import Tensor
 
 from foretaste.data.batch import Queries, Reads
@@ -27,6 +25,7 @@ from foretaste.models.pinsage import PinSageConfig
 from foretaste.models.two_tower import TwoTowerConfig
 from foretaste.training.runtime import epoch_generator
 from foretaste.training.settings import TrainingConfig
+from tests.worlds import events_of, every_vector, planted_histories
 
 EVENTS = events_of(planted_histories(), num_items=40)
 

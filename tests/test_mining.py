@@ -8,8 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from serving_worlds import every_vector
-from test_contract import events_of
 from torch import Tensor, nn
 
 from foretaste.data.batch import DrawItems, Queries
@@ -25,6 +23,7 @@ from foretaste.models.two_tower import TwoTower, TwoTowerConfig
 from foretaste.training.fit import Fit
 from foretaste.training.objectives.pairs import Pairs, PairsConfig
 from foretaste.training.settings import TrainingConfig
+from tests.worlds import events_of, every_vector
 
 NUM_USERS, NUM_ITEMS = 300, 30
 

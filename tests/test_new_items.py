@@ -11,7 +11,6 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from serving_worlds import every_vector
 
 import foretaste as ft
 from foretaste.data.batch import Queries
@@ -34,6 +33,7 @@ from foretaste.serving.slot import ModelSlot
 from foretaste.serving.state import open_live_events
 from foretaste.serving.versions import Versions
 from foretaste.training.trained import Trained
+from tests.worlds import every_vector
 
 NUM_ITEMS = 12
 COLD = {"genre": "g2", "tags": "t0|t2", "year": 7.0, "image": [0.5, -1.0]}
@@ -195,7 +195,7 @@ def test_who_is_ranked_beside_what_is_allowed_and_what_the_catalogue_has_is_left
     answer = recommender.recommend(3, allow=[], new_items=new)
     assert {row.item_id for row in answer.rows} == {"a", "b"}
     assert answer.unknown_items == ("c",)
-    with pytest.raises(ft.DataError, match=r"'gender' is no feature of items; .*mean 'genre'"):
+    with pytest.raises(ft.DataError, match=r"'gender' is not a feature of items; .*mean 'genre'"):
         recommender.recommend(3, new_items={"a": {"gender": "g1"}})
 
 
@@ -306,7 +306,7 @@ def test_vectors_that_new_items_have_not_are_refused_and_columns_named_instead()
     )
     spread = Rules(diversity=Diversity())
     assert len(recommender.recommend(history=[1], k=3, rules=spread).rows) == 3
-    with pytest.raises(ft.DataError, match=r"retriever cannot place new_items.*name columns"):
+    with pytest.raises(ft.DataError, match=r"retriever cannot embed new_items.*name columns"):
         recommender.recommend(history=[1], k=3, rules=spread, new_items=NEW)
     with pytest.raises(ft.DataError, match="this model has no item vectors"):
         make(RANKERS["deepfm"]).recommend(history=[1], k=3, rules=spread, new_items=NEW)
@@ -397,7 +397,7 @@ def test_a_value_that_the_column_cannot_hold_is_refused_by_name(
     ("config", "user", "why"),
     [
         (ft.NeuMFConfig(factors=4), 3, "reads none of items"),
-        (RANKERS["din"], None, "no place among popular ones"),
+        (RANKERS["din"], None, "the answer is the most popular items"),
     ],
 )
 def test_where_nothing_can_be_said_of_a_new_item_the_answer_says_so(
@@ -467,7 +467,7 @@ def tower() -> ft.Recommender:
         ("new", {"genre": None}, "of items had no influence: all are missing"),
         ("new", {"genre": math.nan, "year": ""}, "of items had no influence: all are missing"),
         ("new", {"year": 9}, "year had no influence: of items this model reads genre"),
-        (3, {"genre": "g1"}, "training knows item 3 by its own"),
+        (3, {"genre": "g1"}, "training knows item 3 by its own features"),
     ],
 )
 def test_each_reason_why_a_feature_had_no_influence_is_said(

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import uvicorn
-from film_world import HOSTILE, is_space, write_film_bundle
 from selenium import webdriver
 from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver.chrome.service import Service as Driver
@@ -26,6 +25,7 @@ from foretaste.serving.settings import ServerSettings
 from foretaste.serving.slot import ModelSlot
 from foretaste.serving.state import LiveEvent, LiveEvents, open_live_events
 from foretaste.serving.versions import Versions
+from tests.worlds import HOSTILE, is_space, write_film_bundle
 
 pytestmark = pytest.mark.slow
 

@@ -7,8 +7,6 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from serving_worlds import every_vector
-from test_contract import events_of, learn_pairs
 from torch import Tensor
 
 from foretaste.data.batch import Queries
@@ -20,6 +18,8 @@ from foretaste.data.walks import Neighbourhoods, make_frontier
 from foretaste.errors import ConfigError
 from foretaste.models.layers.pooling import Convolve, generate, pool
 from foretaste.models.pinsage import PinSage, PinSageConfig
+from foretaste.training.objectives.pairs import PairsConfig
+from tests.worlds import events_of, every_vector, learn
 
 NUM_USERS, NUM_ITEMS = 12, 9
 
@@ -289,7 +289,7 @@ def test_items_nobody_did_are_placed_by_their_features(settings: dict[str, objec
         graph=graph_of(events),
         features=fit_features(schema, events),
     )
-    learn_pairs(model, events)
+    learn(model, events, PairsConfig())
     assert model.known_items().all()
     score_BI = (
         model.encode(Queries.of_histories([[4], [1, 5], [2], [3, 7]])) @ every_vector(model).T
@@ -318,7 +318,7 @@ def test_items_nobody_did_are_placed_by_what_they_share() -> None:
     )
     assert model.neighbourhoods is not None
     assert model.neighbourhoods.neighbour_VT.max() < events.num_users + events.num_items
-    learn_pairs(model, events)
+    learn(model, events, PairsConfig())
     assert model.known_items().all()
     score_BI = (
         model.encode(Queries.of_histories([[4], [1, 5], [2], [3, 7]])) @ every_vector(model).T
@@ -334,5 +334,5 @@ def test_an_item_without_ties_and_features_is_not_placed() -> None:
 
 
 def test_neither_ids_nor_features_is_an_error() -> None:
-    with pytest.raises(ConfigError, match="nothing to start from"):
+    with pytest.raises(ConfigError, match="leave the model without input"):
         model_of(world(), ids=False)

@@ -114,9 +114,9 @@ def test_rows_that_are_counted_twice_weigh_twice() -> None:
 
 
 def test_one_class_alone_is_refused_also_where_only_weights_leave_it() -> None:
-    with pytest.raises(DataError, match=r"of 3 rows 3 are a 1.*rows of both"):
+    with pytest.raises(DataError, match=r"of 3 rows 3 have label 1.*rows of both"):
         auc(np.ones(3), np.arange(3.0))
-    with pytest.raises(DataError, match="with weights above 0, only one class is left"):
+    with pytest.raises(DataError, match="weights above 0 leave one class only"):
         auc(np.array([0.0, 1]), np.arange(2.0), np.array([0.0, 1]))
 
 

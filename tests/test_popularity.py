@@ -60,5 +60,5 @@ def test_large_counts_are_kept_to_the_last_event() -> None:
 def test_nothing_to_learn_from_is_said() -> None:
     with pytest.raises(DataError, match="no training event"):
         learned(PopularityConfig(), events([]))
-    with pytest.raises(DataError, match="made for 3 items and the events speak of 4"):
+    with pytest.raises(DataError, match="made for 3 items and the events have 4"):
         Popularity(PopularityConfig(), num_items=3).learn(events([0]))

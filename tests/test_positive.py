@@ -63,15 +63,15 @@ def test_a_condition_holds_as_sql_says(condition: str, rows: list[int]) -> None:
         ("SELECT 1", ft.ConfigError, "is not a condition"),
         ("raiting >= 4", ft.ConfigError, "did you mean 'rating'?"),
         ("Rating >= 4", ft.ConfigError, "did you mean 'rating'?"),
-        ('country = "DE"', ft.ConfigError, "text stands in 'single' quotes"),
+        ('country = "DE"', ft.ConfigError, "write text in 'single' quotes"),
         ("2", ft.ConfigError, "reads no column"),  # not the third one
         ("1 = 1", ft.ConfigError, "reads no column"),
         ("user_id IN (SELECT 1)", ft.ConfigError, "is not a condition"),
         ("country > 3", ft.DataError, "'country' holds text, such as 'DE' in row 1"),
-        ("UNNEST(genres)", ft.DataError, "no true or false for each row"),
+        ("UNNEST(genres)", ft.DataError, "is not true or false for each row"),
         ("at > '2024-01-01'", ft.DataError, "DATE '2024-05-01'"),
-        ("rating > 9", ft.DataError, "holds for none of 8 rows"),
-        ("country", ft.DataError, "no true or false for each row"),
+        ("rating > 9", ft.DataError, "is true for none of 8 rows"),
+        ("country", ft.DataError, "is not true or false for each row"),
     ],
 )
 def test_a_condition_that_is_none_is_refused_by_its_setting(

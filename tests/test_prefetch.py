@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from test_contract import events_of
 from torch import Tensor
 
 from foretaste.data.graph import graph_of
@@ -30,6 +29,7 @@ from foretaste.training.objectives.pairs import PairsConfig, hardness
 from foretaste.training.objectives.sequences import NextItemConfig
 from foretaste.training.prefetch import Prefetch
 from foretaste.training.settings import TrainingConfig
+from tests.worlds import events_of
 
 
 @dataclass

@@ -1120,7 +1120,7 @@ def test_a_table_without_users_or_items_is_rows_of_their_own() -> None:
     assert np.isnan(events.columns["income"][2])
     assert events.notes == (
         "there is no column of users: every row is a user of its own",
-        "there is no column of items: every row is of the one item 'row'",
+        "there is no column of items: all rows belong to one item, 'row'",
     )
 
 

@@ -15,16 +15,6 @@ import polars as pl
 import pyarrow as pa
 import pytest
 import torch
-from serving_worlds import (
-    CONFIGS,
-    NUM_ITEMS,
-    NUM_USERS,
-    SILENT_ITEM,
-    SILENT_USER,
-    every_vector,
-    make_events,
-    make_trained,
-)
 
 from foretaste.data.batch import Queries
 from foretaste.data.reading import read_interactions
@@ -35,6 +25,16 @@ from foretaste.serving.answer import Answer
 from foretaste.serving.building import build_recommender
 from foretaste.serving.recommender import Recommender
 from foretaste.training.trained import Trained
+from tests.worlds import (
+    CONFIGS,
+    NUM_ITEMS,
+    NUM_USERS,
+    SILENT_ITEM,
+    SILENT_USER,
+    every_vector,
+    make_events,
+    make_trained,
+)
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
@@ -103,7 +103,7 @@ def test_a_history_of_unknown_items_is_no_history(recommender: Recommender) -> N
     mixed = recommender.recommend(history=["never", 503], k=4)
     assert mixed.rows == recommender.recommend(history=[503], k=4).rows
     assert mixed.unknown_items == ("never",)
-    assert "1 item id is unknown to training: 'never'" in mixed.notes
+    assert "1 item id is not in the training data: 'never'" in mixed.notes
 
 
 def test_an_item_that_training_never_saw_is_never_answered(recommender: Recommender) -> None:
@@ -153,7 +153,7 @@ def test_allow_and_deny_are_kept_to(recommender: Recommender) -> None:
         assert answer.unknown_items == ("unheard",)
         nothing = recommender.recommend(user, allow=[])
         assert nothing.rows == ()
-        assert "10 were asked for, and 0 are all that may be answered" in nothing.notes
+        assert "10 were asked for, and only 0 are allowed" in nothing.notes
         assert recommender.recommend(user, k=3, allow=["unheard"]).rows == ()
 
 

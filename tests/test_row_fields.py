@@ -286,7 +286,7 @@ def test_one_item_needs_no_field_but_a_row_does() -> None:
     moments = RowFieldsConfig(user_id=False, item_id=False, item_features=False)
     made = RowFields(moments, num_users=NUM_USERS, num_items=1, features=FEATURES)
     assert made.num_item_fields == 0
-    with pytest.raises(ConfigError, match="nothing to tell a row by"):
+    with pytest.raises(ConfigError, match="neither ids nor features"):
         RowFields(moments, num_users=NUM_USERS, num_items=1, features=None)
 
 
@@ -302,7 +302,7 @@ def test_settings_leave_sides_out() -> None:
     assert (made.num_query_fields, made.num_item_fields) == (0, 1)
     assert made(QUERIES, ITEMS).query_BQW.shape == (4, 0, W)
     assert not made.known_items().any()
-    with pytest.raises(ConfigError, match="nothing to tell an item by"):
+    with pytest.raises(ConfigError, match="items have neither ids nor features"):
         fields(none.model_copy(update={"item_id": False}))
     with pytest.raises(ConfigError, match="features of 4 items for 9"):
         RowFields(RowFieldsConfig(), num_users=NUM_USERS, num_items=9, features=FEATURES)

@@ -284,7 +284,7 @@ def test_positives_are_what_drawn_items_must_not_be() -> None:
 def test_what_cannot_be_planned_is_refused() -> None:
     events = many(50)
     rows, generator = training_rows(events, tasks=CLICK), np.random.default_rng(0)
-    with pytest.raises(ConfigError, match=r"4 items are to be drawn.*say who"):
+    with pytest.raises(ConfigError, match=r"4 items are to be drawn.*set how"):
         plan_rows(rows, batch_events=8, generator=generator, num_drawn=4)
     table = fit_features(SCHEMA, events).context_table
     with pytest.raises(DataError, match="a context of 50 rows for 49 events"):

@@ -256,7 +256,7 @@ def test_a_log_of_nobody_s_visits_is_fitted_measured_and_served_for_a_moment(
     assert end.value.code == 0
     assert "auc" in metrics_in(json.loads(told.out))  # of lists there is nothing to measure
     assert "every row is a user of its own" in told.err
-    assert "'shop' is 'main' on every training row: it tells nothing" in told.err
+    assert "'shop' is 'main' on every training row: it contributes nothing" in told.err
 
     recommender = ft.load(bundle)
     trained = recommender.trained
@@ -311,7 +311,7 @@ def test_features_that_a_model_does_not_read_are_named(tmp_path: Path) -> None:
     click = ft.Task(name="click", column="clicked")
     for model, name in ((ft.GMFConfig(task=click), "NCF"), (ft.MFConfig(), "MF")):
         trained = ft.fit(model, split, features=told, show=False)
-        unread = f"features of moments are told, and {name} was made to read none"
+        unread = f"features of the context were given, but {name} reads none"
         assert trained.notes[-1 - len(told.notes) :] == (*told.notes, unread)
 
 

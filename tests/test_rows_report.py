@@ -406,7 +406,7 @@ def test_an_auc_that_is_no_better_than_chance_is_said_to_be() -> None:
     frame = blind.to_frame()
     assert dict(zip(frame["metric"], frame["value"], strict=True)) == blind.metrics
     assert set(frame.filter(chance=0.5)["metric"]) == {n for n in blind.metrics if "auc" in n}
-    assert "no better than that, as the interval reaches down to it: click" in blind.to_markdown()
+    assert "no better than chance, because the interval includes it: click" in blind.to_markdown()
     sighted = measured(world(noise=0.1), resamples=200)
     assert sighted.at_chance == ()
     assert "chance: a random order gets an auc and a gauc of 0.5\n" in sighted.to_markdown()

@@ -4,7 +4,6 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from serving_worlds import CONFIGS, NUM_ITEMS, NUM_USERS, every_vector, make_events, make_trained
 
 from foretaste.errors import DataError
 from foretaste.retrieval.index import TopK
@@ -16,6 +15,7 @@ from foretaste.serving.item_labels import ItemLabels
 from foretaste.serving.recommender import Recommender
 from foretaste.serving.rule_book import RuleBook
 from foretaste.serving.rules import Condition, Diversity, Rules
+from tests.worlds import CONFIGS, NUM_ITEMS, NUM_USERS, every_vector, make_events, make_trained
 
 COLOURS, SHAPES = ("red", "green", "blue"), ("round", "flat", "long", "thin")
 
@@ -88,7 +88,7 @@ def test_a_filter_leaves_the_ranking_of_those_that_meet_it(
     expected = [row for row in everything if "red" in colours(row) and row >= 5]
     assert rows_of(answer) == expected
     assert len(expected) > 1
-    assert any(f"and {len(expected)} are all that may be answered" in n for n in answer.notes)
+    assert any(f"and only {len(expected)} are allowed" in n for n in answer.notes)
     first = recommender.recommend(**who, k=1, rules=rules)
     assert rows_of(first) == expected[:1]
 
@@ -103,7 +103,7 @@ def test_caps_keep_what_a_walk_down_the_ranking_keeps(
         answer = recommender.recommend(**who, k=k, rules=Rules(caps=caps))
         expected = kept_by_hand(everything, k, caps)
         assert rows_of(answer) == expected
-        short = any("may be answered" in note for note in answer.notes)
+        short = any("are allowed" in note for note in answer.notes)
         assert short == (len(expected) < k)
 
 

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
-from test_contract import events_of
 from torch import Tensor
 
 from foretaste.data.batch import Queries
@@ -29,6 +28,7 @@ from foretaste.models.din import DINConfig
 from foretaste.models.multitask import MMoEConfig
 from foretaste.models.neumf import NeuMFConfig
 from foretaste.training.settings import TrainingConfig
+from tests.worlds import events_of
 
 
 def listed_split() -> Split:
@@ -145,7 +145,7 @@ def test_the_most_that_any_query_has_is_said_and_can_be_had_and_fewer_are_counte
     report = evaluate(POPULAR, RANDOM.test, k=(5,), sampled=SampledNegatives(num=most))
     assert f"ndcg_at_5_sampled_{most}" in report.metrics
     (note,) = (note for note in report.notes if "sampled items" in note)
-    assert f"{min(lengths)} at the least" in note
+    assert f"{min(lengths)} at least" in note
 
 
 def test_listed_items_are_named_by_how_many_the_data_list() -> None:

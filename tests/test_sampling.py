@@ -4,30 +4,19 @@ import math
 import time
 
 import numpy as np
-import polars as pl
 import pytest
 import torch
 from scipy import stats
 
-from foretaste.data.interactions import Interactions
-from foretaste.data.vocabulary import Vocabulary
 from foretaste.errors import DataError
 from foretaste.sampling import negatives
 from foretaste.sampling.negatives import Seen, draw_unseen
 from foretaste.sampling.samplers import PopularitySampler, Sampler, UniformSampler
+from tests.worlds import events_of
 
 
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
-
-
-def events_of(histories: list[list[int]], num_items: int) -> Interactions:
-    return Interactions(
-        users=Vocabulary(pl.Series(range(len(histories)), dtype=pl.Int64)),
-        items=Vocabulary(pl.Series(range(num_items), dtype=pl.Int64)),
-        offsets=np.cumsum([0, *map(len, histories)]),
-        item_idx=np.array([i for h in histories for i in h], dtype=np.int32),
-    )
 
 
 def p_value(drawn: torch.Tensor, probability_I: torch.Tensor) -> float:
@@ -104,7 +93,7 @@ HISTORIES = [[0, 1, 1, 2], [], list(range(1, 20)), [19, 3], [5]]
     "sampler", [UniformSampler(20), PopularitySampler(np.arange(20) + 1, alpha=1.0)]
 )
 def test_the_unseen_follow_the_chances_that_are_left(sampler: Sampler) -> None:
-    events = events_of(HISTORIES, 20)
+    events = events_of(HISTORIES, num_items=20)
     users = torch.arange(5).repeat(40)
     drawn = draw_unseen(sampler, users, 1_000, seen=Seen.of(events), generator=generator())
     assert drawn.shape == (200, 1_000)
@@ -133,16 +122,16 @@ def test_who_has_all_that_is_ever_drawn_is_served_from_a_catalogue_of_any_size()
 
 def test_a_user_of_everything_is_named() -> None:
     known = torch.tensor([True, True, False])  # the item that nobody did cannot be drawn
-    seen = Seen.of(events_of([[0], [1, 0]], 3))
+    seen = Seen.of(events_of([[0], [1, 0]], num_items=3))
     users = torch.tensor([0, 1])
-    with pytest.raises(DataError, match="the user in row 1 has done all 2 items"):
+    with pytest.raises(DataError, match="the user in row 1 has had all 2 items"):
         draw_unseen(UniformSampler(3, known_I=known), users, 4, seen=seen, generator=generator())
 
 
 @pytest.mark.parametrize("most_flags", [0, 1 << 26])
 def test_seen_answers_as_a_set_would(most_flags: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(negatives, "_MOST_FLAGS", most_flags)  # by search, or by one look
-    seen = Seen.of(events_of(HISTORIES, 20))
+    seen = Seen.of(events_of(HISTORIES, num_items=20))
     user, item = (
         grid.flatten() for grid in torch.meshgrid(torch.arange(5), torch.arange(20), indexing="ij")
     )

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import httpx
 import pytest
-from film_world import write_film_bundle
 
 from foretaste.errors import BundleError, ConfigError
 from foretaste.serving.server import _listen, serve
 from foretaste.serving.settings import ServerSettings
+from tests.worlds import write_film_bundle
 
 pytest_plugins = ["postgres_server"]
 pytestmark = pytest.mark.slow

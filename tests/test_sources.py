@@ -361,7 +361,7 @@ def test_a_folder_without_the_files_is_told_what_is_missing(tmp_path: Path) -> N
 
 def test_a_broken_archive_in_the_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "ml-100k.zip").write_bytes(archive()[:-30])
-    with pytest.raises(SourceError, match=r"ml-100k\.zip is no whole archive"):
+    with pytest.raises(SourceError, match=r"ml-100k\.zip is not a complete archive"):
         get_dataset("ml-100k", data_dir=tmp_path)
 
 

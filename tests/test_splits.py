@@ -150,7 +150,7 @@ def test_leave_last_holds_out_the_last_and_the_last_but_one() -> None:
     split = leave_last_split(interactions(rows))
     assert named(split, TEST) == [("a", "p"), ("b", "r")]
     assert named(split, VALIDATION) == [("a", "s"), ("b", "q")]
-    assert split.notes == ("2 users have fewer than 3 events and stay in training whole",)
+    assert split.notes == ("2 users have fewer than 3 events, all of which stay in training",)
     assert asked(split, "test") == [("a", "pqrs", "p"), ("b", "pq", "r")]
     assert asked(split, "validation") == [("a", "pqr", "s"), ("b", "p", "q")]
     without = leave_last_split(interactions(rows), validation=False)
@@ -242,7 +242,7 @@ def test_parts_are_read_from_the_context_too() -> None:
     split = given_split_by_column(events, column="set")
     assert split.part_E.tolist() == [TRAIN, VALIDATION, TEST]
     broken = replace(events, context=pl.DataFrame({"set": ["train", None, "test"]}))
-    with pytest.raises(DataError, match="says 'nothing', which is no part"):
+    with pytest.raises(DataError, match="holds 'nothing', which is not a part"):
         given_split_by_column(broken, column="set")
 
 
@@ -380,7 +380,7 @@ def test_test_events_of_the_second_before_them_are_counted() -> None:
 
 def test_tables_without_times_say_that_order_stands_for_time() -> None:
     events = interactions(TEN, timed=False)
-    assert "order stands for time" in " ".join(leave_last_split(events).leaks)
+    assert "the order of rows is the order in time" in " ".join(leave_last_split(events).leaks)
     assert "came after a test event" in " ".join(random_split(events, test=0.3).leaks)
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from film_world import film_events
 
 import foretaste as ft
+from tests.worlds import film_events
 
 PACKAGE = Path(ft.__file__).parent
 MODULES = sorted(

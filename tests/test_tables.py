@@ -7,7 +7,6 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from serving_worlds import make_events
 
 import foretaste as ft
 from foretaste.config import Config
@@ -33,6 +32,7 @@ from foretaste.models.layers.tables_at_rest import (
     Pruned,
     PrunedConfig,
 )
+from tests.worlds import make_events
 
 NUM, WIDTH = 600, 16
 TRAINED: dict[str, TableKind] = {

@@ -16,7 +16,6 @@ import polars as pl
 import pytest
 import torch
 from safetensors.torch import save_file
-from serving_worlds import every_vector
 from torch import Tensor, nn
 
 from foretaste.data.batch import Queries
@@ -43,6 +42,7 @@ from foretaste.training.optimizer import rate_factor
 from foretaste.training.progress import Cost, CostWatch
 from foretaste.training.runtime import epoch_generator, step_generator, step_seed
 from foretaste.training.settings import TrainingConfig
+from tests.worlds import every_vector
 
 
 @dataclass
@@ -301,7 +301,7 @@ def test_the_average_has_the_models_own_moving_means(*, validated: bool) -> None
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there_is_named_at_the_door() -> None:
-    with pytest.raises(ConfigError, match="torch sees no GPU here"):
+    with pytest.raises(ConfigError, match="torch finds no GPU"):
         scalar_fit([1.0], plain(device="cuda"))
 
 
@@ -468,13 +468,13 @@ def test_other_settings_are_no_resume(tmp_path: Path) -> None:
     _, first = sasrec_fit(tmp_path, epochs=1)
     first.run()
     _, second = sasrec_fit(tmp_path, epochs=2)
-    with pytest.raises(ConfigError, match="resume with the settings it was started with"):
+    with pytest.raises(ConfigError, match="resume with the settings of its start"):
         second.run(resume=True)
 
 
 def test_resume_without_a_folder_is_refused() -> None:
     _, run = sasrec_fit()
-    with pytest.raises(ConfigError, match="which folder"):
+    with pytest.raises(ConfigError, match="give the folder"):
         run.run(resume=True)
 
 

@@ -10,7 +10,6 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from serving_worlds import SILENT_USER, make_events, make_trained
 from torch import Tensor
 
 import foretaste as ft
@@ -47,6 +46,7 @@ from foretaste.serving.slot import ModelSlot
 from foretaste.serving.state import open_live_events
 from foretaste.serving.versions import Versions
 from foretaste.training.trained import Trained
+from tests.worlds import SILENT_USER, make_events, make_trained
 
 
 class Wanted(Ranker):
@@ -460,7 +460,7 @@ def test_what_is_predicted_of_a_held_out_row_is_served_for_its_moment(tmp_path: 
     user = events.users.ids[0]
     noon, night = (recommender.recommend(user, context={"hour": h}) for h in ("noon", "night"))
     assert [row.score for row in noon.rows] != [row.score for row in night.rows]
-    with pytest.raises(DataError, match=r"'our' is no feature of the context; .*mean 'hour'"):
+    with pytest.raises(DataError, match=r"'our' is not a feature of the context; .*mean 'hour'"):
         recommender.recommend(user, context={"our": "noon"})
 
 

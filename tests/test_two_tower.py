@@ -7,7 +7,6 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from serving_worlds import every_vector
 from torch import Tensor
 
 from foretaste.data.batch import Queries
@@ -25,6 +24,7 @@ from foretaste.models.two_tower import TwoTower, TwoTowerConfig
 from foretaste.training.objectives.pairs import PairsConfig
 from foretaste.training.settings import TrainingConfig
 from foretaste.training.trained import Trained
+from tests.worlds import every_vector
 
 NUM_GROUPS, GROUP_SIZE = 4, 10
 NUM_ITEMS = NUM_GROUPS * GROUP_SIZE
@@ -362,7 +362,9 @@ def test_items_that_nobody_has_done_are_found_by_their_features(
         report = evaluate(trained, COLD.test, k=(10,), resamples=0)
         recall[name] = report.metrics["recall_at_10"]
         assert report.counts["catalogue"] == (NUM_ITEMS if features else 28)
-        assert any("others that the model places" in n for n in report.notes) == bool(features)
+        assert any("others that the model scores by features" in n for n in report.notes) == bool(
+            features
+        )
     popular = fit(PopularityConfig(), COLD, show=False)
     assert evaluate(popular, COLD.test, k=(10,), resamples=0).metrics["recall_at_10"] == 0
     assert recall["with"] > 0.9

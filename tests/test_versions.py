@@ -11,8 +11,6 @@ import numpy as np
 import polars as pl
 import pytest
 import safetensors.numpy
-from film_world import write_film_bundle
-from serving_worlds import make_trained
 from test_bundle import reseal
 
 from foretaste.data.folder import entry_of
@@ -24,6 +22,7 @@ from foretaste.serving.slot import ModelSlot, load_version
 from foretaste.serving.state import Choice
 from foretaste.serving.trial import Trials
 from foretaste.serving.versions import Versions, sign_bundle
+from tests.worlds import make_trained, write_film_bundle
 
 
 @pytest.fixture

@@ -106,13 +106,15 @@ def import_(
     out: Annotated[Path, typer.Option(help="Folder of the event store to write.")],
     replace: ReplaceFlag = False,
     no_users: Annotated[
-        bool, typer.Option("--no-users", help="There are none: every row is a user of its own.")
+        bool, typer.Option("--no-users", help="There are no users: every row is a user of its own.")
     ] = False,
     no_items: Annotated[
-        bool, typer.Option("--no-items", help="There are none: every row is of one item.")
+        bool, typer.Option("--no-items", help="There are no items: all rows belong to one item.")
     ] = False,
     users: Annotated[Path | None, typer.Option(help="Table about users.")] = None,
-    items: Annotated[Path | None, typer.Option(help="Table about items: titles, say.")] = None,
+    items: Annotated[
+        Path | None, typer.Option(help="Table of items, such as their titles.")
+    ] = None,
     user_links: Annotated[
         Path | None, typer.Option(help="Table of two columns of user ids: who trusts whom.")
     ] = None,
@@ -158,7 +160,7 @@ def audit(
     store: Annotated[Path, typer.Argument(help="Folder of an event store.")],
     *,
     label: Annotated[
-        list[str] | None, typer.Option(help="A column to be predicted, which nothing may tell.")
+        list[str] | None, typer.Option(help="A column to predict, which nothing else may reveal.")
     ] = None,
     as_json: JsonFlag = False,
 ) -> None:
@@ -174,8 +176,12 @@ def audit(
 def get(
     name: Annotated[str, typer.Argument(help="Such as ml-100k.")],
     *,
-    data_dir: Annotated[Path | None, typer.Option(help="Where its files lie already.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Write it as an event store too.")] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Folder that already has its files.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Also write it as an event store, in this folder.")
+    ] = None,
     replace: ReplaceFlag = False,
     as_json: JsonFlag = False,
 ) -> None:

@@ -14,9 +14,7 @@ import foretaste as ft
 from foretaste.cli.show import DataDir, JsonFlag, ReplaceFlag, answer, heading, log, pairs, table
 
 Bundle = Annotated[Path, typer.Argument(help="Folder of a bundle.")]
-Features = Annotated[
-    str | None, typer.Option(help='What is known of it, as JSON: {"genres": ["Comedy"]}')
-]
+Features = Annotated[str | None, typer.Option(help='Its features, as JSON: {"genres": ["Comedy"]}')]
 ListLength = Annotated[int, typer.Option("-k", "--k", min=1, help="Length of the list.")]
 
 
@@ -26,15 +24,15 @@ def recommend(
     user: Annotated[str | None, typer.Option(help="A user id.")] = None,
     history: Annotated[
         list[str] | None,
-        typer.Option(help="Item ids, oldest first: between commas, or given several times."),
+        typer.Option(help="Item ids, oldest first: separated by commas, or given several times."),
     ] = None,
     features: Features = None,
     context: Annotated[
-        str | None, typer.Option(help='What is known of the moment, as JSON: {"hour": 9}')
+        str | None, typer.Option(help='Features of the context, as JSON: {"hour": 9}')
     ] = None,
     users: Annotated[
         Path | None,
-        typer.Option(help="File of user ids: one a line, or a table's column of users."),
+        typer.Option(help="File of user ids: one per line, or a table with a column of users."),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="With --users: lists as .parquet, .csv, .json or .jsonl.")
@@ -43,17 +41,23 @@ def recommend(
     k: ListLength = 10,
     weights: Annotated[
         list[str] | None,
-        typer.Option("--weight", metavar="TASK=VALUE", help="What a unit of a task counts: buy=5"),
+        typer.Option(
+            "--weight",
+            metavar="TASK=VALUE",
+            help="Weight of a task per unit of its prediction: buy=5",
+        ),
     ] = None,
     rules: Annotated[
         list[str] | None,
         typer.Option(
             "--rule",
             metavar="NAME=VALUE",
-            help="Also: where.year.at_least=1990, caps.genres=2, diversity.relevance=0.7",
+            help="A rule, such as where.year.at_least=1990, caps.genres=2, diversity.relevance=0.7",
         ),
     ] = None,
-    seen: Annotated[bool, typer.Option("--seen", help="Allow items that the user had.")] = False,
+    seen: Annotated[
+        bool, typer.Option("--seen", help="Allow items that the user already had.")
+    ] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Recommend for a user, for a history, for an unknown user, or for a file of users."""
@@ -62,7 +66,7 @@ def recommend(
     alone = (user, history, features, context, weights)
     if users is not None and any(told is not None for told in alone):
         raise typer.BadParameter(
-            "--users goes without --user, --history, --features, --context and --weight"
+            "--users cannot be used with --user, --history, --features, --context or --weight"
         )
     kept = ft.parse_settings(ft.Rules, ft.with_overrides({}, rules or ()), source="--rule")
     told, moment = _told(features), _told(context, "--context")
@@ -176,7 +180,10 @@ def _answer(found: "ft.Answer", title: str, *hints: str, as_json: bool) -> None:
 def _notes(written: Mapping[str, object]) -> list[str]:
     notes = written["notes"]
     said = [f"· {note}" for note in notes] if isinstance(notes, list) else []
-    counts = ((written["unknown"], "are unknown to training"), (written["missing"], "had no id"))
+    counts = (
+        (written["unknown"], "are not in the training data"),
+        (written["missing"], "had no id"),
+    )
     return [*said, *(f"· {count} of the users {what}" for count, what in counts if count)]
 
 
@@ -184,9 +191,15 @@ def serve(
     bundle: Bundle,
     *,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free one.")] = 8000,
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port to listen on; 0 picks a free one.")
+    ] = 8000,
     state: Annotated[
-        str, typer.Option(help="Live events: a file for SQLite, a database URL, or beside.")
+        str,
+        typer.Option(
+            help="Where live events are stored: an SQLite file, a database URL, or beside (the "
+            "bundle)."
+        ),
     ] = "beside",
     token: Annotated[
         str | None,
@@ -195,7 +208,8 @@ def serve(
         ),
     ] = None,
     token_file: Annotated[
-        Path | None, typer.Option(help="Tokens by their hashes, as `foretaste token` writes them.")
+        Path | None,
+        typer.Option(help="File of tokens and their hashes, as `foretaste token` writes it."),
     ] = None,
     overrides: Annotated[
         list[str] | None,
@@ -214,17 +228,17 @@ def serve(
 
 
 def token(
-    path: Annotated[Path, typer.Argument(help="File of tokens, made where there is none.")],
-    name: Annotated[str, typer.Argument(help="What the log calls the token.")],
+    path: Annotated[Path, typer.Argument(help="File of tokens; it is made if it does not exist.")],
+    name: Annotated[str, typer.Argument(help="Name of the token in the log.")],
     *,
     role: Annotated[
         list[str] | None,
         typer.Option(
-            help="read (if none is given), write (live events) or admin; may be repeated."
+            help="read (the default), write (live events) or admin; may be given several times."
         ),
     ] = None,
     requests_per_minute: Annotated[
-        int | None, typer.Option(min=1, help="At most so many requests; none: no bound.")
+        int | None, typer.Option(min=1, help="Most requests in a minute; without it, no limit.")
     ] = None,
     as_json: JsonFlag = False,
 ) -> None:
@@ -253,11 +267,13 @@ def announce(line: str, *, as_json: bool) -> None:
 
 def quickstart(
     *,
-    serve: Annotated[bool, typer.Option(help="Serve the page when all is done.")] = True,
+    serve: Annotated[bool, typer.Option(help="Serve the page at the end.")] = True,
     data_dir: DataDir = None,
     out: Annotated[Path, typer.Option(help="Folder of the bundle to write.")] = Path("quickstart"),
     replace: ReplaceFlag = False,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free one.")] = 8000,
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port to listen on; 0 picks a free one.")
+    ] = 8000,
     as_json: JsonFlag = False,
 ) -> None:
     """Train, measure and serve a recommender on MovieLens-100K, in a few minutes."""

@@ -29,7 +29,7 @@ ReplaceFlag = Annotated[
 JsonFlag = Annotated[
     bool, typer.Option("--json", help="Print one JSON document instead; NaN and infinity are null.")
 ]
-DataDir = Annotated[Path | None, typer.Option(help="Where the data's files lie already.")]
+DataDir = Annotated[Path | None, typer.Option(help="Folder that already has the data files.")]
 
 _BROKEN_PIPE = 128 + signal.SIGPIPE if hasattr(signal, "SIGPIPE") else 1
 _WIDE = 1_000_000

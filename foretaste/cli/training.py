@@ -21,7 +21,7 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="NAME=VALUE", help="Replace a setting: model.dropout=0.5"),
 ]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on where it was stopped.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue a run that was stopped.")]
 
 
 def fit(
@@ -33,7 +33,9 @@ def fit(
     replace: ReplaceFlag = False,
     data_dir: DataDir = None,
     result: Annotated[Path | None, typer.Option(help="Record the run in this JSON file.")] = None,
-    track: Annotated[ft.TrackerKind | None, typer.Option(help="Where to follow the run.")] = None,
+    track: Annotated[
+        ft.TrackerKind | None, typer.Option(help="Where the run is logged: tensorboard or mlflow.")
+    ] = None,
     processes: Annotated[
         int, typer.Option(min=1, help="Train with so many processes on this machine.")
     ] = 1,
@@ -105,7 +107,7 @@ def _together() -> Iterator["Together"]:
 def _kept(epochs: int | None, folder: Path) -> str:
     if epochs is None:
         return "stopped: there is no checkpoint yet, so start again"
-    return f"stopped at epoch {epochs + 1}: {folder} holds a checkpoint, and --resume goes on"
+    return f"stopped at epoch {epochs + 1}: {folder} holds a checkpoint, and --resume continues"
 
 
 def evaluate(
@@ -132,14 +134,20 @@ def evaluate(
 
 
 def tune(
-    recipe: Annotated[Path, typer.Argument(help="A recipe; its [tune] says what is searched.")],
+    recipe: Annotated[
+        Path, typer.Argument(help="A recipe; its [tune] section defines the search.")
+    ],
     *,
     out: Annotated[Path, typer.Option(help="Folder of the study and the best recipe.")] = Path(
         "tuned"
     ),
-    trials: Annotated[int | None, typer.Option(min=1, help="In all, resumed ones too.")] = None,
+    trials: Annotated[
+        int | None,
+        typer.Option(min=1, help="Number of trials, including those of a resumed search."),
+    ] = None,
     max_seconds: Annotated[
-        float | None, typer.Option(help="Begin no trial after so long, and end the last one there.")
+        float | None,
+        typer.Option(help="Start no trial after this time, and end the last one there."),
     ] = None,
     resume: Resume = False,
     replace: ReplaceFlag = False,
@@ -163,12 +171,12 @@ def tune(
             watch=partial(_log, trials=trials or config.tune.trials, seen=[]),
         )
     except Stopped as stop:
-        kept = f"stopped: its trials are in {out}, and --resume goes on with them"
+        kept = f"stopped: its trials are in {out}, and --resume continues them"
         raise Stopped(stop.signum, kept) from stop
     frame = found.to_frame()
     rows = [(*row[:4], *map(str, row[4:])) for row in frame.rows()]
     made = table(f"{found.metric} on validation, best first", frame.columns, rows)
-    log(f"{found.ended}; they took {found.seconds:.1f} s")
+    log(f"{found.ended}; the trials took {found.seconds:.1f} s")
     answer(found.to_json(), made, f"best recipe: {out / 'best.toml'}", as_json=as_json)
 
 
@@ -179,27 +187,33 @@ def _log(trial: "TrialRow", *, trials: int, seen: list[int]) -> None:
     log(f"trial {trial.number}: {trial.state} {value}{settings}")
     left = trials - trial.number - 1
     if not seen and left > 0:
-        log(f"it took {trial.seconds:.1f} s: about {trial.seconds * left:.0f} s for {left} more")
+        log(
+            f"this trial took {trial.seconds:.1f} s: about {trial.seconds * left:.0f} s for "
+            f"{left} more"
+        )
     seen.append(trial.number)
 
 
 def compare(
-    recipes: Annotated[list[Path], typer.Argument(help="Recipes of the same data and split.")],
+    recipes: Annotated[list[Path], typer.Argument(help="Recipes with the same data and split.")],
     *,
     families: Annotated[
         str | None,
-        typer.Option(help="Instead of the one recipe's model, these kinds, between commas."),
+        typer.Option(
+            help="Kinds of models, separated by commas, in place of the one recipe's model."
+        ),
     ] = None,
     budget_seconds: Annotated[
-        float | None, typer.Option(help="For all trainings together; without it, no end is set.")
+        float | None, typer.Option(help="Time for all trainings together; without it, no limit.")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder of the table, the picture and the best bundle.")
+        Path | None,
+        typer.Option(help="Folder for the table, the picture and the bundle of the best model."),
     ] = None,
     replace: ReplaceFlag = False,
     seeds: Annotated[
         str | None,
-        typer.Option(help="Train each model once with each, between commas: 0,1,2"),
+        typer.Option(help="Train each model once with each seed, separated by commas: 0,1,2"),
     ] = None,
     overrides: Overrides = None,
     data_dir: DataDir = None,
@@ -244,12 +258,14 @@ def compress(
     recipe: Annotated[
         Path | None, typer.Option(help="Measure on this recipe's data and split instead.")
     ] = None,
-    metric: Annotated[str, typer.Option(help="What is to be kept.")] = "ndcg_at_10",
+    metric: Annotated[
+        str, typer.Option(help="Metric of the report by which the tables are compared.")
+    ] = "ndcg_at_10",
     out: Annotated[
-        Path | None, typer.Option(help="Where the recommended bundle is written, if one is.")
+        Path | None, typer.Option(help="Folder for the recommended bundle, if there is one.")
     ] = None,
     kind: Annotated[
-        str | None, typer.Option(help="Write and measure this kind alone, such as int8.")
+        str | None, typer.Option(help="Measure and write only this kind, such as int8.")
     ] = None,
     retrain: Annotated[
         bool, typer.Option("--retrain", help="Train the recipe again with the kinds that train.")

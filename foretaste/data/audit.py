@@ -172,7 +172,7 @@ def ids_that_tell(
                     "id_tells_label" if test_E is None else "id_tells_part",
                     int(here_R.sum()),
                     f"the order of {side.name} ids tells the {name} ({share:.0%} of what differs "
-                    f"between {side.name}s): give ids that mean nothing",
+                    f"between {side.name}s): give ids without meaning",
                 )
 
 
@@ -252,8 +252,8 @@ def columns_that_tell(events: Interactions, names: Sequence[str]) -> Iterator[Fi
                     "leak",
                     "column_tells_label",
                     len(events),
-                    f"{what} {name!r} tells {label!r} ({share:.1%} of it): it cannot be "
-                    "known before; leave it out of the features",
+                    f"{what} {name!r} tells {label!r} ({share:.1%} of it): it cannot be known "
+                    "before the event; leave it out of the features",
                 )
 
 
@@ -309,7 +309,7 @@ def repeats(events: Interactions) -> Iterator[Finding]:
             "warning",
             "repeated_event",
             same,
-            f"{same:,} events repeat another of the same user, item and second: drop "
+            f"{same:,} events repeat another event of the same user, item and second: drop "
             "them when reading",
         )
     if again > same:
@@ -341,8 +341,7 @@ def pairs_across_parts(split: Split) -> Iterator[Finding]:
             "leak",
             "event_in_two_parts",
             same,
-            f"{same:,} held-out events stand in training too: drop repeated events "
-            "before splitting",
+            f"{same:,} held-out events are also in training: drop repeated events before splitting",
         )
     if both > same:
         yield Finding(
@@ -350,7 +349,7 @@ def pairs_across_parts(split: Split) -> Iterator[Finding]:
             "pair_in_two_parts",
             both - same,
             f"{both - same:,} held-out events are of an item that their user has in "
-            "training: they are lost where seen items are excluded, and easy where not",
+            "training: they are misses if seen items are excluded, and easy hits otherwise",
         )
 
 
@@ -437,7 +436,9 @@ def audit_split(split: Split, *, labels: Sequence[str] = ()) -> tuple[Finding, .
 
 def _times(events: Interactions) -> Iterator[Finding]:
     if events.timestamp_s is None:
-        yield Finding("note", "no_times", len(events), "no times: order stands for time")
+        yield Finding(
+            "note", "no_times", len(events), "no times: the order of rows is the order in time"
+        )
         return
     yield from _years(events.timestamp_s)
     same = (np.diff(events.timestamp_s) == 0) & (np.diff(events.user_idx) == 0)
@@ -470,8 +471,9 @@ def _years(time_E: Int64[np.ndarray, " E"]) -> Iterator[Finding]:
             "warning",
             "times_of_1970",
             early,
-            f"{early:,} of {len(time_E):,} times lie in 1970, while others are of today: "
-            "unknown times, or another unit? They are the oldest events of their users",
+            f"{early:,} of {len(time_E):,} times lie in 1970, while others are of today: if "
+            "they are unknown times, leave them empty; they count as the oldest events of their "
+            "users",
         )
 
 
@@ -496,5 +498,5 @@ def _against_time(
             "test_older_than_training",
             older,
             f"{older:,} of {test_E.sum():,} test events are older than the newest "
-            "training event: split by time to know what tomorrow will bring",
+            "training event: split by time to measure how future events are predicted",
         )

@@ -19,7 +19,7 @@ _KEPT = (
     *(pl.Int8, pl.Int16, pl.Int32, pl.Int64, pl.UInt8, pl.UInt16, pl.UInt32, pl.UInt64),
     *(pl.Float32, pl.Float64, pl.Null, pl.Boolean, pl.String, pl.Date, pl.Time, pl.Duration),
 )
-_AS_STORED = "holds an extension type: kept as what it is stored as"
+_AS_STORED = "holds an extension type: kept in its storage type"
 
 
 class Kept(NamedTuple):
@@ -100,7 +100,7 @@ def _changed(column: pl.Series) -> _Change:
 
 def _left_out(column: pl.Series) -> _Change:
     what = "bytes" if column.dtype == pl.Binary else "records of several fields"
-    return _Change(None, f"holds {what}, which nothing reads")
+    return _Change(None, f"holds {what}, which foretaste does not read")
 
 
 def _small_floats(column: pl.Series) -> _Change:

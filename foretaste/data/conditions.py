@@ -31,7 +31,7 @@ def columns_in(condition: str, name: str, columns: Collection[str] | None = None
     found = list(dict.fromkeys(_parsed(condition, name).meta.root_names())) if condition else []
     if condition and not found:
         raise ConfigError(
-            f"{name} = {condition!r} reads no column, so that it says the same of every row: "
+            f"{name} = {condition!r} reads no column, so that it is the same for every row: "
             'compare a column with something, such as rating >= 4; a name such as "2" stands in '
             "double quotes",
             name=name,
@@ -44,7 +44,7 @@ def columns_in(condition: str, name: str, columns: Collection[str] | None = None
             near = lower.get(column.lower(), column)
             raise ConfigError(
                 f"{name} = {condition!r} reads column {column!r}, which is not there; there are "
-                f"{has}{did_you_mean(near, columns)} (text stands in 'single' quotes, and a name "
+                f"{has}{did_you_mean(near, columns)} (write text in 'single' quotes, a name "
                 'with blanks or dashes in "double" ones)',
                 name=name,
                 column=column,
@@ -75,7 +75,7 @@ def rows_where(frame: pl.DataFrame, condition: str, name: str) -> Bool[np.ndarra
         holds = (holds.fill_nan(None) if holds.dtype.is_float() else holds) > 0
     if holds.dtype != pl.Boolean or holds.len() not in (1, frame.height):
         raise DataError(
-            f"{name} = {condition!r} gives no true or false for each row ({_described(asked)}): "
+            f"{name} = {condition!r} is not true or false for each row ({_described(asked)}): "
             "compare a column with something, such as rating >= 4 or answer = 'yes'",
             name=name,
             value=condition,
@@ -180,7 +180,7 @@ def check_some(holds_E: Bool[np.ndarray, " E"], condition: str, name: str) -> No
     """
     if not holds_E.any():
         raise DataError(
-            f"{name} = {condition!r} holds for none of {len(holds_E):,} rows: nothing would be "
+            f"{name} = {condition!r} is true for none of {len(holds_E):,} rows: nothing would be "
             "left to learn from; compare it with the values of its columns",
             name=name,
             value=condition,

@@ -147,7 +147,7 @@ class TextFile:
                 if len(fields) > width:
                     return (
                         f"{self.name}, line {line} has {len(fields)} fields, the first line "
-                        f"{width}: fix or quote it, or say another separator"
+                        f"{width}: fix or quote it, or set another separator"
                     )
                 line = self.num_skipped + lines.line_num + 1
         except csv.Error:
@@ -156,7 +156,7 @@ class TextFile:
                 'inside a quoted field is not doubled ("")'
             )
         return (
-            f"{self.name} cannot be read as a table of text: say separator= and encoding=, or fix "
+            f"{self.name} cannot be read as a table of text: set separator= and encoding=, or fix "
             "its quotes"
         )
 
@@ -279,7 +279,7 @@ def _encoding_of(data: Path | bytes, encoding: str | None) -> str | None:
             _is_text(name)
         except (LookupError, ValueError, TypeError) as error:
             raise ConfigError(
-                f"there is no encoding {encoding!r}: say one such as utf-8, utf-16, cp1252, gbk or "
+                f"there is no encoding {encoding!r}: set one such as utf-8, utf-16, cp1252, gbk or "
                 "shift_jis",
                 name="encoding",
                 value=encoding,
@@ -308,7 +308,7 @@ def _decoded(data: Path | bytes, encoding: str, name: str) -> str:
     except UnicodeError as error:
         start = error.start if isinstance(error, UnicodeDecodeError) else 0
         raise DataError(
-            f"{name}, line {1 + raw[:start].count(10)} is not {encoding}: say another encoding",
+            f"{name}, line {1 + raw[:start].count(10)} is not {encoding}: set another encoding",
             name="encoding",
             value=encoding,
         ) from error
@@ -331,11 +331,11 @@ def _in_utf8(file: TextFile) -> TextFile:
             text = None
         if text is None:
             raise DataError(
-                f'{wrong}: say its encoding, such as encoding="cp1252", "gbk", "shift_jis" or '
+                f'{wrong}: set its encoding, such as encoding="cp1252", "gbk", "shift_jis" or '
                 '"latin-1"',
                 name=file.name,
             ) from error
-        note = f"{wrong}: it was read as cp1252, Western European; if it is another, say encoding="
+        note = f"{wrong}: it was read as cp1252, Western European; if that is wrong, set encoding="
         return replace(file, data=text.encode(), notes=(*file.notes, note))
     return file
 
@@ -354,7 +354,7 @@ def _first_lines(data: Path | bytes, name: str) -> list[str]:
     look = _look(data)
     if b"\x00" in look:
         raise DataError(
-            f"{name} is not text, and of no kind that is known here: give CSV, Parquet or Arrow",
+            f"{name} is not text, and its format is unknown: give CSV, Parquet or Arrow",
             name=name,
         )
     text = look.decode("utf-8", "replace").removeprefix("\ufeff")

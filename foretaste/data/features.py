@@ -175,8 +175,8 @@ class Features(Shown):
         except (OSError, ValidationError, SafetensorError, KeyError) as error:
             reason = str(error).strip().splitlines()[0]
             raise BundleError(
-                f"the features in {folder} cannot be read ({reason}): they are broken, or of a "
-                "later foretaste",
+                f"the features in {folder} cannot be read ({reason}): the files are damaged or "
+                "were written by a newer version",
                 name=str(folder),
                 value=str(folder),
             ) from error

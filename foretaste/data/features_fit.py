@@ -304,9 +304,9 @@ def _fit_categories(
         return _NOTHING
     values, note = _fit_values(text.drop_nulls(), field, holds)
     if not text.null_count() and len(values.texts) == 1 and not values.rare:
-        note = f"is {text[0]!r} on every training row: it tells nothing"
+        note = f"is {text[0]!r} on every training row: it contributes nothing"
     elif len(values.texts) == text.count() > 1:
-        note = "has another value on every training row: it tells a row by nothing that others have"
+        note = "has another value on every training row: no two rows have anything in common"
     return Outcome(Categories(name=name, values=values), note)
 
 
@@ -364,7 +364,9 @@ def _fit_number(
     if not len(number_N):
         return _NOTHING
     low, high = number_N.min(), number_N.max()
-    note = f"is {low:g} wherever it is known in training: it tells little" if low == high else ""
+    note = (
+        f"is {low:g} wherever it is known in training: it contributes little" if low == high else ""
+    )
     if field.transform == "bucketise":
         share = np.arange(1, field.num_buckets) / field.num_buckets
         edges = np.unique(np.quantile(number_N, share, method="inverted_cdf"))

@@ -144,7 +144,7 @@ def vectors_of(column: pl.Series, *, width: int | None = None) -> Vectors:
         row = int(wrong_R.argmax())
         raise DataError(
             f"column {column.name!r}{at_row(column, row)} holds a vector of {length_R[row]} "
-            f"numbers, not {width}: all must be as long, a missing one null",
+            f"numbers, not {width}: all must have the same length, and a missing one is null",
             column=column.name,
             row=1 + row,
             value=column[row].to_list(),
@@ -447,7 +447,7 @@ class Sentence(Config):
             if vector_NW.shape[1] != self.width:
                 raise ConfigError(
                     f"encoder {self.encoder!r} gives {vector_NW.shape[1]} numbers, and gave "
-                    f"{self.width} in training: put back the one that was trained with",
+                    f"{self.width} in training: use the encoder of training",
                     name="encoder",
                     value=self.encoder,
                 )

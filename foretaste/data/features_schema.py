@@ -27,7 +27,7 @@ class CategoricalField(Config):
     max_values: Count = 100_000
     """The most frequent values up to this number have a code; the others share the same bucket."""
     why: str = ""
-    """Why this kind was chosen: a note for people, which nothing reads."""
+    """Why this kind was chosen: a note for people, which foretaste does not read."""
 
 
 class MultiField(Config):
@@ -41,7 +41,7 @@ class MultiField(Config):
     max_values: Count = 100_000
     """The most frequent values up to this number have a code; the others share the same bucket."""
     why: str = ""
-    """Why this kind was chosen: a note for people, which nothing reads."""
+    """Why this kind was chosen: a note for people, which foretaste does not read."""
 
 
 class NumericField(Config):
@@ -56,7 +56,7 @@ class NumericField(Config):
     """Buckets of `bucketise`. Each has the same number of training rows, as far as equal numbers
     allow."""
     why: str = ""
-    """Why this kind was chosen: a note for people, which nothing reads."""
+    """Why this kind was chosen: a note for people, which foretaste does not read."""
 
 
 class VectorField(Config):
@@ -70,7 +70,7 @@ class VectorField(Config):
     """Whether the mean of training is subtracted, after normalisation if there is any. Encoders of
     images and texts often give all vectors one direction in common."""
     why: str = ""
-    """Why this kind was chosen: a note for people, which nothing reads."""
+    """Why this kind was chosen: a note for people, which foretaste does not read."""
 
 
 class TextField(Config):
@@ -86,7 +86,7 @@ class TextField(Config):
     """Texts that are encoded at a time. More is faster, but the last digits of a vector may then
     depend on the other texts of its batch, so that serving differs from training by them."""
     why: str = ""
-    """Why this kind was chosen: a note for people, which nothing reads."""
+    """Why this kind was chosen: a note for people, which foretaste does not read."""
 
 
 class CrossField(Config):
@@ -106,7 +106,7 @@ class CrossField(Config):
     """The most frequent combinations up to this number have a code; the others share the same
     bucket."""
     why: str = ""
-    """Why these columns are crossed: a note for people, which nothing reads."""
+    """Why these columns are crossed: a note for people, which foretaste does not read."""
 
 
 FieldConfig = Annotated[
@@ -138,16 +138,16 @@ class FeatureSchema(Config):
 _SHOWN = ("kind", "min_count", "transform", "normalise")
 """Settings that are written out though they have their usual value."""
 _HEAD = """\
-# Which columns about users, items and moments are features: correct it where it is wrong.
+# Which columns of users, items and the context are features: correct it where it is wrong.
 # A recipe takes this file as features = "FILE", or its sections as [features.item.genres].
 # A section is a field, named after its side and column; delete one to leave the column out.
 # kind = "categorical"  one of several values; those rarer than min_count share a bucket
-#        "multi"        several values: a list, or text cut at separator
+#        "multi"        several values: a list, or text with a separator
 #        "numeric"      transform = "standardise", "bucketise" (num_buckets) or "log1p_standardise"
-#        "vector"       numbers, as many in every row; normalise = true gives all the same length,
-#                       centre = true takes away what all have in common
+#        "vector"       numbers, as many in every row; normalise = true gives all length 1,
+#                       centre = true subtracts the mean of training
 #        "text"         free text; encoder = the folder of a sentence-transformers model
-#        "cross"        several columns at once: of = ["city", "device"], under a name of its own
+#        "cross"        several columns at once: of = ["city", "device"], under a new name
 """
 
 
@@ -234,7 +234,7 @@ def _choose(column: pl.Series) -> FieldConfig | str:
     if isinstance(dtype, pl.List | pl.Array):
         return _of_lists(column)
     if dtype.is_nested() or dtype in (pl.Binary, pl.Object):
-        return f"holds {in_words(column)}, which is no feature"
+        return f"holds {in_words(column)}, which cannot be a feature"
     known = (column.fill_nan(None) if dtype.is_float() else column).drop_nulls()
     distinct = known.n_unique()
     if not len(known):
@@ -261,7 +261,7 @@ def _of_lists(column: pl.Series) -> FieldConfig | str:
             return f"lists of {lengths.min()} to {lengths.max()} numbers: a vector has one length"
         return VectorField(why=f"{lengths[0]} numbers in every list")
     if values.dtype.is_nested() or values.dtype in (pl.Binary, pl.Object):
-        return f"holds lists of {in_words(values)}, which is no feature"
+        return f"holds lists of {in_words(values)}, which cannot be a feature"
     return _of_bags(values, len(lists), separator=None)
 
 
@@ -271,7 +271,7 @@ def _of_bags(values: pl.Series, num_rows: int, *, separator: str | None) -> Fiel
     if not len(values):
         return "has no value"
     if distinct > _NEARLY_ALL * len(values) and distinct > _FEW:
-        return f"{distinct:,} distinct values in {len(values):,}: too few rows to learn any from"
+        return f"{distinct:,} distinct values in {len(values):,}: too few rows for any value"
     return MultiField(
         separator=separator,
         min_count=_min_count(values),

@@ -127,7 +127,7 @@ def read_manifest(folder: Path, kind: type[M]) -> M:
     if not isinstance(document, dict) or document.get("format") != expected:
         found = document.get("format") if isinstance(document, dict) else None
         raise _broken(
-            f"{path} is not the manifest of {what}, but of {_instead(found, folder)}", path
+            f"{path} is not the manifest of {what}, but that of {_instead(found, folder)}", path
         )
     _check_version(path, document, kind)
     sealed = document.pop("checksum", None)
@@ -135,8 +135,8 @@ def read_manifest(folder: Path, kind: type[M]) -> M:
         sealed is None or _render(document) != text
     ):
         raise _broken(
-            f"{path} was changed after it was written, its checksum is another: restore it, or "
-            f"{kind.remedy}",
+            f"{path} was changed after it was written, because its checksum differs: restore it, "
+            f"or {kind.remedy}",
             path,
         )
     try:
@@ -152,7 +152,7 @@ def _instead(found: object, folder: Path) -> str:
     known = {
         "foretaste-event-store": "an event store: train on it first",
         "foretaste-bundle": f"a bundle: its events are in {folder / 'events'}",
-        "foretaste-checkpoint": "a checkpoint: it is gone on with by --resume",
+        "foretaste-checkpoint": "a checkpoint: --resume continues it",
     }
     return known.get(str(found), "something else: name another folder")
 
@@ -164,8 +164,8 @@ def _check_version(path: Path, document: Mapping[str, object], kind: type[M]) ->
     if version > kind.latest:
         by = document.get("foretaste", "of a later version")
         raise _broken(
-            f"{path}: format {version} was written by foretaste {by}, and this one reads formats "
-            f"up to {kind.latest}: install that version or a newer one",
+            f"{path}: format {version} was written by foretaste {by}, and this version reads "
+            f"formats up to {kind.latest}: install that version or a newer one",
             path,
             value=version,
         )
@@ -323,7 +323,7 @@ def leftover(path: Path) -> str:
     """Say where the older folder lies, if a replacement was cut off between its two renames."""
     place = path.absolute()
     found = sorted(place.parent.glob(f".{place.name[:100]}.*.replaced/{place.name}"))
-    return f"; {found[-1]} was left there by an interrupted save: move it back" if found else ""
+    return f"; {found[-1]} was left there by an interrupted save: rename it" if found else ""
 
 
 def reason_of(error: BaseException) -> str:
@@ -361,8 +361,8 @@ def _in_our_words(path: str | os.PathLike[str], kind: Kind) -> Iterator[None]:
 def _unwritten(path: str | os.PathLike[str], kind: Kind, error: Exception) -> ForetasteError:
     what = "" if kind == "file" else f"the {kind} "
     return _error(
-        f"{what}{path} cannot be written: {reason_of(error)}: nothing was left there; make room "
-        "or choose another place",
+        f"{what}{path} cannot be written: {reason_of(error)}: no part of it was kept; make room or "
+        "choose another place",
         path,
         kind,
     )

@@ -134,8 +134,8 @@ def make_graph(
     weights = weights or (1.0,) * len(ties)
     if len(weights) != len(ties) or not all(0 < weight < np.inf for weight in weights):
         raise DataError(
-            f"weights of ties are {weights} for {len(ties)} kinds: give each kind one above 0, or "
-            "leave out the ties that should not count",
+            f"weights of edges are {weights} for {len(ties)} kinds: give each kind one above 0, or "
+            "leave out the edges that should not count",
             name="weights",
             value=weights,
         )
@@ -144,8 +144,8 @@ def make_graph(
     pair_2P = np.concatenate([of_events, *ties], axis=1)
     if pair_2P.size and not (pair_2P.min() >= 0 and pair_2P.max() < num_nodes):
         raise DataError(
-            f"a tie names node {pair_2P.max()} (or one below 0) of a graph of {num_nodes}: give "
-            "num_nodes, or leave out ties to unknown nodes"
+            f"an edge names node {pair_2P.max()} (or one below 0) of a graph of {num_nodes}: give "
+            "num_nodes, or leave out edges to unknown nodes"
         )
     key_E, weight_E = _both_ways(pair_2P, num_nodes), None
     if any(weight != 1 for weight in weights):

@@ -128,8 +128,7 @@ class Interactions(Shown):
         """
         if len(keep) != len(self):
             raise DataError(
-                f"keep says of {len(keep):,} events whether they are kept, and there are "
-                f"{len(self):,}",
+                f"keep has {len(keep):,} values, and there are {len(self):,}",
                 name="keep",
                 value=len(keep),
             )

@@ -129,7 +129,9 @@ def _of_one_kind(ids: list[pl.Series], role: str, notes: list[str]) -> list[pl.S
     """Return the ids of all sets as integers where all are, as text otherwise."""
     if len({part.dtype for part in ids}) == 1:
         return ids
-    notes.append(f"the ids of {role} are integers in some parts and text in others: kept as text")
+    notes.append(
+        f"the ids of {role} are integers in some parts and text in others: they are kept as text"
+    )
     return [part.cast(pl.String) for part in ids]
 
 
@@ -165,8 +167,8 @@ def _of_one_type(parts: list[pl.Series], where: str, notes: list[str]) -> list[p
     name, families = parts[0].name, {_family(part) for part in parts} - {"nothing"}
     if len(families) > 1 and "lists" in families:
         raise DataError(
-            f"column {name!r} {where} holds lists in one part and single values in another: bring "
-            "it to one form in all of them",
+            f"column {name!r} {where} holds lists in one part and single values in another: use "
+            "one form in all of them",
             column=name,
         )
     if len(families) > 1:
@@ -216,7 +218,7 @@ def _columns(
     left_out = sorted(set.union(*(set(s.columns) for s in sets)) - shared)
     notes += [f"column {name!r} is not in all parts and is left out" for name in left_out]
     if any(s.timestamp_s is not None for s in sets) and any(s.timestamp_s is None for s in sets):
-        notes.append("not all parts have times: their order stands for time")
+        notes.append("not all parts have times: their order is the order in time")
     return {
         name: _narrow(np.concatenate([s.columns[name] for s in sets])[order_E])
         for name in sets[0].columns

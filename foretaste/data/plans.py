@@ -400,7 +400,7 @@ def plan_rows(
     """
     if num_drawn and draw is None and offered is None:
         raise ConfigError(
-            f"{num_drawn} items are to be drawn for each row: say who draws them", name="draw"
+            f"{num_drawn} items are to be drawn for each row: set how they are drawn", name="draw"
         )
     return RowPlan(
         rows=rows,

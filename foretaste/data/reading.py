@@ -149,7 +149,7 @@ def _choose(source: Source, read: ReadConfig) -> _Names:
         )
     if not names.all:
         raise DataError(
-            "no column is named: say user=, item=, columns= or context=", name="columns"
+            "no column is named: set user=, item=, columns= or context=", name="columns"
         )
     return names
 
@@ -261,7 +261,7 @@ def _check(
     if names.user is None:
         notes.append("there is no column of users: every row is a user of its own")
     if names.item is None:
-        notes.append(f"there is no column of items: every row is of the one item {ONE_ITEM!r}")
+        notes.append(f"there is no column of items: all rows belong to one item, {ONE_ITEM!r}")
     context, told = kept(frame.select(names.context), "the event table", needed=True)
     return _Events(
         names=names,

@@ -48,7 +48,10 @@ def read_links(
     frame, notes = opened.read(ends, ends)
     if more := opened.columns[2:]:
         unread = ", ".join(map(repr, more))
-        notes = (*notes, f"of the links of {role} {unread} is not read: all links weigh the same")
+        notes = (
+            *notes,
+            f"of the links of {role} {unread} is not read: all links have the same weight",
+        )
     ids = [canonical_ids(frame[end]) for end in ends]
     one_P, other_P = (vocabulary.encode(column) for column in ids)
     known_P, own_P = (one_P >= 0) & (other_P >= 0), one_P == other_P
@@ -65,7 +68,7 @@ def read_links(
     links_P2 = np.unique(pair_P2, axis=0)
     counts = {
         "name an unknown id": int((~known_P).sum()),
-        "tie an id to itself": int((known_P & own_P).sum()),
+        "link an id to itself": int((known_P & own_P).sum()),
         "stand twice": len(pair_P2) - len(links_P2),
     }
     said = [f"{count:,} links of {role} {what} and were left out" for what, count in counts.items()]
@@ -125,8 +128,8 @@ def attribute_ties(
     is_name = kind in (pl.String, pl.Categorical, pl.Enum, pl.Boolean, pl.Null)
     if not (is_name or kind.is_integer()):
         raise DataError(
-            f"column {name!r} of the items is {kind}, which hardly two items share: give it in "
-            "classes, as text or integers, or leave it out of the attributes",
+            f"column {name!r} of the items is {kind}, which few items share: give it in classes, "
+            "as text or integers, or leave it out of the attributes",
             column=name,
             name="attributes",
             value=name,
@@ -136,8 +139,8 @@ def attribute_ties(
     pairs = pairs.filter(pl.len().over("value") > 1).sort("value", "item")
     if pairs.is_empty():
         raise DataError(
-            f"no two items share a value of column {name!r}: it ties nothing, leave it out of the "
-            "attributes",
+            f"no two items share a value of column {name!r}: it makes no edges, leave it out of "
+            "the attributes",
             column=name,
             name="attributes",
             value=name,
@@ -221,7 +224,7 @@ def read_side(
         notes.append(f"{missing} rows of {opened.name} without an id were left out")
     others, side_ids = _first_of_each(others, side_ids, opened.name, notes)
     if ids.dtype == pl.Int64 and (text := _not_integers(side_ids)):
-        notes.append(f"the ids of {role} are kept as text: {opened.name} has {text[0]!r}")
+        notes.append(f"the ids of {role} are kept as text, because {opened.name} has {text[0]!r}")
     return Side(
         name=opened.name,
         key=name,
@@ -298,7 +301,7 @@ def _find_key(opened: Source, like: str | None, ids: pl.Series, role: str) -> st
         else f"none of its columns holds the ids of the events, which are like {ids[0]!r}"
     )
     raise DataError(
-        f"{opened.name} has {has}{fits}: say {_setting(role)}=NAME, one of "
+        f"{opened.name} has {has}{fits}: set {_setting(role)}=NAME, one of "
         f"{', '.join(map(repr, columns[:30]))}",
         name=_setting(role),
         value=ids[0],
@@ -362,11 +365,11 @@ def _unfit(side: Side, seen: object, found: int, fitting: dict[str, float], role
     setting = _setting(role)
     if fitting:
         better = max(fitting, key=lambda name: fitting[name])
-        advice = f"say {setting}={better!r}, which holds more of them"
+        advice = f"set {setting}={better!r}, which holds more of them"
     else:
-        advice = f"say {setting}=NAME if another column holds them, or give the table of these ids"
+        advice = f"set {setting}=NAME if another column holds them, or give the table of these ids"
     if found:
-        advice += f", or {setting}={side.key!r} if it is right all the same"
+        advice += f", or {setting}={side.key!r} if it is right nevertheless"
     return DataError(
         f"column {side.key!r} of {side.name} was taken for the ids of {role}, such as "
         f"{side.ids[0]!r}, and holds {found or 'none'} of those with events, such as {seen!r}: "

@@ -179,15 +179,17 @@ def newer_than_own(
 
 
 _UNTIMED: dict[SplitKind, str] = {
-    "temporal": "no times: how much of training is newer than the test cannot be said",
-    "leave_last": "no times: order stands for time within a user, and how much of training is "
-    "newer than other users' test events cannot be said",
-    "ratio": "no times: order stands for time within a user, and how much of training is "
-    "newer than other users' test events cannot be said",
-    "random": "no times: order stands for time, and events were held out whatever their order",
-    "given": "no times: what was known when cannot be said of parts that came as they are",
-    "cold_items": "no times: order stands for time, and items were held out whatever their order",
-    "cold_users": "no times: users were held out whatever was known when",
+    "temporal": "no times: it is unknown how much of training is newer than the test",
+    "leave_last": "no times: the order of rows is the order in time within a user, and how much "
+    "of training is newer than other users' test events cannot be said",
+    "ratio": "no times: the order of rows is the order in time within a user, and how much of "
+    "training is newer than other users' test events cannot be said",
+    "random": "no times: the order of rows is the order in time, and events were held out "
+    "whatever their order",
+    "given": "no times: it is unknown what was known when, because the parts were given",
+    "cold_items": "no times: the order of rows is the order in time, and items were held out "
+    "whatever their order",
+    "cold_users": "no times: users were held out regardless of time",
 }
 
 
@@ -336,8 +338,7 @@ class Split(Shown):
     def __post_init__(self) -> None:
         if len(self.part_E) != len(self.events):
             raise DataError(
-                f"part_E says of {len(self.part_E):,} events in which part they are, and there are "
-                f"{len(self.events):,}",
+                f"part_E has {len(self.part_E):,} values, and there are {len(self.events):,}",
                 name="part_E",
                 value=len(self.part_E),
             )

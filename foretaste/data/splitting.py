@@ -223,7 +223,7 @@ def given_split_by_column(events: Interactions, split: GivenSplitConfig) -> Spli
         values, inverse_E = np.unique(text.to_numpy().astype(str), return_inverse=True)
     else:
         raise DataError(
-            f"no column {column!r} says which part an event belongs to; there are "
+            f"no column {column!r} holds the part of each event; there are "
             f"{sorted([*events.columns, *context])}: name it among the columns, or the context if "
             "it is text, when reading",
             column=column,
@@ -370,7 +370,7 @@ def _leave_last(
     for place, part in enumerate(parts):
         part_E[long_E & (from_end_E == place)] = part
     short = int(((length_U > 0) & (length_U < fewest)).sum())
-    note = f"{short:,} users have fewer than {fewest} events and stay in training whole"
+    note = f"{short:,} users have fewer than {fewest} events, all of which stay in training"
     return part_E, (note,) if short else ()
 
 
@@ -380,8 +380,8 @@ def _part_code(value: object, column: str) -> int:
     if isinstance(value, str) and value.strip().lower() in _NAMES:
         return _NAMES[value.strip().lower()]
     raise DataError(
-        f"column {column!r} says {value!r}, which is no part: write one of {sorted(_NAMES)}, or "
-        f"{TRAIN}, {VALIDATION}, {TEST}, {UNUSED}, {NEGATIVE}",
+        f"column {column!r} holds {value!r}, which is not a part: write one of {sorted(_NAMES)}, "
+        f"or {TRAIN}, {VALIDATION}, {TEST}, {UNUSED}, {NEGATIVE}",
         column=column,
         name="column",
         value=value,

@@ -161,7 +161,7 @@ def _no_column(source: Source, wanted: str, argument: str) -> str:
     names = ", ".join(map(repr, source.columns[:30])) + (" …" if len(source.columns) > 30 else "")
     advice = f"did you mean {argument}={lower[near]!r}?" if near else f"say {argument}=NAME"
     if source.header:
-        advice += " (header=False if the first line holds values)"
+        advice += " (set header=False if the first line holds values)"
     return f"{source.name} has no column {wanted!r} ({argument}); it has {names}: {advice}"
 
 
@@ -252,8 +252,8 @@ def _joined(name: str, files: list[Source], parts: list[pl.Series], *, is_id: bo
             f"{in_words(part)} in {file.name}" for part, file in zip(parts, files, strict=True)
         )
         raise DataError(
-            f"{name}: column {column!r} is of types that do not go together ({kinds}): "
-            "bring it to one type in all files",
+            f"{name}: column {column!r} has types that do not go together ({kinds}): "
+            "use one type in all files",
             column=column,
         ) from error
 
@@ -472,6 +472,6 @@ def _quietly(name: str, work: Callable[[], _T]) -> _T:
     except _BROKEN as error:
         raise DataError(
             f"{name} cannot be read: if it is a file, it is broken or cut short, get it again; if "
-            "it is a table or a query, it fails before it gives rows",
+            "it is a table or a query, it fails before it returns rows",
             name=name,
         ) from error

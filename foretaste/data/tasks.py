@@ -166,9 +166,7 @@ def check_learnable(
             continue
         low, high = float(known_E.min()), float(known_E.max())
         if high == 0 or (low == 1 and not num_drawn):
-            mend = (
-                "negatives to draw, or events with label 0" if low else "events that it happened to"
-            )
+            mend = "negatives to draw, or events with label 0" if low else "events with label 1"
             raise DataError(
                 f"task {task.name!r} has one class only: every label of training is {high:g}; "
                 f"give it {mend}, or leave it out",
@@ -242,7 +240,7 @@ def notes_about_histories(
     rows = f"{num_zeros:,} of {len(events):,} events have {column!r} = 0"
     advice = f"give positive = {column!r} when reading"
     if reads:
-        return (f"{rows} and stand in histories like all others: {advice}, if they should not",)
+        return (f"{rows} and are in histories like all others: {advice}, if they should not",)
     return (f"no histories are read, as {rows}: {advice}, and histories are of the others",)
 
 
@@ -291,7 +289,9 @@ def _labels(events: Interactions, task: Task) -> Float32[np.ndarray, " E"]:
         return np.where(np.isnan(value_E), value_E, value_E > task.above).astype(np.float32)
     if task.kind == "binary":
         allowed_E = (value_E == 0) | (value_E == 1)
-        _refuse(task, value_E, allowed_E, "0 or 1: set `above` to cut other values in two")
+        _refuse(
+            task, value_E, allowed_E, "0 or 1: set `above` to divide other values into two classes"
+        )
     elif task.kind == "ordinal":
         levels = ", ".join(f"{level:g}" for level in task.levels)
         allowed_E = np.isin(value_E, np.array(task.levels, np.float32))
@@ -312,7 +312,7 @@ def _refuse(
         raise DataError(
             f"task {task.name!r}: column {task.column!r} holds {value_E[wrong_E][0]:g} (and "
             f"{int(wrong_E.sum()) - 1:,} more such), but labels of this {task.kind} task are "
-            f"{what}, or mend them",
+            f"{what}, or fix them",
             column=task.column,
             name=task.name,
             value=float(value_E[wrong_E][0]),

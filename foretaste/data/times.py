@@ -122,7 +122,7 @@ def _of_numbers(times: pl.Series, unit: TimestampUnit) -> Times:
         micros = _of_digits(times, unit)
         broken = micros.is_null() & times.is_not_null() & ~_is_blank(times)
         if broken.any():
-            raise refusal(times, broken, f"is no date written {unit}: fix it, or say another "
+            raise refusal(times, broken, f"is no date written {unit}: fix it, or set another "
                           "timestamp_unit")  # fmt: skip
     micros = pl.select(pl.when(_is_blank(times)).then(-1_000_000).otherwise(micros)).to_series()
     if (micros % 1_000_000 == 0).all():
@@ -138,8 +138,8 @@ def _coarseness(times: pl.Series) -> tuple[str, ...]:
         return ()
     return (
         f"column {times.name!r}: floats of {32 if digits == 24 else 16} bits hold such numbers to "
-        f"{2 ** (math.frexp(high)[1] - digits):,} only, and what is nearer has become one time: "
-        "keep them as integers",
+        f"{2 ** (math.frexp(high)[1] - digits):,} only, and closer times have become equal: keep "
+        "them as integers",
     )
 
 
@@ -201,7 +201,7 @@ def _refuse_other_units(times: pl.Series, unit: TimestampUnit) -> tuple[str, ...
         )
     return (
         f"column {times.name!r}: {low:,} to {high:,} would be times before 1990 in {unit}, and "
-        'were taken as an order; say timestamp_unit="order" if that is meant',
+        'were taken as an order; set timestamp_unit="order" if that is meant',
     )
 
 
@@ -244,7 +244,7 @@ def _refuse_mixed(times: pl.Series, unit: TimestampUnit) -> None:
                 mixed,
                 f"lies before 1990 in {unit}, but is sane in {other}, and so are "
                 f"{int(mixed.sum()) - 1:,} more rows, while others are not: the column mixes "
-                "units; bring all of it to one",
+                "units; use one unit for all of it",
             )
 
 
@@ -363,12 +363,12 @@ def _without(shown: pl.Series, times: Times, unknown: pl.Series, *, drop: bool) 
     if not drop:
         more = f", and so would {count - 1:,} more" if count > 1 else ""
         may_stay = 0 <= times.ticks.filter(unknown)[0] <= _YEAR_2200_S * times.per_second
-        keep = '; to keep it as it is, say timestamp_unit="order"' if may_stay else ""
+        keep = '; to keep it as it is, set timestamp_unit="order"' if may_stay else ""
         raise refusal(
             shown,
             unknown,
             f"would be a time of 1970 or of no known year{more}, while others are of today: if it "
-            "means an unknown time, leave it empty or say drop_incomplete=True, which leaves the "
+            "means an unknown time, leave it empty or set drop_incomplete=True, which leaves the "
             f"row out{keep}",
         )
     note = (
@@ -388,13 +388,13 @@ def _outside(times: pl.Series, outside: pl.Series, unit: TimestampUnit) -> DataE
     if other and (own := times.is_between(_SANE[unit][0], _limit(unit))).any():
         why = (
             f"is after the year 2200 in {unit}, but sane in {other}, while {int(own.sum()):,} rows "
-            f"are sane in {unit}: the column mixes units; bring all of it to one"
+            f"are sane in {unit}: the column mixes units; use one unit for all of it"
         )
     elif other:
-        why = f'is after the year 2200 in {unit}, but sane in {other}: say timestamp_unit="{other}"'
+        why = f'is after the year 2200 in {unit}, but sane in {other}: set timestamp_unit="{other}"'
     else:
         why = (
-            f"is after the year 2200 in {unit}, and a time of today in no unit that is known here: "
-            "fix it, or bring the column to unix seconds"
+            f"is after the year 2200 in {unit}, and is not near today in any known unit: "
+            "fix it, or convert the column to unix seconds"
         )
     return refusal(times, outside, why)

@@ -77,7 +77,7 @@ class Vocabulary:
         if ids.n_unique() != len(ids):
             twice = ids.filter(ids.is_duplicated())[0]
             raise DataError(
-                f"id {twice!r} stands twice in a vocabulary: keep one of them",
+                f"id {twice!r} is twice in a vocabulary: keep one of them",
                 name="ids",
                 value=twice,
             )

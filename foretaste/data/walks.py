@@ -222,7 +222,7 @@ def most_visited(
         )
     if walks * hops > _MOST_VISITS:
         raise ConfigError(
-            f"{walks} walks of {hops} hops are {walks * hops} visits a node: take at most "
+            f"{walks} walks of {hops} hops are {walks * hops} visits a node: use at most "
             f"{_MOST_VISITS}",
             name="walks" if walks > hops else "hops",
             value=max(walks, hops),

@@ -272,7 +272,7 @@ class Overlap:
             "other events than the model's own: users and items are found by their ids; the model "
             f"knows {self.users - self.unknown_users:,} of {self.users:,} users of the test, and "
             f"the items of {self.events - self.unknown_items:,} of {self.events:,} of its events; "
-            "other users are new ones, answered by their history",
+            "other users are treated as new users, with their history",
             trained_on,
             *(
                 (f"of users that the model does not know, {', '.join(self.untold)} is missing",)
@@ -335,7 +335,7 @@ def _check_not_trained_on(model: Trained, test: Asked, found: Overlap) -> None:
     if found.trained_on > most:
         raise DataError(
             f"the model was trained on {found.trained_on:,} of the {found.events:,} events of "
-            f"{test.name!r}: what it learned by heart measures nothing; {advice}",
+            f"{test.name!r}: figures on events that it memorised mean nothing; {advice}",
             name=test.name,
             value=found.trained_on,
         )

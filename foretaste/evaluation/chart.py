@@ -59,7 +59,7 @@ def reliability_svg(report: RowsReport) -> str:
 
     A calibrated model lies on the grey diagonal. A dot's area grows with the rows of its bin.
     """
-    title = f"{report.model} on {report.holdout}: what was said and what happened"
+    title = f"{report.model} on {report.holdout}: predicted and observed shares"
     middle, bottom = _LEFT + _SIZE / 2, _TOP + _SIZE
     parts = [
         text(_LEFT, 22.0, title, size=14),
@@ -159,7 +159,7 @@ def read_gates(model: Trained, split: Split, *, part: PartName = "test") -> Gate
 def gates_svg(gates: Gates) -> str:
     """Draw a group of bars a task, one bar an expert; a line reaches one deviation up and down."""
     num_experts = gates.mean_TE.shape[1]
-    title = f"{gates.model}: how each task weighs the experts, mean over {gates.rows:,} rows"
+    title = f"{gates.model}: how each task weights the experts, mean over {gates.rows:,} rows"
     parts = [text(_LEFT, 22.0, title, size=14)]
     group = _BAR * num_experts + _GROUP_GAP
     right, bottom = _LEFT + group * len(gates.tasks), _TOP + _HEIGHT

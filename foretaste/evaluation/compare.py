@@ -122,7 +122,7 @@ def mean_per_user(
 def _several(reports: R | Sequence[R]) -> Sequence[R]:
     several = reports if isinstance(reports, Sequence) else [reports]
     if not several:
-        raise DataError("there is no report to compare: give one at least", name="reports")
+        raise DataError("there is no report to compare: give at least one", name="reports")
     return several
 
 

@@ -157,7 +157,7 @@ class SampledNegatives:
         few_Q = num_Q < self.num
         fewer = (
             f" (fewer for {int(few_Q.sum()):,} of {len(num_Q):,} queries, {int(num_Q.min()):,} at "
-            "the least: no more are left)"
+            "least: no more are left)"
             if few_Q.any()
             else ""
         )
@@ -171,7 +171,7 @@ def no_list() -> ConfigError:
     """Return the error for data that list no negatives where listed ones are asked for."""
     return ConfigError(
         'the data list no negatives: draw them (sampled_by = "uniform"), or give a part column '
-        "that says 'negative'",
+        "with the value 'negative'",
         name="sampled_by",
         value="listed",
     )

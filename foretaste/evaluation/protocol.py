@@ -184,7 +184,7 @@ def _check_asked(
 ) -> None:
     if not k or min(k) < 1 or len(set(k)) < len(k):
         raise ConfigError(
-            f"k is {k}: give list lengths of at least 1, no two the same", name="k", value=k
+            f"k is {k}: give list lengths of at least 1, each once", name="k", value=k
         )
     if resamples < 0:
         raise ConfigError(
@@ -203,22 +203,19 @@ def _named(values: Mapping[str, V], suffix: str) -> dict[str, V]:
 def _nothing_to_find(holdout: Holdout, task: Task, users: Whose) -> str:
     sizes = (
         f"({len(holdout)} queries, {int((~holdout.has_history_Q).sum())} without history, "
-        f"{task.idle} with nothing to find but what was seen)"
+        f"{task.idle} whose targets were all seen before)"
     )
     if users == "new":
         return (
             f'users is "new", and no query of {holdout.name!r} without history has something to '
             f"find {sizes}: split with cold_users_split"
         )
-    mend = (
-        "rank what was seen too (exclude_seen=False)"
+    fix = (
+        "rank seen items too (exclude_seen=False)"
         if task.idle and not len(task.length_Q)
         else 'split with leave_last_split, or measure users="new"'
     )
-    return (
-        f"no query of {holdout.name!r} has both a history and something to find {sizes}: hold out "
-        f"more, {mend}"
-    )
+    return f"no query of {holdout.name!r} has a history and a target {sizes}: hold out more, {fix}"
 
 
 def _counts(
@@ -272,17 +269,17 @@ def protocol_notes(
         misses,
         "mean over users of the mean over the user's queries; users "
         + (
-            "without history are not in it, but a slice of their own"
+            "without history are left out of the mean, and shown as a slice"
             if users == "known"
             else "with a history are not in it"
         ),
-        "equal scores are settled as by chance: accuracy is the exact expectation over their "
-        f"orders; for coverage, novelty and popularity share one order is drawn (seed {seed})",
+        "ties: accuracy is the exact expectation over the orders of equal scores; for coverage, "
+        f"novelty and popularity share one order is drawn (seed {seed})",
         "ndcg: the ideal list has min(k, targets) hits, as in ranx, trec_eval and scikit-learn",
         "map: divided by min(k, targets); ranx and trec_eval divide by the number of targets",
         "recall: divided by the number of targets; precision: by k",
         "novelty: mean of -log2 of an item's share of training events, in bits; popularity share: "
-        "places taken by the most popular fifth of the catalogue, 0.2 if blind",
+        "places taken by the most popular fifth of the catalogue, 0.2 for random lists",
         f"intervals: 95 %, percentile bootstrap over users, {resamples} resamples, seed {seed}"
         if resamples
         else "intervals: none asked for",
@@ -297,11 +294,11 @@ def _candidates(model: Trained, sampled: str | None, among: Among) -> tuple[str,
     if among == "cold":
         return (
             f"candidates: NOT the full catalogue but its {int(cold_I.sum())} items without a "
-            f"training event; {num_placed} of them are placed by the model, the others stand "
-            "behind these as equals",
+            f"training event; {num_placed} of them are scored by the model; the others are tied "
+            "behind them",
             "targets that a training event has are no candidates and count as misses",
         )
-    placed = f" and {num_placed} others that the model places" if num_placed else ""
+    placed = f" and {num_placed} others that the model scores by features" if num_placed else ""
     whole = f"candidates: the full catalogue, every item with a training event{placed}"
     misses = "targets that no training event has" + (
         " and the model does not place" if num_placed else ""
@@ -317,8 +314,8 @@ def _of_moments(model: Trained, holdout: Holdout) -> tuple[str, ...]:
     if model.moment is None:
         return ()
     if holdout.context is None:
-        return ("context: the events have none, so nothing is known of any moment",)
-    return ("context: each query is asked at the moment of its first target",)
+        return ("context: the events have none, so it is missing in every query",)
+    return ("context: each query has the context of its first target",)
 
 
 HISTORY_EDGES = (1, 5, 10, 20, 50, 100)

@@ -140,7 +140,7 @@ class AnyReport(Shown):
         if self._levels():
             held = ", ".join(self.at_chance)
             yield f"chance: {self._chance()}" + (
-                f"; no better than that, as the interval reaches down to it: {held}" if held else ""
+                f"; no better than chance, because the interval includes it: {held}" if held else ""
             )
         yield from self.notes
 
@@ -315,7 +315,7 @@ class RowsReport(AnyReport):
         """
         if not len(self.label_NT):
             raise DataError(
-                f"this report of {self.model} was kept without its rows: evaluate anew",
+                f"this report of {self.model} was kept without its rows: evaluate again",
                 name=self.model,
             )
         for place, own in enumerate(self.tasks):
@@ -390,7 +390,7 @@ def calibrate(report: RowsReport, method: Method) -> dict[str, Calibration]:
     """
     if report.holdout == "train":
         raise DataError(
-            "the report is of training's own rows, of which the model is too sure: calibrate on "
+            "the report is of training rows, on which the model is overconfident: calibrate on "
             'those of validation, evaluate_rows(model, split, part="validation")',
             name="report",
             value=report.holdout,
@@ -471,7 +471,7 @@ def _no_report(error: Exception, what: str) -> DataError:
         case KeyError(args=(name,)):
             why = f"it has no {name!r}"
         case _:
-            why = "its values are of other types"
+            why = "its values have other types"
     return DataError(
         f"this is not a {what}: {why}; give what to_json wrote, or evaluate the model again",
         name="text",

@@ -56,7 +56,7 @@ def checked_predictions(prediction_N: Float[np.ndarray, " N"]) -> Float64[np.nda
         row = int(np.argmin(np.isfinite(prediction_N)))
         raise NonFiniteError(
             f"the prediction of row {row} is {prediction_N[row]}: the model is broken, train it "
-            "anew",
+            "again",
             row=int(row),
             value=float(prediction_N[row]),
         )
@@ -74,7 +74,7 @@ def checked_probabilities(probability_N: Float[np.ndarray, " N"]) -> Float64[np.
     if found_N.min() < 0 or found_N.max() > 1:
         row = int(np.argmax((found_N < 0) | (found_N > 1)))
         raise DataError(
-            f"{found_N[row]:g} of row {row} is no probability: give [0, 1], not logits",
+            f"{found_N[row]:g} of row {row} is no probability: give values in [0, 1], not logits",
             row=int(row),
             value=float(found_N[row]),
         )
@@ -142,8 +142,8 @@ def auc(
     found = RankedRows(label_N, score_N).auc(weight_N)
     if np.isnan(found):
         raise DataError(
-            f"AUC compares rows that are a 1 with rows that are a 0, and of {len(label_N)} rows "
-            f"{int(np.sum(label_N))} are a 1 (with weights above 0, only one class is left): "
+            f"AUC needs both classes; of {len(label_N)} rows "
+            f"{int(np.sum(label_N))} have label 1 (and weights above 0 leave one class only): "
             "measure on rows of both"
         )
     return found

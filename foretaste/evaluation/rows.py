@@ -152,8 +152,8 @@ def rows_to_judge(
 def _drawn_notes(model: Trained, rows: Rows, sampled: SampledNegatives) -> Iterator[str]:
     yield (
         f"zeros: {sampled.num} items drawn for each row, {sampled.by}, of "
-        f"{int((model.item_count > 0).sum()):,}, the same one more than once if chance has it, "
-        f"that the user has not done up to here (seed {sampled.seed})"
+        f"{int((model.item_count > 0).sum()):,}, with repetitions, that the user has not done "
+        f"before (seed {sampled.seed})"
     )
     nothing_E = (rows.drawn_EN == rows.events.item_idx[:, None]).all(axis=1)
     if nothing_E.any():
@@ -203,7 +203,7 @@ def _sampler(model: Trained, sampled: SampledNegatives, num_items: int) -> Sampl
             return PopularitySampler(count_I, alpha=sampled.power)
         case "listed":
             raise ConfigError(
-                "rows are drawn zeros for, not listed ones: sampled_by = uniform",
+                "the negatives of rows are drawn, not listed: sampled_by = uniform",
                 name="sampled_by",
                 value="listed",
             )
@@ -395,7 +395,7 @@ def _task_rows(
             if not np.isfinite(prediction_N).all():
                 raise NonFiniteError(
                     f"a prediction of task {task.name!r} is NaN or infinite: the model is broken, "
-                    "train it anew",
+                    "train it again",
                     name=task.name,
                 )
             parts.append(
@@ -456,7 +456,10 @@ def _notes(
     seed: int,
     by_row: bool,
 ) -> list[str]:
-    notes = ["a task is measured on the rows that have its label; missing ones are no zeros"]
+    notes = [
+        "a task is measured on the rows that have its label; missing ones are ignored, not "
+        "treated as 0"
+    ]
     kinds = {part.task.kind for part in parts}
     if "binary" in kinds:
         notes += [
@@ -471,7 +474,7 @@ def _notes(
         f"{method}: fitted on other rows, the order of rows is kept but for ties"
         for method in dict.fromkeys(found.kind for found in calibration.values())
     ]
-    unit = "rows" if by_row else "users, who bring all their rows"
+    unit = "rows" if by_row else "users with all their rows"
     notes.append(
         f"intervals: 95 %, percentile bootstrap over {unit}, {resamples} resamples, seed {seed}"
         if resamples

@@ -338,7 +338,7 @@ def _no_better(reports: Sequence[AnyReport], floors: Reports, task: OfTask) -> s
     if ahead.interval.high < 0:
         return f" Of {of}, {_named(name)} is better than it: its {value}."
     if task.behind(reports, floors[BASE_RATE]).interval.low <= 0:
-        return f" Of {of} it cannot be told from the {BASE_RATE}: nothing was learned there."
+        return f" Of {of} it does not differ from the {BASE_RATE}: it learned nothing there."
     if ahead.interval.low > 0:
         return ""
     return f" Of {of} it is not better than {_named(name)} beyond luck, whose {value}."
@@ -358,7 +358,7 @@ def _notes(
     budget = (
         "no budget was set"
         if budget_seconds is None
-        else f"the budget of {budget_seconds:g} s is of training alone, validations counted in; "
+        else f"the budget of {budget_seconds:g} s covers training and validations; "
         "models in closed form go first and cannot be cut short"
     )
     how, of_best = "of the paired sign-flip test", "the best"
@@ -367,12 +367,12 @@ def _notes(
     asked = (
         "1,000 rows: median time from their events to predictions"
         if by_rows
-        else f"answer: median of {ASKED} single questions, put to the model as it is served"
+        else f"answer: median of {ASKED} single questions, to the model as it is served"
     )
     return (
         f"behind the best: by how much it is worse than {of_best}, paired by user, with its 95 % "
-        f"bootstrap interval; p {how}, corrected for several models after Holm",
-        f"{asked}; bundle: all its files, the training events among them",
+        f"bootstrap interval; p {how}, corrected for several models by Holm's method",
+        f"{asked}; bundle: all its files, training events included",
         f"training: {budget}; all learned from the training part alone",
         *_of_seeds(measured),
     )
@@ -418,7 +418,7 @@ def choose(rows: Sequence[ModelRow], metric: str, *, users: int, chance: float) 
         sentence = (
             f"Take {pick.name}: its {label(metric)} of {pick.quality:.4f} is as good as the "
             f"{best.quality:.4f} of {best.name}, the best (behind by {_behind(pick)}; less than "
-            f"{margin:.2g}, a tenth of what {best.name} gains over chance, makes no difference), "
+            f"{margin:.2g}, a tenth of what {best.name} gains over chance, does not count), "
             f"and it trains in {pick.train_seconds:.2f} s instead of {best.train_seconds:.2f} s."
         )
     else:
@@ -451,10 +451,10 @@ def _too_few(
     seen = max(3 / users, *(_half(row) for row in unsure))
     needed = max(_users_needed(row, users=users, margin=margin) for row in unsure)
     return (
-        f"Too few users to say which is best: on {users:,} test "
+        f"Too few users to decide which is best: on {users:,} test "
         f"{'user' if users == 1 else 'users'} luck may explain that {names} "
         f"{'is' if len(unsure) == 1 else 'are'} behind {best.name} ({far.name} by {_behind(far)}); "
-        f"differences below about {seen:.2g} do not show. Stay with {best.name}, whose "
+        f"the test cannot detect differences below about {seen:.2g}. Stay with {best.name}, whose "
         f"{label(metric)} of {best.quality:.4f} is the best figure, or measure about "
         f"{needed:,} users."
     )
@@ -481,7 +481,7 @@ def _cut_short(rows: Sequence[ModelRow]) -> str:
         return ""
     return (
         f" More time could change this: the budget cut {', '.join(cut)} short, and what "
-        f"{'it' if len(cut) == 1 else 'they'} could reach is not known."
+        f"{'it' if len(cut) == 1 else 'they'} could reach is unknown."
     )
 
 

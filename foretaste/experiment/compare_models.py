@@ -228,7 +228,7 @@ def _attempt(entry: Entry, seed: int, bundle: Path, share: float | None, *, show
     run = run_experiment(config, split, show=show, max_seconds=share)
     report = run.report.lists if config.evaluation.catalogue else run.report.rows
     if report is None:
-        raise ConfigError("the data have one item, of which no lists can be made", name="recipes")
+        raise ConfigError("the data have one item, so no lists can be made", name="recipes")
     recommender = to_recommender(run.trained, run.report)
     recommender.save(bundle)
     rows = None
@@ -261,7 +261,7 @@ def _final(
     entry = next(entry for entry in plan.entries if entry.name == pick.name)
     config = entry.config.model_copy(update={"seed": pick.seeds[0], "final": "all"})
     if say is not None:
-        say(f"training {pick.name} once more, on all events")
+        say(f"training {pick.name} again, on all events")
     try:
         trained = fit_final(
             measured.trained,
@@ -279,7 +279,7 @@ def _final(
     ended = str(trained.log.get("stopped", ""))
     epochs = "" if entry.in_one_piece else " and for as many epochs as were chosen"
     return build_recommender(trained, report=noted), (
-        f"bundle: {pick.name}, trained once more after it was measured, on all events{epochs}"
+        f"bundle: {pick.name}, trained again after it was measured, on all events{epochs}"
         f"{f'; {ended}' if ended.startswith(OUT_OF_TIME) else ''}"
     )
 

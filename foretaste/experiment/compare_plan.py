@@ -122,7 +122,7 @@ def _seeds(recipes: Mapping[str, ExperimentConfig], seeds: Sequence[int] | None)
         return recipes[first].seeds
     if not seeds or len(set(seeds)) < len(seeds):
         raise ConfigError(
-            f"seeds are {list(seeds)}: give one at least, and each once",
+            f"seeds are {list(seeds)}: give at least one, and each once",
             name="seeds",
             value=list(seeds),
         )
@@ -180,7 +180,7 @@ def _check_lists(entries: Sequence[Entry]) -> None:
 def _check_equal(recipes: Mapping[str, ExperimentConfig]) -> None:
     if not recipes:
         raise ConfigError(
-            "there is no recipe to compare: give one at least", name="recipes", value=()
+            "there is no recipe to compare: give at least one", name="recipes", value=()
         )
     (first, *others) = recipes
     for name in others:
@@ -266,7 +266,7 @@ def judged_tasks(
     for name in others:
         if drawn[name] != drawn[first]:
             raise ConfigError(
-                f"{name} is judged beside {drawn[name]} drawn items a row, {first} beside "
+                f"{name} is measured with {drawn[name]} drawn items a row, {first} with "
                 f"{drawn[first]}, so their rows differ: set objective.negatives to one number for "
                 "all, or evaluation.sampled_negatives",
                 name="objective.negatives",

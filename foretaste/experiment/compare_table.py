@@ -66,9 +66,9 @@ class ModelRow:
     train_seconds: float
     """Of several seeds, the mean."""
     bundle_bytes: int
-    """All files of the bundle, the training events among them."""
+    """All files of the bundle, training events included."""
     answer_ms: float
-    """Median over single questions, put to the model as it is served; by rows, the time of
+    """Median over single questions, to the model as it is served; by rows, the time of
     1,000 rows."""
     stopped: bool
     """Whether the budget ended its training."""

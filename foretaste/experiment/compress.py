@@ -149,7 +149,7 @@ def compress_tables(trained: Trained, table: Settings) -> Trained:
     if hasattr(config, "graph"):
         kind = str(getattr(config, "kind", ""))
         raise ConfigError(
-            f"{kind} answers with vectors that it worked out from its tables over a graph, so "
+            f"{kind} answers with vectors that it computed from its tables over a graph, so "
             "smaller tables would not make it smaller: keep its vectors as codes, "
             'build_recommender(trained, index="codes"), or train it with model.table of a kind '
             "that trains",

@@ -242,8 +242,8 @@ def _to_search(
         raise needs_one_process("training.search", value=True)
     if isinstance(config, TwoStageConfig) or candidates is not None:
         raise ConfigError(
-            "training.search is of a model by itself, not of two stages: leave it out, or search "
-            "both with `tune`",
+            "training.search is only for a single model, not for two stages: leave it out, or "
+            "search both with `tune`",
             name="training.search",
             value=True,
         )

@@ -181,7 +181,7 @@ def make_learning(
             return Learning(objective=rows, plan=plan)
         case _:
             raise ConfigError(
-                f"{type(model).__name__} is no model that learns by {config.kind!r}",
+                f"{type(model).__name__} cannot learn by {config.kind!r}",
                 name="objective.kind",
                 value=config.kind,
             )
@@ -341,8 +341,8 @@ def learn_rows(
 def _check_what_happened(tasks: tuple[Task, ...]) -> None:
     if len(tasks) != 1 or tasks[0].column:
         raise ConfigError(
-            "first_stage.folds is for a ranker of one task without a column, whether something "
-            "happened: set it to 0, or leave the other tasks out",
+            "first_stage.folds is for a ranker of one task without a column (whether an event "
+            "happened): set it to 0, or leave the other tasks out",
             name="first_stage.folds",
         )
 

@@ -72,7 +72,7 @@ def write_lists(
         notes.append(f"{repeats:,} rows repeat a user: there is one list for each")
     if not len(known):
         raise DataError(
-            f"{users} holds no user id: write one a line", name="users", value=str(users)
+            f"{users} holds no user id: write one per line", name="users", value=str(users)
         )
     lists = recommender.recommend_many(known, k=k, exclude_seen=exclude_seen, rules=rules)
     with whole_file(out, replace=replace) as part:
@@ -122,7 +122,7 @@ def _read_users(file: Path, recommender: Recommender) -> tuple[pl.Series, list[s
     by_place = named.columns[whole.columns.index(column)]
     column = next((name for name in named.columns if name in names), by_place)
     ids, read = _ids(named, column)
-    said = f"the first line of {file} was taken for a header: {column!r} are the users"
+    said = f"the first line of {file} was read as a header: {column!r} are the users"
     return ids, [*read, said]
 
 
@@ -143,8 +143,8 @@ def _column_of_users(
             where = f"column {name!r} of {source.name} holds the users"
             return name, [] if name == first else [f"{where}: the columns before it hold none"]
     raise DataError(
-        f"no column of {source.name} holds a user that training knows: call the one of user ids "
-        f"{USER_COLUMN!r}",
+        f"no column of {source.name} holds a user of the training data: name the column of user "
+        f"ids {USER_COLUMN!r}",
         name="users",
         value=source.name,
     )

@@ -111,7 +111,7 @@ def run_quickstart(
             (last, "leave last: each user's last event"),
         )
     ]
-    say("training SASRec once more, on all events")
+    say("training SASRec again, on all events")
     run = _with_final(found[1].best, last, seed=seed)
     say("building the index and writing the bundle")
     to_recommender(*run.final).save(out, replace=replace)
@@ -121,8 +121,8 @@ def run_quickstart(
         tables=tuple(part.table for part in found),
         sentences=(
             *sentences,
-            "the bundle's SASRec was trained once more, on all events, so nothing was measured of "
-            "it: the report in the bundle is that of leave last",
+            "the bundle's SASRec was trained again, on all events, so it was not measured: the "
+            "report in the bundle is that of leave last",
             f"the bundle is in {out}",
         ),
     )
@@ -180,7 +180,7 @@ def _sentences(
     against = compare(first, second, "ndcg_at_10")
     sentences = (
         f"{title}: {first.counts['users']:,} test users have a history",
-        f"SASRec less {rival}, the best baseline: {against}",
+        f"SASRec minus {rival}, the best baseline: {against}",
         *(f"what leaks: {leak}" for leak in split.leaks),
     )
     return tuple(sentences)

@@ -109,7 +109,7 @@ class EvaluationConfig(Config):
         if not (self.catalogue or self.rows):
             raise ValueError("neither catalogue nor rows is measured: set one to true")
         if len(set(self.k)) < len(self.k):
-            raise ValueError(f"k is {list(self.k)}: give list lengths, no two alike")
+            raise ValueError(f"k is {list(self.k)}: give list lengths, each once")
         if self.sampled_negatives and self.among != "all":
             raise ValueError(
                 f'sampled_negatives rank among sampled items, among = "{self.among}" among others: '
@@ -256,7 +256,7 @@ def read_experiment(
     _refuse_at_rest(config.model, path)
     if "refit" in changed:
         logging.getLogger(__name__).warning(
-            'refit has a new name: write final = "%s" in its place in %s', config.final, path
+            'refit was renamed: write final = "%s" in %s instead', config.final, path
         )
     return config
 

@@ -162,8 +162,8 @@ def start_run(
             )
     if not (resume or replace) and (epochs := stopped_after(folder)) is not None:
         raise BundleError(
-            f"{folder} holds a run that was stopped after {epochs} epochs: give --resume to go on "
-            "with it, --replace to begin again, or choose another place",
+            f"{folder} holds a run that was stopped after {epochs} epochs: give --resume to "
+            "continue it, --replace to start again, or choose another place",
             name=str(bundle),
             value=str(bundle),
         )
@@ -296,7 +296,7 @@ def _say_final(config: ExperimentConfig, split: Split, cost: Cost) -> None:
     seconds = more * cost.epochs * cost.epoch_seconds
     seconds = seconds if cost.max_seconds is None else min(seconds, cost.max_seconds)
     ShowProgress(cost.epochs).say(
-        f'final = "{config.final}" trains once more, without validation: at most '
+        f'final = "{config.final}" trains again, without validation: at most '
         f"{duration(seconds)} for as many epochs"
     )
 

@@ -96,7 +96,7 @@ def _distribution(
     if part.low >= part.high or (part.log and part.low <= 0):
         raise ConfigError(
             f"tune.space: {name} from {part.low} to {part.high}: low must be below high"
-            + (", and above 0 where the draw is logarithmic" if part.log else ""),
+            + (", and above 0 if the draw is log-uniform" if part.log else ""),
             name=name,
             value=part.low,
         )

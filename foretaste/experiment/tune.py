@@ -143,15 +143,15 @@ def _check_folder(folder: Path, *, resume: bool, replace: bool) -> None:
     """See that the study can be written; delete the one to be replaced."""
     if resume and replace:
         raise ConfigError(
-            "resume goes on with the study, and replace deletes it: give one of them",
+            "resume continues the study, and replace deletes it: give one of them",
             name="replace",
             value=True,
         )
     found = [name for name in _FILES if (folder / name).is_file()]
     if found and not (resume or replace):
         raise DataError(
-            f"{folder / found[0]} exists already: give --resume to go on with that search (in "
-            "Python resume=True), --replace to delete it and begin again, or choose another place",
+            f"{folder / found[0]} exists already: give --resume to continue that search (in Python "
+            "resume=True), --replace to delete it and start again, or choose another place",
             name=str(folder),
             value=str(folder),
         )
@@ -271,9 +271,9 @@ def _result(
     rows = tuple(_row(trial) for trial in _finished(study))
     complete = [row for row in rows if row.value is not None]
     if not complete:
-        why = study.trials[-1].user_attrs.get("error", "they were cut short")
+        why = study.trials[-1].user_attrs.get("error", "they were stopped early")
         raise ConfigError(
-            f"none of {len(rows)} trials came to its end: narrow [tune.space]; the last: {why}",
+            f"none of {len(rows)} trials was completed: narrow [tune.space]; the last: {why}",
             name="tune.space",
         )
     best = max(complete, key=lambda row: row.value or 0.0)

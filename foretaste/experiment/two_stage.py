@@ -179,7 +179,7 @@ def fit_two_stage(
     if not isinstance(objective, RowsConfig):
         raise ConfigError(
             f"objective.kind is {objective.kind!r}, but in two stages it is the ranker's, which "
-            'learns by "rows": the retriever\'s stands in first_stage.objective',
+            'learns by "rows": the retriever\'s is first_stage.objective',
             name="objective.kind",
             value=objective.kind,
         )
@@ -228,7 +228,7 @@ def two_stage(
     """
     if not isinstance(ranker.model, Ranker):
         raise ConfigError(
-            f"{type(ranker.model).__name__} is no ranker: it cannot be asked about given items",
+            f"{type(ranker.model).__name__} is not a ranker: it cannot score given items",
             name="ranker",
             value=type(ranker.model).__name__,
         )
@@ -338,7 +338,7 @@ def _check_features(joined: Trained, config: TwoStageConfig) -> None:
     )
     if made != here:
         raise ConfigError(
-            "the retriever and the ranker were told different features: fit both with the same "
+            "the retriever and the ranker were given different features: fit both with the same "
             "Features, from fit_features",
             name="features",
         )

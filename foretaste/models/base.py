@@ -233,12 +233,14 @@ class Ranker(Model, ABC):
         Raises:
             ConfigError: The model reads no histories.
         """
-        raise ConfigError(f"{type(self).__name__} reads no histories: none of their events weighs")
+        raise ConfigError(
+            f"{type(self).__name__} reads no histories, so it has no attention weights"
+        )
 
     def gates(
         self, queries: Queries, item_BC: Int64[Tensor, "B C"]
     ) -> Mapping[str, Float[Tensor, "B C E"]]:
-        """Return how each task weighs the experts, by the task's name; each pair's sum to 1.
+        """Return how each task weights the experts, by the task's name; each pair's sum to 1.
 
         Raises:
             ConfigError: There are no experts.
@@ -255,9 +257,7 @@ class Scorer(Model, ABC):
 
 
 def _reads_no_items(model: Model) -> ConfigError:
-    return ConfigError(
-        f"{type(model).__name__} reads no features of items: it knows them by their ids alone"
-    )
+    return ConfigError(f"{type(model).__name__} reads no features of items, only their ids")
 
 
 Similarity = Literal["dot", "cosine"]

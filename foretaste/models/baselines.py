@@ -103,7 +103,7 @@ def check_events(events: Interactions, *, num_items: int) -> None:
         raise DataError("there is no training event: nothing can be learned")
     if events.num_items != num_items:
         raise DataError(
-            f"the model was made for {num_items} items and the events speak of "
+            f"the model was made for {num_items} items and the events have "
             f"{events.num_items}: build it with num_items={events.num_items}",
             name="num_items",
             value=num_items,

@@ -398,7 +398,7 @@ def judge_new(
 
 def _finite(score_BC: Float[Tensor, "B C"]) -> Float[Tensor, "B C"]:
     if not score_BC.isfinite().all():
-        raise NonFiniteError("a score is NaN or infinite: the ranker is broken, train it anew")
+        raise NonFiniteError("a score is NaN or infinite: the ranker is broken, train it again")
     return score_BC.float()
 
 
@@ -443,7 +443,7 @@ class TwoStage(Model):
             raise ConfigError(f"{type(retriever).__name__} cannot score a catalogue")
         if not isinstance(ranker, Ranker):
             raise ConfigError(
-                f"{type(ranker).__name__} is no ranker: it cannot be asked about given items"
+                f"{type(ranker).__name__} is not a ranker: it cannot score given items"
             )
         self.retriever, self.ranker = retriever, ranker
         self.num_candidates, self.retriever_weight = num_candidates, retriever_weight

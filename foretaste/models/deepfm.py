@@ -69,7 +69,7 @@ class DeepFMConfig(RowFieldsConfig):
     @model_validator(mode="after")
     def _has_a_part(self) -> "DeepFMConfig":
         if not (self.linear or self.fm or self.deep):
-            raise ValueError("linear, fm and deep are all off: nothing is left to predict with")
+            raise ValueError("linear, fm and deep are all off: switch at least one on")
         return self
 
 
@@ -94,7 +94,7 @@ class DeepFM(PairRanker):
             features: What else is known of them, and of moments.
 
         Raises:
-            ConfigError: There is nothing to tell an item by.
+            ConfigError: Items have neither ids nor features.
         """
         super().__init__()
         self.config, self.tasks = config, (config.task,)

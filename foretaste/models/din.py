@@ -95,7 +95,7 @@ class DIN(HistoryRanker):
             features: What else is known of them, and of moments.
 
         Raises:
-            ConfigError: There is nothing to tell an item by.
+            ConfigError: Items have neither ids nor features.
         """
         super().__init__(
             config,

@@ -320,7 +320,9 @@ class LightGCN(Retriever):
 
     def _made(self) -> tuple[Graph, GraphConv]:
         if self.graph is None or self.conv is None:
-            raise ConfigError("LightGCN learns on a graph: hand build_model that of the events")
+            raise ConfigError(
+                "LightGCN learns on a graph: give build_model the graph of the events"
+            )
         return self.graph, self.conv
 
     def _query(self, vector_BF: Tensor) -> Tensor:

@@ -97,7 +97,7 @@ class _TaskTowers(HistoryRanker):
             features: What else is known of them, and of moments.
 
         Raises:
-            ConfigError: There is nothing to tell an item by, or the tasks are not whole.
+            ConfigError: Items have neither ids nor features, or the tasks are incomplete.
         """
         super().__init__(config, num_users=num_users, num_items=num_items, features=features)
         self.tasks = config.tasks
@@ -171,7 +171,7 @@ class MMoE(_TaskTowers):
     def gates(
         self, queries: Queries, item_BC: Int64[Tensor, "B C"]
     ) -> dict[str, Float[Tensor, "B C E"]]:
-        """Return how each task weighs the experts; the weights of a pair sum to 1."""
+        """Return how each task weights the experts; the weights of a pair sum to 1."""
         query_BQW, item_BCGW = self.read(queries, item_BC)
         _, gate_BCTE = self.experts(query_BQW.flatten(1), item_BCGW.flatten(2))
         return {task.name: gate_BCTE[:, :, place] for place, task in enumerate(self.tasks)}

@@ -126,7 +126,7 @@ class TwoTowerConfig(IdConfig):
     def _order_is_known(self) -> "TwoTowerConfig":
         if self.history == "sasrec" and self.reads == "others":
             raise ValueError(
-                'history "sasrec" minds the order, and reads "others" has none: read "before", or '
+                'history "sasrec" reads the order, and reads "others" has none: read "before", or '
                 'take "mean" or "attention"'
             )
         return self
@@ -255,7 +255,9 @@ class TwoTower(Retriever):
             ConfigError: The model reads no features of items.
         """
         if self.item_fields is None:
-            raise ConfigError("this model reads no features of items: none can be placed by them")
+            raise ConfigError(
+                "this model reads no features of items, so it cannot represent new ones"
+            )
         told_RD = self.item_fields.encoder(table)
         own = [] if self.item_table is None else [torch.zeros_like(told_RD)]
         return self._item_tower([*own, told_RD])
@@ -417,6 +419,6 @@ def _sum_or_mlp(parts: Sequence[Tensor], mlp: MLP | None) -> Tensor:
 def _nothing_to_read(side: str) -> str:
     more = ", a history" if side == "user" else ""
     return (
-        f"the tower of {side}s has nothing to read: set model.{side}_id, or give it{more} or "
+        f"the tower of {side}s has no input: set model.{side}_id, or give it{more} or "
         f"features of {side}s"
     )

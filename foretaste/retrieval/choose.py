@@ -254,5 +254,5 @@ def load_index(folder: Path) -> ItemIndex:
         return FaissIndex(faiss.read_index(str(folder / FAISS_FILE), flags), exact, facts)
     except (OSError, KeyError, ValidationError, SafetensorError, RuntimeError) as error:
         raise BundleError(
-            f"{folder}: the index cannot be read: {error}: build it anew", name=str(folder)
+            f"{folder}: the index cannot be read: {error}: build it again", name=str(folder)
         ) from error

@@ -127,7 +127,7 @@ def check_search(
             value=len(allow_I),
         )
     if not query_BD.isfinite().all():
-        raise NonFiniteError("a query is NaN or infinite: the model is broken, train it anew")
+        raise NonFiniteError("a query is NaN or infinite: the model is broken, train it again")
 
 
 ITEM_BLOCK = 2**20

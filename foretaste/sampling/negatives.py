@@ -135,7 +135,7 @@ def _draw_exactly(
     if not (weight_RI.sum(dim=1) > 0).all():
         user_idx = int(user_R[weight_RI.sum(dim=1).argmin()])
         raise DataError(
-            f"the user in row {user_idx} has done all {int((sampler.probability_I > 0).sum())} "
+            f"the user in row {user_idx} has had all {int((sampler.probability_I > 0).sum())} "
             "items that can be drawn: leave such users out, or set exclude_known = false"
         )
     # As `multinomial` draws one, which refuses more than 2^24 items.

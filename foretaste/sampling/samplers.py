@@ -294,7 +294,7 @@ class InBatchSampler:
             DataError: No item has a training event.
         """
         if not (count_I > 0).any():
-            raise DataError("no item has a training event: no batch has anything in it")
+            raise DataError("no item has a training event: all batches would be empty")
         self._count_I, self._events = count_I, float(count_I.sum())
 
     def draw(self, target_N: Int64[Tensor, " N"]) -> Drawn:

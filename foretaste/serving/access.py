@@ -144,7 +144,7 @@ def access_of(settings: ServerSettings) -> Access:
     access = Access(tokens)
     if access.is_open and not (settings.allow_anyone or is_loopback(settings.host)):
         raise ConfigError(
-            f"{settings.host} is open to other machines, and no token is asked for: give `token` "
+            f"{settings.host} is open to other machines and needs no token: give `token` "
             "or `token_file`, listen on 127.0.0.1, or set `allow_anyone = true` if others may "
             "read, write and reload",
             name="token",
@@ -191,7 +191,7 @@ def add_token(
 
     Args:
         path: The file; it is made where there is none.
-        name: What the log calls the token.
+        name: Name of the token in the log.
         roles: What it may do.
         requests_per_minute: Its bound, if it has one.
 

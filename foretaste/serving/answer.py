@@ -138,16 +138,16 @@ def notes(
         unknown: Ids of items.
         stranger: The id of an unknown user.
     """
-    said = [] if stranger is None else [f"user {stranger!r} is unknown to training"]
+    said = [] if stranger is None else [f"user {stranger!r} is not in the training data"]
     if unknown:
         some = ", ".join(repr(item_id) for item_id in list(unknown)[:5])
         more = ", …" if len(unknown) > 5 else ""
         what = "item id is" if len(unknown) == 1 else "item ids are"
-        said.append(f"{len(unknown)} {what} unknown to training: {some}{more}")
+        said.append(f"{len(unknown)} {what} not in the training data: {some}{more}")
     if source == "popular":
-        said.append("nothing is known to go by: these are the most popular items")
+        said.append("nothing is known about the user: these are the most popular items")
     if found < k:
-        said.append(f"{k} were asked for, and {found} are all that may be answered")
+        said.append(f"{k} were asked for, and only {found} are allowed")
     return tuple(said)
 
 
@@ -187,5 +187,5 @@ def check_weights(weights: Weights | None, tasks: Sequence[str]) -> None:
             )
     if not any(weights.values()):
         raise DataError(
-            "weights: all are 0, which orders nothing: give one that is not", name="weights"
+            "weights: all are 0, so lists have no order: give one above or below 0", name="weights"
         )

@@ -70,7 +70,7 @@ ItemId = Annotated[PathId, Path(description="An item's id.")]
 AnyId = Annotated[PathId, Query(description="A user's id.")]
 Version = Annotated[str, Path(pattern="^[0-9a-f]{12}$", description="A version that is kept.")]
 Length = Annotated[int, Query(description="Length of the list, from 1.")]
-Limit = Annotated[int, Query(ge=1, le=200, description="At most so many.")]
+Limit = Annotated[int, Query(ge=1, le=200, description="Most entries in the answer.")]
 Words = Annotated[str, Query(max_length=200, description="Words or the beginning of an id.")]
 
 
@@ -111,7 +111,7 @@ def create_app(
                 403: "The token may not do this, or a page of another site sent the request",
                 421: "The server does not answer by this name",
                 422: "The request is wrong; the sentence says how",
-                429: "The token has sent all that it may: try again after Retry-After seconds",
+                429: "The token has used up its requests: try again after Retry-After seconds",
                 503: "No room: try again after Retry-After seconds",
             }.items()
         },
@@ -243,7 +243,7 @@ def _refusals() -> Iterator[None]:
     try:
         yield
     except ForetasteError as error:
-        raise HTTPException(409, f"the old version serves on: {error}") from error
+        raise HTTPException(409, f"the old version keeps serving: {error}") from error
 
 
 def _add_operations(app: FastAPI, service: Service) -> None:
@@ -271,7 +271,7 @@ def _add_operations(app: FastAPI, service: Service) -> None:
 
 
 async def _known_parameters(request: Request) -> None:
-    """Refuse query parameters that a route does not have: they would look obeyed."""
+    """Refuse query parameters that a route does not have: they would look as if they worked."""
     if not request.url.path.startswith("/v1/"):
         return
     known = [parameter.alias for parameter in request.scope["route"].dependant.query_params]
@@ -318,7 +318,7 @@ def _add_errors(app: FastAPI) -> None:
     async def refused(request: Request, error: HTTPException) -> Response:
         sentence = str(error.detail)
         if sentence in ("Not Found", "Method Not Allowed"):  # the framework's own
-            sentence = f"there is no {request.method} {request.url.path}: /docs lists what there is"
+            sentence = f"there is no {request.method} {request.url.path}: /docs lists the routes"
         return refuse(error.status_code, sentence, error.headers)
 
     @app.exception_handler(DataError)

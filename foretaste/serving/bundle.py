@@ -73,9 +73,9 @@ _LEARNED_FROM = {
     "all events": "all of its split, validation and test included",
 }
 PLACES = {
-    "optimizer": "optimizer/: the optimizer's state, from which training can go on",
+    "optimizer": "optimizer/: the optimizer's state, with which training can continue",
     "answers": "answers.json: questions, and what the model answered when it was written",
-    "base": "the checksum of the manifest of the version that this one is a change of",
+    "base": "the checksum of the manifest of the version from which this one was updated",
     "shards": "weights-NUMBER-of-NUMBER.safetensors: the weights in several files",
     "signature": "signature.json beside the manifest: who wrote it",
 }
@@ -179,11 +179,11 @@ class Bundle:
     def measured_on(self) -> str:
         """What the report was measured on, in words."""
         if self.report is None:
-            return "nothing: there is no report"
+            return "nothing, because there is no report"
         if self.trained.learned_from == "all events":
             return (
-                "the test part, by a first run that had not learned from it; nothing was measured "
-                "of this model, which has learned from it too"
+                "the test part, by a first run that had not learned from it; this model was not "
+                "measured, because it also learned from the test part"
             )
         holdout = self.report.get("holdout")
         return f"the {holdout} part" if holdout else "events that the report does not name"
@@ -268,7 +268,7 @@ def _check_model(trained: Trained) -> None:
         _MODEL_CONFIG.validate_python(trained.config.model_dump())
     except ValidationError as error:
         raise BundleError(
-            f"{type(trained.config).__name__} is not of foretaste's catalogue of models, so a "
+            f"{type(trained.config).__name__} is not in foretaste's catalogue of models, so a "
             "bundle of it could not be read: add it to foretaste/models/catalogue.py",
             name="trained",
             value=type(trained.config).__name__,

@@ -273,7 +273,9 @@ class CatalogueSearch:
             ConfigError: The model has no item vectors.
         """
         if self._index is None:
-            raise ConfigError("this model has no item vectors: nothing is near to a new item")
+            raise ConfigError(
+                "this model has no item vectors, so similar items cannot be computed for a new item"
+            )
         return self._nearest(exact_of(self._index), vector_D.float(), None, k)
 
     def _nearest(

@@ -61,7 +61,7 @@ class Connection(HttpToolsProtocol):
         if len(self.connections) > self.most:
             self._refuse("connections", HTTPStatus.SERVICE_UNAVAILABLE, "no room: try again")
         elif self.by_address[self._address] > self.settings.max_connections_per_address:
-            said = "your address has as many connections as it may: use one for many requests"
+            said = "your address has reached its limit of connections: use one for many requests"
             self._refuse("address", HTTPStatus.SERVICE_UNAVAILABLE, said)
         else:
             self._within(self.settings.header_timeout_s, self._too_slow)
@@ -150,7 +150,7 @@ class Connection(HttpToolsProtocol):
         return self.client[0] if self.client else ""
 
     def _too_slow(self) -> None:
-        said = f"no whole head of a request came within {self.settings.header_timeout_s:g} s"
+        said = f"no complete head of a request arrived within {self.settings.header_timeout_s:g} s"
         self._refuse("slow", HTTPStatus.REQUEST_TIMEOUT, said)
 
     def _refuse(self, reason: str, status: HTTPStatus, sentence: str) -> None:

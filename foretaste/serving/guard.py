@@ -97,7 +97,7 @@ class Guard:
             scope["state"]["log"]["cause"] = "".join(traceback.format_exception(error))
             if answer.status:  # half of another answer has gone out: end the connection
                 raise
-            broken = refuse(500, "the server failed on this request; its log says how")
+            broken = refuse(500, "the server failed on this request; its log says why")
             await broken(scope, receive, answer.send)
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -133,7 +133,8 @@ class Guard:
             return refuse(
                 421,
                 f"this server answers as {', '.join(sorted(self._hosts))}, not as "
-                f"{name or 'nobody'}: call it so, or add the name to the server's `hosts`",
+                f"{name or 'nobody'}: use one of these names, or add the name to the server's "
+                "`hosts`",
             )
         if scope["method"] not in ("GET", "OPTIONS") and _is_cross_site(headers, host):
             return refuse(403, "a page of another site sent this request: it changes nothing here")
@@ -147,21 +148,21 @@ class Guard:
         if token is None or scheme.lower() != "bearer":
             return refuse(
                 401,
-                "this server wants its token: send the header `Authorization: Bearer TOKEN`",
+                "this server needs a token: send the header `Authorization: Bearer TOKEN`",
                 {"www-authenticate": "Bearer"},
             )
         scope["state"]["log"]["token"] = token.name
         role = needed_role(scope["method"], scope["path"])
         if not token.may(role):
             return refuse(
-                403, f"the token {token.name} may not do this: it has not the role {role}"
+                403, f"the token {token.name} may not do this: it does not have the role {role}"
             )
         wait_s = token.wait_s()
         if wait_s:
             return refuse(
                 429,
-                f"the token {token.name} has sent all the requests that it may in a minute: "
-                f"try again in {math.ceil(wait_s)} s",
+                f"the token {token.name} has used up its requests of this minute: try again in "
+                f"{math.ceil(wait_s)} s",
                 {"retry-after": str(math.ceil(wait_s))},
             )
         return None
@@ -169,7 +170,7 @@ class Guard:
     def _without_room(self, scope: Scope) -> Response | None:
         if self._in_flight < self._settings.max_concurrency or scope["path"] == UNCOUNTED:
             return None
-        return self._no_room(scope, f"{self._in_flight} requests are at work")
+        return self._no_room(scope, f"{self._in_flight} requests are in progress")
 
     def _no_room(self, scope: Scope, said: str) -> Response:
         self._metrics.shed.inc()
@@ -194,7 +195,7 @@ class Guard:
             async with asyncio.timeout(self._settings.body_timeout_s):
                 body = await _read_body(receive, keep=most)
         except ClientDisconnect:
-            return refuse(400, "the client went away before its body had come")
+            return refuse(400, "the client disconnected before its body had arrived")
         except TimeoutError:
             return refuse(
                 408,

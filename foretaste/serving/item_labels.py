@@ -171,8 +171,8 @@ class ItemLabels:
             column = self._column(name)
             if not self.labels(name).ordered:
                 raise DataError(
-                    f"column {name!r} holds {in_words(column)}: at_least and at_most are asked "
-                    "of numbers, dates and times",
+                    f"column {name!r} holds {in_words(column)}: at_least and at_most need numbers, "
+                    "dates or times",
                     column=name,
                 )
             self._numbers[name] = numbers_of(column)
@@ -230,7 +230,7 @@ class ItemLabels:
         if self.labels(name).several != several:
             holds = "one value" if several else "several values"
             raise DataError(
-                f"column {name!r} holds {holds} an item: ask {mend}, not {asked}", column=name
+                f"column {name!r} holds {holds} per item: use {mend}, not {asked}", column=name
             )
 
     def _bound(self, name: str, bound: Bound) -> float:
@@ -259,7 +259,8 @@ class ItemLabels:
             return self._table[name]
         if name in self._table.columns:
             raise DataError(
-                f"column {name!r} holds {in_words(self._table[name])}: rules read no such column",
+                f"column {name!r} holds {in_words(self._table[name])}: rules cannot use such a "
+                "column",
                 column=name,
             )
         raise DataError(

@@ -34,7 +34,7 @@ def _id_text(value: object) -> str:
     if not text or len(text) > MAX_ID_LENGTH:
         raise ValueError(f"an id has 1 to {MAX_ID_LENGTH} characters, not {len(text)}")
     if "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise ValueError("an id is text without NUL and without lone surrogates")
+        raise ValueError("an id may not contain NUL or lone surrogates")
     return text
 
 

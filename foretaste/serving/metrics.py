@@ -49,19 +49,21 @@ class Metrics:
             registry=self._registry,
         )
         self.shed = Counter(
-            "foretaste_shed", "Requests answered 503 for want of room.", registry=self._registry
+            "foretaste_shed",
+            "Requests answered 503 because there was no room.",
+            registry=self._registry,
         )
         self.connections = Gauge(
             "foretaste_connections", "Open connections.", registry=self._registry
         )
         self.refused_connections = Counter(
             "foretaste_refused_connections",
-            "Connections given up before a request of theirs was whole, by reason.",
+            "Connections dropped before a complete request arrived, by reason.",
             ("reason",),
             registry=self._registry,
         )
         self.in_flight = Gauge(
-            "foretaste_in_flight", "Requests at work or waiting.", registry=self._registry
+            "foretaste_in_flight", "Requests in progress or waiting.", registry=self._registry
         )
         self.events = Counter(
             "foretaste_events_stored", "Live events stored.", registry=self._registry
@@ -81,14 +83,14 @@ class Metrics:
         )
         self.reloads = Counter(
             "foretaste_reloads",
-            "Tries to load the bundle again.",
+            "Attempts to load the bundle again.",
             ("result",),
             registry=self._registry,
         )
         self.model = Info("foretaste_model", "The model that serves.", registry=self._registry)
         self.store_seconds = Histogram(
             "foretaste_store_seconds",
-            "Calls to the store of live events, those that failed too.",
+            "Calls to the store of live events, including failed ones.",
             ("operation",),
             buckets=SECONDS,
             registry=self._registry,

@@ -137,7 +137,9 @@ class Profiles:
         if side is None:
             return (f"the features given had no influence: this model reads none of {whose} here",)
         if known:
-            return (f"the features given had no influence: training knows {known} by its own",)
+            return (
+                f"the features given had no influence: training knows {known} by its own features",
+            )
         if all(_is_missing(cell_of(*feature)) for feature in given.items()):
             return (f"the features given of {whose} had no influence: all are missing",)
         said = [_unknown(side, *feature) for feature in given.items() if feature[0] in side.columns]
@@ -169,9 +171,7 @@ class Profiles:
                 f"{', '.join(known[:_SHOWN])}{', …' * (len(known) > _SHOWN)} by their own"
             )
         if any(item_id in unknown for item_id in placed):
-            said.append(
-                "the features given had no influence: new items have no place among popular ones"
-            )
+            said.append("the features given had no influence: the answer is the most popular items")
         for item_id, features in given.items():
             if item_id in unknown or item_id in placed:
                 about = self.without_influence("item", features, may_be_unread=item_id in placed)
@@ -203,7 +203,8 @@ class Profiles:
             if name not in side.columns and name not in self._columns[role]:
                 whose = "the context" if role == "context" else f"{role}s"
                 raise DataError(
-                    f"{name!r} is no feature of {whose}; the model reads {', '.join(side.columns)}"
+                    f"{name!r} is not a feature of {whose}; the model reads "
+                    f"{', '.join(side.columns)}"
                     f"{did_you_mean(name, side.columns)}",
                     name=name,
                 )

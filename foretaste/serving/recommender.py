@@ -385,8 +385,8 @@ def _unknown_item(item_id: object, items: Vocabulary, why: Sequence[str]) -> Dat
     if near is not None:
         fix = f"; did you mean {near!r}?"
     elif why:
-        fix = f", and its features say nothing that this model reads of items: {'; '.join(why)}"
+        fix = f", and its features have no value that this model reads: {'; '.join(why)}"
     else:
-        fix = ": give one of the catalogue, or the features of a new item"
+        fix = ": give an item of the catalogue, or the features of a new item"
     said = f"no item has the id {plain_id(item_id)!r}{fix}"
     return DataError(said, name="item_id", value=item_id)

@@ -106,7 +106,7 @@ class RuleBook:
         labels, of_catalogue, vectors_of = self._labels, self._vectors_of, None
         no_vectors = self._no_vectors
         if of_catalogue is not None and vector_RD is None:
-            no_vectors = "this model's retriever cannot place new_items, so they have no vectors"
+            no_vectors = "this model's retriever cannot embed new_items"
         elif of_catalogue is not None and vector_RD is not None:
             vectors_of = partial(_vectors_beside, of_catalogue, vector_RD, first)
         return new, RuleBook(
@@ -202,7 +202,7 @@ class RuleBook:
             likeness = _shared(parts, len(item_C))
         elif self._vectors_of is None:
             raise DataError(
-                f"rules: {self._no_vectors} to be diverse by: name columns of the item "
+                f"rules: {self._no_vectors} for diversity: name columns of the item "
                 'table in diversity.by, such as ["genres"]',
                 name="diversity",
             )

@@ -50,7 +50,7 @@ class Condition(Config):
     def _says_something(self) -> "Condition":
         if not self.model_dump(exclude_none=True):
             names = ", ".join(type(self).model_fields)
-            raise ValueError(f"a condition says nothing: give one of {names}")
+            raise ValueError(f"a condition is empty: give one of {names}")
         return self
 
 

@@ -89,7 +89,7 @@ class Service:
         self._check_k(asked.k)
         if len(asked.history) > self._settings.max_history:
             raise DataError(
-                f"the history holds {len(asked.history)} items and this server takes "
+                f"the history holds {len(asked.history)} items and this server accepts "
                 f"{self._settings.max_history}: send the newest",
                 name="history",
                 value=len(asked.history),
@@ -189,7 +189,7 @@ class Service:
         """
         if len(asked) > self._settings.max_events:
             raise DataError(
-                f"{len(asked)} events in one request, and this server takes "
+                f"{len(asked)} events in one request, and this server accepts "
                 f"{self._settings.max_events}: send them in parts",
                 name="events",
                 value=len(asked),

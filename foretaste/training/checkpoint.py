@@ -41,7 +41,7 @@ class CheckpointManifest(FolderManifest):
 
     kind = "checkpoint"
     latest = 1
-    remedy = "begin again without --resume"
+    remedy = "start again without --resume"
 
     format: Literal["foretaste-checkpoint"] = "foretaste-checkpoint"
     """What kind of folder it is."""
@@ -107,9 +107,9 @@ def find_checkpoint(run: Path) -> Path | None:
         return run / CHECKPOINT
     if (run / _FORMER).exists():
         raise BundleError(
-            f"{run / _FORMER} is a checkpoint of an earlier foretaste, which kept all of it in one "
-            "file: resume with the version that wrote it (pip install foretaste==VERSION), or "
-            "begin again with --replace (in Python: without resume)",
+            f"{run / _FORMER} is a checkpoint of an earlier foretaste, which wrote it as one file: "
+            "resume with the version that wrote it (pip install foretaste==VERSION), or start "
+            "again with --replace (in Python: without resume)",
             name=str(run / _FORMER),
             value=str(run / _FORMER),
         )

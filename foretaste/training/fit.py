@@ -224,7 +224,8 @@ class Fit(Generic[Network, Batch]):
     def _refuse_broken_weights(self) -> None:
         if not all(bool(weights.isfinite().all()) for weights in self.model.parameters()):
             raise NonFiniteError(
-                "training left weights that are NaN or infinite: lower training.learning_rate or "
+                "training ended with weights that are NaN or infinite: lower "
+                "training.learning_rate or "
                 "set training.gradient_clip",
                 name="learning_rate",
                 value=self.config.rate,
@@ -455,7 +456,7 @@ class Fit(Generic[Network, Batch]):
 
     def _restore(self) -> None:
         if self.folder is None:
-            raise ConfigError("to resume, say which folder holds the checkpoint", name="folder")
+            raise ConfigError("to resume, give the folder of the checkpoint", name="folder")
         path = find_checkpoint(self.folder)
         if path is None:
             return
@@ -482,7 +483,7 @@ class Fit(Generic[Network, Batch]):
     def _check_same(self, path: Path, facts: Mapping[str, Any]) -> None:
         if facts.get("data", self.data) != self.data:
             raise ConfigError(
-                f"{path} was trained on other events: give those that it was started with, or "
+                f"{path} was trained on other events: give those of its start, or "
                 "start again without --resume",
                 name="resume",
                 value=True,
@@ -493,7 +494,7 @@ class Fit(Generic[Network, Batch]):
         if changed:
             said = ", ".join(f"{name} {then.get(name)}, not {now[name]}" for name in changed)
             raise ConfigError(
-                f"{path} was trained with {said}: resume with the settings it was started with, or "
+                f"{path} was trained with {said}: resume with the settings of its start, or "
                 "start again without --resume",
                 name=changed[0],
                 value=now[changed[0]],

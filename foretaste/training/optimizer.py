@@ -227,7 +227,7 @@ def refuse_at_rest(model: nn.Module) -> None:
     for table in model.modules():
         if isinstance(table, Table) and not table.trains:
             raise ConfigError(
-                f"a table of {type(table).__name__} is made of a trained one and cannot be "
+                f"a table of {type(table).__name__} is made from a trained table and cannot be "
                 "trained: set model.table to another kind, such as dense, and compress it then",
                 name="model.table",
                 value=type(table).__name__,

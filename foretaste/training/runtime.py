@@ -42,7 +42,7 @@ def choose_device(name: str) -> torch.device:
     has_gpu = torch.cuda.is_available()
     if name == "cuda" and not has_gpu:
         raise ConfigError(
-            'training.device is "cuda", and torch sees no GPU here: set it to "auto"',
+            'training.device is "cuda", and torch finds no GPU: set it to "auto"',
             name="training.device",
             value="cuda",
         )

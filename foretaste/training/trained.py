@@ -86,7 +86,7 @@ class Trained(Shown):
     def known_I(self) -> Bool[Tensor, " I"]:
         """The catalogue that the model ranks.
 
-        Items with a training event, and others that the model places without one: by their
+        Items with a training event, and others that the model scores without one: by their
         features or their edges.
         """
         known_I = self._own_known_I
@@ -121,10 +121,10 @@ class Trained(Shown):
         sides = (
             ("users", told.user, self.model.reads_profiles),
             ("items", told.item, ranker.scores_new_items or placer(self.model) is not None),
-            ("moments", told.context, self.model.reads_context),
+            ("the context", told.context, self.model.reads_context),
         )
         unread = (
-            f"features of {name} are told, and {type(self.model).__name__} was made to read none"
+            f"features of {name} were given, but {type(self.model).__name__} reads none"
             for name, side, is_read in sides
             if side is not None and not is_read
         )
@@ -156,7 +156,7 @@ class Trained(Shown):
             if row_N.numel() and row_N.max() >= num:
                 raise DataError(
                     f"the queries have row {int(row_N.max())} of users or items, and there are "
-                    f"{num:,}: they are of other events, so ask trained.asked_by(those events)",
+                    f"{num:,}: they belong to other events, so call trained.asked_by(those events)",
                     name="queries",
                     value=int(row_N.max()),
                 )

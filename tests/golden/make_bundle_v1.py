@@ -8,9 +8,9 @@ import json
 from pathlib import Path
 
 import torch
-from serving_worlds import make_events, make_trained
 
 from foretaste.serving.building import build_recommender
+from tests.worlds import make_events, make_trained
 
 QUESTIONS: list[tuple[str | None, list[str] | None]] = [
     ("u100", None),

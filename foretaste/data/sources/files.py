@@ -55,7 +55,7 @@ class Files:
                 name=name,
                 value=str(self.folder),
             ) from error
-        broken = "".join(f"; {path.name} there is no whole archive" for path in self.broken())
+        broken = "".join(f"; {path.name} is not a complete archive" for path in self.broken())
         raise SourceError(
             f"{self.folder} has no {name}, {name}.gz or archive that holds it{broken}",
             name=str(self.folder),
@@ -213,7 +213,7 @@ class Wheel:
     def _download(self, into: Path) -> None:
         if not installed("pip"):
             raise SourceError(
-                f"{self} is fetched by pip, which is not installed: install pip", name="pip"
+                f"{self} is downloaded by pip, which is not installed: install pip", name="pip"
             )
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input"]
         command += ["--disable-pip-version-check", "--no-deps", "--only-binary=:all:"]

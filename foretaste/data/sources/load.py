@@ -146,7 +146,7 @@ def from_folder(source: Source, data_dir: Path) -> Dataset:
         files = Files(folder)
         if any(files.has(mark) for mark in source.marks):
             return _read(source, files, origin=str(folder))
-    broken = "".join(f"; {path} is no whole archive" for path in Files(data_dir).broken())
+    broken = "".join(f"; {path} is not a complete archive" for path in Files(data_dir).broken())
     raise SourceError(
         f"{source.name} is not in {data_dir}: neither there nor in {source.folder}/ below it is "
         f"{' or '.join(source.marks)}, plain, gzipped or in a zip archive{broken}",
@@ -198,8 +198,8 @@ def _fetch(source: Source, temporary: Path) -> tuple[Path, Dataset]:
             failures.append(str(error))
     reasons = "; ".join(failures) or source.why_no_way
     raise SourceError(
-        f"{source.name} could not be had: {reasons}. Get its files by other means "
-        "and name their folder with --data-dir",
+        f"{source.name} could not be downloaded: {reasons}. Get its files in another "
+        "way and name their folder with --data-dir",
         name=source.name,
     )
 
@@ -257,7 +257,7 @@ def _check(source: Source, tables: Tables, origin: str) -> None:
     if source.counts is not None and tables.counts() != source.counts:
         raise SourceError(
             f"{source.name} from {origin} has (users, items, events) {tables.counts()}, not "
-            f"{source.counts}: it is another version, or broken",
+            f"{source.counts}: it is another version, or damaged",
             name=source.name,
         )
     if source.sha256 is not None and tables.sha256() != source.sha256:

@@ -218,7 +218,7 @@ class HistoryRanker(PairRanker, ABC):
         width = self.fields.num_item_fields * config.embedding_dim
         if not width and config.reads_history:
             raise ConfigError(
-                'histories are of one item, and nothing tells it: set model.pooling to "none", or '
+                'histories hold items without id or features: set model.pooling to "none", or '
                 "model.item_id to true",
                 name="pooling",
                 value=config.pooling,

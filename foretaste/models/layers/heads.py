@@ -50,7 +50,7 @@ class Heads(nn.Module):
             )
         if not any(task.weight for task in tasks):
             raise ConfigError(
-                "every task has the weight 0: nothing would be learned", name="weight", value=0
+                "every task has the weight 0: the model would learn nothing", name="weight", value=0
             )
         self.tasks = tasks
         self.list_weights = {
@@ -60,7 +60,7 @@ class Heads(nn.Module):
         }
         if not self.list_weights:
             raise ConfigError(
-                "every task has the list_weight 0: no list would have an order",
+                "every task has the list_weight 0: lists would have no order",
                 name="list_weight",
                 value=0,
             )

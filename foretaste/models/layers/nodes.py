@@ -74,8 +74,8 @@ class NodeInputs(nn.Module):
         )
         if not ids and self.item_fields is None:
             raise ConfigError(
-                "ids = false and no features of items leave nothing to start from: keep the ids, "
-                "or give the items a table of features",
+                "ids = false and no features of items leave the model without input: keep the "
+                "ids, or give the items features",
                 name="ids",
                 value=False,
             )
@@ -132,7 +132,9 @@ class NodeInputs(nn.Module):
             ConfigError: There are no features of items.
         """
         if self.item_fields is None:
-            raise ConfigError("the model was made without features of items: it can place none")
+            raise ConfigError(
+                "the model was trained without features of items, so it cannot represent new ones"
+            )
         told_RD: Tensor = self.item_fields.encoder(table)
         nobody_R = torch.zeros(len(table), dtype=torch.int64, device=told_RD.device)
         return self._own(nobody_R, nobody_R > 0) + told_RD

@@ -65,8 +65,8 @@ class Quantised(Filled):
         super().__init__(num_rows, width)
         if sub_spaces > width:
             raise ConfigError(
-                f"table.sub_spaces = {sub_spaces} cuts a width of {width} in more parts than it "
-                "has numbers: set fewer, or a larger width",
+                f"table.sub_spaces = {sub_spaces} divides a width of {width} into more parts than "
+                "it has numbers: set fewer, or a larger width",
                 name="table.sub_spaces",
                 value=sub_spaces,
             )

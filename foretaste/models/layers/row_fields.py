@@ -77,7 +77,7 @@ class RowFields(nn.Module):
                 are regressed on their histories (`FoldIn`).
 
         Raises:
-            ConfigError: There is nothing to tell an item by.
+            ConfigError: Items have neither ids nor features.
         """
         super().__init__()
         self.config, self.num_users, self.num_items = config, num_users, num_items
@@ -159,7 +159,7 @@ class RowFields(nn.Module):
             ConfigError: No features of items are read.
         """
         if not self.item.has_features:
-            raise ConfigError("this model reads no features of items: none can be told by them")
+            raise ConfigError("this model reads no features of items, so it cannot score new ones")
         new_R = table.code_RC.new_full((len(table),), -1)
         code_RS = self._item_codes(new_R, other=table)
         single_RSW = self.item.look_up(code_RS)

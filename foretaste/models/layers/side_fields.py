@@ -349,7 +349,7 @@ def sides_of_rows(
     """Make the sides and their tables.
 
     Raises:
-        ConfigError: There is nothing to tell one of several items by, or nothing at all, or
+        ConfigError: Items have neither ids nor features, or there is nothing at all, or
             features are of others than there are.
     """
     users = told_of_users(features if config.user_features else None, num_users)
@@ -366,12 +366,14 @@ def sides_of_rows(
     user, item, context = made
     if not item.num_fields and num_items > 1:
         raise ConfigError(
-            "there is nothing to tell an item by: set model.item_id, or give features of items",
+            "items have neither ids nor features: set model.item_id, or give features of items",
             name="item_id",
             value=False,
         )
     if not any(side.num_fields for side in made):
-        raise ConfigError("there is nothing to tell a row by: give features of users or moments")
+        raise ConfigError(
+            "rows have neither ids nor features: give features of users or of the context"
+        )
     sizes = [1, *(side.num_ids for side in made), *(side.num_codes for side in made)]
     tables = make_tables(config.table, sizes, width, std=config.init_std)[1:]  # as it was drawn
     for side, ids, codes in zip(made, tables[:3], tables[3:], strict=True):

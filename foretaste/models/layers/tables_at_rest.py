@@ -115,8 +115,8 @@ class AtRest(Filled):
 
     def grow(self, num_rows: int) -> None:
         raise ConfigError(
-            f"a table of {type(self).__name__} is made of a trained one and cannot grow: grow the "
-            "trained one, and compress it",
+            f"a table of {type(self).__name__} is made from a trained table and cannot grow: grow "
+            "the trained table, and compress it",
             name="table.kind",
             value=type(self).__name__,
         )

@@ -84,11 +84,13 @@ class CandidateConfig(Config):
         asked = [n for n in ("in_batch", "row_negatives", "popularity_power") if getattr(self, n)]
         if self.loss == "softmax" and asked:
             raise ValueError(
-                f"the loss softmax has all items as negatives: leave out {', '.join(asked)}, or "
+                f"the loss softmax uses all items as negatives: leave out {', '.join(asked)}, or "
                 'take another loss, such as "sampled_softmax"'
             )
         if self.frequency == "streamed" and not self.in_batch:
-            raise ValueError("frequency is of items in a batch: set in_batch, or leave it out")
+            raise ValueError(
+                "frequency is only for in-batch negatives: set in_batch, or leave it out"
+            )
         return self
 
 

@@ -64,7 +64,7 @@ class PairsConfig(CandidateConfig):
             )
         if self.hard_negatives and self.loss == "softmax":
             raise ValueError(
-                "the loss softmax has all items as negatives: leave out hard_negatives"
+                "the loss softmax uses all items as negatives: leave out hard_negatives"
             )
         return self
 
@@ -168,8 +168,8 @@ class Pairs(nn.Module):
         if self.config.contrast:
             if not vectors.views:
                 raise ConfigError(
-                    f"objective.contrast is {self.config.contrast:g}, but the model gives no two "
-                    "views: set it to 0, or LightGCN's contrast_layer to 1 or more",
+                    f"objective.contrast is {self.config.contrast:g}, but this model produces no "
+                    "contrastive views: set it to 0, or LightGCN's contrast_layer to 1 or more",
                     name="objective.contrast",
                     value=self.config.contrast,
                 )
