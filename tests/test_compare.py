@@ -240,7 +240,7 @@ def test_the_model_to_take_learns_from_all_events_after_it_was_measured(
     row = row_of(comparison, comparison.pick)
     assert bundle.report["metrics"][comparison.metric] == row.quality
     assert "nothing was measured of it" in bundle.report["notes"][0]
-    assert f"bundle: {comparison.pick}, trained once more" in comparison.notes[-1]
+    assert f"bundle: {comparison.pick}, trained again" in comparison.notes[-1]
 
 
 def test_the_measured_model_is_kept_where_it_cannot_be_trained_once_more(
@@ -790,7 +790,7 @@ def test_a_comparison_with_nothing_to_find_is_refused_before_anything_is_trained
     )
     never = ft.temporal_split(ft.read_interactions(table, timestamp="at"), validation=0.0, test=0.2)
     told: list[str] = []
-    with pytest.raises(ft.DataError, match="find"):
+    with pytest.raises(ft.DataError, match="a target"):
         ft.compare_models({"deep": recipe}, never, say=told.append)
     assert not told
 

@@ -234,7 +234,7 @@ def test_refit_is_read_as_final(
     )
     assert ft.read_experiment(tmp_path / "run.toml").final == final
     (said,) = caplog.messages
-    assert f'write final = "{final}" in its place' in said
+    assert f'write final = "{final}" in ' in said
 
 
 def to_first_format(bundle: Path) -> None:

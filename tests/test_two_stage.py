@@ -150,7 +150,7 @@ def test_a_broken_ranker_is_named() -> None:
 
 
 def test_only_a_ranker_ranks_and_only_what_scores_a_catalogue_finds() -> None:
-    with pytest.raises(ConfigError, match="Fixed is no ranker"):
+    with pytest.raises(ConfigError, match="Fixed is not a ranker"):
         TwoStage(Fixed(FIRST), Fixed(FIRST), num_candidates=2)
     with pytest.raises(ConfigError, match="Wanted cannot score a catalogue"):
         TwoStage(Wanted(CLICK, BUY), Wanted(CLICK, BUY), num_candidates=2)
@@ -624,7 +624,7 @@ def test_two_trained_models_are_joined_and_strangers_are_not() -> None:
     assert joined.config == TwoStageConfig(
         retriever=retriever.config, ranker=NeuMFConfig(factors=4), candidates=7
     )
-    with pytest.raises(ConfigError, match="ItemKNN is no ranker"):
+    with pytest.raises(ConfigError, match="ItemKNN is not a ranker"):
         ft.two_stage(ranker, retriever)
     with pytest.raises(DataError, match="know different users"):
         ft.two_stage(make_trained("ease"), ranker)

@@ -168,7 +168,7 @@ class Profiles:
         if known:
             said.append(
                 f"the features given had no influence: training knows the new items "
-                f"{', '.join(known[:_SHOWN])}{', …' * (len(known) > _SHOWN)} by their own"
+                f"{', '.join(known[:_SHOWN])}{', …' * (len(known) > _SHOWN)} by their own features"
             )
         if any(item_id in unknown for item_id in placed):
             said.append("the features given had no influence: the answer is the most popular items")
