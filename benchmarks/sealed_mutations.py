@@ -33,9 +33,8 @@ from foretaste.serving.trial import Trials
 from foretaste.serving.versions import Versions, sign_bundle
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-from film_world import write_film_bundle
-from serving_worlds import make_trained
 from test_two_stage import make_two_stage
+from worlds import make_trained, write_film_bundle
 
 KEY = b"k" * 64
 EXTREME = [0, -1, 1, 7, 2**31 - 1, -(2**31), 10**5, 2**62, 1e308, None, "", "x", [], {}, True]

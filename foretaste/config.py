@@ -7,6 +7,7 @@ and a recipe with the same mistake says the same with the recipe's path.
 
 import inspect
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeVar, get_args, get_origin
@@ -110,7 +111,13 @@ class Config(BaseModel, metaclass=_SettingsClass):
         return found
 
 
-def _lookalike(value: object, kinds: frozenset[type]) -> str | None:
+_LIKE_A_VALUE = re.compile(
+    r"[-+]?[\d._]+(e[-+]?\d+)?|true|false|yes|no|on|off|[tfyn]", re.IGNORECASE
+)
+"""Text that pydantic reads as a number or a truth value."""
+
+
+def _lookalike(value: object, kinds: frozenset[type | str]) -> str | None:
     """Say why a value is not taken though it could be read as a number or a truth value."""
     match value:
         case list() | tuple():
@@ -122,9 +129,13 @@ def _lookalike(value: object, kinds: frozenset[type]) -> str | None:
     for part in inside:
         if isinstance(part, bool) and kinds & {int, float} and bool not in kinds:
             return f"must be a number, not {str(part).lower()}"
-        if isinstance(part, str) and kinds and str not in kinds:
-            wanted = "true or false" if kinds <= {bool, type(None)} else "a number"
-            return f"must be {wanted}, not the text {part!r}"
+        choices = sorted(repr(kind) for kind in kinds if isinstance(kind, str))
+        others = kinds & {int, float, bool}
+        if isinstance(part, str) and others and not kinds & {str, part}:
+            if choices and not _LIKE_A_VALUE.fullmatch(part.strip()):
+                continue  # the choices are then suggested
+            wanted = "true or false" if others == {bool} else "a number"
+            return f"must be {' or '.join([wanted, *choices])}, not the text {part!r}"
         if kinds == {bool} and not isinstance(part, bool):
             return f"must be true or false, not {shown(part)}"
     return None
@@ -140,12 +151,12 @@ def plain(value: object) -> object:
 
 
 @cache
-def _kinds(owner: type[Config], field: str) -> frozenset[type]:
-    """Return the plain types that a field may hold, those in its lists and choices included.
+def _kinds(owner: type[Config], field: str) -> frozenset[type | str]:
+    """Return the plain types and the texts that a field may hold, those in its lists included.
 
     A field that holds sections of settings has none: those check themselves.
     """
-    found: set[type] = set()
+    found: set[type | str] = set()
     known = owner.model_fields.get(field)
     waiting: list[Any] = [] if known is None else [known.annotation]
     while waiting:
@@ -158,7 +169,7 @@ def _kinds(owner: type[Config], field: str) -> frozenset[type]:
         elif get_origin(hint) is dict:
             waiting.append(parts[1])
         elif all(isinstance(part, str | int | bool) for part in parts):  # a Literal's choices
-            found.update(map(type, parts))
+            found.update(part if isinstance(part, str) else type(part) for part in parts)
         elif getattr(hint, "__metadata__", None) is not None:
             waiting.append(parts[0])
         else:
@@ -433,3 +444,5 @@ class Usual(NamedTuple):
     training: Mapping[str, Any] = {}
     """Of the training loop, what it leaves to the model: the learning rate, the average, and the
     most events of a step."""
+    l2_by_counts: bool = False
+    """Whether the objective's l2 is stronger where users and items have few events."""

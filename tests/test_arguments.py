@@ -130,10 +130,15 @@ def test_settings_raise_our_error_in_our_words(name: str) -> None:
     ("make", "name", "words"),
     [
         (lambda: ft.SASRecConfig(embeding_dim=8), "embeding_dim", "mean embedding_dim?"),  # type: ignore[call-arg]
-        (lambda: ft.TrainingConfig(epochs=0), "epochs", "must be at least 1, not 0"),
+        (lambda: ft.TrainingConfig(epochs=0), "epochs", "must be at least 1 or 'auto', not 0"),
         (lambda: ft.TrainingConfig(epochs=True), "epochs", "must be a number, not true"),
-        (lambda: ft.TrainingConfig(epochs="3"), "epochs", "not the text '3'"),  # type: ignore[arg-type]
-        (lambda: ft.TrainingConfig(epochs=1.5), "epochs", "must be a whole number, not 1.5"),  # type: ignore[arg-type]
+        (lambda: ft.TrainingConfig(epochs="3"), "epochs", "a number or 'auto', not the text '3'"),  # type: ignore[arg-type]
+        (
+            lambda: ft.TrainingConfig(epochs=1.5),
+            "epochs",
+            "must be a whole number or 'auto', not 1.5",
+        ),  # type: ignore[arg-type]
+        (lambda: ft.TrainingConfig(patience="3"), "patience", "not the text '3'"),  # type: ignore[arg-type]
         (lambda: ft.RowsConfig(negatives="usal"), "negatives", "did you mean 'usual'?"),  # type: ignore[arg-type]
         (lambda: ft.MFConfig(8), None, "by name"),  # type: ignore[call-arg]
     ],

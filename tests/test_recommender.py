@@ -553,7 +553,7 @@ def test_an_item_is_not_similar_to_itself_and_an_unknown_one_is_said(
     assert sorted(map(int, ids(everything))) == [i for i in range(500, 520) if i != 503]
     silent = recommender.similar(500 + SILENT_ITEM)  # in the item table, and of no event
     assert (silent.rows, silent.unknown_items) == ((), (500 + SILENT_ITEM,))
-    with pytest.raises(DataError, match="no item has the id 'unheard': give one") as caught:
+    with pytest.raises(DataError, match="no item has the id 'unheard': give an item") as caught:
         recommender.similar("unheard", 4)
     assert (caught.value.name, caught.value.value) == ("item_id", "unheard")
 

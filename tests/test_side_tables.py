@@ -73,7 +73,7 @@ def test_a_table_without_a_key_is_refused_whatever_is_called_one(key: str | int 
 
 def test_the_error_names_the_column_that_fits_and_the_advice_works() -> None:
     table = pl.DataFrame({"item_id": [110, 111], "id": [10, 11]})
-    with pytest.raises(ft.DataError, match="say item_key='id'"):
+    with pytest.raises(ft.DataError, match="set item_key='id'"):
         read(items=table)
     known = read(items=table, item_key="id").item_table
     assert known is not None
@@ -82,7 +82,7 @@ def test_the_error_names_the_column_that_fits_and_the_advice_works() -> None:
 
 def test_a_few_ids_by_chance_do_not_make_a_key_where_another_column_has_them_all() -> None:
     table = pl.DataFrame({"item_id": [12, 13, 14], "id": [10, 11, 12]})
-    with pytest.raises(ft.DataError, match=r"say item_key='id'.*or item_key='item_id'"):
+    with pytest.raises(ft.DataError, match=r"set item_key='id'.*or item_key='item_id'"):
         read(items=table)
     assert read(items=table, item_key="item_id").items.ids.to_list() == [10, 11, 12, 13, 14]
 

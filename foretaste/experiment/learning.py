@@ -60,11 +60,11 @@ def usual_objective(config: ModelConfig, events: Interactions | None = None) -> 
 
     Args:
         config: The model's settings.
-        events: Those of training, by whose counts the model's own l2 is raised where it has one;
-            None: as it is.
+        events: Those of training, by whose counts the l2 of a model that says so is raised; None:
+            as it is.
     """
     objective = _OBJECTIVES.validate_python(config.usual.objective)
-    if events is None or not (isinstance(objective, PairsConfig) and objective.l2):
+    if events is None or not config.usual.l2_by_counts or not isinstance(objective, PairsConfig):
         return objective
     l2 = float(f"{objective.l2 * l2_factor(events):.2g}")
     return objective.model_copy(update={"l2": l2})

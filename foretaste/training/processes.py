@@ -23,6 +23,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, distributed, nn
 
+from foretaste.arguments import checked
 from foretaste.data.draws import WHOLE, Part, Share, only_part
 from foretaste.errors import ConfigError, ForetasteError, ProcessError
 
@@ -352,6 +353,7 @@ def _rows_of_all(parameter: nn.Parameter) -> Tensor:
     )
 
 
+@checked
 def start_processes(num: int, command: Sequence[str]) -> int:
     """Start Python so many times on this machine, by torchrun's own engine, and wait.
 
