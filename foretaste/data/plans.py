@@ -56,20 +56,17 @@ class Plan(ABC, Generic[Batch]):
         """Make one batch, or this process's share of it."""
 
 
-@final
 @dataclass(frozen=True, eq=False, kw_only=True)
-class PairPlan(Plan[PairBatch]):
-    """One epoch's batches, decided by (seed, epoch) alone and made one by one when asked for."""
+class ShuffledPlan(Plan[Batch]):
+    """Batches of events in random order, with histories; (seed, epoch) alone decides them."""
 
-    events: Interactions
     order_E: Int64[np.ndarray, " E"]
-    """Positions in `events`."""
+    """Positions of the events or rows, in the order of the epoch."""
     batch_events: int
     reads: Reads
     max_len: int
     seed: int
-    """Decides which other events are read, and which hard negatives are drawn."""
-    find_hard: FindHard | None = None
+    """Decides which other events are read, and which items or hard negatives are drawn."""
     share: Share = WHOLE
 
     def __len__(self) -> int:
@@ -77,8 +74,17 @@ class PairPlan(Plan[PairBatch]):
 
     @property
     def num_events(self) -> int:
-        """Pairs in the epoch, of all processes together."""
+        """Pairs or rows in the epoch, of all processes together."""
         return len(self.order_E)
+
+
+@final
+@dataclass(frozen=True, eq=False, kw_only=True)
+class PairPlan(ShuffledPlan[PairBatch]):
+    """One epoch's batches of users and their items."""
+
+    events: Interactions
+    find_hard: FindHard | None = None
 
     def batch(self, index: int) -> PairBatch:
         """Gather one batch, or this process's share of it."""
@@ -313,30 +319,14 @@ class Offered:
 
 @final
 @dataclass(frozen=True, eq=False, kw_only=True)
-class RowPlan(Plan[RowBatch]):
-    """One epoch's batches, decided by (seed, epoch) alone and made one by one when asked for."""
+class RowPlan(ShuffledPlan[RowBatch]):
+    """One epoch's batches of rows that a ranker learns from."""
 
     rows: Rows
-    order_E: Int64[np.ndarray, " E"]
-    """Rows in the order of the epoch."""
-    batch_events: int
-    reads: Reads
-    max_len: int
-    seed: int
-    """Decides which other events are read, and which items are drawn."""
     num_drawn: int = 0
     draw: DrawItems | None = None
     offered: Offered | None = None
     """What a retriever offered for each row; None: `draw` draws."""
-    share: Share = WHOLE
-
-    def __len__(self) -> int:
-        return -(-len(self.order_E) // self.batch_events)
-
-    @property
-    def num_events(self) -> int:
-        """Rows in the epoch, of all processes together."""
-        return len(self.order_E)
 
     def batch(self, index: int) -> RowBatch:
         """Gather one batch, or this process's share of it; items are drawn for all of it."""
@@ -396,7 +386,7 @@ def plan_rows(
         share: What of each batch this process reads.
 
     Raises:
-        ConfigError: Items are to be drawn and nobody draws them.
+        ConfigError: Items are to be drawn and `draw` is missing.
     """
     if num_drawn and draw is None and offered is None:
         raise ConfigError(
