@@ -1,5 +1,6 @@
 """What an object looks like at the prompt and in a notebook: one line, and a small table."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from html import escape
 
@@ -7,14 +8,14 @@ LONGEST = 190
 """Characters of the line."""
 
 
-class Shown:
+class Shown(ABC):
     """Gives `__repr__` and `_repr_html_` to a class that says its `_facts`."""
 
     __slots__ = ()
 
+    @abstractmethod
     def _facts(self) -> Mapping[str, object]:
         """Return what a person wants to know first; whole numbers are counts of what is named."""
-        raise NotImplementedError
 
     def _rows(self) -> Sequence[Sequence[object]]:
         """Return the table, its first row the headings."""

@@ -6,6 +6,7 @@ Shape legend: U users that had something to find, N rows, T tasks.
 import io
 import json
 import re
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, TypeVar
@@ -155,17 +156,17 @@ class AnyReport(Shown):
     def _rows(self) -> Cells:
         return self._tables()[0][1]
 
+    @abstractmethod
     def _tables(self) -> list[tuple[str, Cells]]:
         """Return the tables with their titles; the first one's is the report's."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _levels(self) -> Mapping[str, float]:
         """Return what chance gets, by metric."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _chance(self) -> str:
         """Say what chance is."""
-        raise NotImplementedError
 
 
 def _key(name: str) -> str:
