@@ -116,7 +116,8 @@ def import_(
         Path | None, typer.Option(help="Table of items, such as their titles.")
     ] = None,
     user_links: Annotated[
-        Path | None, typer.Option(help="Table of two columns of user ids: who trusts whom.")
+        Path | None,
+        typer.Option(help="Table of two columns of user ids, such as users and those they trust."),
     ] = None,
     item_links: Annotated[
         Path | None, typer.Option(help="Table of two columns of item ids that go together.")

@@ -206,7 +206,7 @@ psutil = later("psutil")
 
 _CGROUP = Path("/sys/fs/cgroup")
 _SURELY_FITS = 2**26
-"""Bytes below which nobody asks how many are free, so that a check may stand in every step."""
+"""Bytes below which free memory is not asked for, so that every step may check."""
 
 _NO_MORE = ("out of memory", "not enough memory", "can't allocate memory")
 """How torch says that it got none."""
@@ -257,7 +257,7 @@ def check_fits(
 
 @contextmanager
 def out_of_memory(what: str, fix: str, *, name: str) -> Iterator[None]:
-    """Say in our words that memory ran out after all, for work that nobody can count before.
+    """Raise our own error where memory runs out in work whose size is not known before.
 
     Args:
         what: The work, the subject of the message.

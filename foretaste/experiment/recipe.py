@@ -53,7 +53,7 @@ class FileData(ReadConfig):
     items: str | None = None
     """File of a table of items, such as one with a `title`, which the page shows."""
     user_links: str | None = None
-    """File of a table of two columns of user ids: who trusts whom."""
+    """File of a table of two columns of user ids, such as users and those they trust."""
     item_links: str | None = None
     """File of a table of two columns of item ids that go together."""
 

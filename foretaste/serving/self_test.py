@@ -58,7 +58,7 @@ class StoredAnswers(Config):
 
 
 def answers_of(recommender: "Recommender") -> StoredAnswers | None:
-    """Ask a model about some users, a new one, nobody and an item; None if it cannot answer.
+    """Ask a model for some users, a new one, no user and an item; None if it cannot answer.
 
     Such a model can be saved and looked at, but `check_answers` lets none serve.
     """

@@ -103,7 +103,7 @@ class Tables:
     items: pl.DataFrame | None = None
     """`item` and further columns."""
     user_links: pl.DataFrame | None = None
-    """Two columns of user ids: who trusts whom."""
+    """Two columns of user ids, such as users and those they trust."""
     labels: tuple[str, ...] = ()
     """Further columns of numbers: what is to be predicted."""
     context: tuple[str, ...] = ()
