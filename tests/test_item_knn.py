@@ -99,3 +99,23 @@ def test_what_is_kept_has_a_shape_known_beforehand() -> None:
     trained = learned(ItemKNNConfig(neighbours=5), [[0, 1]])
     for name, tensor in trained.state_dict().items():
         assert tensor.shape == untrained.state_dict()[name].shape == (NUM_ITEMS, 5)
+
+
+def test_longest_histories_are_shortened_until_all_pairs_are_few(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    of = [[0, 1, 2, 3], [4, 5], list(range(NUM_ITEMS)), list(range(20))]
+    monkeypatch.setattr(baselines, "_PAIRS_OF_EVENT", 0)
+    monkeypatch.setattr(baselines, "_LEAST_PAIRS", 16 + 4 + 2 * 7**2)  # 30, 15 and 7 at most
+    model = learned(ItemKNNConfig(damping=0, shrinkage=0, neighbours=NUM_ITEMS), of)
+    assert model.note == (
+        "2 of 4 users have more than 7 items: item-kNN takes 7 of them, drawn at random"
+    )
+    other_of_4 = model.neighbour_IK[4][model.similarity_IK[4] > 0].tolist()
+    assert 5 in other_of_4  # of the short history, whole
+    together = model.similarity_IK[29] > 0  # the last item is of the longest history alone
+    assert int(together.sum()) in (0, 6)
+
+
+def test_no_history_is_shortened_where_the_work_is_little() -> None:
+    assert learned(ItemKNNConfig(), histories()).note == ""

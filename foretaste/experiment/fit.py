@@ -199,6 +199,7 @@ def fit(
     ):
         if objective is None:
             model.learn(events)
+            log |= _noted(model, show=show)
         else:
             found, epochs = _learn(
                 make(),
@@ -325,6 +326,12 @@ def _with_strengths(
     if chosen and show:
         say(f"{config.kind}: " + ", ".join(f"{name} {value:g}" for name, value in chosen.items()))
     return config.model_copy(update=chosen), tried
+
+
+def _noted(model: Model, *, show: bool) -> dict[str, object]:
+    if model.note and show:
+        say(model.note)
+    return {"note": model.note} if model.note else {}
 
 
 def _features_of(

@@ -48,6 +48,8 @@ class Model(nn.Module, ABC):
     """What of a user's history it reads while it learns."""
     max_len: int = 0
     """How many events of it."""
+    note: str = ""
+    """What of the events it did not learn from and why, for the log; empty: it took all."""
 
     @property
     def reads_profiles(self) -> bool:

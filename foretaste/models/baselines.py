@@ -117,9 +117,7 @@ class PopularityConfig(Config):
     """Settings of popularity."""
 
     kind: Literal["popularity"] = "popularity"
-    tuning: ClassVar[Space] = {
-        "window_days": RangeConfig(low=1.0, high=365.0, log=True),
-    }
+    tuning: ClassVar[Space] = {"window_days": RangeConfig(low=1.0, high=365.0, log=True)}
     usual: ClassVar[Usual] = Usual()
     window_days: PositiveFloat | None = None
     """Count only events within this many days before the newest one. None: all events."""
@@ -172,6 +170,8 @@ class Popularity(Scorer):
 
 _BLOCK_PAIRS = 2**23
 _BLOCK_EVENTS = 2**14
+_LEAST_PAIRS, _PAIRS_OF_EVENT = 2**31, 500
+"""Pairs of items in histories that item-kNN may look at: so many, or so many for each event."""
 
 
 class ItemKNNConfig(StrengthConfig):
@@ -209,8 +209,9 @@ class ItemKNN(Scorer):
     References:
         Deshpande and Karypis, "Item-Based Top-N Recommendation Algorithms", TOIS 2004,
         https://doi.org/10.1145/963770.963776; asymmetric cosine: Aiolli, "Efficient Top-N
-        Recommendation for Very Large Scale Binary Rated Datasets", RecSys 2013. **Departure**: a
-        history counts as a set.
+        Recommendation for Very Large Scale Binary Rated Datasets", RecSys 2013; few items of the
+        longest histories: Schelter, Boden and Markl, "Scalable Similarity-Based Neighborhood
+        Methods with MapReduce", RecSys 2012. **Departure**: a history counts as a set.
     """
 
     learns_by = "events"
@@ -233,17 +234,36 @@ class ItemKNN(Scorer):
             DataError: There is no event, or the catalogue has another size than the model.
         """
         check_events(events, num_items=self.num_items)
-        matrix = interaction_matrix(events)
+        matrix = self._shortened(interaction_matrix(events))
         length_U = np.maximum(np.diff(matrix.indptr), 1).astype(np.float32)
         damped = sparse.diags_array(length_U**-self.config.damping) @ matrix
         transposed = matrix.T.tocsr()
         count_I = np.diff(transposed.indptr)
-        order_I = np.argsort(count_I, kind="stable")  # rows of like length share a block
-        pairs_I = np.minimum(transposed @ np.diff(matrix.indptr), self.num_items)[order_I]
-        block_I = np.cumsum(pairs_I) // _BLOCK_PAIRS
-        for item_R in np.split(order_I, np.flatnonzero(np.diff(block_I)) + 1):
+        pairs_I = np.minimum(transposed @ np.diff(matrix.indptr), self.num_items)
+        order_I = np.argsort(pairs_I, kind="stable")
+        block_I = np.cumsum(pairs_I[order_I]) // _BLOCK_PAIRS
+        width_I = np.floor(np.log2(np.maximum(pairs_I[order_I], 1)))  # rows of like width share one
+        for item_R in np.split(order_I, np.flatnonzero(np.diff(block_I + width_I)) + 1):
             shared = (transposed[item_R] @ damped).tocsr()
             self._keep_best(item_R, shared, np.maximum(count_I, 1))
+
+    def _shortened(self, matrix: Any) -> Any:
+        """Draw items of the longest histories: all pairs of a million items would take days."""
+        length_U = np.diff(matrix.indptr).astype(np.int64)
+        limit, most = max(_LEAST_PAIRS, _PAIRS_OF_EVENT * matrix.nnz), int(length_U.max())
+        while (np.minimum(length_U, most) ** 2).sum() > limit:
+            most //= 2
+        if num_long := int((length_U > most).sum()):
+            self.note = (
+                f"{num_long:,} of {len(length_U):,} users have more than {most:,} items: item-kNN "
+                f"takes {most:,} of them, drawn at random"
+            )
+            user_M = np.repeat(np.arange(len(length_U)), length_U)
+            order_M = np.lexsort((np.random.default_rng(0).random(matrix.nnz), user_M))
+            place_M = np.arange(matrix.nnz) - matrix.indptr[user_M]
+            matrix.data[order_M[place_M >= most]] = 0
+            matrix.eliminate_zeros()
+        return matrix
 
     def _keep_best(self, item_R: np.ndarray, shared: Any, count_I: np.ndarray) -> None:
         length_R = np.diff(shared.indptr)
@@ -287,13 +307,9 @@ class EASEConfig(StrengthConfig):
     """Settings of EASE."""
 
     kind: Literal["ease"] = "ease"
-    tuning: ClassVar[Space] = {
-        "l2": RangeConfig(low=1.0, high=5000.0, log=True),
-    }
+    tuning: ClassVar[Space] = {"l2": RangeConfig(low=1.0, high=5000.0, log=True)}
     usual: ClassVar[Usual] = Usual()
-    strengths: ClassVar[Mapping[str, tuple[float, ...]]] = {
-        "l2": (200.0, 50.0, 100.0, 500.0, 1000.0)
-    }
+    strengths: ClassVar[Mapping[str, tuple[float, ...]]] = {"l2": (200, 50, 100, 500, 1000)}
     most_items: ClassVar[int] = 4_000
     l2: Annotated[float, Field(gt=0, le=1e12)] | Literal["auto"] = "auto"
     """Weight of the squared weights in the loss. "auto": chosen by validation from 50 to 1000."""
