@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeVar, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_origin
 
 from annotated_types import Ge, Le, Lt, MaxLen
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -444,5 +444,7 @@ class Usual(NamedTuple):
     training: Mapping[str, Any] = {}
     """Of the training loop, what it leaves to the model: the learning rate, the average, and the
     most events of a step."""
-    l2_by_counts: bool = False
-    """Whether the objective's l2 is stronger where users and items have few events."""
+    l2_by_counts: Literal["never", "without features", "always"] = "never"
+    """When the objective's l2 is stronger where users and items have few events. With features of
+    users or items it would leave all taste to them, and a new user without features would have
+    none."""

@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 
@@ -141,8 +142,17 @@ def test_l2_is_stronger_where_events_are_few_for_a_user_and_an_item(
     assert l2_factor(events) == pytest.approx(factor)  # items without events do not count
     config = ft.LightGCNConfig()
     assert usual_objective(config, events).l2 == pytest.approx(0.01 * factor)
-    for other in (ft.PinSageConfig(), ft.TwoTowerConfig()):
-        assert usual_objective(other, events) == usual_objective(other)
+    assert usual_objective(ft.TwoTowerConfig(), events).l2 == pytest.approx(0.1 * factor)
+    assert usual_objective(ft.PinSageConfig(), events) == usual_objective(ft.PinSageConfig())
+
+
+def test_the_l2_of_towers_that_may_read_features_does_not_go_by_counts() -> None:
+    users = pl.DataFrame({"user": range(40), "age": range(40)})
+    events = replace(events_of([[user] * 10 for user in range(40)], num_items=50), user_table=users)
+    features = ft.fit_features(ft.FeatureSchema(user={"age": ft.NumericField()}), events)
+    towers, mf = ft.TwoTowerConfig(), ft.MFConfig()
+    assert usual_objective(towers, events, features) == usual_objective(towers)
+    assert usual_objective(mf, events, features) == usual_objective(mf, events)
 
 
 ODD = {

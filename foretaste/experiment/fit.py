@@ -130,7 +130,7 @@ def fit(
         show=show,
         on_cost=on_cost,
     )
-    learner = _to_search(config, objective, asked, candidates, events)
+    learner = _to_search(config, objective, asked, candidates, events, features)
     if learner is not None:
         return _search_and_fit(
             learner, split, fit_part, folder=folder, on_epoch=on_epoch, max_seconds=max_seconds
@@ -174,7 +174,7 @@ def fit(
         model.start_from({kind: part.model for kind, part in parts.items()})
         rate = training.rate * pretraining.fine_tuning
         training = training.model_copy(update={"learning_rate": rate})
-    objective = _objective_of(config, objective, events)
+    objective = _objective_of(config, objective, events, features)
     happened = events
     if isinstance(objective, RowsConfig):
         happened = positives_of(events, objective.positive)
@@ -231,6 +231,7 @@ def _to_search(
     asked: TrainingConfig,
     candidates: Candidates | None,
     events: Interactions,
+    features: Features | None,
 ) -> Learner | None:
     """Return what a short search begins with, if one is asked for and there is something to search.
 
@@ -252,7 +253,7 @@ def _to_search(
         return None
     return Learner(
         model=config,
-        objective=objective or usual_objective(config, events),
+        objective=objective or usual_objective(config, events, features),
         training=asked.model_copy(update={"search": False}),
     )
 
@@ -299,10 +300,15 @@ def _search_and_fit(
 
 
 def _objective_of(
-    config: ModelConfig, objective: ObjectiveConfig | None, events: Interactions
+    config: ModelConfig,
+    objective: ObjectiveConfig | None,
+    events: Interactions,
+    features: Features | None,
 ) -> ObjectiveConfig | None:
     """Return how a model learns; None of one that learns in closed form."""
-    return (objective or usual_objective(config, events)) if config.usual.objective else None
+    if not config.usual.objective:
+        return None
+    return objective or usual_objective(config, events, features)
 
 
 def _settings_of(

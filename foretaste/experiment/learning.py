@@ -12,6 +12,7 @@ from torch import Generator, Tensor
 
 from foretaste.data.batch import DrawItems, FieldTable
 from foretaste.data.draws import WHOLE
+from foretaste.data.features import Features
 from foretaste.data.graph import Graph, graph_of
 from foretaste.data.interactions import Interactions
 from foretaste.data.plans import (
@@ -55,16 +56,22 @@ from foretaste.training.runtime import epoch_generator, step_seed
 _OBJECTIVES: TypeAdapter[ObjectiveConfig] = TypeAdapter(ObjectiveConfig)
 
 
-def usual_objective(config: ModelConfig, events: Interactions | None = None) -> ObjectiveConfig:
+def usual_objective(
+    config: ModelConfig, events: Interactions | None = None, features: Features | None = None
+) -> ObjectiveConfig:
     """Return how a model that learns by gradient learns if nothing else is said.
 
     Args:
         config: The model's settings.
         events: Those of training, by whose counts the l2 of a model that says so is raised; None:
             as it is.
+        features: What else is known of users and items.
     """
     objective = _OBJECTIVES.validate_python(config.usual.objective)
-    if events is None or not config.usual.l2_by_counts or not isinstance(objective, PairsConfig):
+    when = config.usual.l2_by_counts
+    if events is None or when == "never" or not isinstance(objective, PairsConfig):
+        return objective
+    if when == "without features" and features and (features.user or features.item):
         return objective
     l2 = float(f"{objective.l2 * l2_factor(events):.2g}")
     return objective.model_copy(update={"l2": l2})

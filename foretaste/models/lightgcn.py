@@ -80,7 +80,7 @@ class LightGCNConfig(IdConfig):
             "l2": 0.01,
         },
         training={"learning_rate": 2e-2},
-        l2_by_counts=True,
+        l2_by_counts="always",
     )
     """As MF, with a tenth of its l2 and twice its rate: what is passed along is a mean, so vectors
     of layer 0 must grow further until products tell more than popularity. An l2 of .03 keeps them

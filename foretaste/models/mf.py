@@ -45,7 +45,7 @@ class MFConfig(IdConfig):
             "l2": 0.1,
         },
         training={"learning_rate": 1e-2},
-        l2_by_counts=True,
+        l2_by_counts="always",
     )
     """Softmax over 2048 negatives, which ranks the whole of a small catalogue at once; uncorrected,
     so that popularity stays in the products; l2 holds the vectors back while 1e-2 moves them fast.
