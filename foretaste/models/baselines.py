@@ -309,7 +309,9 @@ class EASEConfig(StrengthConfig):
     kind: Literal["ease"] = "ease"
     tuning: ClassVar[Space] = {"l2": RangeConfig(low=1.0, high=5000.0, log=True)}
     usual: ClassVar[Usual] = Usual()
-    strengths: ClassVar[Mapping[str, tuple[float, ...]]] = {"l2": (200, 50, 100, 500, 1000)}
+    strengths: ClassVar[Mapping[str, tuple[float, ...]]] = {
+        "l2": (200.0, 50.0, 100.0, 500.0, 1000.0)
+    }
     most_items: ClassVar[int] = 4_000
     l2: Annotated[float, Field(gt=0, le=1e12)] | Literal["auto"] = "auto"
     """Weight of the squared weights in the loss. "auto": chosen by validation from 50 to 1000."""
