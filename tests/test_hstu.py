@@ -6,7 +6,7 @@ from math import log2
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import layer_norm, silu
+from torch.nn.functional import embedding, layer_norm, silu
 
 from foretaste.data.batch import NO_TIME, Queries, SequenceBatch, last_events
 from foretaste.errors import ConfigError
@@ -196,3 +196,18 @@ def test_only_the_last_events_are_read() -> None:
     long = Queries.of_histories([list(range(12))])
     assert torch.equal(model.encode(long), model.encode(Queries.of_histories([[*range(6, 12)]])))
     assert last_events(long, L).item_BL.shape == (1, L)
+
+
+@pytest.mark.parametrize("shape", [(1, 5, 5), (3, 5, 5), (2, 1, 4), (1, 1, 1)])
+def test_the_bias_of_each_head_has_the_values_and_gradients_of_an_embedding(
+    shape: tuple[int, ...],
+) -> None:
+    index_BTL = torch.randint(0, 6, shape)
+    one_KH, other_KH = (torch.arange(14.0).view(7, 2).requires_grad_() for _ in range(2))
+    weight_BHTL = torch.randn(shape[0], 2, *shape[1:])
+    found_BHTL = hstu._of_each_head(one_KH, index_BTL)
+    expected_BHTL = embedding(index_BTL, other_KH).movedim(3, 1)
+    torch.testing.assert_close(found_BHTL, expected_BHTL, rtol=0, atol=0)
+    for bias_BHTL in (found_BHTL, expected_BHTL):
+        (bias_BHTL * weight_BHTL).sum().backward()
+    torch.testing.assert_close(one_KH.grad, other_KH.grad)

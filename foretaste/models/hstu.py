@@ -18,11 +18,11 @@ states are normalised and not brought to length 1; before the first event stands
 in SASRec.
 
 Shape legend: B rows, L positions (L1 = L + 1, the start first), T positions whose states are
-wanted, H heads, D width, I items.
+wanted, H heads, K rows of a table, N places of a batch, D width, I items.
 """
 
 from functools import partial
-from typing import ClassVar, Literal, NamedTuple, final
+from typing import Any, ClassVar, Literal, NamedTuple, final
 
 import torch
 import torch.nn.functional as F
@@ -194,6 +194,39 @@ def time_buckets(one: Int64[Tensor, "*#X"], other: Int64[Tensor, "*#X"]) -> Int6
 
 
 @final
+class _OfEachHead(torch.autograd.Function):
+    """`table_KH[index]`, the heads before the places, with a sum for each row of the table as its
+    gradient: that of an embedding took a quarter of a step, in which few rows are read very often.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, table_KH: Tensor, index_BTL: Tensor) -> Tensor:
+        ctx.save_for_backward(index_BTL)
+        ctx.num_rows = len(table_KH)
+        found_HN = table_KH.T.index_select(1, index_BTL.flatten())
+        return found_HN.view(-1, *index_BTL.shape).movedim(0, 1)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        (index_BTL,) = ctx.saved_tensors
+        index_N = index_BTL.flatten()
+        sums = [
+            torch.bincount(index_N, grad_BTL.flatten(), minlength=ctx.num_rows)
+            for grad_BTL in grad_outputs[0].unbind(1)
+        ]
+        return torch.stack(sums, dim=1), None
+
+
+def _of_each_head(
+    table_KH: Float[Tensor, "K H"], index_BTL: Int64[Tensor, "B T L"]
+) -> Float[Tensor, "B H T L"]:
+    if table_KH.device.type == "cpu":
+        found: Tensor = _OfEachHead.apply(table_KH, index_BTL)  # type: ignore[no-untyped-call]
+        return found
+    return F.embedding(index_BTL, table_KH).movedim(3, 1)
+
+
+@final
 class _Block(nn.Module):
     def __init__(self, config: HSTUConfig) -> None:
         super().__init__()
@@ -222,8 +255,9 @@ class _Block(nn.Module):
             x_BLD, wanted_BTD = rows_at(x_BLD, place_BT), rows_at(memory_BLD, place_BT)
         gate_BTD, query_BTD = F.silu(self.gate_query(wanted_BTD)).chunk(2, dim=-1)
         key_BLD, value_BLD = F.silu(self.key_value(memory_BLD)).chunk(2, dim=-1)
-        near_BTLH = self.of_step(between.step_BTL) + self.of_time(between.bucket_BTL)
-        logit_BHTL = self._heads(query_BTD) @ self._heads(key_BLD).mT + near_BTLH.movedim(3, 1)
+        near_BHTL = _of_each_head(self.of_step.weight, between.step_BTL)
+        near_BHTL = near_BHTL + _of_each_head(self.of_time.weight, between.bucket_BTL)
+        logit_BHTL = self._heads(query_BTD) @ self._heads(key_BLD).mT + near_BHTL
         weight_BHTL = F.silu(logit_BHTL) * between.seen_BTL.unsqueeze(1) / self.most
         mixed_BTD = (weight_BHTL @ self._heads(value_BLD)).transpose(1, 2).flatten(2)
         changed_BTD = self.output(self.dropout(self.mixed_norm(mixed_BTD) * gate_BTD))
