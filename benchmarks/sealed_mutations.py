@@ -43,7 +43,7 @@ EXTREME = [0, -1, 1, 7, 2**31 - 1, -(2**31), 10**5, 2**62, 1e308, None, "", "x",
 def write_bundles(folder: Path) -> list[Path]:
     """Write one small bundle of each kind that files can be broken of."""
     paths = [write_film_bundle(folder / "item_knn")]
-    for kind in ("exact", "ivf_flat", "ivf_sq8", "hnsw"):
+    for kind in ("exact", "ivf_flat", "ivf_sq8", "ivf_pq", "hnsw"):
         build_recommender(make_trained("sasrec"), index=kind).save(folder / kind)
         paths.append(folder / kind)
     build_recommender(make_two_stage(make_trained("sasrec").config)).save(folder / "two_stage")

@@ -112,6 +112,7 @@ if TYPE_CHECKING:
     from foretaste.models.pinsage import PinSageConfig
     from foretaste.models.sasrec import SASRecConfig
     from foretaste.models.two_tower import TwoTowerConfig
+    from foretaste.retrieval.changing import ChangingIndex
     from foretaste.serving.access import add_token
     from foretaste.serving.answer import Answer, Recommendation
     from foretaste.serving.building import build_recommender, load
@@ -135,6 +136,7 @@ __all__ = [
     "BundleError",
     "Candidates",
     "CategoricalField",
+    "ChangingIndex",
     "Comparison",
     "Condition",
     "Config",
@@ -281,6 +283,7 @@ _HOME = {
     "BundleError": "errors",
     "Candidates": "experiment.two_stage",
     "CategoricalField": "data.features_schema",
+    "ChangingIndex": "retrieval.changing",
     "Comparison": "evaluation.compare",
     "Condition": "serving.rules",
     "Config": "config",

@@ -58,7 +58,7 @@ def test_saved_and_loaded_answers_are_equal(kind: str, tmp_path: Path) -> None:
     assert loaded.trained.events.fingerprint() == built.trained.events.fingerprint()
 
 
-@pytest.mark.parametrize("index", ["ivf_flat", "ivf_sq8", "hnsw"])
+@pytest.mark.parametrize("index", ["ivf_flat", "ivf_sq8", "ivf_pq", "hnsw"])
 def test_an_approximate_index_travels_with_its_facts(index: IndexChoice, tmp_path: Path) -> None:
     built = build_recommender(make_trained("sasrec"), index=index)
     built.save(tmp_path / "bundle")

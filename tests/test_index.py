@@ -3,7 +3,10 @@
 Shape legend: I items, N items in the index, B queries, D width, X exclusions, K list length.
 """
 
+import os
+import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +18,15 @@ from torch import Tensor
 
 from foretaste.errors import BundleError, DataError, NonFiniteError
 from foretaste.models.base import top_k
+from foretaste.retrieval import changing, choose
 from foretaste.retrieval import index as index_module
+from foretaste.retrieval.changing import ChangingIndex
 from foretaste.retrieval.choose import build_index, load_index
 from foretaste.retrieval.faiss_index import FaissIndex
-from foretaste.retrieval.index import IndexChoice, ItemIndex
+from foretaste.retrieval.index import ExactIndex, IndexChoice, ItemIndex
 
 NUM_ITEMS, WIDTH = 4000, 16
-APPROXIMATE: tuple[IndexChoice, ...] = ("ivf_flat", "ivf_sq8", "hnsw")
+APPROXIMATE: tuple[IndexChoice, ...] = ("ivf_flat", "ivf_sq8", "ivf_pq", "hnsw")
 
 
 def all_known(table: Tensor) -> Tensor:
@@ -163,13 +168,32 @@ def test_a_higher_target_costs_width_and_the_facts_say_what_was_measured() -> No
     assert high.recall_queries == "256 the model's queries"
 
 
-def test_auto_turns_approximate_at_the_boundary_and_counts_known_items_only() -> None:
-    table = spread(1000)
-    known = all_known(table)
-    assert build_index(table, known_I=known, exact_below=1001).kind == "exact"
-    assert build_index(table, known_I=known, exact_below=1000).kind == "ivf_flat"
-    known[0] = False
-    assert build_index(table, known_I=known, exact_below=1000).kind == "exact"
+def test_auto_is_exact_where_that_is_fast_enough_and_else_what_was_measured_to_be_faster(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    table = clustered(1000)
+    monkeypatch.setattr(choose, "ALWAYS_EXACT", 999)
+    took = {"exact": 5.0, "ivf_sq8": 1.0}
+    monkeypatch.setattr(choose, "milliseconds", lambda index, queries: took[index.kind])
+    build = partial(build_index, table, known_I=all_known(table))
+    assert build(exact_ms=5.0).kind == "exact"
+    assert build(exact_ms=4.0).kind == "ivf_sq8"
+    took["ivf_sq8"] = 6.0
+    assert build(exact_ms=4.0).kind == "exact"
+    monkeypatch.setattr(choose, "ALWAYS_EXACT", 1000)
+    took.clear()
+    assert build(exact_ms=0.0).kind == "exact"
+
+
+def test_a_query_is_timed_by_its_fastest_answer() -> None:
+    # Two queries, three answers each: 3, 1 and 2 s, then 5, 4 and 6 s: (1 + 4) / 2 s.
+    ticks = iter(np.cumsum([0, 3, 0, 1, 0, 2, 0, 5, 0, 4, 0, 6]).tolist())
+    index = build_index(spread(9), known_I=torch.ones(9).bool())
+    assert choose.milliseconds(index, spread(2), clock=ticks.__next__) == 2500.0
+
+
+def test_an_index_of_a_run_goes_by_the_number_of_items_alone() -> None:
+    assert [choose.kind_by_size(num) for num in (199_999, 200_000)] == ["exact", "ivf_sq8"]
 
 
 def test_the_best_items_once_excluded_do_not_come_back(fast: ItemIndex) -> None:
@@ -333,3 +357,181 @@ def test_a_broken_index_is_a_bundle_error(name: str, damage: str, tmp_path: Path
         path.write_bytes(b"" if damage == "empty" else whole[: len(whole) // 2])
     with pytest.raises(BundleError, match="build it again"):
         load_index(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["ivf_sq8", "hnsw"])
+def test_an_index_older_than_its_vectors_is_refused(kind: IndexChoice, tmp_path: Path) -> None:
+    table = spread(900)
+    build_index(table, kind=kind, known_I=all_known(table)).save(tmp_path)
+    older = (tmp_path / "index.faiss").read_bytes()
+    table[5] += 1
+    build_index(table, kind=kind, known_I=all_known(table)).save(tmp_path)
+    load_index(tmp_path)
+    (tmp_path / "index.faiss").write_bytes(older)
+    with pytest.raises(BundleError, match="older; build it again") as caught:
+        load_index(tmp_path)
+    assert caught.value.name == str(tmp_path / "index.faiss")
+
+
+@pytest.mark.parametrize("num_items", [1, 5, 300])
+def test_codes_in_lists_of_few_items_of_an_odd_width(num_items: int) -> None:
+    table = normal(6, num_items, 5)
+    index = build_index(table, kind="ivf_pq", known_I=all_known(table))
+    assert isinstance(index, FaissIndex)
+    index.check()
+    answer = index.search(table[:1], 3, exclude_BX=nobody(1)).item_BK[0]
+    assert answer[answer >= 0].tolist() == argsort_oracle(table, table[0], 3, set())
+
+
+def brute_force(rows: dict[int, Tensor], query: Tensor, k: int, banned: set[int]) -> list[int]:
+    items = [item for item in sorted(rows) if item not in banned]
+    scores = [float(query @ rows[item]) for item in items]
+    order = sorted(range(len(items)), key=lambda place: (-scores[place], place))
+    return [items[place] for place in order[:k]]
+
+
+@settings(deadline=None, derandomize=True, max_examples=40)
+@given(
+    kind=st.sampled_from(["exact", "ivf_flat"]),
+    bound=st.sampled_from([1, 7, 1000]),
+    steps=st.lists(st.sampled_from(["add", "replace", "remove", "wait"]), max_size=12),
+    seed=st.integers(0, 10**6),
+)
+def test_after_any_changes_an_exhaustive_search_is_brute_force(
+    kind: IndexChoice, bound: int, steps: list[str], seed: int
+) -> None:
+    rng, table = np.random.default_rng(seed), normal(seed, 60, 4)
+    known = torch.from_numpy(rng.random(60) < 0.8)
+    known[0] = True
+    built = build_index(table, kind=kind, known_I=known)
+    if isinstance(built, FaissIndex):
+        every = built.facts.model_copy(update={"search_width": built.widest, "recall_target": 1.0})
+        built = built.with_facts(every)
+    index, rows = ChangingIndex(built, bound=bound), {}
+    rows |= {item: table[item] for item in known.nonzero().flatten().tolist()}
+    for step, name in enumerate(steps):
+        some = rng.permutation(sorted(rows))[: rng.integers(1, 9)]
+        if name == "add":
+            some = rng.permutation(100)[: rng.integers(1, 9)]
+        if name in ("add", "replace"):
+            vectors = normal(seed + step + 1, len(some), 4)
+            index.put(torch.from_numpy(some), vectors)
+            rows |= {int(item): vector for item, vector in zip(some, vectors, strict=True)}
+        if name == "remove" and len(some) < len(rows):
+            index.remove(torch.from_numpy(some))
+            rows = {item: vector for item, vector in rows.items() if item not in some}
+        if name == "wait":
+            index.wait()
+        size = index.facts.catalogue_size
+        allow = torch.from_numpy(rng.random(size) < 0.7) if step % 2 else None
+        exclude, queries = torch.from_numpy(rng.integers(-1, size, (3, 5))), normal(step, 3, 4)
+        answer = index.search(queries, 9, exclude_BX=exclude, allow_I=allow)
+        assert index.facts.num_items == len(rows)
+        for row in range(3):
+            banned = set(exclude[row].tolist())
+            banned |= set() if allow is None else set((~allow).nonzero().flatten().tolist())
+            expected = brute_force(rows, queries[row], 9, banned)
+            assert answer.item_BK[row].tolist() == expected + [-1] * (9 - len(expected))
+
+
+def test_past_its_bound_a_changing_index_is_built_again_while_it_answers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    table = clustered(1000)
+    index = ChangingIndex(build_index(table, kind="ivf_sq8", known_I=all_known(table)), bound=20)
+    begun, go_on = threading.Event(), threading.Event()
+
+    def held(*arguments: object, **more: object) -> ItemIndex:
+        begun.set()
+        go_on.wait(60)
+        return choose.index_of(*arguments, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(changing, "index_of", held)
+    table = table.clone()
+    for first in (0, 20, 40):  # the first 20 are not past the bound
+        assert not begun.is_set() or first == 40
+        table[first : first + 20] = normal(first, 20, WIDTH)
+        index.put(torch.arange(first, first + 20), table[first : first + 20])
+        if first == 20:
+            assert begun.wait(60)
+    assert index.changed == 60
+    go_on.set()
+    index.wait()
+    assert index.changed in (0, 20)  # the last 20 came while it was built
+    answer = index.search(table[:40], 1, exclude_BX=nobody(40)).item_BK.flatten()
+    assert (answer == (table[:40] @ table.T).argmax(dim=1)).float().mean() > 0.9
+
+
+def test_building_that_fails_is_said_at_the_next_change_and_the_old_index_answers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: object, **__: object) -> ItemIndex:
+        raise DataError("no room", name="TMPDIR")
+
+    monkeypatch.setattr(changing, "index_of", fail)
+    index = ChangingIndex(build_index(spread(9), known_I=torch.ones(9).bool()), bound=1)
+    index.remove(torch.tensor([3, 4]))
+    with pytest.raises(DataError, match="no room"):
+        index.wait()
+    found = index.search(spread(1), 9, exclude_BX=nobody(1)).item_BK[0].tolist()
+    assert sorted(found) == [-1, -1, 0, 1, 2, 5, 6, 7, 8]
+
+
+def test_wrong_changes_name_the_item() -> None:
+    index = ChangingIndex(build_index(spread(9), known_I=torch.arange(9) != 2))
+    for item in (2, 9, -1):
+        with pytest.raises(DataError, match="not in the index") as caught:
+            index.remove(torch.tensor([0, item]))
+        assert caught.value.value == item
+    with pytest.raises(DataError, match="twice") as caught:
+        index.put(torch.tensor([5, 1, 5]), torch.ones(3, WIDTH))
+    assert caught.value.value == 5
+    with pytest.raises(DataError, match="negative"):
+        index.put(torch.tensor([-1]), torch.ones(1, WIDTH))
+    with pytest.raises(DataError, match="16 wide, are needed"):
+        index.put(torch.tensor([1]), torch.ones(1, 3))
+    with pytest.raises(NonFiniteError):
+        index.put(torch.tensor([1]), torch.full((1, WIDTH), torch.nan))
+    with pytest.raises(DataError, match="bound is 0"):
+        ChangingIndex(build_index(spread(3), known_I=torch.ones(3).bool()), bound=0)
+    assert index.facts.num_items == 8
+
+
+def test_a_changed_index_is_saved_with_its_changes(tmp_path: Path) -> None:
+    table = clustered(2000)
+    index = ChangingIndex(build_index(table, kind="ivf_sq8", known_I=all_known(table)))
+    index.put(torch.tensor([7, 2003]), 50 * normal(1, 2, WIDTH))
+    index.remove(torch.tensor([8]))
+    assert (index.changed, index.facts.num_items, index.facts.catalogue_size) == (2, 2000, 2004)
+    index.save(tmp_path)
+    loaded = load_index(tmp_path)
+    assert (loaded.kind, loaded.facts.num_items, loaded.facts.catalogue_size) == (
+        "ivf_sq8",
+        2000,
+        2004,
+    )
+    queries = 50 * normal(1, 2, WIDTH)
+    assert loaded.search(queries, 1, exclude_BX=nobody(2)).item_BK.flatten().tolist() == [7, 2003]
+
+
+def test_a_large_table_is_built_in_a_file_and_equal(monkeypatch: pytest.MonkeyPatch) -> None:
+    table, known = spread(500), torch.arange(500) % 3 != 0
+    blocks = list(zip(range(0, 500, 120), table.split(120), strict=True))
+    small = build_index(blocks, kind="exact", known_I=known)
+    monkeypatch.setattr(index_module, "MAPPED_BYTES", 1)
+    large = build_index(blocks, kind="exact", known_I=known)
+    assert isinstance(small, ExactIndex)
+    assert isinstance(large, ExactIndex)
+    assert torch.equal(small.vectors_ND, large.vectors_ND)
+    assert torch.equal(large.vectors_ND, table[known])
+
+
+def test_a_table_without_room_says_where(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    monkeypatch.setattr(index_module, "MAPPED_BYTES", 1)
+    with pytest.raises(DataError, match="finds no room") as caught:
+        build_index([(0, spread(3)), (3, spread(3))], known_I=torch.ones(6).bool())
+    assert caught.value.name == "TMPDIR"

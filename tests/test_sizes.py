@@ -190,7 +190,7 @@ def test_every_seed_in_range_serves_all_that_draws(seed: int, tmp_path: Path) ->
     sampled = SampledNegatives(num=5, seed=seed)
     report = ft.evaluate(trained, SPLIT.test, seed=seed, sampled=sampled)
     assert np.isfinite(list(report.metrics.values())).all()
-    for kind in ("ivf_flat", "ivf_sq8", "hnsw"):
+    for kind in ("ivf_flat", "ivf_sq8", "ivf_pq", "hnsw"):
         ft.build_recommender(trained, index=kind)
 
 
@@ -245,7 +245,7 @@ def test_an_index_that_would_not_fit_is_refused_before_it_is_built(
     monkeypatch.setattr(arrays, "_SURELY_FITS", 0)
     monkeypatch.setattr(arrays, "available_bytes", lambda: 1000)
     ft.build_recommender(trained, index="exact")
-    for kind in ("ivf_flat", "ivf_sq8", "hnsw"):
+    for kind in ("ivf_flat", "ivf_sq8", "ivf_pq", "hnsw"):
         with pytest.raises(ft.TooLargeError) as caught:
             ft.build_recommender(trained, index=kind)
         assert caught.value.name == "index"

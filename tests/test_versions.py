@@ -156,7 +156,7 @@ def test_a_bundle_holds_answers_of_users_known_and_new_and_of_items(bundle: Path
     assert answers.recall is None
 
 
-@pytest.mark.parametrize("index", ["exact", "codes", "ivf_flat", "ivf_sq8", "hnsw"])
+@pytest.mark.parametrize("index", ["exact", "codes", "ivf_flat", "ivf_sq8", "ivf_pq", "hnsw"])
 def test_a_sound_index_answers_as_it_did(index: str, tmp_path: Path) -> None:
     build_recommender(make_trained("sasrec"), index=index).save(tmp_path / "bundle")
     assert load_version(tmp_path / "bundle").recommender.index.kind == index

@@ -29,7 +29,7 @@ from foretaste.data.splits import TRAIN, UNUSED, Holdout, Split
 from foretaste.errors import ConfigError, DataError
 from foretaste.evaluation.asked import block_rows
 from foretaste.models.base import Model, Retriever, top_k
-from foretaste.retrieval.choose import build_index
+from foretaste.retrieval.choose import build_index, kind_by_size
 from foretaste.retrieval.index import ItemIndex
 from foretaste.sampling.negatives import RankedNegatives, Seen, check_ranks
 from foretaste.serving.histories import training_histories
@@ -98,9 +98,11 @@ class IndexNegatives(Refreshed):
                 name="retriever",
                 value=type(model).__name__,
             )
+        known_I = torch.from_numpy(self.events.item_count > 0)
         index = build_index(
             model.item_blocks(),
-            known_I=torch.from_numpy(self.events.item_count > 0),
+            kind=kind_by_size(int(known_I.sum())),
+            known_I=known_I,
             seed=self.seed,
         )
         with torch.no_grad():
@@ -151,7 +153,8 @@ def best_unseen(trained: Trained, num: int) -> Int32[Tensor, "U T"]:
     num = min(num, events.num_items)
     if isinstance(model, Retriever):
         known_I = trained.known_I
-        index = build_index(model.item_blocks(), known_I=known_I, seed=trained.seed)
+        kind = kind_by_size(int(known_I.sum()))
+        index = build_index(model.item_blocks(), kind=kind, known_I=known_I, seed=trained.seed)
         return _search_all(model, index, events, num)
     score = trained.scorer(exclude_seen=True)
     ranked_UT = torch.full((events.num_users, num), -1, dtype=torch.int32)

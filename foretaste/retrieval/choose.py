@@ -3,8 +3,10 @@
 Shape legend: I items of the catalogue, N items in the index, Q measured queries, D width.
 """
 
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -15,25 +17,26 @@ from torch import Tensor
 from foretaste.config import Seed
 from foretaste.data.arrays import check_fits
 from foretaste.errors import BundleError, ConfigError, DataError, NonFiniteError
-from foretaste.later import later
 from foretaste.models.layers.codes import Codes, train_codes
-from foretaste.retrieval.faiss_index import FAISS_FILE, FaissIndex, build_hnsw, build_ivf
+from foretaste.retrieval.faiss_index import FaissIndex, build_hnsw, build_ivf, load_faiss
 from foretaste.retrieval.index import (
     CodeIndex,
     ExactIndex,
     IndexChoice,
     IndexFacts,
-    IndexKind,
     ItemIndex,
     WholeIndex,
     load_codes,
     load_vectors,
+    room_for,
 )
 
-faiss = later("faiss")
-
+EXACT_MS = 1.0
+"""Milliseconds in which an exact answer to one query is fast enough for "auto"."""
+ALWAYS_EXACT = 10_000
+"""Items up to which "auto" measures nothing: they are compared in time on every machine."""
 EXACT_BELOW = 200_000
-"""Items up to which "auto" compares everything: about 10 ms a query on one core."""
+"""Known items up to which `kind_by_size` compares everything."""
 RECALL_AT = 100
 NUMBERS_OF_A_CODE = 4
 """Numbers of a vector that one byte stands for, where vectors are coded for the index."""
@@ -48,7 +51,7 @@ def build_index(
     seed: Seed = 0,
     recall_target: float = 0.95,
     query_QD: Float[Tensor, "Q D"] | None = None,
-    exact_below: int = EXACT_BELOW,
+    exact_ms: float = EXACT_MS,
 ) -> ItemIndex:
     """Index the items that training knew.
 
@@ -59,14 +62,15 @@ def build_index(
     Args:
         vectors: Every item's vector, in one piece or in blocks with the number of the first item;
             or as codes.
-        kind: "auto" is exact below `exact_below` known items and "ivf_flat" from there on; of
-            codes it is "codes". "codes" of vectors are learned from these, a byte for each four
+        kind: "auto" is exact where one query is answered so in `exact_ms`, as measured on the
+            vectors; else it is "ivf_sq8", if that reaches the recall and is faster. Of codes it is
+            "codes". "codes" of vectors are learned from these, a byte for each four
             numbers, and answer as good as the vectors that they stand for: the facts say how good.
         known_I: The items to index; the others are never answered.
         seed: Decides IVF's sample and centroids, and the measured queries.
         recall_target: In (0, 1].
         query_QD: Vectors of real queries; some hundreds are enough.
-        exact_below: See `kind`.
+        exact_ms: See `kind`.
 
     Raises:
         DataError: No item is known, or `recall_target` is out of range.
@@ -78,27 +82,86 @@ def build_index(
         return _of_codes(vectors, known_I)
     blocks = vectors.blocks() if isinstance(vectors, Codes) else vectors
     exact = _exact([(0, blocks)] if isinstance(blocks, Tensor) else blocks, known_I)
-    kind = choose_kind(kind, num_items=exact.facts.num_items, exact_below=exact_below)
-    if kind == "exact":
+    return index_of(
+        exact,
+        kind=kind,
+        seed=seed,
+        recall_target=recall_target,
+        query_QD=query_QD,
+        exact_ms=exact_ms,
+    )
+
+
+def index_of(
+    exact: ExactIndex,
+    *,
+    kind: IndexChoice,
+    seed: Seed,
+    recall_target: float,
+    query_QD: Float[Tensor, "Q D"] | None,
+    exact_ms: float = EXACT_MS,
+) -> ItemIndex:
+    """Build an index over the vectors of an exact one, which are kept once; see `build_index`."""
+    num = exact.facts.num_items
+    if kind == "exact" or not may_be_approximate(kind, num_items=num):
         return exact
-    num, width = exact.facts.num_items, exact.facts.embedding_dim
+    if query_QD is None or len(query_QD) == 0:
+        origin, query_QD = "item vectors with noise", noisy_items(exact, seed)
+    else:
+        origin, query_QD = "the model's queries", query_QD[:MEASURED_QUERIES]
+    exact_took = milliseconds(exact, query_QD) if kind == "auto" else 0.0
+    if kind == "auto" and exact_took <= exact_ms:
+        return exact
     check_fits(
-        num * (8 * width + 512),  # a copy for FAISS and its own, and HNSW's edges
-        f"an index of {num:,} items, {width:,} wide,",
+        num * (2 * exact.facts.embedding_dim + 512),  # FAISS's bytes, and HNSW's edges
+        f"an index of {num:,} items, {exact.facts.embedding_dim:,} wide,",
         'take kind "exact", or train a model of fewer dimensions',
         name="index",
         value=kind,
     )
-    if query_QD is None or len(query_QD) == 0:
-        origin, query_QD = "item vectors with noise", _noisy_items(exact, seed)
-    else:
-        origin, query_QD = "the model's queries", query_QD[:MEASURED_QUERIES]
     aim = {"recall_target": recall_target, "recall_queries": f"{len(query_QD)} {origin}"}
-    if kind == "codes":
-        return _coded(exact, query_QD, aim)
-    if kind == "hnsw":
-        return _hnsw(exact, query_QD, aim)
-    return _tuned(build_ivf(exact, kind=kind, seed=seed), query_QD, aim)
+    match kind:
+        case "codes":
+            return _coded(exact, query_QD, aim)
+        case "hnsw":
+            return _hnsw(exact, query_QD, aim)
+        case "auto":
+            lists = _tuned(build_ivf(exact, kind="ivf_sq8", seed=seed), query_QD, aim)
+            is_good = lists.facts.recall_at_100 >= recall_target
+            return lists if is_good and milliseconds(lists, query_QD) < exact_took else exact
+        case _:
+            return _tuned(build_ivf(exact, kind=kind, seed=seed), query_QD, aim)
+
+
+TIMED_QUERIES, TIMES = 16, 3
+
+
+def milliseconds(
+    index: ItemIndex,
+    query_QD: Float[Tensor, "Q D"],
+    *,
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
+    """Return how long the best 100 of one query take: the mean of some, each at its fastest."""
+    none_10, best = torch.full((1, 0), -1), []
+    for query_1D in query_QD[:TIMED_QUERIES].split(1):
+        took = []
+        for _ in range(TIMES):
+            started = clock()
+            index.search(query_1D, RECALL_AT, exclude_BX=none_10)
+            took.append(clock() - started)
+        best.append(min(took))
+    return 1e3 * sum(best) / len(best)
+
+
+def may_be_approximate(kind: IndexChoice, *, num_items: int) -> bool:
+    """Whether an index of this kind needs queries to be measured on."""
+    return kind != "exact" and (kind != "auto" or num_items > ALWAYS_EXACT)
+
+
+def kind_by_size(num_items: int) -> Literal["exact", "ivf_sq8"]:
+    """Return the kind of an index whose answers a run depends on: no clock decides it."""
+    return "exact" if num_items < EXACT_BELOW else "ivf_sq8"
 
 
 def _hnsw(exact: ExactIndex, query_QD: Tensor, aim: Mapping[str, object]) -> FaissIndex:
@@ -116,13 +179,6 @@ def _check_target(recall_target: float) -> None:
             name="recall_target",
             value=recall_target,
         )
-
-
-def choose_kind(kind: IndexChoice, *, num_items: int, exact_below: int = EXACT_BELOW) -> IndexKind:
-    """Return what "auto" stands for with so many known items; other kinds as they are."""
-    if kind != "auto":
-        return kind
-    return "exact" if num_items < exact_below else "ivf_flat"
 
 
 def exact_of(index: ItemIndex) -> WholeIndex:
@@ -181,13 +237,21 @@ def _known_items(known_I: Tensor) -> Tensor:
 
 
 def _exact(blocks: Iterable[tuple[int, Tensor]], known_I: Tensor) -> ExactIndex:
-    item_N, parts = _known_items(known_I), []
+    """Copy the known items' vectors, block by block; one block of known items is kept as it is."""
+    item_N = _known_items(known_I)
+    vectors_ND, filled = torch.empty(0, 0), 0
     for first, block_VD in blocks:
         known_V = known_I[first : first + len(block_VD)].to(block_VD.device)
-        parts.append((block_VD if known_V.all() else block_VD[known_V]).detach().cpu())
-    vectors_ND = parts[0] if len(parts) == 1 else torch.cat(parts)
-    if not vectors_ND.isfinite().all():
-        raise _not_finite()
+        part_VD = (block_VD if known_V.all() else block_VD[known_V]).detach().cpu()
+        if not part_VD.isfinite().all():
+            raise _not_finite()
+        if len(part_VD) == len(item_N):
+            vectors_ND = part_VD
+            break
+        if not vectors_ND.numel():
+            vectors_ND = room_for(len(item_N), part_VD.shape[1], part_VD.dtype)
+        vectors_ND[filled : filled + len(part_VD)] = part_VD
+        filled += len(part_VD)
     return ExactIndex(vectors_ND, item_N, catalogue_size=len(known_I))
 
 
@@ -195,7 +259,8 @@ def _not_finite() -> NonFiniteError:
     return NonFiniteError("an item's vector is NaN or infinite: train the model again")
 
 
-def _noisy_items(exact: ExactIndex, seed: int) -> Tensor:
+def noisy_items(exact: ExactIndex, seed: int) -> Float[Tensor, "Q D"]:
+    """Return vectors of known items with noise, for want of queries."""
     generator = torch.Generator().manual_seed(seed)
     row_Q = torch.randint(exact.facts.num_items, (MEASURED_QUERIES,), generator=generator)
     vectors_QD = exact.vectors_ND[row_Q].float()
@@ -237,11 +302,15 @@ def _tuned(index: FaissIndex, query_QD: Tensor, aim: Mapping[str, object]) -> Fa
     return index.with_facts(index.facts.model_copy(update=update))
 
 
-def load_index(folder: Path) -> ItemIndex:
+def load_index(folder: Path, *, is_verified: bool = False) -> ItemIndex:
     """Read an index that `save` wrote; vectors and IVF's lists are memory-mapped.
 
+    Args:
+        folder: Of the index.
+        is_verified: Its files were compared with their checksums, so they are of one save.
+
     Raises:
-        BundleError: A file is missing or broken.
+        BundleError: A file is missing, broken or older than the vectors.
     """
     try:
         facts = IndexFacts.model_validate_json((folder / "index.json").read_bytes())
@@ -250,8 +319,7 @@ def load_index(folder: Path) -> ItemIndex:
         exact = load_vectors(folder, facts)
         if facts.kind == "exact":
             return exact
-        flags = 0 if facts.kind == "hnsw" else faiss.IO_FLAG_MMAP
-        return FaissIndex(faiss.read_index(str(folder / FAISS_FILE), flags), exact, facts)
+        return load_faiss(folder, exact, facts, is_verified=is_verified)
     except (OSError, KeyError, ValidationError, SafetensorError, RuntimeError) as error:
         raise BundleError(
             f"{folder}: the index cannot be read: {error}: build it again", name=str(folder)

@@ -9,6 +9,8 @@ Shape legend: B queries, N items in the index, I items of the catalogue, D width
 K list length, F fetched.
 """
 
+import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, final
@@ -18,9 +20,11 @@ import torch
 from jaxtyping import Bool, Float, Float32, Int64, UInt8
 from torch import Tensor
 
+from foretaste.data.folder import entry_of
 from foretaste.errors import BundleError
 from foretaste.later import later
 from foretaste.retrieval.index import (
+    VECTORS_FILE,
     ExactIndex,
     IndexFacts,
     IndexKind,
@@ -148,7 +152,9 @@ def _best(
 
 
 FAISS_FILE = "index.faiss"
-_REFINE = {"ivf_flat": 1, "ivf_sq8": 4, "hnsw": 1}
+_TABLE = re.compile(rb"[0-9a-f]{64}")
+"""At the end of the file, where FAISS does not read: the SHA-256 of the file of vectors."""
+_REFINE = {"ivf_flat": 1, "ivf_sq8": 2, "ivf_pq": 8, "hnsw": 2}
 """Candidates fetched per answer, for the whole vectors to choose among."""
 _WIDEST_WALK = 1024
 
@@ -209,9 +215,11 @@ class FaissIndex:
         self, query_BD: np.ndarray, fetched: int, selector: "faiss.IDSelector | None"
     ) -> np.ndarray:
         width = self._facts.search_width
+        if (
+            query_BD.shape[1] < self._index.d
+        ):  # a levelled graph, or a width that codes do not divide
+            query_BD = np.pad(query_BD, ((0, 0), (0, self._index.d - query_BD.shape[1])))
         if self.kind == "hnsw":
-            if self._facts.build["levelled"]:
-                query_BD = np.pad(query_BD, ((0, 0), (0, 1)))
             parameters = faiss.SearchParametersHNSW(sel=selector, efSearch=max(fetched, width))
         else:
             parameters = faiss.SearchParametersIVF(sel=selector, nprobe=width)
@@ -224,26 +232,32 @@ class FaissIndex:
         Raises:
             BundleError: It holds others, or its search width is none.
         """
-        vectors_ND = np.ascontiguousarray(self.exact.vectors_ND.float().numpy())
-        if self._index.ntotal != len(vectors_ND) or not 1 <= self._facts.search_width <= max(
+        num = len(self.exact.item_N)
+        if self._index.ntotal != num or not 1 <= self._facts.search_width <= max(
             self.widest, NARROWEST
         ):
             raise _other_items(f"{self._index.ntotal} items, width {self._facts.search_width}")
         if self.kind == "hnsw":
-            self._check_graph(vectors_ND)
+            self._check_graph(num)
         else:
-            self._check_lists(vectors_ND)
+            self._check_lists(num)
 
-    def _check_graph(self, vectors_ND: Float32[np.ndarray, "N D"]) -> None:
-        graph, num = self._index.hnsw, len(vectors_ND)
+    def _check_graph(self, num: int) -> None:
+        graph, storage = self._index.hnsw, faiss.downcast_index(self._index.storage)
         node_E, last = faiss.vector_to_array(graph.neighbors), graph.entry_point
-        stored = faiss.downcast_index(self._index.storage).reconstruct_n(0, num)
         if node_E.min(initial=-1) < -1 or max(node_E.max(initial=-1), last) >= num or last < 0:
             raise _other_items("edges to items that are not there")
-        if not np.array_equal(stored[:, : vectors_ND.shape[1]], vectors_ND):
-            raise _other_items("other vectors")
+        code_NC = faiss.vector_to_array(storage.codes).reshape(num, -1)
+        for start in range(0, num, BLOCK_ROWS):
+            own_MD = self._own(np.arange(start, min(start + BLOCK_ROWS, num)))
+            wide_MD = np.pad(own_MD, ((0, 0), (0, self._index.d - own_MD.shape[1])))
+            coded_MC = storage.sa_encode(np.ascontiguousarray(wide_MD)).astype(int)
+            width = own_MD.shape[1] * coded_MC.shape[1] // self._index.d  # less the levelling
+            off_MC = np.abs(coded_MC - code_NC[start : start + BLOCK_ROWS])[:, :width]
+            if off_MC.max() > (coded_MC.shape[1] == self._index.d):
+                raise _other_items("other vectors")
 
-    def _check_lists(self, vectors_ND: Float32[np.ndarray, "N D"]) -> None:
+    def _check_lists(self, num: int) -> None:
         lists, parts = self._index.invlists, []
         if lists.nlist != self._facts.build.get("num_lists"):
             raise _other_items(f"{lists.nlist} lists")
@@ -254,19 +268,28 @@ class FaissIndex:
             item_M = faiss.rev_swig_ptr(lists.get_ids(number), size).copy()
             code_M = faiss.rev_swig_ptr(lists.get_codes(number), size * lists.code_size)
             parts.append(item_M)
-            if item_M.min() < 0 or item_M.max() >= len(vectors_ND):
+            if item_M.min() < 0 or item_M.max() >= num:
                 raise _other_items("items that are not there")
-            own_MD, code_MC = vectors_ND[item_M], code_M.reshape(size, -1)
-            if self.kind == "ivf_flat":
-                same = np.array_equal(code_MC.view(np.float32), own_MD)
-            else:
-                residual_MD = own_MD - self._index.quantizer.reconstruct(number)
-                coded_MC = self._index.sq.compute_codes(np.ascontiguousarray(residual_MD))
-                same = bool((np.abs(coded_MC.astype(int) - code_MC) <= 1).all())
-            if not same:
+            if not self._is_coded(number, self._own(item_M), code_M.reshape(size, -1)):
                 raise _other_items("other vectors")
-        if not np.array_equal(np.sort(np.concatenate(parts)), np.arange(len(vectors_ND))):
+        if not np.array_equal(np.sort(np.concatenate(parts)), np.arange(num)):
             raise _other_items("items twice or not at all")
+
+    def _is_coded(self, number: int, own_MD: np.ndarray, code_MC: np.ndarray) -> bool:
+        """Whether a list holds the codes of these vectors, but for rounding."""
+        if self.kind == "ivf_flat":
+            return np.array_equal(code_MC.view(np.float32), own_MD)
+        own_MD = np.pad(own_MD, ((0, 0), (0, self._index.d - own_MD.shape[1])))
+        rest_MD = np.ascontiguousarray(own_MD - self._index.quantizer.reconstruct(number))
+        if self.kind == "ivf_sq8":
+            off_MC = np.abs(self._index.sq.compute_codes(rest_MD).astype(int) - code_MC)
+            return bool((off_MC <= 1).all())
+        nearest_MC = self._index.pq.compute_codes(rest_MD)
+        return bool((nearest_MC == code_MC).mean() > 0.99)  # two codes may be as near
+
+    def _own(self, position_M: Int64[np.ndarray, " M"]) -> Float32[np.ndarray, "M D"]:
+        vectors_MD: np.ndarray = self.exact.vectors_at(torch.from_numpy(position_M)).numpy()
+        return vectors_MD
 
     def save(self, folder: Path) -> None:
         """Write `index.faiss`, `vectors.safetensors` and `index.json`.
@@ -277,9 +300,42 @@ class FaissIndex:
         save_vectors(self.exact, folder)
         try:
             faiss.write_index(self._index, str(folder / FAISS_FILE))
+            with (folder / FAISS_FILE).open("ab") as file:
+                file.write(entry_of(folder / VECTORS_FILE).sha256.encode())
         except RuntimeError as error:  # what FAISS says where it is the disk
             raise OSError(f"{folder / FAISS_FILE}: {error}") from error
         (folder / "index.json").write_text(self._facts.model_dump_json(indent=2))
+
+
+def load_faiss(
+    folder: Path, exact: ExactIndex, facts: IndexFacts, *, is_verified: bool
+) -> FaissIndex:
+    """Read what `FaissIndex.save` wrote beside the vectors; IVF's lists are memory-mapped.
+
+    Raises:
+        BundleError: It was built of other vectors than those beside it; looked at where the files
+            were not compared with checksums (`is_verified`).
+        OSError, RuntimeError: It cannot be read.
+    """
+    path = folder / FAISS_FILE
+    with path.open("rb") as file:
+        file.seek(-min(64, path.stat().st_size), os.SEEK_END)
+        table = file.read()
+    is_known = not is_verified and _TABLE.fullmatch(table) is not None
+    if is_known and table != entry_of(folder / VECTORS_FILE).sha256.encode():
+        raise BundleError(
+            f"{path} was built of other vectors than those of {VECTORS_FILE}: one of the two "
+            "is older; build it again",
+            name=str(path),
+            value=str(path),
+        )
+    if facts.kind == "hnsw":
+        return FaissIndex(faiss.read_index(str(path)), exact, facts)
+    mapped = faiss.read_index(str(path), faiss.IO_FLAG_MMAP)
+    lists = faiss.downcast_InvertedLists(mapped.invlists)
+    if isinstance(lists, faiss.OnDiskInvertedLists):
+        lists.prefetch_nthread = 0  # 32 threads for each search take three times its own time
+    return FaissIndex(mapped, exact, facts)
 
 
 def _other_items(what: str) -> BundleError:
@@ -288,6 +344,10 @@ def _other_items(what: str) -> BundleError:
     )
 
 
+BLOCK_ROWS = 2**17
+"""Vectors given to FAISS at a time."""
+SAMPLE = 2**16
+"""Vectors that the range of a graph's bytes is learned from."""
 NEIGHBOURS = 32
 """Edges of a node (M of the paper)."""
 BUILD_WIDTH = 80
@@ -316,15 +376,15 @@ def build_hnsw(exact: ExactIndex, *, levelled: bool) -> FaissIndex:
         Bachrach et al., "Speeding Up the Xbox Recommender System Using a Euclidean
         Transformation for Inner-Product Spaces", RecSys 2014.
     """
-    vectors_ND = np.ascontiguousarray(exact.vectors_ND.float().numpy())
-    metric = faiss.METRIC_INNER_PRODUCT
+    width, metric, square = exact.facts.embedding_dim, faiss.METRIC_INNER_PRODUCT, None
     if levelled:
-        square_N = (vectors_ND**2).sum(axis=1)
-        vectors_ND = np.column_stack([vectors_ND, np.sqrt(square_N.max() - square_N)])
-        metric = faiss.METRIC_L2
-    graph = faiss.IndexHNSWFlat(vectors_ND.shape[1], NEIGHBOURS, metric)
+        width, metric = width + 1, faiss.METRIC_L2
+        square = max(float((block_nD**2).sum(dim=1).max()) for block_nD in exact.blocks())
+    graph = faiss.IndexHNSWSQ(width, faiss.ScalarQuantizer.QT_8bit, NEIGHBOURS, metric)
     graph.hnsw.efConstruction = BUILD_WIDTH
-    graph.add(vectors_ND)
+    graph.train(_wide(exact.vectors_ND.float()[_sample(exact, SAMPLE, seed=0)], width, square))
+    for block_nD in exact.vectors_ND.split(BLOCK_ROWS):
+        graph.add(_wide(block_nD.float(), width, square))
     build = {"neighbours": NEIGHBOURS, "build_width": BUILD_WIDTH, "levelled": int(levelled)}
     facts = exact.facts.model_copy(
         update={"kind": "hnsw", "search_width": NARROWEST, "build": build}
@@ -332,16 +392,36 @@ def build_hnsw(exact: ExactIndex, *, levelled: bool) -> FaissIndex:
     return FaissIndex(graph, exact, facts)
 
 
+def _wide(
+    vectors_ND: Float[Tensor, "N D"], width: int, square: float | None = None
+) -> Float32[np.ndarray, "N W"]:
+    """Add columns of zeros, the last of which brings all vectors to one length if that is given."""
+    wide_ND = np.zeros((len(vectors_ND), width), np.float32)
+    wide_ND[:, : vectors_ND.shape[1]] = vectors_ND.numpy()
+    if square is not None:
+        wide_ND[:, -1] = np.sqrt(np.maximum(square - (wide_ND**2).sum(axis=1), 0.0))
+    return wide_ND
+
+
+def _sample(exact: ExactIndex, num: int, *, seed: int) -> Int64[Tensor, " S"]:
+    some = np.random.default_rng(seed).permutation(len(exact.item_N))[:num]
+    return torch.from_numpy(np.sort(some))
+
+
 POINTS_PER_LIST = 64
 """Vectors that a centroid is learned from, at most."""
+VALUES_OF_A_CODE = 2
+"""Values of a vector that one byte of "ivf_pq" stands for."""
 
 
-def build_ivf(exact: ExactIndex, *, kind: Literal["ivf_flat", "ivf_sq8"], seed: int) -> FaissIndex:
+def build_ivf(
+    exact: ExactIndex, *, kind: Literal["ivf_flat", "ivf_sq8", "ivf_pq"], seed: int
+) -> FaissIndex:
     """Build an inverted file: items in lists around centroids, of which a query visits the nearest.
 
-    There are about 2 √N lists, centroids learned from a sample of the items. "ivf_flat" keeps
-    whole vectors in the lists; "ivf_sq8" one byte a value, a quarter of the memory, and scores
-    four candidates per answer again by the whole vectors, which stay on disk.
+    There are about 2 √N lists, centroids learned from a sample of the items. "ivf_sq8" keeps
+    one byte a value in the lists, "ivf_pq" one for two values; of several candidates an answer
+    the whole vectors, which stay on disk, choose. "ivf_flat" keeps the whole vectors twice.
 
     References:
         Jégou et al., "Product Quantization for Nearest Neighbor Search", TPAMI 2011, section IV;
@@ -349,23 +429,28 @@ def build_ivf(exact: ExactIndex, *, kind: Literal["ivf_flat", "ivf_sq8"], seed: 
     """
     num_items, width = exact.facts.num_items, exact.facts.embedding_dim
     num_lists = max(1, min(int(2 * num_items**0.5), num_items // 39))
+    metric = faiss.METRIC_INNER_PRODUCT
+    if kind == "ivf_pq":
+        width += -width % VALUES_OF_A_CODE
     centroids = faiss.IndexFlatIP(width)
-    if kind == "ivf_flat":
-        lists = faiss.IndexIVFFlat(centroids, width, num_lists, faiss.METRIC_INNER_PRODUCT)
-    else:
-        lists = faiss.IndexIVFScalarQuantizer(
-            centroids,
-            width,
-            num_lists,
-            faiss.ScalarQuantizer.QT_8bit,
-            faiss.METRIC_INNER_PRODUCT,
-        )
+    lists: faiss.IndexIVF
+    match kind:
+        case "ivf_flat":
+            lists = faiss.IndexIVFFlat(centroids, width, num_lists, metric)
+        case "ivf_sq8":
+            byte = faiss.ScalarQuantizer.QT_8bit
+            lists = faiss.IndexIVFScalarQuantizer(centroids, width, num_lists, byte, metric)
+        case "ivf_pq":
+            codes, bits = width // VALUES_OF_A_CODE, min(8, num_items.bit_length() - 1)
+            lists = faiss.IndexIVFPQ(centroids, width, num_lists, codes, max(1, bits), metric)
+            lists.pq.cp.seed, lists.pq.cp.min_points_per_centroid = seed % 2**31, 1
     lists.cp.seed = seed % 2**31
     lists.cp.min_points_per_centroid = 1
-    vectors_ND = np.ascontiguousarray(exact.vectors_ND.float().numpy())
-    sample = np.random.default_rng(seed).permutation(num_items)[: num_lists * POINTS_PER_LIST]
-    lists.train(vectors_ND[np.sort(sample)])
-    lists.add(vectors_ND)
+    sample = _sample(exact, num_lists * POINTS_PER_LIST, seed=seed)
+    sample = sample.repeat(2) if len(sample) == 1 else sample  # a code has two values at least
+    lists.train(_wide(exact.vectors_ND[sample].float(), width))
+    for block_nD in exact.vectors_ND.split(BLOCK_ROWS):
+        lists.add(_wide(block_nD.float(), width))
     facts = exact.facts.model_copy(
         update={"kind": kind, "search_width": 1, "build": {"num_lists": num_lists}}
     )

@@ -4,11 +4,14 @@ Shape legend: B queries, N items in the index, I items of the catalogue, D width
 A allowed items, K list length.
 """
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryFile, gettempdir
 from typing import Literal, NamedTuple, Protocol, final, runtime_checkable
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
@@ -17,12 +20,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from foretaste.config import Config
+from foretaste.data.folder import reason_of
 from foretaste.errors import DataError, NonFiniteError
 from foretaste.models.base import best_first, top_k
 from foretaste.models.layers.codes import Codes, read_codes
 
-IndexKind = Literal["exact", "codes", "ivf_flat", "ivf_sq8", "hnsw"]
-IndexChoice = Literal["auto", "exact", "codes", "ivf_flat", "ivf_sq8", "hnsw"]
+IndexKind = Literal["exact", "codes", "ivf_flat", "ivf_sq8", "ivf_pq", "hnsw"]
+IndexChoice = Literal["auto", "exact", "codes", "ivf_flat", "ivf_sq8", "ivf_pq", "hnsw"]
 
 
 class TopK(NamedTuple):
@@ -136,6 +140,34 @@ SCORE_BLOCK = 2**24
 """Scores held at a time: 64 MiB."""
 VECTORS_FILE = "vectors.safetensors"
 CODES_FILE = "codes.safetensors"
+
+
+MAPPED_BYTES = 2**28
+"""Tables from this size on are built in a temporary file, which the system may write out."""
+
+
+def room_for(num: int, width: int, dtype: torch.dtype = torch.float32) -> Float[Tensor, "N D"]:
+    """Make a table to be filled: in memory, or, where it is large, a map of a nameless file.
+
+    Raises:
+        DataError: The file finds no room.
+    """
+    size = num * width * dtype.itemsize
+    if size < MAPPED_BYTES:
+        return torch.empty(num, width, dtype=dtype)
+    try:
+        with TemporaryFile() as file:
+            if hasattr(os, "posix_fallocate"):  # or a full disk would end the process later
+                os.posix_fallocate(file.fileno(), 0, size)
+            bytes_S = np.memmap(file, np.uint8, "w+", shape=(size,))
+    except OSError as error:
+        raise DataError(
+            f"the table of vectors finds no room in {gettempdir()}: {reason_of(error)}: make room "
+            "there, or name another folder in the environment variable TMPDIR",
+            name="TMPDIR",
+            value=gettempdir(),
+        ) from error
+    return torch.from_numpy(bytes_S).view(dtype).view(num, width)
 
 
 def padded(best: TopK, k: int) -> TopK:

@@ -13,7 +13,7 @@ from torch import Tensor
 from foretaste.arguments import checked
 from foretaste.errors import ConfigError
 from foretaste.models.base import Retriever
-from foretaste.retrieval.choose import MEASURED_QUERIES, build_index, choose_kind
+from foretaste.retrieval.choose import MEASURED_QUERIES, build_index, may_be_approximate
 from foretaste.retrieval.index import IndexChoice
 from foretaste.serving.bundle import Bundle, read_bundle
 from foretaste.serving.histories import one_query, training_histories
@@ -58,13 +58,13 @@ def build_recommender(
         return Recommender(Bundle(trained=trained, popular_I=popular_I, report=report))
     known_I, codes = trained.known_I, retriever.item_codes()
     asked = "codes" if index == "auto" and codes is not None else index
-    is_exact = choose_kind(asked, num_items=int(known_I.sum())) == "exact"
+    is_measured = may_be_approximate(asked, num_items=int(known_I.sum()))
     built = build_index(
         retriever.item_blocks() if codes is None else codes,
         kind=index,
         known_I=known_I,
         seed=trained.seed,
-        query_QD=None if is_exact else _some_queries(trained, retriever),
+        query_QD=_some_queries(trained, retriever) if is_measured else None,
     )
     bundle = Bundle(trained=trained, index=built, popular_I=popular_I, report=report)
     return Recommender(bundle)

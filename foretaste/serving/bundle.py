@@ -365,7 +365,7 @@ def _read_parts(manifest: BundleManifest, path: Path) -> Bundle:
     return Bundle(
         trained=trained,
         popular_I=_load_popular(path / POPULAR_FILE, events.num_items),
-        index=None if manifest.index is None else load_index(path / INDEX_FOLDER),
+        index=None if manifest.index is None else load_index(path / INDEX_FOLDER, is_verified=True),
         report=_read_report(manifest, path),
         answers=StoredAnswers.model_validate_json((path / ANSWERS_FILE).read_bytes())
         if ANSWERS_FILE in manifest.files

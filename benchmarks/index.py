@@ -1,0 +1,168 @@
+"""Each kind of index by size: recall, time of an answer, and what building it takes.
+
+    python benchmarks/index.py --items 100000 1000000 --out benchmarks/results/index.json
+
+Vectors are made up, 64 wide: of 1,000 clusters, spread about them by .7, with a spectrum that falls
+as 1 / √place and lengths that differ by 15 %; a query is the mean of three clusters with noise, as
+of a user of three tastes. Each kind has a process of its own, whose peak of memory its parent reads
+(`peak_gib`, the mapped vectors included: `vectors_gib`). It builds the index in blocks, saves it,
+and another process maps it and asks `--asked` queries one by one on one thread for their best 100,
+none of them those that the width was tuned on (`--recall`). Milliseconds and `build_s` are of the
+processor: beside other work they say what an answer costs.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+import torch
+
+from foretaste.experiment.record import run_facts
+from foretaste.retrieval.choose import build_index, load_index
+from foretaste.retrieval.index import IndexChoice
+
+KINDS = ("exact", "ivf_sq8", "ivf_pq", "hnsw")
+WIDTH, CLUSTERS, BLOCK, K = 64, 1000, 2**18, 100
+
+
+def main() -> None:
+    asked = parse()
+    torch.set_num_threads(1)
+    faiss.omp_set_num_threads(1)
+    if asked.one == "ask":
+        print(json.dumps(answers(asked.folder, asked.asked)))
+    elif asked.one:
+        print(json.dumps(built(asked.folder, asked.one, asked.recall)))
+    else:
+        measure(asked)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--items", type=int, nargs="+", default=[100_000, 1_000_000])
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS))
+    parser.add_argument("--recall", type=float, default=0.95)
+    parser.add_argument("--asked", type=int, default=500)
+    parser.add_argument("--one", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path)
+    return parser.parse_args()
+
+
+def measure(asked: argparse.Namespace) -> None:
+    rows: list[dict[str, Any]] = []
+    if asked.out.exists():
+        rows = json.loads(asked.out.read_text(encoding="utf-8"))["rows"]
+    for items in asked.items:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            write_vectors(folder, items, asked.asked)
+            for kind in asked.kinds:
+                told = ["--folder", name, "--recall", str(asked.recall)]
+                facts, peak = in_process("--one", kind, *told)
+                found, _ = in_process("--one", "ask", *told, "--asked", str(asked.asked))
+                row = {"items": items, "kind": kind, "recall_target": asked.recall, **found}
+                row |= facts | {"peak_gib": round(peak, 3), **run_facts()}
+                key = ("items", "kind", "recall_target")
+                rows = [r for r in rows if any(r[name] != row[name] for name in key)] + [row]
+                print({name: row[name] for name in row if name != "versions"}, flush=True)
+                asked.out.write_text(json.dumps({"rows": rows}, indent=1) + "\n", encoding="utf-8")
+
+
+def in_process(*told: str) -> tuple[dict[str, Any], float]:
+    """Run one part in a process of its own; return what it printed, and its peak in GiB."""
+    read, write = os.pipe()
+    child = os.posix_spawn(
+        sys.executable,
+        [sys.executable, __file__, *told],
+        os.environ,
+        file_actions=[(os.POSIX_SPAWN_DUP2, write, 1), (os.POSIX_SPAWN_CLOSE, read)],
+    )
+    os.close(write)
+    with os.fdopen(read) as pipe:
+        printed = pipe.read()
+    _, status, usage = os.wait4(child, 0)
+    if status:
+        raise RuntimeError(f"{told} ended with {status}")
+    return json.loads(printed.splitlines()[-1]), usage.ru_maxrss / 2**20
+
+
+def write_vectors(folder: Path, num_items: int, num_queries: int) -> None:
+    """Write `items.npy` in blocks, and twice as many queries as are asked: half to tune on."""
+    rng = np.random.default_rng(0)
+    scale_D = (1 / np.sqrt(np.arange(1, WIDTH + 1))).astype(np.float32)
+    centre_CD = scale_D * rng.standard_normal((CLUSTERS, WIDTH), dtype=np.float32)
+    shape = (num_items, WIDTH)
+    items = np.lib.format.open_memmap(folder / "items.npy", "w+", np.float32, shape)
+    for start in range(0, num_items, BLOCK):
+        size = min(BLOCK, num_items - start)
+        own_ND = centre_CD[rng.integers(0, CLUSTERS, size)]
+        own_ND += 0.7 * scale_D * rng.standard_normal((size, WIDTH), dtype=np.float32)
+        items[start : start + size] = own_ND * rng.normal(1, 0.15, (size, 1))
+    tastes_QD = centre_CD[rng.integers(0, CLUSTERS, (2 * num_queries, 3))].mean(axis=1)
+    noise_QD = scale_D * rng.standard_normal(tastes_QD.shape, dtype=np.float32)
+    np.save(folder / "queries.npy", (1.5 * tastes_QD + 0.5 * noise_QD).astype(np.float32))
+
+
+def built(folder: Path, kind: IndexChoice, recall: float) -> dict[str, Any]:
+    """Build an index of the vectors and save it."""
+    vectors_ND = torch.from_numpy(np.load(folder / "items.npy", mmap_mode="c"))
+    query_QD = torch.from_numpy(np.load(folder / "queries.npy"))
+    started = time.process_time()
+    index = build_index(
+        vectors_ND,
+        kind=kind,
+        known_I=torch.ones(len(vectors_ND), dtype=torch.bool),
+        recall_target=recall,
+        query_QD=query_QD[len(query_QD) // 2 :],
+    )
+    seconds = time.process_time() - started
+    (folder / "index").mkdir(exist_ok=True)
+    index.save(folder / "index")
+    sizes = {file.name: file.stat().st_size / 2**30 for file in (folder / "index").iterdir()}
+    gib = sizes["index.faiss"] if kind != "exact" else 0.0
+    return {
+        "build_s": round(seconds, 1),
+        "width": index.facts.search_width,
+        "index_gib": round(gib, 3),
+        "vectors_gib": round(vectors_ND.nbytes / 2**30, 3),
+    }
+
+
+def answers(folder: Path, num_queries: int) -> dict[str, Any]:
+    """Map the index, and ask it and an exact one over the same vectors."""
+    index = load_index(folder / "index")
+    query_QD = torch.from_numpy(np.load(folder / "queries.npy"))[:num_queries]
+    vectors_ND = torch.from_numpy(np.load(folder / "items.npy", mmap_mode="c"))
+    every = torch.ones(len(vectors_ND), dtype=torch.bool)
+    exact = build_index(vectors_ND, kind="exact", known_I=every)
+    true_QK = exact.search(query_QD, K, exclude_BX=torch.empty(num_queries, 0).long()).item_BK
+    none_10 = torch.empty(1, 0).long()
+    for query_1D in query_QD.split(1):  # the map's pages are read once
+        index.search(query_1D, K, exclude_BX=none_10)
+    took, clock, shares = [], [], []
+    for query_1D, true_1K in zip(query_QD.split(1), true_QK.split(1), strict=True):
+        started = time.process_time(), time.perf_counter()
+        found_1K = index.search(query_1D, K, exclude_BX=none_10).item_BK
+        took.append(1e3 * (time.process_time() - started[0]))
+        clock.append(1e3 * (time.perf_counter() - started[1]))
+        shares.append(float(torch.isin(true_1K, found_1K).float().mean()))
+    p50, p99 = np.percentile(took, [50, 99])
+    return {
+        "recall": round(float(np.mean(shares)), 4),
+        "p50_ms": round(p50, 3),
+        "p99_ms": round(p99, 3),
+        "p50_ms_on_the_clock": round(float(np.percentile(clock, 50)), 3),
+        "p99_ms_on_the_clock": round(float(np.percentile(clock, 99)), 3),
+    }
+
+
+if __name__ == "__main__":
+    main()
