@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     )
     from foretaste.data.folder import check_place
     from foretaste.data.graph import GraphConfig
+    from foretaste.data.importing import import_events
     from foretaste.data.interactions import Interactions
     from foretaste.data.reading import read_interactions
     from foretaste.data.rows import Rows, rows_of
@@ -233,6 +234,7 @@ __all__ = [
     "get_dataset",
     "given_split",
     "given_split_by_column",
+    "import_events",
     "inspect_bundle",
     "inspect_schema",
     "joined_processes",
@@ -379,6 +381,7 @@ _HOME = {
     "get_dataset": "data.sources.load",
     "given_split": "data.splitting",
     "given_split_by_column": "data.splitting",
+    "import_events": "data.importing",
     "inspect_bundle": "experiment.record",
     "inspect_schema": "data.features_schema",
     "joined_processes": "training.processes",

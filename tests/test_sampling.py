@@ -159,3 +159,15 @@ def test_drawing_costs_the_same_whatever_the_catalogue() -> None:
             sampler.draw((200_000,), generator=generator())
             best_s[size] = min(best_s[size], time.thread_time() - start)
     assert best_s[2**17] < 3 * best_s[2**4]
+
+
+def test_pairs_told_apart_in_ranges_of_users_are_those_of_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rng = np.random.default_rng(0)
+    histories = [rng.integers(0, 9, size).tolist() for size in [0, 3, 0, 400, 1, 1, 0, 90, 0]]
+    events = events_of(histories, num_items=9)
+    whole = np.unique(events.user_idx.astype(np.int64) * events.num_items + events.item_idx)
+    for block in (1, 30, 499, 10**6):
+        monkeypatch.setattr(negatives, "_BLOCK_EVENTS", block)
+        assert Seen.of(events).key_E.numpy().tolist() == whole.tolist()

@@ -126,12 +126,11 @@ def import_(
     reading: Mapping[str, Any],
 ) -> None:
     """Read tables of events into an event store that opens at once whatever its size."""
-    ft.check_place(out, "event store", replace=replace)
     without = {"user": None} if no_users else {}
     without |= {"item": None} if no_items else {}
     tables = {"users": users, "items": items, "user_links": user_links, "item_links": item_links}
-    events = ft.read_interactions(files, **{**reading, **without, **tables})
-    ft.write_store(events, out, replace=replace)
+    told = {**reading, **without, **tables}
+    events = ft.import_events(files, out=out, replace=replace, **told)
     _show(str(out), _summary(events, out), as_json=as_json)
 
 

@@ -91,12 +91,12 @@ class TextFile:
         """
         file = self
         try:
-            frame = self._scan(columns, numbers)
+            frame = self.scan(columns, numbers).collect()
         except pl.exceptions.PolarsError:
             # A value later in the file is no number, or the file is not UTF-8: take all as text.
             file = _in_utf8(self)
             try:
-                frame = file._scan(columns, ())
+                frame = file.scan(columns).collect()
             except pl.exceptions.PolarsError as error:
                 raise DataError(file.explain(), name=file.name) from error
         with ThreadPoolExecutor(2) as pool:
@@ -118,7 +118,8 @@ class TextFile:
             pl.DataFrame([done[name] for name in columns]), (*file.notes, *told, *notes)
         )
 
-    def _scan(self, columns: list[str], numbers: Collection[str]) -> pl.DataFrame:
+    def scan(self, columns: list[str], numbers: Collection[str] = ()) -> pl.LazyFrame:
+        """Return some columns to be read; all but `numbers` as text."""
         inner = dict(zip(self.columns, self.inner, strict=True))
         scan = pl.scan_csv(
             self.data,
@@ -129,7 +130,7 @@ class TextFile:
             schema_overrides={inner[name]: pl.String for name in columns if name not in numbers},
             infer_schema_length=_LOOK_ROWS if numbers else 0,
         )
-        return scan.select(pl.col(inner[name]).alias(name) for name in columns).collect()
+        return scan.select(pl.col(inner[name]).alias(name) for name in columns)
 
     def explain(self) -> str:
         """Say what is wrong with the file in terms of its lines, as far as one can tell."""

@@ -21,6 +21,9 @@ from foretaste.errors import DataError
 from foretaste.later import later
 from foretaste.shown import Shown
 
+_EACH_USER = 1 << 24
+"""Events up to which each one's user is kept in memory once it is asked for."""
+
 
 @checked_class
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
@@ -111,6 +114,14 @@ class Interactions(Shown):
     def user_idx(self) -> Int32[np.ndarray, " E"]:
         """The user of each event, in [0, U)."""
         return np.repeat(np.arange(self.num_users, dtype=np.int32), np.diff(self.offsets))
+
+    def users_at(self, place_B: Int64[np.ndarray, " B"]) -> Int64[np.ndarray, " B"]:
+        """Return the user_idx of some events; of very many events without a row for each."""
+        if len(self) <= _EACH_USER:
+            user_B: np.ndarray = self.user_idx[place_B].astype(np.int64)
+        else:
+            user_B = np.searchsorted(self.offsets, place_B, side="right") - 1
+        return user_B
 
     @cached_property
     def item_count(self) -> Int64[np.ndarray, " I"]:

@@ -8,7 +8,7 @@ N + 1.
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Generic, Literal, NamedTuple, TypeVar, final
 
 import numpy as np
@@ -56,11 +56,67 @@ class Plan(ABC, Generic[Batch]):
         """Make one batch, or this process's share of it."""
 
 
+WHOLE_ORDER = 1 << 24
+"""Events up to which the order of an epoch is one permutation, which takes 8 bytes an event."""
+_RUN, _SHUFFLED = 1 << 10, 1 << 20
+"""Of more events: how many lie together in the files, and among how many they are shuffled."""
+
+
+@final
+class BlockOrder:
+    """The order of an epoch of very many events: runs of neighbours, then events of many runs.
+
+    Runs of 1,024 events, which lie together in a memory map, are put in random order, and the
+    events of 1,024 runs are shuffled among each other. Any part of the order is found without the
+    others, so a resumed run reads on where it was, and memory does not grow with the events.
+    """
+
+    def __init__(self, num: int, seed: int, *, run: int = _RUN, shuffled: int = _SHUFFLED) -> None:
+        """Draw the order of the runs.
+
+        Args:
+            num: How many events.
+            seed: Decides all of it.
+            run: Events of a run.
+            shuffled: Events that are shuffled among each other, a multiple of `run`.
+        """
+        self.num, self.seed, self.run, self.runs = num, seed, run, shuffled // run
+        whole = num // run
+        self.run_R = np.random.default_rng([seed, 0]).permutation(whole)
+        self._part = lru_cache(maxsize=4)(self._shuffled)
+
+    def __len__(self) -> int:
+        return self.num
+
+    def __getitem__(self, places: slice) -> Int64[np.ndarray, " B"]:
+        start, stop, _ = places.indices(self.num)
+        size, found = self.run * self.runs, [np.empty(0, np.int64)]
+        for number in range(start // size, -(-stop // size)):
+            first = number * size
+            found.append(self._part(number)[max(0, start - first) : stop - first])
+        return np.concatenate(found)
+
+    def _shuffled(self, number: int) -> Int64[np.ndarray, " S"]:
+        """Return the events of one part, shuffled; the last part has those behind the last run."""
+        first = self.run_R[number * self.runs : (number + 1) * self.runs] * self.run
+        event_S = (first[:, None] + np.arange(self.run)).ravel()
+        if (number + 1) * self.runs * self.run >= self.num:
+            event_S = np.concatenate([event_S, np.arange(len(self.run_R) * self.run, self.num)])
+        shuffled_S: np.ndarray = np.random.default_rng([self.seed, 1, number]).permutation(event_S)
+        return shuffled_S
+
+
+def _order(num: int, generator: np.random.Generator) -> Int64[np.ndarray, " E"] | BlockOrder:
+    if num <= WHOLE_ORDER:
+        return generator.permutation(num)
+    return BlockOrder(num, int(generator.integers(2**31)))
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ShuffledPlan(Plan[Batch]):
     """Batches of events in random order, with histories; (seed, epoch) alone decides them."""
 
-    order_E: Int64[np.ndarray, " E"]
+    order_E: Int64[np.ndarray, " E"] | BlockOrder
     """Positions of the events or rows, in the order of the epoch."""
     batch_events: int
     reads: Reads
@@ -90,7 +146,7 @@ class PairPlan(ShuffledPlan[PairBatch]):
         """Gather one batch, or this process's share of it."""
         place_B = self.order_E[index * self.batch_events : (index + 1) * self.batch_events]
         share = self.share.of(len(place_B))
-        user_B = torch.from_numpy(self.events.user_idx[place_B].astype(np.int64))
+        user_B = torch.from_numpy(self.events.users_at(place_B))
         item_B = torch.from_numpy(self.events.item_idx[place_B].astype(np.int64))
         history = read_histories(
             self.events,
@@ -138,7 +194,7 @@ def plan_pairs(
     """
     return PairPlan(
         events=events,
-        order_E=generator.permutation(len(events)),
+        order_E=_order(len(events), generator),
         batch_events=batch_events,
         reads=reads,
         max_len=max_len,
@@ -183,7 +239,7 @@ class SequencePlan(Plan[SequenceBatch]):
         index_BL = np.where(valid_BL, start_B1 + position_L, start_B1)
         item_BL = self.events.item_idx[index_BL]
         return SequenceBatch(
-            user_B=torch.from_numpy(self.events.user_idx[self.start_W[rows]].astype(np.int64)),
+            user_B=torch.from_numpy(self.events.users_at(self.start_W[rows])),
             item_BL=torch.from_numpy(np.where(valid_BL, item_BL, 0).astype(np.int64)),
             valid_BL=torch.from_numpy(valid_BL),
             times=times_at(self.events.timestamp_s, index_BL),
@@ -394,7 +450,9 @@ def plan_rows(
         )
     return RowPlan(
         rows=rows,
-        order_E=generator.permutation(len(rows) if offered is None else offered.asked.numpy()),
+        order_E=_order(len(rows), generator)
+        if offered is None
+        else generator.permutation(offered.asked.numpy()),
         batch_events=batch_events,
         reads=reads,
         max_len=max_len,

@@ -62,7 +62,7 @@ def read_interactions(source: object, read: ReadTables) -> Interactions:
         missing=read.missing,
         role=EVENTS,
     )
-    names = _choose(opened, read)
+    names = choose_columns(opened, read)
     asked = [
         column
         for name, condition in (("where", read.where), ("positive", read.positive))
@@ -92,7 +92,7 @@ def read_interactions(source: object, read: ReadTables) -> Interactions:
     return with_links(arranged, read)
 
 
-class _Names(NamedTuple):
+class Names(NamedTuple):
     """Columns of the event table, by their part."""
 
     user: str | None
@@ -120,7 +120,12 @@ class _Names(NamedTuple):
         return list(dict.fromkeys((*self.ids, *time, *others)))
 
 
-def _choose(source: Source, read: ReadConfig) -> _Names:
+def choose_columns(source: Source, read: ReadConfig) -> Names:
+    """Find the columns that the settings name.
+
+    Raises:
+        DataError: One is not there, or is named twice.
+    """
     numbers = {}
     for wanted in read.columns:
         name = find_column(source, wanted, argument="columns")
@@ -131,7 +136,7 @@ def _choose(source: Source, read: ReadConfig) -> _Names:
                 "two columns would be called 'rating': leave one out, or rename it", column="rating"
             )
         numbers["rating"] = find_column(source, read.rating, argument="rating")
-    names = _Names(
+    names = Names(
         user=_find(source, read.user, "user"),
         item=_find(source, read.item, "item"),
         timestamp=_find(source, read.timestamp, "timestamp"),
@@ -177,7 +182,7 @@ def _find(source: Source, wanted: str | int | None, argument: str) -> str | None
 class _Events:
     """Columns in the order of the table, checked; emptied as they are used, to spare memory."""
 
-    names: _Names
+    names: Names
     user: pl.Series
     item: pl.Series
     times: Times | None
@@ -245,7 +250,7 @@ def _true(mask: pl.Series) -> int:
 
 
 def _check(
-    frame: pl.DataFrame, names: _Names, read: ReadConfig, read_notes: Sequence[str]
+    frame: pl.DataFrame, names: Names, read: ReadConfig, read_notes: Sequence[str]
 ) -> _Events:
     notes, times = list(read_notes), None
     if names.timestamp is not None:

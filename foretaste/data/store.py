@@ -106,13 +106,13 @@ def write_store(
             or the disk is full or refuses.
     """
     with whole_folder(path, "event store", replace=replace) as folder:
-        _write_files(events, folder)
+        fill_files(events, folder)
 
 
 def fill_store(events: Interactions, folder: Path) -> None:
     """Write events into a new folder of a bundle that is being written."""
     folder.mkdir()
-    _write_files(events, folder)
+    fill_files(events, folder)
 
 
 @checked
@@ -164,7 +164,8 @@ def open_store(
     return events
 
 
-def _write_files(events: Interactions, folder: Path) -> None:
+def fill_files(events: Interactions, folder: Path) -> None:
+    """Write events into an empty folder."""
     columns = {name: f"column-{n}.npy" for n, name in enumerate(sorted(events.columns))}
     arrays = {
         "offsets.npy": events.offsets,

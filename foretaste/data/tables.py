@@ -6,7 +6,7 @@ Polars and pyarrow is ever imported here.
 
 import os
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, final
@@ -28,7 +28,7 @@ from foretaste.data.vocabulary import id_text
 from foretaste.errors import DataError, nearest
 
 _T = TypeVar("_T")
-_BROKEN = (Exception, pl.exceptions.PanicException)
+BROKEN = (Exception, pl.exceptions.PanicException)
 """All by which Polars, Arrow, DuckDB and pandas refuse: no list of their classes was complete."""
 
 
@@ -52,6 +52,14 @@ class Source:
     """Whether a first line of text named them."""
     fetch: Callable[[list[str], Collection[str], Collection[str], Collection[str]], Table]
     """Reads columns; its arguments are those of `read`."""
+    scan: Callable[[list[str]], pl.LazyFrame] | None = None
+    """Some columns to be read in blocks, those of text files as text; None where that cannot be."""
+    is_text: bool = False
+    """Whether it is a text file."""
+    notes: tuple[str, ...] = ()
+    """What opening it assumed."""
+    explain: Callable[[], str] | None = None
+    """Says what is wrong with a text file that cannot be parsed."""
 
     def read(
         self,
@@ -168,7 +176,8 @@ def _no_column(source: Source, wanted: str, argument: str) -> str:
 def _scan(name: str, lazy: pl.LazyFrame, missing: tuple[str, ...]) -> Source:
     """Have Polars read a file or a frame; its schema now, so that a broken file is refused."""
     columns = _quietly(name, lambda: lazy.collect_schema().names())
-    return _typed(name, columns, lambda names: lazy.select(names).collect(), missing)
+    source = _typed(name, columns, lambda names: lazy.select(names).collect(), missing)
+    return replace(source, scan=lazy.select)
 
 
 def _stream(name: str, batches: pa.RecordBatchReader, missing: tuple[str, ...]) -> Source:
@@ -204,7 +213,7 @@ def _of_pandas(name: str, one: Any) -> pl.Series:
         if kind in ("float96", "float128"):
             one = one.astype("float64")
         return of_arrow(name, pa.RecordBatchReader.from_stream(one).read_all()[0])
-    except _BROKEN:
+    except BROKEN:
         column = one.iloc[:, 0]
         pairs = zip(column.isna(), column, strict=True)
         values = [None if missing else id_text(value) for missing, value in pairs]
@@ -217,7 +226,16 @@ def _text(file: TextFile) -> Source:
     def fetch(columns: list[str], ids: Any, numbers: Any, optional: Any) -> Table:
         return Table(*file.read(columns, list(ids), numbers))
 
-    return Source(name=file.name, columns=list(file.columns), header=file.header, fetch=fetch)
+    return Source(
+        name=file.name,
+        columns=list(file.columns),
+        header=file.header,
+        fetch=fetch,
+        scan=file.scan,
+        is_text=True,
+        notes=file.notes,
+        explain=file.explain,
+    )
 
 
 def _together(files: list[Source]) -> Source:
@@ -247,7 +265,7 @@ def _joined(name: str, files: list[Source], parts: list[pl.Series], *, is_id: bo
     try:
         frames = [part.to_frame() for part in _alike(parts, is_id=is_id)]
         return pl.concat(frames, how="vertical_relaxed")[column]
-    except _BROKEN as error:
+    except BROKEN as error:
         kinds = ", ".join(
             f"{in_words(part)} in {file.name}" for part, file in zip(parts, files, strict=True)
         )
@@ -397,7 +415,7 @@ def _open_parquet(path: Path, missing: tuple[str, ...]) -> Source:
         try:
             file = pq.ParquetFile(path)
             batches = pa.RecordBatchReader.from_batches(file.schema_arrow, file.iter_batches())
-        except _BROKEN:
+        except BROKEN:
             raise error from None
         return _stream(str(path), batches, missing)
 
@@ -435,12 +453,12 @@ def _gathered(
     left_out: list[str] = []
     try:
         frame = load(columns)
-    except _BROKEN:
+    except BROKEN:
         parts = []
         for column in columns:
             try:
                 parts.append(load([column]))
-            except _BROKEN as error:
+            except BROKEN as error:
                 if column not in optional:
                     raise DataError(
                         f"{name}: column {column!r} cannot be read: its type is unknown here, "
@@ -469,7 +487,7 @@ def _quietly(name: str, work: Callable[[], _T]) -> _T:
     """Call into Polars or Arrow, whose errors become ours."""
     try:
         return work()
-    except _BROKEN as error:
+    except BROKEN as error:
         raise DataError(
             f"{name} cannot be read: if it is a file, it is broken or cut short, get it again; if "
             "it is a table or a query, it fails before it returns rows",

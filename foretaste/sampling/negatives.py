@@ -9,6 +9,7 @@ batch, R rows of a ranking, T ranks, I items, U users.
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import final
 
 import numpy as np
@@ -28,6 +29,8 @@ _ROUNDS = 8
 _BLOCK_ROWS, _BLOCK_WEIGHTS = 64, 2**24
 """Rows, and weights of items for all of them, in memory at once."""
 _MOST_FLAGS = 1 << 26
+_BLOCK_EVENTS = 1 << 24
+"""Events whose pairs are told apart at a time."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -43,7 +46,7 @@ class Seen:
     @staticmethod
     def of(events: Interactions) -> "Seen":
         """Collect the distinct pairs of some events."""
-        key_E = distinct(events.user_idx.astype(np.int64) * events.num_items + events.item_idx)
+        key_E = _keys(events)
         bounds = np.arange(events.num_users + 1) * events.num_items
         return Seen(
             num_items=events.num_items,
@@ -83,6 +86,21 @@ class Seen:
         first_B = length_B.cumsum(0) - length_B
         index_P = torch.arange(len(row_P)) + (start_B - first_B)[row_P]
         return row_P, self.key_E[index_P] - user_B[row_P] * self.num_items
+
+
+def _keys(events: Interactions) -> Int64[np.ndarray, " E"]:
+    """Return the distinct pairs as numbers, rising: users one range after the other."""
+    first_U, end = [0], len(events)
+    while events.offsets[first_U[-1]] < end:
+        wanted = events.offsets[first_U[-1]] + _BLOCK_EVENTS
+        reached = int(np.searchsorted(events.offsets, wanted, side="right")) - 1
+        first_U.append(max(first_U[-1] + 1, reached))
+    parts = []
+    for first, last in pairwise(first_U):
+        user_N = np.repeat(np.arange(first, last), np.diff(events.offsets[first : last + 1]))
+        item_N = events.item_idx[events.offsets[first] : events.offsets[last]]
+        parts.append(distinct(user_N * events.num_items + item_N))
+    return np.concatenate([np.empty(0, np.int64), *parts])
 
 
 def draw_unseen(
