@@ -133,7 +133,15 @@ class BreakOffError(Exception):
     pass
 
 
-def run_of(folder: Path, kind: str, *, epochs: int = 5, producers: int = 0) -> Fit[Any, Any]:
+def run_of(
+    folder: Path,
+    kind: str,
+    *,
+    epochs: int = 5,
+    producers: int = 0,
+    steps: int = 0,
+    batch: int = 600,
+) -> Fit[Any, Any]:
     torch.manual_seed(3)
     sizes = {"num_users": EVENTS.num_users, "num_items": NUM_ITEMS}
     model: nn.Module = (
@@ -141,8 +149,8 @@ def run_of(folder: Path, kind: str, *, epochs: int = 5, producers: int = 0) -> F
         if kind == "mf"
         else LightGCN(LightGCNConfig(embedding_dim=6), **sizes, graph=graph_of(EVENTS))
     )
-    config = CONFIG.model_copy(update={"hard_refresh": 2})
-    learning = make_learning(model, config, EVENTS, batch_events=600, seed=3, producers=producers)
+    config = CONFIG.model_copy(update={"hard_refresh": 2, "hard_refresh_steps": steps})
+    learning = make_learning(model, config, EVENTS, batch_events=batch, seed=3, producers=producers)
     assert isinstance(learning.objective, Pairs)
     training = TrainingConfig(
         epochs=epochs,
@@ -190,6 +198,45 @@ def test_a_run_broken_off_anywhere_mines_and_learns_the_same(tmp_path: Path, kin
         assert losses(folder) == losses(tmp_path / "whole")
         state = again.model.state_dict()
         assert all(torch.equal(v, state[n]) for n, v in whole.model.state_dict().items())
+
+
+def test_a_search_beside_training_holds_for_the_stretch_after_it() -> None:
+    source = mined(mf(0), CONFIG.model_copy(update={"hard_refresh_steps": 4}))
+    assert [source.is_due(1, batch) for batch in range(6)] == [True, *[False] * 3, True, False]
+    source.start(mf(1), 0)
+    source.start(mf(2), 4)
+    for batch, seed in ((4, 1), (7, 1), (8, 2), (11, 2)):
+        assert torch.equal(source.ranked_at(batch).ranked_RT, ranked(mined(mf(seed))))
+    source.refresh(mf(3), 2)  # the next epoch begins with what the last search found
+    assert torch.equal(source.ranked_at(3).ranked_RT, ranked(mined(mf(2))))
+
+
+def test_a_search_that_fails_ends_the_run_with_its_error() -> None:
+    source = mined(mf(0), CONFIG.model_copy(update={"hard_refresh_steps": 4}))
+    source.start(Popularity(PopularityConfig(), num_items=2), 0)
+    with pytest.raises(ConfigError, match="Popularity is no retriever"):
+        source.ranked_at(4)
+
+
+@pytest.mark.parametrize("kind", ["mf", "lightgcn"])
+def test_a_run_that_searches_beside_training_is_the_same_after_a_break(
+    tmp_path: Path, kind: str
+) -> None:
+    # 10 steps an epoch, searched every 4 from epoch 2 on; breaks in, at the end and at the start
+    # of a stretch
+    whole = run_of(tmp_path / "whole", kind, epochs=3, steps=4, batch=150)
+    whole.run()
+    for step in (9, 13, 14, 21):
+
+        def stop(progress: Any, _: int, step: int = step) -> None:
+            if progress.step == step:
+                raise BreakOffError
+
+        folder = tmp_path / f"broken-{step}"
+        with pytest.raises(BreakOffError):
+            run_of(folder, kind, epochs=3, steps=4, batch=150, producers=2).run(on_step=stop)
+        run_of(folder, kind, epochs=3, steps=4, batch=150, producers=2).run(resume=True)
+        assert losses(folder) == losses(tmp_path / "whole")
 
 
 def test_producers_draw_the_same_mined_negatives(tmp_path: Path) -> None:

@@ -406,7 +406,7 @@ def pairs_plan(events: Interactions, reads: Reads, share: Share) -> PairPlan:
         generator=np.random.default_rng(1),
         reads=reads,
         max_len=3,
-        find_hard=lambda user_B, _, generator: draw_unseen(
+        find_hard=lambda user_B, _, __, generator: draw_unseen(
             sampler, user_B, 2, seen=Seen.of(events), generator=generator
         ),
         share=share,

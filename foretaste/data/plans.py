@@ -32,9 +32,9 @@ from foretaste.data.interactions import Interactions
 from foretaste.data.rows import Rows
 from foretaste.errors import ConfigError
 
-FindHard = Callable[[Tensor, Tensor, torch.Generator], Tensor]
-"""From user_idx (B,), their observed item_idx (B,) and a source of randomness to hard negatives
-(B, H)."""
+FindHard = Callable[[Tensor, Tensor, int, torch.Generator], Tensor]
+"""From user_idx (B,), their observed item_idx (B,), the batch's number in the epoch and a source of
+randomness to hard negatives (B, H)."""
 
 
 Batch = TypeVar("Batch", covariant=True)
@@ -168,7 +168,7 @@ class PairPlan(ShuffledPlan[PairBatch]):
         if self.find_hard is None:
             return item_B.new_empty(len(item_B), 0)
         word = np.random.default_rng([self.seed, index, 1]).integers(2**63)
-        return self.find_hard(user_B, item_B, torch.Generator().manual_seed(int(word)))
+        return self.find_hard(user_B, item_B, index, torch.Generator().manual_seed(int(word)))
 
 
 def plan_pairs(

@@ -281,8 +281,8 @@ def _hard_source(
 
 
 def _finder(source: RankedNegatives | IndexNegatives, hard: Hardness) -> FindHard:
-    ranked = source.ranked if isinstance(source, IndexNegatives) else source
-    return lambda user_B, item_B, generator: ranked.draw(
+    ranked_at = source.ranked_at if isinstance(source, IndexNegatives) else lambda _: source
+    return lambda user_B, item_B, index, generator: ranked_at(index).draw(
         user_B, item_B, hard.num, ranks=hard.ranks, generator=generator
     )
 

@@ -12,7 +12,9 @@ Shape legend: U users, E rows, B rows, pairs or users of a block, N hard negativ
 ranks or items offered for each row, I items.
 """
 
+import threading
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import final
@@ -46,12 +48,14 @@ class IndexNegatives(Refreshed):
     """Ranks, for each user, the items that the model scores highest of those not done.
 
     What the weights of an earlier step found stays good until the next search; it is kept in
-    checkpoints, so a resumed run draws from the same ranks.
+    checkpoints, so a resumed run draws from the same ranks. With `hard_refresh_steps`, a search
+    runs in a thread for a stretch of so many steps, and its ranks hold for the next stretch: who
+    makes a batch of that one waits for them, so a run is a function of its seed.
 
     References:
         Xiong et al., "Approximate Nearest Neighbor Negative Contrastive Learning for Dense Text
-        Retrieval", ICLR 2021, https://arxiv.org/abs/2007.00808. Departure: the trainer stands
-        still while it searches, so that a run is a function of its seed.
+        Retrieval", ICLR 2021, https://arxiv.org/abs/2007.00808. Departure: what is found is drawn
+        from at a fixed step, not as soon as it is found.
     """
 
     def __init__(self, config: PairsConfig, events: Interactions, *, seed: int) -> None:
@@ -69,29 +73,67 @@ class IndexNegatives(Refreshed):
         check_ranks(events.num_users, config.hard_ranks[1])
         self.config, self.events, self.seed = config, events, seed
         self.seen = Seen.of(events)
-        self._ranked_UT: Int32[Tensor, "U T"] | None = None
+        self._found: dict[int, Future[Int32[Tensor, "U T"]]] = {}
+        """By the stretch of the epoch that it is for; 0 alone where a search is for an epoch."""
+        self._turn = threading.Condition()
 
     @property
     def ranked(self) -> RankedNegatives:
-        """What the last search found: rank 0 is scored highest.
+        """What holds at the beginning of the epoch: rank 0 is scored highest."""
+        return self.ranked_at(0)
+
+    def ranked_at(self, batch: int) -> RankedNegatives:
+        """Return what holds for a batch of the epoch; wait until it is found.
 
         Raises:
             ConfigError: Nothing was searched yet.
         """
-        if self._ranked_UT is None:
+        if not self._found:
             raise ConfigError("no hard negatives are mined yet: refresh them with a model first")
-        return RankedNegatives(self._ranked_UT, self.seen)
+        stretch = batch // (self.config.hard_refresh_steps or batch + 1)
+        with self._turn:
+            self._turn.wait_for(lambda: stretch in self._found)
+            found = self._found[stretch]
+        return RankedNegatives(found.result(), self.seen)
 
     def refresh(self, model: Model, epoch: int) -> None:
-        """Search anew with a model in evaluation mode, if it is the turn of this epoch, from 0.
+        """Search again with a model in evaluation mode, if it is the turn of this epoch, from 0.
+
+        With `hard_refresh_steps` it is the turn of the first epoch alone; later ones begin with
+        what the last search of the epoch before found.
 
         Raises:
             ConfigError: The model is no retriever.
             NonFiniteError: An item's vector, or a user's, is NaN or infinite.
         """
         since = epoch + 1 - self.config.hard_from_epoch
-        if since < 0 or since % self.config.hard_refresh:
-            return
+        if self.config.hard_refresh_steps and self._found:
+            self._found = {0: self._found[max(self._found)]}
+        elif since >= 0 and since % self.config.hard_refresh == 0:
+            self._found = {0: _done(self._search(model))}
+
+    def is_due(self, epoch: int, batch: int) -> bool:
+        every = self.config.hard_refresh_steps
+        return bool(every) and bool(self._found) and batch % every == 0
+
+    def start(self, model: Model, batch: int) -> None:
+        """Search in a thread; what is found is for the next stretch."""
+        stretch = batch // self.config.hard_refresh_steps
+        found: Future[Tensor] = Future()
+
+        def search() -> None:
+            try:
+                found.set_result(self._search(model))
+            except Exception as error:  # noqa: BLE001  whoever asks for the result gets it
+                found.set_exception(error)
+
+        threading.Thread(target=search, daemon=True).start()
+        with self._turn:
+            kept = {stretch: self._found[stretch]} if stretch in self._found else {}
+            self._found = {**kept, stretch + 1: found}
+            self._turn.notify_all()
+
+    def _search(self, model: Model) -> Int32[Tensor, "U T"]:
         if not isinstance(model, Retriever):
             raise ConfigError(
                 f"{type(model).__name__} is no retriever: its items have no index",
@@ -106,15 +148,23 @@ class IndexNegatives(Refreshed):
             seed=self.seed,
         )
         with torch.no_grad():
-            self._ranked_UT = _search_all(model, index, self.events, self.config.hard_ranks[1])
+            return _search_all(model, index, self.events, self.config.hard_ranks[1])
 
     def state(self) -> Mapping[str, Tensor]:
-        """Return what a checkpoint keeps."""
-        return {} if self._ranked_UT is None else {"ranked_UT": self._ranked_UT}
+        """Return what a checkpoint keeps; wait for a search that runs."""
+        names = {key: f"ranked_UT.{key}" if key else "ranked_UT" for key in self._found}
+        return {names[key]: found.result() for key, found in self._found.items()}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Take what `state` gave."""
-        self._ranked_UT = state.get("ranked_UT")
+        keys = {name: int(name.partition(".")[2] or 0) for name in state}
+        self._found = {keys[name]: _done(ranked_UT) for name, ranked_UT in state.items()}
+
+
+def _done(ranked_UT: Int32[Tensor, "U T"]) -> "Future[Tensor]":
+    found: Future[Tensor] = Future()
+    found.set_result(ranked_UT)
+    return found
 
 
 def candidate_negatives(retriever: Trained, num: int) -> DrawItems:

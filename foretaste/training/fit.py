@@ -63,6 +63,14 @@ class Refreshed(ABC):
         """Work it out again, before the first step of an epoch (0, 1, …), if it is its turn."""
 
     @abstractmethod
+    def is_due(self, epoch: int, batch: int) -> bool:
+        """Whether something is to be worked out from the weights before a step, beside training."""
+
+    @abstractmethod
+    def start(self, model: Any, batch: int) -> None:
+        """Begin it, in a thread, with a copy of the model that is in evaluation mode."""
+
+    @abstractmethod
     def state(self) -> Mapping[str, Tensor]:
         """Return what a checkpoint keeps."""
 
@@ -283,6 +291,7 @@ class Fit(Generic[Network, Batch]):
         progress, seconds_before = self.progress, self.progress.seconds
         started = last_checkpoint = time.perf_counter()
         while progress.batch < steps_per_epoch and not progress.done:
+            self._start_refresh()
             batch = batches.next()
             if not progress.precision:
                 progress.precision = self._measured_precision(batch)
@@ -302,6 +311,14 @@ class Fit(Generic[Network, Batch]):
                 self._checkpoint()
                 last_checkpoint = now
             progress.done = self._out_of_time(max_seconds)
+
+    def _start_refresh(self) -> None:
+        """Have worked out, beside the next steps, what is due of the weights as they are."""
+        refreshed, progress = self.refreshed, self.progress
+        if refreshed is not None and refreshed.is_due(progress.epoch, progress.batch):
+            self.optimizer.settle()
+            refreshed.start(copy.deepcopy(self._judged()), progress.batch)
+            self.model.train()
 
     def _out_of_time(self, max_seconds: float | None) -> str:
         if max_seconds is None:

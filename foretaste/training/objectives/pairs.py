@@ -47,6 +47,10 @@ class PairsConfig(CandidateConfig):
     often; "index", items that the model itself scores high for the pair's user."""
     hard_refresh: Count = 1
     """Epochs between two searches of the "index", each with the weights at that time."""
+    hard_refresh_steps: CountOrZero = 0
+    """Steps between two searches of the "index" in a thread beside training. What a search finds
+    with the weights of a step is drawn from as many steps later, for as many steps, so that a run
+    goes by its seed. 0 searches when an epoch begins, and training waits."""
     hard_from_epoch: Count = 2
     """The first epoch with hard negatives, counted from 1. It has one for each pair, and each later
     epoch has one more."""

@@ -1,0 +1,85 @@
+"""What hard negatives give and cost: none, found while training waits, and found beside it.
+
+    python benchmarks/hard_negatives.py --data-dir DATA --out benchmarks/results/hard-negatives.json
+
+MF learns one data set with each of three settings: without hard negatives, with those of its index
+searched for at the start of each epoch, and with those searched for in a thread every `--steps`
+steps. The epoch is chosen on the validation part, and the figures are of that part: nothing here
+looks at the test part. Seconds are of the processor, all threads together.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import foretaste as ft
+from foretaste.experiment.record import run_facts
+
+WAYS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "between epochs": {"hard_negatives": 1, "hard_from": "index"},
+    "beside training": {"hard_negatives": 1, "hard_from": "index"},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", default="ml-100k")
+    parser.add_argument("--data-dir", type=Path)
+    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--out", type=Path, required=True)
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    split = ft.leave_last_split(ft.get_dataset(asked.data, data_dir=asked.data_dir).events)
+    rows = []
+    for seed in range(asked.seeds):
+        for way, told in WAYS.items():
+            every = asked.steps if way == "beside training" else 0
+            objective = ft.PairsConfig(
+                **told, hard_refresh_steps=every if told else 0, hard_from_epoch=5
+            )
+            rows.append({"way": way, "seed": seed, **measured(split, objective, asked, seed)})
+            print(rows[-1], flush=True)
+    means = {
+        way: {
+            name: round(float(np.mean([row[name] for row in rows if row["way"] == way])), 4)
+            for name in ("ndcg_at_10", "cpu_seconds")
+        }
+        for way in WAYS
+    }
+    document = {"data": asked.data, "part": "validation", "epochs": asked.epochs, "means": means}
+    document |= {"rows": rows, **run_facts()}
+    asked.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    print(means)
+
+
+def measured(
+    split: ft.Split, objective: ft.PairsConfig, asked: argparse.Namespace, seed: int
+) -> dict[str, Any]:
+    started = time.process_time()
+    trained = ft.fit(
+        ft.MFConfig(embedding_dim=32),
+        split,
+        seed=seed,
+        objective=objective,
+        training=ft.TrainingConfig(epochs=asked.epochs, batch_events=1024, learning_rate=0.003),
+        show=False,
+    )
+    seconds = time.process_time() - started
+    report = ft.evaluate(trained, split.validation, k=(10,))
+    return {
+        "ndcg_at_10": report.metrics["ndcg_at_10"],
+        "cpu_seconds": round(seconds, 1),
+        "epochs": len(trained.log["epochs"]),
+    }
+
+
+if __name__ == "__main__":
+    main()
