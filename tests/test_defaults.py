@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import foretaste as ft
-from foretaste.experiment.learning import l2_factor, usual_objective
+from foretaste.experiment.learning import RunOptions, l2_factor, usual_objective
 from foretaste.experiment.run import fit_final, run_experiment
 from foretaste.experiment.search_space import usual_space, with_drawn, with_own_objective
 from foretaste.experiment.validation import make_validation
@@ -67,7 +67,9 @@ def test_where_nothing_can_be_tried_the_usual_strengths_are_taken(config: Streng
 def test_a_run_on_all_events_keeps_the_strengths_that_validation_chose() -> None:
     split, config = groups(), recipe({"kind": "item_knn"})
     chosen = ft.fit(config.model, split, show=False)
-    final = fit_final(chosen, config.model_copy(update={"final": "all"}), split, show=False)
+    final = fit_final(
+        chosen, config.model_copy(update={"final": "all"}), split, RunOptions(show=False)
+    )
     assert final.config == chosen.config
     assert "tried" not in final.log
 

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 import foretaste as ft
-from foretaste.cli.show import DataDir, JsonFlag, ReplaceFlag, answer, heading, log, pairs, table
+from foretaste.cli.show import DataDir, JsonFlag, ReplaceFlag, answer, log, pairs, table
 
 Bundle = Annotated[Path, typer.Argument(help="Folder of a bundle.")]
 Features = Annotated[str | None, typer.Option(help='Its features, as JSON: {"genres": ["Comedy"]}')]
@@ -278,11 +278,7 @@ def quickstart(
 ) -> None:
     """Train, measure and serve a recommender on MovieLens-100K, in a few minutes."""
     found = ft.run_quickstart(out, data_dir=data_dir, replace=replace, say=log)
-    tables = [
-        table(part.title, ("model", *map(heading, part.columns)), part.rows)
-        for part in found.tables
-    ]
-    answer(found.to_json(), *tables, *found.sentences, as_json=as_json)
+    answer(found.to_json(), *found.tables, *found.sentences, as_json=as_json)
     log(f"to serve it again: foretaste serve {out}")
     if serve:
         settings = ft.ServerSettings(port=port)

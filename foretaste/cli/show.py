@@ -114,11 +114,6 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) 
     return made
 
 
-def heading(metric: str) -> str:
-    """Return a metric's name as people write it: `hit_rate_at_10` is "hit rate @10"."""
-    return metric.replace("_at_", " @").replace("_", " ")
-
-
 def pairs(title: str, values: Mapping[str, object]) -> Table:
     """Return names and values, one a line."""
     return table(title, ("", "value"), [(name, _cell(value)) for name, value in values.items()])

@@ -27,6 +27,7 @@ from foretaste.experiment.compare_table import (
     ModelComparison,
     comparison_svg,
 )
+from foretaste.experiment.learning import RunOptions
 from foretaste.experiment.recipe import ExperimentConfig, read_experiment
 from foretaste.experiment.run import (
     FIRST_RUN,
@@ -82,6 +83,7 @@ def compare_models(
     replace: bool = False,
     say: Callable[[str], object] | None = None,
     seeds: Sequence[Seed] | None = None,
+    keep: str = "",
 ) -> ModelComparison:
     """Train several models and the baselines on one split, measure all on its test part, choose.
 
@@ -108,34 +110,21 @@ def compare_models(
         say: Told what is being done; with it, trainings show their progress.
         seeds: Each recipe's model is trained once with each, and figures are means over them;
             baselines, and models that draw nothing, are trained once. None: those of the recipes.
+        keep: Name of the recipe whose model is trained on all events and written as the bundle;
+            "": the one to take.
 
     Raises:
         ConfigError: Before any training: there is no recipe, they are not of one data set and
             split, some are measured by lists and others are not, they name other positives, other
             seeds, or a seed twice, or the budget is not above 0; by rows, a model predicts no
             labels, they have no task in common, or other numbers of items are drawn for their
-            rows. After it: none of the models could be measured.
+            rows. After it: none of the models could be measured, or the one to `keep` could not.
         BundleError: The folder holds a bundle and `replace` is false, or something else under the
             name `bundle`.
         DataError: The folder holds a comparison and `replace` is false, or cannot be written.
     """
-    if budget_seconds is not None and not budget_seconds > 0:
-        raise ConfigError(
-            f"budget_seconds is {budget_seconds}: give more than 0 s, or no budget",
-            name="budget_seconds",
-            value=budget_seconds,
-        )
     folder = None if folder is None else Path(folder)
-    if folder is not None:
-        check_place(folder / "bundle", "bundle", replace=replace)
-        for file in _FILES:
-            check_place(folder / file, replace=replace)
-    if not split.has_test:
-        raise ConfigError(
-            "split.test is 0, so nothing can be compared: set it above 0",
-            name="split.test",
-            value=0,
-        )
+    _check(split, budget_seconds, folder, replace=replace)
     plan = plan_of(recipes, split, seeds)
     trainings = sum(len(entry.seeds) for entry in plan.entries) + (folder is not None)
     clock = _Clock(budget_seconds, trainings)
@@ -150,12 +139,36 @@ def compare_models(
                 measured.append(found)
         comparison = compare_measured(measured, failed, split, plan, budget_seconds)
         if folder is not None:
-            (pick,) = (found for found in measured if found.name == comparison.pick)
-            recommender, note = _final(pick, plan, clock, say)
+            name = keep or comparison.pick
+            kept = next((found for found in measured if found.name == name), None)
+            if kept is None:
+                raise ConfigError(f"{name} could not be measured", name="keep", value=name)
+            recommender, note = _final(kept, plan, clock, say)
             recommender.save(folder / "bundle", replace=replace)
             comparison = replace_fields(comparison, notes=(*comparison.notes, note))
             _write(comparison, folder, replace=replace)
     return comparison
+
+
+def _check(
+    split: Split, budget_seconds: float | None, folder: Path | None, *, replace: bool
+) -> None:
+    if budget_seconds is not None and not budget_seconds > 0:
+        raise ConfigError(
+            f"budget_seconds is {budget_seconds}: give more than 0 s, or no budget",
+            name="budget_seconds",
+            value=budget_seconds,
+        )
+    if folder is not None:
+        check_place(folder / "bundle", "bundle", replace=replace)
+        for file in _FILES:
+            check_place(folder / file, replace=replace)
+    if not split.has_test:
+        raise ConfigError(
+            "split.test is 0, so nothing can be compared: set it above 0",
+            name="split.test",
+            value=0,
+        )
 
 
 class _Clock:
@@ -263,13 +276,8 @@ def _final(
     if say is not None:
         say(f"training {pick.name} again, on all events")
     try:
-        trained = fit_final(
-            measured.trained,
-            config,
-            entry.split,
-            show=say is not None,
-            max_seconds=clock.share(entry),
-        )
+        options = RunOptions(show=say is not None, max_seconds=clock.share(entry))
+        trained = fit_final(measured.trained, config, entry.split, options)
     except (ForetasteError, MemoryError, RuntimeError) as error:  # torch's of short memory
         reason = str(error) or type(error).__name__
         return measured, f"bundle: {pick.name} as measured; training on all events failed: {reason}"

@@ -25,7 +25,12 @@ from foretaste.data.interactions import Interactions
 from foretaste.data.rows import happened_split, positives_of
 from foretaste.data.splits import Split
 from foretaste.errors import ConfigError, DataError
-from foretaste.experiment.learning import make_learning, needs_one_process, usual_objective
+from foretaste.experiment.learning import (
+    RunOptions,
+    make_learning,
+    needs_one_process,
+    usual_objective,
+)
 from foretaste.experiment.mining import candidate_negatives
 from foretaste.experiment.search_space import Learner, ShortSearch
 from foretaste.experiment.two_stage import Candidates, FirstStage, check_same, fit_two_stage
@@ -111,7 +116,14 @@ def fit(
         TooLargeError: The model would not fit in memory.
     """
     started, show = time.perf_counter(), show and processes.is_first()
-    folder = None if folder is None else Path(folder)
+    options = RunOptions(
+        folder=None if folder is None else Path(folder),
+        resume=resume,
+        show=show,
+        on_epoch=on_epoch,
+        on_cost=on_cost,
+        max_seconds=max_seconds,
+    )
     asked = _asked(training)
     if not (tasks_of(config) and isinstance(objective, RowsConfig | NoneType)):
         _refuse_positive(config, objective)
@@ -121,44 +133,27 @@ def fit(
     if candidates is not None:
         check_same(candidates.retriever.events, events, "the candidates and the split")
     features = _features_of(features, events)
-    fit_part = partial(
-        fit,
-        split=split,
-        seed=seed,
-        features=features,
-        resume=resume,
-        show=show,
-        on_cost=on_cost,
-    )
+    fit_part = partial(fit, split=split, seed=seed, features=features)
     learner = _to_search(config, objective, asked, candidates, events, features)
     if learner is not None:
-        return _search_and_fit(
-            learner, split, fit_part, folder=folder, on_epoch=on_epoch, max_seconds=max_seconds
-        )
+        return _search_and_fit(learner, split, fit_part, options, seed=seed)
     if isinstance(config, TwoStageConfig):
         return fit_two_stage(
             config,
             fit_part,
             split,
+            options,
             training=asked,
             objective=objective,
             first_stage=first_stage or FirstStage(),
-            folder=folder,
-            on_epoch=on_epoch,
-            max_seconds=max_seconds,
         )
     positive = objective.positive if isinstance(objective, RowsConfig) else ""
     config = settled(config, events, positive=positive, ordered=split.ordered)
-    config, tried = _with_strengths(config, split, fit_part, show=show)
+    config, tried = _with_strengths(config, split, partial(fit_part, show=show), show=show)
     training = asked.settled(config.usual.training, len(events))
     pretraining = pretraining_of(config)
-    parts = _fit_parts(
-        pretraining,
-        partial(fit_part, objective=objective, candidates=candidates),
-        training=asked,
-        folder=folder,
-        max_seconds=max_seconds,
-    )
+    fit_part = partial(fit_part, objective=objective, candidates=candidates)
+    parts = _fit_parts(pretraining, fit_part, asked, options)
     torch.manual_seed(seed)
     graph = graph_for(config, events)
     model = build_model(
@@ -204,16 +199,11 @@ def fit(
             found, epochs = _learn(
                 make(),
                 split,
+                options.at_most(1 / (1 + len(parts))),
                 name=config.kind,
                 training=training,
                 objective=objective,
                 graph=graph,
-                folder=folder,
-                resume=resume,
-                show=show,
-                on_epoch=on_epoch,
-                on_cost=on_cost,
-                max_seconds=None if max_seconds is None else max_seconds / (1 + len(parts)),
                 candidates=candidates,
             )
             log |= found
@@ -259,41 +249,32 @@ def _to_search(
 
 
 def _search_and_fit(
-    own: Learner,
-    split: Split,
-    fit_part: "partial[Trained]",
-    *,
-    folder: Path | None,
-    on_epoch: Callable[[Epoch], None] | None,
-    max_seconds: float | None,
+    own: Learner, split: Split, fit_part: Callable[..., Trained], options: RunOptions, *, seed: int
 ) -> Trained:
     """Search settings, for a third of the time at most, and train with what was found."""
-    started, shared = time.perf_counter(), fit_part.keywords
-    file = None if folder is None else folder / "search.json"
-    if shared["resume"] and file is not None and file.is_file():
+    started, max_seconds = time.perf_counter(), options.max_seconds
+    file = None if options.folder is None else options.folder / "search.json"
+    if options.resume and file is not None and file.is_file():
         log = json.loads(file.read_text(encoding="utf-8"))
         learner = parse_settings(Learner, log["found"], source=str(file))
     else:
         learner, log = ShortSearch(
             own=own,
-            fit_one=partial(fit_part, resume=False, show=False, on_cost=None),
+            fit_one=partial(fit_part, show=False),
             split=split,
-            seed=shared["seed"],
-            max_seconds=None if max_seconds is None else max_seconds / 3,
-            say=say if shared["show"] else str,
+            seed=seed,
+            max_seconds=options.at_most(1 / 3).max_seconds,
+            say=say if options.show else str,
         ).run()
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
             with whole_file(file, replace=True) as part:
                 part.write_text(json.dumps(log), encoding="utf-8")
-    used = time.perf_counter() - started
+    if max_seconds is not None:
+        left = max_seconds - (time.perf_counter() - started)
+        options = replace(options, max_seconds=max(0.0, left))
     trained = fit_part(
-        learner.model,
-        training=learner.training,
-        objective=learner.objective,
-        folder=folder,
-        on_epoch=on_epoch,
-        max_seconds=None if max_seconds is None else max(0.0, max_seconds - used),
+        learner.model, training=learner.training, objective=learner.objective, **vars(options)
     )
     seconds = time.perf_counter() - started
     return replace(trained, log={**trained.log, "search": log}, train_seconds=seconds)
@@ -376,10 +357,8 @@ def _finish(model: Model, events: Interactions) -> None:
 def _fit_parts(
     pretraining: Pretraining | None,
     fit_part: Callable[..., Trained],
-    *,
     training: TrainingConfig,
-    folder: Path | None,
-    max_seconds: float | None,
+    options: RunOptions,
 ) -> dict[str, Trained]:
     """Train what a model starts from, if it starts from something, each for a third of the time."""
     if pretraining is None:
@@ -389,8 +368,7 @@ def _fit_parts(
         part.kind: fit_part(
             part,
             training=training.model_copy(update={"epochs": epochs}),
-            folder=None if folder is None else folder / part.kind,
-            max_seconds=None if max_seconds is None else max_seconds / 3,
+            **vars(options.part(part.kind, share=1 / 3)),
         )
         for part in pretraining.parts
     }
@@ -399,17 +377,12 @@ def _fit_parts(
 def _learn(
     untrained: Trained,
     split: Split,
+    options: RunOptions,
     *,
     name: str,
     training: TrainingConfig,
     objective: ObjectiveConfig,
     graph: Graph | None,
-    folder: Path | None,
-    resume: bool,
-    show: bool,
-    on_epoch: Callable[[Epoch], None] | None,
-    on_cost: Callable[[Cost], None] | None,
-    max_seconds: float | None,
     candidates: Candidates | None,
 ) -> tuple[dict[str, object], int]:
     """Run the training loop on a model's weights; return its log and the epochs it chose."""
@@ -429,7 +402,7 @@ def _learn(
         mine=_mined(objective, candidates),
         offered=None if candidates is None else candidates.offered,
     )
-    if show:
+    if options.show:
         say(_decided(training, objective))
     validation = make_validation(
         untrained,
@@ -447,21 +420,11 @@ def _learn(
         validate=None if validation is None else validation.value,
         validate_every=None if validation is None else validation.every,
         level=-math.inf if validation is None else validation.level,
-        folder=folder,
+        folder=options.folder,
         refreshed=learning.refreshed,
-        data=events.fingerprint() if folder or processes.share() != WHOLE else "",
+        data=events.fingerprint() if options.folder or processes.share() != WHOLE else "",
     )
-    log, epochs = _run(
-        run,
-        training,
-        validation=validation,
-        name=name,
-        resume=resume,
-        show=show,
-        on_epoch=on_epoch,
-        on_cost=on_cost,
-        max_seconds=max_seconds,
-    )
+    log, epochs = _run(run, training, validation, options, name=name)
     if isinstance(learning.objective, LabelledRows) and learning.objective.sigmas():
         log["sigma"] = learning.objective.sigmas()
     return log, epochs
@@ -488,22 +451,16 @@ def _mined(objective: ObjectiveConfig, candidates: Candidates | None) -> DrawIte
 def _run(
     run: Fit[Any, Any],
     training: TrainingConfig,
-    *,
     validation: Validation | None,
+    options: RunOptions,
+    *,
     name: str,
-    resume: bool,
-    show: bool,
-    on_epoch: Callable[[Epoch], None] | None,
-    on_cost: Callable[[Cost], None] | None,
-    max_seconds: float | None,
 ) -> tuple[dict[str, object], int]:
+    show, max_seconds = options.show, options.max_seconds
     with ShowProgress(training.rounds) as display:
-        on_epochs = [*([display.epoch] if show else ()), *([on_epoch] if on_epoch else ())]
-        on_costs = [
-            *([partial(display.cost, name)] if show else ()),
-            *([on_cost] if on_cost else ()),
-        ]
-        watch = CostWatch(run, on_costs, max_seconds=max_seconds)
+        on_epochs = [display.epoch if show else None, options.on_epoch]
+        on_costs = [partial(display.cost, name) if show else None, options.on_cost]
+        watch = CostWatch(run, [tell for tell in on_costs if tell], max_seconds=max_seconds)
         if show and validation is not None:
             display.say(str(validation))
 
@@ -514,9 +471,12 @@ def _run(
 
         def epoch(ended: Epoch) -> None:
             for tell in (*on_epochs, watch.epoch):
-                tell(ended)
+                if tell is not None:
+                    tell(ended)
 
-        progress = run.run(resume=resume, on_epoch=epoch, on_step=step, max_seconds=max_seconds)
+        progress = run.run(
+            resume=options.resume, on_epoch=epoch, on_step=step, max_seconds=max_seconds
+        )
         judged = _judged(validation, progress)
         if show and judged["advice"]:
             display.say(str(judged["advice"]))

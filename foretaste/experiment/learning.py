@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,7 +41,7 @@ from foretaste.sampling.negatives import (
 )
 from foretaste.sampling.samplers import PopularitySampler, UniformSampler
 from foretaste.training import processes
-from foretaste.training.fit import Refreshed
+from foretaste.training.fit import Epoch, Refreshed
 from foretaste.training.objectives.catalogue import ObjectiveConfig
 from foretaste.training.objectives.pairs import Hardness, Pairs, PairsConfig, hardness
 from foretaste.training.objectives.rows import LabelledRows, RowsConfig
@@ -51,9 +52,35 @@ from foretaste.training.objectives.sequences import (
     NextItemConfig,
 )
 from foretaste.training.prefetch import WorkedPlan
+from foretaste.training.progress import Cost
 from foretaste.training.runtime import epoch_generator, step_seed
 
 _OBJECTIVES: TypeAdapter[ObjectiveConfig] = TypeAdapter(ObjectiveConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """How a training is run and watched, as `fit` takes it; the result does not depend on it,
+    unless its time is over.
+    """
+
+    folder: Path | None = None
+    """Where checkpoints and the log of steps go."""
+    resume: bool = False
+    show: bool = True
+    on_epoch: Callable[[Epoch], None] | None = None
+    on_cost: Callable[[Cost], None] | None = None
+    max_seconds: float | None = None
+
+    def part(self, name: str, *, share: float = 1.0) -> "RunOptions":
+        """Return those of a part of the run: in a folder of its own, for a share of the time."""
+        folder = None if self.folder is None else self.folder / name
+        return replace(self.at_most(share), folder=folder, on_epoch=None)
+
+    def at_most(self, share: float) -> "RunOptions":
+        """Return the same, for a share of the time."""
+        seconds = None if self.max_seconds is None else self.max_seconds * share
+        return replace(self, max_seconds=seconds)
 
 
 def usual_objective(

@@ -1,7 +1,7 @@
 """From a recipe to a trained, measured model: data, split, fit, evaluate, and a final fit."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,7 @@ from foretaste.evaluation.protocol import evaluate, to_find
 from foretaste.evaluation.report import Report, RowsReport, calibrate
 from foretaste.evaluation.rows import evaluate_rows, ranker_of, rows_settings
 from foretaste.experiment.fit import fit
+from foretaste.experiment.learning import RunOptions
 from foretaste.experiment.recipe import (
     EvaluationConfig,
     ExperimentConfig,
@@ -209,22 +210,15 @@ def run_experiment(
         NonFiniteError: Training left the finite numbers.
     """
     folder, is_first = None if folder is None else Path(folder), processes.is_first()
+    options = RunOptions(folder=folder, resume=resume, show=show, max_seconds=max_seconds)
     check_measurable(config, split)
     if folder is not None and not resume and is_first:
         forget_checkpoint(folder / _FINAL)
     name, settings = config.model.kind, config.model_dump(mode="json")
     with followed(track if is_first else None, folder, name=name, settings=settings) as tracker:
         told = None if tracker is None else partial(_tell, tracker)
-        trained = _fit(
-            config,
-            split,
-            folder=folder,
-            resume=resume,
-            on_epoch=told,
-            on_cost=partial(_say_final, config, split) if show else None,
-            show=show,
-            max_seconds=max_seconds,
-        )
+        say_final = partial(_say_final, config, split) if show else None
+        trained = _fit(config, split, replace(options, on_epoch=told, on_cost=say_final))
         if is_first:
             trained = with_calibration(trained, config.evaluation, split)
         measured = split.has_test and is_first
@@ -233,29 +227,14 @@ def run_experiment(
             tracker.log_metrics(report.metrics, step=0)
     if config.final == "none":
         return Run(trained=trained, report=report)
-    refitted = fit_final(
-        trained,
-        config,
-        split,
-        folder=None if folder is None else folder / _FINAL,
-        resume=resume,
-        show=show,
-        max_seconds=max_seconds,
-    )
+    refitted = fit_final(trained, config, split, options.part(_FINAL))
     measurable = config.final == "validation" and split.has_test and is_first
     again = evaluate_split(refitted, config, split) if measurable else None
     return Run(trained=trained, report=report, refitted=refitted, refitted_report=again)
 
 
 def fit_final(
-    trained: Trained,
-    config: ExperimentConfig,
-    split: Split,
-    *,
-    folder: Path | None = None,
-    resume: bool = False,
-    show: bool = True,
-    max_seconds: float | None = None,
+    trained: Trained, config: ExperimentConfig, split: Split, options: RunOptions
 ) -> Trained:
     """Train a recipe's model once more, on as much as its `final` says.
 
@@ -263,24 +242,12 @@ def fit_final(
         trained: Of the first run: it chose the epochs, and what is fitted to validation is kept.
         config: The recipe.
         split: Its data.
-        folder: Where checkpoints go.
-        resume: Go on from the checkpoint there.
-        show: Report progress on standard error.
-        max_seconds: Stop the training loop after so long.
+        options: Of this training alone.
     """
     config = _with_chosen_epochs(_with_found(config, trained.log), trained.epochs)
     if isinstance(trained.config, StrengthConfig):
         config = config.model_copy(update={"model": trained.config})
-    refitted = _fit(
-        config,
-        _final_split(config, split),
-        folder=folder,
-        resume=resume,
-        on_epoch=None,
-        on_cost=None,
-        show=show,
-        max_seconds=max_seconds,
-    )
+    refitted = _fit(config, _final_split(config, split), options)
     return replace(refitted, calibration=trained.calibration)  # it has seen validation's rows
 
 
@@ -433,17 +400,7 @@ def _tell(tracker: Tracker, epoch: Epoch) -> None:
     tracker.log_metrics({n: v for n, v in found.items() if v is not None}, step=epoch.epoch)
 
 
-def _fit(
-    config: ExperimentConfig,
-    split: Split,
-    *,
-    folder: Path | None,
-    resume: bool,
-    on_epoch: Callable[[Epoch], None] | None,
-    on_cost: Callable[[Cost], None] | None,
-    show: bool,
-    max_seconds: float | None,
-) -> Trained:
+def _fit(config: ExperimentConfig, split: Split, options: RunOptions) -> Trained:
     trained = fit(
         config.model,
         split,
@@ -451,13 +408,8 @@ def _fit(
         training=config.training,
         objective=config.objective,
         features=config.features,
-        folder=folder,
-        resume=resume,
-        on_epoch=on_epoch,
-        on_cost=on_cost,
-        show=show,
-        max_seconds=max_seconds,
         first_stage=config.first_stage,
+        **vars(options),
     )
     config = _with_found(config, trained.log)
     return replace(trained, settings=config.model_dump(mode="json"))

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
@@ -19,14 +18,16 @@ from foretaste.data.splits import Split
 from foretaste.errors import ConfigError, DataError
 from foretaste.evaluation.compare import RankingGain, compare
 from foretaste.evaluation.report import Report
+from foretaste.experiment.learning import RunOptions
 from foretaste.experiment.mining import Fold, fit_folds, offer
 from foretaste.models.base import Model, Ranker
 from foretaste.models.catalogue import TwoStage, TwoStageConfig, build_model
-from foretaste.training.fit import Epoch
 from foretaste.training.objectives.catalogue import ObjectiveConfig
 from foretaste.training.objectives.rows import RowsConfig
 from foretaste.training.settings import TrainingConfig
 from foretaste.training.trained import Trained
+
+_NO_OPTIONS = RunOptions()
 
 
 class FirstStage(Config):
@@ -110,8 +111,7 @@ def fit_first_stage(
     *,
     first_stage: FirstStage,
     positive: str = "",
-    folder: Path | None = None,
-    max_seconds: float | None = None,
+    options: RunOptions = _NO_OPTIONS,
 ) -> FirstFitted:
     """Fit a retriever, and one more for each fold.
 
@@ -121,24 +121,21 @@ def fit_first_stage(
         split: What they learn from.
         first_stage: How.
         positive: Column whose values above 0 make an event one that happened; "": every event is.
-        folder: Where checkpoints go, in a folder of their own below it.
-        max_seconds: Of all of them together.
+        options: Of all of them together; checkpoints go to a folder below theirs.
     """
     fit_retriever = partial(
         fit_part,
         config.retriever,
         training=first_stage.training,
         objective=first_stage.objective,
-        max_seconds=None if max_seconds is None else max_seconds / (1 + first_stage.folds),
     )
-    retriever = fit_retriever(
-        split=happened_split(split, positive),
-        folder=None if folder is None else folder / "retriever",
-    )
+    options = options.part("retriever", share=1 / (1 + first_stage.folds))
+    retriever = fit_retriever(split=happened_split(split, positive), **vars(options))
     if not first_stage.folds:
         return FirstFitted(retriever=retriever)
+    unsaved = vars(replace(options, folder=None, resume=False))
     folds = fit_folds(
-        lambda part: fit_retriever(split=part, resume=False),
+        lambda part: fit_retriever(split=part, **unsaved),
         split,
         first_stage.folds,
         seed=retriever.seed,
@@ -150,13 +147,11 @@ def fit_two_stage(
     config: TwoStageConfig,
     fit_part: Callable[..., Trained],
     split: Split,
+    options: RunOptions,
     *,
     training: TrainingConfig | None,
     objective: ObjectiveConfig | None,
     first_stage: FirstStage,
-    folder: Path | None,
-    on_epoch: Callable[[Epoch], None] | None,
-    max_seconds: float | None,
 ) -> Trained:
     """Fit a retriever, then a ranker whose negatives are its candidates, and join them.
 
@@ -164,12 +159,10 @@ def fit_two_stage(
         config: Both models.
         fit_part: `fit`, with all that both stages share.
         split: What they learn from.
+        options: Of both together; half of the time is the retriever's.
         training: The ranker's.
         objective: The ranker's; None: zeros drawn half from the candidates, half from all items.
         first_stage: The retriever's.
-        folder: Where checkpoints go; the retriever's in a folder of its own below it.
-        on_epoch: Told of each of the ranker's epochs.
-        max_seconds: Of both together; half of it is the retriever's.
 
     Raises:
         ConfigError: The ranker cannot learn by this objective.
@@ -183,24 +176,21 @@ def fit_two_stage(
             name="objective.kind",
             value=objective.kind,
         )
-    half = None if max_seconds is None else max_seconds / 2
+    options = options.at_most(1 / 2)
     first = fit_first_stage(
         config,
         fit_part,
         split,
         first_stage=first_stage,
         positive=objective.positive,
-        folder=folder,
-        max_seconds=half,
+        options=options,
     )
     ranker = fit_part(
         config.ranker,
         training=training,
         objective=objective,
-        folder=folder,
-        on_epoch=on_epoch,
-        max_seconds=half,
         candidates=first.candidates(config, split, objective),
+        **vars(options),
     )
     return two_stage(
         first.retriever,
