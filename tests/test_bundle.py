@@ -16,11 +16,11 @@ import torch
 from foretaste.config import Config
 from foretaste.data.folder import FileEntry, entry_of, list_files, read_manifest
 from foretaste.errors import BundleError
-from foretaste.plain_values import json_value
 from foretaste.retrieval.index import IndexChoice
 from foretaste.serving.building import build_recommender, load
 from foretaste.serving.bundle import PLACES, BundleManifest, read_bundle
 from foretaste.serving.recommender import Recommender
+from foretaste.shown import json_value
 from foretaste.training.objectives.rows import RowsConfig
 from foretaste.training.trained import Trained
 from tests.worlds import CONFIGS, make_events, make_trained

@@ -21,7 +21,7 @@ import pytest
 import foretaste as ft
 from foretaste.cli.main import run
 from foretaste.cli.show import answer, one_line, pairs, table
-from foretaste.plain_values import json_value
+from foretaste.shown import json_value
 
 LONG = "SKU/0001-ÄÖ-" + "long-" * 30 + "end"
 

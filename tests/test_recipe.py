@@ -20,7 +20,7 @@ from foretaste.experiment.recipe import (
     with_overrides,
 )
 from foretaste.experiment.run import read_split
-from foretaste.plain_values import to_toml
+from foretaste.shown import to_toml
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.toml"))
 SMALL = """

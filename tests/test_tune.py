@@ -20,7 +20,7 @@ from foretaste.experiment.recipe import without_defaults
 from foretaste.experiment.search_space import distributions, with_drawn
 from foretaste.experiment.tune import tune
 from foretaste.models.catalogue import CLOSED_FORM
-from foretaste.plain_values import to_toml
+from foretaste.shown import to_toml
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 

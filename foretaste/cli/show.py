@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from foretaste.plain_values import json_value
+from foretaste.shown import json_value
 
 ReplaceFlag = Annotated[
     bool, typer.Option("--replace", help="Replace what an earlier run wrote there.")

@@ -15,7 +15,7 @@ from foretaste.data.columns import in_words
 from foretaste.data.features_values import Held, held_by, is_text, numbers_of, texts_of
 from foretaste.data.interactions import Interactions
 from foretaste.errors import ConfigError
-from foretaste.plain_values import toml_key, toml_value
+from foretaste.shown import toml_key, toml_value
 
 
 class CategoricalField(Config):

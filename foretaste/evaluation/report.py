@@ -24,8 +24,7 @@ from foretaste.data.tasks import Task
 from foretaste.errors import DataError
 from foretaste.evaluation.bootstrap import Interval
 from foretaste.evaluation.row_metrics import Method, Reliability, TaskRows, fit_calibration
-from foretaste.plain_values import json_value
-from foretaste.shown import Shown
+from foretaste.shown import Shown, json_value
 from foretaste.training.calibration import Calibration
 
 _FORMAT = 1

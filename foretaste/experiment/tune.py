@@ -22,7 +22,7 @@ from foretaste.experiment.fit import fit
 from foretaste.experiment.recipe import ExperimentConfig, without_defaults
 from foretaste.experiment.search_space import distributions, with_drawn, with_own_objective
 from foretaste.experiment.validation import STOP_METRIC, make_validation
-from foretaste.plain_values import to_toml
+from foretaste.shown import to_toml
 from foretaste.training.fit import Epoch
 
 _STUDY, _BEST, _TRIALS = _FILES = ("study.db", "best.toml", "trials.json")

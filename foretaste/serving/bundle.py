@@ -45,11 +45,11 @@ from foretaste.data.splits import LearnedFrom
 from foretaste.data.store import fill_store, open_store
 from foretaste.errors import BundleError
 from foretaste.models.catalogue import ModelConfig, as_written, build_model
-from foretaste.plain_values import json_value
 from foretaste.retrieval.choose import load_index
 from foretaste.retrieval.index import ItemIndex
 from foretaste.serving.format_1 import weights_of_format_1
 from foretaste.serving.self_test import StoredAnswers
+from foretaste.shown import json_value
 from foretaste.training.calibration import Calibration
 from foretaste.training.objectives.catalogue import ObjectiveConfig
 from foretaste.training.trained import Trained

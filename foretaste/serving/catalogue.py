@@ -8,10 +8,10 @@ import numpy as np
 import polars as pl
 
 from foretaste.data.interactions import Interactions
-from foretaste.plain_values import json_value
 from foretaste.serving.answer import title_column
 from foretaste.serving.messages import Item, PastEvent
 from foretaste.serving.state import LiveEvent
+from foretaste.shown import json_value
 
 KEPT_ITEMS = 65_536
 """So many items are kept as they are shown: most answers name the same ones."""

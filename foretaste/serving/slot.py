@@ -14,13 +14,13 @@ from pydantic import JsonValue, TypeAdapter
 
 from foretaste.data.folder import regular_bytes
 from foretaste.errors import BundleError, ForetasteError
-from foretaste.plain_values import json_value
 from foretaste.serving.building import load
 from foretaste.serving.catalogue import Catalogue
 from foretaste.serving.recommender import Recommender
 from foretaste.serving.self_test import check_answers
 from foretaste.serving.state import Choice
 from foretaste.serving.versions import Versions
+from foretaste.shown import json_value
 
 _JSON: TypeAdapter[JsonValue] = TypeAdapter(JsonValue)
 

@@ -18,9 +18,9 @@ from foretaste.errors import BundleError
 from foretaste.later import later
 
 if TYPE_CHECKING:
-    from foretaste.models.layers import code_loops
+    from foretaste.data import loops
 else:
-    code_loops = later("foretaste.models.layers.code_loops")
+    loops = later("foretaste.data.loops")
 faiss = later("faiss")
 
 CODES = 256
@@ -87,7 +87,7 @@ class Codes:
         """Return the product of each query with every row."""
         part_BMC, code_RM = self._parts(query_BD), self.code_RM.numpy()
         score_BR = np.empty((len(query_BD), len(self)), dtype=np.float32)
-        _in_threads(len(query_BD), lambda b: code_loops.sums(code_RM, part_BMC[b], score_BR[b]))
+        _in_threads(len(query_BD), lambda b: loops.code_sums(code_RM, part_BMC[b], score_BR[b]))
         return torch.from_numpy(score_BR)
 
     def best(
@@ -117,7 +117,7 @@ class Codes:
             none = (
                 np.zeros(len(self), np.bool_) if left_out_R is None else left_out_R.numpy().copy()
             )
-            code_loops.best(code_RM, part_BMC[b], none, left_out[b], score_BK[b], row_BK[b])
+            loops.best_by_codes(code_RM, part_BMC[b], none, left_out[b], score_BK[b], row_BK[b])
 
         _in_threads(len(query_BD), work)
         found_BK, order_BK = torch.from_numpy(score_BK).sort(dim=1, descending=True, stable=True)
