@@ -11,7 +11,7 @@ from torch import Tensor
 
 from foretaste.data.interactions import Interactions
 from foretaste.errors import ConfigError, DataError
-from foretaste.losses.candidates import (
+from foretaste.losses import (
     bpr_loss_gradient,
     hardest,
     margin_loss_gradient,

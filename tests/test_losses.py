@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from foretaste.losses.candidates import (
+from foretaste.losses import (
     bce_loss_gradient,
     chunked_loss,
     gbce_power,

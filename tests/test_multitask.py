@@ -15,7 +15,7 @@ from foretaste.data.batch import Queries, RowBatch
 from foretaste.data.plans import Plan
 from foretaste.data.tasks import LabelScale, Task, in_own_unit, label_scale, standardised
 from foretaste.errors import DataError
-from foretaste.losses.multitask import (
+from foretaste.losses import (
     binary_loss,
     ordinal_loss,
     regression_loss,

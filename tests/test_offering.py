@@ -16,7 +16,7 @@ from foretaste.data.splits import TRAIN
 from foretaste.data.tasks import Task
 from foretaste.errors import ConfigError, DataError
 from foretaste.experiment.mining import Fold, fit_folds, offer
-from foretaste.losses.multitask import listwise_loss
+from foretaste.losses import listwise_loss
 from foretaste.models.base import Ranker
 from foretaste.models.layers.heads import Heads
 from foretaste.training.objectives.rows import LabelledRows, RowsConfig

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from foretaste.config import Config, CountOrZero, Positive
 from foretaste.data.arrays import check_fits
 from foretaste.data.interactions import Interactions
-from foretaste.losses.candidates import (
+from foretaste.losses import (
     LossGradient,
     bce_loss_gradient,
     bpr_loss_gradient,

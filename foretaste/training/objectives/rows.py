@@ -16,7 +16,7 @@ from foretaste.config import Config, CountOrZero
 from foretaste.data.arrays import check_fits
 from foretaste.data.batch import RowBatch
 from foretaste.data.tasks import LabelScale, Task
-from foretaste.losses.multitask import listwise_loss, task_loss, uncertain_terms
+from foretaste.losses import listwise_loss, task_loss, uncertain_terms
 from foretaste.models.base import Ranker
 from foretaste.training import processes
 
