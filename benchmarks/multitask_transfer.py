@@ -19,7 +19,7 @@ import foretaste as ft
 from foretaste.evaluation.chart import gates_svg, read_gates
 from foretaste.evaluation.compare import transfer
 from foretaste.experiment.record import run_facts
-from foretaste.models.multitask import MMoE
+from foretaste.models.rankers import MMoE
 
 
 def reports(path: Path, split: ft.Split, asked: argparse.Namespace) -> list[ft.RowsReport]:

@@ -103,14 +103,12 @@ if TYPE_CHECKING:
     )
     from foretaste.models.bert4rec import BERT4RecConfig
     from foretaste.models.catalogue import ModelConfig, TwoStageConfig
-    from foretaste.models.deepfm import DeepFMConfig
-    from foretaste.models.din import DINConfig
     from foretaste.models.hstu import HSTUConfig
     from foretaste.models.lightgcn import LightGCNConfig
     from foretaste.models.mf import MFConfig
-    from foretaste.models.multitask import MMoEConfig, SharedBottomConfig
     from foretaste.models.neumf import GMFConfig, MLPConfig, NeuMFConfig
     from foretaste.models.pinsage import PinSageConfig
+    from foretaste.models.rankers import DeepFMConfig, DINConfig, MMoEConfig, SharedBottomConfig
     from foretaste.models.sasrec import SASRecConfig
     from foretaste.models.two_tower import TwoTowerConfig
     from foretaste.retrieval.changing import ChangingIndex
@@ -291,10 +289,10 @@ _HOME = {
     "Config": "config",
     "ConfigError": "errors",
     "CrossField": "data.features_schema",
-    "DINConfig": "models.din",
+    "DINConfig": "models.rankers",
     "DataError": "errors",
     "Dataset": "data.sources.load",
-    "DeepFMConfig": "models.deepfm",
+    "DeepFMConfig": "models.rankers",
     "Diversity": "serving.rules",
     "EASEConfig": "models.baselines",
     "ExperimentConfig": "experiment.recipe",
@@ -313,7 +311,7 @@ _HOME = {
     "LightGCNConfig": "models.lightgcn",
     "MFConfig": "models.mf",
     "MLPConfig": "models.neumf",
-    "MMoEConfig": "models.multitask",
+    "MMoEConfig": "models.rankers",
     "MaskedItemConfig": "training.objectives.sequences",
     "ModelComparison": "experiment.compare_table",
     "ModelConfig": "models.catalogue",
@@ -341,7 +339,7 @@ _HOME = {
     "SASRecConfig": "models.sasrec",
     "SampledNegatives": "evaluation.measure_queries",
     "ServerSettings": "serving.settings",
-    "SharedBottomConfig": "models.multitask",
+    "SharedBottomConfig": "models.rankers",
     "SourceError": "errors",
     "Split": "data.splits",
     "SplitConfig": "data.splits",

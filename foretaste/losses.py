@@ -1,8 +1,8 @@
 """Losses over positions x candidates, which never keep that matrix, and losses of labelled rows.
 
-Of candidates, a chunk of rows is multiplied, turned into a loss and into its gradient, and forgotten: forward and
-backward are done in one visit, while the chunk is in cache. With 25,600 positions and 3,416 items
-the whole matrix would be 350 MB, written and read half a dozen times.
+Of candidates, a chunk of rows is multiplied, turned into a loss and into its gradient, and
+forgotten: forward and backward are done in one visit, while the chunk is in cache. With 25,600
+positions and 3,416 items the whole matrix would be 350 MB, written and read half a dozen times.
 
 Shape legend: N rows (positions, or labelled rows), M candidates shared by all rows, H candidates
 of a row alone, D width, P pairs, B rows of a batch, C items of each, K thresholds between an

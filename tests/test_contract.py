@@ -21,14 +21,12 @@ from foretaste.models.baselines import (
 )
 from foretaste.models.bert4rec import BERT4RecConfig
 from foretaste.models.catalogue import ModelConfig, TwoStageConfig, build_model, graph_for
-from foretaste.models.deepfm import DeepFMConfig
-from foretaste.models.din import DINConfig
 from foretaste.models.hstu import HSTUConfig
 from foretaste.models.lightgcn import LightGCNConfig
 from foretaste.models.mf import MFConfig
-from foretaste.models.multitask import MMoEConfig, SharedBottomConfig
 from foretaste.models.neumf import GMFConfig, MLPConfig, NeuMFConfig
 from foretaste.models.pinsage import PinSageConfig
+from foretaste.models.rankers import DeepFMConfig, DINConfig, MMoEConfig, SharedBottomConfig
 from foretaste.models.sasrec import SASRecConfig
 from foretaste.models.two_tower import TwoTowerConfig
 from foretaste.training.objectives.catalogue import ObjectiveConfig

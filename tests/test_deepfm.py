@@ -8,8 +8,8 @@ from torch import Tensor
 
 from foretaste.data.batch import Queries
 from foretaste.errors import ConfigError
-from foretaste.models.deepfm import DeepFM, DeepFMConfig, pairs_of_fields
 from foretaste.models.layers import field_ranker
+from foretaste.models.rankers import DeepFM, DeepFMConfig, pairs_of_fields
 from tests.test_row_fields import EVENTS, FEATURES, ITEMS, NUM_ITEMS, NUM_USERS, QUERIES
 
 WHOLE = DeepFMConfig(embedding_dim=4, hidden=(7, 3))

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from foretaste.data.batch import Queries
 from foretaste.errors import ConfigError
-from foretaste.models.din import DIN, DINConfig
 from foretaste.models.layers import field_ranker
 from foretaste.models.layers.history import TargetAttention
+from foretaste.models.rankers import DIN, DINConfig
 from tests.test_row_fields import EVENTS, FEATURES, ITEMS, NUM_ITEMS, NUM_USERS, QUERIES
 
 PLAIN = DINConfig(embedding_dim=4, attention_hidden=(5,), hidden=(6,))

@@ -16,7 +16,7 @@ from foretaste.errors import ConfigError
 from foretaste.models.catalogue import as_written, settled
 from foretaste.models.layers import field_ranker
 from foretaste.models.layers.mlp import Experts
-from foretaste.models.multitask import MMoE, MMoEConfig, SharedBottom, SharedBottomConfig
+from foretaste.models.rankers import MMoE, MMoEConfig, SharedBottom, SharedBottomConfig
 from tests.test_row_fields import EVENTS, FEATURES, ITEMS, NUM_ITEMS, NUM_USERS, QUERIES
 
 TASKS = (

@@ -25,8 +25,8 @@ from foretaste.evaluation.rows import evaluate_rows, rows_to_judge
 from foretaste.experiment.fit import fit
 from foretaste.experiment.learning import make_learning, usual_objective
 from foretaste.models.mf import MFConfig
-from foretaste.models.multitask import SharedBottomConfig
 from foretaste.models.neumf import NCF, GMFConfig, NeuMFConfig
+from foretaste.models.rankers import SharedBottomConfig
 from foretaste.sampling.negatives import RowNegatives, Seen
 from foretaste.sampling.samplers import UniformSampler
 from foretaste.training.objectives.pairs import PairsConfig

@@ -23,10 +23,8 @@ from foretaste.experiment.fit import fit
 from foretaste.models.base import Scorer
 from foretaste.models.baselines import PopularityConfig
 from foretaste.models.catalogue import ModelConfig
-from foretaste.models.deepfm import DeepFMConfig
-from foretaste.models.din import DINConfig
-from foretaste.models.multitask import MMoEConfig
 from foretaste.models.neumf import NeuMFConfig
+from foretaste.models.rankers import DeepFMConfig, DINConfig, MMoEConfig
 from foretaste.training.settings import TrainingConfig
 from tests.worlds import events_of
 

@@ -11,7 +11,7 @@ from foretaste.errors import ConfigError, DataError
 from foretaste.evaluation.chart import gates_svg, read_gates
 from foretaste.evaluation.compare import transfer
 from foretaste.evaluation.report import RowsReport
-from foretaste.models.multitask import MMoEConfig, SharedBottomConfig
+from foretaste.models.rankers import MMoEConfig, SharedBottomConfig
 
 TASKS = tuple(ft.Task(name=name, kind="regression", column=name) for name in ("first", "second"))
 SCHEMA = ft.FeatureSchema(context={INPUT: ft.VectorField(normalise=False)})

@@ -38,15 +38,22 @@ from foretaste.models.baselines import (
     PopularityConfig,
 )
 from foretaste.models.bert4rec import BERT4Rec, BERT4RecConfig
-from foretaste.models.deepfm import DeepFM, DeepFMConfig
-from foretaste.models.din import DIN, DINConfig
 from foretaste.models.hstu import HSTU, HSTUConfig
 from foretaste.models.layers.field_ranker import HistoryConfig
 from foretaste.models.lightgcn import LightGCN, LightGCNConfig
 from foretaste.models.mf import MF, MFConfig
-from foretaste.models.multitask import MMoE, MMoEConfig, SharedBottom, SharedBottomConfig
 from foretaste.models.neumf import NCF, GMFConfig, MLPConfig, NeuMFConfig
 from foretaste.models.pinsage import PinSage, PinSageConfig
+from foretaste.models.rankers import (
+    DIN,
+    DeepFM,
+    DeepFMConfig,
+    DINConfig,
+    MMoE,
+    MMoEConfig,
+    SharedBottom,
+    SharedBottomConfig,
+)
 from foretaste.models.sasrec import SASRec, SASRecConfig
 from foretaste.models.two_tower import TwoTower, TwoTowerConfig
 

@@ -40,7 +40,7 @@ from foretaste.models.layers.field_ranker import PairRanker
 from foretaste.models.layers.heads import Heads
 from foretaste.models.layers.mlp import PairMLP, pair_dot
 from foretaste.models.layers.row_fields import RowFields
-from foretaste.models.layers.side_fields import RowFieldsConfig
+from foretaste.models.layers.side_fields import ROWS_USUAL, RowFieldsConfig
 from foretaste.models.layers.table import Table
 from foretaste.models.layers.table_settings import IdConfig
 
@@ -52,12 +52,7 @@ class GMFConfig(IdConfig):
     tuning: ClassVar[Space] = {
         "factors": ChoiceConfig(choices=(8, 16, 32, 64)),
     }
-    usual: ClassVar[Usual] = Usual(
-        objective={"kind": "rows"},
-        training={"batch_events": 1024, "learning_rate": 5e-3},
-    )
-    """Each row brings drawn items, so that 1024 events are many rows; five times the usual rate
-    ends sooner and higher on MovieLens-100K and Frappe."""
+    usual: ClassVar[Usual] = ROWS_USUAL
     task: Task = Task(name="click")
     """The task to predict."""
     factors: Count = 32
@@ -75,12 +70,7 @@ class MLPConfig(IdConfig):
         "num_layers": ChoiceConfig(choices=(1, 2, 3, 4)),
         "dropout": RangeConfig(low=0.0, high=0.5),
     }
-    usual: ClassVar[Usual] = Usual(
-        objective={"kind": "rows"},
-        training={"batch_events": 1024, "learning_rate": 5e-3},
-    )
-    """Each row brings drawn items, so that 1024 events are many rows; five times the usual rate
-    ends sooner and higher on MovieLens-100K and Frappe."""
+    usual: ClassVar[Usual] = ROWS_USUAL
     task: Task = Task(name="click")
     """The task to predict."""
     factors: Count = 32
@@ -103,12 +93,7 @@ class NeuMFConfig(IdConfig):
         "num_layers": ChoiceConfig(choices=(1, 2, 3, 4)),
         "dropout": RangeConfig(low=0.0, high=0.5),
     }
-    usual: ClassVar[Usual] = Usual(
-        objective={"kind": "rows"},
-        training={"batch_events": 1024, "learning_rate": 5e-3},
-    )
-    """Each row brings drawn items, so that 1024 events are many rows; five times the usual rate
-    ends sooner and higher on MovieLens-100K and Frappe."""
+    usual: ClassVar[Usual] = ROWS_USUAL
     task: Task = Task(name="click")
     """The task to predict."""
     factors: Count = 32

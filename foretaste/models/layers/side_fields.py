@@ -7,7 +7,7 @@ Shape legend: R rows, X any shape of rows, S single-valued fields, the id among 
 fields, V vectors among them, F fields, N 1 where the side has an id, else 0, W width.
 """
 
-from typing import Literal, NamedTuple, final
+from typing import ClassVar, Literal, NamedTuple, final
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int64
 from pydantic import Field
 from torch import Tensor, nn
 
-from foretaste.config import Count, Positive, Weight
+from foretaste.config import ChoiceConfig, Count, Positive, RangeConfig, Space, Usual, Weight
 from foretaste.data.features import Features, FieldSide, FieldTable
 from foretaste.errors import ConfigError
 from foretaste.models.layers.embedding import (
@@ -34,9 +34,23 @@ L2Of = Literal["rows", "mini_batch_aware"]
 _BLOCK_ROWS = 2**14
 
 
+ROWS_USUAL = Usual(
+    objective={"kind": "rows"},
+    training={"batch_events": 1024, "learning_rate": 5e-3},
+)
+"""Each row brings drawn items, so that 1024 events are many rows; five times the usual rate ends
+sooner and higher on MovieLens-100K and Frappe."""
+
+
 class RowFieldsConfig(IdConfig):
     """Settings of the fields that a ranker reads."""
 
+    tuning: ClassVar[Space] = {
+        "embedding_dim": ChoiceConfig(choices=(8, 16, 32)),
+        "dropout": RangeConfig(low=0.0, high=0.5),
+        "l2": RangeConfig(low=1e-07, high=0.001, log=True),
+    }
+    usual: ClassVar[Usual] = ROWS_USUAL
     embedding_dim: Count = 16
     """Width of each field's vector."""
     user_id: bool = True
