@@ -230,7 +230,7 @@ def _single(value: Any, hint: Any) -> Any:
 
 
 def _is_checkable(hint: object) -> bool:
-    """Return whether an object can be told to be of a class: our own, and no protocol."""
+    """Return whether `isinstance` can check the class: it is ours, and not a protocol."""
     return hint is slice or (
         isinstance(hint, type)
         and hint.__module__.partition(".")[0] in ("foretaste", "torch", "polars")

@@ -339,7 +339,7 @@ def regression_loss(
 ) -> Float[Tensor, ""]:
     r"""Return the mean squared error, or Huber's: :math:`e^2` up to 1, :math:`2|e| - 1` beyond.
 
-    Both are in units of the target's variance, and alike where the error is within one standard
+    Both are in units of the target's variance, and equal where the error is within one standard
     deviation.
 
     References:

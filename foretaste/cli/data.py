@@ -164,7 +164,7 @@ def audit(
     ] = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Look for leaks and faults: repeats, impossible times, columns and ids that tell too much."""
+    """Look for leaks and faults: repeats, impossible times, columns and ids that reveal labels."""
     found = ft.audit_events(ft.open_store(store), labels=label or ())
     findings = [asdict(finding) for finding in found]
     rows = [(f["severity"], f["what"], f["count"], f["sentence"]) for f in findings]

@@ -80,7 +80,7 @@ def answer(document: object, *people: object, as_json: bool) -> None:
     try:
         sys.stdout.write(text)
         sys.stdout.flush()
-    except BrokenPipeError:  # whoever reads has enough, as `head` does
+    except BrokenPipeError:  # the reader has enough, as `head` does
         _forget_output()
         sys.exit(_BROKEN_PIPE)
     except OSError as error:
@@ -89,7 +89,7 @@ def answer(document: object, *people: object, as_json: bool) -> None:
 
 
 def log(line: str) -> None:
-    """Print a line to standard error, if anybody reads it."""
+    """Print a line to standard error; nothing happens if that is closed."""
     with suppress(OSError, AttributeError):
         sys.stderr.write(f"{line}\n")
         sys.stderr.flush()

@@ -86,7 +86,7 @@ def features_of_the_future(
         names: Columns that are labels.
         known_E: Events that were known when features were made, such as training; a feature
             that fits their figures as well or better was made from them, and is no leak. None:
-            whatever fits is a warning, as nobody said what was known.
+            each one that fits is a warning, as it is unknown what was known.
     """
     for side in sides(events):
         whole = _figures(events, side, names, np.ones(len(events), dtype=bool))
@@ -149,7 +149,7 @@ _BLOCKS = 20
 def ids_that_tell(
     events: Interactions, names: Sequence[str], test_E: Bool[np.ndarray, " E"] | None = None
 ) -> Iterator[Finding]:
-    """Find ids whose order tells the label, or which events are the test.
+    """Find ids whose order predicts the label, or which events are the test.
 
     Args:
         events: Any; those with label columns are looked at for these.
@@ -176,7 +176,7 @@ def ids_that_tell(
 
 
 def ids_in_order(events: Interactions) -> Iterator[Finding]:
-    """Find item ids that rise along histories, so that the next one is told."""
+    """Find item ids that rise along histories, so that the next one is predictable."""
     order_E = _order(events.items.ids)[events.item_idx]
     same_user_E = np.diff(events.user_idx) == 0
     steps_E = np.diff(order_E)[same_user_E]
@@ -360,7 +360,7 @@ def audit_events(events: Interactions, *, labels: Sequence[str] = ()) -> tuple[F
 
     Args:
         events: Any.
-        labels: Columns that are to be predicted, which nothing may tell; none: all columns of
+        labels: Columns that are to be predicted, which no input may reveal; none: all columns of
             events with a context; else those called `label` or `rating`.
 
     Raises:

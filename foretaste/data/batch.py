@@ -37,7 +37,7 @@ class FieldTable:
     vectors: tuple[Float32[Tensor, "R _"], ...]
     """One matrix a vector field; zeros where missing."""
     present_RF: Bool[Tensor, "R F"]
-    """Which fields say something: neither missing nor a value of which training taught nothing."""
+    """Which fields are known: neither missing nor a value that training did not have."""
 
     def __len__(self) -> int:
         return len(self.code_RC)
@@ -123,7 +123,7 @@ class Queries:
     """
 
     user_B: Int64[Tensor, " B"]
-    """user_idx, -1 for somebody whom training never saw."""
+    """user_idx, -1 for a new user."""
     history_N: Int64[Tensor, " N"]
     """item_idx of all histories, concatenated."""
     offsets_B1: Int64[Tensor, " B1"]
@@ -131,7 +131,7 @@ class Queries:
     profile: FieldTable | None = None
     """Features of each row's user, read where training never saw the user; None: none are known."""
     context: FieldTable | None = None
-    """Features of the moment, a row each, such as the hour or the place; None: none are known."""
+    """Features of the context, a row each, such as the hour or the place; None: none are known."""
     times: Times | None = None
     """Gathers the time of each event of `history_N` (N); None: none is known."""
 
@@ -185,7 +185,7 @@ class SequenceBatch:
     """
 
     user_B: Int64[Tensor, " B"]
-    """user_idx of each row, -1 for somebody whom training never saw."""
+    """user_idx of each row, -1 for a new user."""
     item_BL: Int64[Tensor, "B L"]
     """item_idx; 0 under padding."""
     valid_BL: Bool[Tensor, "B L"]
@@ -243,7 +243,7 @@ class PairBatch:
 
 @dataclass(frozen=True, kw_only=True)
 class RowBatch:
-    """Labelled rows: a user at a moment and an item, with items drawn to be compared with it.
+    """Labelled rows: a user in a context and an item, with items drawn to be compared with it.
 
     Shape legend: B rows, C items of each (the row's own first), T tasks.
     """

@@ -86,7 +86,7 @@ def rows_where(frame: pl.DataFrame, condition: str, name: str) -> Bool[np.ndarra
 
 
 def _comparable(frame: pl.DataFrame) -> pl.DataFrame:
-    """Return columns of types that compare as SQL's do, whatever the table has them in.
+    """Return columns of types that compare as SQL's do.
 
     Small integers would overflow in a sum, NaN would be above every number, and a category would
     go by its place among the categories.
@@ -153,7 +153,7 @@ def counted_as_positive(events: Interactions, condition: str) -> Interactions:
 
 
 def unread_labels(events: Interactions) -> tuple[str, ...]:
-    """Say which labels a model that reads none takes for positive, whatever they are."""
+    """Return a note that a model that reads no labels takes all events as positive."""
     if events.positive:
         return ()
     notes = []

@@ -133,7 +133,7 @@ class TextFile:
         return scan.select(pl.col(inner[name]).alias(name) for name in columns)
 
     def explain(self) -> str:
-        """Say what is wrong with the file in terms of its lines, as far as one can tell."""
+        """Return what is wrong with the file in terms of its lines, as far as that is known."""
         text = io.StringIO(_bytes(self.data).decode("utf-8", "replace"), newline="")
         for _ in range(self.num_skipped):
             text.readline()

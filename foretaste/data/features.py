@@ -1,4 +1,4 @@
-"""Features of users, items and moments: fitted on training once, encoded once, looked up by row.
+"""Features of users, items and contexts: fitted on training once, encoded once, looked up by row.
 
 Shape legend: R rows.
 """
@@ -71,7 +71,7 @@ class Features(Shown):
     item_table: FieldTable | None
     """One row per item_idx."""
     context: FieldSide | None = None
-    """None where nothing is known about the moment of an event."""
+    """None where nothing is known about the context of an event."""
     context_table: FieldTable | None = None
     """One row per event of those that were fitted to, or given to `of`; it is not saved, as no
     other event has these rows."""

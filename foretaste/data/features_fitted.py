@@ -218,7 +218,7 @@ class Values(Config):
         return np.where(text.is_null().to_numpy(), MISSING, code_N)
 
     def says(self, code_N: Int64[np.ndarray, " N"]) -> Bool[np.ndarray, " N"]:
-        """Return which codes say something: neither missing nor a bucket that nothing taught."""
+        """Return which codes are known: neither missing nor a bucket without training rows."""
         return code_N >= (UNSEEN if self.rare else FIRST)
 
 
@@ -241,7 +241,7 @@ class _Coded(Config):
         return (MISSING, UNSEEN)
 
     def says(self, code_R: Int64[np.ndarray, " R"]) -> Bool[np.ndarray, " R"]:
-        """Return which codes say something."""
+        """Return which codes are known."""
         return self.values.says(code_R)
 
 
@@ -331,7 +331,7 @@ class Buckets(Config):
         return np.where(np.isnan(number_R), MISSING, bucket_R + 1)
 
     def says(self, code_R: Int64[np.ndarray, " R"]) -> Bool[np.ndarray, " R"]:
-        """Return which codes say something."""
+        """Return which codes are known."""
         says_R: Bool[np.ndarray, " R"] = code_R != MISSING
         return says_R
 

@@ -203,7 +203,7 @@ _LONG_TAIL = 2.0
 
 @checked
 def inspect_schema(events: Interactions) -> FeatureSchema:
-    """Choose a kind for each column about users, items and moments, and say why.
+    """Choose a kind for each column about users, items and the context, with a reason.
 
     Only rows of users and items with an event are looked at. Columns that are the same everywhere,
     ids, titles and free text are left out, and `left_out` says why.

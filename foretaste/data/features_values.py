@@ -94,7 +94,7 @@ def _most_like(text: pl.Series) -> Held:
 def texts_of(column: pl.Series, *, holds: Held = "text") -> pl.Series:
     """Return categories as text, null where missing.
 
-    Whole numbers are the text of their digits, whatever their type, so that 42, 42.0 and "42" are
+    Whole numbers of any type are the text of their digits, so that 42, 42.0 and "42" are
     one category; truth values are `true` and `false`; dates and times are ISO text in UTC, without
     a time at midnight; durations are ISO text. Other text stays as it is, blanks and case too. NaN
     and empty text are missing.

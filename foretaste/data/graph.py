@@ -179,7 +179,7 @@ def adjacency(graph: Graph) -> "sparse.csr_array":
 def cache_order(graph: Graph) -> Int64[np.ndarray, " V"]:
     """Return the nodes in an order in which those that share neighbours stand near each other.
 
-    Whoever visits all neighbourhoods in this order finds many of the neighbours' rows still in
+    A loop over all neighbourhoods in this order finds many of the neighbours' rows still in
     the processor's cache. Users stay before items before other nodes, whose neighbours are rows
     of another table.
 

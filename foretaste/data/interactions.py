@@ -47,7 +47,7 @@ class Interactions(Shown):
     columns: Mapping[str, Shaped[np.ndarray, " E"]] = field(default_factory=dict)
     """Further columns of numbers, such as `rating` (float32): what is to be predicted."""
     context: pl.DataFrame | None = None
-    """One row per event; the caller's other columns of the moment, such as the hour or the
+    """One row per event; the caller's other columns of the context, such as the hour or the
     place: what is known when somebody asks. Columns here and in the two tables below are brought
     into the types of `column_types`."""
     user_table: pl.DataFrame | None = None
@@ -55,7 +55,7 @@ class Interactions(Shown):
     item_table: pl.DataFrame | None = None
     """One row per item_idx; the caller's other columns about items (a `title`, say)."""
     user_links: Int32[np.ndarray, "2 P"] | None = None
-    """Pairs of user_idx, who trusts whom; they do not belong to any event, so parts keep all."""
+    """Pairs of user_idx: the first trusts the second. They belong to no event: parts keep all."""
     item_links: Int32[np.ndarray, "2 Q"] | None = None
     """Pairs of item_idx that go together, likewise."""
     positive: str = ""
@@ -328,7 +328,7 @@ def find_repeats(
         sorting: Of the events.
         item_E: Sorted like it, in `[0, num_items)`.
         num_items: How many items there are.
-        keep: "first" or "last" marks all but the first or last of those that are alike.
+        keep: "first" or "last" marks all but the first or last of equal events.
 
     Returns:
         How many there are beyond the first of each, and, unless `keep` is "keep", a mask that is

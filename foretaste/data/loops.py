@@ -57,7 +57,7 @@ def sort_by_time(offsets_U1, low, high, time_E, order_E, sorted_E, unsorted_U):
     """Sort each user's part of `order_E` by `time_E`, ties as they stand, and write the times so.
 
     A part already in order costs one look. Another of up to `SHORT` events is sorted by insertion,
-    each time and its place in the part packed into one integer, so that no two are alike. A longer
+    each time and its place in the part packed into one integer, so that no two are equal. A longer
     one is left as it stands and marked in `unsorted_U`: insertion takes quadratic time.
 
     Times are in [0, 2**55).

@@ -113,7 +113,7 @@ class ReadTables(ReadConfig):
     items: Any = None
     """A table of items, read in the same way."""
     user_links: Any = None
-    """A table of two columns of user ids, any kind of source: who trusts whom. Links to unknown
-    ids, links to oneself and repeated links are left out and counted."""
+    """A table of two columns of user ids, any kind of source: the first trusts the second. Links to
+    unknown ids, links to oneself and repeated links are left out and counted."""
     item_links: Any = None
     """A table of two columns of item ids that go together, read in the same way."""

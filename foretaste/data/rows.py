@@ -1,4 +1,4 @@
-"""Labelled rows: every event is a user at a moment, an item, and the labels of some tasks.
+"""Labelled rows: every event is a user in a context, an item, and the labels of some tasks.
 
 A row's history holds what its user had done before, never the row's own event or a later one. Where
 events are of two kinds, happened and only shown, histories are made of those that happened; then a
@@ -64,7 +64,7 @@ def positives_of(events: Interactions, positive: str = "") -> Interactions:
 def happened_split(split: Split, positive: str = "") -> Split:
     """Return a split of the positive events alone: what lists over the catalogue must find.
 
-    Negatives that the data list for the test stay, whatever they say of themselves.
+    Negatives that the data list for the test stay, even those with a positive label.
 
     Raises:
         ConfigError: There is no such column.
@@ -87,7 +87,7 @@ class Rows(Shown):
     label_ET: Float32[np.ndarray, "E T"]
     """In the label's own unit, NaN where it is missing."""
     context: FieldTable | None
-    """The rows' features of the moment; None where there are none."""
+    """The rows' features of the context; None where there are none."""
     past: Interactions
     """The events that histories are made of."""
     end_E: Int64[np.ndarray, " E"]
@@ -260,7 +260,7 @@ def rows_of(
     features: Features | None = None,
     positive: str = "",
 ) -> Rows:
-    """Make a row of every event of a part, as whoever asked at that moment would have seen it.
+    """Make a row of every event of a part, with what was known at its time.
 
     Where the split rolls, a row's history is all that its user had done before; else it is what
     the parts before hold of the user.

@@ -18,7 +18,7 @@ from foretaste.errors import ConfigError, DataError
 def read_links(
     source: object, vocabulary: Vocabulary, *, role: str, read: ReadConfig
 ) -> tuple[Int32[np.ndarray, "2 P"], tuple[str, ...]]:
-    """Read a table of two columns of ids: who trusts whom, or which item goes with which.
+    """Read a table of two columns of ids: users who trust others, or items that go together.
 
     Args:
         source: Any kind of table; its first two columns count.

@@ -261,7 +261,7 @@ class Holdout(Shown):
     target_timestamp_s: Int64[np.ndarray, " N"] | None = None
     """Unix seconds of each target; None where the events have no times."""
     context: pl.DataFrame | None = None
-    """The context of each query's first target: the moment at which a list is asked for."""
+    """The context of each query's first target, in which a list is asked for."""
     listed: Interactions | None = None
     """The items that each user's targets are to be compared with, where the data list them."""
 

@@ -47,7 +47,7 @@ _NAMES: Mapping[str, int] = {
 
 @settings_as_arguments(TemporalSplitConfig)
 def temporal_split(events: Interactions, split: TemporalSplitConfig) -> Split:
-    """Cut all users at the same two moments: training before, then validation, then test.
+    """Cut all users at the same two times: training before, then validation, then test.
 
     The cuts fall where the shares are met best without parting events of one second. The test
     is rolling: each event is predicted from everything its user did before it, by weights that
@@ -164,7 +164,7 @@ def cold_items_split(events: Interactions, split: ColdItemsSplitConfig) -> Split
 def cold_users_split(events: Interactions, split: ColdUsersSplitConfig) -> Split:
     """Hold out all events of some users, so that training sees nothing of them.
 
-    What is asked is what such a user did, from no history: a model must tell users by what else is
+    A model is asked what such a user did, without a history: it must use what else is
     known of them. `evaluate` measures them with `users="new"`.
 
     Args:
@@ -436,9 +436,9 @@ _PAIRS = 2**24
 
 
 def draw_blocks(events: Interactions, share: float, seed: int) -> Bool[np.ndarray, " E"]:
-    r"""Draw a block of each user's events: one at random and those most alike to it.
+    r"""Draw a block of each user's events: one at random and those most similar to it.
 
-    How alike two items are is the cosine of who did them, :math:`|U_i \cap U_j| /
+    The similarity of two items is the cosine of their users, :math:`|U_i \cap U_j| /
     \sqrt{|U_i| |U_j|}`. A user with n events gives round(share * n) of them, so one with few may
     give none. Held out alone, an event is often betrayed by those that were done beside it; a
     block leaves together, as blocked cross-validation has it (Roberts et al. 2017,
@@ -471,7 +471,7 @@ def alike(
     ones_E = np.ones(len(events), np.float32)
     shape = (events.num_items, events.num_users)
     done_IU = sparse.csr_array((ones_E, (events.item_idx, events.user_idx)), shape=shape)
-    done_IU.data[:] = 1  # whoever did it twice counts once
+    done_IU.data[:] = 1  # a user who did it twice counts once
     count_I = np.diff(done_IU.indptr).astype(np.int64)  # of 32 bits, products would wrap round
     block_E = np.cumsum(count_I[a_E] + count_I[b_E]) // _PAIRS
     cuts = np.flatnonzero(np.diff(block_E)) + 1

@@ -1,4 +1,4 @@
-"""The event store: `Interactions` in a folder, opened in milliseconds whatever its size.
+"""The event store: `Interactions` in a folder, opened in milliseconds at any size.
 
 Columns are `.npy` files that are mapped, not read; ids and tables are Arrow files that are mapped
 too, and ids become a Polars column when first asked for. `manifest.json` names every file with its
@@ -316,7 +316,7 @@ def _read_table(path: Path, *, height: int | None = None, whole: bool = False) -
 def _batches(file: pa.Buffer) -> Iterator[int]:
     """Yield where each batch of an Arrow file begins, as its footer lists them.
 
-    Arrow says that a batch is compressed only by unpacking it, to whatever size its writer chose.
+    Arrow shows that a batch is compressed only by unpacking it, to any size that its writer chose.
     The layout is https://github.com/apache/arrow/blob/main/format/File.fbs, in Flatbuffers.
     """
     (length,) = struct.unpack_from("<i", file, file.size - 10)

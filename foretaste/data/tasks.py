@@ -88,7 +88,7 @@ class LabelScale(NamedTuple):
 
     mean: float
     std: float
-    """Above 0; 1 where all labels are alike."""
+    """Above 0; 1 where all labels are equal."""
 
 
 def label_scale(task: Task, label_E: Float[np.ndarray, " E"]) -> LabelScale:
@@ -206,7 +206,7 @@ def zeros_in_histories(
 ) -> tuple[str, int] | None:
     """Return the column of a click that did not happen in some events, and in how many.
 
-    Of a log of impressions, where nobody says which are positive; None where some task has no
+    Of a log of impressions, where nothing marks the positive ones; None where some task has no
     column, so that every event happened, or a column holds more than 0 and 1.
 
     Args:

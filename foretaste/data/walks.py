@@ -41,7 +41,7 @@ class Neighbourhoods:
 
     @staticmethod
     def empty(num_nodes: int, top: int) -> "Neighbourhoods":
-        """Return the table in which nobody has a neighbour.
+        """Return the table in which no node has a neighbour.
 
         Raises:
             TooLargeError: It would not fit in memory.
@@ -127,7 +127,7 @@ def make_frontier(
 
     Args:
         neighbourhoods: The table.
-        node_R: Nodes of the highest layer, rising, no two alike.
+        node_R: Nodes of the highest layer, rising, each once.
         num_layers: K, 1 or more.
     """
     layers: list[Layer] = []
@@ -189,7 +189,7 @@ def most_visited(
     start again is no visit.
 
     Args:
-        graph: Who is tied to whom.
+        graph: Which nodes have an edge.
         top: T, how many neighbours of a node are kept at most; of equally visited ones, those
             with the lower number.
         seed: Decides all walks.
@@ -264,13 +264,13 @@ def uniform_neighbours(
     counted: tuple[int, int] | None = None,
     threads: int | None = None,
 ) -> Neighbourhoods:
-    """Return for each node up to `top` of its direct neighbours, drawn alike and weighted alike.
+    """Return for each node up to `top` direct neighbours, drawn uniformly, with equal weights.
 
     Arguments, row order (by number) and errors are those of `most_visited`.
 
     References:
         Hamilton, Ying and Leskovec, "Inductive Representation Learning on Large Graphs", NeurIPS
-        2017, https://arxiv.org/abs/1706.02216. **Departure**: drawn once, not anew in each step.
+        2017, https://arxiv.org/abs/1706.02216. **Departure**: drawn once, not again in each step.
     """
     if top < 1:
         raise ConfigError(f"top {top} must be 1 or more", name="top", value=top)

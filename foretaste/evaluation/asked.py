@@ -148,7 +148,7 @@ def make_task(holdout: Holdout, *, without_repeats: bool) -> Task:
 
 
 def digest(holdout: Holdout) -> str:
-    """Return a SHA-256 of what a holdout asks, whatever order it asks in."""
+    """Return a SHA-256 of what a holdout asks, in any order."""
     task = make_task(holdout, without_repeats=False)
     events = holdout.events
     sha = hashlib.sha256(f"{events.users.digest} {events.items.digest}".encode())
@@ -201,7 +201,7 @@ class Asked:
     time_N: Int64[np.ndarray, " N"] | None
     """Unix seconds; None where there are none."""
     context: pl.DataFrame | None
-    """What is known of the moments."""
+    """What is known of the contexts."""
 
     @staticmethod
     def of_holdout(holdout: Holdout) -> "Asked":
@@ -243,7 +243,7 @@ class Overlap:
     trained_on: int
     """Events of the test that the model saw in training."""
     timed: bool
-    """Whether events are told apart by their times."""
+    """Whether events are distinguished by their times."""
     untold: tuple[str, ...]
     """Columns about users that the model reads and the test's table has not."""
     own_rows: bool
@@ -431,7 +431,7 @@ def _check_known(model: Trained, test: Asked, found: Overlap) -> None:
 
 
 def _check_context(model: Trained, test: Asked) -> None:
-    """Refuse other events whose moments lack a column that the model reads."""
+    """Refuse other events whose context lacks a column that the model reads."""
     moment = model.moment if model.model.reads_context else None
     there = () if test.context is None else test.context.columns
     for name in () if moment is None else moment.columns:

@@ -110,11 +110,11 @@ class Gates:
     tasks: tuple[str, ...]
     mean_TE: Float64[np.ndarray, "T E"]
     spread_TE: Float64[np.ndarray, "T E"]
-    """Standard deviation over rows: 0 where every row is weighed alike."""
+    """Standard deviation over rows: 0 where every row has the same weights."""
     rows: int
 
     def apart(self, one: str, other: str) -> float:
-        """Return how far two tasks' means lie apart: 0 alike, 1 no expert in common."""
+        """Return how far two tasks' means lie apart: 0 equal, 1 no expert in common."""
         first, second = (self.mean_TE[self.tasks.index(name)] for name in (one, other))
         return float(np.abs(first - second).sum() / 2)
 

@@ -154,13 +154,13 @@ def compare_rows(
     """Compare two models on the rows that both predicted, user by user.
 
     Users are drawn again with all their rows, the same for both models, and the metric is worked
-    out anew: AUC is no mean over users, so its difference is not one either. The p-value is twice
+    out again: AUC is no mean over users, so its difference is not one either. The p-value is twice
     the share of resamples on the other side of 0, the observed one counted in; and never below
     2 / 2^U of U users, the chance that all their differences have one sign.
 
     Args:
-        a: Report of the first model; or several, trained alike from several seeds: the metric is
-            their mean then.
+        a: Report of the first model; or several, trained in the same way from several seeds: the
+            metric is their mean then.
         b: Of the second, on the same rows; it may have other tasks besides.
         metric: Its short name: "auc", "gauc", "log_loss", "ece", "rmse" or "mae". Of the last
             four, less is better.
@@ -322,7 +322,7 @@ def transfer(
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class RankingGain(Shown):
-    """What ranking anew brings: two stages against the first of them alone."""
+    """The gain of the second stage: two stages against the first of them alone."""
 
     retrieval: Report
     """Of the retriever alone."""

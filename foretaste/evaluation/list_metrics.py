@@ -11,7 +11,7 @@ its j-th position (j = 0, 1, …)
     E[\text{targets so far} \cdot 1(\text{target})]
         = \frac rg \Bigl(h + 1 + j\,\frac{r - 1}{g - 1}\Bigr)
 
-so a constant scorer gets the score of chance, whatever a sort does. Without equal scores all
+so a constant scorer gets the score of chance with any sort. Without equal scores all
 three are 0 or whole numbers.
 
 Shape legend: B queries of a block, I items, K places of a list, N targets of the block, U users,

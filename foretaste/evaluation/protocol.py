@@ -54,7 +54,7 @@ def evaluate(
     Args:
         model: Gives the scores. Equal ones are settled as by chance.
         holdout: What is to be predicted, from which histories. Of other events than the model's own
-            users and items are found by their ids: an unknown user is a new one, told by the
+            users and items are found by their ids: an unknown user is a new one, represented by the
             history; a target of an unknown item is a miss. The report counts both.
         k: List lengths, each at least 1.
         exclude_seen: True leaves the items of a query's history out of its list; a target that
@@ -310,7 +310,7 @@ def _candidates(model: Trained, sampled: str | None, among: Among) -> tuple[str,
 
 
 def _of_moments(model: Trained, holdout: Holdout) -> tuple[str, ...]:
-    """Say what a model with features of the moment was given of it."""
+    """Return a note on the context that a model with features of it was given."""
     if model.moment is None:
         return ()
     if holdout.context is None:

@@ -419,7 +419,7 @@ def console_table(rows: list[list[str]], *, title: str) -> Table:
 
 
 def printed(tables: Iterable[Table], notes: Iterable[str] = ()) -> str:
-    """Return tables and notes below them as text: nothing is cut or folded, whatever is wide."""
+    """Return tables and notes below them as text: nothing is cut or folded, however wide."""
     lines: list[str] = []
     for table in tables:
         title, table.title = table.title, None

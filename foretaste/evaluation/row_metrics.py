@@ -126,7 +126,7 @@ def auc(
     Args:
         label_N: 0 or 1.
         score_N: Any real numbers, higher is better.
-        weight_N: Of each row, 0 or more; none: all alike.
+        weight_N: Of each row, 0 or more; None: all equal.
 
     Returns:
         0.5 where the scores say nothing.
@@ -293,7 +293,7 @@ class TaskRows:
         return {"rmse": lambda times_U: float(np.sqrt(square(times_U))), "mae": absolute}
 
     def probability_metrics(self) -> dict[str, Weighed]:
-        r"""Return the metrics of probabilities as such, whatever order they give.
+        r"""Return the metrics of probabilities as such, not of their order.
 
         .. math:: \text{log\_loss} = -\frac 1N \sum_n y_n \ln p_n + (1 - y_n) \ln(1 - p_n) \qquad
                   \text{ece} = \sum_m \frac{n_m}{N} \Big|\bar p_m - \bar y_m\Big|

@@ -189,7 +189,7 @@ def known_rows(model: Trained, split: Split, *, part: PartName) -> tuple[Split, 
 
 
 def has_zeros(rows: Rows) -> bool:
-    """Return whether the labels themselves tell what did not happen, of any binary task."""
+    """Return whether the labels of any binary task have zeros of their own."""
     binary_T = np.array([task.kind == "binary" for task in rows.tasks])
     return bool((rows.label_ET[:, binary_T] == 0).any())
 
@@ -256,7 +256,7 @@ def task_values(
 def blocks_of(model: Trained, rows: Rows, step: int) -> Iterator[RowBatch]:
     """Give rows as a model's ranker reads them, `step` at a time.
 
-    A user that the model does not know is told by the history where training read none.
+    A user that the model does not know is represented by the history where training read none.
     """
     ranker, translation = ranker_of(model), model.translation
     reads, max_len = ranker.reads, ranker.max_len
@@ -297,7 +297,7 @@ class Predicted:
     """SHA-256 of the rows."""
     tasks: tuple[Task, ...]
     user_N: Int64[np.ndarray, " N"]
-    """Any numbers, alike for rows of one user."""
+    """Any numbers, equal for rows of one user."""
     label_NT: Float64[np.ndarray, "N T"]
     """NaN where one is missing."""
     prediction_NT: Float64[np.ndarray, "N T"]

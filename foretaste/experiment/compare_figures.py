@@ -445,7 +445,7 @@ def _reach(row: ModelRow, users: int) -> float:
 def _too_few(
     best: ModelRow, unsure: Sequence[ModelRow], metric: str, *, users: int, margin: float
 ) -> str:
-    """Say which models cannot be told from the best, and how many users it would take."""
+    """Say which models do not differ from the best beyond luck, and how many users are needed."""
     names = ", ".join(row.name for row in unsure)
     far = max(unsure, key=lambda row: row.behind.difference if row.behind else 0.0)
     seen = max(3 / users, *(_half(row) for row in unsure))
@@ -466,7 +466,7 @@ def _half(row: ModelRow) -> float:
 
 
 def _users_needed(row: ModelRow, *, users: int, margin: float) -> int:
-    """Return about how many users would tell the model from the best, or show that it is as good.
+    """Return about how many users would show that the model is worse than the best, or as good.
 
     Widths fall with the root of the number of users; the figure is rounded to two digits.
     """

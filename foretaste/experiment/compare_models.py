@@ -107,7 +107,7 @@ def compare_models(
         folder: Where `comparison.md`, `.json`, `.csv`, `.tex` and `.svg` go, and the `bundle` of
             the one to take.
         replace: An earlier comparison in `folder` is replaced.
-        say: Told what is being done; with it, trainings show their progress.
+        say: Called with what is being done; with it, trainings show their progress.
         seeds: Each recipe's model is trained once with each, and figures are means over them;
             baselines, and models that draw nothing, are trained once. None: those of the recipes.
         keep: Name of the recipe whose model is trained on all events and written as the bundle;

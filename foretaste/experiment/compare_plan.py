@@ -255,7 +255,7 @@ def _has(config: ExperimentConfig, task: Task) -> bool:
 def judged_tasks(
     recipes: Mapping[str, ExperimentConfig], split: Split, tasks: tuple[Task, ...]
 ) -> tuple[Task, ...]:
-    """Return the tasks whose test labels tell a good model from a bad one.
+    """Return the tasks whose test labels can rank models: more than one class or value.
 
     Raises:
         ConfigError: There is none, or other numbers of items are drawn for the models' rows.

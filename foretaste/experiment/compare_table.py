@@ -25,7 +25,7 @@ from foretaste.shown import Shown
 from foretaste.training.fit import OUT_OF_TIME
 
 SIGNIFICANT = 0.05
-"""A corrected p-value above it tells no model from the best."""
+"""With a corrected p-value above it, a model does not differ from the best."""
 P_HEAD = "p (Holm)"
 COLUMNS = ("model", "quality", "behind the best", P_HEAD, "training s", "bundle MB", "answer ms")
 """Of a comparison by lists."""
@@ -380,8 +380,8 @@ _BLUE, _GREEN, _GREY = "#3465a4", "#2e8b57", "#888888"
 def comparison_svg(found: ModelComparison) -> str:
     """Draw each model's quality, with its interval, over the seconds of its training.
 
-    The seconds are on a logarithmic scale. The model to take is green; models that cannot be
-    told from the best are filled.
+    The seconds are on a logarithmic scale. The model to take is green; models that do not differ
+    from the best beyond luck are filled.
     """
     seconds = [max(row.train_seconds, _LEAST_SECONDS) for row in found.rows]
     ends = [end for row in found.rows for end in row.interval]

@@ -93,12 +93,12 @@ def fit(
         training: The loop's settings; "auto": those that a short search finds, which says what it
             costs before it starts.
         objective: What the loss is and how negatives are drawn.
-        features: What is known of users and items, or which columns say it: those are fitted to
+        features: What is known of users and items, or the schema of its columns, which is fitted to
             the training part. Features that were fitted to other events are encoded for these.
         folder: Where checkpoints and the log of steps go.
         resume: Go on from the checkpoint in `folder`, to the same result as without the break.
         show: Report progress on standard error.
-        on_epoch: Told of each epoch; what it raises ends the run.
+        on_epoch: Called with each epoch; what it raises ends the run.
         on_cost: Called with what each training will cost, when its first steps are over and again
             when its first validation is; what it raises ends the run. The last one is in the log.
         max_seconds: Stop the training loop after so long, and keep the best weights so far; a

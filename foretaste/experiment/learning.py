@@ -126,7 +126,7 @@ class Learning:
     objective: Callable[[Any, Any, Generator], Tensor]
     plan: Callable[[int], Plan[Any]]
     refreshed: Refreshed | None = None
-    """What the loop works out anew from the weights, epoch by epoch."""
+    """What the loop computes again from the weights, epoch by epoch."""
 
 
 def make_learning(
@@ -152,7 +152,7 @@ def make_learning(
         seed: Decides order and draws.
         producers: With any, the negatives too are drawn where batches are made.
         graph: Of the events, if there is one already; hard negatives take one.
-        context: Features of the moment of each event, for rankers.
+        context: Features of the context of each event, for rankers.
         mine: A retriever's candidates, for rankers that learn from them.
         offered: What retrievers offered for each row of a ranker.
 
@@ -333,7 +333,7 @@ def learn_rows(
         events: Those of training, each a row.
         batch_events: Rows of a batch.
         seed: Decides order and draws.
-        context: Features of the moment, a row for each event.
+        context: Features of the context, a row for each event.
         mine: A retriever's candidates, where negatives are to come from one.
         offered: What retrievers offered for each row, in place of all other negatives.
 

@@ -300,7 +300,7 @@ def offer(
         seed: Decides the draws.
 
     Raises:
-        ConfigError: The objective tells rows apart, or draws by popularity.
+        ConfigError: The objective draws by popularity, or reads labels.
         DataError: No row's own item was a candidate.
     """
     if objective.positive or objective.negatives_from == "popularity":
@@ -345,7 +345,7 @@ def offer(
 
 
 def _asked(split: Split, row_B: Int64[np.ndarray, " B"]) -> Queries:
-    """Return what whoever did these rows had done before each."""
+    """Return the history of each row's user before it."""
     events = split.train
     return Holdout(
         name="train",

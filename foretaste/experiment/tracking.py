@@ -17,7 +17,7 @@ TrackerKind = Literal["mlflow", "tensorboard"]
 
 @runtime_checkable
 class Tracker(Protocol):
-    """What a run tells about itself, wherever that is written."""
+    """The settings and figures of a run, written to any tracker."""
 
     def log_settings(self, settings: Mapping[str, object]) -> None:
         """Write what decided the run; nested settings get dotted names."""

@@ -41,9 +41,9 @@ class FirstStage(Config):
     """Settings of the retriever's training loop."""
     folds: Literal[0] | Annotated[int, Field(ge=2, le=100)] = 0
     """Number of parts into which users are dealt; the candidates of each part's rows come from a
-    retriever trained on all other users. The ranker then learns to tell each row's item from its
-    candidates, by its logit plus `retriever_weight` times the retriever's score, as in answers. 0:
-    the ranker learns by itself, from the candidates of the trained retriever."""
+    retriever trained on all other users. The ranker then learns to distinguish each row's item from
+    its candidates, by its logit plus `retriever_weight` times the retriever's score, as in answers.
+    0: the ranker learns by itself, from the candidates of the trained retriever."""
 
 
 @checked_class
@@ -80,7 +80,7 @@ class FirstFitted:
     """The further retrievers; none where there are no folds."""
 
     def candidates(self, config: TwoStageConfig, split: Split, objective: RowsConfig) -> Candidates:
-        """Return what a ranker that learns by `objective` is told of it.
+        """Return what a ranker that learns by `objective` is given of it.
 
         Raises:
             ConfigError: There are folds, and the objective tells rows apart or draws by popularity.
@@ -209,7 +209,7 @@ def two_stage(
     Args:
         retriever: Scores the catalogue.
         ranker: Judges given items.
-        candidates: How many of the retriever's best are ranked anew, 1 or more.
+        candidates: How many of the retriever's best the ranker orders, 1 or more.
         retriever_weight: How much the retriever's own score counts beside the ranker's.
 
     Raises:

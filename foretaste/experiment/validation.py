@@ -130,9 +130,9 @@ def make_validation(
     """Return what a model's weights are judged by while it learns; None without validation events.
 
     A ranker is judged by the mean over its tasks: the AUC of a binary one, 1 - RMSE / standard
-    deviation of the labels of another. A task whose labels are all alike in validation has no say.
-    Where that is all of them, only what happened being known, and for all other models, it is
-    NDCG@10 over the full catalogue: of a ranker with candidates, of the two stages together. A
+    deviation of the labels of another. A task whose labels are all equal in validation does not
+    count. Where that is all of them, only what happened being known, and for all other models, it
+    is NDCG@10 over the full catalogue: of a ranker with candidates, of the two stages together. A
     ranker may ask for the AUC against drawn items there (`RowsConfig.stop_by`).
 
     Args:
@@ -256,7 +256,7 @@ def _work_of_query(trained: Trained, task: Task, candidates: Candidates | None) 
 def _by_rows(
     trained: Trained, split: Split, training: TrainingConfig | None, rows_of_epoch: int
 ) -> Validation | None:
-    """Return what judges a ranker by labels; None where they tell no good model from a bad one."""
+    """Return what judges a ranker by labels; None where no task has labels that differ."""
     sampled = _zeros(ranker_of(trained), rows_settings(trained))
     rows, _, _ = rows_to_judge(trained, split, part="validation", sampled=sampled)
     judged = []

@@ -1,6 +1,6 @@
 """Models without gradient descent: popularity, item-kNN, EASE and implicit ALS; what they share.
 
-They take a history as a set: which items a user has done, however often and in whatever order.
+They take a history as a set: which items a user has done, however often and in any order.
 
 Shape legend: B queries, I items, U users, K neighbours, M distinct (query, item) pairs, R rows of
 a block, W the longest row, L positions, D factors.

@@ -357,7 +357,7 @@ def judge(
 
     Args:
         ranker: In evaluation mode.
-        queries: Users and moments.
+        queries: Users and contexts.
         item_BC: item_idx, of each query its own.
         weights: Of the tasks' predictions, each in its own unit, in the sum that makes the score;
             None: the tasks' own, of answers in [0, 1].
@@ -391,7 +391,7 @@ def judge_new(
 
     Args:
         ranker: In evaluation mode.
-        queries: Users and moments.
+        queries: Users and contexts.
         table: The new items' features, a row each.
         weights: Of the tasks, as in `judge`.
 
@@ -461,10 +461,10 @@ class TwoStage(Model):
         return judged._replace(score_BC=judged.score_BC + self.retriever_weight * real_BC)
 
     def rerank(self, queries: Queries, first_BI: Float[Tensor, "B I"]) -> Float[Tensor, "B I"]:
-        """Return every item's score: the retriever's best are ranked anew, above all others.
+        """Return every item's score: the retriever's best, ordered by the ranker, above all others.
 
         Args:
-            queries: Users and moments.
+            queries: Users and contexts.
             first_BI: The retriever's scores, -inf where an item may not be answered.
 
         Raises:

@@ -16,7 +16,7 @@ https://arxiv.org/abs/1905.08108. **Departures**: no dropout of messages; as in 
 layers are brought to length 1 before they are put side by side.
 
 Further departures: ties of any kind join those of the events, weighted (`GraphConfig`); a node
-without ties is 0; whom training did not see is placed by `answer_users`.
+without edges is 0; a new user is placed by `answer_users`.
 
 `propagate` is the first equation, line by line. `GraphConv` gives the same vectors and gradients,
 those of a batch's nodes alone: on Gowalla (71,000 nodes, 2 million edges) in 40 % of the processor
@@ -83,7 +83,7 @@ class LightGCNConfig(IdConfig):
         l2_by_counts="always",
     )
     """As MF, with a tenth of its l2 and twice its rate: what is passed along is a mean, so vectors
-    of layer 0 must grow further until products tell more than popularity. An l2 of .03 keeps them
+    of layer 0 must grow further until products hold more than popularity. An l2 of .03 keeps them
     on popularity's level on MovieLens-100K.
     """
     embedding_dim: Count = 64

@@ -5,7 +5,7 @@ r"""MF, a retriever: a vector for each user and each item, compared by their dot
 Koren, Bell and Volinsky, "Matrix Factorization Techniques for Recommender Systems", Computer 2009,
 https://doi.org/10.1109/MC.2009.263
 
-Departures: no bias of users, which changes no ranking; a user whom training never saw is answered
+Departures: no bias of users, which changes no ranking; a new user is answered
 by regression on their history (`FoldIn`).
 
 Shape legend: B users, V items, I items of the catalogue, D width.

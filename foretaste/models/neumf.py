@@ -9,8 +9,8 @@ both. With `pretrain` GMF and MLP are trained first, and NeuMF starts from them 
 
 He et al., "Neural Collaborative Filtering", WWW 2017, https://arxiv.org/abs/1708.05031
 
-Departures: a pre-trained NeuMF is trained on by the same optimizer, not by plain SGD; a user whom
-training never saw is answered by regression on their history (`FoldIn`).
+Departures: a pre-trained NeuMF is trained on by the same optimizer, not by plain SGD; a new user is
+answered by regression on their history (`FoldIn`).
 
 Shape legend: B queries, A rows of items (B or 1), C items of each, D factors, W width of a vector.
 """

@@ -13,9 +13,9 @@ each batch; the last layer's state is the vector, without a ReLU after W and wit
 layers on top (both lose accuracy where nodes have ids); the loss and its negatives are the
 objective's.
 
-A user whom training never saw is a new node whose neighbours are the different items they did,
-all alike: the same convolutions, from the messages of items that `finish` keeps. It costs a table
-of items a layer in the bundle, and takes no regression.
+A new user is a new node whose neighbours are the different items in the history,
+with equal weights: the same convolutions, from the messages of items that `finish` keeps. It costs
+a table of items a layer in the bundle, and takes no regression.
 
 Shape legend: B users, P different items of their histories, V items asked for, I items of the
 catalogue, U users, D width, H width of messages, K layers, S nodes of the lowest layer, X users
@@ -135,7 +135,7 @@ class PinSage(Retriever):
             num_users: Users that training knows.
             num_items: Items of the catalogue.
             graph: Users, items, and what else they are tied to: further nodes are walked
-                through, but have no inputs, so nobody's neighbour is one of them.
+                through, but have no inputs, so no node has one of them as a neighbour.
             features: What is known of users and items.
 
         Raises:
@@ -272,7 +272,7 @@ class PinSage(Retriever):
         return self._item(h_RD)
 
     def begin(self, events: Interactions) -> None:
-        """Note how many items each user has done, to tell whose vector answers."""
+        """Note how many items each user has done, which decides which vector answers."""
         super().begin(events)
         pair_E = events.user_idx.astype(np.int64) * self.num_items + events.item_idx
         user_P = torch.from_numpy(pair_E).unique() // self.num_items

@@ -86,7 +86,7 @@ class DeepFM(PairRanker):
             config: The settings.
             num_users: Users that training knows, 0 or more.
             num_items: Items of the catalogue, 1 or more.
-            features: What else is known of them, and of moments.
+            features: What else is known of them, and of contexts.
 
         Raises:
             ConfigError: Items have neither ids nor features.
@@ -224,7 +224,7 @@ class DIN(HistoryRanker):
             config: The settings.
             num_users: Users that training knows, 0 or more.
             num_items: Items of the catalogue, 1 or more.
-            features: What else is known of them, and of moments.
+            features: What else is known of them, and of contexts.
 
         Raises:
             ConfigError: Items have neither ids nor features.
@@ -307,7 +307,7 @@ class _TaskTowers(HistoryRanker):
             config: The settings.
             num_users: Users that training knows, 0 or more.
             num_items: Items of the catalogue, 1 or more.
-            features: What else is known of them, and of moments.
+            features: What else is known of them, and of contexts.
 
         Raises:
             ConfigError: Items have neither ids nor features, or the tasks are incomplete.

@@ -41,7 +41,7 @@ class SASRecConfig(IdConfig):
         objective={"kind": "next_item", "loss": "sampled_softmax", "negatives": 1024},
         training={"batch_events": 2048, "learning_rate": 4e-3, "ema_decay": 0.999},
     )
-    """Many negatives tell more of a step than the paper's one; four times the usual rate goes with
+    """Many negatives teach more in a step than the paper's one; four times the usual rate goes with
     an average over a thousand steps, which is what is validated."""
     embedding_dim: Count = 64
     """Width of item vectors and states; a multiple of num_heads."""

@@ -1,4 +1,4 @@
-r"""Two-Tower, a retriever: users and items are each told by what is known of them.
+r"""Two-Tower, a retriever: users and items are each represented by what is known of them.
 
 .. math:: s_{ui} = f(x_u) \cdot g(y_i)
 
@@ -208,7 +208,7 @@ class TwoTower(Retriever):
     def encode(self, queries: Queries) -> Float[Tensor, "B D"]:
         """Return each user's vector; nothing of the item tower's MLP is needed for it.
 
-        Whom training never saw is told by history and features. A model that knows its users by
+        A new user is represented by history and features. A model that knows its users by
         ids alone regresses an id vector on the history (`FoldIn`).
         """
         needed = None if self.history is None else self._needed(queries, queries.user_B[:0])
@@ -273,7 +273,7 @@ class TwoTower(Retriever):
                 table.zero_rows(untrained_R)
 
     def learn_new_users(self, events: Interactions) -> None:
-        """Learn how to answer users of whom only the history is known."""
+        """Learn how to answer new users from their histories."""
         if self.fold_in is not None and self.user_table is not None:
             self.fold_in.learn(events, self.user_table, self._base_vectors)
 
@@ -339,7 +339,7 @@ class TwoTower(Retriever):
         return F.embedding(place_N, self._base(item_R, field_RD))
 
     def _without_some_users(self, id_BD: Tensor | None) -> Tensor | None:
-        """Drop ids of users who are told by something else."""
+        """Drop ids of users that have other information."""
         if id_BD is None or (self.history is None and self.user_fields is None):
             return id_BD
         return self._drop(id_BD, partial(draw_for_rows, id_BD.shape[:1]))

@@ -32,7 +32,7 @@ class Sampler(ABC):
 
 @final
 class UniformSampler(Sampler):
-    """Draws from the known items alike.
+    """Draws from the known items uniformly.
 
     Shape legend: I items.
     """
@@ -85,7 +85,7 @@ class PopularitySampler(Sampler):
 
         Args:
             item_count_I: Training events of each item, 0 or more.
-            alpha: Exponent of the count: 0 draws all known items alike, 1 by their events.
+            alpha: Exponent of the count: 0 draws all known items uniformly, 1 by their events.
 
         Raises:
             DataError: No item has an event.
@@ -143,7 +143,7 @@ class Drawn(NamedTuple):
     """Items drawn for a batch."""
 
     item_M: Int64[Tensor, " M"]
-    """No two alike."""
+    """Each once."""
     chance: Callable[[Int64[Tensor, "*X"]], Float[Tensor, "*X"]]
     """Gives items' chances to be among them, given where the draw ended; drawn or not."""
 

@@ -22,7 +22,7 @@ _AHEAD = 2
 @final
 @dataclass(frozen=True, eq=False, kw_only=True)
 class WorkedPlan(Plan[Any]):
-    """A plan whose batches are worked on further by whoever makes them."""
+    """A plan whose batches are worked on further where they are made."""
 
     plan: Plan[Any]
     work: Callable[[Any, int], Any]
@@ -62,13 +62,13 @@ class Prefetch(Generic[Batch]):
 
         Args:
             plan: Whose batches.
-            producers: How many threads make them; 0: whoever asks makes them.
+            producers: How many threads make them; 0: the caller makes them.
             first: The first batch that will be asked for.
             clock: Seconds since whenever, to measure waiting with.
         """
         self.plan, self.producers = plan, producers
         self.waited_s = 0.0
-        """How long whoever asked has waited for batches, in seconds."""
+        """How long the caller has waited for batches, in seconds."""
         self._clock = clock
         self._next = first
         self._ahead: deque[Future[Batch]] = deque()

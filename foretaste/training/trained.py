@@ -40,7 +40,7 @@ class Trained(Shown):
     events: Interactions
     """The training events; its vocabularies say which row is which id."""
     features: Features | None = None
-    """What the model was told of users and items."""
+    """What the model was given of users and items."""
     seed: int
     objective: ObjectiveConfig | None = None
     """How it learned; None of a model that learns in closed form."""
@@ -100,7 +100,7 @@ class Trained(Shown):
 
     @property
     def moment(self) -> FieldSide | None:
-        """The features of the moment that the model was told of; None: of none."""
+        """The features of the context that the model was given; None: none."""
         return None if self.features is None else self.features.context
 
     @property

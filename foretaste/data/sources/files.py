@@ -107,7 +107,7 @@ class Tables:
     labels: tuple[str, ...] = ()
     """Further columns of numbers: what is to be predicted."""
     context: tuple[str, ...] = ()
-    """Columns of the moment, of any type."""
+    """Columns of the context, of any type."""
 
     def has(self, column: str) -> bool:
         """Whether events have this column."""
@@ -123,7 +123,7 @@ class Tables:
     def sha256(self) -> str:
         """Return the checksum of the events as tab-separated lines, one decimal to a rating.
 
-        Equal for equal events in equal order, whatever form their file had.
+        Equal for equal events in equal order, in any form of their file.
         """
         plain = [c for c in ("user", "item", "rating", "timestamp", "part") if self.has(c)]
         lines = self.events.select(*plain, *self.labels, *self.context).write_csv(

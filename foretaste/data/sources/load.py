@@ -102,7 +102,7 @@ class Dataset:
     origin: str
     """Which folder, address or wheel it came from."""
     licence: str
-    """What its owner allows, to be shown to whoever gets it."""
+    """What its owner allows, which is shown before it is fetched."""
 
     @property
     def part_E(self) -> UInt8[np.ndarray, " E"] | None:
@@ -159,7 +159,7 @@ def from_cache(source: Source, cache: Path) -> Dataset:
     """Read a data set from the cache; get it there first, whole or not at all, if need be.
 
     Files are fetched into a folder of another name, which is read, checked and only then given
-    its own. A cached copy that is no longer what it should be is fetched anew.
+    its own. A cached copy that is no longer what it should be is fetched again.
 
     Raises:
         SourceError: No way led to it, or the cache cannot be written.

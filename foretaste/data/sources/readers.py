@@ -254,7 +254,7 @@ def read_social(files: Files) -> Tables:
 
 
 def read_ciao_ratings(files: Files) -> Tables:
-    """Read Ciao's ratings with their day, how helpful others found each, and who trusts whom.
+    """Read Ciao's ratings with their day, how helpful others found each, and links of trust.
 
     34 reviews without a rating (0 of 5 stars) are left out. An item is of one category; 101 stand
     under several, and the first is taken. Both files are matrices of MATLAB.
@@ -375,8 +375,8 @@ def read_frappe(files: Files) -> Tables:
 def read_frappe_positives(files: Files) -> Tables:
     """Read what was used as training, and labelled validation and test rows, of which a third was.
 
-    The negatives of training are left to be drawn anew for each epoch. Context values are the
-    numbers of the rows' features, in order of first appearance in `frappe.csv`.
+    The negatives of training are left out: they are drawn again for each epoch. Context values are
+    the numbers of the rows' features, in order of first appearance in `frappe.csv`.
     """
     return _tables(_train(files).filter(pl.col("label") == 1), files)
 
@@ -387,7 +387,7 @@ def read_frappe_rows(files: Files) -> Tables:
     The training file is published whole; where only its positives are at hand, its negatives are
     drawn once, as its authors did: for a positive's user and context, apps that the user never
     opened, all alike. They look at validation and test for that, and so does this. The rows of
-    training are put in random order, so that what stands before a row tells nothing of it.
+    training are put in random order, so that the rows before a row reveal nothing about it.
     """
     train = _train(files)
     if not (train["label"] == 0).any():

@@ -166,7 +166,7 @@ def gated_sum(
 
 @final
 class KnownFields(nn.Module):
-    """An encoder with the table that it reads. Row -1 is somebody of whom nothing is known."""
+    """An encoder with the table that it reads. Row -1 is a user or item without known features."""
 
     def __init__(
         self,
@@ -276,7 +276,7 @@ def known_fields(
     fusion: Fusion,
     table: TableConfig,
 ) -> KnownFields | None:
-    """Make what encodes the features of users, or of items; None where none are told."""
+    """Make what encodes the features of users, or of items; None where there are none."""
     if told is None:
         return None
     return KnownFields(*told, embedding_dim=embedding_dim, fusion=fusion, table=table)

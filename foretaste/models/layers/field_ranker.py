@@ -66,7 +66,7 @@ class FieldRanker(Ranker, Scorer, ABC):
         return self.fields.penalty(queries, item_BC)
 
     def known_items(self) -> Bool[Tensor, " I"]:
-        """Return which items have a feature that says something."""
+        """Return which items have a known feature."""
         return self.fields.known_items()
 
     @property
@@ -98,7 +98,7 @@ class FieldRanker(Ranker, Scorer, ABC):
         return self.fields.context.has_features
 
     def begin(self, events: Interactions) -> None:
-        """Take from the training events who has one, and where their labels lie."""
+        """Note which users have a training event, and the range of the labels."""
         self.fields.begin(events)
         self.heads.begin(events)
 
@@ -197,11 +197,11 @@ class HistoryRanker(PairRanker, ABC):
             config: The settings.
             num_users: Users that training knows, 0 or more.
             num_items: Items of the catalogue, 1 or more.
-            features: What else is known of them, and of moments.
+            features: What else is known of them, and of contexts.
             activation: What follows the hidden layers of the attention.
 
         Raises:
-            ConfigError: There is nothing to tell an item by.
+            ConfigError: Items have neither ids nor features.
         """
         super().__init__()
         self.config, self.max_len = config, config.max_len

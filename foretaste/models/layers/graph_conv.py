@@ -159,7 +159,7 @@ class GraphConv(nn.Module):
         )
 
     def _dropped(self, share: float) -> Tensor | None:
-        """Draw which ties are kept, both directions of one alike."""
+        """Draw which edges are kept, both directions of one together."""
         if not share:
             return None
         if not len(self.tie_E):

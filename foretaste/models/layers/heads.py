@@ -114,7 +114,7 @@ class Heads(nn.Module):
         a say: a binary task's is its probability; an ordinal one's the expected level's place
         between the lowest level and the highest; a regression's the share of training labels that
         lie below its prediction, were they (after the transform) normal. A single task is ordered
-        by what comes before all that, which never comes so near to 1 that two items look alike.
+        by what comes before all that, which never comes so near to 1 that two items look equal.
 
         Args:
             outputs: By the task's name.

@@ -1,5 +1,5 @@
 """Histories of like length side by side, and each to one vector: its mean, what a learned question
-finds in it, SASRec's last state, or, for a user of whom training saw nothing, a regression.
+finds in it, SASRec's last state, or, for a new user, a regression.
 
 Those that give a vector take queries whose `history_N` are rows of a table of vectors, not items
 of the catalogue, so that the items' vectors are worked out once however often they stand in
@@ -107,7 +107,7 @@ class MeanHistory(nn.Module):
 
 @final
 class AttentionHistory(nn.Module):
-    """What a learned question, the same for all, finds in a history, in whatever order it is.
+    """What a learned query, the same for all, finds in a history, in any order.
 
     An empty history gives the bias of the attention's output.
     """
@@ -249,7 +249,7 @@ def pool(
 
 
 def mean_weights(valid_BL: Bool[Tensor, "B L"]) -> Float[Tensor, "B 1 L"]:
-    """Return weights that are alike for all events of a history."""
+    """Return weights that are equal for all events of a history."""
     return F.normalize(valid_BL.float(), p=1, dim=1).unsqueeze(1)
 
 
@@ -263,7 +263,7 @@ _RIDGE = 1e-3
 
 @final
 class FoldIn(nn.Module):
-    r"""A vector for a user of whom training saw nothing, from what they have done.
+    r"""A vector for a new user, from the user's history.
 
     .. math:: p \approx W \frac{1}{\sqrt{n}} \sum_{i \in h} q_i + b
 
@@ -392,7 +392,7 @@ def with_likely_ids(
         has_id_B1: Which users have an id vector.
         users: Gives the users' id vectors.
         items: Gives the items'.
-        only_new: Whether known users keep their vectors whatever they have done since.
+        only_new: Whether known users keep their vectors, also with later events.
     """
     told_B1 = (queries.offsets_B1.diff() > 0).unsqueeze(1)
     if only_new:
@@ -410,7 +410,7 @@ def with_likely_features(
     *,
     items: Rows,
 ) -> Float[Tensor, "B Q W"]:
-    """Replace all fields but the first, of new users with a history whose features are not told."""
+    """Replace all fields but the first, of new users with a history and without given features."""
     untold_B = (queries.user_B < 0) & (queries.offsets_B1.diff() > 0)
     if queries.profile is not None:
         untold_B &= ~queries.profile.known_R

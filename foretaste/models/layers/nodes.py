@@ -28,9 +28,9 @@ from foretaste.models.layers.table_settings import TableConfig, make_tables
 
 @final
 class NodeInputs(nn.Module):
-    """Users, then items. One learned vector stands for everybody who has no id of their own.
+    """Users, then items. One learned vector is shared by all nodes without an id of their own.
 
-    Who is without any tie has none: nothing could have taught it.
+    A node without any edge has no vector: nothing could have trained it.
     """
 
     linked_X: Tensor
@@ -147,7 +147,7 @@ class NodeInputs(nn.Module):
         return self.item_fields.known_R
 
     def _own(self, node_S: Tensor, has_id_S: Tensor) -> Tensor:
-        """Return id vectors of rising nodes; the one for everybody where there is none."""
+        """Return id vectors of rising nodes; the shared one where a node has none."""
         if self.user_table is None or self.item_table is None or self.everybody_1D is None:
             return torch.zeros(len(node_S), self.embedding_dim, device=node_S.device)
         num_users = int((node_S < self.num_users).sum())

@@ -108,7 +108,7 @@ class Convolve(nn.Module):
 
         Args:
             h_SD: States of the layer below.
-            layer: Whom each node pools.
+            layer: The neighbours that each node pools.
             alone_R: True = as if it had no neighbours.
         """
         pooled_RH = pool(self.messages(h_SD), layer)
@@ -148,7 +148,7 @@ class Rows:
         Args:
             num_rows: Of the table.
             width: Of a row.
-            path: The file, made anew; None keeps the table in memory.
+            path: The file, which is replaced; None keeps the table in memory.
         """
         self.num_rows, self.width, self.path = num_rows, width, path
         self._memory = torch.empty(num_rows, width) if path is None else torch.empty(0, width)
@@ -199,13 +199,13 @@ def generate(
 
     Args:
         layers: From the lowest to the highest, 1 or more.
-        neighbourhoods: Whom each node pools.
+        neighbourhoods: The neighbours that each node pools.
         inputs: Gives the inputs of nodes `low … high - 1`; called once for each block.
         folder: Where tables that do not fit go; None keeps them in memory.
         gathered_bytes: The most that is gathered from at a time: messages are pooled in slices
             of their columns if all of them would be more.
         block_nodes: Nodes worked out at a time.
-        on_block: Told of each block of inputs to each layer.
+        on_block: Called with each block of inputs to each layer.
         device: Where the layers are.
 
     Returns:

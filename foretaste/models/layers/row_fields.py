@@ -1,7 +1,7 @@
-"""What a ranker reads of a row: its user, its item and its moment, one vector a field.
+"""What a ranker reads of a row: its user, its item and its context, one vector a field.
 
 The ids of a batch are looked up in one pass a side, and so are the codes of single values; what is
-said of the user and the moment is worked out once for a query, however many items it has; bags,
+known of the user and the context is computed once for a query, however many items it has; bags,
 numbers and vectors of items are worked out once for an item, however often it stands in a batch.
 
 Shape legend: B queries, A rows of items (B, or 1 where all queries have the same), C items of
@@ -35,7 +35,7 @@ class RowParts(NamedTuple):
     """The fields of a batch."""
 
     query_BQW: Float[Tensor, "B Q W"]
-    """Of users and moments."""
+    """Of users and contexts."""
     item_ACGW: Float[Tensor, "A C G W"]
     history_MGW: Float[Tensor, "M G W"]
     """Of the items of histories; M is 0 where none was asked for."""
@@ -43,13 +43,13 @@ class RowParts(NamedTuple):
 
 @final
 class RowFields(nn.Module):
-    """The fields of users, items and moments.
+    """The fields of users, items and contexts.
 
-    Who has no training event, or is given without an id, is nobody, whose id vector is 0.
+    The id vector of a user or item without a training event, or without an id, is 0.
     """
 
     taught_U: Tensor
-    """Which users have a training event; nobody where each row is a user of its own."""
+    """Which users have a training event; none where each row is a user of its own."""
     taught_I: Tensor
 
     def __init__(
@@ -69,7 +69,7 @@ class RowFields(nn.Module):
             config: The settings.
             num_users: Users that training knows, 0 or more.
             num_items: Items of the catalogue, 1 or more.
-            features: What else is known of users, items and moments.
+            features: What else is known of users, items and contexts.
             width: W; None: `embedding_dim`.
             reads_history: Whether the model reads histories itself, so that what known users do
                 next does not move their id vectors.
@@ -123,9 +123,9 @@ class RowFields(nn.Module):
         """Return the fields.
 
         Args:
-            queries: Users and moments.
+            queries: Users and contexts.
             item_AC: Items of each query.
-            history_M: Items of histories, in whatever layout; -1 is padding.
+            history_M: Items of histories, in any layout; -1 is padding.
         """
         history_M = item_AC.new_empty(0) if history_M is None else history_M
         query_codes = self._user_codes(queries, drops=True), self._moment_codes(queries)
@@ -141,7 +141,7 @@ class RowFields(nn.Module):
         )
 
     def query(self, queries: Queries) -> Float[Tensor, "B Q W"]:
-        """Return the fields of users and moments alone."""
+        """Return the fields of users and contexts alone."""
         codes = self._user_codes(queries), self._moment_codes(queries)
         return self._query_fields(queries, *codes)
 
@@ -177,7 +177,7 @@ class RowFields(nn.Module):
         return torch.arange(self.num_items, device=self.taught_I.device)
 
     def known_items(self) -> Bool[Tensor, " I"]:
-        """Return which items have a feature that says something."""
+        """Return which items have a known feature."""
         return self.item.known.known_R
 
     @property
@@ -192,7 +192,7 @@ class RowFields(nn.Module):
 
     @torch.no_grad()
     def begin(self, events: Interactions) -> None:
-        """Make nobody of the users and items that no event can train."""
+        """Set the id vectors of users and items without a training event to 0."""
         times_U = torch.from_numpy(np.diff(events.offsets))
         times_I = torch.from_numpy(events.item_count)
         come_back = (times_U > 1).any() or times_U.all()  # else an id learns its row by heart
@@ -217,7 +217,7 @@ class RowFields(nn.Module):
         """Return what `l2` adds to the loss of a batch.
 
         Args:
-            queries: Users and moments.
+            queries: Users and contexts.
             item_BC: Items of each query.
             history_N: Items of the histories that are read.
         """
@@ -235,7 +235,7 @@ class RowFields(nn.Module):
 
     @torch.no_grad()
     def learn_new_users(self, events: Interactions) -> None:
-        """Learn how to answer users of whom only the history is known.
+        """Learn how to answer new users from their histories.
 
         Args:
             events: What histories are made of.

@@ -1,4 +1,4 @@
-"""One side of a row: its user, its item, or the moment; the id, if it has one, and the features.
+"""One side of a row (user, item or context): the id, if it has one, and the features.
 
 Ids have a table of their own, and so have the codes of single-valued fields. Bags, numbers and
 vectors are worked out row by row; a gate may make one field of a side's id and its vectors.
@@ -89,7 +89,7 @@ class UsedRowsL2(nn.Module):
     "rows": w is how often the batch uses row v over its number of rows. "mini_batch_aware": w is 1
     over the number of training rows that use v: Zhou et al., "Deep Interest Network for
     Click-Through Rate Prediction", KDD 2018, equation 6. **Departure**: a row that only reads an
-    item in a history does not count among those that use it. Row -1 is nobody, and pays nothing.
+    item in a history does not count among those that use it. Row -1 has no id, and adds nothing.
 
     Shape legend: V rows of the table, N uses in a batch.
     """
@@ -110,7 +110,7 @@ class UsedRowsL2(nn.Module):
         """Count the training rows of each row of the table.
 
         Args:
-            code_RS: Codes of users, items or moments, -1 for none.
+            code_RS: Codes of users, items or contexts, -1 for none.
             times_R: How many training rows each stands in.
             num_rows: V.
         """
@@ -150,9 +150,9 @@ class SideFields(nn.Module):
         """Make untrained weights, all but those of the tables.
 
         Args:
-            told: The features, and the encoded rows of all users or items, None of the moment,
+            told: The features, and the encoded rows of all users or items, None of the context,
                 which has none; None where no features are read.
-            num_rows: Users or items; 0 of the moment.
+            num_rows: Users or items; 0 of the context.
             has_id: Whether each row has a vector of its own.
             config: The settings.
             width: W.
@@ -207,9 +207,9 @@ class SideFields(nn.Module):
 
         Args:
             row_X: The rows.
-            taught_R: Whose id was learned, None: everybody's; the others' is -1.
-            other: What is told of rows that are -1.
-            dropped_X: Which are told without their id.
+            taught_R: Which rows have a trained id, None: all; the id of the others is -1.
+            other: Given features of rows that are -1.
+            dropped_X: Which are read without their id.
         """
         if not self.has_id:
             return self._single_codes(row_X, other)

@@ -99,7 +99,7 @@ class Candidates:
     """What a batch's rows are compared with."""
 
     item_V: Int64[Tensor, " V"]
-    """All items whose vectors are needed, no two alike."""
+    """All items whose vectors are needed, each once."""
     target_N: Int64[Tensor, " N"]
     """Row of `item_V` that each row's positive has; likewise the next two."""
     shared_M: Int64[Tensor, " M"]

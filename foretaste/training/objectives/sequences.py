@@ -76,7 +76,7 @@ class MaskedItemConfig(CandidateConfig):
 class MaskedItem(nn.Module):
     """The objective: call it with a model and a batch for the mean loss over hidden events.
 
-    **Departure** from the paper: which events are hidden is drawn anew at each step, and the rows
+    **Departure** from the paper: which events are hidden is drawn again at each step, and the rows
     that hide only the last event stand among the others, not after them.
     """
 
@@ -126,7 +126,7 @@ def draw_places(
         generator: Source of all randomness; None: torch's own.
 
     Returns:
-        Places in [0, length), no two alike in a row but for filling; and where they are real:
+        Places in [0, length), each once in a row but for filling; and where they are real:
         rows with fewer places than others repeat their first.
     """
     device, width = length_B.device, int(length_B.max())
