@@ -1,4 +1,4 @@
-"""The parent of all settings, and how a wrong setting is said: in one line, in the file's names.
+"""The parent of all settings, and the message about a wrong setting: one line, in the file's names.
 
 Settings are frozen and refuse what they do not know. `SASRecConfig(embeding_dim=16)` raises
 `ConfigError: SASRecConfig: embeding_dim: there is no such setting; did you mean embedding_dim?`,
@@ -76,7 +76,7 @@ class Config(BaseModel, metaclass=_SettingsClass):
     The docstring under a field becomes its help on the command line and in the documentation.
 
     Raises:
-        ConfigError: A setting is missing, unknown or out of range; it says which.
+        ConfigError: A setting is missing, unknown or out of range; the message names it.
     """
 
     model_config = ConfigDict(
@@ -186,7 +186,7 @@ def parse_settings(kind: type[C], settings: Mapping[str, object], *, source: str
         source: Where they came from, for the message.
 
     Raises:
-        ConfigError: A setting is missing, unknown or out of range; it says which.
+        ConfigError: A setting is missing, unknown or out of range; the message names it.
     """
     try:
         return kind.model_validate(settings)
@@ -345,7 +345,7 @@ def _is_wish(sentence: str) -> bool:
 
 
 def shown(value: object) -> str:
-    """Return a value as it may stand in a message: short, and never another library's words."""
+    """Return a value as it may be in a message: short, and never another library's words."""
     if isinstance(value, int) and value.bit_length() > 10_000:  # Python does not print it
         return "a number with thousands of digits"
     if isinstance(value, str | int | float | bool | None):
@@ -435,8 +435,8 @@ Space = Mapping[str, RangeConfig | ChoiceConfig]
 
 
 class Usual(NamedTuple):
-    """How a model learns where nothing else is said: one opinion, which `fit`, `compare` and `tune`
-    share. It stands in the model's settings class, as `usual`, with its reasons.
+    """How a model learns by default, in `fit`, `compare` and `tune`. It is an attribute of the
+    model's settings class, `usual`, with the reasons.
     """
 
     objective: Mapping[str, object] = {}

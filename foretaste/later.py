@@ -1,7 +1,7 @@
 """Modules that are loaded when something of them is first used.
 
 numba, SciPy, faiss and implicit take between a tenth of a second and a whole one to load, and most
-runs use none or one of them. Who needs one names it at the top of the file, as an import does:
+runs use none or one of them. A file that needs one names it at its top, as an import does:
 `faiss = later("faiss")`.
 """
 
@@ -13,14 +13,14 @@ from typing import Any, final
 
 @final
 class _Later(ModuleType):
-    """Stands for a module, and loads it when an attribute is asked for."""
+    """A placeholder of a module, which loads it when an attribute is asked for."""
 
     def __getattr__(self, name: str) -> object:
         return getattr(import_module(self.__name__), name)
 
 
 def later(name: str) -> Any:
-    """Return what stands for a module until something of it is used, and then gives that.
+    """Return a placeholder of a module, which loads it when something of it is used.
 
     Args:
         name: Its full name, such as `scipy.sparse`.

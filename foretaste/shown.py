@@ -20,7 +20,7 @@ LONGEST = 190
 
 
 class Shown(ABC):
-    """Gives `__repr__` and `_repr_html_` to a class that says its `_facts`."""
+    """Gives `__repr__` and `_repr_html_` to a class that has `_facts`."""
 
     __slots__ = ()
 

@@ -1,6 +1,6 @@
 """How every command answers: for people by default, one JSON document with `--json`.
 
-In a pipe or a file every id, name and sentence stands whole; characters that the stream cannot hold
+In a pipe or a file every id, name and sentence is whole; characters that the stream cannot hold
 are replaced. In JSON, NaN and infinity are null.
 """
 

@@ -234,7 +234,7 @@ def labels(events: Interactions, names: Sequence[str]) -> dict[str, Float64[np.n
 
 
 def columns_that_tell(events: Interactions, names: Sequence[str]) -> Iterator[Finding]:
-    """Find what says what a label is: by its value, by its order, or by being missing.
+    """Find what reveals a label: by its value, by its order, or by being missing.
 
     Columns beside the events, their context, and what is known of users and items are looked at.
     Of two tasks' labels neither is a feature of the other.
@@ -259,7 +259,7 @@ def columns_that_tell(events: Interactions, names: Sequence[str]) -> Iterator[Fi
 def _beside(
     events: Interactions, rows_N: Int64[np.ndarray, " N"], names: Sequence[str]
 ) -> Iterator[tuple[str, str, pl.Series]]:
-    """Give everything but labels that stands beside some events, with what it is."""
+    """Give every column about some events that is no label, with what it is about."""
     for name, column_E in events.columns.items():
         if name not in (*_USUAL, *names):
             yield "column", name, pl.Series(name, column_E[rows_N])
@@ -317,7 +317,7 @@ def repeats(events: Interactions) -> Iterator[Finding]:
 
 
 def pairs_across_parts(split: Split) -> Iterator[Finding]:
-    """Find held-out events whose user and item, or even second, stand in training too."""
+    """Find held-out events whose user and item, or even second, are in training too."""
     pairs, part_E = _pairs(split.events), split.part_E
     train = pairs.filter(part_E == TRAIN)
     held = pairs.filter((part_E == TEST) | (part_E == VALIDATION))

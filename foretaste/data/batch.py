@@ -24,7 +24,7 @@ from foretaste.data.interactions import Interactions
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class FieldTable:
-    """Rows of encoded features. Fields stand in the order codes, bags, numbers, vectors."""
+    """Rows of encoded features. Fields are in the order codes, bags, numbers, vectors."""
 
     code_RC: Int64[Tensor, "R C"]
     """One code of the side's space for each single-valued field."""
@@ -44,7 +44,7 @@ class FieldTable:
 
     @property
     def known_R(self) -> Bool[Tensor, " R"]:
-        """Which rows have a feature that says something."""
+        """Which rows have a known feature."""
         return self.present_RF.any(dim=1)
 
     def rows(self, row_B: Int64[Tensor, " B"]) -> "FieldTable":
@@ -178,7 +178,7 @@ class Queries:
 class SequenceBatch:
     """Histories of like length side by side, first event first, padding at the end.
 
-    Under causal attention an event sees only what stands before it, so padding at the end is
+    Under causal attention an event sees only what is before it, so padding at the end is
     never attended by an event, and no mask is needed.
 
     Shape legend: B rows, L positions.
@@ -255,7 +255,7 @@ class RowBatch:
     label_BCT: Float32[Tensor, "B C T"]
     """NaN where a task has no label; a regression's in the label's own unit."""
     first_BC: Float32[Tensor, "B C"] | None = None
-    """What a retriever says of each item, to be added to the ranker's logit; None: nothing."""
+    """The retriever's score of each item, which is added to the ranker's logit; None: none."""
 
     def __len__(self) -> int:
         return len(self.item_BC)

@@ -89,7 +89,7 @@ def _is_kept(column: pl.Series) -> bool:
 
 
 def _changed(column: pl.Series) -> _Change:
-    """Return a column in a type that is kept, and what is said of it."""
+    """Return a column in a type that is kept, and notes on it."""
     if _is_kept(column):
         return _Change(column)
     if isinstance(column.dtype, pl.BaseExtension):

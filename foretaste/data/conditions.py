@@ -107,7 +107,7 @@ def _wide(column: pl.Series) -> pl.Series:
 
 
 def _described(frame: pl.DataFrame) -> str:
-    """Say what columns hold; of text, show the first one that is no number."""
+    """Describe what columns hold; of text, the first value that is not a number."""
     words = []
     for column in frame.iter_columns():
         shown = ""
@@ -188,13 +188,13 @@ def check_some(holds_E: Bool[np.ndarray, " E"], condition: str, name: str) -> No
 
 
 def left_out(keep_E: Bool[np.ndarray, " E"], condition: str) -> tuple[str, ...]:
-    """Say how many rows `where` left out; nothing where it left out none."""
+    """Return a note on how many rows `where` left out; none where it left out none."""
     num = int((~keep_E).sum())
     return (f"{num:,} of {len(keep_E):,} rows were left out by where = {condition!r}",) * bool(num)
 
 
 def positive_note(positive_E: Bool[np.ndarray, " E"], condition: str) -> str:
-    """Say how many events count as positive."""
+    """Return a note on how many events count as positive."""
     return f"{int(positive_E.sum()):,} of {len(positive_E):,} events are positive: {condition}"
 
 

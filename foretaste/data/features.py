@@ -43,7 +43,7 @@ _JSON, _TENSORS = "features.json", "features.safetensors"
 
 
 class _Stored(Config):
-    """What `features.json` says."""
+    """The content of `features.json`."""
 
     format: Literal["foretaste-features"] = "foretaste-features"
     """What kind of folder it is."""
@@ -307,7 +307,7 @@ def _encode(role: str, side: FieldSide | None, events: Interactions) -> FieldTab
 
 @contextmanager
 def _named_by_id(role: str, events: Interactions) -> Iterator[None]:
-    """Say of a refused value whose it is: the rows here are in another order than the caller's."""
+    """Name the user or item of a refused value: the rows here are not in the caller's order."""
     try:
         yield
     except DataError as error:
@@ -327,7 +327,7 @@ def _whose(role: str, events: Interactions, row: int) -> str:
 def _refuse_left_out(
     fields: Iterable[str], table: pl.DataFrame | None, notes: Sequence[str]
 ) -> None:
-    """Refuse a column that was left out when its table was read, and say why it was."""
+    """Refuse a column that was left out when its table was read, with the reason."""
     there = () if table is None else table.columns
     for name in (field for field in fields if field not in there):
         for note in notes:

@@ -165,7 +165,7 @@ class FieldSide(Config):
         )
 
     def columns_read(self, table: FieldTable) -> frozenset[str]:
-        """Return the columns of which a row says something: neither missing nor unknown.
+        """Return the columns that a row has a known value of: neither missing nor unseen.
 
         Args:
             table: A row of this side.
@@ -395,7 +395,7 @@ def _too_large(column: pl.Series, row: int) -> DataError:
 
 
 def _flattened(field: NumericField, number_N: Float64[np.ndarray, " N"], shown: pl.Series) -> str:
-    """Say if outliers make the others nearly equal, with a transform that helps."""
+    """Return a note if outliers make the others nearly equal, with a transform that helps."""
     log_N = log1p(number_N)
     furthest = flattening(number_N if field.transform == "standardise" else log_N)
     if furthest is None:

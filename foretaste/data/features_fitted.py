@@ -1,4 +1,4 @@
-"""What training said of each field, and how values become codes and numbers by it.
+"""Fitted fields: what each keeps of training, and how values become codes and numbers.
 
 Local codes of a field: 0 is missing; 1 is a value that training did not have, or had too rarely;
 the values follow. Buckets have no 1: they start there.
@@ -115,7 +115,7 @@ class Vectors(NamedTuple):
 
 
 def vectors_of(column: pl.Series, *, width: int | None = None) -> Vectors:
-    """Return vectors. An empty list, and a vector of zeros, say nothing: they are missing.
+    """Return vectors. An empty list and a vector of zeros count as missing.
 
     Args:
         column: Lists or arrays of numbers.

@@ -195,7 +195,7 @@ _NEARLY_ALL = 0.5
 """A column with more distinct texts than this share of its rows is an id, a title or free text."""
 _SEPARATORS = ("|", ";", ",")
 _CUT = 0.05
-"""A separator stands in at least this share of texts."""
+"""A separator is in at least this share of texts."""
 _WHY: dict[Held, str] = {"time": "times", "clock": "times of day", "duration": "durations"}
 _LONG_TAIL = 2.0
 """The mean of positive numbers over their median from which a logarithm is taken."""
@@ -294,7 +294,7 @@ def _of_texts(text: pl.Series) -> FieldConfig | str:
 
 
 def separator_of(text: pl.Series) -> str | None:
-    """Return what stands between the values of each text, "|" in "Action|Comedy"; None if nothing.
+    """Return the separator of the values of each text, "|" in "Action|Comedy"; None if nothing.
 
     Args:
         text: Texts, null where missing.
@@ -333,5 +333,5 @@ def _of_numbers(known: pl.Series, distinct: int) -> FieldConfig | str:
 
 
 def _min_count(values: pl.Series) -> int:
-    """Return 2 where some values stand alone: what they share is learned for unseen ones too."""
+    """Return 2 where some values occur once: they share a bucket, which unseen ones use too."""
     return 2 if values.is_unique().any() else 1

@@ -1,6 +1,6 @@
 """Files and folders that are written whole or not at all, and replaced only where that is asked.
 
-All of foretaste's writers go through here. What is written stands under a hidden name beside its
+All of foretaste's writers go through here. It is written under a hidden name beside its
 place until it is complete and forced to the disk; then it is renamed. It gets the permissions that
 the process's umask gives to a new file.
 
@@ -32,7 +32,7 @@ from foretaste.errors import BundleError, DataError, ForetasteError
 Kind = Literal["file", "bundle", "event store", "checkpoint"]
 MANIFEST_FILE = "manifest.json"
 SIGNATURE_FILE = "signature.json"
-"""May stand beside a manifest, which cannot list what signs it."""
+"""May be beside a manifest, which cannot list what signs it."""
 _OS_ERROR = re.compile(r"os error (\d+)")
 M = TypeVar("M", bound="FolderManifest")
 
@@ -47,7 +47,7 @@ class FileEntry(Config):
 
 
 class FolderManifest(Config):
-    """What the manifest of every folder says; each kind of folder adds its own facts."""
+    """What the manifest of every folder holds; each kind of folder adds its own facts."""
 
     kind: ClassVar[Kind]
     latest: ClassVar[int]
@@ -74,7 +74,7 @@ class FolderManifest(Config):
 
     @classmethod
     def upgraded(cls, document: dict[str, Any]) -> dict[str, Any]:
-        """Return what an earlier format says in the words of this one."""
+        """Return the content of an earlier format as this one has it."""
         return document
 
     def render(self) -> str:
@@ -100,7 +100,7 @@ def list_files(folder: Path) -> dict[str, FileEntry]:
 
 
 def entry_of(path: Path) -> FileEntry:
-    """Return what a manifest says of a file."""
+    """Return a manifest's entry of a file."""
     return FileEntry(size=path.stat().st_size, sha256=sha256_of(path))
 
 
@@ -320,14 +320,14 @@ def whole_folder(
 
 
 def leftover(path: Path) -> str:
-    """Say where the older folder lies, if a replacement was cut off between its two renames."""
+    """Return where the older folder lies, if a replacement was cut off between its two renames."""
     place = path.absolute()
     found = sorted(place.parent.glob(f".{place.name[:100]}.*.replaced/{place.name}"))
     return f"; {found[-1]} was left there by an interrupted save: rename it" if found else ""
 
 
 def reason_of(error: BaseException) -> str:
-    """Return what the system said, without the words of the library that passed it on."""
+    """Return the system's message, without the words of the library that passed it on."""
     if isinstance(error, ForetasteError) and error.__cause__ is not None:
         return reason_of(error.__cause__)
     if isinstance(error, OSError) and error.strerror:

@@ -1,4 +1,4 @@
-"""Who is tied to what: users and items (and what else is known of them) as nodes of one graph.
+"""The graph: users, items and what else is known of them as nodes, with weighted edges.
 
 Shape legend: V nodes, E directed edges (each tie twice), P ties.
 """
@@ -119,7 +119,7 @@ def make_graph(
     weights: tuple[float, ...] = (),
     num_nodes: int = 0,
 ) -> Graph:
-    """Tie users to the items they did, and nodes to nodes as `ties` say.
+    """Make edges of users to the items that they did, and of the nodes in `ties`.
 
     Args:
         events: Repeated events make one tie, of weight 1.

@@ -1,4 +1,4 @@
-"""Who did what with which item, and when: the one data object of foretaste."""
+"""Events of users and items, in order of time: the one data object of foretaste."""
 
 import hashlib
 import os
@@ -43,7 +43,7 @@ class Interactions(Shown):
     item_idx: Int32[np.ndarray, " E"]
     """In [0, I)."""
     timestamp_s: Int64[np.ndarray, " E"] | None = None
-    """Unix seconds; None where the table has no times and file order stands for time."""
+    """Unix seconds; None where the table has no times and the order of the file counts as time."""
     columns: Mapping[str, Shaped[np.ndarray, " E"]] = field(default_factory=dict)
     """Further columns of numbers, such as `rating` (float32): what is to be predicted."""
     context: pl.DataFrame | None = None

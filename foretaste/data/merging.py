@@ -261,7 +261,7 @@ def rows_in(own: Vocabulary, other: Vocabulary) -> Int64[np.ndarray, " N"]:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Translation:
-    """What stands in which row of a model, for other events."""
+    """Which row of a model each user and item of other events has."""
 
     user_U: Int64[np.ndarray, " U"]
     """The model's user_idx of each user of the other events, -1 of one that it does not know."""

@@ -327,7 +327,7 @@ class DrawnOffer(NamedTuple):
     item_BN: Int64[Tensor, "B N"]
     """item_idx; the row's own where too few were offered: it is hidden, and gets no label."""
     first_BC: Float32[Tensor, "B C"]
-    """The retriever's say of the row's own item, then of those drawn; C is N + 1."""
+    """The retriever's score of the row's own item, then of those drawn; C is N + 1."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -337,9 +337,9 @@ class Offered:
     item_ET: Int32[Tensor, "E T"]
     """item_idx, -1 where there is none; never the row's own."""
     first_ET: Float32[Tensor, "E T"]
-    """What the retriever says of them, as it will count beside the ranker's logit."""
+    """The retriever's scores of them, as they are added to the ranker's logit."""
     own_E: Float32[Tensor, " E"]
-    """What it says of the row's own item, NaN where that was no candidate."""
+    """Its score of the row's own item, NaN where that was not a candidate."""
 
     @property
     def asked(self) -> Int64[Tensor, " R"]:
@@ -436,7 +436,7 @@ def plan_rows(
         reads: What of each user's history is read along.
         max_len: How many events of it at most.
         num_drawn: Items drawn for each row: a 0 for every binary task, without a label for others.
-        draw: Who draws them.
+        draw: What draws them.
         offered: What a retriever offered for each row, drawn from in its place; rows that it
             offered nothing are left out.
         share: What of each batch this process reads.

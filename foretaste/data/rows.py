@@ -51,7 +51,7 @@ def positives_of(events: Interactions, positive: str = "") -> Interactions:
 
     Args:
         events: Any.
-        positive: The column; "": as the events say themselves, `Interactions.positive`.
+        positive: The column; "": `Interactions.positive` of the events.
 
     Raises:
         ConfigError: There is no such column.
@@ -113,7 +113,7 @@ class Rows(Shown):
 
         Args:
             num: N, how many items a row gets.
-            draw: Who draws them.
+            draw: What draws them.
             seed: Decides the draws.
 
         Raises:

@@ -253,7 +253,7 @@ def _setting(role: str) -> str:
 def _first_of_each(
     others: pl.DataFrame, ids: pl.Series, name: str, notes: list[str]
 ) -> tuple[pl.DataFrame, pl.Series]:
-    """Keep the first row of each id; say how many more there are, and how many say otherwise.
+    """Keep the first row of each id; count the others, and those with other values.
 
     Raises:
         DataError: There is no row.
@@ -336,7 +336,7 @@ def alike(ids: pl.Series, side: Side | None) -> tuple[pl.Series, pl.Series | Non
 def notes_about(
     vocabulary: Vocabulary, count: Int64[np.ndarray, " N"], side: Side | None, role: str
 ) -> list[str]:
-    """Say what reading the table left out, and who stands in it or among the events alone.
+    """Return notes on what reading the table left out, and on ids in one of the two alone.
 
     Raises:
         DataError: The table's key holds none of the ids with events, or, where the caller did not

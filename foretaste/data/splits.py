@@ -169,7 +169,7 @@ def newer_than_own(
 ) -> Bool[np.ndarray, " E"]:
     """Mark the `newer_E` events that came after the first `older_E` event of their user.
 
-    Without times a user's order stands for time; with them, the same second is not after.
+    Without times a user's order counts as time; with them, the same second is not after.
     """
     time_E = events.timestamp_s if events.timestamp_s is not None else np.arange(len(events))
     first_U = np.full(events.num_users, np.iinfo(np.int64).max)
@@ -299,7 +299,7 @@ class Holdout(Shown):
 
 @dataclass(frozen=True)
 class PartSize:
-    """How much stands in one part of a split, and how much of it training cannot know."""
+    """How much is in one part of a split, and how much of it training cannot know."""
 
     name: str
     """"train", "validation" or "test"."""
@@ -386,7 +386,7 @@ class Split(Shown):
 
     @checked
     def sizes(self) -> tuple[PartSize, ...]:
-        """Return what stands in training, validation and test, for a table or a report."""
+        """Return what is in training, validation and test, for a table or a report."""
         trained_U = np.diff(self.train.offsets) > 0
         users = int(trained_U.sum())
         train = PartSize("train", len(self.train), users, users, 0, 0, 0)

@@ -87,7 +87,7 @@ def leave_last_split(events: Interactions, split: LeaveLastSplitConfig) -> Split
     split's notes count them.
 
     Args:
-        events: With times, or in an order that stands for time.
+        events: With times, or in order of time.
         (settings)
 
     Raises:
@@ -102,7 +102,7 @@ def ratio_split(events: Interactions, split: RatioSplitConfig) -> Split:
     """Hold out the last share of every user's own events, rounded down.
 
     Args:
-        events: With times, or in an order that stands for time.
+        events: With times, or in order of time.
         (settings)
 
     Raises:
@@ -186,7 +186,7 @@ def given_split(
 ) -> Split:
     """Take parts as they come, under one vocabulary: training's ids first, then new ones.
 
-    Without times a user's training events stand before the validation and test events. Where the
+    Without times a user's training events are before the validation and test events. Where the
     tables about users or items of several parts know an id, each value is taken from the first
     part that has it; the notes of the events count where a later part has another.
 
@@ -204,7 +204,7 @@ def given_split(
 
 @settings_as_arguments(GivenSplitConfig)
 def given_split_by_column(events: Interactions, split: GivenSplitConfig) -> Split:
-    """Take parts from a column that says of each event where it belongs.
+    """Take parts from a column that holds the part of each event.
 
     Args:
         events: With that column.
@@ -361,7 +361,7 @@ def _num_positives(events: Interactions) -> Int64[np.ndarray, " U"]:
 def _leave_last(
     events: Interactions, parts: tuple[int, ...], *, fewest: int | None = None
 ) -> tuple[UInt8[np.ndarray, " E"], tuple[str, ...]]:
-    """Give the last event to `parts[0]`, the one before it to `parts[1]`, and say who is short."""
+    """Give the last event to `parts[0]` and the one before to `parts[1]`; note short histories."""
     fewest = fewest or len(parts) + 1
     length_U = _num_positives(events)
     long_E = (length_U >= fewest)[events.user_idx]

@@ -53,7 +53,7 @@ class StoredIds(Config):
 
 
 class StoreManifest(FolderManifest):
-    """What `manifest.json` says."""
+    """The content of `manifest.json`."""
 
     kind = "event store"
     latest = 2
@@ -125,7 +125,7 @@ def open_store(
         path: The folder.
         verify: Read every file through and compare its checksum; otherwise sizes are compared.
         trusted: False reads every value too and refuses those that `write_store` cannot have
-            written, such as rows out of range: checksums say nothing of who computed them.
+            written, such as rows out of range: anybody can compute checksums.
 
     Raises:
         BundleError: It is no store, or a file of it is missing, cut short or changed.

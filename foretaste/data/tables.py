@@ -322,7 +322,7 @@ _NOT_TABLES = (
     (0, b"FEA1", "a Feather file of the first version", _EXPORT),
     (0, b"%PDF", "a PDF", _EXPORT),
 )
-"""Where which bytes stand in a file, what it is then, and what to do."""
+"""Where which bytes are in a file, what it is then, and what to do."""
 
 
 def _place_of(source: str | os.PathLike[str]) -> Path:

@@ -177,7 +177,7 @@ def check_learnable(
 
 
 def notes_about_labels(events: Interactions, tasks: Sequence[Task]) -> tuple[str, ...]:
-    """Say of each regression whether outliers make its other labels nearly equal.
+    """Return a note for each regression whose outliers make its other labels nearly equal.
 
     Raises:
         ConfigError: A task names a column that the events do not have.
@@ -212,7 +212,7 @@ def zeros_in_histories(
     Args:
         events: Those of training.
         tasks: What is learned of them.
-        positive: Column that says which events are positive; "": as the events say.
+        positive: Column that marks the positive events; "": as the events have it.
     """
     if positive or events.positive or not all(task.column for task in tasks):
         return None
@@ -226,7 +226,7 @@ def zeros_in_histories(
 def notes_about_histories(
     events: Interactions, tasks: Sequence[Task], *, reads: bool
 ) -> tuple[str, ...]:
-    """Say that histories would hold what did not happen.
+    """Return a note that histories would hold events that did not happen.
 
     Args:
         events: What histories are made of.
@@ -250,7 +250,7 @@ def no_column(events: Interactions, column: str, wanted: str) -> ConfigError:
     Args:
         events: Which have others, perhaps.
         column: Its name.
-        wanted: Who asks for it, as the beginning of the sentence.
+        wanted: What needs it, as the beginning of the sentence.
     """
     start = f"{wanted}, and "
     if events.context is not None and column in events.context.columns:

@@ -148,7 +148,7 @@ class Vocabulary:
         Args:
             external_id: The id.
             name: What the caller calls it, for the error.
-            position: Where it stands in a list of that name, from 0.
+            position: Where it is in a list of that name, from 0.
 
         Raises:
             DataError: It is no id: missing, empty, a list, or a truth value, a fraction or another
@@ -428,7 +428,7 @@ def number_ids(
     """Give every distinct id a row, in ascending order, and say the row of each event's id.
 
     Args:
-        ids: One id per event, Int64 or String, without nulls. May stand in many chunks.
+        ids: One id per event, Int64 or String, without nulls. May be in many chunks.
         also: Further ids of the same type that get a row too.
 
     Returns:

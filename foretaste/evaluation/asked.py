@@ -54,7 +54,7 @@ class Task:
     doubles: int
     """Targets that stood twice in one query, left out."""
     repeats: int
-    """Targets left out because they stand in the query's own history, which is excluded."""
+    """Targets left out because they are in the query's own history, which is excluded."""
     idle: int
     """Queries left out because they had no other target."""
 
@@ -116,7 +116,7 @@ def make_task(holdout: Holdout, *, without_repeats: bool) -> Task:
 
     Args:
         holdout: Queries with their histories and targets.
-        without_repeats: Leave out targets that stand in their query's own history.
+        without_repeats: Leave out targets that are in their query's own history.
     """
     start_Q = holdout.events.offsets[holdout.user_Q]
     length_Q = holdout.end_Q - start_Q
@@ -247,7 +247,7 @@ class Overlap:
     untold: tuple[str, ...]
     """Columns about users that the model reads and the test's table has not."""
     own_rows: bool
-    """Whether users and items stand in the rows of the model's own events."""
+    """Whether users and items are in the rows of the model's own events."""
 
     @property
     def counts(self) -> dict[str, int]:

@@ -375,7 +375,7 @@ class Reports(Shown):
 
     @checked
     def to_json(self, *, per_user: bool = True) -> str:
-        """Return one JSON document; of two reports, that of rows stands in the other as `rows`.
+        """Return one JSON document; of two reports, that of rows is in the other as `rows`.
 
         Args:
             per_user: False leaves each user's and each row's values out.

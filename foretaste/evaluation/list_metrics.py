@@ -49,9 +49,9 @@ class Hits:
     """All that a metric of accuracy may know of a list."""
 
     relevance_BK: Float64[np.ndarray, "B K"]
-    """Probability that a target stands at this position."""
+    """Probability that a target is at this position."""
     first_BK: Float64[np.ndarray, "B K"]
-    """Probability that the first of the targets stands at this position."""
+    """Probability that the first of the targets is at this position."""
     so_far_BK: Float64[np.ndarray, "B K"]
     """Expected number of targets down to this position, itself included; 0 where it holds none."""
     num_targets_B: Int64[np.ndarray, " B"]
@@ -119,7 +119,7 @@ def place(
         score_N: Each target's score; -inf if it is no candidate.
 
     Returns:
-        Both exact for targets that may stand in the list. Of the others `better` is K or more,
+        Both exact for targets that may be in the list. Of the others `better` is K or more,
         and `equal` is 1.
     """
     width = top.score_BK.shape[1]
@@ -199,7 +199,7 @@ def draw_lists(
 def chance_within(
     better_N: Int64[np.ndarray, " N"], equal_N: Int64[np.ndarray, " N"], k: int
 ) -> Float64[np.ndarray, " N"]:
-    """Return each target's probability to stand among the `k` best."""
+    """Return each target's probability to be among the `k` best."""
     chance_N: np.ndarray = np.clip(k - better_N, 0, equal_N) / equal_N
     return chance_N
 
@@ -256,7 +256,7 @@ def list_mean(
 
 
 def hit_rate(hits: Hits, k: int) -> Float64[np.ndarray, " B"]:
-    """Return the probability that at least one target stands among the first `k`, in [0, 1].
+    """Return the probability that at least one target is among the first `k`, in [0, 1].
 
     Also called Success@k and, where each query has one target, Recall@k.
     """
@@ -265,7 +265,7 @@ def hit_rate(hits: Hits, k: int) -> Float64[np.ndarray, " B"]:
 
 
 def recall(hits: Hits, k: int) -> Float64[np.ndarray, " B"]:
-    r"""Return the expected share of the targets that stand among the first `k`, in [0, 1].
+    r"""Return the expected share of the targets that are among the first `k`, in [0, 1].
 
     .. math:: \frac{1}{n} \sum_{p \le k} \text{rel}_p
 
@@ -331,7 +331,7 @@ def ndcg(hits: Hits, k: int) -> Float64[np.ndarray, " B"]:
 
 
 def coverage(shown_I: Bool[np.ndarray, " I"], known_I: Bool[np.ndarray, " I"]) -> float:
-    """Return the share of the catalogue that stands in at least one list, in [0, 1].
+    """Return the share of the catalogue that is in at least one list, in [0, 1].
 
     Args:
         shown_I: Items in some list.

@@ -65,7 +65,7 @@ def evaluate(
         sampled: Rank the targets among a few sampled items only, as some papers did; the names
             of the metrics say so.
         among: "cold" ranks items without a training event among themselves, and the names of
-            the metrics say so; those that the model does not place stand at the end, as equals.
+            the metrics say so; those that the model does not place are at the end, as equals.
         users: "new" takes the headline from the users without history, and from no others, and the
             names of the metrics say so.
 

@@ -286,7 +286,7 @@ class RowsReport(AnyReport):
     prediction_NT: Float64[np.ndarray, "N T"]
     """Probabilities, values in the labels' units, or expected levels; before any calibration."""
     calibration: Mapping[str, Calibration] = field(default_factory=dict)
-    """By the task's name: what the calibrated figures were worked out with."""
+    """By the task's name: what the calibrated figures were computed with."""
 
     _WHAT: ClassVar[str] = "report of rows"
     _FROM_JSON: ClassVar[Mapping[str, Callable[[Any], object]]] = {

@@ -71,7 +71,7 @@ def evaluate_rows(
         part: Which part.
         sampled: Draw so many items for each row instead, and so.
         calibration: From a binary task's name to what `fit_calibration` made of other rows: the
-            effect stands beside the plain figures. None: what the model keeps.
+            effect is beside the plain figures. None: what the model keeps.
         resamples: Of the bootstrap over users; 0 gives no intervals.
         seed: Decides the resamples.
 

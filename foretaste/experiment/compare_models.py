@@ -61,7 +61,7 @@ def read_recipes(
         data_dir: Where a file of `features` is looked for first.
 
     Raises:
-        ConfigError: A setting is missing, unknown or out of range; it says which.
+        ConfigError: A setting is missing, unknown or out of range; the message names it.
     """
     files = [Path(path) for path in paths]
     stems = [file.stem for file in files]

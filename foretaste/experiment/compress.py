@@ -169,7 +169,7 @@ def compress_tables(trained: Trained, table: Settings) -> Trained:
                     links = partial(_links, trained, sides.get(part, ""))
                     made[part] = kept.compressed(part, links)
                 setattr(parent, name, made[part])
-    # Item vectors worked out from the other tables are forgotten; how new users are answered stays
+    # Item vectors computed from the other tables are forgotten; how new users are answered stays
     # as the dense tables taught it: learned again from pruned rows it was worse.
     model.train().eval()
     smaller = config.model_copy(update={"table": kept})

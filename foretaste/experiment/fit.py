@@ -90,8 +90,8 @@ def fit(
         config: Which model, and its settings.
         split: Made by `temporal_split`, `leave_last_split` and their like.
         seed: Decides first weights, order, dropout and negatives: one seed, one result.
-        training: The loop's settings; "auto": those that a short search finds, which says what it
-            costs before it starts.
+        training: The loop's settings; "auto": those that a short search finds, which reports
+            its cost before it starts.
         objective: What the loss is and how negatives are drawn.
         features: What is known of users and items, or the schema of its columns, which is fitted to
             the training part. Features that were fitted to other events are encoded for these.
@@ -308,7 +308,7 @@ def _settings_of(
 def _with_strengths(
     config: ModelConfig, split: Split, fit_part: Callable[..., Trained], *, show: bool
 ) -> tuple[ModelConfig, dict[str, float]]:
-    """Return settings with every strength decided, and what validation said of those tried."""
+    """Return settings with every strength decided, and the validation figures of those tried."""
     chosen, tried = choose_strengths(config, split, fit_part)
     if chosen and show:
         say(f"{config.kind}: " + ", ".join(f"{name} {value:g}" for name, value in chosen.items()))
@@ -431,7 +431,7 @@ def _learn(
 
 
 def _decided(training: TrainingConfig, objective: ObjectiveConfig) -> str:
-    """Say how a model learns, where the data or the model may have decided."""
+    """Describe how a model learns, where the data or the model may have decided."""
     said = f"learning rate {training.rate:g}, {training.batch_events} events a step"
     if training.average_decay:
         said += f", average {training.average_decay:g}"

@@ -86,7 +86,7 @@ class RunOptions:
 def usual_objective(
     config: ModelConfig, events: Interactions | None = None, features: Features | None = None
 ) -> ObjectiveConfig:
-    """Return how a model that learns by gradient learns if nothing else is said.
+    """Return the default way in which a model that learns by gradient learns.
 
     Args:
         config: The model's settings.
@@ -382,7 +382,7 @@ def _check_what_happened(tasks: tuple[Task, ...]) -> None:
 
 
 def _draw(config: RowsConfig, happened: Interactions, mine: DrawItems | None) -> DrawItems:
-    """Return who draws; `happened` is what must not be drawn."""
+    """Return what draws; `happened` is what must not be drawn."""
     count_I = happened.item_count
     seen = Seen.of(happened) if config.exclude_known else None
     alike = RowNegatives(UniformSampler(len(count_I), known_I=torch.from_numpy(count_I > 0)), seen)

@@ -174,7 +174,7 @@ def candidate_negatives(retriever: Trained, num: int) -> DrawItems:
     own item where there are none.
 
     Args:
-        retriever: Trained; its events say what each user has done. All users are searched for once.
+        retriever: Trained; its events are the users' histories. All users are searched for once.
         num: How many items of each user are kept, the best ones.
 
     Raises:
@@ -257,7 +257,7 @@ def fit_folds(
         fit_retriever: Fits one to the training part of a split.
         split: Whose training events are the rows.
         folds: How many, 2 or more.
-        seed: Decides who is in which.
+        seed: Decides which user is in which.
     """
     fold_U = np.random.default_rng(seed).permutation(split.events.num_users) % folds
     fold_E = fold_U[split.events.user_idx]
@@ -288,7 +288,7 @@ def offer(
 ) -> Offered:
     """Ask each row's retriever what it would have offered before the row.
 
-    Who is offered, `objective` says: the best of the retriever, any items that the user had not
+    `objective` decides what is drawn: the best of the retriever, any items that the user had not
     done, or a mixture. What the user did only later may be among them, as when answers are given.
 
     Args:

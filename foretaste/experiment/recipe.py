@@ -232,7 +232,7 @@ def read_experiment(
         data_dir: Where a file of `features` is looked for first.
 
     Raises:
-        ConfigError: A setting is missing, unknown or out of range; it says which.
+        ConfigError: A setting is missing, unknown or out of range; the message names it.
     """
     path = Path(path)
     try:
@@ -287,7 +287,7 @@ def override(config: ExperimentConfig, overrides: Sequence[str]) -> ExperimentCo
     """Return a recipe with some of its settings replaced, each `section.name=value`.
 
     Raises:
-        ConfigError: A setting is unknown or out of range; it says which.
+        ConfigError: A setting is unknown or out of range; the message names it.
     """
     if not overrides:
         return config

@@ -256,7 +256,7 @@ def _final_split(config: ExperimentConfig, split: Split) -> Split:
 
 
 def _say_final(config: ExperimentConfig, split: Split, cost: Cost) -> None:
-    """Say what the last training will take, once all is known of the first one."""
+    """Show how long the last training will take, once that is known of the first one."""
     if config.final == "none" or (cost.validations and cost.validation_seconds is None):
         return
     more = len(_final_split(config, split).train) / max(1, len(split.train))

@@ -50,7 +50,7 @@ def with_own_objective(config: ExperimentConfig) -> ExperimentConfig:
 def usual_space(config: "ExperimentConfig | Learner") -> dict[str, RangeConfig | ChoiceConfig]:
     """Return what is searched where a recipe names nothing, by the settings' dotted names.
 
-    A model's own ranges stand in its settings class, as `tuning`; of two stages both models' are
+    A model's own ranges are in its settings class, as `tuning`; of two stages both models' are
     searched. What learns by gradient has a learning rate besides, from a tenth of the model's own
     to three times that, and what learns from pairs the strength of its l2, up to ten times as
     weak or as strong as what it is.
@@ -81,7 +81,7 @@ def distributions(config: ExperimentConfig) -> "dict[str, drawn_from.BaseDistrib
     A range whose setting is an integer draws integers.
 
     Raises:
-        ConfigError: A name is not a setting of this recipe, or a range is empty; it says which.
+        ConfigError: A name is not a setting of this recipe, or a range is empty; it is named.
     """
     space = config.tune.space or usual_space(config)
     return {name: _distribution(name, part, config) for name, part in space.items()}
@@ -158,7 +158,7 @@ class ShortSearch:
     say: Callable[[str], object]
     """Called with what it costs before it begins, and with what it came to."""
     rows: list[dict[str, object]] = field(default_factory=list)
-    """Each training: its epochs, what was drawn, and what validation said."""
+    """Each training: its epochs, what was drawn, and its validation figure."""
 
     def run(self) -> tuple[Learner, dict[str, object]]:
         """Return the settings to train with, and a log of how they were found."""
@@ -182,7 +182,7 @@ class ShortSearch:
         return self._ended(ways[0], "done")
 
     def _value(self, way: Mapping[str, object], sample: Split, *, epochs: int, end: float) -> float:
-        """Return the best that validation says of a training; minus infinity of one that broke."""
+        """Return the best validation figure of a training; minus infinity of one that broke."""
         values = [-math.inf]
 
         def see(epoch: Epoch) -> None:
@@ -242,7 +242,7 @@ def _sample(split: Split, seed: int) -> Split:
 def _drawn(own: Learner, seed: int) -> list[dict[str, object]]:
     """Return ways to learn; each setting is spread over its range, in an order of its own.
 
-    The learning rate is near the model's own: few epochs say nothing for a much lower one.
+    The learning rate is near the model's own: few epochs are no test of a much lower one.
     """
     rng, space = np.random.default_rng(seed), usual_space(own)
     rate = TrainingConfig(**own.model.usual.training).rate

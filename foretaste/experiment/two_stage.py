@@ -301,7 +301,7 @@ def check_same(first: Interactions, second: Interactions, what: str) -> None:
 
 
 def _check_sides(first: Features | None, second: Features | None) -> None:
-    """Refuse features that were fitted apart: one code may stand for two values."""
+    """Refuse features that were fitted apart: one code may mean two values."""
     if first is None or second is None or first is second:
         return
     for name in ("user", "item", "context"):

@@ -60,7 +60,7 @@ _ABOVE, _ABOVE_BASE = 1.1, 0.01
 """A model has left popularity's level at 1.1 times its NDCG, and the base rate's at .01 more than
 it: .5 of AUC, 0 of a regression."""
 _MOST_PAIRS = 2**28
-"""Of items that a user did both, for item-kNN to be worked out beside a run: some seconds."""
+"""Of items that a user did both, for item-kNN to be computed beside a run: some seconds."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -71,11 +71,11 @@ class Validation:
     """`STOP_METRIC` or `ROWS_METRIC`."""
     value: Callable[[Model], float]
     on: str
-    """What it is worked out on, such as "1,000 of 9,885 queries"."""
+    """What it is computed on, such as "1,000 of 9,885 queries"."""
     level: float
     """Above it a model has learned more than what is popular, or more than the base rate."""
     beside: Callable[[], dict[str, float]]
-    """Works out what models that only count reach, by name."""
+    """Computes what models that only count reach, by name."""
     every: int = 1
     """Epochs between two of them."""
 
@@ -104,7 +104,7 @@ class Validation:
         )
 
     def __str__(self) -> str:
-        """Say what is done."""
+        """Describe what is done."""
         often = "every epoch" if self.every == 1 else f"every {self.every} epochs"
         return f"validated {often} on {self.on}"
 
@@ -313,7 +313,7 @@ def choose_strengths(
         fit_one: Trains one.
 
     Returns:
-        The strengths, and what validation said of each that was tried.
+        The strengths, and the validation figure of each that was tried.
     """
     if not isinstance(config, StrengthConfig):
         return {}, {}

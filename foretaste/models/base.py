@@ -1,4 +1,4 @@
-"""What every model is: a network that says in attributes and methods what it can do.
+"""The base of all models: a network whose attributes and methods show what it can do.
 
 A retriever has a vector for each query and each item, a ranker judges given items, a scorer gives
 every item a score. A model overrides what it can do and inherits the rest; other rooms ask a model
@@ -138,7 +138,7 @@ class Retriever(Model, ABC):
 
     @property
     def item_rows(self) -> Table | None:
-        """The table whose rows are the items' vectors as they are; None: they are worked out."""
+        """The table whose rows are the items' vectors as they are; None: they are computed."""
         return None
 
     def item_codes(self) -> Codes | None:

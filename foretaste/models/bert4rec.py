@@ -1,6 +1,6 @@
 r"""BERT4Rec, a retriever: attention to both sides fills the gaps in a history.
 
-Some items of a history are hidden behind a learned [MASK]; the state there says what they were.
+Some items of a history are hidden behind a learned [MASK]; the state there predicts what they were.
 To recommend, a [MASK] is appended, and its state is compared with every item.
 
 .. math:: P(v) \propto \exp(g(h_{[MASK]}) \cdot e_v + b_v)
@@ -10,7 +10,7 @@ Transformer", CIKM 2019, https://arxiv.org/abs/1904.06690
 
 Departures: g is the identity and b is 0 unless `output_projection` and `output_bias` ask for
 them; items are read at sqrt(D) times their size; in the last block only the states of the
-hidden places are worked out. The "modern" block (`GatedBlock`) is an option.
+hidden places are computed. The "modern" block (`GatedBlock`) is an option.
 
 Shape legend: B rows, L positions, T hidden places of a row, D width, I items.
 """
@@ -108,7 +108,7 @@ class BERT4Rec(Retriever):
     ) -> Float[Tensor, "B T E"]:
         """Hide some places of each row behind [MASK] and return their states.
 
-        What is hidden, and what stands under padding, has no influence.
+        What is hidden, and what is under padding, has no influence.
 
         Args:
             batch: Histories; the position counts back from a row's last event.

@@ -338,7 +338,7 @@ _BLOCK_PAIRS = 2**15
 
 
 class Judged(NamedTuple):
-    """What a ranker says of some items."""
+    """A ranker's outputs for some items."""
 
     score_BC: Float[Tensor, "B C"]
     """What orders them, higher is better."""

@@ -7,7 +7,7 @@ r"""HSTU, a retriever: each event gathers from those before it, by what they are
 The weights A are no softmax: they need not sum to 1, so that a state also knows how much of a kind
 there was. :math:`r^p` is learned for each number of steps between two events, and :math:`r^t` for
 each power of :math:`\sqrt 2` of the seconds between them; two events without times have one of
-their own. Nothing says where in a history an event stands but these.
+their own. Only these encode the place of an event in a history.
 
 Zhai et al., "Actions Speak Louder than Words: Trillion-Parameter Sequential Transducers for
 Generative Recommendations", ICML 2024, https://arxiv.org/abs/2402.17152

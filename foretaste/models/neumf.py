@@ -142,7 +142,7 @@ class NCF(PairRanker):
         """Make untrained weights.
 
         Args:
-            config: The settings, which say which paths there are.
+            config: The settings, which decide which paths there are.
             num_users: Users that training knows, 0 or more.
             num_items: Items of the catalogue, 1 or more.
         """

@@ -110,7 +110,7 @@ class _Tables(NamedTuple):
     vector_XD: Tensor
     """Of users, then items, before the similarity."""
     message_KIH: Tensor
-    """What items say in each layer."""
+    """The messages of items in each layer."""
 
 
 @final
@@ -251,7 +251,7 @@ class PinSage(Retriever):
         return self._item(self._answers().vector_XD[self.num_users + item_V])
 
     def known_items(self) -> Bool[Tensor, " I"]:
-        """Return which items have neighbours or a feature that says something."""
+        """Return which items have neighbours or a known feature."""
         return self.inputs.linked_X[self.num_users :] | self.inputs.told_I
 
     @property
@@ -279,11 +279,11 @@ class PinSage(Retriever):
         self.num_items_U.copy_(torch.bincount(user_P, minlength=self.num_users))
 
     def finish(self) -> None:
-        """Work out and keep what answers need: every vector, and what items say to new users."""
+        """Compute and keep what answers need: every vector, and items' messages to new users."""
         self.vector_XD, self.message_KIH = self._generate()
 
     def train(self, mode: bool = True) -> "PinSage":  # noqa: FBT001, FBT002  # torch's signature
-        """Forget what was worked out from other weights; what `finish` kept, too, to train on."""
+        """Forget what was computed from other weights; what `finish` kept, too, to train on."""
         self._kept = None
         if mode and self.neighbourhoods is not None:
             self.vector_XD = self.vector_XD[:0].clone()

@@ -3,10 +3,10 @@
 Kang and McAuley, "Self-Attentive Sequential Recommendation", ICDM 2018,
 https://arxiv.org/abs/1808.09781
 
-Departures: padding stands at the end, where causal attention never looks, and positions are
+Departures: padding is at the end, where causal attention never looks, and positions are
 counted back from the end, so an event's position embedding is the paper's. The "modern" block
 (normalise first, SwiGLU, gated residuals as in LiGR, https://arxiv.org/abs/2502.03417) is an
-option. Before the first event stands a learned start, so that the first event too is
+option. Before the first event is a learned start, so that the first event too is
 predicted, and a user without history gets an answer.
 
 Shape legend: B rows, L positions (L1 = L + 1), D width, I items.

@@ -3,7 +3,7 @@ r"""Two-Tower, a retriever: users and items are each represented by what is know
 .. math:: s_{ui} = f(x_u) \cdot g(y_i)
 
 A tower takes an id embedding, features and, for users, their history; the parts are added up, or
-go side by side through an MLP. The item tower's vectors are worked out once, for an index; the
+go side by side through an MLP. The item tower's vectors are computed once, for an index; the
 query tower answers alone.
 
 Covington, Adams and Sargin, "Deep Neural Networks for YouTube Recommendations", RecSys 2016,
@@ -11,7 +11,7 @@ https://doi.org/10.1145/2959100.2959190; Yi et al., "Sampling-Bias-Corrected Neu
 Large Corpus Item Recommendations", RecSys 2019, https://doi.org/10.1145/3298689.3346996
 
 Departures: histories are embedded by the item tower's own ids and features, before its MLP; ids
-may be dropped in training, so that features learn to stand alone (DropoutNet, Volkovs, Yu and
+may be dropped in training, so that features learn to be enough alone (DropoutNet, Volkovs, Yu and
 Poutanen, NeurIPS 2017); a user or item without a training event has the id vector 0.
 
 Shape legend: B users, V items, I items of the catalogue, R items of a batch, D width, N events of
@@ -234,7 +234,7 @@ class TwoTower(Retriever):
         yield from self._kept
 
     def known_items(self) -> Bool[Tensor, " I"]:
-        """Return which items have a feature that says something."""
+        """Return which items have a known feature."""
         if self.item_fields is None:
             return torch.zeros(self.num_items, dtype=torch.bool)
         return self.item_fields.known_R
@@ -278,7 +278,7 @@ class TwoTower(Retriever):
             self.fold_in.learn(events, self.user_table, self._base_vectors)
 
     def train(self, mode: bool = True) -> "TwoTower":  # noqa: FBT001, FBT002 - torch's signature
-        """Forget what was worked out from other weights."""
+        """Forget what was computed from other weights."""
         self._kept = None
         super().train(mode)
         return self
@@ -308,7 +308,7 @@ class TwoTower(Retriever):
             return None
         parts = [item_V]
         if self.history is not None:
-            parts += [queries.history_N, item_V.new_zeros(1)]  # item 0 stands under padding
+            parts += [queries.history_N, item_V.new_zeros(1)]  # item 0 is under padding
         item_R, place = torch.cat(parts).unique(return_inverse=True)
         num = len(item_V)
         return _Needed(
@@ -333,7 +333,7 @@ class TwoTower(Retriever):
         return _sum_or_mlp(parts if field_RD is None else [*parts, field_RD], None)
 
     def _base_vectors(self, item_N: Int64[Tensor, " N"]) -> Float[Tensor, "N D"]:
-        """Return the same of items that may stand there often, each worked out once."""
+        """Return the same of items that may occur there often, each computed once."""
         item_R, place_N = item_N.unique(return_inverse=True)
         field_RD = None if self.item_fields is None else self.item_fields(item_R)
         return F.embedding(place_N, self._base(item_R, field_RD))
@@ -366,7 +366,7 @@ class _Needed(NamedTuple):
 
     item_R: Int64[Tensor, " R"]
     place_V: Int64[Tensor, " V"]
-    """Where the items to be compared with stand in `item_R`."""
+    """Where the items to be compared with are in `item_R`."""
     place_N: Int64[Tensor, " N"]
     """Where those of histories do."""
     field_RD: Float[Tensor, "R D"] | None

@@ -157,7 +157,7 @@ class DistinctSampler:
     :math:`1 - e^{-w_j t}`. So :math:`\sum_{j \in M} x_j / \text{chance}_j` is an unbiased
     estimate of the sum over all items; with all items drawn it is that sum.
 
-    Of many items only those that arrive are worked out: the next to arrive is j with probability
+    Of many items only those that arrive are computed: the next to arrive is j with probability
     :math:`w_j / \sum_i w_i` at any time, so items are drawn one after the other, repeats left
     out, until there are enough. The law is the same, the draws are others.
 
@@ -178,7 +178,7 @@ class DistinctSampler:
         Args:
             count_I: Training events of each item; items without any are never drawn.
             power: Rates are count^power: 0 draws uniformly, 0.75 as word2vec does.
-            shuffled_below: Known items from which on only those that arrive are worked out.
+            shuffled_below: Known items from which on only those that arrive are computed.
 
         Raises:
             DataError: No item has a training event.
@@ -258,7 +258,7 @@ class DistinctSampler:
 
 
 def _first_places(item_N: Int64[Tensor, " N"]) -> Int64[Tensor, " M"]:
-    """Return where each different item stands first, in order."""
+    """Return the first place of each different item, in order."""
     sorted_N, order_N = item_N.sort(stable=True)
     is_first_N = torch.ones_like(sorted_N, dtype=torch.bool)
     is_first_N[1:] = sorted_N[1:] != sorted_N[:-1]

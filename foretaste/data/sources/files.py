@@ -146,7 +146,7 @@ class Address:
 
     url: str
     md5: str | None = None
-    """What its publisher says; None where nothing is said."""
+    """What its publisher states; None where nothing is stated."""
 
     def __str__(self) -> str:
         return self.url
@@ -198,7 +198,7 @@ class Wheel:
         """Put the wheel's files under `prefix` into `folder`.
 
         Raises:
-            SourceError: pip could not get it, or nothing stands under `prefix`.
+            SourceError: pip could not get it, or nothing is under `prefix`.
         """
         _log.info("getting %s", self)
         with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:

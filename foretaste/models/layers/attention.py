@@ -156,7 +156,7 @@ class GatedBlock(nn.Module):
         Args:
             x_BLD: The states.
             valid_BL: True = may be attended; None: all may. With `causal` only beside `place_BT`.
-            place_BT: The positions whose states are wanted, and alone worked out; None: all. A
+            place_BT: The positions whose states are wanted, and alone computed; None: all. A
                 causal block's are the last of their rows: they see all that is valid.
         """
         memory_BLD = self.attention_norm(x_BLD)

@@ -44,7 +44,7 @@ def places(width: int, parts: int) -> Int64[Tensor, " D"]:
 class Codes:
     r"""Rows :math:`[c^1_{b_{r1}}; \dots; c^M_{b_{rM}}]`, kept as their codes b.
 
-    A product with a query is a sum over sub-spaces of one of 256 partial products, each worked out
+    A product with a query is a sum over sub-spaces of one of 256 partial products, each computed
     once a query: :math:`q \cdot e_r = \sum_m q^m \cdot c^m_{b_{rm}}`. It differs from that with the
     decompressed row by the order of summation alone.
 

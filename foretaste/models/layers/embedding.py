@@ -111,7 +111,7 @@ class FieldEncoder(nn.Module):
     r"""One vector for each row of features.
 
     With `concat` it is :math:`W [v_1; …; v_F] + b`. With `gate` it is :math:`\sum_f g_f v_f` with
-    :math:`g = \mathrm{softmax}(W [v_1; …; v_F] + b)`, where fields that say nothing take no part:
+    :math:`g = \mathrm{softmax}(W [v_1; …; v_F] + b)`, where missing fields take no part:
     0 if nothing is known.
 
     References:
@@ -155,7 +155,7 @@ def gated_sum(
     Args:
         gate: From all fields side by side to a logit for each.
         field_XFD: The fields.
-        says_XF: Which of them say something; 0 if none does.
+        says_XF: Which of them are known; 0 if none is.
     """
     silenced_XFD = field_XFD * says_XF.unsqueeze(-1)
     logit_XF: Tensor = gate(silenced_XFD.flatten(-2))
@@ -199,7 +199,7 @@ class KnownFields(nn.Module):
 
     @property
     def known_R(self) -> Bool[Tensor, " R"]:
-        """Which rows have a feature that says something."""
+        """Which rows have a known feature."""
         return self.rows.known_R
 
 
@@ -236,7 +236,7 @@ class KnownRows(nn.Module):
 
     @property
     def known_R(self) -> Bool[Tensor, " R"]:
-        """Which rows have a feature that says something."""
+        """Which rows have a known feature."""
         return self.present_RF[:-1].any(dim=1)
 
     def table(self) -> FieldTable:

@@ -5,7 +5,7 @@ r"""Vectors passed along the ties of a graph, each weighted by the degrees of bo
 The operator is symmetric, and so is every polynomial of it: the backward pass is the forward
 product once more. That product sums the rows of each node's neighbours without a weight for each
 edge, since rows are scaled before and after; `embedding_bag` is the fastest such sum on a CPU.
-Inside, rows stand in an order that keeps shared neighbours in the processor's cache
+Inside, rows are in an order that keeps shared neighbours in the processor's cache
 (`cache_order`); what comes in and goes out is in the graph's order.
 
 Shape legend: V nodes, E directed edges, R nodes asked for, D width.

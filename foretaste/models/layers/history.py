@@ -2,7 +2,7 @@
 finds in it, SASRec's last state, or, for a new user, a regression.
 
 Those that give a vector take queries whose `history_N` are rows of a table of vectors, not items
-of the catalogue, so that the items' vectors are worked out once however often they stand in
+of the catalogue, so that the items' vectors are computed once however often they are in
 histories.
 
 Shape legend: B queries, b those of a group, A rows of items (B, or 1 where all queries have the

@@ -1,4 +1,4 @@
-"""Layers over a query and each of its items, the query's share worked out once, and towers of them.
+"""Layers over a query and each of its items, the query's share computed once, and towers of them.
 
 A first layer is linear, so :math:`W [q; i] = W_q q + W_i i`: with C items of a query, or all
 queries over the same items, most of its products are done once and not for every pair.
@@ -201,7 +201,7 @@ def activate(kind: Activation, width: int) -> nn.Module:
 
 @final
 class SlopedReLU(nn.Module):
-    """PReLU with a slope for each unit, which stands last."""
+    """PReLU with a slope for each unit, the last dimension."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

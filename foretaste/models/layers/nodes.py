@@ -141,7 +141,7 @@ class NodeInputs(nn.Module):
 
     @property
     def told_I(self) -> Bool[Tensor, " I"]:
-        """Which items have a feature that says something."""
+        """Which items have a known feature."""
         if self.item_fields is None:
             return torch.zeros_like(self.linked_X[self.num_users :])
         return self.item_fields.known_R
@@ -258,7 +258,7 @@ def place(
 def sum_of_rows(
     table_VW: Float[Tensor, "V W"], node_P: Int64[Tensor, " P"], length_B: Int64[Tensor, " B"]
 ) -> Float[Tensor, "B W"]:
-    """Return the sum of each query's rows, which stand one query after the other."""
+    """Return the sum of each query's rows, which are laid out query by query."""
     if len(node_P) == 0:
         return table_VW.new_zeros(len(length_B), table_VW.shape[1])
     offsets_B1 = F.pad(length_B.cumsum(0), (1, 0))
@@ -270,7 +270,7 @@ def _distinct(
 ) -> tuple[Int64[Tensor, " P"], Int64[Tensor, " P"], Int64[Tensor, " P"]]:
     """Return each history's different items that have ties: row, item, and which one it is.
 
-    They stand by row and item, so that sums of them do not depend on the order of events.
+    They are sorted by row and item, so that sums of them do not depend on the order of events.
     """
     row_N = torch.repeat_interleave(queries.offsets_B1.diff())
     tied_N = tied_I[queries.history_N]

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from foretaste.data.walks import Layer, Neighbourhoods
 
 _TINY = 1e-6
-"""Added to squared lengths: who starts from nothing at all has a vector of 0 and a gradient."""
+"""Added to squared lengths: a node without inputs has a vector of 0 and a gradient."""
 
 
 @final
@@ -119,13 +119,13 @@ class Convolve(nn.Module):
     def messages(
         self, h_SD: Float[Tensor, "S D"], columns: slice = slice(None)
     ) -> Float[Tensor, "S H"]:
-        """Return what nodes say to those that they are neighbours of, or some columns of it."""
+        """Return the messages of nodes to their neighbours, or some columns of them."""
         return F.linear(h_SD, self.message.weight[columns], self.message.bias[columns]).relu_()
 
     def updated(
         self, h_RD: Float[Tensor, "R D"], pooled_RH: Float[Tensor, "R H"]
     ) -> Float[Tensor, "R O"]:
-        """Return nodes' next state from their own and from what their neighbours said."""
+        """Return nodes' next state from their own and from their neighbours' messages."""
         own, other = self.update.weight.split([self.width_in, self.message_width], dim=1)
         x_RO = torch.addmm(F.linear(h_RD, own, self.update.bias), pooled_RH, other.T)
         square_R1 = x_RO.square().sum(dim=1, keepdim=True)
@@ -204,7 +204,7 @@ def generate(
         folder: Where tables that do not fit go; None keeps them in memory.
         gathered_bytes: The most that is gathered from at a time: messages are pooled in slices
             of their columns if all of them would be more.
-        block_nodes: Nodes worked out at a time.
+        block_nodes: Nodes computed at a time.
         on_block: Called with each block of inputs to each layer.
         device: Where the layers are.
 
@@ -254,7 +254,7 @@ def _write(rows: Rows, blocks: Iterable[tuple[int, Tensor]]) -> None:
 def _updated(
     layer: Convolve, state: Rows, earlier: Sequence[Rows], said: Iterable[tuple[int, Tensor]]
 ) -> Iterator[tuple[int, Tensor]]:
-    """Give each block's next state from its own and from all that its neighbours said."""
+    """Give each block's next state from its own and from all its neighbours' messages."""
     for low, said_BH in said:
         high = low + len(said_BH)
         parts = [rows.read(low, high).to(said_BH.device) for rows in earlier]

@@ -126,7 +126,7 @@ class Quantised(Filled):
 
 @torch.no_grad()
 def code_by_events(events: Interactions, *, users: Table | None, items: Table | None) -> None:
-    """Code quantised tables by a truncated singular value decomposition of who did what.
+    """Code quantised tables by a truncated singular value decomposition of users × items.
 
     Parts beyond the decomposition's rank keep their codes by chance.
     """

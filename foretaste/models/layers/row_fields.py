@@ -2,7 +2,7 @@
 
 The ids of a batch are looked up in one pass a side, and so are the codes of single values; what is
 known of the user and the context is computed once for a query, however many items it has; bags,
-numbers and vectors of items are worked out once for an item, however often it stands in a batch.
+numbers and vectors of items are computed once for an item, however often it is in a batch.
 
 Shape legend: B queries, A rows of items (B, or 1 where all queries have the same), C items of
 each, R new items, M events of histories, Q fields of a query, G fields of an item, W width of a

@@ -1,7 +1,7 @@
 """One side of a row (user, item or context): the id, if it has one, and the features.
 
 Ids have a table of their own, and so have the codes of single-valued fields. Bags, numbers and
-vectors are worked out row by row; a gate may make one field of a side's id and its vectors.
+vectors are computed row by row; a gate may make one field of a side's id and its vectors.
 
 Shape legend: R rows, X any shape of rows, S single-valued fields, the id among them, O other
 fields, V vectors among them, F fields, N 1 where the side has an id, else 0, W width.
@@ -111,7 +111,7 @@ class UsedRowsL2(nn.Module):
 
         Args:
             code_RS: Codes of users, items or contexts, -1 for none.
-            times_R: How many training rows each stands in.
+            times_R: How many training rows have each.
             num_rows: V.
         """
         if self.weight and self.of == "mini_batch_aware":
@@ -135,7 +135,7 @@ class UsedRowsL2(nn.Module):
 class SideFields(nn.Module):
     """Codes of the id and single-valued fields, and vectors of the others; there may be none.
 
-    Rows are asked for by number; -1 is a row of which nothing is known, or only what `other` says.
+    Rows are asked for by number; -1 is a row of which nothing is known, or only `other`.
     """
 
     def __init__(
@@ -231,7 +231,7 @@ class SideFields(nn.Module):
         return looked[0] if len(looked) == 1 else torch.cat(looked, dim=-2)
 
     def count(self, code_RS: Int64[Tensor, "R S"], times_R: Int64[Tensor, " R"]) -> None:
-        """Count in how many training rows each id and each code stands."""
+        """Count the training rows of each id and each code."""
         for table, part_R, l2 in self._by_table(code_RS):
             l2.count(part_R, times_R, num_rows=table.num_rows)
 
@@ -261,9 +261,9 @@ class SideFields(nn.Module):
         return own_ROW.where((row_R >= 0)[:, None, None], self._encode(other))
 
     def shared_vectors(self, row_R: Int64[Tensor, " R"]) -> Float[Tensor, "R O W"]:
-        """Return what `vectors` does, each row worked out once however often it is asked for.
+        """Return what `vectors` does, each row computed once however often it is asked for.
 
-        In evaluation mode all rows are worked out, and kept.
+        In evaluation mode all rows are computed, and kept.
         """
         if not self.num_others:
             return torch.empty(len(row_R), 0, self.width, device=row_R.device)
@@ -276,7 +276,7 @@ class SideFields(nn.Module):
         return F.embedding(row_R, table_RX).view(len(row_R), self.num_others, self.width)
 
     def train(self, mode: bool = True) -> "SideFields":  # noqa: FBT001, FBT002 - torch's signature
-        """Forget what was worked out from other weights."""
+        """Forget what was computed from other weights."""
         self._kept_RX = None
         super().train(mode)
         return self

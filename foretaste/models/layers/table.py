@@ -302,7 +302,7 @@ def _sum_by_row(
         grad_XD: Gradients.
         num_rows: Of the table.
         by_rows: Whether the answer is sparse.
-        of_N: Which of them belongs to each row; None: they stand as the rows do.
+        of_N: Which of them belongs to each row; None: they are in the order of the rows.
         share_N: What each counts; None: 1.
     """
     ordered_N, order_N = row_N.int().sort(stable=True)  # int32 sorts in half of the time

@@ -44,7 +44,7 @@ FindLinks = Callable[[str], Links | None]
 
 
 def no_links(_: str) -> None:
-    """Say that rows have nothing in common."""
+    """Return no links: rows have nothing in common."""
     return
 
 
@@ -240,7 +240,7 @@ class CompositionalConfig(SmallerConfig):
 
 
 class SharedRows(Table):
-    """Rows that are worked out of weights which several of them share."""
+    """Rows that are computed of weights which several of them share."""
 
     def __init__(self, num_rows: int, width: int) -> None:
         super().__init__()
@@ -349,7 +349,7 @@ class Hash(SharedRows):
     References:
         Svenstrup, Hansen and Winther, "Hash Embeddings for Efficient Word Representations",
         NeurIPS 2017, https://arxiv.org/abs/1709.03933. There each id may have weights of its own,
-        and weights may stand beside the vector.
+        and weights may be beside the vector.
     """
 
     def __init__(self, num_rows: int, width: int, *, shared: int, hashes: int) -> None:

@@ -1,6 +1,6 @@
 """Kinds of tables that are made of a trained one: fewer bits a number, or fewer rows.
 
-They cannot be trained. Their settings stand in a bundle like those of the kinds that can.
+They cannot be trained. Their settings are in a bundle like those of the kinds that can.
 
 Shape legend: R rows of a table, N rows asked for, D width, K rows that are kept.
 """
@@ -151,7 +151,7 @@ class Integers(AtRest):
     r"""Rows of b bits a number, :math:`e_r = s_r q_r` with
     :math:`s_r = \max_d |e_{rd}| / (2^{b-1} - 1)`.
 
-    Of 4 bits two stand in a byte, each plus 8.
+    Of 4 bits two are in a byte, each plus 8.
     """
 
     weight: Tensor
