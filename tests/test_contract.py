@@ -94,18 +94,22 @@ class Case:
 
 CASES = {
     "sasrec": Case(SASRecConfig(embedding_dim=16, max_len=10), learn=NEXT_ITEM, order_matters=True),
-    "sasrec, modern": Case(
-        SASRecConfig(embedding_dim=16, max_len=10, block="modern"),
+    "sasrec, original": Case(
+        SASRecConfig(embedding_dim=16, max_len=10, block="original"),
         learn=NEXT_ITEM,
         order_matters=True,
     ),
     "bert4rec": Case(
-        BERT4RecConfig(embedding_dim=16, max_len=10, output_projection=True, output_bias=True),
-        learn=MASKED_ITEM,
-        order_matters=True,
+        BERT4RecConfig(embedding_dim=16, max_len=10), learn=MASKED_ITEM, order_matters=True
     ),
-    "bert4rec, modern": Case(
-        BERT4RecConfig(embedding_dim=16, max_len=10, block="modern", hidden_ratio=1),
+    "bert4rec, original": Case(
+        BERT4RecConfig(
+            embedding_dim=16,
+            max_len=10,
+            block="original",
+            output_projection=True,
+            output_bias=True,
+        ),
         learn=MASKED_ITEM,
         order_matters=True,
     ),
