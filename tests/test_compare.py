@@ -585,9 +585,9 @@ def test_baselines_learn_and_are_measured_on_the_positives_that_a_recipe_names(
 @pytest.mark.parametrize(
     ("other", "says"),
     [
-        ({"kind": "rows"}, "b has objective.positive = '' and a 'clicked'"),
-        (None, "b has objective.positive = '' and a 'clicked'"),
-        ({"kind": "rows", "positive": "liked"}, "b has objective.positive = 'liked'"),
+        ({"kind": "rows"}, 'b has objective.positive = "" and a "clicked"'),
+        (None, 'b has objective.positive = "" and a "clicked"'),
+        ({"kind": "rows", "positive": "liked"}, 'b has objective.positive = "liked"'),
     ],
 )
 def test_recipes_with_other_positives_are_refused_before_anything_is_trained(

@@ -278,13 +278,7 @@ def _floor(name: str, report: AnyReport, figures: Sequence[TaskFigure]) -> Model
         name=name,
         kind=name,
         leading=figures[0],
-        train_seconds=0.0,
-        bundle_bytes=0,
-        answer_ms=0.0,
-        stopped=False,
-        note="",
         metrics=report.metrics,
-        settings={},
         tasks=tuple(figures[1:]),
         is_baseline=True,
     )

@@ -7,13 +7,13 @@ Shape legend: E events of a part, T tasks.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, get_args
+from typing import NamedTuple, TypeVar, get_args
 
 import numpy as np
 from jaxtyping import Float32
 
 from foretaste.arguments import checked
-from foretaste.config import parse_settings
+from foretaste.config import Config, parse_settings
 from foretaste.data.rows import happened_split, rows_of
 from foretaste.data.splits import Split
 from foretaste.data.tasks import Task
@@ -23,7 +23,10 @@ from foretaste.experiment.recipe import ExperimentConfig
 from foretaste.experiment.run import check_measurable
 from foretaste.models.baselines import EASEConfig, ItemKNNConfig, PopularityConfig
 from foretaste.models.catalogue import CLOSED_FORM, ModelConfig, tasks_of
+from foretaste.shown import toml_value
 from foretaste.training.objectives.rows import RowsConfig
+
+V = TypeVar("V")
 
 BASELINES = ("popularity", "item_knn", "ease", "als")
 """What every comparison includes."""
@@ -110,16 +113,8 @@ def plan_of(
 
 def _seeds(recipes: Mapping[str, ExperimentConfig], seeds: Sequence[int] | None) -> tuple[int, ...]:
     if seeds is None:
-        first, *others = recipes
-        for name in others:
-            if recipes[name].seeds != recipes[first].seeds:
-                raise ConfigError(
-                    f"{name} has seeds = {list(recipes[name].seeds)} and {first} "
-                    f"{list(recipes[first].seeds)}: set them equal, or give seeds for all",
-                    name="seeds",
-                    value=recipes[name].seeds,
-                )
-        return recipes[first].seeds
+        own = {name: config.seeds for name, config in recipes.items()}
+        return _only(own, "seeds", "set them equal, or give seeds for all")
     if not seeds or len(set(seeds)) < len(seeds):
         raise ConfigError(
             f"seeds are {list(seeds)}: give at least one, and each once",
@@ -145,17 +140,8 @@ def common_positive(
         for name, config in recipes.items()
         if tasks_of(config.model) or isinstance(config.objective, RowsConfig)
     }
-    names = list(said)
-    for name in names[1:]:
-        if said[name] != said[names[0]]:
-            raise ConfigError(
-                f"{name} has objective.positive = {said[name]!r} and {names[0]} "
-                f"{said[names[0]]!r}: lists are measured on the same positive events, so set them "
-                "equal",
-                name="objective.positive",
-                value=said[name],
-            )
-    positive = said[names[0]] if names else ""
+    why = "lists are measured on the same positive events, so set them equal"
+    positive = _only(said, "objective.positive", why) if said else ""
     if not positive:
         return "", ()
     num = len(happened_split(split, positive).events)
@@ -182,16 +168,22 @@ def _check_equal(recipes: Mapping[str, ExperimentConfig]) -> None:
         raise ConfigError(
             "there is no recipe to compare: give at least one", name="recipes", value=()
         )
-    (first, *others) = recipes
-    for name in others:
-        for part in ("data", "split"):
-            if getattr(recipes[name], part) != getattr(recipes[first], part):
-                raise ConfigError(
-                    f"{name} has another [{part}] than {first}: models are compared on the same "
-                    "data and split",
-                    name=part,
-                    value=getattr(recipes[name], part),
-                )
+    for part in ("data", "split"):
+        own = {name: getattr(config, part) for name, config in recipes.items()}
+        _only(own, part, "models are compared on the same data and split")
+
+
+def _only(values: Mapping[str, V], name: str, advice: str) -> V:
+    """Return the value that a setting has in every recipe; refuse two values."""
+    first, *others = values
+    for other in others:
+        if values[other] != values[first]:
+            one, another = values[first], values[other]
+            both = f"another [{name}] than {first}"
+            if not isinstance(one, Config):
+                both = f"{name} = {toml_value(name, another)} and {first} {toml_value(name, one)}"
+            raise ConfigError(f"{other} has {both}: {advice}", name=name, value=another)
+    return values[first]
 
 
 def common_tasks(recipes: Mapping[str, ExperimentConfig], split: Split) -> tuple[Task, ...]:
@@ -205,32 +197,27 @@ def common_tasks(recipes: Mapping[str, ExperimentConfig], split: Split) -> tuple
         ConfigError: Some ask for lists and others do not, a model predicts no labels, or no task
             is common to all.
     """
-    (first, *others) = recipes
     asks = {name: config.evaluation.catalogue for name, config in recipes.items()}
-    for name in others:
-        if asks[name] != asks[first]:
-            raise ConfigError(
-                f"{name} has evaluation.catalogue = {str(asks[name]).lower()} and {first} "
-                f"{str(asks[first]).lower()}: models are compared by their lists (true) or by "
-                "labelled rows (false), so set it to one value for all",
-                name="evaluation.catalogue",
-                value=asks[name],
-            )
-    if asks[first] and split.events.num_items > 1:
+    by_lists = _only(
+        asks,
+        "evaluation.catalogue",
+        "models are compared by their lists (true) or by labelled rows (false), so set it to one "
+        "value for all",
+    )
+    if by_lists and split.events.num_items > 1:
         return ()
     without = [name for name, config in recipes.items() if not tasks_of(config.model)]
     if without:
-        why = "evaluation.catalogue is false" if not asks[first] else "the data have no items"
+        why = "the data have no items" if by_lists else "evaluation.catalogue is false"
         raise ConfigError(
             f"{why}, so models are compared by labelled rows, and {without[0]} "
             f"({recipes[without[0]].model.kind}) predicts no labels: leave it out",
             name="model.kind",
             value=recipes[without[0]].model.kind,
         )
+    first, *others = recipes.values()
     common = tuple(
-        task
-        for task in tasks_of(recipes[first].model)
-        if all(_has(recipes[name], task) for name in others)
+        task for task in tasks_of(first.model) if all(_has(other, task) for other in others)
     )
     if not common:
         told = "; ".join(
@@ -261,22 +248,17 @@ def judged_tasks(
         ConfigError: There is none, or other numbers of items are drawn for the models' rows.
         DataError: A label is none that its task can have.
     """
-    drawn = {name: _num_drawn(config, split) for name, config in recipes.items()}
-    first, *others = drawn
-    for name in others:
-        if drawn[name] != drawn[first]:
-            raise ConfigError(
-                f"{name} is measured with {drawn[name]} drawn items a row, {first} with "
-                f"{drawn[first]}, so their rows differ: set objective.negatives to one number for "
-                "all, or evaluation.sampled_negatives",
-                name="objective.negatives",
-                value=drawn[name],
-            )
+    num_drawn = _only(
+        {name: _num_drawn(config, split) for name, config in recipes.items()},
+        "objective.negatives",
+        "so many items are drawn for each row: set objective.negatives to one number for all, or "
+        "evaluation.sampled_negatives",
+    )
     label_ET = rows_of(split, "test", tasks=tasks).label_ET
     found = tuple(
         task
         for task, label_E in zip(tasks, label_ET.T, strict=True)
-        if _tells(task, label_E, drawn[first])
+        if _differs(task, label_E, num_drawn)
     )
     if not found:
         raise ConfigError(
@@ -297,7 +279,7 @@ def _num_drawn(config: ExperimentConfig, split: Split) -> int:
     return 0 if num and has_zeros(rows_of(split, "test", tasks=tasks)) else num
 
 
-def _tells(task: Task, label_E: Float32[np.ndarray, " E"], num_drawn: int) -> bool:
+def _differs(task: Task, label_E: Float32[np.ndarray, " E"], num_drawn: int) -> bool:
     values = set(label_E[~np.isnan(label_E)].tolist())
     if values and num_drawn:
         values.add(0.0)  # of what is drawn

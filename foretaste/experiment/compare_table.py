@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from html import escape
 from pathlib import Path
 
@@ -63,19 +63,19 @@ class ModelRow:
     kind: str
     leading: TaskFigure
     """The leading metric's mean over users; by rows, the figure of the leading task."""
-    train_seconds: float
+    metrics: Mapping[str, float]
+    train_seconds: float = 0.0
     """Of several seeds, the mean."""
-    bundle_bytes: int
+    bundle_bytes: int = 0
     """All files of the bundle, training events included."""
-    answer_ms: float
+    answer_ms: float = 0.0
     """Median over single questions, to the model as it is served; by rows, the time of
     1,000 rows."""
-    stopped: bool
+    stopped: bool = False
     """Whether the budget ended its training."""
-    note: str
+    note: str = ""
     """How its training ended; empty for a model in closed form."""
-    metrics: Mapping[str, float]
-    settings: Mapping[str, object]
+    settings: Mapping[str, object] = field(default_factory=dict)
     """Its whole recipe."""
     tasks: tuple[TaskFigure, ...] = ()
     """By rows: of the tasks after the leading one."""
