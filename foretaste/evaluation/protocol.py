@@ -332,17 +332,31 @@ def query_slices(task: Task, values: Mapping[str, Float64[np.ndarray, " Q"]]) ->
         parts.append(("history length", label, (task.length_Q >= low) & below))
     for group, label, in_Q in parts:
         if in_Q.any():
-            user_U, means_UM = mean_by_user(
-                task.user_Q[in_Q], np.stack([value[in_Q] for value in values.values()], axis=1)
-            )
-            yield Slice(
-                group=group,
-                label=label,
-                users=len(user_U),
-                queries=int(in_Q.sum()),
-                targets=int(targets_Q[in_Q].sum()),
-                metrics=dict(zip(values, means_UM.mean(axis=0).tolist(), strict=True)),
-            )
+            masked = {name: value[in_Q] for name, value in values.items()}
+            targets = int(targets_Q[in_Q].sum())
+            yield _slice(group, label, task, np.flatnonzero(in_Q), masked, targets=targets)
+
+
+def _slice(
+    group: str,
+    label: str,
+    task: Task,
+    query_N: Int64[np.ndarray, " N"],
+    values: Mapping[str, Float64[np.ndarray, " N"]],
+    *,
+    targets: int,
+) -> Slice:
+    """Return the means over users of values that belong to queries, or to their targets."""
+    columns_NM = np.stack(list(values.values()), axis=1)
+    user_U, means_UM = mean_by_user(task.user_Q[query_N], columns_NM)
+    return Slice(
+        group=group,
+        label=label,
+        users=len(user_U),
+        queries=len(np.unique(query_N)),
+        targets=targets,
+        metrics=dict(zip(values, means_UM.mean(axis=0).tolist(), strict=True)),
+    )
 
 
 def target_slices(
@@ -372,20 +386,10 @@ def target_slices(
         parts.append(("cold items among themselves", "no training event", 10, found_among_cold))
     for group, label, tenth, recalls in parts:
         in_N = in_headline_N & (tenth_N == tenth)
-        if not in_N.any():
-            continue
-        query = query_N[in_N]
-        user_U, means_UM = mean_by_user(
-            task.user_Q[query], np.stack([value[in_N] for value in recalls.values()], axis=1)
-        )
-        yield Slice(
-            group=group,
-            label=label,
-            users=len(user_U),
-            queries=len(np.unique(query)),
-            targets=int(in_N.sum()),
-            metrics=dict(zip(recalls, means_UM.mean(axis=0).tolist(), strict=True)),
-        )
+        if in_N.any():
+            masked = {name: value[in_N] for name, value in recalls.items()}
+            targets = int(in_N.sum())
+            yield _slice(group, label, task, query_N[in_N], masked, targets=targets)
 
 
 def _tenth_label(tenth: int) -> str:
