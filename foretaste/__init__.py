@@ -1,6 +1,9 @@
 """foretaste: deep-learning recommendation, from a table of events to served answers."""
 
+import ast
+from functools import cache
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from foretaste.version import __version__
@@ -276,161 +279,22 @@ __all__ = [
     "write_store",
 ]
 
-_HOME = {
-    "Answer": "serving.answer",
-    "BERT4RecConfig": "models.bert4rec",
-    "BundleContents": "experiment.record",
-    "BundleError": "errors",
-    "Candidates": "experiment.two_stage",
-    "CategoricalField": "data.features_schema",
-    "ChangingIndex": "retrieval.changing",
-    "Comparison": "evaluation.compare",
-    "Condition": "serving.rules",
-    "Config": "config",
-    "ConfigError": "errors",
-    "CrossField": "data.features_schema",
-    "DINConfig": "models.rankers",
-    "DataError": "errors",
-    "Dataset": "data.sources.load",
-    "DeepFMConfig": "models.rankers",
-    "Diversity": "serving.rules",
-    "EASEConfig": "models.baselines",
-    "ExperimentConfig": "experiment.recipe",
-    "FeatureSchema": "data.features_schema",
-    "Features": "data.features",
-    "FirstStage": "experiment.two_stage",
-    "ForetasteError": "errors",
-    "Frontier": "experiment.compress",
-    "GMFConfig": "models.neumf",
-    "GraphConfig": "data.graph",
-    "HSTUConfig": "models.hstu",
-    "Holdout": "data.splits",
-    "ImplicitALSConfig": "models.baselines",
-    "Interactions": "data.interactions",
-    "ItemKNNConfig": "models.baselines",
-    "LightGCNConfig": "models.lightgcn",
-    "MFConfig": "models.mf",
-    "MLPConfig": "models.neumf",
-    "MMoEConfig": "models.rankers",
-    "MaskedItemConfig": "training.objectives.sequences",
-    "ModelComparison": "experiment.compare_table",
-    "ModelConfig": "models.catalogue",
-    "MultiField": "data.features_schema",
-    "NeuMFConfig": "models.neumf",
-    "NextItemConfig": "training.objectives.sequences",
-    "NonFiniteError": "errors",
-    "NumericField": "data.features_schema",
-    "ObjectiveConfig": "training.objectives.catalogue",
-    "PairsConfig": "training.objectives.pairs",
-    "PinSageConfig": "models.pinsage",
-    "PopularityConfig": "models.baselines",
-    "ProcessError": "errors",
-    "Quickstart": "experiment.quickstart",
-    "RankingGain": "evaluation.compare",
-    "Recommendation": "serving.answer",
-    "Recommender": "serving.recommender",
-    "Report": "evaluation.report",
-    "Reports": "evaluation.compare",
-    "Rows": "data.rows",
-    "RowsConfig": "training.objectives.rows",
-    "RowsReport": "evaluation.report",
-    "Rules": "serving.rules",
-    "Run": "experiment.run",
-    "SASRecConfig": "models.sasrec",
-    "SampledNegatives": "evaluation.measure_queries",
-    "ServerSettings": "serving.settings",
-    "SharedBottomConfig": "models.rankers",
-    "SourceError": "errors",
-    "Split": "data.splits",
-    "SplitConfig": "data.splits",
-    "Task": "data.tasks",
-    "TextField": "data.features_schema",
-    "TooLargeError": "errors",
-    "Tracker": "experiment.tracking",
-    "TrackerKind": "experiment.tracking",
-    "Trained": "training.trained",
-    "TrainingConfig": "training.settings",
-    "TuneResult": "experiment.tune",
-    "TwoStageConfig": "models.catalogue",
-    "TwoTowerConfig": "models.two_tower",
-    "VectorField": "data.features_schema",
-    "Vocabulary": "data.vocabulary",
-    "add_token": "serving.access",
-    "audit_events": "data.audit",
-    "audit_split": "data.audit",
-    "build_recommender": "serving.building",
-    "calibrate": "evaluation.report",
-    "check_place": "data.folder",
-    "cold_items_split": "data.splitting",
-    "cold_users_split": "data.splitting",
-    "compare": "evaluation.compare",
-    "compare_models": "experiment.compare_models",
-    "compare_rows": "evaluation.compare",
-    "compress": "experiment.compress",
-    "compress_tables": "experiment.compress",
-    "frontier_svg": "experiment.compress",
-    "evaluate": "evaluation.protocol",
-    "evaluate_rows": "evaluation.rows",
-    "evaluate_split": "experiment.run",
-    "family_recipes": "experiment.compare_plan",
-    "fit": "experiment.fit",
-    "fit_features": "data.features",
-    "gates_svg": "evaluation.chart",
-    "get_dataset": "data.sources.load",
-    "given_split": "data.splitting",
-    "given_split_by_column": "data.splitting",
-    "import_events": "data.importing",
-    "inspect_bundle": "experiment.record",
-    "inspect_schema": "data.features_schema",
-    "joined_processes": "training.processes",
-    "leave_last_split": "data.splitting",
-    "leave_last_within_training": "data.splitting",
-    "load": "serving.building",
-    "make_split": "data.splitting",
-    "open_store": "data.store",
-    "open_tracker": "experiment.tracking",
-    "override": "experiment.recipe",
-    "parse_settings": "config",
-    "random_split": "data.splitting",
-    "ratio_split": "data.splitting",
-    "read_experiment": "experiment.recipe",
-    "read_gates": "evaluation.chart",
-    "read_interactions": "data.reading",
-    "read_recipes": "experiment.compare_models",
-    "read_split": "experiment.run",
-    "recipe_of": "experiment.recipe",
-    "record_run": "experiment.record",
-    "reliability_svg": "evaluation.chart",
-    "rows_of": "data.rows",
-    "run_experiment": "experiment.run",
-    "run_folder": "experiment.run",
-    "run_quickstart": "experiment.quickstart",
-    "schema_from_toml": "data.features_schema",
-    "schema_to_toml": "data.features_schema",
-    "serve": "serving.server",
-    "sign_bundle": "serving.versions",
-    "start_processes": "training.processes",
-    "start_run": "experiment.run",
-    "stopped_after": "experiment.run",
-    "temporal_split": "data.splitting",
-    "to_recommender": "experiment.run",
-    "transfer": "evaluation.compare",
-    "tune": "experiment.tune",
-    "two_stage": "experiment.two_stage",
-    "with_overrides": "experiment.recipe",
-    "write_lists": "experiment.lists",
-    "write_record": "experiment.record",
-    "write_store": "data.store",
-}
-"""Where a name lives: its module is imported when the name is first used."""
-
 if not TYPE_CHECKING:  # the type checker reads the imports above
 
     def __getattr__(name: str) -> object:
-        if name not in _HOME:
+        home = _homes().get(name)
+        if home is None:
             raise AttributeError(f"module 'foretaste' has no attribute {name!r}")
-        globals()[name] = getattr(import_module(f"foretaste.{_HOME[name]}"), name)
+        globals()[name] = getattr(import_module(home), name)
         return globals()[name]
 
     def __dir__() -> list[str]:
         return sorted({*globals(), *__all__})
+
+
+@cache
+def _homes() -> dict[str, str]:
+    """Return the module of each public name, which is imported when the name is first used."""
+    nodes = ast.walk(ast.parse(Path(__file__).read_text(encoding="utf-8")))
+    imports = [node for node in nodes if isinstance(node, ast.ImportFrom)]
+    return {name.name: node.module for node in imports if node.module for name in node.names}
