@@ -17,14 +17,103 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import scipy.stats
 import torch
+from jaxtyping import Float64
 from torch import nn
 
 import foretaste as ft
-from foretaste.data.tasks import INPUT, correlated_tasks
+from foretaste.data.arrays import check_fits
 from foretaste.experiment.record import run_facts
 from foretaste.models.catalogue import build_model
+
+INPUT = "x"
+"""The context column that holds the input, a vector."""
+
+
+def correlated_tasks(
+    num_events: int,
+    *,
+    correlation: float,
+    dim: int = 100,
+    scale: float = 1.0,
+    frequencies: tuple[float, ...] = (1.0, 2.0, 3.0),
+    phases: tuple[float, ...] = (0.0, 1.0, 2.0),
+    noise: float = 0.1,
+    seed: int = 0,
+) -> ft.Interactions:
+    r"""Make rows of an input and two quantities, columns `first` and `second`.
+
+    .. math:: w_1 = c\,u_1, \quad w_2 = c\,\big(p\,u_1 + \sqrt{1 - p^2}\,u_2\big), \quad
+              y_t = w_t \cdot x + \sum_m \sin(\alpha_m w_t \cdot x + \beta_m) + \epsilon
+
+    with x standard normal, u orthogonal and of length 1. Both tasks have the same form, so that
+    with :math:`p = 1` they are one and with :math:`p = 0` they read unrelated things.
+
+    Args:
+        num_events: Rows; each is a user of its own, all are of one item.
+        correlation: :math:`p` in [-1, 1], the cosine between the tasks' weights.
+        dim: D, at least 2.
+        scale: :math:`c`.
+        frequencies: :math:`\alpha`.
+        phases: :math:`\beta`, as many.
+        noise: Standard deviation of :math:`\epsilon`; no model's RMSE gets below it.
+        seed: Decides weights, inputs and noise.
+
+    Raises:
+        ConfigError: A number is out of range.
+        TooLargeError: The rows would not fit in memory.
+
+    References:
+        Ma et al., "Modeling Task Relationships in Multi-task Learning with Multi-gate
+        Mixture-of-Experts", KDD 2018, https://doi.org/10.1145/3219819.3220007, section 3.2.
+    """
+    if not -1 <= correlation <= 1:
+        raise ft.ConfigError(
+            f"correlation is {correlation}: a cosine lies in [-1, 1]",
+            name="correlation",
+            value=correlation,
+        )
+    if dim < 2 or num_events < 1 or len(frequencies) != len(phases):
+        raise ft.ConfigError(
+            f"{num_events} rows of width {dim}, {len(frequencies)} frequencies and {len(phases)} "
+            "phases: give rows, a width of 2 or more, and a phase for each frequency"
+        )
+    check_fits(
+        num_events * dim * 16,
+        f"{num_events:,} rows of width {dim:,}",
+        "make fewer or narrower ones",
+        name="num_events" if num_events > dim else "dim",
+        value=max(num_events, dim),
+    )
+    draw = np.random.default_rng(seed)
+    axes, _ = np.linalg.qr(draw.normal(size=(dim, 2)))
+    weights_2D = scale * np.array([[1.0, 0.0], [correlation, np.sqrt(1 - correlation**2)]]) @ axes.T
+    input_ED = draw.normal(size=(num_events, dim))
+    line_E2 = input_ED @ weights_2D.T
+    waves_E2 = sum(
+        (np.sin(f * line_E2 + phase) for f, phase in zip(frequencies, phases, strict=True)),
+        start=np.zeros_like(line_E2),
+    )
+    label_E2 = line_E2 + waves_E2 + noise * draw.normal(size=line_E2.shape)
+    return ft.Interactions(
+        users=ft.Vocabulary(pl.Series(range(num_events), dtype=pl.Int64)),
+        items=ft.Vocabulary(pl.Series(["row"])),
+        offsets=np.arange(num_events + 1, dtype=np.int64),
+        item_idx=np.zeros(num_events, np.int32),
+        columns={
+            name: label_E2[:, place].astype(np.float32)
+            for place, name in enumerate(("first", "second"))
+        },
+        context=_frame(input_ED),
+    )
+
+
+def _frame(input_ED: Float64[np.ndarray, "E D"]) -> pl.DataFrame:
+    values = pl.Series(INPUT, input_ED.astype(np.float32))
+    return pl.DataFrame({INPUT: values.arr.to_list()})
+
 
 TASKS = tuple(ft.Task(name=n, kind="regression", column=n) for n in ("first", "second"))
 SCHEMA = ft.FeatureSchema(context={INPUT: ft.VectorField(normalise=False)})

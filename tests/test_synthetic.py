@@ -4,7 +4,8 @@ import numpy as np
 import polars as pl
 import pytest
 
-from foretaste.data.tasks import MediaLog, correlated_tasks, media_log
+from benchmarks.multitask_synthetic import correlated_tasks
+from foretaste.data.tasks import MediaLog, media_log
 from foretaste.errors import ConfigError
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import foretaste as ft
-from foretaste.data.tasks import INPUT, correlated_tasks
+from benchmarks.multitask_synthetic import INPUT, correlated_tasks
 from foretaste.errors import ConfigError, DataError
 from foretaste.evaluation.chart import gates_svg, read_gates
 from foretaste.evaluation.compare import transfer
