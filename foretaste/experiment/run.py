@@ -218,7 +218,7 @@ def run_experiment(
     with followed(track if is_first else None, folder, name=name, settings=settings) as tracker:
         told = None if tracker is None else partial(_tell, tracker)
         say_final = partial(_say_final, config, split) if show else None
-        trained = _fit(config, split, replace(options, on_epoch=told, on_cost=say_final))
+        trained = fit_recipe(config, split, replace(options, on_epoch=told, on_cost=say_final))
         if is_first:
             trained = with_calibration(trained, config.evaluation, split)
         measured = split.has_test and is_first
@@ -247,7 +247,7 @@ def fit_final(
     config = _with_chosen_epochs(_with_found(config, trained.log), trained.epochs)
     if isinstance(trained.config, StrengthConfig):
         config = config.model_copy(update={"model": trained.config})
-    refitted = _fit(config, _final_split(config, split), options)
+    refitted = fit_recipe(config, _final_split(config, split), options)
     return replace(refitted, calibration=trained.calibration)  # it has seen validation's rows
 
 
@@ -400,7 +400,8 @@ def _tell(tracker: Tracker, epoch: Epoch) -> None:
     tracker.log_metrics({n: v for n, v in found.items() if v is not None}, step=epoch.epoch)
 
 
-def _fit(config: ExperimentConfig, split: Split, options: RunOptions) -> Trained:
+def fit_recipe(config: ExperimentConfig, split: Split, options: RunOptions) -> Trained:
+    """Train a recipe's model once, on the split's training part."""
     trained = fit(
         config.model,
         split,

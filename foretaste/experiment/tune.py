@@ -18,8 +18,9 @@ from foretaste.data.arrays import out_of_memory
 from foretaste.data.folder import check_place, whole_file
 from foretaste.data.splits import Split
 from foretaste.errors import ConfigError, DataError, NonFiniteError, TooLargeError
-from foretaste.experiment.fit import fit
+from foretaste.experiment.learning import RunOptions
 from foretaste.experiment.recipe import ExperimentConfig, without_defaults
+from foretaste.experiment.run import fit_recipe
 from foretaste.experiment.search_space import distributions, with_drawn, with_own_objective
 from foretaste.experiment.validation import STOP_METRIC, make_validation
 from foretaste.shown import to_toml
@@ -244,18 +245,10 @@ def _validated(
     max_seconds: float | None,
 ) -> tuple[str, float]:
     """Train as a recipe says, and return what validation judges by and its value."""
-    trained = fit(
-        config.model,
-        split,
-        seed=config.seed,
-        training=config.training,
-        objective=config.objective,
-        features=config.features,
-        first_stage=config.first_stage,
-        show=False,
-        on_epoch=report,
-        max_seconds=None if max_seconds is None else max(0.0, max_seconds),
-    )
+    if max_seconds is not None:
+        max_seconds = max(0.0, max_seconds)
+    options = RunOptions(show=False, on_epoch=report, max_seconds=max_seconds)
+    trained = fit_recipe(config, split, options)
     validation = make_validation(trained, split)
     if validation is None:
         raise ConfigError(
