@@ -105,7 +105,7 @@ def settings_as_arguments(
     """Make a function of something and settings one that takes each setting by its name.
 
     Its signature and its documentation come from the settings, which are written once; a type
-    checker and an editor see them too. `kind`, which a recipe needs, is no argument.
+    checker and an editor see them too. `kind`, which a recipe needs, is not an argument.
     """
     made: type[Config] = settings  # type: ignore[assignment]  # a class, typed by its constructor
 

@@ -21,7 +21,7 @@ from foretaste.data.tasks import LabelScale, Task, standardised
 
 LossGradient = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 """From positive logits (N,) and negative logits (N, M) to the summed loss and its gradient to
-each; it may overwrite the negative logits. A negative of -inf is no candidate (gradient 0)."""
+each; it may overwrite the negative logits. A negative of -inf is not a candidate (gradient 0)."""
 
 _CHUNK_FLOATS = 2**20
 """4 MiB of logits at a time: about what a core's share of cache holds."""
@@ -105,7 +105,7 @@ def chunked_loss(
         positive_ND: The vector of each row's observed item.
         negative_MD: Vectors of the candidates that all rows share.
         loss_gradient: What to make of a chunk of logits.
-        hidden_2P: (row, column) of candidates that are no negatives of that row, such as its own
+        hidden_2P: (row, column) of candidates that are not negatives of that row, such as its own
             positive (an accidental hit); rows never fall. Columns from M on are the row's own.
         offset_M: Added to each candidate's logit, such as a correction for how it was drawn.
         own_NHD: Vectors of each row's own candidates.

@@ -125,7 +125,7 @@ def distinct(value_N: Int64[np.ndarray, " N"]) -> Int64[np.ndarray, " M"]:
 
 
 _MIN_ROWS = 20
-"""Rows below which a figure of how two columns go together means nothing."""
+"""With fewer rows, a measure of how two columns depend on each other means nothing."""
 
 
 def rank_correlation(x_N: Shaped[np.ndarray, " N"], y_N: Shaped[np.ndarray, " N"]) -> float:

@@ -85,7 +85,7 @@ def features_of_the_future(
         events: With side tables or columns.
         names: Columns that are labels.
         known_E: Events that were known when features were made, such as training; a feature
-            that fits their figures as well or better was made from them, and is no leak. None:
+            that fits their figures as well or better was made from them, and is not a leak. None:
             each one that fits is a warning, as it is unknown what was known.
     """
     for side in sides(events):
@@ -259,7 +259,7 @@ def columns_that_tell(events: Interactions, names: Sequence[str]) -> Iterator[Fi
 def _beside(
     events: Interactions, rows_N: Int64[np.ndarray, " N"], names: Sequence[str]
 ) -> Iterator[tuple[str, str, pl.Series]]:
-    """Give every column about some events that is no label, with what it is about."""
+    """Give every column about some events that is not a label, with what it is about."""
     for name, column_E in events.columns.items():
         if name not in (*_USUAL, *names):
             yield "column", name, pl.Series(name, column_E[rows_N])
@@ -423,7 +423,7 @@ def _times(events: Interactions) -> Iterator[Finding]:
 
 
 def _years(time_E: Int64[np.ndarray, " E"]) -> Iterator[Finding]:
-    """Find times that are no times of today: a mere count, another unit, or unknown ones."""
+    """Find times that cannot be of today: a mere count, another unit, or unknown ones."""
     low, high = int(time_E.min()), int(time_E.max())
     early = int((time_E < _YEAR_1971_S).sum())
     if high < _YEAR_1990_S:

@@ -268,7 +268,7 @@ def _without_numbers(column: pl.Series, numbers: pl.Series) -> tuple[pl.Series, 
 
 
 def _texts(column: pl.Series) -> pl.Series | None:
-    """Return the texts of a column that may hold some; what is no text is null."""
+    """Return the texts of a column that may hold some; what is not a text is null."""
     if column.dtype == pl.Object:
         texts = [value if isinstance(value, str) else None for value in column]
         return pl.Series(column.name, texts, dtype=pl.String)

@@ -58,7 +58,7 @@ def rows_where(frame: pl.DataFrame, condition: str, name: str) -> Bool[np.ndarra
 
     Raises:
         ConfigError: It is not a condition, or reads a column that is not there.
-        DataError: It asks a column what its type cannot answer, or its result is no truth value.
+        DataError: It asks a column what its type cannot answer, or its result is not a truth value.
     """
     asked = _comparable(frame.select(columns_in(condition, name, frame.columns)))
     try:

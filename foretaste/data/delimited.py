@@ -2,7 +2,7 @@ r"""Tables in text files: CSV and its kin, any separator, with or without a head
 
 Fields may be quoted as in RFC 4180, with separators, quotes and line ends inside, unless the
 separator is longer than one character. Lines before the table that start with `#` or `%`, and the
-line `sep=;` of spreadsheets, are no part of it.
+line `sep=;` of spreadsheets, are not part of it.
 """
 
 import codecs
@@ -93,7 +93,7 @@ class TextFile:
         try:
             frame = self.scan(columns, numbers).collect()
         except pl.exceptions.PolarsError:
-            # A value later in the file is no number, or the file is not UTF-8: take all as text.
+            # A value later in the file is not a number, or the file is not UTF-8: take all as text.
             file = _in_utf8(self)
             try:
                 frame = file.scan(columns).collect()

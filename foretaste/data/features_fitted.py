@@ -64,10 +64,10 @@ class Bags(NamedTuple):
 def bags_of(column: pl.Series, *, separator: str | None, holds: Held = "text") -> Bags:
     """Return the values of each row's bag; spaces around the parts of a text do not count.
 
-    A single value that is no text is a bag of one.
+    A single value that is not a text is a bag of one.
 
     Raises:
-        DataError: It is text and there is no separator, or it holds what is no category.
+        DataError: It is text and there is no separator, or it holds what is not a category.
     """
     if column.dtype == pl.Null:
         return Bags(pl.Series(column.name, [], dtype=pl.String), np.empty(0, np.int64))
@@ -175,7 +175,7 @@ _FURTHEST = 10.0
 _FEW = 256
 """So few texts are looked up one by one: a join of tables costs more than they do."""
 _OFTEN = 4
-"""Whole numbers that stand so often on average are looked up by their distinct values."""
+"""Whole numbers with so many rows each, on average, are looked up by their distinct values."""
 BLOCK = 1 << 14
 """Vectors scaled at a time."""
 

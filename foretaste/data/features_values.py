@@ -135,7 +135,7 @@ def is_text(column: pl.Series) -> bool:
 
 
 def _spelled(column: pl.Series) -> pl.Series:
-    """Return the one text of each value that is no text already."""
+    """Return the text of each value that is not a text already."""
     dtype = column.dtype
     if dtype.is_decimal():
         column, dtype = column.cast(pl.Float64), pl.Float64()

@@ -202,7 +202,7 @@ def verify_files(folder: Path, manifest: FolderManifest, *, checksums: bool = Tr
 
 
 def check_regular(folder: Path, name: str) -> None:
-    """Refuse a file of a folder that is reached through a link, or is no file of bytes.
+    """Refuse a file of a folder that is reached through a link, or is not a file of bytes.
 
     Raises:
         OSError: It is one, or is missing.
@@ -215,7 +215,7 @@ def check_regular(folder: Path, name: str) -> None:
 
 
 def regular_bytes(path: Path) -> bytes:
-    """Read a file that is no link and no pipe, whose reader could wait for ever.
+    """Read a file that is neither a link nor a pipe, whose reader could wait for ever.
 
     Raises:
         OSError: It is one, or cannot be read.
@@ -255,7 +255,7 @@ def check_place(
         replace: Something of the same kind may be there, and is replaced.
 
     Raises:
-        DataError: Of a file: one is there and `replace` is false, it is no regular file, or its
+        DataError: Of a file: one is there and `replace` is false, it is not a regular file, or its
             folder cannot be made or written.
         BundleError: The same of a bundle, a store or a checkpoint; `replace` does not help where
             something else is there, or files that are not of it.

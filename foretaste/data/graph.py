@@ -88,7 +88,7 @@ def graph_of(events: Interactions, config: GraphConfig | None = None) -> Graph:
         config: What to take in; None: the links, if there are any.
 
     Raises:
-        DataError: An attribute is no column of the item table, or its values are not such that
+        DataError: An attribute is not a column of the item table, or its values are not such that
             several items share one.
     """
     config = config or GraphConfig()

@@ -268,7 +268,7 @@ class Sorting:
 def compile_loops() -> None:
     """Have the loops that reading needs compiled, or loaded from numba's cache.
 
-    Done beside the reading of a large table, which leaves the interpreter to others.
+    This runs beside the reading of a large table, which releases the interpreter.
     """
     ids_N, row_N = frozen(np.zeros(1, np.int64)), np.zeros(1, np.int32)
     loops.mark_present(ids_N, 0, np.zeros(1, np.bool_))

@@ -107,7 +107,7 @@ def attribute_ties(
         item_idx and value of each pair, and how many values there are.
 
     Raises:
-        DataError: There is no such column, it holds fractions or other things that are no names,
+        DataError: There is no such column, it holds fractions or other things that are not names,
             or no two items share a value of it.
     """
     table = events.item_table
@@ -273,7 +273,7 @@ def _first_of_each(
 
 
 def _not_integers(ids: pl.Series) -> list[str]:
-    """Return the first id that is no integer, if one is none."""
+    """Return the first id that is not an integer, if one is none."""
     if ids.dtype != pl.String:
         return []
     return ids.filter(~ids.str.contains(_INTEGER)).head(1).to_list()

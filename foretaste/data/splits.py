@@ -26,8 +26,8 @@ from foretaste.shown import Shown
 
 TRAIN, VALIDATION, TEST, UNUSED, NEGATIVE = 0, 1, 2, 3, 4
 """The values of `Split.part_E`; an UNUSED event is neither learned from nor in any history. A
-NEGATIVE is no event at all: a pair that a published protocol lists for its user's test events to
-be compared with."""
+NEGATIVE is not an event: a pair that a published protocol lists for its user's test events to be
+compared with."""
 
 LearnedFrom = Literal["train", "train and validation", "all events"]
 """The parts that a model learned from."""

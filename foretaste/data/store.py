@@ -128,7 +128,7 @@ def open_store(
             written, such as rows out of range: anybody can compute checksums.
 
     Raises:
-        BundleError: It is no store, or a file of it is missing, cut short or changed.
+        BundleError: It is not a store, or a file of it is missing, cut short or changed.
     """
     folder = Path(path)
     manifest = read_manifest(folder, StoreManifest)

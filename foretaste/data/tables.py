@@ -128,7 +128,7 @@ def open_source(
 
 
 def _no_source(source: object, role: str) -> DataError:
-    """Return the error about what is no table, with what makes one of it."""
+    """Return the error about what is not a table, with what makes one of it."""
     match source:
         case dict() | list() | tuple() if source:
             fix = "make a table of it, such as polars.DataFrame(…), and give that"
@@ -329,7 +329,7 @@ def _place_of(source: str | os.PathLike[str]) -> Path:
     """Return where a table lies.
 
     Raises:
-        DataError: It is no path, but an address of a database or the web.
+        DataError: It is not a path, but an address of a database or the web.
     """
     text = os.fspath(source)
     if "://" in text:  # what follows may hold a password

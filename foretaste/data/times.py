@@ -249,7 +249,7 @@ def _refuse_mixed(times: pl.Series, unit: TimestampUnit) -> None:
 
 
 def _of_digits(times: pl.Series, unit: str) -> pl.Series:
-    """Return microseconds of dates written as digits, null where one is no date."""
+    """Return microseconds of dates written as digits, null where one is not a date."""
     text = times.cast(pl.Int64, strict=False).cast(pl.String)
     text = text.set(text.str.len_bytes() != len(unit), None) + "00000101000000"[len(unit) :]
     whole = times.cast(pl.Int64, strict=False) == times

@@ -3,7 +3,7 @@
 One rule holds in Python, at the command line and over HTTP. A whole number is an integer, however
 it is typed: 3, 3.0, NumPy's and `Decimal`'s. A text is what it is, letter by letter; an integer id
 is found by the text that prints it, "3", and not by "03" or " 3". Anything else is the text that
-reading makes of it. What is missing, what is empty and what holds several values is no id.
+reading makes of it. What is missing, what is empty and what holds several values is not an id.
 """
 
 import hashlib
@@ -151,8 +151,8 @@ class Vocabulary:
             position: Where it is in a list of that name, from 0.
 
         Raises:
-            DataError: It is no id: missing, empty, a list, or a truth value, a fraction or another
-                object that stands for no id here.
+            DataError: It is not an id: missing, empty, a list, or a truth value, a fraction or
+                another object that stands for no id here.
         """
         plain = plain_id(external_id)
         row = self._find(plain)
@@ -178,7 +178,7 @@ class Vocabulary:
             name: What the caller calls it, for errors.
 
         Raises:
-            DataError: It holds no ids one after the other, or one of them is no id.
+            DataError: It holds no ids one after the other, or one of them is not an id.
         """
         ids = listed(external_ids, name=name)
         plain = [plain_id(one) for one in ids]
@@ -347,7 +347,7 @@ def listed(external_ids: object, *, name: str) -> list[object]:
 def plain_id(external_id: object) -> int | str | None:
     """Return an id as answers show it: a whole number as an integer, anything else as text.
 
-    None for what is no id: missing, infinite, bytes, or several values.
+    None for what is not an id: missing, infinite, bytes, or several values.
     """
     match external_id:
         case str():

@@ -186,7 +186,7 @@ def most_visited(
     .. math:: \pi_s \propto \sum_{k \geq 0} (1 - \alpha)^k P^k e_s
 
     and with `hops` of 3 and no restart it is the mean of the first three steps. Being at the
-    start again is no visit.
+    start again is not a visit.
 
     Args:
         graph: Which nodes have an edge.

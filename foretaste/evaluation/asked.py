@@ -344,7 +344,7 @@ def _check_not_trained_on(model: Trained, test: Asked, found: Overlap) -> None:
 def check_new(
     model: Trained, holdout: Holdout, user_idx: Int64[np.ndarray, " U"]
 ) -> tuple[str, ...]:
-    """Say how many users without history in a holdout are no new ones to the model.
+    """Say how many users without history in a holdout are not new ones to the model.
 
     Args:
         model: As one that is asked by the holdout's events.

@@ -69,7 +69,7 @@ def bootstrap_intervals(
 
 
 def percentile_interval(value_R: Float64[np.ndarray, " R"]) -> Interval:
-    """Return what holds the middle 95 % of resampled values; NaN is no value."""
+    """Return what holds the middle 95 % of resampled values; NaN is not a value."""
     low, high = np.nanquantile(value_R, [0.025, 0.975])
     return Interval(float(low), float(high))
 

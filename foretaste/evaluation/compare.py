@@ -154,9 +154,9 @@ def compare_rows(
     """Compare two models on the rows that both predicted, user by user.
 
     Users are drawn again with all their rows, the same for both models, and the metric is worked
-    out again: AUC is no mean over users, so its difference is not one either. The p-value is twice
-    the share of resamples on the other side of 0, the observed one counted in; and never below
-    2 / 2^U of U users, the chance that all their differences have one sign.
+    out again: AUC is not a mean over users, so its difference is not one either. The p-value is
+    twice the share of resamples on the other side of 0, the observed one counted in; and never
+    below 2 / 2^U of U users, the chance that all their differences have one sign.
 
     Args:
         a: Report of the first model; or several, trained in the same way from several seeds: the

@@ -55,7 +55,7 @@ class Hits:
     so_far_BK: Float64[np.ndarray, "B K"]
     """Expected number of targets down to this position, itself included; 0 where it holds none."""
     num_targets_B: Int64[np.ndarray, " B"]
-    """How many there were to find, at least 1; a target that is no candidate is never found."""
+    """How many there were to find, at least 1; a target that is not a candidate is never found."""
 
 
 def best(score_BI: Float[Tensor, "B I"], k: int) -> Top:
@@ -116,7 +116,7 @@ def place(
     Args:
         top: The lists.
         row_N: Each target's query.
-        score_N: Each target's score; -inf if it is no candidate.
+        score_N: Each target's score; -inf if it is not a candidate.
 
     Returns:
         Both exact for targets that may be in the list. Of the others `better` is K or more,
@@ -143,7 +143,7 @@ def settle(top: Top, row_N: Int64[np.ndarray, " N"], score_N: Float[np.ndarray, 
     Args:
         top: The lists.
         row_N: Each target's query; a query has each of its targets once.
-        score_N: Each target's score; -inf if it is no candidate.
+        score_N: Each target's score; -inf if it is not a candidate.
     """
     num_queries, width = top.score_BK.shape
     better_N, _ = place(top, row_N, score_N)
@@ -357,7 +357,7 @@ def head_membership(count_I: Int64[np.ndarray, " I"]) -> Float64[np.ndarray, " I
     of it. The mean over a list is its popularity share: lists drawn blindly get 0.2.
 
     Args:
-        count_I: Training events of each item; items without one are no part of the catalogue.
+        count_I: Training events of each item; items without one are not part of the catalogue.
     """
     known_I = count_I > 0
     head_size = HEAD_SHARE * known_I.sum()

@@ -457,7 +457,7 @@ def _by_chance(
     score_N: Float[np.ndarray, " N"],
     k: int,
 ) -> Hits:
-    """Return where the targets stand if all candidates have one score; -inf is no candidate."""
+    """Return where the targets stand if all candidates have one score; -inf is not a candidate."""
     num_B = np.count_nonzero((score_BI > -torch.inf).cpu().numpy(), axis=1)
     flat_N = np.where(np.isneginf(score_N), -np.inf, 0.0)
     return settle(all_equal(num_B, min(k, score_BI.shape[1])), row_N, flat_N)

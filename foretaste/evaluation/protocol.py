@@ -58,7 +58,7 @@ def evaluate(
             history; a target of an unknown item is a miss. The report counts both.
         k: List lengths, each at least 1.
         exclude_seen: True leaves the items of a query's history out of its list; a target that
-            stands there cannot be found and is no target, which the report counts.
+            stands there cannot be found and is not a target, which the report counts.
         resamples: Of the bootstrap over users; 0 gives no intervals, and no chance levels.
         seed: Decides the resamples, and the order of equal scores where a list must be drawn
             (coverage, novelty, popularity share).

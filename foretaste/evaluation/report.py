@@ -51,7 +51,7 @@ class AnyReport(Shown):
     metrics: Mapping[str, float]
     """Name to value."""
     intervals: Mapping[str, Interval]
-    """Name to 95 % bootstrap interval over users; a figure that is no mean over users may have
+    """Name to 95 % bootstrap interval over users; a figure that is not a mean over users may have
     none."""
     counts: Mapping[str, int]
     """How much was evaluated, and how much was left out, by reason."""

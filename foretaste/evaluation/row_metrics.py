@@ -473,7 +473,7 @@ def _fit_isotonic(
 def _eased(
     at: Float64[np.ndarray, " N"], gives: Float64[np.ndarray, " N"]
 ) -> Float64[np.ndarray, " N"]:
-    """Rise no steeper than `_STEEPEST`: half of a step is taken before it, half behind it.
+    """Rise no steeper than `_STEEPEST`: half of a step comes before its place, half after it.
 
     A logit's last digits differ with how many rows are judged at once, and a step between two that
     lie 1e-5 apart would make ten thousand times as much of it: answers would not be those measured.

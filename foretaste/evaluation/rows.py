@@ -76,7 +76,7 @@ def evaluate_rows(
         seed: Decides the resamples.
 
     Raises:
-        ConfigError: The model is no ranker, or a setting is out of range.
+        ConfigError: The model is not a ranker, or a setting is out of range.
         DataError: No row has a label, the model knows hardly an item of them, or it was trained on
             most of them.
         NonFiniteError: A prediction is NaN or infinite.

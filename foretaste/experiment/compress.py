@@ -219,8 +219,8 @@ def compress(
 ) -> Frontier:
     """Measure kinds of tables, made of a bundle's, on the test part of its recipe.
 
-    Beside each stand `narrow` and int8 of as many bytes: rows along the principal directions of the
-    trained table, in 32 bits or in 8.
+    Each is compared with `narrow` and int8 tables of as many bytes: rows along the principal
+    directions of the trained table, in 32 bits or in 8.
 
     Args:
         bundle: A folder, with dense tables.

@@ -64,7 +64,7 @@ class IndexNegatives(Refreshed):
         Args:
             config: Says how many ranks are kept, from which epoch on, and how often they are
                 searched for.
-            events: Those of training; items without any are no negatives.
+            events: Those of training; items without any are not negatives.
             seed: Decides how an approximate index is built.
 
         Raises:
@@ -103,7 +103,7 @@ class IndexNegatives(Refreshed):
         what the last search of the epoch before found.
 
         Raises:
-            ConfigError: The model is no retriever.
+            ConfigError: The model is not a retriever.
             NonFiniteError: An item's vector, or a user's, is NaN or infinite.
         """
         since = epoch + 1 - self.config.hard_from_epoch

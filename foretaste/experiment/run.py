@@ -364,7 +364,7 @@ def with_calibration(trained: Trained, asked: EvaluationConfig, split: Split) ->
     """Return a ranker with what a recipe asks to be fitted to its probabilities of validation.
 
     One that keeps such a calibration, or learned from validation, stays as it is, and so does a
-    model that is no ranker.
+    model that is not a ranker.
     """
     if trained.learned_from in ("train and validation", "all events"):
         return trained

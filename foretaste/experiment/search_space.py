@@ -121,7 +121,7 @@ def with_drawn(config: C, drawn: Mapping[str, object]) -> C:
     """Return settings with some of them replaced, by dotted name.
 
     Raises:
-        ConfigError: A name is no setting, or a value is out of its range.
+        ConfigError: A name is not a setting, or a value is out of its range.
     """
     settings: dict[str, object] = config.model_dump()
     for name, value in drawn.items():

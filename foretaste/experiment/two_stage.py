@@ -213,7 +213,7 @@ def two_stage(
         retriever_weight: How much the retriever's own score counts beside the ranker's.
 
     Raises:
-        ConfigError: The second is no ranker, or they were given different features.
+        ConfigError: The second is not a ranker, or they were given different features.
         DataError: They know different users or items.
     """
     if not isinstance(ranker.model, Ranker):

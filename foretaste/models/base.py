@@ -169,7 +169,7 @@ class Retriever(Model, ABC):
         return torch.arange(self.num_items, device=device)
 
     def prepare(self, queries: Queries, item_V: Int64[Tensor, " V"]) -> Prepared | None:
-        """Do the work on a batch of pairs that takes no weights; None: there is none.
+        """Do the part of the work on a batch of pairs that needs no weights; None: there is none.
 
         A producer may do it ahead of the trainer: on the CPU, in several threads at once.
         """

@@ -3,7 +3,7 @@
 A new model is one more member of the union and one more arm of the `match`; a forgotten arm
 fails the type check. The model that is made of two others, `TwoStage`, is here too.
 
-Shape legend: B queries, I items, C candidates of each, R items that were no candidates.
+Shape legend: B queries, I items, C candidates of each, R items that were not candidates.
 """
 
 import sys

@@ -4,9 +4,9 @@ r"""HSTU, a retriever: each event gathers from those before it, by what they are
           A = \frac{1}{n} \mathrm{SiLU}(Q K^\top + r^{p} + r^{t}), \quad
           X' = X + f_2(\mathrm{norm}(A V) \odot U)
 
-The weights A are no softmax: they need not sum to 1, so that a state also knows how much of a kind
-there was. :math:`r^p` is learned for each number of steps between two events, and :math:`r^t` for
-each power of :math:`\sqrt 2` of the seconds between them; two events without times have one of
+The weights A are not of a softmax: they need not sum to 1, so that a state also knows how much of a
+kind there was. :math:`r^p` is learned for each number of steps between two events, and :math:`r^t`
+for each power of :math:`\sqrt 2` of the seconds between them; two events without times have one of
 their own. Only these encode the place of an event in a history.
 
 Zhai et al., "Actions Speak Louder than Words: Trillion-Parameter Sequential Transducers for
@@ -98,7 +98,7 @@ class HSTU(Retriever):
         """Make untrained weights.
 
         Raises:
-            ConfigError: The width is no multiple of the number of heads.
+            ConfigError: The width is not a multiple of the number of heads.
         """
         super().__init__()
         if config.embedding_dim % config.num_heads:

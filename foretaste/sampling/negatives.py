@@ -216,7 +216,7 @@ class RankedNegatives:
             item_idx; the pair's own where nothing was found that the user has not done.
 
         Raises:
-            ConfigError: The ranks are none, or beyond those kept.
+            ConfigError: The ranks are empty, or beyond those kept.
         """
         ranked_RT, row_B = self.ranked_RT, positive_B if self.of_items else user_B
         low, high = ranks

@@ -207,8 +207,8 @@ class KnownFields(nn.Module):
 class KnownRows(nn.Module):
     """The table itself, and one more row of which nothing is known.
 
-    It moves with the module and is no part of its state: a bundle keeps features in files of their
-    own.
+    It moves with the module and is not a part of its state: a bundle keeps features in files of
+    their own.
     """
 
     code_RC: Tensor

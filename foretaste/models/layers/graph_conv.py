@@ -47,7 +47,7 @@ class Propagated(NamedTuple):
 
 @final
 class GraphConv(nn.Module):
-    """The operator of one graph. Its tensors are no part of a model's state."""
+    """The operator of one graph. Its tensors are not part of a model's state."""
 
     node_V: Tensor
     row_V: Tensor

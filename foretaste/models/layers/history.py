@@ -1,4 +1,4 @@
-"""Histories of like length side by side, and each to one vector: its mean, what a learned question
+"""Histories in batches of similar length, and a vector for each: its mean, what a learned question
 finds in it, SASRec's last state, or, for a new user, a regression.
 
 Those that give a vector take queries whose `history_N` are rows of a table of vectors, not items
