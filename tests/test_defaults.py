@@ -13,7 +13,7 @@ from foretaste.experiment.learning import RunOptions, l2_factor, usual_objective
 from foretaste.experiment.run import fit_final, run_experiment
 from foretaste.experiment.search_space import usual_space, with_drawn, with_own_objective
 from foretaste.experiment.validation import make_validation
-from foretaste.models.baselines import StrengthConfig
+from foretaste.models.base import StrengthConfig
 from foretaste.training.fit import Epoch
 from tests.worlds import events_of
 

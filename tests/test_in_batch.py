@@ -1,6 +1,7 @@
 """In-batch negatives: their chances, counted and streamed, and what the correction mends."""
 
 from collections.abc import Callable
+from functools import cache
 from itertools import combinations
 from math import comb
 from pathlib import Path
@@ -119,6 +120,12 @@ def item_gradient(config: CandidateConfig, *, rows: int, draws: int) -> Tensor:
     return item_ID.grad / draws
 
 
+@cache
+def full_gradient(rows: int) -> Tensor:
+    """Return the gradient of the softmax over all items, which no source of negatives changes."""
+    return item_gradient(CandidateConfig(loss="softmax"), rows=rows, draws=200)
+
+
 SOURCES: dict[str, Callable[[int], dict[str, object]]] = {
     "uniform": lambda size: {"negatives": 4 * size},
     "popularity": lambda size: {"negatives": 4 * size, "popularity_power": 0.75},
@@ -136,7 +143,7 @@ def test_the_corrected_gradient_tends_to_the_full_softmax_and_the_uncorrected_do
     # a batch of 8 sees a few of the 24 items, one of 64 sees most
     error: dict[tuple[int, bool], float] = {}
     for size, rows in ((1, 8), (4, 64)):
-        full = item_gradient(CandidateConfig(loss="softmax"), rows=rows, draws=200)
+        full = full_gradient(rows)
         for log_q in (True, False):
             config = CandidateConfig.model_validate(
                 {"loss": "sampled_softmax", "log_q": log_q} | SOURCES[source](size)

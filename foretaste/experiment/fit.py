@@ -207,7 +207,9 @@ def fit(
                 candidates=candidates,
             )
             log |= found
-    _finish(model, happened)
+    model.learn_new_users(happened)
+    model.finish()
+    model.eval()
     return make(log=log, epochs=(epochs,), train_seconds=time.perf_counter() - started)
 
 
@@ -346,12 +348,6 @@ def _refuse_empty(events: Interactions) -> None:
             f"the training part of the split is empty{which}: there is nothing to learn from",
             name="split",
         )
-
-
-def _finish(model: Model, events: Interactions) -> None:
-    model.learn_new_users(events)
-    model.finish()
-    model.eval()
 
 
 def _fit_parts(

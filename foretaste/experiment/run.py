@@ -39,8 +39,7 @@ from foretaste.experiment.recipe import (
 )
 from foretaste.experiment.tracking import Tracker, TrackerKind, check_tracker, followed
 from foretaste.experiment.two_stage import ranking_gain, retrieval_alone
-from foretaste.models.base import Ranker
-from foretaste.models.baselines import StrengthConfig
+from foretaste.models.base import Ranker, StrengthConfig
 from foretaste.models.catalogue import TwoStage, tasks_of
 from foretaste.serving.building import build_recommender
 from foretaste.serving.recommender import Recommender

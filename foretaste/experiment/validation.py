@@ -29,13 +29,12 @@ from foretaste.evaluation.rows import (
 )
 from foretaste.experiment.compare_counts import count_baselines
 from foretaste.experiment.two_stage import Candidates
-from foretaste.models.base import Model, Ranker, Retriever
+from foretaste.models.base import Model, Ranker, Retriever, StrengthConfig
 from foretaste.models.baselines import (
     ItemKNN,
     ItemKNNConfig,
     Popularity,
     PopularityConfig,
-    StrengthConfig,
 )
 from foretaste.models.catalogue import ModelConfig
 from foretaste.training.objectives.catalogue import ObjectiveConfig

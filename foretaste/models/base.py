@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
+from foretaste.config import Config
 from foretaste.data.batch import Prepared, Queries, Reads
 from foretaste.data.features import FieldTable
 from foretaste.data.interactions import Interactions
@@ -37,6 +38,31 @@ LearnsBy = Literal["pairs", "next_item", "masked_item", "rows", "events"]
 "rows": `(queries, item_BC)` to what each task learns from, by its name.
 "events": nothing; `learn` takes all events at once, without steps of gradient descent.
 """
+
+
+class StrengthConfig(Config):
+    """Settings of a model whose strengths are chosen by validation if they are "auto"."""
+
+    strengths: ClassVar[Mapping[str, tuple[float, ...]]] = {}
+    """By setting, what is tried. The first one is taken where nothing can be tried."""
+    most_events: ClassVar[int] = 500_000
+    """Nothing is tried on more events than these: they need less of a strength, and cost more."""
+    most_items: ClassVar[int] = 1_000_000_000
+    """Nothing is tried over more items than these."""
+
+    def strength(self, name: str) -> float:
+        """Return what a setting comes to."""
+        value = getattr(self, name)
+        return self.strengths[name][0] if value == "auto" else float(value)
+
+    @property
+    def left_open(self) -> list[str]:
+        """The strengths that are to be chosen."""
+        return [name for name in self.strengths if getattr(self, name) == "auto"]
+
+    def may_try(self, events: Interactions) -> bool:
+        """Return whether several fits take little."""
+        return len(events) <= self.most_events and events.num_items <= self.most_items
 
 
 class Model(nn.Module, ABC):

@@ -32,38 +32,13 @@ from foretaste.data.batch import Queries
 from foretaste.data.interactions import Interactions
 from foretaste.errors import ConfigError, DataError, NonFiniteError
 from foretaste.later import later
-from foretaste.models.base import Retriever, Scorer
+from foretaste.models.base import Retriever, Scorer, StrengthConfig
 
 implicit_als, sparse = later("implicit.cpu.als"), later("scipy.sparse")
 threadpoolctl = later("threadpoolctl")
 
 Strength = Weight | Literal["auto"]
 """How strongly a model trusts the data, or leaves that to validation."""
-
-
-class StrengthConfig(Config):
-    """Settings of a model whose strengths are chosen by validation if they are "auto"."""
-
-    strengths: ClassVar[Mapping[str, tuple[float, ...]]] = {}
-    """By setting, what is tried. The first one is taken where nothing can be tried."""
-    most_events: ClassVar[int] = 500_000
-    """Nothing is tried on more events than these: they need less of a strength, and cost more."""
-    most_items: ClassVar[int] = 1_000_000_000
-    """Nothing is tried over more items than these."""
-
-    def strength(self, name: str) -> float:
-        """Return what a setting comes to."""
-        value = getattr(self, name)
-        return self.strengths[name][0] if value == "auto" else float(value)
-
-    @property
-    def left_open(self) -> list[str]:
-        """The strengths that are to be chosen."""
-        return [name for name in self.strengths if getattr(self, name) == "auto"]
-
-    def may_try(self, events: Interactions) -> bool:
-        """Return whether several fits take little."""
-        return len(events) <= self.most_events and events.num_items <= self.most_items
 
 
 class ItemSets(NamedTuple):

@@ -147,8 +147,7 @@ _WHEN_ABSENT: Mapping[str, Mapping[str, object]] = {
     "mmoe": {"pooling": "none"},
     "shared_bottom": {"pooling": "none"},
 }
-"""By a model's kind, settings that bundles of earlier versions lack, and the value by which those
-models were made, where that is not today's usual one."""
+"""By a model's kind, settings that older bundles lack, with the values that they had then."""
 
 
 def as_written(model: Mapping[str, object]) -> dict[str, object]:
@@ -183,8 +182,7 @@ def settled(
 
 
 LEARNING_COPIES = 5
-"""Of what is learned, while it is: weights, gradient, two moments of the optimizer, and the best
-weights so far."""
+"""In training: weights, gradient, two moments of the optimizer, and the best weights so far."""
 
 
 def build_model(
