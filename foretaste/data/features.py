@@ -66,9 +66,9 @@ class Features(Shown):
     user: FieldSide | None
     """None where nothing is known about users."""
     item: FieldSide | None
-    user_table: FieldTable | None
+    user_table: FieldTable | None = None
     """One row per user_idx."""
-    item_table: FieldTable | None
+    item_table: FieldTable | None = None
     """One row per item_idx."""
     context: FieldSide | None = None
     """None where nothing is known about the context of an event."""
@@ -87,14 +87,11 @@ class Features(Shown):
         Raises:
             DataError: A column is not of its field's kind.
         """
-        return Features(
-            user=self.user,
-            item=self.item,
+        return replace(
+            self,
             user_table=_encode("user", self.user, events),
             item_table=_encode("item", self.item, events),
-            context=self.context,
             context_table=self.context_of(events),
-            notes=self.notes,
             events=events,
         )
 
@@ -204,25 +201,18 @@ def fit_features(schema: FeatureSchema, events: Interactions) -> Features:
         DataError: A column is not of its field's kind; the message names the value and whose it is.
     """
     notes: list[str] = []
-    trained_U, trained_I = np.diff(events.offsets) > 0, events.item_count > 0
     _refuse_left_out(schema.user, events.user_table, events.notes)
     _refuse_left_out(schema.item, events.item_table, events.notes)
-    with _named_by_id("user", events):
-        user = _fit_side("user", schema.user, events.user_table, trained_U, notes)
-    with _named_by_id("item", events):
-        item = _fit_side("item", schema.item, events.item_table, trained_I, notes)
-    every_E = np.ones(len(events), np.bool_)
-    with _named_by_id("context", events):
-        context = _fit_side("context", schema.context, events.context, every_E, notes)
-    fitted = Features(
-        user=user,
-        item=item,
-        user_table=None,
-        item_table=None,
-        context=context,
-        notes=tuple(notes),
-    )
-    return fitted.of(events)
+    sides = {}
+    for role, fields, frame, trained_R in (
+        ("user", schema.user, events.user_table, np.diff(events.offsets) > 0),
+        ("item", schema.item, events.item_table, events.item_count > 0),
+        ("context", schema.context, events.context, np.ones(len(events), np.bool_)),
+    ):
+        with _named_by_id(role, events):
+            sides[role] = _fit_side(role, fields, frame, trained_R, notes)
+    user, item, context = sides.values()
+    return Features(user=user, item=item, context=context, notes=tuple(notes)).of(events)
 
 
 _ABSENT = {
