@@ -5,6 +5,7 @@ last bit with those of the decompressed rows.
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from torch import Tensor
 import foretaste as ft
 from foretaste.errors import BundleError, ConfigError, NonFiniteError
 from foretaste.models.base import top_k
-from foretaste.models.layers.codes import CODES, Codes, even
+from foretaste.models.layers.codes import CODES, Codes, balanced_turn, even, train_codes
 from foretaste.models.layers.quantised import QuantisedConfig
 from foretaste.retrieval.choose import build_index, load_index
 from foretaste.retrieval.index import CodeIndex
@@ -69,8 +70,11 @@ def test_two_sub_spaces_by_hand() -> None:
 
 
 @pytest.mark.parametrize("parts", [1, 3, 7, 8, 9, 16, 23])
-def test_products_are_those_of_decompressed_rows(parts: int) -> None:
+@pytest.mark.parametrize("turned", [False, True])
+def test_products_are_those_of_decompressed_rows(parts: int, *, turned: bool) -> None:
     rows, query = codes(3000, parts, 23), queries(5, 23)
+    if turned:
+        rows = replace(rows, turn_DD=balanced_turn(queries(50, 23), parts))
     plain = query.double() @ rows.rows(torch.arange(3000)).double().T
     torch.testing.assert_close(rows.products(query).double(), plain, rtol=1e-5, atol=1e-5)
 
@@ -155,7 +159,33 @@ def test_vectors_may_be_coded_for_an_index_and_its_facts_say_how_good_that_is() 
     assert np.mean(shared) > 50  # by chance: 5
 
 
-@pytest.mark.parametrize("damage", ["wide", "missing", "few", "nan"])
+def test_a_turned_table_keeps_what_few_directions_carry() -> None:
+    # 4 of 32 directions carry nearly all; they are spread over all axes.
+    generator = torch.Generator().manual_seed(0)
+    length_D = torch.tensor([1.0] * 4 + [0.05] * 28)
+    turn_DD = torch.linalg.qr(torch.randn(32, 32, generator=generator))[0]
+    row_RD = torch.randn(4000, 32, generator=generator) * length_D @ turn_DD
+    lost = {}
+    for turned in (False, True):
+        found = train_codes(row_RD, 4, turned=turned)
+        lost[turned] = float((found.rows(torch.arange(4000)) - row_RD).square().sum())
+    assert lost[True] < 0.2 * lost[False]
+
+
+@pytest.mark.parametrize(("width", "parts"), [(8, 3), (12, 4), (5, 5), (7, 1)])
+def test_a_turn_is_orthogonal_and_deals_the_longest_directions_to_parts_of_their_own(
+    width: int, parts: int
+) -> None:
+    row_RD = torch.randn(500, width, generator=torch.Generator().manual_seed(1))
+    row_RD = row_RD * torch.arange(width, 0, -1)
+    turn_DD = balanced_turn(row_RD, parts)
+    torch.testing.assert_close(turn_DD @ turn_DD.T, torch.eye(width))
+    length_D = (row_RD @ turn_DD.T).square().sum(dim=0)
+    first = [length_D[place] for place in np.cumsum([0, *even(width, parts)[:-1]])]
+    assert sorted(first) == length_D.sort().values[-parts:].tolist()
+
+
+@pytest.mark.parametrize("damage", ["wide", "missing", "few", "nan", "turn"])
 def test_damaged_codes_in_a_file_are_refused(damage: str, tmp_path: Path) -> None:
     build_index(codes(300, 4, 16), known_I=torch.ones(300).bool()).save(tmp_path)
     path = tmp_path / "codes.safetensors"
@@ -164,6 +194,8 @@ def test_damaged_codes_in_a_file_are_refused(damage: str, tmp_path: Path) -> Non
         tensors["code_NM"] = tensors["code_NM"].short() + 200  # beyond the codebook
     elif damage == "missing":
         del tensors["book_MCd"]
+    elif damage == "turn":
+        tensors["turn_DD"] = torch.zeros(4, 16)
     elif damage == "few":
         tensors["book_MCd"] = tensors["book_MCd"][:, :100].contiguous()
     else:

@@ -104,8 +104,8 @@ def test_weights_take_as_many_bytes_as_is_said(bundle: Path, tmp_path: Path) -> 
     trained = ft.load(bundle).trained
     for table, of_row in [
         (HalfConfig(), 32),
-        (IntegerConfig(), 20),
-        (IntegerConfig(kind="int4"), 12),
+        (IntegerConfig(), 18),
+        (IntegerConfig(kind="int4"), 10),
     ]:
         smaller = compress_tables(trained, table)
         state = smaller.model.state_dict()
@@ -286,6 +286,7 @@ def test_the_picture_is_higher_where_the_metric_is_and_further_where_tables_are_
         (IntegerConfig(from_rows=0, width=3), "direction_dD", math.inf),
         (HalfConfig(from_rows=0), "weight", math.inf),
         (QuantisedConfig(from_rows=0, sub_spaces=4), "codebooks.weight", math.nan),
+        (QuantisedConfig(from_rows=0, sub_spaces=4, turned=True), "turn_DD", math.nan),
     ],
 )
 def test_damaged_tables_in_a_bundle_are_refused(

@@ -340,6 +340,8 @@ class CodeIndex(WholeIndex):
     def save(self, folder: Path) -> None:
         """Write `codes.safetensors` and `index.json`."""
         tensors = {"code_NM": self.codes.code_RM, "book_MCd": self.codes.book_MCd}
+        if self.codes.turn_DD is not None:
+            tensors["turn_DD"] = self.codes.turn_DD
         tensors = {name: value.contiguous() for name, value in tensors.items()}
         save_file(tensors | {"item_N": self.item_N.contiguous()}, folder / CODES_FILE)
         (folder / "index.json").write_text(self.facts.model_dump_json(indent=2))
@@ -355,6 +357,7 @@ def load_codes(folder: Path, facts: IndexFacts) -> CodeIndex:
     codes = read_codes(
         tensors["code_NM"],
         tensors["book_MCd"],
+        tensors.get("turn_DD"),
         width=facts.embedding_dim,
         source=str(folder / CODES_FILE),
     )

@@ -6,7 +6,7 @@ codebook, d width of the widest of them, D width, B queries, K list length, Y le
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, final
 
 import numpy as np
@@ -42,11 +42,11 @@ def places(width: int, parts: int) -> Int64[Tensor, " D"]:
 @final
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Codes:
-    r"""Rows :math:`[c^1_{b_{r1}}; \dots; c^M_{b_{rM}}]`, kept as their codes b.
+    r"""Rows :math:`[c^1_{b_{r1}}; \dots; c^M_{b_{rM}}] R`, kept as their codes b.
 
     A product with a query is a sum over sub-spaces of one of 256 partial products, each computed
-    once a query: :math:`q \cdot e_r = \sum_m q^m \cdot c^m_{b_{rm}}`. It differs from that with the
-    decompressed row by the order of summation alone.
+    once a query: :math:`q \cdot e_r = \sum_m (q R^\top)^m \cdot c^m_{b_{rm}}`. It differs from that
+    with the decompressed row by the order of summation alone.
 
     References:
         Jégou, Douze and Schmid, "Product Quantization for Nearest Neighbor Search", TPAMI 2011;
@@ -59,15 +59,15 @@ class Codes:
     book_MCd: Float[Tensor, "M C d"]
     """Narrower parts end in zeros."""
     width: int
+    turn_DD: Float[Tensor, "D D"] | None = None
+    """The orthogonal R, which turns rows back to the axes of the model; None turns nothing."""
 
     def __len__(self) -> int:
         return len(self.code_RM)
 
     def take(self, row_N: Int64[Tensor, " N"]) -> "Codes":
         """Return some of the rows."""
-        return Codes(
-            code_RM=self.code_RM.index_select(0, row_N), book_MCd=self.book_MCd, width=self.width
-        )
+        return replace(self, code_RM=self.code_RM.index_select(0, row_N))
 
     def rows(self, row_X: Int64[Tensor, "*X"]) -> Float[Tensor, "*X D"]:
         """Return rows as vectors."""
@@ -76,6 +76,8 @@ class Codes:
         found_ND = self.book_MCd.reshape(-1, width)[code_NM].flatten(1)
         if self.width < found_ND.shape[1]:
             found_ND = found_ND[:, places(self.width, num_parts)]
+        if self.turn_DD is not None:
+            found_ND = found_ND @ self.turn_DD
         return found_ND.view(*row_X.shape, self.width)
 
     def blocks(self) -> Iterator[tuple[int, Float[Tensor, "_ D"]]]:
@@ -127,6 +129,8 @@ class Codes:
         """Return the partial products (B, M, C)."""
         num_parts, _, width = self.book_MCd.shape
         query_BD = query_BD.detach().float()
+        if self.turn_DD is not None:
+            query_BD = query_BD @ self.turn_DD.T
         if self.width < num_parts * width:
             padded_BP = query_BD.new_zeros(len(query_BD), num_parts * width)
             padded_BP[:, places(self.width, num_parts)] = query_BD
@@ -136,7 +140,9 @@ class Codes:
         return part_BMC
 
 
-def read_codes(code: Tensor, book: Tensor, *, width: int, source: str) -> Codes:
+def read_codes(
+    code: Tensor, book: Tensor, turn: Tensor | None = None, *, width: int, source: str
+) -> Codes:
     """Return codes from a file.
 
     Raises:
@@ -151,19 +157,30 @@ def read_codes(code: Tensor, book: Tensor, *, width: int, source: str) -> Codes:
         wrong = f"its codebooks are {book.dtype} of shape {tuple(book.shape)}, and not {wanted}"
     elif not book.isfinite().all():
         wrong = "a codebook has a number that is NaN or infinite"
+    elif turn is not None and (turn.dtype, tuple(turn.shape)) != (torch.float32, (width, width)):
+        wrong = f"its turn is {turn.dtype} of shape {tuple(turn.shape)}, and not {(width, width)}"
+    elif turn is not None and not turn.isfinite().all():
+        wrong = "its turn has a number that is NaN or infinite"
     if wrong:
         raise BundleError(
             f"{source}: {wrong}: the file is damaged, write the bundle again", name=source
         )
-    return Codes(code_RM=code, book_MCd=book, width=width)
+    # Copies lie as the originals do in memory: products are then the same to the last bit.
+    turn = None if turn is None else turn.clone()
+    return Codes(code_RM=code, book_MCd=book.clone(), width=width, turn_DD=turn)
 
 
-def train_codes(row_RD: Float[Tensor, "R D"], sub_spaces: int) -> Codes:
-    """Code rows by k-means in each sub-space (FAISS's trainer)."""
+def train_codes(row_RD: Float[Tensor, "R D"], sub_spaces: int, *, turned: bool = True) -> Codes:
+    """Turn rows if asked to, and code them by k-means in each sub-space (FAISS's trainer).
+
+    References:
+        Ge, He, Ke and Sun, "Optimized Product Quantization", TPAMI 2014: its parametric form.
+    """
     num_rows, width = row_RD.shape
     size = even(width, sub_spaces)[0]
+    turn_DD = balanced_turn(row_RD, sub_spaces) if turned else None
     padded_RP = row_RD.new_zeros(num_rows, sub_spaces * size)
-    padded_RP[:, places(width, sub_spaces)] = row_RD
+    padded_RP[:, places(width, sub_spaces)] = row_RD if turn_DD is None else row_RD @ turn_DD.T
     quantizer = faiss.ProductQuantizer(padded_RP.shape[1], sub_spaces, 8)
     quantizer.cp.min_points_per_centroid = 1  # as few as there are: no warning
     times = -(-CODES // num_rows)  # it wants as many rows as vectors
@@ -173,7 +190,29 @@ def train_codes(row_RD: Float[Tensor, "R D"], sub_spaces: int) -> Codes:
         code_RM=torch.from_numpy(quantizer.compute_codes(padded_RP.numpy())),
         book_MCd=found.view(sub_spaces, CODES, size),
         width=width,
+        turn_DD=turn_DD,
     )
+
+
+def balanced_turn(row_RD: Float[Tensor, "R D"], sub_spaces: int) -> Float[Tensor, "D D"]:
+    """Return principal directions, dealt to the sub-spaces so that each carries about as much.
+
+    What a sub-space of k directions loses goes by the product of their squared lengths to 1/k, so
+    the longest direction that is left goes to the sub-space of the smallest product.
+    """
+    square_DD = torch.zeros(row_RD.shape[1], row_RD.shape[1], dtype=torch.float64)
+    for block_RD in row_RD.split(_BLOCK_ROWS):
+        square_DD += (block_RD.T @ block_RD).double()
+    length_D, direction_DD = torch.linalg.eigh(square_DD)  # the longest last
+    least = float(length_D[-1]) * 1e-9 or 1.0
+    log_D = (length_D.clamp(min=least) / least).log().tolist()
+    sizes = even(row_RD.shape[1], sub_spaces)
+    dealt: list[list[int]] = [[] for _ in sizes]
+    for place in reversed(range(len(log_D))):
+        open_parts = [m for m, size in enumerate(sizes) if len(dealt[m]) < size]
+        part = min(open_parts, key=lambda m: sum(log_D[d] for d in dealt[m]))
+        dealt[part].append(place)
+    return direction_DD.T[[d for one in dealt for d in one]].float().contiguous()
 
 
 def _in_threads(num: int, work: Callable[[slice], None]) -> None:

@@ -29,11 +29,14 @@ class QuantisedConfig(FilledConfig):
     training, or by k-means on a trained table."""
     sub_spaces: Count = 8
     """Parts of the width, which is the number of bytes of a row."""
+    turned: bool = False
+    """Whether a trained table's rows are turned first, so that each part carries as much: better
+    where few directions carry most. A table that is trained with codes is not turned."""
 
     @classmethod
     def tried(cls, width: int) -> Sequence[TableKind]:
         """Return half as many bytes as numbers, and fewer."""
-        return [cls(sub_spaces=n) for n in (width // 2, width // 4, width // 8) if n]
+        return [cls(sub_spaces=n, turned=True) for n in (width // 2, width // 4, width // 8) if n]
 
     @classmethod
     def retrained(cls, times: float, width: int) -> Sequence[TableKind]:
@@ -42,16 +45,17 @@ class QuantisedConfig(FilledConfig):
 
     def make_smaller(self, num_rows: int, width: int) -> Table:
         """Make an untrained table."""
-        return Quantised(num_rows, width, sub_spaces=self.sub_spaces)
+        return Quantised(num_rows, width, sub_spaces=self.sub_spaces, turned=self.turned)
 
 
 @final
 class Quantised(Filled):
     r"""Product quantisation: a code for each of M parts of the width, each a vector of a codebook.
 
-    .. math:: e_r = [c^1_{b_{r1}}; \dots; c^M_{b_{rM}}], \quad b_{rm} \in \{0, \dots, 255\}
+    .. math:: e_r = [c^1_{b_{r1}}; \dots; c^M_{b_{rM}}] R, \quad b_{rm} \in \{0, \dots, 255\}
 
-    Codes are fixed while the vectors learn; until `code_by` is called they are by chance.
+    Codes are fixed while the vectors learn; until `code_by` is called they are by chance. R is the
+    identity but where a trained table was turned.
 
     References:
         Petrov and Macdonald, "RecJPQ: Training Large-Catalogue Sequential Recommenders", WSDM 2024,
@@ -60,8 +64,9 @@ class Quantised(Filled):
     """
 
     code_RM: Tensor
+    turn_DD: Tensor | None
 
-    def __init__(self, num_rows: int, width: int, *, sub_spaces: int) -> None:
+    def __init__(self, num_rows: int, width: int, *, sub_spaces: int, turned: bool = False) -> None:
         super().__init__(num_rows, width)
         if sub_spaces > width:
             raise ConfigError(
@@ -73,6 +78,7 @@ class Quantised(Filled):
         self.sub_spaces = sub_spaces
         self.codebooks = Dense(sub_spaces * CODES, even(width, sub_spaces)[0])
         self.register_buffer("code_RM", _codes_by_chance(0, num_rows, sub_spaces))
+        self.register_buffer("turn_DD", torch.eye(width) if turned else None)
         self.draw(std=1.0)
 
     def rows(self, row_N: Int64[Tensor, " N"]) -> Float[Tensor, "N D"]:
@@ -80,16 +86,18 @@ class Quantised(Filled):
         code_NM += torch.arange(0, self.sub_spaces * CODES, CODES, device=row_N.device)
         found_NMd = self.codebooks(code_NM.masked_fill_((row_N < 0).unsqueeze(1), -1))
         found_ND: Tensor = found_NMd.flatten(1)
-        if found_ND.shape[1] == self.width:
-            return found_ND
-        return found_ND[:, places(self.width, self.sub_spaces).to(row_N.device)]
+        if found_ND.shape[1] != self.width:
+            found_ND = found_ND[:, places(self.width, self.sub_spaces).to(row_N.device)]
+        return found_ND if self.turn_DD is None else found_ND @ self.turn_DD
 
     def codes(self) -> Codes:
         """Return the rows as they are now."""
         with torch.no_grad():
             book_SD = self.codebooks.block(0, self.codebooks.num_rows).detach()
         book_MCd = book_SD.view(self.sub_spaces, CODES, -1)
-        return Codes(code_RM=self.code_RM, book_MCd=book_MCd, width=self.width)
+        return Codes(
+            code_RM=self.code_RM, book_MCd=book_MCd, width=self.width, turn_DD=self.turn_DD
+        )
 
     def products(self, query_BD: Float[Tensor, "B D"]) -> Float[Tensor, "B R"]:
         on_cpu = self.code_RM.device.type == "cpu"
@@ -98,6 +106,8 @@ class Quantised(Filled):
     def damage(self) -> str:
         if self.code_RM.dtype != torch.uint8:
             return f"codes are {self.code_RM.dtype}, beyond codebooks of {CODES} vectors"
+        if self.turn_DD is not None and not self.turn_DD.isfinite().all():
+            return "its turn is not finite"
         return "" if self.codebooks.weight.isfinite().all() else "a codebook is not finite"
 
     def draw(self, *, std: float) -> None:
@@ -113,7 +123,9 @@ class Quantised(Filled):
     def fill(self, table: Table) -> None:
         """Take a trained table's rows, coded by k-means in each part (FAISS's trainer)."""
         rows_RD = torch.cat([block_RD for _, block_RD in finite_blocks(table)]).cpu()
-        found = train_codes(rows_RD, self.sub_spaces)
+        found = train_codes(rows_RD, self.sub_spaces, turned=self.turn_DD is not None)
+        if self.turn_DD is not None and found.turn_DD is not None:
+            self.turn_DD.copy_(found.turn_DD)
         self.code_RM.copy_(found.code_RM)
         self.codebooks.weight.copy_(found.book_MCd.flatten(0, 1))
 

@@ -23,7 +23,7 @@ from foretaste.models.layers.tables import Filled, FilledConfig, FindLinks, Tabl
 sparse = later("scipy.sparse")
 
 _LINKED_ROWS = 4096
-_LOWEST = torch.finfo(torch.float32).tiny
+_LOWEST, _HIGHEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float16).max
 
 
 class AtRestConfig(FilledConfig):
@@ -67,8 +67,8 @@ class IntegerConfig(AtRestConfig):
 
     @classmethod
     def anchor(cls, times: float, width: int) -> TableKind:
-        """Return int8 of the width that gives those bytes: one a number, and four for the scale."""
-        whole = min(width, max(1, round(4 * width / times) - 4))
+        """Return int8 of the width that gives those bytes: one a number, and two for the scale."""
+        whole = min(width, max(1, round(4 * width / times) - 2))
         return cls(width=whole if whole < width else None)
 
     def make_smaller(self, num_rows: int, width: int) -> Table:
@@ -149,7 +149,7 @@ class Half(AtRest):
 @final
 class Integers(AtRest):
     r"""Rows of b bits a number, :math:`e_r = s_r q_r` with
-    :math:`s_r = \max_d |e_{rd}| / (2^{b-1} - 1)`.
+    :math:`s_r = \max_d |e_{rd}| / (2^{b-1} - 1)` in 16 bits.
 
     Of 4 bits two are in a byte, each plus 8.
     """
@@ -163,7 +163,7 @@ class Integers(AtRest):
         self.inner, self.bits, self.most = inner, bits, 2 ** (bits - 1) - 1
         kept, dtype = (inner, torch.int8) if bits == 8 else ((inner + 1) // 2, torch.uint8)
         self.register_buffer("weight", torch.zeros(num_rows, kept, dtype=dtype))
-        self.register_buffer("scale_R", torch.zeros(num_rows))
+        self.register_buffer("scale_R", torch.zeros(num_rows, dtype=torch.float16))
         directions = torch.zeros(inner, width) if inner < width else None
         self.register_buffer("direction_dD", directions)
 
@@ -173,7 +173,7 @@ class Integers(AtRest):
         if self.bits == 4:
             pair_Nd2 = torch.stack([whole_Nd & 15, whole_Nd >> 4], dim=2).flatten(1)
             whole_Nd = pair_Nd2[:, : self.inner].to(torch.int8) - 8
-        found_ND = whole_Nd.float() * self.scale_R[place_N].unsqueeze(1)
+        found_ND = whole_Nd.float() * self.scale_R[place_N].float().unsqueeze(1)
         if self.direction_dD is not None:
             found_ND = found_ND @ self.direction_dD
         return _none_is_0(found_ND, row_N)
@@ -193,8 +193,8 @@ class Integers(AtRest):
             rows = slice(first, first + len(block_RD))
             if self.direction_dD is not None:
                 block_RD = block_RD @ self.direction_dD.T
-            scale_R = block_RD.abs().amax(dim=1) / self.most
-            whole_Rd = (block_RD / scale_R.clamp(min=_LOWEST).unsqueeze(1)).round()
+            scale_R = (block_RD.abs().amax(dim=1) / self.most).clamp(max=_HIGHEST).half()
+            whole_Rd = (block_RD / scale_R.float().clamp(min=_LOWEST).unsqueeze(1)).round()
             whole_Rd = whole_Rd.clamp(-self.most, self.most).to(torch.int8)
             if self.bits == 4:
                 even_Rd = nn.functional.pad((whole_Rd + 8).to(torch.uint8), (0, self.inner % 2))
