@@ -212,7 +212,8 @@ def balanced_turn(row_RD: Float[Tensor, "R D"], sub_spaces: int) -> Float[Tensor
         open_parts = [m for m, size in enumerate(sizes) if len(dealt[m]) < size]
         part = min(open_parts, key=lambda m: sum(log_D[d] for d in dealt[m]))
         dealt[part].append(place)
-    return direction_DD.T[[d for one in dealt for d in one]].float().contiguous()
+    order_D = torch.tensor([d for one in dealt for d in one])
+    return direction_DD.T.float().index_select(0, order_D)
 
 
 def _in_threads(num: int, work: Callable[[slice], None]) -> None:
