@@ -43,7 +43,7 @@ def main() -> None:
         for way, told in WAYS.items():
             every = asked.steps if way == "beside training" else 0
             objective = ft.PairsConfig(
-                **told, hard_refresh_steps=every if told else 0, hard_from_epoch=5
+                **told, loss="bpr", negatives=16, hard_refresh_steps=every if told else 0
             )
             rows.append({"way": way, "seed": seed, **measured(split, objective, asked, seed)})
             print(rows[-1], flush=True)
@@ -69,7 +69,7 @@ def measured(
         split,
         seed=seed,
         objective=objective,
-        training=ft.TrainingConfig(epochs=asked.epochs, batch_events=1024, learning_rate=0.003),
+        training=ft.TrainingConfig(epochs=asked.epochs, batch_events=1024, learning_rate=0.01),
         show=False,
     )
     seconds = time.process_time() - started

@@ -7,8 +7,9 @@ as 1 / √place and lengths that differ by 15 %; a query is the mean of three cl
 of a user of three tastes. Each kind has a process of its own, whose peak of memory its parent reads
 (`peak_gib`, the mapped vectors included: `vectors_gib`). It builds the index in blocks, saves it,
 and another process maps it and asks `--asked` queries one by one on one thread for their best 100,
-none of them those that the width was tuned on (`--recall`). Milliseconds and `build_s` are of the
-processor: beside other work they say what an answer costs.
+none of them those that the width was tuned on (`--recall`). With `--changed` so many rows were put
+since the index was built; `bound` says past how many it would be built again. Milliseconds and
+`build_s` are of the processor: beside other work they say what an answer costs.
 """
 
 import argparse
@@ -25,6 +26,7 @@ import numpy as np
 import torch
 
 from foretaste.experiment.record import run_facts
+from foretaste.retrieval.changing import ChangingIndex
 from foretaste.retrieval.choose import build_index, load_index
 from foretaste.retrieval.index import IndexChoice
 
@@ -37,7 +39,7 @@ def main() -> None:
     torch.set_num_threads(1)
     faiss.omp_set_num_threads(1)
     if asked.one == "ask":
-        print(json.dumps(answers(asked.folder, asked.asked)))
+        print(json.dumps(answers(asked.folder, asked.asked, asked.changed)))
     elif asked.one:
         print(json.dumps(built(asked.folder, asked.one, asked.recall)))
     else:
@@ -50,6 +52,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--kinds", nargs="+", default=list(KINDS))
     parser.add_argument("--recall", type=float, default=0.95)
     parser.add_argument("--asked", type=int, default=500)
+    parser.add_argument("--changed", type=int, default=0)
     parser.add_argument("--one", default="", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path)
@@ -67,11 +70,13 @@ def measure(asked: argparse.Namespace) -> None:
             for kind in asked.kinds:
                 told = ["--folder", name, "--recall", str(asked.recall)]
                 facts, peak = in_process("--one", kind, *told)
-                found, _ = in_process("--one", "ask", *told, "--asked", str(asked.asked))
+                told += ["--asked", str(asked.asked), "--changed", str(asked.changed)]
+                found, _ = in_process("--one", "ask", *told)
                 row = {"items": items, "kind": kind, "recall_target": asked.recall, **found}
+                row["changed"] = asked.changed
                 row |= facts | {"peak_gib": round(peak, 3), **run_facts()}
-                key = ("items", "kind", "recall_target")
-                rows = [r for r in rows if any(r[name] != row[name] for name in key)] + [row]
+                key = ("items", "kind", "recall_target", "changed")
+                rows = [r for r in rows if any(r.get(n, 0) != row[n] for n in key)] + [row]
                 print({name: row[name] for name in row if name != "versions"}, flush=True)
                 asked.out.write_text(json.dumps({"rows": rows}, indent=1) + "\n", encoding="utf-8")
 
@@ -136,13 +141,19 @@ def built(folder: Path, kind: IndexChoice, recall: float) -> dict[str, Any]:
     }
 
 
-def answers(folder: Path, num_queries: int) -> dict[str, Any]:
+def answers(folder: Path, num_queries: int, num_changed: int) -> dict[str, Any]:
     """Map the index, and ask it and an exact one over the same vectors."""
-    index = load_index(folder / "index")
+    index, bound = load_index(folder / "index", is_verified=True), {}
     query_QD = torch.from_numpy(np.load(folder / "queries.npy"))[:num_queries]
     vectors_ND = torch.from_numpy(np.load(folder / "items.npy", mmap_mode="c"))
     every = torch.ones(len(vectors_ND), dtype=torch.bool)
     exact = build_index(vectors_ND, kind="exact", known_I=every)
+    if num_changed:
+        changing = ChangingIndex(index, query_QD=query_QD)
+        item_M = torch.randperm(len(vectors_ND), generator=torch.Generator().manual_seed(1))
+        bound = {"bound": changing.measured_bound()}
+        index = ChangingIndex(index, bound=2 * num_changed)
+        index.put(item_M[:num_changed], vectors_ND[item_M[:num_changed]])
     true_QK = exact.search(query_QD, K, exclude_BX=torch.empty(num_queries, 0).long()).item_BK
     none_10 = torch.empty(1, 0).long()
     for query_1D in query_QD.split(1):  # the map's pages are read once
@@ -155,7 +166,7 @@ def answers(folder: Path, num_queries: int) -> dict[str, Any]:
         clock.append(1e3 * (time.perf_counter() - started[1]))
         shares.append(float(torch.isin(true_1K, found_1K).float().mean()))
     p50, p99 = np.percentile(took, [50, 99])
-    return {
+    return bound | {
         "recall": round(float(np.mean(shares)), 4),
         "p50_ms": round(p50, 3),
         "p99_ms": round(p99, 3),

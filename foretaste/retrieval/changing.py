@@ -213,13 +213,14 @@ class ChangingIndex:
 
     def _build_if_due(self) -> None:
         if self._bound == "auto":
-            self._bound = self._measured_bound()
+            self._bound = self.measured_bound()
         if self._thread is None and self._rows.changed > self._bound and self.facts.num_items:
             self._since_M = self._since_M[:0]
             self._thread = threading.Thread(target=self._build, args=(self._rows,), daemon=True)
             self._thread.start()
 
-    def _measured_bound(self) -> int:
+    def measured_bound(self) -> int:
+        """Return how many rows are compared in the time that the index takes for a query."""
         base = self._rows.base
         whole = exact_of(base)
         few_N = torch.arange(min(_MEASURED_ROWS, len(whole.item_N)))
