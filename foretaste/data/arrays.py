@@ -213,7 +213,7 @@ _NO_MORE = ("out of memory", "not enough memory", "can't allocate memory")
 
 
 def available_bytes() -> int:
-    """Return the memory that is free: the machine's, or the container's where less."""
+    """Return the memory that is free, of the machine or of the container, whichever is less."""
     machine = int(psutil.virtual_memory().available)
     limit, used = _CGROUP / "memory.max", _CGROUP / "memory.current"
     if not (limit.is_file() and used.is_file()) or limit.read_text().strip() == "max":

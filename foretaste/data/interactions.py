@@ -48,7 +48,7 @@ class Interactions(Shown):
     """Further columns of numbers, such as `rating` (float32): what is to be predicted."""
     context: pl.DataFrame | None = None
     """One row per event; the caller's other columns of the context, such as the hour or the
-    place: what is known when somebody asks. Columns here and in the two tables below are brought
+    place: what is known at a request. Columns here and in the two tables below are brought
     into the types of `column_types`."""
     user_table: pl.DataFrame | None = None
     """One row per user_idx; the caller's other columns about users."""

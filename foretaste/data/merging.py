@@ -266,7 +266,7 @@ class Translation:
     user_U: Int64[np.ndarray, " U"]
     """The model's user_idx of each user of the other events, -1 of one that it does not know."""
     item_X: Int64[np.ndarray, " X"]
-    """The model's item_idx, -1 of an item that it does not know."""
+    """The model's item_idx, -1 for an item that the model does not know."""
     profile: FieldTable | None = None
     """A row for each user of the other events: what their table says, for a model that reads it."""
 

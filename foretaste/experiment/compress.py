@@ -170,7 +170,7 @@ def compress_tables(trained: Trained, table: Settings) -> Trained:
                     made[part] = kept.compressed(part, links)
                 setattr(parent, name, made[part])
     # Item vectors computed from the other tables are forgotten; how new users are answered stays
-    # as the dense tables taught it: learned again from pruned rows it was worse.
+    # as it was learned with the dense tables: learned again from pruned rows it was worse.
     model.train().eval()
     smaller = config.model_copy(update={"table": kept})
     settings = {**trained.settings, "model": smaller.model_dump(mode="json")}

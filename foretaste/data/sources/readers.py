@@ -386,8 +386,8 @@ def read_frappe_rows(files: Files) -> Tables:
 
     The training file is published whole; where only its positives are at hand, its negatives are
     drawn once, as its authors did: for a positive's user and context, apps that the user never
-    opened, all alike. They look at validation and test for that, and so does this. The rows of
-    training are put in random order, so that the rows before a row reveal nothing about it.
+    opened, drawn uniformly. They look at validation and test for that, and so does this. The rows
+    of training are put in random order, so that the rows before a row reveal nothing about it.
     """
     train = _train(files)
     if not (train["label"] == 0).any():
@@ -458,10 +458,10 @@ def read_retailrocket(files: Files) -> Tables:
 def read_retailrocket_buys(files: Files) -> Tables:
     """Read all pairs as part 0, and what each user bought last, known (part 1) and given (part 2).
 
-    Part 2 is the test's purchases, one of each user; no matrix has their pairs, and nobody says
-    when they were. As if they were the test, part 1 holds the last known purchase of each user with
-    two or more. Rows are in the order of the earliest time that is known of them, the test last. A
-    pair that was bought counts as carted.
+    Part 2 is the test's purchases, one of each user; no matrix has their pairs, and their
+    times are unknown. As if they were the test, part 1 holds the last known purchase of each user
+    with two or more. Rows are in the order of the earliest time that is known of them, the test
+    last. A pair that was bought counts as carted.
     """
     viewed, carted, bought = (_acts(files, name) for name in ("view", "cart", "buy"))
     pairs = viewed.join(carted, on=("user", "item"), how="full", coalesce=True).join(

@@ -219,9 +219,9 @@ def answer_users(
 ) -> Float[Tensor, "B F"]:
     """Return a vector for each query.
 
-    A user of training with the training history has their row of the table. With further items,
-    these are added to the user's neighbours. Anybody else, and a user of training of whom less
-    is told than training saw, is placed by the items told. Who has none gets 0.
+    A user of training with the training history gets the row of the table. With further items,
+    these are added to the user's neighbours. A new user, and a user of training with fewer items
+    than in training, is placed by the given items; without any, the vector is 0.
     """
     row_P, item_P, place_P = _distinct(queries, tables.tied_I)
     user_B, length_B = queries.user_B, torch.bincount(row_P, minlength=len(queries))
