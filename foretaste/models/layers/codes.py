@@ -213,7 +213,8 @@ def balanced_turn(row_RD: Float[Tensor, "R D"], sub_spaces: int) -> Float[Tensor
         part = min(open_parts, key=lambda m: sum(log_D[d] for d in dealt[m]))
         dealt[part].append(place)
     order_D = torch.tensor([d for one in dealt for d in one])
-    return direction_DD.T.float().index_select(0, order_D)
+    turn_DD: Tensor = direction_DD.T.float().index_select(0, order_D)
+    return turn_DD
 
 
 def _in_threads(num: int, work: Callable[[slice], None]) -> None:
