@@ -1,69 +1,396 @@
-"""How far the losses of two and of four processes are from those of one, in 64 bits.
+"""What several processes do beside one; each part adds its figures to the record.
 
-    python benchmarks/processes.py --out benchmarks/results/processes.json
+    python benchmarks/processes.py equality --data-dir ../shared/data --out RECORD.json
 
-The cases are those of `tests/golden/losses.json`, whose first 20 losses one process had; each
-figure is the largest relative difference of any of them, with two or with four processes.
+`equality`: nine models are trained on MovieLens-100K in 64 bits, by one process and by several,
+all models in one start of them. Recorded is the largest relative difference of the loss of any step
+of the whole fit, and whether all users' lists of ten are equal.
+
+`table`: the memory that each of two processes has of a table of 4 M x 64, and look-ups a second
+with backward pass and update, beside TorchRec (`make torchrec`) where it is installed, in turns.
+
+`kills`: one of two processes is killed at a random step; the others have to end, the error has to
+name it, and 1, 2 or 3 processes have to go on to the losses of a run without a kill.
 """
 
 import argparse
 import json
 import os
+import random
+import signal
+import statistics
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
+import torch
+from torch import Tensor
+
+import foretaste as ft
 from foretaste.experiment.record import run_facts
+from foretaste.models.layers.table import OwnRows
+from foretaste.models.layers.table_settings import make_table
+from foretaste.models.layers.tables import DenseConfig
+from foretaste.training import processes
+from foretaste.training.optimizer import AdamWByRows, make_optimizer
+from foretaste.training.sharded import sharding
 
-WORKER = Path(__file__).parents[1] / "tests" / "test_processes.py"
-LOSSES = WORKER.parent / "golden" / "losses.json"
-CASES = (
-    "mf",
-    "two_tower, features",
-    "sasrec",
-    "bert4rec",
-    "lightgcn",
-    "pinsage, uniform",
-    "deepfm, features",
-    "din",
-    "mmoe, attention",
-    "mf, the batch and the popular",
-    "sasrec, lazy_adamw",
-)
+TESTS = Path(__file__).parents[1] / "tests"
+PAIRS = ft.PairsConfig(loss="sampled_softmax", in_batch=True, log_q=True, negatives=0)
+ROWS = ft.RowsConfig(negatives=1)
+TASKS = (ft.Task(name="seen"), ft.Task(name="liked", column="rating", above=3.5))
+SMALL: dict[str, Any] = {"embedding_dim": 16}
+SEQUENCE: dict[str, Any] = SMALL | {"max_len": 20, "num_blocks": 1}
+MODELS: dict[str, tuple[Any, Any]] = {
+    "mf": (ft.MFConfig(**SMALL), ft.PairsConfig(negatives=256)),
+    "two_tower": (ft.TwoTowerConfig(**SMALL), PAIRS),
+    "sasrec": (ft.SASRecConfig(**SEQUENCE), ft.NextItemConfig()),
+    "bert4rec": (ft.BERT4RecConfig(**SEQUENCE), ft.MaskedItemConfig(mask_ratio=0.3)),
+    "lightgcn": (ft.LightGCNConfig(**SMALL, num_layers=2), ft.PairsConfig(negatives=256)),
+    "pinsage": (ft.PinSageConfig(**SMALL), ft.PairsConfig(negatives=256)),
+    "deepfm": (ft.DeepFMConfig(embedding_dim=8, hidden=(16,)), ft.RowsConfig(negatives=1)),
+    "din": (ft.DINConfig(embedding_dim=8, hidden=(16,)), ft.RowsConfig(negatives=1)),
+    "mmoe": (
+        ft.MMoEConfig(tasks=TASKS, embedding_dim=8, expert_hidden=(16,)),
+        ft.RowsConfig(negatives=1),
+    ),
+}
+LIST = 10
+ROWS_OF_TABLE, WIDTH = 4_000_000, 64
+LOOK_UPS, TURNS = 2**16, 20
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("part", choices=PARTS)
+    parser.add_argument("--data-dir", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--out", type=Path)
     parser.add_argument("--processes", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--runs", type=Path, help="keep the runs here, and use those there are")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--worker", type=Path, help="used by itself")
     options = parser.parse_args()
-    found = [differences(num) for num in options.processes]
-    record = {
-        "facts": {**run_facts(threads=1), "processes": options.processes},
-        "equality_float64": {name: max(each[name] for each in found) for name in CASES},
-    }
+    if options.worker is not None:
+        WORKERS[options.part](options)
+        return
+    found = PARTS[options.part](options)
+    if options.out is None:
+        sys.stdout.write(json.dumps(found, indent=2) + "\n")
+        return
+    record = json.loads(options.out.read_text()) if options.out.exists() else {}
+    record |= found
+    record["facts"] = record.get("facts", {}) | {options.part: run_facts(threads=1)}
     options.out.write_text(json.dumps(record, indent=2) + "\n")
 
 
-def differences(num: int) -> dict[str, float]:
-    """Train all cases with so many processes; return each one's largest difference."""
-    expected = json.loads(LOSSES.read_text())
-    with TemporaryDirectory() as folder:
-        command = ["-m", "torch.distributed.run", "--nproc-per-node", str(num)]
-        subprocess.run(
-            [sys.executable, *command, str(WORKER), folder, *CASES],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            check=True,
-        )
-        return {name: difference(Path(folder), name, expected[name]["losses"]) for name in CASES}
+def start(num: int, options: argparse.Namespace, folder: Path) -> None:
+    """Start this file in so many processes, also where there are fewer cores."""
+    run = ["-m", "torch.distributed.run", "--nproc-per-node", str(num)] if num > 1 else []
+    own = [options.part, "--worker", folder, "--data-dir", options.data_dir]
+    models = ["--models", *options.models, "--epochs", options.epochs]
+    subprocess.run(
+        [sys.executable, *run, __file__, *map(str, own), *map(str, models)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        check=True,
+    )
 
 
-def difference(folder: Path, name: str, expected: list[float]) -> float:
-    """Return the largest relative difference of a case's losses."""
-    lines = (folder / name / "steps.jsonl").read_text().splitlines()[: len(expected)]
-    losses = [json.loads(line)["loss"] for line in lines]
-    return max(abs(a / b - 1) for a, b in zip(losses, expected, strict=True))
+# --- equality ------------------------------------------------------------------------------------
+
+
+def equality(options: argparse.Namespace) -> dict[str, Any]:
+    """Compare the losses and lists of whole fits by several processes with those of one."""
+    with TemporaryDirectory() as place:
+        kept = options.runs or Path(place)
+        folders = {num: kept / str(num) for num in (1, *options.processes)}
+        for num, folder in folders.items():
+            if not all((folder / name / "lists.json").exists() for name in options.models):
+                folder.mkdir(parents=True, exist_ok=True)
+                start(num, options, folder)
+        alone = folders.pop(1)
+        return {
+            "equality_float64": {
+                name: max(difference(alone, folder, name) for folder in folders.values())
+                for name in options.models
+            },
+            "equal_lists": {
+                name: all(
+                    (folder / name / "lists.json").read_text()
+                    == (alone / name / "lists.json").read_text()
+                    for folder in folders.values()
+                )
+                for name in options.models
+            },
+            "equality": {
+                "processes": options.processes,
+                "epochs": options.epochs,
+                "steps": {name: len(losses(alone / name)) for name in options.models},
+            },
+        }
+
+
+def difference(alone: Path, folder: Path, name: str) -> float:
+    """Return the largest relative difference of a step's loss."""
+    both = zip(losses(folder / name), losses(alone / name), strict=True)
+    return max(abs(a / b - 1) for a, b in both)
+
+
+def losses(folder: Path) -> list[float]:
+    lines = (folder / "steps.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+def train_all(options: argparse.Namespace) -> None:
+    """Train the models in 64 bits; the first process writes its lists."""
+    sys.path.insert(0, str(TESTS))
+    from test_golden import in_64_bits  # noqa: PLC0415
+
+    events = ft.get_dataset("ml-100k", data_dir=options.data_dir).events
+    split = ft.leave_last_split(events)
+    training = ft.TrainingConfig(epochs=options.epochs, patience=None, device="cpu")
+    with ft.joined_processes() as together, in_64_bits():
+        for name in options.models:
+            model, objective = MODELS[name]
+            folder = options.worker / name
+            trained = ft.fit(
+                model, split, training=training, objective=objective, folder=folder, show=False
+            )
+            if together.is_first:
+                recommender = ft.to_recommender(trained, ft.Reports())
+                lists = {str(user): listed(recommender, user) for user in events.users.ids}
+                (folder / "lists.json").write_text(json.dumps(lists))
+
+
+def listed(recommender: ft.Recommender, user: Any) -> list[str]:
+    return [str(row.item_id) for row in recommender.recommend(user, k=LIST).rows]
+
+
+# --- tables that are dealt -----------------------------------------------------------------------
+
+
+def table(options: argparse.Namespace) -> dict[str, Any]:
+    """Measure what a process holds of a large table, and how quickly two look up, learn, move."""
+    with TemporaryDirectory() as place:
+        start(2, options, Path(place))
+        each = [json.loads((Path(place) / f"{rank}.json").read_text()) for rank in range(2)]
+    rates = {
+        name: {
+            "median": round(2 * LOOK_UPS / statistics.median(seconds)),
+            "best": round(2 * LOOK_UPS / min(seconds)),
+        }
+        for name, seconds in each[0]["seconds"].items()
+    }
+    return {
+        "resident_gib": {
+            f"table of {ROWS_OF_TABLE:,} x {WIDTH}, whole": ROWS_OF_TABLE * WIDTH * 4 / 2**30,
+            "each process": [round(found["holds"] / 2**30, 3) for found in each],
+        },
+        "lookups_per_second": rates,
+        "table": {"look-ups of each process a step": LOOK_UPS, "steps": TURNS},
+    }
+
+
+def measure_table(options: argparse.Namespace) -> None:
+    """Measure in each of several processes; the first one writes."""
+    with ft.joined_processes() as together:
+        before = resident()
+        with sharding(1):
+            dealt = make_table(DenseConfig(), ROWS_OF_TABLE, WIDTH)
+        holds = resident() - before
+        settings = ft.TrainingConfig(tables="row_adagrad", learning_rate=0.01)
+        optimizer = make_optimizer(list(dealt.parameters()), settings, tables=[dealt])
+        steps = {"foretaste": partial(step, dealt, optimizer)}
+        if find_spec("torchrec"):
+            steps["torchrec"] = torchrec_step()
+        seconds = {name: list[float]() for name in steps}
+        for _ in range(TURNS):
+            for name, take in steps.items():  # in turns, so that both have the same load beside
+                row_N = torch.randint(ROWS_OF_TABLE, (LOOK_UPS,))
+                processes.wait()
+                started = time.perf_counter()
+                take(row_N)
+                processes.wait()
+                seconds[name].append(time.perf_counter() - started)
+        found = {"holds": holds, "seconds": seconds}
+        (options.worker / f"{processes.share().rank}.json").write_text(json.dumps(found))
+        together.first_goes(lambda: None)
+
+
+def step(table: OwnRows, optimizer: AdamWByRows, row_N: Tensor) -> None:
+    optimizer.zero_grad(set_to_none=True)
+    table(row_N).square().sum().backward()
+    optimizer.step()
+
+
+def torchrec_step() -> Callable[[Tensor], None]:
+    """Return the same step by TorchRec: a table by rows, its own plan and fused optimizer."""
+    import torchrec  # noqa: PLC0415
+    from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder  # noqa: PLC0415
+    from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology  # noqa: PLC0415
+    from torchrec.optim import RowWiseAdagrad  # noqa: PLC0415
+    from torchrec.optim.apply_optimizer_in_backward import (  # noqa: PLC0415
+        apply_optimizer_in_backward,
+    )
+
+    class ByRows(EmbeddingBagCollectionSharder):
+        """A sharder that deals rows on a CPU too."""
+
+        def sharding_types(self, compute_device_type: str) -> list[str]:
+            return ["row_wise"]
+
+    table = torchrec.EmbeddingBagConfig(
+        name="table", embedding_dim=WIDTH, num_embeddings=ROWS_OF_TABLE, feature_names=["id"]
+    )
+    tables = torchrec.EmbeddingBagCollection(device=torch.device("meta"), tables=[table])
+    apply_optimizer_in_backward(RowWiseAdagrad, tables.parameters(), {"lr": 0.01})
+    sharder = ByRows()
+    topology = Topology(world_size=processes.share().world, compute_device="cpu")
+    planner = EmbeddingShardingPlanner(topology=topology)
+    group = torch.distributed.group.WORLD
+    model = torchrec.distributed.DistributedModelParallel(
+        tables,
+        device=torch.device("cpu"),
+        plan=planner.collective_plan(tables, [sharder], group),
+        sharders=[sharder],
+    )
+    length_N = torch.ones(LOOK_UPS, dtype=torch.int64)
+
+    def take(row_N: Tensor) -> None:
+        ids = torchrec.KeyedJaggedTensor(keys=["id"], values=row_N, lengths=length_N)
+        model(ids).wait()["id"].square().sum().backward()
+
+    return take
+
+
+def resident() -> int:
+    """Return the bytes of memory that this process has in use."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.partition("VmRSS:")[2].split()[0])
+
+
+# --- kills ---------------------------------------------------------------------------------------
+
+RECIPE = """
+[data]
+kind = "files"
+files = ["events.csv"]
+user = "user"
+item = "item"
+timestamp = "time"
+[split]
+kind = "leave_last"
+[model]
+kind = "mf"
+embedding_dim = 8
+[training]
+epochs = 20
+batch_events = 512
+checkpoint_seconds = 0
+sharded_from = 1
+patience = "none"
+"""
+
+
+def kills(options: argparse.Namespace) -> dict[str, Any]:
+    """Kill a random process at a random step, and resume with a random number of them."""
+    random.seed(0)
+    with TemporaryDirectory() as place:
+        folder = Path(place)
+        recipe = folder / "mf.toml"
+        recipe.write_text(RECIPE)
+        rows = [f"u{user},i{(user * 7 + n * n) % 97},{n}" for user in range(300) for n in range(20)]
+        (folder / "events.csv").write_text("\n".join(["user,item,time", *rows]))
+        subprocess.run(fit_command(1, recipe, "alone"), check=True, capture_output=True)
+        alone = losses(folder / "alone.run")
+        rounds = [kill(recipe, alone, number) for number in range(options.rounds)]
+    return {
+        "kills": {
+            "rounds": len(rounds),
+            "named": sum(found["named"] for found in rounds),
+            "resumed": sum(found["resumed"] for found in rounds),
+            "slowest_end_s": max(found["end_s"] for found in rounds),
+            "largest_difference_of_a_loss": max(found["difference"] for found in rounds),
+            "each": rounds,
+        }
+    }
+
+
+def kill(recipe: Path, alone: Sequence[float], number: int) -> dict[str, Any]:
+    """Kill one of two processes; return how the others ended and how the run went on."""
+    name, rank = f"round-{number}", random.randrange(2)
+    at, again = random.randrange(1, len(alone) - 20), random.choice([1, 2, 3])
+    log, said = recipe.parent / f"{name}.run" / "steps.jsonl", recipe.parent / f"{name}.txt"
+    with (
+        said.open("w") as words,
+        subprocess.Popen(fit_command(2, recipe, name), stdout=words, stderr=words) as launcher,
+    ):
+        while launcher.poll() is None and not (log.exists() and log.read_text().count("\n") >= at):
+            time.sleep(0.01)
+        os.kill(process_of(launcher.pid, rank), signal.SIGKILL)
+        started = time.perf_counter()
+        launcher.wait()
+        seconds = time.perf_counter() - started
+    its_name = f"process {rank} of 2 ended with signal SIGKILL"
+    named = launcher.returncode != 0 and its_name in said.read_text()
+    resumed = subprocess.run(
+        [*fit_command(again, recipe, name), "--resume"], capture_output=True, check=False
+    )
+    found = losses(log.parent)
+    same = [abs(a / b - 1) for a, b in zip(found, alone, strict=False)]
+    is_whole = resumed.returncode == 0 and len(found) == len(alone)
+    return {
+        "rank": rank,
+        "step": at,
+        "end_s": round(seconds, 1),
+        "named": named,
+        "resumed_with": again,
+        "resumed": is_whole,
+        "said": "" if is_whole else resumed.stderr.decode()[-2000:],
+        "difference": max(same),
+    }
+
+
+def fit_command(num: int, recipe: Path, name: str) -> list[str]:
+    """Return the command that trains with so many processes, by torchrun where there are more
+    than cores.
+    """
+    by_torchrun = ["torch.distributed.run", "--nproc-per-node", str(num), "-m"]
+    start = by_torchrun if num > 2 else []
+    command = [sys.executable, "-m", *start, "foretaste", "fit", str(recipe)]
+    out = ["--out", str(recipe.parent / name), "--data-dir", str(recipe.parent)]
+    return [*command, *out, *(["--processes", "2"] if num == 2 else [])]
+
+
+def process_of(launcher: int, rank: int) -> int:
+    """Return the process of a rank, whose number stands in its environment."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            given = (folder / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if parent == launcher and f"RANK={rank}".encode() in given:
+            return int(folder.name)
+    raise SystemExit(f"process {rank} of {launcher} is not there")
+
+
+PARTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
+    "equality": equality,
+    "table": table,
+    "kills": kills,
+}
+WORKERS: dict[str, Callable[[argparse.Namespace], None]] = {
+    "equality": train_all,
+    "table": measure_table,
+}
 
 
 if __name__ == "__main__":

@@ -5,24 +5,44 @@ Run by torchrun, this file trains the cases of `test_golden.py` in the processes
 
 import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import pytest
 import torch
-from test_golden import LOSSES, NUM_LOSSES, in_64_bits, learn, make_split, stored
+from test_golden import (
+    LOSSES,
+    MODEL,
+    NUM_LOSSES,
+    OBJECTIVE,
+    in_64_bits,
+    learn,
+    make_split,
+    stored,
+)
 
 import foretaste as ft
 from foretaste.cli.main import run
 from foretaste.data.draws import Part, Share, draw_for_keys, draw_for_rows, only_part
+from foretaste.data.splits import TEST
 from foretaste.errors import ConfigError, ProcessError
+from foretaste.experiment.two_stage import FirstStage
+from foretaste.models.layers.table import Dense
+from foretaste.training import processes
+from foretaste.training.checkpoint import read_checkpoint, write_checkpoint
 from foretaste.training.fit import Epoch
+from foretaste.training.sharded import Sharded, rows_of
 
 TOGETHER = (
     "mf",
@@ -37,6 +57,20 @@ TOGETHER = (
     "din",
     "mmoe, attention",
 )
+SHARDED = (
+    "mf",
+    "mf, the batch and the popular",  # clipped, and with an average of the weights
+    "mf, row_adagrad",
+    "two_tower, features",
+    "sasrec, lazy_adamw",
+    "bert4rec",
+    "lightgcn",
+    "pinsage, uniform",
+    "deepfm, features",
+    "din",
+    "mmoe, attention",
+)
+"""Cases that are trained again with every table dealt among the processes."""
 ALONE = {
     "lightgcn, noise and contrast": "objective.contrast",
     "din, unnormalised and dice": "model.activation",
@@ -60,15 +94,30 @@ def torchrun(num: int, *arguments: str) -> subprocess.CompletedProcess[str]:
 def of_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Everything that two processes are asked, in one start of both."""
     folder = tmp_path_factory.mktemp("two")
+    with in_64_bits():
+        break_off(folder / "begun by one", stored(LOSSES)["mf, row_adagrad"], make_split())
     done = torchrun(2, str(folder), *TOGETHER)
     assert done.returncode == 0, done.stderr
     return folder
 
 
+def first_losses(run: Path) -> list[float]:
+    lines = (run / "steps.jsonl").read_text().splitlines()[:NUM_LOSSES]
+    return [json.loads(line)["loss"] for line in lines]
+
+
 @pytest.mark.parametrize("name", TOGETHER)
 def test_two_processes_have_the_losses_of_one(of_two: Path, name: str) -> None:
-    lines = (of_two / name / "steps.jsonl").read_text().splitlines()[:NUM_LOSSES]
-    losses = [json.loads(line)["loss"] for line in lines]
+    assert first_losses(of_two / name) == pytest.approx(
+        stored(LOSSES)[name]["losses"], rel=1e-9, abs=0
+    )
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_two_processes_that_share_the_rows_of_tables_have_the_losses_of_one(
+    of_two: Path, name: str
+) -> None:
+    losses = first_losses(of_two / "sharded" / name)
     assert losses == pytest.approx(stored(LOSSES)[name]["losses"], rel=1e-9, abs=0)
 
 
@@ -77,32 +126,106 @@ def test_what_needs_all_rows_in_one_process_is_refused_by_its_name(of_two: Path)
     assert {name: refused[name] for name in ALONE} == ALONE
 
 
-def test_processes_with_different_settings_are_refused(of_two: Path) -> None:
-    assert json.loads((of_two / "refused.json").read_text())["another model"] == "model"
+@pytest.mark.parametrize(
+    ("what", "name"),
+    [
+        ("another model", "model"),
+        ("another number of events", "data"),
+        ("other events", "data"),
+        ("another seed", "seed"),
+        ("more processes than rows", "training.batch_events"),
+        ("shared rows of two stages", "training.sharded_from"),
+        ("shared rows and a thread", "objective.hard_refresh_steps"),
+    ],
+)
+def test_what_processes_cannot_train_together_is_refused_by_name(
+    of_two: Path, what: str, name: str
+) -> None:
+    assert json.loads((of_two / "refused.json").read_text())[what] == name
+
+
+def test_an_address_that_another_program_has_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        started = {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        for name, value in started.items():
+            monkeypatch.setenv(name, str(value))
+        with pytest.raises(ProcessError) as caught, ft.joined_processes():
+            pass
+    assert caught.value.value == f"127.0.0.1:{port}"
 
 
 def test_another_number_of_processes_goes_on_with_a_run(of_two: Path, tmp_path: Path) -> None:
     case = stored(LOSSES)["sasrec"]
     (of_two / "broken off").rename(tmp_path / "run")
     with in_64_bits():
-        training = ft.TrainingConfig(**case["training"])
-        ft.fit(
-            ft.SASRecConfig(**case["model"]),
-            make_split(),
-            training=training,
-            objective=ft.NextItemConfig(**case["objective"]),
-            folder=tmp_path / "run",
-            resume=True,
-            show=False,
-        )
-    lines = (tmp_path / "run" / "steps.jsonl").read_text().splitlines()[:NUM_LOSSES]
-    losses = [json.loads(line)["loss"] for line in lines]
-    assert losses == pytest.approx(case["losses"], rel=1e-9, abs=0)
+        resume(tmp_path / "run", case, make_split())
+    assert first_losses(tmp_path / "run") == pytest.approx(case["losses"], rel=1e-9, abs=0)
+
+
+def test_one_process_goes_on_with_a_run_of_two_that_shared_the_rows(
+    of_two: Path, tmp_path: Path
+) -> None:
+    case = stored(LOSSES)["sasrec, lazy_adamw"]
+    (of_two / "sharded, broken off").rename(tmp_path / "run")
+    with in_64_bits():
+        resume(tmp_path / "run", case, make_split(), sharded_from=1)
+    assert first_losses(tmp_path / "run") == pytest.approx(case["losses"], rel=1e-9, abs=0)
+
+
+def test_two_processes_that_share_the_rows_go_on_with_a_run_of_one(of_two: Path) -> None:
+    losses = first_losses(of_two / "begun by one")
+    assert losses == pytest.approx(stored(LOSSES)["mf, row_adagrad"]["losses"], rel=1e-9, abs=0)
+
+
+@pytest.mark.parametrize("saved_by", [1, 2, 3, 4])
+@pytest.mark.parametrize("read_by", [1, 2, 3, 4])
+@pytest.mark.parametrize("num_rows", [2, 11])
+def test_any_number_of_processes_reads_its_rows_of_what_any_number_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saved_by: int, read_by: int, num_rows: int
+) -> None:
+    table, bias = torch.randn(num_rows, 3), torch.randn(5)
+    monkeypatch.setattr(processes, "wait", lambda: None)
+    for rank in reversed(range(saved_by)):  # the first one writes the manifest
+        share = Share(rank, saved_by)
+        monkeypatch.setattr(processes, "share", lambda share=share: share)
+        own = rows_of(num_rows, share)
+        parts = {"model-1": {"table": table[own.start : own.stop], "bias": bias}}
+        write_checkpoint(tmp_path, parts, {}, own={"table": own})
+    read = []
+    for rank in range(read_by):
+        parts, _ = read_checkpoint(tmp_path, own={"table": rows_of(num_rows, Share(rank, read_by))})
+        read.append(parts["model"]["table"])
+        assert torch.equal(parts["model"]["bias"], bias)
+    assert torch.equal(torch.cat(read), table)
+    assert torch.equal(read_checkpoint(tmp_path)[0]["model"]["table"], table)
 
 
 def test_checkpoints_of_two_processes_hold_no_pickle(of_two: Path) -> None:
-    kept = {path.suffix for path in (of_two / "mf").rglob("*") if path.is_file()}
+    runs = of_two / "mf", of_two / "sharded" / "mf"
+    kept = {path.suffix for run in runs for path in run.rglob("*") if path.is_file()}
+    names = {path.name for path in runs[1].rglob("*.1-of-2.safetensors")}
     assert kept == {".json", ".jsonl", ".safetensors"}
+    assert {name.partition("-")[0] for name in names} == {"model", "best", "optimizer"}
+
+
+@pytest.mark.parametrize("language", ["bash", "yaml", "py"])
+def test_files_of_other_launchers_can_be_read(language: str) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "processes.md").read_text()
+    _, _, launchers = page.partition("## Other launchers")
+    text = launchers.partition(f"```{language}\n")[2].partition("```")[0]
+    match language:
+        case "bash":
+            subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+        case "yaml":
+            yaml = pytest.importorskip("yaml")
+            replicas = yaml.safe_load(text)["spec"]["pytorchReplicaSpecs"]
+            command = replicas["Worker"]["template"]["spec"]["containers"][0]["command"]
+            assert command == ["python", "-m", "foretaste", "fit", "/shared/run.toml"]
+        case _:
+            names = re.findall(r"ft\.(\w+)", text)
+            assert compile(text, "train.py", "exec")
+            assert set(names) <= set(ft.__all__)
 
 
 # --- the command ---------------------------------------------------------------------------------
@@ -160,28 +283,44 @@ def test_the_command_starts_processes_of_which_one_speaks_and_writes(recipe: Pat
 
 
 KILLED = """
-import os, signal, sys, torch
+import os, signal, sys, time, torch
 from foretaste.errors import ProcessError
 from foretaste.training import processes
 
-with processes.joined_processes() as together:
-    if not together.is_first:
+doomed, place = int(sys.argv[1]), sys.argv[2]
+
+def end():
+    if processes.share().rank == doomed:
         os.kill(os.getpid(), signal.SIGKILL)
+
+with processes.joined_processes() as together:
     try:
-        processes.all_rows(torch.tensor([1]))
+        if place == "a step":
+            end()
+            processes.all_rows(torch.tensor([1]))
+        else:
+            if not together.is_first:
+                end()
+            processes.by_first(lambda: end() or time.sleep(1) or 1.0)
+            processes.wait()
     except ProcessError:
         sys.exit(ProcessError.followed)
 """
 
 
 @TWO_CORES
-def test_a_killed_process_ends_the_others_and_the_error_names_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("rank", "place"), [(1, "a step"), (0, "a validation"), (1, "a validation")]
+)
+def test_a_killed_process_ends_the_others_and_the_error_names_it(
+    tmp_path: Path, rank: int, place: str
+) -> None:
     path = tmp_path / "killed.py"
     path.write_text(KILLED)
     started, handler = time.perf_counter(), signal.getsignal(signal.SIGTERM)
     with pytest.raises(ProcessError) as caught:
-        ft.start_processes(2, [str(path)])
-    assert caught.value.value == 1
+        ft.start_processes(2, [str(path), str(rank), place])
+    assert caught.value.value == rank
     assert "SIGKILL" in str(caught.value)
     assert time.perf_counter() - started < 60
     assert signal.getsignal(signal.SIGTERM) == handler
@@ -217,6 +356,23 @@ def test_parts_of_a_draw_are_the_draw_of_one_process(world: int, each: int) -> N
     assert torch.equal(torch.cat(drawn), whole)
 
 
+@pytest.mark.parametrize("num_rows", [0, 5, 16, 17, 47, 48, 50, 100])
+@pytest.mark.parametrize("world", [1, 3])
+def test_first_rows_of_a_dealt_table_are_those_of_a_whole_one(
+    monkeypatch: pytest.MonkeyPatch, num_rows: int, world: int
+) -> None:
+    monkeypatch.setattr("foretaste.training.sharded.BLOCK_ROWS", 16)
+    drawn, after = [], set()
+    for rank in range(world):
+        monkeypatch.setattr(processes, "share", lambda rank=rank: Share(rank, world))
+        torch.manual_seed(0)
+        drawn.append(Sharded(num_rows, 3).weight)
+        after.add(float(torch.rand(())))
+    torch.manual_seed(0)
+    assert torch.equal(torch.cat(drawn), Dense(num_rows, 3).weight)
+    assert after == {float(torch.rand(()))}
+
+
 def test_a_key_has_the_same_number_in_each_process() -> None:
     every = torch.tensor([2, 3, 5, 7])
     torch.manual_seed(0)
@@ -238,37 +394,93 @@ class BrokenOff(Exception):
 def train_together(folder: Path, names: Sequence[str]) -> None:
     """Train cases, refuse others, and break off one."""
     split, cases = make_split(), stored(LOSSES)
-    refused = {}
+    torch.distributed.init_process_group("gloo")  # as Ray Train does before it calls
     with ft.joined_processes() as together, in_64_bits():
         for name in names:
             learn(cases[name], split, folder / name)
-        for name in ALONE:
-            try:
-                learn(cases[name], split)
-            except ConfigError as error:
-                refused[name] = error.name
-        try:
-            ft.fit(ft.MFConfig(embedding_dim=8 + int(os.environ["RANK"])), split, show=False)
-        except ConfigError as error:
-            refused["another model"] = error.name
-        case = cases["sasrec"]
-
-        def stop(epoch: Epoch) -> None:
-            if epoch.epoch == 3:
-                raise BrokenOff
-
-        with suppress(BrokenOff):
-            ft.fit(
-                ft.SASRecConfig(**case["model"]),
-                split,
-                training=ft.TrainingConfig(**case["training"]),
-                objective=ft.NextItemConfig(**case["objective"]),
-                folder=folder / "broken off",
-                on_epoch=stop,
-                show=False,
-            )
+        for name in SHARDED:
+            training = cases[name]["training"] | {"sharded_from": 1}
+            learn(cases[name] | {"training": training}, split, folder / "sharded" / name)
+        refused = {name: refused_setting(partial(learn, cases[name], split)) for name in ALONE}
+        refused |= refuse_others(split, int(os.environ["RANK"]))
+        break_off(folder / "broken off", cases["sasrec"], split)
+        case = cases["sasrec, lazy_adamw"]
+        break_off(folder / "sharded, broken off", case, split, sharded_from=1)
+        resume(folder / "begun by one", cases["mf, row_adagrad"], split, sharded_from=1)
         if together.is_first:
             (folder / "refused.json").write_text(json.dumps(refused))
+
+
+def refuse_others(split: ft.Split, rank: int) -> dict[str, str]:
+    """Return which settings are refused, by what is wrong with them."""
+
+    def fit_mf(**settings: Any) -> ft.Trained:
+        usual = {"config": ft.MFConfig(embedding_dim=8), "split": split, "show": False}
+        return ft.fit(**usual | settings)
+
+    part_E, item_E = split.part_E.copy(), split.events.item_idx.copy()
+    if rank:
+        part_E[0], item_E = TEST, item_E[::-1].copy()
+    fewer = replace(split, part_E=part_E)
+    others = replace(split, events=replace(split.events, item_idx=item_E))
+    small, sharded = ft.TrainingConfig(batch_events=1), ft.TrainingConfig(sharded_from=1)
+    threads = ft.PairsConfig(hard_negatives=1, hard_from="index", hard_refresh_steps=2)
+    two_stages = ft.TwoStageConfig(retriever=ft.MFConfig(), ranker=ft.DeepFMConfig(), candidates=4)
+    tries: dict[str, Callable[[], object]] = {
+        "another model": lambda: fit_mf(config=ft.MFConfig(embedding_dim=8 + rank)),
+        "another number of events": lambda: fit_mf(split=fewer),
+        "other events": lambda: fit_mf(split=others),
+        "another seed": lambda: fit_mf(seed=rank),
+        "more processes than rows": lambda: fit_mf(training=small),
+        "shared rows and a thread": lambda: fit_mf(training=sharded, objective=threads),
+        "shared rows of two stages": lambda: fit_mf(
+            config=two_stages, first_stage=FirstStage(training=sharded)
+        ),
+    }
+    return {what: refused_setting(train) for what, train in tries.items()}
+
+
+def refused_setting(train: Callable[[], object]) -> str:
+    """Return the name of the setting that is refused."""
+    try:
+        train()
+    except ConfigError as error:
+        return error.name
+    return ""
+
+
+def break_off(
+    folder: Path, case: Mapping[str, Any], split: ft.Split, *, sharded_from: int | None = None
+) -> None:
+    """Train for three epochs, as if the run were killed then."""
+
+    def stop(epoch: Epoch) -> None:
+        if epoch.epoch == 3:
+            raise BrokenOff
+
+    with suppress(BrokenOff):
+        resume(folder, case, split, sharded_from=sharded_from, on_epoch=stop)
+
+
+def resume(
+    folder: Path,
+    case: Mapping[str, Any],
+    split: ft.Split,
+    *,
+    sharded_from: int | None = None,
+    on_epoch: Callable[[Epoch], None] | None = None,
+) -> None:
+    """Train from a folder's checkpoint on, or from the start."""
+    ft.fit(
+        MODEL.validate_python(case["model"]),
+        split,
+        training=ft.TrainingConfig(**case["training"] | {"sharded_from": sharded_from}),
+        objective=OBJECTIVE.validate_python(case["objective"]),
+        folder=folder,
+        resume=True,
+        on_epoch=on_epoch,
+        show=False,
+    )
 
 
 if __name__ == "__main__":

@@ -60,6 +60,7 @@ from foretaste.training.objectives.pairs import PairsConfig
 from foretaste.training.objectives.rows import LabelledRows, RowsConfig
 from foretaste.training.progress import Cost, CostWatch, ShowProgress, say
 from foretaste.training.settings import TrainingConfig
+from foretaste.training.sharded import finish, refuse_sharding, sharding
 from foretaste.training.trained import Trained
 
 
@@ -154,16 +155,19 @@ def fit(
     pretraining = pretraining_of(config)
     fit_part = partial(fit_part, objective=objective, candidates=candidates)
     parts = _fit_parts(pretraining, fit_part, asked, options)
+    sizes = {"data": (events.num_users, events.num_items, len(events))}
+    processes.check_same({"model": config.model_dump()} | sizes)
     torch.manual_seed(seed)
     graph = graph_for(config, events)
-    model = build_model(
-        config,
-        num_users=events.num_users,
-        num_items=events.num_items,
-        graph=graph,
-        features=features,
-        copies=LEARNING_COPIES,
-    )
+    with sharding(training.sharded_from):
+        model = build_model(
+            config,
+            num_users=events.num_users,
+            num_items=events.num_items,
+            graph=graph,
+            features=features,
+            copies=LEARNING_COPIES,
+        )
     model.begin(events)
     if pretraining is not None:
         model.start_from({kind: part.model for kind, part in parts.items()})
@@ -207,9 +211,7 @@ def fit(
                 candidates=candidates,
             )
             log |= found
-    model.learn_new_users(happened)
-    model.finish()
-    model.eval()
+    finish(model, happened)
     return make(log=log, epochs=(epochs,), train_seconds=time.perf_counter() - started)
 
 
@@ -359,6 +361,7 @@ def _fit_parts(
     """Train what a model starts from, if it starts from something, each for a third of the time."""
     if pretraining is None:
         return {}
+    refuse_sharding(training.sharded_from, "a model starts from smaller ones")
     epochs = pretraining.epochs or training.epochs
     return {
         part.kind: fit_part(
@@ -383,9 +386,7 @@ def _learn(
 ) -> tuple[dict[str, object], int]:
     """Run the training loop on a model's weights; return its log and the epochs it chose."""
     model, events, features = untrained.model, split.train, untrained.features
-    processes.check_same(
-        {"model": untrained.config.model_dump(), "objective": objective.model_dump()}
-    )
+    processes.check_same({"objective": objective.model_dump()})
     learning = make_learning(
         model,
         objective,

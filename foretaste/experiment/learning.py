@@ -54,6 +54,7 @@ from foretaste.training.objectives.sequences import (
 from foretaste.training.prefetch import WorkedPlan
 from foretaste.training.progress import Cost
 from foretaste.training.runtime import epoch_generator, step_seed
+from foretaste.training.sharded import tables_of
 
 _OBJECTIVES: TypeAdapter[ObjectiveConfig] = TypeAdapter(ObjectiveConfig)
 
@@ -247,6 +248,13 @@ def _refuse_together(model: Model, config: ObjectiveConfig, batch_events: int) -
         )
     if isinstance(config, PairsConfig) and config.contrast:
         raise needs_one_process("objective.contrast", value=config.contrast)
+    if isinstance(config, PairsConfig) and config.hard_refresh_steps and tables_of(model):
+        raise ConfigError(
+            f"objective.hard_refresh_steps is {config.hard_refresh_steps}, and its thread would "
+            "need rows that other processes hold: set it to 0, or leave out training.sharded_from",
+            name="objective.hard_refresh_steps",
+            value=config.hard_refresh_steps,
+        )
     for layer in model.modules():
         name, value = getattr(layer, "needs_whole_batch", ("", None))
         if name:

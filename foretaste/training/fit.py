@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from foretaste.data.plans import Plan
 from foretaste.errors import ConfigError, NonFiniteError
-from foretaste.models.layers.table import Dense
-from foretaste.training import processes
+from foretaste.models.layers.table import OwnRows
+from foretaste.training import processes, sharded
 from foretaste.training.checkpoint import (
     CHECKPOINT,
     StepLog,
@@ -36,6 +36,7 @@ from foretaste.training.optimizer import (
 from foretaste.training.prefetch import Prefetch
 from foretaste.training.runtime import choose_device, keep_memory, step_generator
 from foretaste.training.settings import TrainingConfig
+from foretaste.training.sharded import own_rows_of
 
 Network = TypeVar("Network", bound=nn.Module)
 Batch = TypeVar("Batch", covariant=True)
@@ -184,9 +185,11 @@ class Fit(Generic[Network, Batch]):
         self.average = copy.deepcopy(model) if config.average_decay else None
         self.best_weights: dict[str, Tensor] = {}
         self.of_objective = list(objective.parameters()) if isinstance(objective, nn.Module) else []
+        self.dealt = [table.weight for table in sharded.tables_of(model)]
+        self.common = [p for p in model.parameters() if all(p is not own for own in self.dealt)]
         self.parameters = [*model.parameters(), *self.of_objective]
         refuse_at_rest(model)
-        tables = [module for module in model.modules() if isinstance(module, Dense)]
+        tables = [module for module in model.modules() if isinstance(module, OwnRows)]
         self.optimizer = make_optimizer(self.parameters, config, tables=tables)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
 
@@ -227,6 +230,7 @@ class Fit(Generic[Network, Batch]):
             self.model.load_state_dict(self._judged().state_dict())
         self._refuse_broken_weights()
         self.model.eval()
+        sharded.make_whole(self.model)
         return self.progress
 
     def _refuse_broken_weights(self) -> None:
@@ -307,7 +311,7 @@ class Fit(Generic[Network, Batch]):
             progress.seconds = seconds_before + now - started
             if on_step:
                 on_step(progress, steps_per_epoch)
-            if now - last_checkpoint >= self.config.checkpoint_seconds:
+            if self._due(now - last_checkpoint):
                 self._checkpoint()
                 last_checkpoint = now
             progress.done = self._out_of_time(max_seconds)
@@ -320,10 +324,19 @@ class Fit(Generic[Network, Batch]):
             refreshed.start(copy.deepcopy(self._judged()), progress.batch)
             self.model.train()
 
+    def _due(self, seconds: float) -> bool:
+        """Return whether it is time for a checkpoint; where all write it, the first one decides."""
+        due = seconds >= self.config.checkpoint_seconds
+        return (
+            bool(processes.by_first(lambda: due, at_once=True))
+            if self.dealt and self.folder
+            else due
+        )
+
     def _out_of_time(self, max_seconds: float | None) -> str:
         if max_seconds is None:
             return ""
-        if not processes.by_first(lambda: self.progress.seconds >= max_seconds):
+        if not processes.by_first(lambda: self.progress.seconds >= max_seconds, at_once=True):
             return ""
         return f"{OUT_OF_TIME}: stopped after {self.progress.seconds:.1f} s"
 
@@ -339,12 +352,12 @@ class Fit(Generic[Network, Batch]):
         value = loss.item()
         if math.isfinite(value):
             self.scaler.scale(loss).backward()
-            processes.add_gradients(list(self.model.parameters()), shared=self.of_objective)
+            processes.add_gradients(self.common, shared=self.of_objective)
             self.scaler.unscale_(self.optimizer)
-            found = gradients(self.parameters)
-            norm = nn.utils.get_total_norm(found)
+            common, dealt = gradients([*self.common, *self.of_objective]), gradients(self.dealt)
+            norm = processes.norm_of_all(common, dealt)
             if config.gradient_clip is not None:
-                clip(found, norm, config.gradient_clip)
+                clip([*common, *dealt], norm, config.gradient_clip)
             finite = bool(norm.isfinite())
             if finite or self.scaler.is_enabled():
                 self.scaler.step(self.optimizer)
@@ -395,7 +408,7 @@ class Fit(Generic[Network, Batch]):
             return None
         judged = self._judged()
         validate = self.validate
-        value = processes.by_first(lambda: validate(judged))
+        value = sharded.by_first(judged, lambda: validate(judged))
         if value > progress.best:
             progress.best, progress.best_epoch = value, number
             self.best_weights = {
@@ -440,7 +453,8 @@ class Fit(Generic[Network, Batch]):
         return self.average.eval()
 
     def _checkpoint(self) -> None:
-        if self.folder is None or not processes.is_first():
+        own = own_rows_of(self.model, self.optimizer)
+        if self.folder is None or not (own or processes.is_first()):
             return
         step, optimizer = self.progress.step, self.optimizer.state_dict()["state"]
         parts: dict[str, Mapping[str, Tensor]] = {
@@ -461,7 +475,7 @@ class Fit(Generic[Network, Batch]):
             **self._facts(),
         }
         kept = {name: tensors for name, tensors in parts.items() if tensors}
-        write_checkpoint(self.folder / CHECKPOINT, kept, facts)
+        write_checkpoint(self.folder / CHECKPOINT, kept, facts, own=own)
 
     def _facts(self) -> dict[str, Any]:
         """Return what decides a run."""
@@ -477,7 +491,7 @@ class Fit(Generic[Network, Batch]):
         path = find_checkpoint(self.folder)
         if path is None:
             return
-        parts, facts = read_checkpoint(path)
+        parts, facts = read_checkpoint(path, own=own_rows_of(self.model, self.optimizer))
         self._check_same(path, facts)
         self.model.load_state_dict(parts["model"])
         best = parts.get("best", {})
@@ -506,7 +520,7 @@ class Fit(Generic[Network, Batch]):
                 value=True,
             )
         then = {**facts["settings"], "seed": facts["seed"]}
-        now = {**self.config.model_dump(mode="json"), "seed": self.seed}
+        now = {**self.config.model_dump(mode="json", exclude={"sharded_from"}), "seed": self.seed}
         changed = [name for name in now if then.get(name) != now[name]]
         if changed:
             said = ", ".join(f"{name} {then.get(name)}, not {now[name]}" for name in changed)

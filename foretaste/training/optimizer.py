@@ -14,11 +14,13 @@ import torch
 from torch import Tensor, nn, optim
 
 from foretaste.errors import ConfigError
-from foretaste.models.layers.table import Dense, Table
+from foretaste.models.layers.table import OwnRows, Table
 from foretaste.training.settings import TrainingConfig
 
 ROWS_FROM = 2**17
 """Rows from which on "auto" lets a table learn by rows."""
+ROW_STATES = ("exp_avg", "exp_avg_sq", "sum")
+"""What the optimizer keeps of each row of a table."""
 
 
 @final
@@ -43,7 +45,7 @@ class AdamWByRows(optim.AdamW):
         self,
         groups: Iterable[dict[str, Any]],
         *,
-        tables: Sequence[Dense],
+        tables: Sequence[OwnRows],
         one_rate: bool,
         **settings: Any,
     ) -> None:
@@ -156,7 +158,7 @@ def _one_rate(
 
 
 def make_optimizer(
-    parameters: Sequence[nn.Parameter], config: TrainingConfig, *, tables: Iterable[Dense] = ()
+    parameters: Sequence[nn.Parameter], config: TrainingConfig, *, tables: Iterable[OwnRows] = ()
 ) -> AdamWByRows:
     """Return AdamW, which decays matrices and tables, but no biases and scales.
 
@@ -167,7 +169,7 @@ def make_optimizer(
     """
     by_rows = []
     for table in tables:
-        table.by_rows = _learns_by_rows(table, config)
+        table.by_rows = learns_by_rows(table, config)
         by_rows += [table] if table.by_rows else []
     decayed = [p for p in parameters if p.requires_grad and p.ndim > 1]
     others = [p for p in parameters if p.requires_grad and p.ndim <= 1]
@@ -186,7 +188,8 @@ def make_optimizer(
     )
 
 
-def _learns_by_rows(table: Dense, config: TrainingConfig) -> bool:
+def learns_by_rows(table: OwnRows, config: TrainingConfig) -> bool:
+    """Return whether a step moves only the rows of a table that its batch read."""
     if config.tables == "auto":
         return table.num_rows >= ROWS_FROM and not config.average_decay
     return config.tables != "adamw"

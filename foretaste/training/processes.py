@@ -20,7 +20,7 @@ from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar, final
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int64, Shaped
 from torch import Tensor, distributed, nn
 
 from foretaste.arguments import checked
@@ -87,14 +87,27 @@ def joined_processes() -> Iterator[Together]:
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    meet = not distributed.is_initialized()  # a launcher such as Ray Train has done so
+    try:
+        if meet:
+            engine = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+            distributed.init_process_group(engine, timeout=_STEP)
+    except (RuntimeError, ValueError) as error:
+        place = f"{os.environ.get('MASTER_ADDR', '')}:{os.environ.get('MASTER_PORT', '')}"
+        raise ProcessError(
+            f"the processes could not meet at {place}: start all of them, with the same address "
+            "and a port that no other program has (torchrun --rdzv-endpoint)",
+            name="processes",
+            value=place,
+        ) from error
     with _in_our_words():
-        distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=_STEP)
         patient = distributed.new_group(backend="gloo", timeout=_WAIT)
     own = Share(distributed.get_rank(), distributed.get_world_size())
     _joined.append(_Group(own, patient))
     try:
         yield Together()
-        distributed.destroy_process_group()  # which may hang where another process has ended
+        if meet:
+            distributed.destroy_process_group()  # which may hang where another process has ended
     except ForetasteError as error:
         if own.rank:
             error.args = (f"process {own.rank}: {error}",)
@@ -121,22 +134,30 @@ def first_goes(work: Callable[[], T]) -> T:
         return work()
     if is_first():
         result = work()
-    _wait()
+    wait()
     return result if is_first() else work()
 
 
-def _wait() -> None:
+def wait() -> None:
+    """Wait until all processes are here."""
+    if not _joined:
+        return
     with _in_our_words():
         distributed.all_reduce(torch.zeros(()), group=_joined[-1].patient)
 
 
-def by_first(work: Callable[[], float | bool]) -> float:
-    """Let the first process work out a number for all; the others wait."""
+def by_first(work: Callable[[], float | bool], *, at_once: bool = False) -> float:
+    """Let the first process work out a number for all; the others wait for it.
+
+    Args:
+        work: Gives the number.
+        at_once: Whether it takes no longer than a step.
+    """
     if not _joined:
         return float(work())
     value = torch.tensor(work() if is_first() else 0.0, dtype=torch.float64)
     with _in_our_words():
-        distributed.broadcast(value, 0, group=_joined[-1].patient)
+        distributed.broadcast(value, 0, group=None if at_once else _joined[-1].patient)
     return float(value)
 
 
@@ -210,6 +231,41 @@ def _gathered(rows_NK: Tensor, sizes: Sequence[int]) -> list[Tensor]:
     padded[: len(rows_NK)] = rows_NK
     found = _from_all(padded)
     return [rows[:size] for rows, size in zip(found, sizes, strict=True)]
+
+
+def exchanged(
+    rows: Shaped[Tensor, "N ..."], sizes: list[int], incoming: list[int] | None = None
+) -> tuple[Shaped[Tensor, "A ..."], list[int]]:
+    """Send `sizes[0]` rows to process 0, the next `sizes[1]` to process 1, and so on.
+
+    Args:
+        rows: Those of all, one process after the other.
+        sizes: How many each gets.
+        incoming: How many each sends; None: they are asked.
+
+    Returns:
+        What the others send, and how many rows each.
+    """
+    with _in_our_words():
+        if incoming is None:
+            sent = torch.tensor(sizes, device=rows.device)
+            numbers = torch.empty_like(sent)
+            distributed.all_to_all_single(numbers, sent)
+            incoming = [int(number) for number in numbers]
+        received = rows.new_empty(sum(incoming), *rows.shape[1:])
+        distributed.all_to_all_single(received, rows.contiguous(), incoming, sizes)
+    return received, incoming
+
+
+def norm_of_all(common: Iterable[Tensor], dealt: Iterable[Tensor]) -> Float[Tensor, ""]:
+    """Return the Euclidean norm of tensors that all have, and of those of which each has a part."""
+    norm = nn.utils.get_total_norm(list(common))
+    parts = list(dealt)
+    if not _joined or not parts:
+        return norm
+    square = nn.utils.get_total_norm(parts).square()
+    _add(square)
+    return (norm.square() + square).sqrt()
 
 
 def same_draws(generator: torch.Generator) -> None:

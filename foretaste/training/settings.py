@@ -35,6 +35,9 @@ class TrainingConfig(Config):
     its squared gradients, in a third of the memory. "auto": lazy_adamw for tables of many rows if
     there is no `ema_decay`; else adamw. A row that few batches read changes less by lazy_adamw: MF
     on Gowalla needs twice the rate for the figures of adamw."""
+    sharded_from: Count | None = None
+    """Rows from which on a table of ids or codes is dealt among several processes, each of which
+    holds and moves a range of its rows. None: each process holds all tables."""
     warmup_steps: CountOrZero | Literal["auto"] = "auto"
     """Steps over which the learning rate rises from 0. "auto": those of two epochs, at most 200."""
     schedule: Literal["constant", "cosine", "linear", "auto"] = "auto"

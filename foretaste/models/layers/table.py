@@ -9,7 +9,8 @@ B queries.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar, final
 
 import torch
@@ -100,17 +101,29 @@ class Table(nn.Module, ABC):
         return mean_bags(place_N, offsets_P, self(code_N))
 
 
+class OwnRows(Table):
+    """A row of its own for each, in one tensor: all of them, or those of one process."""
+
+    weight: nn.Parameter
+    std: float
+    """How widely the rows were drawn."""
+    by_rows = False
+    """Whether the gradient of a look-up is one of the rows that were read."""
+    scale = 1.0
+    """What the rows are to be multiplied by: weight decay that is not in them yet."""
+
+    @abstractmethod
+    def cut(self, sizes: Sequence[int]) -> list["Table"]:
+        """Return tables of so many of the rows each, one after the other."""
+
+
 @final
-class Dense(Table):
-    """A row of its own for each, in one tensor."""
+class Dense(OwnRows):
+    """All rows in one tensor."""
 
     def __init__(self, num_rows: int, width: int) -> None:
         super().__init__()
-        self.width, self.std = width, 1.0
-        self.by_rows = False
-        """Whether the gradient of a look-up is one of the rows that were read."""
-        self.scale = 1.0
-        """What the rows are to be multiplied by: weight decay that is not in them yet."""
+        self.width = width
         self.weight = nn.Parameter(torch.empty(num_rows, width))
         self.draw(std=1.0)
 
@@ -154,6 +167,37 @@ class Dense(Table):
         self, code_N: Int64[Tensor, " N"], offsets_P: Int64[Tensor, " P"]
     ) -> Float[Tensor, "P D"]:
         return mean_bags(code_N, offsets_P, self.weight, scale=self.scale, by_rows=self.by_rows)
+
+    @torch.no_grad()
+    def cut(self, sizes: Sequence[int]) -> list[Table]:
+        return [self.of_rows(part_RD.clone(), self.std) for part_RD in self.weight.split(sizes)]
+
+    @classmethod
+    def of_rows(cls, row_RD: Float[Tensor, "R D"], std: float) -> "Dense":
+        """Return a table of these rows; those that it grows by are drawn with `std`."""
+        table = cls(0, row_RD.shape[1])
+        table.std, table.weight = std, nn.Parameter(row_RD)
+        return table
+
+
+Place = Callable[[int, int], OwnRows]
+"""From a number of rows and their width to an untrained table."""
+_places: list[Place] = []
+
+
+@contextmanager
+def placed(place: Place) -> Iterator[None]:
+    """Make tables of own rows by `place` in this context, such as tables of several processes."""
+    _places.append(place)
+    try:
+        yield
+    finally:
+        _places.pop()
+
+
+def own_rows(num_rows: int, width: int) -> OwnRows:
+    """Make an untrained table with a row of its own for each, where the context places it."""
+    return _places[-1](num_rows, width) if _places else Dense(num_rows, width)
 
 
 def finite_blocks(table: Table) -> list[tuple[int, Tensor]]:
@@ -286,7 +330,7 @@ def mean_bags(
     return looked_PD
 
 
-def _sum_by_row(
+def sum_by_row(
     row_N: Tensor,
     grad_XD: Tensor,
     *,
@@ -354,7 +398,7 @@ class _LookUp(torch.autograd.Function):
     @staticmethod
     def backward(context: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (row_N,) = context.saved_tensors
-        grad_RD = _sum_by_row(
+        grad_RD = sum_by_row(
             row_N, grad_outputs[0], num_rows=context.num_rows, by_rows=context.by_rows
         )
         return None, grad_RD, None, None
@@ -385,7 +429,7 @@ class _SumBags(torch.autograd.Function):
     def backward(context: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         code_N, length_P, share_N = context.saved_tensors
         bag_N = torch.arange(len(length_P), device=code_N.device).repeat_interleave(length_P)
-        grad_RD = _sum_by_row(
+        grad_RD = sum_by_row(
             code_N,
             grad_outputs[0],
             num_rows=context.num_rows,

@@ -23,11 +23,13 @@ from foretaste.errors import BundleError, ConfigError
 from foretaste.models.layers.codes import even
 from foretaste.models.layers.table import (
     Dense,
+    OwnRows,
     Table,
     check_block,
     check_growth,
     check_rows,
     finite_blocks,
+    own_rows,
     principal_directions,
 )
 
@@ -107,19 +109,13 @@ class DenseConfig(TableKind):
 
     def make(self, num_rows: int, width: int) -> Table:
         """Make an untrained table."""
-        return Dense(num_rows, width)
+        return own_rows(num_rows, width)
 
-    @torch.no_grad()
     def make_several(self, sizes: Sequence[int], width: int, *, std: float) -> list[Table]:
         """Make tables whose rows are drawn as those of one table, cut at `sizes`."""
-        whole = Dense(sum(sizes), width)
+        whole = own_rows(sum(sizes), width)
         whole.draw(std=std)
-        tables: list[Table] = []
-        for part_RD in whole.weight.detach().split(list(sizes)):
-            part = Dense(0, width)
-            part.std, part.weight = std, nn.Parameter(part_RD.clone())
-            tables.append(part)
-        return tables
+        return whole.cut(sizes)
 
 
 class SmallerConfig(TableKind):
@@ -131,7 +127,7 @@ class SmallerConfig(TableKind):
     def make(self, num_rows: int, width: int) -> Table:
         """Make an untrained table, a dense one where it would be small anyway."""
         if num_rows < max(1, self.from_rows) or width == 1:
-            return Dense(num_rows, width)
+            return own_rows(num_rows, width)
         return self.make_smaller(num_rows, width)
 
     @abstractmethod
@@ -311,7 +307,7 @@ class Narrow(Filled):
 
     def __init__(self, num_rows: int, width: int, *, inner: int) -> None:
         super().__init__(num_rows, width)
-        self.inner = Dense(num_rows, inner)
+        self.inner = own_rows(num_rows, inner)
         self.projection = nn.Parameter(torch.empty(inner, width))
         self.draw(std=1.0)
 
@@ -355,7 +351,7 @@ class Hash(SharedRows):
     def __init__(self, num_rows: int, width: int, *, shared: int, hashes: int) -> None:
         super().__init__(num_rows, width)
         self.hashes = hashes
-        self.shared, self.importance = Dense(shared, width), Dense(shared, hashes)
+        self.shared, self.importance = own_rows(shared, width), Dense(shared, hashes)
         self.draw(std=1.0)
 
     def rows(self, row_N: Int64[Tensor, " N"]) -> Float[Tensor, "N D"]:
@@ -397,7 +393,7 @@ class Compositional(SharedRows):
             )
         sizes = [*self.bases, self._left(num_rows)]
         widths = even(width, digits) if sides else [width] * digits
-        self.digits = nn.ModuleList(map(Dense, sizes, widths))
+        self.digits = nn.ModuleList(map(own_rows, sizes, widths))
         self.draw(std=1.0)
 
     def _left(self, num_rows: int) -> int:
@@ -428,8 +424,8 @@ class Compositional(SharedRows):
         last = self._tables()[-1]
         last.grow(max(last.num_rows, self._left(num_rows)))
 
-    def _tables(self) -> list[Dense]:
-        return [table for table in self.digits if isinstance(table, Dense)]
+    def _tables(self) -> list[OwnRows]:
+        return [table for table in self.digits if isinstance(table, OwnRows)]
 
 
 def hashed(row_N: Int64[Tensor, " N"], salt: int, num: int) -> Int64[Tensor, " N"]:

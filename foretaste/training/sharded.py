@@ -1,0 +1,275 @@
+"""Tables whose rows are dealt among the processes, each of which holds a range of them.
+
+A look-up asks each owner for its rows, and the gradient goes back the same way: rows are moved
+where they are, and what the optimizer keeps of a row lies beside it. All processes look up at the
+same places of a step, each its own rows. While the first one works alone, as in validation, the
+others answer its look-ups.
+
+Shape legend: R rows of a table, X any shape of rows asked for, N rows asked for, U distinct ones of
+them, A rows that other processes ask this one for, D width.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
+from typing import Any, final
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor, nn, optim
+
+from foretaste.data.draws import WHOLE, Share
+from foretaste.data.interactions import Interactions
+from foretaste.errors import ConfigError
+from foretaste.models.base import Model
+from foretaste.models.layers.table import (
+    BLOCK_ROWS,
+    Dense,
+    OwnRows,
+    Table,
+    check_block,
+    check_rows,
+    own_rows,
+    placed,
+    sum_by_row,
+)
+from foretaste.training import processes
+from foretaste.training.optimizer import ROW_STATES
+
+
+def sharding(rows_from: int | None) -> AbstractContextManager[None]:
+    """Deal the tables that are made in this context among the processes, if there are several.
+
+    Args:
+        rows_from: Tables of fewer rows are kept whole by each process; None: all are.
+    """
+    if rows_from is None or processes.share() == WHOLE:
+        return nullcontext()
+    least = rows_from
+
+    def place(num_rows: int, width: int) -> OwnRows:
+        return (Sharded if num_rows >= least else Dense)(num_rows, width)
+
+    return placed(place)
+
+
+def refuse_sharding(rows_from: int | None, reason: str) -> None:
+    """Refuse to deal tables of which every process needs all rows after training.
+
+    Raises:
+        ConfigError: There are several processes, and tables would be dealt.
+    """
+    if rows_from is not None and processes.share() != WHOLE:
+        raise ConfigError(
+            f"training.sharded_from is {rows_from:,}, but {reason}, in every process: leave it "
+            "out, or train with one process",
+            name="training.sharded_from",
+            value=rows_from,
+        )
+
+
+def tables_of(model: nn.Module) -> list["Sharded"]:
+    """Return the tables of a model that are dealt."""
+    return [table for table in model.modules() if isinstance(table, Sharded)]
+
+
+def own_rows_of(model: nn.Module, optimizer: optim.Optimizer) -> dict[str, range]:
+    """Return which rows this process has of what is dealt, by its name in a checkpoint."""
+    weights = list(chain(*(group["params"] for group in optimizer.param_groups)))
+    own = dict[str, range]()
+    for name, table in model.named_modules(remove_duplicate=False):
+        if isinstance(table, Sharded):
+            (place,) = (place for place, weight in enumerate(weights) if weight is table.weight)
+            names = f"{name}.weight", *(f"{place}.{state}" for state in ROW_STATES)
+            own |= dict.fromkeys(names, table.own)
+    return own
+
+
+@final
+class Sharded(OwnRows):
+    """The rows of this process, and the way to those of the others."""
+
+    def __init__(self, num_rows: int, width: int) -> None:
+        super().__init__()
+        self.width, self._num_rows = width, num_rows
+        self.asked_as: int | None = None
+        """Its number among the model's tables, while the first process works alone."""
+        own = self.own
+        self.weight = nn.Parameter(torch.empty(len(own), width))
+        self.draw(std=1.0)
+
+    @property
+    def num_rows(self) -> int:
+        return self._num_rows
+
+    @property
+    def own(self) -> range:
+        """The rows that this process holds."""
+        return rows_of(self.num_rows, processes.share())
+
+    def forward(self, row_X: Int64[Tensor, "*X"]) -> Float[Tensor, "*X D"]:
+        row_N = row_X.flatten()
+        if row_N.is_meta:
+            return self.weight.new_empty(*row_X.shape, self.width)
+        check_rows(row_N, self.num_rows)
+        if self.asked_as is not None:
+            processes.by_first(lambda: self.asked_as or 0)
+        looked_ND: Tensor = _LookUp.apply(row_N, self.weight, self)  # type: ignore[no-untyped-call]
+        return looked_ND.view(*row_X.shape, self.width)
+
+    def block(self, first: int, last: int) -> Float[Tensor, "R D"]:
+        check_block(first, last, self.num_rows)
+        block_RD: Tensor = self(torch.arange(first, last, device=self.weight.device))
+        return block_RD
+
+    @torch.no_grad()
+    def draw(self, *, std: float) -> None:
+        """Draw all rows as one process does, a block at a time, and keep one's own."""
+        self.std, own = std, self.own
+        for first, last in _draws(self.num_rows):
+            block_RD = self.weight.new_empty(last - first, self.width).normal_(std=std)
+            begin, end = max(first, own.start), min(last, own.stop)
+            if begin < end:
+                kept_RD = block_RD[begin - first : end - first]
+                self.weight[begin - own.start : end - own.start] = kept_RD
+
+    @torch.no_grad()
+    def zero_rows(self, untrained_R: Bool[Tensor, " R"]) -> None:
+        self.weight[untrained_R[self.own.start : self.own.stop].to(self.weight.device)] = 0.0
+
+    def grow(self, num_rows: int) -> None:
+        raise ConfigError(
+            f"a table of {self.num_rows:,} rows that several processes share cannot grow: train "
+            "in one process, or leave out training.sharded_from",
+            name="training.sharded_from",
+        )
+
+    @torch.no_grad()
+    def cut(self, sizes: Sequence[int]) -> list[Table]:
+        tables: list[Table] = []
+        state, first = torch.get_rng_state(), 0
+        for size in sizes:
+            table = own_rows(size, self.width)
+            own = table.own if isinstance(table, Sharded) else range(size)
+            table.weight.copy_(self.block(first + own.start, first + own.stop))
+            table.std, first = self.std, first + size
+            tables.append(table)
+        torch.set_rng_state(state)  # the rows of all of them are drawn already
+        return tables
+
+    @torch.no_grad()
+    def whole(self) -> Dense:
+        """Return all rows."""
+        row_RD = self.weight.new_empty(self.num_rows, self.width)
+        for first, block_RD in self.blocks():
+            row_RD[first : first + len(block_RD)] = block_RD
+        return Dense.of_rows(row_RD, self.std)
+
+
+def rows_of(num_rows: int, share: Share) -> range:
+    """Return the rows of a table that a process holds: as many as any other, but for the last."""
+    each = -(-num_rows // share.world)
+    return range(min(num_rows, share.rank * each), min(num_rows, (share.rank + 1) * each))
+
+
+def _draws(num_rows: int) -> Iterator[tuple[int, int]]:
+    """Return blocks whose draws, one after the other, are those of the whole.
+
+    torch draws 16 numbers together, so no block but the last one may end elsewhere, and the last
+    may not have fewer.
+    """
+    starts = list(range(0, max(1, num_rows - BLOCK_ROWS + 1), BLOCK_ROWS))
+    return zip(starts, [*starts[1:], num_rows], strict=True)
+
+
+@final
+class _LookUp(torch.autograd.Function):
+    """Rows from their owners; their gradients are added up there."""
+
+    @staticmethod
+    def forward(
+        context: Any,  # torch's own, without a public type
+        row_N: Tensor,
+        weight_RD: Tensor,
+        table: Sharded,
+    ) -> Tensor:
+        ordered_N, order_N = row_N.int().sort(stable=True)  # int32 sorts in half of the time
+        num_none = int((ordered_N < 0).sum())
+        order_N = order_N[num_none:]
+        row_U, times_U = ordered_N[num_none:].unique_consecutive(return_counts=True)
+        world = processes.share().world
+        ends = [rows_of(table.num_rows, Share(rank, world)).stop for rank in range(world)]
+        end_U = torch.searchsorted(row_U, torch.tensor(ends, dtype=row_U.dtype).to(row_U.device))
+        sizes = end_U.diff(prepend=end_U.new_zeros(1)).tolist()
+        row_A, sizes_A = processes.exchanged(row_U, sizes)
+        own_A = row_A.long() - table.own.start
+        own_AD = weight_RD.index_select(0, own_A)
+        if table.scale != 1:
+            own_AD.mul_(table.scale)
+        row_UD, _ = processes.exchanged(own_AD, sizes_A, incoming=sizes)
+        place_U = torch.arange(len(row_U), device=row_N.device)
+        place_N = torch.full_like(row_N, len(row_U))
+        place_N[order_N] = place_U.repeat_interleave(times_U)
+        if num_none:
+            row_UD = torch.cat([row_UD, row_UD.new_zeros(1, table.width)])
+        context.save_for_backward(order_N, times_U, own_A)
+        context.sizes, context.sizes_A = sizes, sizes_A
+        context.num_rows, context.by_rows = len(weight_RD), table.by_rows
+        return row_UD.index_select(0, place_N)
+
+    @staticmethod
+    def backward(context: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        order_N, times_U, own_A = context.saved_tensors
+        grad_UD = F.embedding_bag(
+            order_N, grad_outputs[0].contiguous(), times_U.cumsum(0) - times_U, mode="sum"
+        )
+        grad_AD, _ = processes.exchanged(grad_UD, context.sizes, incoming=context.sizes_A)
+        grad_RD = sum_by_row(own_A, grad_AD, num_rows=context.num_rows, by_rows=context.by_rows)
+        return None, grad_RD, None
+
+
+def by_first(model: nn.Module, work: Callable[[], float]) -> float:
+    """Let the first process work out a number for all with a model, whose rows others may have."""
+    tables = tables_of(model)
+    if not tables:
+        return processes.by_first(work)
+    done, found = len(tables), 0.0
+    if processes.is_first():
+        for number, table in enumerate(tables):
+            table.asked_as = number
+        try:
+            found = work()
+        finally:
+            for table in tables:
+                table.asked_as = None
+        processes.by_first(lambda: done)
+    else:
+        with torch.no_grad():
+            while (number := int(processes.by_first(lambda: 0))) < done:
+                table = tables[number]
+                table(torch.empty(0, dtype=torch.int64, device=table.weight.device))
+    return processes.by_first(lambda: found)
+
+
+def make_whole(model: nn.Module) -> None:
+    """Give the first process all rows of a trained model; the others keep theirs."""
+    by_first(model, lambda: _make_whole(model.modules()))
+
+
+def _make_whole(modules: Iterable[nn.Module]) -> float:
+    made: dict[Sharded, Dense] = {}
+    for module in list(modules):
+        for name, part in list(module.named_children()):
+            if isinstance(part, Sharded):
+                made[part] = made.get(part) or part.whole()
+                setattr(module, name, made[part])
+    return float(len(made))
+
+
+def finish(model: Model, events: Interactions) -> None:
+    """Fill what answers need and training does not; where rows are dealt, the first one does."""
+    if not tables_of(model):
+        model.learn_new_users(events)
+        model.finish()
+    model.eval()
