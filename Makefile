@@ -1,6 +1,7 @@
 # make quickstart   real data -> a trained, measured, indexed, served recommender
 # make test         everything that CI checks
 # make check        the same without the slow tests
+# make torchrec     installs TorchRec for the CPU, which benchmarks/processes.py compares tables with
 # make clean        removes the environment and what the checks left behind
 #
 # On a machine with a GPU: make quickstart TORCH_INDEX=   (torch from the default index, with CUDA)
@@ -13,7 +14,7 @@ PYTHON ?= $(shell for p in $(CANDIDATES); do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done)
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check
 
-.PHONY: quickstart test check clean
+.PHONY: quickstart test check clean torchrec
 
 quickstart: $(VENV)/.installed
 	$(VENV)/bin/foretaste quickstart --replace $(ARGS)
@@ -23,6 +24,13 @@ test: $(VENV)/.installed-dev
 
 check: $(VENV)/.installed-dev
 	VENV=$(VENV) scripts/check --fast
+
+# Without dependencies: TorchRec asks for a build with CUDA, and what it needs is named here.
+torchrec: $(VENV)/.installed-dev
+	$(PIP) install --quiet --no-deps torchrec==1.8.0 fbgemm-gpu-cpu==1.8.0 tensordict==0.15.3 \
+		torchmetrics==1.9.0 lightning-utilities==0.15.3 iopath==0.1.10 portalocker==4.4.2 \
+		pyre-extensions==0.0.32 typing-inspect==0.9.0 mypy-extensions pyvers==0.2.3 \
+		importlib-metadata zipp orjson cloudpickle tqdm psutil
 
 clean:
 	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
