@@ -76,6 +76,7 @@ if TYPE_CHECKING:
     from foretaste.experiment.compress import Frontier, compress, compress_tables, frontier_svg
     from foretaste.experiment.fit import fit
     from foretaste.experiment.lists import write_lists
+    from foretaste.experiment.plan import plan_size
     from foretaste.experiment.quickstart import Quickstart, run_quickstart
     from foretaste.experiment.recipe import (
         ExperimentConfig,
@@ -247,6 +248,7 @@ __all__ = [
     "open_tracker",
     "override",
     "parse_settings",
+    "plan_size",
     "random_split",
     "ratio_split",
     "read_experiment",

@@ -33,6 +33,7 @@ app.add_typer(data.app, name="data")
 _COMMANDS: tuple[Callable[..., None], ...] = (
     serving.quickstart,
     training.fit,
+    training.plan,
     training.evaluate,
     training.tune,
     training.compare,

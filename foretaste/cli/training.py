@@ -11,7 +11,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import foretaste as ft
-from foretaste.cli.show import DataDir, JsonFlag, ReplaceFlag, Stopped, answer, fail, log, table
+from foretaste.cli.show import (
+    DataDir,
+    JsonFlag,
+    ReplaceFlag,
+    Stopped,
+    answer,
+    fail,
+    log,
+    pairs,
+    table,
+)
 
 if TYPE_CHECKING:
     from foretaste.experiment.tune import TrialRow
@@ -108,6 +118,37 @@ def _kept(epochs: int | None, folder: Path) -> str:
     if epochs is None:
         return "stopped: there is no checkpoint yet, so start again"
     return f"stopped at epoch {epochs + 1}: {folder} holds a checkpoint, and --resume continues"
+
+
+def plan(
+    recipe: Annotated[Path, typer.Argument(help="A recipe, in TOML.")],
+    *,
+    events: Annotated[float, typer.Option(min=1, help="How many events there would be: 1e9.")],
+    users: Annotated[float, typer.Option(min=1, help="How many users.")],
+    items: Annotated[float, typer.Option(min=1, help="How many items.")],
+    processes: Annotated[int, typer.Option(min=1, help="How many processes would train.")] = 1,
+    overrides: Overrides = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Work out memory, traffic and hours of a recipe at another size, from ten seconds here."""
+    config = ft.read_experiment(recipe, overrides=overrides or ())
+    found = ft.plan_size(
+        config, events=round(events), users=round(users), items=round(items), processes=processes
+    )
+    columns = ("table", "rows", "width", "GiB in all", "GiB of each process")
+    rows = [
+        (t.name, t.rows, t.width, t.bytes_in_all / 2**30, t.bytes_of_each / 2**30)
+        for t in found.tables
+    ]
+    figures = {
+        "GiB of each process, all weights": found.bytes_of_each / 2**30,
+        "GiB of events on the disk": found.events_bytes / 2**30,
+        "MiB a step, sent by each process": found.traffic_bytes / 2**20,
+        "steps of an epoch": found.steps,
+        "events a second of a process, measured here": round(found.events_per_second),
+        "hours of all epochs": found.hours,
+    }
+    answer(found.document(), table("", columns, rows), pairs("", figures), as_json=as_json)
 
 
 def evaluate(

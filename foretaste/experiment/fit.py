@@ -155,8 +155,8 @@ def fit(
     pretraining = pretraining_of(config)
     fit_part = partial(fit_part, objective=objective, candidates=candidates)
     parts = _fit_parts(pretraining, fit_part, asked, options)
-    sizes = {"data": (events.num_users, events.num_items, len(events))}
-    processes.check_same({"model": config.model_dump()} | sizes)
+    sizes = events.num_users, events.num_items, len(events)
+    processes.check_same({"model": config.model_dump(), "data": sizes})
     torch.manual_seed(seed)
     graph = graph_for(config, events)
     with sharding(training.sharded_from):
