@@ -1,8 +1,9 @@
 """What the service survives: bundles broken and sealed, kill -9, swaps and faults under load.
 
-Each part that is asked for replaces its own entry of the record.
+Each part that is asked for replaces its own entry of the record; with `--resume`, rounds of kill -9
+and mutations go on from it.
 
-    python benchmarks/faults.py --mutations 1000 --kill9 100 --swaps 12 --out FILE
+    python benchmarks/faults.py --mutations 1000 --kill9 100 --swaps 12 --out FILE --resume
     python benchmarks/faults.py --overload --bundle BUNDLE --out FILE
 
 The server of `--overload` is pinned to the first core and the clients to the second, so it says
@@ -21,16 +22,19 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from sealed_mutations import mutations, write_film_bundle
+from sealed_mutations import Count, mutations, write_film_bundle
 from serving import request, start
 
 from foretaste.serving.trial import Trials
+
+Record = dict[str, Any]
+SEALED = "sealed_mutations"
 
 
 def ask(address: str, path: str, body: object = None) -> tuple[int, Any]:
@@ -40,7 +44,7 @@ def ask(address: str, path: str, body: object = None) -> tuple[int, Any]:
         address.rstrip("/") + path, data, {"content-type": "application/json"}
     )
     try:
-        with urllib.request.urlopen(asked, timeout=60) as reply:
+        with urllib.request.urlopen(asked, timeout=600) as reply:
             return reply.status, json.loads(reply.read())
     except urllib.error.HTTPError as error:
         return error.code, json.loads(error.read())
@@ -61,37 +65,51 @@ def served(bundle: Path, folder: Path) -> Iterator[tuple[subprocess.Popen[str], 
 # ---- kill -9 -----------------------------------------------------------------------------
 
 
-def kill9(rounds: int, folder: Path) -> dict[str, int]:
-    """Kill a server that four clients write to, and look for what it acknowledged after a start."""
-    bundle, rng = write_film_bundle(folder / "films"), random.Random(0)
-    sent = lost = doubled = 0
-    for turn in range(rounds):
-        acknowledged: list[list[str]] = [[] for _ in range(4)]
+def kill9(rounds: int, folder: Path, before: Record) -> Iterator[Record]:
+    """Kill a server that four clients write to; the next one is asked for what was acknowledged.
+
+    After each round the record so far; `before` is that of rounds which need not be done again.
+    """
+    bundle = write_film_bundle(folder / "films")
+    count = {"rounds": 0, "acknowledged": 0, "lost": 0, "doubled": 0} | before
+    acknowledged: list[list[str]] = []
+    done = count["rounds"]
+    for turn in range(done, rounds + 1):
         with served(bundle, folder) as (process, address):
-            writers = [
-                threading.Thread(target=_write, args=(address, f"{turn}-{sender}", mine))
-                for sender, mine in enumerate(acknowledged)
-            ]
-            for writer in writers:
-                writer.start()
-            time.sleep(rng.uniform(0.3, 2.0))
-            process.kill()
-            for writer in writers:
-                writer.join()
-        with served(bundle, folder) as (_, address):
-            for sender, mine in enumerate(acknowledged):
-                user, held = f"{turn}-{sender}", []
-                for first in range(0, len(mine), 1000):
-                    again = [event(user, one) for one in mine[first : first + 1000]]
-                    _, reply = ask(address, "/v1/events", again)
-                    lost += reply["stored"]
-                    held.append(reply["duplicates"])
-                _, history = ask(address, f"/v1/users/{user}/history")
-                sent += len(mine)
-                # at most one more: stored, and killed before it was acknowledged
-                doubled += max(0, history["total"] - len(mine) - 1)
-        print(f"kill -9, round {turn + 1}: {sent} acknowledged, {lost} lost", file=sys.stderr)
-    return {"rounds": rounds, "acknowledged": sent, "lost": lost, "doubled": doubled}
+            if turn > done:
+                _look_for(address, turn - 1, acknowledged, count)
+                yield count
+            if turn < rounds:
+                acknowledged = _write_until_killed(process, address, turn)
+
+
+def _write_until_killed(process: subprocess.Popen[str], address: str, turn: int) -> list[list[str]]:
+    acknowledged: list[list[str]] = [[] for _ in range(4)]
+    writers = [
+        threading.Thread(target=_write, args=(address, f"{turn}-{sender}", mine))
+        for sender, mine in enumerate(acknowledged)
+    ]
+    for writer in writers:
+        writer.start()
+    time.sleep(random.Random(turn).uniform(0.3, 2.0))
+    process.kill()
+    for writer in writers:
+        writer.join()
+    return acknowledged
+
+
+def _look_for(address: str, turn: int, acknowledged: list[list[str]], count: Record) -> None:
+    """Send again what was acknowledged: all of it must be there, and nothing twice."""
+    for sender, mine in enumerate(acknowledged):
+        user = f"{turn}-{sender}"
+        for first in range(0, len(mine), 1000):
+            again = [event(user, one) for one in mine[first : first + 1000]]
+            count["lost"] += ask(address, "/v1/events", again)[1]["stored"]
+        _, history = ask(address, f"/v1/users/{user}/history")
+        count["acknowledged"] += len(mine)
+        # at most one more: stored, and killed before it was acknowledged
+        count["doubled"] += max(0, history["total"] - len(mine) - 1)
+    count["rounds"] = turn + 1
 
 
 def event(user: str, event_id: str) -> dict[str, object]:
@@ -247,12 +265,17 @@ def resident_mib(pid: int) -> float:
 # ------------------------------------------------------------------------------------------
 
 
-def sealed(number: int, seed: int, folder: Path) -> dict[str, object]:
-    """Try mutations; print what was wrong, which is nothing."""
-    with Trials(timeout_s=60.0, within_s=20.0) as trials:
-        count = vars(mutations(number, seed=seed, trials=trials, folder=folder))
-    print(json.dumps(count["causes"].most_common(40), indent=2), *count["wrong"], sep="\n")
-    return {name: value for name, value in count.items() if name not in ("causes", "wrong")}
+def sealed(number: int, seed: int, folder: Path, before: Record) -> Iterator[Record]:
+    """Try mutations; print what was wrong, which is nothing. At times, the record so far."""
+    with Trials(timeout_s=600.0, within_s=60.0) as trials:
+        tries = mutations(number, seed=seed, trials=trials, folder=folder, count=Count(**before))
+        for count in tries:
+            print(count.tried, *count.wrong, sep="\n", file=sys.stderr)
+            yield {
+                name: value
+                for name, value in vars(count).items()
+                if name not in ("causes", "wrong")
+            }
 
 
 def main() -> None:
@@ -265,6 +288,7 @@ def main() -> None:
     parser.add_argument("--bundle", type=Path, help="of --overload; a small one is made without")
     parser.add_argument("--seconds", type=float, default=10.0, help="of each load")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--resume", action="store_true", help="go on with rounds and mutations")
     options = parser.parse_args()
 
     def loaded(folder: Path) -> dict[str, float]:
@@ -273,23 +297,26 @@ def main() -> None:
             users = ask(address, "/v1/users?limit=200")[1]["users"]
         return overload(bundle, users, folder, options.seconds)
 
-    parts: dict[str, tuple[object, Callable[[Path], dict[str, Any]]]] = {
-        "sealed_mutations": (
-            options.mutations,
-            lambda folder: sealed(options.mutations, options.seed, folder),
-        ),
-        "kill9": (options.kill9, lambda folder: kill9(options.kill9, folder)),
-        "swap": (options.swaps, lambda folder: swaps(options.swaps, folder)),
-        "overload": (options.overload, loaded),
-    }
     record = json.loads(options.out.read_text()) if options.out and options.out.exists() else {}
+    before = {name: record.get(name, {}) if options.resume else {} for name in ("kill9", SEALED)}
+    parts: dict[str, tuple[object, Callable[[Path], Iterable[Record]]]] = {
+        SEALED: (
+            options.mutations,
+            lambda at: sealed(options.mutations, options.seed, at, before[SEALED]),
+        ),
+        "kill9": (options.kill9, lambda at: kill9(options.kill9, at, before["kill9"])),
+        "swap": (options.swaps, lambda at: [swaps(options.swaps, at)]),
+        "overload": (options.overload, lambda at: [loaded(at)]),
+    }
     for name, (wanted, measure) in parts.items():
-        if wanted:
-            with tempfile.TemporaryDirectory() as folder:
-                record[name] = measure(Path(folder))
-            print(name, json.dumps(record[name]))
-            if options.out:
-                options.out.write_text(json.dumps(record, indent=2) + "\n")
+        if not wanted:
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            for so_far in measure(Path(folder)):
+                record[name] = dict(so_far)
+                if options.out:
+                    options.out.write_text(json.dumps(record, indent=2) + "\n")
+        print(name, json.dumps(record.get(name)))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -272,17 +272,25 @@ def sign_bundle_with(bundle: Path) -> None:
     sign_bundle(bundle, key)
 
 
-def mutations(number: int, *, seed: int, trials: Trials, folder: Path) -> Count:
-    """Try so many mutations of bundles of all kinds in turn."""
-    count, bundles = Count(), write_bundles(folder / "sound")
+def mutations(
+    number: int, *, seed: int, trials: Trials, folder: Path, count: Count | None = None
+) -> Iterator[Count]:
+    """Try mutations of bundles of all kinds in turn until there were so many, `count` included.
+
+    Yields the count after each 25 and at the end.
+    """
+    count = count or Count()
+    bundles = write_bundles(folder / "sound")
     for bundle in bundles:
         trials.try_bundle(bundle)  # they are sound
     with Trials(
-        timeout_s=60.0, within_s=60.0, program=[str(Path(__file__).with_name("sealed_examiner.py"))]
+        timeout_s=600.0, within_s=60.0, program=[str(Path(__file__).with_name("sealed_examiner.py"))]
     ) as examiner:
-        for turn in range(number):
+        for turn in range(count.tried, number):
             rng = np.random.default_rng([seed, turn])
             with tempfile.TemporaryDirectory(dir=folder) as inner:
                 bundle = bundles[turn % len(bundles)]
                 try_one(bundle, Path(inner), trials, examiner, rng, count)
-    return count
+            if count.tried % 25 == 0:
+                yield count
+    yield count

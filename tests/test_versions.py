@@ -368,7 +368,7 @@ def test_bundles_broken_and_sealed_again_are_refused_or_answer_as_before(
 ) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
     mutations = importlib.import_module("sealed_mutations").mutations
-    count = mutations(36, seed=1, trials=trials, folder=tmp_path)
+    *_, count = mutations(36, seed=1, trials=trials, folder=tmp_path)
     assert (count.tried, count.crashed, count.tracebacks) == (36, 0, 0)
     assert (count.wrong_accepted, count.signed_accepted, count.wrong) == (0, 0, [])
     assert count.refused > 12
