@@ -5,9 +5,12 @@ and mutations go on from it.
 
     python benchmarks/faults.py --mutations 1000 --kill9 100 --swaps 12 --out FILE --resume
     python benchmarks/faults.py --overload --bundle BUNDLE --out FILE
+    python benchmarks/faults.py --hour --bundle BUNDLE --out FILE
 
 The server of `--overload` is pinned to the first core and the clients to the second, so it says
-something only on a machine that does nothing else.
+something only on a machine that does nothing else; clients offer no more than an application that
+does nothing but refuse can refuse. `--hour` asks 100 times a second for an hour, one time in ten to
+store an event, and looks at the server's resident memory after each minute.
 """
 
 import argparse
@@ -23,7 +26,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +34,7 @@ import numpy as np
 from sealed_mutations import Count, mutations, write_film_bundle
 from serving import request, start
 
-from foretaste.serving.trial import Trials
+from foretaste.serving.slot import Trials
 
 Record = dict[str, Any]
 SEALED = "sealed_mutations"
@@ -168,20 +171,30 @@ class Clients:
         self._port, self._users = int(port), users
         self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
         self.good: list[float] = []
+        self.answered = 0
+        self.events_each = 0
+        """One request in so many stores an event; 0: none does."""
+
+    def _request(self, number: int) -> bytes:
+        user = self._users[number % len(self._users)]
+        if self.events_each and number % self.events_each == 0:
+            stored = request(self._host, event(user, f"{time.time()}-{number}"))
+            return stored.replace(b"/v1/recommend", b"/v1/events", 1)
+        return request(self._host, {"user_id": user, "k": 20})
 
     async def _ask(self, number: int) -> None:
         begun = time.perf_counter()
         try:
             pair = self._idle.pop() if self._idle else None
             reader, writer = pair or await asyncio.open_connection(self._host, self._port)
-            body = {"user_id": self._users[number % len(self._users)], "k": 20}
-            writer.write(request(self._host, body))
+            writer.write(self._request(number))
             head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
             size = head.partition("content-length: ")[2].partition("\r\n")[0]
             await reader.readexactly(int(size))
         except (OSError, asyncio.IncompleteReadError):
             return
-        if head.startswith("http/1.1 200"):
+        self.answered += 1
+        if head.startswith("http/1.1 20"):
             self.good.append(time.perf_counter() - begun)
         if "connection: close" in head:
             writer.close()
@@ -213,8 +226,38 @@ class Clients:
         await asyncio.gather(*(one(number) for number in range(clients)))
         return len(self.good) / (time.perf_counter() - begun)
 
+    def close(self) -> None:
+        """Close the connections that are idle: they belong to the loop that runs."""
+        for _, writer in self._idle:
+            writer.transport.abort()
+        self._idle.clear()
+
     def p99_ms(self) -> float:
         return 1000 * float(np.percentile(self.good, 99)) if self.good else float("nan")
+
+
+FLOOR = """
+import socket, sys, uvicorn
+async def refuse(scope, receive, send):
+    if scope["type"] == "http":
+        headers = [(b"content-length", b"0")]
+        await send({"type": "http.response.start", "status": 503, "headers": headers})
+        await send({"type": "http.response.body", "body": b""})
+listener = socket.create_server(("127.0.0.1", 0), backlog=1000)
+print(f"http://127.0.0.1:{listener.getsockname()[1]}/", flush=True)
+config = uvicorn.Config(refuse, http="httptools", access_log=False, log_config=None)
+uvicorn.Server(config).run(sockets=[listener])
+"""
+
+
+async def refusals_per_s(users: list[str], seconds: float) -> float:
+    """Return how many requests a second an application refuses that does nothing else."""
+    words = [sys.executable, "-c", FLOOR]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
+        clients = Clients(process.stdout.readline() if process.stdout else "", users)
+        await clients.closed_loop(64, seconds)
+        process.kill()
+    return clients.answered / seconds
 
 
 def overload(bundle: Path, users: list[str], folder: Path, seconds: float) -> dict[str, float]:
@@ -222,29 +265,33 @@ def overload(bundle: Path, users: list[str], folder: Path, seconds: float) -> di
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[0]})  # inherited by the server
     process, address = start(bundle, folder)
-    os.sched_setaffinity(0, {cores[-1]})
     try:
         clients = Clients(address, users)
 
         async def measure() -> dict[str, float]:
+            floor = await refusals_per_s(users, seconds)
+            os.sched_setaffinity(0, {cores[-1]})
             await clients.closed_loop(4, 2.0)
             best = max([await clients.closed_loop(number, seconds) for number in (2, 4, 8)])
             await clients.open_loop(best / 2, seconds)
             half_ms, before = clients.p99_ms(), resident_mib(process.pid)
             shares, slow_ms = {}, []
             for times in (2, 5):
-                shares[f"{times}x"] = await clients.open_loop(times * best, seconds) / best
+                offered = min(times * best, floor)
+                shares[f"{times}x"] = await clients.open_loop(offered, seconds) / best
                 slow_ms.append(clients.p99_ms())
                 await asyncio.sleep(1.0)
             shares["640"] = await clients.closed_loop(640, seconds) / best
             slow_ms.append(clients.p99_ms())
-            await clients.open_loop(10 * best, seconds / 2)
+            await clients.open_loop(min(10 * best, floor), seconds / 2)
             await asyncio.sleep(5.0)
             after = await clients.open_loop(best / 2, seconds)
             return {
                 "best_per_s": best,
+                "floor_refuses_per_s": floor,
                 **{f"goodput_share_{name}": share for name, share in shares.items()},
                 "half_p99_ms": half_ms,
+                "overloaded_p99_ms": max(slow_ms),
                 "p99_ratio": max(slow_ms) / half_ms,
                 "rss_growth_mib": resident_mib(process.pid) - before,
                 "after_share": after / (best / 2),
@@ -257,6 +304,31 @@ def overload(bundle: Path, users: list[str], folder: Path, seconds: float) -> di
         process.communicate()
 
 
+def hour(bundle: Path, users: list[str], folder: Path, minutes: int) -> Iterator[Record]:
+    """Ask 100 times a second, and see what the server's memory does; a record after each minute."""
+    with served(bundle, folder) as (process, address):
+        clients = Clients(address, users)
+        clients.events_each = 10
+        sent, failed, resident = 0, 0, [resident_mib(process.pid)]
+
+        async def one_minute() -> None:
+            await clients.open_loop(100.0, 60.0)
+            clients.close()
+
+        for minute in range(minutes):
+            asyncio.run(one_minute())
+            sent, failed = sent + 6000, failed + 6000 - len(clients.good)
+            resident.append(round(resident_mib(process.pid), 2))
+            yield {
+                "minutes": minute + 1,
+                "requests": sent,
+                "failed": failed,
+                "p99_ms_of_the_last_minute": round(clients.p99_ms(), 2),
+                "growth_mib_after_ten_minutes": round(resident[-1] - resident[min(10, minute)], 2),
+                "resident_mib": resident,
+            }
+
+
 def resident_mib(pid: int) -> float:
     fields = Path(f"/proc/{pid}/status").read_text().split()
     return int(fields[fields.index("VmRSS:") + 1]) / 1024
@@ -267,7 +339,7 @@ def resident_mib(pid: int) -> float:
 
 def sealed(number: int, seed: int, folder: Path, before: Record) -> Iterator[Record]:
     """Try mutations; print what was wrong, which is nothing. At times, the record so far."""
-    with Trials(timeout_s=600.0, within_s=60.0) as trials:
+    with closing(Trials(timeout_s=600.0, within_s=60.0)) as trials:
         tries = mutations(number, seed=seed, trials=trials, folder=folder, count=Count(**before))
         for count in tries:
             print(count.tried, *count.wrong, sep="\n", file=sys.stderr)
@@ -285,17 +357,18 @@ def main() -> None:
     parser.add_argument("--kill9", type=int, default=0, metavar="ROUNDS")
     parser.add_argument("--swaps", type=int, default=0)
     parser.add_argument("--overload", action="store_true")
-    parser.add_argument("--bundle", type=Path, help="of --overload; a small one is made without")
+    parser.add_argument("--hour", action="store_true")
+    parser.add_argument("--minutes", type=int, default=60, help="of --hour")
+    parser.add_argument("--bundle", type=Path, help="of --overload and --hour; else a small one")
     parser.add_argument("--seconds", type=float, default=10.0, help="of each load")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--resume", action="store_true", help="go on with rounds and mutations")
     options = parser.parse_args()
 
-    def loaded(folder: Path) -> dict[str, float]:
+    def users_of(folder: Path) -> tuple[Path, list[str]]:
         bundle = options.bundle or write_film_bundle(folder / "films")
         with served(bundle, folder) as (_, address):
-            users = ask(address, "/v1/users?limit=200")[1]["users"]
-        return overload(bundle, users, folder, options.seconds)
+            return bundle, ask(address, "/v1/users?limit=200")[1]["users"]
 
     record = json.loads(options.out.read_text()) if options.out and options.out.exists() else {}
     before = {name: record.get(name, {}) if options.resume else {} for name in ("kill9", SEALED)}
@@ -306,7 +379,11 @@ def main() -> None:
         ),
         "kill9": (options.kill9, lambda at: kill9(options.kill9, at, before["kill9"])),
         "swap": (options.swaps, lambda at: [swaps(options.swaps, at)]),
-        "overload": (options.overload, lambda at: [loaded(at)]),
+        "overload": (
+            options.overload,
+            lambda at: [overload(*users_of(at), at, options.seconds)],
+        ),
+        "hour": (options.hour, lambda at: hour(*users_of(at), at, options.minutes)),
     }
     for name, (wanted, measure) in parts.items():
         if not wanted:

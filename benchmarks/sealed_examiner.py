@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from foretaste.serving import trial
+from foretaste.serving import slot
 from foretaste.serving.answer import Recommendation
 from foretaste.serving.self_test import StoredAnswers, check_answers
 from foretaste.serving.slot import load_version
@@ -36,5 +36,5 @@ def _check(row: Recommendation, is_known: bool) -> None:  # noqa: FBT001
 
 
 if __name__ == "__main__":
-    trial.load_version = examine
-    trial.main()
+    slot.load_version = examine
+    slot.main()

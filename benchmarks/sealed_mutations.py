@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,9 @@ import safetensors.numpy
 from foretaste.data.folder import MANIFEST_FILE, entry_of
 from foretaste.data.store import StoreManifest
 from foretaste.errors import ForetasteError
-from foretaste.serving.building import build_recommender
 from foretaste.serving.bundle import BundleManifest
-from foretaste.serving.trial import Trials
+from foretaste.serving.recommender import build_recommender
+from foretaste.serving.slot import Trials
 from foretaste.serving.versions import Versions, sign_bundle
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
@@ -283,9 +284,8 @@ def mutations(
     bundles = write_bundles(folder / "sound")
     for bundle in bundles:
         trials.try_bundle(bundle)  # they are sound
-    with Trials(
-        timeout_s=600.0, within_s=60.0, program=[str(Path(__file__).with_name("sealed_examiner.py"))]
-    ) as examiner:
+    program = [str(Path(__file__).with_name("sealed_examiner.py"))]
+    with closing(Trials(timeout_s=600.0, within_s=60.0, program=program)) as examiner:
         for turn in range(count.tried, number):
             rng = np.random.default_rng([seed, turn])
             with tempfile.TemporaryDirectory(dir=folder) as inner:

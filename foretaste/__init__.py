@@ -116,13 +116,11 @@ if TYPE_CHECKING:
     from foretaste.models.sasrec import SASRecConfig
     from foretaste.models.two_tower import TwoTowerConfig
     from foretaste.retrieval.changing import ChangingIndex
-    from foretaste.serving.access import add_token
     from foretaste.serving.answer import Answer, Recommendation
-    from foretaste.serving.building import build_recommender, load
-    from foretaste.serving.recommender import Recommender
+    from foretaste.serving.recommender import Recommender, build_recommender, load
     from foretaste.serving.rules import Condition, Diversity, Rules
     from foretaste.serving.server import serve
-    from foretaste.serving.settings import ServerSettings
+    from foretaste.serving.settings import ServerSettings, add_token
     from foretaste.serving.versions import sign_bundle
     from foretaste.training.objectives.catalogue import ObjectiveConfig
     from foretaste.training.objectives.pairs import PairsConfig

@@ -2,10 +2,12 @@
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
 
@@ -65,9 +67,47 @@ def state(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """An empty place for live events, once in each kind of database."""
     if request.param == "sqlite":
         return str(tmp_path / "events.sqlite")
-    server = request.getfixturevalue("postgres_server")
+    return str(request.getfixturevalue("postgres_database"))
+
+
+@pytest.fixture
+def postgres_database(postgres_server: str) -> str:
+    """An empty database of the running server."""
     psycopg = pytest.importorskip("psycopg")
     name = f"t{uuid4().hex}"
-    with psycopg.connect(f"{server}/postgres", autocommit=True) as connection:
+    with psycopg.connect(f"{postgres_server}/postgres", autocommit=True) as connection:
         connection.execute(f"CREATE DATABASE {name}")
-    return f"{server}/{name}"
+    return f"{postgres_server}/{name}"
+
+
+@contextmanager
+def frozen(database: str) -> Iterator[None]:
+    """Let all processes of a PostgreSQL stand still: it accepts connections and answers nothing."""
+    psycopg = pytest.importorskip("psycopg")
+    with psycopg.connect(database) as connection:
+        (data,) = connection.execute("SHOW data_directory").fetchone()
+    first = int((Path(data) / "postmaster.pid").read_text().split()[0])
+    found = [first, *_children(first)]
+    try:
+        _send(signal.SIGSTOP, found)
+        yield
+    finally:
+        _send(signal.SIGCONT, found)
+
+
+def _send(number: signal.Signals, pids: list[int]) -> None:
+    for pid in pids:
+        with suppress(ProcessLookupError):  # that of a connection which has just ended
+            os.kill(pid, number)
+
+
+def _children(parent: int) -> list[int]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            own_parent = int(path.read_text().rpartition(")")[2].split()[1])
+        except (OSError, ValueError, IndexError):  # it has just ended
+            continue
+        if own_parent == parent:
+            found.append(int(path.parent.name))
+    return found

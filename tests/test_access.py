@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from foretaste.errors import ConfigError
-from foretaste.serving.access import (
+from foretaste.serving.settings import (
     Access,
+    ServerSettings,
     Token,
     TokenConfig,
     access_of,
@@ -17,7 +18,6 @@ from foretaste.serving.access import (
     needed_role,
     read_tokens,
 )
-from foretaste.serving.settings import ServerSettings
 
 
 @pytest.mark.parametrize(

@@ -24,14 +24,13 @@ from foretaste.data.splitting import leave_last_split
 from foretaste.errors import BundleError
 from foretaste.experiment.fit import fit
 from foretaste.models.two_tower import TwoTowerConfig
-from foretaste.serving.access import Access, access_of, add_token
 from foretaste.serving.api import create_app
-from foretaste.serving.building import build_recommender
 from foretaste.serving.messages import RecommendReply, SimilarReply
-from foretaste.serving.metrics import Metrics
+from foretaste.serving.metrics import Admission, Metrics
+from foretaste.serving.recommender import build_recommender
 from foretaste.serving.server import server_config
-from foretaste.serving.service import WITHOUT_STORE, Service
-from foretaste.serving.settings import ServerSettings
+from foretaste.serving.service import WITHOUT_REASONS, WITHOUT_STORE, Service
+from foretaste.serving.settings import Access, ServerSettings, access_of, add_token
 from foretaste.serving.slot import ModelSlot, load_version
 from foretaste.serving.state import cause_of, open_live_events
 from foretaste.serving.versions import Versions
@@ -67,12 +66,14 @@ class Served:
 def served(bundle: Path, state: str, **settings: object) -> Iterator[Served]:
     """Serve on a free port of this machine, from a thread of this process."""
     chosen, log = ServerSettings(**settings), []
-    slot, events = ModelSlot(Versions(bundle)), open_live_events(state)
+    slot = ModelSlot(Versions(bundle))
+    events = open_live_events(state, timeout_s=chosen.store_timeout_s)
     metrics = Metrics()
     service = Service(slot, events, chosen, bundle=bundle, metrics=metrics, clock=lambda: NOW_S)
-    app = create_app(service, settings=chosen, access=access_of(chosen), write_log=log.append)
+    admission = Admission(chosen, metrics, log.append)
+    app = create_app(service, settings=chosen, access=access_of(chosen), admission=admission)
     listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(server_config(app, chosen, metrics))
+    server = uvicorn.Server(server_config(app, chosen, admission))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     address = f"http://127.0.0.1:{listener.getsockname()[1]}"
@@ -224,6 +225,22 @@ def test_a_reason_is_an_item_of_the_history_and_of_the_same_kind(films: Served) 
         assert row["because"]["item_id"] in {"101", "103", "116"}
         assert is_space(row["because"]["item_id"]) == is_space(row["item_id"])
     assert films.recommend(history=[101], k=1)["items"][0]["because"] is None
+
+
+def test_reasons_for_some_hold_up_no_lists_of_others(films: Served) -> None:
+    # A reason costs as much as dozens of lists: half of the threads at most are at work on them.
+    asked = {"user_id": 1, "k": 3, "explain": True}
+    whole = films.recommend(**asked)
+    with ExitStack() as stack:
+        for _ in range(2):
+            stack.enter_context(films.service._explaining)
+        without = films.recommend(**asked)
+    assert all(row["because"] for row in whole["items"])
+    assert without == whole | {
+        "items": [row | {"because": None} for row in whole["items"]],
+        "notes": [*whole["notes"], WITHOUT_REASONS],
+    }
+    assert films.recommend(**asked) == whole
 
 
 def test_an_item_carries_its_title_and_what_people_can_read(films: Served) -> None:
@@ -666,6 +683,7 @@ def test_a_wrong_path_is_refused_with_a_sentence(films: Served) -> None:
     assert reply.status_code == 404
     assert reply.json() == {"error": "there is no GET /v1/nothing: /docs lists the routes"}
     assert films.http.delete("/v1/recommend").status_code == 405
+    assert films.http.get("/docs/", headers={"host": "localhost"}).status_code == 404
     assert films.http.get("/web/../settings.py").status_code == 404
     assert films.http.get("/web/%2e%2e/settings.py").status_code == 404
 
@@ -814,6 +832,7 @@ def test_overload_is_refused_at_once_and_ends_with_the_load(
             refused = films.http.post("/v1/recommend", json={})
             assert refused.status_code == 503
             assert refused.headers["retry-after"] == "1"
+            assert refused.headers["x-content-type-options"] == "nosniff"
             assert "try again" in refused.json()["error"]
             assert films.http.get("/health").status_code == 200
         for thread in threads:
@@ -866,7 +885,8 @@ def test_refusals_leave_so_many_lines_a_minute_and_the_next_line_counts_the_othe
 def test_faults_outside_of_requests_leave_few_lines_of_json(films: Served) -> None:
     log: list[str] = []
     settings = ServerSettings(refusals_logged_per_minute=2)
-    app = create_app(films.service, settings=settings, access=Access([]), write_log=log.append)
+    admission = Admission(settings, Metrics(), log.append)
+    app = create_app(films.service, settings=settings, access=Access([]), admission=admission)
 
     async def fail() -> None:
         async with app.router.lifespan_context(app):
@@ -913,12 +933,11 @@ def test_answers_go_on_without_the_store_and_say_so(
         assert without["items"] == before["items"]
         assert without["live_events"] == 0
         assert without["notes"] == [*before["notes"], WITHOUT_STORE]
-    assert causes == ["OperationalError: no such table: foretaste_live_events"]  # once a second
+    assert causes == ["OperationalError: no such table: foretaste_live_events"] * 3
     assert http.get("/v1/users/1/recommendations").status_code == 200
     assert http.get("/v1/users/1/history").status_code == 503
     with service.events._engine.begin() as connection:
         connection.exec_driver_sql("ALTER TABLE aside RENAME TO foretaste_live_events")
-    service._asleep_until = 0
     again = fresh_films.recommend(user_id=1, k=3)
     assert (again["live_events"], again["notes"]) == (1, before["notes"])
 
@@ -1021,7 +1040,7 @@ def test_versions_are_listed_activated_rolled_back_and_tried_on_some_users(
 def test_two_servers_on_one_database_switch_together(tmp_path: Path) -> None:
     bundle, state = write_film_bundle(tmp_path / "films"), str(tmp_path / "e.sqlite")
     with served(bundle, state) as one, served(bundle, state) as other:
-        one.service.publish()
+        one.service.publish(None)
         assert not other.service.follow()
         write_film_bundle(bundle, seed=1)
         version = one.http.post("/v1/model/reload").json()["version"]

@@ -18,7 +18,7 @@ from foretaste.data.plans import plan_pairs, plan_sequences
 from foretaste.data.rows import rows_of
 from foretaste.data.vocabulary import Vocabulary
 from foretaste.models.base import Scorer
-from foretaste.serving.histories import training_histories
+from foretaste.serving.catalogue_search import training_histories
 from foretaste.training.trained import Trained
 
 LENGTHS = (4, 0, 7, 1, 12)

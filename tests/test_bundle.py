@@ -17,9 +17,8 @@ from foretaste.config import Config
 from foretaste.data.folder import FileEntry, entry_of, list_files, read_manifest
 from foretaste.errors import BundleError
 from foretaste.retrieval.index import IndexChoice
-from foretaste.serving.building import build_recommender, load
 from foretaste.serving.bundle import PLACES, BundleManifest, read_bundle
-from foretaste.serving.recommender import Recommender
+from foretaste.serving.recommender import Recommender, build_recommender, load
 from foretaste.shown import json_value
 from foretaste.training.objectives.rows import RowsConfig
 from foretaste.training.trained import Trained

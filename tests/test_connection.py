@@ -8,12 +8,13 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import uvicorn
 from starlette.types import Receive, Scope, Send
 
-from foretaste.serving.metrics import Metrics
+from foretaste.serving.metrics import Admission, Metrics
 from foretaste.serving.server import server_config
 from foretaste.serving.settings import ServerSettings
 
@@ -64,7 +65,7 @@ class Server:
 def serving(**settings: object) -> Iterator[Server]:
     chosen, metrics = ServerSettings(**settings), Metrics()
     listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(server_config(size, chosen, metrics))
+    server = uvicorn.Server(server_config(size, chosen, Admission(chosen, metrics, print)))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:
@@ -231,6 +232,10 @@ def test_connections_beyond_their_number_are_refused_until_one_leaves(setting: s
         server.wait_for(2)
         with server.connect() as third:
             answer = until_closed(third)
+        if setting == "max_connections_per_address":
+            with socket.create_connection(server.address, 30, ("127.0.0.2", 0)) as other:
+                assert asked_on(other) == 200
+            server.wait_for(2)
         assert status_of(answer) == 503
         assert b"retry-after: 1" in answer
         server.wait_for(2)
@@ -239,3 +244,91 @@ def test_connections_beyond_their_number_are_refused_until_one_leaves(setting: s
         with server.connect() as third:
             assert asked_on(third) == 200
         assert asked_on(clients[1]) == 200
+
+
+REFUSED = b"POST /v1/recommend HTTP/1.1\r\nHost: x\r\n%sContent-Length: 5\r\n\r\nabcde"
+
+
+@pytest.fixture
+def full(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setattr(Admission, "is_full", lambda self, path: True)
+    with serving(header_timeout_s=0.4) as one:
+        yield one
+
+
+def test_a_request_without_room_is_answered_whole_and_its_connection_is_kept(full: Server) -> None:
+    with full.connect() as client:
+        for sent in (REFUSED % b"X-Request-ID: mine\r\n", GET, REFUSED % b"Connection: close\r\n"):
+            client.sendall(sent)
+            answer = client.recv(65536)
+            while sent == GET and not answer.endswith(b"\r\n\r\n0"):
+                answer += client.recv(65536)
+            if sent == GET:  # it needs no model, and the routes say whether there is room
+                assert status_of(answer) == 200
+                continue
+            assert status_of(answer) == 503
+            head, _, body = answer.partition(b"\r\n\r\n")
+            assert b"\r\nretry-after: 1\r\n" in head
+            assert (b"x-request-id: mine" in head) == (b"mine" in sent)
+            assert (b"connection: close" in head) == (b"close" in sent)
+            assert b"content-length: %d\r\n" % len(body) in head
+            assert "try again" in json.loads(body)["error"]
+        assert until_closed(client) == b""
+    # two on one connection at once; one whose body waits to be asked for
+    last = REFUSED % b"Connection: close\r\n"
+    assert ask(full, REFUSED % b"" + last).count(b"HTTP/1.1 503") == 2
+    waiting = (REFUSED % b"Expect: 100-continue\r\n").removesuffix(b"abcde")
+    assert ask(full, waiting).count(b"HTTP/1.1 503") == 1
+    assert full.counted("foretaste_shed_total") == 5
+    labels = 'method="POST",route="/v1/recommend",status="503"'
+    assert full.counted(f"foretaste_requests_total{{{labels}}}") == 5
+
+
+def test_many_refusals_at_once_are_answered_one_after_the_other(
+    full: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("foretaste.serving.guard.REFUSALS_PER_S", 20)
+    began = time.monotonic()
+    with ExitStack() as stack:
+        clients = [stack.enter_context(full.connect()) for _ in range(10)]
+        for client in clients:
+            client.sendall(REFUSED % b"")
+        stack.enter_context(full.connect()).sendall(REFUSED % b"")  # and is gone before its turn
+        assert [status_of(client.recv(65536)) for client in clients] == [503] * 10
+    assert time.monotonic() - began > 0.24  # the sixth and later ones
+    full.wait_for(0)
+
+
+def test_a_list_is_refused_when_those_before_it_would_take_too_long(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = [0.0]
+    clock = SimpleNamespace(perf_counter=lambda: now[0], time=time.time)
+    monkeypatch.setattr("foretaste.serving.metrics.time", clock)
+    settings = ServerSettings(num_threads=1, max_wait_s=0.05, max_concurrency=9)
+    admission = Admission(settings, Metrics(), print)
+
+    def answer(seconds: float) -> None:
+        with admission.place("/v1/recommend"):
+            now[0] += seconds
+
+    def full_beside(number: int, path: str) -> bool:
+        with ExitStack() as stack:
+            for _ in range(number):
+                stack.enter_context(admission.place("/v1/users/7/recommendations"))
+            now[0] += 0.03 * number  # as long as they take one after the other
+            return admission.is_full(path)
+
+    answer(0.03)
+    assert [full_beside(number, "/v1/items/7/similar") for number in range(4)] == [
+        *(False, False),  # twice as many as threads are always let in
+        *(True, True),  # 2 x 0.03 s
+    ]
+    assert not full_beside(8, "/v1/events")
+    assert full_beside(9, "/v1/events")
+    assert not full_beside(9, "/metrics")
+    answer(1000.0)  # a stall; what each takes is not believed to be more than twice as long
+    assert not full_beside(1, "/v1/recommend")
+    for _ in range(100):
+        answer(0.005)
+    assert not full_beside(7, "/v1/recommend")

@@ -7,8 +7,7 @@ import polars as pl
 import pytest
 
 from foretaste.errors import ConfigError, DataError
-from foretaste.serving.item_labels import ItemLabels
-from foretaste.serving.rules import Condition, Rules
+from foretaste.serving.rules import Condition, ItemLabels, Rules
 
 TABLE = pl.DataFrame(
     {

@@ -22,11 +22,10 @@ from foretaste.models.layers.field_ranker import FieldRanker
 from foretaste.models.two_tower import TwoTower
 from foretaste.serving.answer import Answer, Recommendation
 from foretaste.serving.catalogue import Catalogue
-from foretaste.serving.item_labels import ItemLabels, labels_of_new
 from foretaste.serving.messages import Item, RecommendRequest
 from foretaste.serving.metrics import Metrics
 from foretaste.serving.recommender import Recommender
-from foretaste.serving.rules import Condition, Diversity, Rules
+from foretaste.serving.rules import Condition, Diversity, ItemLabels, Rules, labels_of_new
 from foretaste.serving.service import Service
 from foretaste.serving.settings import ServerSettings
 from foretaste.serving.slot import ModelSlot

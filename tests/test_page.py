@@ -17,11 +17,10 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import Select, WebDriverWait
 
-from foretaste.serving.access import access_of
 from foretaste.serving.api import create_app
-from foretaste.serving.metrics import Metrics
+from foretaste.serving.metrics import Admission, Metrics
 from foretaste.serving.service import Service
-from foretaste.serving.settings import ServerSettings
+from foretaste.serving.settings import ServerSettings, access_of
 from foretaste.serving.slot import ModelSlot
 from foretaste.serving.state import LiveEvent, LiveEvents, open_live_events
 from foretaste.serving.versions import Versions
@@ -125,8 +124,10 @@ def serve_films(folder: Path, **settings: object) -> Iterator[tuple[str, LiveEve
     bundle = write_film_bundle(folder / "films")
     chosen, events = ServerSettings(**settings), open_live_events(str(folder / "e.sqlite"))
     slot = ModelSlot(Versions(bundle))
-    service = Service(slot, events, chosen, bundle=bundle, metrics=Metrics())
-    app = create_app(service, settings=chosen, access=access_of(chosen), write_log=lambda _: None)
+    metrics = Metrics()
+    service = Service(slot, events, chosen, bundle=bundle, metrics=metrics)
+    admission = Admission(chosen, metrics, lambda _: None)
+    app = create_app(service, settings=chosen, access=access_of(chosen), admission=admission)
     listener = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, log_level="critical"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})

@@ -20,10 +20,9 @@ from foretaste.data.batch import Queries
 from foretaste.data.reading import read_interactions
 from foretaste.data.vocabulary import Vocabulary
 from foretaste.errors import ConfigError, DataError, ForetasteError
-from foretaste.serving import histories as histories_module
+from foretaste.serving import catalogue_search
 from foretaste.serving.answer import Answer
-from foretaste.serving.building import build_recommender
-from foretaste.serving.recommender import Recommender
+from foretaste.serving.recommender import Recommender, build_recommender
 from foretaste.training.trained import Trained
 from tests.worlds import (
     CONFIGS,
@@ -468,7 +467,7 @@ def test_a_long_item_table_is_read_row_by_row(
     recommender: Recommender, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = recommender.recommend(100, k=3)
-    monkeypatch.setattr("foretaste.serving.items.KEPT_AS_LISTS", 5)
+    monkeypatch.setattr("foretaste.serving.profiles.KEPT_AS_LISTS", 5)
     assert recommender.recommend(100, k=3) == before
 
 
@@ -479,7 +478,7 @@ def test_a_long_item_table_is_read_row_by_row(
 def test_many_users_get_what_each_would_get_alone(
     recommender: Recommender, *, exclude_seen: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(histories_module, "BLOCK_EVENTS", 60)
+    monkeypatch.setattr(catalogue_search, "BLOCK_EVENTS", 60)
     asked = [129, "nobody", 100, "113", 100, 100 + SILENT_USER, *range(101, 125)]
     table = recommender.recommend_many(asked, k=7, exclude_seen=exclude_seen)
     assert table["user_id"].to_list() == [str(user_id) for user_id in asked]
@@ -514,10 +513,10 @@ def test_no_users_and_too_many_items_are_fine(recommender: Recommender) -> None:
 def test_blocks_hold_every_user_once_and_no_giant_among_dwarfs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(histories_module, "BLOCK_EVENTS", 25)
+    monkeypatch.setattr(catalogue_search, "BLOCK_EVENTS", 25)
     events = make_events()
     users = np.arange(NUM_USERS)
-    found = list(histories_module.blocks(events, users, scores_per_user=0))
+    found = list(catalogue_search.blocks(events, users, scores_per_user=0))
     assert sorted(np.concatenate(found).tolist()) == list(range(NUM_USERS))
     length = np.diff(events.offsets)
     assert all(len(block) * length[block].max() <= 25 or len(block) == 1 for block in found)
@@ -619,7 +618,7 @@ def test_a_known_users_own_history_gives_reasons() -> None:
 
 def test_only_the_last_fifty_events_are_tried() -> None:
     history = np.arange(80) % 70
-    removed, without = histories_module.without_each(history, last=50)
+    removed, without = catalogue_search.without_each(history, last=50)
     assert sorted(removed.tolist()) == sorted(set((np.arange(30, 80) % 70).tolist()))
     assert all(item not in left for item, left in zip(removed, without, strict=True))
 

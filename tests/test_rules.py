@@ -9,12 +9,10 @@ from foretaste.errors import DataError
 from foretaste.retrieval.index import TopK
 from foretaste.serving import rule_book
 from foretaste.serving.answer import Answer
-from foretaste.serving.building import build_recommender
 from foretaste.serving.catalogue_search import Best
-from foretaste.serving.item_labels import ItemLabels
-from foretaste.serving.recommender import Recommender
+from foretaste.serving.recommender import Recommender, build_recommender
 from foretaste.serving.rule_book import RuleBook
-from foretaste.serving.rules import Condition, Diversity, Rules
+from foretaste.serving.rules import Condition, Diversity, ItemLabels, Rules
 from tests.worlds import CONFIGS, NUM_ITEMS, NUM_USERS, every_vector, make_events, make_trained
 
 COLOURS, SHAPES = ("red", "green", "blue"), ("round", "flat", "long", "thin")

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -19,6 +19,8 @@ import pytest
 from foretaste.errors import BundleError, ConfigError
 from foretaste.serving.server import _listen, serve
 from foretaste.serving.settings import ServerSettings
+from foretaste.serving.state import open_live_events
+from tests.postgres_server import frozen
 from tests.worlds import write_film_bundle
 
 pytest_plugins = ["postgres_server"]
@@ -110,6 +112,73 @@ def test_no_acknowledged_event_is_lost_by_kill_9(bundle: Path, tmp_path: Path, s
             reply = process.http.post("/v1/events", json=again).json()
             assert (reply["stored"], reply["duplicates"]) == (0, len(again))
             assert process.http.get(f"/v1/users/u{sender}/history").json()["total"] >= len(mine)
+
+
+STORE_PROGRAM = """
+import sys
+from foretaste.serving.state import LiveEvent, open_live_events
+events = open_live_events(sys.argv[1])
+for line in sys.stdin:
+    ids = line.split()
+    events.add([LiveEvent(user_id="u", item_id="1", timestamp_s=1, event_id=one) for one in ids])
+    print(line, end="", flush=True)
+"""
+
+
+def test_the_store_keeps_what_it_acknowledged_in_three_rounds_of_kill_9(state: str) -> None:
+    acknowledged: list[str] = []
+    for turn in range(3):
+        with subprocess.Popen(
+            [sys.executable, "-c", STORE_PROGRAM, state],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+        ) as process:
+            for number in range(0, 400, 4):  # more than will be read before it is killed
+                ids = [f"{turn}-{number + step}" for step in range(4)]
+                process.stdin.write(" ".join(ids) + "\n")
+            process.stdin.flush()
+            for _ in range(20 + turn):
+                acknowledged += process.stdout.readline().split()
+            process.kill()
+            acknowledged += process.stdout.read().split()
+            with suppress(BrokenPipeError):
+                process.stdin.close()
+        with closing(open_live_events(state)) as events:
+            kept = [event.event_id for event in events.of_user("u", limit=10_000)]
+        assert len(kept) == len(set(kept))
+        assert set(acknowledged) <= set(kept)
+        assert len(kept) % 4 == 0  # what was sent together is there together
+    assert len(acknowledged) >= 4 * 63
+
+
+def test_sigterm_ends_a_server_whose_store_hangs_within_its_time(
+    bundle: Path, tmp_path: Path, postgres_database: str
+) -> None:
+    settings = {"state": postgres_database, "drain_s": 10}
+    with running(bundle, tmp_path, **settings) as process, ExitStack() as stack:
+        event = {"user_id": 1, "item_id": 101}
+        assert process.http.post("/v1/events", json=event).status_code == 201
+        stack.enter_context(frozen(postgres_database))
+        writers = [
+            threading.Thread(target=post_once, args=(process.http.base_url,)) for _ in range(12)
+        ]
+        for writer in writers:
+            writer.start()
+        time.sleep(0.5)  # they wait for the store
+        began = time.monotonic()
+        process.popen.send_signal(signal.SIGTERM)
+        assert process.popen.wait(timeout=60) == 0
+        assert time.monotonic() - began < 20  # and not for ever: 10 s, and what the machine adds
+        for writer in writers:
+            writer.join()
+
+
+def post_once(address: httpx.URL) -> None:
+    event = {"user_id": 1, "item_id": 101}
+    with suppress(httpx.TransportError):
+        httpx.post(f"{address}v1/events", json=event, timeout=60, trust_env=False)
 
 
 def connects(address: tuple[str, int]) -> bool:

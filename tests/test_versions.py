@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +16,11 @@ from test_bundle import reseal
 
 from foretaste.data.folder import entry_of
 from foretaste.errors import BundleError, ConfigError
-from foretaste.serving import trial
-from foretaste.serving.building import build_recommender, load
+from foretaste.serving import slot as slots
+from foretaste.serving.recommender import build_recommender, load
 from foretaste.serving.self_test import StoredAnswers, check_answers
-from foretaste.serving.slot import ModelSlot, load_version
+from foretaste.serving.slot import ModelSlot, Trials, load_version
 from foretaste.serving.state import Choice
-from foretaste.serving.trial import Trials
 from foretaste.serving.versions import Versions, sign_bundle
 from tests.worlds import make_trained, write_film_bundle
 
@@ -131,6 +131,12 @@ def test_with_a_key_only_what_it_signed_is_taken(bundle: Path, tmp_path: Path) -
         versions.take()
     with pytest.raises(BundleError, match="not of this server's key"):
         Versions(bundle, bundle.with_name("v"), key=b"another key, as long as the first one").take()
+
+
+def test_a_start_serves_no_kept_version_that_the_key_did_not_sign(bundle: Path) -> None:
+    chosen = ModelSlot(Versions(bundle)).choice
+    with pytest.raises(BundleError, match="carries no signature"):
+        ModelSlot(Versions(bundle, key=b"k" * 32), chosen=chosen)
 
 
 def test_a_key_that_is_missing_or_short_is_refused(bundle: Path, tmp_path: Path) -> None:
@@ -325,7 +331,7 @@ def test_another_server_follows_a_choice_and_tries_what_it_cannot_load_once(bund
 
 @pytest.fixture(scope="module")
 def trials() -> Iterator[Trials]:
-    with Trials(timeout_s=60.0, within_s=30.0) as one:
+    with closing(Trials(timeout_s=60.0, within_s=30.0)) as one:
         yield one
 
 
@@ -350,7 +356,7 @@ def test_dying_too_much_memory_and_too_much_time_are_refusals(
         os.kill(os.getpid(), signal.SIGKILL)
 
     def eat(_: Path, **__: object) -> None:
-        monkeypatch.setattr(trial, "SPARE_BYTES", 0)
+        monkeypatch.setattr(slots, "SPARE_BYTES", 0)
         bytearray(2**36)
 
     def sleep(_: Path, **__: object) -> None:
@@ -358,8 +364,8 @@ def test_dying_too_much_memory_and_too_much_time_are_refusals(
             pass
 
     for act, why in ((die, "SIGKILL"), (eat, "MemoryError"), (sleep, "within 0.5 s")):
-        monkeypatch.setattr(trial, "load_version", act)
-        assert why in trial._fork(bundle, timeout_s=0.5 if act is sleep else 60.0, within_s=1.0)
+        monkeypatch.setattr(slots, "load_version", act)
+        assert why in slots._fork(bundle, timeout_s=0.5 if act is sleep else 60.0, within_s=1.0)
 
 
 @pytest.mark.slow

@@ -36,8 +36,7 @@ from foretaste.experiment.run import (
     sampled_rows,
     to_recommender,
 )
-from foretaste.serving.building import build_recommender, load
-from foretaste.serving.recommender import Recommender
+from foretaste.serving.recommender import Recommender, build_recommender, load
 from foretaste.training.fit import OUT_OF_TIME
 from foretaste.training.trained import Trained
 

@@ -34,7 +34,7 @@ from foretaste.experiment.run import evaluate_split, read_split, run_experiment
 from foretaste.models.layers.table import Dense, Table
 from foretaste.models.layers.table_settings import KINDS, IdConfig, TableConfig
 from foretaste.models.layers.tables import DenseConfig, Links
-from foretaste.serving.building import build_recommender, load
+from foretaste.serving.recommender import build_recommender, load
 from foretaste.shown import Shown
 from foretaste.training.trained import Trained
 

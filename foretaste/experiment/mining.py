@@ -34,7 +34,7 @@ from foretaste.models.base import Model, Retriever, top_k
 from foretaste.retrieval.choose import build_index, kind_by_size
 from foretaste.retrieval.index import ItemIndex
 from foretaste.sampling.negatives import RankedNegatives, Seen, check_ranks
-from foretaste.serving.histories import training_histories
+from foretaste.serving.catalogue_search import training_histories
 from foretaste.training.fit import Refreshed
 from foretaste.training.objectives.pairs import PairsConfig
 from foretaste.training.objectives.rows import RowsConfig

@@ -16,7 +16,7 @@ from foretaste.experiment.compare_table import ModelComparison
 from foretaste.experiment.recipe import ExperimentConfig, PublicData
 from foretaste.models.baselines import PopularityConfig
 from foretaste.models.sasrec import SASRecConfig
-from foretaste.serving.building import load
+from foretaste.serving.recommender import load
 from foretaste.training.objectives.sequences import NextItemConfig
 from foretaste.training.settings import TrainingConfig
 

@@ -41,8 +41,7 @@ from foretaste.experiment.tracking import Tracker, TrackerKind, check_tracker, f
 from foretaste.experiment.two_stage import ranking_gain, retrieval_alone
 from foretaste.models.base import Ranker, StrengthConfig
 from foretaste.models.catalogue import TwoStage, tasks_of
-from foretaste.serving.building import build_recommender
-from foretaste.serving.recommender import Recommender
+from foretaste.serving.recommender import Recommender, build_recommender
 from foretaste.shown import Shown
 from foretaste.training import processes
 from foretaste.training.checkpoint import (

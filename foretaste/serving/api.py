@@ -8,12 +8,12 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from importlib import resources
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import anyio.to_thread
 from fastapi import Body, Depends, FastAPI, Path, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, Discriminator, RootModel, Tag
+from pydantic import BaseModel, Discriminator, Field, RootModel, Tag
 from pydantic_core import ErrorDetails
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.convertors import Convertor, register_url_convertor
@@ -21,7 +21,6 @@ from starlette.exceptions import HTTPException
 
 from foretaste.config import findings
 from foretaste.errors import DataError, ForetasteError, did_you_mean
-from foretaste.serving.access import Access, Bucket
 from foretaste.serving.guard import Guard, refuse
 from foretaste.serving.messages import (
     CanaryRequest,
@@ -42,9 +41,14 @@ from foretaste.serving.messages import (
     SimilarReply,
     UsersReply,
 )
+from foretaste.serving.metrics import Admission
 from foretaste.serving.service import Service
-from foretaste.serving.settings import ServerSettings
+from foretaste.serving.settings import Access, Bucket, ServerSettings
 from foretaste.serving.state import cause_of
+
+T = TypeVar("T")
+STORE_THREADS = 8
+"""So many calls may wait for the store at one time."""
 
 
 class _Anything(Convertor[str]):
@@ -61,7 +65,8 @@ class _Anything(Convertor[str]):
 
 register_url_convertor("id", _Anything())
 OneOrMany = Annotated[
-    Annotated[EventRequest, Tag("one")] | Annotated[list[EventRequest], Tag("many")],
+    Annotated[EventRequest, Tag("one")]
+    | Annotated[list[EventRequest], Field(fail_fast=True), Tag("many")],
     Discriminator(lambda body: "many" if isinstance(body, list) else "one"),
     Body(),
 ]
@@ -79,7 +84,7 @@ def create_app(
     *,
     settings: ServerSettings,
     access: Access,
-    write_log: Callable[[str], object],
+    admission: Admission,
 ) -> FastAPI:
     """Make the application: routes, page, guard.
 
@@ -87,13 +92,13 @@ def create_app(
         service: What answers.
         settings: Bounds.
         access: Who may do what, as `access_of` reads it from settings.
-        write_log: Takes one line of JSON per request or fault, its newline included.
+        admission: Which requests there is room for, and what is noted of them.
     """
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         anyio.to_thread.current_default_thread_limiter().total_tokens = settings.num_threads
-        asyncio.get_running_loop().set_exception_handler(_fault_log(settings, write_log))
+        asyncio.get_running_loop().set_exception_handler(_fault_log(settings, admission.write_log))
         yield
 
     app = FastAPI(
@@ -101,6 +106,7 @@ def create_app(
         description="Recommendations over HTTP. Ids are the caller's own, in and out.",
         version="1",
         lifespan=lifespan,
+        redirect_slashes=False,  # to whatever name the request has in its Host
         docs_url=None,
         redoc_url=None,
         dependencies=[Depends(_known_parameters)],
@@ -120,17 +126,27 @@ def create_app(
         Guard,
         settings=settings,
         access=access,
-        metrics=service.metrics,
+        admission=admission,
         open_files=FILES,
-        write_log=write_log,
     )
     _add_errors(app)
+    ask_store, switch = _Elsewhere(STORE_THREADS), _Elsewhere(1)
     _add_answers(app, service)
-    _add_people(app, service)
-    _add_models(app, service)
-    _add_operations(app, service)
+    _add_people(app, service, ask_store)
+    _add_models(app, service, switch)
+    _add_operations(app, service, ask_store)
     add_page(app)
     return app
+
+
+class _Elsewhere:
+    """Threads for what may have to wait, so that it holds none of those that compute answers."""
+
+    def __init__(self, number: int) -> None:
+        self._limiter = anyio.CapacityLimiter(number)
+
+    async def __call__(self, call: Callable[[], T]) -> T:
+        return await anyio.to_thread.run_sync(call, limiter=self._limiter)
 
 
 def _add_answers(app: FastAPI, service: Service) -> None:
@@ -172,70 +188,70 @@ def _add_answers(app: FastAPI, service: Service) -> None:
         return service.columns()
 
 
-def _add_people(app: FastAPI, service: Service) -> None:
+def _add_people(app: FastAPI, service: Service, ask_store: _Elsewhere) -> None:
     @app.get("/v1/users", tags=["catalogue"])
     def find_users(prefix: Words = "", limit: Limit = 20) -> UsersReply:
         """Users that training saw, by the beginning of their id."""
         return service.find_users(prefix, limit=limit)
 
     @app.get("/v1/users/{user_id:id}/history", tags=["catalogue"])
-    def history(user_id: UserId, limit: Limit = 50) -> HistoryReply:
+    async def history(user_id: UserId, limit: Limit = 50) -> HistoryReply:
         """What a user did, in training and since, newest first."""
-        return service.history(user_id, limit=limit)
+        return await ask_store(lambda: service.history(user_id, limit=limit))
 
     @app.post(
         "/v1/events", status_code=201, tags=["events"], responses={409: {"model": ErrorReply}}
     )
-    def add_events(asked: OneOrMany, request: Request) -> EventsReply:
+    async def add_events(asked: OneOrMany, request: Request) -> EventsReply:
         """Store one event or a list of them: on disk when answered, and in the next answer."""
         events = asked if isinstance(asked, list) else [asked]
-        reply = service.add_events(events)
+        reply = await ask_store(lambda: service.add_events(events))
         request.state.log |= {"events": len(events), "user_known": not reply.unknown_users}
         return reply
 
     @app.delete("/v1/users/{user_id:id}/events", tags=["events"])
-    def forget(user_id: UserId) -> ForgetReply:
+    async def forget(user_id: UserId) -> ForgetReply:
         """Delete a user's live events."""
-        return service.forget(user_id)
+        return await ask_store(lambda: service.forget(user_id))
 
     @app.delete("/v1/events", tags=["events"])
-    def forget_any(user_id: AnyId) -> ForgetReply:
+    async def forget_any(user_id: AnyId) -> ForgetReply:
         """Delete a user's live events; the id may be one that a path cannot hold, `.` or `..`."""
-        return service.forget(user_id)
+        return await ask_store(lambda: service.forget(user_id))
 
 
-def _add_models(app: FastAPI, service: Service) -> None:
+def _add_models(app: FastAPI, service: Service, switch: _Elsewhere) -> None:
     """Add what switches the model; what is refused is answered 409, and the old one serves on."""
-    switch = partial(app.post, tags=["model"], responses={409: {"model": ErrorReply}})
+    post = partial(app.post, tags=["model"], responses={409: {"model": ErrorReply}})
 
     @app.get("/v1/models", tags=["model"])
     def models() -> ModelsReply:
         """The versions that are kept, and which of them serve."""
         return service.models()
 
-    @switch("/v1/model/reload")
-    def reload() -> ReloadReply:
+    @post("/v1/model/reload")
+    async def reload() -> ReloadReply:
         """Read the bundle's folder again; a broken version is refused and the old one serves on."""
         with _refusals():
-            return service.reload()
+            return await switch(service.reload)
 
-    @switch("/v1/model/roll-back")
-    def roll_back() -> ReloadReply:
+    @post("/v1/model/roll-back")
+    async def roll_back() -> ReloadReply:
         """Have the version serve that did before."""
         with _refusals():
-            return service.activate("")
+            return await switch(lambda: service.activate(""))
 
-    @switch("/v1/models/{version}/activate")
-    def activate(version: Version) -> ReloadReply:
+    @post("/v1/models/{version}/activate")
+    async def activate(version: Version) -> ReloadReply:
         """Have a kept version serve."""
         with _refusals():
-            return service.activate(version)
+            return await switch(lambda: service.activate(version))
 
-    @switch("/v1/models/{version}/canary")
-    def try_out(version: Version, asked: CanaryRequest) -> ModelsReply:
+    @post("/v1/models/{version}/canary")
+    async def try_out(version: Version, asked: CanaryRequest) -> ModelsReply:
         """Have a kept version answer a share of the users, 0 for none; metrics count it apart."""
         with _refusals():
-            return service.try_out(version, asked.share)
+            return await switch(lambda: service.try_out(version, asked.share))
 
 
 @contextmanager
@@ -246,7 +262,7 @@ def _refusals() -> Iterator[None]:
         raise HTTPException(409, f"the old version keeps serving: {error}") from error
 
 
-def _add_operations(app: FastAPI, service: Service) -> None:
+def _add_operations(app: FastAPI, service: Service, ask_store: _Elsewhere) -> None:
     @app.get("/v1/model", tags=["model"])
     def model() -> ModelReply:
         """The model that serves: its manifest and its report."""
@@ -258,9 +274,9 @@ def _add_operations(app: FastAPI, service: Service) -> None:
         return HealthReply(status="ok")
 
     @app.get("/ready", tags=["operations"])
-    def ready(request: Request) -> HealthReply:
+    async def ready(request: Request) -> HealthReply:
         """A model answers, also where the store of live events does not; the body says so."""
-        if cause := service.ready():
+        if cause := await ask_store(service.ready):
             request.state.log["cause"] = cause
         return HealthReply(status="ready", store="does not answer" if cause else "answers")
 
@@ -291,7 +307,7 @@ def _fault_log(
 
     One line each, and only so many a minute: left to itself, the loop writes thousands a second.
     """
-    lines = Bucket(settings.refusals_logged_per_minute)
+    lines = Bucket(min(60, settings.refusals_logged_per_minute))
 
     def write(_: asyncio.AbstractEventLoop, fault: dict[str, object]) -> None:
         if not lines.wait_s():

@@ -1,49 +1,266 @@
-"""What stands between the socket and the routes: token, body size, concurrency, log, headers.
+"""What stands between a client and the routes: bounds on connections, then token, body and room.
 
-Plain ASGI, so that a body too large is refused while it arrives, and a request that cannot be
-taken on is refused before anything is done for it. What goes wrong within is answered here, with
-its cause in the log.
+Bytes come through `Connection`, on uvicorn's protocol: bounds on the request line, on headers and
+on connections, and a time for each thing that a client could let the server wait for. Who goes
+beyond is answered in one write, and is gone; so is a request that there is no room for, before
+anything is made of it.
+
+A whole head comes to `Guard`, plain ASGI, so that a body too large is refused while it arrives, and
+a request that cannot be taken on is refused before anything is done for it. What goes wrong within
+is answered here, with its cause in the log.
 """
 
 import asyncio
 import json
 import math
-import re
+import os
+import sys
 import time
 import traceback
-import uuid
+from collections import Counter
 from collections.abc import Callable, Mapping
-from typing import final
+from functools import partial
+from http import HTTPStatus
+from typing import ClassVar, final
 
+import uvicorn
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn._types import ASGI3Application
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.server import ServerState
 
-from foretaste.serving.access import Access, Bucket, is_loopback, needed_role
-from foretaste.serving.metrics import Metrics
-from foretaste.serving.settings import ServerSettings
+from foretaste.serving.metrics import (
+    NO_ROOM,
+    NO_ROOM_SENTENCE,
+    SECURITY_HEADERS,
+    Admission,
+    request_id,
+)
+from foretaste.serving.settings import Access, ServerSettings, is_loopback, needed_role
 
-REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
-"""What is taken for a client's own `X-Request-ID`; in place of anything else there is a new one."""
-UNCOUNTED = "/metrics"
-"""It is asked for most when all is full."""
-NO_ROOM = "no room"
-REFUSED = frozenset({401, 403, 408, 413, 421, 429})
+if sys.platform != "win32":
+    import resource
+
+SPARE_FILES = 64
+"""Of the files that the process may still open, so many are kept for others than connections."""
+REFUSALS_PER_S, SLOWED_S = 2000, 0.25
+"""Of requests without room, about so many are answered in a second; the others wait so long for
+their answer, and so do clients that ask again at once whatever they are answered."""
+_HEADER_COST = 32
+"""Bytes that a header counts beside its name and value, so that empty ones are bounded too."""
+_CLOSES = b"\r\nconnection: close\r\n"
+
+
+class Connection(HttpToolsProtocol):
+    """A connection within the bounds of `limited`, which makes the class that a server uses."""
+
+    settings: ClassVar[ServerSettings]
+    admission: ClassVar[Admission]
+    most: ClassVar[int]
+    by_address: ClassVar[Counter[str]]
+    waiting: ClassVar[set["Connection"]]
+    """Those with a request that there was no room for, not yet answered."""
+
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        server_state: ServerState,
+        app_state: dict[str, object],
+        _loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
+        super().__init__(config, server_state, app_state, _loop)
+        self._in_head, self._heads = False, 0
+        """Whether a request line and headers have begun and are not whole, and how many began."""
+        self._waiting_bytes, self._header_bytes = 0, 0
+        """Of a head that is not whole: what came since its first part, and its headers so far."""
+        self._is_read = True
+        """Whether what comes is looked at."""
+        self._why = (HTTPStatus.BAD_REQUEST, "this is no HTTP request")
+        self._timer: asyncio.TimerHandle | None = None
+        """Until a head is whole, or until a client has read what was written."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Take a connection on, or say that there are too many."""
+        super().connection_made(transport)  # type: ignore[arg-type]  # as uvicorn narrows it
+        self.by_address[self._address] += 1
+        self.admission.metrics.connections.set(len(self.connections))
+        if len(self.connections) > self.most:
+            self._refuse("connections", HTTPStatus.SERVICE_UNAVAILABLE, "no room: try again")
+        elif self.by_address[self._address] > self.settings.max_connections_per_address:
+            said = "your address has reached its limit of connections: use one for many requests"
+            self._is_read = False
+            refusal = partial(self._refuse, "address", HTTPStatus.SERVICE_UNAVAILABLE, said)
+            self._within(SLOWED_S, refusal)  # or it would come again at once
+        else:
+            self._within(self.settings.header_timeout_s, self._too_slow)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget the connection."""
+        super().connection_lost(exc)
+        self._stop_timer()
+        self.admission.metrics.connections.set(len(self.connections))
+        self.waiting.discard(self)
+        self.by_address[self._address] -= 1
+        if not self.by_address[self._address]:
+            del self.by_address[self._address]
+
+    def data_received(self, data: bytes) -> None:
+        """Read on, unless the connection was given up or its head grows too long."""
+        if not self._is_read:
+            return
+        head = self._heads if self._in_head else 0
+        super().data_received(data)
+        if self.transport.is_closing():
+            return
+        if self._in_head and self._heads == head:  # the parser keeps a header until it is whole
+            self._waiting_bytes += len(data)
+            if self._waiting_bytes > self.settings.max_header_bytes + self.settings.max_url_bytes:
+                said = "the headers are too long"
+                self._refuse("header", HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, said)
+                return
+        at_work = self.cycle is not None and not self.cycle.response_complete
+        if self._timer is None and (self._in_head or not at_work):
+            self._within(self.settings.header_timeout_s, self._too_slow)
+
+    def on_message_begin(self) -> None:
+        """Begin to count a head."""
+        super().on_message_begin()
+        self._in_head, self._heads = True, self._heads + 1
+        self._waiting_bytes = self._header_bytes = 0
+
+    def on_url(self, url: bytes) -> None:
+        """Take a part of the URL."""
+        super().on_url(url)
+        if len(self.url) > self.settings.max_url_bytes:
+            self._why = HTTPStatus.REQUEST_URI_TOO_LONG, "the URL is too long"
+            raise ValueError("url")  # the parser ends, and `send_400_response` says why
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Take a header."""
+        super().on_header(name, value)
+        self._header_bytes += len(name) + len(value) + _HEADER_COST
+        if self._header_bytes > self.settings.max_header_bytes:
+            self._why = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, "the headers are too long"
+            raise ValueError("header")
+
+    def on_headers_complete(self) -> None:
+        """Hand the request on: from here on the guard counts and times it."""
+        self._in_head = False
+        self._stop_timer()
+        super().on_headers_complete()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        scope, headers = cycle.scope, Headers(raw=list(cycle.scope["headers"]))
+        refusal = self.admission.turned_away(scope["method"], scope["path"], headers)
+        if refusal is None:
+            super()._start_asgi_task(cycle, app)
+            return
+        self.waiting.add(self)
+        delay_s = min(SLOWED_S, (len(self.waiting) - 1) / REFUSALS_PER_S)
+        self.loop.call_later(delay_s, self._turn_away, cycle, refusal)
+
+    def _turn_away(self, cycle: RequestResponseCycle, refusal: bytes) -> None:
+        self.waiting.discard(self)
+        if self.transport.is_closing():
+            return
+        stays = cycle.keep_alive and not cycle.waiting_for_100_continue
+        self.transport.write(refusal if stays else refusal.replace(b"\r\n", _CLOSES, 1))
+        cycle.response_complete = True
+        if not stays:
+            self.transport.close()
+        self.on_response_complete()
+
+    def on_response_complete(self) -> None:
+        """Wait for the next request, as long as the client reads what it was answered."""
+        super().on_response_complete()
+        if self.transport.is_closing():
+            self._within(self.settings.write_timeout_s, self.transport.abort)
+
+    def pause_writing(self) -> None:
+        """Give a client some time to read: an answer that waits holds a place."""
+        super().pause_writing()
+        self._within(self.settings.write_timeout_s, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """Go on."""
+        super().resume_writing()
+        if not self.transport.is_closing():
+            self._stop_timer()
+
+    def timeout_keep_alive_handler(self) -> None:
+        """End an idle connection, whether or not the client has read all."""
+        self.transport.abort()
+
+    def send_400_response(self, msg: str) -> None:
+        """Say why the parser gave up."""
+        status, said = self._why
+        reason = {HTTPStatus.REQUEST_URI_TOO_LONG: "url", HTTPStatus.BAD_REQUEST: "malformed"}
+        self._refuse(reason.get(status, "header"), status, said)
+
+    @property
+    def _address(self) -> str:
+        return self.client[0] if self.client else ""
+
+    def _too_slow(self) -> None:
+        said = f"no complete head of a request arrived within {self.settings.header_timeout_s:g} s"
+        self._refuse("slow", HTTPStatus.REQUEST_TIMEOUT, said)
+
+    def _refuse(self, reason: str, status: HTTPStatus, sentence: str) -> None:
+        """Answer in one write and close; a client that does not read it is cut off."""
+        self.admission.dropped(reason, status.value)
+        body = json.dumps({"error": sentence}).encode()
+        head = (
+            f"HTTP/1.1 {status.value} {status.phrase}\r\ncontent-type: application/json\r\n"
+            f"content-length: {len(body)}\r\nconnection: close\r\n"
+        )
+        if status is HTTPStatus.SERVICE_UNAVAILABLE:
+            head += "retry-after: 1\r\n"
+        if self._in_head or status is not HTTPStatus.REQUEST_TIMEOUT:  # else nothing was asked
+            self.transport.write(head.encode() + b"\r\n" + body)
+        self.transport.close()
+        self._within(self.settings.write_timeout_s, self.transport.abort)
+
+    def _within(self, seconds: float, act: Callable[[], object]) -> None:
+        self._stop_timer()
+        self._timer = self.loop.call_later(seconds, act)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+
+def _open_files() -> int:
+    try:
+        return len(os.listdir("/dev/fd"))
+    except OSError:
+        return 0
+
+
+def limited(settings: ServerSettings, admission: Admission) -> type[Connection]:
+    """Return the protocol of a server: its bounds, its counters, and its connections by address."""
+
+    class Limited(Connection):
+        """Its class holds what its connections share."""
+
+    Limited.settings, Limited.admission = settings, admission
+    Limited.by_address, Limited.waiting = Counter(), set()
+    Limited.most = settings.max_connections
+    if sys.platform != "win32":
+        files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if files != resource.RLIM_INFINITY:
+            Limited.most = max(1, min(Limited.most, files - _open_files() - SPARE_FILES))
+    return Limited
+
+
 OPEN_PATHS = frozenset({"/health", "/ready"})
-METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 DRAIN_BYTES = 8_388_608
 """So much of a body too large is read and thrown away: a client that is still sending when its
 connection is closed would lose the answer that says why."""
-SECURITY_HEADERS = {
-    "content-security-policy": (
-        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
-        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    ),
-    "x-content-type-options": "nosniff",
-    "referrer-policy": "no-referrer",
-}
 
 
 @final
@@ -56,26 +273,22 @@ class Guard:
         *,
         settings: ServerSettings,
         access: Access,
-        metrics: Metrics,
+        admission: Admission,
         open_files: frozenset[str],
-        write_log: Callable[[str], object],
     ) -> None:
         self._app = app
         self._settings = settings
         self._access = access
         self._hosts = _allowed_hosts(settings)
-        self._metrics = metrics
-        self._open = OPEN_PATHS | open_files
-        self._write_log = write_log
-        self._in_flight, self._bodies = 0, 0
-        self._lines, self._unlogged = Bucket(settings.refusals_logged_per_minute), 0
+        self._admission = admission
+        self._open, self._bodies = OPEN_PATHS | open_files, 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         started = time.perf_counter()
-        log: dict[str, object] = {"request_id": _request_id(scope)}
+        log: dict[str, object] = {"request_id": request_id(Headers(scope=scope))}
         scope.setdefault("state", {})["log"] = log
         answer = _Answer(send, str(log["request_id"]), keeps=scope["path"] in self._open)
         if scope["method"] == "HEAD":  # the server in front leaves the body out
@@ -86,7 +299,13 @@ class Guard:
             log["cause"] = "the server was stopped before it had answered"
             raise
         finally:
-            self._record(scope, answer.status or 500, time.perf_counter() - started)
+            self._admission.record(
+                scope.get("asked", scope["method"]),
+                _route(scope),
+                answer.status or 500,
+                time.perf_counter() - started,
+                log,
+            )
 
     async def _answer(self, scope: Scope, receive: Receive, answer: "_Answer") -> None:
         try:
@@ -112,17 +331,11 @@ class Guard:
         )
         if isinstance(taken, bytes):
             taken = self._without_room(scope) or taken
-        counted = scope["path"] != UNCOUNTED
         if not isinstance(taken, bytes):
             await taken(scope, receive, send)
             return
-        self._in_flight += counted
-        self._metrics.in_flight.set(self._in_flight)
-        try:
+        with self._admission.place(scope["path"]):
             await self._app(scope, _replay(taken, receive), send)
-        finally:
-            self._in_flight -= counted
-            self._metrics.in_flight.set(self._in_flight)
 
     def _misdirected(self, scope: Scope) -> Response | None:
         """Refuse what a foreign page makes a browser send."""
@@ -168,18 +381,12 @@ class Guard:
         return None
 
     def _without_room(self, scope: Scope) -> Response | None:
-        if self._in_flight < self._settings.max_concurrency or scope["path"] == UNCOUNTED:
-            return None
-        return self._no_room(scope, f"{self._in_flight} requests are in progress")
+        return self._no_room(scope) if self._admission.is_full(scope["path"]) else None
 
-    def _no_room(self, scope: Scope, said: str) -> Response:
-        self._metrics.shed.inc()
+    def _no_room(self, scope: Scope, said: str = NO_ROOM_SENTENCE) -> Response:
+        self._admission.metrics.shed.inc()
         scope["state"]["log"]["cause"] = NO_ROOM
-        return refuse(
-            503,
-            f"{said}, the most this server takes on: try again in a second",
-            {"retry-after": "1"},
-        )
+        return refuse(503, said, {"retry-after": "1"})
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes | Response:
         """Return the whole body, or why it is not taken."""
@@ -189,7 +396,8 @@ class Guard:
             return self._too_large()
         size = most if "transfer-encoding" in headers else min(most, int(length[:20]))
         if size and self._bodies + size > self._settings.max_bodies_bytes:
-            return self._no_room(scope, f"bodies of {self._bodies} bytes are on their way")
+            said = f"bodies of {self._bodies} bytes are on their way: try again in a second"
+            return self._no_room(scope, said)
         self._bodies += size
         try:
             async with asyncio.timeout(self._settings.body_timeout_s):
@@ -213,27 +421,6 @@ class Guard:
             {"connection": "close"},
         )
 
-    def _record(self, scope: Scope, status: int, seconds: float) -> None:
-        route, asked = _route(scope), scope.get("asked", scope["method"])
-        method = asked if asked in METHODS else "other"
-        self._metrics.requests.labels(method, route, str(status)).inc()
-        self._metrics.seconds.labels(route).observe(seconds)
-        is_refusal = status in REFUSED or scope["state"]["log"].get("cause") == NO_ROOM
-        if is_refusal and self._lines.wait_s():
-            self._unlogged += 1
-            return
-        line: dict[str, object] = {
-            "time": time.time(),
-            "method": method,
-            "route": route,
-            "status": status,
-            "ms": round(seconds * 1000, 3),
-        }
-        if self._unlogged:
-            line["refusals_not_logged"], self._unlogged = self._unlogged, 0
-        line |= scope["state"]["log"]
-        self._write_log(json.dumps(line) + "\n")
-
 
 def _allowed_hosts(settings: ServerSettings) -> frozenset[str]:
     """Return the names that a server answers by; none: any."""
@@ -249,11 +436,6 @@ def _is_cross_site(headers: Headers, host: str) -> bool:
     if site is not None:
         return site not in ("same-origin", "none")
     return origin is not None and origin.lower().partition("://")[2] != host
-
-
-def _request_id(scope: Scope) -> str:
-    given = Headers(scope=scope).get("x-request-id", "")
-    return given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
 
 
 def _route(scope: Scope) -> str:

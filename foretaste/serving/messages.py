@@ -64,6 +64,8 @@ PathId = Annotated[str, AfterValidator(_id_text)]
 """An id in a path, where all is text."""
 Id = Annotated[str, BeforeValidator(_id_text), WithJsonSchema({"anyOf": [_TEXT, _WHOLE]})]
 """An id of the caller's, text or a whole number; within the server it is text."""
+_Ids = Annotated[tuple[Id, ...], Field(max_length=100_000, fail_fast=True)]
+"""A body of 1 MB may hold 250,000 wrong ones; naming each takes seconds."""
 _NewId = Annotated[StrictStr, AfterValidator(_id_text)]
 _Time = Annotated[
     int | None, BeforeValidator(_seconds), WithJsonSchema({"anyOf": [_WHOLE, _TEXT, _NULL]})
@@ -79,7 +81,7 @@ class RecommendRequest(Config):
 
     user_id: Id | None = None
     """A user; the events posted since training count."""
-    history: tuple[Id, ...] = ()
+    history: _Ids = ()
     """Items, oldest first; for a user, those after all that the server knows."""
     features: dict[str, JsonValue] | None = Field(default=None, max_length=100)
     """Features of a new user: column of the user table to value."""
@@ -89,9 +91,9 @@ class RecommendRequest(Config):
     """Length of the list."""
     exclude_seen: bool = True
     """Whether items of the history are left out."""
-    allow: tuple[Id, ...] | None = None
+    allow: _Ids | None = None
     """If given, only these items may be in the list."""
-    deny: tuple[Id, ...] | None = None
+    deny: _Ids | None = None
     """Items that may not be in the list."""
     new_items: dict[_NewId, dict[str, JsonValue]] | None = Field(default=None, max_length=100)
     """Items that are not in the catalogue, to be ranked with it: from id to features, column of the

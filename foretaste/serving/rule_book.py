@@ -17,9 +17,15 @@ from torch import Tensor
 from foretaste.errors import DataError
 from foretaste.retrieval.index import TopK
 from foretaste.serving.catalogue_search import Best, Stages
-from foretaste.serving.item_labels import Carried, ItemLabels, carried_beside, labels_of_new
-from foretaste.serving.items import NewItems
-from foretaste.serving.rules import Diversity, Rules
+from foretaste.serving.profiles import NewItems
+from foretaste.serving.rules import (
+    Carried,
+    Diversity,
+    ItemLabels,
+    Rules,
+    carried_beside,
+    labels_of_new,
+)
 
 LONGEST = 1000
 """The longest list that caps and diversity arrange."""

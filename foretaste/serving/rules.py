@@ -1,7 +1,19 @@
-"""What a list may hold, whoever scored it: filters on attributes, caps on categories, diversity."""
+"""What a list may hold, whoever scored it: filters on attributes, caps on categories, diversity.
 
-from typing import Annotated, Literal
+And what the item table, or a request that has new items, says of the items that they are asked of.
 
+Shape legend: I items, E labels of all items, N labels of some, M items found.
+"""
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from datetime import UTC, date, datetime
+from functools import cached_property
+from typing import Annotated, Literal, NamedTuple, final
+
+import numpy as np
+import polars as pl
+from jaxtyping import Bool, Float64, Int64
 from pydantic import (
     BeforeValidator,
     Field,
@@ -14,6 +26,15 @@ from pydantic import (
 )
 
 from foretaste.config import Config, Count
+from foretaste.data.arrays import ranges
+from foretaste.data.columns import in_words
+from foretaste.data.features_fitted import bags_of
+from foretaste.data.features_schema import separator_of
+from foretaste.data.features_values import numbers_of, texts_of
+from foretaste.data.vocabulary import number_ids
+from foretaste.errors import DataError, did_you_mean
+from foretaste.later import later
+from foretaste.serving.profiles import Told
 
 
 def _as_many(values: object) -> object:
@@ -98,3 +119,362 @@ class Rules(Config):
 
 NO_RULES = Rules()
 """Nothing is filtered, capped or reordered."""
+
+sparse = later("scipy.sparse")
+
+_NONE = np.empty(0, dtype=np.int64)
+_WHOLE = re.compile(r"[+-]?[0-9]{1,20}")
+
+
+class Carried(NamedTuple):
+    """The labels that some items carry."""
+
+    row_N: Int64[np.ndarray, " N"]
+    """Which of the items, by its place among them; never falling."""
+    code_N: Int64[np.ndarray, " N"]
+
+
+@final
+class Labels:
+    """One column's values as codes, from items to codes and back."""
+
+    def __init__(self, column: pl.Series, separator: str | None = None) -> None:
+        """Read a column.
+
+        Args:
+            column: A value, or several, for each item.
+            separator: What stands between values of a text; see `separator_of`.
+
+        Raises:
+            DataError: It holds an infinite number, or what is no label.
+        """
+        self.name, self.dtype, self.separator = column.name, column.dtype, separator
+        self.several = separator is not None or isinstance(column.dtype, pl.List | pl.Array)
+        if self.several:
+            text_E, row_E = bags_of(column, separator=separator)
+        else:
+            text = texts_of(column)
+            row_E = np.flatnonzero(text.is_not_null().to_numpy())
+            text_E = text.drop_nulls()
+        self.texts, code_E = number_ids(text_E)
+        self._codes = sparse.csr_array(
+            (np.ones(len(row_E), np.bool_), (row_E, code_E.astype(np.int64))),
+            shape=(len(column), len(self.texts)),
+        )
+        self._items = self._codes.tocsc()
+
+    @property
+    def ordered(self) -> bool:
+        """Whether numbers or times may be compared."""
+        return self.dtype.is_numeric() or self.dtype in (pl.Date, pl.Datetime)
+
+    def most_frequent(self, num: int) -> list[str]:
+        """Return the labels that most items carry; ties in the order of text."""
+        order_V = np.argsort(-np.diff(self._items.indptr), kind="stable")
+        return self.texts.ids.gather(order_V[:num]).to_list()
+
+    def of(self, item_M: Int64[np.ndarray, " M"]) -> Carried:
+        """Return what some items carry."""
+        start_M, end_M = self._codes.indptr[item_M], self._codes.indptr[item_M + 1]
+        row_N = np.repeat(np.arange(len(item_M)), end_M - start_M)
+        index_N, _ = ranges(start_M, end_M - start_M)
+        return Carried(row_N, self._codes.indices[index_N])
+
+    def items_with(self, value: Value) -> Int64[np.ndarray, " M"]:
+        """Return the items that carry a value as a label, which may be unknown.
+
+        Raises:
+            DataError: No such value can stand in a column of this type.
+        """
+        code = self.texts.find(self._spelled(value))
+        if code < 0:
+            return _NONE
+        start, end = self._items.indptr[code : code + 2]
+        item_M: Int64[np.ndarray, " M"] = self._items.indices[start:end]
+        return item_M
+
+    def _spelled(self, value: Value) -> str:
+        inner = self.dtype.inner if isinstance(self.dtype, pl.List | pl.Array) else self.dtype
+        text = str(texts_of(pl.Series([value])).fill_null("")[0])
+        try:
+            if inner == pl.Boolean and text not in ("true", "false"):
+                raise ValueError
+            if inner == pl.Date:
+                return date.fromisoformat(text).isoformat()
+            if inner.is_numeric():
+                if _WHOLE.fullmatch(text):
+                    return str(int(text))
+                return str(texts_of(pl.Series([float(text)]))[0])
+        except ValueError:
+            held = in_words(pl.Series(dtype=inner))
+            message = f"column {self.name!r} holds {held}, and {value!r} is none"
+            raise DataError(message, column=self.name, value=value) from None
+        return text
+
+
+@final
+class ItemLabels:
+    """The item table, column by column; each is read when it is first asked for."""
+
+    def __init__(
+        self,
+        table: pl.DataFrame | None,
+        *,
+        num_items: int,
+        separators: Mapping[str, str | None] | None = None,
+    ) -> None:
+        """Take a table.
+
+        Args:
+            table: A row for each item; None: nothing is known of them.
+            num_items: I.
+            separators: By column, what stands between values of a text; None: as the texts show.
+        """
+        self._table, self._num_items, self._separators = table, num_items, separators
+        self._labels: dict[str, Labels] = {}
+        self._numbers: dict[str, Float64[np.ndarray, " I"]] = {}
+
+    @cached_property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that rules may name: not vectors, nor bytes."""
+        columns = [] if self._table is None else self._table.iter_columns()
+        return tuple(column.name for column in columns if _is_readable(column))
+
+    @property
+    def readable(self) -> tuple[str, ...]:
+        """Those of the columns whose every value can be read."""
+        return tuple(name for name in self.columns if self._can_read(name))
+
+    def labels(self, name: str) -> Labels:
+        """Return a column's labels.
+
+        Raises:
+            DataError: There is no such column, or it holds no labels.
+        """
+        if name not in self._labels:
+            column = self._column(name)
+            self._labels[name] = Labels(column, self._separator(column))
+        return self._labels[name]
+
+    def numbers(self, name: str) -> Float64[np.ndarray, " I"]:
+        """Return a column's numbers, NaN where missing; dates and times as days since 1970.
+
+        Raises:
+            DataError: There is no such column, or it holds neither numbers nor times.
+        """
+        if name not in self._numbers:
+            column = self._column(name)
+            if not self.labels(name).ordered:
+                raise DataError(
+                    f"column {name!r} holds {in_words(column)}: at_least and at_most need numbers, "
+                    "dates or times",
+                    column=name,
+                )
+            self._numbers[name] = numbers_of(column)
+        return self._numbers[name]
+
+    def matching(self, where: Mapping[str, Condition]) -> Bool[np.ndarray, " I"]:
+        """Return the items that meet every condition.
+
+        Raises:
+            DataError: A column is unknown, or a condition cannot be asked of it.
+        """
+        matching_I = np.ones(self._num_items, dtype=np.bool_)
+        for name, condition in where.items():
+            matching_I &= self._meeting(name, condition)
+        return matching_I
+
+    def _separator(self, column: pl.Series) -> str | None:
+        if self._separators is not None:
+            return self._separators[column.name]
+        return separator_of(texts_of(column)) if column.dtype == pl.String else None
+
+    def _can_read(self, name: str) -> bool:
+        try:
+            self.labels(name)
+        except DataError:  # an infinite number, which training did without
+            return False
+        return True
+
+    def _meeting(self, name: str, asked: Condition) -> Bool[np.ndarray, " I"]:
+        meeting_I = np.ones(self._num_items, dtype=np.bool_)
+        if asked.at_least is not None:
+            meeting_I &= self.numbers(name) >= self._bound(name, asked.at_least)
+        if asked.at_most is not None:
+            meeting_I &= self.numbers(name) <= self._bound(name, asked.at_most)
+        if asked.equals is not None:
+            self._refuse_unless(name, several=False, asked="equals", mend="contains")
+            meeting_I &= self._with_any(name, [asked.equals])
+        if asked.contains is not None:
+            self._refuse_unless(name, several=True, asked="contains", mend="equals or one_of")
+            for value in asked.contains:
+                meeting_I &= self._with_any(name, [value])
+        if asked.one_of is not None:
+            meeting_I &= self._with_any(name, asked.one_of)
+        if asked.none_of is not None:
+            meeting_I &= ~self._with_any(name, asked.none_of)
+        return meeting_I
+
+    def _with_any(self, name: str, values: Sequence[Value]) -> Bool[np.ndarray, " I"]:
+        found_I = np.zeros(self._num_items, dtype=np.bool_)
+        for value in values:
+            found_I[self.labels(name).items_with(value)] = True
+        return found_I
+
+    def _refuse_unless(self, name: str, *, several: bool, asked: str, mend: str) -> None:
+        if self.labels(name).several != several:
+            holds = "one value" if several else "several values"
+            raise DataError(
+                f"column {name!r} holds {holds} per item: use {mend}, not {asked}", column=name
+            )
+
+    def _bound(self, name: str, bound: Bound) -> float:
+        dtype = self._column(name).dtype
+        is_time = dtype in (pl.Date, pl.Datetime)
+        if isinstance(bound, str) != is_time:
+            wanted = "an ISO date or time, such as 2024-02-29" if is_time else "a number"
+            raise DataError(
+                f"column {name!r} holds {in_words(self._column(name))}: a bound is {wanted}, not "
+                f"{bound!r}",
+                column=name,
+                value=bound,
+            )
+        if not isinstance(bound, str):
+            return float(bound)
+        return _days(name, bound)
+
+    def _column(self, name: str) -> pl.Series:
+        if self._table is None:
+            raise DataError(
+                f"rules name the column {name!r}, and this model has no item table: train it on "
+                "events that have one",
+                column=name,
+            )
+        if name in self.columns:
+            return self._table[name]
+        if name in self._table.columns:
+            raise DataError(
+                f"column {name!r} holds {in_words(self._table[name])}: rules cannot use such a "
+                "column",
+                column=name,
+            )
+        raise DataError(
+            f"rules name the column {name!r}, and the item table has "
+            f"{', '.join(self.columns) or 'none that rules read'}"
+            f"{did_you_mean(name, self.columns)}",
+            column=name,
+        )
+
+
+def _is_readable(column: pl.Series) -> bool:
+    is_list = isinstance(column.dtype, pl.List | pl.Array)
+    inner = column.dtype.inner if is_list else column.dtype  # type: ignore[attr-defined]  # a list's
+    is_vector = is_list and inner.is_float()
+    return not is_vector and not inner.is_nested() and inner not in (pl.Binary, pl.Object)
+
+
+def _days(name: str, text: str) -> float:
+    """Return a time as days since 1970; one that names no zone is in UTC."""
+    try:
+        time = datetime.fromisoformat(text)
+    except ValueError:
+        raise DataError(
+            f"column {name!r} holds times, and {text!r} is none: write it as 2024-02-29 or "
+            "2024-02-29T12:00:00",
+            column=name,
+            value=text,
+        ) from None
+    return time.replace(tzinfo=time.tzinfo or UTC).timestamp() / 86_400
+
+
+def labels_of_new(labels: ItemLabels, told: Told, columns: Collection[str]) -> ItemLabels:
+    """Return a table of new items like the catalogue's; what an item does not tell is missing.
+
+    Args:
+        labels: Of the catalogue: says what each column holds.
+        told: What is known of each new item; R of them.
+        columns: Those that rules name.
+
+    Raises:
+        DataError: A column is unknown, or a value is none that it can hold; it says of which item.
+    """
+    table, separators = {}, {}
+    for name in columns:
+        own = labels.labels(name)
+        separators[name] = own.separator
+        is_list = isinstance(own.dtype, pl.List | pl.Array)
+        like = pl.Series(name, [], dtype=own.dtype)
+        like = like.explode() if is_list else like
+        values = [_as_told(item_id, said.get(name), own, like) for item_id, said in told.items()]
+        dtype = pl.List(pl.String) if is_list else _held(like).dtype
+        table[name] = pl.Series(name, values, dtype=dtype)
+    return ItemLabels(pl.DataFrame(table), num_items=len(told), separators=separators)
+
+
+def carried_beside(
+    own: Labels, new: Labels, item_M: Int64[np.ndarray, " M"], first: int
+) -> Carried:
+    """Return what items carry, whether the catalogue has them or not, under the same codes.
+
+    Args:
+        own: A column of the item table.
+        new: The same of new items.
+        item_M: Rows; those from `first` on are new.
+        first: The first new row.
+    """
+    is_new_M = item_M >= first
+    known, added = own.of(item_M[~is_new_M]), new.of(item_M[is_new_M] - first)
+    code_V = own.texts.encode(new.texts.ids)
+    code_V = np.where(code_V < 0, len(own.texts) + np.arange(len(code_V)), code_V)
+    row_N = np.concatenate(
+        [np.flatnonzero(~is_new_M)[known.row_N], np.flatnonzero(is_new_M)[added.row_N]]
+    )
+    order_N = np.argsort(row_N, kind="stable")
+    return Carried(row_N[order_N], np.concatenate([known.code_N, code_V[added.code_N]])[order_N])
+
+
+def _held(like: pl.Series) -> pl.Series:
+    """Return an empty column for single values as `_as_one` gives them."""
+    if like.dtype.is_numeric():
+        return like.cast(pl.Float64)
+    typed = like.dtype in (pl.Boolean, pl.Date, pl.Datetime)
+    return like if typed else pl.Series(like.name, [], dtype=pl.String)
+
+
+def _as_told(item_id: object, value: object, own: Labels, like: pl.Series) -> object:
+    """Return a value as a column of its type takes it, None where missing."""
+    if value is None or value == "" or value != value:
+        return None
+    try:
+        if isinstance(own.dtype, pl.List | pl.Array):
+            parts = value if isinstance(value, list | tuple) else [value]
+            return texts_of(pl.Series([_as_one(part, like) for part in parts])).to_list()
+        if own.separator is not None and isinstance(value, list | tuple):
+            return own.separator.join(str(_as_one(part, like)) for part in value)
+        return _as_one(value, like)
+    except (ValueError, TypeError, OverflowError, DataError, pl.exceptions.PolarsError):
+        raise DataError(
+            f"rules look at the column {own.name!r}, which holds "
+            f"{in_words(pl.Series(dtype=own.dtype))}; the new item {item_id!r} has {value!r} "
+            "there, which is none",
+            column=own.name,
+            value=value,
+        ) from None
+
+
+def _as_one(value: object, like: pl.Series) -> object:
+    """Return a single value as a column like `like` holds it: any number is a float."""
+    text = texts_of(pl.Series([value]))[0]
+    if text is None or (like.dtype == pl.Boolean and text not in ("true", "false")):
+        raise ValueError
+    if like.dtype == pl.Boolean:
+        return text == "true"
+    if like.dtype.is_numeric():
+        return float(text)
+    if like.dtype == pl.Date:
+        return date.fromisoformat(text)
+    if like.dtype == pl.Datetime:
+        time = datetime.fromisoformat(text)
+        time = time.replace(tzinfo=time.tzinfo or UTC).astimezone(UTC).replace(tzinfo=None)
+        return pl.Series([time]).cast(like.dtype)[0]
+    return str(text)

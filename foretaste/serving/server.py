@@ -23,15 +23,13 @@ from starlette.types import ASGIApp
 
 from foretaste.arguments import checked
 from foretaste.errors import ConfigError, ForetasteError
-from foretaste.serving.access import access_of
 from foretaste.serving.api import create_app
-from foretaste.serving.connection import limited
-from foretaste.serving.metrics import Metrics
+from foretaste.serving.guard import limited
+from foretaste.serving.metrics import Admission, Metrics
 from foretaste.serving.service import Service
-from foretaste.serving.settings import ServerSettings
-from foretaste.serving.slot import Loaded, ModelSlot, load_version
+from foretaste.serving.settings import ServerSettings, access_of
+from foretaste.serving.slot import Loaded, ModelSlot, Trials, load_version
 from foretaste.serving.state import cause_of, open_live_events, state_beside
-from foretaste.serving.trial import Trials
 from foretaste.serving.versions import Versions, read_key
 
 T = TypeVar("T")
@@ -86,9 +84,10 @@ def serve(
             report=partial(_log_store, write_log),
         )
         if chosen is None or slot.current.version != chosen.version:
-            _if_it_answers(service.publish, write_log)
-        app = create_app(service, settings=settings, access=access, write_log=write_log)
-        config = server_config(app, settings, metrics)
+            _if_it_answers(lambda: service.publish(chosen), write_log)
+        admission = Admission(settings, metrics, write_log)
+        app = create_app(service, settings=settings, access=access, admission=admission)
+        config = server_config(app, settings, admission)
         with (
             _listen(settings) as listener,
             _signals(lambda: _reload(service, write_log)),
@@ -113,11 +112,11 @@ def _trials(settings: ServerSettings) -> Trials:
     return Trials(timeout_s=settings.load_timeout_s, within_s=settings.answer_timeout_s)
 
 
-def server_config(app: ASGIApp, settings: ServerSettings, metrics: Metrics) -> uvicorn.Config:
+def server_config(app: ASGIApp, settings: ServerSettings, admission: Admission) -> uvicorn.Config:
     """Return how uvicorn serves the application: quietly, and within the bounds of settings."""
     return uvicorn.Config(
         app,
-        http=limited(settings, metrics),
+        http=limited(settings, admission),
         ws="none",
         access_log=False,
         log_config=None,

@@ -1,6 +1,6 @@
 """What the server answers, without HTTP: requests in, replies out."""
 
-import math
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -10,7 +10,6 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from foretaste.errors import DataError, ForetasteError
 from foretaste.serving.answer import Answer, Recommendation
-from foretaste.serving.item_labels import ItemLabels
 from foretaste.serving.messages import (
     Column,
     ColumnsReply,
@@ -31,7 +30,8 @@ from foretaste.serving.messages import (
     UsersReply,
 )
 from foretaste.serving.metrics import Metrics
-from foretaste.serving.settings import ServerSettings
+from foretaste.serving.rules import ItemLabels
+from foretaste.serving.settings import Bucket, ServerSettings
 from foretaste.serving.slot import Loaded, ModelSlot
 from foretaste.serving.state import Choice, LiveEvent, LiveEvents, cause_of
 
@@ -40,7 +40,7 @@ SHOWN_VALUES = 200
 WITHOUT_STORE = (
     "the store of live events does not answer: what the user did since training had no influence"
 )
-STORE_RETRY_S = 1.0
+WITHOUT_REASONS = "reasons were left out: the server computes as many as it may at one time"
 FUTURE_S = 86_400
 """An event may be this much ahead of the server's clock."""
 
@@ -76,8 +76,9 @@ class Service:
         self.metrics = metrics
         self._settings = settings
         self._bundle = bundle
-        self._clock, self._report = clock, report
-        self._patient_clock, self._asleep_until = time.monotonic, -math.inf
+        self._clock, self._latest_s, self._report = clock, 0, report
+        self._reports = Bucket(60)
+        self._explaining = threading.Semaphore(max(1, settings.num_threads // 2))
         metrics.model.info({"version": slot.current.version})
 
     def recommend(self, asked: RecommendRequest) -> RecommendReply:
@@ -118,7 +119,14 @@ class Service:
         place = "active" if loaded is self.slot.current else "canary"
         self.metrics.answers.labels(answer.source, place).inc()
         self.metrics.answer_seconds.labels(place).observe(sum(answer.seconds.values()))
-        because = self._because(loaded, user_id, history, answer) if asked.explain else {}
+        because: dict[str, Item] = {}
+        if asked.explain and self._explaining.acquire(blocking=False):
+            try:
+                because = self._because(loaded, user_id, history, answer)
+            finally:
+                self._explaining.release()
+        elif asked.explain:
+            missing = (*missing, WITHOUT_REASONS)
         return RecommendReply(
             user_id=user_id,
             user_known=answer.user_known,
@@ -173,11 +181,14 @@ class Service:
         loaded = self.slot.current
         user_id = loaded.catalogue.user_id(user_id)
         live = self._live(loaded, user_id)
+        num_live = len(live)
+        if num_live >= self._settings.max_history:  # there may be more than were read
+            num_live = self.events.count(user_id)
         return HistoryReply(
             user_id=user_id,
             user_known=loaded.catalogue.knows_user(user_id),
             events=loaded.catalogue.past(user_id, live, limit=limit),
-            total=len(live) + loaded.catalogue.num_past(user_id),
+            total=num_live + loaded.catalogue.num_past(user_id),
         )
 
     def add_events(self, asked: Sequence[EventRequest]) -> EventsReply:
@@ -194,7 +205,7 @@ class Service:
                 name="events",
                 value=len(asked),
             )
-        now_s = int(self._clock())
+        now_s = self._latest_s = max(self._latest_s, int(self._clock()))  # it may be set back
         loaded = self.slot.current
         catalogue, ranks = loaded.catalogue, loaded.recommender.ranks
         for position, event in enumerate(asked):
@@ -295,9 +306,13 @@ class Service:
             last_refusal=self.slot.last_error,
         )
 
-    def publish(self) -> None:
-        """Tell the other servers on this database what serves here."""
-        self._publish(self.slot.choice)
+    def publish(self, seen: Choice | None) -> None:
+        """Tell the other servers on this database what serves here, if they still agree on `seen`.
+
+        They may not: the database may have been away when it was asked.
+        """
+        if self.events.chosen(self._bundle.name) == seen:
+            self._publish(self.slot.choice)
 
     def follow(self) -> bool:
         """Switch to what the servers on this database have agreed on; return whether it did.
@@ -343,15 +358,14 @@ class Service:
     def _live_if_any(self, loaded: Loaded, user_id: str) -> tuple[list[LiveEvent], tuple[str, ...]]:
         """Return a user's live events; none, and a note, while the store does not answer.
 
-        After a failure it is asked once a second, so that a store that hangs slows no answer more.
+        Why is reported once a second at most, after the first minute's 60.
         """
-        if self._patient_clock() >= self._asleep_until:
-            try:
-                return self._live(loaded, user_id), ()
-            except SQLAlchemyError as error:
-                self._asleep_until = self._patient_clock() + STORE_RETRY_S
+        try:
+            return self._live(loaded, user_id), ()
+        except SQLAlchemyError as error:
+            if not self._reports.wait_s():
                 self._report(error)
-        return [], (WITHOUT_STORE,)
+            return [], (WITHOUT_STORE,)
 
     def _live(self, loaded: Loaded, user_id: str) -> list[LiveEvent]:
         with self.metrics.store("read"):

@@ -1,10 +1,26 @@
-"""What a person chooses about the server."""
+"""What a person chooses about the server, and who may do what there: tokens known by their hashes,
+their roles, and a bound on each one's requests.
 
+A token is made here, with 256 random bits, and shown once; what is kept is its SHA-256, from which
+nobody gets back to it.
+"""
+
+import hashlib
+import ipaddress
+import os
+import secrets
+import tempfile
+import time
+import tomllib
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Literal, final
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, field_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, field_validator, model_validator
 
-from foretaste.config import Config, Count
+from foretaste.arguments import checked
+from foretaste.config import Config, Count, parse_settings
+from foretaste.errors import ConfigError
 
 
 class ServerSettings(Config):
@@ -59,8 +75,11 @@ class ServerSettings(Config):
     """Most events in one request."""
     max_concurrency: Count = 64
     """Most requests in progress or waiting; the next is answered 503 with Retry-After."""
+    max_wait_s: PositiveFloat = 0.05
+    """Seconds that a request for a list may be expected to wait for those before it; the next is
+    answered 503, if there are more than twice `num_threads`."""
     num_threads: Count = Field(default=4, le=1024)
-    """Threads that compute answers; torch uses one core in each."""
+    """Threads that compute answers; torch uses one core in each. Calls of the store have others."""
     body_timeout_s: PositiveFloat = 20.0
     """Seconds a client may take to send its body, before 408."""
     max_bodies_bytes: Count = 67_108_864
@@ -78,7 +97,7 @@ class ServerSettings(Config):
     write_timeout_s: PositiveFloat = 20.0
     """Seconds that a client may leave an answer unread before its connection is closed."""
     max_connections: Count = 1_000
-    """Most connections at one time, and at most 64 fewer than the files that the process may open;
+    """Most connections at one time, and at most 64 fewer than the process may still open files;
     the next is answered 503."""
     max_connections_per_address: Count = 500
     """Most connections from one address; behind a proxy all come from one."""
@@ -94,3 +113,220 @@ class ServerSettings(Config):
         if token is not None and not token.strip():
             raise ValueError("is empty: give the secret, or leave it out to serve without one")
         return token
+
+
+Role = Literal["read", "write", "admin"]
+"""read: answers, the catalogue, histories, the model, metrics. write: live events, stored and
+deleted. admin: all of it, and the model's reload."""
+_READERS = frozenset({"GET", "HEAD", "OPTIONS"})
+
+
+class TokenConfig(Config):
+    """A token that the server knows by its hash."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")
+    """Letters, digits, dots, dashes and underscores; the log shows it."""
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$", repr=False)
+    """The token's SHA-256, in hexadecimal."""
+    roles: tuple[Role, ...] = Field(default=("read",), min_length=1)
+    """What the token allows."""
+    requests_per_minute: Count | None = None
+    """Most requests in a minute, which may all come at once; None: no limit."""
+
+
+class TokensConfig(Config):
+    """A file of tokens."""
+
+    tokens: tuple[TokenConfig, ...] = ()
+    """The tokens, each with its name, hash, roles and limit."""
+
+    @model_validator(mode="after")
+    def _each_once(self) -> "TokensConfig":
+        for name in ("name", "sha256"):
+            values = [getattr(token, name) for token in self.tokens]
+            if len(set(values)) < len(values):
+                raise ValueError(f"two tokens have the same {name}: keep one of them")
+        return self
+
+
+def needed_role(method: str, path: str) -> Role:
+    """Return the role that a request needs; of what is not known here, admin."""
+    if method in _READERS or path == "/v1/recommend":
+        return "read"
+    if path == "/v1/events" or (method == "DELETE" and path.endswith("/events")):
+        return "write"
+    return "admin"
+
+
+@final
+class Bucket:
+    """Lets so many through in a minute: all of them at once, then evenly."""
+
+    def __init__(self, per_minute: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._most, self._clock = per_minute, clock
+        self._left, self._counted_at = float(per_minute), clock()
+
+    def wait_s(self) -> float:
+        """Take one and return 0, or in how many seconds there will be one."""
+        now, most = self._clock(), self._most
+        self._left = min(float(most), self._left + (now - self._counted_at) * most / 60)
+        self._counted_at = now
+        if self._left < 1:
+            return (1 - self._left) * 60 / most
+        self._left -= 1
+        return 0.0
+
+
+@final
+class Token:
+    """A token at work: what it may do, and how many requests it has left."""
+
+    def __init__(self, config: TokenConfig, clock: Callable[[], float]) -> None:
+        self.name = config.name
+        self._roles, bound = frozenset(config.roles), config.requests_per_minute
+        self._bucket = None if bound is None else Bucket(bound, clock)
+
+    def may(self, role: Role) -> bool:
+        """Return whether it has a role."""
+        return role in self._roles or "admin" in self._roles
+
+    def wait_s(self) -> float:
+        """Count one request; return 0, or in how many seconds there is room for it."""
+        return 0.0 if self._bucket is None else self._bucket.wait_s()
+
+
+@final
+class Access:
+    """The tokens of a server; without any, everybody may do everything."""
+
+    def __init__(
+        self, tokens: Iterable[TokenConfig], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._by_hash = {token.sha256: Token(token, clock) for token in tokens}
+
+    @property
+    def is_open(self) -> bool:
+        """Whether no token is asked for."""
+        return not self._by_hash
+
+    def find(self, given: bytes) -> Token | None:
+        """Return the token that a request carries, None if it is none of them."""
+        return self._by_hash.get(hashlib.sha256(given).hexdigest())
+
+
+def access_of(settings: ServerSettings) -> Access:
+    """Return the tokens that a server's settings name.
+
+    Raises:
+        ConfigError: The file of tokens cannot be read or is wrong, or other machines can reach the
+            server and no token is asked for.
+    """
+    tokens: list[TokenConfig] = []
+    if settings.token is not None:
+        digest = hashlib.sha256(settings.token.encode()).hexdigest()
+        tokens.append(TokenConfig(name="token", sha256=digest, roles=("admin",)))
+    if settings.token_file is not None:
+        found = read_tokens(settings.token_file).tokens
+        if not found:
+            raise ConfigError(
+                f"{settings.token_file} holds no token: write one with `foretaste token`",
+                name="token_file",
+                value=settings.token_file,
+            )
+        tokens.extend(found)
+    access = Access(tokens)
+    if access.is_open and not (settings.allow_anyone or is_loopback(settings.host)):
+        raise ConfigError(
+            f"{settings.host} is open to other machines and needs no token: give `token` "
+            "or `token_file`, listen on 127.0.0.1, or set `allow_anyone = true` if others may "
+            "read, write and reload",
+            name="token",
+        )
+    return access
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether only this machine reaches an address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def read_tokens(path: Path) -> TokensConfig:
+    """Read a file of tokens.
+
+    Raises:
+        ConfigError: It cannot be read, is no TOML, or a token in it is wrong.
+    """
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(
+            f"{path} cannot be read as a file of tokens: {reason}; write one with "
+            "`foretaste token`",
+            name="token_file",
+            value=path,
+        ) from error
+    return parse_settings(TokensConfig, values, source=str(path))
+
+
+@checked
+def add_token(
+    path: Path | str,
+    name: str,
+    *,
+    roles: Sequence[str] = ("read",),
+    requests_per_minute: int | None = None,
+) -> str:
+    """Make a token, add its hash to a file that only its owner may read, and return the token.
+
+    Args:
+        path: The file; it is made where there is none.
+        name: Name of the token in the log.
+        roles: What it may do.
+        requests_per_minute: Its bound, if it has one.
+
+    Raises:
+        ConfigError: The file cannot be read or written, or the name is wrong or taken.
+    """
+    path = Path(path)
+    known = read_tokens(path).tokens if path.exists() else ()
+    token = secrets.token_urlsafe(32)
+    values = {
+        "name": name,
+        "sha256": hashlib.sha256(token.encode()).hexdigest(),
+        "roles": tuple(roles),
+        "requests_per_minute": requests_per_minute,
+    }
+    made = parse_settings(TokenConfig, values, source="the token")
+    if made.name in [one.name for one in known]:
+        raise ConfigError(
+            f"{path} holds a token of the name {name}: choose another", name="name", value=name
+        )
+    lines = [f'name = "{made.name}"', f'sha256 = "{made.sha256}"', f"roles = {list(made.roles)}"]
+    if made.requests_per_minute is not None:
+        lines.append(f"requests_per_minute = {made.requests_per_minute}")
+    try:
+        text = path.read_text(encoding="utf-8") + "\n" if path.exists() else ""
+        _replace(path, text + "[[tokens]]\n" + "\n".join(lines) + "\n")
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be written: {error.strerror}; give another place",
+            name="path",
+            value=path,
+        ) from error
+    return token
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file whole or not at all, with no rights for others."""
+    handle, name = tempfile.mkstemp(dir=path.absolute().parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise

@@ -2,9 +2,9 @@
 
 SQLite by default (write-ahead log, synchronous FULL: a commit has reached the disk), PostgreSQL by
 its URL, with synchronous_commit on; both through SQLAlchemy Core and the same statements. Whoever
-waits for a lock, a statement or a connection gives up after a time that the server chooses, and
-calls of PostgreSQL run in threads of their own, so that a network that swallows them holds none
-of the server's.
+waits for a lock, a statement or a connection gives up after a time that the server chooses; calls
+of PostgreSQL run in threads of their own, as a network may swallow them. A database that has just
+let a caller wait in vain is asked by one caller at a time, until it answers.
 
 The tables carry the version of their layout. It changes by `_LAYOUTS`, whose statements run once,
 in one transaction with the new version's row.
@@ -13,6 +13,7 @@ in one transaction with the new version's row.
 import math
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
@@ -20,7 +21,6 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from queue import SimpleQueue
 from typing import TYPE_CHECKING, TypeVar, final
 
 import sqlalchemy as sa
@@ -59,10 +59,9 @@ _CHOICES = sa.Table(
 )
 _LAYOUT = sa.Table("foretaste_layout", _TABLES, sa.Column("version", sa.Integer, primary_key=True))
 _LAYOUTS: dict[int, tuple[str, ...]] = {1: (), 2: ()}
-"""What brings the tables of the version before to each; tables that are missing are made first.
-Version 1 had events alone and no row that says so."""
+"""What brings the tables of the version before to each; version 1 had events alone and no row."""
 _CHUNK = 5_000
-"""Old events deleted in one transaction, which others wait for."""
+"""Events deleted in one transaction, which others wait for."""
 _GIVEN = ("user_id", "item_id", "timestamp_s", "event_id")
 """The columns that an event fills."""
 _NEWEST = (  # built once: building it again takes longer than the look-up itself
@@ -100,38 +99,25 @@ class Choice:
     share: float = 0.0
 
 
-@final
-class _Threads:
-    """Runs calls in threads of their own, for each of which the caller waits only so long."""
+def _within(seconds: float, call: Callable[[], T]) -> T:
+    """Return what a call returns, made in a thread of its own, which may outlive the wait for it.
 
-    def __init__(self, number: int, *, timeout_s: float) -> None:
-        self._timeout_s = timeout_s
-        self._calls: SimpleQueue[tuple[Future[object], Callable[[], object]]] = SimpleQueue()
-        for _ in range(number):
-            threading.Thread(target=self._work, name="store", daemon=True).start()
+    Raises:
+        sqlalchemy.exc.TimeoutError: It took longer.
+    """
+    future: Future[T] = Future()
 
-    def run(self, call: Callable[[], T]) -> T:
-        """Return what a call returns.
-
-        Raises:
-            sqlalchemy.exc.TimeoutError: It took longer; it may still come to its end.
-        """
-        future: Future[T] = Future()
-        self._calls.put((future, call))  # type: ignore[arg-type]  # a queue of calls of all types
+    def work() -> None:
         try:
-            return future.result(self._timeout_s)
-        except FutureTimeout:
-            future.cancel()
-            raise sa.exc.TimeoutError(f"no answer within {self._timeout_s:g} s") from None
+            future.set_result(call())
+        except BaseException as error:  # noqa: BLE001 - it is the caller's
+            future.set_exception(error)
 
-    def _work(self) -> None:
-        while True:
-            future, call = self._calls.get()
-            if future.set_running_or_notify_cancel():
-                try:
-                    future.set_result(call())
-                except BaseException as error:  # noqa: BLE001 - it is the caller's
-                    future.set_exception(error)
+    threading.Thread(target=work, name="store", daemon=True).start()
+    try:
+        return future.result(seconds)
+    except FutureTimeout:
+        raise sa.exc.TimeoutError(f"no answer within {seconds:g} s") from None
 
 
 @final
@@ -143,18 +129,38 @@ class LiveEvents:
         self._lock = threading.Lock()
         self._is_laid_out = False
         self._file: tuple[int, int] | None = None
-        is_sqlite = engine.dialect.name == "sqlite"
-        most_s = 2 * timeout_s + _connection_s(timeout_s)  # a lock, a statement and a connection
-        self._threads = None if is_sqlite else _Threads(8, timeout_s=most_s)
+        self._most_s = 2 * timeout_s + _connection_s(timeout_s)
+        """A lock, a statement and a connection may be waited for, one after the other."""
+        self._is_sqlite = engine.dialect.name == "sqlite"
+        self._ask_again_s = {"read": 0.0, "write": 0.0}
+        """After a call that was waited for in vain: when another may be made; else 0."""
 
-    def _run(self, call: Callable[[sa.Connection], T], *, writes: bool = False) -> T:
+    def _run(
+        self,
+        call: Callable[[sa.Connection], T],
+        *,
+        writes: bool = False,
+        within_s: float | None = None,
+    ) -> T:
         def act() -> T:
             self._lay_out()
             self._check_file()
             with self._writing() if writes else self._engine.connect() as connection:
                 return call(connection)
 
-        return act() if self._threads is None else self._threads.run(act)
+        kind, began_s = "write" if writes else "read", time.monotonic()
+        if began_s < self._ask_again_s[kind]:
+            raise sa.exc.TimeoutError("it did not answer in time and is asked again in a moment")
+        if self._ask_again_s[kind]:  # one caller finds out whether it answers again
+            self._ask_again_s[kind] = began_s + self._most_s
+        hung = False
+        try:
+            return act() if self._is_sqlite else _within(within_s or self._most_s, act)
+        except SQLAlchemyError:
+            hung = time.monotonic() - began_s >= 0.9 * self._timeout_s
+            raise
+        finally:
+            self._ask_again_s[kind] = time.monotonic() + self._timeout_s if hung else 0.0
 
     def _lay_out(self) -> None:
         if not self._is_laid_out:
@@ -173,11 +179,6 @@ class LiveEvents:
                 "use: put it back, or start the server again for a new one"
             )
 
-    @property
-    def place(self) -> str:
-        """Where the events are kept, without a password."""
-        return self._engine.url.render_as_string(hide_password=True)
-
     def add(self, events: Sequence[LiveEvent]) -> int:
         """Store events in the order given, all or none; on return they are on disk.
 
@@ -189,9 +190,7 @@ class LiveEvents:
         """
         if not events:
             return 0
-        insert = (
-            sqlite_dialect.insert if self._engine.dialect.name == "sqlite" else postgresql.insert
-        )
+        insert = sqlite_dialect.insert if self._is_sqlite else postgresql.insert
 
         def store(connection: sa.Connection) -> int:
             rows = [{name: getattr(event, name) for name in _GIVEN} for event in events]
@@ -222,29 +221,39 @@ class LiveEvents:
             self._lock.release()
 
     def of_user(self, user_id: str, *, limit: int) -> list[LiveEvent]:
-        """Return a user's newest `limit` events, oldest first; those of one second as they came."""
+        """Return a user's newest `limit` events, oldest first; those of one second as they came.
+
+        It is waited for no longer than for a statement: somebody waits for a list.
+        """
         asked = {"user": user_id, "most": limit}
-        rows = self._run(lambda connection: connection.execute(_NEWEST, asked).all())
+        rows = self._run(
+            lambda connection: connection.execute(_NEWEST, asked).all(), within_s=self._timeout_s
+        )
         return [LiveEvent(**row._mapping) for row in reversed(rows)]
 
     def forget(self, user_id: str) -> int:
         """Delete a user's live events and return how many there were."""
-        statement = sa.delete(_EVENTS).where(_EVENTS.c.user_id == user_id)
-        return self._run(lambda connection: connection.execute(statement).rowcount, writes=True)
+        return self._delete(_EVENTS.c.user_id == user_id)
 
     def retire(self, before_s: int) -> int:
-        """Delete events of before a time, some at a time, and return how many there were."""
-        old = sa.select(_EVENTS.c.seq).where(_EVENTS.c.timestamp_s < before_s).limit(_CHUNK)
-        statement, deleted = sa.delete(_EVENTS).where(_EVENTS.c.seq.in_(old)), 0
+        """Delete events of before a time and return how many there were."""
+        return self._delete(_EVENTS.c.timestamp_s < before_s)
+
+    def _delete(self, which: sa.ColumnElement[bool]) -> int:
+        """Delete events, some at a time: others wait for a transaction of many."""
+        some = sa.select(_EVENTS.c.seq).where(which).limit(_CHUNK)
+        statement, deleted = sa.delete(_EVENTS).where(_EVENTS.c.seq.in_(some)), 0
         while True:
             done = self._run(lambda connection: connection.execute(statement).rowcount, writes=True)
             deleted += done
             if done < _CHUNK:
                 return deleted
 
-    def count(self) -> int:
-        """Return how many events are stored, by reading all of them."""
+    def count(self, user_id: str | None = None) -> int:
+        """Return how many events are stored, all or those of a user, by reading each."""
         counted = sa.select(sa.func.count()).select_from(_EVENTS)
+        if user_id is not None:
+            counted = counted.where(_EVENTS.c.user_id == user_id)
         return self._run(lambda connection: connection.execute(counted).scalar_one())
 
     def chosen(self, bundle: str) -> Choice | None:
@@ -310,7 +319,7 @@ def open_live_events(state: str, *, timeout_s: float = 1.0) -> LiveEvents:
             name="state",
             value=shown,
         ) from error
-    settings = _sqlite_session(timeout_s) if is_sqlite else _postgresql_session(timeout_s)
+    settings = _session(timeout_s, is_sqlite=is_sqlite)
     sa.event.listen(engine, "connect", partial(_set_up, settings=settings))
     events = LiveEvents(engine, timeout_s=timeout_s)
     try:
@@ -356,20 +365,14 @@ def _url(state: str) -> sa.URL:
     return url
 
 
-def _sqlite_session(timeout_s: float) -> tuple[str, ...]:
-    return (
-        f"PRAGMA busy_timeout = {round(timeout_s * 1000)}",
-        "PRAGMA journal_mode = WAL",
-        "PRAGMA synchronous = FULL",
-    )
-
-
-def _postgresql_session(timeout_s: float) -> tuple[str, ...]:
-    return (
-        f"SET statement_timeout = {round(timeout_s * 1000)}",
-        f"SET lock_timeout = {round(timeout_s * 1000)}",
-        "SET synchronous_commit = on",  # the database's own setting may be off
-    )
+def _session(timeout_s: float, *, is_sqlite: bool) -> tuple[str, ...]:
+    """Return what each connection begins with."""
+    wait_ms = round(timeout_s * 1000)
+    if is_sqlite:
+        busy = f"PRAGMA busy_timeout = {wait_ms}"
+        return busy, "PRAGMA journal_mode = WAL", "PRAGMA synchronous = FULL"
+    waits = f"SET statement_timeout = {wait_ms}", f"SET lock_timeout = {wait_ms}"
+    return *waits, "SET synchronous_commit = on"  # the database's own setting may be off
 
 
 def _set_up(connection: DBAPIConnection, _: object, *, settings: tuple[str, ...]) -> None:
@@ -409,24 +412,25 @@ def _bring_to_layout(engine: sa.Engine) -> None:
         with engine.connect() as connection:
             version = connection.execute(sa.select(sa.func.max(_LAYOUT.c.version))).scalar() or 0
     if version > latest:
-        raise sa.exc.InvalidRequestError(
-            f"its tables have layout {version}, and this foretaste knows {latest}: install a newer "
-            "foretaste"
-        )
+        raise _foreign(f"tables have layout {version}, and this foretaste knows {latest}")
     for table in _TABLES.sorted_tables if version == latest else [_EVENTS]:
         if table.name in there:
             columns = {column["name"] for column in found.get_columns(table.name)}
             lacking = [column.name for column in table.columns if column.name not in columns]
             if lacking:
-                raise sa.exc.InvalidRequestError(
-                    f"its table {table.name} is not foretaste's: it has no {lacking[0]}"
-                )
+                raise _foreign(f"table {table.name} is not foretaste's: it has no {lacking[0]}")
     if version == latest:
         return
     try:
         _change_layout(engine, version, latest)
     except (IntegrityError, sa.exc.ProgrammingError, sa.exc.OperationalError):
         _change_layout(engine, latest, latest)  # another server did it since we looked
+
+
+def _foreign(what: str) -> SQLAlchemyError:
+    return sa.exc.InvalidRequestError(
+        f"its {what}; install a newer foretaste, or give it a new place"
+    )
 
 
 def _change_layout(engine: sa.Engine, version: int, latest: int) -> None:

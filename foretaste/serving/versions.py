@@ -12,7 +12,6 @@ import json
 import os
 import shutil
 import stat
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import final
@@ -248,7 +247,7 @@ def _bounded(path: Path) -> bytes:
 
 
 def _copy(bundle: Path, name: str, into: Path, size: int | None) -> None:
-    """Copy a file's bytes, shared by the file system where it can do that until one is changed."""
+    """Copy a file's bytes; what is there then is checked when the copy is loaded."""
     target = into / name
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -259,27 +258,11 @@ def _copy(bundle: Path, name: str, into: Path, size: int | None) -> None:
             if not stat.S_ISREG(found.st_mode) or size not in (None, found.st_size):
                 raise OSError(errno.EINVAL, f"{found.st_size} bytes, and {size} were written")
             with target.open("xb") as copy:
-                _copy_bytes(source.fileno(), copy.fileno(), found.st_size)
+                shutil.copyfileobj(source, copy, 2**22)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
             raise
         raise _refused(bundle, f"{name} cannot be copied: {error.strerror}") from error
-
-
-def _copy_bytes(source: int, target: int, size: int) -> None:
-    left = size
-    while left > 0:
-        try:
-            done = os.copy_file_range(source, target, left) if sys.platform == "linux" else -1
-        except OSError as error:
-            if error.errno not in (errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
-                raise
-            done = -1
-        if done < 0:  # another way where the system has none to copy by itself
-            done = os.write(target, os.read(source, min(left, 2**22)))
-        if not done:
-            raise OSError(errno.EIO, "it became shorter while it was copied")
-        left -= done
 
 
 def _refused(bundle: Path, why: str) -> BundleError:

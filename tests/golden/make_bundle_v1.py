@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from foretaste.serving.building import build_recommender
+from foretaste.serving.recommender import build_recommender
 from tests.worlds import make_events, make_trained
 
 QUESTIONS: list[tuple[str | None, list[str] | None]] = [
