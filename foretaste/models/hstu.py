@@ -204,7 +204,7 @@ class _OfEachHead(torch.autograd.Function):
         ctx.save_for_backward(index_BTL)
         ctx.num_rows = len(table_KH)
         found_HN = table_KH.T.index_select(1, index_BTL.flatten())
-        return found_HN.view(-1, *index_BTL.shape).movedim(0, 1)
+        return found_HN.view(table_KH.shape[1], *index_BTL.shape).movedim(0, 1)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
