@@ -102,6 +102,7 @@ OBJECTS: dict[str, Callable[[], Any]] = {
     "Recommender with an exact index": partial(recommender, "exact"),
     "Recommender with a graph": partial(recommender, "hnsw"),
     "Recommender with lists": partial(recommender, "ivf_sq8"),
+    "ChangingIndex": lambda: ft.ChangingIndex(recommender("exact").bundle.index),
     "Answer": lambda: recommender().recommend(3),
     "Recommendation": lambda: recommender().recommend(3).rows[0],
     "Report": report,

@@ -1,4 +1,4 @@
-"""From settings and a split to a trained model: the wiring of every room."""
+"""From settings and a split to a trained model: the wiring of all packages."""
 
 import json
 import math
@@ -125,7 +125,6 @@ def fit(
         on_cost=on_cost,
         max_seconds=max_seconds,
     )
-    asked = _asked(training)
     if not (tasks_of(config) and isinstance(objective, RowsConfig | NoneType)):
         _refuse_positive(config, objective)
         split = happened_split(split)
@@ -133,7 +132,7 @@ def fit(
     _refuse_empty(events)
     if candidates is not None:
         check_same(candidates.retriever.events, events, "the candidates and the split")
-    features = _features_of(features, events)
+    asked, features = _asked(training), _features_of(features, events)
     fit_part = partial(fit, split=split, seed=seed, features=features)
     learner = _to_search(config, objective, asked, candidates, events, features)
     if learner is not None:

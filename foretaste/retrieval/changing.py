@@ -10,7 +10,7 @@ Q measured queries, X exclusions, I items of the catalogue, K list length.
 
 import threading
 from pathlib import Path
-from typing import Literal, NamedTuple, final
+from typing import Any, Literal, NamedTuple, final
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -87,6 +87,14 @@ class ChangingIndex:
         self._thread: threading.Thread | None = None
         self._since_M = none.item_N
         self._failure: Exception | None = None
+
+    def __getstate__(self) -> dict[str, object]:
+        """Return what a copy begins with; a new index that is being built is not waited for."""
+        with self._lock:
+            return {**vars(self), "_lock": None, "_thread": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _lock=threading.RLock())
 
     @property
     def kind(self) -> IndexKind:
