@@ -30,7 +30,9 @@ from foretaste.training.optimizer import make_optimizer
 STEPS, BATCH = 50, 512
 ALLOWED = 1e-3
 """Relative difference of a loss in 32 bits that is expected of another order of sums."""
-USERS, ITEMS, EVENTS = 2000, 1000, BATCH * STEPS
+USERS, ITEMS = 2000, 1000
+EVENTS = BATCH * STEPS + 2 * USERS
+"""Two of each user are validation and test."""
 LARGE, WIDTH, LOOK_UPS = 10_000_000, 64, 2**16
 
 

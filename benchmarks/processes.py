@@ -353,7 +353,7 @@ def kill(recipe: Path, alone: Sequence[float], number: int) -> dict[str, Any]:
         "named": named,
         "resumed_with": again,
         "resumed": is_whole,
-        "said": "" if is_whole else resumed.stderr.decode()[-2000:],
+        **({} if is_whole else {"said": resumed.stderr.decode()[-2000:]}),
         "difference": max(same),
     }
 
