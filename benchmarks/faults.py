@@ -250,10 +250,11 @@ uvicorn.Server(config).run(sockets=[listener])
 """
 
 
-async def refusals_per_s(users: list[str], seconds: float) -> float:
+async def refusals_per_s(users: list[str], seconds: float, cores: list[int]) -> float:
     """Return how many requests a second an application refuses that does nothing else."""
     words = [sys.executable, "-c", FLOOR]
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
+        os.sched_setaffinity(0, {cores[-1]})  # from here on that of the clients
         clients = Clients(process.stdout.readline() if process.stdout else "", users)
         await clients.closed_loop(64, seconds)
         process.kill()
@@ -269,8 +270,7 @@ def overload(bundle: Path, users: list[str], folder: Path, seconds: float) -> di
         clients = Clients(address, users)
 
         async def measure() -> dict[str, float]:
-            floor = await refusals_per_s(users, seconds)
-            os.sched_setaffinity(0, {cores[-1]})
+            floor = await refusals_per_s(users, seconds, cores)
             await clients.closed_loop(4, 2.0)
             best = max([await clients.closed_loop(number, seconds) for number in (2, 4, 8)])
             await clients.open_loop(best / 2, seconds)
