@@ -255,9 +255,12 @@ async def refusals_per_s(users: list[str], seconds: float, cores: list[int]) -> 
     words = [sys.executable, "-c", FLOOR]
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
         os.sched_setaffinity(0, {cores[-1]})  # from here on that of the clients
-        clients = Clients(process.stdout.readline() if process.stdout else "", users)
-        await clients.closed_loop(64, seconds)
-        process.kill()
+        try:
+            address = process.stdout.readline().strip() if process.stdout else ""
+            clients = Clients(address, users)
+            await clients.closed_loop(64, seconds)
+        finally:
+            process.kill()
     return clients.answered / seconds
 
 
