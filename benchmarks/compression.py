@@ -53,9 +53,9 @@ class Set(NamedTuple):
 
 SETS = {
     "frappe-deepfm": Set("deepfm-frappe-rows", (), "auc"),
-    "gowalla-mf": Set("mf-gowalla", ('training.tables="lazy_adamw"',)),
+    "gowalla-mf": Set("mf-gowalla-rows", ()),
     "sports-sasrec": Set("sasrec-sports", ()),
-    "ml-1m-sasrec": Set("sasrec-ml1m-fast", ('training.tables="lazy_adamw"',)),
+    "ml-1m-sasrec": Set("sasrec-ml1m-fast-rows", ()),
 }
 
 
