@@ -115,6 +115,7 @@ class Interactions(Shown):
         """The user of each event, in [0, U)."""
         return np.repeat(np.arange(self.num_users, dtype=np.int32), np.diff(self.offsets))
 
+    @checked
     def users_at(self, place_B: Int64[np.ndarray, " B"]) -> Int64[np.ndarray, " B"]:
         """Return the user_idx of some events; of very many events without a row for each."""
         if len(self) <= _EACH_USER:

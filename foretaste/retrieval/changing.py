@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from foretaste.arguments import checked
 from foretaste.config import Seed
 from foretaste.errors import DataError, NonFiniteError
 from foretaste.models.base import best_first
@@ -110,6 +111,7 @@ class ChangingIndex:
         """How many rows are kept beside the index."""
         return self._rows.changed
 
+    @checked
     def put(self, item_M: Int64[Tensor, " M"], vectors_MD: Float[Tensor, "M D"]) -> None:
         """Add or replace the rows of some items; an item past the catalogue makes it longer.
 
@@ -132,10 +134,17 @@ class ChangingIndex:
                 name="vectors",
                 value=vectors_MD.shape[-1],
             )
-        if not vectors_MD.isfinite().all():
-            raise NonFiniteError("the vector of a changed item is NaN or infinite")
+        is_broken_M = ~vectors_MD.isfinite().all(dim=1)
+        if is_broken_M.any():
+            item = int(item_M[is_broken_M][0])
+            raise NonFiniteError(
+                f"the vector of item {item} is NaN or infinite: give only finite ones",
+                name="vectors",
+                value=item,
+            )
         self._change(sorted_M, vectors_MD.detach().float().cpu()[order_M])
 
+    @checked
     def remove(self, item_M: Int64[Tensor, " M"]) -> None:
         """Take items out of the index.
 
@@ -169,6 +178,7 @@ class ChangingIndex:
             self._rows = _Rows(rows.base, fresh, gone_G)
             self._build_if_due()
 
+    @checked
     def search(
         self,
         query_BD: Float[Tensor, "B D"],
@@ -197,6 +207,7 @@ class ChangingIndex:
         )
         return TopK(item_BK=item_BK[:, :k], score_BK=score_BK[:, :k])
 
+    @checked
     def wait(self) -> None:
         """Wait for the index that is being built, if there is any.
 
@@ -209,6 +220,7 @@ class ChangingIndex:
         with self._lock:
             self._raise_failure()
 
+    @checked
     def save(self, folder: Path) -> None:
         """Build the index of the rows as they are, and write its files into an existing folder."""
         rows = self._rows
@@ -227,6 +239,7 @@ class ChangingIndex:
             self._thread = threading.Thread(target=self._build, args=(self._rows,), daemon=True)
             self._thread.start()
 
+    @checked
     def measured_bound(self) -> int:
         """Return how many rows are compared in the time that the index takes for a query."""
         base = self._rows.base
