@@ -63,12 +63,8 @@ SHARDED = (
     "mf, row_adagrad",
     "two_tower, features",
     "sasrec, lazy_adamw",
-    "bert4rec",
     "lightgcn",
-    "pinsage, uniform",
     "deepfm, features",
-    "din",
-    "mmoe, attention",
 )
 """Cases that are trained again with every table dealt among the processes."""
 ALONE = {
