@@ -13,6 +13,7 @@ between the two largest catalogues: 0 costs nothing more, 1 costs in proportion.
 import argparse
 import json
 import math
+import os
 import resource
 import subprocess
 import sys
@@ -57,8 +58,8 @@ def main() -> None:
     document["what"] = __doc__.split("\n", maxsplit=1)[0]
     for items in asked.items:
         for name in asked.models:
-            found = in_process(
-                "--one", name, "--items", str(items), "--seconds", str(asked.seconds)
+            found, _ = in_process(
+                __file__, "--one", name, "--items", str(items), "--seconds", str(asked.seconds)
             )
             rows = [r for r in document["rows"] if (r["model"], r["items"]) != (name, items)]
             document["rows"] = [*rows, {"model": name, "items": items, **found, **run_facts()}]
@@ -79,10 +80,14 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def in_process(*told: str) -> dict[str, Any]:
-    call = subprocess.run([sys.executable, __file__, *told], stdout=subprocess.PIPE, check=True)
-    found: dict[str, Any] = json.loads(call.stdout.splitlines()[-1])
-    return found
+def in_process(script: str, *told: str) -> tuple[dict[str, Any], float]:
+    """Run a part of a script in a process of its own; return what it printed, its peak in GiB."""
+    with subprocess.Popen([sys.executable, script, *told], stdout=subprocess.PIPE) as call:
+        printed = call.stdout.read() if call.stdout else b""
+        _, call.returncode, usage = os.wait4(call.pid, 0)
+    if call.returncode:
+        raise RuntimeError(f"{told} ended with {call.returncode}")
+    return json.loads(printed.splitlines()[-1]), usage.ru_maxrss / 2**20
 
 
 def large_events(num_users: int, num_items: int, *, seed: int) -> pl.DataFrame:
@@ -147,7 +152,7 @@ def life(name: str, num_items: int, seconds: float) -> Mapping[str, object]:
         bundle = Path(folder) / "bundle"
         stages.take("save", lambda: recommender.save(bundle))
         size = sum(file.stat().st_size for file in bundle.rglob("*") if file.is_file())
-        asked = in_process("--serve", str(bundle), "--users", str(num_users))
+        asked, _ = in_process(__file__, "--serve", str(bundle), "--users", str(num_users))
     (epoch,) = trained.log["epochs"]
     return {
         "users": num_users,

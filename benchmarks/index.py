@@ -14,8 +14,6 @@ since the index was built; `bound` says past how many it would be built again. M
 
 import argparse
 import json
-import os
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -24,6 +22,7 @@ from typing import Any
 import faiss
 import numpy as np
 import torch
+from catalogue import in_process
 
 from foretaste.experiment.record import run_facts
 from foretaste.retrieval.changing import ChangingIndex
@@ -69,9 +68,9 @@ def measure(asked: argparse.Namespace) -> None:
             write_vectors(folder, items, asked.asked)
             for kind in asked.kinds:
                 told = ["--folder", name, "--recall", str(asked.recall)]
-                facts, peak = in_process("--one", kind, *told)
+                facts, peak = in_process(__file__, "--one", kind, *told)
                 told += ["--asked", str(asked.asked), "--changed", str(asked.changed)]
-                found, _ = in_process("--one", "ask", *told)
+                found, _ = in_process(__file__, "--one", "ask", *told)
                 row = {"items": items, "kind": kind, "recall_target": asked.recall, **found}
                 row["changed"] = asked.changed
                 row |= facts | {"peak_gib": round(peak, 3), **run_facts()}
@@ -79,24 +78,6 @@ def measure(asked: argparse.Namespace) -> None:
                 rows = [r for r in rows if any(r.get(n, 0) != row[n] for n in key)] + [row]
                 print({name: row[name] for name in row if name != "versions"}, flush=True)
                 asked.out.write_text(json.dumps({"rows": rows}, indent=1) + "\n", encoding="utf-8")
-
-
-def in_process(*told: str) -> tuple[dict[str, Any], float]:
-    """Run one part in a process of its own; return what it printed, and its peak in GiB."""
-    read, write = os.pipe()
-    child = os.posix_spawn(
-        sys.executable,
-        [sys.executable, __file__, *told],
-        os.environ,
-        file_actions=[(os.POSIX_SPAWN_DUP2, write, 1), (os.POSIX_SPAWN_CLOSE, read)],
-    )
-    os.close(write)
-    with os.fdopen(read) as pipe:
-        printed = pipe.read()
-    _, status, usage = os.wait4(child, 0)
-    if status:
-        raise RuntimeError(f"{told} ended with {status}")
-    return json.loads(printed.splitlines()[-1]), usage.ru_maxrss / 2**20
 
 
 def write_vectors(folder: Path, num_items: int, num_queries: int) -> None:

@@ -13,8 +13,6 @@ the libraries (about 0.4 GiB) and what of the map the system kept in memory.
 
 import argparse
 import json
-import os
-import sys
 import tempfile
 import time
 from dataclasses import replace
@@ -24,22 +22,14 @@ from typing import Any
 import numpy as np
 import polars as pl
 import torch
+from catalogue import ASKED_USERS, BATCH, CLUSTERS, LEARNING, MODELS, OF_USER, in_process
 
 import foretaste as ft
 from foretaste.data import importing
 from foretaste.experiment.record import run_facts
 from foretaste.training.fit import Fit
 
-MODELS = {
-    "mf": ft.MFConfig(embedding_dim=64),
-    "two_tower": ft.TwoTowerConfig(embedding_dim=64),
-    "sasrec": ft.SASRecConfig(embedding_dim=64, max_len=20),
-}
-LEARNING = {
-    "pairs": ft.PairsConfig(loss="sampled_softmax", negatives=512),
-    "next_item": ft.NextItemConfig(loss="sampled_softmax", negatives=512),
-}
-CLUSTERS, OF_USER, PART, BATCH, ASKED = 1000, 3, 2_000_000, 8192, 2000
+PART = 2_000_000
 
 
 def main() -> None:
@@ -82,15 +72,15 @@ def measure(asked: argparse.Namespace) -> None:
         told = ["--folder", name, "--events", str(asked.events), "--items", str(asked.items)]
         told += ["--kind", asked.kind, "--memory", str(asked.memory)]
         told += ["--seconds", str(asked.seconds)]
-        in_process("--stage", "generate", *told)
-        found, peak = in_process("--stage", "import", *told)
+        in_process(__file__, "--stage", "generate", *told)
+        found, peak = in_process(__file__, "--stage", "import", *told)
         document["import"] = {**sizes, "kind": asked.kind, **found, "peak_gib": round(peak, 3)}
         print(document["import"], flush=True)
         for model in asked.models:
             runs: dict[str, list[Any]] = {"stream": [], "memory": []}
             for _ in range(asked.rounds):
                 for stage, of_stage in runs.items():
-                    of_stage.append(in_process("--stage", stage, "--model", model, *told))
+                    of_stage.append(in_process(__file__, "--stage", stage, "--model", model, *told))
             rates = {
                 stage: float(np.mean([run["events_per_cpu_second"] for run, _ in of_stage]))
                 for stage, of_stage in runs.items()
@@ -110,24 +100,6 @@ def measure(asked: argparse.Namespace) -> None:
             }
             print(model, document["models"][model], flush=True)
             asked.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-
-
-def in_process(*told: str) -> tuple[dict[str, Any], float]:
-    """Run one stage in a process of its own; return what it printed, and its peak in GiB."""
-    read, write = os.pipe()
-    child = os.posix_spawn(
-        sys.executable,
-        [sys.executable, __file__, *told],
-        os.environ,
-        file_actions=[(os.POSIX_SPAWN_DUP2, write, 1), (os.POSIX_SPAWN_CLOSE, read)],
-    )
-    os.close(write)
-    with os.fdopen(read) as pipe:
-        printed = pipe.read()
-    _, status, usage = os.wait4(child, 0)
-    if status:
-        raise RuntimeError(f"{told} ended with {status}")
-    return json.loads(printed.splitlines()[-1]), usage.ru_maxrss / 2**20
 
 
 def write_parts(folder: Path, num_events: int, num_items: int, kind: str) -> None:
@@ -173,7 +145,7 @@ def trained(asked: argparse.Namespace) -> dict[str, Any]:
     events = ft.open_store(asked.folder / "store")
     if asked.stage == "memory":
         events = first_in_memory(events, asked.memory)
-    split = ft.temporal_split(events, validation=0.0, test=ASKED / len(events))
+    split = ft.temporal_split(events, validation=0.0, test=ASKED_USERS / len(events))
     step = Fit._step
 
     def timed(self: Any, *told: Any) -> float:
