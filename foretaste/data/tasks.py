@@ -165,10 +165,10 @@ def check_learnable(
             continue
         low, high = float(known_E.min()), float(known_E.max())
         if high == 0 or (low == 1 and not num_drawn):
-            mend = "negatives to draw, or events with label 0" if low else "events with label 1"
+            missing = "negatives to draw, or events with label 0" if low else "events with label 1"
             raise DataError(
                 f"task {task.name!r} has one class only: every label of training is {high:g}; "
-                f"give it {mend}, or leave it out",
+                f"give it {missing}, or leave it out",
                 column=task.column,
                 name=task.name,
                 value=float(high),

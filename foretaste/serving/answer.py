@@ -36,8 +36,8 @@ from foretaste.shown import Shown
 
 Source = Literal["model", "fold-in", "features", "popular"]
 """Where a row came from. "model": a user (or, for similar items, an item) of training;
-"fold-in": a history of somebody whom training never saw; "features": a profile, or the features of
-a new item; "popular": the most popular items, for somebody of whom nothing is known."""
+"fold-in": the history of a new user; "features": a profile, or the features of
+a new item; "popular": the most popular items, for a user without history and profile."""
 
 
 TITLE_COLUMNS = (
@@ -231,7 +231,7 @@ def best_of_users(
         book: Applies the rules to them.
         profiles: Says who is answered by the table of users, for want of a history.
         events: Histories, as training saw them.
-        user_B: user_idx; -1, and those of whom nothing is known, get the most popular items.
+        user_B: user_idx; -1, and users without history and profile, get the most popular items.
         k: At most as many as are ranked.
         rules: Checked already.
         exclude_seen: Leave out what stands in a history.
@@ -245,8 +245,8 @@ def best_of_users(
         return search.best(queries, num, exclude_BX=exclude_bX, allow_I=allow_I)
 
     def find_told(user_b: Int64[np.ndarray, " b"], num: int) -> Best:
-        nobody = Queries.of_histories([[]] * len(user_b))
-        queries = replace(nobody, profile=profiles.of_rows(user_b))
+        empty = Queries.of_histories([[]] * len(user_b))
+        queries = replace(empty, profile=profiles.of_rows(user_b))
         nothing_bX = torch.empty((len(user_b), 0), dtype=torch.int64)
         return search.best(queries, num, exclude_BX=nothing_bX, allow_I=allow_I)
 

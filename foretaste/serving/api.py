@@ -157,7 +157,7 @@ def _add_answers(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/recommend", tags=["answers"], response_model=RecommendReply)
     def recommend(asked: RecommendRequest, request: Request) -> Response:
-        """Recommend for a user, for somebody with a history, or for nobody known."""
+        """Recommend for a user, for a history, or for a new user."""
         return answer(asked, request)
 
     @app.get(

@@ -2,7 +2,7 @@
 
 manifest.json         what it is, and the checksum of every other file
 weights.safetensors   the network
-popular.safetensors   what is offered to somebody of whom nothing is known
+popular.safetensors   what a user without history and profile gets
 events/               an event store: ids, training histories, user and item tables
 index/                the item index, of a model with vectors
 features/             what was fitted to users' and items' columns, of a model that reads them
@@ -166,7 +166,7 @@ class Bundle:
 
     trained: Trained
     popular_I: Float[Tensor, " I"]
-    """How good an offer each item is to somebody of whom nothing is known; -inf for no offer."""
+    """Score of each item for a user without history and profile; -inf leaves it out."""
     index: ItemIndex | None = None
     """Of a retriever's items; None for a model that scores the whole catalogue."""
     report: Mapping[str, object] | None = None

@@ -58,7 +58,7 @@ def one_query(
 def training_history(
     events: Interactions, user_idx: int, *, since: int | None = None
 ) -> Int64[np.ndarray, " L"]:
-    """Return what training saw of a user, oldest first; nothing of somebody unknown, -1.
+    """Return what training saw of a user, oldest first; nothing for a new user, -1.
 
     Raises:
         DataError: `since`, in unix seconds, is asked of events without times.
@@ -217,12 +217,12 @@ class CatalogueSearch:
         return () if self._ranker is None else tuple(task.name for task in self._ranker.tasks)
 
     def knows(self, user_B: Int64[np.ndarray, " B"]) -> Bool[np.ndarray, " B"]:
-        """Return whom the model knows by their id, with or without a history; -1 is nobody."""
+        """Say which users the model knows by their id, with a history or none; -1 is new."""
         known_B: np.ndarray = self.finds_for(user_B) | _known(self._ranker, user_B)
         return known_B
 
     def finds_for(self, user_B: Int64[np.ndarray, " B"]) -> Bool[np.ndarray, " B"]:
-        """Return whom the first stage knows by their id."""
+        """Say which users the first stage knows by their id."""
         return _known(self._first, user_B)
 
     def best(
@@ -318,7 +318,7 @@ class CatalogueSearch:
     def scores(
         self, histories: list[np.ndarray], item_T: Int64[Tensor, " T"]
     ) -> Float[Tensor, "H T"]:
-        """Score a few items for several histories of somebody whom training never saw."""
+        """Score a few items for several histories of a new user."""
         queries = Queries.of_histories([history.tolist() for history in histories])
         if self._ranker is not None:
             item_HT = item_T.expand(len(queries), -1)

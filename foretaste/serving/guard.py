@@ -346,8 +346,8 @@ class Guard:
             return refuse(
                 421,
                 f"this server answers as {', '.join(sorted(self._hosts))}, not as "
-                f"{name or 'nobody'}: use one of these names, or add the name to the server's "
-                "`hosts`",
+                f"{name or 'an empty name'}: use one of these names, or add the name to the "
+                "server's `hosts`",
             )
         if scope["method"] not in ("GET", "OPTIONS") and _is_cross_site(headers, host):
             return refuse(403, "a page of another site sent this request: it changes nothing here")

@@ -226,7 +226,7 @@ class Profiles:
         return self.of_rows(row) if self.known(row)[0] else None
 
     def known(self, user_B: Int64[np.ndarray, " B"]) -> Bool[np.ndarray, " B"]:
-        """Return of whom the table of users says something that the model reads; -1 is nobody."""
+        """Say which users have something in the user table that the model reads; -1 has not."""
         table = None if self._features is None else self._features.user_table
         if table is None or not self._model.reads_profiles:
             return np.zeros(len(user_B), dtype=bool)

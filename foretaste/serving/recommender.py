@@ -121,9 +121,9 @@ class Recommender(Shown):
         the user, and by `context`, if it reads any, and else the most popular items do.
 
         Args:
-            user_id: An id, known or unknown; None for nobody in particular.
+            user_id: An id, known or unknown; None for a new user.
             history: Further item ids, oldest first, such as live events.
-            features: What is known of a user whom training never saw: column of the user table to
+            features: What is known of a new user: column of the user table to
                 value.
             context: What is known of the moment: column of the events' context to value. A ranker
                 made with such features reads it.
@@ -229,7 +229,7 @@ class Recommender(Shown):
     ) -> pl.DataFrame:
         """Return the k best items of many users, one row each, in the order given.
 
-        Users whom training never saw are answered as `recommend` does, and their source says so:
+        New users are answered as `recommend` does, and their source says so:
         by what the table of users says of them, or else by the most popular items.
 
         Returns:
@@ -263,8 +263,8 @@ class Recommender(Shown):
     ) -> Answer:
         """Return the k items most like one.
 
-        By the cosine of their vectors; for a model without vectors, what it offers to somebody
-        whose history is this item alone. An item that training never saw is placed by its
+        By the cosine of their vectors; for a model without vectors, what it recommends for
+        a history of this item alone. An item that training never saw is placed by its
         `features`, if the model reads any. The list of an item that stands in the item table alone,
         and that the model cannot place, is empty.
 
@@ -426,7 +426,7 @@ def build_recommender(
         index: Which index a retriever's items go into; see `build_index`. A model without
             vectors has none: "auto" and "exact" score its whole catalogue.
         report: Measured figures to keep beside it, as JSON values.
-        fallback: What answers somebody of whom nothing is known, such as popularity within a
+        fallback: What answers a user without history and profile, such as popularity within a
             window; its scores for an empty history are kept. Without it, event counts.
 
     Raises:

@@ -303,10 +303,10 @@ class ItemLabels:
         if asked.at_most is not None:
             meeting_I &= self.numbers(name) <= self._bound(name, asked.at_most)
         if asked.equals is not None:
-            self._refuse_unless(name, several=False, asked="equals", mend="contains")
+            self._refuse_unless(name, several=False, asked="equals", instead="contains")
             meeting_I &= self._with_any(name, [asked.equals])
         if asked.contains is not None:
-            self._refuse_unless(name, several=True, asked="contains", mend="equals or one_of")
+            self._refuse_unless(name, several=True, asked="contains", instead="equals or one_of")
             for value in asked.contains:
                 meeting_I &= self._with_any(name, [value])
         if asked.one_of is not None:
@@ -321,11 +321,11 @@ class ItemLabels:
             found_I[self.labels(name).items_with(value)] = True
         return found_I
 
-    def _refuse_unless(self, name: str, *, several: bool, asked: str, mend: str) -> None:
+    def _refuse_unless(self, name: str, *, several: bool, asked: str, instead: str) -> None:
         if self.labels(name).several != several:
             holds = "one value" if several else "several values"
             raise DataError(
-                f"column {name!r} holds {holds} per item: use {mend}, not {asked}", column=name
+                f"column {name!r} holds {holds} per item: use {instead}, not {asked}", column=name
             )
 
     def _bound(self, name: str, bound: Bound) -> float:

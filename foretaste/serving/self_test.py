@@ -32,10 +32,10 @@ Id = int | str
 
 
 class Asked(Config):
-    """A question and its answer: for a user or a history, for nobody, or for items like one."""
+    """A question and its answer: for a user, a history or a new user, or for items like one."""
 
     user_id: Id | None = None
-    """Who asks; none: a new user, or nobody."""
+    """Who asks; none: a new user."""
     history: tuple[Id, ...] = ()
     """What a new user did, oldest first."""
     similar_to: Id | None = None
@@ -151,7 +151,7 @@ def _ask(recommender: "Recommender", asked: Asked) -> Asked:
 def _check_same(then: Asked, now: Asked) -> None:
     """Compare two answers; items whose scores are nearly equal may change places."""
     near = _TOLERANCE * max([1e-6, *(abs(score) for score in then.scores)])
-    of = then.similar_to or then.user_id or then.history or "nobody"
+    of = then.similar_to or then.user_id or then.history or "a new user"
     if len(then.scores) != len(now.scores):
         raise _wrong(f"{len(now.scores)} items for {of!r}, and there were {len(then.scores)}")
     pairs = zip(then.scores, now.scores, strict=True)

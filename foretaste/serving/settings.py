@@ -2,7 +2,7 @@
 their roles, and a bound on each one's requests.
 
 A token is made here, with 256 random bits, and shown once; what is kept is its SHA-256, from which
-nobody gets back to it.
+it cannot be found again.
 """
 
 import hashlib

@@ -56,7 +56,7 @@ def load_version(bundle: Path, *, within_s: float | None = None) -> Loaded:
     So a broken one is known before it serves, and what is worked out once is worked out.
 
     Args:
-        bundle: Its folder, which nobody writes to.
+        bundle: Its folder, which does not change meanwhile.
         within_s: Each answer may take so long; None: any time.
 
     Raises:

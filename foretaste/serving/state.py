@@ -223,7 +223,7 @@ class LiveEvents:
     def of_user(self, user_id: str, *, limit: int) -> list[LiveEvent]:
         """Return a user's newest `limit` events, oldest first; those of one second as they came.
 
-        It is waited for no longer than for a statement: somebody waits for a list.
+        It is waited for no longer than for a statement: a list waits for it.
         """
         asked = {"user": user_id, "most": limit}
         rows = self._run(

@@ -1,4 +1,4 @@
-"""The versions of a bundle that a server keeps: private copies, which nobody else writes to.
+"""The versions of a bundle that a server keeps: private copies that only the server writes.
 
 A server never reads the folder that bundles are delivered to while it answers: what is changed
 there under a memory map is changed in the model, and what is cut short ends the process. A version

@@ -202,7 +202,7 @@ def epochs_done(run: Path) -> int | None:
 
 
 def forget_checkpoint(run: Path) -> None:
-    """Delete the checkpoint of an earlier run, so that nobody resumes it in place of a new one."""
+    """Delete the checkpoint of an earlier run, so that it is not resumed in place of a new one."""
     folder = run / CHECKPOINT
     for path in (run / _FORMER, folder / MANIFEST_FILE, *_parts_in(folder)):
         path.unlink(missing_ok=True)
