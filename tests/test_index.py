@@ -5,6 +5,7 @@ Shape legend: I items, N items in the index, B queries, D width, X exclusions, K
 
 import os
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -460,6 +461,23 @@ def test_past_its_bound_a_changing_index_is_built_again_while_it_answers(
     assert index.changed in (0, 20)  # the last 20 came while it was built
     answer = index.search(table[:40], 1, exclude_BX=nobody(40)).item_BK.flatten()
     assert (answer == (table[:40] @ table.T).argmax(dim=1)).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("bound", [1, 3])
+def test_waiting_meets_builders_that_start_late(
+    bound: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Late(threading.Thread):
+        def start(self) -> None:
+            time.sleep(0.02)
+            super().start()
+
+    monkeypatch.setattr(changing.threading, "Thread", Late)
+    index = ChangingIndex(build_index(spread(9), known_I=torch.ones(9).bool()), bound=bound)
+    for first in (0, 2, 5):  # the later ones come while an index is built, which starts another
+        index.put(torch.arange(first, first + 4), torch.ones(4, WIDTH))
+    index.wait()
+    assert index.changed <= bound
 
 
 def test_building_that_fails_is_said_at_the_next_change_and_the_old_index_answers(

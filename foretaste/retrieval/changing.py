@@ -214,11 +214,14 @@ class ChangingIndex:
         Raises:
             Exception: What ended its building; the old index goes on to answer.
         """
-        thread = self._thread
-        if thread is not None:
+        while (thread := self._building()) is not None:
             thread.join()
         with self._lock:
             self._raise_failure()
+
+    def _building(self) -> threading.Thread | None:
+        with self._lock:
+            return self._thread
 
     @checked
     def save(self, folder: Path) -> None:
@@ -236,8 +239,9 @@ class ChangingIndex:
             self._bound = self.measured_bound()
         if self._thread is None and self._rows.changed > self._bound and self.facts.num_items:
             self._since_M = self._since_M[:0]
-            self._thread = threading.Thread(target=self._build, args=(self._rows,), daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._build, args=(self._rows,), daemon=True)
+            thread.start()
+            self._thread = thread  # only one that runs; it waits for the lock before it ends
 
     @checked
     def measured_bound(self) -> int:
@@ -253,17 +257,16 @@ class ChangingIndex:
     def _build(self, rows: _Rows) -> None:
         try:
             base = self._built(rows)
+            with self._lock:
+                now, since_M = self._rows, self._since_M.unique()
+                keep_N = torch.isin(now.fresh.item_N, since_M)
+                fresh = _only(now.fresh, keep_N, now.fresh.facts.catalogue_size)
+                self._rows = _Rows(base, fresh, since_M[_holds(base, since_M)])
+                self._thread = None
+                self._build_if_due()
         except Exception as error:  # noqa: BLE001  it belongs to whoever changes rows next
             with self._lock:
                 self._failure, self._thread = error, None
-            return
-        with self._lock:
-            now, since_M = self._rows, self._since_M.unique()
-            keep_N = torch.isin(now.fresh.item_N, since_M)
-            fresh = _only(now.fresh, keep_N, now.fresh.facts.catalogue_size)
-            self._rows = _Rows(base, fresh, since_M[_holds(base, since_M)])
-            self._thread = None
-            self._build_if_due()
 
     def _built(self, rows: _Rows) -> ItemIndex:
         facts = rows.base.facts
