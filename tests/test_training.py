@@ -370,7 +370,7 @@ def test_a_checkpoint_of_the_former_layout_is_named_and_kept(tmp_path: Path) -> 
         lambda: start_run(tmp_path / "b", resume=True),
         lambda: start_run(tmp_path / "b"),
     ):
-        with pytest.raises(BundleError, match=r"earlier foretaste.*--replace") as caught:
+        with pytest.raises(BundleError, match=r"earlier version of foretaste.*--replace") as caught:
             resume()
         assert caught.value.name == str(former)
         assert former.read_bytes() == content
@@ -468,13 +468,13 @@ def test_other_settings_are_no_resume(tmp_path: Path) -> None:
     _, first = sasrec_fit(tmp_path, epochs=1)
     first.run()
     _, second = sasrec_fit(tmp_path, epochs=2)
-    with pytest.raises(ConfigError, match="resume with the settings of its start"):
+    with pytest.raises(ConfigError, match="resume with the same settings"):
         second.run(resume=True)
 
 
 def test_resume_without_a_folder_is_refused() -> None:
     _, run = sasrec_fit()
-    with pytest.raises(ConfigError, match="give the folder"):
+    with pytest.raises(ConfigError, match="pass the folder"):
         run.run(resume=True)
 
 

@@ -1,4 +1,4 @@
-"""Making probabilities mean what they say: what was fitted to them, and what becomes of them.
+"""Calibration of predicted probabilities: the fitted maps, and how they are applied.
 
 Shape legend: N rows, in any shape.
 """
@@ -17,19 +17,19 @@ class PlattCalibration(Config):
 
     kind: Literal["platt"] = "platt"
     slope: float
-    """The factor a, above 0; below 1 if the model was too confident."""
+    """The factor a, above 0. It is below 1 if the model was too confident."""
     intercept: float
     """The constant b."""
 
 
 class IsotonicCalibration(Config):
-    """A rising line of straight pieces, level beyond its ends."""
+    """A non-decreasing piecewise linear function, constant outside its range."""
 
     kind: Literal["isotonic"] = "isotonic"
     at: tuple[float, ...] = Field(min_length=1)
-    """Probabilities, ascending."""
+    """Probabilities at the breakpoints, ascending."""
     gives: tuple[float, ...] = Field(min_length=1)
-    """The calibrated value of each; it never falls."""
+    """The calibrated probability at each breakpoint, non-decreasing."""
 
 
 Calibration = Annotated[PlattCalibration | IsotonicCalibration, Field(discriminator="kind")]
@@ -38,7 +38,7 @@ Calibration = Annotated[PlattCalibration | IsotonicCalibration, Field(discrimina
 def calibrated(
     calibration: PlattCalibration | IsotonicCalibration, probability_N: Float[np.ndarray, "*N"]
 ) -> Float64[np.ndarray, "*N"]:
-    """Return what a model's probabilities become; NaN stays so."""
+    """Return a model's probabilities after calibration; NaN stays NaN."""
     match calibration:
         case PlattCalibration():
             line_N = calibration.slope * logit(probability_N) + calibration.intercept
@@ -49,7 +49,7 @@ def calibrated(
 
 
 def logit(probability_N: Float[np.ndarray, "*N"]) -> Float64[np.ndarray, "*N"]:
-    """Return log odds; 0 and 1 are kept an epsilon away from themselves."""
+    """Return log odds; probabilities are clipped to [epsilon, 1 - epsilon] first."""
     eps = np.finfo(np.float64).eps
     kept_N = np.clip(probability_N.astype(np.float64), eps, 1 - eps)
     found_N: np.ndarray = np.log(kept_N) - np.log1p(-kept_N)

@@ -1,12 +1,13 @@
-"""A run's whole state in a folder: a reader sees the old state or the new one, never a mix.
+"""Checkpoints: the whole state of a run in a folder, replaced in one rename.
 
-manifest.json             where the run is, its settings and seed, and the checksum of every part
+manifest.json             the run's progress, its settings and seed, and the checksum of every part
 NAME-NUMBER.safetensors   a part: model, best, average, optimizer, objective or refreshed
-NAME-NUMBER.R-of-N.safetensors   of tensors whose rows are dealt among N processes those of number R
+NAME-NUMBER.R-of-N.safetensors   the rows of sharded tensors that process R of N holds
 
-The manifest is replaced last, in one rename, and only what it lists is read. A part that it lists
-already, such as the best weights of an earlier epoch, is not written again. What a step draws is
-decided by the seed and by where the run is, so no generator has a state to keep.
+The manifest is replaced last, in one rename, and only what it lists is read. A part that the
+manifest lists already, such as the best weights of an earlier epoch, is not written again. The
+random draws of a step depend only on the seed and the step's number, so the checkpoint holds no
+generator state.
 """
 
 import json
@@ -36,22 +37,22 @@ from foretaste.errors import BundleError, DataError
 from foretaste.training import processes
 
 CHECKPOINT = "checkpoint"
-"""Its name in the folder of a run."""
+"""Name of the checkpoint's folder inside a run's folder."""
 _FORMER = "checkpoint.safetensors"
-"""The one file that earlier versions kept all of it in."""
+"""The single file that earlier versions wrote."""
 
 
 class CheckpointManifest(FolderManifest):
-    """What a checkpoint says of itself."""
+    """The manifest of a checkpoint."""
 
     kind = "checkpoint"
     latest = 1
     remedy = "start again without --resume"
 
     format: Literal["foretaste-checkpoint"] = "foretaste-checkpoint"
-    """What kind of folder it is."""
+    """Identifies the folder as a checkpoint."""
     format_version: int = 1
-    """Version of the folder's format."""
+    """Version of the checkpoint format."""
     facts: dict[str, Any]
     """Everything that is not a tensor."""
 
@@ -66,15 +67,15 @@ def write_checkpoint(
     """Write a run's state.
 
     Args:
-        folder: The checkpoint's own.
-        parts: Tensors by name, by the name of their part, which ends with `-NUMBER`: a part of
-            the same name is the same.
-        facts: All else, as JSON values.
-        own: Tensors of which each process has some rows, and which these are. If there are any,
-            all processes write.
+        folder: The checkpoint's folder.
+        parts: Part name to tensor name to tensor. Part names end with `-NUMBER`; a part whose
+            name is already in the manifest is unchanged and is not written.
+        facts: Everything else, as JSON values.
+        own: The sharded tensors by name, with the range of rows that this process holds. If
+            there are any, all processes write.
 
     Raises:
-        DataError: The disk is full or refuses; the checkpoint that was there is as it was.
+        DataError: The disk is full or not writable; the previous checkpoint is unchanged.
     """
     before, names = _listed(folder), list[str]()
     for name, tensors in parts.items():
@@ -98,7 +99,7 @@ def _write_part(
     own: Mapping[str, range],
     before: Mapping[str, FileEntry],
 ) -> list[str]:
-    """Write what this process has of a part; return the names of all its files."""
+    """Write this process's share of a part; return the names of all files of the part."""
     dealt = {n: tensor for n, tensor in tensors.items() if n in own}
     common = {n: tensor for n, tensor in tensors.items() if n not in own}
     world = processes.share().world if dealt else 0
@@ -117,14 +118,14 @@ def _write_part(
 def read_checkpoint(
     folder: Path, *, own: Mapping[str, range] = MappingProxyType({})
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """Read what `write_checkpoint` wrote; parts come without their numbers.
+    """Read a checkpoint that `write_checkpoint` wrote; part names come without their numbers.
 
     Args:
-        folder: The checkpoint's own.
-        own: Tensors of which only some rows are wanted, whoever wrote them.
+        folder: The checkpoint's folder.
+        own: The tensors of which only a range of rows is wanted; any process may have written them.
 
     Raises:
-        BundleError: It is missing, broken or of a newer format.
+        BundleError: The checkpoint is missing, damaged or of a newer format.
     """
     manifest = read_manifest(folder, CheckpointManifest)
     verify_files(folder, manifest, checksums=processes.is_first())
@@ -134,20 +135,20 @@ def read_checkpoint(
             parts[part.partition("-")[0]] = _read([folder / file for file in files], own)
     except (OSError, SafetensorError) as error:
         raise BundleError(
-            f"{folder} cannot be used although its checksums are right: {manifest.remedy}",
+            f"{folder} cannot be read although its checksums match: {manifest.remedy}",
             name=str(folder),
         ) from error
     return parts, manifest.facts
 
 
 def _place(file: str) -> tuple[str, int]:
-    """Return a file's part, and whose rows of it it holds, counted from 0; -1: everybody's."""
+    """Return a file's part and the rank of the process that wrote it; -1 for an unsharded file."""
     part, *ranks = file.removesuffix(".safetensors").split(".")
     return part, int(ranks[0].partition("-")[0]) if ranks else -1
 
 
 def _read(files: Iterable[Path], own: Mapping[str, range]) -> dict[str, Tensor]:
-    """Read the wanted rows of tensors, which may stand in several files, one after the other."""
+    """Read the wanted rows of tensors, which may be spread over several files in row order."""
     pieces: dict[str, list[Tensor]] = {}
     rows_before: dict[str, int] = {}
     for file in files:
@@ -170,15 +171,15 @@ def find_checkpoint(run: Path) -> Path | None:
     """Return the checkpoint in a run's folder, if there is one.
 
     Raises:
-        BundleError: There is one of the former layout, a single file, which is left as it is.
+        BundleError: The checkpoint has the former layout, a single file, which is left unchanged.
     """
     if (run / CHECKPOINT / MANIFEST_FILE).exists():
         return run / CHECKPOINT
     if (run / _FORMER).exists():
         raise BundleError(
-            f"{run / _FORMER} is a checkpoint of an earlier foretaste, which wrote it as one file: "
-            "resume with the version that wrote it (pip install foretaste==VERSION), or start "
-            "again with --replace (in Python: without resume)",
+            f"{run / _FORMER} is a checkpoint of an earlier version of foretaste, which wrote one "
+            "file: resume with the version that wrote it (pip install foretaste==VERSION), or "
+            "start again with --replace (in Python: without resume)",
             name=str(run / _FORMER),
             value=str(run / _FORMER),
         )
@@ -186,10 +187,10 @@ def find_checkpoint(run: Path) -> Path | None:
 
 
 def epochs_done(run: Path) -> int | None:
-    """Return how many epochs a run had completed that was stopped; None: it ended, or is none.
+    """Return how many epochs an interrupted run completed; None if it ended or there is no run.
 
     Raises:
-        BundleError: Its checkpoint is of the former layout.
+        BundleError: The run's checkpoint has the former layout.
     """
     try:
         found = find_checkpoint(run)
@@ -202,7 +203,7 @@ def epochs_done(run: Path) -> int | None:
 
 
 def forget_checkpoint(run: Path) -> None:
-    """Delete the checkpoint of an earlier run, so that it is not resumed in place of a new one."""
+    """Delete the checkpoint of an earlier run, so that it cannot be resumed by mistake."""
     folder = run / CHECKPOINT
     for path in (run / _FORMER, folder / MANIFEST_FILE, *_parts_in(folder)):
         path.unlink(missing_ok=True)
@@ -216,7 +217,7 @@ def _listed(folder: Path) -> dict[str, FileEntry]:
 
 
 def _parts_in(folder: Path) -> Iterator[Path]:
-    """Return every part, and what a process that was killed left of one."""
+    """Yield every part, and unfinished parts that a killed process left behind."""
     yield from folder.glob("*.safetensors")
     yield from folder.glob(".*.safetensors.*.writing")
 
@@ -226,7 +227,7 @@ STEPS_FILE = "steps.jsonl"
 
 @final
 class StepLog:
-    """A line of JSON a step; on resuming, lines past the checkpoint are cut off."""
+    """Writes a line of JSON for each step; on resuming, later lines than the checkpoint's go."""
 
     def __init__(self, folder: Path | None, step: int) -> None:
         self.file = None
@@ -244,7 +245,7 @@ class StepLog:
 
     def __exit__(self, *_: object) -> None:
         if self.file is not None:
-            with suppress(OSError):  # what could not be written was said by `write`
+            with suppress(OSError):  # `write` has reported the error already
                 self.file.close()
 
     def write(self, step: int, epoch: int, loss: float) -> None:

@@ -42,73 +42,74 @@ Network = TypeVar("Network", bound=nn.Module)
 Batch = TypeVar("Batch", covariant=True)
 _MOST_BAD_STEPS = 20
 _PATIENT_EPOCHS, _PATIENT_STEPS = 5, 300
-"""What a patience of "auto" is made of: the validations of so many epochs and so many steps."""
+"""With `patience = "auto"`, patience covers the validations of this many epochs and steps."""
 _TRIALS, _GAIN = 5, 0.9
-"""How often `precision = "auto"` times a batch, and the share of fp32's time that bf16 may need."""
+"""With `precision = "auto"`: how often a batch is timed, and the largest time of bf16 relative to
+fp32 for which bf16 is taken."""
 _LAST = 3
-"""Validations whose mean that patience watches."""
+"""With `patience = "auto"`, the mean of this many validations is watched."""
 _PLATEAU = 5
-"""How many times longer it is on popularity's level: a model that learns what is popular
-first stays there for long before it learns more."""
+"""Factor on patience while the metric is at popularity's level: models that learn popularity first
+may stay at this level for long before they improve."""
 OUT_OF_TIME = "out of time"
-"""How `Progress.done` begins where a run was ended by the clock."""
+"""The start of `Progress.done` if a run ended at its time limit."""
 
 
 class Refreshed(ABC):
-    """What is worked out from the weights and holds for an epoch or more, such as negatives that
-    the model itself finds hard. It is part of a run's state.
+    """Data that are computed from the weights and used for an epoch or longer, such as hard
+    negatives. They are part of a run's state.
     """
 
     @abstractmethod
     def refresh(self, model: Any, epoch: int) -> None:
-        """Work it out again, before the first step of an epoch (0, 1, …), if it is its turn."""
+        """Compute the data again before the first step of an epoch (0, 1, …), if it is due."""
 
     @abstractmethod
     def is_due(self, epoch: int, batch: int) -> bool:
-        """Whether something is to be worked out from the weights before a step, beside training."""
+        """Whether a computation in a thread alongside training is to start before a step."""
 
     @abstractmethod
     def start(self, model: Any, batch: int) -> None:
-        """Begin it, in a thread, with a copy of the model that is in evaluation mode."""
+        """Start the computation in a thread, with a copy of the model in evaluation mode."""
 
     @abstractmethod
     def state(self) -> Mapping[str, Tensor]:
-        """Return what a checkpoint keeps."""
+        """Return the state for a checkpoint."""
 
     @abstractmethod
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Take what `state` gave."""
+        """Restore a state that `state` returned."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Epoch:
-    """What one epoch came to."""
+    """Figures of one epoch."""
 
     epoch: int
     """Counted from 1."""
     loss: float
-    """Mean over those of its steps whose loss was finite; NaN where none was."""
+    """Mean loss over the steps with a finite loss; NaN if there were none."""
     seconds: float
-    """Of training so far, in this epoch and all before, validations included."""
+    """Time of training up to the end of this epoch, including earlier epochs and validations."""
     events_per_second: float
-    """Of this epoch, training only."""
+    """Speed of training in this epoch, without validation."""
     validation: float | None = None
-    """The validation metric, higher is better; None where it was not taken."""
+    """The validation metric, higher is better; None if there was no validation."""
     validation_seconds: float = 0.0
-    """Of taking it."""
+    """Time of the validation."""
     waiting_share: float = 0.0
-    """Share of this epoch's training time in which the trainer waited for batches."""
+    """Share of this epoch's training time that was spent waiting for batches."""
 
 
 @dataclass(kw_only=True)
 class Progress:
-    """Where a run is; what a checkpoint restores."""
+    """The progress of a run, which a checkpoint restores."""
 
     epoch: int = 0
     batch: int = 0
     step: int = 0
     loss_sum: float = 0.0
-    """Of the epoch's steps so far whose loss was finite; `counted` says how many they are."""
+    """Sum of the finite losses of the epoch so far; `counted` is their number."""
     counted: int = 0
     skipped: int = 0
     bad_in_a_row: int = 0
@@ -116,15 +117,15 @@ class Progress:
     best: float = -math.inf
     best_epoch: int = 0
     last: list[float] = field(default_factory=list)
-    """The last validations, three at most."""
+    """The most recent validations, at most three."""
     watched: float = -math.inf
-    """The best of what patience watches."""
+    """The best value so far of the metric that patience watches."""
     waited: int = 0
-    """Validations since then."""
+    """Validations since the best one."""
     done: str = ""
-    """Why the run ended; empty while it runs."""
+    """The reason why the run ended; empty while it runs."""
     precision: str = ""
-    """What its steps are calculated in; empty until "auto" has measured."""
+    """The number format of the steps; empty until "auto" has chosen one."""
     epochs: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -132,8 +133,8 @@ class Progress:
 class Fit(Generic[Network, Batch]):
     """One run: `run()` trains `model` in place and leaves it with its best weights.
 
-    The state after any step is a function of the settings, the seed and the data alone, so a run
-    that was killed and resumed ends bit-equal (CPU) to one that was not.
+    The state after any step depends only on the settings, the seed and the data, so a run that was
+    killed and resumed gives bit-identical weights on a CPU.
     """
 
     def __init__(
@@ -154,21 +155,21 @@ class Fit(Generic[Network, Batch]):
         """Prepare a run.
 
         Args:
-            model: Changed in place.
-            config: The settings.
-            seed: Decides order, dropout and negatives; the model's first weights are its maker's.
-            plan: From an epoch's number (0, 1, …) to its batches; decided by seed and number.
-            objective: Gives the mean loss of a batch, a scalar, in nats, and draws what it needs
-                from the generator that it is given. If it is a module, its state is the run's
-                too: parameters are trained beside the model's, and all of it stands in the
-                checkpoint.
-            validate: Gives the metric to stop by, higher is better.
-            validate_every: Epochs between two validations, where the settings say "auto"; none: 1.
-            level: The metric of a model that has learned what is popular and nothing else.
-            folder: Where checkpoints and the log of steps go; none writes neither.
-            refreshed: What batches are made with that the weights decide; it sees them as
-                validation does.
-            data: A fingerprint of what is learned from: a run of another one is not gone on with.
+            model: Trained in place.
+            config: The training settings.
+            seed: Determines order, dropout and negatives, but not the model's initial weights.
+            plan: Returns the batches of an epoch, given its number (0, 1, …); they depend only on
+                the seed and the number.
+            objective: Returns the mean loss of a batch, a scalar in nats; it draws from the
+                generator that it is given. If it is a module, its parameters are trained together
+                with the model's, and its state is in the checkpoint.
+            validate: Returns the metric for early stopping, higher is better.
+            validate_every: Epochs between two validations if the setting is "auto"; 1 if None.
+            level: The metric of a model that ranks by popularity.
+            folder: Folder of checkpoints and of the log of steps; None writes neither.
+            refreshed: Data for batches that are computed from the weights, the same weights
+                that validation uses.
+            data: A fingerprint of the training data: a run on other data is not resumed.
         """
         keep_memory()
         self.device = choose_device(config.device)
@@ -201,19 +202,19 @@ class Fit(Generic[Network, Batch]):
         on_step: Callable[[Progress, int], None] | None = None,
         max_seconds: float | None = None,
     ) -> Progress:
-        """Train until the epochs are over or validation stops getting better.
+        """Train for all epochs, or until validation stops improving.
 
         Args:
-            resume: Go on from the folder's checkpoint, if there is one.
-            on_epoch: Told of each epoch when it ends; what it raises ends the run.
-            on_step: Told of each step and the number of steps in its epoch.
-            max_seconds: Take no further step after so long, validations counted in: the epoch
-                ends there, is validated, and is the last. The clock decides such a run, too.
+            resume: Continue from the folder's checkpoint, if there is one.
+            on_epoch: Called with each epoch when it ends; an exception from it ends the run.
+            on_step: Called with each step's number and the number of steps in its epoch.
+            max_seconds: Time limit in seconds, including validations. After it, the current epoch
+                ends, is validated, and is the last; such a run also depends on the clock.
 
         Raises:
-            NonFiniteError: Twenty steps in a row had no finite loss or gradient, or weights are
-                not finite in the end.
-            ConfigError: To resume was asked for without a folder.
+            NonFiniteError: Twenty steps in a row had no finite loss or gradient, or the final
+                weights are not finite.
+            ConfigError: `resume` was set without a folder.
         """
         if resume:
             self._restore()
@@ -291,7 +292,7 @@ class Fit(Generic[Network, Batch]):
         on_step: Callable[[Progress, int], None] | None,
         max_seconds: float | None,
     ) -> None:
-        """Take the rest of an epoch's steps."""
+        """Take the remaining steps of an epoch."""
         progress, seconds_before = self.progress, self.progress.seconds
         started = last_checkpoint = time.perf_counter()
         while progress.batch < steps_per_epoch and not progress.done:
@@ -317,7 +318,7 @@ class Fit(Generic[Network, Batch]):
             progress.done = self._out_of_time(max_seconds)
 
     def _start_refresh(self) -> None:
-        """Have worked out, beside the next steps, what is due of the weights as they are."""
+        """Start the computations that are due, with the current weights, in their threads."""
         refreshed, progress = self.refreshed, self.progress
         if refreshed is not None and refreshed.is_due(progress.epoch, progress.batch):
             self.optimizer.settle()
@@ -325,7 +326,7 @@ class Fit(Generic[Network, Batch]):
             self.model.train()
 
     def _due(self, seconds: float) -> bool:
-        """Return whether it is time for a checkpoint; where all write it, the first one decides."""
+        """Return whether a checkpoint is due; of several processes, the first one decides."""
         due = seconds >= self.config.checkpoint_seconds
         return (
             bool(processes.by_first(lambda: due, at_once=True))
@@ -341,7 +342,7 @@ class Fit(Generic[Network, Batch]):
         return f"{OUT_OF_TIME}: stopped after {self.progress.seconds:.1f} s"
 
     def _step(self, batch: Any, steps_per_epoch: int, generator: torch.Generator) -> float:
-        """Take one optimizer step; return the loss. A step that is not finite changes nothing."""
+        """Take an optimizer step, unless the loss is not finite; return the loss."""
         progress, config = self.progress, self.config
         rate = config.rate * rate_factor(config, progress.step, steps_per_epoch)
         for group in self.optimizer.param_groups:
@@ -383,7 +384,7 @@ class Fit(Generic[Network, Batch]):
         return torch.autocast(self.device.type, dtype) if dtype else nullcontext()
 
     def _measured_precision(self, batch: Any) -> str:
-        """Time forward and backward passes of a batch; nothing of them stays in the run."""
+        """Time forward and backward passes of a batch; the run's state is unchanged."""
         buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
         seconds: dict[str, list[float]] = {"fp32": [], "bf16": []}
         for precision in ("fp32", "bf16") * (1 + _TRIALS):  # the first two are slower
@@ -418,7 +419,7 @@ class Fit(Generic[Network, Batch]):
         return value
 
     def _wait(self, value: float, patience: int | None) -> None:
-        """Count validations that were not better, and end the run after too many."""
+        """Count validations without improvement, and end the run after too many."""
         progress = self.progress
         progress.last = [*progress.last, value][-_LAST:]
         if self.config.patience == "auto":
@@ -433,7 +434,7 @@ class Fit(Generic[Network, Batch]):
             )
 
     def _patience(self, steps_per_epoch: int) -> int | None:
-        """Return how many validations in a row may be no better."""
+        """Return how many validations in a row may bring no improvement."""
         if self.config.patience != "auto":
             return self.config.patience
         epochs = max(_PATIENT_EPOCHS, math.ceil(_PATIENT_STEPS / steps_per_epoch))
@@ -441,9 +442,9 @@ class Fit(Generic[Network, Batch]):
         return patience if self.progress.best > self.level else _PLATEAU * patience
 
     def _judged(self) -> Network:
-        """Return the weights as validation sees them, in evaluation mode.
+        """Yield the model with the weights that validation uses, in evaluation mode.
 
-        What is no weight, such as the moving means of batch normalisation, is the model's own.
+        Buffers, such as the moving means of batch normalisation, are the model's current ones.
         """
         if self.average is None:
             return self.model.eval()
@@ -478,7 +479,7 @@ class Fit(Generic[Network, Batch]):
         write_checkpoint(self.folder / CHECKPOINT, kept, facts, own=own)
 
     def _facts(self) -> dict[str, Any]:
-        """Return what decides a run."""
+        """Return the facts that determine a run."""
         settings = self.config.model_dump(mode="json")
         return {"settings": settings, "seed": self.seed, "data": self.data}
 
@@ -487,7 +488,7 @@ class Fit(Generic[Network, Batch]):
 
     def _restore(self) -> None:
         if self.folder is None:
-            raise ConfigError("to resume, give the folder of the checkpoint", name="folder")
+            raise ConfigError("to resume, pass the folder of the checkpoint", name="folder")
         path = find_checkpoint(self.folder)
         if path is None:
             return
@@ -514,8 +515,8 @@ class Fit(Generic[Network, Batch]):
     def _check_same(self, path: Path, facts: Mapping[str, Any]) -> None:
         if facts.get("data", self.data) != self.data:
             raise ConfigError(
-                f"{path} was trained on other events: give those of its start, or "
-                "start again without --resume",
+                f"{path} was trained on other events: resume with the same events, or start again "
+                "without --resume",
                 name="resume",
                 value=True,
             )
@@ -525,8 +526,8 @@ class Fit(Generic[Network, Batch]):
         if changed:
             said = ", ".join(f"{name} {then.get(name)}, not {now[name]}" for name in changed)
             raise ConfigError(
-                f"{path} was trained with {said}: resume with the settings of its start, or "
-                "start again without --resume",
+                f"{path} was trained with {said}: resume with the same settings, or start again "
+                "without --resume",
                 name=changed[0],
                 value=now[changed[0]],
             )

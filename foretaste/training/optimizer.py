@@ -1,7 +1,7 @@
-"""How a step moves the weights: AdamW, its learning rate, and the average that follows behind.
+"""The optimizer: AdamW, its learning rate schedule, and the moving average of the weights.
 
-Tables of many rows learn by rows: a step moves the rows that its batch read, and costs what these
-cost, however many rows there are.
+Large tables are updated by rows: a step updates only the rows that its batch read, so its cost does
+not depend on the number of rows.
 
 Shape legend: R rows of a table, N of them in a batch, D width.
 """
@@ -18,19 +18,20 @@ from foretaste.models.layers.table import OwnRows, Table
 from foretaste.training.settings import TrainingConfig
 
 ROWS_FROM = 2**17
-"""Rows from which on "auto" lets a table learn by rows."""
+"""With "auto", tables of this many rows or more are updated by rows."""
 ROW_STATES = ("exp_avg", "exp_avg_sq", "sum")
-"""What the optimizer keeps of each row of a table."""
+"""The optimizer's state for each row of a table."""
 
 
 @final
 class AdamWByRows(optim.AdamW):
-    r"""AdamW that moves of some tables only the rows that a batch has read.
+    r"""AdamW that updates, in some tables, only the rows that a batch has read.
 
-    The moments of a row rest while no batch reads it. Weight decay does not: all rows of such a
-    table share a factor that takes it, :math:`\prod_t (1 - \eta_t \lambda)`, at no cost a row.
+    The moments of a row are unchanged while no batch reads it. Weight decay applies in every step:
+    all rows of such a table share one factor, :math:`\prod_t (1 - \eta_t \lambda)`, which costs
+    nothing per row.
 
-    With `one_rate` each row of these tables has one rate, by the sum of its squared gradients:
+    With `one_rate`, each row of these tables has one rate, from the sum of its squared gradients:
 
     .. math:: G_r \leftarrow G_r + \frac{1}{D} \lVert g_r \rVert^2, \quad
               w_r \leftarrow w_r - \eta g_r / (\sqrt{G_r} + \epsilon)
@@ -49,13 +50,13 @@ class AdamWByRows(optim.AdamW):
         one_rate: bool,
         **settings: Any,
     ) -> None:
-        """Prepare, as AdamW does.
+        """Create the optimizer.
 
         Args:
-            groups: Parameters, as AdamW takes them.
-            tables: Those that learn by rows.
-            one_rate: Whether each of their rows has one rate.
-            settings: AdamW's own.
+            groups: Parameter groups, as for AdamW.
+            tables: The tables that are updated by rows.
+            one_rate: Whether each row of these tables has one rate.
+            settings: The other arguments of AdamW.
         """
         super().__init__(groups, **settings)
         self.by_rows = {table.weight: table for table in tables}
@@ -63,7 +64,7 @@ class AdamWByRows(optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]  # torch overloads it
-        """Take a step; a table whose whole gradient is given moves as a whole."""
+        """Take a step; a table with a dense gradient is updated as a whole."""
         apart = []
         for group in self.param_groups:
             for weight in group["params"]:
@@ -71,11 +72,11 @@ class AdamWByRows(optim.AdamW):
                     continue
                 if weight.grad.is_sparse or self.one_rate:
                     apart.append((group, weight, weight.grad))
-                    weight.grad = None  # so that AdamW passes it by
+                    weight.grad = None  # so that AdamW skips it
                 else:
                     self._settle(weight)
         loss: float | None = super().step(closure)
-        overflow = getattr(self, "found_inf", None)  # of 16 bits: the step is to be left out
+        overflow = getattr(self, "found_inf", None)  # fp16 overflowed: the step is skipped
         for group, weight, grad in apart:
             weight.grad = grad
             if overflow is None or not bool(overflow):
@@ -98,7 +99,7 @@ class AdamWByRows(optim.AdamW):
 
     @torch.no_grad()
     def settle(self) -> None:
-        """Take weight decay into the tables' weights, before anything else reads them."""
+        """Apply pending weight decay to the tables; call it before other code reads them."""
         for weight in self.by_rows:
             self._settle(weight)
 
@@ -110,13 +111,13 @@ class AdamWByRows(optim.AdamW):
             self.state[weight]["scale"] = torch.tensor(1.0, dtype=torch.float64)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take what `state_dict` gave, in which a table's factor is kept too."""
+        """Restore the result of `state_dict`, including each table's decay factor."""
         super().load_state_dict(state_dict)
         weights = [weight for group in self.param_groups for weight in group["params"]]
         for index, weight in enumerate(weights):
             kept = state_dict["state"].get(index, {})
             if weight in self.by_rows and "scale" in kept:
-                self.state[weight]["scale"] = kept["scale"]  # AdamW made it 32 bits
+                self.state[weight]["scale"] = kept["scale"]  # AdamW has cast it to fp32
                 self.by_rows[weight].scale = float(kept["scale"])
 
 
@@ -150,7 +151,7 @@ def _one_rate(
 ) -> Tensor:
     if "sum" not in state:
         state["sum"] = torch.zeros(len(weight), dtype=weight.dtype, device=weight.device)
-        state["step"] = torch.zeros(())  # not counted: AdamW looks for it where a run is resumed
+        state["step"] = torch.zeros(())  # AdamW expects this key on resuming
     sum_N = state["sum"].index_select(0, row_N) + grad_ND.square().mean(dim=1)
     state["sum"].index_copy_(0, row_N, sum_N)
     change_ND: Tensor = grad_ND / (sum_N.sqrt() + group["eps"]).unsqueeze(1)
@@ -160,12 +161,12 @@ def _one_rate(
 def make_optimizer(
     parameters: Sequence[nn.Parameter], config: TrainingConfig, *, tables: Iterable[OwnRows] = ()
 ) -> AdamWByRows:
-    """Return AdamW, which decays matrices and tables, but no biases and scales.
+    """Return AdamW with weight decay for matrices and tables, but not for biases and scales.
 
     Args:
-        parameters: All that learns.
-        config: Says which tables learn by rows.
-        tables: Those among the parameters' owners.
+        parameters: All trainable parameters.
+        config: The training settings, which say which tables are updated by rows.
+        tables: The tables that own some of the parameters.
     """
     by_rows = []
     for table in tables:
@@ -189,14 +190,14 @@ def make_optimizer(
 
 
 def learns_by_rows(table: OwnRows, config: TrainingConfig) -> bool:
-    """Return whether a step moves only the rows of a table that its batch read."""
+    """Return whether a step updates only the rows of a table that its batch read."""
     if config.tables == "auto":
         return table.num_rows >= ROWS_FROM and not config.average_decay
     return config.tables != "adamw"
 
 
 def _coalesced(grad: Tensor) -> Tensor:
-    """Sum what stands for one row; that of one look-up is so already, which torch forgets."""
+    """Sum the entries of each row; one look-up has each row once, which torch does not record."""
     row_N = grad._indices()[0]
     if not grad.is_coalesced() and bool((row_N[1:] > row_N[:-1]).all()):
         grad._coalesced_(True)  # noqa: FBT003  # torch's own form
@@ -205,12 +206,12 @@ def _coalesced(grad: Tensor) -> Tensor:
 
 
 def clip(gradients: Sequence[Tensor], norm: Tensor, most: float) -> None:
-    """Shorten a gradient of length `norm` to `most`, where it is longer."""
+    """Scale the gradients so that their norm, `norm` now, is at most `most`."""
     torch._foreach_mul_(list(gradients), (most / (norm + 1e-6)).clamp(max=1.0))
 
 
 def gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
-    """Return the gradients that there are; of tables that learn by rows those of the rows."""
+    """Return all existing gradients; for tables that are updated by rows, those of the rows."""
     found = []
     for parameter in parameters:
         if parameter.grad is not None and parameter.grad.is_sparse:
@@ -222,10 +223,10 @@ def gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
 
 
 def refuse_at_rest(model: nn.Module) -> None:
-    """Refuse to train what is made of a trained table.
+    """Raise an error if a table of the model was made from a trained table.
 
     Raises:
-        ConfigError: A table of the model is.
+        ConfigError: A table was made from a trained table and cannot be trained.
     """
     for table in model.modules():
         if isinstance(table, Table) and not table.trains:
@@ -238,7 +239,7 @@ def refuse_at_rest(model: nn.Module) -> None:
 
 
 def rate_factor(config: TrainingConfig, step: int, steps_per_epoch: int) -> float:
-    """Return the learning rate's factor: a rise from 0, then the schedule, down to 0.02."""
+    """Return the factor on the learning rate: a warm-up from 0, then the schedule, down to 0.02."""
     done = step / (steps_per_epoch * config.rounds)
     after = {
         "constant": 1.0,
@@ -251,6 +252,6 @@ def rate_factor(config: TrainingConfig, step: int, steps_per_epoch: int) -> floa
 
 @torch.no_grad()
 def move_average(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
-    """Move the average towards the weights; early on it moves faster, so that it forgets 0."""
+    """Move the average towards the weights; the first steps move it faster, to forget its start."""
     decay = min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)

@@ -1,7 +1,7 @@
-"""Batches made ahead of the trainer, by threads, delivered in order.
+"""Prefetching: threads make batches ahead of the trainer and deliver them in order.
 
-What a batch holds is a function of (seed, epoch, index) alone, so it does not matter who makes it
-and when: with producers or without, a run is the same to the bit.
+The contents of a batch depend only on (seed, epoch, index), so it does not matter which thread
+makes it and when: a run is bit-identical with and without producers.
 """
 
 import time
@@ -16,38 +16,38 @@ from foretaste.data.plans import Plan
 Batch = TypeVar("Batch", covariant=True)
 
 _AHEAD = 2
-"""Batches that wait or are being made, for each producer."""
+"""Batches per producer that are waiting or in the making."""
 
 
 @final
 @dataclass(frozen=True, eq=False, kw_only=True)
 class WorkedPlan(Plan[Any]):
-    """A plan whose batches are worked on further where they are made."""
+    """A plan whose batches are processed further by the thread that makes them."""
 
     plan: Plan[Any]
     work: Callable[[Any, int], Any]
-    """From a batch and its index to what is delivered."""
+    """Turns a batch and its index into the object that is delivered."""
 
     def __len__(self) -> int:
         return len(self.plan)
 
     @property
     def num_events(self) -> int:
-        """Events in the epoch."""
+        """Number of events in the epoch."""
         return self.plan.num_events
 
     def batch(self, index: int) -> Any:
-        """Make one batch and work on it."""
+        """Make one batch and process it."""
         return self.work(self.plan.batch(index), index)
 
 
 @final
 class Prefetch(Generic[Batch]):
-    """Gives a plan's batches in order; with producers, these make a few of them ahead.
+    """Delivers a plan's batches in order; producers, if any, make a few of them in advance.
 
-    The producers are threads: what they do, drawing and gathering in torch, numpy and numba,
-    leaves the interpreter to the trainer. The queue is bounded, so memory is too. Leaving the
-    context ends them, whether the epoch is over or broken off.
+    The producers are threads: drawing and gathering in torch, numpy and numba releases the
+    interpreter lock for the trainer. The queue is bounded, so memory is too. Leaving the context
+    ends the threads, whether the epoch is complete or not.
     """
 
     def __init__(
@@ -58,17 +58,17 @@ class Prefetch(Generic[Batch]):
         first: int = 0,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """Prepare; nothing is made yet.
+        """Prepare without making a batch.
 
         Args:
-            plan: Whose batches.
-            producers: How many threads make them; 0: the caller makes them.
-            first: The first batch that will be asked for.
-            clock: Seconds since whenever, to measure waiting with.
+            plan: The plan whose batches are delivered.
+            producers: Number of threads that make batches; 0: the caller makes them.
+            first: Index of the first batch to deliver.
+            clock: Returns the time in seconds, to measure waiting.
         """
         self.plan, self.producers = plan, producers
         self.waited_s = 0.0
-        """How long the caller has waited for batches, in seconds."""
+        """Time that the caller has waited for batches, in seconds."""
         self._clock = clock
         self._next = first
         self._ahead: deque[Future[Batch]] = deque()
@@ -85,7 +85,7 @@ class Prefetch(Generic[Batch]):
             self._pool = None
 
     def next(self) -> Batch:
-        """Return the next batch; an error in making it is raised here."""
+        """Return the next batch; an error that a producer met is raised here."""
         started = self._clock()
         if self._pool is None:
             batch = self.plan.batch(self._next)

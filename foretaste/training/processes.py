@@ -1,13 +1,13 @@
-"""Several processes that train one model: the only file that knows how they talk to each other.
+"""Distributed data-parallel training: this file alone contains the communication of the processes.
 
-Every process has the same weights, and its share of the rows of each batch. What a step draws is
-drawn for all rows, the same in every process, and each keeps its part. What a loss needs of all
-rows goes through the functions below, and gradients are added up after the backward pass. So a
-step is that of one process, but for the order of its sums. Where there is one process, they do
+Every process has the same weights and a share of the rows of each batch. All processes make the
+same random draws for all rows, and each keeps those of its share. The functions below gather what a
+loss needs from all rows, and sum the gradients after the backward pass. A step therefore equals
+that of a single process up to the order of summation. With a single process the functions do
 nothing.
 
 Shape legend: N rows of this process, K numbers of each, V items of a batch, X those of them that
-this process works out, T means, D width.
+this process encodes, T means, D width.
 """
 
 import logging
@@ -29,10 +29,11 @@ from foretaste.errors import ConfigError, ForetasteError, ProcessError
 
 T = TypeVar("T")
 _STEP, _WAIT = timedelta(minutes=10), timedelta(days=1)
-"""How long a process waits for another in a step, and while the first one validates or reads."""
+"""Time-outs: how long a process waits for another one in a step, and while the first one validates
+or reads."""
 _HANDLED = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")
 _LAST_WORDS = 15
-"""Seconds that the others get to end when one has failed."""
+"""Seconds within which the other processes must end after one has failed."""
 
 
 class _Group(NamedTuple):
@@ -44,12 +45,12 @@ _joined: list[_Group] = []
 
 
 def share() -> Share:
-    """Return which part of every batch this process has; the whole, if it is alone."""
+    """Return which share of every batch this process has; a single process has the whole batch."""
     return _joined[-1].share if _joined else WHOLE
 
 
 def is_first() -> bool:
-    """Return whether this process speaks, validates and writes for all; alone, it does."""
+    """Return whether this process prints, validates and writes files for all processes."""
     return share().rank == 0
 
 
@@ -60,11 +61,11 @@ def was_started() -> bool:
 
 @final
 class Together:
-    """What one of several processes has to know; alone, it is the first."""
+    """The rank of this process and the number of processes; a single process has rank 0."""
 
     @property
     def is_first(self) -> bool:
-        """Whether it speaks and writes for all."""
+        """Whether this process prints and writes files for all processes."""
         return is_first()
 
     def first_goes(self, work: Callable[[], T]) -> T:
@@ -74,12 +75,12 @@ class Together:
 
 @contextmanager
 def joined_processes() -> Iterator[Together]:
-    """Train together with the processes that torchrun started beside this one, if it did so.
+    """Join the other processes that torchrun started, if there are any.
 
-    What is called in this context must be called in all of them, in the same order.
+    All processes must make the same calls in this context, in the same order.
 
     Raises:
-        ProcessError: The others did not come, or one of them has ended.
+        ProcessError: The other processes did not connect, or one of them has ended.
     """
     if not was_started() or _joined:
         yield Together()
@@ -95,8 +96,8 @@ def joined_processes() -> Iterator[Together]:
     except (RuntimeError, ValueError) as error:
         place = f"{os.environ.get('MASTER_ADDR', '')}:{os.environ.get('MASTER_PORT', '')}"
         raise ProcessError(
-            f"the processes could not meet at {place}: start all of them, with the same address "
-            "and a port that no other program has (torchrun --rdzv-endpoint)",
+            f"the processes could not connect at {place}: start all of them, with the same address "
+            "and a port that no other program uses (torchrun --rdzv-endpoint)",
             name="processes",
             value=place,
         ) from error
@@ -123,7 +124,7 @@ def _in_our_words() -> Iterator[None]:
     except RuntimeError as error:
         raise ProcessError(
             "another process of this training has ended, or did not answer for "
-            f"{_STEP.seconds // 60} minutes: see what it said, and go on with --resume",
+            f"{_STEP.seconds // 60} minutes: read its messages, then continue with --resume",
             name="processes",
         ) from error
 
@@ -139,7 +140,7 @@ def first_goes(work: Callable[[], T]) -> T:
 
 
 def wait() -> None:
-    """Wait until all processes are here."""
+    """Wait until all processes have reached this call."""
     if not _joined:
         return
     with _in_our_words():
@@ -147,11 +148,11 @@ def wait() -> None:
 
 
 def by_first(work: Callable[[], float | bool], *, at_once: bool = False) -> float:
-    """Let the first process work out a number for all; the others wait for it.
+    """Compute a number in the first process and send it to the others, which wait for it.
 
     Args:
-        work: Gives the number.
-        at_once: Whether it takes no longer than a step.
+        work: Computes the number.
+        at_once: Whether this takes no longer than a step.
     """
     if not _joined:
         return float(work())
@@ -162,7 +163,7 @@ def by_first(work: Callable[[], float | bool], *, at_once: bool = False) -> floa
 
 
 def check_same(facts: Mapping[str, object]) -> None:
-    """Refuse to train where one process has other data or settings than the first.
+    """Raise an error if the data or settings of a process differ from those of the first one.
 
     Raises:
         ConfigError: The fact of this name differs.
@@ -177,14 +178,14 @@ def check_same(facts: Mapping[str, object]) -> None:
             if other[name] != value:
                 raise ConfigError(
                     f"process {rank} has {name} {other[name]!r}, and process 0 has {value!r}: "
-                    "start all with the same recipe and the same data",
+                    "start all processes with the same recipe and the same data",
                     name=name,
                     value=other[name],
                 )
 
 
 def dealt(batch: Sized) -> AbstractContextManager[None]:
-    """Let draws for rows know which part of a step's batch this process has."""
+    """Restrict draws for rows to this process's share of a step's batch."""
     if not _joined:
         return nullcontext()
     return only_part(_part(_sizes(len(batch))), lambda key_S: all_rows(key_S)[0][0].unique())
@@ -201,7 +202,7 @@ def _sizes(num_rows: int) -> list[int]:
 
 
 def _from_all(same_shape: Tensor) -> list[Tensor]:
-    """Return each process's tensor, all of one shape."""
+    """Return the tensors of all processes, which have equal shapes."""
     found = [torch.empty_like(same_shape) for _ in range(share().world)]
     with _in_our_words():
         distributed.all_gather(found, same_shape)
@@ -211,7 +212,7 @@ def _from_all(same_shape: Tensor) -> list[Tensor]:
 def all_rows(
     rows_N: Int64[Tensor, " N"], *others: Int64[Tensor, "..."]
 ) -> tuple[tuple[Tensor, ...], slice]:
-    """Return the rows of all processes, one process after the other, and which are one's own."""
+    """Return the rows of all processes, by rank, and the slice of this process's rows."""
     if not _joined:
         return (rows_N, *others), slice(0, len(rows_N))
     columns = [rows.unsqueeze(1) if rows.ndim == 1 else rows for rows in (rows_N, *others)]
@@ -226,7 +227,7 @@ def all_rows(
 
 
 def _gathered(rows_NK: Tensor, sizes: Sequence[int]) -> list[Tensor]:
-    """Gather the rows of all processes, of which each has its own number."""
+    """Gather the rows of all processes, whose numbers of rows may differ."""
     padded = rows_NK.new_zeros(max(sizes), rows_NK.shape[1])
     padded[: len(rows_NK)] = rows_NK
     found = _from_all(padded)
@@ -239,12 +240,12 @@ def exchanged(
     """Send `sizes[0]` rows to process 0, the next `sizes[1]` to process 1, and so on.
 
     Args:
-        rows: Those of all, one process after the other.
-        sizes: How many each gets.
-        incoming: How many each sends; None: they are asked.
+        rows: The rows for all processes, in the order of ranks.
+        sizes: Number of rows for each process.
+        incoming: Number of rows that each process sends; None: exchanged first.
 
     Returns:
-        What the others send, and how many rows each.
+        The received rows, and how many came from each process.
     """
     with _in_our_words():
         if incoming is None:
@@ -258,7 +259,7 @@ def exchanged(
 
 
 def norm_of_all(common: Iterable[Tensor], dealt: Iterable[Tensor]) -> Float[Tensor, ""]:
-    """Return the Euclidean norm of tensors that all have, and of those of which each has a part."""
+    """Return the joint Euclidean norm of replicated tensors and of sharded ones."""
     norm = nn.utils.get_total_norm(list(common))
     parts = list(dealt)
     if not _joined or not parts:
@@ -269,7 +270,7 @@ def norm_of_all(common: Iterable[Tensor], dealt: Iterable[Tensor]) -> Float[Tens
 
 
 def same_draws(generator: torch.Generator) -> None:
-    """Give a generator the state of the first process's, so that all draw the same."""
+    """Set a generator to the state of the first process's, so that all processes draw the same."""
     if _joined:
         state = generator.get_state()
         with _in_our_words():
@@ -278,7 +279,7 @@ def same_draws(generator: torch.Generator) -> None:
 
 
 def joined_vectors(vector_XD: Float[Tensor, "X D"], num: int) -> Float[Tensor, "V D"]:
-    """Put together the vectors of `num` items of which each process worked out its share."""
+    """Gather the vectors of `num` items, of which each process has encoded a share."""
     if not _joined:
         return vector_XD
     joined_VD: Tensor = _Joined.apply(vector_XD, num)  # type: ignore[no-untyped-call]  # torch
@@ -287,7 +288,7 @@ def joined_vectors(vector_XD: Float[Tensor, "X D"], num: int) -> Float[Tensor, "
 
 @final
 class _Joined(torch.autograd.Function):
-    """The parts of all processes; each part's gradient is the sum over processes."""
+    """Concatenates the parts of all processes; the gradient of a part is the sum over processes."""
 
     @staticmethod
     def forward(
@@ -307,20 +308,20 @@ class _Joined(torch.autograd.Function):
 
 
 def mean_of_all(summed: Float[Tensor, ""], num: int) -> Float[Tensor, ""]:
-    """Return the mean over the rows of all processes, given the sum over one's own rows."""
+    """Return the mean over the rows of all processes, given the sum over this process's rows."""
     return means_of_all(summed.unsqueeze(0), [num])[0][0]
 
 
 def means_of_all(
     summed_T: Float[Tensor, " T"], num_T: Sequence[int]
 ) -> tuple[Float[Tensor, " T"], list[int]]:
-    """Return means over the rows of all processes, and how many these are.
+    """Return means over the rows of all processes, and the numbers of these rows.
 
-    Each process learns from its own rows alone: their gradients are added up afterwards.
+    The gradient of each process covers its own rows; gradients are summed over processes later.
 
     Args:
-        summed_T: Sums over one's own rows.
-        num_T: How many these are.
+        summed_T: Sums over this process's rows.
+        num_T: Numbers of these rows.
     """
     total_T = list(num_T)
     if _joined:
@@ -332,7 +333,7 @@ def means_of_all(
 
 @final
 class _Total(torch.autograd.Function):
-    """The sum over processes, each of which makes the same of it: the gradient is handed on."""
+    """The sum over processes; all compute the same loss, so the gradient passes unchanged."""
 
     @staticmethod
     def forward(
@@ -361,11 +362,11 @@ _NONE, _DENSE, _ROWS = 0, 1, 2
 def add_gradients(
     parameters: Sequence[nn.Parameter], *, shared: Iterable[nn.Parameter] = ()
 ) -> None:
-    """Add up the gradients of all processes.
+    """Sum the gradients over all processes.
 
     Args:
-        parameters: Of the model, each learned from the own rows of a process.
-        shared: Those of the loss, of which every process has the whole gradient already.
+        parameters: The model's parameters, whose gradients cover the rows of one process.
+        shared: Parameters of the loss, whose gradients are complete in every process.
     """
     if not _joined:
         return
@@ -398,7 +399,7 @@ def _dense(parameter: nn.Parameter) -> Tensor:
 
 
 def _rows_of_all(parameter: nn.Parameter) -> Tensor:
-    """Return the gradient of the rows that any process has read."""
+    """Return the summed gradient of all rows that at least one process has read."""
     grad = _dense(parameter)
     grad = (grad if grad.is_sparse else grad.to_sparse(1)).coalesce()
     sizes = _sizes(len(grad.values()))
@@ -411,18 +412,18 @@ def _rows_of_all(parameter: nn.Parameter) -> Tensor:
 
 @checked
 def start_processes(num: int, command: Sequence[str]) -> int:
-    """Start Python so many times on this machine, by torchrun's own engine, and wait.
+    """Start `num` Python processes on this machine with torchrun's launcher, and wait for them.
 
     Args:
-        num: How many processes.
-        command: What follows `python`, such as the path of a script.
+        num: Number of processes.
+        command: The arguments of `python`, such as the path of a script.
 
     Returns:
-        The number of the signal that stopped them, 0 where none did.
+        The number of the signal that stopped the processes, or 0.
 
     Raises:
-        ConfigError: There are fewer cores, or torchrun has started this process already.
-        ProcessError: One of them failed; the message and `value` name it.
+        ConfigError: There are fewer cores, or torchrun started this process.
+        ProcessError: A process failed; the message and `value` name it.
     """
     from torch.distributed.elastic.multiprocessing import SignalException  # noqa: PLC0415
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError  # noqa: PLC0415
@@ -430,7 +431,7 @@ def start_processes(num: int, command: Sequence[str]) -> int:
 
     if was_started():
         raise ConfigError(
-            "torchrun has started several processes already: leave out --processes",
+            "torchrun has started several processes already: omit --processes",
             name="processes",
             value=num,
         )
@@ -460,8 +461,8 @@ def start_processes(num: int, command: Sequence[str]) -> int:
         failures = error.failures
         rank = min(failures, key=lambda r: (_followed(failures[r].exitcode), failures[r].timestamp))
         raise ProcessError(
-            f"process {rank} of {num} ended with {_ended(failures[rank].exitcode)}, and so did "
-            "this training: see what it said above, and go on with --resume",
+            f"process {rank} of {num} ended with {_ended(failures[rank].exitcode)}, which ended "
+            "the training: read its messages above, then continue with --resume",
             name="processes",
             value=rank,
         ) from error
@@ -472,7 +473,7 @@ def start_processes(num: int, command: Sequence[str]) -> int:
 
 @contextmanager
 def _own_handlers() -> Iterator[None]:
-    """Put back what handles signals in this process, which torch leaves changed."""
+    """Restore this process's signal handlers, which torch leaves changed."""
     numbers = [getattr(signal, name) for name in _HANDLED if hasattr(signal, name)]
     before = {number: signal.getsignal(number) for number in numbers}
     try:
@@ -484,7 +485,7 @@ def _own_handlers() -> Iterator[None]:
 
 
 def _followed(code: int) -> bool:
-    """Return whether a process ended because another one had."""
+    """Return whether a process ended because another one had ended."""
     return code in (ProcessError.followed, 128 + signal.SIGTERM, -signal.SIGTERM)
 
 

@@ -1,4 +1,4 @@
-"""What a person sees of a run: a bar on a terminal or a line an epoch, and early what it costs."""
+"""Progress of a run: a bar on a terminal or a line per epoch, and an early estimate of the cost."""
 
 import math
 import time
@@ -20,9 +20,10 @@ from foretaste.training.fit import Progress as RunProgress
 psutil = later("psutil")
 
 _WARM_UP = 3
-"""First steps, which are slower: memory is paged in, loops are compiled."""
+"""Number of first steps that are not timed: they are slower, because memory is paged in and loops
+are compiled."""
 _LOOK_STEPS, _LOOK_SECONDS = 5, 2.0
-"""How long the steps after those are watched at least."""
+"""The least time, in seconds, for which the steps after them are timed."""
 
 
 def say(line: str) -> None:
@@ -61,7 +62,7 @@ class ShowProgress:
         self._bar.stop()
 
     def step(self, progress: RunProgress, steps_per_epoch: int) -> None:
-        """Move the bar; time left is to the last epoch, early stopping may come before it."""
+        """Advance the bar; the time left assumes all epochs, without early stopping."""
         self._bar.update(
             self._task,
             completed=progress.step,
@@ -92,41 +93,41 @@ class ShowProgress:
 @final
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What a run will cost, as its first steps and its first validation say.
+    """The estimated cost of a run, from its first steps and its first validation.
 
-    Seconds are those of a machine that stays as busy as it was then.
+    The estimate assumes that the load of the machine does not change.
     """
 
     epochs: int
-    """At most so many; validation may end the run before."""
+    """The most epochs; early stopping may end the run before."""
     epoch_seconds: float
-    """Of training alone."""
+    """Seconds of training per epoch, without validation."""
     validations: int
-    """At most so many; 0: none is made."""
+    """The most validations; 0 if there is none."""
     validation_seconds: float | None
-    """Of one validation; None: there is none, or none was made yet."""
+    """Seconds of one validation; None if there is none, or none so far."""
     max_seconds: float | None
-    """Where the clock ends the run, if it does."""
+    """The time limit of the run, if it has one."""
     weight_bytes: int
-    """Of tables and other weights."""
+    """Bytes of tables and other weights."""
     optimizer_bytes: int
-    """Of gradients and of what the optimizer keeps."""
+    """Bytes of gradients and of the optimizer's state."""
     batch_bytes: int
-    """Of what a step keeps for its backward pass, beside the weights."""
+    """Bytes of the activations that a step keeps for its backward pass."""
     process_bytes: int
-    """Of the whole process so far, data and libraries included."""
+    """Bytes of the whole process so far, including data and libraries."""
     gpu_bytes: int
-    """The most that was taken of a GPU's memory so far; 0 without one."""
+    """The peak use of GPU memory so far, in bytes; 0 without a GPU."""
 
     @property
     def seconds(self) -> float:
-        """Of all epochs, and of their validations as far as these are known."""
+        """Seconds of all epochs and, if known, of their validations."""
         validated = self.validations * (self.validation_seconds or 0.0)
         seconds = self.epochs * self.epoch_seconds + validated
         return seconds if self.max_seconds is None else min(seconds, self.max_seconds)
 
     def __str__(self) -> str:
-        """Say it in a line."""
+        """Return the estimate as one line of text."""
         each = f"{duration(self.epoch_seconds)} an epoch"
         if self.validation_seconds is not None:
             each += f" and {duration(self.validation_seconds)} a validation"
@@ -153,17 +154,17 @@ class CostWatch:
         max_seconds: float | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """Begin to watch.
+        """Start to watch a run.
 
         Args:
-            run: About to begin.
-            found: Each is called with the cost when the first steps are over, and again after the
-                first validation where that comes later.
-            max_seconds: Where the clock ends the run, if it does.
-            clock: Seconds since any time.
+            run: A run that has not started.
+            found: Functions that are called with the cost after the first steps, and again after
+                the first validation if it comes later.
+            max_seconds: The time limit of the run, if it has one.
+            clock: Returns the time in seconds.
         """
         self.cost: Cost | None = None
-        """As it was found last."""
+        """The most recent estimate."""
         self._run, self._found, self._max_seconds, self._clock = run, found, max_seconds, clock
         self._saved = _SavedForBackward(run.parameters)
         self._steps, self._steps_per_epoch = 0, 1
@@ -172,7 +173,7 @@ class CostWatch:
         self._validated = 0.0
 
     def step(self, steps_per_epoch: int) -> None:
-        """Take note of a step that ended."""
+        """Record a step that ended."""
         self._steps, self._steps_per_epoch = self._steps + 1, steps_per_epoch
         if self._steps <= _WARM_UP:
             self._warm = self._clock()
@@ -185,7 +186,7 @@ class CostWatch:
             self._tell()
 
     def epoch(self, epoch: Epoch) -> None:
-        """Take note of an epoch that ended."""
+        """Record an epoch that ended."""
         if epoch.validation is not None:
             self._validated += epoch.validation_seconds if self._steps >= _WARM_UP else 0.0
             if self._validation is None:
@@ -219,7 +220,7 @@ class CostWatch:
 
 @final
 class _SavedForBackward:
-    """Counts what a step keeps for its backward pass, beside the weights."""
+    """Counts the bytes that a step keeps for its backward pass, without the weights."""
 
     def __init__(self, weights: Iterable[Tensor]) -> None:
         self.nbytes = 0
@@ -228,12 +229,12 @@ class _SavedForBackward:
         self._hooks: saved_tensors_hooks | None = None
 
     def watch(self) -> None:
-        """Count from now on, in this thread."""
+        """Start to count, in this thread."""
         self._hooks = saved_tensors_hooks(self._keep, lambda tensor: tensor)
         self._hooks.__enter__()
 
     def stop(self) -> None:
-        """Count no more."""
+        """Stop counting."""
         if self._hooks is not None:
             self._hooks.__exit__()
             self._hooks, self.nbytes = None, sum(self._size_of.values())
@@ -246,7 +247,7 @@ class _SavedForBackward:
 
 
 def duration(seconds: float) -> str:
-    """Return a time as people say it."""
+    """Return a duration as readable text."""
     if seconds < 100:
         return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
     return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

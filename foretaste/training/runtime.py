@@ -1,7 +1,7 @@
-"""How this process uses memory and threads, and where a run's randomness comes from.
+"""Memory and threads of the process, and the random generators of a run.
 
-Randomness depends on where a run is, never on what ran before: step b of epoch e draws from
-(seed, e, b), so a run resumed anywhere is the same run.
+Random draws depend only on the position in a run: step b of epoch e draws from (seed, e, b). A
+resumed run therefore makes the same draws as one that was not interrupted.
 """
 
 import ctypes
@@ -17,11 +17,11 @@ _GLIBC_LIMITS = {-1: (1 << 31) - 1, -2: 64 << 20, -3: 1 << 30}
 
 
 def keep_memory() -> bool:
-    """Tell glibc to keep freed memory for the next tensor; return whether it took it.
+    """Make glibc keep freed memory for the next tensor; return whether it accepted the setting.
 
-    It gives tensors of a megabyte and more back to the system when they are freed, and the next
-    one is paged in afresh, at a tenth of the speed of memory. So set, a SASRec step on a CPU takes
-    half its time.
+    By default, glibc returns tensors of a megabyte and more to the system when they are freed, and
+    the next tensor is paged in again, at a tenth of the speed of memory. With this setting, a
+    SASRec step on a CPU takes half the time.
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -34,15 +34,15 @@ def keep_memory() -> bool:
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device to train on: "auto" takes a GPU where there is one.
+    """Return the device to train on; "auto" uses a GPU if there is one.
 
     Raises:
-        ConfigError: A GPU is asked for, and there is none.
+        ConfigError: The setting asks for a GPU, and there is none.
     """
     has_gpu = torch.cuda.is_available()
     if name == "cuda" and not has_gpu:
         raise ConfigError(
-            'training.device is "cuda", and torch finds no GPU: set it to "auto"',
+            'training.device is "cuda", but torch finds no GPU: set it to "auto"',
             name="training.device",
             value="cuda",
         )
@@ -50,7 +50,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def epoch_generator(seed: int, epoch: int) -> np.random.Generator:
-    """Return what decides an epoch's windows and order."""
+    """Return the generator of an epoch's windows and order."""
     return np.random.default_rng([seed, epoch])
 
 
@@ -61,11 +61,11 @@ def step_seed(seed: int, epoch: int, batch: int) -> int:
 
 
 def step_generator(seed: int, epoch: int, batch: int) -> torch.Generator:
-    """Return what a step draws from, a generator of the CPU on every device.
+    """Return the generator of a step, which is on the CPU for every device.
 
-    It is torch's own, since dropout can draw from nothing else: set for each step, so that nothing
-    goes from one step to the next through it. `torch.manual_seed` would note down the stack for
-    every device that is not in use: each step.
+    It is torch's global generator, the only one that dropout can use, and is seeded for each step,
+    so that steps do not depend on earlier ones. `torch.manual_seed` is not used, because it records
+    the stack for every unused device in each step.
     """
     number = step_seed(seed, epoch, batch)
     torch.default_generator.manual_seed(number)

@@ -14,54 +14,59 @@ _LEAST_STEPS = 800
 
 
 class TrainingConfig(Config):
-    """Settings of the training loop. The text "auto" stands for `search = true` and no others."""
+    """Settings of the training loop. The text "auto" in their place means `search = true`."""
 
     epochs: Rounds | Literal["auto"] = "auto"
-    """Most passes over the training events; the schedule is laid over all of them. "auto": the
-    model's own, but as many as 800 steps take; of a model without any, 100."""
+    """Maximum number of passes over the training events; the schedule spans all of them. "auto":
+    the model's own number, but enough for at least 800 steps; 100 if the model has none."""
     batch_events: Count | Literal["auto"] = "auto"
     """About how many events a step learns from. "auto": a 32nd of the training events, at least 32,
     and at most 8192 or the model's own limit."""
     learning_rate: Annotated[float, Field(gt=0, le=100)] | Literal["auto"] = "auto"
     """Step size of the optimizer. "auto": the model's own, or else 0.001."""
     weight_decay: float = Field(default=0.0, ge=0, le=100)
-    """AdamW's decoupled decay, of matrices and tables, not of biases and scales."""
+    """AdamW's decoupled weight decay. It applies to matrices and tables, not to biases and
+    scales."""
     beta2: float = Field(default=0.98, gt=0, lt=1)
     """AdamW's decay of squared gradients; SASRec's authors use 0.98."""
     tables: Literal["auto", "adamw", "lazy_adamw", "row_adagrad"] = "auto"
-    """Optimizer of the tables of ids and codes. "adamw": all rows change in every step.
-    "lazy_adamw": only the rows that a batch reads; the moments of the others wait, but weight decay
-    reaches all. "row_adagrad": only the rows that a batch reads, with one rate for each row, from
-    its squared gradients, in a third of the memory. "auto": lazy_adamw for tables of many rows if
-    there is no `ema_decay`; else adamw. A row that few batches read changes less by lazy_adamw: MF
-    on Gowalla needs twice the rate for the figures of adamw."""
+    """The optimizer for tables of ids and codes. "adamw": all rows change in every step.
+    "lazy_adamw": only the rows that a batch reads change; the moments of the other rows do not, but
+    weight decay applies to all rows. "row_adagrad": only the rows that a batch reads change, with
+    one rate for each row, from its squared gradients; it needs a third of the memory. "auto":
+    lazy_adamw for large tables if there is no `ema_decay`; else adamw. With lazy_adamw, rows that
+    few batches read change less: MF on Gowalla needs twice the learning rate to reach the results
+    of adamw."""
     sharded_from: Count | None = None
-    """Rows from which on a table of ids or codes is dealt among several processes, each of which
-    holds and moves a range of its rows. None: each process holds all tables."""
+    """Tables of ids or codes with at least this many rows are sharded: each of several processes
+    holds and updates a range of the rows. None: each process holds all tables."""
     warmup_steps: CountOrZero | Literal["auto"] = "auto"
-    """Steps over which the learning rate rises from 0. "auto": those of two epochs, at most 200."""
+    """Number of steps over which the learning rate rises from 0. "auto": two epochs, at most 200
+    steps."""
     schedule: Literal["constant", "cosine", "linear", "auto"] = "auto"
     """The learning rate after the warm-up; all but "constant" end at 2 % of it. "auto": the model's
     own, or else "constant"."""
     gradient_clip: Positive | None = None
-    """Largest Euclidean norm of the whole gradient; None clips nothing."""
+    """Largest Euclidean norm of the whole gradient; larger gradients are scaled down. None: no
+    clipping."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] | Literal["auto"] = "auto"
-    """Decay of an exponential moving average of the weights, which is validated and kept; 0: none.
-    "auto": the model's own, or else 0."""
+    """Decay of an exponential moving average of the weights, which is used for validation and as
+    the result; 0: no average. "auto": the model's own, or else 0."""
     precision: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
-    """Number format of the forward and backward pass; weights and updates stay fp32, and fp16
-    scales its loss. bf16 pays if the processor multiplies it natively (avx512_bf16, amx, a GPU).
+    """Number format of the forward and backward pass; weights and updates stay fp32, and fp16 uses
+    loss scaling. bf16 is faster if the processor supports it natively (avx512_bf16, amx, a GPU).
     "auto": times the first batch in fp32 and in bf16, and takes bf16 if it needs at most nine
     tenths of the time. The log holds the choice, and a resumed run keeps it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where training runs; "auto" takes a GPU if there is one."""
     validate_every: Count | Literal["auto"] = "auto"
-    """Epochs between two validations. "auto": as few as keep the work of validation, which is
-    counted and not timed, at a quarter of training's."""
+    """Epochs between two validations. "auto": as few as possible while the work of validation is at
+    most a quarter of the work of training; work is counted, not timed."""
     validate_queries: Count | Literal["auto", "all"] = "auto"
-    """How many validation queries the lists are measured on, spread over users and the same each
-    time and with every seed. "auto": as many as validation at every epoch allows, at least 1,000.
-    The report always measures all queries. Rankers that are validated by labels use all rows."""
+    """How many validation queries the list metrics are measured on. They are spread over users, and
+    are the same at each validation and with every seed. "auto": as many as validation at every
+    epoch allows, at least 1,000. The report always measures all queries. Rankers that are validated
+    by labels use all rows."""
     patience: Count | Literal["auto"] | None = "auto"
     """Validations without improvement before training stops; None never stops early. "auto": as
     many as there are in five epochs and in 300 steps, at least two, watching the mean of the last
@@ -71,12 +76,12 @@ class TrainingConfig(Config):
     """Seconds between two checkpoints, if there is a folder for them; 0 writes one after each
     step."""
     producers: int = Field(default=0, ge=0, le=256)
-    """Threads that prepare batches ahead of the trainer: gathering, negatives, and other work that
-    needs no weights. The result is the same."""
+    """Number of threads that prepare batches ahead of the trainer: gathering, drawing negatives,
+    and other work that needs no weights. The result does not depend on it."""
 
     search: bool = False
-    """Whether learning rate, l2 and one setting of the model are searched first, by validation, on
-    a sample of the data. The cost is printed before it starts; `tune` searches longer."""
+    """Whether the learning rate, l2 and one setting of the model are tuned first, by validation on
+    a sample of the data. The cost is printed before the search starts; `tune` searches longer."""
 
     @model_validator(mode="before")
     @classmethod
@@ -85,12 +90,12 @@ class TrainingConfig(Config):
 
     @checked
     def settled(self, usual: Mapping[str, Any], num_events: int) -> "TrainingConfig":
-        """Return settings in which nothing is left to the model and the data.
+        """Return settings in which every "auto" is replaced by a value.
 
         Args:
-            usual: The model's own settings: learning rate, schedule, epochs and average, and the
-                most events of a batch.
-            num_events: How many there are to learn from.
+            usual: The model's defaults: learning rate, schedule, epochs, average and the maximum
+                number of events in a batch.
+            num_events: Number of training events.
         """
         own = TrainingConfig(**usual)
         batch = self.batch_of(num_events)
@@ -111,7 +116,7 @@ class TrainingConfig(Config):
 
     @property
     def rounds(self) -> int:
-        """Most epochs."""
+        """The maximum number of epochs."""
         return 100 if self.epochs == "auto" else self.epochs
 
     @property
@@ -131,12 +136,12 @@ class TrainingConfig(Config):
 
     @checked
     def batch_of(self, num_events: int) -> int:
-        """Return about how many of so many training events a step learns from."""
+        """Return about how many events a step learns from, given the number of training events."""
         if self.batch_events == "auto":
             return min(max(32, num_events // 32), 8192)
         return self.batch_events
 
     @checked
     def warmup_of(self, steps_per_epoch: int) -> int:
-        """Return over how many steps the learning rate rises, where an epoch has so many."""
+        """Return the number of warm-up steps, given the number of steps in an epoch."""
         return min(200, 2 * steps_per_epoch) if self.warmup_steps == "auto" else self.warmup_steps

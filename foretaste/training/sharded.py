@@ -1,12 +1,12 @@
-"""Tables whose rows are dealt among the processes, each of which holds a range of them.
+"""Sharded tables: each process holds a range of the rows.
 
-A look-up asks each owner for its rows, and the gradient goes back the same way: rows are moved
-where they are, and what the optimizer keeps of a row lies beside it. All processes look up at the
-same places of a step, each its own rows. While the first one works alone, as in validation, the
+A look-up requests rows from the processes that own them, and gradients are sent back to the owners,
+which update the rows and hold their optimizer state. All processes make their look-ups at the same
+points of a step, each for its own rows. While the first process works alone, as in validation, the
 others answer its look-ups.
 
 Shape legend: R rows of a table, X any shape of rows asked for, N rows asked for, U distinct ones of
-them, A rows that other processes ask this one for, D width.
+them, A rows that other processes request from this one, D width.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -39,10 +39,10 @@ from foretaste.training.optimizer import ROW_STATES
 
 
 def sharding(rows_from: int | None) -> AbstractContextManager[None]:
-    """Deal the tables that are made in this context among the processes, if there are several.
+    """Shard the tables that are created in this context, if there are several processes.
 
     Args:
-        rows_from: Tables of fewer rows are kept whole by each process; None: all are.
+        rows_from: Every process holds tables of fewer rows whole; None: no table is sharded.
     """
     if rows_from is None or processes.share() == WHOLE:
         return nullcontext()
@@ -55,10 +55,10 @@ def sharding(rows_from: int | None) -> AbstractContextManager[None]:
 
 
 def refuse_sharding(rows_from: int | None, reason: str) -> None:
-    """Refuse to deal tables of which every process needs all rows after training.
+    """Raise an error if tables would be sharded although every process needs all their rows later.
 
     Raises:
-        ConfigError: There are several processes, and tables would be dealt.
+        ConfigError: There are several processes, and tables would be sharded.
     """
     if rows_from is not None and processes.share() != WHOLE:
         raise ConfigError(
@@ -70,12 +70,12 @@ def refuse_sharding(rows_from: int | None, reason: str) -> None:
 
 
 def tables_of(model: nn.Module) -> list["Sharded"]:
-    """Return the tables of a model that are dealt."""
+    """Return the sharded tables of a model."""
     return [table for table in model.modules() if isinstance(table, Sharded)]
 
 
 def own_rows_of(model: nn.Module, optimizer: optim.Optimizer) -> dict[str, range]:
-    """Return which rows this process has of what is dealt, by its name in a checkpoint."""
+    """Return the range of rows held here of each sharded tensor, by its checkpoint name."""
     weights = list(chain(*(group["params"] for group in optimizer.param_groups)))
     own = dict[str, range]()
     for name, table in model.named_modules(remove_duplicate=False):
@@ -88,13 +88,13 @@ def own_rows_of(model: nn.Module, optimizer: optim.Optimizer) -> dict[str, range
 
 @final
 class Sharded(OwnRows):
-    """The rows of this process, and the way to those of the others."""
+    """A sharded table: the rows of this process, and look-ups in those of the other processes."""
 
     def __init__(self, num_rows: int, width: int) -> None:
         super().__init__()
         self.width, self._num_rows = width, num_rows
         self.asked_as: int | None = None
-        """Its number among the model's tables, while the first process works alone."""
+        """The table's number in the model, while the first process works alone."""
         own = self.own
         self.weight = nn.Parameter(torch.empty(len(own), width))
         self.draw(std=1.0)
@@ -125,7 +125,7 @@ class Sharded(OwnRows):
 
     @torch.no_grad()
     def draw(self, *, std: float) -> None:
-        """Draw all rows as one process does, a block at a time, and keep one's own."""
+        """Draw all rows as a single process would, block by block, and keep this process's rows."""
         self.std, own = std, self.own
         for first, last in _draws(self.num_rows):
             block_RD = self.weight.new_empty(last - first, self.width).normal_(std=std)
@@ -155,7 +155,7 @@ class Sharded(OwnRows):
             table.weight.copy_(self.block(first + own.start, first + own.stop))
             table.std, first = self.std, first + size
             tables.append(table)
-        torch.set_rng_state(state)  # the rows of all of them are drawn already
+        torch.set_rng_state(state)  # the rows of all processes are drawn already
         return tables
 
     @torch.no_grad()
@@ -168,16 +168,16 @@ class Sharded(OwnRows):
 
 
 def rows_of(num_rows: int, share: Share) -> range:
-    """Return the rows of a table that a process holds: as many as any other, but for the last."""
+    """Return the range of rows that a process holds; all but the last hold equally many."""
     each = -(-num_rows // share.world)
     return range(min(num_rows, share.rank * each), min(num_rows, (share.rank + 1) * each))
 
 
 def _draws(num_rows: int) -> Iterator[tuple[int, int]]:
-    """Return blocks whose draws, one after the other, are those of the whole.
+    """Return blocks whose successive draws equal one draw of the whole table.
 
-    torch draws 16 numbers together, so no block but the last one may end elsewhere, and the last
-    may not have fewer.
+    torch draws normal numbers in groups of 16, so every block but the last must end at a multiple
+    of 16, and the last must have at least 16 numbers.
     """
     starts = list(range(0, max(1, num_rows - BLOCK_ROWS + 1), BLOCK_ROWS))
     return zip(starts, [*starts[1:], num_rows], strict=True)
@@ -185,7 +185,7 @@ def _draws(num_rows: int) -> Iterator[tuple[int, int]]:
 
 @final
 class _LookUp(torch.autograd.Function):
-    """Rows from their owners; their gradients are added up there."""
+    """Fetches rows from their owners, which sum the gradients of their rows."""
 
     @staticmethod
     def forward(
@@ -194,7 +194,7 @@ class _LookUp(torch.autograd.Function):
         weight_RD: Tensor,
         table: Sharded,
     ) -> Tensor:
-        ordered_N, order_N = row_N.int().sort(stable=True)  # int32 sorts in half of the time
+        ordered_N, order_N = row_N.int().sort(stable=True)  # int32 sorts in half the time
         num_none = int((ordered_N < 0).sum())
         order_N = order_N[num_none:]
         row_U, times_U = ordered_N[num_none:].unique_consecutive(return_counts=True)
@@ -230,7 +230,7 @@ class _LookUp(torch.autograd.Function):
 
 
 def by_first(model: nn.Module, work: Callable[[], float]) -> float:
-    """Let the first process work out a number for all with a model, whose rows others may have."""
+    """Compute a number in the first process, with a model whose tables may be sharded."""
     tables = tables_of(model)
     if not tables:
         return processes.by_first(work)
@@ -253,7 +253,7 @@ def by_first(model: nn.Module, work: Callable[[], float]) -> float:
 
 
 def make_whole(model: nn.Module) -> None:
-    """Give the first process all rows of a trained model; the others keep theirs."""
+    """Send all rows of a trained model to the first process; the others keep their rows."""
     by_first(model, lambda: _make_whole(model.modules()))
 
 
@@ -268,7 +268,7 @@ def _make_whole(modules: Iterable[nn.Module]) -> float:
 
 
 def finish(model: Model, events: Interactions) -> None:
-    """Fill what answers need and training does not; where rows are dealt, the first one does."""
+    """Compute what only answers need; with sharded tables, the first process does it."""
     if not tables_of(model):
         model.learn_new_users(events)
         model.finish()

@@ -1,4 +1,4 @@
-"""What training gives back, and all that evaluation and serving need."""
+"""The result of training, with everything that evaluation and serving need."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -38,35 +38,35 @@ class Trained(Shown):
     model: Model
     """A `Retriever`, a `Scorer` or a `TwoStage`, in evaluation mode."""
     events: Interactions
-    """The training events; its vocabularies say which row is which id."""
+    """The training events; their vocabularies map ids to rows."""
     features: Features | None = None
-    """What the model was given of users and items."""
+    """The features of users, items and the context that the model was given."""
     seed: int
     objective: ObjectiveConfig | None = None
-    """How it learned; None of a model that learns in closed form."""
+    """The training objective; None for a model that is fitted in closed form."""
     learned_from: LearnedFrom | Literal[""] = ""
-    """Which parts of its split it learned from; empty where that was not kept."""
+    """The parts of the split that it was trained on; empty if this was not recorded."""
     train_seconds: float = 0.0
     epochs: tuple[int, ...] = (1,)
-    """How many epochs validation chose, of the first of two stages and of the second, or of the one
-    model; 1 where it learns in closed form. A bundle does not keep it."""
+    """The number of epochs that validation chose, for each of two stages or for a single model; 1
+    for a model that is fitted in closed form. Bundles do not store it."""
     settings: Mapping[str, object] = field(default_factory=dict)
-    """Everything that decided the run, as plain JSON values."""
+    """Everything that determined the run, as plain JSON values."""
     log: Mapping[str, object] = field(default_factory=dict)
-    """What training saw: epochs, the validation metric of each, why it stopped."""
+    """The course of training: epochs, the validation metric of each, and why it stopped."""
     calibration: Mapping[str, Calibration] = field(default_factory=dict)
-    """By a binary task's name, what its probabilities become before they are answered. Lists are
-    ordered by what the model said itself: calibrated probabilities may tie."""
+    """The calibration of each binary task's probabilities, by the task's name. Lists are ordered by
+    the uncalibrated probabilities, because calibrated ones may tie."""
     translation: Translation | None = None
-    """From the rows in which users and items are asked about to those of `events`; None where
-    these are the same. `known_I`, `item_count` and scores are in the rows of what is asked."""
+    """Maps the rows of users and items in queries to the rows of `events`; None if they are the
+    same. `known_I`, `item_count` and scores use the rows of the queries."""
 
     @checked
     def asked_by(self, events: Interactions) -> "Trained":
-        """Return the model as one that is asked in the rows of other events, by their ids.
+        """Return a model for queries in the rows of other events, matched by id.
 
-        A user that it does not know is a new one, answered by history and features; an item that
-        it does not know has no score, and is left out of histories.
+        A user that the model does not know is treated as a new user, with its history and features;
+        an item that it does not know has no score and is left out of histories.
         """
         found = Translation.of(self.events, events)
         if found is None:
@@ -78,15 +78,15 @@ class Trained(Shown):
 
     @property
     def item_count(self) -> Int64[np.ndarray, " I"]:
-        """How many training events each item has."""
+        """The number of training events of each item."""
         count_I = self.events.item_count
         return count_I if self.translation is None else self.translation.counts(count_I)
 
     @property
     def known_I(self) -> Bool[Tensor, " I"]:
-        """The catalogue that the model ranks.
+        """The items that the model ranks.
 
-        Items with a training event, and others that the model scores without one: by their
+        These are the items with a training event, and items that the model can score by their
         features or their edges.
         """
         known_I = self._own_known_I
@@ -100,12 +100,12 @@ class Trained(Shown):
 
     @property
     def moment(self) -> FieldSide | None:
-        """The features of the context that the model was given; None: none."""
+        """The context features that the model was given; None if there are none."""
         return None if self.features is None else self.features.context
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What fitting features left out, what the model does not read of them and of labels."""
+        """Notes on features and labels that were left out, or that the model does not read."""
         told, ranker = self.features, self.model.second_stage
         reads_labels = isinstance(ranker, Ranker) and any(task.column for task in ranker.tasks)
         labels = (
@@ -132,7 +132,7 @@ class Trained(Shown):
 
     @checked
     def calibrated(self, prediction: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return a ranker's predictions, by the task's name, calibrated where a task is."""
+        """Return a ranker's predictions by the task's name, with calibrated probabilities."""
         return {
             name: torch.from_numpy(calibrated(self.calibration[name], value.cpu().numpy()))
             if name in self.calibration
@@ -146,8 +146,8 @@ class Trained(Shown):
 
         Raises:
             ConfigError: The model can neither retrieve nor score.
-            DataError: The queries have users or items beyond those of the events.
-            NonFiniteError: The model gave NaN or infinity for an item of its catalogue.
+            DataError: The queries have rows of users or items that the events do not have.
+            NonFiniteError: The model returned NaN or infinity for an item of its catalogue.
         """
         asked = self.translation
         num_users = self.events.num_users if asked is None else len(asked.user_U)
@@ -155,7 +155,7 @@ class Trained(Shown):
         for row_N, num in ((queries.user_B, num_users), (queries.history_N, num_items)):
             if row_N.numel() and row_N.max() >= num:
                 raise DataError(
-                    f"the queries have row {int(row_N.max())} of users or items, and there are "
+                    f"the queries have row {int(row_N.max())} of users or items, but there are "
                     f"{num:,}: they belong to other events, so call trained.asked_by(those events)",
                     name="queries",
                     value=int(row_N.max()),
@@ -165,14 +165,14 @@ class Trained(Shown):
     @torch.inference_mode()
     @checked
     def scorer(self, *, exclude_seen: bool = False) -> Callable[[Queries], Float[Tensor, "B I"]]:
-        """Return `score` for many blocks in a row; models keep what they work out of their items.
+        """Return `score` for many blocks in a row; models compute their item vectors only once.
 
-        The weights must not change in between. Each block is a tensor of its own, which an
-        inference-mode caller may write into.
+        The weights must not change between calls. Each call returns a new tensor, which a caller in
+        inference mode may write into.
 
         Args:
-            exclude_seen: Give the items of a query's history -inf; of a model in two stages, they
-                are no candidates then.
+            exclude_seen: Set the scores of items in a query's history to -inf; in a two-stage model
+                they are not candidates either.
         """
         model, translation = self.model, self.translation
         find = find_scores(model.first_stage)
@@ -211,10 +211,10 @@ class Trained(Shown):
 
 
 def find_scores(model: Model) -> Callable[[Queries], Float[Tensor, "B I"]]:
-    """Return what scores a block of queries by one model, in a tensor of its own.
+    """Return a function that scores a block of queries with one model, in a new tensor.
 
     Raises:
-        ConfigError: The model can neither retrieve nor score; when it is asked.
+        ConfigError: The model can neither retrieve nor score; raised by the returned function.
     """
 
     def find(queries: Queries) -> Tensor:

@@ -1,1 +1,1 @@
-"""Ways of learning: from a model and a batch to a scalar, one small function each."""
+"""Training objectives: each turns a model and a batch into a scalar loss."""

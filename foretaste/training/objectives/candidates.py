@@ -1,11 +1,11 @@
-"""What an observed item is compared with, and by which loss: the same for every retriever.
+"""Candidates and losses for retrievers: which items a positive is compared with, and how.
 
-A row is a query with its observed item: a user of a pair, or a place in a history. Its negatives
-come from up to three sources: items drawn once for the whole batch, the batch's other positives,
-and items drawn for the row alone. Any of them goes with any loss.
+A row is a query with its positive item: the user of a pair, or a position in a history. Its
+negatives come from up to three sources: items drawn once for the whole batch, the batch's other
+positives, and items drawn for the row alone. Every loss can be combined with every source.
 
 Shape legend: N rows, M shared candidates, H own candidates, V distinct items, X those of them that
-this process works out, D width, I items, P pairs.
+this process encodes, D width, I items, P pairs.
 """
 
 from collections.abc import Callable
@@ -54,24 +54,24 @@ class CandidateConfig(Config):
     negatives: CountOrZero = 512
     """How many distinct items are drawn for a batch; all its rows share them."""
     row_negatives: CountOrZero = 0
-    """How many items are drawn for each row alone, as BPR's authors do."""
+    """How many items are drawn separately for each row, as in the BPR paper."""
     in_batch: bool = False
-    """Whether the other positives of the batch are negatives too; with `negatives`, the two are
-    mixed."""
+    """Whether the other positives of the batch are negatives too. With `negatives`, both kinds are
+    used."""
     frequency: Literal["counted", "streamed"] = "counted"
-    """How the probability of an item in a batch is found: "counted", exactly, from its training
-    events; "streamed", estimated from the batches so far, as for a stream."""
+    """How the probability of an item in a batch is computed: "counted", exactly, from its training
+    events; "streamed", estimated from the batches so far."""
     popularity_power: float = Field(default=0.0, ge=0, le=10)
     """Negatives are drawn with probability ~ count^power; 0 is uniform."""
     hardest: CountOrZero = 0
-    """How many negatives of a row count, those with the highest scores; 0: all."""
+    """Only this many negatives of a row, those with the highest scores, enter the loss; 0: all."""
     exclude_known: bool = False
-    """Whether an item that the user has in training is never a negative; otherwise only the row's
-    own item is excluded."""
+    """Whether items of the user's training events are excluded from the negatives; otherwise only
+    the row's own item is excluded."""
     log_q: bool = True
     """Whether sampled softmax corrects each negative by its expected number of draws."""
     calibration: float = Field(default=0.75, ge=0, le=1)
-    """gBCE's t: 0 is BCE, 1 calibrates probabilities fully."""
+    """The parameter t of gBCE: 0 is BCE, 1 calibrates probabilities fully."""
     margin: Positive = 1.0
     """For the margin loss: how far the positive's score should be above a negative's."""
 
@@ -84,43 +84,42 @@ class CandidateConfig(Config):
         asked = [n for n in ("in_batch", "row_negatives", "popularity_power") if getattr(self, n)]
         if self.loss == "softmax" and asked:
             raise ValueError(
-                f"the loss softmax uses all items as negatives: leave out {', '.join(asked)}, or "
+                f"the loss softmax uses all items as negatives: omit {', '.join(asked)}, or "
                 'take another loss, such as "sampled_softmax"'
             )
         if self.frequency == "streamed" and not self.in_batch:
-            raise ValueError(
-                "frequency is only for in-batch negatives: set in_batch, or leave it out"
-            )
+            raise ValueError("frequency is only for in-batch negatives: set in_batch, or omit it")
         return self
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Candidates:
-    """What a batch's rows are compared with."""
+    """The candidates that the rows of a batch are compared with."""
 
     item_V: Int64[Tensor, " V"]
-    """All items whose vectors are needed, each once."""
+    """All items whose vectors are needed, without duplicates."""
     target_N: Int64[Tensor, " N"]
-    """Row of `item_V` that each row's positive has; likewise the next two."""
+    """Position in `item_V` of each row's positive; likewise for the next two fields."""
     shared_M: Int64[Tensor, " M"]
     own_NH: Int64[Tensor, "N H"]
     hidden_2P: Int64[Tensor, "2 P"]
-    """(row, column) that are no negatives; columns from M on are own ones."""
+    """(row, column) of candidates that are not negatives; columns from M on are the row's own
+    candidates."""
     log_count_M: Float[Tensor, " M"]
-    """Log of the expected number of times that each shared candidate is among a row's."""
+    """Log of the expected number of times that each shared candidate is drawn for a row."""
     log_count_NH: Float[Tensor, "N H"]
 
     def to(self, device: torch.device) -> "Candidates":
-        """Return them on a device."""
+        """Return the candidates on a device."""
         return Candidates(**{name: tensor.to(device) for name, tensor in vars(self).items()})
 
     @property
     def own_item_X(self) -> Int64[Tensor, " X"]:
-        """Those of `item_V` whose vectors this process works out; alone, all of them."""
+        """The items of `item_V` that this process encodes; all of them if there is one process."""
         return self.item_V[processes.share().of(len(self.item_V))]
 
     def of_rows(self, rows: slice) -> "Candidates":
-        """Return those of some of the rows; items and shared candidates stay as they are."""
+        """Return the candidates of some of the rows, with the same items and shared candidates."""
         if rows == slice(0, len(self.target_N)):
             return self
         row_P = self.hidden_2P[0]
@@ -136,9 +135,9 @@ class Candidates:
 
 @final
 class CandidateLoss(nn.Module):
-    """Draws a batch's candidates, then compares.
+    """Draws a batch's candidates and computes the loss.
 
-    It is a module because what it learns of a stream is part of a run's state.
+    It is a module because the item frequencies that it estimates are part of a run's state.
     """
 
     def __init__(self, config: CandidateConfig, events: Interactions) -> None:
@@ -146,10 +145,10 @@ class CandidateLoss(nn.Module):
 
         Args:
             config: The settings.
-            events: Training events; items without any are no candidates.
+            events: Training events; items without events are not candidates.
 
         Raises:
-            DataError: There is no event.
+            DataError: There are no events.
         """
         super().__init__()
         count_I = torch.from_numpy(events.item_count)
@@ -162,7 +161,7 @@ class CandidateLoss(nn.Module):
 
     @property
     def draws_ahead(self) -> bool:
-        """Whether batches may be drawn before their turn: not where a stream is watched."""
+        """Whether batches may be drawn in advance; not with estimated frequencies."""
         return not isinstance(self.in_batch, StreamedFrequency)
 
     def draw(
@@ -173,16 +172,17 @@ class CandidateLoss(nn.Module):
         *,
         generator: torch.Generator | None = None,
     ) -> Candidates:
-        """Draw what rows are compared with: of several processes, for all rows in each of them.
+        """Draw the candidates of a batch; each of several processes draws for all rows.
 
         Args:
             user_N: user_idx of each row.
             target_N: Its observed item_idx.
-            hard_NH: Further negatives of each row, found beforehand; they count in full.
+            hard_NH: Hard negatives of each row, found in advance; they are not corrected for
+                sampling.
             generator: Source of all randomness; None: torch's own.
 
         Raises:
-            DataError: Known items are excluded, and a user has done every item.
+            DataError: Known items are excluded, and a user has interacted with every item.
             TooLargeError: The rows' own negatives would not fit in memory.
         """
         config, device = self.config, target_N.device
@@ -263,7 +263,7 @@ class CandidateLoss(nn.Module):
     def _count(
         self, item_X: Tensor, chances: list[Callable[[Tensor], Tensor]], num_own: int
     ) -> Tensor:
-        """Return how often items are expected among what a row is compared with."""
+        """Return how often each item is expected among the candidates of a row."""
         count_X = chances[0](item_X)
         for chance in chances[1:]:
             count_X = 1 - (1 - count_X) * (1 - chance(item_X))
@@ -308,7 +308,7 @@ class CandidateLoss(nn.Module):
 
 
 def _columns(item_P: Tensor, item_M: Tensor) -> Int64[Tensor, " P"]:
-    """Return where items stand in `item_M`, -1 for those that do not."""
+    """Return the positions of items in `item_M`, -1 for items that are not in it."""
     if not len(item_M):
         return torch.full_like(item_P, -1)
     sorted_M, order_M = item_M.sort()

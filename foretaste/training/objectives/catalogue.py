@@ -1,4 +1,4 @@
-"""All ways of learning by name."""
+"""All training objectives by name."""
 
 from typing import Annotated
 

@@ -1,4 +1,4 @@
-"""Learn from pairs: the item that a user did should score above those it is compared with.
+"""Learn from pairs: the positive item of a user should score above its candidates.
 
 Shape legend: B pairs, V distinct items, D width, R rows.
 """
@@ -33,24 +33,25 @@ class PairsConfig(CandidateConfig):
     loss: Loss = "sampled_softmax"
     """"softmax": cross-entropy over the whole catalogue. The others compare with negatives."""
     l2: Weight = 0.0
-    """Weight of half the squared length of the base vectors that a pair uses: those of its user, of
+    """Weight of half the squared norm of the base vectors that a pair uses: those of its user, of
     its item and, averaged over the batch, of its candidates."""
     contrast: Weight = 0.0
-    """Weight of the contrastive loss between a model's two views of the same users and items, if it
-    has any."""
+    """Weight of the contrastive loss between a model's two views of the same users and items, for
+    models that produce such views."""
     contrast_temperature: Positive = 0.2
     """Divisor of the similarities in the contrastive loss."""
     hard_negatives: CountOrZero = 0
-    """Most hard negatives of each pair: items that its user has not done."""
+    """Maximum number of hard negatives of each pair: items that its user has not interacted
+    with."""
     hard_from: Literal["walks", "index"] = "walks"
     """Where hard negatives come from: "walks", items that random walks from the pair's item visit
-    often; "index", items that the model itself scores high for the pair's user."""
+    often; "index", items that the current model scores high for the pair's user."""
     hard_refresh: Count = 1
     """Epochs between two searches of the "index", each with the weights at that time."""
     hard_refresh_steps: CountOrZero = 0
-    """Steps between two searches of the "index" in a thread beside training. What a search finds
-    with the weights of a step is drawn from as many steps later, for as many steps, so that a run
-    goes by its seed. 0 searches when an epoch begins, and training waits."""
+    """Steps between two searches of the "index" in a thread alongside training. The results of a
+    search are used this many steps after it began, for as many steps, so that a run depends only on
+    its seed. 0: the search runs at the start of an epoch, and training waits."""
     hard_from_epoch: Count = 2
     """The first epoch with hard negatives, counted from 1. It has one for each pair, and each later
     epoch has one more."""
@@ -75,12 +76,12 @@ class PairsConfig(CandidateConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class Hardness:
-    """How hard the hard negatives of an epoch are."""
+    """State of the hard-negative curriculum in one epoch."""
 
     num: int
-    """Of each pair; 0: none yet."""
+    """Number of hard negatives of each pair; 0: none yet."""
     ranks: tuple[int, int]
-    """First and last-plus-one."""
+    """The first rank and the one after the last."""
 
 
 def hardness(config: PairsConfig, epoch: int) -> Hardness:
@@ -96,14 +97,14 @@ def hardness(config: PairsConfig, epoch: int) -> Hardness:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class DrawnPairs:
-    """A batch with all that its step needs and takes no weights, made ahead by a producer."""
+    """A batch with everything for its step that needs no weights; producers make it in advance."""
 
     batch: PairBatch
     candidates: Candidates
     prepared: Prepared | None
-    """What `Retriever.prepare` made of it."""
+    """The result of `Retriever.prepare`."""
     generator_state: Tensor
-    """Where the step's generator stands after the draw."""
+    """State of the step's generator after the draw."""
 
     def __len__(self) -> int:
         return len(self.batch)
@@ -132,9 +133,9 @@ class Pairs(nn.Module):
         self.config, self.loss = config, CandidateLoss(config, events)
 
     def draw(self, model: Retriever, batch: PairBatch, *, seed: int) -> DrawnPairs:
-        """Draw what a batch is compared with before its step, which has this seed.
+        """Draw the candidates of a batch in advance, with the seed of its step.
 
-        The step then gives the same result as if it had drawn itself.
+        The result is the same as if the step drew the candidates itself.
         """
         generator = torch.Generator().manual_seed(seed)
         candidates = self.loss.draw(
@@ -153,7 +154,7 @@ class Pairs(nn.Module):
         batch: PairBatch | DrawnPairs,
         generator: torch.Generator | None = None,
     ) -> Float[Tensor, ""]:
-        """Return the loss; what is drawn is drawn from `generator`, None: torch's own."""
+        """Return the loss; draws use `generator`, or torch's global one if it is None."""
         generator = generator or torch.default_generator
         if isinstance(batch, PairBatch):
             candidates = self.loss.draw(
@@ -187,7 +188,7 @@ def _half_square(base_RD: Tensor) -> Tensor:
 
 
 def _agreement(one_RD: Tensor, other_RD: Tensor, temperature: float) -> Float[Tensor, ""]:
-    """Return InfoNCE of two views: each row should know its own row of the other view."""
+    """Return InfoNCE of two views: each row should match the same row of the other view."""
     one_RD, other_RD = F.normalize(one_RD, dim=1), F.normalize(other_RD, dim=1)
     own_R = torch.arange(len(one_RD), device=one_RD.device)
     return F.cross_entropy(one_RD @ other_RD.T / temperature, own_R)

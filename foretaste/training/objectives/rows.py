@@ -1,4 +1,4 @@
-"""Learn from labelled rows: each task from the rows that have its label, all in one sum.
+"""Learn from labelled rows: each task learns from the rows with its label; losses are summed.
 
 Shape legend: B rows, C items of each, T tasks.
 """
@@ -21,7 +21,7 @@ from foretaste.models.base import Ranker
 from foretaste.training import processes
 
 USUAL_NEGATIVES = 4
-"""Drawn for each row where the data hold only what happened, as He et al. 2017 do."""
+"""Negatives for each row if the data hold positive events only, as in He et al. 2017."""
 
 
 class RowsConfig(Config):
@@ -43,11 +43,11 @@ class RowsConfig(Config):
     popularity_power: float = Field(default=0.75, ge=0, le=10)
     """With "popularity": items are drawn with probability ~ count^power."""
     exclude_known: bool = True
-    """Whether an item that the user has in training is never drawn; otherwise only the row's own
+    """Whether items of the user's training events are never drawn; otherwise only the row's own
     item is excluded."""
     positive: str = ""
-    """Column whose values above 0 mark positive events: only those are in histories and are
-    excluded from draws. Empty: every event is positive."""
+    """Column whose values above 0 mark positive events. Histories contain only positive events, and
+    only their items are excluded from draws. Empty: every event is positive."""
     stop_by: Literal["usual", "rows"] = "usual"
     """What validation measures: "usual", the labels, or, if the data hold positive events only,
     lists over the whole catalogue; "rows", the labels, with drawn items as zeros of every binary
@@ -65,10 +65,10 @@ class RowsConfig(Config):
 class LabelledRows(nn.Module):
     """The objective: call it with a ranker and a batch for the weighted sum of its tasks' losses.
 
-    A task's loss is the mean over the rows that have its label; what is missing is left out,
-    never taken as 0, and a task without any label in a batch has no part in its step. Where a
-    retriever has its say of each item, the row's own is to be told from those drawn, both opinions
-    added (`listwise_loss`).
+    A task's loss is the mean over the rows that have its label. Missing labels are ignored, never
+    treated as 0, and a task without a label in a batch does not contribute to its step. If the rows
+    have scores of a retriever, these are added to the logits, and the loss is a softmax over the
+    row's own item and the drawn ones (`listwise_loss`).
     """
 
     def __init__(
@@ -78,8 +78,8 @@ class LabelledRows(nn.Module):
 
         Args:
             config: The settings.
-            tasks: Those of the ranker.
-            scales: Of each regression's training labels, by the task's name.
+            tasks: The ranker's tasks.
+            scales: The scale of each regression task's training labels, by the task's name.
         """
         super().__init__()
         self.tasks = tasks
@@ -103,13 +103,13 @@ class LabelledRows(nn.Module):
         return loss if penalty is None else loss + _mean_of_all(penalty, batch.item_BC)
 
     def _check_judged(self, model: Ranker, batch: RowBatch) -> None:
-        """Count what the layers make of each item: values, their gradient, and what ReLU keeps."""
+        """Check the memory for each item's activations, their gradients, and ReLU's inputs."""
         linear = (layer for layer in model.modules() if isinstance(layer, nn.Linear))
         widths = sum(layer.out_features for layer in linear)
         num = batch.item_BC.shape[1] - 1
         check_fits(
             batch.item_BC.numel() * widths * 12,
-            f"judging {num:,} drawn items for each of {len(batch.item_BC):,} rows",
+            f"scoring {num:,} drawn items for each of {len(batch.item_BC):,} rows",
             "lower objective.negatives or training.batch_events",
             name="negatives" if num else "batch_events",
             value=num or len(batch.item_BC),
@@ -131,7 +131,7 @@ class LabelledRows(nn.Module):
     def losses(
         self, outputs: Mapping[str, Tensor], label_BCT: Float[Tensor, "B C T"]
     ) -> dict[str, Float[Tensor, ""]]:
-        """Return each task's mean loss, without those that no row has a label for."""
+        """Return the mean loss of each task that has a label in the batch."""
         summed, nums = [], []
         for place, task in enumerate(self.tasks):
             label_BC, output = label_BCT[:, :, place], outputs[task.name].float()
@@ -147,7 +147,7 @@ class LabelledRows(nn.Module):
         return {task.name: mean for task, mean, total in found if total}
 
     def sigmas(self) -> dict[str, float]:
-        """Return each task's learned sigma; empty where the weights are fixed."""
+        """Return each task's learned sigma; empty if the weights are fixed."""
         if self.log_sigma_T is None:
             return {}
         sigmas = self.log_sigma_T.detach().exp().tolist()
@@ -155,9 +155,9 @@ class LabelledRows(nn.Module):
 
 
 def _mean_of_all(mean: Tensor, row_BC: Tensor) -> Float[Tensor, ""]:
-    """Return the mean over the rows of all processes, given that over one's own, if there are any.
+    """Return the mean over the rows of all processes, given the mean over this process's rows.
 
-    Without any it is NaN, and its sum is 0.
+    Without own rows the given mean is NaN, and it contributes a sum of 0.
     """
     num = len(row_BC)
     return processes.mean_of_all(num * mean if num else row_BC.sum().to(mean) * 0.0, num)

@@ -1,7 +1,7 @@
-"""Learn from histories: predict each event from those before it, or hide some and fill the gaps.
+"""Learn from histories: predict each event from earlier ones, or predict masked events.
 
-Shape legend: B rows, L positions, T hidden places of a row, N events of the batch or hidden places,
-X distinct items, D width.
+Shape legend: B rows, L positions, T masked positions of a row, N events of the batch or masked
+positions, X distinct items, D width.
 """
 
 from typing import Literal, final
@@ -32,9 +32,9 @@ class NextItemConfig(CandidateConfig):
 class NextItem(nn.Module):
     """The objective: call it with a model and a batch for the mean loss over the events.
 
-    Each event of a history is predicted from the state before it. Negatives are shared by the
-    batch: one matrix product scores them all. **Departure** from the papers' BCE and gBCE, which
-    draw for each event (`row_negatives` does so): the expected gradient is the same.
+    Each event of a history is predicted from the state before it. The batch shares its negatives,
+    so one matrix product scores them all. **Departure**: the papers draw the negatives of BCE and
+    gBCE for each event (as `row_negatives` does); the expected gradient is the same.
     """
 
     def __init__(self, config: NextItemConfig, events: Interactions) -> None:
@@ -49,7 +49,7 @@ class NextItem(nn.Module):
     def forward(
         self, model: Retriever, batch: SequenceBatch, generator: torch.Generator | None = None
     ) -> Float[Tensor, ""]:
-        """Return the loss; what is drawn is drawn from `generator`, None: torch's own."""
+        """Return the loss; draws use `generator`, or torch's global one if it is None."""
         state_BLD: Tensor = model(batch)
         user_N = batch.user_B.unsqueeze(1).expand_as(batch.item_BL)[batch.valid_BL]
         candidates = self.loss.draw(user_N, batch.item_BL[batch.valid_BL], generator=generator)
@@ -63,9 +63,9 @@ class MaskedItemConfig(CandidateConfig):
 
     kind: Literal["masked_item"] = "masked_item"
     mask_ratio: float = Field(default=0.2, gt=0, lt=1)
-    """Share of a row's events that are hidden, rounded to whole events; at least one is."""
+    """Share of a row's events that are masked, rounded; at least one event is masked."""
     last_share: float = Field(default=0.1, ge=0, le=1)
-    """Share of rows in which only the last event is hidden, as in a recommendation; 1 in 11 in the
+    """Share of rows in which only the last event is masked, as for a recommendation; 1 in 11 in the
     paper."""
     windows: Windows = "all"
     """"last": a user's last max_len events, as in the paper. "all": every event; long histories are
@@ -74,10 +74,10 @@ class MaskedItemConfig(CandidateConfig):
 
 @final
 class MaskedItem(nn.Module):
-    """The objective: call it with a model and a batch for the mean loss over hidden events.
+    """The objective: call it with a model and a batch for the mean loss over masked events.
 
-    **Departure** from the paper: which events are hidden is drawn again at each step, and the rows
-    that hide only the last event stand among the others, not after them.
+    **Departure** from the paper: the masked events are drawn again at each step, and the rows that
+    mask only the last event are mixed with the others instead of following them.
     """
 
     def __init__(self, config: MaskedItemConfig, events: Interactions) -> None:
@@ -92,7 +92,7 @@ class MaskedItem(nn.Module):
     def forward(
         self, model: Retriever, batch: SequenceBatch, generator: torch.Generator | None = None
     ) -> Float[Tensor, ""]:
-        """Return the loss; what is drawn is drawn from `generator`, None: torch's own."""
+        """Return the loss; draws use `generator`, or torch's global one if it is None."""
         (length_B,), own = processes.all_rows(batch.valid_BL.sum(dim=1))
         place_BT, real_BT = draw_places(
             length_B,
@@ -117,17 +117,17 @@ def draw_places(
     last_share: float,
     generator: torch.Generator | None = None,
 ) -> tuple[Int64[Tensor, "B T"], Bool[Tensor, "B T"]]:
-    """Draw which events of each row are hidden, on the CPU.
+    """Draw the masked positions of each row, on the CPU.
 
     Args:
-        length_B: Events of each row, at least 1.
-        mask_ratio: Share of them, rounded, at least one event.
-        last_share: Chance of a row to hide its last event alone.
+        length_B: Number of events of each row, at least 1.
+        mask_ratio: Share of the events that are masked, rounded, at least one event.
+        last_share: Probability that only the last event of a row is masked.
         generator: Source of all randomness; None: torch's own.
 
     Returns:
-        Places in [0, length), each once in a row but for filling; and where they are real:
-        rows with fewer places than others repeat their first.
+        Positions in [0, length), distinct within a row, and which of them are real: rows with fewer
+        positions than others repeat their first one as padding.
     """
     device, width = length_B.device, int(length_B.max())
     last_B = torch.rand(len(length_B), generator=generator).to(device) < last_share
