@@ -5,13 +5,14 @@ They cannot be trained. Their settings are in a bundle like those of the kinds t
 Shape legend: R rows of a table, N rows asked for, D width, K rows that are kept.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Annotated, ClassVar, Literal, final
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int64
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from foretaste.config import Count
@@ -23,6 +24,8 @@ from foretaste.models.layers.tables import Filled, FilledConfig, FindLinks, Tabl
 sparse = later("scipy.sparse")
 
 _LINKED_ROWS = 4096
+_HIDDEN = 6
+_SHARES = (1.0, 0.9, 0.8, 0.7, 0.6)
 _LOWEST, _HIGHEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float16).max
 
 
@@ -59,11 +62,21 @@ class IntegerConfig(AtRestConfig):
     width: Count | None = None
     """Numbers in a row: coordinates along as many principal directions of the table. None keeps
     all."""
+    scale_bits: Literal[6, 16] = 16
+    """Bits of a row's scale. 6, for int4 alone, choose one of 64 scales of the table and are the
+    lowest bits of the last six numbers, so that a row takes no byte more than its numbers; rows of
+    fewer than 12 numbers take 16."""
+
+    @model_validator(mode="after")
+    def _only_int4_hides(self) -> "IntegerConfig":
+        if self.kind == "int8" and self.scale_bits == 6:
+            raise ValueError("scale_bits is 6, but kind is int8: 6 is of int4 alone")
+        return self
 
     @classmethod
     def tried(cls, width: int) -> Sequence[TableKind]:
-        """Return both."""
-        return (cls(), cls(kind="int4"))
+        """Return both, and int4 without bytes for scales."""
+        return (cls(), cls(kind="int4"), cls(kind="int4", scale_bits=6))
 
     @classmethod
     def anchor(cls, times: float, width: int) -> TableKind:
@@ -74,7 +87,9 @@ class IntegerConfig(AtRestConfig):
     def make_smaller(self, num_rows: int, width: int) -> Table:
         """Make an empty table."""
         inner = width if self.width is None else min(self.width, width)
-        return Integers(num_rows, width, bits=8 if self.kind == "int8" else 4, inner=inner)
+        hidden = 0 if self.scale_bits == 16 or inner < 2 * _HIDDEN else _HIDDEN
+        bits: Literal[4, 8] = 8 if self.kind == "int8" else 4
+        return Integers(num_rows, width, bits=bits, inner=inner, hidden=hidden)
 
 
 class PrunedConfig(AtRestConfig):
@@ -148,22 +163,31 @@ class Half(AtRest):
 
 @final
 class Integers(AtRest):
-    r"""Rows of b bits a number, :math:`e_r = s_r q_r` with
-    :math:`s_r = \max_d |e_{rd}| / (2^{b-1} - 1)` in 16 bits.
+    r"""Rows of b bits a number, :math:`e_r = s_r q_r`; of 4 bits two are in a byte, each plus 8.
 
-    Of 4 bits two are in a byte, each plus 8.
+    The scale :math:`s_r` is :math:`\max_d |e_{rd}| / (2^{b-1} - 1)`, in 16 bits; with 4 bits it is
+    the one of .6 to 1 times this by which the squared error is the smallest: longer numbers are cut
+    off. A hidden scale is the nearest of 64 in equal ratios, and its place among them is in the
+    lowest bits of the last six numbers, which are read as even.
     """
 
     weight: Tensor
     scale_R: Tensor
+    """Without hidden scales."""
+    scale_S: Tensor
+    """With them: the 64."""
     direction_dD: Tensor | None
 
-    def __init__(self, num_rows: int, width: int, *, bits: Literal[4, 8], inner: int) -> None:
+    def __init__(
+        self, num_rows: int, width: int, *, bits: Literal[4, 8], inner: int, hidden: int
+    ) -> None:
         super().__init__(num_rows, width)
-        self.inner, self.bits, self.most = inner, bits, 2 ** (bits - 1) - 1
+        self.inner, self.bits, self.most, self.hidden = inner, bits, 2 ** (bits - 1) - 1, hidden
         kept, dtype = (inner, torch.int8) if bits == 8 else ((inner + 1) // 2, torch.uint8)
         self.register_buffer("weight", torch.zeros(num_rows, kept, dtype=dtype))
-        self.register_buffer("scale_R", torch.zeros(num_rows, dtype=torch.float16))
+        scale_R = None if hidden else torch.zeros(num_rows, dtype=torch.float16)
+        self.register_buffer("scale_R", scale_R)
+        self.register_buffer("scale_S", torch.zeros(2**hidden) if hidden else None)
         directions = torch.zeros(inner, width) if inner < width else None
         self.register_buffer("direction_dD", directions)
 
@@ -173,15 +197,26 @@ class Integers(AtRest):
         if self.bits == 4:
             pair_Nd2 = torch.stack([whole_Nd & 15, whole_Nd >> 4], dim=2).flatten(1)
             whole_Nd = pair_Nd2[:, : self.inner].to(torch.int8) - 8
-        found_ND = whole_Nd.float() * self.scale_R[place_N].float().unsqueeze(1)
+        if self.hidden:
+            bit_Nh = whole_Nd[:, -self.hidden :] & 1
+            whole_Nd[:, -self.hidden :] -= bit_Nh
+            scale_N = self.scale_S[(bit_Nh * self._powers).sum(dim=1)]
+        else:
+            scale_N = self.scale_R[place_N].float()
+        found_ND = whole_Nd.float() * scale_N.unsqueeze(1)
         if self.direction_dD is not None:
             found_ND = found_ND @ self.direction_dD
         return _none_is_0(found_ND, row_N)
 
+    @property
+    def _powers(self) -> Tensor:
+        return 2 ** torch.arange(self.hidden, device=self.weight.device)
+
     def damage(self) -> str:
         if self.weight.dtype != (torch.int8 if self.bits == 8 else torch.uint8):
             return f"rows are {self.weight.dtype}"
-        if not (self.scale_R.isfinite() & (self.scale_R >= 0)).all():
+        scales = self.scale_S if self.hidden else self.scale_R
+        if not (scales.isfinite() & (scales >= 0)).all():
             return "a row's scale is negative or not finite"
         broken = self.direction_dD is not None and not self.direction_dD.isfinite().all()
         return "a direction is not finite" if broken else ""
@@ -189,17 +224,63 @@ class Integers(AtRest):
     def fill(self, table: Table) -> None:
         if self.direction_dD is not None:
             self.direction_dD.copy_(principal_directions(table, self.inner))
-        for first, block_RD in finite_blocks(table):
-            rows = slice(first, first + len(block_RD))
-            if self.direction_dD is not None:
-                block_RD = block_RD @ self.direction_dD.T
-            scale_R = (block_RD.abs().amax(dim=1) / self.most).clamp(max=_HIGHEST).half()
-            whole_Rd = (block_RD / scale_R.float().clamp(min=_LOWEST).unsqueeze(1)).round()
-            whole_Rd = whole_Rd.clamp(-self.most, self.most).to(torch.int8)
-            if self.bits == 4:
-                even_Rd = nn.functional.pad((whole_Rd + 8).to(torch.uint8), (0, self.inner % 2))
-                whole_Rd = even_Rd[:, ::2] | even_Rd[:, 1::2] << 4
-            self.weight[rows], self.scale_R[rows] = whole_Rd, scale_R
+        blocks = finite_blocks(table)
+        if self.hidden:
+            self._spread_scales(
+                torch.cat([self._largest(self._turned(each)) for _, each in blocks])
+            )
+        for first, block_RD in blocks:
+            self._code(slice(first, first + len(block_RD)), self._turned(block_RD))
+
+    def _turned(self, block_RD: Tensor) -> Tensor:
+        return block_RD if self.direction_dD is None else block_RD @ self.direction_dD.T
+
+    def _largest(self, block_Rd: Tensor) -> Tensor:
+        return (block_Rd.abs().amax(dim=1) / self.most).clamp(max=_HIGHEST)
+
+    def _spread_scales(self, scale_R: Tensor) -> None:
+        used_R = scale_R[scale_R > _LOWEST]
+        if len(used_R):
+            lowest, highest = math.log(used_R.min() * _SHARES[-1]), math.log(used_R.max())
+            self.scale_S.copy_(torch.linspace(lowest, highest, 2**self.hidden).exp())
+
+    def _code(self, rows: slice, block_Rd: Tensor) -> None:
+        """Write rows, each by the scale that loses least."""
+        best_R = self._largest(block_Rd)
+        least_R, whole_Rd = torch.full_like(best_R, torch.inf), torch.zeros_like(block_Rd)
+        for scale_R in [share * best_R for share in (_SHARES if self.bits == 4 else (1.0,))]:
+            scale_R = self._kept(scale_R)
+            tried_Rd = self._rounded(block_Rd / scale_R.clamp(min=_LOWEST).unsqueeze(1))
+            error_R = (tried_Rd * scale_R.unsqueeze(1) - block_Rd).square().sum(dim=1)
+            better_R = error_R < least_R
+            least_R[better_R], best_R[better_R] = error_R[better_R], scale_R[better_R]
+            whole_Rd[better_R] = tried_Rd[better_R]
+        code_Rd = whole_Rd.to(torch.int8)
+        if self.hidden:
+            place_R = torch.searchsorted(self.scale_S, best_R)
+            code_Rd[:, -self.hidden :] += (place_R.unsqueeze(1) // self._powers % 2).to(torch.int8)
+        else:
+            self.scale_R[rows] = best_R
+        if self.bits == 4:
+            even_Rd = nn.functional.pad((code_Rd + 8).to(torch.uint8), (0, self.inner % 2))
+            code_Rd = even_Rd[:, ::2] | even_Rd[:, 1::2] << 4
+        self.weight[rows] = code_Rd
+
+    def _kept(self, scale_R: Tensor) -> Tensor:
+        """Return scales as they are kept."""
+        if not self.hidden:
+            return scale_R.half().float()
+        middle_S = (self.scale_S[1:] * self.scale_S[:-1]).sqrt()
+        nearest_R: Tensor = self.scale_S[torch.searchsorted(middle_S, scale_R)]
+        return nearest_R
+
+    def _rounded(self, number_Rd: Tensor) -> Tensor:
+        """Return the nearest whole numbers there are, even ones where a bit is hidden."""
+        whole_Rd = number_Rd.round().clamp(-self.most, self.most)
+        if self.hidden:
+            even_Rh = (number_Rd[:, -self.hidden :] / 2).round() * 2
+            whole_Rd[:, -self.hidden :] = even_Rh.clamp(-self.most - 1, self.most - 1)
+        return whole_Rd
 
 
 @final
