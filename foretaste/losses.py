@@ -1,8 +1,8 @@
-"""Losses over positions x candidates, which never keep that matrix, and losses of labelled rows.
+"""Losses over candidates, computed in chunks without the whole matrix, and losses of labelled rows.
 
-Of candidates, a chunk of rows is multiplied, turned into a loss and into its gradient, and
-forgotten: forward and backward are done in one visit, while the chunk is in cache. With 25,600
-positions and 3,416 items the whole matrix would be 350 MB, written and read half a dozen times.
+For each chunk of rows, the logits, the loss and its gradient are computed together while the chunk
+is in cache, and the logits are then discarded. With 25,600 positions and 3,416 items the whole
+matrix would be 350 MB, written and read half a dozen times.
 
 Shape legend: N rows (positions, or labelled rows), M candidates shared by all rows, H candidates
 of a row alone, D width, P pairs, B rows of a batch, C items of each, K thresholds between an
@@ -20,11 +20,12 @@ from torch import Tensor
 from foretaste.data.tasks import LabelScale, Task, standardised
 
 LossGradient = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
-"""From positive logits (N,) and negative logits (N, M) to the summed loss and its gradient to
-each; it may overwrite the negative logits. A negative of -inf is not a candidate (gradient 0)."""
+"""Maps positive logits (N,) and negative logits (N, M) to the summed loss and its gradient with
+respect to each. It may overwrite the negative logits. A negative of -inf is not a candidate
+(gradient 0)."""
 
 _CHUNK_FLOATS = 2**20
-"""4 MiB of logits at a time: about what a core's share of cache holds."""
+"""4 MiB of logits at a time, about the size of a core's share of the cache."""
 
 
 @final
@@ -95,7 +96,7 @@ def chunked_loss(
     own_NHD: Float[Tensor, "N H D"] | None = None,
     own_offset_NH: Float[Tensor, "N H"] | None = None,
 ) -> Float[Tensor, ""]:
-    r"""Sum a loss over rows, each with one positive, M negatives that all share, and H of its own.
+    r"""Sum a loss over rows, each with a positive, M shared negatives and H negatives of its own.
 
     Logits are :math:`s^+_n = q_n \cdot p_n` and :math:`s^-_{nm} = q_n \cdot c_m + o_m`.
     Can be differentiated once, to all tables.
@@ -104,7 +105,7 @@ def chunked_loss(
         query_ND: One row per position.
         positive_ND: The vector of each row's observed item.
         negative_MD: Vectors of the candidates that all rows share.
-        loss_gradient: What to make of a chunk of logits.
+        loss_gradient: Computes the loss and the gradient of a chunk of logits.
         hidden_2P: (row, column) of candidates that are not negatives of that row, such as its own
             positive (an accidental hit); rows never fall. Columns from M on are the row's own.
         offset_M: Added to each candidate's logit, such as a correction for how it was drawn.
@@ -187,7 +188,8 @@ def bpr_loss_gradient(
 
     References:
         Rendle et al., "BPR: Bayesian Personalized Ranking from Implicit Feedback", UAI 2009,
-        https://arxiv.org/abs/1205.2618. Departure: the paper's weight decay is `l2`'s business.
+        https://arxiv.org/abs/1205.2618. Departure: the setting `l2` replaces the paper's weight
+        decay.
     """
     share_N1 = _share(negative_NM)
     above_NM = negative_NM.sub_(positive_N.unsqueeze(1))
@@ -209,7 +211,7 @@ def margin_loss_gradient(
         margin: :math:`\Delta`, above 0, in the unit of the scores.
 
     Returns:
-        The loss in the unit of the scores, 0 when all negatives stand a margin below, and its
+        The loss in the unit of the scores, 0 when all negatives are a margin below, and its
         gradient to the positives (in [-1, 0]) and to the negatives (the storage of `negative_NM`).
 
     References:
@@ -288,11 +290,11 @@ def task_loss(
     """Return the mean loss of a task over rows that have a label.
 
     Args:
-        task: Says which loss.
-        output: What a ranker gives: a binary task's logits (N,), a regression's standardised
+        task: The task, which determines the loss.
+        output: A ranker's output: a binary task's logits (N,), a regression's standardised
             values (N,), an ordinal task's logits (N, K).
-        label_N: In the label's own unit, none missing.
-        scale: Of a regression's labels.
+        label_N: Labels in their own unit, none missing.
+        scale: The scale of a regression's labels.
     """
     match task.kind:
         case "binary":
@@ -360,7 +362,7 @@ def ordinal_loss(
                                       + [y_n \le l_k] \ln \sigma(-s_{nk})
 
     Args:
-        logit_NK: Of lying above each level but the last.
+        logit_NK: Logits of the label being above each level except the last.
         label_N: Each is one of the levels.
         levels: K + 1 values, ascending.
 
@@ -378,15 +380,15 @@ def ordinal_loss(
 def uncertain_terms(
     loss_T: Float[Tensor, " T"], log_sigma_T: Float[Tensor, " T"]
 ) -> Float[Tensor, " T"]:
-    r"""Weigh each task's loss by how uncertain it is; their sum is what is learned from.
+    r"""Weight each task's loss by its uncertainty; the sum of the results is the training loss.
 
     .. math:: \frac{1}{2 \sigma_t^2} L_t + \ln \sigma_t
 
-    With a loss that stays as it is, the sum is least at :math:`\sigma_t^2 = L_t`.
+    For a constant loss, the sum has its minimum at :math:`\sigma_t^2 = L_t`.
 
     Args:
         loss_T: Mean losses, 0 or more.
-        log_sigma_T: Learned beside the model's weights.
+        log_sigma_T: Learned together with the model's weights.
 
     References:
         Kendall, Gal and Cipolla, "Multi-Task Learning Using Uncertainty to Weigh Losses for Scene

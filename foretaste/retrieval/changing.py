@@ -1,11 +1,12 @@
-"""An index whose rows change: added, replaced and removed without building it again.
+"""An item index with insertions, replacements and deletions between two builds.
 
-Changed rows are kept beside the index and are all compared; the index is asked for the others. Past
-a bound it is built again in a thread, from the rows as they are, while the old one answers; changes
-made meanwhile stay beside the new one.
+Changed rows are kept apart from the built index, and a search compares the query with all of them;
+the built index finds the other rows. When the number of changed rows passes a bound, a thread
+builds a new index from the current rows while the old one answers; changes made during the build
+are kept apart from the new index.
 
-Shape legend: B queries, M changed items, G items that the index must not answer, N items, D width,
-Q measured queries, X exclusions, I items of the catalogue, K list length.
+Shape legend: B queries, M changed items, G items of the built index that were replaced or removed,
+N items, D width, Q measured queries, X exclusions, I items of the catalogue, K list length.
 """
 
 import threading
@@ -32,18 +33,18 @@ from foretaste.retrieval.index import (
 )
 
 LEAST_BOUND = 1000
-"""Changed rows that never make "auto" build the index again."""
+"""With "auto", the index is not built again for this many changed rows or fewer."""
 _MEASURED_ROWS = 4096
 
 
 class _Rows(NamedTuple):
-    """What a search reads; replaced as a whole, so that each search sees one state."""
+    """The state that a search reads; it is replaced as a whole, so each search sees one state."""
 
     base: ItemIndex
     fresh: ExactIndex
-    """Rows put since the index was built; it may hold none."""
+    """Rows added or replaced since the index was built; it may be empty."""
     gone_G: Int64[Tensor, " G"]
-    """Items of the index that were replaced or removed since, rising."""
+    """Items of the built index that were replaced or removed since, ascending."""
 
     @property
     def changed(self) -> int:
@@ -52,7 +53,7 @@ class _Rows(NamedTuple):
 
 @final
 class ChangingIndex:
-    """Answers as an index over the rows as they are now. Safe to use from several threads."""
+    """An index over the current rows, which may change. Thread-safe."""
 
     def __init__(
         self,
@@ -62,22 +63,23 @@ class ChangingIndex:
         query_QD: Float[Tensor, "Q D"] | None = None,
         seed: Seed = 0,
     ) -> None:
-        """Take an index, which is not changed.
+        """Wrap an index, which is not modified.
 
         Args:
-            index: One of foretaste's.
-            bound: Changed rows past which it is built again; "auto" is as many as are compared in
-                the time that the index takes for a query, measured at the first change.
-            query_QD: Queries that the width of a new index is tuned on; without it, items' vectors
-                with noise.
-            seed: Of the new index.
+            index: An index that foretaste built.
+            bound: The index is built again when more rows than this have changed. "auto": the
+                number of rows that are compared in the time of one query to the index, measured
+                at the first change.
+            query_QD: Queries for tuning the search width of a new index; without it, item vectors
+                with noise are used.
+            seed: Seed of the new index.
 
         Raises:
-            ConfigError: The index is of a foreign kind.
+            ConfigError: The index is of another class.
             DataError: The bound is below 1.
         """
         if bound != "auto" and bound < 1:
-            raise DataError(f"bound is {bound}: it is at least 1", name="bound", value=bound)
+            raise DataError(f"bound is {bound}: set it to 1 or more", name="bound", value=bound)
         self._bound, self._query_QD, self._seed = bound, query_QD, seed
         width, size = exact_of(index).facts.embedding_dim, index.facts.catalogue_size
         none = ExactIndex(
@@ -90,7 +92,7 @@ class ChangingIndex:
         self._failure: Exception | None = None
 
     def __getstate__(self) -> dict[str, object]:
-        """Return what a copy begins with; a new index that is being built is not waited for."""
+        """Return the state for a copy, without waiting for a new index that is being built."""
         with self._lock:
             return {**vars(self), "_lock": None, "_thread": None}
 
@@ -103,22 +105,22 @@ class ChangingIndex:
 
     @property
     def facts(self) -> IndexFacts:
-        """The index's own, with the number of rows as they are now."""
+        """The facts of the built index, with the current number of rows."""
         return _facts(self._rows)
 
     @property
     def changed(self) -> int:
-        """How many rows are kept beside the index."""
+        """The number of changed rows since the index was built."""
         return self._rows.changed
 
     @checked
     def put(self, item_M: Int64[Tensor, " M"], vectors_MD: Float[Tensor, "M D"]) -> None:
-        """Add or replace the rows of some items; an item past the catalogue makes it longer.
+        """Add or replace the vectors of some items; an item past the end extends the catalogue.
 
         Raises:
-            DataError: An item is negative or there twice, or the width is another.
+            DataError: An item is negative or occurs twice, or the vectors have another width.
             NonFiniteError: A vector is NaN or infinite.
-            Exception: What ended the last building of the index.
+            Exception: The error that ended the last build of the index.
         """
         facts = self.facts
         if (item_M < 0).any():
@@ -126,11 +128,11 @@ class ChangingIndex:
         sorted_M, order_M = item_M.sort()
         twice = sorted_M[1:][sorted_M[1:] == sorted_M[:-1]]
         if len(twice):
-            raise _wrong_item(int(twice[0]), "it is there twice")
+            raise _wrong_item(int(twice[0]), "it occurs twice")
         if vectors_MD.shape != (len(item_M), facts.embedding_dim):
             raise DataError(
-                f"the rows are {tuple(vectors_MD.shape)}: {len(item_M)} rows, "
-                f"{facts.embedding_dim} wide, are needed",
+                f"the vectors have shape {tuple(vectors_MD.shape)}: give {len(item_M)} rows of "
+                f"width {facts.embedding_dim}",
                 name="vectors",
                 value=vectors_MD.shape[-1],
             )
@@ -146,11 +148,11 @@ class ChangingIndex:
 
     @checked
     def remove(self, item_M: Int64[Tensor, " M"]) -> None:
-        """Take items out of the index.
+        """Remove items from the index.
 
         Raises:
-            DataError: An item is not in it.
-            Exception: What ended the last building of the index.
+            DataError: An item is not in the index.
+            Exception: The error that ended the last build of the index.
         """
         with self._lock:
             rows, item_M = self._rows, item_M.unique()
@@ -161,7 +163,7 @@ class ChangingIndex:
             self._change(item_M, torch.empty(0, rows.fresh.vectors_ND.shape[1]))
 
     def _change(self, item_M: Tensor, vectors_MD: Tensor) -> None:
-        """Put rows for some items, rising, or remove them where there are none."""
+        """Set the vectors of some items, ascending, or remove the items if there are no vectors."""
         with self._lock:
             self._raise_failure()
             rows = self._rows
@@ -209,10 +211,10 @@ class ChangingIndex:
 
     @checked
     def wait(self) -> None:
-        """Wait for the index that is being built, if there is any.
+        """Wait for the index that is being built, if there is one.
 
         Raises:
-            Exception: What ended its building; the old index goes on to answer.
+            Exception: The error that ended the build; the old index continues to answer.
         """
         while (thread := self._building()) is not None:
             thread.join()
@@ -225,7 +227,7 @@ class ChangingIndex:
 
     @checked
     def save(self, folder: Path) -> None:
-        """Build the index of the rows as they are, and write its files into an existing folder."""
+        """Build an index of the current rows, and write its files into an existing folder."""
         rows = self._rows
         (rows.base if not rows.changed else self._built(rows)).save(folder)
 
@@ -241,11 +243,11 @@ class ChangingIndex:
             self._since_M = self._since_M[:0]
             thread = threading.Thread(target=self._build, args=(self._rows,), daemon=True)
             thread.start()
-            self._thread = thread  # only one that runs; it waits for the lock before it ends
+            self._thread = thread  # only if it runs; it waits for the lock before it ends
 
     @checked
     def measured_bound(self) -> int:
-        """Return how many rows are compared in the time that the index takes for a query."""
+        """Return how many rows can be compared in the time of one query to the index."""
         base = self._rows.base
         whole = exact_of(base)
         few_N = torch.arange(min(_MEASURED_ROWS, len(whole.item_N)))
@@ -291,7 +293,7 @@ def _facts(rows: _Rows) -> IndexFacts:
 
 
 def _holds(index: ItemIndex, item_M: Tensor) -> Bool[Tensor, " M"]:
-    """Whether an index was built with these items."""
+    """Return whether the built index holds each of these items."""
     inside_M = (item_M >= 0) & (item_M < index.facts.catalogue_size)
     place_M = exact_of(index).positions(item_M.where(inside_M, 0).unsqueeze(0))[0]
     return inside_M & (place_M >= 0)
@@ -302,7 +304,7 @@ def _only(index: ExactIndex, keep_N: Tensor, size: int) -> ExactIndex:
 
 
 def _joined(rows: _Rows) -> ExactIndex:
-    """Copy the rows as they are, block by block, into one table."""
+    """Copy the current rows, block by block, into one table."""
     whole, fresh = exact_of(rows.base), rows.fresh
     keep_N = torch.ones(len(whole.item_N), dtype=torch.bool)
     keep_N[whole.positions(rows.gone_G.unsqueeze(0))[0]] = False

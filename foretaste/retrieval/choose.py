@@ -1,4 +1,4 @@
-"""Building the index that fits: which kind, and how wide it must search to find enough.
+"""Building an index: the choice of its kind, and tuning of the search width for a target recall.
 
 Shape legend: I items of the catalogue, N items in the index, Q measured queries, D width.
 """
@@ -32,14 +32,14 @@ from foretaste.retrieval.index import (
 )
 
 EXACT_MS = 1.0
-"""Milliseconds in which an exact answer to one query is fast enough for "auto"."""
+""""auto" chooses the exact index if it answers one query within this many milliseconds."""
 ALWAYS_EXACT = 10_000
-"""Items up to which "auto" measures nothing: they are compared in time on every machine."""
+""""auto" chooses the exact index without measuring for up to this many items."""
 EXACT_BELOW = 200_000
-"""Known items up to which `kind_by_size` compares everything."""
+"""`kind_by_size` chooses the exact index for up to this many known items."""
 RECALL_AT = 100
 NUMBERS_OF_A_CODE = 4
-"""Numbers of a vector that one byte stands for, where vectors are coded for the index."""
+"""Dimensions per byte, if vectors are coded for the index."""
 MEASURED_QUERIES = 256
 
 
@@ -53,23 +53,24 @@ def build_index(
     query_QD: Float[Tensor, "Q D"] | None = None,
     exact_ms: float = EXACT_MS,
 ) -> ItemIndex:
-    """Index the items that training knew.
+    """Build an index of the known items.
 
-    An approximate index searches as narrowly as recall@100 against the exact one allows. Recall
-    is measured on `query_QD`, or without it on known items' vectors with noise of half their
-    standard deviation; the facts say which, and what was reached.
+    The search width of an approximate index is the smallest that reaches the target recall@100
+    against the exact index. Recall is measured on `query_QD` or, without it, on vectors of known
+    items with noise of half their standard deviation; the facts of the index record which queries
+    were used, and the recall.
 
     Args:
-        vectors: Every item's vector, in one piece or in blocks with the number of the first item;
-            or as codes.
-        kind: "auto" is exact where one query is answered so in `exact_ms`, as measured on the
-            vectors; else it is "ivf_sq8", if that reaches the recall and is faster. Of codes it is
-            "codes". "codes" of vectors are learned from these, a byte for each four
-            numbers, and answer as good as the vectors that they stand for: the facts say how good.
-        known_I: The items to index; the others are never answered.
-        seed: Decides IVF's sample and centroids, and the measured queries.
-        recall_target: In (0, 1].
-        query_QD: Vectors of real queries; some hundreds are enough.
+        vectors: The vectors of all items: one tensor, blocks with the number of their first item,
+            or codes.
+        kind: The kind of index. "auto": exact if the exact index answers one query within
+            `exact_ms`, measured on these vectors; else "ivf_sq8" if it reaches the target recall
+            and is faster; "codes" if `vectors` are codes. With "codes", vectors are quantised to
+            one byte for every four dimensions, and the facts record the recall of the codes.
+        known_I: The items to index; other items are never returned.
+        seed: Determines IVF's sample and centroids, and the measured queries.
+        recall_target: The target for recall@100, in (0, 1].
+        query_QD: Vectors of real queries; a few hundred are enough.
         exact_ms: See `kind`.
 
     Raises:
@@ -101,7 +102,7 @@ def index_of(
     query_QD: Float[Tensor, "Q D"] | None,
     exact_ms: float = EXACT_MS,
 ) -> ItemIndex:
-    """Build an index over the vectors of an exact one, which are kept once; see `build_index`."""
+    """Build an index that shares the vectors of an exact one; see `build_index`."""
     num = exact.facts.num_items
     if kind == "exact" or not may_be_approximate(kind, num_items=num):
         return exact
@@ -113,7 +114,7 @@ def index_of(
     if kind == "auto" and exact_took <= exact_ms:
         return exact
     check_fits(
-        num * (2 * exact.facts.embedding_dim + 512),  # FAISS's bytes, and HNSW's edges
+        num * (2 * exact.facts.embedding_dim + 512),  # the bytes of FAISS and the edges of HNSW
         f"an index of {num:,} items, {exact.facts.embedding_dim:,} wide,",
         'take kind "exact", or train a model of fewer dimensions',
         name="index",
@@ -142,7 +143,9 @@ def milliseconds(
     *,
     clock: Callable[[], float] = time.perf_counter,
 ) -> float:
-    """Return how long the best 100 of one query take: the mean of some, each at its fastest."""
+    """Return the time of a top-100 search: the mean over some queries of the fastest of several
+    runs.
+    """
     none_10, best = torch.full((1, 0), -1), []
     for query_1D in query_QD[:TIMED_QUERIES].split(1):
         took = []
@@ -155,12 +158,12 @@ def milliseconds(
 
 
 def may_be_approximate(kind: IndexChoice, *, num_items: int) -> bool:
-    """Whether an index of this kind needs queries to be measured on."""
+    """Return whether an index of this kind needs queries to measure its recall."""
     return kind != "exact" and (kind != "auto" or num_items > ALWAYS_EXACT)
 
 
 def kind_by_size(num_items: int) -> Literal["exact", "ivf_sq8"]:
-    """Return the kind of an index whose answers a run depends on: no clock decides it."""
+    """Return a kind of index by the number of items alone, so that runs do not depend on timing."""
     return "exact" if num_items < EXACT_BELOW else "ivf_sq8"
 
 
@@ -182,10 +185,10 @@ def _check_target(recall_target: float) -> None:
 
 
 def exact_of(index: ItemIndex) -> WholeIndex:
-    """Return the index over the same items that compares them all, which every index carries.
+    """Return the exact index over the same items, which every index carries.
 
     Raises:
-        ConfigError: The index is of a foreign kind.
+        ConfigError: The index is of another class.
     """
     match index:
         case WholeIndex():
@@ -216,7 +219,7 @@ def _of_codes(codes: Codes, known_I: Tensor) -> CodeIndex:
 
 
 def _coded(exact: ExactIndex, query_QD: Tensor, aim: Mapping[str, object]) -> CodeIndex:
-    """Code vectors and see how many of the best are found so."""
+    """Quantise vectors, and measure the recall of the codes."""
     width = exact.facts.embedding_dim
     codes = train_codes(exact.vectors_ND.float(), max(1, width // NUMBERS_OF_A_CODE))
     facts = exact.facts.model_copy(
@@ -237,7 +240,9 @@ def _known_items(known_I: Tensor) -> Tensor:
 
 
 def _exact(blocks: Iterable[tuple[int, Tensor]], known_I: Tensor) -> ExactIndex:
-    """Copy the known items' vectors, block by block; one block of known items is kept as it is."""
+    """Copy the vectors of known items, block by block; a single block of known items is not
+    copied.
+    """
     item_N = _known_items(known_I)
     vectors_ND, filled = torch.empty(0, 0), 0
     for first, block_VD in blocks:
@@ -260,7 +265,7 @@ def _not_finite() -> NonFiniteError:
 
 
 def noisy_items(exact: ExactIndex, seed: int) -> Float[Tensor, "Q D"]:
-    """Return vectors of known items with noise, for want of queries."""
+    """Return vectors of known items with noise, as a substitute for queries."""
     generator = torch.Generator().manual_seed(seed)
     row_Q = torch.randint(exact.facts.num_items, (MEASURED_QUERIES,), generator=generator)
     vectors_QD = exact.vectors_ND[row_Q].float()
@@ -269,13 +274,15 @@ def noisy_items(exact: ExactIndex, seed: int) -> Float[Tensor, "Q D"]:
 
 
 def _recall(true_QK: Tensor, found_QK: Tensor) -> Float[Tensor, " Q"]:
-    """Return for each query the share of its true best that were found."""
+    """Return the share of true best items that were found, for each query."""
     pairs = zip(true_QK, found_QK, strict=True)
     return torch.stack([torch.isin(true, found).float().mean() for true, found in pairs])
 
 
 def _tuned(index: FaissIndex, query_QD: Tensor, aim: Mapping[str, object]) -> FaissIndex:
-    """Double the width until both halves of the queries reach the target, then halve the gap."""
+    """Find the search width: double it until both halves of the queries reach the target, then
+    bisect.
+    """
     index = index.with_facts(index.facts.model_copy(update=aim))
     k = min(RECALL_AT, index.facts.num_items)
     none = torch.full((len(query_QD), 0), -1)
@@ -288,7 +295,7 @@ def _tuned(index: FaissIndex, query_QD: Tensor, aim: Mapping[str, object]) -> Fa
         return worse, float(found_Q.mean())
 
     target = index.facts.recall_target
-    width = min(index.facts.search_width, index.widest)  # it is built at its narrowest
+    width = min(index.facts.search_width, index.widest)  # it is built with the smallest width
     low = width - 1
     while (reached := at(width))[0] < target and width < index.widest:
         low, width = width, min(2 * width, index.widest)
@@ -303,14 +310,14 @@ def _tuned(index: FaissIndex, query_QD: Tensor, aim: Mapping[str, object]) -> Fa
 
 
 def load_index(folder: Path, *, is_verified: bool = False) -> ItemIndex:
-    """Read an index that `save` wrote; vectors and IVF's lists are memory-mapped.
+    """Read an index that `save` wrote; vectors and IVF lists are memory-mapped.
 
     Args:
-        folder: Of the index.
-        is_verified: Its files were compared with their checksums, so they are of one save.
+        folder: The folder of the index.
+        is_verified: Whether the caller has verified the checksums of the files.
 
     Raises:
-        BundleError: A file is missing, broken or older than the vectors.
+        BundleError: A file is missing, damaged or older than the vectors.
     """
     try:
         facts = IndexFacts.model_validate_json((folder / "index.json").read_bytes())

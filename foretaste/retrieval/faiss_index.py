@@ -1,9 +1,9 @@
-"""The approximate indexes of FAISS, and how they honour exclusions and allow-lists.
+"""Approximate indexes with FAISS, and their exclusions and allow-lists.
 
-Two ways, by what is fast: one query is searched under a bitmap of what it may get; many queries,
-each with its own short list of exclusions, are searched together for k + X items, and the
-excluded ones are dropped. The exact index answers instead where an approximate one would be
-wrong or slow: lists deep in the catalogue, filters that leave little of it, short answers.
+A single query is searched with a bitmap of the allowed items. Many queries, each with a short list
+of exclusions, are searched together for k + X items, and the excluded items are dropped. The exact
+index answers if the approximate one would be wrong or slow: for very long lists, for filters that
+leave few items, and if too few items were found.
 
 Shape legend: B queries, N items in the index, I items of the catalogue, D width, X exclusions,
 K list length, F fetched.
@@ -39,22 +39,23 @@ else:
     faiss = later("faiss")
 
 FEW = 8
-"""Exact below 1/FEW of the items left by a filter, and for lists longer than 1/FEW of them."""
+"""The exact index answers if a filter leaves less than 1/FEW of the items, or if the list is longer
+than 1/FEW of the items left."""
 MOST_FETCHED = 1024
-"""Past this many items fetched a row, a bitmap per row is faster than fetching and dropping."""
+"""If more items than this are fetched for a row, a bitmap per row is faster than dropping items."""
 
 
 Fetch = Callable[[np.ndarray, int, "faiss.IDSelector | None"], np.ndarray]
-"""From queries (B, D), how many to fetch, and which positions may be fetched, to the positions
-(B, F) that an approximate search finds; -1 where it finds no more."""
+"""An approximate search. Arguments: queries (B, D), the number of items to fetch, and the allowed
+positions. Result: the positions found (B, F), padded with -1."""
 
 
 def candidates(
     fetch: Fetch, exact: ExactIndex, query_BD: Float[Tensor, "B D"], k: int, *, refine: int
 ) -> Int64[Tensor, "B K"]:
-    """Return the K <= N best items as the approximate search alone finds them, -1 where none.
+    """Return the K <= N best items that the approximate search alone finds, padded with -1.
 
-    What recall is measured on: the exact index lends no hand here.
+    Recall is measured on this search, which never uses the exact index.
     """
     query, fetched = _rows(query_BD), min(k * refine, len(exact.item_N))
     position_BF = fetch(query, fetched, None)
@@ -72,16 +73,18 @@ def search_filtered(
     allow_I: Bool[Tensor, " I"] | None,
     refine: int,
 ) -> TopK:
-    """Search approximately under the rules of `ItemIndex.search`.
+    """Search approximately, with the guarantees of `ItemIndex.search`.
 
     Args:
         fetch: The approximate search.
-        exact: The same items; scores the candidates, and answers where `fetch` cannot.
-        query_BD: Checked already.
-        k: Checked already.
-        exclude_BX: item_idx, -1 pads.
-        allow_I: Items that may be answered; None for all.
-        refine: Candidates fetched per answer, for the exact vectors to choose among; at least 1.
+        exact: The exact index of the same items; it scores the candidates, and answers if `fetch`
+            cannot.
+        query_BD: Query vectors, already checked.
+        k: List length, already checked.
+        exclude_BX: item_idx, padded with -1.
+        allow_I: Items that may be returned; None for all.
+        refine: Number of candidates per returned item, which are ranked again by their exact
+            vectors; at least 1.
     """
     num_items = len(exact.item_N)
     allowed_N = None if allow_I is None else exact.allowed(allow_I).numpy()
@@ -118,7 +121,7 @@ def _bits(allowed_N: np.ndarray | None, num_items: int) -> UInt8[np.ndarray, " b
 def _fetch_each(
     fetch: Fetch, query_BD: np.ndarray, fetched: int, exclude_BX: np.ndarray, bits: np.ndarray
 ) -> np.ndarray:
-    """Search row by row, each under a bitmap of its own."""
+    """Search row by row, each with its own bitmap."""
     position_BF = np.empty((len(query_BD), fetched), dtype=np.int64)
     for row, exclude_X in enumerate(exclude_BX):
         own, gone = bits.copy(), exclude_X[exclude_X >= 0]
@@ -129,7 +132,7 @@ def _fetch_each(
 
 
 def _drop(position_BF: np.ndarray, exclude_BX: np.ndarray, num_items: int) -> np.ndarray:
-    """Move what a row must not get to its end, as -1; the rest keeps its order."""
+    """Replace each row's excluded items by -1 at its end; the others keep their order."""
     row_B1 = np.arange(len(position_BF))[:, None] * num_items
     excluded = (row_B1 + exclude_BX)[exclude_BX >= 0]
     gone_BF = np.isin(row_B1 + position_BF, excluded) | (position_BF < 0)
@@ -141,7 +144,7 @@ def _drop(position_BF: np.ndarray, exclude_BX: np.ndarray, num_items: int) -> np
 def _best(
     exact: ExactIndex, query_BD: np.ndarray, position_BF: np.ndarray, k: int
 ) -> tuple[Tensor, Tensor]:
-    """Score candidates by the whole vectors and return the best k, best first, -1 and -inf last."""
+    """Score candidates by their full vectors and return the best k, padded with -1 and -inf."""
     position = torch.from_numpy(position_BF)
     vectors_MD = exact.vectors_ND.index_select(0, position.clamp(min=0).flatten()).float()
     vectors_BFD = vectors_MD.view(*position.shape, -1)
@@ -153,15 +156,18 @@ def _best(
 
 FAISS_FILE = "index.faiss"
 _TABLE = re.compile(rb"[0-9a-f]{64}")
-"""At the end of the file, where FAISS does not read: the SHA-256 of the file of vectors."""
+"""Marks the SHA-256 of the file of vectors, which is stored at the end of the file, where FAISS
+does not read."""
 _REFINE = {"ivf_flat": 1, "ivf_sq8": 2, "ivf_pq": 8, "hnsw": 2}
-"""Candidates fetched per answer, for the whole vectors to choose among."""
+"""Number of candidates per returned item, which are ranked again by their full vectors."""
 _WIDEST_WALK = 1024
 
 
 @final
 class FaissIndex:
-    """Searches as wide as `facts.search_width`; wider finds more and takes longer."""
+    """A FAISS index with the search width of `facts.search_width`; a larger width finds more items
+    and takes longer.
+    """
 
     def __init__(self, index: "faiss.Index", exact: ExactIndex, facts: IndexFacts) -> None:
         self._index = index
@@ -178,13 +184,15 @@ class FaissIndex:
 
     @property
     def widest(self) -> int:
-        """The width of every list of IVF; of a walk, past which comparing everything is faster."""
+        """The largest useful width: all lists of IVF; for HNSW, the width at which an exact search
+        is faster.
+        """
         if self.kind == "hnsw":
             return min(_WIDEST_WALK, self._facts.num_items)
         return self._facts.build["num_lists"]
 
     def with_facts(self, facts: IndexFacts) -> "FaissIndex":
-        """Return the same index under other facts, such as another search width."""
+        """Return the same index with other facts, such as another search width."""
         return FaissIndex(self._index, self.exact, facts)
 
     def search(
@@ -208,7 +216,7 @@ class FaissIndex:
         )
 
     def candidates(self, query_BD: Float[Tensor, "B D"], k: int) -> Int64[Tensor, "B K"]:
-        """Return what FAISS alone finds, for recall to be measured on."""
+        """Return the items that FAISS alone finds, to measure recall."""
         return candidates(self._fetch, self.exact, query_BD, k, refine=_REFINE[self.kind])
 
     def _fetch(
@@ -217,7 +225,7 @@ class FaissIndex:
         width = self._facts.search_width
         if (
             query_BD.shape[1] < self._index.d
-        ):  # a levelled graph, or a width that codes do not divide
+        ):  # vectors padded for HNSW, or to a multiple of the code's size
             query_BD = np.pad(query_BD, ((0, 0), (0, self._index.d - query_BD.shape[1])))
         if self.kind == "hnsw":
             parameters = faiss.SearchParametersHNSW(sel=selector, efSearch=max(fetched, width))
@@ -227,10 +235,10 @@ class FaissIndex:
         return position_BF
 
     def check(self) -> None:
-        """Read all that FAISS holds, and compare it with the items and their vectors.
+        """Compare the contents of the FAISS index with the items and their vectors.
 
         Raises:
-            BundleError: It holds others, or its search width is none.
+            BundleError: The contents differ, or the search width is invalid.
         """
         num = len(self.exact.item_N)
         if self._index.ntotal != num or not 1 <= self._facts.search_width <= max(
@@ -246,13 +254,13 @@ class FaissIndex:
         graph, storage = self._index.hnsw, faiss.downcast_index(self._index.storage)
         node_E, last = faiss.vector_to_array(graph.neighbors), graph.entry_point
         if node_E.min(initial=-1) < -1 or max(node_E.max(initial=-1), last) >= num or last < 0:
-            raise _other_items("edges to items that are not there")
+            raise _other_items("edges to items that do not exist")
         code_NC = faiss.vector_to_array(storage.codes).reshape(num, -1)
         for start in range(0, num, BLOCK_ROWS):
             own_MD = self._own(np.arange(start, min(start + BLOCK_ROWS, num)))
             wide_MD = np.pad(own_MD, ((0, 0), (0, self._index.d - own_MD.shape[1])))
             coded_MC = storage.sa_encode(np.ascontiguousarray(wide_MD)).astype(int)
-            width = own_MD.shape[1] * coded_MC.shape[1] // self._index.d  # less the levelling
+            width = own_MD.shape[1] * coded_MC.shape[1] // self._index.d  # without the padding
             off_MC = np.abs(coded_MC - code_NC[start : start + BLOCK_ROWS])[:, :width]
             if off_MC.max() > (coded_MC.shape[1] == self._index.d):
                 raise _other_items("other vectors")
@@ -269,14 +277,14 @@ class FaissIndex:
             code_M = faiss.rev_swig_ptr(lists.get_codes(number), size * lists.code_size)
             parts.append(item_M)
             if item_M.min() < 0 or item_M.max() >= num:
-                raise _other_items("items that are not there")
+                raise _other_items("items that do not exist")
             if not self._is_coded(number, self._own(item_M), code_M.reshape(size, -1)):
                 raise _other_items("other vectors")
         if not np.array_equal(np.sort(np.concatenate(parts)), np.arange(num)):
-            raise _other_items("items twice or not at all")
+            raise _other_items("duplicate or missing items")
 
     def _is_coded(self, number: int, own_MD: np.ndarray, code_MC: np.ndarray) -> bool:
-        """Whether a list holds the codes of these vectors, but for rounding."""
+        """Return whether a list holds the codes of these vectors, up to rounding."""
         if self.kind == "ivf_flat":
             return np.array_equal(code_MC.view(np.float32), own_MD)
         own_MD = np.pad(own_MD, ((0, 0), (0, self._index.d - own_MD.shape[1])))
@@ -285,7 +293,7 @@ class FaissIndex:
             off_MC = np.abs(self._index.sq.compute_codes(rest_MD).astype(int) - code_MC)
             return bool((off_MC <= 1).all())
         nearest_MC = self._index.pq.compute_codes(rest_MD)
-        return bool((nearest_MC == code_MC).mean() > 0.99)  # two codes may be as near
+        return bool((nearest_MC == code_MC).mean() > 0.99)  # two codes may be equally near
 
     def _own(self, position_M: Int64[np.ndarray, " M"]) -> Float32[np.ndarray, "M D"]:
         vectors_MD: np.ndarray = self.exact.vectors_at(torch.from_numpy(position_M)).numpy()
@@ -302,7 +310,7 @@ class FaissIndex:
             faiss.write_index(self._index, str(folder / FAISS_FILE))
             with (folder / FAISS_FILE).open("ab") as file:
                 file.write(entry_of(folder / VECTORS_FILE).sha256.encode())
-        except RuntimeError as error:  # what FAISS says where it is the disk
+        except RuntimeError as error:  # FAISS's message for an error of the disk
             raise OSError(f"{folder / FAISS_FILE}: {error}") from error
         (folder / "index.json").write_text(self._facts.model_dump_json(indent=2))
 
@@ -310,12 +318,12 @@ class FaissIndex:
 def load_faiss(
     folder: Path, exact: ExactIndex, facts: IndexFacts, *, is_verified: bool
 ) -> FaissIndex:
-    """Read what `FaissIndex.save` wrote beside the vectors; IVF's lists are memory-mapped.
+    """Read a FAISS index that `FaissIndex.save` wrote; IVF lists are memory-mapped.
 
     Raises:
-        BundleError: It was built of other vectors than those beside it; looked at where the files
-            were not compared with checksums (`is_verified`).
-        OSError, RuntimeError: It cannot be read.
+        BundleError: The index was built from other vectors than those in the folder. This is
+            checked unless the checksums of the files were verified (`is_verified`).
+        OSError, RuntimeError: The file cannot be read.
     """
     path = folder / FAISS_FILE
     with path.open("rb") as file:
@@ -324,8 +332,8 @@ def load_faiss(
     is_known = not is_verified and _TABLE.fullmatch(table) is not None
     if is_known and table != entry_of(folder / VECTORS_FILE).sha256.encode():
         raise BundleError(
-            f"{path} was built of other vectors than those of {VECTORS_FILE}: one of the two "
-            "is older; build it again",
+            f"{path} was built from other vectors than those of {VECTORS_FILE}: one of the two is "
+            "older; build it again",
             name=str(path),
             value=str(path),
         )
@@ -334,7 +342,7 @@ def load_faiss(
     mapped = faiss.read_index(str(path), faiss.IO_FLAG_MMAP)
     lists = faiss.downcast_InvertedLists(mapped.invlists)
     if isinstance(lists, faiss.OnDiskInvertedLists):
-        lists.prefetch_nthread = 0  # 32 threads for each search take three times its own time
+        lists.prefetch_nthread = 0  # a search with 32 threads takes three times as long
     return FaissIndex(mapped, exact, facts)
 
 
@@ -345,29 +353,29 @@ def _other_items(what: str) -> BundleError:
 
 
 BLOCK_ROWS = 2**17
-"""Vectors given to FAISS at a time."""
+"""Number of vectors that are passed to FAISS at a time."""
 SAMPLE = 2**16
-"""Vectors that the range of a graph's bytes is learned from."""
+"""Number of vectors in the sample for the value range of HNSW's bytes."""
 NEIGHBOURS = 32
-"""Edges of a node (M of the paper)."""
+"""Number of edges of a node (M in the paper)."""
 BUILD_WIDTH = 80
-"""Candidates kept while a node looks for its neighbours (efConstruction)."""
+"""Number of candidates while a node is inserted (efConstruction)."""
 NARROWEST = 100
-"""Least candidates kept: recall is measured on lists of 100, for which FAISS keeps as many."""
+"""Smallest number of candidates in a search (efSearch): recall is measured on lists of 100."""
 
 
 def build_hnsw(exact: ExactIndex, *, levelled: bool) -> FaissIndex:
-    """Build a navigable small world: a graph between near items, walked greedily to a query.
+    """Build an HNSW index: a navigable small-world graph of near items, with greedy search.
 
-    Fast for single queries, slow to build, and nothing can be deleted from it. On some vectors
-    it may stay below the recall asked for: the facts say what it reached. Items are inserted in
-    their order.
+    It is fast for single queries and slow to build, and items cannot be deleted from it. On some
+    vectors it may miss the target recall; the facts record the recall that it reached. Items are
+    inserted in their order.
 
     Args:
-        exact: The items.
-        levelled: False walks by inner product, which suits spread vectors. True adds a
-            coordinate that brings all vectors to one length and walks by distance, of which
-            the order is the same; clusters stay connected that way.
+        exact: The exact index of the items.
+        levelled: False searches the graph by inner product, which suits spread vectors. True
+            adds a coordinate that gives all vectors the same norm and searches by distance,
+            which gives the same order; clusters stay connected that way.
 
     References:
         Malkov and Yashunin, "Efficient and Robust Approximate Nearest Neighbor Search Using
@@ -395,7 +403,7 @@ def build_hnsw(exact: ExactIndex, *, levelled: bool) -> FaissIndex:
 def _wide(
     vectors_ND: Float[Tensor, "N D"], width: int, square: float | None = None
 ) -> Float32[np.ndarray, "N W"]:
-    """Add columns of zeros, the last of which brings all vectors to one length if that is given."""
+    """Pad vectors with zeros; if a norm is given, the last column gives all vectors that norm."""
     wide_ND = np.zeros((len(vectors_ND), width), np.float32)
     wide_ND[:, : vectors_ND.shape[1]] = vectors_ND.numpy()
     if square is not None:
@@ -409,19 +417,21 @@ def _sample(exact: ExactIndex, num: int, *, seed: int) -> Int64[Tensor, " S"]:
 
 
 POINTS_PER_LIST = 64
-"""Vectors that a centroid is learned from, at most."""
+"""Maximum number of training vectors per centroid."""
 VALUES_OF_A_CODE = 2
-"""Values of a vector that one byte of "ivf_pq" stands for."""
+"""Dimensions per byte of "ivf_pq"."""
 
 
 def build_ivf(
     exact: ExactIndex, *, kind: Literal["ivf_flat", "ivf_sq8", "ivf_pq"], seed: int
 ) -> FaissIndex:
-    """Build an inverted file: items in lists around centroids, of which a query visits the nearest.
+    """Build an inverted file (IVF): items are in lists by centroid, and a query visits the nearest
+    lists.
 
-    There are about 2 √N lists, centroids learned from a sample of the items. "ivf_sq8" keeps
-    one byte a value in the lists, "ivf_pq" one for two values; of several candidates an answer
-    the whole vectors, which stay on disk, choose. "ivf_flat" keeps the whole vectors twice.
+    There are about 2 √N lists, with centroids trained on a sample of the items. The lists of
+    "ivf_sq8" hold one byte per dimension, those of "ivf_pq" one byte per two dimensions; the
+    candidates found are ranked again by the full vectors, which stay on disk. "ivf_flat" stores the
+    full vectors twice.
 
     References:
         Jégou et al., "Product Quantization for Nearest Neighbor Search", TPAMI 2011, section IV;
@@ -447,7 +457,7 @@ def build_ivf(
     lists.cp.seed = seed % 2**31
     lists.cp.min_points_per_centroid = 1
     sample = _sample(exact, num_lists * POINTS_PER_LIST, seed=seed)
-    sample = sample.repeat(2) if len(sample) == 1 else sample  # a code has two values at least
+    sample = sample.repeat(2) if len(sample) == 1 else sample  # a code has at least two dimensions
     lists.train(_wide(exact.vectors_ND[sample].float(), width))
     for block_nD in exact.vectors_ND.split(BLOCK_ROWS):
         lists.add(_wide(block_nD.float(), width))

@@ -1,4 +1,4 @@
-"""The item index: what serving may ask of any, and the exact one, by which the others are measured.
+"""The interface of all item indexes, and the exact index that others are measured against.
 
 Shape legend: B queries, N items in the index, I items of the catalogue, D width, X exclusions,
 A allowed items, K list length.
@@ -30,7 +30,7 @@ IndexChoice = Literal["auto", "exact", "codes", "ivf_flat", "ivf_sq8", "ivf_pq",
 
 
 class TopK(NamedTuple):
-    """The best items of each query, best first; -1 and -inf where the catalogue ran out.
+    """The best items of each query, best first, padded with -1 and -inf.
 
     Shape legend: B queries, K list length.
     """
@@ -40,30 +40,31 @@ class TopK(NamedTuple):
 
 
 class IndexFacts(Config):
-    """What an index is and how good it was when it was built; kept beside it in `index.json`."""
+    """Facts about an index and its recall when it was built; stored in `index.json`."""
 
     kind: IndexKind
     num_items: int
-    """Items in the index: those with a training event."""
+    """Number of items in the index: those with a training event."""
     catalogue_size: int
-    """Items of the catalogue; item_idx lies in [0, catalogue_size)."""
+    """Number of items of the catalogue; item_idx is in [0, catalogue_size)."""
     embedding_dim: int
     """Width of the vectors."""
     search_width: int = 0
-    """Lists probed by IVF, candidates kept by HNSW; 0 if everything is compared."""
+    """Number of lists probed by IVF, or of candidates of HNSW; 0 for an exact search."""
     build: dict[str, int] = Field(default_factory=dict)
-    """What it was built with, such as IVF's number of lists, or a row's number of codes."""
+    """Parameters of the build, such as IVF's number of lists, or the number of codes of a row."""
     recall_at_100: float = 1.0
-    """Share of the true 100 best that it finds, in [0, 1], measured when it was built."""
+    """Share of the true 100 best items that the index finds, in [0, 1], measured when it was
+    built."""
     recall_target: float = 1.0
     """The recall that the search width was tuned for."""
     recall_queries: str = "exact by construction"
-    """Where the measured queries came from."""
+    """The source of the queries that recall was measured on."""
 
 
 @runtime_checkable
 class ItemIndex(Protocol):
-    """The best items of a query by dot product. Safe to search from several threads.
+    """An index that finds the best items of a query by dot product. Searches are thread-safe.
 
     Shape legend: B queries, D width, X exclusions, K list length, I items of the catalogue.
     """
@@ -84,22 +85,22 @@ class ItemIndex(Protocol):
     ) -> TopK:
         """Return the K best items of each query, none of them excluded (-1 pads X).
 
-        Never fewer than k while the catalogue has that many left.
+        There are k items unless fewer are left in the catalogue.
 
         Args:
-            query_BD: Finite.
-            k: At least 1.
-            exclude_BX: item_idx that a row must not get.
-            allow_I: Only these items may be answered, to any row; without it, all.
+            query_BD: Query vectors, finite.
+            k: List length, at least 1.
+            exclude_BX: item_idx that are excluded for each row.
+            allow_I: Items that may be returned, for all rows; None: all items.
 
         Raises:
-            DataError: k is below 1, or a width or the catalogue's size disagrees.
+            DataError: k is below 1, or a width or the catalogue's size does not match.
             NonFiniteError: A query is NaN or infinite.
         """
         ...
 
     def save(self, folder: Path) -> None:
-        """Write the index's own files into an existing folder."""
+        """Write the files of the index into an existing folder."""
         ...
 
 
@@ -109,18 +110,18 @@ def check_search(
     k: int,
     allow_I: Bool[Tensor, " I"] | None,
 ) -> None:
-    """Refuse a search that no index could answer.
+    """Raise an error for a search that no index can answer.
 
     Raises:
-        DataError: k is below 1, or a width or the catalogue's size disagrees.
+        DataError: k is below 1, or a width or the catalogue's size does not match.
         NonFiniteError: A query is NaN or infinite.
     """
     if k < 1:
         raise DataError(f"k is {k}: ask for 1 item or more", name="k", value=k)
     if query_BD.shape[1] != facts.embedding_dim:
         raise DataError(
-            f"queries are {query_BD.shape[1]} wide and the index {facts.embedding_dim}: "
-            "search with vectors of the model that it was built from",
+            f"queries have width {query_BD.shape[1]} and the index {facts.embedding_dim}: search "
+            "with vectors of the model that the index was built from",
             name="query",
             value=query_BD.shape[1],
         )
@@ -135,35 +136,35 @@ def check_search(
 
 
 ITEM_BLOCK = 2**20
-"""Items compared at a time."""
+"""Number of items that are compared at a time."""
 SCORE_BLOCK = 2**24
-"""Scores held at a time: 64 MiB."""
+"""Number of scores in memory at a time: 64 MiB."""
 VECTORS_FILE = "vectors.safetensors"
 CODES_FILE = "codes.safetensors"
 
 
 MAPPED_BYTES = 2**28
-"""Tables from this size on are built in a temporary file, which the system may write out."""
+"""Tables of this size or larger are built in a temporary file, which the system may page out."""
 
 
 def room_for(num: int, width: int, dtype: torch.dtype = torch.float32) -> Float[Tensor, "N D"]:
-    """Make a table to be filled: in memory, or, where it is large, a map of a nameless file.
+    """Allocate a table in memory or, if it is large, in a memory-mapped temporary file.
 
     Raises:
-        DataError: The file finds no room.
+        DataError: There is no room for the file.
     """
     size = num * width * dtype.itemsize
     if size < MAPPED_BYTES:
         return torch.empty(num, width, dtype=dtype)
     try:
         with TemporaryFile() as file:
-            if hasattr(os, "posix_fallocate"):  # or a full disk would end the process later
+            if hasattr(os, "posix_fallocate"):  # otherwise a full disk would end the process later
                 os.posix_fallocate(file.fileno(), 0, size)
             bytes_S = np.memmap(file, np.uint8, "w+", shape=(size,))
     except OSError as error:
         raise DataError(
-            f"the table of vectors finds no room in {gettempdir()}: {reason_of(error)}: make room "
-            "there, or name another folder in the environment variable TMPDIR",
+            f"there is no room for the table of vectors in {gettempdir()}: {reason_of(error)}: "
+            "make room there, or set the environment variable TMPDIR to another folder",
             name="TMPDIR",
             value=gettempdir(),
         ) from error
@@ -171,7 +172,7 @@ def room_for(num: int, width: int, dtype: torch.dtype = torch.float32) -> Float[
 
 
 def padded(best: TopK, k: int) -> TopK:
-    """Make answers k long: -1 and -inf where the catalogue ran out."""
+    """Pad results to length k with -1 and -inf."""
     missing = k - best.item_BK.shape[1]
     if missing == 0:
         return best
@@ -185,7 +186,7 @@ class WholeIndex(ABC):
     """Compares a query with every item."""
 
     def __init__(self, item_N: Int64[Tensor, " N"], facts: IndexFacts) -> None:
-        """Take which item each position is, rising."""
+        """Store the item of each position, ascending."""
         self.item_N, self.facts = item_N, facts
         self._is_whole = len(item_N) == facts.catalogue_size
 
@@ -214,10 +215,10 @@ class WholeIndex(ABC):
 
     @abstractmethod
     def blocks(self) -> Iterator[Float[Tensor, "_ D"]]:
-        """Give all vectors, in blocks."""
+        """Yield all vectors, in blocks."""
 
     def positions(self, item_BX: Int64[Tensor, "B X"]) -> Int64[Tensor, "B X"]:
-        """Return where items stand in the index, -1 for those that do not."""
+        """Return the positions of items in the index, -1 for items that are not in it."""
         if self._is_whole:
             return item_BX
         return _find(self.item_N, item_BX)
@@ -227,13 +228,13 @@ class WholeIndex(ABC):
         return allow_I if self._is_whole else allow_I.index_select(0, self.item_N)
 
     def products(self, vector_D: Float[Tensor, " D"]) -> Float[Tensor, " N"]:
-        """Return each item's product with a vector."""
+        """Return the dot product of each item with a vector."""
         return torch.cat([block_nD @ vector_D for block_nD in self.blocks()])
 
 
 @final
 class ExactIndex(WholeIndex):
-    """Whole vectors, by which approximate indexes are measured."""
+    """The exact index over full vectors, which approximate indexes are measured against."""
 
     def __init__(
         self,
@@ -242,7 +243,7 @@ class ExactIndex(WholeIndex):
         *,
         catalogue_size: int,
     ) -> None:
-        """Keep vectors by reference; `item_N` says which item each is, rising."""
+        """Store vectors without a copy; `item_N` is the item of each vector, ascending."""
         facts = IndexFacts(
             kind="exact",
             num_items=len(item_N),
@@ -298,14 +299,14 @@ class ExactIndex(WholeIndex):
 
 @final
 class CodeIndex(WholeIndex):
-    """Vectors kept as codes: scores are sums of partial products, and nothing is decompressed.
+    """An exact index over product-quantised vectors; scores are computed without decompression.
 
-    The best of the decompressed vectors, to rounding: in float32 a sum of M parts and one of D
-    products differ by about 1e-7 of the parts' size.
+    The result equals that of the decompressed vectors up to rounding: in float32, a sum of M
+    partial products and one of D products differ by a relative error of about 1e-7.
     """
 
     def __init__(self, codes: Codes, item_N: Int64[Tensor, " N"], facts: IndexFacts) -> None:
-        """Keep codes by reference; `item_N` says which item each is, rising."""
+        """Store codes without a copy; `item_N` is the item of each code, ascending."""
         super().__init__(item_N, facts)
         self.codes = codes
 
@@ -348,10 +349,10 @@ class CodeIndex(WholeIndex):
 
 
 def load_codes(folder: Path, facts: IndexFacts) -> CodeIndex:
-    """Read what `CodeIndex.save` wrote, as a memory map.
+    """Read the codes that `CodeIndex.save` wrote, memory-mapped.
 
     Raises:
-        BundleError: The codes do not fit their codebooks.
+        BundleError: The codes do not match their codebooks.
     """
     tensors = load_file(folder / CODES_FILE)
     codes = read_codes(
@@ -365,19 +366,19 @@ def load_codes(folder: Path, facts: IndexFacts) -> CodeIndex:
 
 
 def save_vectors(exact: ExactIndex, folder: Path) -> None:
-    """Write the vectors and which items they are."""
+    """Write the vectors and their items."""
     tensors = {"vectors_ND": exact.vectors_ND.contiguous(), "item_N": exact.item_N.contiguous()}
     save_file(tensors, folder / VECTORS_FILE)
 
 
 def load_vectors(folder: Path, facts: IndexFacts) -> ExactIndex:
-    """Read what `save_vectors` wrote, as a memory map."""
+    """Read the vectors that `save_vectors` wrote, memory-mapped."""
     tensors = load_file(folder / VECTORS_FILE)
     return ExactIndex(tensors["vectors_ND"], tensors["item_N"], catalogue_size=facts.catalogue_size)
 
 
 def _find(sorted_N: Tensor, value_BX: Tensor) -> Tensor:
-    """Return where values stand in `sorted_N`, -1 where they do not."""
+    """Return the positions of values in `sorted_N`, -1 for missing ones."""
     if len(sorted_N) == 0:
         return torch.full_like(value_BX, -1)
     at_BX = torch.searchsorted(sorted_N, value_BX.contiguous()).clamp(max=len(sorted_N) - 1)
@@ -387,7 +388,7 @@ def _find(sorted_N: Tensor, value_BX: Tensor) -> Tensor:
 def _search_block(
     vectors_ND: Tensor, query_BD: Tensor, k: int, exclude_BX: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return the k <= N best positions of each query, excluded ones at -inf."""
+    """Return the k <= N best positions of each query; excluded ones score -inf."""
     blocks = vectors_ND.split(ITEM_BLOCK)
     best = _score_block(blocks[0], query_BD, k, exclude_BX, start=0)
     for number, block_nD in enumerate(blocks[1:], start=1):
@@ -402,7 +403,7 @@ def _search_block(
 def _score_block(
     block_ND: Tensor, query_BD: Tensor, k: int, exclude_BX: Tensor, *, start: int
 ) -> tuple[Tensor, Tensor]:
-    """Return the best of the items from position `start` on, at most k."""
+    """Return at most k best items among those from position `start` on."""
     score_BN = query_BD @ block_ND.T
     width = score_BN.shape[1]
     if exclude_BX.numel():
