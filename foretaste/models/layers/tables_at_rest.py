@@ -233,10 +233,14 @@ class Integers(AtRest):
             self._code(slice(first, first + len(block_RD)), self._turned(block_RD))
 
     def _turned(self, block_RD: Tensor) -> Tensor:
-        return block_RD if self.direction_dD is None else block_RD @ self.direction_dD.T
+        turned_Rd: Tensor = (
+            block_RD if self.direction_dD is None else block_RD @ self.direction_dD.T
+        )
+        return turned_Rd
 
     def _largest(self, block_Rd: Tensor) -> Tensor:
-        return (block_Rd.abs().amax(dim=1) / self.most).clamp(max=_HIGHEST)
+        largest_R: Tensor = block_Rd.abs().amax(dim=1) / self.most
+        return largest_R.clamp(max=_HIGHEST)
 
     def _spread_scales(self, scale_R: Tensor) -> None:
         used_R = scale_R[scale_R > _LOWEST]
