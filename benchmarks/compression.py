@@ -34,8 +34,7 @@ from foretaste.experiment.compress import (
     width_of,
 )
 from foretaste.experiment.record import run_facts
-from foretaste.models.layers.quantised import QuantisedConfig
-from foretaste.models.layers.table_settings import TableConfig
+from foretaste.models.layers.table_kinds import QuantisedConfig, TableConfig
 from foretaste.models.layers.tables import DenseConfig, NarrowConfig
 from foretaste.models.layers.tables_at_rest import IntegerConfig
 

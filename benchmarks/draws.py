@@ -25,7 +25,7 @@ import torch
 
 from foretaste.experiment.record import run_facts
 from foretaste.sampling.samplers import DistinctSampler, PopularitySampler, UniformSampler
-from foretaste.training.runtime import keep_memory
+from foretaste.training.settings import keep_memory
 
 SIZES = (10_000, 1_000_000, 10_000_000)
 Draw = Callable[[int, int], object]

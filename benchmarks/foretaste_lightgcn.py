@@ -13,9 +13,8 @@ from foretaste.experiment.fit import fit
 from foretaste.models.layers.graph_conv import GraphConv
 from foretaste.models.lightgcn import LightGCNConfig
 from foretaste.training.fit import Epoch
-from foretaste.training.objectives.pairs import PairsConfig
-from foretaste.training.runtime import keep_memory
-from foretaste.training.settings import TrainingConfig
+from foretaste.training.objectives import PairsConfig
+from foretaste.training.settings import TrainingConfig, keep_memory
 
 EPOCHS = 1000
 

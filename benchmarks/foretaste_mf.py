@@ -13,7 +13,7 @@ from foretaste.data.splitting import leave_last_split
 from foretaste.experiment.fit import fit
 from foretaste.models.mf import MFConfig
 from foretaste.training.fit import Epoch
-from foretaste.training.objectives.pairs import PairsConfig
+from foretaste.training.objectives import PairsConfig
 from foretaste.training.settings import TrainingConfig
 
 MODEL = {"embedding_dim": 64, "similarity": "cosine", "temperature": 0.15}

@@ -9,7 +9,7 @@ from turns import say, say_ready, wait_for_turn
 
 import foretaste as ft
 from foretaste.training.fit import Epoch
-from foretaste.training.objectives.rows import RowsConfig
+from foretaste.training.objectives import RowsConfig
 
 
 def main() -> None:

@@ -28,8 +28,8 @@ from torch import Tensor
 
 import foretaste as ft
 from foretaste.experiment.record import run_facts
-from foretaste.models.layers.quantised import QuantisedConfig
 from foretaste.models.layers.table import Table
+from foretaste.models.layers.table_kinds import QuantisedConfig
 from foretaste.retrieval.choose import build_index
 
 WIDTH, K, ASKED, BLOCK, CLOSE = 64, 100, 1000, 32, 1e-5

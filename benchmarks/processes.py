@@ -35,7 +35,7 @@ from torch import Tensor
 import foretaste as ft
 from foretaste.experiment.record import run_facts
 from foretaste.models.layers.table import OwnRows
-from foretaste.models.layers.table_settings import make_table
+from foretaste.models.layers.table_kinds import make_table
 from foretaste.models.layers.tables import DenseConfig
 from foretaste.training import processes
 from foretaste.training.optimizer import AdamWByRows, make_optimizer

@@ -122,10 +122,13 @@ if TYPE_CHECKING:
     from foretaste.serving.server import serve
     from foretaste.serving.settings import ServerSettings, add_token
     from foretaste.serving.versions import sign_bundle
-    from foretaste.training.objectives.catalogue import ObjectiveConfig
-    from foretaste.training.objectives.pairs import PairsConfig
-    from foretaste.training.objectives.rows import RowsConfig
-    from foretaste.training.objectives.sequences import MaskedItemConfig, NextItemConfig
+    from foretaste.training.objectives import (
+        MaskedItemConfig,
+        NextItemConfig,
+        ObjectiveConfig,
+        PairsConfig,
+        RowsConfig,
+    )
     from foretaste.training.processes import joined_processes, start_processes
     from foretaste.training.settings import TrainingConfig
     from foretaste.training.trained import Trained

@@ -18,14 +18,12 @@ from foretaste.models.baselines import (
     PopularityConfig,
 )
 from foretaste.models.catalogue import ModelConfig, TwoStage, TwoStageConfig
-from foretaste.models.layers.table_settings import make_table
+from foretaste.models.layers.table_kinds import make_table
 from foretaste.models.layers.tables import DenseConfig
 from foretaste.models.mf import MF, MFConfig
 from foretaste.models.neumf import NCF, GMFConfig
 from foretaste.models.sasrec import SASRecConfig
-from foretaste.training.objectives.pairs import PairsConfig
-from foretaste.training.objectives.rows import RowsConfig
-from foretaste.training.objectives.sequences import NextItemConfig
+from foretaste.training.objectives import NextItemConfig, PairsConfig, RowsConfig
 from foretaste.training.trained import Trained
 from tests.worlds import GROUP_SIZE, PLANTED_ITEMS, events_of, learn, planted_histories
 

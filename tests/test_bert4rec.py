@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import foretaste as ft
 from foretaste.data.batch import Queries, SequenceBatch
+from foretaste.data.draws import epoch_generator
 from foretaste.data.interactions import Interactions
 from foretaste.data.plans import plan_sequences
 from foretaste.data.vocabulary import Vocabulary
@@ -22,13 +23,12 @@ from foretaste.models.bert4rec import BERT4Rec, BERT4RecConfig
 from foretaste.models.layers.attention import GatedBlock
 from foretaste.models.sasrec import SASRec, SASRecConfig
 from foretaste.training.fit import Fit, Progress
-from foretaste.training.objectives.sequences import (
+from foretaste.training.objectives import (
     MaskedItem,
     MaskedItemConfig,
     NextItemConfig,
     draw_places,
 )
-from foretaste.training.runtime import epoch_generator
 from foretaste.training.settings import TrainingConfig
 from tests.worlds import every_vector
 

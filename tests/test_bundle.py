@@ -20,7 +20,7 @@ from foretaste.retrieval.index import IndexChoice
 from foretaste.serving.bundle import PLACES, BundleManifest, read_bundle
 from foretaste.serving.recommender import Recommender, build_recommender, load
 from foretaste.shown import json_value
-from foretaste.training.objectives.rows import RowsConfig
+from foretaste.training.objectives import RowsConfig
 from foretaste.training.trained import Trained
 from tests.worlds import CONFIGS, make_events, make_trained
 

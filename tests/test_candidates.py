@@ -17,7 +17,7 @@ from foretaste.losses import (
     margin_loss_gradient,
     softmax_loss_gradient,
 )
-from foretaste.training.objectives.candidates import CandidateConfig, CandidateLoss, Loss
+from foretaste.training.candidates import CandidateConfig, CandidateLoss, Loss
 from tests.worlds import events_of, planted_histories
 
 LOSSES: tuple[Loss, ...] = ("sampled_softmax", "bce", "gbce", "bpr", "margin")

@@ -20,7 +20,7 @@ import foretaste as ft
 from foretaste.errors import BundleError, ConfigError, NonFiniteError
 from foretaste.models.base import top_k
 from foretaste.models.layers.codes import CODES, Codes, balanced_turn, even, train_codes
-from foretaste.models.layers.quantised import QuantisedConfig
+from foretaste.models.layers.table_kinds import QuantisedConfig
 from foretaste.retrieval.choose import build_index, load_index
 from foretaste.retrieval.index import CodeIndex
 from tests.worlds import make_events

@@ -28,7 +28,7 @@ from foretaste.experiment.compare_plan import BASELINES, FAMILIES
 from foretaste.experiment.compare_table import ModelComparison, ModelRow, TaskFigure, comparison_svg
 from foretaste.experiment.search_space import ShortSearch
 from foretaste.training.fit import OUT_OF_TIME, Fit
-from foretaste.training.objectives.pairs import PairsConfig
+from foretaste.training.objectives import PairsConfig
 
 NUM_GROUPS, GROUP_SIZE = 4, 10
 RECIPE = """

@@ -23,7 +23,7 @@ from foretaste.experiment.compress import (
     trained_tables,
     usual_tables,
 )
-from foretaste.models.layers.quantised import QuantisedConfig
+from foretaste.models.layers.table_kinds import QuantisedConfig
 from foretaste.models.layers.tables import HashConfig
 from foretaste.models.layers.tables_at_rest import HalfConfig, IntegerConfig, PrunedConfig
 from tests.worlds import make_events

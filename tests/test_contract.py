@@ -29,9 +29,12 @@ from foretaste.models.pinsage import PinSageConfig
 from foretaste.models.rankers import DeepFMConfig, DINConfig, MMoEConfig, SharedBottomConfig
 from foretaste.models.sasrec import SASRecConfig
 from foretaste.models.two_tower import TwoTowerConfig
-from foretaste.training.objectives.catalogue import ObjectiveConfig
-from foretaste.training.objectives.pairs import PairsConfig
-from foretaste.training.objectives.sequences import MaskedItemConfig, NextItemConfig
+from foretaste.training.objectives import (
+    MaskedItemConfig,
+    NextItemConfig,
+    ObjectiveConfig,
+    PairsConfig,
+)
 from foretaste.training.settings import TrainingConfig
 from foretaste.training.trained import Trained
 from tests.worlds import (

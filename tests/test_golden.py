@@ -32,7 +32,7 @@ from foretaste.errors import BundleError
 from foretaste.experiment.two_stage import FirstStage
 from foretaste.models.catalogue import ModelConfig
 from foretaste.serving.bundle import BundleManifest
-from foretaste.training.objectives.catalogue import ObjectiveConfig
+from foretaste.training.objectives import ObjectiveConfig
 
 GOLDEN = Path(__file__).parent / "golden"
 LOSSES, BUNDLES = GOLDEN / "losses.json", GOLDEN / "format-1"

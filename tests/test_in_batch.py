@@ -11,15 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from foretaste.data.draws import epoch_generator
 from foretaste.data.interactions import Interactions
 from foretaste.data.plans import plan_pairs
 from foretaste.errors import DataError
 from foretaste.models.mf import MF, MFConfig
 from foretaste.sampling.samplers import InBatchSampler, StreamedFrequency
+from foretaste.training.candidates import CandidateConfig, CandidateLoss
 from foretaste.training.fit import Fit
-from foretaste.training.objectives.candidates import CandidateConfig, CandidateLoss
-from foretaste.training.objectives.pairs import Pairs, PairsConfig
-from foretaste.training.runtime import epoch_generator
+from foretaste.training.objectives import Pairs, PairsConfig
 from foretaste.training.settings import TrainingConfig
 from tests.worlds import events_of
 

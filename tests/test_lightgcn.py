@@ -12,6 +12,7 @@ from torch import Tensor
 
 import foretaste as ft
 from foretaste.data.batch import Queries
+from foretaste.data.draws import epoch_generator
 from foretaste.data.graph import Graph, GraphConfig, graph_of, make_graph
 from foretaste.data.interactions import Interactions
 from foretaste.data.plans import plan_pairs
@@ -21,8 +22,7 @@ from foretaste.models.layers.graph_conv import GraphConv, Perturbation
 from foretaste.models.lightgcn import LightGCN, LightGCNConfig, Send, propagate
 from foretaste.models.pinsage import PinSageConfig
 from foretaste.training.fit import Fit
-from foretaste.training.objectives.pairs import Pairs, PairsConfig
-from foretaste.training.runtime import epoch_generator
+from foretaste.training.objectives import Pairs, PairsConfig
 from foretaste.training.settings import TrainingConfig
 from tests.worlds import events_of, every_vector
 

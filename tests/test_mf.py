@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from foretaste.data.batch import Queries, Reads
+from foretaste.data.draws import epoch_generator
 from foretaste.data.plans import plan_pairs
 from foretaste.data.reading import read_interactions
 from foretaste.data.splitting import temporal_split
@@ -17,13 +18,12 @@ from foretaste.evaluation.protocol import evaluate
 from foretaste.experiment.fit import fit
 from foretaste.models.catalogue import ModelConfig
 from foretaste.models.layers.history import FoldIn
-from foretaste.models.layers.table_settings import make_table
+from foretaste.models.layers.table_kinds import make_table
 from foretaste.models.layers.tables import DenseConfig
 from foretaste.models.lightgcn import LightGCNConfig
 from foretaste.models.mf import MF, MFConfig
 from foretaste.models.pinsage import PinSageConfig
 from foretaste.models.two_tower import TwoTowerConfig
-from foretaste.training.runtime import epoch_generator
 from foretaste.training.settings import TrainingConfig
 from tests.worlds import events_of, every_vector, planted_histories
 

@@ -21,7 +21,7 @@ from foretaste.models.lightgcn import LightGCN, LightGCNConfig
 from foretaste.models.mf import MF, MFConfig
 from foretaste.models.two_tower import TwoTower, TwoTowerConfig
 from foretaste.training.fit import Fit
-from foretaste.training.objectives.pairs import Pairs, PairsConfig
+from foretaste.training.objectives import Pairs, PairsConfig
 from foretaste.training.settings import TrainingConfig
 from tests.worlds import events_of, every_vector
 

@@ -25,7 +25,7 @@ from foretaste.losses import (
 from foretaste.models.base import Ranker
 from foretaste.models.layers.heads import Heads
 from foretaste.training.fit import Fit
-from foretaste.training.objectives.rows import LabelledRows, RowsConfig
+from foretaste.training.objectives import LabelledRows, RowsConfig
 from foretaste.training.settings import TrainingConfig
 
 NAN = math.nan

@@ -19,7 +19,7 @@ from foretaste.experiment.mining import Fold, fit_folds, offer
 from foretaste.losses import listwise_loss
 from foretaste.models.base import Ranker
 from foretaste.models.layers.heads import Heads
-from foretaste.training.objectives.rows import LabelledRows, RowsConfig
+from foretaste.training.objectives import LabelledRows, RowsConfig
 
 
 def planted_split() -> ft.Split:

@@ -18,7 +18,7 @@ from foretaste.data.walks import Neighbourhoods, make_frontier
 from foretaste.errors import ConfigError
 from foretaste.models.layers.pooling import Convolve, generate, pool
 from foretaste.models.pinsage import PinSage, PinSageConfig
-from foretaste.training.objectives.pairs import PairsConfig
+from foretaste.training.objectives import PairsConfig
 from tests.worlds import events_of, every_vector, learn
 
 NUM_USERS, NUM_ITEMS = 12, 9

@@ -24,11 +24,8 @@ from foretaste.models.mf import MF, MFConfig
 from foretaste.models.pinsage import PinSageConfig
 from foretaste.models.sasrec import SASRecConfig
 from foretaste.sampling.negatives import Seen, nearby_negatives
-from foretaste.training.objectives.catalogue import ObjectiveConfig
-from foretaste.training.objectives.pairs import PairsConfig, hardness
-from foretaste.training.objectives.sequences import NextItemConfig
-from foretaste.training.prefetch import Prefetch
-from foretaste.training.settings import TrainingConfig
+from foretaste.training.objectives import NextItemConfig, ObjectiveConfig, PairsConfig, hardness
+from foretaste.training.settings import Prefetch, TrainingConfig
 from tests.worlds import events_of
 
 

@@ -29,8 +29,7 @@ from foretaste.models.neumf import NCF, GMFConfig, NeuMFConfig
 from foretaste.models.rankers import SharedBottomConfig
 from foretaste.sampling.negatives import RowNegatives, Seen
 from foretaste.sampling.samplers import UniformSampler
-from foretaste.training.objectives.pairs import PairsConfig
-from foretaste.training.objectives.rows import RowsConfig
+from foretaste.training.objectives import PairsConfig, RowsConfig
 from foretaste.training.settings import TrainingConfig
 
 SHOWN = Task(name="click", column="clicked")

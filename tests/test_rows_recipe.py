@@ -13,7 +13,7 @@ from foretaste.cli.main import run
 from foretaste.evaluation.row_metrics import Method
 from foretaste.evaluation.rows import predict_tasks, ranker_of
 from foretaste.experiment.record import metrics_in
-from foretaste.training.calibration import IsotonicCalibration, PlattCalibration
+from foretaste.training.trained import IsotonicCalibration, PlattCalibration
 
 RECIPE = """
 [data]

@@ -19,7 +19,7 @@ from foretaste.evaluation.compare import compare_rows
 from foretaste.evaluation.report import RowsReport
 from foretaste.evaluation.row_metrics import auc, fit_calibration
 from foretaste.evaluation.rows import Predicted, measure_rows
-from foretaste.training.calibration import IsotonicCalibration, PlattCalibration, calibrated
+from foretaste.training.trained import IsotonicCalibration, PlattCalibration, calibrated
 
 CLICK = Task(name="click", column="click")
 STARS = Task(name="stars", kind="ordinal", column="stars", levels=(1.0, 2.0, 3.0))

@@ -22,7 +22,7 @@ from foretaste.experiment.recipe import EvaluationConfig, TuneConfig
 from foretaste.experiment.two_stage import FirstStage
 from foretaste.models.baselines import ItemKNN
 from foretaste.models.catalogue import ModelConfig, TwoStageConfig, build_model
-from foretaste.training.objectives.catalogue import ObjectiveConfig
+from foretaste.training.objectives import ObjectiveConfig
 
 GIB = 2**30
 ABSURD_COUNTS = (10**9, 10**12, 2**63)

@@ -6,7 +6,7 @@ import torch
 from foretaste.errors import DataError
 from foretaste.models.layers import table as table_layer
 from foretaste.models.layers.table import Table
-from foretaste.models.layers.table_settings import make_table, make_tables
+from foretaste.models.layers.table_kinds import make_table, make_tables
 from foretaste.models.layers.tables import DenseConfig
 
 NUM_ROWS, WIDTH = 7, 3

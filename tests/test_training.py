@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from foretaste.data.batch import Queries
+from foretaste.data.draws import epoch_generator, step_generator, step_seed
 from foretaste.data.interactions import Interactions
 from foretaste.data.plans import Plan, SequencePlan, plan_pairs, plan_sequences
 from foretaste.data.vocabulary import Vocabulary
@@ -31,16 +32,16 @@ from foretaste.models.sasrec import SASRec, SASRecConfig
 from foretaste.training import checkpoint
 from foretaste.training.checkpoint import read_checkpoint, write_checkpoint
 from foretaste.training.fit import Epoch, Fit
-from foretaste.training.objectives.pairs import Pairs, PairsConfig
-from foretaste.training.objectives.sequences import (
+from foretaste.training.objectives import (
     MaskedItem,
     MaskedItemConfig,
     NextItem,
     NextItemConfig,
+    Pairs,
+    PairsConfig,
 )
 from foretaste.training.optimizer import rate_factor
 from foretaste.training.progress import Cost, CostWatch
-from foretaste.training.runtime import epoch_generator, step_generator, step_seed
 from foretaste.training.settings import TrainingConfig
 from tests.worlds import every_vector
 

@@ -21,7 +21,7 @@ from foretaste.experiment.fit import fit
 from foretaste.models.baselines import PopularityConfig
 from foretaste.models.sasrec import SASRec, SASRecConfig
 from foretaste.models.two_tower import TwoTower, TwoTowerConfig
-from foretaste.training.objectives.pairs import PairsConfig
+from foretaste.training.objectives import PairsConfig
 from foretaste.training.settings import TrainingConfig
 from foretaste.training.trained import Trained
 from tests.worlds import every_vector

@@ -16,8 +16,7 @@ from foretaste.experiment.validation import make_validation, trained_rows
 from foretaste.models.baselines import PopularityConfig
 from foretaste.models.catalogue import ModelConfig
 from foretaste.models.sasrec import SASRec
-from foretaste.training.objectives.rows import RowsConfig
-from foretaste.training.objectives.sequences import NextItemConfig
+from foretaste.training.objectives import NextItemConfig, RowsConfig
 from foretaste.training.settings import TrainingConfig
 
 MODELS: dict[str, ModelConfig] = {

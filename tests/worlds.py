@@ -23,7 +23,7 @@ from foretaste.models.catalogue import ModelConfig, build_model
 from foretaste.models.sasrec import SASRecConfig
 from foretaste.serving.recommender import build_recommender
 from foretaste.training.fit import Fit
-from foretaste.training.objectives.catalogue import ObjectiveConfig
+from foretaste.training.objectives import ObjectiveConfig
 from foretaste.training.settings import TrainingConfig
 from foretaste.training.trained import Trained
 

@@ -1,5 +1,8 @@
 """Seeds of parts of a run, and draws that are the same for any number of processes.
 
+Randomness depends on where a run is, never on what ran before: step b of epoch e draws from
+(seed, e, b), so a run resumed anywhere is the same run.
+
 What is drawn for the rows of a batch is drawn for all of it, from a seed and its number, before it
 is divided among processes, so that several of them learn from the same batches as one.
 
@@ -121,3 +124,28 @@ def mixed(seed: int, number: int) -> int:
 def torch_generator(seed: int, number: int) -> torch.Generator:
     """Return what decides one part's draws."""
     return torch.Generator().manual_seed(mixed(seed, number) % 2**63)
+
+
+def epoch_generator(seed: int, epoch: int) -> np.random.Generator:
+    """Return the generator of an epoch's windows and order."""
+    return np.random.default_rng([seed, epoch])
+
+
+def step_seed(seed: int, epoch: int, batch: int) -> int:
+    """Return the seed of one step."""
+    state = np.random.SeedSequence([seed, epoch, batch + 1]).generate_state(1, np.uint64)
+    return int(state[0])
+
+
+def step_generator(seed: int, epoch: int, batch: int) -> torch.Generator:
+    """Return the generator of a step, which is on the CPU for every device.
+
+    It is torch's global generator, the only one that dropout can use, and is seeded for each step,
+    so that steps do not depend on earlier ones. `torch.manual_seed` is not used, because it records
+    the stack for every unused device in each step.
+    """
+    number = step_seed(seed, epoch, batch)
+    torch.default_generator.manual_seed(number)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(number)
+    return torch.default_generator

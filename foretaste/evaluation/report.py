@@ -25,7 +25,7 @@ from foretaste.errors import DataError
 from foretaste.evaluation.bootstrap import Interval
 from foretaste.evaluation.row_metrics import Method, Reliability, TaskRows, fit_calibration
 from foretaste.shown import Shown, json_value
-from foretaste.training.calibration import Calibration
+from foretaste.training.trained import Calibration
 
 _FORMAT = 1
 _LATER = ("suffix", "chance")

@@ -18,7 +18,7 @@ from foretaste.data.tasks import Task
 from foretaste.errors import DataError, NonFiniteError
 from foretaste.evaluation.bootstrap import drawn_again
 from foretaste.later import later
-from foretaste.training.calibration import (
+from foretaste.training.trained import (
     IsotonicCalibration,
     PlattCalibration,
     logit,

@@ -38,9 +38,8 @@ from foretaste.evaluation.row_metrics import (
 from foretaste.models.base import Ranker
 from foretaste.sampling.negatives import RowNegatives, Seen
 from foretaste.sampling.samplers import PopularitySampler, Sampler, UniformSampler
-from foretaste.training.calibration import Calibration, calibrated
-from foretaste.training.objectives.rows import RowsConfig
-from foretaste.training.trained import Trained
+from foretaste.training.objectives import RowsConfig
+from foretaste.training.trained import Calibration, Trained, calibrated
 
 _BLOCK_ROWS = 2**13
 _NEW_USERS_EVENTS = 50

@@ -24,7 +24,7 @@ from foretaste.experiment.run import check_measurable
 from foretaste.models.baselines import EASEConfig, ItemKNNConfig, PopularityConfig
 from foretaste.models.catalogue import CLOSED_FORM, ModelConfig, tasks_of
 from foretaste.shown import toml_value
-from foretaste.training.objectives.rows import RowsConfig
+from foretaste.training.objectives import RowsConfig
 
 V = TypeVar("V")
 

@@ -53,11 +53,9 @@ from foretaste.models.catalogue import (
     tasks_of,
 )
 from foretaste.training import processes
+from foretaste.training.candidates import CandidateConfig
 from foretaste.training.fit import Epoch, Fit, Progress
-from foretaste.training.objectives.candidates import CandidateConfig
-from foretaste.training.objectives.catalogue import ObjectiveConfig
-from foretaste.training.objectives.pairs import PairsConfig
-from foretaste.training.objectives.rows import LabelledRows, RowsConfig
+from foretaste.training.objectives import LabelledRows, ObjectiveConfig, PairsConfig, RowsConfig
 from foretaste.training.progress import Cost, CostWatch, ShowProgress, say
 from foretaste.training.settings import TrainingConfig
 from foretaste.training.sharded import finish, refuse_sharding, sharding

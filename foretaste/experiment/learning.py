@@ -12,7 +12,7 @@ from pydantic import TypeAdapter
 from torch import Generator, Tensor
 
 from foretaste.data.batch import DrawItems, FieldTable
-from foretaste.data.draws import WHOLE
+from foretaste.data.draws import WHOLE, epoch_generator, step_seed
 from foretaste.data.features import Features
 from foretaste.data.graph import Graph, graph_of
 from foretaste.data.interactions import Interactions
@@ -42,18 +42,21 @@ from foretaste.sampling.negatives import (
 from foretaste.sampling.samplers import PopularitySampler, UniformSampler
 from foretaste.training import processes
 from foretaste.training.fit import Epoch, Refreshed
-from foretaste.training.objectives.catalogue import ObjectiveConfig
-from foretaste.training.objectives.pairs import Hardness, Pairs, PairsConfig, hardness
-from foretaste.training.objectives.rows import LabelledRows, RowsConfig
-from foretaste.training.objectives.sequences import (
+from foretaste.training.objectives import (
+    Hardness,
+    LabelledRows,
     MaskedItem,
     MaskedItemConfig,
     NextItem,
     NextItemConfig,
+    ObjectiveConfig,
+    Pairs,
+    PairsConfig,
+    RowsConfig,
+    hardness,
 )
-from foretaste.training.prefetch import WorkedPlan
 from foretaste.training.progress import Cost
-from foretaste.training.runtime import epoch_generator, step_seed
+from foretaste.training.settings import WorkedPlan
 from foretaste.training.sharded import tables_of
 
 _OBJECTIVES: TypeAdapter[ObjectiveConfig] = TypeAdapter(ObjectiveConfig)

@@ -36,8 +36,7 @@ from foretaste.retrieval.index import ItemIndex
 from foretaste.sampling.negatives import RankedNegatives, Seen, check_ranks
 from foretaste.serving.catalogue_search import training_histories
 from foretaste.training.fit import Refreshed
-from foretaste.training.objectives.pairs import PairsConfig
-from foretaste.training.objectives.rows import RowsConfig
+from foretaste.training.objectives import PairsConfig, RowsConfig
 from foretaste.training.trained import Trained
 
 _BLOCK_USERS = 256

@@ -17,7 +17,7 @@ from foretaste.experiment.recipe import ExperimentConfig, PublicData
 from foretaste.models.baselines import PopularityConfig
 from foretaste.models.sasrec import SASRecConfig
 from foretaste.serving.recommender import load
-from foretaste.training.objectives.sequences import NextItemConfig
+from foretaste.training.objectives import NextItemConfig
 from foretaste.training.settings import TrainingConfig
 
 DATASET = "ml-100k"

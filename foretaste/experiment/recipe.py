@@ -27,8 +27,8 @@ from foretaste.errors import ConfigError
 from foretaste.evaluation.measure_queries import Among, Whose
 from foretaste.experiment.two_stage import FirstStage
 from foretaste.models.catalogue import ModelConfig, TwoStageConfig
-from foretaste.models.layers.table_settings import IdConfig
-from foretaste.training.objectives.catalogue import ObjectiveConfig
+from foretaste.models.layers.table_kinds import IdConfig
+from foretaste.training.objectives import ObjectiveConfig
 from foretaste.training.settings import TrainingConfig
 from foretaste.training.trained import Trained
 

@@ -22,8 +22,8 @@ from foretaste.experiment.run import Run
 from foretaste.models.base import LearnsBy
 from foretaste.models.catalogue import tasks_of
 from foretaste.serving.bundle import BundleManifest, read_bundle
-from foretaste.training.objectives.candidates import CandidateConfig
-from foretaste.training.objectives.rows import RowsConfig
+from foretaste.training.candidates import CandidateConfig
+from foretaste.training.objectives import RowsConfig
 
 
 @checked

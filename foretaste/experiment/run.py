@@ -51,7 +51,7 @@ from foretaste.training.checkpoint import (
     forget_checkpoint,
 )
 from foretaste.training.fit import Epoch
-from foretaste.training.objectives.rows import RowsConfig
+from foretaste.training.objectives import RowsConfig
 from foretaste.training.progress import Cost, ShowProgress, duration
 from foretaste.training.trained import Trained
 

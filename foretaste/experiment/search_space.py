@@ -22,8 +22,7 @@ from foretaste.experiment.recipe import ExperimentConfig, with_setting
 from foretaste.later import later
 from foretaste.models.catalogue import CLOSED_FORM, ModelConfig, TwoStageConfig
 from foretaste.training.fit import OUT_OF_TIME, Epoch
-from foretaste.training.objectives.catalogue import ObjectiveConfig
-from foretaste.training.objectives.pairs import PairsConfig
+from foretaste.training.objectives import ObjectiveConfig, PairsConfig
 from foretaste.training.settings import TrainingConfig
 from foretaste.training.trained import Trained
 

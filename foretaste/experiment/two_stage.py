@@ -22,8 +22,7 @@ from foretaste.experiment.learning import RunOptions
 from foretaste.experiment.mining import Fold, fit_folds, offer
 from foretaste.models.base import Model, Ranker
 from foretaste.models.catalogue import TwoStage, TwoStageConfig, build_model
-from foretaste.training.objectives.catalogue import ObjectiveConfig
-from foretaste.training.objectives.rows import RowsConfig
+from foretaste.training.objectives import ObjectiveConfig, RowsConfig
 from foretaste.training.settings import TrainingConfig
 from foretaste.training.sharded import refuse_sharding
 from foretaste.training.trained import Trained

@@ -37,9 +37,12 @@ from foretaste.models.baselines import (
     PopularityConfig,
 )
 from foretaste.models.catalogue import ModelConfig
-from foretaste.training.objectives.catalogue import ObjectiveConfig
-from foretaste.training.objectives.rows import RowsConfig
-from foretaste.training.objectives.sequences import MaskedItemConfig, NextItemConfig
+from foretaste.training.objectives import (
+    MaskedItemConfig,
+    NextItemConfig,
+    ObjectiveConfig,
+    RowsConfig,
+)
 from foretaste.training.settings import TrainingConfig
 from foretaste.training.trained import Trained
 

@@ -26,8 +26,8 @@ from foretaste.data.tasks import Task
 from foretaste.errors import ConfigError
 from foretaste.models.layers.codes import Codes
 from foretaste.models.layers.heads import Heads
-from foretaste.models.layers.quantised import code_by_events
 from foretaste.models.layers.table import BLOCK_ROWS, Table
+from foretaste.models.layers.table_kinds import code_by_events
 
 LearnsBy = Literal["pairs", "next_item", "masked_item", "rows", "events"]
 """What a model learns from, and what `forward` then takes and gives.

@@ -37,7 +37,7 @@ from foretaste.errors import ConfigError
 from foretaste.models.base import Retriever
 from foretaste.models.layers.attention import Dropout, rows_at
 from foretaste.models.layers.table import Table
-from foretaste.models.layers.table_settings import IdConfig, make_table
+from foretaste.models.layers.table_kinds import IdConfig, make_table
 
 _BUCKETS = 64
 """Of the seconds between two events: the last begins at 2^31.5, 96 years."""

@@ -59,7 +59,7 @@ from foretaste.models.layers.nodes import (
     place,
 )
 from foretaste.models.layers.table import Table
-from foretaste.models.layers.table_settings import IdConfig, make_table, make_tables
+from foretaste.models.layers.table_kinds import IdConfig, make_table, make_tables
 
 
 class LightGCNConfig(IdConfig):

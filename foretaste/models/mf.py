@@ -25,7 +25,7 @@ from foretaste.data.interactions import Interactions
 from foretaste.models.base import PairVectors, Retriever, Similarity, as_item, as_query
 from foretaste.models.layers.history import FoldIn
 from foretaste.models.layers.table import Table
-from foretaste.models.layers.table_settings import IdConfig, make_table
+from foretaste.models.layers.table_kinds import IdConfig, make_table
 
 
 class MFConfig(IdConfig):

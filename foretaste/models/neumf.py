@@ -42,7 +42,7 @@ from foretaste.models.layers.mlp import PairMLP, pair_dot
 from foretaste.models.layers.row_fields import RowFields
 from foretaste.models.layers.side_fields import ROWS_USUAL, RowFieldsConfig
 from foretaste.models.layers.table import Table
-from foretaste.models.layers.table_settings import IdConfig
+from foretaste.models.layers.table_kinds import IdConfig
 
 
 class GMFConfig(IdConfig):

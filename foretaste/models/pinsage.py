@@ -50,7 +50,7 @@ from foretaste.models.base import PairVectors, Retriever, Similarity, as_item, a
 from foretaste.models.layers.embedding import Fusion
 from foretaste.models.layers.nodes import NodeInputs, take_shapes
 from foretaste.models.layers.pooling import Convolve, generate, weighted_bag
-from foretaste.models.layers.table_settings import IdConfig
+from foretaste.models.layers.table_kinds import IdConfig
 
 
 class PinSageConfig(IdConfig):

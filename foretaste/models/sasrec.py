@@ -25,7 +25,7 @@ from foretaste.data.batch import Queries, SequenceBatch, last_events
 from foretaste.models.base import Retriever
 from foretaste.models.layers.attention import Dropout, GatedBlock, MultiHeadAttention, rows_at
 from foretaste.models.layers.table import Table
-from foretaste.models.layers.table_settings import IdConfig, make_table
+from foretaste.models.layers.table_kinds import IdConfig, make_table
 
 
 class SASRecConfig(IdConfig):

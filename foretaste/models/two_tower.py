@@ -51,7 +51,7 @@ from foretaste.models.layers.embedding import Fusion, known_fields, told_of_item
 from foretaste.models.layers.history import AttentionHistory, CausalHistory, FoldIn, MeanHistory
 from foretaste.models.layers.mlp import MLP
 from foretaste.models.layers.table import Table
-from foretaste.models.layers.table_settings import IdConfig, make_table
+from foretaste.models.layers.table_kinds import IdConfig, make_table
 from foretaste.models.sasrec import SASRecConfig
 
 _BLOCK_ITEMS = 2**14

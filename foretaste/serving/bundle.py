@@ -56,9 +56,8 @@ from foretaste.retrieval.choose import load_index
 from foretaste.retrieval.index import ItemIndex
 from foretaste.serving.self_test import StoredAnswers
 from foretaste.shown import json_value
-from foretaste.training.calibration import Calibration
-from foretaste.training.objectives.catalogue import ObjectiveConfig
-from foretaste.training.trained import Trained
+from foretaste.training.objectives import ObjectiveConfig
+from foretaste.training.trained import Calibration, Trained
 from foretaste.version import __version__
 
 WEIGHTS_FILE = "weights.safetensors"

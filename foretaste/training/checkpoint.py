@@ -10,13 +10,11 @@ random draws of a step depend only on the seed and the step's number, so the che
 generator state.
 """
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
 from itertools import groupby
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, final
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -29,11 +27,10 @@ from foretaste.data.folder import (
     FolderManifest,
     entry_of,
     read_manifest,
-    reason_of,
     verify_files,
     whole_file,
 )
-from foretaste.errors import BundleError, DataError
+from foretaste.errors import BundleError
 from foretaste.training import processes
 
 CHECKPOINT = "checkpoint"
@@ -220,47 +217,3 @@ def _parts_in(folder: Path) -> Iterator[Path]:
     """Yield every part, and unfinished parts that a killed process left behind."""
     yield from folder.glob("*.safetensors")
     yield from folder.glob(".*.safetensors.*.writing")
-
-
-STEPS_FILE = "steps.jsonl"
-
-
-@final
-class StepLog:
-    """Writes a line of JSON for each step; on resuming, later lines than the checkpoint's go."""
-
-    def __init__(self, folder: Path | None, step: int) -> None:
-        self.file = None
-        self.path = Path(STEPS_FILE) if folder is None else folder / STEPS_FILE
-        if folder is None:
-            return
-        with self._in_our_words():
-            folder.mkdir(parents=True, exist_ok=True)
-            kept = self.path.read_text().splitlines(keepends=True)[:step] if step else []
-            self.path.write_text("".join(kept))
-            self.file = self.path.open("a", buffering=1)
-
-    def __enter__(self) -> "StepLog":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.file is not None:
-            with suppress(OSError):  # `write` has reported the error already
-                self.file.close()
-
-    def write(self, step: int, epoch: int, loss: float) -> None:
-        if self.file is not None:
-            with self._in_our_words():
-                self.file.write(json.dumps({"step": step, "epoch": epoch, "loss": loss}) + "\n")
-
-    @contextmanager
-    def _in_our_words(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise DataError(
-                f"{self.path} cannot be written: {reason_of(error)}: make room, then resume from "
-                "the last checkpoint",
-                name=str(self.path),
-                value=str(self.path),
-            ) from error

@@ -13,13 +13,13 @@ from typing import Any, Generic, TypeVar, final
 import torch
 from torch import Tensor, nn
 
+from foretaste.data.draws import step_generator
 from foretaste.data.plans import Plan
 from foretaste.errors import ConfigError, NonFiniteError
 from foretaste.models.layers.table import OwnRows
 from foretaste.training import processes, sharded
 from foretaste.training.checkpoint import (
     CHECKPOINT,
-    StepLog,
     find_checkpoint,
     forget_checkpoint,
     read_checkpoint,
@@ -33,9 +33,13 @@ from foretaste.training.optimizer import (
     rate_factor,
     refuse_at_rest,
 )
-from foretaste.training.prefetch import Prefetch
-from foretaste.training.runtime import choose_device, keep_memory, step_generator
-from foretaste.training.settings import TrainingConfig
+from foretaste.training.settings import (
+    Prefetch,
+    StepLog,
+    TrainingConfig,
+    choose_device,
+    keep_memory,
+)
 from foretaste.training.sharded import own_rows_of
 
 Network = TypeVar("Network", bound=nn.Module)

@@ -1,12 +1,18 @@
-"""The result of training, with everything that evaluation and serving need."""
+"""What training gives back, and all that evaluation and serving need.
+
+Probabilities may be calibrated after training: what was fitted to them is here too.
+
+Shape legend: N rows, in any shape.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float, Float64, Int64
+from pydantic import Field
 from torch import Tensor
 
 from foretaste.arguments import checked
@@ -23,8 +29,57 @@ from foretaste.models.base import Model, Ranker, Retriever, Scorer
 from foretaste.models.catalogue import TwoStage, placer
 from foretaste.models.layers.field_ranker import HistoryRanker
 from foretaste.shown import Shown
-from foretaste.training.calibration import Calibration, calibrated
-from foretaste.training.objectives.catalogue import ObjectiveConfig
+from foretaste.training.objectives import ObjectiveConfig
+
+
+class PlattCalibration(Config):
+    r"""A line through the logits: :math:`\sigma(a \ln \frac{p}{1 - p} + b)`."""
+
+    kind: Literal["platt"] = "platt"
+    slope: float
+    """The factor a, above 0. It is below 1 if the model was too confident."""
+    intercept: float
+    """The constant b."""
+
+
+class IsotonicCalibration(Config):
+    """A non-decreasing piecewise linear function, constant outside its range."""
+
+    kind: Literal["isotonic"] = "isotonic"
+    at: tuple[float, ...] = Field(min_length=1)
+    """Probabilities at the breakpoints, ascending."""
+    gives: tuple[float, ...] = Field(min_length=1)
+    """The calibrated probability at each breakpoint, non-decreasing."""
+
+
+Calibration = Annotated[PlattCalibration | IsotonicCalibration, Field(discriminator="kind")]
+
+
+def calibrated(
+    calibration: PlattCalibration | IsotonicCalibration, probability_N: Float[np.ndarray, "*N"]
+) -> Float64[np.ndarray, "*N"]:
+    """Return a model's probabilities after calibration; NaN stays NaN."""
+    match calibration:
+        case PlattCalibration():
+            line_N = calibration.slope * logit(probability_N) + calibration.intercept
+            return sigmoid(line_N)
+        case IsotonicCalibration():
+            found_N: np.ndarray = np.interp(probability_N, calibration.at, calibration.gives)
+            return found_N
+
+
+def logit(probability_N: Float[np.ndarray, "*N"]) -> Float64[np.ndarray, "*N"]:
+    """Return log odds; probabilities are clipped to [epsilon, 1 - epsilon] first."""
+    eps = np.finfo(np.float64).eps
+    kept_N = np.clip(probability_N.astype(np.float64), eps, 1 - eps)
+    found_N: np.ndarray = np.log(kept_N) - np.log1p(-kept_N)
+    return found_N
+
+
+def sigmoid(line_N: Float64[np.ndarray, "*N"]) -> Float64[np.ndarray, "*N"]:
+    """Return the probability of log odds."""
+    found_N: np.ndarray = np.exp(-np.logaddexp(0, -line_N))
+    return found_N
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from foretaste.data.features import Features, FieldSide, FieldTable, concat_rows
 from foretaste.errors import ConfigError
 from foretaste.models.layers.table import Table
-from foretaste.models.layers.table_settings import TableConfig, make_table
+from foretaste.models.layers.table_kinds import TableConfig, make_table
 
 Fusion = Literal["concat", "gate"]
 """How a row's fields become one vector: all side by side through a linear layer, or their sum,

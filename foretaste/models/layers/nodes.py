@@ -23,7 +23,7 @@ from foretaste.data.features import Features, FieldTable
 from foretaste.errors import ConfigError
 from foretaste.models.layers.embedding import Fusion, known_fields, told_of_items, told_of_users
 from foretaste.models.layers.table import Table
-from foretaste.models.layers.table_settings import TableConfig, make_tables
+from foretaste.models.layers.table_kinds import TableConfig, make_tables
 
 
 @final

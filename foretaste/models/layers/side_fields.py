@@ -27,7 +27,7 @@ from foretaste.models.layers.embedding import (
     told_of_users,
 )
 from foretaste.models.layers.table import Table
-from foretaste.models.layers.table_settings import IdConfig, make_tables
+from foretaste.models.layers.table_kinds import IdConfig, make_tables
 
 L2Of = Literal["rows", "mini_batch_aware"]
 

@@ -1,7 +1,7 @@
 """Kinds of tables: how the vectors of ids and of features' codes are kept, and their settings.
 
 A model that needs a table asks its settings for one (`make_table`); nothing outside this file,
-`quantised.py` and `tables_at_rest.py` knows a kind by its name.
+`table_kinds.py` and `tables_at_rest.py` knows a kind by its name.
 
 Shape legend: R rows of a table, X any shape of rows asked for, N rows asked for, D width, K hash
 functions, M sub-spaces or digits.

@@ -1,23 +1,37 @@
-"""The kind of table whose rows are codes, made before training or of a trained table.
+"""All kinds of tables by name, and the kind whose rows are codes.
+
+A model takes tables by `make_table` and `make_tables`, and knows of no kind; one more kind is one
+more member of the union.
 
 Shape legend: R rows of a table, N rows asked for, D width, M sub-spaces, C vectors of a codebook, d
 width of the widest of them, S all of these, B queries.
 """
 
 from collections.abc import Sequence
-from typing import Literal, final
+from typing import Annotated, Any, Literal, final, get_args
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int64
+from pydantic import Field
 from torch import Tensor
 
-from foretaste.config import Count
+from foretaste.config import Config, Count
 from foretaste.data.interactions import Interactions
 from foretaste.errors import ConfigError
 from foretaste.models.layers.codes import CODES, Codes, even, places, train_codes
 from foretaste.models.layers.table import Dense, Table, finite_blocks
-from foretaste.models.layers.tables import Filled, FilledConfig, TableKind, hashed
+from foretaste.models.layers.tables import (
+    CompositionalConfig,
+    DenseConfig,
+    Filled,
+    FilledConfig,
+    HashConfig,
+    NarrowConfig,
+    TableKind,
+    hashed,
+)
+from foretaste.models.layers.tables_at_rest import HalfConfig, IntegerConfig, PrunedConfig
 
 
 class QuantisedConfig(FilledConfig):
@@ -168,3 +182,39 @@ def _codes_by_chance(first: int, last: int, sub_spaces: int) -> Tensor:
     row_N = torch.arange(first, last)
     codes = [hashed(row_N, 1 + space, CODES) for space in range(sub_spaces)]
     return torch.stack(codes, dim=1).to(torch.uint8)
+
+
+TableConfig = Annotated[
+    DenseConfig
+    | NarrowConfig
+    | HashConfig
+    | CompositionalConfig
+    | QuantisedConfig
+    | HalfConfig
+    | IntegerConfig
+    | PrunedConfig,
+    Field(discriminator="kind"),
+]
+
+
+KINDS: Any = get_args(get_args(TableConfig)[0])
+"""The settings classes of all kinds."""
+
+
+class IdConfig(Config):
+    """Settings of a model that has a vector for each id."""
+
+    table: TableConfig = DenseConfig()
+    """How the vectors of ids and of features' codes are kept."""
+
+
+def make_table(config: TableConfig, num_rows: int, width: int) -> Table:
+    """Make an untrained table; its rows are drawn around 0 with a standard deviation of 1."""
+    return config.make(num_rows, width)
+
+
+def make_tables(
+    config: TableConfig, sizes: Sequence[int], width: int, *, std: float
+) -> list[Table]:
+    """Make tables of one width, of which those of dense ones are drawn as one and cut."""
+    return config.make_several(sizes, width, std=std)

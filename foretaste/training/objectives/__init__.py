@@ -1,1 +1,0 @@
-"""Training objectives: each turns a model and a batch into a scalar loss."""
