@@ -177,7 +177,7 @@ def test_rules_are_obeyed_and_a_short_list_says_so(films: Served) -> None:
     where = {"genres": {"contains": "Crime"}, "year": {"at_least": 2000, "at_most": 2005}}
     reply = films.recommend(user_id=1, k=20, rules={"where": where})
     assert sorted(ids(reply)) == ["121", "122", "123", "124", "125", "126"]
-    assert "20 were asked for, and only 6 are allowed" in reply["notes"]
+    assert "20 items were requested, but only 6 are allowed" in reply["notes"]
     capped = films.recommend(user_id=1, k=20, rules={"caps": {"genres": 2}})
     assert [is_space(item) for item in ids(capped)] == [True, True, False, False]
     mixed = {"diversity": {"by": ["genres"], "relevance": 0.1}, "where": where}
@@ -623,7 +623,7 @@ def test_a_wrong_path_or_query_is_refused_by_the_name_of_its_part(
     ("body", "says"),
     [
         (b"", "the body is empty: send a JSON object"),
-        (b"{", "the body is not JSON: look at character 1"),
+        (b"{", "the body is not JSON: see character 1"),
         (b"3", "send a JSON object"),
         (b'"text"', "send a JSON object"),
         (b"null", "send a JSON object"),
@@ -998,7 +998,7 @@ def test_another_version_takes_over_and_a_broken_one_does_not(tmp_path: Path) ->
         weights.write_bytes(content)
         refused = films.http.post("/v1/model/reload")
         assert refused.status_code == 409
-        assert "the old version keeps serving" in refused.json()["error"]
+        assert "the old version stays active" in refused.json()["error"]
         assert films.recommend(user_id=1)["model_version"] == swapped["version"]
         text = films.http.get("/metrics").text
         assert 'foretaste_reloads_total{result="refused"} 1.0' in text

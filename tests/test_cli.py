@@ -206,7 +206,7 @@ def test_rules_narrow_what_is_recommended(foretaste: Run, bundle: Path, world: P
     answer = json.loads(out)
     assert code == 0
     assert {row["attributes"]["title"] for row in answer["rows"]} == set(titles)
-    assert "9 were asked for, and only 3 are allowed" in answer["notes"]
+    assert "9 items were requested, but only 3 are allowed" in answer["notes"]
     code, out, _ = foretaste("recommend", bundle, "--rule", "diversity.relevance=0.2", "--json")
     assert (code, len(json.loads(out)["rows"])) == (0, 10)
     (world / "one.txt").write_text("u1\n")

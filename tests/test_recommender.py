@@ -152,7 +152,7 @@ def test_allow_and_deny_are_kept_to(recommender: Recommender) -> None:
         assert answer.unknown_items == ("unheard",)
         nothing = recommender.recommend(user, allow=[])
         assert nothing.rows == ()
-        assert "10 were asked for, and only 0 are allowed" in nothing.notes
+        assert "10 items were requested, but only 0 are allowed" in nothing.notes
         assert recommender.recommend(user, k=3, allow=["unheard"]).rows == ()
 
 

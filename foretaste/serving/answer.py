@@ -1,5 +1,5 @@
-"""What a recommender answers: rows with external ids, their sources, and notes on the list; and the
-lists of many users, found block by block.
+"""Answers of a recommender: rows with external ids, their sources and notes; and the lists of many
+users, computed in blocks.
 
 Shape legend: B users, b users of a block, K list length, X exclusions.
 """
@@ -35,9 +35,9 @@ from foretaste.serving.rules import Rules
 from foretaste.shown import Shown
 
 Source = Literal["model", "fold-in", "features", "popular"]
-"""Where a row came from. "model": a user (or, for similar items, an item) of training;
-"fold-in": the history of a new user; "features": a profile, or the features of
-a new item; "popular": the most popular items, for a user without history and profile."""
+"""The source of a row. "model": a user (or, for similar items, an item) in the training data;
+"fold-in": the history of a new user; "features": a profile, or the features of a new item;
+"popular": the most popular items, for a user without history and profile."""
 
 
 TITLE_COLUMNS = (
@@ -47,10 +47,10 @@ TITLE_COLUMNS = (
 
 
 def title_column(columns: Iterable[str]) -> str | None:
-    """Return the column of titles: the first of `TITLE_COLUMNS` that is there, in any case.
+    """Return the column of titles: the first of `TITLE_COLUMNS` that exists, ignoring case.
 
     Args:
-        columns: Of the item table, those with one value an item.
+        columns: Columns of the item table with one value per item.
     """
     by_name = {name.casefold(): name for name in reversed(list(columns))}
     return next((by_name[name] for name in TITLE_COLUMNS if name in by_name), None)
@@ -62,18 +62,18 @@ class Recommendation:
 
     item_id: int | str
     score: float
-    """Higher is better; to be compared within one answer only."""
+    """Higher is better; scores are comparable within one answer only."""
     source: Source
     attributes: Mapping[str, object] = field(default_factory=dict)
-    """The item's row of the item table, such as its `title`; empty without one."""
+    """The item's row of the item table, such as its `title`; empty if there is no table."""
     predictions: Mapping[str, float] = field(default_factory=dict)
-    """What a ranker predicts, by the task's name: a probability, a value in the label's own unit,
-    or the expected level; calibrated where the model keeps a calibration, which orders nothing.
-    Empty for a model without tasks, and for what was not ranked."""
+    """A ranker's predictions by the task's name: a probability, a value in the label's own unit, or
+    the expected level. Probabilities are calibrated if the model has a calibration, which does not
+    affect the order. Empty for a model without tasks, and for items that were not ranked."""
 
     @property
     def title(self) -> str:
-        """The item's title, where its table has one; empty otherwise."""
+        """The item's title, if its table has one; else empty."""
         one_value = {n: v for n, v in self.attributes.items() if not isinstance(v, list)}
         column = title_column(one_value)
         value = None if column is None else self.attributes[column]
@@ -82,18 +82,18 @@ class Recommendation:
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Answer(Shown):
-    """What was found for one user or item, best first."""
+    """The rows for one user or item, best first."""
 
     rows: tuple[Recommendation, ...]
     source: Source
     unknown_items: tuple[object, ...] = ()
-    """Item ids of the request that training never saw; they had no influence."""
+    """Item ids of the request that are not in the training data; they had no influence."""
     user_known: bool = False
-    """Whether training saw an event of the user."""
+    """Whether the user has a training event."""
     notes: tuple[str, ...] = ()
-    """What a person should know about this answer, in sentences."""
+    """Remarks on this answer, in sentences."""
     seconds: Mapping[Stage, float] = field(default_factory=dict, compare=False)
-    """How long each stage took."""
+    """The time of each stage."""
 
     def _facts(self) -> dict[str, object]:
         ids = ", ".join(repr(row.item_id) for row in self.rows[:5])
@@ -114,10 +114,10 @@ def answer_rows(
     """Return one row for each item found, best first.
 
     Args:
-        best: A single list, padded with -1.
-        source: Where items of the catalogue came from; new ones come from their features.
+        best: One list, padded with -1.
+        source: The source of items of the catalogue; that of new items is their features.
         items: The catalogue.
-        new: The items past the catalogue's.
+        new: The new items, which follow the catalogue's.
     """
     item_idx = [item for item in best.top.item_BK[0].tolist() if item >= 0]
     score = best.top.score_BK[0].tolist()
@@ -151,13 +151,13 @@ def notes(
     unknown: Mapping[int | str, None],
     stranger: object = None,
 ) -> tuple[str, ...]:
-    """Say who and what is unknown, and why a list is of popular items, or short.
+    """Return notes on unknown ids, on a list of popular items, and on a short list.
 
     Args:
-        source: Where the answer came from.
-        found: How many items it has.
-        k: How many were asked for.
-        unknown: Ids of items.
+        source: The source of the answer.
+        found: Number of items in the answer.
+        k: Number of items in the request.
+        unknown: Unknown ids of items.
         stranger: The id of an unknown user.
     """
     said = [] if stranger is None else [f"user {stranger!r} is not in the training data"]
@@ -167,9 +167,9 @@ def notes(
         what = "item id is" if len(unknown) == 1 else "item ids are"
         said.append(f"{len(unknown)} {what} not in the training data: {some}{more}")
     if source == "popular":
-        said.append("nothing is known about the user: these are the most popular items")
+        said.append("the user has no history and no profile: these are the most popular items")
     if found < k:
-        said.append(f"{k} were asked for, and only {found} are allowed")
+        said.append(f"{k} items were requested, but only {found} are allowed")
     return tuple(said)
 
 
@@ -177,20 +177,20 @@ MAX_K = 1_000_000
 
 
 def check_k(k: int) -> None:
-    """Refuse a list length outside of [1, 10^6].
+    """Check a list length.
 
     Raises:
-        DataError: It is.
+        DataError: It is outside of [1, 10^6].
     """
     if not 1 <= k <= MAX_K:
         raise DataError(f"k is {shown(k)}: ask for 1 to {MAX_K} items", name="k", value=k)
 
 
 def check_weights(weights: Weights | None, tasks: Sequence[str]) -> None:
-    """Refuse weights of tasks that a model has not, and such as order nothing.
+    """Raise an error for weights of unknown tasks, and for weights that give no order.
 
     Raises:
-        DataError: A name is none of the tasks, or a weight is not finite, or all are 0.
+        DataError: A name is not a task's, a weight is not finite, or all weights are 0.
     """
     if weights is None:
         return
@@ -199,7 +199,7 @@ def check_weights(weights: Weights | None, tasks: Sequence[str]) -> None:
             known = f"this model's are {', '.join(tasks)}" if tasks else "this model has none"
             advice = did_you_mean(name, tasks)
             raise DataError(
-                f"weights: {name!r} is no task; {known}{advice}", name="weights", value=name
+                f"weights: {name!r} is not a task; {known}{advice}", name="weights", value=name
             )
         if isinstance(weight, bool) or not math.isfinite(weight):
             raise DataError(
@@ -209,7 +209,7 @@ def check_weights(weights: Weights | None, tasks: Sequence[str]) -> None:
             )
     if not any(weights.values()):
         raise DataError(
-            "weights: all are 0, so lists have no order: give one above or below 0", name="weights"
+            "weights: all are 0, so lists have no order: set one above or below 0", name="weights"
         )
 
 
@@ -224,17 +224,17 @@ def best_of_users(
     rules: Rules,
     exclude_seen: bool,
 ) -> tuple[Shaped[np.ndarray, " B"], TopK]:
-    """Return where each user's list of k came from, such as "model", and the lists, -1 padded.
+    """Return the source of each user's list of k, such as "model", and the lists, padded with -1.
 
     Args:
         search: Finds candidates.
         book: Applies the rules to them.
-        profiles: Says who is answered by the table of users, for want of a history.
-        events: Histories, as training saw them.
+        profiles: Determines which users without a history have a profile in the user table.
+        events: The training events, which give the histories.
         user_B: user_idx; -1, and users without history and profile, get the most popular items.
-        k: At most as many as are ranked.
-        rules: Checked already.
-        exclude_seen: Leave out what stands in a history.
+        k: List length, at most the number of ranked items.
+        rules: Rules, already checked.
+        exclude_seen: Leave out the items of a user's history.
     """
     allow_I = book.allowed(rules, None)
     nothing = np.empty(0, dtype=np.int64)
@@ -263,7 +263,7 @@ def best_of_users(
     width = book.at_first(rules, k)
     for is_asked_B, find in (
         (is_known_B, find_known),
-        (is_found_B, find_known),  # apart: no row of a block has a history then
+        (is_found_B, find_known),  # in blocks of their own, so that no row of a block has a history
         (is_learned_B & ~is_found_B, find_known),
         (is_told_B, find_told),
     ):
@@ -286,7 +286,7 @@ def _choose_each(
     found: TopK,
     find: Callable[[np.ndarray, int], Best],
 ) -> TopK:
-    """Choose each user's list from their row; where it gives too few, find more for them."""
+    """Choose each user's list from the user's row; if too few items are left, find more."""
 
     def of_one(row: int, num: int) -> Best:
         if num > found.item_BK.shape[1]:
@@ -308,10 +308,10 @@ def lists_table(
     """Return one row per user, in order: `user_id`, `source`, and the lists `item_id`, `score`.
 
     Args:
-        events: Its vocabulary names the items.
-        user_ids: They stay integers if all are, and become text otherwise.
-        source_B: Where each list came from, such as "model".
-        best: Padded with -1, which the lists leave out.
+        events: The training events, whose vocabulary maps rows to item ids.
+        user_ids: They stay integers if all of them are; else they become text.
+        source_B: The source of each list, such as "model".
+        best: The lists, padded with -1; the result omits the padding.
     """
     item_BK = best.item_BK.numpy()
     found_BK = item_BK >= 0
@@ -336,7 +336,7 @@ def lists_table(
 
 
 def _series(user_ids: Sequence[int | str], *, is_integer: bool) -> pl.Series:
-    """Return ids as integers if all are; without any, as the vocabulary has them."""
+    """Return ids as integers if all of them are; without any, with the type of the vocabulary."""
     whole = all(isinstance(user_id, int) and user_id in INT64 for user_id in user_ids)
     if whole and (user_ids or is_integer):
         return pl.Series(user_ids, dtype=pl.Int64)

@@ -1,4 +1,4 @@
-"""The HTTP API: each route parses, asks the service, and answers; and the files of the page."""
+"""The HTTP API: the routes, which parse, call the service and answer; and the files of the page."""
 
 import asyncio
 import hashlib
@@ -48,11 +48,11 @@ from foretaste.serving.state import cause_of
 
 T = TypeVar("T")
 STORE_THREADS = 8
-"""So many calls may wait for the store at one time."""
+"""Maximum number of calls that wait for the store at one time."""
 
 
 class _Anything(Convertor[str]):
-    """An id in a path, which may hold slashes and ends of lines."""
+    """An id in a path, which may contain slashes and line ends."""
 
     regex = r"(?s:.*)"
 
@@ -73,10 +73,12 @@ OneOrMany = Annotated[
 UserId = Annotated[PathId, Path(description="A user's id.")]
 ItemId = Annotated[PathId, Path(description="An item's id.")]
 AnyId = Annotated[PathId, Query(description="A user's id.")]
-Version = Annotated[str, Path(pattern="^[0-9a-f]{12}$", description="A version that is kept.")]
+Version = Annotated[str, Path(pattern="^[0-9a-f]{12}$", description="A stored version.")]
 Length = Annotated[int, Query(description="Length of the list, from 1.")]
 Limit = Annotated[int, Query(ge=1, le=200, description="Most entries in the answer.")]
-Words = Annotated[str, Query(max_length=200, description="Words or the beginning of an id.")]
+Words = Annotated[
+    str, Query(max_length=200, description="Words of a title, or the start of an id.")
+]
 
 
 def create_app(
@@ -86,13 +88,13 @@ def create_app(
     access: Access,
     admission: Admission,
 ) -> FastAPI:
-    """Make the application: routes, page, guard.
+    """Create the application with its routes, its page and its guard.
 
     Args:
-        service: What answers.
-        settings: Bounds.
-        access: Who may do what, as `access_of` reads it from settings.
-        admission: Which requests there is room for, and what is noted of them.
+        service: The service that answers.
+        settings: The server's settings, with its limits.
+        access: The tokens, as `access_of` reads them from the settings.
+        admission: Decides whether there is room for a request, and counts requests.
     """
 
     @asynccontextmanager
@@ -103,10 +105,10 @@ def create_app(
 
     app = FastAPI(
         title="foretaste",
-        description="Recommendations over HTTP. Ids are the caller's own, in and out.",
+        description="Recommendations over HTTP. All ids are the caller's own.",
         version="1",
         lifespan=lifespan,
-        redirect_slashes=False,  # to whatever name the request has in its Host
+        redirect_slashes=False,  # a redirect would use the Host header of the request
         docs_url=None,
         redoc_url=None,
         dependencies=[Depends(_known_parameters)],
@@ -115,14 +117,14 @@ def create_app(
             for status, meaning in {
                 401: "The token is missing or wrong",
                 403: "The token may not do this, or a page of another site sent the request",
-                421: "The server does not answer by this name",
-                422: "The request is wrong; the sentence says how",
+                421: "The server does not serve this host name",
+                422: "The request is invalid; `error` says why",
                 429: "The token has used up its requests: try again after Retry-After seconds",
                 503: "No room: try again after Retry-After seconds",
             }.items()
         },
     )
-    app.add_middleware(  # outside of all that may fail
+    app.add_middleware(  # outermost, so that it also handles errors of the routes
         Guard,
         settings=settings,
         access=access,
@@ -140,7 +142,7 @@ def create_app(
 
 
 class _Elsewhere:
-    """Threads for what may have to wait, so that it holds none of those that compute answers."""
+    """Threads for calls that may wait, so that they do not occupy those that compute answers."""
 
     def __init__(self, number: int) -> None:
         self._limiter = anyio.CapacityLimiter(number)
@@ -168,18 +170,18 @@ def _add_answers(app: FastAPI, service: Service) -> None:
     def recommend_for_user(
         user_id: UserId, request: Request, k: Length = 10, *, explain: bool = False
     ) -> Response:
-        """Recommend for a user id; live events count."""
+        """Recommend for a user id, with the user's live events."""
         asked = RecommendRequest.model_construct(user_id=user_id, k=k, explain=explain)
         return answer(asked, request)
 
     @app.get("/v1/items/{item_id:id}/similar", tags=["answers"], response_model=SimilarReply)
     def similar(item_id: ItemId, k: Length = 10) -> Response:
-        """Items near to this one; none, with a note, where the model knows nothing of it."""
+        """Items similar to this one; none, with a note, if the model does not know the item."""
         return _sent(service.similar(item_id, k=k))
 
     @app.get("/v1/items", tags=["catalogue"])
     def find_items(query: Words = "", limit: Limit = 20) -> ItemsReply:
-        """Search items by words of their title, the most popular first."""
+        """Search items by words of their titles, the most popular first."""
         return service.find_items(query, limit=limit)
 
     @app.get("/v1/columns", tags=["catalogue"])
@@ -191,19 +193,21 @@ def _add_answers(app: FastAPI, service: Service) -> None:
 def _add_people(app: FastAPI, service: Service, ask_store: _Elsewhere) -> None:
     @app.get("/v1/users", tags=["catalogue"])
     def find_users(prefix: Words = "", limit: Limit = 20) -> UsersReply:
-        """Users that training saw, by the beginning of their id."""
+        """Users of the training data, by the beginning of their id."""
         return service.find_users(prefix, limit=limit)
 
     @app.get("/v1/users/{user_id:id}/history", tags=["catalogue"])
     async def history(user_id: UserId, limit: Limit = 50) -> HistoryReply:
-        """What a user did, in training and since, newest first."""
+        """A user's events, in training and since, newest first."""
         return await ask_store(lambda: service.history(user_id, limit=limit))
 
     @app.post(
         "/v1/events", status_code=201, tags=["events"], responses={409: {"model": ErrorReply}}
     )
     async def add_events(asked: OneOrMany, request: Request) -> EventsReply:
-        """Store one event or a list of them: on disk when answered, and in the next answer."""
+        """Store an event or a list of events. They are on disk before the reply, and count in the
+        next answer.
+        """
         events = asked if isinstance(asked, list) else [asked]
         reply = await ask_store(lambda: service.add_events(events))
         request.state.log |= {"events": len(events), "user_known": not reply.unknown_users}
@@ -216,40 +220,48 @@ def _add_people(app: FastAPI, service: Service, ask_store: _Elsewhere) -> None:
 
     @app.delete("/v1/events", tags=["events"])
     async def forget_any(user_id: AnyId) -> ForgetReply:
-        """Delete a user's live events; the id may be one that a path cannot hold, `.` or `..`."""
+        """Delete a user's live events, also for the ids `.` and `..`, which a path cannot
+        contain.
+        """
         return await ask_store(lambda: service.forget(user_id))
 
 
 def _add_models(app: FastAPI, service: Service, switch: _Elsewhere) -> None:
-    """Add what switches the model; what is refused is answered 409, and the old one serves on."""
+    """Add the routes that switch the model; a refusal is answered with 409, and the old model stays
+    active.
+    """
     post = partial(app.post, tags=["model"], responses={409: {"model": ErrorReply}})
 
     @app.get("/v1/models", tags=["model"])
     def models() -> ModelsReply:
-        """The versions that are kept, and which of them serve."""
+        """The stored versions, and which of them are active."""
         return service.models()
 
     @post("/v1/model/reload")
     async def reload() -> ReloadReply:
-        """Read the bundle's folder again; a broken version is refused and the old one serves on."""
+        """Read the bundle's folder again; a damaged version is refused, and the old one stays
+        active.
+        """
         with _refusals():
             return await switch(service.reload)
 
     @post("/v1/model/roll-back")
     async def roll_back() -> ReloadReply:
-        """Have the version serve that did before."""
+        """Activate the previous version again."""
         with _refusals():
             return await switch(lambda: service.activate(""))
 
     @post("/v1/models/{version}/activate")
     async def activate(version: Version) -> ReloadReply:
-        """Have a kept version serve."""
+        """Activate a stored version."""
         with _refusals():
             return await switch(lambda: service.activate(version))
 
     @post("/v1/models/{version}/canary")
     async def try_out(version: Version, asked: CanaryRequest) -> ModelsReply:
-        """Have a kept version answer a share of the users, 0 for none; metrics count it apart."""
+        """Let a stored version answer a share of the users, 0 for none; it has metrics of its
+        own.
+        """
         with _refusals():
             return await switch(lambda: service.try_out(version, asked.share))
 
@@ -259,23 +271,25 @@ def _refusals() -> Iterator[None]:
     try:
         yield
     except ForetasteError as error:
-        raise HTTPException(409, f"the old version keeps serving: {error}") from error
+        raise HTTPException(409, f"the old version stays active: {error}") from error
 
 
 def _add_operations(app: FastAPI, service: Service, ask_store: _Elsewhere) -> None:
     @app.get("/v1/model", tags=["model"])
     def model() -> ModelReply:
-        """The model that serves: its manifest and its report."""
+        """The active model: its manifest and its report."""
         return service.model()
 
     @app.get("/health", tags=["operations"])
     async def health() -> HealthReply:
-        """The process runs."""
+        """Whether the process runs."""
         return HealthReply(status="ok")
 
     @app.get("/ready", tags=["operations"])
     async def ready(request: Request) -> HealthReply:
-        """A model answers, also where the store of live events does not; the body says so."""
+        """Whether a model answers. It may answer while the store of live events does not; see the
+        body.
+        """
         if cause := await ask_store(service.ready):
             request.state.log["cause"] = cause
         return HealthReply(status="ready", store="does not answer" if cause else "answers")
@@ -287,7 +301,7 @@ def _add_operations(app: FastAPI, service: Service, ask_store: _Elsewhere) -> No
 
 
 async def _known_parameters(request: Request) -> None:
-    """Refuse query parameters that a route does not have: they would look as if they worked."""
+    """Reject query parameters that a route does not have, instead of ignoring them."""
     if not request.url.path.startswith("/v1/"):
         return
     known = [parameter.alias for parameter in request.scope["route"].dependant.query_params]
@@ -303,9 +317,10 @@ async def _known_parameters(request: Request) -> None:
 def _fault_log(
     settings: ServerSettings, write_log: Callable[[str], object]
 ) -> Callable[[asyncio.AbstractEventLoop, dict[str, object]], None]:
-    """Return what writes of a fault outside of a request, such as no file left to accept with.
+    """Return a handler that logs errors outside of requests, such as a lack of file descriptors.
 
-    One line each, and only so many a minute: left to itself, the loop writes thousands a second.
+    It writes one line per error, up to a limit per minute; the event loop's own handler could write
+    thousands per second.
     """
     lines = Bucket(min(60, settings.refusals_logged_per_minute))
 
@@ -318,9 +333,9 @@ def _fault_log(
 
 
 def _sent(reply: BaseModel) -> Response:
-    """Return a reply as JSON, written in the thread that made it.
+    """Return a reply as JSON, serialised in the current thread.
 
-    Handed over as it is, it would be checked again, and in another thread.
+    Otherwise FastAPI would validate it again, in another thread.
     """
     return Response(reply.model_dump_json(), media_type="application/json")
 
@@ -333,7 +348,7 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def refused(request: Request, error: HTTPException) -> Response:
         sentence = str(error.detail)
-        if sentence in ("Not Found", "Method Not Allowed"):  # the framework's own
+        if sentence in ("Not Found", "Method Not Allowed"):  # an error of the framework
             sentence = f"there is no {request.method} {request.url.path}: /docs lists the routes"
         return refuse(error.status_code, sentence, error.headers)
 
@@ -345,19 +360,19 @@ def _add_errors(app: FastAPI) -> None:
     async def no_events(request: Request, error: SQLAlchemyError) -> Response:
         request.state.log["cause"] = cause_of(error)
         sentence = (
-            "the store of live events does not answer: send it again, with an event_id it is "
-            "stored once"
+            "the store of live events does not answer: send the request again; events with an "
+            "event_id are stored only once"
         )
         return refuse(503, sentence, {"retry-after": "5"})
 
 
 _STATUS = {"item_id": 404, "event_id": 409}
-"""Of errors that name the item of a path, or an event stored with another content."""
+"""Status codes of errors that name the item of a path, or an event stored with other content."""
 _BODIES: dict[object, type[BaseModel]] = {
     "one": EventRequest,
     "many": RootModel[list[EventRequest]],
 }
-"""What a body of `OneOrMany` is checked as, by its tag."""
+"""The type that a body of `OneOrMany` is validated as, by its tag."""
 _AS_JSON = (
     ("no such setting", "no such field"),
     ("a section of names and values", "a JSON object"),
@@ -366,16 +381,16 @@ _AS_JSON = (
     (", not True", ", not true"),
     (", not False", ", not false"),
 )
-"""Words of settings, and what a request calls them."""
+"""Replaces words for settings by words for requests."""
 _SEND_JSON = "send a JSON object, with the header Content-Type: application/json"
 
 
 def _sentence(error: RequestValidationError) -> str:
-    """Say what is wrong with a request in the words of whoever wrote it."""
+    """Describe what is wrong with a request, in the terms of the request."""
     problems: list[ErrorDetails] = [*error.errors()]
     place, *path = problems[0]["loc"]
     if problems[0]["type"] == "json_invalid":
-        return f"the body is not JSON: look at character {path[-1]}"
+        return f"the body is not JSON: see character {path[-1]}"
     if problems[0]["type"] == "missing" and not path:
         return f"the body is empty: {_SEND_JSON}"
     tag = path[0] if path and path[0] in _BODIES else None
@@ -408,11 +423,11 @@ def _paths() -> dict[str, str]:
 
 
 FILES = frozenset(_paths())
-"""The paths of the page; they hold no data and so need no token."""
+"""The paths of the page; they contain no data, so they need no token."""
 
 
 def add_page(app: FastAPI) -> None:
-    """Serve each file at its path, with an entity tag: a browser asks, and mostly keeps its own."""
+    """Serve each file at its path, with an entity tag, so that browsers can reuse their copy."""
     folder = resources.files("foretaste.serving") / "web"
     for path, name in _paths().items():
         _add_file(app, path, (folder / name).read_bytes(), _TYPES["." + name.rpartition(".")[2]])

@@ -1,17 +1,17 @@
-"""A recommender as a folder: written whole or not at all, verified when read, free of pickles.
+"""Bundles: a recommender as a folder, written atomically, verified when read, without pickles.
 
-manifest.json         what it is, and the checksum of every other file
+manifest.json         facts about the bundle, and the checksum of every other file
 weights.safetensors   the network
-popular.safetensors   what a user without history and profile gets
+popular.safetensors   the scores for a user without history and profile
 events/               an event store: ids, training histories, user and item tables
-index/                the item index, of a model with vectors
-features/             what was fitted to users' and items' columns, of a model that reads them
-answers.json          questions, and what the model answered when it was saved
-report.json           measured figures, where there are any
-calibration.json      what a ranker's probabilities become, where that was fitted
+index/                the item index, for a model with vectors
+features/             the encoders of users' and items' columns, for a model that reads them
+answers.json          queries, and the answers of the model when it was saved
+report.json           measured figures, if there are any
+calibration.json      the calibration of a ranker's probabilities, if it was fitted
 
-Format 2 has optional places, `PLACES`: what `optional` of the manifest says of one stands beside
-its files. They are filled by later versions; until then they are open, and are left out on saving.
+Format 2 has optional parts, `PLACES`; `optional` in the manifest has the facts about each. Later
+versions may fill them; this version does not write them.
 """
 
 import json
@@ -71,7 +71,7 @@ FEATURES_FOLDER = "features"
 LIBRARIES = ("torch", "numpy", "polars", "faiss-cpu", "safetensors")
 _SMALL = 2**20
 _LARGEST = 1e12
-"""Weights beyond it are damage: their products leave float32."""
+"""Larger weights mean damage: their products overflow float32."""
 _LEARNED_FROM = {
     "train": "the training part of its split, without validation and test",
     "train and validation": "the training and validation parts of its split, without the test",
@@ -79,21 +79,21 @@ _LEARNED_FROM = {
 }
 PLACES = {
     "optimizer": "optimizer/: the optimizer's state, with which training can continue",
-    "answers": "answers.json: questions, and what the model answered when it was written",
+    "answers": "answers.json: queries, and the answers of the model when it was saved",
     "base": "the checksum of the manifest of the version from which this one was updated",
     "shards": "weights-NUMBER-of-NUMBER.safetensors: the weights in several files",
-    "signature": "signature.json beside the manifest: who wrote it",
+    "signature": "signature.json: a signature of the manifest",
 }
-"""Optional places of a bundle, and what is there."""
+"""Optional parts of a bundle, with descriptions."""
 _READABLE: frozenset[str] = frozenset()
-"""Those of them that loading can use where the rest cannot be read without them."""
+"""The optional parts that this version can read although a bundle may depend on them."""
 _MODEL_CONFIG: TypeAdapter[ModelConfig] = TypeAdapter(ModelConfig)
 _OBJECTIVE: TypeAdapter[ObjectiveConfig | None] = TypeAdapter(ObjectiveConfig | None)
 _CALIBRATION: TypeAdapter[dict[str, Calibration]] = TypeAdapter(dict[str, Calibration])
 
 
 class DataFacts(Config):
-    """What was trained on."""
+    """Facts about the training data."""
 
     fingerprint: str
     """`Interactions.fingerprint` of the training events."""
@@ -106,20 +106,20 @@ class DataFacts(Config):
 
 
 class BundleManifest(FolderManifest):
-    """Everything about a bundle but its numbers."""
+    """The manifest of a bundle: everything except its tensors and tables."""
 
     kind = "bundle"
     latest = 2
     remedy = "save the bundle again"
 
     format: Literal["foretaste-bundle"] = "foretaste-bundle"
-    """What kind of folder it is."""
+    """Identifies the folder as a bundle."""
     format_version: int = 2
-    """Version of the folder's format."""
+    """Version of the bundle format."""
     foretaste: str
     """Version of foretaste that wrote it."""
     versions: dict[str, str]
-    """Versions of Python and of the libraries that shaped the numbers."""
+    """Versions of Python and of the libraries that affect the results."""
     model: dict[str, object]
     """The model's settings; `kind` says which model."""
     seed: int
@@ -127,25 +127,25 @@ class BundleManifest(FolderManifest):
     train_seconds: float
     """Seconds that training took."""
     settings: dict[str, object]
-    """Everything that decided the run."""
+    """Everything that determined the run."""
     log: dict[str, object]
     """The log of training: losses and validations by epoch."""
     data: DataFacts
-    """Facts of the training events."""
+    """Facts about the training events."""
     index: dict[str, object] | None
-    """Facts of the item index, with its measured recall; None for a model without vectors."""
+    """Facts about the item index, with its measured recall; None for a model without vectors."""
     objective: dict[str, object] | None = None
     """How the model learned; None for a model that learns in closed form."""
     learned_from: LearnedFrom | Literal[""] = ""
     """Which parts of its split the model learned from."""
     optional: dict[str, dict[str, object]] = Field(default_factory=dict)
-    """What must be known of each optional place that is filled, by the name of the place."""
+    """Facts about each optional part of the bundle, by its name."""
     needs: tuple[str, ...] = ()
-    """The optional places without which the bundle cannot be read."""
+    """The optional parts without which the bundle cannot be read."""
 
     @classmethod
     def upgraded(cls, document: dict[str, Any]) -> dict[str, Any]:
-        """Read format 1, in which the settings and the log say how the model learned."""
+        """Convert format 1, in which the objective is part of the settings and the log."""
         if document.get("format_version") != 1:
             return document
         settings, log = document.get("settings", {}), document.get("log", {})
@@ -158,31 +158,31 @@ class BundleManifest(FolderManifest):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Bundle:
-    """All that a recommender needs.
+    """The contents of a bundle: everything that a recommender needs.
 
     Shape legend: I items.
     """
 
     trained: Trained
     popular_I: Float[Tensor, " I"]
-    """Score of each item for a user without history and profile; -inf leaves it out."""
+    """Score of each item for a user without history and profile; -inf excludes the item."""
     index: ItemIndex | None = None
-    """Of a retriever's items; None for a model that scores the whole catalogue."""
+    """The index of a retriever's items; None for a model that scores the whole catalogue."""
     report: Mapping[str, object] | None = None
     """Measured figures, as JSON values."""
     answers: StoredAnswers | None = None
-    """What the model answered when it was saved."""
+    """The answers of the model when it was saved."""
 
     @property
     def learned_from(self) -> str:
-        """Which events the model learned from, in words."""
+        """The events that the model was trained on, in words."""
         parts = self.trained.learned_from
         told = f"{len(self.trained.events):,} events"
         return f"{told}: {_LEARNED_FROM[parts]}" if parts in _LEARNED_FROM else told
 
     @property
     def measured_on(self) -> str:
-        """What the report was measured on, in words."""
+        """The events that the report was measured on, in words."""
         if self.report is None:
             return "nothing, because there is no report"
         if self.trained.learned_from == "all events":
@@ -195,16 +195,16 @@ class Bundle:
 
 
 def write_bundle(bundle: Bundle, path: Path, *, replace: bool = False) -> None:
-    """Write a bundle, whole or not at all; see `whole_folder`.
+    """Write a bundle atomically; see `whole_folder`.
 
     Args:
-        bundle: What to write.
-        path: Its folder; folders above it that are missing are made.
-        replace: A bundle that is there is replaced; a failure leaves it as it was.
+        bundle: The bundle.
+        path: The bundle's folder; missing parent folders are created.
+        replace: Replace an existing bundle; after a failure it is unchanged.
 
     Raises:
-        BundleError: `path` exists and `replace` is false, or it is something else than a bundle,
-            the model is not one of foretaste's, or the disk is full or refuses.
+        BundleError: `path` exists and `replace` is false, or it is not a bundle, the model is not
+            one of foretaste's, or the disk is full or not writable.
     """
     _check_model(bundle.trained)
     with whole_folder(path, "bundle", replace=replace) as folder:
@@ -214,11 +214,11 @@ def write_bundle(bundle: Bundle, path: Path, *, replace: bool = False) -> None:
 def read_bundle(path: Path) -> Bundle:
     """Read a bundle of this or any earlier format; large parts are memory-mapped.
 
-    Every listed file is compared with its checksum before any is used, and a file that could be
-    read without one is a reason to refuse; others that the manifest does not list are ignored.
+    All listed files are verified by their checksums before any is used. A file that could be read
+    but is not listed is an error; other unlisted files are ignored.
 
     Raises:
-        BundleError: Something is missing, changed or broken, or the format is a newer one.
+        BundleError: A file is missing, changed or damaged, or the format is newer.
     """
     if not path.is_dir():
         raise BundleError(
@@ -234,7 +234,7 @@ def read_bundle(path: Path) -> Bundle:
         return _read_parts(manifest, path)
     except (OSError, KeyError, ValueError, SafetensorError, RuntimeError) as error:
         raise BundleError(
-            f"{path} cannot be used although its checksums are right: {error}: it was written by "
+            f"{path} cannot be read although its checksums match: {error}: it was written by "
             f"foretaste {manifest.foretaste}; save it again with that version",
             name=str(path),
             value=str(path),
@@ -246,7 +246,7 @@ def _check_needs(manifest: BundleManifest, path: Path) -> None:
     if unknown:
         what = f" ({PLACES[unknown[0]]})" if unknown[0] in PLACES else ""
         raise BundleError(
-            f"{path} cannot be read without its {unknown[0]}{what}, which this foretaste does not "
+            f"{path} cannot be read without its {unknown[0]}{what}, which this version does not "
             f"read: install foretaste {manifest.foretaste}, which wrote it, or a newer one",
             name=unknown[0],
             value=str(path),
@@ -254,15 +254,15 @@ def _check_needs(manifest: BundleManifest, path: Path) -> None:
 
 
 def _check_listed(manifest: BundleManifest, path: Path) -> None:
-    """Refuse a manifest that leaves out a file which could be read."""
+    """Raise an error if the manifest omits a file that could be read."""
     needed = {WEIGHTS_FILE, POPULAR_FILE, f"{EVENTS_FOLDER}/{MANIFEST_FILE}"}
     for folder in (EVENTS_FOLDER, INDEX_FOLDER, FEATURES_FOLDER):
         needed |= {f"{folder}/{name}" for name in files_below(path / folder)}
     left_out = sorted(needed - manifest.files.keys())
     if left_out:
         raise BundleError(
-            f"{path / MANIFEST_FILE} does not list {left_out[0]}, which could be read without a "
-            f"checksum: remove it if it is not of the bundle, or {manifest.remedy}",
+            f"{path / MANIFEST_FILE} does not list {left_out[0]}, which has no checksum therefore: "
+            f"remove the file if it does not belong to the bundle, or {manifest.remedy}",
             name=str(path / MANIFEST_FILE),
             value=left_out[0],
         )
@@ -303,7 +303,7 @@ def _write_parts(bundle: Bundle, folder: Path) -> None:
 
 
 def _owned(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Give each tensor memory of its own, as safetensors wants it."""
+    """Give each tensor its own memory, as safetensors requires."""
     seen: set[int] = set()
     owned: dict[str, Tensor] = {}
     for name, tensor in state.items():
@@ -380,7 +380,7 @@ def _read_parts(manifest: BundleManifest, path: Path) -> Bundle:
 
 def _load_weights(model: nn.Module, file: Path) -> None:
     weights = {
-        name: weight.clone() if weight.nbytes < _SMALL else weight  # as aligned as when it was made
+        name: weight.clone() if weight.nbytes < _SMALL else weight  # aligned as it was in training
         for name, weight in weights_of_format_1(load_file(file), model).items()
     }
     made = {name: weight.dtype for name, weight in model.state_dict().items()}
@@ -401,18 +401,19 @@ def _load_weights(model: nn.Module, file: Path) -> None:
         if not sound:
             raise BundleError(
                 f"the weights {name} of {file} are {weight.dtype} where {own} are needed, NaN or "
-                "beyond any that is learned: train the model again",
+                "implausibly large: train the model again",
                 name=name,
                 value=str(file),
             )
 
 
 def _load_popular(file: Path, num_items: int) -> Float[Tensor, " I"]:
-    """Read how good an offer each item is, which may be -inf and nothing worse."""
+    """Read the popularity score of each item, which may be -inf but not NaN or +inf."""
     popular_I = load_file(file)["popular_I"]
     if popular_I.shape != (num_items,) or not bool((popular_I < torch.inf).all()):
         raise BundleError(
-            f"{file} does not hold a number for each of {num_items} items: save the bundle again",
+            f"{file} does not have a valid number for each of {num_items} items: save the bundle "
+            "again",
             name=str(file),
         )
     return popular_I.float()
@@ -434,11 +435,11 @@ _TABLES = {"users": "user_table", "items": "item_table", "bias": "bias_table"}
 
 
 def weights_of_format_1(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Return weights under the names that a model has for them today.
+    """Return the weights of format 1 under their current names.
 
     Args:
-        state: As the file has them; those that have today's names already stay as they are.
-        model: The network that they are for.
+        state: The weights in the file; those that have their current names are unchanged.
+        model: The network that the weights are for.
     """
     weights = dict(state)
     for place, module in model.named_modules():
@@ -477,7 +478,7 @@ def _below(prefix: str, parts: list[tuple[str, int | None]]) -> list[tuple[str, 
 
 
 def _cut(weights: dict[str, Tensor], then: str, parts: list[tuple[str, int | None]]) -> None:
-    """Replace a table by its parts, by name and number of rows, None: the rest; "" is dropped."""
+    """Split a table into parts, given by name and number of rows (None: the rest; "": dropped)."""
     if then not in weights:
         return
     table, first = weights.pop(then), 0

@@ -1,4 +1,4 @@
-"""Names and pasts: what a person sees of the users and items that a model was trained on."""
+"""Titles and histories for people: the users and items that a model was trained on."""
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache, partial
@@ -14,12 +14,12 @@ from foretaste.serving.state import LiveEvent
 from foretaste.shown import json_value
 
 KEPT_ITEMS = 65_536
-"""So many items are kept as they are shown: most answers name the same ones."""
+"""Number of items whose displayed form is cached: most answers contain the same items."""
 
 
 @final
 class Catalogue:
-    """Finds users and items by what a person types, and shows them by title."""
+    """Searches users and items by text, and describes items by title."""
 
     def __init__(self, events: Interactions) -> None:
         self._events = events
@@ -32,7 +32,7 @@ class Catalogue:
             if name != self._title and self._can_show(name) and not self._is_id(name)
         ]
         read = partial(_read_item, events, self._title, tuple(self._attributes))
-        self._known_item = lru_cache(KEPT_ITEMS)(read)  # a method would hold itself for ever
+        self._known_item = lru_cache(KEPT_ITEMS)(read)  # a method would keep the object alive
         self._item_text = self._searchable()
         has_past = pl.Series(np.diff(events.offsets) > 0)
         self._user_text = events.users.ids.cast(pl.String).filter(has_past)
@@ -47,11 +47,11 @@ class Catalogue:
         return self._events.num_items
 
     def user_id(self, text: str) -> str:
-        """Return a user's id as answers show it, as given where it is unknown."""
+        """Return a user's id as answers show it; an unknown id is returned as given."""
         return _spelled(self._events.users.find(text), self._events.users.ids, text)
 
     def item_id(self, text: str) -> str:
-        """Return an item's id as answers show it, as given where it is unknown."""
+        """Return an item's id as answers show it; an unknown id is returned as given."""
         return _spelled(self._events.items.find(text), self._events.items.ids, text)
 
     def knows_user(self, user_id: object) -> bool:
@@ -60,7 +60,9 @@ class Catalogue:
         return idx >= 0 and len(self._events.history(idx)) > 0
 
     def describe(self, item_id: object, told: Mapping[str, object] | None = None) -> Item:
-        """Return an item with its title and attributes; of an unknown one, those that are told."""
+        """Return an item with its title and attributes; for an unknown item, with the given
+        ones.
+        """
         idx = self._events.items.find(item_id)
         if idx < 0:
             told = told or {}
@@ -70,7 +72,9 @@ class Catalogue:
         return self._known_item(idx)
 
     def find_items(self, query: str, *, limit: int) -> list[Item]:
-        """Return items whose title holds every word, or whose id it is; the most popular first."""
+        """Return items whose title contains all words or whose id equals the text, most popular
+        first.
+        """
         found = pl.lit(value=True)
         for word in query.casefold().split():
             found &= pl.col("text").str.contains(word, literal=True)
@@ -82,7 +86,7 @@ class Catalogue:
         return [self.describe(item_id) for item_id in rows["id"]]
 
     def find_users(self, prefix: str, *, limit: int) -> list[str]:
-        """Return users with a past whose id begins with `prefix`, an equal one first."""
+        """Return users with events whose id begins with `prefix`; an exact match comes first."""
         ids = self._user_text.filter(self._user_text.str.starts_with(prefix))
         exact = [prefix] if (ids == prefix).any() else []
         return [*exact, *(one for one in ids.head(limit) if one != prefix)][:limit]
@@ -109,7 +113,9 @@ class Catalogue:
         return 0 if idx < 0 else len(self._events.history(idx))
 
     def since_training(self, user_id: str, live: Sequence[LiveEvent]) -> list[LiveEvent]:
-        """Leave out the events that training has since taken in: equal item and equal second."""
+        """Leave out live events that the training data contain: those with equal item and
+        second.
+        """
         idx = self._events.users.find(user_id)
         if not live or idx < 0 or self._events.timestamp_s is None:
             return list(live)
@@ -126,12 +132,12 @@ class Catalogue:
         return self._table is not None and self._table.schema[column].is_nested()
 
     def _can_show(self, column: str) -> bool:
-        """Whether a column is for people: no vector."""
+        """Return whether a column can be shown, which excludes vectors."""
         dtype = pl.Null() if self._table is None else self._table.schema[column]
         return dtype == pl.List(pl.String) or not dtype.is_nested()
 
     def _is_id(self, column: str) -> bool:
-        """Whether a column of the item table only says the id again."""
+        """Return whether a column of the item table repeats the id."""
         dtype = pl.Null() if self._table is None else self._table.schema[column]
         if self._table is None or not (dtype.is_integer() or dtype == pl.String):
             return False

@@ -1,4 +1,4 @@
-"""Histories as a model takes them: one user's, those of a block of users, and with items left out.
+"""Search in the catalogue: histories as model inputs, retrieval, ranking, and reasons.
 
 Shape legend: B users, N events of all their histories, X exclusions, L events, C left out.
 """
@@ -38,15 +38,15 @@ from foretaste.training.trained import Trained
 
 BLOCK_USERS = 1024
 BLOCK_EVENTS = 2**15
-"""Users times the longest of their histories, padding included, in one block."""
+"""Bound on the number of users in a block times their longest history, padding included."""
 BLOCK_SCORES = 2**25
-"""Scores of a block, where a model scores the whole catalogue: 128 MiB."""
+"""Bound on the scores in a block, for a model that scores the whole catalogue: 128 MiB."""
 
 
 def one_query(
     user_idx: int, history_L: Int64[np.ndarray, " L"], times: Times | None = None
 ) -> Queries:
-    """Return one user as a block; user_idx is -1 for a new user."""
+    """Return a block of one user; user_idx is -1 for a new user."""
     return Queries(
         user_B=torch.tensor([user_idx]),
         history_N=torch.from_numpy(history_L),
@@ -58,14 +58,14 @@ def one_query(
 def training_history(
     events: Interactions, user_idx: int, *, since: int | None = None
 ) -> Int64[np.ndarray, " L"]:
-    """Return what training saw of a user, oldest first; nothing for a new user, -1.
+    """Return a user's history in training, oldest first; it is empty for a new user, -1.
 
     Raises:
-        DataError: `since`, in unix seconds, is asked of events without times.
+        DataError: `since`, in Unix seconds, was given, but the events have no times.
     """
     if since is not None and events.timestamp_s is None:
         raise DataError(
-            f"since is {since}, but training's events have no times: leave it out",
+            f"since is {since}, but the training events have no times: omit it",
             name="since",
             value=since,
         )
@@ -81,7 +81,9 @@ def training_history(
 def training_times(
     events: Interactions, user_idx: int, *, since: int | None = None, more: int = 0
 ) -> Times | None:
-    """Return what gathers the times of `training_history`, and of `more` events without one."""
+    """Return a function that gathers the times of `training_history`, and of `more` events without
+    a time.
+    """
     timestamp_s = events.timestamp_s
     if timestamp_s is None or user_idx < 0:
         return None
@@ -97,7 +99,9 @@ def training_times(
 def training_histories(
     events: Interactions, user_B: Int64[np.ndarray, " B"]
 ) -> tuple[Queries, Int64[Tensor, "B X"]]:
-    """Return users with what training saw of them, and the same padded with -1, to exclude."""
+    """Return users with their training histories, and the histories padded with -1, for
+    exclusion.
+    """
     start_B, end_B = events.offsets[user_B], events.offsets[user_B + 1]
     length_B = end_B - start_B
     index_N, offsets_B1 = ranges(start_B, length_B)
@@ -116,12 +120,12 @@ def training_histories(
 def blocks(
     events: Interactions, user_B: Int64[np.ndarray, " B"], *, scores_per_user: int
 ) -> Iterator[Int64[np.ndarray, " b"]]:
-    """Cut users into blocks of like history length; yields rows of `user_B`, each once.
+    """Group users into blocks of similar history length; yield rows of `user_B`, each once.
 
     Args:
         events: The training events.
         user_B: user_idx.
-        scores_per_user: Items that the model scores for each user; 0 behind an index.
+        scores_per_user: Number of items that the model scores for each user; 0 with an index.
     """
     length_B = events.offsets[user_B + 1] - events.offsets[user_B]
     order_B = np.argsort(length_B, kind="stable")
@@ -138,19 +142,19 @@ def blocks(
 def without_each(
     history_L: Int64[np.ndarray, " L"], *, last: int
 ) -> tuple[Int64[np.ndarray, " C"], list[np.ndarray]]:
-    """Leave out, in turn, each distinct item of the last events, wherever it stands."""
+    """Remove, in turn, each distinct item of the last events, at all its positions."""
     removed_C = np.unique(history_L[-last:])
     return removed_C, [history_L[history_L != item] for item in removed_C]
 
 
 Stage = Literal["encode", "search", "rank", "rules"]
-"""From a history to a vector; from it, or from all scores, to the best items; the second model's
-judgement of them; what the request asks of the list."""
+"""The stages of an answer: encoding a history; retrieving the best items; ranking them by the
+second model; applying the rules of the request."""
 
 
 @final
 class Stages:
-    """The seconds of one answer, stage by stage; a stage that was not needed is not there."""
+    """The seconds of one answer by stage, without stages that were not needed."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self.seconds: dict[Stage, float] = {}
@@ -158,7 +162,7 @@ class Stages:
 
     @contextmanager
     def timed(self, stage: Stage) -> Iterator[None]:
-        """Add the time of what is done inside to a stage."""
+        """Add the time spent inside the context to a stage."""
         begun = self._clock()
         try:
             yield
@@ -167,11 +171,12 @@ class Stages:
 
 
 class Best(NamedTuple):
-    """The best items of each query, and what is predicted of them."""
+    """The best items of each query, with their predictions."""
 
     top: TopK
     prediction: Mapping[str, Float[Tensor, "B K"]]
-    """Each task's, NaN where no ranker was asked; empty for a model without tasks."""
+    """Predictions of each task, NaN for items that were not ranked; empty for a model without
+    tasks."""
 
     def at(self, place_K: Int64[Tensor, " K"]) -> "Best":
         """Return some columns, in this order."""
@@ -183,7 +188,7 @@ class Best(NamedTuple):
 
 @final
 class CatalogueSearch:
-    """Finds the best items; item_idx in and out, -1 and -inf where the catalogue runs out."""
+    """Finds the best items, as item_idx; lists are padded with -1 and -inf."""
 
     def __init__(
         self, trained: Trained, *, index: ItemIndex | None, popular_I: Float[Tensor, " I"]
@@ -198,12 +203,12 @@ class CatalogueSearch:
 
     @property
     def scores_per_user(self) -> int:
-        """How many scores the model computes per user; 0 where an index answers."""
+        """Number of scores that the model computes per user; 0 with an index."""
         return 0 if self._index is not None else self._trained.events.num_items
 
     @property
     def at_once(self) -> int:
-        """So many items are found for each user however few are asked for."""
+        """The least number of items that are found for each user, even if fewer are requested."""
         model = self._trained.model
         return model.num_candidates if isinstance(model, TwoStage) else 0
 
@@ -213,16 +218,16 @@ class CatalogueSearch:
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """What the model predicts, where it is or has a ranker."""
+        """The tasks of the model's ranker, if it has one."""
         return () if self._ranker is None else tuple(task.name for task in self._ranker.tasks)
 
     def knows(self, user_B: Int64[np.ndarray, " B"]) -> Bool[np.ndarray, " B"]:
-        """Say which users the model knows by their id, with a history or none; -1 is new."""
+        """Return which users the model knows by id, with or without a history; -1 is a new user."""
         known_B: np.ndarray = self.finds_for(user_B) | _known(self._ranker, user_B)
         return known_B
 
     def finds_for(self, user_B: Int64[np.ndarray, " B"]) -> Bool[np.ndarray, " B"]:
-        """Say which users the first stage knows by their id."""
+        """Return which users the first stage knows by id."""
         return _known(self._first, user_B)
 
     def best(
@@ -241,16 +246,16 @@ class CatalogueSearch:
         Args:
             queries: Users and histories.
             k: List length.
-            exclude_BX: item_idx that a row must not get.
-            allow_I: Only these of the catalogue; None: all.
-            new: Features of new items, which are ranked too, as rows past the catalogue's.
-            weights: Of the tasks, where the model has any; None: their own.
-            stages: Told how long each took.
+            exclude_BX: item_idx that are excluded for each row.
+            allow_I: Items of the catalogue that are allowed; None: all.
+            new: Features of new items, which are ranked too, as rows after the catalogue's.
+            weights: Weights of the model's tasks; None: the model's own.
+            stages: Receives the time of each stage.
         """
         model, stages = self._trained.model, stages or Stages()
         num = model.num_candidates if isinstance(model, TwoStage) else k
         if self._ranker is not None and not isinstance(model, TwoStage) and weights is not None:
-            num = self._trained.events.num_items  # other weights: all are judged anew
+            num = self._trained.events.num_items  # other weights: all candidates are ranked again
         found = self._find(queries, max(k, num), exclude_BX, allow_I, stages)
         first_BR = None if new is None else self._first_of_new(queries, new, found)
         if first_BR is not None:
@@ -270,7 +275,9 @@ class CatalogueSearch:
             return best._replace(prediction=self._trained.calibrated(best.prediction))
 
     def _first_of_new(self, queries: Queries, new: FieldTable, found: TopK) -> Float[Tensor, "B R"]:
-        """Return new items' scores by the first stage; where it cannot tell, the lowest found."""
+        """Return the first stage's scores of new items; items that it cannot score get the lowest
+        score found.
+        """
         if self._retriever is not None and self._placer is not None:
             vector_RD = self._placer.item_from_features(new).float()
             score_BR: Tensor = self._retriever.encode(queries).float() @ vector_RD.T
@@ -288,7 +295,7 @@ class CatalogueSearch:
     ) -> TopK:
         """Return the best items by the model, or by the first of its stages."""
         if self._is_nobody(queries):
-            # Without histories, all rows of a block leave out the same.
+            # Without histories, all rows of a block exclude the same items.
             exclude = exclude_BX[0][exclude_BX[0] >= 0].numpy()
             one = self.most_popular(k, exclude=exclude, allow_I=allow_I)
             size = (len(queries), -1)
@@ -308,7 +315,7 @@ class CatalogueSearch:
             return _answer(*top_k(score_BI, k), k)
 
     def _is_nobody(self, queries: Queries) -> bool:
-        """Whether a retriever knows nothing of the one who asks, and the ranker something."""
+        """Return whether only the ranker, but not the retriever, knows something about the user."""
         if len(queries.history_N) or isinstance(self._first, Ranker):
             return False
         if self.finds_for(queries.user_B.numpy()).all():
@@ -335,9 +342,10 @@ class CatalogueSearch:
     def attention(
         self, history_L: Int64[np.ndarray, " L"], item_T: Int64[Tensor, " T"]
     ) -> Float[Tensor, "T L"] | None:
-        """Return how much each event of a history says of each item, by a ranker that attends.
+        """Return the attention weight of each event of a history for each item, if the ranker has
+        attention.
 
-        Events before the last that it reads say nothing; None where the model has no such ranker.
+        Events that the ranker does not read have weight 0. None if the model has no such ranker.
         """
         ranker = self._ranker
         if ranker is None or not ranker.attends:
@@ -346,7 +354,7 @@ class CatalogueSearch:
         return F.pad(read_TM, (len(history_L) - read_TM.shape[1], 0))
 
     def vectors_of(self, item_T: Int64[Tensor, " T"]) -> Float[Tensor, "T D"]:
-        """Return the vectors of items that the index holds; zeros for others.
+        """Return the vectors of items in the index, zeros for others.
 
         Raises:
             ConfigError: The model has no item vectors.
@@ -358,11 +366,13 @@ class CatalogueSearch:
         return whole.vectors_at(at_T.clamp(min=0)) * (at_T >= 0).unsqueeze(1)
 
     def vectors_of_new(self, new: FieldTable) -> Float[Tensor, "R D"] | None:
-        """Return the vectors of new items; None where the model cannot place them."""
+        """Return the vectors of new items; None if the model cannot embed them."""
         return None if self._placer is None else self._placer.item_from_features(new).float()
 
     def similar(self, item_idx: int, k: int) -> TopK:
-        """Return the items nearest to one by cosine, or what a history of it alone would get."""
+        """Return the items nearest to one by cosine, or the recommendations for a history of it
+        alone.
+        """
         own_1X = torch.tensor([[item_idx]])
         if self._index is None:
             query = one_query(-1, np.array([item_idx], dtype=np.int64))
@@ -372,7 +382,7 @@ class CatalogueSearch:
         return self._nearest(whole, whole.vectors_at(own), int(own), k)
 
     def near(self, vector_D: Float[Tensor, " D"], k: int) -> TopK:
-        """Return the items nearest by cosine to a vector that is no item's.
+        """Return the items nearest by cosine to a vector that need not be an item's.
 
         Raises:
             ConfigError: The model has no item vectors.
@@ -402,7 +412,7 @@ class CatalogueSearch:
     def most_popular(
         self, k: int, *, exclude: Int64[np.ndarray, " X"], allow_I: Bool[Tensor, " I"] | None
     ) -> TopK:
-        """Return the k most popular items, one row; ties go to the lower item_idx."""
+        """Return the k most popular items, in one row; ties are broken by the lower item_idx."""
         order = self._by_popularity
         order = order[: k + len(exclude)] if allow_I is None else order[allow_I.numpy()[order]]
         item_K = torch.from_numpy(order[~np.isin(order, exclude)][:k])
@@ -424,7 +434,7 @@ def _known(model: Model | None, user_B: Int64[np.ndarray, " B"]) -> Bool[np.ndar
 
 
 def _ranked(judged: Judged, found: TopK, k: int, *, num: int) -> Best:
-    """Put the first `num` items of each query in the ranker's order, the others below them."""
+    """Sort the first `num` items of each query in the ranker's order; the others follow."""
     item_BC, rest_BR = found.item_BK[:, :num], found.score_BK[:, num:]
     score_BC = judged.score_BC.where(item_BC >= 0, -torch.inf)
     rest_BR = below(score_BC, rest_BR) if rest_BR.shape[1] else rest_BR
@@ -440,23 +450,23 @@ def _ranked(judged: Judged, found: TopK, k: int, *, num: int) -> Best:
 
 
 def _answer(score_BF: Tensor, item_BF: Tensor, k: int) -> TopK:
-    """Put -1 where there is no item, and make answers k long."""
+    """Replace missing items by -1, and pad answers to length k."""
     found_BF = score_BF > -torch.inf
     return padded(TopK(item_BK=item_BF.where(found_BF, -1), score_BK=score_BF), k)
 
 
 EXPLAINED_EVENTS = 50
-"""How many of a history's last events are tried as a reason."""
+"""Number of last events of a history that are considered as reasons."""
 
 
 def reasons(
     search: CatalogueSearch, history_L: Int64[np.ndarray, " L"], item_T: Int64[np.ndarray, " T"]
 ) -> Int64[np.ndarray, " T"]:
-    """Return the item of the history that speaks for each item most; -1 where none does.
+    """Return the item of the history that contributes most to each item's score, -1 for none.
 
-    Of a ranker that attends, it is the item that the ranker attends to most. Else it is the one
-    whose removal lowers the score most, of the distinct items of the last `EXPLAINED_EVENTS`. An
-    item is no reason for itself.
+    With a ranker with attention, this is the item with the largest attention weight. Otherwise it
+    is the item, among the distinct items of the last `EXPLAINED_EVENTS` events, whose removal
+    lowers the score most. An item is never a reason for itself.
     """
     if len(history_L) == 0 or len(item_T) == 0:
         return np.full(len(item_T), -1)
