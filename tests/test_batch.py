@@ -13,13 +13,12 @@ import foretaste as ft
 from foretaste.config import Config
 from foretaste.data.batch import NO_TIME, Queries, SequenceBatch, Times, last_events
 from foretaste.data.interactions import Interactions
-from foretaste.data.merging import Translation
 from foretaste.data.plans import plan_pairs, plan_sequences
 from foretaste.data.rows import rows_of
 from foretaste.data.vocabulary import Vocabulary
 from foretaste.models.base import Scorer
 from foretaste.serving.catalogue_search import training_histories
-from foretaste.training.trained import Trained
+from foretaste.training.trained import Trained, Translation
 
 LENGTHS = (4, 0, 7, 1, 12)
 TOTAL = sum(LENGTHS)

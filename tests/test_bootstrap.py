@@ -7,13 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from foretaste.evaluation import bootstrap
-from foretaste.evaluation.bootstrap import (
-    bootstrap_intervals,
-    bootstrap_means,
-    holm,
-    sign_flip_p_value,
-)
+from foretaste.evaluation import list_metrics
+from foretaste.evaluation.compare import holm, sign_flip_p_value
+from foretaste.evaluation.list_metrics import bootstrap_intervals, bootstrap_means
 
 
 def test_the_interval_is_the_normal_one_where_users_are_many() -> None:
@@ -55,7 +51,7 @@ def test_one_seed_gives_one_answer() -> None:
 def test_the_draw_does_not_know_its_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     values = np.random.default_rng(0).integers(0, 2, size=(31, 2)).astype(np.float64)
     whole = bootstrap_means(values, resamples=100, seed=1)
-    monkeypatch.setattr(bootstrap, "_CHUNK_ELEMENTS", 31 * 7)
+    monkeypatch.setattr(list_metrics, "_CHUNK_ELEMENTS", 31 * 7)
     assert np.array_equal(whole, bootstrap_means(values, resamples=100, seed=1))
 
 

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 import foretaste as ft
 from foretaste.data.plans import Plan
-from foretaste.evaluation.bootstrap import Interval, holm
-from foretaste.evaluation.compare import Comparison
+from foretaste.evaluation.compare import Comparison, holm
+from foretaste.evaluation.list_metrics import Interval
 from foretaste.evaluation.report import latex_table
 from foretaste.experiment import compare_models
 from foretaste.experiment.compare_figures import choose

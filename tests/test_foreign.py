@@ -14,10 +14,10 @@ import foretaste as ft
 from foretaste.cli.main import run as run_command
 from foretaste.data.features import fit_features
 from foretaste.data.graph import graph_of
-from foretaste.data.merging import Translation, rows_in
 from foretaste.errors import DataError
 from foretaste.models.base import Model
 from foretaste.models.catalogue import ModelConfig, build_model
+from foretaste.training.trained import Translation, rows_in
 
 NUM_USERS, NUM_ITEMS, LENGTH = 40, 30, 6
 CLICK = ft.Task(name="click", column="click")

@@ -15,7 +15,7 @@ from foretaste.data.batch import DrawItems, PairBatch, Reads, RowBatch, Sequence
 from foretaste.data.draws import Share
 from foretaste.data.features import fit_features
 from foretaste.data.features_schema import CategoricalField, FeatureSchema, NumericField
-from foretaste.data.interactions import Interactions
+from foretaste.data.interactions import Interactions, positives_of
 from foretaste.data.plans import (
     PairPlan,
     RowPlan,
@@ -25,7 +25,7 @@ from foretaste.data.plans import (
     plan_sequences,
 )
 from foretaste.data.reading import read_interactions
-from foretaste.data.rows import Rows, positives_of, rows_of, training_rows
+from foretaste.data.rows import Rows, rows_of, training_rows
 from foretaste.data.splits import TEST, TRAIN, VALIDATION
 from foretaste.data.splitting import (
     given_split_by_column,

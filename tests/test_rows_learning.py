@@ -14,8 +14,8 @@ from sklearn.metrics import log_loss, roc_auc_score
 import foretaste as ft
 from foretaste.data.batch import Queries
 from foretaste.data.interactions import Interactions
-from foretaste.data.rows import happened_split, rows_of
-from foretaste.data.splits import Split
+from foretaste.data.rows import rows_of
+from foretaste.data.splits import Split, happened_split
 from foretaste.data.tasks import Task
 from foretaste.data.vocabulary import Vocabulary
 from foretaste.errors import ConfigError, DataError

@@ -13,9 +13,9 @@ from sklearn.metrics import roc_auc_score
 
 from foretaste.data.tasks import Task
 from foretaste.errors import ConfigError, DataError, NonFiniteError
-from foretaste.evaluation.bootstrap import bootstrap_intervals
 from foretaste.evaluation.chart import reliability_svg
 from foretaste.evaluation.compare import compare_rows
+from foretaste.evaluation.list_metrics import bootstrap_intervals
 from foretaste.evaluation.report import RowsReport
 from foretaste.evaluation.row_metrics import auc, fit_calibration
 from foretaste.evaluation.rows import Predicted, measure_rows

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from foretaste.errors import DataError
-from foretaste.retrieval.index import TopK
+from foretaste.models.base import TopK
 from foretaste.serving import rule_book
 from foretaste.serving.answer import Answer
 from foretaste.serving.catalogue_search import Best

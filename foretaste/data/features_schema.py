@@ -12,7 +12,15 @@ from pydantic import Field, model_validator
 from foretaste.arguments import checked
 from foretaste.config import Config, Count, parse_settings
 from foretaste.data.columns import in_words
-from foretaste.data.features_values import Held, held_by, is_text, numbers_of, texts_of
+from foretaste.data.features_values import (
+    NEARLY_ALL,
+    Held,
+    held_by,
+    is_text,
+    numbers_of,
+    separator_of,
+    texts_of,
+)
 from foretaste.data.interactions import Interactions
 from foretaste.errors import ConfigError
 from foretaste.shown import toml_key, toml_value
@@ -191,11 +199,6 @@ def schema_from_toml(text: str, *, source: str = "the schema") -> FeatureSchema:
 
 _FEW = 32
 """Whole numbers with at most so many values are taken for categories."""
-_NEARLY_ALL = 0.5
-"""A column with more distinct texts than this share of its rows is an id, a title or free text."""
-_SEPARATORS = ("|", ";", ",")
-_CUT = 0.05
-"""A separator is in at least this share of texts."""
 _WHY: dict[Held, str] = {"time": "times", "clock": "times of day", "duration": "durations"}
 _LONG_TAIL = 2.0
 """The mean of positive numbers over their median from which a logarithm is taken."""
@@ -270,7 +273,7 @@ def _of_bags(values: pl.Series, num_rows: int, *, separator: str | None) -> Fiel
     distinct = values.n_unique()
     if not len(values):
         return "has no value"
-    if distinct > _NEARLY_ALL * len(values) and distinct > _FEW:
+    if distinct > NEARLY_ALL * len(values) and distinct > _FEW:
         return f"{distinct:,} distinct values in {len(values):,}: too few rows for any value"
     return MultiField(
         separator=separator,
@@ -288,28 +291,9 @@ def _of_texts(text: pl.Series) -> FieldConfig | str:
     if separator is not None:
         parts = text.str.split(separator).explode().str.strip_chars()
         return _of_bags(parts.filter(parts != ""), len(text), separator=separator)
-    if distinct > _NEARLY_ALL * len(text) and distinct > 2:
+    if distinct > NEARLY_ALL * len(text) and distinct > 2:
         return f"{distinct:,} distinct texts in {len(text):,} rows: an id, a title or free text"
     return CategoricalField(min_count=_min_count(text), why=f"{distinct:,} distinct texts")
-
-
-def separator_of(text: pl.Series) -> str | None:
-    """Return the separator of the values of each text, "|" in "Action|Comedy"; None if nothing.
-
-    Args:
-        text: Texts, null where missing.
-    """
-    text = text.drop_nulls()
-    for separator in _SEPARATORS:
-        holds = text.str.contains(separator, literal=True)
-        if not len(text) or holds.sum() < _CUT * len(text):
-            continue
-        parts = text.str.split(separator).explode().str.strip_chars()
-        # a comma may be part of a name, as in "Seven Samurai, The": it must make far fewer values
-        wholes = min(text.n_unique(), len(parts)) if separator == "," else len(parts)
-        if parts.n_unique() <= _NEARLY_ALL * wholes:
-            return separator
-    return None
 
 
 def _of_numbers(known: pl.Series, distinct: int) -> FieldConfig | str:

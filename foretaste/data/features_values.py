@@ -428,3 +428,33 @@ def load_encoder(encoder: str) -> Any:
             name="encoder",
             value=encoder,
         ) from error
+
+
+NEARLY_ALL = 0.5
+"""A column with more distinct texts than this share of its rows is an id, a title or free text."""
+
+
+_SEPARATORS = ("|", ";", ",")
+
+
+_CUT = 0.05
+"""A separator is in at least this share of texts."""
+
+
+def separator_of(text: pl.Series) -> str | None:
+    """Return the separator of the values of each text, "|" in "Action|Comedy"; None if nothing.
+
+    Args:
+        text: Texts, null where missing.
+    """
+    text = text.drop_nulls()
+    for separator in _SEPARATORS:
+        holds = text.str.contains(separator, literal=True)
+        if not len(text) or holds.sum() < _CUT * len(text):
+            continue
+        parts = text.str.split(separator).explode().str.strip_chars()
+        # a comma may be part of a name, as in "Seven Samurai, The": it must make far fewer values
+        wholes = min(text.n_unique(), len(parts)) if separator == "," else len(parts)
+        if parts.n_unique() <= NEARLY_ALL * wholes:
+            return separator
+    return None

@@ -17,7 +17,7 @@ from foretaste.data.arrays import check_rows, count_before, pick
 from foretaste.data.columns import kept
 from foretaste.data.read_config import Duplicates
 from foretaste.data.vocabulary import Vocabulary, text_buffers
-from foretaste.errors import DataError
+from foretaste.errors import ConfigError, DataError, nearest
 from foretaste.later import later
 from foretaste.shown import Shown
 
@@ -363,3 +363,61 @@ def _in_parts(bounds: Int64[np.ndarray, " parts1"], work: Callable[[int, int], _
     """Call `work(low, high)` for each range between two bounds, each in a thread of its own."""
     with ThreadPoolExecutor(len(bounds) - 1) as pool:
         return list(pool.map(work, bounds[:-1].tolist(), bounds[1:].tolist()))
+
+
+def no_column(events: Interactions, column: str, wanted: str) -> ConfigError:
+    """Return the error for a column of numbers that events do not have.
+
+    Args:
+        events: Which have others, perhaps.
+        column: Its name.
+        wanted: What needs it, as the beginning of the sentence.
+    """
+    start = f"{wanted}, and "
+    if events.context is not None and column in events.context.columns:
+        return ConfigError(
+            f"{start}that is in the context of the events: name it with columns= when reading",
+            name="columns",
+            column=column,
+            value=column,
+        )
+    if not events.columns:
+        return ConfigError(
+            f"{start}the events have none: name it with columns= when reading",
+            name="columns",
+            column=column,
+            value=column,
+        )
+    near = nearest(column, events.columns)
+    advice = f"did you mean {near!r}?" if near else "name it with columns= when reading"
+    return ConfigError(
+        f"{start}the events have {', '.join(map(repr, events.columns))}: {advice}",
+        name="columns",
+        column=column,
+        value=column,
+    )
+
+
+def positives_of(events: Interactions, positive: str = "") -> Interactions:
+    """Return the positive events: those with a value above 0 in a column.
+
+    Args:
+        events: Any.
+        positive: The column; "": `Interactions.positive` of the events.
+
+    Raises:
+        ConfigError: There is no such column.
+    """
+    if not (positive or events.positive):
+        return events
+    return events.select(is_positive(events, positive))
+
+
+def is_positive(events: Interactions, positive: str) -> Bool[np.ndarray, " E"]:
+    """Return which events have a value above 0 in a column; "": `Interactions.positive`."""
+    if not positive:
+        return events.positive_E
+    if positive not in events.columns:
+        raise no_column(events, positive, f"positive is column {positive!r}")
+    happened_E: Bool[np.ndarray, " E"] = events.columns[positive] > 0
+    return happened_E

@@ -66,6 +66,7 @@ def read_interactions(source: object, read: ReadTables) -> Interactions:
     asked = [
         column
         for name, condition in (("where", read.where), ("positive", read.positive))
+        if condition
         for column in columns_in(condition, name, opened.columns)
     ]
     with ThreadPoolExecutor(1) as pool:

@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 import numpy as np
 import torch
 from annotated_types import Ge
-from jaxtyping import Bool, Float32, Int64
+from jaxtyping import Float32, Int64
 from torch import Tensor
 
 from foretaste.arguments import checked
@@ -33,9 +33,9 @@ from foretaste.data.batch import (
 )
 from foretaste.data.draws import torch_generator
 from foretaste.data.features import Features
-from foretaste.data.interactions import Interactions
-from foretaste.data.splits import NEGATIVE, TEST, TRAIN, VALIDATION, Split
-from foretaste.data.tasks import Task, labels_of, no_column
+from foretaste.data.interactions import Interactions, is_positive, positives_of
+from foretaste.data.splits import TEST, TRAIN, VALIDATION, Split
+from foretaste.data.tasks import Task, labels_of
 from foretaste.errors import DataError
 from foretaste.shown import Shown
 
@@ -44,35 +44,6 @@ _PARTS = {"train": TRAIN, "validation": VALIDATION, "test": TEST}
 AnySeed = Annotated[int, Ge(0)]
 """A run's seed, or one made of it, which has 64 bits."""
 _DRAWN_AT_ONCE = 1 << 16
-
-
-def positives_of(events: Interactions, positive: str = "") -> Interactions:
-    """Return the positive events: those with a value above 0 in a column.
-
-    Args:
-        events: Any.
-        positive: The column; "": `Interactions.positive` of the events.
-
-    Raises:
-        ConfigError: There is no such column.
-    """
-    if not (positive or events.positive):
-        return events
-    return events.select(_positive(events, positive))
-
-
-def happened_split(split: Split, positive: str = "") -> Split:
-    """Return a split of the positive events alone: what lists over the catalogue must find.
-
-    Negatives that the data list for the test stay, even those with a positive label.
-
-    Raises:
-        ConfigError: There is no such column.
-    """
-    if not (positive or split.events.positive):
-        return split
-    keep_E = _positive(split.events, positive) | (split.part_E == NEGATIVE)
-    return replace(split, events=split.events.select(keep_E), part_E=split.part_E[keep_E])
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
@@ -232,7 +203,7 @@ def training_rows(
             name="context",
             value=len(context),
         )
-    happened_E = _positive(events, positive)
+    happened_E = is_positive(events, positive)
     past = positives_of(events, positive)
     before_E = np.cumsum(happened_E, dtype=np.int64) - happened_E
     end_E = before_E
@@ -300,15 +271,6 @@ def rows_of(
         own_E=own_E,
         drawn_EN=np.empty((len(events), 0), np.int64),
     )
-
-
-def _positive(events: Interactions, positive: str) -> Bool[np.ndarray, " E"]:
-    if not positive:
-        return events.positive_E
-    if positive not in events.columns:
-        raise no_column(events, positive, f"positive is column {positive!r}")
-    happened_E: Bool[np.ndarray, " E"] = events.columns[positive] > 0
-    return happened_E
 
 
 def _first_of_its_second(events: Interactions) -> Int64[np.ndarray, " E"]:

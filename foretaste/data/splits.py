@@ -20,7 +20,7 @@ from foretaste.config import Config, Seed
 from foretaste.data.arrays import check_rows, ranges
 from foretaste.data.batch import Queries, times_at
 from foretaste.data.features import FieldSide
-from foretaste.data.interactions import Interactions
+from foretaste.data.interactions import Interactions, is_positive
 from foretaste.errors import DataError
 from foretaste.shown import Shown
 
@@ -461,3 +461,17 @@ class Split(Shown):
             for size in self.sizes()
         ]
         return [heads, *sizes]
+
+
+def happened_split(split: Split, positive: str = "") -> Split:
+    """Return a split of the positive events alone: what lists over the catalogue must find.
+
+    Negatives that the data list for the test stay, even those with a positive label.
+
+    Raises:
+        ConfigError: There is no such column.
+    """
+    if not (positive or split.events.positive):
+        return split
+    keep_E = is_positive(split.events, positive) | (split.part_E == NEGATIVE)
+    return replace(split, events=split.events.select(keep_E), part_E=split.part_E[keep_E])

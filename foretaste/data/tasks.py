@@ -14,8 +14,8 @@ from torch import Tensor
 
 from foretaste.config import Config, Seed, Weight
 from foretaste.data.arrays import check_fits, flattening
-from foretaste.data.interactions import Interactions
-from foretaste.errors import ConfigError, DataError, nearest
+from foretaste.data.interactions import Interactions, no_column
+from foretaste.errors import ConfigError, DataError
 
 Weights = Mapping[str, float | int]
 """How much one unit of each task's prediction counts in a score, by name; 0 for those that are not
@@ -243,39 +243,6 @@ def notes_about_histories(
     return (f"no histories are read, as {rows}: {advice}, and histories are of the others",)
 
 
-def no_column(events: Interactions, column: str, wanted: str) -> ConfigError:
-    """Return the error for a column of numbers that events do not have.
-
-    Args:
-        events: Which have others, perhaps.
-        column: Its name.
-        wanted: What needs it, as the beginning of the sentence.
-    """
-    start = f"{wanted}, and "
-    if events.context is not None and column in events.context.columns:
-        return ConfigError(
-            f"{start}that is in the context of the events: name it with columns= when reading",
-            name="columns",
-            column=column,
-            value=column,
-        )
-    if not events.columns:
-        return ConfigError(
-            f"{start}the events have none: name it with columns= when reading",
-            name="columns",
-            column=column,
-            value=column,
-        )
-    near = nearest(column, events.columns)
-    advice = f"did you mean {near!r}?" if near else "name it with columns= when reading"
-    return ConfigError(
-        f"{start}the events have {', '.join(map(repr, events.columns))}: {advice}",
-        name="columns",
-        column=column,
-        value=column,
-    )
-
-
 def _labels(events: Interactions, task: Task) -> Float32[np.ndarray, " E"]:
     if not task.column:
         return events.positive_E.astype(np.float32)
@@ -389,3 +356,8 @@ def media_log(
     ).with_columns(pl.when(pl.col("click") == 1).then(pl.col("minutes", "like")))
     topics = [f"topic {topic}" for topic in topic_I]
     return MediaLog(events, pl.DataFrame({"item": np.arange(num_items), "topic": topics}))
+
+
+def metric_name(metric: str, task: str, tasks: tuple[Task, ...], suffix: str) -> str:
+    """Return the full name of a metric: with its task where there are several."""
+    return f"{metric}_{task}{suffix}" if len(tasks) > 1 else f"{metric}{suffix}"

@@ -15,12 +15,7 @@ from jaxtyping import Float64, Int64
 from foretaste.arguments import checked
 from foretaste.config import Resamples, Seed
 from foretaste.errors import DataError, did_you_mean
-from foretaste.evaluation.bootstrap import (
-    Interval,
-    bootstrap_intervals,
-    percentile_interval,
-    sign_flip_p_value,
-)
+from foretaste.evaluation.list_metrics import Interval, bootstrap_intervals, percentile_interval
 from foretaste.evaluation.report import AnyReport, Report, RowsReport, markdown_table
 from foretaste.evaluation.row_metrics import point_values, resampled
 from foretaste.shown import Shown
@@ -411,3 +406,51 @@ class Reports(Shown):
 
     def _repr_html_(self) -> str:
         return "".join(part._repr_html_() for part in self._parts())
+
+
+_SIGNS = 2**22
+"""How many signs are held at once."""
+
+
+def sign_flip_p_value(
+    difference_U: Float64[np.ndarray, " U"], *, resamples: int, seed: int
+) -> float:
+    """Return how often luck alone makes a mean difference as large, two-sided, in (0, 1].
+
+    If neither model were better, each user's difference could as well have the other sign: the
+    p-value is the share of random signs whose mean is as far from 0, the observed one counted in.
+
+    References:
+        Fisher's randomisation test; Smucker et al., "A Comparison of Statistical Significance
+        Tests for Information Retrieval Evaluation", CIKM 2007.
+    """
+    observed = abs(difference_U.sum())
+    moving_U = difference_U[difference_U != 0]
+    generator = np.random.default_rng(seed)
+    tolerance = 1e-12 * np.abs(moving_U).sum()  # sums of the same numbers in another order
+    as_far, step = 0, max(1, _SIGNS // max(1, len(moving_U)))
+    for begin in range(0, resamples, step):
+        shape = (min(step, resamples - begin), len(moving_U))
+        positive_RU = generator.integers(0, 2, size=shape, dtype=np.int8)
+        sums_R = 2 * (positive_RU @ moving_U) - moving_U.sum()
+        as_far += int((np.abs(sums_R) >= observed - tolerance).sum())
+    return (1 + as_far) / (1 + resamples)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Return p-values corrected for how many there are, each in its own place.
+
+    Of P tests whose differences are all luck, the chance that any corrected value is at most .05
+    is .05 at most, however the tests depend on each other: the smallest is multiplied by P, the
+    next one by P - 1, and so on, and none falls below the one before it.
+
+    References:
+        Holm, "A Simple Sequentially Rejective Multiple Test Procedure", Scandinavian Journal of
+        Statistics 1979.
+    """
+    p_P = np.array(p_values)
+    order = np.argsort(p_P)
+    raised_P = np.maximum.accumulate(p_P[order] * np.arange(len(p_P), 0, -1)).clip(max=1.0)
+    found_P = np.empty(len(p_P))
+    found_P[order] = raised_P
+    return found_P.tolist()

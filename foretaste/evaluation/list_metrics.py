@@ -18,6 +18,7 @@ Shape legend: B queries of a block, I items, K places of a list, N targets of th
 R rows, M metrics.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -392,3 +393,68 @@ def mean_by_user(
     user_U, row_R, count_U = np.unique(user_R, return_inverse=True, return_counts=True)
     sums = [np.bincount(row_R, values_RM[:, m], len(user_U)) for m in range(values_RM.shape[1])]
     return user_U, np.stack(sums, axis=1) / count_U[:, None]
+
+
+_CHUNK_ELEMENTS = 2**22
+"""How many weights are held at once; a fixed size, so it decides no digit."""
+
+
+class Interval(NamedTuple):
+    """A range that holds the mean in 95 of 100 such samples of users."""
+
+    low: float
+    high: float
+
+
+def bootstrap_means(
+    values_UM: Float64[np.ndarray, "U M"], *, resamples: int, seed: int
+) -> Float64[np.ndarray, "R M"]:
+    """Return the mean of each column over users drawn again with replacement, R times.
+
+    A user that is drawn brings all its columns, so differences between columns stay paired.
+
+    Args:
+        values_UM: One row per user, at least one.
+        resamples: R.
+        seed: Decides the draw.
+
+    References:
+        Efron, "Bootstrap Methods: Another Look at the Jackknife", Annals of Statistics 1979.
+    """
+    chunks = drawn_again(len(values_UM), resamples=resamples, seed=seed)
+    empty = np.empty((0, values_UM.shape[1]))
+    return np.concatenate([empty, *(times_RU @ values_UM / len(values_UM) for times_RU in chunks)])
+
+
+def drawn_again(
+    num_users: int, *, resamples: int, seed: int
+) -> Iterator[Float64[np.ndarray, "R U"]]:
+    """Give, some resamples at a time, how often each user was drawn with replacement.
+
+    Args:
+        num_users: U, at least one; so many are drawn each time.
+        resamples: R of all pieces together.
+        seed: Decides the draw.
+    """
+    generator = np.random.default_rng(seed)
+    step = max(1, _CHUNK_ELEMENTS // num_users)
+    for begin in range(0, resamples, step):
+        rows = min(step, resamples - begin)
+        drawn_RU = generator.integers(0, num_users, size=(rows, num_users))
+        drawn_RU += np.arange(rows)[:, None] * num_users
+        times = np.bincount(drawn_RU.reshape(-1), minlength=rows * num_users)
+        yield times.reshape(rows, num_users).astype(np.float64)
+
+
+def bootstrap_intervals(
+    values_UM: Float64[np.ndarray, "U M"], *, resamples: int, seed: int
+) -> list[Interval]:
+    """Return the 95 % percentile interval of each column's mean over users."""
+    means_RM = bootstrap_means(values_UM, resamples=resamples, seed=seed)
+    return [percentile_interval(means_R) for means_R in means_RM.T]
+
+
+def percentile_interval(value_R: Float64[np.ndarray, " R"]) -> Interval:
+    """Return what holds the middle 95 % of resampled values; NaN is not a value."""
+    low, high = np.nanquantile(value_R, [0.025, 0.975])
+    return Interval(float(low), float(high))

@@ -15,8 +15,13 @@ from foretaste.config import Count, Resamples, Seed
 from foretaste.data.splits import Holdout
 from foretaste.errors import ConfigError, DataError
 from foretaste.evaluation.asked import Asked, Task, check_new, digest, make_task, overlap
-from foretaste.evaluation.bootstrap import bootstrap_intervals
-from foretaste.evaluation.list_metrics import chance_within, coverage, mean_by_user, popularity_rank
+from foretaste.evaluation.list_metrics import (
+    bootstrap_intervals,
+    chance_within,
+    coverage,
+    mean_by_user,
+    popularity_rank,
+)
 from foretaste.evaluation.measure_queries import (
     COLD_SUFFIX,
     NEW_SUFFIX,

@@ -20,9 +20,9 @@ from rich.table import Table
 from rich.text import Text
 
 from foretaste.arguments import checked
-from foretaste.data.tasks import Task
+from foretaste.data.tasks import Task, metric_name
 from foretaste.errors import DataError
-from foretaste.evaluation.bootstrap import Interval
+from foretaste.evaluation.list_metrics import Interval
 from foretaste.evaluation.row_metrics import Method, Reliability, TaskRows, fit_calibration
 from foretaste.shown import Shown, json_value
 from foretaste.training.trained import Calibration
@@ -401,11 +401,6 @@ def calibrate(report: RowsReport, method: Method) -> dict[str, Calibration]:
             rows = report.rows(task.name)
             found[task.name] = fit_calibration(method, rows.label_N, rows.prediction_N)
     return found
-
-
-def metric_name(metric: str, task: str, tasks: tuple[Task, ...], suffix: str) -> str:
-    """Return the full name of a metric: with its task where there are several."""
-    return f"{metric}_{task}{suffix}" if len(tasks) > 1 else f"{metric}{suffix}"
 
 
 def console_table(rows: list[list[str]], *, title: str) -> Table:

@@ -16,7 +16,7 @@ from jaxtyping import Float, Float64, Int64
 
 from foretaste.data.tasks import Task
 from foretaste.errors import DataError, NonFiniteError
-from foretaste.evaluation.bootstrap import drawn_again
+from foretaste.evaluation.list_metrics import drawn_again
 from foretaste.later import later
 from foretaste.training.trained import (
     IsotonicCalibration,

@@ -16,14 +16,14 @@ from torch import Tensor
 from foretaste.arguments import checked
 from foretaste.config import Resamples, Seed
 from foretaste.data.batch import RowBatch
-from foretaste.data.rows import PartName, Rows, happened_split, rows_of
-from foretaste.data.splits import TEST, TRAIN, UNUSED, VALIDATION, Split
-from foretaste.data.tasks import Task
+from foretaste.data.rows import PartName, Rows, rows_of
+from foretaste.data.splits import TEST, TRAIN, UNUSED, VALIDATION, Split, happened_split
+from foretaste.data.tasks import Task, metric_name
 from foretaste.errors import ConfigError, DataError, NonFiniteError
 from foretaste.evaluation.asked import Asked, Overlap, overlap
-from foretaste.evaluation.bootstrap import percentile_interval
+from foretaste.evaluation.list_metrics import percentile_interval
 from foretaste.evaluation.measure_queries import SampledNegatives
-from foretaste.evaluation.report import RowsReport, metric_name
+from foretaste.evaluation.report import RowsReport
 from foretaste.evaluation.row_metrics import (
     NUM_BINS,
     Reliability,

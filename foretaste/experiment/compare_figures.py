@@ -14,7 +14,6 @@ from typing import TypeVar, final
 from foretaste.data.splits import Split
 from foretaste.data.tasks import Task
 from foretaste.errors import ConfigError
-from foretaste.evaluation.bootstrap import Interval, bootstrap_intervals
 from foretaste.evaluation.compare import (
     Comparison,
     compare,
@@ -22,6 +21,7 @@ from foretaste.evaluation.compare import (
     mean_and_interval,
     mean_per_user,
 )
+from foretaste.evaluation.list_metrics import Interval, bootstrap_intervals
 from foretaste.evaluation.report import AnyReport, Report, RowsReport
 from foretaste.evaluation.rows import Predicted, measure_rows
 from foretaste.experiment.compare_counts import BASE_RATE, count_baselines

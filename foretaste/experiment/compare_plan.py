@@ -14,8 +14,8 @@ from jaxtyping import Float32
 
 from foretaste.arguments import checked
 from foretaste.config import Config, parse_settings
-from foretaste.data.rows import happened_split, rows_of
-from foretaste.data.splits import Split
+from foretaste.data.rows import rows_of
+from foretaste.data.splits import Split, happened_split
 from foretaste.data.tasks import Task
 from foretaste.errors import ConfigError, did_you_mean
 from foretaste.evaluation.rows import has_zeros

@@ -10,9 +10,9 @@ import polars as pl
 
 from foretaste.arguments import checked
 from foretaste.data.rows import Rows
-from foretaste.evaluation.bootstrap import Interval, holm
 from foretaste.evaluation.chart import line, page, text
-from foretaste.evaluation.compare import Comparison
+from foretaste.evaluation.compare import Comparison, holm
+from foretaste.evaluation.list_metrics import Interval
 from foretaste.evaluation.report import (
     Report,
     RowsReport,

@@ -21,9 +21,8 @@ from foretaste.data.features import Features, fit_features
 from foretaste.data.features_schema import FeatureSchema
 from foretaste.data.folder import whole_file
 from foretaste.data.graph import Graph
-from foretaste.data.interactions import Interactions
-from foretaste.data.rows import happened_split, positives_of
-from foretaste.data.splits import Split
+from foretaste.data.interactions import Interactions, positives_of
+from foretaste.data.splits import Split, happened_split
 from foretaste.errors import ConfigError, DataError
 from foretaste.experiment.learning import (
     RunOptions,

@@ -15,7 +15,7 @@ from foretaste.data.batch import DrawItems, FieldTable
 from foretaste.data.draws import WHOLE, epoch_generator, step_seed
 from foretaste.data.features import Features
 from foretaste.data.graph import Graph, graph_of
-from foretaste.data.interactions import Interactions
+from foretaste.data.interactions import Interactions, positives_of
 from foretaste.data.plans import (
     FindHard,
     Offered,
@@ -26,7 +26,7 @@ from foretaste.data.plans import (
     plan_rows,
     plan_sequences,
 )
-from foretaste.data.rows import positives_of, training_rows
+from foretaste.data.rows import training_rows
 from foretaste.data.tasks import Task, check_learnable, label_scale
 from foretaste.errors import ConfigError
 from foretaste.experiment.mining import IndexNegatives

@@ -17,9 +17,8 @@ from foretaste.data.folder import check_place
 from foretaste.data.interactions import Interactions
 from foretaste.data.read_config import WhichEvents
 from foretaste.data.reading import read_interactions
-from foretaste.data.rows import happened_split
 from foretaste.data.sources.load import get_dataset
-from foretaste.data.splits import Split
+from foretaste.data.splits import Split, happened_split
 from foretaste.data.splitting import make_split
 from foretaste.data.store import open_store
 from foretaste.errors import BundleError, ConfigError, DataError

@@ -13,8 +13,7 @@ from foretaste.config import Config, Count, Weight
 from foretaste.data.features import Features
 from foretaste.data.interactions import Interactions
 from foretaste.data.plans import Offered
-from foretaste.data.rows import happened_split
-from foretaste.data.splits import Split
+from foretaste.data.splits import Split, happened_split
 from foretaste.errors import ConfigError, DataError
 from foretaste.evaluation.compare import RankingGain, compare
 from foretaste.evaluation.report import Report

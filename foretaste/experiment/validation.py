@@ -14,8 +14,7 @@ from functools import cached_property
 import numpy as np
 
 from foretaste.data.interactions import Interactions
-from foretaste.data.rows import happened_split
-from foretaste.data.splits import Holdout, Split
+from foretaste.data.splits import Holdout, Split, happened_split
 from foretaste.errors import DataError
 from foretaste.evaluation.asked import Task
 from foretaste.evaluation.measure_queries import SampledNegatives, Whose, mean_ndcg

@@ -332,3 +332,24 @@ def best_first(value_BK: Tensor, position_BK: Tensor) -> tuple[Tensor, Tensor]:
     position_BK, order_BK = position_BK.sort(dim=1)
     value_BK, again_BK = value_BK.gather(1, order_BK).sort(dim=1, descending=True, stable=True)
     return value_BK, position_BK.gather(1, again_BK)
+
+
+class TopK(NamedTuple):
+    """The best items of each query, best first, padded with -1 and -inf.
+
+    Shape legend: B queries, K list length.
+    """
+
+    item_BK: Int64[Tensor, "B K"]
+    score_BK: Float[Tensor, "B K"]
+
+
+def padded(best: TopK, k: int) -> TopK:
+    """Pad results to length k with -1 and -inf."""
+    missing = k - best.item_BK.shape[1]
+    if missing == 0:
+        return best
+    return TopK(
+        item_BK=F.pad(best.item_BK, (0, missing), value=-1),
+        score_BK=F.pad(best.score_BK, (0, missing), value=-torch.inf),
+    )

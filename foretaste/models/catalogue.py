@@ -22,8 +22,7 @@ from foretaste.data import arrays
 from foretaste.data.batch import Queries
 from foretaste.data.features import Features, FieldTable
 from foretaste.data.graph import Graph, graph_of
-from foretaste.data.interactions import Interactions
-from foretaste.data.rows import positives_of
+from foretaste.data.interactions import Interactions, positives_of
 from foretaste.data.tasks import Task, Weights, zeros_in_histories
 from foretaste.errors import ConfigError, NonFiniteError
 from foretaste.models.base import Model, Ranker, Retriever, Scorer, top_k

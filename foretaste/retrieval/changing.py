@@ -20,14 +20,13 @@ from torch import Tensor
 from foretaste.arguments import checked
 from foretaste.config import Seed
 from foretaste.errors import DataError, NonFiniteError
-from foretaste.models.base import best_first
+from foretaste.models.base import TopK, best_first
 from foretaste.retrieval.choose import exact_of, index_of, milliseconds, noisy_items
 from foretaste.retrieval.index import (
     ExactIndex,
     IndexFacts,
     IndexKind,
     ItemIndex,
-    TopK,
     check_search,
     room_for,
 )

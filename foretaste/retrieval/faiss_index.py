@@ -23,12 +23,12 @@ from torch import Tensor
 from foretaste.data.folder import entry_of
 from foretaste.errors import BundleError
 from foretaste.later import later
+from foretaste.models.base import TopK
 from foretaste.retrieval.index import (
     VECTORS_FILE,
     ExactIndex,
     IndexFacts,
     IndexKind,
-    TopK,
     check_search,
     save_vectors,
 )

@@ -9,11 +9,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryFile, gettempdir
-from typing import Literal, NamedTuple, Protocol, final, runtime_checkable
+from typing import Literal, Protocol, final, runtime_checkable
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from pydantic import Field
 from safetensors.torch import load_file, save_file
@@ -22,21 +21,11 @@ from torch import Tensor
 from foretaste.config import Config
 from foretaste.data.folder import reason_of
 from foretaste.errors import DataError, NonFiniteError
-from foretaste.models.base import best_first, top_k
+from foretaste.models.base import TopK, best_first, padded, top_k
 from foretaste.models.layers.codes import Codes, read_codes
 
 IndexKind = Literal["exact", "codes", "ivf_flat", "ivf_sq8", "ivf_pq", "hnsw"]
 IndexChoice = Literal["auto", "exact", "codes", "ivf_flat", "ivf_sq8", "ivf_pq", "hnsw"]
-
-
-class TopK(NamedTuple):
-    """The best items of each query, best first, padded with -1 and -inf.
-
-    Shape legend: B queries, K list length.
-    """
-
-    item_BK: Int64[Tensor, "B K"]
-    score_BK: Float[Tensor, "B K"]
 
 
 class IndexFacts(Config):
@@ -169,17 +158,6 @@ def room_for(num: int, width: int, dtype: torch.dtype = torch.float32) -> Float[
             value=gettempdir(),
         ) from error
     return torch.from_numpy(bytes_S).view(dtype).view(num, width)
-
-
-def padded(best: TopK, k: int) -> TopK:
-    """Pad results to length k with -1 and -inf."""
-    missing = k - best.item_BK.shape[1]
-    if missing == 0:
-        return best
-    return TopK(
-        item_BK=F.pad(best.item_BK, (0, missing), value=-1),
-        score_BK=F.pad(best.score_BK, (0, missing), value=-torch.inf),
-    )
 
 
 class WholeIndex(ABC):

@@ -21,7 +21,7 @@ from foretaste.data.interactions import Interactions
 from foretaste.data.tasks import Weights
 from foretaste.data.vocabulary import INT64
 from foretaste.errors import DataError, did_you_mean
-from foretaste.retrieval.index import TopK, padded
+from foretaste.models.base import TopK, padded
 from foretaste.serving.catalogue_search import (
     Best,
     CatalogueSearch,

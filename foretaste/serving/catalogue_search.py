@@ -22,7 +22,7 @@ from foretaste.data.features import FieldTable
 from foretaste.data.interactions import Interactions
 from foretaste.data.tasks import Weights
 from foretaste.errors import ConfigError, DataError
-from foretaste.models.base import Model, Ranker, Retriever, top_k
+from foretaste.models.base import Model, Ranker, Retriever, TopK, padded, top_k
 from foretaste.models.catalogue import (
     Judged,
     TwoStage,
@@ -32,7 +32,7 @@ from foretaste.models.catalogue import (
     placer,
 )
 from foretaste.retrieval.choose import exact_of
-from foretaste.retrieval.index import ItemIndex, TopK, WholeIndex, padded
+from foretaste.retrieval.index import ItemIndex, WholeIndex
 from foretaste.serving.profiles import beside, best_of, both
 from foretaste.training.trained import Trained
 

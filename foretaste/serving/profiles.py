@@ -16,8 +16,8 @@ from foretaste.data.features import FieldSide, FieldTable, concat_rows
 from foretaste.data.features_values import cell_of
 from foretaste.data.interactions import Interactions
 from foretaste.errors import DataError, did_you_mean
+from foretaste.models.base import TopK
 from foretaste.models.catalogue import Judged, placer
-from foretaste.retrieval.index import TopK
 from foretaste.training.trained import Trained
 
 KEPT_AS_LISTS = 200_000

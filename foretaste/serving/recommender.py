@@ -15,9 +15,9 @@ from foretaste.data.folder import check_place
 from foretaste.data.tasks import Weights
 from foretaste.data.vocabulary import Ids, Vocabulary, plain_id
 from foretaste.errors import ConfigError, DataError
-from foretaste.models.base import Retriever
+from foretaste.models.base import Retriever, TopK
 from foretaste.retrieval.choose import MEASURED_QUERIES, build_index, may_be_approximate
-from foretaste.retrieval.index import IndexChoice, ItemIndex, TopK
+from foretaste.retrieval.index import IndexChoice, ItemIndex
 from foretaste.serving.answer import (
     Answer,
     Source,

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from foretaste.errors import DataError
-from foretaste.retrieval.index import TopK
+from foretaste.models.base import TopK
 from foretaste.serving.catalogue_search import Best, Stages
 from foretaste.serving.profiles import NewItems
 from foretaste.serving.rules import (

@@ -29,8 +29,7 @@ from foretaste.config import Config, Count
 from foretaste.data.arrays import ranges
 from foretaste.data.columns import in_words
 from foretaste.data.features_fitted import bags_of
-from foretaste.data.features_schema import separator_of
-from foretaste.data.features_values import numbers_of, texts_of
+from foretaste.data.features_values import numbers_of, separator_of, texts_of
 from foretaste.data.vocabulary import number_ids
 from foretaste.errors import DataError, did_you_mean
 from foretaste.later import later

@@ -5,14 +5,13 @@ Shape legend: B rows, L positions, T positions whose states are wanted, D width,
 
 from typing import final
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int64, UInt8
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
-from foretaste.data.draws import draw_for_rows
 from foretaste.errors import ConfigError
+from foretaste.models.layers.mlp import Dropout
 
 
 @final
@@ -75,44 +74,6 @@ class MultiHeadAttention(nn.Module):
     def _heads(self, x_BLD: Tensor) -> Tensor:
         heads: Tensor = x_BLD.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         return heads
-
-
-_LEVELS = 256
-
-
-def random_bytes(shape: torch.Size) -> UInt8[Tensor, "..."]:
-    """Draw numbers in [0, 256) on the CPU, by one draw of torch's global generator."""
-    seed = int(torch.randint(2**63 - 1, ()))
-    words = np.random.SFC64(seed).random_raw(-(-shape.numel() // 8))
-    return torch.from_numpy(words.view(np.uint8))[: shape.numel()].view(shape)
-
-
-@final
-class Dropout(nn.Module):
-    r"""Set a share p of the values to 0 and divide the others by 1 - p, in training only.
-
-    The mask is drawn from random bytes, so p is rounded to a multiple of 1/256; on a CPU it takes
-    a quarter of the time of `torch.nn.Dropout`, which draws a number for each value in turn.
-    Seeded by torch's generator: one draw a call.
-
-    References:
-        Srivastava et al., "Dropout: A Simple Way to Prevent Neural Networks from Overfitting",
-        JMLR 2014, https://jmlr.org/papers/v15/srivastava14a.html
-    """
-
-    def __init__(self, p: float) -> None:
-        super().__init__()
-        self.levels = round(p * _LEVELS)
-
-    def forward(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        if not self.training or self.levels == 0:
-            return x
-        if x.device.type != "cpu":
-            return nn.functional.dropout(x, self.levels / _LEVELS)
-        kept = draw_for_rows(x.shape, random_bytes).ge_(
-            self.levels
-        )  # in bytes: bools become floats slowly
-        return x * kept.to(x.dtype).mul_(_LEVELS / (_LEVELS - self.levels))
 
 
 @final

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from foretaste.data.batch import Queries, SequenceBatch, last_events
 from foretaste.data.interactions import Interactions
-from foretaste.models.layers.attention import Dropout, MultiHeadAttention
-from foretaste.models.layers.mlp import Activation, Dice, activate
+from foretaste.models.layers.attention import MultiHeadAttention
+from foretaste.models.layers.mlp import Activation, Dice, Dropout, activate
 from foretaste.models.layers.table import mean_bags
 from foretaste.models.sasrec import CausalParts, SASRecConfig, causal_blocks, last_state
 
