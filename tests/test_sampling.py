@@ -2,12 +2,14 @@
 
 import math
 import time
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from scipy import stats
 
+from foretaste.data.arrays import user_blocks
 from foretaste.errors import DataError
 from foretaste.sampling import negatives
 from foretaste.sampling.negatives import Seen, draw_unseen
@@ -169,5 +171,5 @@ def test_pairs_told_apart_in_ranges_of_users_are_those_of_all(
     events = events_of(histories, num_items=9)
     whole = np.unique(events.user_idx.astype(np.int64) * events.num_items + events.item_idx)
     for block in (1, 30, 499, 10**6):
-        monkeypatch.setattr(negatives, "_BLOCK_EVENTS", block)
+        monkeypatch.setattr(negatives, "user_blocks", partial(user_blocks, most=block))
         assert Seen.of(events).key_E.numpy().tolist() == whole.tolist()

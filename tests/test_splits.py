@@ -1,6 +1,8 @@
 """Splits: by hand, against a slow oracle, by law, and at the doors."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
+from foretaste.data import interactions as interactions_of_data
+from foretaste.data import splits, splitting
+from foretaste.data.arrays import user_blocks
 from foretaste.data.interactions import Interactions
 from foretaste.data.splits import (
     TEST,
@@ -571,3 +576,35 @@ def test_movielens_cut_in_time_leaves_few_users_that_training_knows(shared_data:
     assert abs(test.events - 10_000) < 50
     inner = leave_last_within_training(split).sizes()[1]
     assert inner.users_in_training > 5 * validation.users_in_training
+
+
+@pytest.mark.parametrize("block", [1, 3, 7])
+@pytest.mark.parametrize("positive", ["", "liked"])
+@pytest.mark.parametrize("split_of", [leave_last_split, ratio_split, temporal_split])
+def test_users_looked_at_in_blocks_give_the_split_and_the_leaks_of_all_at_once(
+    split_of: Callable[[Interactions], Split],
+    positive: str,
+    block: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rng = np.random.default_rng(block)
+    rows = [
+        (f"u{rng.integers(5)}", f"i{rng.integers(5)}", int(rng.integers(99))) for _ in range(150)
+    ]
+    events = interactions(rows, liked=list(rng.integers(0, 2, 150)))
+    events = replace(events, positive=positive)
+    whole = split_of(events)
+    for module in (splits, splitting):
+        monkeypatch.setattr(module, "user_blocks", partial(user_blocks, most=block))
+    monkeypatch.setattr(interactions_of_data, "_BLOCK", block)
+    again = split_of(replace(events))
+    assert again.part_E.tolist() == whole.part_E.tolist()
+    assert again.leaks == whole.leaks
+    assert again.train.item_count.tolist() == whole.train.item_count.tolist()
+
+
+def test_blocks_hold_all_users_once_and_no_more_events_than_one_user_or_the_bound() -> None:
+    offsets = np.array([0, 0, 3, 3, 10, 11, 12, 12])
+    assert list(user_blocks(offsets, 3)) == [(0, 3), (3, 4), (4, 7)]
+    assert list(user_blocks(offsets, 100)) == [(0, 7)]
+    assert list(user_blocks(offsets[:1], 100)) == []

@@ -116,6 +116,18 @@ def _is_mapped(array: np.ndarray) -> bool:
     return isinstance(base, np.memmap)
 
 
+def user_blocks(
+    offsets_U1: Int64[np.ndarray, " U1"], most: int = 1 << 22
+) -> Iterator[tuple[int, int]]:
+    """Yield all users, from one row to before another: of at most so many events, or one user."""
+    first = 0
+    while first < len(offsets_U1) - 1:
+        within = int(np.searchsorted(offsets_U1, offsets_U1[first] + most, side="right")) - 1
+        last = max(first + 1, within)
+        yield first, last
+        first = last
+
+
 def distinct(value_N: Int64[np.ndarray, " N"]) -> Int64[np.ndarray, " M"]:
     """Return each value once, rising: `np.unique`, which hashes and so takes 50 times as long."""
     sorted_N = np.sort(value_N)

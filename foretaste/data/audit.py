@@ -449,7 +449,7 @@ def _years(time_E: Int64[np.ndarray, " E"]) -> Iterator[Finding]:
 def _against_time(
     events: Interactions, train_E: Bool[np.ndarray, " E"], test_E: Bool[np.ndarray, " E"]
 ) -> Iterator[Finding]:
-    own = int(newer_than_own(events, train_E, test_E).sum())
+    own = newer_than_own(events, train_E, test_E)
     if own:
         yield Finding(
             "leak",

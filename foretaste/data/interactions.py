@@ -21,6 +21,7 @@ from foretaste.errors import ConfigError, DataError, nearest
 from foretaste.later import later
 from foretaste.shown import Shown
 
+_BLOCK = 1 << 24
 _EACH_USER = 1 << 24
 """Events up to which each one's user is kept in memory once it is asked for."""
 
@@ -127,7 +128,10 @@ class Interactions(Shown):
     @cached_property
     def item_count(self) -> Int64[np.ndarray, " I"]:
         """How many events each item has here."""
-        return np.bincount(self.item_idx, minlength=self.num_items)
+        count_I = np.zeros(self.num_items, dtype=np.int64)
+        for first in range(0, len(self), _BLOCK):
+            count_I += np.bincount(self.item_idx[first : first + _BLOCK], minlength=self.num_items)
+        return count_I
 
     @checked
     def select(self, keep: Bool[np.ndarray, " E"]) -> "Interactions":

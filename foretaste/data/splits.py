@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 
 from foretaste.arguments import checked, checked_class
 from foretaste.config import Config, Seed
-from foretaste.data.arrays import check_rows, ranges
+from foretaste.data.arrays import check_rows, ranges, user_blocks
 from foretaste.data.batch import Queries, times_at
 from foretaste.data.features import FieldSide
 from foretaste.data.interactions import Interactions, is_positive
@@ -154,7 +154,8 @@ def find_leaks(
     found = [_own_future(events, train_E, test_E)]
     if events.timestamp_s is None:
         return (*filter(None, found), _UNTIMED[kind])
-    train_N = np.sort(events.timestamp_s[train_E])
+    train_N = events.timestamp_s[train_E]
+    train_N.sort()
     found = [
         _older_than_training("test", train_N, events.timestamp_s[test_E]),
         _older_than_training("validation", train_N, events.timestamp_s[part_E == VALIDATION]),
@@ -166,16 +167,20 @@ def find_leaks(
 
 def newer_than_own(
     events: Interactions, newer_E: Bool[np.ndarray, " E"], older_E: Bool[np.ndarray, " E"]
-) -> Bool[np.ndarray, " E"]:
-    """Mark the `newer_E` events that came after the first `older_E` event of their user.
+) -> int:
+    """Count the `newer_E` events that came after the first `older_E` event of their user.
 
     Without times a user's order counts as time; with them, the same second is not after.
     """
     time_E = events.timestamp_s if events.timestamp_s is not None else np.arange(len(events))
     first_U = np.full(events.num_users, np.iinfo(np.int64).max)
-    np.minimum.at(first_U, events.user_idx[older_E], time_E[older_E])
-    after_E: Bool[np.ndarray, " E"] = newer_E & (time_E > first_U[events.user_idx])
-    return after_E
+    older_N, newer = np.flatnonzero(older_E), 0
+    np.minimum.at(first_U, events.users_at(older_N), time_E[older_N])
+    for first, last in user_blocks(events.offsets):
+        here = slice(*events.offsets[[first, last]])
+        first_B = np.repeat(first_U[first:last], np.diff(events.offsets[first : last + 1]))
+        newer += int((newer_E[here] & (time_E[here] > first_B)).sum())
+    return newer
 
 
 _UNTIMED: dict[SplitKind, str] = {
@@ -211,7 +216,7 @@ def _older_than_training(
 def _own_future(
     events: Interactions, train_E: Bool[np.ndarray, " E"], test_E: Bool[np.ndarray, " E"]
 ) -> str:
-    newer = int(newer_than_own(events, train_E, test_E).sum())
+    newer = newer_than_own(events, train_E, test_E)
     if not newer:
         return ""
     return (
@@ -224,13 +229,13 @@ def _same_second(events: Interactions, test_E: Bool[np.ndarray, " E"]) -> str:
     """Count test events whose place after the one before them is only the order of the file."""
     if events.timestamp_s is None:
         return ""
-    same_E = np.zeros(len(events), dtype=bool)
-    same_E[1:] = (np.diff(events.timestamp_s) == 0) & (np.diff(events.user_idx) == 0)
-    tied = int((same_E & test_E).sum())
+    test_T = np.flatnonzero(test_E)
+    later_T = test_T[~np.isin(test_T, events.offsets)]  # not their user's first
+    tied = int((events.timestamp_s[later_T] == events.timestamp_s[later_T - 1]).sum())
     if not tied:
         return ""
     return (
-        f"{_share(tied, int(test_E.sum()))} of the test events share a second with the event of "
+        f"{_share(tied, len(test_T))} of the test events share a second with the event of "
         "their user before them: which came first is the order of the file"
     )
 
@@ -417,7 +422,7 @@ class Split(Shown):
             events = self.events.select(self.part_E <= part)
             part_of = self.part_E[self.part_E <= part]
             end_Q = np.flatnonzero(part_of == part)
-            user_Q = events.user_idx[end_Q].astype(np.int64)
+            user_Q = events.users_at(end_Q)
             targets, counts = events.item_idx[end_Q], np.ones(len(end_Q), np.int64)
             time_N = None if events.timestamp_s is None else events.timestamp_s[end_Q]
             context = None if events.context is None else events.context[end_Q]

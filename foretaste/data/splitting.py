@@ -3,13 +3,14 @@
 Shape legend: E events, U users, R rows, which are users or items.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import polars as pl
 from jaxtyping import Bool, Float64, Int64, UInt8
 
 from foretaste.arguments import checked, settings_as_arguments
+from foretaste.data.arrays import user_blocks
 from foretaste.data.interactions import Interactions
 from foretaste.data.merging import concatenate
 from foretaste.data.splits import (
@@ -112,10 +113,10 @@ def ratio_split(events: Interactions, split: RatioSplitConfig) -> Split:
     length_U = _num_positives(events)
     test_U = np.floor(length_U * split.test + _ROUNDING).astype(np.int64)
     validation_U = np.floor(length_U * split.validation + _ROUNDING).astype(np.int64)
-    from_end_E = _from_end(events)
     part_E = np.full(len(events), TRAIN, dtype=np.uint8)
-    part_E[from_end_E < (test_U + validation_U)[events.user_idx]] = VALIDATION
-    part_E[from_end_E < test_U[events.user_idx]] = TEST
+    for part_B, user_B, from_end_B in _from_end(events, part_E):
+        part_B[from_end_B < (test_U + validation_U)[user_B]] = VALIDATION
+        part_B[from_end_B < test_U[user_B]] = TEST
     short = int(((test_U == 0) & (length_U > 0)).sum()) if split.test else 0
     note = f"{short:,} users have too few events for a test share of {split.test:g}"
     return _checked(
@@ -343,16 +344,27 @@ def _cut(timestamp_E: Int64[np.ndarray, " E"], share_before: float) -> int:
     return middle if wanted - before <= until - wanted else middle + 1
 
 
-def _from_end(events: Interactions) -> Int64[np.ndarray, " E"]:
-    """Return for each event how many positive ones its user has after it: the last has 0."""
-    until_E1 = np.concatenate([[0], np.cumsum(events.positive_E, dtype=np.int64)])
-    from_end_E: Int64[np.ndarray, " E"] = (
-        until_E1[events.offsets[1:]][events.user_idx] - until_E1[1:]
-    )
-    return from_end_E
+def _from_end(
+    events: Interactions, part_E: UInt8[np.ndarray, " E"]
+) -> Iterator[tuple[UInt8[np.ndarray, " B"], Int64[np.ndarray, " B"], Int64[np.ndarray, " B"]]]:
+    """Yield the parts of some users' events at a time, their users, and how many positive ones
+    the user has after each: the last has 0.
+    """
+    for first, last in user_blocks(events.offsets):
+        offsets, here = events.offsets[first : last + 1], slice(*events.offsets[[first, last]])
+        until_B1 = np.concatenate([[0], np.cumsum(events.positive_E[here], dtype=np.int64)])
+        until_U = until_B1[offsets[1:] - offsets[0]]
+        length_U = np.diff(offsets)
+        yield (
+            part_E[here],
+            np.repeat(np.arange(first, last), length_U),
+            np.repeat(until_U, length_U) - until_B1[1:],
+        )
 
 
 def _num_positives(events: Interactions) -> Int64[np.ndarray, " U"]:
+    if not events.positive:
+        return np.diff(events.offsets)
     until_E1 = np.concatenate([[0], np.cumsum(events.positive_E, dtype=np.int64)])
     num_U: Int64[np.ndarray, " U"] = np.diff(until_E1[events.offsets])
     return num_U
@@ -364,11 +376,11 @@ def _leave_last(
     """Give the last event to `parts[0]` and the one before to `parts[1]`; note short histories."""
     fewest = fewest or len(parts) + 1
     length_U = _num_positives(events)
-    long_E = (length_U >= fewest)[events.user_idx]
-    from_end_E = _from_end(events)
     part_E = np.full(len(events), TRAIN, dtype=np.uint8)
-    for place, part in enumerate(parts):
-        part_E[long_E & (from_end_E == place)] = part
+    for part_B, user_B, from_end_B in _from_end(events, part_E):
+        long_B = length_U[user_B] >= fewest
+        for place, part in enumerate(parts):
+            part_B[long_B & (from_end_B == place)] = part
     short = int(((length_U > 0) & (length_U < fewest)).sum())
     note = f"{short:,} users have fewer than {fewest} events, all of which stay in training"
     return part_E, (note,) if short else ()
@@ -398,7 +410,7 @@ def _checked(
     notes: tuple[str, ...] = (),
 ) -> Split:
     """Refuse a split with an empty part, if validation and test are `held_out`; say what leaks."""
-    sizes = np.bincount(part_E, minlength=UNUSED + 1)
+    sizes = [np.count_nonzero(part_E == part) for part in range(UNUSED + 1)]
     validation, test = held_out
     wanted = {
         "training": (TRAIN, True),

@@ -9,7 +9,6 @@ batch, R rows of a ranking, T ranks, I items, U users.
 
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from typing import final
 
 import numpy as np
@@ -17,7 +16,7 @@ import torch
 from jaxtyping import Bool, Int32, Int64
 from torch import Tensor
 
-from foretaste.data.arrays import check_fits, distinct
+from foretaste.data.arrays import check_fits, distinct, user_blocks
 from foretaste.data.batch import DrawItems
 from foretaste.data.graph import Graph
 from foretaste.data.interactions import Interactions
@@ -29,8 +28,6 @@ _ROUNDS = 8
 _BLOCK_ROWS, _BLOCK_WEIGHTS = 64, 2**24
 """Rows, and weights of items for all of them, in memory at once."""
 _MOST_FLAGS = 1 << 26
-_BLOCK_EVENTS = 1 << 24
-"""Events whose pairs are told apart at a time."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -90,17 +87,14 @@ class Seen:
 
 def _keys(events: Interactions) -> Int64[np.ndarray, " E"]:
     """Return the distinct pairs as numbers, rising: users one range after the other."""
-    first_U, end = [0], len(events)
-    while events.offsets[first_U[-1]] < end:
-        wanted = events.offsets[first_U[-1]] + _BLOCK_EVENTS
-        reached = int(np.searchsorted(events.offsets, wanted, side="right")) - 1
-        first_U.append(max(first_U[-1] + 1, reached))
-    parts = []
-    for first, last in pairwise(first_U):
+    key_E, num = np.empty(len(events), np.int64), 0
+    for first, last in user_blocks(events.offsets):
         user_N = np.repeat(np.arange(first, last), np.diff(events.offsets[first : last + 1]))
         item_N = events.item_idx[events.offsets[first] : events.offsets[last]]
-        parts.append(distinct(user_N * events.num_items + item_N))
-    return np.concatenate([np.empty(0, np.int64), *parts])
+        of_block = distinct(user_N * events.num_items + item_N)
+        key_E[num : num + len(of_block)] = of_block
+        num += len(of_block)
+    return key_E[:num]
 
 
 def draw_unseen(

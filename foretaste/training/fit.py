@@ -239,7 +239,8 @@ class Fit(Generic[Network, Batch]):
         return self.progress
 
     def _refuse_broken_weights(self) -> None:
-        if not all(bool(weights.isfinite().all()) for weights in self.model.parameters()):
+        ends = [torch.stack(each.aminmax()) for each in self.model.parameters() if each.numel()]
+        if not all(bool(each.isfinite().all()) for each in ends):
             raise NonFiniteError(
                 "training ended with weights that are NaN or infinite: lower "
                 "training.learning_rate or "

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
+from foretaste.data.arrays import user_blocks
 from foretaste.data.batch import Queries, SequenceBatch, last_events
 from foretaste.data.interactions import Interactions
 from foretaste.models.layers.attention import MultiHeadAttention
@@ -256,7 +257,7 @@ def mean_weights(valid_BL: Bool[Tensor, "B L"]) -> Float[Tensor, "B 1 L"]:
 Rows = Callable[[Int64[Tensor, " N"]], Float[Tensor, "N _"]]
 """Gives vectors by row: a `Table`, or what a model makes of one."""
 
-_BLOCK_USERS = 2**12
+_BLOCK_EVENTS = 2**17
 _RIDGE = 1e-3
 """Weight of the squared coefficients, over the mean square of the inputs."""
 
@@ -303,10 +304,14 @@ class FoldIn(nn.Module):
         device, (dim, user_dim) = self.weight_DD.device, self.weight_DD.shape
         offsets_U1 = torch.from_numpy(events.offsets.astype(np.int64)).to(device)
         self.num_events_U.copy_(offsets_U1.diff())
-        user_U = (self.num_events_U > 0).nonzero().squeeze(1)
+        with_events_U = self.num_events_U > 0
         both = torch.zeros(dim + user_dim, dtype=torch.float64, device=device)
         product = torch.zeros(dim, dim + user_dim, dtype=torch.float64, device=device)
-        for user_B in user_U.split(_BLOCK_USERS):
+        for first_user, last_user in user_blocks(events.offsets, _BLOCK_EVENTS):
+            user_B = torch.arange(first_user, last_user, device=device)
+            user_B = user_B[with_events_U[first_user:last_user]]
+            if not len(user_B):
+                continue
             first, last = int(offsets_U1[user_B[0]]), int(offsets_U1[user_B[-1] + 1])
             item_N = torch.from_numpy(events.item_idx[first:last].astype(np.int64))
             offsets_B1 = F.pad(offsets_U1[user_B + 1] - first, (1, 0))
@@ -314,8 +319,9 @@ class FoldIn(nn.Module):
             pair_BX = torch.cat([bag_BD, users(user_B)], dim=1).double()
             both += pair_BX.sum(dim=0)
             product += pair_BX[:, :dim].T @ pair_BX
-        mean = both / len(user_U)
-        product -= len(user_U) * mean[:dim].unsqueeze(1) * mean
+        num = int(with_events_U.sum())
+        mean = both / num
+        product -= num * mean[:dim].unsqueeze(1) * mean
         gram_DD = product[:, :dim].contiguous()
         gram_DD.diagonal().add_(_RIDGE * gram_DD.diagonal().mean() + 1e-12)
         weight_DD = torch.linalg.solve(gram_DD, product[:, dim:])
