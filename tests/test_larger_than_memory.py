@@ -2,7 +2,12 @@
 
 import json
 import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -15,6 +20,8 @@ import foretaste as ft
 from foretaste.data import importing, interactions, plans
 from foretaste.data.importing import import_events
 from foretaste.data.plans import BlockOrder, plan_pairs
+from foretaste.training.fit import Fit, Progress
+from foretaste.training.trained import Trained
 from tests.worlds import events_of
 
 
@@ -126,6 +133,16 @@ def test_a_damaged_part_is_named_and_nothing_is_left(
     assert not list(tmp_path.glob(".*"))
 
 
+def test_a_disk_that_fills_during_an_import_is_named_and_nothing_is_left(
+    small_disk: Path, tmp_path: Path
+) -> None:
+    paths = written(log(20_000), tmp_path, "parquet")
+    with pytest.raises(ft.ForetasteError, match="No space left") as caught:
+        import_events(paths, out=small_disk / "store", timestamp="t")
+    assert str(small_disk) in str(caught.value)
+    assert os.listdir(small_disk) == []
+
+
 def test_a_file_that_changes_while_it_is_imported_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -194,3 +211,55 @@ def test_plans_of_very_many_events_hold_each_once(monkeypatch: pytest.MonkeyPatc
     assert sorted(pairs) == sorted(expected)
     again = plan_pairs(events, batch_events=9, generator=np.random.default_rng(0))
     assert torch.equal(again.batch(5).item_B, batches[5].item_B)
+
+
+STREAMED = """\
+import os, signal, sys
+from foretaste.data import interactions, plans
+from tests.test_larger_than_memory import streamed_fit
+last = int(sys.argv[2])
+def kill(progress, _):
+    if progress.step == last:
+        os.kill(os.getpid(), signal.SIGKILL)
+plans.WHOLE_ORDER = interactions._EACH_USER = 40
+streamed_fit(sys.argv[1], kill)
+"""
+
+
+def streamed_fit(folder: str, on_step: Callable[[Progress, int], None] | None = None) -> Trained:
+    """Train on a store in an order by blocks, from the last checkpoint of the folder on."""
+    split = ft.leave_last_split(ft.open_store(Path(folder).parent / "store"))
+    run = Fit._epoch
+
+    def watched(self: Fit, log: Any, on_epoch: Any, _: Any, seconds: Any) -> None:
+        run(self, log, on_epoch, on_step, seconds)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Fit, "_epoch", watched)
+        training = ft.TrainingConfig(epochs=3, batch_events=32, checkpoint_seconds=0)
+        return ft.fit(
+            ft.MFConfig(embedding_dim=4),
+            split,
+            training=training,
+            folder=folder,
+            resume=Path(folder).exists(),
+            show=False,
+        )
+
+
+def test_a_streamed_epoch_that_is_killed_three_times_ends_with_the_same_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import_events(written(log(600), tmp_path, "csv"), out=tmp_path / "store", timestamp="t")
+    for last in (3, 20, 30):  # in the first epoch, and twice in the second
+        call = [sys.executable, "-c", STREAMED, str(tmp_path / "killed"), str(last)]
+        killed = subprocess.run(call, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False)
+        assert killed.returncode == -signal.SIGKILL
+    monkeypatch.setattr(plans, "WHOLE_ORDER", 40)
+    monkeypatch.setattr(interactions, "_EACH_USER", 40)
+    resumed = streamed_fit(str(tmp_path / "killed")).model.state_dict()
+    whole = streamed_fit(str(tmp_path / "whole")).model.state_dict()
+    logs = [(tmp_path / name / "steps.jsonl").read_text() for name in ("killed", "whole")]
+    assert logs[0] == logs[1]
+    for name, value in whole.items():
+        assert torch.equal(value, resumed[name]), name

@@ -5,10 +5,8 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
 import time
 import tracemalloc
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -173,20 +171,6 @@ def test_a_store_is_replaced_only_where_that_is_asked(folder: Path, tmp_path: Pa
     assert len(open_store(folder, verify=True)) == 60
     write_store(events(), tmp_path / "no" / "where")
     assert len(open_store(tmp_path / "no" / "where")) == len(events())
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 64 KiB, where this process may mount one."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]
-    try:
-        subprocess.run(command, check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("a small disk cannot be mounted here: that takes root")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_a_full_disk_leaves_nothing_behind(small_disk: Path) -> None:
