@@ -88,7 +88,7 @@ def test_a_token_that_was_made_is_found_and_only_its_hash_is_kept(tmp_path: Path
 @pytest.mark.parametrize(
     ("call", "says"),
     [
-        ({"name": "shop"}, "holds a token of the name shop"),
+        ({"name": "shop"}, "has a token named shop"),
         ({"name": 'a"b'}, "name"),
         ({"name": "x", "roles": ("root",)}, "roles"),
         ({"name": "x", "roles": ()}, "roles"),
@@ -110,7 +110,7 @@ def test_a_token_that_cannot_be_is_not_added(tmp_path: Path, call: dict, says: s
     [
         (None, "cannot be read as a file of tokens"),
         ("tokens = ", "cannot be read as a file of tokens"),
-        ("", "holds no token"),
+        ("", "has no token"),
         ("[[tokens]]\nname = 'a'\ntoken = 'secret'", "token"),
         ("[[tokens]]\nname = 'a'\nsha256 = 'secret'", "sha256"),
         (f"[[tokens]]\nname = 'a'\nsha256 = '{'0' * 64}'\n" * 2, "two tokens have the same name"),

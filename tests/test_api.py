@@ -188,7 +188,7 @@ def test_rules_are_obeyed_and_a_short_list_says_so(films: Served) -> None:
     ("rules", "says"),
     [
         ({"where": {"yeer": {"equals": 1}}}, "did you mean 'year'?"),
-        ({"where": {"year": {"equals": "soon"}}}, "'year' holds numbers, and 'soon' is none"),
+        ({"where": {"year": {"equals": "soon"}}}, "'year' holds numbers, and 'soon' is not one"),
         ({"where": {"year": {}}}, "rules.where.year: a condition is empty"),
         (
             {"where": {"year": {"at_lest": 3}}},
@@ -480,9 +480,9 @@ def test_a_wrong_event_stores_nothing_and_says_why(films: Served, event: object,
     ("asked", "says"),
     [
         ({"k": 0}, "k: must be at least 1, not 0"),
-        ({"k": 1001}, "k is 1001: this server gives lists of 1 to 1000"),
+        ({"k": 1001}, "k is 1001: this server returns lists of 1 to 1000"),
         ({"k": "many"}, "k: must be a number, not the text 'many'"),
-        ({"history": [1] * 2001}, "the history holds 2001 items and this server accepts 2000"),
+        ({"history": [1] * 2001}, "the history has 2001 items, but this server accepts 2000"),
         ({"history": "abc"}, "history: must be a list, such as ['abc'], not 'abc'"),
         ({"history": [None]}, "history.0"),
         ({"histroy": [1]}, "histroy: there is no such field; did you mean history?"),
@@ -857,7 +857,7 @@ def test_bodies_on_their_way_are_bounded_all_together(film_bundle: Path, tmp_pat
         headers = {"content-type": "application/json"}
         refused = films.http.post("/v1/recommend", content=body, headers=headers)
         assert refused.status_code == 503
-        assert "bodies of 900 bytes are on their way" in refused.json()["error"]
+        assert "bodies of 900 bytes are in transfer" in refused.json()["error"]
         assert films.http.get("/v1/model").status_code == 200
         assert films.http.post("/v1/recommend", json={}).status_code == 200
         stack.close()
@@ -956,7 +956,7 @@ def test_a_fault_of_the_server_is_answered_as_json_with_its_cause_in_the_log(
     monkeypatch.setattr(films.service, "columns", fail)
     reply = films.http.get("/v1/columns")
     assert reply.status_code == 500
-    assert "its log says why" in reply.json()["error"]
+    assert "see its log" in reply.json()["error"]
     assert reply.headers["x-content-type-options"] == "nosniff"
     (line,) = films.logged(1)
     assert (line["route"], line["status"]) == ("/v1/columns", 500)

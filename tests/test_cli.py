@@ -395,7 +395,7 @@ def test_a_token_is_shown_once_and_an_empty_or_missing_one_does_not_serve(
     code, out, _ = foretaste("token", file, "cron", "--json")
     assert (code, json.loads(out)["name"]) == (0, "cron")
     code, _, err = foretaste("serve", "nowhere", "--host", "0.0.0.0")
-    assert (code, "needs no token" in err) == (1, True)
+    assert (code, "without a token" in err) == (1, True)
     for words in (("--token", ""), ()):
         monkeypatch.setenv("FORETASTE_TOKEN", "")
         code, _, err = foretaste("serve", "nowhere", *words)

@@ -234,7 +234,7 @@ def test_vectors_are_not_asked_of_a_model_that_has_none() -> None:
 
 
 def test_a_list_too_long_to_arrange_is_refused(recommender: Recommender) -> None:
-    with pytest.raises(DataError, match="k is 1001: caps and diversity arrange lists of 1 to 1000"):
+    with pytest.raises(DataError, match="k is 1001: caps and diversity allow lists of 1 to 1000"):
         recommender.recommend(k=1001, rules=Rules(caps={"shape": 1}))
     filtered = Rules(where={"size": Condition(at_least=19)})
     assert len(recommender.recommend(k=1001, rules=filtered).rows) == 1

@@ -201,7 +201,7 @@ def test_an_index_of_other_vectors_or_items_is_refused(tmp_path: Path) -> None:
         tensors[name][row] += 1
         safetensors.numpy.save_file(tensors, path)
         seal_again(bundle, "index/vectors.safetensors")
-        with pytest.raises(BundleError, match="its index holds other"):
+        with pytest.raises(BundleError, match="its index has other"):
             load_version(bundle)
 
 

@@ -1,13 +1,13 @@
-"""What stands between a client and the routes: bounds on connections, then token, body and room.
+"""Checks between a client and the routes: limits of connections, token, body and room.
 
-Bytes come through `Connection`, on uvicorn's protocol: bounds on the request line, on headers and
-on connections, and a time for each thing that a client could let the server wait for. Who goes
-beyond is answered in one write, and is gone; so is a request that there is no room for, before
-anything is made of it.
+`Connection`, a uvicorn protocol, receives bytes and limits the request line, the headers, the
+number of connections, and each time that a client could make the server wait. A client that exceeds
+a limit gets a short reply, and its connection is closed; the same holds for a request for which
+there is no room, before it is parsed further.
 
-A whole head comes to `Guard`, plain ASGI, so that a body too large is refused while it arrives, and
-a request that cannot be taken on is refused before anything is done for it. What goes wrong within
-is answered here, with its cause in the log.
+A complete head goes to `Guard`, plain ASGI, which refuses a body that is too large while it
+arrives, and a request for which there is no room before any work. It also answers errors of the
+routes, and logs their causes.
 """
 
 import asyncio
@@ -46,24 +46,25 @@ if sys.platform != "win32":
     import resource
 
 SPARE_FILES = 64
-"""Of the files that the process may still open, so many are kept for others than connections."""
+"""Number of file descriptors that connections leave to other uses."""
 REFUSALS_PER_S, SLOWED_S = 2000, 0.25
-"""Of requests without room, about so many are answered in a second; the others wait so long for
-their answer, and so do clients that ask again at once whatever they are answered."""
+"""About this many requests without room are answered per second; the others wait this long for
+their reply, so that clients which retry at once are slowed down."""
 _HEADER_COST = 32
-"""Bytes that a header counts beside its name and value, so that empty ones are bounded too."""
+"""Bytes that a header counts in addition to its name and value, so that empty headers are limited
+too."""
 _CLOSES = b"\r\nconnection: close\r\n"
 
 
 class Connection(HttpToolsProtocol):
-    """A connection within the bounds of `limited`, which makes the class that a server uses."""
+    """A connection with limits; `limited` creates the class that a server uses."""
 
     settings: ClassVar[ServerSettings]
     admission: ClassVar[Admission]
     most: ClassVar[int]
     by_address: ClassVar[Counter[str]]
     waiting: ClassVar[set["Connection"]]
-    """Those with a request that there was no room for, not yet answered."""
+    """Connections with an unanswered request for which there was no room."""
 
     def __init__(
         self,
@@ -74,17 +75,19 @@ class Connection(HttpToolsProtocol):
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
         self._in_head, self._heads = False, 0
-        """Whether a request line and headers have begun and are not whole, and how many began."""
+        """Whether a head (request line and headers) is incomplete, and the number of heads so
+        far."""
         self._waiting_bytes, self._header_bytes = 0, 0
-        """Of a head that is not whole: what came since its first part, and its headers so far."""
+        """For an incomplete head: the bytes since its first part, and the size of its headers so
+        far."""
         self._is_read = True
-        """Whether what comes is looked at."""
-        self._why = (HTTPStatus.BAD_REQUEST, "this is no HTTP request")
+        """Whether incoming bytes are processed."""
+        self._why = (HTTPStatus.BAD_REQUEST, "this is not an HTTP request")
         self._timer: asyncio.TimerHandle | None = None
-        """Until a head is whole, or until a client has read what was written."""
+        """Runs until a head is complete, or until the client has read the reply."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Take a connection on, or say that there are too many."""
+        """Accept a connection, or reply that there are too many."""
         super().connection_made(transport)  # type: ignore[arg-type]  # as uvicorn narrows it
         self.by_address[self._address] += 1
         self.admission.metrics.connections.set(len(self.connections))
@@ -94,12 +97,12 @@ class Connection(HttpToolsProtocol):
             said = "your address has reached its limit of connections: use one for many requests"
             self._is_read = False
             refusal = partial(self._refuse, "address", HTTPStatus.SERVICE_UNAVAILABLE, said)
-            self._within(SLOWED_S, refusal)  # or it would come again at once
+            self._within(SLOWED_S, refusal)  # or the client would connect again at once
         else:
             self._within(self.settings.header_timeout_s, self._too_slow)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Forget the connection."""
+        """Remove the connection."""
         super().connection_lost(exc)
         self._stop_timer()
         self.admission.metrics.connections.set(len(self.connections))
@@ -109,14 +112,16 @@ class Connection(HttpToolsProtocol):
             del self.by_address[self._address]
 
     def data_received(self, data: bytes) -> None:
-        """Read on, unless the connection was given up or its head grows too long."""
+        """Process bytes, unless the connection was closed or its head is too long."""
         if not self._is_read:
             return
         head = self._heads if self._in_head else 0
         super().data_received(data)
         if self.transport.is_closing():
             return
-        if self._in_head and self._heads == head:  # the parser keeps a header until it is whole
+        if (
+            self._in_head and self._heads == head
+        ):  # the parser buffers a header until it is complete
             self._waiting_bytes += len(data)
             if self._waiting_bytes > self.settings.max_header_bytes + self.settings.max_url_bytes:
                 said = "the headers are too long"
@@ -127,20 +132,20 @@ class Connection(HttpToolsProtocol):
             self._within(self.settings.header_timeout_s, self._too_slow)
 
     def on_message_begin(self) -> None:
-        """Begin to count a head."""
+        """Start to measure a head."""
         super().on_message_begin()
         self._in_head, self._heads = True, self._heads + 1
         self._waiting_bytes = self._header_bytes = 0
 
     def on_url(self, url: bytes) -> None:
-        """Take a part of the URL."""
+        """Receive a part of the URL."""
         super().on_url(url)
         if len(self.url) > self.settings.max_url_bytes:
             self._why = HTTPStatus.REQUEST_URI_TOO_LONG, "the URL is too long"
-            raise ValueError("url")  # the parser ends, and `send_400_response` says why
+            raise ValueError("url")  # the parser stops, and `send_400_response` replies
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Take a header."""
+        """Receive a header."""
         super().on_header(name, value)
         self._header_bytes += len(name) + len(value) + _HEADER_COST
         if self._header_bytes > self.settings.max_header_bytes:
@@ -148,7 +153,7 @@ class Connection(HttpToolsProtocol):
             raise ValueError("header")
 
     def on_headers_complete(self) -> None:
-        """Hand the request on: from here on the guard counts and times it."""
+        """Pass the request on; from here on the guard counts and times it."""
         self._in_head = False
         self._stop_timer()
         super().on_headers_complete()
@@ -175,28 +180,28 @@ class Connection(HttpToolsProtocol):
         self.on_response_complete()
 
     def on_response_complete(self) -> None:
-        """Wait for the next request, as long as the client reads what it was answered."""
+        """Wait for the next request, provided that the client reads its reply."""
         super().on_response_complete()
         if self.transport.is_closing():
             self._within(self.settings.write_timeout_s, self.transport.abort)
 
     def pause_writing(self) -> None:
-        """Give a client some time to read: an answer that waits holds a place."""
+        """Limit the time for reading a reply: a pending reply occupies a connection."""
         super().pause_writing()
         self._within(self.settings.write_timeout_s, self.transport.abort)
 
     def resume_writing(self) -> None:
-        """Go on."""
+        """Stop the timer."""
         super().resume_writing()
         if not self.transport.is_closing():
             self._stop_timer()
 
     def timeout_keep_alive_handler(self) -> None:
-        """End an idle connection, whether or not the client has read all."""
+        """Close an idle connection, even if the client has not read everything."""
         self.transport.abort()
 
     def send_400_response(self, msg: str) -> None:
-        """Say why the parser gave up."""
+        """Reply with the reason why the parser failed."""
         status, said = self._why
         reason = {HTTPStatus.REQUEST_URI_TOO_LONG: "url", HTTPStatus.BAD_REQUEST: "malformed"}
         self._refuse(reason.get(status, "header"), status, said)
@@ -206,11 +211,13 @@ class Connection(HttpToolsProtocol):
         return self.client[0] if self.client else ""
 
     def _too_slow(self) -> None:
-        said = f"no complete head of a request arrived within {self.settings.header_timeout_s:g} s"
+        said = f"no complete request head arrived within {self.settings.header_timeout_s:g} s"
         self._refuse("slow", HTTPStatus.REQUEST_TIMEOUT, said)
 
     def _refuse(self, reason: str, status: HTTPStatus, sentence: str) -> None:
-        """Answer in one write and close; a client that does not read it is cut off."""
+        """Reply in one write and close the connection, even if the client does not read the
+        reply.
+        """
         self.admission.dropped(reason, status.value)
         body = json.dumps({"error": sentence}).encode()
         head = (
@@ -219,7 +226,9 @@ class Connection(HttpToolsProtocol):
         )
         if status is HTTPStatus.SERVICE_UNAVAILABLE:
             head += "retry-after: 1\r\n"
-        if self._in_head or status is not HTTPStatus.REQUEST_TIMEOUT:  # else nothing was asked
+        if (
+            self._in_head or status is not HTTPStatus.REQUEST_TIMEOUT
+        ):  # otherwise there was no request
             self.transport.write(head.encode() + b"\r\n" + body)
         self.transport.close()
         self._within(self.settings.write_timeout_s, self.transport.abort)
@@ -242,10 +251,10 @@ def _open_files() -> int:
 
 
 def limited(settings: ServerSettings, admission: Admission) -> type[Connection]:
-    """Return the protocol of a server: its bounds, its counters, and its connections by address."""
+    """Return the protocol class of a server, with its limits, its counters and its connections."""
 
     class Limited(Connection):
-        """Its class holds what its connections share."""
+        """The class attributes are shared by its connections."""
 
     Limited.settings, Limited.admission = settings, admission
     Limited.by_address, Limited.waiting = Counter(), set()
@@ -259,13 +268,13 @@ def limited(settings: ServerSettings, admission: Admission) -> type[Connection]:
 
 OPEN_PATHS = frozenset({"/health", "/ready"})
 DRAIN_BYTES = 8_388_608
-"""So much of a body too large is read and thrown away: a client that is still sending when its
-connection is closed would lose the answer that says why."""
+"""This much of a body that is too large is read and discarded: a client that is still sending when
+the connection is closed would not receive the reply."""
 
 
 @final
 class Guard:
-    """Wraps the routes. It must be the outermost layer."""
+    """The outermost ASGI layer around the routes."""
 
     def __init__(
         self,
@@ -291,12 +300,12 @@ class Guard:
         log: dict[str, object] = {"request_id": request_id(Headers(scope=scope))}
         scope.setdefault("state", {})["log"] = log
         answer = _Answer(send, str(log["request_id"]), keeps=scope["path"] in self._open)
-        if scope["method"] == "HEAD":  # the server in front leaves the body out
+        if scope["method"] == "HEAD":  # uvicorn omits the body
             scope = {**scope, "method": "GET", "asked": "HEAD"}
         try:
             await self._answer(scope, receive, answer)
         except (asyncio.CancelledError, KeyboardInterrupt, SystemExit):
-            log["cause"] = "the server was stopped before it had answered"
+            log["cause"] = "the server stopped before it answered"
             raise
         finally:
             self._admission.record(
@@ -312,11 +321,11 @@ class Guard:
             await self._pass(scope, receive, answer.send)
         except (asyncio.CancelledError, KeyboardInterrupt, SystemExit):
             raise
-        except BaseException as error:  # a panic of native code is no Exception
+        except BaseException as error:  # a panic of native code is not an Exception
             scope["state"]["log"]["cause"] = "".join(traceback.format_exception(error))
-            if answer.status:  # half of another answer has gone out: end the connection
+            if answer.status:  # part of another reply was sent: close the connection
                 raise
-            broken = refuse(500, "the server failed on this request; its log says why")
+            broken = refuse(500, "the server failed on this request; see its log")
             await broken(scope, receive, answer.send)
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -326,7 +335,7 @@ class Guard:
         taken = (
             self._misdirected(scope)
             or self._without_token(scope)
-            or self._without_room(scope)  # before its body, and again after it
+            or self._without_room(scope)  # before the body is read, and again afterwards
             or await self._body(scope, receive)
         )
         if isinstance(taken, bytes):
@@ -338,7 +347,7 @@ class Guard:
             await self._app(scope, _replay(taken, receive), send)
 
     def _misdirected(self, scope: Scope) -> Response | None:
-        """Refuse what a foreign page makes a browser send."""
+        """Refuse requests that a page of another site makes a browser send."""
         headers = Headers(scope=scope)
         host = headers.get("host", "").lower()
         name = host.rpartition(":")[0] if host[-1:].isdigit() and ":" in host else host
@@ -350,7 +359,7 @@ class Guard:
                 "server's `hosts`",
             )
         if scope["method"] not in ("GET", "OPTIONS") and _is_cross_site(headers, host):
-            return refuse(403, "a page of another site sent this request: it changes nothing here")
+            return refuse(403, "a page of another site sent this request: it was not executed")
         return None
 
     def _without_token(self, scope: Scope) -> Response | None:
@@ -389,14 +398,14 @@ class Guard:
         return refuse(503, said, {"retry-after": "1"})
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes | Response:
-        """Return the whole body, or why it is not taken."""
+        """Return the whole body, or the reply that refuses it."""
         headers, most = Headers(scope=scope), self._settings.max_body_bytes
         length = headers.get("content-length", "0")
         if not length.isdigit() or int(length[:20]) > most + DRAIN_BYTES:
             return self._too_large()
         size = most if "transfer-encoding" in headers else min(most, int(length[:20]))
         if size and self._bodies + size > self._settings.max_bodies_bytes:
-            said = f"bodies of {self._bodies} bytes are on their way: try again in a second"
+            said = f"bodies of {self._bodies} bytes are in transfer: try again in a second"
             return self._no_room(scope, said)
         self._bodies += size
         try:
@@ -423,7 +432,7 @@ class Guard:
 
 
 def _allowed_hosts(settings: ServerSettings) -> frozenset[str]:
-    """Return the names that a server answers by; none: any."""
+    """Return the host names that a server accepts; empty: any name."""
     if settings.hosts or not is_loopback(settings.host):
         return frozenset(host.lower() for host in settings.hosts)
     own = f"[{settings.host}]" if ":" in settings.host else settings.host
@@ -431,7 +440,7 @@ def _allowed_hosts(settings: ServerSettings) -> frozenset[str]:
 
 
 def _is_cross_site(headers: Headers, host: str) -> bool:
-    """Return whether a browser says that a page of another site made it send a request."""
+    """Return whether the browser marks a request as sent by a page of another site."""
     site, origin = headers.get("sec-fetch-site"), headers.get("origin")
     if site is not None:
         return site not in ("same-origin", "none")
@@ -439,7 +448,7 @@ def _is_cross_site(headers: Headers, host: str) -> bool:
 
 
 def _route(scope: Scope) -> str:
-    """Return the path of a request's route, also of one that was refused before it got there."""
+    """Return the path of a request's route, also if it was refused before routing."""
     routes = [scope["route"]] if "route" in scope else scope["app"].routes
     for route in routes:
         if "route" in scope or route.matches(scope)[0] is not Match.NONE:
@@ -448,17 +457,17 @@ def _route(scope: Scope) -> str:
 
 
 def refuse(status: int, sentence: str, headers: Mapping[str, str] | None = None) -> Response:
-    """Return an error as every route says it: `{"error": sentence}`."""
+    """Return an error reply in the format of all routes: `{"error": sentence}`."""
     return JSONResponse({"error": sentence}, status, dict(headers or {}))
 
 
 @final
 class _Answer:
-    """What goes out to a client, with the headers that every answer has."""
+    """A reply to a client, with the headers that all replies have."""
 
     def __init__(self, send: Send, request_id: str, *, keeps: bool) -> None:
         self.status = 0
-        """0 until the answer has begun."""
+        """The status; 0 until the reply has begun."""
         self._send, self._request_id, self._keeps = send, request_id, keeps
 
     async def send(self, message: Message) -> None:
@@ -474,7 +483,7 @@ class _Answer:
 
 
 async def _read_body(receive: Receive, *, keep: int) -> bytes:
-    """Read a body to its end; of one larger than `keep`, only that much and one byte is kept."""
+    """Read a body to its end; keep at most `keep` + 1 bytes."""
     body, size, more = bytearray(), 0, True
     while more and size <= keep + DRAIN_BYTES:
         message = await receive()

@@ -1,4 +1,4 @@
-"""What goes over HTTP: the bodies of requests and replies."""
+"""The HTTP messages: bodies of requests and replies."""
 
 from contextlib import suppress
 from typing import Annotated
@@ -23,7 +23,7 @@ from foretaste.serving.rules import NO_RULES, Rules
 
 MAX_ID_LENGTH = 512
 MAX_SECONDS = 10**11
-"""Unix seconds beyond are milliseconds."""
+"""Larger timestamps are taken for milliseconds."""
 
 
 def _id_text(value: object) -> str:
@@ -39,7 +39,7 @@ def _id_text(value: object) -> str:
 
 
 def _seconds(value: object) -> int | None:
-    """Return a time as reading a table takes it, in whole seconds."""
+    """Return a time in whole seconds, in the formats that tables may have."""
     match value:
         case None:
             return None
@@ -61,11 +61,11 @@ def _seconds(value: object) -> int | None:
 
 _TEXT, _WHOLE, _NULL = ({"type": kind} for kind in ("string", "integer", "null"))
 PathId = Annotated[str, AfterValidator(_id_text)]
-"""An id in a path, where all is text."""
+"""An id in a path, which is always text."""
 Id = Annotated[str, BeforeValidator(_id_text), WithJsonSchema({"anyOf": [_TEXT, _WHOLE]})]
-"""An id of the caller's, text or a whole number; within the server it is text."""
+"""An id of the caller, text or a whole number; the server uses its text."""
 _Ids = Annotated[tuple[Id, ...], Field(max_length=100_000, fail_fast=True)]
-"""A body of 1 MB may hold 250,000 wrong ones; naming each takes seconds."""
+"""Stops at the first invalid id: a body of 1 MB may have 250,000, and naming each takes seconds."""
 _NewId = Annotated[StrictStr, AfterValidator(_id_text)]
 _Time = Annotated[
     int | None, BeforeValidator(_seconds), WithJsonSchema({"anyOf": [_WHOLE, _TEXT, _NULL]})
@@ -77,12 +77,12 @@ class _Reply(BaseModel):
 
 
 class RecommendRequest(Config):
-    """Whom to recommend for: a known user, a history, both, or an unknown user."""
+    """A request for recommendations: for a known user, a history, both, or an unknown user."""
 
     user_id: Id | None = None
-    """A user; the events posted since training count."""
+    """A user, whose events since training count."""
     history: _Ids = ()
-    """Items, oldest first; for a user, those after all that the server knows."""
+    """Items, oldest first. They are appended to the user's known history."""
     features: dict[str, JsonValue] | None = Field(default=None, max_length=100)
     """Features of a new user: column of the user table to value."""
     context: dict[str, JsonValue] | None = Field(default=None, max_length=100)
@@ -99,8 +99,8 @@ class RecommendRequest(Config):
     """Items that are not in the catalogue, to be ranked with it: from id to features, column of the
     item table to value. Rules apply to them too."""
     weights: dict[str, float] | None = Field(default=None, min_length=1, max_length=100)
-    """How much each task's prediction counts in the score, per unit that the rows show; 0 for tasks
-    that are not named."""
+    """Weight of each task's prediction in the score, per unit that the rows show; 0 for tasks that
+    are not named."""
     rules: Rules = NO_RULES
     """Filters on attributes, caps on categories, diversity."""
     explain: bool = False
@@ -108,11 +108,11 @@ class RecommendRequest(Config):
 
 
 class Item(_Reply):
-    """An item as a person would name it."""
+    """An item with its title."""
 
     item_id: str
     title: str
-    """The item's title or name where the catalogue has one, else its id."""
+    """The item's title or name if the catalogue has one, else its id."""
     attributes: dict[str, JsonValue]
     """The other columns of the item table."""
 
@@ -123,48 +123,48 @@ class Row(Item):
     score: float
     """Higher is better; comparable within one answer only."""
     source: str
-    """Where it came from: model, fold-in, features or popular."""
+    """The source of the row: model, fold-in, features or popular."""
     predictions: dict[str, float] = Field(default_factory=dict)
-    """What the model predicts, by the task's name; empty for a model without tasks."""
+    """The model's predictions by the task's name; empty for a model without tasks."""
     because: Item | None = None
-    """The item of the history without which this row's score would fall most."""
+    """The item of the history whose removal would lower this row's score most."""
 
 
 class RecommendReply(_Reply):
-    """A list, best first, and what it was made from."""
+    """A list, best first, and what it is based on."""
 
     user_id: str | None
     user_known: bool
-    """Whether training saw the user."""
+    """Whether the user is in the training data."""
     source: str
-    """Where the list came from: model, fold-in, features or popular."""
+    """The source of the list: model, fold-in, features or popular."""
     items: list[Row]
     unknown_items: list[str]
     """Ids in the request or in live events that the model does not know."""
     notes: list[str]
-    """What was cut, filled up or left out."""
+    """Remarks: what was shortened, filled up or left out."""
     live_events: int
-    """Events posted since training that this answer rests on."""
+    """Number of live events that this answer is based on."""
     model_version: str
 
 
 class SimilarReply(_Reply):
-    """Items near to one item, nearest first."""
+    """Items similar to one item, most similar first."""
 
     item: Item
     items: list[Row]
-    """None for an item without a training event that the model cannot place."""
+    """Empty for an item without a training event that the model cannot embed."""
     notes: list[str]
     """Why the list is empty or short."""
     model_version: str
 
 
 class ItemsReply(_Reply):
-    """Items whose title or id holds what was asked for."""
+    """Items whose titles or ids match the query."""
 
     items: list[Item]
     total: int
-    """Items of the whole catalogue."""
+    """Number of items in the catalogue."""
 
 
 class Column(_Reply):
@@ -172,25 +172,25 @@ class Column(_Reply):
 
     name: str
     several: bool
-    """Whether an item may have several values: ask `contains` of it, not `equals`."""
+    """Whether an item may have several values: use `contains`, not `equals`."""
     ordered: bool
-    """Whether it holds numbers or times, of which `at_least` and `at_most` may be asked."""
+    """Whether it has numbers or times, for `at_least` and `at_most`."""
     distinct: int
-    """How many values there are."""
+    """Number of distinct values."""
     values: list[str]
-    """The most frequent, 200 at most."""
+    """The most frequent values, at most 200."""
 
 
 class ColumnsReply(_Reply):
-    """What rules may go by."""
+    """The columns that rules may use."""
 
     columns: list[Column]
     vectors: bool
-    """Whether the model has item vectors for diversity to go by."""
+    """Whether the model has item vectors, for diversity by vectors."""
 
 
 class UsersReply(_Reply):
-    """Some of the users that training saw."""
+    """Some users of the training data."""
 
     users: list[str]
     total: int
@@ -200,23 +200,23 @@ class PastEvent(Item):
     """One event of a user's history."""
 
     timestamp_s: int | None
-    """Unix seconds, where the event has a time."""
+    """Unix seconds, if the event has a time."""
     live: bool
-    """Posted since training."""
+    """Whether the event was posted since training."""
 
 
 class HistoryReply(_Reply):
-    """What a user did, newest first."""
+    """A user's events, newest first."""
 
     user_id: str
     user_known: bool
     events: list[PastEvent]
     total: int
-    """Events of this user in training and since."""
+    """Number of events of this user, in training and since."""
 
 
 class EventRequest(BaseModel):
-    """Somebody did something with an item."""
+    """An interaction of a user with an item."""
 
     model_config = Config.model_config
 
@@ -226,32 +226,32 @@ class EventRequest(BaseModel):
     """Unix seconds, or a time as ISO 8601 text, of UTC if it names no zone; without it, the
     server's clock."""
     event_id: Id | None = None
-    """The sender's own id: sent again, the event is stored once."""
+    """An id given by the sender: an event that is sent again with the same id is stored once."""
 
 
 class EventsReply(_Reply):
-    """What is now on disk."""
+    """The outcome of storing events."""
 
     stored: int
     duplicates: int
-    """Events whose `event_id` had been stored before."""
+    """Number of events whose `event_id` was already stored."""
     unknown_items: list[str]
-    """Stored, but the model that serves does not know them."""
+    """Items of stored events that the active model does not know."""
     unknown_users: list[str]
-    """Stored; training has not seen these users, so their live events are all their history."""
+    """Users of stored events without training events; their live events are their whole history."""
 
 
 class ForgetReply(_Reply):
-    """How many live events of a user were deleted."""
+    """Number of deleted live events of a user."""
 
     deleted: int
 
 
 class ModelReply(_Reply):
-    """The model that serves."""
+    """The active model."""
 
     version: str
-    """Changes whenever any file of the bundle does."""
+    """An identifier that changes with any file of the bundle."""
     bundle: str
     loaded_at_s: float
     users: int
@@ -262,7 +262,7 @@ class ModelReply(_Reply):
     """What the report was measured on, in words."""
     manifest: dict[str, JsonValue]
     report: JsonValue
-    """The evaluation that the bundle carries, null if none."""
+    """The evaluation report in the bundle, null if there is none."""
 
 
 class ReloadReply(_Reply):
@@ -274,47 +274,49 @@ class ReloadReply(_Reply):
 
 
 class KeptVersion(_Reply):
-    """A version of the bundle that the server keeps a copy of."""
+    """A stored version: a copy of the bundle that the server keeps."""
 
     version: str
     bytes: int
     used_at_s: float
-    """Unix seconds: when it was kept, or last made the one that serves."""
+    """Unix seconds: when it was stored, or last activated."""
 
 
 class ModelsReply(_Reply):
-    """The versions that are kept, and which of them serve."""
+    """The stored versions, and which of them are active."""
 
     active: str
     previous: str
-    """What a roll back brings back; empty if there is none."""
+    """The version that a roll back activates; empty if there is none."""
     canary: str
-    """What answers a share of the users; empty if there is none."""
+    """The version that answers a share of the users; empty if there is none."""
     canary_share: float
     versions: list[KeptVersion]
-    """The one used last first."""
+    """The stored versions, most recently used first."""
     last_refusal: str
-    """Why the newest try to switch was refused; empty if it was not."""
+    """The reason why the latest attempt to switch was refused; empty if it was not refused."""
 
 
 class CanaryRequest(BaseModel):
-    """A version to try on a share of the users."""
+    """A canary: a version for a share of the users."""
 
     model_config = Config.model_config
 
     share: float = Field(ge=0, le=1)
-    """Of users with an id, who always get the same version; 0 ends the canary."""
+    """Share of the users with an id, each of whom always gets the same version; 0 ends the
+    canary."""
 
 
 class ErrorReply(_Reply):
-    """Why a request was refused."""
+    """An error reply."""
 
     error: str
 
 
 class HealthReply(_Reply):
-    """The process runs."""
+    """The health of the process."""
 
     status: str
     store: str = ""
-    """Of `/ready`: whether the store of live events answers, `answers` or `does not answer`."""
+    """In the reply of `/ready`: whether the store of live events answers, `answers` or `does not
+    answer`."""

@@ -1,4 +1,4 @@
-"""What the server counts, in Prometheus' terms and in its log, and whether it has room."""
+"""Metrics and admission: Prometheus counters, the log, and whether there is room for a request."""
 
 import json
 import re
@@ -28,17 +28,17 @@ from foretaste.serving.settings import Bucket, ServerSettings
 SECONDS = (0.001, 0.002, 0.004, 0.008, 0.015, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
-"""What is taken for a client's own `X-Request-ID`; in place of anything else there is a new one."""
+"""Valid values of a client's `X-Request-ID`; any other value is replaced by a new id."""
 UNCOUNTED = "/metrics"
-"""It is asked for most when all is full."""
+"""This path is answered even if there is no room, because metrics matter most then."""
 NO_ROOM = "no room"
-NO_ROOM_SENTENCE = "as many requests as this server takes on are in progress: try again in a second"
+NO_ROOM_SENTENCE = "the server has as many requests in progress as it allows: try again in a second"
 ANSWERS = {
     "/v1/recommend": "/v1/recommend",
     "/recommendations": "/v1/users/{user_id}/recommendations",
     "/similar": "/v1/items/{item_id}/similar",
 }
-"""Ends of the paths that a model computes an answer for, and their routes."""
+"""Path endings of the routes for which a model computes an answer, with the routes."""
 REFUSED = frozenset({401, 403, 408, 413, 421, 429})
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 SECURITY_HEADERS = {
@@ -53,7 +53,9 @@ SECURITY_HEADERS = {
 
 @final
 class Metrics:
-    """One server's counters, in a registry of their own: two servers in a process do not mix."""
+    """The counters of one server, in their own registry, so that two servers in a process stay
+    apart.
+    """
 
     content_type = CONTENT_TYPE_LATEST
 
@@ -66,15 +68,15 @@ class Metrics:
         )
         self.seconds = seconds(
             "foretaste_request_seconds",
-            "From the first byte of a request to the last of its answer.",
+            "Time from the first byte of a request to the last byte of its answer.",
             ("route",),
         )
         self.stages = seconds(
             "foretaste_stage_seconds",
-            "Of a recommendation: encode, search, rank, rules.",
+            "Time of each stage of a recommendation: encode, search, rank, rules.",
             ("stage",),
         )
-        self.shed = counter("foretaste_shed", "Requests answered 503 because there was no room.")
+        self.shed = counter("foretaste_shed", "Requests answered with 503 for lack of room.")
         self.connections = gauge("foretaste_connections", "Open connections.")
         self.refused_connections = counter(
             "foretaste_refused_connections",
@@ -85,18 +87,18 @@ class Metrics:
         self.events = counter("foretaste_events_stored", "Live events stored.")
         self.answers = counter(
             "foretaste_answers",
-            "Recommendations, by where they came from and which model answered.",
+            "Recommendations, by source and by the model that answered.",
             ("source", "model"),
         )
         self.answer_seconds = seconds(
             "foretaste_answer_seconds",
-            "All stages of a recommendation, by which model answered: active or canary.",
+            "Time of all stages of a recommendation, by the model that answered: active or canary.",
             ("model",),
         )
         self.reloads = counter(
             "foretaste_reloads", "Attempts to load the bundle again.", ("result",)
         )
-        self.model = Info("foretaste_model", "The model that serves.", registry=registry)
+        self.model = Info("foretaste_model", "The active model.", registry=registry)
         self.store_seconds = seconds(
             "foretaste_store_seconds",
             "Calls to the store of live events, including failed ones.",
@@ -107,11 +109,11 @@ class Metrics:
             "Calls to the store of live events that failed.",
             ("operation",),
         )
-        ProcessCollector(registry=registry)  # memory, CPU seconds, open files, start
+        ProcessCollector(registry=registry)  # memory, CPU seconds, open files, start time
 
     @contextmanager
     def store(self, operation: str) -> Iterator[None]:
-        """Time what is done inside, a call to the store, and count it if it fails."""
+        """Time the call to the store inside the context, and count it if it fails."""
         started = time.perf_counter()
         with self.store_errors.labels(operation).count_exceptions(SQLAlchemyError):
             try:
@@ -121,22 +123,22 @@ class Metrics:
                 self.store_seconds.labels(operation).observe(seconds)
 
     def exposition(self) -> bytes:
-        """Return everything in Prometheus' text format."""
+        """Return all metrics in Prometheus' text format."""
         return generate_latest(self._registry)
 
 
 @final
 class Admission:
-    """Which requests there is room for, and what is counted and logged of them."""
+    """Decides whether there is room for a request; counts and logs requests."""
 
     def __init__(
         self, settings: ServerSettings, metrics: Metrics, write_log: Callable[[str], object]
     ) -> None:
-        """Begin with none.
+        """Start without requests.
 
         Args:
-            settings: Bounds.
-            metrics: What is counted.
+            settings: The server's settings, with its limits.
+            metrics: The counters.
             write_log: Takes one line of JSON per request or fault, its newline included.
         """
         self._settings, self.metrics, self.write_log = settings, metrics, write_log
@@ -146,7 +148,7 @@ class Admission:
         self._lines, self._unlogged = Bucket(settings.refusals_logged_per_minute), 0
 
     def is_full(self, path: str) -> bool:
-        """Return whether a request would be one too many, or wait too long for those before it."""
+        """Return whether a new request would exceed the limit, or would wait too long."""
         if path == UNCOUNTED:
             return False
         if self.taken >= self._settings.max_concurrency:
@@ -157,7 +159,7 @@ class Admission:
 
     @contextmanager
     def place(self, path: str) -> Iterator[None]:
-        """Count a request while it waits and is worked at, and learn from the time it takes."""
+        """Count a request while it waits or runs, and update the expected time of requests."""
         counted, computes = path != UNCOUNTED, answer_route(path) is not None
         self.taken, self._answers = self.taken + counted, self._answers + computes
         self.metrics.in_flight.set(self.taken)
@@ -169,13 +171,14 @@ class Admission:
             self.metrics.in_flight.set(self.taken)
             if computes:
                 each_s = (time.perf_counter() - started) / among
-                known_s = self._each_s or each_s  # a stall is no reason to refuse for long
+                known_s = self._each_s or each_s  # a single stall must not cause refusals for long
                 self._each_s = known_s + (min(each_s, 2 * known_s) - known_s) / 20
 
     def turned_away(self, method: str, path: str, headers: Headers) -> bytes | None:
-        """Return the whole answer to a request that there is no room for, None if there is.
+        """Return the complete reply to a request for which there is no room, None if there is room.
 
-        It takes half the time of a refusal behind the routes, and thousands a second may come.
+        This takes half the time of a refusal by a route, which matters at thousands of requests a
+        second.
         """
         route = answer_route(path)
         if route is None or method == "HEAD" or not self.is_full(path):
@@ -186,7 +189,7 @@ class Admission:
         return _REFUSAL.replace(b"ID", str(log["request_id"]).encode(), 1)
 
     def dropped(self, reason: str, status: int) -> None:
-        """Count a connection that was given up before a request of it was whole, and log it."""
+        """Count and log a connection that was closed before a request was complete."""
         self.metrics.refused_connections.labels(reason).inc()
         if self._lines.wait_s():
             self._unlogged += 1
@@ -197,7 +200,7 @@ class Admission:
     def record(
         self, method: str, route: str, status: int, seconds: float, log: dict[str, object]
     ) -> None:
-        """Count an answer, and log it unless it is one of too many refusals."""
+        """Count an answer, and log it unless the limit for logged refusals is reached."""
         method = method if method in METHODS else "other"
         self.metrics.requests.labels(method, route, str(status)).inc()
         self.metrics.seconds.labels(route).observe(seconds)
@@ -235,7 +238,7 @@ _REFUSAL = _refusal()
 
 
 def answer_route(path: str) -> str | None:
-    """Return the route of a path that a model computes an answer for, None of any other."""
+    """Return the route of a path for which a model computes an answer, None for other paths."""
     return ANSWERS.get(path if path == "/v1/recommend" else path[path.rfind("/") :])
 
 

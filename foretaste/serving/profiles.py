@@ -1,5 +1,5 @@
-"""Who and what a request is about: items from ids to rows and back, and what a caller tells of
-users and items that training never saw.
+"""Users and items of a request: mapping between ids and rows, and given features of new users and
+items.
 """
 
 from collections.abc import Collection, Mapping
@@ -21,31 +21,32 @@ from foretaste.models.catalogue import Judged, placer
 from foretaste.training.trained import Trained
 
 KEPT_AS_LISTS = 200_000
-"""Item tables up to this long are kept as Python lists: ten times faster to read rows from."""
+"""Item tables up to this length are stored as Python lists, from which rows are read ten times
+faster."""
 
 
 @final
 class KnownItems:
-    """The catalogue that a model ranks; an id outside of it is as unknown as one never heard of."""
+    """The catalogue that a model ranks; an id outside of it is an unknown id."""
 
     def __init__(self, events: Interactions, known_I: Bool[np.ndarray, " I"]) -> None:
-        """Take ids and attributes from events, and which items are ranked."""
+        """Read ids and attributes from events, and store which items are ranked."""
         self._events, self._known_I = events, known_I
 
     @cached_property
     def num_known(self) -> int:
-        """How many items are ranked."""
+        """Number of ranked items."""
         return int(self._known_I.sum())
 
     @property
     def num_items(self) -> int:
-        """How many the catalogue has, ranked or not."""
+        """Number of items in the catalogue, ranked or not."""
         return self._events.num_items
 
     def mask_of(
         self, name: str, item_ids: object, unknown: dict[int | str, None]
     ) -> Bool[Tensor, " I"]:
-        """Return True for the known of some ids; arguments and errors are those of `rows_of`."""
+        """Return a mask of the known ids; arguments and errors are those of `rows_of`."""
         mask_I = torch.zeros(self.num_items, dtype=torch.bool)
         mask_I[torch.from_numpy(self.rows_of(name, item_ids, unknown))] = True
         return mask_I
@@ -53,15 +54,16 @@ class KnownItems:
     def rows_of(
         self, name: str, item_ids: object, unknown: dict[int | str, None]
     ) -> Int64[np.ndarray, " N"]:
-        """Return the item_idx of the known ids, and add the others to `unknown`, each once.
+        """Return the item_idx of known ids, and add the unknown ids to `unknown`, without
+        duplicates.
 
         Args:
-            name: What the ids are called in the request, for errors.
-            item_ids: What a caller gave; see `Ids`. None is none.
-            unknown: Grows.
+            name: Name of the ids in the request, for errors.
+            item_ids: The given ids; see `Ids`. None means no ids.
+            unknown: Receives the unknown ids.
 
         Raises:
-            DataError: It holds no ids one after the other, or one of them is no id.
+            DataError: The value is not a sequence of ids, or one of them is not an id.
         """
         if item_ids is None:
             return np.empty(0, dtype=np.int64)
@@ -70,7 +72,7 @@ class KnownItems:
         return row_N[row_N >= 0]
 
     def find(self, name: str, item_ids: object) -> tuple[list[int | str], Int64[np.ndarray, " N"]]:
-        """Return ids as answers show them and their item_idx, -1 for those that are not ranked.
+        """Return ids as answers show them, and their item_idx, -1 for items that are not ranked.
 
         Arguments and errors are those of `rows_of`.
         """
@@ -79,15 +81,15 @@ class KnownItems:
         return plain, row_N
 
     def row_of(self, name: str, item_id: object) -> int:
-        """Return the item_idx of one id, ranked or not; -1 if the catalogue has it not.
+        """Return the item_idx of one id, ranked or not; -1 if it is not in the catalogue.
 
         Raises:
-            DataError: It is no id.
+            DataError: The value is not an id.
         """
         return self._events.items.find_given(item_id, name=name)
 
     def ranks(self, row: int) -> bool:
-        """Whether an item_idx, or -1 for none, is of an item that is ranked."""
+        """Return whether an item_idx (-1 for none) is a ranked item's."""
         return row >= 0 and bool(self._known_I[row])
 
     def ids_of(self, item_idx: list[int]) -> list[int | str]:
@@ -96,7 +98,7 @@ class KnownItems:
         return [ids[row] for row in item_idx]
 
     def attributes(self, item_idx: list[int]) -> list[Mapping[str, object]]:
-        """Return what the item table says of each row; empty mappings without a table."""
+        """Return each row's values in the item table; empty mappings without a table."""
         table = self._flat_table
         if table is None:
             return [{} for _ in item_idx]
@@ -112,7 +114,7 @@ class KnownItems:
 
     @cached_property
     def _flat_table(self) -> pl.DataFrame | None:
-        """The columns that a row of an answer can show: no vectors, no nested values."""
+        """Return the columns that an answer can show: without vectors and nested values."""
         table = self._events.item_table
         if table is None:
             return None
@@ -130,20 +132,20 @@ class KnownItems:
 
 
 Told = Mapping[Any, Mapping[str, object]]
-"""From an item's id, a text or a number, to what is known of it: column of the item table to
-value."""
+"""Features of new items: item id (text or number) to a mapping from columns of the item table to
+values."""
 
 
 class NewItems(NamedTuple):
-    """Those of which a feature says something, in the order of the request."""
+    """The new items of a request that have an informative feature, in the order of the request."""
 
     told: Told
-    """As the request has it."""
+    """The features as given in the request."""
     table: FieldTable
-    """The same, encoded; R rows."""
+    """The encoded features; R rows."""
 
     def only(self, keep_R: Bool[np.ndarray, " R"]) -> "NewItems":
-        """Return some of them."""
+        """Return some of the new items."""
         kept = zip(self.told.items(), keep_R.tolist(), strict=True)
         return NewItems(
             {item_id: said for (item_id, said), keep in kept if keep},
@@ -154,7 +156,7 @@ class NewItems(NamedTuple):
 def beside(
     found: TopK, score_BR: Float[Tensor, "B R"], *, num_items: int, at: int | None = None
 ) -> TopK:
-    """Put new items into a ranking, behind its first `at`; None: behind all."""
+    """Insert new items into a ranking after its first `at` items; None: at the end."""
     at = found.item_BK.shape[1] if at is None else at
     item_BR = torch.arange(num_items, num_items + score_BR.shape[1]).expand_as(score_BR)
     return TopK(
@@ -163,7 +165,7 @@ def beside(
 
 
 def both(judged: Judged, new: Judged) -> Judged:
-    """Put what is said of new items behind what is said of others."""
+    """Append the predictions of new items to those of the others."""
     return Judged(
         torch.cat([judged.score_BC, new.score_BC], dim=1),
         {
@@ -174,7 +176,7 @@ def both(judged: Judged, new: Judged) -> Judged:
 
 
 def best_of(found: TopK, k: int) -> TopK:
-    """Return the K best of a ranking, equal ones in its order."""
+    """Return the K best items of a ranking; ties keep its order."""
     score_BK, order_BK = found.score_BK.sort(dim=1, descending=True, stable=True)
     return TopK(item_BK=found.item_BK.gather(1, order_BK[:, :k]), score_BK=score_BK[:, :k])
 
@@ -184,7 +186,7 @@ def _into(first_BC: Tensor, new_BR: Tensor, at: int) -> Tensor:
 
 
 Role = Literal["user", "item", "place", "context"]
-"""Whose features: `place` is an item that is given a vector, `item` one that is ranked."""
+"""Whose features are given: `place` means an item that gets a vector, `item` one that is ranked."""
 _WHOSE: dict[Role, str] = {
     "user": "users",
     "item": "items",
@@ -192,12 +194,12 @@ _WHOSE: dict[Role, str] = {
     "context": "the context",
 }
 _SHOWN = 5
-"""Notes on new items in an answer."""
+"""Maximum number of notes on new items in an answer."""
 
 
 @final
 class Profiles:
-    """Encodes features by what training fitted: the same code, so the same bytes."""
+    """Encodes given features with the encoders that were fitted in training."""
 
     def __init__(self, trained: Trained) -> None:
         self._model, self._features = trained.model, trained.features
@@ -208,14 +210,14 @@ class Profiles:
         }
 
     def of_user(self, told: Mapping[str, object] | None, user_idx: int) -> FieldTable | None:
-        """Return a user's features as one row; None if the model reads none or none says anything.
+        """Return a user's features as one row; None if the model reads none or all are missing.
 
         Args:
-            told: By the caller; without any, what the table of users says counts.
-            user_idx: Row of that table; -1 for none.
+            told: Features given by the caller; without any, those in the user table are used.
+            user_idx: Row of the user table; -1 for none.
 
         Raises:
-            DataError: A feature is unknown, or its value of another kind.
+            DataError: A feature is unknown, or its value has another type.
         """
         features = self._features
         if features is None or features.user is None or not self._model.reads_profiles:
@@ -226,7 +228,7 @@ class Profiles:
         return self.of_rows(row) if self.known(row)[0] else None
 
     def known(self, user_B: Int64[np.ndarray, " B"]) -> Bool[np.ndarray, " B"]:
-        """Say which users have something in the user table that the model reads; -1 has not."""
+        """Return which users have features in the user table that the model reads; -1 has none."""
         table = None if self._features is None else self._features.user_table
         if table is None or not self._model.reads_profiles:
             return np.zeros(len(user_B), dtype=bool)
@@ -234,15 +236,15 @@ class Profiles:
         return told_B
 
     def of_rows(self, user_B: Int64[np.ndarray, " B"]) -> FieldTable | None:
-        """Return what the table of users says of some of its rows; None without a table."""
+        """Return the features of some rows of the user table; None without a table."""
         table = None if self._features is None else self._features.user_table
         return None if table is None else table.rows(torch.from_numpy(user_B))
 
     def of_moment(self, told: Mapping[str, object] | None) -> FieldTable | None:
-        """Return features of the moment as one row; None if none are read or none says anything.
+        """Return context features as one row; None if the model reads none or all are missing.
 
         Raises:
-            DataError: A feature is unknown, or its value of another kind.
+            DataError: A feature is unknown, or its value has another type.
         """
         features = self._features
         if not told or features is None or features.context is None:
@@ -251,10 +253,10 @@ class Profiles:
         return row if self._model.reads_context else None
 
     def item_vector(self, told: Mapping[str, object] | None) -> Float[Tensor, " D"] | None:
-        """Return a new item's vector; None if the model cannot place it, or nothing is told.
+        """Return a new item's vector; None if the model cannot embed it, or it has no features.
 
         Raises:
-            DataError: A feature is unknown, or its value of another kind.
+            DataError: A feature is unknown, or its value has another type.
         """
         model, side = placer(self._model), self._read_side("place")
         if not told or model is None or side is None:
@@ -263,13 +265,13 @@ class Profiles:
         return None if row is None else model.item_from_features(row)[0]
 
     def of_items(self, told: Told) -> NewItems | None:
-        """Return new items that the model can rank by what is told; None if there are none.
+        """Return new items that the model can rank by their features; None if there are none.
 
         Args:
-            told: What is known of each.
+            told: The features of each new item.
 
         Raises:
-            DataError: A feature is unknown, or its value of another kind.
+            DataError: A feature is unknown, or its value has another type.
         """
         side = self._read_side("item")
         if not told or side is None:
@@ -290,12 +292,12 @@ class Profiles:
         known: str = "",
         may_be_unread: bool = False,
     ) -> tuple[str, ...]:
-        """Say which of the features given had no influence on an answer, and why.
+        """Return notes on the given features that had no influence on an answer, with reasons.
 
         Args:
-            role: Whose they are.
-            given: From column to value.
-            known: The user or item, if training knows it: then its own are read.
+            role: Whose features they are.
+            given: Column to value.
+            known: The user or item, if it is in the training data, whose features are then used.
             may_be_unread: Whether columns that the model does not read have another use.
         """
         if not given:
@@ -321,12 +323,12 @@ class Profiles:
     def about_new_items(
         self, given: Told, unknown: Collection[object], placed: Told
     ) -> tuple[str, ...]:
-        """Say which new items, or features of theirs, had no influence on an answer, and why.
+        """Return notes on new items and their features that had no influence, with reasons.
 
         Args:
-            given: All of the request.
-            unknown: Those that the answer leaves out.
-            placed: Those of which a feature says something.
+            given: All new items of the request.
+            unknown: New items that the answer leaves out.
+            placed: New items with an informative feature.
         """
         said: list[str] = []
         known = [
@@ -347,7 +349,7 @@ class Profiles:
         return (*said[:_SHOWN], *more)
 
     def _read_side(self, role: Role) -> FieldSide | None:
-        """Return the features of a role that the model reads of what is new to it."""
+        """Return the feature encoders that the model uses for a new user or item of this role."""
         features = self._features
         if features is None:
             return None
@@ -365,7 +367,7 @@ class Profiles:
         return self._model.second_stage.scores_new_items
 
     def _row(self, side: FieldSide, told: Mapping[str, object], role: str) -> FieldTable | None:
-        """Encode what the model reads; other columns of the same table may be told too."""
+        """Encode the features that the model reads; other columns of the table may be given too."""
         for name in told:
             if name not in side.columns and name not in self._columns[role]:
                 whose = "the context" if role == "context" else f"{role}s"
@@ -381,7 +383,7 @@ class Profiles:
 
 
 def _unknown(side: FieldSide, name: str, value: object) -> str:
-    """Say why a feature says nothing to the model; empty if it does, or is missing."""
+    """Return why a feature has no influence; empty if it has some, or is missing."""
     cell = cell_of(name, value)
     if _is_missing(cell) or name in side.columns_read(side.encode(pl.DataFrame([cell]))):
         return ""
@@ -392,7 +394,7 @@ def _unknown(side: FieldSide, name: str, value: object) -> str:
 
 
 def _is_missing(cell: pl.Series) -> bool:
-    """Return whether a value says nothing to any model: null, an empty list, a vector of zeros."""
+    """Return whether a value is missing for any model: null, an empty list, a vector of zeros."""
     if not isinstance(cell.dtype, pl.List):
         return bool(cell.null_count())
     parts = cell.explode().drop_nulls()

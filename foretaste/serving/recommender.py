@@ -1,4 +1,4 @@
-"""The answer for everybody: external ids in, external ids out, and where each row came from."""
+"""The recommender: from external ids to external ids, with the source of each row."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace as with_parts
@@ -52,10 +52,12 @@ _NO_ITEMS = TopK(torch.empty((1, 0), dtype=torch.int64), torch.empty((1, 0)))
 
 @final
 class Recommender(Shown):
-    """A trained model with its index and histories. Safe to ask from several threads."""
+    """A trained model with its index and histories. Thread-safe."""
 
     def __init__(self, bundle: Bundle) -> None:
-        """Take what a bundle holds; `build_recommender` and `load` make one."""
+        """Create a recommender from the contents of a bundle; see `build_recommender` and
+        `load`.
+        """
         self.bundle = bundle
         self._items = KnownItems(bundle.trained.events, bundle.trained.known_I.numpy())
         self._profiles = Profiles(bundle.trained)
@@ -73,7 +75,7 @@ class Recommender(Shown):
         )
 
     def __reduce__(self) -> tuple[type["Recommender"], tuple[Bundle]]:
-        """Pickle what the bundle holds; all else is worked out again."""
+        """Pickle the contents of the bundle; everything else is computed again."""
         return Recommender, (self.bundle,)
 
     @property
@@ -88,12 +90,12 @@ class Recommender(Shown):
 
     @property
     def report(self) -> Mapping[str, object] | None:
-        """What was measured about the model, as JSON values."""
+        """The measured figures of the model, as JSON values."""
         return self.bundle.report
 
     @checked
     def ranks(self, item_id: object) -> bool:
-        """Whether an item is in the catalogue that the model ranks."""
+        """Return whether the model ranks an item."""
         return self._items.ranks(self.trained.events.items.find(item_id))
 
     @checked
@@ -116,40 +118,40 @@ class Recommender(Shown):
     ) -> Answer:
         """Return the k best items for one user, known or not.
 
-        A user's history is what training saw of them and after it `history`. With a history the
-        model answers; without one, it answers by `features`, or by what the table of users says of
-        the user, and by `context`, if it reads any, and else the most popular items do.
+        A user's history is the history in training followed by `history`. Without a history, the
+        model uses `features`, or the user's features in the user table, and `context`, if it reads
+        any of these. Otherwise the answer is the most popular items.
 
         Args:
             user_id: An id, known or unknown; None for a new user.
             history: Further item ids, oldest first, such as live events.
             features: What is known of a new user: column of the user table to
                 value.
-            context: What is known of the moment: column of the events' context to value. A ranker
-                made with such features reads it.
-            k: In [1, 10^6]; the catalogue may hold fewer, and then all of it is the answer.
-            exclude_seen: Leave out what stands in the history.
-            allow: Of the catalogue, only these item ids may be answered; None allows all.
-            deny: These item ids of the catalogue may not be answered.
-            new_items: Items that the catalogue has not, from id to features: column of the item
-                table to value. A model that reads features of items ranks them beside the
-                catalogue; of two stages, the ranker judges them all, and a retriever that cannot
-                place one gives it the lowest score that it gave. Those that the catalogue ranks
-                already are left to it.
-            since: Unix seconds: training events of the user before it are forgotten.
-            weights: How much each task's prediction counts in the score, for each unit that the
-                row shows of it (a probability, a second, a level), 0 for tasks that are not named;
-                None: as the model was made, each task between 0 and 1.
-            rules: Filters on attributes, caps on categories, diversity. As long as they leave too
-                few, more of the catalogue is looked at, to its end. They hold for new items by
-                what is told of them, which may be in any column that they name; what is not told
-                is missing.
+            context: Context features: column of the events' context to value. A ranker that was
+                built with context features reads them.
+            k: List length, in [1, 10^6]; the list is shorter if the catalogue has fewer items.
+            exclude_seen: Leave out the items of the history.
+            allow: Only these item ids of the catalogue may be in the list; None allows all.
+            deny: Item ids of the catalogue that may not be in the list.
+            new_items: Items that are not in the catalogue: id to features (column of the item table
+                to value). A model that reads item features ranks them together with the catalogue.
+                In a two-stage model, the ranker scores all of them, and new items that the
+                retriever cannot embed get its lowest score. Items that are already in the catalogue
+                are ranked as such.
+            since: Unix seconds; the user's earlier training events are ignored.
+            weights: Weight of each task's prediction in the score, per unit that the row shows (a
+                probability, a second, a level); 0 for tasks that are not named. None: the weights
+                of the model, with each prediction scaled to between 0 and 1.
+            rules: Filters on attributes, caps on categories, diversity. If they leave too few
+                items, more of the catalogue is searched, up to all of it. They apply to new items
+                by their given values, in any column that the rules name; values that are not given
+                are missing.
 
         Raises:
             DataError: k is out of range, a list of ids is a single text, a feature is unknown or
-                of another kind, `since` is asked of events without times, a weight is of no task
-                of the model, rules name a column that is not there or not of their kind, or ask for
-                diversity by vectors beside new items that the model's retriever cannot place.
+                of another kind, `since` is given but the events have no times, a weight names no
+                task of the model, rules name a column that does not exist or has another type, or
+                they ask for diversity by vectors with new items that the retriever cannot embed.
         """
         check_k(k)
         check_weights(weights, self._search.tasks)
@@ -229,8 +231,8 @@ class Recommender(Shown):
     ) -> pl.DataFrame:
         """Return the k best items of many users, one row each, in the order given.
 
-        New users are answered as `recommend` does, and their source says so:
-        by what the table of users says of them, or else by the most popular items.
+        New users are answered as in `recommend`, by their features in the user table or else by the
+        most popular items; `source` says which.
 
         Returns:
             Columns `user_id` (integers if all of these ids are, text otherwise), `source`, and
@@ -238,7 +240,7 @@ class Recommender(Shown):
 
         Raises:
             DataError: k is out of range, the ids are a single text, or rules name a column that
-                is not there or not of their kind.
+                does not exist or has another type.
         """
         check_k(k)
         self._rule_book.check(rules, k=k)
@@ -261,21 +263,21 @@ class Recommender(Shown):
     def similar(
         self, item_id: object, k: int = 10, *, features: Mapping[str, object] | None = None
     ) -> Answer:
-        """Return the k items most like one.
+        """Return the k items most similar to one.
 
-        By the cosine of their vectors; for a model without vectors, what it recommends for
-        a history of this item alone. An item that training never saw is placed by its
-        `features`, if the model reads any. The list of an item that stands in the item table alone,
-        and that the model cannot place, is empty.
+        Similarity is the cosine of item vectors; a model without vectors returns its
+        recommendations for a history of this item alone. A new item is embedded by its `features`,
+        if the model reads any. The list is empty for an item that is only in the item table, if the
+        model cannot embed it.
 
         Args:
             item_id: An id of the catalogue, or a new one with `features`.
-            k: In [1, 10^6].
-            features: What is known of a new item: column of the item table to value.
+            k: List length, in [1, 10^6].
+            features: Features of a new item: column of the item table to value.
 
         Raises:
-            DataError: k is out of range, a feature is unknown or of another kind, or the id is
-                unknown and there are no features that place it.
+            DataError: k is out of range, a feature is unknown or has another type, or the id is
+                unknown and there are no features to embed the item.
         """
         check_k(k)
         row = self._items.row_of("item_id", item_id)
@@ -311,7 +313,7 @@ class Recommender(Shown):
     def explain(self, history: Ids, item_id: object, *, user_id: object = None) -> int | str | None:
         """Return the item of a history whose removal lowers an item's score most.
 
-        `explain_many` answers for a whole list of items in the same time.
+        `explain_many` takes the same time for a whole list of items.
         """
         return self.explain_many(history, [item_id], user_id=user_id)[0]
 
@@ -320,15 +322,16 @@ class Recommender(Shown):
     def explain_many(
         self, history: Ids, item_ids: Ids, *, user_id: object = None
     ) -> tuple[int | str | None, ...]:
-        """Say for each item which item of the history speaks for it most ("because you watched").
+        """Return the item of the history that contributes most to each item ("because you
+        watched").
 
-        Of a ranker that attends, it is the item that the ranker attends to most. Else one batch of
-        the model tells: the history as it is, and without each of the distinct items of its last
-        50 events. None where nothing speaks for an item or an id is unknown; an item is no reason
-        for itself.
+        With a ranker with attention, this is the item with the largest attention weight. Otherwise
+        the model scores the history with and without each distinct item of its last 50 events, in
+        one batch. None if no item contributes or an id is unknown; an item is never a reason for
+        itself.
 
         Args:
-            history: Item ids, oldest first; they follow what training saw of `user_id`.
+            history: Item ids, oldest first; they follow the history of `user_id` in training.
             item_ids: The items to explain.
             user_id: A user of training, or None.
         """
@@ -342,17 +345,17 @@ class Recommender(Shown):
 
     @checked
     def save(self, path: Path | str, *, replace: bool = False) -> None:
-        """Write everything into a bundle, whole or not at all.
+        """Write everything into a bundle, atomically.
 
         Args:
-            path: The folder; folders above it that are missing are made.
-            replace: A bundle that is there is replaced; a failure leaves it as it was.
+            path: The folder; missing parent folders are created.
+            replace: Replace an existing bundle; after a failure it is unchanged.
 
         Raises:
-            BundleError: The path exists and `replace` is false, or it is something else than a
-                bundle, or the disk is full or refuses.
+            BundleError: The path exists and `replace` is false, or it is not a bundle, or the disk
+                is full or not writable.
         """
-        check_place(path, "bundle", replace=replace)  # before the model is asked
+        check_place(path, "bundle", replace=replace)  # before the model computes answers
         bundle = with_parts(self.bundle, answers=answers_of(self))
         write_bundle(bundle, Path(path), replace=replace)
 
@@ -363,11 +366,13 @@ class Recommender(Shown):
     def _knows(
         self, user_idx: int, features: Mapping[str, object] | None, since: int | None
     ) -> bool:
-        """Return whether a ranker knows a user without a history; features told stand for it."""
+        """Return whether a ranker can score for a user without a history; given features
+        suffice.
+        """
         return not features and since is None and bool(self._search.knows(np.array([user_idx]))[0])
 
     def _new_items(self, told: Told, unknown: dict[int | str, None]) -> NewItems | None:
-        """Return those items that the catalogue has not and features tell; the rest is unknown."""
+        """Return the new items with informative features; the others are unknown."""
         plain, row_N = self._items.find("new_items", told.keys())
         given = zip(plain, told.values(), row_N, strict=True)
         absent = {item_id: said for item_id, said, row in given if row < 0}
@@ -391,12 +396,12 @@ def _by_plain_id(given: Told | None) -> Told:
 
 
 def _unknown_item(item_id: object, items: Vocabulary, why: Sequence[str]) -> DataError:
-    """Return the error for an item without a place.
+    """Return the error for an unknown item that cannot be embedded.
 
     Args:
-        item_id: Which no item has.
-        items: The catalogue's.
-        why: What the features given did not do; empty without any.
+        item_id: The unknown id.
+        items: The catalogue.
+        why: Why the given features had no influence; empty if none were given.
     """
     near = items.spelled_like(item_id)
     if near is not None:
@@ -417,29 +422,29 @@ def build_recommender(
     report: Mapping[str, object] | None = None,
     fallback: Trained | None = None,
 ) -> Recommender:
-    """Index a trained model's items and make it answer.
+    """Build a recommender from a trained model, with an index of its items.
 
-    An approximate index is tuned on the vectors of users of training.
+    An approximate index is tuned on the vectors of training users.
 
     Args:
-        trained: What training gave.
-        index: Which index a retriever's items go into; see `build_index`. A model without
-            vectors has none: "auto" and "exact" score its whole catalogue.
-        report: Measured figures to keep beside it, as JSON values.
-        fallback: What answers a user without history and profile, such as popularity within a
-            window; its scores for an empty history are kept. Without it, event counts.
+        trained: The result of training.
+        index: The kind of index for a retriever's items; see `build_index`. A model without
+            vectors has no index: with "auto" and "exact" it scores its whole catalogue.
+        report: Measured figures to store with the recommender, as JSON values.
+        fallback: A model for users without history and profile, such as popularity within a
+            window; its scores for an empty history are stored. None: event counts are used.
 
     Raises:
-        ConfigError: An index is asked for a model without vectors, or `fallback` has another
+        ConfigError: An index was requested for a model without vectors, or `fallback` has another
             catalogue.
-        DataError: Training saw no item.
+        DataError: No item has a training event.
     """
     popular_I, retriever = _popularity(trained, fallback), trained.model.first_stage
     if not isinstance(retriever, Retriever):
         if index not in ("auto", "exact"):
             raise ConfigError(
-                f"index is {index!r}, but {type(retriever).__name__} has no item vectors to "
-                "index: leave it at 'auto'",
+                f"index is {index!r}, but {type(retriever).__name__} has no item vectors to index: "
+                "use 'auto'",
                 name="index",
                 value=index,
             )
@@ -463,7 +468,7 @@ def load(path: Path | str) -> Recommender:
     """Read a recommender that `save` wrote; every checksum is verified.
 
     Raises:
-        BundleError: The bundle is missing, broken, tampered with or of a newer format.
+        BundleError: The bundle is missing, damaged, modified or of a newer format.
     """
     return Recommender(read_bundle(Path(path)))
 
@@ -483,7 +488,7 @@ def _popularity(trained: Trained, fallback: Trained | None) -> Tensor:
 
 @torch.inference_mode()
 def _some_queries(trained: Trained, model: Retriever) -> Tensor:
-    """Return the vectors of some users of training, for an index to be tuned on."""
+    """Return the vectors of some training users, to tune an index."""
     user_U = np.flatnonzero(np.diff(trained.events.offsets))
     chosen = np.random.default_rng(trained.seed).permutation(user_U)[:MEASURED_QUERIES]
     return model.encode(training_histories(trained.events, chosen)[0]).float()

@@ -1,4 +1,4 @@
-"""The rules of a request, applied to whatever found the candidates: one model, or two in a row.
+"""Application of a request's rules to the candidates of a model, in one or two stages.
 
 Shape legend: B = 1 query, C candidates, K list length, I items, D width, N labels,
 R new items.
@@ -28,41 +28,41 @@ from foretaste.serving.rules import (
 )
 
 LONGEST = 1000
-"""The longest list that caps and diversity arrange."""
+"""The maximum length of lists with caps or diversity."""
 FIRST = 100
-"""Candidates asked for at first where caps alone arrange a list."""
+"""Size of the first window of candidates for a list with caps only."""
 
 
 WIDER = 4
-"""Each window of candidates is so many times the one before."""
+"""Each window of candidates is this many times as large as the previous one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cap:
-    """How many of a list's items may share a label."""
+    """A cap: how many items of a list may share a label."""
 
     most: int
     row_E: Int64[np.ndarray, " E"]
-    """Which candidate carries each label, never falling."""
+    """The candidate of each label, in non-decreasing order."""
     code_E: Int64[np.ndarray, " E"]
-    """The labels; no candidate carries one twice."""
+    """The labels; each label occurs at most once per candidate."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Spread:
-    """How much unlike those above an item shall be."""
+    """Diversity: how much an item should differ from those above it."""
 
     relevance: float
     """Weight of the score, in [0, 1]."""
     pool: int
-    """Candidates of the first window."""
+    """Number of candidates in the first window."""
     likeness: Callable[[int], Float[np.ndarray, " C"]]
-    """From a candidate to how alike it and each candidate are, at most 1."""
+    """Returns the similarity of a candidate to each candidate, at most 1."""
 
 
 @final
 class RuleBook:
-    """Knows what the item table says, and how alike items are."""
+    """Applies rules, with the item table and the similarity of items."""
 
     def __init__(
         self,
@@ -74,15 +74,15 @@ class RuleBook:
         no_vectors: str = "this model has no item vectors",
         carried: Callable[[str, Int64[np.ndarray, " C"]], Carried] | None = None,
     ) -> None:
-        """Take what is known of a catalogue's items.
+        """Store the data about a catalogue's items.
 
         Args:
             labels: The item table.
-            vectors_of: The item vectors of a model that has them.
-            num_items: Rankings hold no more than so many.
-            at_once: So many are found in no more time than fewer.
-            no_vectors: Why there are no vectors, where there are none.
-            carried: From a column and items to what they carry; None: as the table says.
+            vectors_of: Returns item vectors, if the model has them.
+            num_items: Maximum length of a ranking.
+            at_once: This many candidates are found in the same time as fewer.
+            no_vectors: Why there are no vectors, if there are none.
+            carried: Returns the labels of items in a column; None: those of the table.
         """
         self._labels, self._vectors_of, self._no_vectors = labels, vectors_of, no_vectors
         self._num_items, self._at_once = num_items, at_once
@@ -91,16 +91,17 @@ class RuleBook:
     def beside(
         self, new: NewItems, rules: Rules, vector_RD: Float[Tensor, "R D"] | None, *, first: int
     ) -> tuple[NewItems | None, "RuleBook"]:
-        """Return those of a request's new items that meet `where`, and a book that knows them.
+        """Return the new items of a request that satisfy `where`, and a rule book that includes
+        them.
 
         Args:
-            new: Not in the catalogue.
-            rules: Their columns are looked at.
-            vector_RD: The new items' vectors; None where the model cannot place them.
-            first: The row of the first of them; the catalogue's stand before it.
+            new: Items that are not in the catalogue.
+            rules: Rules, whose columns are read.
+            vector_RD: The new items' vectors; None if the model cannot embed them.
+            first: The row of the first new item; the catalogue's rows come before it.
 
         Raises:
-            DataError: A column cannot hold what a new item says of it.
+            DataError: A new item has an invalid value for a column.
         """
         said = labels_of_new(self._labels, new.told, rules.columns)
         keep_R = said.matching(rules.where)
@@ -127,26 +128,26 @@ class RuleBook:
         )
 
     def check(self, rules: Rules, *, k: int) -> None:
-        """Refuse rules that cannot be kept, whatever the candidates are.
+        """Raise an error for rules that cannot be satisfied for any candidates.
 
         Raises:
-            DataError: A column is unknown or of another kind, vectors are asked of a model that
-                has none, or k is longer than caps and diversity arrange.
+            DataError: A column is unknown or has another type, the model has no vectors for
+                diversity by vectors, or k is above the limit for caps and diversity.
         """
         if not rules.reorder:
             return
         if k > LONGEST:
             raise DataError(
-                f"k is {k}: caps and diversity arrange lists of 1 to {LONGEST}", name="k", value=k
+                f"k is {k}: caps and diversity allow lists of 1 to {LONGEST}", name="k", value=k
             )
         nothing = TopK(torch.empty(1, 0, dtype=torch.int64), torch.empty(1, 0))
         self._arranged(rules, k, nothing, 0)
 
     def allowed(self, rules: Rules, allow_I: Bool[Tensor, " I"] | None) -> Tensor | None:
-        """Return which items `where` leaves of those allowed otherwise; None for all.
+        """Return which of the allowed items satisfy `where`; None for all.
 
         Raises:
-            DataError: A column is unknown, or a condition cannot be asked of it.
+            DataError: A column is unknown, or a condition does not fit its type.
         """
         if not rules.where:
             return allow_I
@@ -160,14 +161,14 @@ class RuleBook:
         find: Callable[[int], Best],
         stages: Stages | None = None,
     ) -> Best:
-        """Choose k items of a ranking; it is asked for more of it as long as they are too few.
+        """Choose k items of a ranking, which is extended while too few are left.
 
         Args:
-            rules: Their caps and diversity; `where` was kept by whoever ranked.
+            rules: Caps and diversity are applied here; the ranking satisfies `where` already.
             k: List length.
-            find: From a number to so many of the best items, a single row, padded with -1. A
-                longer ranking begins with the shorter one.
-            stages: Told how long the choice took.
+            find: Returns a given number of best items, in one row, padded with -1. A longer
+                ranking begins with the shorter one.
+            stages: Receives the time of the choice.
         """
         best = find(self.at_first(rules, k))
         if not rules.reorder:
@@ -186,13 +187,13 @@ class RuleBook:
                 best = find(min(width, num_items))
 
     def at_first(self, rules: Rules, k: int) -> int:
-        """Return how many candidates are asked for at first, for a list of k."""
+        """Return the size of the first window of candidates, for a list of k."""
         if not rules.reorder:
             return k
         return min(max(_first_width(rules, k), self._at_once), self._num_items)
 
     def _arranged(self, rules: Rules, k: int, top: TopK, width: int) -> Int64[np.ndarray, " K"]:
-        """Return the places of the chosen among the first `width` of a ranking."""
+        """Return the positions of the chosen items among the first `width` of a ranking."""
         item_C = top.item_BK[0, :width]
         item_C, caps = item_C[item_C >= 0], []
         for name, most in rules.caps.items():
@@ -223,7 +224,7 @@ def _vectors_beside(
     first: int,
     item_C: Int64[Tensor, " C"],
 ) -> Float[Tensor, "C D"]:
-    """Return vectors of items of the catalogue, and from the row `first` on of new ones."""
+    """Return vectors of items of the catalogue and, from row `first` on, of new items."""
     is_new_C = item_C >= first
     vector_CD = vectors_of(item_C.where(~is_new_C, 0))
     vector_CD[is_new_C] = vector_RD[item_C[is_new_C] - first]
@@ -249,10 +250,12 @@ def _cosine(vector_CD: Float[np.ndarray, "C D"]) -> Callable[[int], Float[np.nda
 
 
 def _shared(parts: Sequence[Carried], num: int) -> Callable[[int], Float[np.ndarray, " C"]]:
-    """Return the share of labels in common: of both, over of either; 0 where neither has any."""
+    """Return the Jaccard similarity of label sets: common labels over all labels; 0 if both are
+    empty.
+    """
     row_N = np.concatenate([part.row_N for part in parts])
     first, codes = 0, []
-    for part in parts:  # a label of one column is none of another
+    for part in parts:  # labels of different columns are different
         codes.append(part.code_N + first)
         first += int(part.code_N.max(initial=-1)) + 1
     code_N = np.concatenate(codes)
@@ -279,15 +282,15 @@ def pick(
 
     .. math:: \arg\max_c \lambda r_c - (1 - \lambda) \max_{s \in S} \mathrm{like}(c, s)
 
-    over the candidates that no cap forbids, S being those chosen before; ties go to the better
-    score. A longer list begins with the shorter one, and that of a ranking which goes on for
-    whole windows with that of the first.
+    over the candidates that no cap forbids, where S are the items chosen before; ties go to the
+    better score. A longer list begins with the shorter one, also if the ranking is extended by
+    whole windows.
 
     Args:
-        score_C: Best first; -inf is no candidate.
-        k: List length; fewer are chosen when no candidate is left.
-        caps: Each holds for itself.
-        spread: None: the score alone orders.
+        score_C: Scores, best first; -inf is not a candidate.
+        k: List length; fewer items are chosen if no candidate is left.
+        caps: Caps, each of which must be satisfied.
+        spread: The diversity; None: the score alone determines the order.
     """
     open_C, chosen = score_C > -np.inf, list[int]()
     counts = [np.zeros(1 + cap.code_E.max(initial=-1), np.int64) for cap in caps]
@@ -314,7 +317,9 @@ def pick(
 
 
 def _filled(cap: Cap, count: Int64[np.ndarray, " V"], best: int) -> Int64[np.ndarray, " N"]:
-    """Count a choice's labels, and return the candidates that carry one which is now used up."""
+    """Count the labels of a chosen item, and return the candidates with a label that reached its
+    cap.
+    """
     first, last = np.searchsorted(cap.row_E, [best, best + 1])
     own = cap.code_E[first:last]
     count[own] += 1
@@ -324,7 +329,9 @@ def _filled(cap: Cap, count: Int64[np.ndarray, " V"], best: int) -> Int64[np.nda
 
 
 def _scaled(score_C: Float[np.ndarray, " C"], pool: int) -> Float[np.ndarray, " C"]:
-    """Return scores such that the best of the pool is 1 and its worst 0; no candidate is 0."""
+    """Return scores scaled to 1 for the best and 0 for the worst of the pool; missing ones are
+    0.
+    """
     real_C = score_C > -np.inf
     pooled = score_C[:pool][real_C[:pool]].astype(np.float64)
     if not len(pooled):

@@ -1,6 +1,6 @@
-"""What a list may hold, whoever scored it: filters on attributes, caps on categories, diversity.
+"""Rules for lists, with any model: filters on attributes, caps on categories, diversity.
 
-And what the item table, or a request that has new items, says of the items that they are asked of.
+Also: the values of items in the item table, or in a request with new items, that rules use.
 
 Shape legend: I items, E labels of all items, N labels of some, M items found.
 """
@@ -46,15 +46,15 @@ Bound = StrictInt | StrictFloat | StrictStr
 
 
 class Condition(Config):
-    """A condition on one column of an item; all parts that are given must hold.
+    """A condition on one column of an item; all given parts must be satisfied.
 
-    Values are compared as text, so 1994 and "1994" are equal. A missing value meets `none_of` and
-    nothing else. A column of several values holds lists, or texts with a separator, such as
+    Values are compared as text, so 1994 and "1994" are equal. A missing value satisfies only
+    `none_of`. A column of several values has lists, or texts with a separator, such as
     "Action|Comedy".
     """
 
     equals: Value | None = None
-    """The value, in a column of one value an item."""
+    """The value, in a column with one value per item."""
     one_of: Values | None = None
     """At least one of these values."""
     none_of: Values | None = None
@@ -75,7 +75,7 @@ class Condition(Config):
 
 
 class Diversity(Config):
-    """Maximal marginal relevance: each place goes to an item with a high score that differs from
+    """Maximal marginal relevance: each position gets an item with a high score that differs from
     those above it.
 
     The next item is the one with the greatest `relevance` times its score minus
@@ -83,7 +83,7 @@ class Diversity(Config):
     """
 
     relevance: float = Field(default=0.7, ge=0, le=1)
-    """Weight of the score: 1 keeps the order of scores, 0 looks at difference alone."""
+    """Weight of the score: 1 keeps the order of scores, 0 considers only the difference."""
     pool: PositiveInt = Field(default=100, le=10_000)
     """How many of the best items are considered; later ones are used only if these cannot fill the
     list."""
@@ -93,7 +93,7 @@ class Diversity(Config):
 
 
 class Rules(Config):
-    """What a list may hold, besides seen items and those allowed or denied by id."""
+    """Rules for a list, in addition to seen items and to items allowed or denied by id."""
 
     where: dict[str, Condition] = Field(default_factory=dict, max_length=100)
     """From a column of the item table to the condition that it must meet."""
@@ -106,18 +106,18 @@ class Rules(Config):
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The columns of the item table that they look at, each once."""
+        """The columns of the item table that the rules read, without duplicates."""
         by = () if self.diversity is None or self.diversity.by == "vectors" else self.diversity.by
         return tuple(dict.fromkeys((*self.where, *self.caps, *by)))
 
     @property
     def reorder(self) -> bool:
-        """Whether what stands above an item decides about it."""
+        """Whether an item's position depends on the items above it."""
         return bool(self.caps) or self.diversity is not None
 
 
 NO_RULES = Rules()
-"""Nothing is filtered, capped or reordered."""
+"""No rules: nothing is filtered, capped or reordered."""
 
 sparse = later("scipy.sparse")
 
@@ -126,26 +126,26 @@ _WHOLE = re.compile(r"[+-]?[0-9]{1,20}")
 
 
 class Carried(NamedTuple):
-    """The labels that some items carry."""
+    """The labels of some items."""
 
     row_N: Int64[np.ndarray, " N"]
-    """Which of the items, by its place among them; never falling."""
+    """The position of each label's item, in non-decreasing order."""
     code_N: Int64[np.ndarray, " N"]
 
 
 @final
 class Labels:
-    """One column's values as codes, from items to codes and back."""
+    """The values of one column as codes, with look-ups from items to codes and back."""
 
     def __init__(self, column: pl.Series, separator: str | None = None) -> None:
         """Read a column.
 
         Args:
             column: A value, or several, for each item.
-            separator: What stands between values of a text; see `separator_of`.
+            separator: Separates several values in a text; see `separator_of`.
 
         Raises:
-            DataError: It holds an infinite number, or what is no label.
+            DataError: The column has an infinite number, or a value that cannot be a label.
         """
         self.name, self.dtype, self.separator = column.name, column.dtype, separator
         self.several = separator is not None or isinstance(column.dtype, pl.List | pl.Array)
@@ -164,26 +164,26 @@ class Labels:
 
     @property
     def ordered(self) -> bool:
-        """Whether numbers or times may be compared."""
+        """Whether the column has numbers or times, which can be compared."""
         return self.dtype.is_numeric() or self.dtype in (pl.Date, pl.Datetime)
 
     def most_frequent(self, num: int) -> list[str]:
-        """Return the labels that most items carry; ties in the order of text."""
+        """Return the labels of most items; ties are sorted by text."""
         order_V = np.argsort(-np.diff(self._items.indptr), kind="stable")
         return self.texts.ids.gather(order_V[:num]).to_list()
 
     def of(self, item_M: Int64[np.ndarray, " M"]) -> Carried:
-        """Return what some items carry."""
+        """Return the labels of some items."""
         start_M, end_M = self._codes.indptr[item_M], self._codes.indptr[item_M + 1]
         row_N = np.repeat(np.arange(len(item_M)), end_M - start_M)
         index_N, _ = ranges(start_M, end_M - start_M)
         return Carried(row_N, self._codes.indices[index_N])
 
     def items_with(self, value: Value) -> Int64[np.ndarray, " M"]:
-        """Return the items that carry a value as a label, which may be unknown.
+        """Return the items that have a value as a label; the value may be unknown.
 
         Raises:
-            DataError: No such value can stand in a column of this type.
+            DataError: A column of this type cannot have such a value.
         """
         code = self.texts.find(self._spelled(value))
         if code < 0:
@@ -206,14 +206,14 @@ class Labels:
                 return str(texts_of(pl.Series([float(text)]))[0])
         except ValueError:
             held = in_words(pl.Series(dtype=inner))
-            message = f"column {self.name!r} holds {held}, and {value!r} is none"
+            message = f"column {self.name!r} holds {held}, and {value!r} is not one"
             raise DataError(message, column=self.name, value=value) from None
         return text
 
 
 @final
 class ItemLabels:
-    """The item table, column by column; each is read when it is first asked for."""
+    """The item table by columns, each of which is read at its first use."""
 
     def __init__(
         self,
@@ -225,9 +225,9 @@ class ItemLabels:
         """Take a table.
 
         Args:
-            table: A row for each item; None: nothing is known of them.
+            table: One row per item; None: there is no table.
             num_items: I.
-            separators: By column, what stands between values of a text; None: as the texts show.
+            separators: The separator of several values in a text, by column; None: inferred.
         """
         self._table, self._num_items, self._separators = table, num_items, separators
         self._labels: dict[str, Labels] = {}
@@ -235,20 +235,20 @@ class ItemLabels:
 
     @cached_property
     def columns(self) -> tuple[str, ...]:
-        """The columns that rules may name: not vectors, nor bytes."""
+        """The columns that rules may name, which excludes vectors and bytes."""
         columns = [] if self._table is None else self._table.iter_columns()
         return tuple(column.name for column in columns if _is_readable(column))
 
     @property
     def readable(self) -> tuple[str, ...]:
-        """Those of the columns whose every value can be read."""
+        """The columns of which all values can be read."""
         return tuple(name for name in self.columns if self._can_read(name))
 
     def labels(self, name: str) -> Labels:
         """Return a column's labels.
 
         Raises:
-            DataError: There is no such column, or it holds no labels.
+            DataError: There is no such column, or it has no labels.
         """
         if name not in self._labels:
             column = self._column(name)
@@ -259,7 +259,7 @@ class ItemLabels:
         """Return a column's numbers, NaN where missing; dates and times as days since 1970.
 
         Raises:
-            DataError: There is no such column, or it holds neither numbers nor times.
+            DataError: There is no such column, or it has neither numbers nor times.
         """
         if name not in self._numbers:
             column = self._column(name)
@@ -273,7 +273,7 @@ class ItemLabels:
         return self._numbers[name]
 
     def matching(self, where: Mapping[str, Condition]) -> Bool[np.ndarray, " I"]:
-        """Return the items that meet every condition.
+        """Return the items that satisfy all conditions.
 
         Raises:
             DataError: A column is unknown, or a condition cannot be asked of it.
@@ -291,7 +291,7 @@ class ItemLabels:
     def _can_read(self, name: str) -> bool:
         try:
             self.labels(name)
-        except DataError:  # an infinite number, which training did without
+        except DataError:  # an infinite number, which training did not read
             return False
         return True
 
@@ -345,7 +345,7 @@ class ItemLabels:
     def _column(self, name: str) -> pl.Series:
         if self._table is None:
             raise DataError(
-                f"rules name the column {name!r}, and this model has no item table: train it on "
+                f"rules name the column {name!r}, but this model has no item table: train it on "
                 "events that have one",
                 column=name,
             )
@@ -358,9 +358,8 @@ class ItemLabels:
                 column=name,
             )
         raise DataError(
-            f"rules name the column {name!r}, and the item table has "
-            f"{', '.join(self.columns) or 'none that rules read'}"
-            f"{did_you_mean(name, self.columns)}",
+            f"rules name the column {name!r}, but the item table has "
+            f"{', '.join(self.columns) or 'none for rules'}{did_you_mean(name, self.columns)}",
             column=name,
         )
 
@@ -373,12 +372,12 @@ def _is_readable(column: pl.Series) -> bool:
 
 
 def _days(name: str, text: str) -> float:
-    """Return a time as days since 1970; one that names no zone is in UTC."""
+    """Return a time as days since 1970; without a time zone, it is in UTC."""
     try:
         time = datetime.fromisoformat(text)
     except ValueError:
         raise DataError(
-            f"column {name!r} holds times, and {text!r} is none: write it as 2024-02-29 or "
+            f"column {name!r} holds times, but {text!r} is not a time: write it as 2024-02-29 or "
             "2024-02-29T12:00:00",
             column=name,
             value=text,
@@ -387,15 +386,15 @@ def _days(name: str, text: str) -> float:
 
 
 def labels_of_new(labels: ItemLabels, told: Told, columns: Collection[str]) -> ItemLabels:
-    """Return a table of new items like the catalogue's; what an item does not tell is missing.
+    """Return a table of new items like the catalogue's; values that are not given are missing.
 
     Args:
-        labels: Of the catalogue: says what each column holds.
-        told: What is known of each new item; R of them.
-        columns: Those that rules name.
+        labels: The labels of the catalogue, which determine the type of each column.
+        told: The given values of each of R new items.
+        columns: The columns that rules name.
 
     Raises:
-        DataError: A column is unknown, or a value is none that it can hold; it says of which item.
+        DataError: A column is unknown, or a value does not fit its type; the error names the item.
     """
     table, separators = {}, {}
     for name in columns:
@@ -413,12 +412,12 @@ def labels_of_new(labels: ItemLabels, told: Told, columns: Collection[str]) -> I
 def carried_beside(
     own: Labels, new: Labels, item_M: Int64[np.ndarray, " M"], first: int
 ) -> Carried:
-    """Return what items carry, whether the catalogue has them or not, under the same codes.
+    """Return the labels of items in the catalogue and of new items, with the same codes.
 
     Args:
         own: A column of the item table.
-        new: The same of new items.
-        item_M: Rows; those from `first` on are new.
+        new: The same column of new items.
+        item_M: Rows of items; those from `first` on are new.
         first: The first new row.
     """
     is_new_M = item_M >= first
@@ -433,7 +432,7 @@ def carried_beside(
 
 
 def _held(like: pl.Series) -> pl.Series:
-    """Return an empty column for single values as `_as_one` gives them."""
+    """Return an empty column for single values that `_as_one` returns."""
     if like.dtype.is_numeric():
         return like.cast(pl.Float64)
     typed = like.dtype in (pl.Boolean, pl.Date, pl.Datetime)
@@ -441,7 +440,7 @@ def _held(like: pl.Series) -> pl.Series:
 
 
 def _as_told(item_id: object, value: object, own: Labels, like: pl.Series) -> object:
-    """Return a value as a column of its type takes it, None where missing."""
+    """Return a value in the type of its column, None if it is missing."""
     if value is None or value == "" or value != value:
         return None
     try:
@@ -453,16 +452,16 @@ def _as_told(item_id: object, value: object, own: Labels, like: pl.Series) -> ob
         return _as_one(value, like)
     except (ValueError, TypeError, OverflowError, DataError, pl.exceptions.PolarsError):
         raise DataError(
-            f"rules look at the column {own.name!r}, which holds "
+            f"rules read the column {own.name!r}, which holds "
             f"{in_words(pl.Series(dtype=own.dtype))}; the new item {item_id!r} has {value!r} "
-            "there, which is none",
+            "there, which is not one",
             column=own.name,
             value=value,
         ) from None
 
 
 def _as_one(value: object, like: pl.Series) -> object:
-    """Return a single value as a column like `like` holds it: any number is a float."""
+    """Return a single value in the type of the column `like`, where all numbers are floats."""
     text = texts_of(pl.Series([value]))[0]
     if text is None or (like.dtype == pl.Boolean and text not in ("true", "false")):
         raise ValueError

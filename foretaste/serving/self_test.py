@@ -1,4 +1,4 @@
-"""What a model answered when it was saved, and whether it answers the same before it serves."""
+"""Self-test of a bundle: the model must give the answers that were stored when it was saved."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -23,44 +23,44 @@ if TYPE_CHECKING:
 
 _USERS, _LONG, _SHORT, _DIGITS = 4, 200, 10, 6
 _TOLERANCE = 1e-3
-"""Of the largest score: two machines add in another order."""
+"""Tolerance relative to the largest score: machines differ in the order of summation."""
 _REASONS = 0.5
-"""So many reasons must be the same: two items may be nearly as good a reason."""
+"""Share of reasons that must be equal: two items may be almost equally good reasons."""
 _SPARE = 0.1
-"""An index may find so much less of its own items than it did: ties fall otherwise elsewhere."""
+"""Allowed decrease of the index's recall: ties may be broken differently on another machine."""
 Id = int | str
 
 
 class Asked(Config):
-    """A question and its answer: for a user, a history or a new user, or for items like one."""
+    """A query and its answer: for a user, a history or a new user, or for items similar to one."""
 
     user_id: Id | None = None
-    """Who asks; none: a new user."""
+    """The user; None: a new user."""
     history: tuple[Id, ...] = ()
-    """What a new user did, oldest first."""
+    """The history of a new user, oldest first."""
     similar_to: Id | None = None
-    """The item that others are to be like."""
+    """The item for which similar items are requested."""
     item_ids: tuple[Id, ...] = ()
-    """The answer, best first."""
+    """The items of the answer, best first."""
     scores: tuple[float, ...] = ()
-    """Of each item of the answer."""
+    """The score of each item."""
     reasons: tuple[Id | None, ...] = ()
-    """The item of the history behind each row, where that was asked."""
+    """The reason for each row, an item of the history, if reasons were requested."""
 
 
 class StoredAnswers(Config):
-    """`answers.json` of a bundle."""
+    """The contents of a bundle's `answers.json`."""
 
     asked: tuple[Asked, ...] = Field(min_length=1)
-    """Each question with its answer."""
+    """Queries with their answers."""
     recall: float | None = Field(default=None, ge=0, le=1)
-    """The share of items that an approximate index finds by their own vectors."""
+    """The share of items that an approximate index finds with their own vectors as queries."""
 
 
 def answers_of(recommender: "Recommender") -> StoredAnswers | None:
-    """Ask a model for some users, a new one, no user and an item; None if it cannot answer.
+    """Return answers for some users, a new one, no user and an item; None if it cannot answer.
 
-    Such a model can be saved and looked at, but `check_answers` lets none serve.
+    A model that cannot answer can be saved and inspected, but `check_answers` rejects it.
     """
     try:
         asked = [_ask(recommender, question) for question in _questions(recommender)]
@@ -76,17 +76,17 @@ def check_answers(
     within_s: float | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> None:
-    """Ask a model what was asked when it was saved, and compare its index with its vectors.
+    """Repeat the stored queries and compare the answers; compare the index with the vectors.
 
     Args:
-        recommender: As it was loaded.
-        stored: What it answered then; None of bundles from before answers were stored: it must
-            answer with items of its catalogue and finite scores.
-        within_s: Each answer, asked for a second time, may take so long; None: any time.
-        clock: Counts seconds.
+        recommender: The loaded recommender.
+        stored: The stored answers; None for older bundles, whose answers must contain items of
+            the catalogue with finite scores.
+        within_s: Time limit for each answer, at its second computation; None: no limit.
+        clock: Returns the time in seconds.
 
     Raises:
-        ForetasteError: It cannot answer, or not as it did, or not in time.
+        ForetasteError: The recommender cannot answer, or its answers differ, or they take too long.
     """
     _check_index(recommender)
     for question in stored.asked if stored else _questions(recommender):
@@ -97,17 +97,17 @@ def check_answers(
         _find(recommender, question, k=_SHORT)
         seconds = clock() - started
         if within_s is not None and seconds > within_s:
-            raise _wrong(f"it takes {seconds:.2g} s for one answer, and {within_s:g} s are allowed")
+            raise _wrong(f"one answer takes {seconds:.2g} s, but {within_s:g} s are allowed")
     recall, before = _recall(recommender), stored.recall if stored else None
     if recall is not None and before is not None and recall < before - _SPARE:
         raise _wrong(
-            f"its index finds {recall:.0%} of its items, and {before:.0%} when it was saved"
+            f"its index finds {recall:.0%} of its items, but found {before:.0%} when it was saved"
         )
 
 
 def _wrong(what: str) -> BundleError:
     return BundleError(
-        f"the model does not answer as it did: {what}; save it again", name="answers"
+        f"the model's answers differ from the stored ones: {what}; save it again", name="answers"
     )
 
 
@@ -131,14 +131,14 @@ def _find(recommender: "Recommender", asked: Asked, *, k: int) -> "Answer":
 
 
 def _ask(recommender: "Recommender", asked: Asked) -> Asked:
-    """Return a question with its answer of today, which must be one: real items, finite scores."""
+    """Return a query with its current answer, which must have valid items and finite scores."""
     rows = _find(recommender, asked, k=_LONG).rows
     for row in rows:
         numbers = [row.score, *row.predictions.values()]
         if not np.isfinite(numbers).all() or not recommender.ranks(row.item_id):
             raise _wrong(f"item {row.item_id!r} of its catalogue scores {row.score}")
     if len({row.item_id for row in rows}) < len(rows):
-        raise _wrong("an item stands twice in one answer")
+        raise _wrong("an item occurs twice in one answer")
     ids: list[Id] = [row.item_id for row in rows[:_SHORT]]
     reasons: tuple[Id | None, ...] = ()
     if asked.similar_to is None and (asked.user_id is not None or asked.history):
@@ -153,15 +153,15 @@ def _check_same(then: Asked, now: Asked) -> None:
     near = _TOLERANCE * max([1e-6, *(abs(score) for score in then.scores)])
     of = then.similar_to or then.user_id or then.history or "a new user"
     if len(then.scores) != len(now.scores):
-        raise _wrong(f"{len(now.scores)} items for {of!r}, and there were {len(then.scores)}")
+        raise _wrong(f"{len(now.scores)} items for {of!r}, but there were {len(then.scores)}")
     pairs = zip(then.scores, now.scores, strict=True)
     if any(abs(one - other) > near for one, other in pairs):
-        raise _wrong(f"the scores for {of!r} are others")
+        raise _wrong(f"the scores for {of!r} differ")
     score_of = dict(zip(now.item_ids, now.scores, strict=True))
     last = min(now.scores, default=0.0)
     for item_id, score in zip(then.item_ids, then.scores, strict=True):
         if abs(score_of.get(item_id, last) - score) > 2 * near:
-            raise _wrong(f"item {item_id!r} is missing for {of!r}, or scores otherwise")
+            raise _wrong(f"item {item_id!r} is missing for {of!r}, or has another score")
     by_item = dict(zip(now.item_ids, now.reasons, strict=False))
     known = [
         (one, by_item[i])
@@ -169,21 +169,21 @@ def _check_same(then: Asked, now: Asked) -> None:
         if i in by_item
     ]
     if sum(one == other for one, other in known) < _REASONS * len(known):
-        raise _wrong(f"the reasons for {of!r} are others")
+        raise _wrong(f"the reasons for {of!r} differ")
 
 
 @torch.inference_mode()
 def _check_index(recommender: "Recommender") -> None:
-    """Refuse an index that holds other items or vectors than the model gives.
+    """Raise an error if the items or vectors of an index differ from those of the model.
 
     Shape legend: I items.
 
     Raises:
-        BundleError: It does.
+        BundleError: They differ.
     """
     index, retriever = recommender.index, recommender.trained.model.first_stage
     if isinstance(retriever, Retriever) != (index is not None):
-        raise _wrong("an index is there without item vectors, or missing beside them")
+        raise _wrong("there is an index without item vectors, or item vectors without an index")
     if index is None or not isinstance(retriever, Retriever):
         return
     exact, known_I = exact_of(index), recommender.trained.known_I
@@ -191,11 +191,11 @@ def _check_index(recommender: "Recommender") -> None:
     width = exact.vectors_at(torch.arange(min(1, len(exact.item_N)))).shape[-1]
     sizes = (len(item_N), len(known_I), width)
     if (facts.num_items, facts.catalogue_size, facts.embedding_dim) != sizes:
-        raise _wrong("its index is of another size")
+        raise _wrong("its index has another size")
     if exact.item_N.dtype != item_N.dtype or not torch.equal(exact.item_N, item_N):
-        raise _wrong("its index holds other items")
+        raise _wrong("its index has other items")
     if isinstance(exact, CodeIndex) and retriever.item_codes() is None:
-        return  # its vectors are near to the model's: the stored answers say how near
+        return  # its vectors approximate the model's; the stored answers test how well
     _check_vectors(exact, retriever, known_I)
     if isinstance(index, FaissIndex):
         index.check()
@@ -210,11 +210,13 @@ def _check_vectors(exact: WholeIndex, retriever: Retriever, known_I: Bool[Tensor
         near = 1e-4 * float(own_VD.abs().max()) if own_VD.numel() else 0.0
         same = own_VD.shape == kept_VD.shape
         if not same or not torch.allclose(own_VD, kept_VD, rtol=_TOLERANCE, atol=near):
-            raise _wrong("its index holds other vectors")
+            raise _wrong("its index has other vectors")
 
 
 def _recall(recommender: "Recommender") -> float | None:
-    """Return the share of some items that an approximate index alone finds by their own vectors."""
+    """Return the share of items that an approximate index finds with their own vectors as
+    queries.
+    """
     index = recommender.index
     if not isinstance(index, FaissIndex):
         return None

@@ -45,27 +45,27 @@ def serve(
     announce: Callable[[str], object] = sys.stdout.write,
     write_log: Callable[[str], object] = sys.stderr.write,
 ) -> None:
-    """Serve a bundle over HTTP until SIGTERM or SIGINT; requests at work are ended first.
+    """Serve a bundle over HTTP until SIGTERM or SIGINT; requests in progress are completed first.
 
     SIGHUP reads the bundle again, as `POST /v1/model/reload` does.
 
     Args:
         bundle: The bundle's folder.
-        settings: Where to listen, where live events live, and the bounds.
-        announce: Takes the one line that says the address, its newline included.
-        write_log: Takes one line of JSON per request.
+        settings: The address, the place of live events, and the limits.
+        announce: Called with one line that has the address, including its newline.
+        write_log: Called with one line of JSON per request.
 
     Raises:
-        ForetasteError: The bundle cannot serve, the address is taken, live events cannot be kept
-            where `settings.state` says, or tokens cannot be read, or are none where other machines
-            can reach the server.
+        ForetasteError: The bundle cannot be served, the address is in use, live events cannot be
+            stored at `settings.state`, tokens cannot be read, or there are no tokens although other
+            machines can reach the server.
     """
     bundle, access = Path(bundle), access_of(settings)
     opened = partial(open_live_events, timeout_s=settings.store_timeout_s)
     state = state_beside(bundle) if settings.state == "beside" else settings.state
     versions = _versions(bundle, settings)
     if not versions.kept():
-        versions.delivered()  # or there is nothing to serve, before anything is opened
+        versions.delivered()  # an invalid bundle is reported before anything is opened
     with (
         _rare_collections(),
         closing(_trials(settings)) as trials,
@@ -73,7 +73,7 @@ def serve(
     ):
         chosen = _if_it_answers(lambda: events.chosen(bundle.name), write_log)
         slot = ModelSlot(versions, try_bundle=trials.try_once, read=_load, chosen=chosen)
-        torch.set_num_threads(1)  # each request's thread computes on one core
+        torch.set_num_threads(1)  # the thread of each request computes on one core
         metrics = Metrics()
         service = Service(
             slot,
@@ -113,14 +113,14 @@ def _trials(settings: ServerSettings) -> Trials:
 
 
 def server_config(app: ASGIApp, settings: ServerSettings, admission: Admission) -> uvicorn.Config:
-    """Return how uvicorn serves the application: quietly, and within the bounds of settings."""
+    """Return uvicorn's configuration: without its own log, and with the limits of the settings."""
     return uvicorn.Config(
         app,
         http=limited(settings, admission),
         ws="none",
         access_log=False,
         log_config=None,
-        log_level="error",  # what it warns of, others can make it write as often as they like
+        log_level="error",  # clients could trigger its warnings as often as they like
         server_header=False,
         proxy_headers=False,
         backlog=settings.max_connections,
@@ -130,10 +130,10 @@ def server_config(app: ASGIApp, settings: ServerSettings, admission: Admission) 
 
 
 def _load(bundle: Path) -> Loaded:
-    """Load a version, and leave all that is there now out of the garbage collector's rounds.
+    """Load a version, and exclude all existing objects from garbage collection.
 
-    A round through a model and its tables holds every request up for 100 ms and more, and finds
-    nothing: they live until a swap, and go then without it.
+    A collection over a model and its tables would delay every request by 100 ms or more and free
+    nothing: these objects live until a swap, and are freed then by reference counting.
     """
     loaded = load_version(bundle)
     gc.collect()
@@ -143,7 +143,7 @@ def _load(bundle: Path) -> Loaded:
 
 @contextmanager
 def _rare_collections() -> Iterator[None]:
-    """Give the collector back, at the end, what `_load` took from it."""
+    """Make the objects that `_load` excluded collectable again, at the end."""
     try:
         yield
     finally:
@@ -170,8 +170,9 @@ def _listen(settings: ServerSettings) -> Iterator[socket.socket]:
             value=settings.host if wrong_host else settings.port,
         ) from error
     with listener:
-        # Inherited by each connection. An answer leaves in two parts, head and body, and without
-        # it the second waits for the first to be acknowledged: 40 ms, by a client in no hurry.
+        # Each connection inherits this option. An answer is sent in two parts, head and body;
+        # without the option, the second part waits until the client acknowledges the first, which
+        # may take 40 ms.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         yield listener
 
@@ -185,7 +186,7 @@ def _address(listener: socket.socket) -> str:
 
 @contextmanager
 def _signals(reload: Callable[[], None]) -> Iterator[None]:
-    """Reload at SIGHUP; let the process end in peace after uvicorn has drained."""
+    """Reload at SIGHUP; let the process exit normally after uvicorn has drained."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -194,7 +195,7 @@ def _signals(reload: Callable[[], None]) -> Iterator[None]:
         threading.Thread(target=reload, name="reload").start()
 
     def nothing(_: int, __: FrameType | None) -> None:
-        """Take the signal that uvicorn raises once more when it has drained."""
+        """Ignore the signal that uvicorn raises again after it has drained."""
 
     handlers = {signal.SIGTERM: nothing, signal.SIGINT: nothing}
     if sys.platform != "win32":
@@ -211,7 +212,7 @@ def _signals(reload: Callable[[], None]) -> Iterator[None]:
 def _keeper(
     service: Service, settings: ServerSettings, write_log: Callable[[str], object]
 ) -> Iterator[None]:
-    """Follow the other servers' switches, and delete old events, in a thread of its own."""
+    """Follow the version switches of other servers, and delete old events, in a separate thread."""
     ended = threading.Event()
 
     def work() -> None:
@@ -230,7 +231,7 @@ def _keeper(
 
 
 def _if_it_answers(ask: Callable[[], T], write_log: Callable[[str], object]) -> T | None:
-    """Ask the store; None, and a line in the log, while it does not answer."""
+    """Query the store; return None and log a line while it does not answer."""
     try:
         return ask()
     except SQLAlchemyError as error:

@@ -1,4 +1,4 @@
-"""What the server answers, without HTTP: requests in, replies out."""
+"""The service behind the HTTP API: from requests to replies."""
 
 import threading
 import time
@@ -36,18 +36,18 @@ from foretaste.serving.slot import Loaded, ModelSlot
 from foretaste.serving.state import Choice, LiveEvent, LiveEvents, cause_of
 
 SHOWN_VALUES = 200
-"""So many values of a column are named."""
+"""Maximum number of values of a column in a reply."""
 WITHOUT_STORE = (
-    "the store of live events does not answer: what the user did since training had no influence"
+    "the store of live events does not answer: the user's events since training had no influence"
 )
-WITHOUT_REASONS = "reasons were left out: the server computes as many as it may at one time"
+WITHOUT_REASONS = "reasons were left out: the server is computing as many as it allows at one time"
 FUTURE_S = 86_400
 """An event may be this much ahead of the server's clock."""
 
 
 @final
 class Service:
-    """Joins the model that serves with the live events. Every method may run in any thread."""
+    """Combines the active model with live events. All methods are thread-safe."""
 
     def __init__(
         self,
@@ -60,16 +60,16 @@ class Service:
         clock: Callable[[], float] = time.time,
         report: Callable[[SQLAlchemyError], object] = lambda _: None,
     ) -> None:
-        """Join them.
+        """Create the service.
 
         Args:
-            slot: The model that serves.
-            events: The store.
-            settings: Bounds.
-            bundle: Whose name the servers on one database share.
-            metrics: What is counted.
-            clock: Unix seconds.
-            report: Told why an answer was made without the store.
+            slot: The slot with the active model.
+            events: The store of live events.
+            settings: The server's settings, with its limits.
+            bundle: The bundle, whose name the servers on one database share.
+            metrics: The counters.
+            clock: Returns the time in Unix seconds.
+            report: Called with the reason if an answer was made without the store.
         """
         self.slot = slot
         self.events = events
@@ -82,7 +82,7 @@ class Service:
         metrics.model.info({"version": slot.current.version})
 
     def recommend(self, asked: RecommendRequest) -> RecommendReply:
-        """Recommend from all that is known of the user at this moment.
+        """Recommend from all current data about the user.
 
         Raises:
             DataError: `k` or the history is longer than this server allows.
@@ -90,13 +90,13 @@ class Service:
         self._check_k(asked.k)
         if len(asked.history) > self._settings.max_history:
             raise DataError(
-                f"the history holds {len(asked.history)} items and this server accepts "
+                f"the history has {len(asked.history)} items, but this server accepts "
                 f"{self._settings.max_history}: send the newest",
                 name="history",
                 value=len(asked.history),
             )
         user_id = None if asked.user_id is None else str(asked.user_id)
-        if user_id is not None:  # spelled as the catalogue has it, so that 3.0 is 3 for a canary
+        if user_id is not None:  # in the catalogue's spelling: 3.0 is 3 for a canary
             user_id = self.slot.current.catalogue.user_id(user_id)
         loaded = self.slot.of_user(user_id)
         live, missing = ([], ()) if user_id is None else self._live_if_any(loaded, user_id)
@@ -139,11 +139,11 @@ class Service:
         )
 
     def similar(self, item_id: str, *, k: int) -> SimilarReply:
-        """Return the items nearest to one.
+        """Return the items most similar to one.
 
         Raises:
-            DataError: `k` is longer than this server allows, or, with the error's name `item_id`,
-                no item has the id.
+            DataError: `k` is above this server's limit or, with the error's name `item_id`, no item
+                has the id.
         """
         self._check_k(k)
         loaded = self.slot.current
@@ -170,14 +170,14 @@ class Service:
         )
 
     def find_users(self, prefix: str, *, limit: int) -> UsersReply:
-        """Return users that training saw, by the beginning of their id."""
+        """Return users of the training data, by the beginning of their id."""
         catalogue = self.slot.current.catalogue
         return UsersReply(
             users=catalogue.find_users(prefix, limit=limit), total=catalogue.num_users
         )
 
     def history(self, user_id: str, *, limit: int) -> HistoryReply:
-        """Return what a user did, newest first."""
+        """Return a user's events, newest first."""
         loaded = self.slot.current
         user_id = loaded.catalogue.user_id(user_id)
         live = self._live(loaded, user_id)
@@ -195,12 +195,12 @@ class Service:
         """Store events; when this returns, they are on disk and in the next answer.
 
         Raises:
-            DataError: There are more than this server takes at once, one lies in the future, or,
-                with the error's name `event_id`, one has the id of another event.
+            DataError: There are more events than this server accepts at once, one is in the future
+                or, with the error's name `event_id`, one has the id of another event.
         """
         if len(asked) > self._settings.max_events:
             raise DataError(
-                f"{len(asked)} events in one request, and this server accepts "
+                f"{len(asked)} events in one request, but this server accepts "
                 f"{self._settings.max_events}: send them in parts",
                 name="events",
                 value=len(asked),
@@ -237,13 +237,13 @@ class Service:
         )
 
     def forget(self, user_id: str) -> ForgetReply:
-        """Delete a user's live events; what training saw stays in the model."""
+        """Delete a user's live events; the training events stay in the model."""
         user_id = self.slot.current.catalogue.user_id(user_id)
         with self.metrics.store("forget"):
             return ForgetReply(deleted=self.events.forget(user_id))
 
     def ready(self) -> str:
-        """Return why the store of live events does not answer, "" if it does; answers go on."""
+        """Return why the store of live events does not answer, "" if it does."""
         try:
             with self.metrics.store("ready"):
                 self.events.check()
@@ -252,7 +252,7 @@ class Service:
         return ""
 
     def model(self) -> ModelReply:
-        """Say what serves."""
+        """Describe the active model."""
         loaded = self.slot.current
         return ModelReply(
             version=loaded.version,
@@ -270,29 +270,29 @@ class Service:
         """Read the bundle again and swap if it is another version.
 
         Raises:
-            ForetasteError: It was refused; the old version serves on.
+            ForetasteError: The version was refused; the old one stays active.
         """
         return self._switched(lambda: self.slot.reload(self._publish))
 
     def activate(self, version: str) -> ReloadReply:
-        """Have a kept version serve; "" is the previous one.
+        """Activate a stored version; "" means the previous one.
 
         Raises:
-            ForetasteError: It is not kept or was refused; the old version serves on.
+            ForetasteError: The version is not stored or was refused; the old one stays active.
         """
         return self._switched(lambda: self.slot.activate(version, self._publish))
 
     def try_out(self, version: str, share: float) -> ModelsReply:
-        """Have a kept version answer a share of the users, none with 0.
+        """Let a stored version answer a share of the users; 0 ends this.
 
         Raises:
-            ForetasteError: It is not kept or was refused; nothing has changed.
+            ForetasteError: The version is not stored or was refused; nothing has changed.
         """
         self.slot.try_out(version, share, self._publish)
         return self.models()
 
     def models(self) -> ModelsReply:
-        """Return the versions that are kept, and which of them serve."""
+        """Return the stored versions, and which of them are active."""
         choice = self.slot.choice
         return ModelsReply(
             active=choice.version,
@@ -307,18 +307,20 @@ class Service:
         )
 
     def publish(self, seen: Choice | None) -> None:
-        """Tell the other servers on this database what serves here, if they still agree on `seen`.
+        """Publish the active version to the other servers on this database, if they still agree on
+        `seen`.
 
-        They may not: the database may have been away when it was asked.
+        Otherwise another server has switched in the meantime.
         """
         if self.events.chosen(self._bundle.name) == seen:
             self._publish(self.slot.choice)
 
     def follow(self) -> bool:
-        """Switch to what the servers on this database have agreed on; return whether it did.
+        """Switch to the version that the servers on this database agreed on; return whether it
+        changed.
 
         Raises:
-            ForetasteError: The version was refused here.
+            ForetasteError: This server refused the version.
         """
         chosen = self.events.chosen(self._bundle.name)
         if chosen is None:
@@ -328,7 +330,7 @@ class Service:
         return changed
 
     def retire(self) -> int:
-        """Delete live events that are older than settings keep them; return how many."""
+        """Delete live events beyond the age in the settings; return how many."""
         days = self._settings.keep_events_days
         return 0 if days is None else self.events.retire(int(self._clock()) - days * 86_400)
 
@@ -350,15 +352,15 @@ class Service:
     def _check_k(self, k: int) -> None:
         if not 1 <= k <= self._settings.max_k:
             raise DataError(
-                f"k is {k}: this server gives lists of 1 to {self._settings.max_k}",
+                f"k is {k}: this server returns lists of 1 to {self._settings.max_k}",
                 name="k",
                 value=k,
             )
 
     def _live_if_any(self, loaded: Loaded, user_id: str) -> tuple[list[LiveEvent], tuple[str, ...]]:
-        """Return a user's live events; none, and a note, while the store does not answer.
+        """Return a user's live events; while the store does not answer, none and a note.
 
-        Why is reported once a second at most, after the first minute's 60.
+        The reason is reported at most once a second, after the first 60 in the first minute.
         """
         try:
             return self._live(loaded, user_id), ()

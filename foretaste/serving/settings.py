@@ -1,8 +1,7 @@
-"""What a person chooses about the server, and who may do what there: tokens known by their hashes,
-their roles, and a bound on each one's requests.
+"""Settings of the server, and access tokens: their hashes, roles and request limits.
 
-A token is made here, with 256 random bits, and shown once; what is kept is its SHA-256, from which
-it cannot be found again.
+Tokens are created here, with 256 random bits, and shown once. Only the SHA-256 of a token is
+stored, from which the token cannot be recovered.
 """
 
 import hashlib
@@ -34,32 +33,34 @@ class ServerSettings(Config):
     """Where live events are kept: `beside` is an SQLite file next to the bundle; or the path of an
     SQLite file, or a database URL such as postgresql://user:password@host/name."""
     versions: Path | None = None
-    """Folder of the versions that are kept, private copies of the bundle; none given: one beside
-    it. Servers of one bundle on one machine share it."""
+    """Folder of stored versions, which are private copies of the bundle. By default, a folder next
+    to the bundle. Servers of one bundle on one machine share it."""
     keep_versions: Count = 5
-    """So many versions are kept; the one used longest ago goes first."""
+    """Maximum number of stored versions; the least recently used one is deleted first."""
     keep_versions_bytes: Count | None = None
-    """And so many bytes of them; none: no bound. Versions that serve stay."""
+    """Maximum total size of stored versions in bytes; none: no limit. Active versions are never
+    deleted."""
     signature_key: Path | None = None
-    """A file with the key that every bundle must be signed with, as `foretaste sign` does it; none:
-    no signature is asked for."""
+    """A file with the key that every bundle must be signed with (see `foretaste sign`); none: no
+    signature is required."""
     load_timeout_s: PositiveFloat = 300.0
-    """Seconds that a new version may take to load and to answer its stored questions, before it is
-    refused."""
+    """Seconds that a new version may take to load and to answer its stored queries; a slower
+    version is refused."""
     answer_timeout_s: PositiveFloat = 2.0
-    """Seconds that a new version may take for one answer, before it is refused."""
+    """Seconds that a new version may take for one answer; a slower version is refused."""
     store_timeout_s: PositiveFloat = 1.0
     """Seconds to wait for a lock, a statement or a connection of the database, before 503."""
     keep_events_days: Count | None = None
-    """Live events older than so many days are deleted, once an hour; none: they are kept."""
+    """Live events older than this many days are deleted, once an hour; none: they are not
+    deleted."""
     follow_s: PositiveFloat = 2.0
-    """Seconds between two looks at which version the servers on one database have agreed on."""
+    """Seconds between two checks of the version that the servers on one database have agreed on."""
     token: str | None = Field(default=None, repr=False)
-    """If given, every request for data must carry it, or one of `token_file`, as `Authorization:
-    Bearer TOKEN`; it has all roles. Health, readiness and the page's own files are open."""
+    """If given, every request for data must have this token, or one of `token_file`, as
+    `Authorization: Bearer TOKEN`. It has all roles. Health, readiness and the page's own files need
+    no token."""
     token_file: Path | None = None
-    """A TOML file of tokens, each by its hash, with roles and a limit on requests, as `foretaste
-    token` writes it."""
+    """A TOML file of token hashes with roles and request limits; see `foretaste token`."""
     allow_anyone: bool = False
     """Whether a server that other machines can reach may run without tokens."""
     hosts: tuple[str, ...] = ()
@@ -74,36 +75,40 @@ class ServerSettings(Config):
     max_events: Count = 1000
     """Most events in one request."""
     max_concurrency: Count = 64
-    """Most requests in progress or waiting; the next is answered 503 with Retry-After."""
+    """Maximum number of requests in progress or waiting; the next one is answered with 503 and
+    Retry-After."""
     max_wait_s: PositiveFloat = 0.05
-    """Seconds that a request for a list may be expected to wait for those before it; the next is
-    answered 503, if there are more than twice `num_threads`."""
+    """Maximum expected waiting time of a request for a list, in seconds. If there are more than
+    twice `num_threads` such requests, one that would wait longer is answered with 503."""
     num_threads: Count = Field(default=4, le=1024)
-    """Threads that compute answers; torch uses one core in each. Calls of the store have others."""
+    """Number of threads that compute answers; torch uses one core in each. Calls to the store have
+    other threads."""
     body_timeout_s: PositiveFloat = 20.0
-    """Seconds a client may take to send its body, before 408."""
+    """Seconds that a client may take to send its body; then it is answered with 408."""
     max_bodies_bytes: Count = 67_108_864
-    """Most bytes of all bodies in transfer; the next request is answered 503."""
+    """Maximum total size of all bodies in transfer, in bytes; the next request is answered with
+    503."""
     max_url_bytes: Count = 8_192
     """Longest path with its query; a longer one is refused with 414."""
     max_header_bytes: Count = 32_768
-    """Largest sum of a request's headers, each with 32 bytes added; a larger one is refused with
-    431."""
+    """Maximum total size of a request's headers in bytes, with 32 bytes added for each; larger ones
+    are refused with 431."""
     header_timeout_s: PositiveFloat = 10.0
-    """Seconds in which the head of a request must arrive, before 408; a connection that sends
-    nothing is closed."""
+    """Seconds within which the head of a request must arrive; then it is answered with 408. A
+    connection that sends nothing is closed."""
     keep_alive_s: Count = 75
-    """Seconds that a connection is kept between two requests."""
+    """Seconds that an idle connection is kept open between two requests."""
     write_timeout_s: PositiveFloat = 20.0
     """Seconds that a client may leave an answer unread before its connection is closed."""
     max_connections: Count = 1_000
-    """Most connections at one time, and at most 64 fewer than the process may still open files;
-    the next is answered 503."""
+    """Maximum number of connections at one time, limited to 64 fewer than the files that the
+    process may still open; the next one is answered with 503."""
     max_connections_per_address: Count = 500
-    """Most connections from one address; behind a proxy all come from one."""
+    """Maximum number of connections from one address; behind a proxy, all connections have the same
+    address."""
     refusals_logged_per_minute: Count = 600
-    """Most lines of the log in a minute about refused requests (401, 403, 408, 413, 421, 429, 503
-    without room); the next logged line counts those left out."""
+    """Maximum number of log lines per minute about refused requests (401, 403, 408, 413, 421, 429,
+    and 503 for lack of room); the next logged line has the number of omitted ones."""
     drain_s: Count = 30
     """Seconds that requests in progress may take to end after SIGTERM."""
 
@@ -111,27 +116,27 @@ class ServerSettings(Config):
     @classmethod
     def _not_empty(cls, token: str | None) -> str | None:
         if token is not None and not token.strip():
-            raise ValueError("is empty: give the secret, or leave it out to serve without one")
+            raise ValueError("is empty: set a secret, or omit the token to serve without one")
         return token
 
 
 Role = Literal["read", "write", "admin"]
-"""read: answers, the catalogue, histories, the model, metrics. write: live events, stored and
-deleted. admin: all of it, and the model's reload."""
+"""read: answers, the catalogue, histories, the model, metrics. write: storing and deleting live
+events. admin: everything, including switching the model."""
 _READERS = frozenset({"GET", "HEAD", "OPTIONS"})
 
 
 class TokenConfig(Config):
-    """A token that the server knows by its hash."""
+    """A token, given by its hash."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")
     """Letters, digits, dots, dashes and underscores; the log shows it."""
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$", repr=False)
     """The token's SHA-256, in hexadecimal."""
     roles: tuple[Role, ...] = Field(default=("read",), min_length=1)
-    """What the token allows."""
+    """The roles of the token."""
     requests_per_minute: Count | None = None
-    """Most requests in a minute, which may all come at once; None: no limit."""
+    """Maximum number of requests per minute, which may all come at once; None: no limit."""
 
 
 class TokensConfig(Config):
@@ -145,12 +150,12 @@ class TokensConfig(Config):
         for name in ("name", "sha256"):
             values = [getattr(token, name) for token in self.tokens]
             if len(set(values)) < len(values):
-                raise ValueError(f"two tokens have the same {name}: keep one of them")
+                raise ValueError(f"two tokens have the same {name}: remove one of them")
         return self
 
 
 def needed_role(method: str, path: str) -> Role:
-    """Return the role that a request needs; of what is not known here, admin."""
+    """Return the role that a request needs; admin for unknown routes."""
     if method in _READERS or path == "/v1/recommend":
         return "read"
     if path == "/v1/events" or (method == "DELETE" and path.endswith("/events")):
@@ -160,14 +165,14 @@ def needed_role(method: str, path: str) -> Role:
 
 @final
 class Bucket:
-    """Lets so many through in a minute: all of them at once, then evenly."""
+    """A rate limit per minute: a token bucket that is full at the start."""
 
     def __init__(self, per_minute: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._most, self._clock = per_minute, clock
         self._left, self._counted_at = float(per_minute), clock()
 
     def wait_s(self) -> float:
-        """Take one and return 0, or in how many seconds there will be one."""
+        """Take one request and return 0, or return the seconds until the next is allowed."""
         now, most = self._clock(), self._most
         self._left = min(float(most), self._left + (now - self._counted_at) * most / 60)
         self._counted_at = now
@@ -179,7 +184,7 @@ class Bucket:
 
 @final
 class Token:
-    """A token at work: what it may do, and how many requests it has left."""
+    """A token in use: its roles, and its remaining requests."""
 
     def __init__(self, config: TokenConfig, clock: Callable[[], float]) -> None:
         self.name = config.name
@@ -191,13 +196,13 @@ class Token:
         return role in self._roles or "admin" in self._roles
 
     def wait_s(self) -> float:
-        """Count one request; return 0, or in how many seconds there is room for it."""
+        """Count one request; return 0, or the seconds until it is allowed."""
         return 0.0 if self._bucket is None else self._bucket.wait_s()
 
 
 @final
 class Access:
-    """The tokens of a server; without any, everybody may do everything."""
+    """The tokens of a server; without tokens, everything is allowed."""
 
     def __init__(
         self, tokens: Iterable[TokenConfig], clock: Callable[[], float] = time.monotonic
@@ -206,20 +211,20 @@ class Access:
 
     @property
     def is_open(self) -> bool:
-        """Whether no token is asked for."""
+        """Whether no token is required."""
         return not self._by_hash
 
     def find(self, given: bytes) -> Token | None:
-        """Return the token that a request carries, None if it is none of them."""
+        """Return the token of a request, None if it is not one of the server's."""
         return self._by_hash.get(hashlib.sha256(given).hexdigest())
 
 
 def access_of(settings: ServerSettings) -> Access:
-    """Return the tokens that a server's settings name.
+    """Return the tokens in a server's settings.
 
     Raises:
-        ConfigError: The file of tokens cannot be read or is wrong, or other machines can reach the
-            server and no token is asked for.
+        ConfigError: The file of tokens cannot be read or is invalid, or other machines can reach
+            the server although no token is required.
     """
     tokens: list[TokenConfig] = []
     if settings.token is not None:
@@ -229,7 +234,7 @@ def access_of(settings: ServerSettings) -> Access:
         found = read_tokens(settings.token_file).tokens
         if not found:
             raise ConfigError(
-                f"{settings.token_file} holds no token: write one with `foretaste token`",
+                f"{settings.token_file} has no token: create one with `foretaste token`",
                 name="token_file",
                 value=settings.token_file,
             )
@@ -237,16 +242,16 @@ def access_of(settings: ServerSettings) -> Access:
     access = Access(tokens)
     if access.is_open and not (settings.allow_anyone or is_loopback(settings.host)):
         raise ConfigError(
-            f"{settings.host} is open to other machines and needs no token: give `token` "
-            "or `token_file`, listen on 127.0.0.1, or set `allow_anyone = true` if others may "
-            "read, write and reload",
+            f"{settings.host} is open to other machines without a token: set `token` or "
+            "`token_file`, listen on 127.0.0.1, or set `allow_anyone = true` if others may read, "
+            "write and reload",
             name="token",
         )
     return access
 
 
 def is_loopback(host: str) -> bool:
-    """Return whether only this machine reaches an address."""
+    """Return whether an address is reachable from this machine only."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -303,7 +308,7 @@ def add_token(
     made = parse_settings(TokenConfig, values, source="the token")
     if made.name in [one.name for one in known]:
         raise ConfigError(
-            f"{path} holds a token of the name {name}: choose another", name="name", value=name
+            f"{path} has a token named {name}: choose another name", name="name", value=name
         )
     lines = [f'name = "{made.name}"', f'sha256 = "{made.sha256}"', f"roles = {list(made.roles)}"]
     if made.requests_per_minute is not None:
@@ -313,7 +318,7 @@ def add_token(
         _replace(path, text + "[[tokens]]\n" + "\n".join(lines) + "\n")
     except OSError as error:
         raise ConfigError(
-            f"{path} cannot be written: {error.strerror}; give another place",
+            f"{path} cannot be written: {error.strerror}; choose another path",
             name="path",
             value=path,
         ) from error
@@ -321,7 +326,7 @@ def add_token(
 
 
 def _replace(path: Path, text: str) -> None:
-    """Write a file whole or not at all, with no rights for others."""
+    """Write a file atomically, without permissions for other users."""
     handle, name = tempfile.mkstemp(dir=path.absolute().parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
