@@ -156,6 +156,14 @@ def test_a_longer_epoch_allows_more_queries(
     assert found.on == f"{on} of 204 queries"
 
 
+@pytest.mark.parametrize(("rows", "on"), [(100, "100"), (200, "106"), (10_000, "204")])
+def test_a_sample_takes_no_more_than_the_work_of_four_epochs(rows: int, on: str) -> None:
+    # A ranker judges 30 items for each query, each at a quarter of a row's work.
+    found = make_validation(untrained("gmf"), SPLIT, training=TrainingConfig(), rows_of_epoch=rows)
+    assert found is not None
+    assert found.on == f"{on} of 204 queries"
+
+
 def test_an_epochs_work_counts_what_is_drawn_and_what_windows_hold() -> None:
     events, ranker = SPLIT.train, untrained("gmf").model
     sequences = SASRec(ft.SASRecConfig(max_len=5), num_items=events.num_items)

@@ -50,7 +50,9 @@ STOP_METRIC = "ndcg_at_10"
 that were seen where nothing else is to be found."""
 ROWS_METRIC = "mean over tasks"
 """Of labelled rows: of a binary task its AUC, of another 1 - RMSE / standard deviation."""
-_LEAST_QUERIES = 1000
+_LEAST_QUERIES, _FEWEST_QUERIES, _EPOCHS_WORK = 1000, 100, 4
+"""Queries of a sample: at least 1,000, or as many as take the work of four epochs, but no fewer
+than 100. A ranker judges the whole catalogue for each query."""
 _SAMPLED, _MOST = 1 / 8, 0.3
 """Validation's work as a share of training's: of a sample above the least, and in any case."""
 _JUDGED, _READ, _MULTIPLIED = 1 / 4, 1 / 9, 1 / 400
@@ -214,7 +216,8 @@ def _num_queries(training: TrainingConfig | None, affordable: float, num_all: in
     if training is None or training.validate_queries == "all":
         return num_all
     if training.validate_queries == "auto":
-        return max(_LEAST_QUERIES, int(affordable))
+        bounded = max(_FEWEST_QUERIES, int(_EPOCHS_WORK / _SAMPLED * affordable))
+        return max(min(_LEAST_QUERIES, bounded), int(affordable))
     return training.validate_queries
 
 

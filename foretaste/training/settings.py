@@ -83,7 +83,8 @@ class TrainingConfig(Config):
     validate_queries: Count | Literal["auto", "all"] = "auto"
     """How many validation queries the list metrics are measured on. They are spread over users, and
     are the same at each validation and with every seed. "auto": as many as validation at every
-    epoch allows, at least 1,000. The report always measures all queries. Rankers that are validated
+    epoch allows, at least 1,000, but for models for which these take longer than four epochs: at
+    least 100. The report always measures all queries. Rankers that are validated
     by labels use all rows."""
     patience: Count | Literal["auto"] | None = "auto"
     """Validations without improvement before training stops; None never stops early. "auto": as
