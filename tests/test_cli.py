@@ -402,4 +402,4 @@ def test_a_token_is_shown_once_and_an_empty_or_missing_one_does_not_serve(
         assert (code, "token: is empty" in err) == (1, True)
     monkeypatch.setenv("FORETASTE_TOKEN", "secret")
     code, _, err = foretaste("serve", "nowhere", "--host", "0.0.0.0")
-    assert (code, "name a bundle's folder" in err, "secret" in err) == (1, True, False)
+    assert (code, "give the folder of a bundle" in err, "secret" in err) == (1, True, False)

@@ -282,7 +282,7 @@ def test_the_body_of_an_answer_does_not_wait_for_its_head_to_be_acknowledged() -
 
 
 def test_a_missing_bundle_is_said_before_anything_is_opened(tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match="name a bundle's folder"):
+    with pytest.raises(BundleError, match="give the folder of a bundle"):
         serve(tmp_path / "nowhere", settings=ServerSettings(port=0))
     assert list(tmp_path.iterdir()) == []
 

@@ -118,7 +118,7 @@ def test_with_a_key_only_what_it_signed_is_taken(bundle: Path, tmp_path: Path) -
     key = tmp_path / "key"
     key.write_text("k" * 40 + "\n")
     versions = Versions(bundle, key=b"k" * 40)
-    with pytest.raises(BundleError, match="carries no signature"):
+    with pytest.raises(BundleError, match="has no signature"):
         versions.take()
     sign_bundle(bundle, key)
     version = versions.take()
@@ -127,15 +127,15 @@ def test_with_a_key_only_what_it_signed_is_taken(bundle: Path, tmp_path: Path) -
     (bundle / "signature.json").write_bytes(
         (versions.path(version) / "signature.json").read_bytes()
     )
-    with pytest.raises(BundleError, match="not of this server's key"):
+    with pytest.raises(BundleError, match="not made with this server's key"):
         versions.take()
-    with pytest.raises(BundleError, match="not of this server's key"):
+    with pytest.raises(BundleError, match="not made with this server's key"):
         Versions(bundle, bundle.with_name("v"), key=b"another key, as long as the first one").take()
 
 
 def test_a_start_serves_no_kept_version_that_the_key_did_not_sign(bundle: Path) -> None:
     chosen = ModelSlot(Versions(bundle)).choice
-    with pytest.raises(BundleError, match="carries no signature"):
+    with pytest.raises(BundleError, match="has no signature"):
         ModelSlot(Versions(bundle, key=b"k" * 32), chosen=chosen)
 
 
@@ -344,7 +344,7 @@ def test_a_trial_takes_what_is_sound_and_says_why_it_refuses(trials: Trials, bun
         trials.try_bundle(bundle)
     assert trials._process is not None
     trials._process.kill()
-    with pytest.raises(BundleError, match="the process that tries bundles ended"):
+    with pytest.raises(BundleError, match="the process for trials ended"):
         trials.try_bundle(bundle)
 
 

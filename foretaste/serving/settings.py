@@ -262,15 +262,15 @@ def read_tokens(path: Path) -> TokensConfig:
     """Read a file of tokens.
 
     Raises:
-        ConfigError: It cannot be read, is no TOML, or a token in it is wrong.
+        ConfigError: The file cannot be read, is not TOML, or has an invalid token.
     """
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(
-            f"{path} cannot be read as a file of tokens: {reason}; write one with "
-            "`foretaste token`",
+            f"{path} cannot be read as a file of tokens: {reason}; create one with `foretaste "
+            "token`",
             name="token_file",
             value=path,
         ) from error
@@ -285,16 +285,16 @@ def add_token(
     roles: Sequence[str] = ("read",),
     requests_per_minute: int | None = None,
 ) -> str:
-    """Make a token, add its hash to a file that only its owner may read, and return the token.
+    """Create a token, add its hash to a file that only its owner may read, and return the token.
 
     Args:
-        path: The file; it is made where there is none.
+        path: The file, which is created if it does not exist.
         name: Name of the token in the log.
-        roles: What it may do.
-        requests_per_minute: Its bound, if it has one.
+        roles: The roles of the token.
+        requests_per_minute: The token's limit; None: no limit.
 
     Raises:
-        ConfigError: The file cannot be read or written, or the name is wrong or taken.
+        ConfigError: The file cannot be read or written, or the name is invalid or in use.
     """
     path = Path(path)
     known = read_tokens(path).tokens if path.exists() else ()

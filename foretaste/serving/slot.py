@@ -1,10 +1,10 @@
-"""The model that serves, how another takes its place between two requests, and one on trial.
+"""The active model and the canary, and how versions are tried and switched between requests.
 
-A bundle is loaded and asked in a process of its own before it serves: native code reads its files,
-and a fault in it ends the process. So a warm process forks a child for each trial, with bounds on
-its memory and its time; whatever happens there, dying included, is a sentence that says why the
-bundle is refused. `python -m foretaste.serving.slot` is that warm process: it reads one line of
-JSON for each trial and writes one.
+A bundle is loaded and tested in a separate process before it becomes active, because native code
+reads its files, and a fault there ends the process. A warm process forks a child for each trial,
+with limits on memory and time; any failure, including a crash, becomes the reason for refusing the
+bundle. `python -m foretaste.serving.slot` is the warm process: it reads and writes one line of JSON
+per trial.
 """
 
 import contextlib
@@ -40,7 +40,7 @@ _JSON: TypeAdapter[JsonValue] = TypeAdapter(JsonValue)
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Loaded:
-    """One version of a bundle, in memory. A request works with one from beginning to end."""
+    """A version of a bundle in memory. A request uses the same version from beginning to end."""
 
     recommender: Recommender
     catalogue: Catalogue
@@ -51,16 +51,16 @@ class Loaded:
 
 
 def load_version(bundle: Path, *, within_s: float | None = None) -> Loaded:
-    """Read a bundle and have it answer what it was asked when it was saved.
+    """Read a bundle, and check its answers to the queries that were stored when it was saved.
 
-    So a broken one is known before it serves, and what is worked out once is worked out.
+    This finds a damaged bundle before it becomes active, and fills its caches.
 
     Args:
-        bundle: Its folder, which does not change meanwhile.
-        within_s: Each answer may take so long; None: any time.
+        bundle: The bundle's folder, which must not change meanwhile.
+        within_s: Time limit for each answer in seconds; None: no limit.
 
     Raises:
-        ForetasteError: The bundle is missing, broken or tampered with, or cannot answer.
+        ForetasteError: The bundle is missing, damaged or modified, or cannot answer.
     """
     try:
         recommender = load(bundle)
@@ -76,10 +76,10 @@ def load_version(bundle: Path, *, within_s: float | None = None) -> Loaded:
         )
     except (ForetasteError, KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # a panic of native code is no Exception
+    except BaseException as error:  # a panic of native code is not an Exception
         raise BundleError(
-            f"{bundle} cannot serve although its checksums are right: {type(error).__name__} while "
-            "it was loaded or asked; save it again from a model that answers",
+            f"{bundle} cannot be served although its checksums match: {type(error).__name__} while "
+            "it was loaded or tested; save it again from a model that answers",
             name=str(bundle),
             value=str(bundle),
         ) from error
@@ -87,10 +87,11 @@ def load_version(bundle: Path, *, within_s: float | None = None) -> Loaded:
 
 @final
 class ModelSlot:
-    """Holds the version that serves and, at times, a canary. Reading them never waits for a swap.
+    """Holds the active version and, if there is one, the canary. Reading them never waits for a
+    swap.
 
-    Every switch is: a private copy, a trial in another process, loading, publishing, the swap. What
-    fails before the swap is a refusal, and what served serves on.
+    Every switch makes a private copy, tries it in another process, loads it, publishes the switch,
+    and swaps. A failure before the swap refuses the version, and the active version stays.
     """
 
     def __init__(
@@ -101,24 +102,24 @@ class ModelSlot:
         read: Callable[[Path], Loaded] = load_version,
         chosen: Choice | None = None,
     ) -> None:
-        """Load the first version: what lies in the bundle's folder, or else what was chosen.
+        """Load the first version: the one in the bundle's folder, or else the chosen one.
 
-        A version that was kept before is old, and then the choice holds: a restart does not undo
-        a roll back.
+        If the version in the folder was stored before, it is not new, and the chosen one is used: a
+        restart does not undo a roll back.
 
         Args:
-            versions: Where versions come from and are kept.
-            try_bundle: Loads a version elsewhere and raises what is wrong with it.
-            read: Loads a version here.
-            chosen: What the servers on one database have agreed on, if anything.
+            versions: The stored versions, and the folder that new ones come from.
+            try_bundle: Loads a version in another process; raises an error if it is invalid.
+            read: Loads a version in this process.
+            chosen: The choice that the servers on one database agreed on, if there is one.
 
         Raises:
-            ForetasteError: There is none that can serve.
+            ForetasteError: No version can be served.
         """
         self.versions, self._try, self._read = versions, try_bundle, read
         self._loading = threading.Lock()
         self.last_error = ""
-        """Why the newest try to load was refused; empty if it was not."""
+        """The reason why the latest attempt to load was refused; empty if it was not refused."""
         self._canary: tuple[Loaded, float] | None = None
         self.previous = "" if chosen is None else chosen.previous
         self._unfit = ""
@@ -127,12 +128,12 @@ class ModelSlot:
 
     @property
     def canary(self) -> Loaded | None:
-        """The version that a share of the users gets."""
+        """The version that answers a share of the users."""
         return None if self._canary is None else self._canary[0]
 
     @property
     def choice(self) -> Choice:
-        """What serves here."""
+        """The active version and canary of this server."""
         canary, share = (None, 0.0) if self._canary is None else self._canary
         return Choice(
             version=self.current.version,
@@ -142,7 +143,7 @@ class ModelSlot:
         )
 
     def of_user(self, user_id: str | None) -> Loaded:
-        """Return the version that answers a user: always the same one for as long as it serves."""
+        """Return the version that answers a user, which is the same until the next switch."""
         if self._canary is None or user_id is None:
             return self.current
         canary, share = self._canary
@@ -150,15 +151,15 @@ class ModelSlot:
         return canary if int.from_bytes(drawn) < share * 2**64 else self.current
 
     def reload(self, publish: Callable[[Choice], None] = lambda _: None) -> tuple[Loaded, Loaded]:
-        """Take what lies in the bundle's folder and swap; give the old version and the new.
+        """Activate the version in the bundle's folder; return the old version and the new one.
 
-        One that serves already is not loaded again.
+        A version that is already active is not loaded again.
 
         Args:
-            publish: Told of the switch when nothing but the swap is left; may refuse it.
+            publish: Called with the switch just before the swap; may refuse it.
 
         Raises:
-            ForetasteError: It was refused; the old version serves on.
+            ForetasteError: The version was refused; the old one stays active.
         """
         with self._switching():
             old = self.current
@@ -167,7 +168,7 @@ class ModelSlot:
                 try:
                     new = self._tried(version)
                 except ForetasteError:
-                    self.versions.drop(version)  # it is copied again when it is whole
+                    self.versions.drop(version)  # the folder is copied again when it is complete
                     raise
                 publish(Choice(version=version, previous=old.version))
                 self._swap(new)
@@ -176,10 +177,10 @@ class ModelSlot:
     def activate(
         self, version: str, publish: Callable[[Choice], None] = lambda _: None
     ) -> tuple[Loaded, Loaded]:
-        """Have a kept version serve; see `reload`. "" is the previous one: a roll back.
+        """Activate a stored version; see `reload`. "" means the previous one: a roll back.
 
         Raises:
-            ForetasteError: It is not kept, or was refused; the old version serves on.
+            ForetasteError: The version is not stored, or was refused; the old one stays active.
         """
         with self._switching():
             old, version = self.current, version or self.previous
@@ -192,10 +193,10 @@ class ModelSlot:
     def try_out(
         self, version: str, share: float, publish: Callable[[Choice], None] = lambda _: None
     ) -> None:
-        """Have a kept version answer a share of the users; a share of 0 ends that.
+        """Let a stored version answer a share of the users; a share of 0 ends this.
 
         Raises:
-            ForetasteError: It is not kept, or was refused; nothing has changed.
+            ForetasteError: The version is not stored, or was refused; nothing has changed.
         """
         with self._switching():
             canary = None if share == 0 else (self._kept(version), share)
@@ -204,13 +205,14 @@ class ModelSlot:
             self._canary = canary
 
     def follow(self, chosen: Choice) -> bool:
-        """Switch to what another server chose, where it is kept or delivered here too.
+        """Switch to the version that another server chose, if it is stored or delivered here too.
 
         Returns:
             Whether anything changed.
 
         Raises:
-            ForetasteError: It was refused here; it is not tried again until the choice is another.
+            ForetasteError: The version was refused here; it is not tried again until the choice
+                changes.
         """
         if chosen == self.choice or self._unfit == repr(chosen):
             return False
@@ -262,14 +264,16 @@ class ModelSlot:
         return self._tried(version)
 
     def _tried(self, version: str, *, alone: bool = False) -> Loaded:
-        """Load a version, and before that elsewhere, unless nothing `alone` would be protected."""
+        """Load a version after a trial in another process, which is omitted if `alone` and nothing
+        needs protection.
+        """
         path = self.versions.path(version)
         try:
             if self._try is not None and not alone:
                 self._try(path)
             return self._read(path)
         except ForetasteError as error:
-            bundle = self.versions.bundle  # where whoever reads the message looks
+            bundle = self.versions.bundle  # the folder that readers of the message know
             said = str(error).replace(str(path), str(bundle))
             raise BundleError(said, name=str(bundle), value=str(bundle)) from error
 
@@ -296,12 +300,13 @@ if sys.platform != "win32":
     import resource
 
 SPARE_BYTES, TIMES = 2**30, 6
-"""A trial may take a GiB, and this many times the bundle's size, more than it has at its start."""
+"""A trial may use a GiB plus this many times the bundle's size, in addition to its memory at the
+start."""
 
 
 @final
 class Trials:
-    """Tries bundles, each in a child of a process that is started at the first of them."""
+    """Tries bundles, each in a child of a process that is started for the first trial."""
 
     def __init__(
         self,
@@ -310,22 +315,22 @@ class Trials:
         within_s: float,
         program: Sequence[str] = ("-m", "foretaste.serving.slot"),
     ) -> None:
-        """Set the bounds: of a whole trial, and of one answer in it, in seconds.
+        """Set the time limits.
 
         Args:
-            timeout_s: Of a whole trial.
-            within_s: Of one answer in it.
-            program: What Python runs as the warm process; it calls `main`.
+            timeout_s: Time limit for a whole trial, in seconds.
+            within_s: Time limit for one answer in a trial, in seconds.
+            program: The Python code of the warm process, which calls `main`.
         """
         self._timeout_s, self._within_s, self._program = timeout_s, within_s, program
         self._process: subprocess.Popen[str] | None = None
         self._lock = threading.Lock()
 
     def try_bundle(self, bundle: Path) -> None:
-        """Load a bundle and have it answer.
+        """Load a bundle and check its answers, in a child process.
 
         Raises:
-            BundleError: It cannot, or its process died or took too long.
+            BundleError: The bundle is invalid, or its process died or took too long.
         """
         asked = {"bundle": str(bundle), "timeout_s": self._timeout_s, "within_s": self._within_s}
         with self._lock:
@@ -338,12 +343,12 @@ class Trials:
                 refused = json.loads(process.stdout.readline())
             except (OSError, ValueError) as error:
                 self._end()
-                raise _refusal(bundle, "the process that tries bundles ended") from error
+                raise _refusal(bundle, "the process for trials ended") from error
         if refused is not None:
             raise _refusal(bundle, refused)
 
     def try_once(self, bundle: Path) -> None:
-        """Do as `try_bundle`, and keep no warm process: it holds 200 MiB for a trial a day.
+        """Do the same as `try_bundle`, but end the warm process, which needs 200 MiB.
 
         Raises:
             BundleError: The bundle is refused.
@@ -354,7 +359,7 @@ class Trials:
             self.close()
 
     def close(self) -> None:
-        """End the warm process; a later trial starts another."""
+        """End the warm process; a later trial starts a new one."""
         with self._lock:
             self._end()
 
@@ -370,13 +375,13 @@ def _start(program: Sequence[str]) -> subprocess.Popen[str]:
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
         "OMP_NUM_THREADS": "1",
         "POLARS_MAX_THREADS": "1",
-        "ARROW_DEFAULT_MEMORY_POOL": "system",  # its own would reserve the whole bound at once
+        "ARROW_DEFAULT_MEMORY_POOL": "system",  # its default would reserve the whole limit at once
     }
     return subprocess.Popen(
         [sys.executable, *program],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,  # what native code writes as it dies
+        stderr=subprocess.DEVNULL,  # the last output of native code before a crash
         text=True,
         env=os.environ | own,
     )
@@ -387,7 +392,7 @@ def _refusal(bundle: Path, why: str) -> BundleError:
 
 
 def main() -> None:
-    """Fork a child for each line of the standard input, and write what came of it."""
+    """Fork a child for each line of the standard input, and write the result."""
     torch.set_num_threads(1)
     for line in sys.stdin:
         asked = json.loads(line)
@@ -396,7 +401,7 @@ def main() -> None:
 
 
 def _fork(bundle: Path, *, timeout_s: float, within_s: float) -> str | None:
-    """Try a bundle in a child; return why it is refused, None if it is sound."""
+    """Try a bundle in a child process; return why it is refused, None if it is valid."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
@@ -414,7 +419,7 @@ def _fork(bundle: Path, *, timeout_s: float, within_s: float) -> str | None:
             os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
     if time.monotonic() >= deadline:
-        return f"{bundle} was not loaded and asked within {timeout_s:g} s"
+        return f"{bundle} was not loaded and tested within {timeout_s:g} s"
     if os.WIFSIGNALED(status):
         name = signal.Signals(os.WTERMSIG(status)).name
         return f"{bundle} ended the process that loaded it ({name}): save it again"
@@ -431,16 +436,16 @@ def _in_child(bundle: Path, writer: int, within_s: float) -> None:
         load_version(bundle, within_s=within_s)
     except ForetasteError as error:
         refused = str(error)
-    except BaseException as error:  # noqa: BLE001 - a panic of native code is no Exception
+    except BaseException as error:  # noqa: BLE001 - a panic of native code is not an Exception
         refused = f"{bundle} cannot be loaded ({type(error).__name__}): save it again"
     finally:
         with open(writer, "wb") as pipe:
             pipe.write(json.dumps(refused).encode())
-        os._exit(0)  # without what a whole program would end first
+        os._exit(0)  # without the cleanup of a normal exit
 
 
 def _bound_memory(bundle: Path) -> None:
-    """Bound what the process may write to, its maps of files for reading left out."""
+    """Limit the writable memory of the process, not counting read-only maps of files."""
     if sys.platform != "linux":
         return
     fields = Path("/proc/self/status").read_text().split()

@@ -1,13 +1,14 @@
-"""Live events in SQL: on disk before they are acknowledged, read back at the next request.
+"""The store of live events in SQL: events are on disk when acknowledged, and read by the next
+request.
 
 SQLite by default (write-ahead log, synchronous FULL: a commit has reached the disk), PostgreSQL by
-its URL, with synchronous_commit on; both through SQLAlchemy Core and the same statements. Whoever
-waits for a lock, a statement or a connection gives up after a time that the server chooses; calls
-of PostgreSQL run in threads of their own, as a network may swallow them. A database that has just
-let a caller wait in vain is asked by one caller at a time, until it answers.
+its URL, with synchronous_commit on; both through SQLAlchemy Core and the same statements. Waiting
+for a lock, a statement or a connection has a time limit, set by the server; calls to PostgreSQL run
+in separate threads, because a network failure may block them. After a call that timed out, only one
+caller at a time tries the database, until it answers.
 
-The tables carry the version of their layout. It changes by `_LAYOUTS`, whose statements run once,
-in one transaction with the new version's row.
+The tables have a layout version. `_LAYOUTS` has the migrations, whose statements run once, in one
+transaction with the row of the new version.
 """
 
 import math
@@ -33,7 +34,7 @@ from foretaste.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from sqlalchemy.engine.interfaces import DBAPIConnection
 else:
-    DBAPIConnection = object  # a protocol that cannot be checked while the program runs
+    DBAPIConnection = object  # a protocol that cannot be checked at run time
 
 T = TypeVar("T")
 _TABLES = sa.MetaData()
@@ -59,12 +60,13 @@ _CHOICES = sa.Table(
 )
 _LAYOUT = sa.Table("foretaste_layout", _TABLES, sa.Column("version", sa.Integer, primary_key=True))
 _LAYOUTS: dict[int, tuple[str, ...]] = {1: (), 2: ()}
-"""What brings the tables of the version before to each; version 1 had events alone and no row."""
+"""The migration from the previous version to each; version 1 had only events, and no version
+row."""
 _CHUNK = 5_000
-"""Events deleted in one transaction, which others wait for."""
+"""Number of events that are deleted in one transaction, for which others wait."""
 _GIVEN = ("user_id", "item_id", "timestamp_s", "event_id")
-"""The columns that an event fills."""
-_NEWEST = (  # built once: building it again takes longer than the look-up itself
+"""The columns that an event sets."""
+_NEWEST = (  # built once: building the statement takes longer than the look-up
     sa.select(*(_EVENTS.c[name] for name in _GIVEN))
     .where(_EVENTS.c.user_id == sa.bindparam("user"))
     .order_by(_EVENTS.c.timestamp_s.desc(), _EVENTS.c.seq.desc())
@@ -75,35 +77,35 @@ _ANY = sa.select(_EVENTS.c.seq).limit(1)
 
 @dataclass(frozen=True, kw_only=True)
 class LiveEvent:
-    """Somebody did something with an item, after training."""
+    """An interaction of a user with an item after training."""
 
     user_id: str
     item_id: str
     timestamp_s: int
     """Unix seconds."""
     event_id: str | None = None
-    """The sender's own id: sent again, the event is stored once."""
+    """An id given by the sender: an event that is sent again with the same id is stored once."""
     by_clock: bool = False
-    """Whether the time is the server's, as the sender gave none; it is not stored."""
+    """Whether the sender gave no time, so that it is the server's; this field is not stored."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """Which versions of a bundle serve, as all servers on one database are to have it."""
+    """The active versions of a bundle, for all servers on one database."""
 
     version: str
     previous: str = ""
-    """What served before, and serves again after a roll back."""
+    """The previous active version, which a roll back activates again."""
     canary: str = ""
-    """What a share of the users gets in its place; "": there is none."""
+    """The version that answers a share of the users; "" if there is none."""
     share: float = 0.0
 
 
 def _within(seconds: float, call: Callable[[], T]) -> T:
-    """Return what a call returns, made in a thread of its own, which may outlive the wait for it.
+    """Run a call in a separate thread, which may outlive the time limit; return its result.
 
     Raises:
-        sqlalchemy.exc.TimeoutError: It took longer.
+        sqlalchemy.exc.TimeoutError: The call took longer.
     """
     future: Future[T] = Future()
 
@@ -122,7 +124,7 @@ def _within(seconds: float, call: Callable[[], T]) -> T:
 
 @final
 class LiveEvents:
-    """All live events of all users, shared by every thread and every server on one database."""
+    """The live events of all users, shared by all threads and servers on one database."""
 
     def __init__(self, engine: sa.Engine, *, timeout_s: float) -> None:
         self._engine, self._timeout_s = engine, timeout_s
@@ -130,10 +132,10 @@ class LiveEvents:
         self._is_laid_out = False
         self._file: tuple[int, int] | None = None
         self._most_s = 2 * timeout_s + _connection_s(timeout_s)
-        """A lock, a statement and a connection may be waited for, one after the other."""
+        """The sum of the time limits for a lock, a statement and a connection."""
         self._is_sqlite = engine.dialect.name == "sqlite"
         self._ask_again_s = {"read": 0.0, "write": 0.0}
-        """After a call that was waited for in vain: when another may be made; else 0."""
+        """After a call that timed out: the time at which another call may be made; else 0."""
 
     def _run(
         self,
@@ -150,8 +152,8 @@ class LiveEvents:
 
         kind, began_s = "write" if writes else "read", time.monotonic()
         if began_s < self._ask_again_s[kind]:
-            raise sa.exc.TimeoutError("it did not answer in time and is asked again in a moment")
-        if self._ask_again_s[kind]:  # one caller finds out whether it answers again
+            raise sa.exc.TimeoutError("it did not answer in time; the next attempt follows soon")
+        if self._ask_again_s[kind]:  # one caller tests whether it answers again
             self._ask_again_s[kind] = began_s + self._most_s
         hung = False
         try:
@@ -168,10 +170,10 @@ class LiveEvents:
             self._is_laid_out, self._file = True, _file_of(self._engine)
 
     def _check_file(self) -> None:
-        """Refuse a SQLite file that was removed or replaced: what is written there would be lost.
+        """Raise an error if the SQLite file was removed or replaced: events would be lost.
 
         Raises:
-            sqlalchemy.exc.InvalidRequestError: It was.
+            sqlalchemy.exc.InvalidRequestError: The file was removed or replaced.
         """
         if self._file is not None and _file_of(self._engine) != self._file:
             raise sa.exc.InvalidRequestError(
@@ -183,10 +185,10 @@ class LiveEvents:
         """Store events in the order given, all or none; on return they are on disk.
 
         Returns:
-            How many were stored: not those that had been stored before under the same `event_id`.
+            The number of stored events, without those whose `event_id` was already stored.
 
         Raises:
-            DataError: An `event_id` (the error's name) is that of another event.
+            DataError: An `event_id` (the error's name) belongs to another event.
         """
         if not events:
             return 0
@@ -211,7 +213,7 @@ class LiveEvents:
 
     @contextmanager
     def _writing(self) -> Iterator[sa.Connection]:
-        """Write alone; who waits in a row behind others that wait would wait many times as long."""
+        """Allow one writer at a time: in a queue of writers, the waiting times would add up."""
         if not self._lock.acquire(timeout=self._timeout_s):
             raise sa.exc.TimeoutError("other writes to the store were still waiting")
         try:
@@ -221,9 +223,10 @@ class LiveEvents:
             self._lock.release()
 
     def of_user(self, user_id: str, *, limit: int) -> list[LiveEvent]:
-        """Return a user's newest `limit` events, oldest first; those of one second as they came.
+        """Return a user's newest `limit` events, oldest first; events of one second in order of
+        arrival.
 
-        It is waited for no longer than for a statement: a list waits for it.
+        Its time limit is that of one statement, because a list waits for it.
         """
         asked = {"user": user_id, "most": limit}
         rows = self._run(
@@ -236,11 +239,11 @@ class LiveEvents:
         return self._delete(_EVENTS.c.user_id == user_id)
 
     def retire(self, before_s: int) -> int:
-        """Delete events of before a time and return how many there were."""
+        """Delete events before a time and return how many there were."""
         return self._delete(_EVENTS.c.timestamp_s < before_s)
 
     def _delete(self, which: sa.ColumnElement[bool]) -> int:
-        """Delete events, some at a time: others wait for a transaction of many."""
+        """Delete events in small transactions, because others wait for a large one."""
         some = sa.select(_EVENTS.c.seq).where(which).limit(_CHUNK)
         statement, deleted = sa.delete(_EVENTS).where(_EVENTS.c.seq.in_(some)), 0
         while True:
@@ -250,14 +253,14 @@ class LiveEvents:
                 return deleted
 
     def count(self, user_id: str | None = None) -> int:
-        """Return how many events are stored, all or those of a user, by reading each."""
+        """Count the stored events, of all users or of one."""
         counted = sa.select(sa.func.count()).select_from(_EVENTS)
         if user_id is not None:
             counted = counted.where(_EVENTS.c.user_id == user_id)
         return self._run(lambda connection: connection.execute(counted).scalar_one())
 
     def chosen(self, bundle: str) -> Choice | None:
-        """Return which versions of a bundle the servers have agreed on, None before the first."""
+        """Return the versions that the servers agreed on, None before the first choice."""
         asked = sa.select(*_CHOICES.c).where(_CHOICES.c.bundle == bundle)
         row = self._run(lambda connection: connection.execute(asked).first())
         if row is None:
@@ -267,7 +270,7 @@ class LiveEvents:
         )
 
     def choose(self, bundle: str, choice: Choice) -> None:
-        """Have all servers on this database switch; they look every few seconds."""
+        """Make all servers on this database switch; they check every few seconds."""
         values = vars(choice) | {"bundle": bundle}
 
         def store(connection: sa.Connection) -> None:
@@ -277,31 +280,31 @@ class LiveEvents:
         self._run(store, writes=True)
 
     def check(self) -> None:
-        """Read one event, if there is one: the database answers, however many it holds.
+        """Test that the database answers, by reading one event.
 
         Raises:
-            sqlalchemy.exc.SQLAlchemyError: It does not.
+            sqlalchemy.exc.SQLAlchemyError: The database does not answer.
         """
         self._run(lambda connection: connection.execute(_ANY).first())
 
     def close(self) -> None:
-        """Give back every connection."""
+        """Close all connections."""
         self._engine.dispose()
 
 
 def open_live_events(state: str, *, timeout_s: float = 1.0) -> LiveEvents:
-    """Open the events of a server, and make their tables if there are none.
+    """Open the store of a server, and create its tables if they do not exist.
 
-    A PostgreSQL that cannot be reached now is asked again at every call.
+    If PostgreSQL cannot be reached now, every call tries again.
 
     Args:
         state: The path of an SQLite file, or a database URL (sqlite://, postgresql://).
-        timeout_s: How long to wait for a lock, a statement or another write. A connection to
-            PostgreSQL is waited for in whole seconds, 2 at least, as its library counts.
+        timeout_s: Time limit in seconds for a lock, a statement or another write. That for a
+            connection to PostgreSQL is rounded to whole seconds, at least 2.
 
     Raises:
-        ConfigError: The place cannot be written, is something else, or holds tables of a later
-            foretaste or of another program.
+        ConfigError: The place cannot be written, is not a database, or has tables of a later
+            version of foretaste or of another program.
     """
     url = _url(state)
     shown, is_sqlite = url.render_as_string(hide_password=True), url.get_backend_name() == "sqlite"
@@ -329,8 +332,8 @@ def open_live_events(state: str, *, timeout_s: float = 1.0) -> LiveEvents:
             return events
         engine.dispose()
         raise ConfigError(
-            f"live events cannot be kept at {shown}: {first_line(error)}; give another place, a "
-            "path or a URL, as the server's `state`",
+            f"live events cannot be stored at {shown}: {first_line(error)}; set the server's "
+            "`state` to another path or URL",
             name="state",
             value=shown,
         ) from error
@@ -338,7 +341,7 @@ def open_live_events(state: str, *, timeout_s: float = 1.0) -> LiveEvents:
 
 
 def state_beside(bundle: Path) -> str:
-    """Return the path of the SQLite file that goes with a bundle and outlives its versions."""
+    """Return the path of the SQLite file that belongs to a bundle, for all its versions."""
     folder = bundle.absolute()
     return str(folder.with_name(f"{folder.name}.events.sqlite"))
 
@@ -350,15 +353,15 @@ def _url(state: str) -> sa.URL:
         url = sa.make_url(state)
     except (ArgumentError, ValueError) as error:
         raise ConfigError(
-            "the server's `state` is no database URL: write it as "
-            "postgresql://user:password@host/name, or give the path of an SQLite file",
+            "the server's `state` is not a database URL: write it as "
+            "postgresql://user:password@host/name, or set the path of an SQLite file",
             name="state",
         ) from error
     if url.drivername in ("postgresql", "postgres"):
         return url.set(drivername="postgresql+psycopg")
     if url.get_backend_name() not in ("sqlite", "postgresql"):
         raise ConfigError(
-            f"live events are kept in SQLite or PostgreSQL, not {url.get_backend_name()}",
+            f"live events are stored in SQLite or PostgreSQL, not {url.get_backend_name()}",
             name="state",
             value=url.get_backend_name(),
         )
@@ -366,13 +369,13 @@ def _url(state: str) -> sa.URL:
 
 
 def _session(timeout_s: float, *, is_sqlite: bool) -> tuple[str, ...]:
-    """Return what each connection begins with."""
+    """Return the statements at the start of each connection."""
     wait_ms = round(timeout_s * 1000)
     if is_sqlite:
         busy = f"PRAGMA busy_timeout = {wait_ms}"
         return busy, "PRAGMA journal_mode = WAL", "PRAGMA synchronous = FULL"
     waits = f"SET statement_timeout = {wait_ms}", f"SET lock_timeout = {wait_ms}"
-    return *waits, "SET synchronous_commit = on"  # the database's own setting may be off
+    return *waits, "SET synchronous_commit = on"  # the database's default may be off
 
 
 def _set_up(connection: DBAPIConnection, _: object, *, settings: tuple[str, ...]) -> None:
@@ -383,7 +386,7 @@ def _set_up(connection: DBAPIConnection, _: object, *, settings: tuple[str, ...]
 
 
 def _file_of(engine: sa.Engine) -> tuple[int, int] | None:
-    """Return which file a SQLite database is, none of one in memory; it may have been removed."""
+    """Return the file of an SQLite database, None in memory or if the file was removed."""
     place = engine.url.database
     if engine.dialect.name != "sqlite" or place in (None, "", ":memory:"):
         return None
@@ -395,15 +398,15 @@ def _file_of(engine: sa.Engine) -> tuple[int, int] | None:
 
 
 def _connection_s(timeout_s: float) -> int:
-    """Return how long a connection to PostgreSQL is waited for, in the whole seconds it takes."""
+    """Return the time limit for a connection to PostgreSQL, in whole seconds."""
     return max(2, math.ceil(timeout_s))
 
 
 def _bring_to_layout(engine: sa.Engine) -> None:
-    """Make the tables that are missing, and bring those of an earlier foretaste to this layout.
+    """Create missing tables, and migrate those of an earlier version to this layout.
 
     Raises:
-        sqlalchemy.exc.InvalidRequestError: They are of a later foretaste or of another program.
+        sqlalchemy.exc.InvalidRequestError: The tables are of a later version or of another program.
     """
     found, latest = sa.inspect(engine), max(_LAYOUTS)
     there = set(found.get_table_names())
@@ -412,7 +415,9 @@ def _bring_to_layout(engine: sa.Engine) -> None:
         with engine.connect() as connection:
             version = connection.execute(sa.select(sa.func.max(_LAYOUT.c.version))).scalar() or 0
     if version > latest:
-        raise _foreign(f"tables have layout {version}, and this foretaste knows {latest}")
+        raise _foreign(
+            f"tables have layout {version}, but this version of foretaste knows {latest}"
+        )
     for table in _TABLES.sorted_tables if version == latest else [_EVENTS]:
         if table.name in there:
             columns = {column["name"] for column in found.get_columns(table.name)}
@@ -424,7 +429,7 @@ def _bring_to_layout(engine: sa.Engine) -> None:
     try:
         _change_layout(engine, version, latest)
     except (IntegrityError, sa.exc.ProgrammingError, sa.exc.OperationalError):
-        _change_layout(engine, latest, latest)  # another server did it since we looked
+        _change_layout(engine, latest, latest)  # another server did it in the meantime
 
 
 def _foreign(what: str) -> SQLAlchemyError:
@@ -445,9 +450,9 @@ def _change_layout(engine: sa.Engine, version: int, latest: int) -> None:
 
 
 def _as_they_came(connection: sa.Connection, events: Sequence[LiveEvent]) -> list[int]:
-    """Return the times of events; one whose sender gave none follows all that its user has.
+    """Return the times of events; one without a given time follows all events of its user.
 
-    So a server's clock that was set back changes no order.
+    So a server's clock that is set back does not change the order.
     """
     users = {event.user_id for event in events if event.by_clock}
     if not users:
@@ -468,7 +473,9 @@ def _as_they_came(connection: sa.Connection, events: Sequence[LiveEvent]) -> lis
 
 
 def _check_same(connection: sa.Connection, events: Sequence[LiveEvent]) -> None:
-    """Refuse events whose `event_id` another event has in the store, which rolls them all back."""
+    """Raise an error, which rolls all events back, if the store has another event with an
+    `event_id`.
+    """
     sent = [event.event_id for event in events if event.event_id is not None]
     kept = connection.execute(
         sa.select(*(_EVENTS.c[name] for name in _GIVEN)).where(_EVENTS.c.event_id.in_(sent))
@@ -482,19 +489,19 @@ def _check_same(connection: sa.Connection, events: Sequence[LiveEvent]) -> None:
         if not is_same or not (event.by_clock or event.timestamp_s == row.timestamp_s):
             raise DataError(
                 f"event {position} has the event_id {event.event_id!r} of another event, with "
-                "another user, item or time: give each event an id of its own; nothing of this "
-                "request was stored",
+                "another user, item or time: give each event its own id; nothing of this request "
+                "was stored",
                 name="event_id",
                 value=event.event_id,
             )
 
 
 def first_line(error: SQLAlchemyError) -> str:
-    """Say what went wrong in the database's own words, without the statement and its values."""
+    """Return the database's error message, without the statement and its values."""
     cause = error.orig if isinstance(error, sa.exc.DBAPIError) and error.orig else error
     return str(cause).strip().partition("\n")[0]
 
 
 def cause_of(error: SQLAlchemyError) -> str:
-    """Say for the log what went wrong: the kind of error, and the database's own words."""
+    """Return the kind of error and the database's message, for the log."""
     return f"{type(error).__name__}: {first_line(error)}"

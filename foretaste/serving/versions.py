@@ -1,8 +1,8 @@
-"""The versions of a bundle that a server keeps: private copies that only the server writes.
+"""Stored versions of a bundle: private copies that only the server writes.
 
-A server never reads the folder that bundles are delivered to while it answers: what is changed
-there under a memory map is changed in the model, and what is cut short ends the process. A version
-is named by the checksum of its manifest, and so of everything in it.
+While it answers, a server never reads the folder that bundles are delivered to: a change under a
+memory map would change the model, and a truncated file would end the process. A version is named by
+the checksum of its manifest, which covers all its files.
 """
 
 import errno
@@ -30,23 +30,23 @@ from foretaste.errors import BundleError, ConfigError
 from foretaste.serving.bundle import BundleManifest
 
 _LARGEST = 2**26
-"""Bytes of a manifest, or of a signature."""
+"""Maximum size in bytes of a manifest or a signature."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Kept:
-    """A version that is kept."""
+    """A stored version."""
 
     version: str
     size: int
-    """Bytes."""
+    """Size in bytes."""
     used_at_s: float
-    """When it was kept, or last made the one that serves."""
+    """Unix seconds: when the version was stored, or last activated."""
 
 
 @final
 class Versions:
-    """A folder of versions, shared by all servers of a machine that serve one bundle."""
+    """A folder of stored versions, shared by all servers of a bundle on one machine."""
 
     def __init__(
         self,
@@ -57,41 +57,42 @@ class Versions:
         most: int = 5,
         most_bytes: int | None = None,
     ) -> None:
-        """Take settings; nothing is read yet.
+        """Store the settings; nothing is read yet.
 
         Args:
-            bundle: Where new versions are delivered.
-            folder: Where copies are kept; None: beside the bundle.
-            key: If given, a version must carry its signature.
-            most: So many versions are kept.
-            most_bytes: And so many bytes of them, but for those that serve.
+            bundle: The folder to which new versions are delivered.
+            folder: The folder of copies; None: next to the bundle.
+            key: If given, a version must be signed with this key.
+            most: Maximum number of stored versions.
+            most_bytes: Maximum total size in bytes; active versions are never deleted.
         """
         self.bundle = bundle
         self._folder = folder or versions_beside(bundle)
         self._key, self._most, self._most_bytes = key, most, most_bytes
 
     def delivered(self) -> str:
-        """Return the version that lies in the bundle's folder.
+        """Return the version in the bundle's folder.
 
         Raises:
-            BundleError: There is no manifest that can be read.
+            BundleError: There is no readable manifest.
         """
         return _version_of(_manifest_bytes(self.bundle))
 
     def path(self, version: str) -> Path:
-        """Return where a version is kept, whether or not it is."""
+        """Return the folder of a version, which need not exist."""
         return self._folder / version
 
     def has(self, version: str) -> bool:
-        """Return whether a version is kept."""
+        """Return whether a version is stored."""
         return bool(version) and (self.path(version) / MANIFEST_FILE).is_file()
 
     def take(self) -> str:
-        """Copy what lies in the bundle's folder, unless it is kept already; return its version.
+        """Copy the bundle's folder, unless its version is already stored; return the version.
 
         Raises:
-            BundleError: It is no bundle, holds links or pipes, its files have other sizes than its
-                manifest says, its signature is missing or wrong, or there is no room for a copy.
+            BundleError: The folder is not a bundle, has links or pipes, its files differ in size
+                from the manifest, its signature is missing or wrong, or there is no room for a
+                copy.
         """
         version = self.delivered()
         self._check_signature(self.bundle)
@@ -109,18 +110,18 @@ class Versions:
                     if _version_of(_manifest_bytes(part)) != version:
                         raise _refused(self.bundle, "it changed while it was copied; try again")
             except BundleError:
-                if not self.has(version):  # else another server was quicker
+                if not self.has(version):  # otherwise another server was faster
                     raise
-        elif self._key is not None:  # it may have been signed after it was copied
+        elif self._key is not None:  # it may have been signed after the copy
             with whole_file(self.path(version) / SIGNATURE_FILE, replace=True) as part:
                 part.write_bytes(_bounded(self.bundle / SIGNATURE_FILE))
         return version
 
     def check_signature(self, version: str) -> None:
-        """Refuse a version that whoever has the key did not sign, if there is a key.
+        """If there is a key, raise an error for a version that is not signed with it.
 
         Raises:
-            BundleError: Its signature is missing or wrong.
+            BundleError: The signature is missing or wrong.
         """
         self._check_signature(self.path(version))
 
@@ -132,24 +133,24 @@ class Versions:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise _refused(
                 self.bundle,
-                "it carries no signature, and this server asks for one: `foretaste sign`",
+                "it has no signature, but this server requires one: `foretaste sign`",
             ) from error
         if not hmac.compare_digest(str(given), _signature(_manifest_bytes(folder), self._key)):
-            raise _refused(self.bundle, "its signature is not of this server's key")
+            raise _refused(self.bundle, "its signature was not made with this server's key")
 
     def kept(self) -> list[Kept]:
-        """Return the versions that are kept, the one used last first."""
+        """Return the stored versions, most recently used first."""
         found = []
         for path in self._folder.glob("[0-9a-f]*"):
             try:
                 size = sum(one.lstat().st_size for one in path.rglob("*") if one.is_file())
                 found.append(Kept(version=path.name, size=size, used_at_s=path.stat().st_mtime))
-            except OSError:  # another server drops it
+            except OSError:  # another server deletes it
                 continue
         return sorted(found, key=lambda one: one.used_at_s, reverse=True)
 
     def used(self, version: str) -> None:
-        """Note that a version serves from now on."""
+        """Record that a version is active from now on."""
         os.utime(self.path(version))
 
     def drop(self, version: str) -> None:
@@ -157,7 +158,7 @@ class Versions:
         shutil.rmtree(self.path(version), ignore_errors=True)
 
     def drop_oldest(self, *, but: set[str]) -> None:
-        """Delete versions beyond the bounds, the one used longest ago first."""
+        """Delete versions beyond the limits, least recently used first."""
         number = size = 0
         for kept in self.kept():
             number, size = number + 1, size + kept.size
@@ -167,7 +168,7 @@ class Versions:
 
 
 def versions_beside(bundle: Path) -> Path:
-    """Return the folder of versions that goes with a bundle."""
+    """Return the folder of stored versions of a bundle."""
     place = bundle.absolute()
     return place.with_name(f"{place.name}.versions")
 
@@ -176,15 +177,15 @@ def versions_beside(bundle: Path) -> Path:
 def sign_bundle(bundle: Path | str, key_file: Path | str) -> None:
     """Sign a bundle with a key, so that a server with the same key serves it.
 
-    The signature, `signature.json` beside the manifest, is an HMAC-SHA256 of the manifest, which
-    holds the checksum of every other file.
+    The signature, `signature.json` next to the manifest, is an HMAC-SHA256 of the manifest, which
+    has the checksum of every other file.
 
     Args:
-        bundle: Its folder.
-        key_file: A file of 32 random bytes or more, which whoever may deliver bundles has.
+        bundle: The bundle's folder.
+        key_file: A file of at least 32 random bytes, shared with all who may deliver bundles.
 
     Raises:
-        BundleError: It is no bundle.
+        BundleError: The folder is not a bundle.
         ConfigError: The key cannot be read, or is too short.
     """
     bundle = Path(bundle)
@@ -195,24 +196,24 @@ def sign_bundle(bundle: Path | str, key_file: Path | str) -> None:
 
 
 def read_key(path: Path) -> bytes:
-    """Read the key that bundles are signed with.
+    """Read a key for signing bundles.
 
     Raises:
-        ConfigError: It cannot be read, or is shorter than 32 bytes.
+        ConfigError: The file cannot be read, or is shorter than 32 bytes.
     """
     try:
         key = path.read_bytes().strip()
     except OSError as error:
         raise ConfigError(
-            f"{path} cannot be read as a key: {error.strerror}; make one with "
-            f"`openssl rand -hex 32 > {path}`",
+            f"{path} cannot be read as a key: {error.strerror}; create one with `openssl rand -hex "
+            f"32 > {path}`",
             name="signature_key",
             value=path,
         ) from error
     if len(key) < 32:
         raise ConfigError(
-            f"{path} holds {len(key)} bytes, and a key needs 32: make one with "
-            f"`openssl rand -hex 32 > {path}`",
+            f"{path} has {len(key)} bytes, but a key needs 32: create one with `openssl rand -hex "
+            f"32 > {path}`",
             name="signature_key",
             value=path,
         )
@@ -232,8 +233,8 @@ def _manifest_bytes(folder: Path) -> bytes:
         return _bounded(folder / MANIFEST_FILE)
     except OSError as error:
         raise BundleError(
-            f"{folder} holds no {MANIFEST_FILE} that can be read ({error.strerror}): name a "
-            "bundle's folder",
+            f"{folder} has no readable {MANIFEST_FILE} ({error.strerror}): give the folder of a "
+            "bundle",
             name=str(folder),
             value=str(folder),
         ) from error
@@ -247,7 +248,7 @@ def _bounded(path: Path) -> bytes:
 
 
 def _copy(bundle: Path, name: str, into: Path, size: int | None) -> None:
-    """Copy a file's bytes; what is there then is checked when the copy is loaded."""
+    """Copy the bytes of a file; the copy is verified when it is loaded."""
     target = into / name
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -256,7 +257,7 @@ def _copy(bundle: Path, name: str, into: Path, size: int | None) -> None:
         with open(handle, "rb") as source:
             found = os.fstat(handle)
             if not stat.S_ISREG(found.st_mode) or size not in (None, found.st_size):
-                raise OSError(errno.EINVAL, f"{found.st_size} bytes, and {size} were written")
+                raise OSError(errno.EINVAL, f"{found.st_size} bytes, but {size} were written")
             with target.open("xb") as copy:
                 shutil.copyfileobj(source, copy, 2**22)
     except OSError as error:
