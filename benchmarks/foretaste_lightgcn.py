@@ -12,7 +12,7 @@ from foretaste.data.splitting import given_split
 from foretaste.experiment.fit import fit
 from foretaste.models.layers.graph_conv import GraphConv
 from foretaste.models.lightgcn import LightGCNConfig
-from foretaste.training.fit import Epoch
+from foretaste.training.checkpoint import Epoch
 from foretaste.training.objectives import PairsConfig
 from foretaste.training.settings import TrainingConfig, keep_memory
 

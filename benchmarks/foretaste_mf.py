@@ -12,7 +12,7 @@ from foretaste.data.reading import read_interactions
 from foretaste.data.splitting import leave_last_split
 from foretaste.experiment.fit import fit
 from foretaste.models.mf import MFConfig
-from foretaste.training.fit import Epoch
+from foretaste.training.checkpoint import Epoch
 from foretaste.training.objectives import PairsConfig
 from foretaste.training.settings import TrainingConfig
 

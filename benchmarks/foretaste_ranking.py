@@ -8,7 +8,7 @@ from ranking_turns import PARTS, told
 from turns import say, say_ready, wait_for_turn
 
 import foretaste as ft
-from foretaste.training.fit import Epoch
+from foretaste.training.checkpoint import Epoch
 from foretaste.training.objectives import RowsConfig
 
 

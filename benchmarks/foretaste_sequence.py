@@ -18,7 +18,7 @@ from foretaste.data.splitting import leave_last_split
 from foretaste.experiment.fit import fit
 from foretaste.models.bert4rec import BERT4RecConfig
 from foretaste.models.sasrec import SASRecConfig
-from foretaste.training.fit import Epoch
+from foretaste.training.checkpoint import Epoch
 from foretaste.training.objectives import MaskedItemConfig, NextItemConfig
 from foretaste.training.settings import TrainingConfig
 

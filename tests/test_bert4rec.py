@@ -22,7 +22,8 @@ from foretaste.experiment.learning import make_learning, usual_objective
 from foretaste.models.bert4rec import BERT4Rec, BERT4RecConfig
 from foretaste.models.layers.attention import GatedBlock
 from foretaste.models.sasrec import SASRec, SASRecConfig
-from foretaste.training.fit import Fit, Progress
+from foretaste.training.checkpoint import Progress
+from foretaste.training.fit import Fit
 from foretaste.training.objectives import (
     MaskedItem,
     MaskedItemConfig,

@@ -14,7 +14,7 @@ from foretaste.experiment.run import fit_final, run_experiment
 from foretaste.experiment.search_space import usual_space, with_drawn, with_own_objective
 from foretaste.experiment.validation import make_validation
 from foretaste.models.base import StrengthConfig
-from foretaste.training.fit import Epoch
+from foretaste.training.checkpoint import Epoch
 from tests.worlds import events_of
 
 CLOSED = (ft.ImplicitALSConfig(factors=4), ft.EASEConfig(), ft.ItemKNNConfig(neighbours=5))

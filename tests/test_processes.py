@@ -40,8 +40,7 @@ from foretaste.errors import ConfigError, ProcessError
 from foretaste.experiment.two_stage import FirstStage
 from foretaste.models.layers.table import Dense
 from foretaste.training import processes
-from foretaste.training.checkpoint import read_checkpoint, write_checkpoint
-from foretaste.training.fit import Epoch
+from foretaste.training.checkpoint import Epoch, read_checkpoint, write_checkpoint
 from foretaste.training.sharded import Sharded, rows_of
 
 TOGETHER = (

@@ -30,8 +30,8 @@ from foretaste.models.layers.table import Dense
 from foretaste.models.mf import MF, MFConfig
 from foretaste.models.sasrec import SASRec, SASRecConfig
 from foretaste.training import checkpoint
-from foretaste.training.checkpoint import read_checkpoint, write_checkpoint
-from foretaste.training.fit import Epoch, Fit
+from foretaste.training.checkpoint import Epoch, read_checkpoint, write_checkpoint
+from foretaste.training.fit import Fit
 from foretaste.training.objectives import (
     MaskedItem,
     MaskedItemConfig,

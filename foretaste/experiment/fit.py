@@ -53,7 +53,8 @@ from foretaste.models.catalogue import (
 )
 from foretaste.training import processes
 from foretaste.training.candidates import CandidateConfig
-from foretaste.training.fit import Epoch, Fit, Progress
+from foretaste.training.checkpoint import Epoch, Progress
+from foretaste.training.fit import Fit
 from foretaste.training.objectives import LabelledRows, ObjectiveConfig, PairsConfig, RowsConfig
 from foretaste.training.progress import Cost, CostWatch, ShowProgress, say
 from foretaste.training.settings import TrainingConfig

@@ -41,7 +41,8 @@ from foretaste.sampling.negatives import (
 )
 from foretaste.sampling.samplers import PopularitySampler, UniformSampler
 from foretaste.training import processes
-from foretaste.training.fit import Epoch, Refreshed
+from foretaste.training.checkpoint import Epoch
+from foretaste.training.fit import Refreshed
 from foretaste.training.objectives import (
     Hardness,
     LabelledRows,

@@ -45,11 +45,11 @@ from foretaste.shown import Shown
 from foretaste.training import processes
 from foretaste.training.checkpoint import (
     CHECKPOINT,
+    Epoch,
     epochs_done,
     find_checkpoint,
     forget_checkpoint,
 )
-from foretaste.training.fit import Epoch
 from foretaste.training.objectives import RowsConfig
 from foretaste.training.progress import Cost, ShowProgress, duration
 from foretaste.training.trained import Trained

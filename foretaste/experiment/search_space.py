@@ -21,7 +21,8 @@ from foretaste.experiment.learning import usual_objective
 from foretaste.experiment.recipe import ExperimentConfig, with_setting
 from foretaste.later import later
 from foretaste.models.catalogue import CLOSED_FORM, ModelConfig, TwoStageConfig
-from foretaste.training.fit import OUT_OF_TIME, Epoch
+from foretaste.training.checkpoint import Epoch
+from foretaste.training.fit import OUT_OF_TIME
 from foretaste.training.objectives import ObjectiveConfig, PairsConfig
 from foretaste.training.settings import TrainingConfig
 from foretaste.training.trained import Trained

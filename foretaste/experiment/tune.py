@@ -24,7 +24,7 @@ from foretaste.experiment.run import fit_recipe
 from foretaste.experiment.search_space import distributions, with_drawn, with_own_objective
 from foretaste.experiment.validation import STOP_METRIC, make_validation
 from foretaste.shown import to_toml
-from foretaste.training.fit import Epoch
+from foretaste.training.checkpoint import Epoch
 
 _STUDY, _BEST, _TRIALS = _FILES = ("study.db", "best.toml", "trials.json")
 _FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)

@@ -36,10 +36,9 @@ from foretaste.config import (
 )
 from foretaste.data.tasks import Task
 from foretaste.models.base import Model
-from foretaste.models.layers.field_ranker import PairRanker
+from foretaste.models.layers.field_ranker import MakeFields, PairRanker
 from foretaste.models.layers.heads import Heads
 from foretaste.models.layers.mlp import PairMLP, pair_dot
-from foretaste.models.layers.row_fields import RowFields
 from foretaste.models.layers.side_fields import ROWS_USUAL, RowFieldsConfig
 from foretaste.models.layers.table import Table
 from foretaste.models.layers.table_kinds import IdConfig
@@ -132,33 +131,20 @@ class NeuMFConfig(IdConfig):
         return gmf, mlp
 
 
+AnyNCFConfig = GMFConfig | MLPConfig | NeuMFConfig
+
+
 @final
-class NCF(PairRanker):
-    """The network: vectors, one path or both, an output layer."""
+class NCF(PairRanker[AnyNCFConfig]):
+    """The network: vectors, one path or both, an output layer; the settings say which paths."""
 
-    def __init__(
-        self, config: GMFConfig | MLPConfig | NeuMFConfig, *, num_users: int, num_items: int
-    ) -> None:
-        """Make untrained weights.
-
-        Args:
-            config: The settings, which decide which paths there are.
-            num_users: Users that training knows, 0 or more.
-            num_items: Items of the catalogue, 1 or more.
-        """
-        super().__init__()
-        self.config = config
+    def make(self, config: AnyNCFConfig, make_fields: MakeFields) -> None:
         self.tasks = (config.task,)
         hidden = () if isinstance(config, GMFConfig) else _halving(config)
         self.gmf_dim = 0 if isinstance(config, MLPConfig) else config.factors
         mlp_dim = -(-hidden[0] // 2) if hidden else 0
-        self.fields = RowFields(
-            RowFieldsConfig(table=config.table, init_std=config.init_std),
-            num_users=num_users,
-            num_items=num_items,
-            features=None,
-            width=self.gmf_dim + mlp_dim,
-        )
+        own = RowFieldsConfig(table=config.table, init_std=config.init_std)
+        self.fields = make_fields(own, width=self.gmf_dim + mlp_dim)
         dropout = 0.0 if isinstance(config, GMFConfig) else config.dropout
         self.mlp = PairMLP(mlp_dim, mlp_dim, hidden, dropout=dropout) if hidden else None
         self.output = nn.Linear(self.gmf_dim + (config.factors if hidden else 0), 1)

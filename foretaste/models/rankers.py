@@ -7,7 +7,7 @@ T tasks, H width of the output of an expert.
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, final
+from typing import ClassVar, Literal, TypeVar, final
 
 import torch
 from jaxtyping import Float, Int64
@@ -16,12 +16,15 @@ from torch import Tensor, nn
 
 from foretaste.config import ChoiceConfig, Count, RangeConfig, Space, Usual, Widths
 from foretaste.data.batch import Queries
-from foretaste.data.features import Features
 from foretaste.data.tasks import Task
-from foretaste.models.layers.field_ranker import HistoryConfig, HistoryRanker, PairRanker
+from foretaste.models.layers.field_ranker import (
+    HistoryConfig,
+    HistoryRanker,
+    MakeFields,
+    PairRanker,
+)
 from foretaste.models.layers.heads import Heads
 from foretaste.models.layers.mlp import Experts, PairMLP, Towers, pair_dot
-from foretaste.models.layers.row_fields import RowFields
 from foretaste.models.layers.side_fields import RowFieldsConfig
 
 
@@ -52,7 +55,7 @@ class DeepFMConfig(RowFieldsConfig):
 
 
 @final
-class DeepFM(PairRanker):
+class DeepFM(PairRanker[DeepFMConfig]):
     r"""DeepFM: first order, pairs of fields, and a deep network.
 
     .. math:: s = w_0 + \sum_i w_i x_i + \sum_{i<j} \langle v_i, v_j \rangle x_i x_j
@@ -72,35 +75,10 @@ class DeepFM(PairRanker):
         answered by regression on their history (`FoldIn`).
     """
 
-    def __init__(
-        self,
-        config: DeepFMConfig,
-        *,
-        num_users: int,
-        num_items: int,
-        features: Features | None = None,
-    ) -> None:
-        """Make untrained weights.
-
-        Args:
-            config: The settings.
-            num_users: Users that training knows, 0 or more.
-            num_items: Items of the catalogue, 1 or more.
-            features: What else is known of them, and of contexts.
-
-        Raises:
-            ConfigError: Items have neither ids nor features.
-        """
-        super().__init__()
-        self.config, self.tasks = config, (config.task,)
+    def make(self, config: DeepFMConfig, make_fields: MakeFields) -> None:
+        self.tasks = (config.task,)
         self.width = config.embedding_dim if config.fm or config.deep else 0
-        self.fields = RowFields(
-            config,
-            num_users=num_users,
-            num_items=num_items,
-            features=features,
-            width=self.width + config.linear,
-        )
+        self.fields = make_fields(config, width=self.width + config.linear)
         self.bias = nn.Parameter(torch.zeros(()))
         self.mlp = (
             PairMLP(
@@ -191,7 +169,7 @@ class DINConfig(HistoryConfig):
 
 
 @final
-class DIN(HistoryRanker):
+class DIN(HistoryRanker[DINConfig]):
     r"""DIN: a user's history, weighted by how much each event matters to the item that is scored.
 
     .. math:: u_t = \sum_j w_j(e_j, e_t)\, e_j, \quad
@@ -210,33 +188,9 @@ class DIN(HistoryRanker):
 
     folds_in = False  # a new user's id vector is 0
 
-    def __init__(
-        self,
-        config: DINConfig,
-        *,
-        num_users: int,
-        num_items: int,
-        features: Features | None = None,
-    ) -> None:
-        """Make untrained weights.
-
-        Args:
-            config: The settings.
-            num_users: Users that training knows, 0 or more.
-            num_items: Items of the catalogue, 1 or more.
-            features: What else is known of them, and of contexts.
-
-        Raises:
-            ConfigError: Items have neither ids nor features.
-        """
-        super().__init__(
-            config,
-            num_users=num_users,
-            num_items=num_items,
-            features=features,
-            activation=config.activation,
-        )
+    def make(self, config: DINConfig, make_fields: MakeFields) -> None:
         self.tasks = (config.task,)
+        self.make_histories(config, make_fields, activation=config.activation)
         self.mlp = PairMLP(
             self.query_dim,
             self.item_dim,
@@ -290,41 +244,26 @@ class MMoEConfig(HistoryConfig):
     """Share of values dropped after each layer."""
 
 
-class _TaskTowers(HistoryRanker):
+S = TypeVar("S", SharedBottomConfig, MMoEConfig)
+
+
+class _TaskTowers(HistoryRanker[S]):
     """A network below, which each model makes its own, and a tower for each task above."""
 
-    def __init__(
-        self,
-        config: SharedBottomConfig | MMoEConfig,
-        *,
-        num_users: int,
-        num_items: int,
-        features: Features | None = None,
-    ) -> None:
-        """Make untrained weights.
-
-        Args:
-            config: The settings.
-            num_users: Users that training knows, 0 or more.
-            num_items: Items of the catalogue, 1 or more.
-            features: What else is known of them, and of contexts.
-
-        Raises:
-            ConfigError: Items have neither ids nor features, or the tasks are incomplete.
-        """
-        super().__init__(config, num_users=num_users, num_items=num_items, features=features)
+    def make(self, config: S, make_fields: MakeFields) -> None:
         self.tasks = config.tasks
+        self.make_histories(config, make_fields)
         self.heads = Heads(self.tasks)
         width = self.make_trunk(config)
         self.towers = Towers(self.tasks, width, config.tower_hidden, dropout=config.dropout)
 
     @abstractmethod
-    def make_trunk(self, config: Any) -> int:
+    def make_trunk(self, config: S) -> int:
         """Make the network below the towers, and return its width."""
 
 
 @final
-class SharedBottom(_TaskTowers):
+class SharedBottom(_TaskTowers[SharedBottomConfig]):
     r"""Shared-Bottom: one network below, a tower for each task above.
 
     .. math:: s^{(t)} = h^{(t)}(f(x))
@@ -354,7 +293,7 @@ class SharedBottom(_TaskTowers):
 
 
 @final
-class MMoE(_TaskTowers):
+class MMoE(_TaskTowers[MMoEConfig]):
     r"""MMoE: tasks share experts, each task mixes its own blend of them.
 
     .. math:: g^{(t)} = \mathrm{softmax}(W^{(t)} x), \quad

@@ -6,7 +6,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Generic, TypeVar, final
 
@@ -20,6 +20,8 @@ from foretaste.models.layers.table import OwnRows
 from foretaste.training import processes, sharded
 from foretaste.training.checkpoint import (
     CHECKPOINT,
+    Epoch,
+    Progress,
     find_checkpoint,
     forget_checkpoint,
     read_checkpoint,
@@ -83,54 +85,6 @@ class Refreshed(ABC):
     @abstractmethod
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Restore a state that `state` returned."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Epoch:
-    """Figures of one epoch."""
-
-    epoch: int
-    """Counted from 1."""
-    loss: float
-    """Mean loss over the steps with a finite loss; NaN if there were none."""
-    seconds: float
-    """Time of training up to the end of this epoch, including earlier epochs and validations."""
-    events_per_second: float
-    """Speed of training in this epoch, without validation."""
-    validation: float | None = None
-    """The validation metric, higher is better; None if there was no validation."""
-    validation_seconds: float = 0.0
-    """Time of the validation."""
-    waiting_share: float = 0.0
-    """Share of this epoch's training time that was spent waiting for batches."""
-
-
-@dataclass(kw_only=True)
-class Progress:
-    """The progress of a run, which a checkpoint restores."""
-
-    epoch: int = 0
-    batch: int = 0
-    step: int = 0
-    loss_sum: float = 0.0
-    """Sum of the finite losses of the epoch so far; `counted` is their number."""
-    counted: int = 0
-    skipped: int = 0
-    bad_in_a_row: int = 0
-    seconds: float = 0.0
-    best: float = -math.inf
-    best_epoch: int = 0
-    last: list[float] = field(default_factory=list)
-    """The most recent validations, at most three."""
-    watched: float = -math.inf
-    """The best value so far of the metric that patience watches."""
-    waited: int = 0
-    """Validations since the best one."""
-    done: str = ""
-    """The reason why the run ended; empty while it runs."""
-    precision: str = ""
-    """The number format of the steps; empty until "auto" has chosen one."""
-    epochs: list[dict[str, Any]] = field(default_factory=list)
 
 
 @final

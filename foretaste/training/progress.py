@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from foretaste.later import later
-from foretaste.training.fit import Epoch, Fit
-from foretaste.training.fit import Progress as RunProgress
+from foretaste.training.checkpoint import Epoch
+from foretaste.training.checkpoint import Progress as RunProgress
+from foretaste.training.fit import Fit
 
 psutil = later("psutil")
 

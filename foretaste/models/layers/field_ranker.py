@@ -9,8 +9,9 @@ item, W width of a field, K = G W.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import ClassVar, Literal
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import ClassVar, Generic, Literal, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -34,6 +35,7 @@ from foretaste.models.layers.history import (
 from foretaste.models.layers.mlp import Activation
 from foretaste.models.layers.row_fields import RowFields, RowParts
 from foretaste.models.layers.side_fields import RowFieldsConfig
+from foretaste.models.layers.table_kinds import IdConfig
 
 _BLOCK_PAIRS = 2**16
 _HISTORY_QUERIES, _HISTORY_PAIRS = 32, 2**13
@@ -107,8 +109,38 @@ class FieldRanker(Ranker, Scorer, ABC):
         self.fields.learn_new_users(events)
 
 
-class PairRanker(FieldRanker, ABC):
+C = TypeVar("C", bound=IdConfig)
+MakeFields = Callable[..., RowFields]
+"""Makes the fields of a model from settings, with what is known of users and items."""
+
+
+class PairRanker(FieldRanker, ABC, Generic[C]):
     """A `FieldRanker` of pairs: a query's fields are computed once for all its items."""
+
+    def __init__(
+        self, config: C, *, num_users: int, num_items: int, features: Features | None = None
+    ) -> None:
+        """Make untrained weights.
+
+        Args:
+            config: The settings.
+            num_users: Users that training knows, 0 or more.
+            num_items: Items of the catalogue, 1 or more.
+            features: What else is known of them, and of contexts.
+
+        Raises:
+            ConfigError: Items have neither ids nor features, or the tasks are incomplete.
+        """
+        super().__init__()
+        self.config = config
+        make_fields = partial(
+            RowFields, num_users=num_users, num_items=num_items, features=features
+        )
+        self.make(config, make_fields)
+
+    @abstractmethod
+    def make(self, config: C, make_fields: MakeFields) -> None:
+        """Make `tasks`, `fields`, layers and `heads`."""
 
     @abstractmethod
     def of_fields(
@@ -172,7 +204,10 @@ class HistoryConfig(RowFieldsConfig):
         return self.pooling != "none"
 
 
-class HistoryRanker(PairRanker, ABC):
+H = TypeVar("H", bound=HistoryConfig)
+
+
+class HistoryRanker(PairRanker[H], ABC):
     r"""A `PairRanker` that may read histories, as DIN does.
 
     With histories an item has three times its fields: its own, :math:`e`, what the history comes to
@@ -182,36 +217,24 @@ class HistoryRanker(PairRanker, ABC):
     folds_in: ClassVar[bool] = True
     """Whether new users' id vectors are regressed on the histories that are read, too."""
 
-    def __init__(
-        self,
-        config: HistoryConfig,
-        *,
-        num_users: int,
-        num_items: int,
-        features: Features | None,
-        activation: Activation = "prelu",
+    def make_histories(
+        self, config: H, make_fields: MakeFields, *, activation: Activation = "prelu"
     ) -> None:
         """Make the fields and the attention, untrained.
 
         Args:
             config: The settings.
-            num_users: Users that training knows, 0 or more.
-            num_items: Items of the catalogue, 1 or more.
-            features: What else is known of them, and of contexts.
+            make_fields: As `make` is given it.
             activation: What follows the hidden layers of the attention.
 
         Raises:
             ConfigError: Items have neither ids nor features.
         """
-        super().__init__()
-        self.config, self.max_len = config, config.max_len
+        self.max_len = config.max_len
         reads: Reads = "others" if config.reads == "others" else "before"
         self.reads: Reads = reads if config.reads_history else "nothing"
-        self.fields = RowFields(
+        self.fields = make_fields(
             config,
-            num_users=num_users,
-            num_items=num_items,
-            features=features,
             reads_history=config.reads_history,
             folds_in=self.folds_in or not config.reads_history,
         )
