@@ -34,8 +34,9 @@ from foretaste.experiment.compress import (
     width_of,
 )
 from foretaste.experiment.record import run_facts
+from foretaste.models.layers.table import DenseConfig
 from foretaste.models.layers.table_kinds import QuantisedConfig, TableConfig
-from foretaste.models.layers.tables import DenseConfig, NarrowConfig
+from foretaste.models.layers.tables import NarrowConfig
 from foretaste.models.layers.tables_at_rest import IntegerConfig
 
 ROOT = Path(__file__).parent.parent

@@ -34,9 +34,8 @@ from torch import Tensor
 
 import foretaste as ft
 from foretaste.experiment.record import run_facts
-from foretaste.models.layers.table import OwnRows
+from foretaste.models.layers.table import DenseConfig, OwnRows
 from foretaste.models.layers.table_kinds import make_table
-from foretaste.models.layers.tables import DenseConfig
 from foretaste.training import processes
 from foretaste.training.optimizer import AdamWByRows, make_optimizer
 from foretaste.training.sharded import sharding

@@ -18,8 +18,8 @@ from foretaste.models.baselines import (
     PopularityConfig,
 )
 from foretaste.models.catalogue import ModelConfig, TwoStage, TwoStageConfig
+from foretaste.models.layers.table import DenseConfig
 from foretaste.models.layers.table_kinds import make_table
-from foretaste.models.layers.tables import DenseConfig
 from foretaste.models.mf import MF, MFConfig
 from foretaste.models.neumf import NCF, GMFConfig
 from foretaste.models.sasrec import SASRecConfig

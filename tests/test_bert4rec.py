@@ -20,7 +20,7 @@ from foretaste.data.vocabulary import Vocabulary
 from foretaste.errors import ConfigError
 from foretaste.experiment.learning import make_learning, usual_objective
 from foretaste.models.bert4rec import BERT4Rec, BERT4RecConfig
-from foretaste.models.layers.attention import GatedBlock
+from foretaste.models.layers.dense import GatedBlock
 from foretaste.models.sasrec import SASRec, SASRecConfig
 from foretaste.training.checkpoint import Progress
 from foretaste.training.fit import Fit

@@ -17,8 +17,7 @@ from foretaste.data.features_fitted import Bag, Buckets, Categories, Number, Val
 from foretaste.errors import ConfigError
 from foretaste.models.layers import table as table_layer
 from foretaste.models.layers.embedding import FieldEncoder
-from foretaste.models.layers.table import look_up, mean_bags
-from foretaste.models.layers.tables import DenseConfig
+from foretaste.models.layers.table import DenseConfig, look_up, mean_bags
 
 FUSIONS: tuple[Literal["concat", "gate"], ...] = ("concat", "gate")
 D = 6

@@ -18,8 +18,8 @@ from foretaste.evaluation.protocol import evaluate
 from foretaste.experiment.fit import fit
 from foretaste.models.catalogue import ModelConfig
 from foretaste.models.layers.history import FoldIn
+from foretaste.models.layers.table import DenseConfig
 from foretaste.models.layers.table_kinds import make_table
-from foretaste.models.layers.tables import DenseConfig
 from foretaste.models.lightgcn import LightGCNConfig
 from foretaste.models.mf import MF, MFConfig
 from foretaste.models.pinsage import PinSageConfig

@@ -15,7 +15,7 @@ from foretaste.data.vocabulary import Vocabulary
 from foretaste.errors import ConfigError
 from foretaste.models.catalogue import as_written, settled
 from foretaste.models.layers import field_ranker
-from foretaste.models.layers.mlp import Experts
+from foretaste.models.layers.dense import Experts
 from foretaste.models.rankers import MMoE, MMoEConfig, SharedBottom, SharedBottomConfig
 from tests.test_row_fields import EVENTS, FEATURES, ITEMS, NUM_ITEMS, NUM_USERS, QUERIES
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from foretaste.models.layers.mlp import (
+from foretaste.models.layers.dense import (
     Activation,
     Dice,
     PairLinear,

@@ -8,8 +8,7 @@ import torch
 
 from foretaste.data.batch import Queries, SequenceBatch, last_events
 from foretaste.errors import ConfigError
-from foretaste.models.layers.attention import MultiHeadAttention
-from foretaste.models.layers.mlp import Dropout
+from foretaste.models.layers.dense import Dropout, MultiHeadAttention
 from foretaste.models.sasrec import SASRec, SASRecConfig
 
 B, L, NUM_ITEMS = 4, 6, 50

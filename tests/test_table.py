@@ -5,9 +5,8 @@ import torch
 
 from foretaste.errors import DataError
 from foretaste.models.layers import table as table_layer
-from foretaste.models.layers.table import Table
+from foretaste.models.layers.table import DenseConfig, Table
 from foretaste.models.layers.table_kinds import make_table, make_tables
-from foretaste.models.layers.tables import DenseConfig
 
 NUM_ROWS, WIDTH = 7, 3
 

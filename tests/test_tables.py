@@ -14,16 +14,14 @@ from foretaste.data.interactions import Interactions
 from foretaste.data.vocabulary import Vocabulary
 from foretaste.errors import ConfigError, DataError
 from foretaste.models.catalogue import ModelConfig, TwoStageConfig
-from foretaste.models.layers.table import Dense, Table
+from foretaste.models.layers.table import Dense, DenseConfig, Table, TableKind
 from foretaste.models.layers.table_kinds import Quantised, QuantisedConfig, code_by_events
 from foretaste.models.layers.tables import (
     CompositionalConfig,
-    DenseConfig,
     FilledConfig,
     Hash,
     HashConfig,
     NarrowConfig,
-    TableKind,
     hashed,
 )
 from foretaste.models.layers.tables_at_rest import (

@@ -31,9 +31,8 @@ from foretaste.evaluation.compare import Reports, compare, compare_rows
 from foretaste.evaluation.report import console_table, printed
 from foretaste.experiment.recipe import ExperimentConfig, recipe_of
 from foretaste.experiment.run import evaluate_split, read_split, run_experiment
-from foretaste.models.layers.table import Dense, Table
+from foretaste.models.layers.table import Dense, DenseConfig, Links, Table
 from foretaste.models.layers.table_kinds import KINDS, IdConfig, TableConfig
-from foretaste.models.layers.tables import DenseConfig, Links
 from foretaste.serving.recommender import build_recommender, load
 from foretaste.shown import Shown
 from foretaste.training.trained import Trained

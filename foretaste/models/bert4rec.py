@@ -27,8 +27,7 @@ from torch import Tensor, nn
 from foretaste.config import ChoiceConfig, Count, Depth, RangeConfig, Space, Usual
 from foretaste.data.batch import Queries, SequenceBatch, last_events
 from foretaste.models.base import Retriever
-from foretaste.models.layers.attention import GatedBlock, MultiHeadAttention, rows_at
-from foretaste.models.layers.mlp import Dropout
+from foretaste.models.layers.dense import Dropout, GatedBlock, MultiHeadAttention, rows_at
 from foretaste.models.layers.table import Table
 from foretaste.models.layers.table_kinds import IdConfig, make_table
 

@@ -35,8 +35,7 @@ from foretaste.data.batch import NO_TIME, Queries, SequenceBatch, last_events
 from foretaste.data.draws import draw_for_rows
 from foretaste.errors import ConfigError
 from foretaste.models.base import Retriever
-from foretaste.models.layers.attention import rows_at
-from foretaste.models.layers.mlp import Dropout
+from foretaste.models.layers.dense import Dropout, rows_at
 from foretaste.models.layers.table import Table
 from foretaste.models.layers.table_kinds import IdConfig, make_table
 

@@ -36,9 +36,9 @@ from foretaste.config import (
 )
 from foretaste.data.tasks import Task
 from foretaste.models.base import Model
+from foretaste.models.layers.dense import PairMLP, pair_dot
 from foretaste.models.layers.field_ranker import MakeFields, PairRanker
 from foretaste.models.layers.heads import Heads
-from foretaste.models.layers.mlp import PairMLP, pair_dot
 from foretaste.models.layers.side_fields import ROWS_USUAL, RowFieldsConfig
 from foretaste.models.layers.table import Table
 from foretaste.models.layers.table_kinds import IdConfig

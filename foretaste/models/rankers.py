@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from foretaste.config import ChoiceConfig, Count, RangeConfig, Space, Usual, Widths
 from foretaste.data.batch import Queries
 from foretaste.data.tasks import Task
+from foretaste.models.layers.dense import Experts, PairMLP, Towers, pair_dot
 from foretaste.models.layers.field_ranker import (
     HistoryConfig,
     HistoryRanker,
@@ -24,7 +25,6 @@ from foretaste.models.layers.field_ranker import (
     PairRanker,
 )
 from foretaste.models.layers.heads import Heads
-from foretaste.models.layers.mlp import Experts, PairMLP, Towers, pair_dot
 from foretaste.models.layers.side_fields import RowFieldsConfig
 
 

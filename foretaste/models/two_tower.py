@@ -47,9 +47,9 @@ from foretaste.data.features import Features, FieldTable
 from foretaste.data.interactions import Interactions
 from foretaste.errors import ConfigError
 from foretaste.models.base import PairVectors, Retriever, Similarity, as_item, as_query
+from foretaste.models.layers.dense import MLP
 from foretaste.models.layers.embedding import Fusion, known_fields, told_of_items, told_of_users
 from foretaste.models.layers.history import AttentionHistory, CausalHistory, FoldIn, MeanHistory
-from foretaste.models.layers.mlp import MLP
 from foretaste.models.layers.table import Table
 from foretaste.models.layers.table_kinds import IdConfig, make_table
 from foretaste.models.sasrec import SASRecConfig

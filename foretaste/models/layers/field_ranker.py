@@ -24,6 +24,7 @@ from foretaste.data.features import Features, FieldTable
 from foretaste.data.interactions import Interactions
 from foretaste.errors import ConfigError
 from foretaste.models.base import Ranker, Scorer
+from foretaste.models.layers.dense import Activation
 from foretaste.models.layers.heads import score_in_blocks
 from foretaste.models.layers.history import (
     Histories,
@@ -32,7 +33,6 @@ from foretaste.models.layers.history import (
     mean_weights,
     pool,
 )
-from foretaste.models.layers.mlp import Activation
 from foretaste.models.layers.row_fields import RowFields, RowParts
 from foretaste.models.layers.side_fields import RowFieldsConfig
 from foretaste.models.layers.table_kinds import IdConfig

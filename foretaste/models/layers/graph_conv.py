@@ -21,7 +21,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from foretaste.data.graph import Graph, adjacency, cache_order
-from foretaste.models.layers.mlp import random_bytes
+from foretaste.models.layers.dense import random_bytes
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,8 +23,7 @@ from torch import Tensor, nn
 from foretaste.data.arrays import user_blocks
 from foretaste.data.batch import Queries, SequenceBatch, last_events
 from foretaste.data.interactions import Interactions
-from foretaste.models.layers.attention import MultiHeadAttention
-from foretaste.models.layers.mlp import Activation, Dice, Dropout, activate
+from foretaste.models.layers.dense import Activation, Dice, Dropout, MultiHeadAttention, activate
 from foretaste.models.layers.table import mean_bags
 from foretaste.models.sasrec import CausalParts, SASRecConfig, causal_blocks, last_state
 

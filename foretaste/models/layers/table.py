@@ -2,7 +2,8 @@
 
 A model asks a table for rows, for a block of them, or for the mean of bags of them, and never sees
 how they are kept. A side has a table of its own (users, items, the codes of features), so that it
-can grow at its end.
+can grow at its end. What the settings of every kind of table have, and those of the kind with a row
+for each, are here; the other kinds are in `tables.py`, `tables_at_rest.py` and `table_kinds.py`.
 
 Shape legend: R rows of a table, X any shape of rows asked for, D width, P bags, N codes of them,
 B queries.
@@ -11,13 +12,14 @@ B queries.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar, final
+from typing import Any, ClassVar, Literal, final
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
+from foretaste.config import Config
 from foretaste.errors import ConfigError, DataError
 from foretaste.models.layers.codes import Codes
 
@@ -198,37 +200,6 @@ def placed(place: Place) -> Iterator[None]:
 def own_rows(num_rows: int, width: int) -> OwnRows:
     """Make an untrained table with a row of its own for each, where the context places it."""
     return _places[-1](num_rows, width) if _places else Dense(num_rows, width)
-
-
-def finite_blocks(table: Table) -> list[tuple[int, Tensor]]:
-    """Return a trained table's blocks.
-
-    Raises:
-        ConfigError: A number is NaN or infinite.
-    """
-    blocks = list(table.blocks())
-    for first, block_RD in blocks:
-        broken_R = ~block_RD.isfinite().all(dim=1)
-        if broken_R.any():
-            row = first + int(broken_R.nonzero()[0])
-            raise ConfigError(
-                f"row {row} of the table is NaN or infinite, so it cannot be compressed: the model "
-                "is broken, train it again",
-                name="row",
-                value=row,
-            )
-    return blocks
-
-
-@torch.no_grad()
-def principal_directions(table: Table, num: int) -> Float[Tensor, "d D"]:
-    """Return the orthonormal directions along which the rows, as they are, are the longest."""
-    square_DD = torch.zeros(table.width, table.width, dtype=torch.float64)
-    for _, block_RD in finite_blocks(table):
-        square_DD += (block_RD.T @ block_RD).double().cpu()
-    direction_DD = torch.linalg.eigh(square_DD).eigenvectors  # the longest last
-    longest_dD: Tensor = direction_DD.T.flip(0)[:num].float()
-    return longest_dD
 
 
 def check_growth(num_before: int, num_rows: int) -> None:
@@ -438,3 +409,84 @@ class _SumBags(torch.autograd.Function):
             share_N=share_N,
         )
         return None, None, None, None, grad_RD, None, None
+
+
+Links = tuple[Int64[Tensor, " N"], Int64[Tensor, " N"]]
+"""Pairs of a row and something that it has: the other side of an event, or a feature's code."""
+
+
+FindLinks = Callable[[str], Links | None]
+"""From "neighbours" or "features" to the links of a table; None: it has none such."""
+
+
+def no_links(_: str) -> None:
+    """Return no links: rows have nothing in common."""
+    return
+
+
+class TableKind(Config):
+    """Settings that every kind of table has."""
+
+    trains: ClassVar[bool] = True
+    """Whether its tables can be trained."""
+
+    @abstractmethod
+    def make(self, num_rows: int, width: int) -> Table:
+        """Make an untrained table."""
+
+    def compressed(self, table: Table, links: FindLinks = no_links) -> Table:
+        """Return a trained table in this kind.
+
+        Args:
+            table: The trained one.
+            links: What its rows have in common.
+
+        Raises:
+            ConfigError: It has to be trained so.
+        """
+        kind = str(getattr(self, "kind", ""))
+        raise ConfigError(
+            f"a table of kind {kind!r} has to be trained as one: set model.table.kind = {kind!r} "
+            "in a recipe, or compress to half, int8, int4, pruned or quantised",
+            name="table.kind",
+            value=kind,
+        )
+
+    @classmethod
+    def tried(cls, width: int) -> Sequence["TableKind"]:
+        """Return what `compress` makes of trained tables of a width."""
+        return ()
+
+    @classmethod
+    def retrained(cls, times: float, width: int) -> Sequence["TableKind"]:
+        """Return what `compress` trains again, in tables of about `times` fewer bytes."""
+        return ()
+
+    @classmethod
+    def anchor(cls, times: float, width: int) -> "TableKind | None":
+        """Return settings of about `times` fewer bytes, if others are compared with this kind."""
+        return None
+
+    def make_several(self, sizes: Sequence[int], width: int, *, std: float) -> list[Table]:
+        """Make tables of one width, drawn with one standard deviation."""
+        tables = [self.make(num_rows, width) for num_rows in sizes]
+        for table in tables:
+            table.draw(std=std)
+        return tables
+
+
+class DenseConfig(TableKind):
+    """Settings of a table with a row of its own for each id."""
+
+    kind: Literal["dense"] = "dense"
+    """"dense": a row of its own for each."""
+
+    def make(self, num_rows: int, width: int) -> Table:
+        """Make an untrained table."""
+        return own_rows(num_rows, width)
+
+    def make_several(self, sizes: Sequence[int], width: int, *, std: float) -> list[Table]:
+        """Make tables whose rows are drawn as those of one table, cut at `sizes`."""
+        whole = own_rows(sum(sizes), width)
+        whole.draw(std=std)
+        return whole.cut(sizes)

@@ -20,15 +20,14 @@ from foretaste.config import Config, Count
 from foretaste.data.interactions import Interactions
 from foretaste.errors import ConfigError
 from foretaste.models.layers.codes import CODES, Codes, even, places, train_codes
-from foretaste.models.layers.table import Dense, Table, finite_blocks
+from foretaste.models.layers.table import Dense, DenseConfig, Table, TableKind
 from foretaste.models.layers.tables import (
     CompositionalConfig,
-    DenseConfig,
     Filled,
     FilledConfig,
     HashConfig,
     NarrowConfig,
-    TableKind,
+    finite_blocks,
     hashed,
 )
 from foretaste.models.layers.tables_at_rest import HalfConfig, IntegerConfig, PrunedConfig

@@ -1,7 +1,7 @@
-"""Kinds of tables: how the vectors of ids and of features' codes are kept, and their settings.
+"""Smaller kinds of tables: how the vectors of ids and features are kept, and their settings.
 
-A model that needs a table asks its settings for one (`make_table`); nothing outside this file,
-`table_kinds.py` and `tables_at_rest.py` knows a kind by its name.
+A model that needs a table asks its settings for one (`make_table`); only this file,
+`table_kinds.py` and `tables_at_rest.py` know a kind by its name.
 
 Shape legend: R rows of a table, X any shape of rows asked for, N rows asked for, D width, K hash
 functions, M sub-spaces or digits.
@@ -9,113 +9,35 @@ functions, M sub-spaces or digits.
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import chain
-from typing import Annotated, Any, ClassVar, Literal, final
+from typing import Annotated, Any, Literal, final
 
 import torch
 from jaxtyping import Bool, Float, Int64
 from pydantic import Field
 from torch import Tensor, nn
 
-from foretaste.config import Config, Count, CountOrZero
+from foretaste.config import Count, CountOrZero
 from foretaste.errors import BundleError, ConfigError
 from foretaste.models.layers.codes import even
 from foretaste.models.layers.table import (
     Dense,
+    FindLinks,
     OwnRows,
     Table,
+    TableKind,
     check_block,
     check_growth,
     check_rows,
-    finite_blocks,
+    no_links,
     own_rows,
-    principal_directions,
 )
 
 _SIGNED = 2**63 - 1
 
 Times = Annotated[float, Field(gt=1, le=1e6)]
 Parts = Annotated[int, Field(ge=2, le=4)]
-
-
-Links = tuple[Int64[Tensor, " N"], Int64[Tensor, " N"]]
-"""Pairs of a row and something that it has: the other side of an event, or a feature's code."""
-FindLinks = Callable[[str], Links | None]
-"""From "neighbours" or "features" to the links of a table; None: it has none such."""
-
-
-def no_links(_: str) -> None:
-    """Return no links: rows have nothing in common."""
-    return
-
-
-class TableKind(Config):
-    """Settings that every kind of table has."""
-
-    trains: ClassVar[bool] = True
-    """Whether its tables can be trained."""
-
-    @abstractmethod
-    def make(self, num_rows: int, width: int) -> Table:
-        """Make an untrained table."""
-
-    def compressed(self, table: Table, links: FindLinks = no_links) -> Table:
-        """Return a trained table in this kind.
-
-        Args:
-            table: The trained one.
-            links: What its rows have in common.
-
-        Raises:
-            ConfigError: It has to be trained so.
-        """
-        kind = str(getattr(self, "kind", ""))
-        raise ConfigError(
-            f"a table of kind {kind!r} has to be trained as one: set model.table.kind = {kind!r} "
-            "in a recipe, or compress to half, int8, int4, pruned or quantised",
-            name="table.kind",
-            value=kind,
-        )
-
-    @classmethod
-    def tried(cls, width: int) -> Sequence["TableKind"]:
-        """Return what `compress` makes of trained tables of a width."""
-        return ()
-
-    @classmethod
-    def retrained(cls, times: float, width: int) -> Sequence["TableKind"]:
-        """Return what `compress` trains again, in tables of about `times` fewer bytes."""
-        return ()
-
-    @classmethod
-    def anchor(cls, times: float, width: int) -> "TableKind | None":
-        """Return settings of about `times` fewer bytes, if others are compared with this kind."""
-        return None
-
-    def make_several(self, sizes: Sequence[int], width: int, *, std: float) -> list[Table]:
-        """Make tables of one width, drawn with one standard deviation."""
-        tables = [self.make(num_rows, width) for num_rows in sizes]
-        for table in tables:
-            table.draw(std=std)
-        return tables
-
-
-class DenseConfig(TableKind):
-    """Settings of a table with a row of its own for each id."""
-
-    kind: Literal["dense"] = "dense"
-    """"dense": a row of its own for each."""
-
-    def make(self, num_rows: int, width: int) -> Table:
-        """Make an untrained table."""
-        return own_rows(num_rows, width)
-
-    def make_several(self, sizes: Sequence[int], width: int, *, std: float) -> list[Table]:
-        """Make tables whose rows are drawn as those of one table, cut at `sizes`."""
-        whole = own_rows(sum(sizes), width)
-        whole.draw(std=std)
-        return whole.cut(sizes)
 
 
 class SmallerConfig(TableKind):
@@ -441,3 +363,34 @@ def hashed(row_N: Int64[Tensor, " N"], salt: int, num: int) -> Int64[Tensor, " N
 def _wrapped(number: int) -> int:
     """Return a number of 64 bits as torch has it, with a sign."""
     return (number + 2**63) % 2**64 - 2**63
+
+
+def finite_blocks(table: Table) -> list[tuple[int, Tensor]]:
+    """Return a trained table's blocks.
+
+    Raises:
+        ConfigError: A number is NaN or infinite.
+    """
+    blocks = list(table.blocks())
+    for first, block_RD in blocks:
+        broken_R = ~block_RD.isfinite().all(dim=1)
+        if broken_R.any():
+            row = first + int(broken_R.nonzero()[0])
+            raise ConfigError(
+                f"row {row} of the table is NaN or infinite, so it cannot be compressed: the model "
+                "is broken, train it again",
+                name="row",
+                value=row,
+            )
+    return blocks
+
+
+@torch.no_grad()
+def principal_directions(table: Table, num: int) -> Float[Tensor, "d D"]:
+    """Return the orthonormal directions along which the rows, as they are, are the longest."""
+    square_DD = torch.zeros(table.width, table.width, dtype=torch.float64)
+    for _, block_RD in finite_blocks(table):
+        square_DD += (block_RD.T @ block_RD).double().cpu()
+    direction_DD = torch.linalg.eigh(square_DD).eigenvectors  # the longest last
+    longest_dD: Tensor = direction_DD.T.flip(0)[:num].float()
+    return longest_dD

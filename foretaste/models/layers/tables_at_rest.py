@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from foretaste.config import Count
 from foretaste.errors import ConfigError
 from foretaste.later import later
-from foretaste.models.layers.table import Dense, Table, finite_blocks, principal_directions
-from foretaste.models.layers.tables import Filled, FilledConfig, FindLinks, TableKind
+from foretaste.models.layers.table import Dense, FindLinks, Table, TableKind
+from foretaste.models.layers.tables import Filled, FilledConfig, finite_blocks, principal_directions
 
 sparse = later("scipy.sparse")
 
