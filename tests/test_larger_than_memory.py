@@ -20,7 +20,8 @@ import foretaste as ft
 from foretaste.data import importing, interactions, plans
 from foretaste.data.importing import import_events
 from foretaste.data.plans import BlockOrder, plan_pairs
-from foretaste.training.fit import Fit, Progress
+from foretaste.training.checkpoint import Progress
+from foretaste.training.fit import Fit
 from foretaste.training.trained import Trained
 from tests.worlds import events_of
 
