@@ -1,4 +1,4 @@
-"""What training gives back, and all that evaluation and serving need.
+"""The result of training, with everything that evaluation and serving need.
 
 Probabilities may be calibrated after training: what was fitted to them is here too.
 
