@@ -20,7 +20,7 @@ from foretaste.errors import ConfigError, nearest
 
 C = TypeVar("C", bound="Config")
 Seed = Annotated[int, Ge(0), Lt(2**63)]
-"""What every random draw starts from: one seed gives one result."""
+"""The seed of all random draws: one seed gives one result."""
 Schema = Mapping[str, Any]
 SETTINGS = "\nSettings:"
 """After it, the docstring of settings says what each of them is."""
@@ -365,7 +365,7 @@ def names_at(kind: type[BaseModel], location: tuple[int | str, ...]) -> list[str
 
     Args:
         kind: The settings' class.
-        location: Where the section stands, as pydantic says it: with the tags of unions.
+        location: The path of the section in pydantic's form, with the tags of unions.
     """
     whole = _schema(kind)
     parts: Mapping[str, Schema] = whole.get("$defs", {})
@@ -406,7 +406,7 @@ def _names(schema: Schema, parts: Mapping[str, Schema]) -> Iterator[str]:
 
 
 def _options(schema: Schema, parts: Mapping[str, Schema]) -> list[Schema]:
-    """Return what a schema stands for: another one by name, several, or itself."""
+    """Return the schemas behind a schema: a referenced one, the members of a union, or itself."""
     if "$ref" in schema:
         return [parts[schema["$ref"].rpartition("/")[2]]]
     return [*schema.get("anyOf", ()), *schema.get("oneOf", ())] or [schema]

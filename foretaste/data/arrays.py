@@ -137,7 +137,7 @@ def distinct(value_N: Int64[np.ndarray, " N"]) -> Int64[np.ndarray, " M"]:
 
 
 _MIN_ROWS = 20
-"""With fewer rows, a measure of how two columns depend on each other means nothing."""
+"""With fewer rows, the dependence of two columns is not measured."""
 
 
 def rank_correlation(x_N: Shaped[np.ndarray, " N"], y_N: Shaped[np.ndarray, " N"]) -> float:
@@ -158,8 +158,8 @@ def explained_share(group_N: Shaped[np.ndarray, " N"], value_N: Shaped[np.ndarra
 
     .. math:: \epsilon^2 = 1 - \frac{SS_{within} / (N - G)}{SS_{total} / (N - 1)}
 
-    Around 0 for groups that say nothing, however many there are; 0 for fewer than 20 rows, a
-    constant value, or groups of fewer than two rows on average.
+    About 0 for uninformative groups, however many there are; 0 for fewer than 20 rows, a constant
+    value, or groups of fewer than two rows on average.
     """
     value_N = value_N.astype(np.float64)
     _, group_of = np.unique(group_N, return_inverse=True)
@@ -218,10 +218,10 @@ psutil = later("psutil")
 
 _CGROUP = Path("/sys/fs/cgroup")
 _SURELY_FITS = 2**26
-"""Bytes below which free memory is not asked for, so that every step may check."""
+"""Free memory is not checked below this many bytes, so that the check is cheap in every step."""
 
 _NO_MORE = ("out of memory", "not enough memory", "can't allocate memory")
-"""How torch says that it got none."""
+"""The start of torch's message for a lack of memory."""
 
 
 def available_bytes() -> int:

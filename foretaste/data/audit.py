@@ -1,8 +1,8 @@
-"""What in a table of events, or in a split of it, would make a measured figure untrue.
+"""The audit: problems in events or in a split that would make measured figures wrong.
 
-It looks for repeated events, for times that are none, and for what gives away a label, a time, a
-part of the split or a figure over all events. Each finding counts what it saw; no finding means
-that nothing of the kind was seen.
+It looks for repeated events, invalid times, and columns that reveal a label, a time, a part of the
+split or a statistic over all events. Each finding has a count; no finding means that no such
+problem was found.
 
 Shape legend: E events, R rows of one side (users or items), N rows looked at.
 """
@@ -27,7 +27,7 @@ _ORDER: tuple[Severity, ...] = ("leak", "warning", "note")
 
 @dataclass(frozen=True)
 class Finding:
-    """What was seen, how often, and what it means."""
+    """A finding: the problem, its count, and its meaning."""
 
     severity: Severity
     """"leak": the future or the label is known where it must not be; "warning": likely a fault
@@ -110,7 +110,7 @@ def features_of_the_future(
 def _figures(
     events: Interactions, side: Side, names: Sequence[str], known_E: Bool[np.ndarray, " E"]
 ) -> dict[str, Float64[np.ndarray, " R"]]:
-    """Return what is only known when the period is over; NaN for rows without an event at all."""
+    """Return statistics that are known only after the whole period; NaN for rows without events."""
     any_R = np.bincount(side.idx_E, minlength=len(side.ids)) > 0
     count_R = np.bincount(side.idx_E[known_E], minlength=len(side.ids))
     figures = {"number of events": np.where(any_R, count_R, np.nan).astype(np.float64)}
@@ -377,7 +377,7 @@ def audit_events(events: Interactions, *, labels: Sequence[str] = ()) -> tuple[F
 
 @checked
 def audit_split(split: Split, *, labels: Sequence[str] = ()) -> tuple[Finding, ...]:
-    """Look at what training knows of the test; leaks first, then warnings, then notes.
+    """Check what training reveals about the test; leaks come first, then warnings, then notes.
 
     That test events are older than training is counted here for every split, also for those
     that are made so.

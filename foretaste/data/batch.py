@@ -99,7 +99,7 @@ def of_tensors(tensors: Mapping[str, Tensor], num_vectors: int) -> FieldTable:
 
 
 NO_TIME = -(2**63)
-"""The time of an event of which none is known."""
+"""Marks an event without a known time."""
 
 Times = Callable[[], Tensor]
 """Gathers the times of events in unix seconds (int64), `NO_TIME` where one is not known: they cost
@@ -117,7 +117,7 @@ def times_at(
 
 @dataclass(frozen=True, kw_only=True)
 class Queries:
-    """A block of users to recommend for, and what each has done, oldest first.
+    """A block of users to recommend for, with their histories, oldest first.
 
     Shape legend: B users, N events of all their histories, one after the other.
     """
@@ -207,7 +207,7 @@ class SequenceBatch:
 
 
 class Prepared(ABC):
-    """What a model made of a batch before its step, without its weights."""
+    """The model's preparation of a batch that needs no weights."""
 
     @abstractmethod
     def to(self, device: torch.device) -> "Prepared":
@@ -249,7 +249,7 @@ class RowBatch:
     """
 
     queries: Queries
-    """Users, what they had done before the row, and the row's context."""
+    """Users, their histories before the row, and the row's context."""
     item_BC: Int64[Tensor, "B C"]
     """item_idx; column 0 is the row's own, the others were drawn for it."""
     label_BCT: Float32[Tensor, "B C T"]
@@ -344,8 +344,8 @@ class DrawItems(Protocol):
 
 
 Reads = Literal["nothing", "before", "others"]
-"""What of a user's history goes with a row: nothing; the last events before it; or other events
-of the user drawn at random, where the order means nothing."""
+"""The history of a row: none; the last events before it; or other events of the user drawn at
+random, if the order has no meaning."""
 
 ALL_ROWS = slice(None)
 

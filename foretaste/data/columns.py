@@ -27,7 +27,7 @@ class Kept(NamedTuple):
 
     frame: pl.DataFrame
     notes: tuple[str, ...] = ()
-    """What was turned into another type with a loss, or left out."""
+    """Columns that were converted with a loss, or left out."""
 
 
 class _Change(NamedTuple):
@@ -373,7 +373,7 @@ def in_words(column: pl.Series) -> str:
 
 
 def _no_blanks(text: pl.Series) -> pl.Series:
-    """Return text in which what is empty is missing."""
+    """Return text in which empty values are missing."""
     return text.set(text == "", None)
 
 

@@ -46,7 +46,7 @@ _FOREIGN = re.compile(rb"[\x80-\xff]{4}")
 
 
 class TextTable(NamedTuple):
-    """What was read of a text file."""
+    """The contents of a text file."""
 
     frame: pl.DataFrame
     notes: tuple[str, ...]
@@ -71,7 +71,7 @@ class TextFile:
     num_skipped: int
     """Lines before the table."""
     names: Sequence[str] | None = None
-    """What a comment before the table calls the columns, where it does."""
+    """Column names in a comment before the table, if there is one."""
     columns: Sequence[str] = ()
     """Names from the header, or "0", "1", … by position."""
     inner: Sequence[str] = ()
@@ -133,7 +133,7 @@ class TextFile:
         return scan.select(pl.col(inner[name]).alias(name) for name in columns)
 
     def explain(self) -> str:
-        """Return what is wrong with the file in terms of its lines, as far as that is known."""
+        """Return the error of a file by its line, if it is known."""
         text = io.StringIO(_bytes(self.data).decode("utf-8", "replace"), newline="")
         for _ in range(self.num_skipped):
             text.readline()

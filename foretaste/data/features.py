@@ -46,7 +46,7 @@ class _Stored(Config):
     """The content of `features.json`."""
 
     format: Literal["foretaste-features"] = "foretaste-features"
-    """What kind of folder it is."""
+    """Identifies the folder as features."""
     version: Literal[1] = 1
     """Version of the folder's format."""
     user: FieldSide | None
@@ -61,7 +61,7 @@ class _Stored(Config):
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class Features(Shown):
-    """What was fitted, and the encoded rows of all users, items and events."""
+    """The fitted encoders, and the encoded rows of all users, items and events."""
 
     user: FieldSide | None
     """None where nothing is known about users."""

@@ -1,8 +1,8 @@
 """The fitted fields of users or of items: from the caller's columns to rows of features.
 
 All categories of a side share one space of codes, so that a model keeps one table and looks a
-batch up in one pass. Training and serving encode by the same code, and a row's bytes do not depend
-on the rows beside it.
+batch up in one pass. Training and serving use the same encoders, and the encoding of a row does not
+depend on other rows.
 
 Shape legend: R rows, G bags, N values of all bags, F fields of all kinds.
 """
@@ -185,7 +185,7 @@ class FieldSide(Config):
         return same[0] if same else nearest(text, texts[:_MANY], likeness=0.8)
 
     def unknown(self, num_rows: int) -> FieldTable:
-        """Return rows of which nothing is known."""
+        """Return rows without known features."""
         name = self.columns[0] if self._fields else "nothing"
         return self.encode(pl.DataFrame([_missing(name, num_rows)]))
 
@@ -220,10 +220,10 @@ def _missing(name: str, num_rows: int) -> pl.Series:
 
 
 class Outcome(NamedTuple):
-    """What fitting came to."""
+    """The result of fitting."""
 
     fitted: Fitted | None
-    """None where no training row has a value."""
+    """None if no training row has a value."""
     note: str = ""
     """What a person should know of it; follows the field's name."""
 

@@ -1,4 +1,4 @@
-"""Fitted fields: what each keeps of training, and how values become codes and numbers.
+"""Fitted fields: their state from training, and the encoding of values as codes and numbers.
 
 Local codes of a field: 0 is missing; 1 is a value that training did not have, or had too rarely;
 the values follow. Buckets have no 1: they start there.
@@ -171,7 +171,7 @@ MISSING, UNSEEN, FIRST = 0, 1, 2
 """Local codes: missing; unseen or rare; the first value."""
 
 _FURTHEST = 10.0
-"""Standardised numbers beyond so many standard deviations are held there."""
+"""Standardised numbers are clipped at this many standard deviations."""
 _FEW = 256
 """So few texts are looked up one by one: a join of tables costs more than they do."""
 _OFTEN = 4

@@ -250,7 +250,7 @@ def check_place(
     """See, before hours of work, that its result can be written.
 
     Args:
-        path: Where the result goes. Folders above it that are missing are made when it is written.
+        path: Where the result goes. Missing parent folders are created when it is written.
         kind: What is written: a "file", a "bundle", an "event store" or a "checkpoint".
         replace: Something of the same kind may be there, and is replaced.
 

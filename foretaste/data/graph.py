@@ -42,8 +42,8 @@ class GraphConfig(Config):
 class Graph:
     """An undirected graph without double edges, in CSR form.
 
-    Nodes are users (`user_idx`), then items (`num_users + item_idx`), then whatever else ties
-    were given for, such as an item's attributes. A node without ties is isolated, no error.
+    Nodes are users (`user_idx`), then items (`num_users + item_idx`), then other nodes with edges,
+    such as an item's attributes. A node without ties is isolated, no error.
     """
 
     num_users: int

@@ -48,7 +48,7 @@ _DRAWN_AT_ONCE = 1 << 16
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class Rows(Shown):
-    """Labelled rows of one part of a split, and for each what its user had done before."""
+    """Labelled rows of one part of a split, with each user's history before the row."""
 
     name: str
     """"train", "validation" or "test"."""

@@ -83,7 +83,7 @@ class Task(Config):
 
 
 class LabelScale(NamedTuple):
-    """Where a regression's labels lie and how far they spread, after the task's transform."""
+    """Mean and standard deviation of a regression's labels, after the task's transform."""
 
     mean: float
     std: float
@@ -112,7 +112,7 @@ def label_scale(task: Task, label_E: Float[np.ndarray, " E"]) -> LabelScale:
 
 
 def standardised(task: Task, label: Tensor, scale: LabelScale) -> Tensor:
-    """Return what a regression learns from labels in their own unit: NaN stays NaN."""
+    """Return the standardised labels of a regression; NaN stays NaN."""
     learned = label.log1p() if task.transform == "log1p" else label
     return (learned - scale.mean) / scale.std
 
@@ -203,7 +203,7 @@ def notes_about_labels(events: Interactions, tasks: Sequence[Task]) -> tuple[str
 def zeros_in_histories(
     events: Interactions, tasks: Sequence[Task], *, positive: str = ""
 ) -> tuple[str, int] | None:
-    """Return the column of a click that did not happen in some events, and in how many.
+    """Return the column that marks events as not positive, and the number of such events.
 
     Of a log of impressions, where nothing marks the positive ones; None where some task has no
     column, so that every event happened, or a column holds more than 0 and 1.
@@ -225,7 +225,7 @@ def zeros_in_histories(
 def notes_about_histories(
     events: Interactions, tasks: Sequence[Task], *, reads: bool
 ) -> tuple[str, ...]:
-    """Return a note that histories would hold events that did not happen.
+    """Return a note that histories would contain events that are not positive.
 
     Args:
         events: What histories are made of.

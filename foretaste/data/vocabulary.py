@@ -1,9 +1,9 @@
-"""External ids and the rows they stand for.
+"""Vocabularies: external ids and their rows.
 
 One rule holds in Python, at the command line and over HTTP. A whole number is an integer, however
-it is typed: 3, 3.0, NumPy's and `Decimal`'s. A text is what it is, letter by letter; an integer id
-is found by the text that prints it, "3", and not by "03" or " 3". Anything else is the text that
-reading makes of it. What is missing, what is empty and what holds several values is not an id.
+it is typed: 3, 3.0, NumPy's and `Decimal`'s. Texts are compared letter by letter; an integer id is
+also found by its text, "3", but not by "03" or " 3". Anything else is the text that reading makes
+of it. What is missing, what is empty and what holds several values is not an id.
 """
 
 import hashlib
@@ -139,7 +139,7 @@ class Vocabulary:
 
     @checked
     def find(self, external_id: object) -> int:
-        """Return the row of one id, -1 if it is unknown or no id at all."""
+        """Return the row of one id, -1 if it is unknown or not an id."""
         return self._find(plain_id(external_id))
 
     def find_given(self, external_id: object, *, name: str, position: int | None = None) -> int:

@@ -1,7 +1,7 @@
 """Baselines for labelled rows that count: a GROUP BY user, item, category, or user and category.
 
-Each answers with the mean training label of the rows that share its key with the row in question,
-moved towards the base rate by as much as so few rows leave open.
+Each predicts the mean training label of the rows with the same key, shrunk towards the base rate,
+the more so the fewer rows there are.
 
 Shape legend: E training rows, N judged rows, A both, T tasks, V rows of a table, I items, G groups.
 """
@@ -28,7 +28,7 @@ _QUANTITY = 1000
 
 
 class Counted(NamedTuple):
-    """A baseline and what it predicts."""
+    """A baseline and its predictions."""
 
     name: str
     prediction_NT: Float64[np.ndarray, "N T"]
@@ -95,7 +95,7 @@ def category_columns(events: Interactions) -> tuple[list[Column], list[str]]:
 
 
 def _no_category(column: pl.Series) -> str:
-    """Say why a column holds no categories; "" where it does."""
+    """Return why a column has no categories; "" if it has some."""
     if column.dtype.is_nested() or column.dtype in (pl.Binary, pl.Object, pl.Null):
         return "no single values"
     distinct = column.n_unique()
@@ -115,11 +115,11 @@ def _codes(column: pl.Series) -> Int64[np.ndarray, " V"]:
 
 
 class _Key(NamedTuple):
-    """What rows are grouped by."""
+    """The key by which rows are grouped."""
 
     code_A: Int64[np.ndarray, " A"]
     rows_A: Float64[np.ndarray, " A"]
-    """About how many of training's rows would have this row's code, were their items drawn."""
+    """The expected number of training rows with this row's code if items were drawn at random."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -154,7 +154,7 @@ class _Counting:
         )
 
     def judged(self, mean_AT: Float64[np.ndarray, "A T"]) -> Float64[np.ndarray, "N T"]:
-        """Return what is said of the rows to be judged."""
+        """Return the predictions for the measured rows."""
         return mean_AT[len(self.label_ET) :]
 
     def key(self, side: str, code_V: Int64[np.ndarray, " V"]) -> _Key:
@@ -219,7 +219,9 @@ def _weight(
     *,
     squares: float,
 ) -> float:
-    """Return how many rows the prior counts, 1 at least: the spread within groups over between."""
+    """Return the weight of the prior in rows, at least 1: the variance within groups over that
+    between groups.
+    """
     seen_G = count_G > 0
     count_G, sum_G, prior_G = count_G[seen_G], sum_G[seen_G], prior_G[seen_G]
     total, mean_G = count_G.sum(), sum_G / count_G

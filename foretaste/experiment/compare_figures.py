@@ -1,7 +1,8 @@
 """How measured models compare: figures with intervals, baselines that count, and the advice.
 
-By lists or by labelled rows, the way is one: models are put in order by the first question, each
-question gives every model a figure and how far it lies behind the best, and one is to be taken.
+Comparisons by lists and by labelled rows work in the same way: models are ordered by the first
+metric, each metric has a figure for every model and its difference from the best, and one model is
+recommended.
 
 Shape legend: N rows, T tasks, U users.
 """
@@ -41,7 +42,7 @@ from foretaste.experiment.compare_table import (
 K = TypeVar("K", bound=AnyReport)
 
 ASKED = 200
-"""How many single questions the time of an answer is the median of."""
+"""Number of single requests for the median time of an answer."""
 WORTH = 0.1
 """A model is as good as the best if it is behind by less than this share of what the best gains
 over chance."""
@@ -58,7 +59,7 @@ def _of(kind: type[K], reports: Iterable[AnyReport]) -> list[K]:
 
 
 class Question(ABC):
-    """What models are compared by."""
+    """A metric that models are compared by."""
 
     metric: str
     """Its name in the table."""
@@ -84,7 +85,7 @@ class Question(ABC):
         return statistics.mean(map(self.value, reports)) * self.sign
 
     def figure(self, reports: Sequence[AnyReport], best: Sequence[AnyReport]) -> TaskFigure:
-        """Return how good a model is, and how far it lies behind the best, on the same users."""
+        """Return a model's figure, and its difference from the best, on the same users."""
         values = [self.value(report) for report in reports]
         value, interval = values[0], self.interval(reports[0])
         if len(reports) > 1:
@@ -125,7 +126,7 @@ class ByLists(Question):
 
 @final
 class OfTask(Question):
-    """What predictions of a task are worth: the AUC, or the RMSE, of which less is better."""
+    """The quality of a task's predictions: the AUC, or the RMSE (lower is better)."""
 
     def __init__(self, task: Task, report: RowsReport) -> None:
         self.task, self.short = task, "auc" if task.kind == "binary" else "rmse"
@@ -155,7 +156,7 @@ class OfTask(Question):
 
 
 Reports = Mapping[str, Sequence[AnyReport]]
-"""By the name of a model or baseline, one for each seed."""
+"""Reports by the name of a model or baseline, one for each seed."""
 
 
 def compare_measured(
@@ -165,7 +166,7 @@ def compare_measured(
     plan: Plan,
     budget_seconds: float | None,
 ) -> ModelComparison:
-    """Compare models, beside baselines that count where they are judged by labelled rows.
+    """Compare models; by labelled rows, compare them also with baselines of counts.
 
     Args:
         measured: One at least.
@@ -230,7 +231,7 @@ def _questions(report: AnyReport, tasks: tuple[Task, ...]) -> Sequence[Question]
 
 
 def _chance(report: AnyReport, leading: Question, of: Mapping[str, Sequence[TaskFigure]]) -> float:
-    """Return the leading figure of a model that knows nothing."""
+    """Return the first metric of a random order."""
     if isinstance(report, Report):
         return report.chance[leading.metric]
     return 0.5 if leading.sign < 0 else of[BASE_RATE][0].value
@@ -287,8 +288,8 @@ def _floor(name: str, report: AnyReport, figures: Sequence[TaskFigure]) -> Model
 def _beside_counting(
     sentence: str, pick: str, reports: Reports, floors: Reports, questions: Sequence[Question]
 ) -> tuple[str, str]:
-    """Return the baseline that beats every model, if one does; and the advice, with what other
-    tasks and baselines say of it.
+    """Return the baseline that is better than every model, if there is one, and the advice, with
+    remarks on other tasks and baselines.
     """
     tasks = [one for one in questions if isinstance(one, OfTask)]
     beaten_by, warning = _counting_is_better(reports, floors, tasks[0])
@@ -373,7 +374,7 @@ def _notes(
 
 
 def _of_seeds(measured: Sequence[Measured]) -> tuple[str, ...]:
-    """Say what several seeds mean for the figures, where there are several."""
+    """Explain the figures if there are several seeds."""
     several = {seeds for found in measured if len(seeds := found.seeds) > 1}
     if not several:
         return ()
@@ -389,10 +390,10 @@ def _of_seeds(measured: Sequence[Measured]) -> tuple[str, ...]:
 def choose(rows: Sequence[ModelRow], metric: str, *, users: int, chance: float) -> tuple[str, str]:
     """Return the name of the model to take, and the sentence that says why.
 
-    It is the best, unless one that trains faster is as good: its paired interval holds 0 and ends
-    below `WORTH` of what the best gains over chance. Where luck may explain that a model is behind,
-    and the interval reaches further, there are too few users to say: the best figure stays the
-    advice.
+    It is the best model, unless one that trains faster is as good: its paired interval includes 0
+    and ends below `WORTH` of the best model's gain over chance. If a difference is not significant
+    but its interval is wider, there are too few users to decide, and the model with the best figure
+    is recommended.
 
     Args:
         rows: Best first.
@@ -427,7 +428,8 @@ def choose(rows: Sequence[ModelRow], metric: str, *, users: int, chance: float) 
 
 
 def _reach(row: ModelRow, users: int) -> float:
-    """Return how far the model may be behind: by its interval, and by what luck may have hidden.
+    """Return the largest plausible difference: by its interval, and by the smallest detectable
+    difference.
 
     If none of U users shows a difference, up to 3 in U may still have one (the rule of three), of
     1 at most.
@@ -439,7 +441,9 @@ def _reach(row: ModelRow, users: int) -> float:
 def _too_few(
     best: ModelRow, unsure: Sequence[ModelRow], metric: str, *, users: int, margin: float
 ) -> str:
-    """Say which models do not differ from the best beyond luck, and how many users are needed."""
+    """Describe which models do not differ significantly from the best, and how many users are
+    needed.
+    """
     names = ", ".join(row.name for row in unsure)
     far = max(unsure, key=lambda row: row.behind.difference if row.behind else 0.0)
     seen = max(3 / users, *(_half(row) for row in unsure))

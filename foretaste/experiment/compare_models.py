@@ -91,10 +91,10 @@ def compare_models(
     of each task that all of them have, the first of these leading, beside baselines that count: the
     base rate, and means by user, by item, by each column of categories, and by user and category.
 
-    Those that learn in closed form go first. Each of the others may train for an even share of
-    what is left of the budget, one step at least; what one leaves over falls to those after it.
-    Of that share a third at most is for a search, where a recipe asks for one (`training.search`).
-    A model that fails does not end the others. Every model learns from the training part alone,
+    Models that are fitted in closed form are trained first. Each of the others may train for an
+    equal share of the remaining budget, at least one step; unused time goes to later models. A
+    search, if a recipe asks for one (`training.search`), takes at most a third of that share. A
+    model that fails does not end the others. Every model learns from the training part alone,
     whatever `final` a recipe has; the one to take is then trained once more on all events, for as
     many epochs as were chosen, and that is the bundle.
 
@@ -171,7 +171,7 @@ def _check(
 
 
 class _Clock:
-    """What is left of the budget, and how many trainings share it."""
+    """The remaining budget, and the number of trainings that share it."""
 
     def __init__(self, seconds: float | None, trainings: int) -> None:
         self.left, self.trainings = seconds, trainings
@@ -191,7 +191,7 @@ class _Clock:
 
 @contextmanager
 def _workplace(folder: Path | None) -> Iterator[Path]:
-    """Give a folder for the bundles, which is deleted in the end."""
+    """Yield a temporary folder for the bundles."""
     try:
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What a comparison trains and how it judges, settled before anything is trained.
+"""The plan of a comparison, made before any training: the models, and how they are measured.
 
 A family is a model's `kind`; a new model of the catalogue is a family at once.
 
@@ -29,16 +29,16 @@ from foretaste.training.objectives import RowsConfig
 V = TypeVar("V")
 
 BASELINES = ("popularity", "item_knn", "ease", "als")
-"""What every comparison includes."""
+"""The baselines of every comparison."""
 WITHOUT_SEED = (PopularityConfig, ItemKNNConfig, EASEConfig)
-"""They draw nothing: every seed gives the same model."""
+"""Models without random draws: every seed gives the same model."""
 _SETTINGS = {
     str(settings.model_fields["kind"].default): settings
     for settings in get_args(get_args(ModelConfig)[0])
 }
 FAMILIES: tuple[str, ...] = tuple(_SETTINGS)
 _STAGES = {"two_stage": {"retriever": {"kind": "sasrec"}, "ranker": {"kind": "din"}}}
-"""What a family is made of, where it is made of others."""
+"""The parts of a family that combines others."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -49,7 +49,7 @@ class Entry:
     config: ExperimentConfig
     seeds: tuple[int, ...]
     split: Split
-    """What it learns from and is measured on: of the positive events alone where it predicts no
+    """The split for training and measuring; only positive events for a model that predicts no
     labels."""
 
     @property
@@ -58,7 +58,7 @@ class Entry:
 
 
 class Plan(NamedTuple):
-    """What is trained, in this order, and what it is judged by."""
+    """The models to train, in this order, and the tasks that they are measured by."""
 
     entries: list[Entry]
     tasks: tuple[Task, ...]
@@ -78,7 +78,7 @@ def plan_of(
 
     Raises:
         ConfigError: They cannot be.
-        DataError: There is nothing to measure.
+        DataError: The test part is empty.
     """
     _check_equal(recipes)
     seeds = _seeds(recipes, seeds)
@@ -187,7 +187,7 @@ def _only(values: Mapping[str, V], name: str, advice: str) -> V:
 
 
 def common_tasks(recipes: Mapping[str, ExperimentConfig], split: Split) -> tuple[Task, ...]:
-    """Return the tasks by which recipes are compared; none where lists are what is asked for.
+    """Return the tasks by which recipes are compared; none for a comparison by lists.
 
     Args:
         recipes: By name; in the first one's order.
@@ -271,7 +271,7 @@ def judged_tasks(
 
 
 def _num_drawn(config: ExperimentConfig, split: Split) -> int:
-    """Return how many items are drawn for each test row, as `evaluate_split` will do."""
+    """Return the number of items that `evaluate_split` will draw for each test row."""
     tasks, asked, learned = tasks_of(config.model), config.evaluation, config.objective
     num = (learned if isinstance(learned, RowsConfig) else RowsConfig()).num_negatives(tasks)
     if num and asked.sampled_negatives and asked.sampled_by != "listed":
@@ -351,7 +351,7 @@ def _recipe(config: ExperimentConfig, family: str) -> ExperimentConfig:
 
 
 def _told_of_tasks(config: ExperimentConfig, family: str) -> dict[str, object]:
-    """Return what a ranker's settings take over from those of another."""
+    """Return the settings that a ranker takes over from another one."""
     tasks = tasks_of(config.model)
     fields = _SETTINGS[family].model_fields
     if tasks and "tasks" in fields:

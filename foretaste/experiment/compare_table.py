@@ -1,4 +1,4 @@
-"""What a comparison of models found: a table and a picture, for people, programs and papers."""
+"""The result of a comparison: a table and a chart, for people, programs and papers."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -25,7 +25,7 @@ from foretaste.shown import Shown
 from foretaste.training.fit import OUT_OF_TIME
 
 SIGNIFICANT = 0.05
-"""With a corrected p-value above it, a model does not differ from the best."""
+"""Above this corrected p-value, a model does not differ significantly from the best."""
 P_HEAD = "p (Holm)"
 COLUMNS = ("model", "quality", "behind the best", P_HEAD, "training s", "bundle MB", "answer ms")
 """Of a comparison by lists."""
@@ -33,17 +33,17 @@ COLUMNS = ("model", "quality", "behind the best", P_HEAD, "training s", "bundle 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskFigure:
-    """What a model's predictions of one task are worth."""
+    """The quality of a model's predictions of one task."""
 
     metric: str
-    """`auc_TASK`, or `rmse_TASK`, of which less is better."""
+    """`auc_TASK`, or `rmse_TASK` (lower is better)."""
     value: float
     interval: Interval
     """95 % bootstrap interval over users."""
     behind: Comparison | None
-    """By how much it is worse than the best model, on the same users; None for that itself."""
+    """The difference from the best model, on the same users; None for the best model itself."""
     p_holm: float | None = None
-    """The p-value of `behind`, corrected for how many models are compared with the best."""
+    """The p-value of `behind`, corrected for the number of models compared with the best."""
     spread: float | None = None
     """Standard deviation over seeds; None where there is one seed."""
 
@@ -57,7 +57,7 @@ class TaskFigure:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelRow:
-    """A model that was trained, measured and asked."""
+    """A model that was trained, measured and timed."""
 
     name: str
     kind: str
@@ -69,8 +69,8 @@ class ModelRow:
     bundle_bytes: int = 0
     """All files of the bundle, training events included."""
     answer_ms: float = 0.0
-    """Median over single questions, to the model as it is served; by rows, the time of
-    1,000 rows."""
+    """Median time of a single request to the model as it is served; by rows, the time of 1,000
+    rows."""
     stopped: bool = False
     """Whether the budget ended its training."""
     note: str = ""
@@ -80,7 +80,7 @@ class ModelRow:
     tasks: tuple[TaskFigure, ...] = ()
     """By rows: of the tasks after the leading one."""
     is_baseline: bool = False
-    """By rows: it only counts, and cannot be taken."""
+    """By rows: whether it is a baseline of counts, which is never recommended."""
     seeds: tuple[int, ...] = ()
     """It was trained once with each."""
 
@@ -96,7 +96,7 @@ class ModelRow:
 
     @property
     def behind(self) -> Comparison | None:
-        """By how much it is worse than the best, paired by user; None for the best itself."""
+        """The difference from the best model, paired by user; None for the best model itself."""
         return self.leading.behind
 
     @property
@@ -113,7 +113,7 @@ class ModelRow:
 
 @dataclass(frozen=True, kw_only=True)
 class FailedModel:
-    """A model of which there are no figures."""
+    """A model without figures."""
 
     name: str
     kind: str
@@ -131,19 +131,19 @@ class ModelComparison(Shown):
     failed: tuple[FailedModel, ...]
     split: str
     users: int
-    """Over how many the quality is a mean."""
+    """The number of users that the quality is a mean over."""
     budget_seconds: float | None
     pick: str
     """The name of the model to take."""
     sentence: str
-    """Which that is, and why."""
+    """The recommended model, and why."""
     notes: tuple[str, ...]
     judged: int = 0
-    """How many labelled rows the models were compared by; 0: by lists."""
+    """The number of labelled rows for the comparison; 0 for a comparison by lists."""
     chance: float | None = None
-    """What a random order of the same candidates gets of the leading metric; None by rows."""
+    """The first metric of a random order of the same candidates; None by rows."""
     beaten_by: str = ""
-    """By rows: the baseline whose leading figure is better than every model's, if one is."""
+    """By rows: the baseline whose first metric is better than every model's, if there is one."""
 
     @property
     def is_worth_taking(self) -> bool:
@@ -171,21 +171,21 @@ class ModelComparison(Shown):
 
     @checked
     def remarks(self) -> list[str]:
-        """Return how trainings ended, why models failed, and what the columns mean."""
+        """Return notes: how trainings ended, why models failed, and what the columns mean."""
         ended = [f"{row.name}: {row.note}" for row in self.rows if row.note]
         failed = [f"{row.name} failed: {row.error}" for row in self.failed]
         return [*ended, *failed, *self.notes]
 
     @checked
     def title(self) -> str:
-        """Return what the table shows."""
+        """Return the contents of the table."""
         users = "1 user" if self.users == 1 else f"{self.users:,} users"
         rows = f"{self.judged:,} rows of " if self.judged else ""
         return f"{_head(self.metric)} on the test part ({self.split}), {rows}{users}"
 
     @checked
     def to_json(self) -> dict[str, object]:
-        """Return all of it as plain JSON values."""
+        """Return everything as plain JSON values."""
         return {
             "metric": self.metric,
             "split": self.split,
@@ -269,7 +269,7 @@ class Measured:
 
 
 def corrected(figures: Sequence[TaskFigure]) -> list[TaskFigure]:
-    """Return figures of one metric with their p-values corrected for how many there are."""
+    """Return figures of one metric with p-values corrected for multiple comparisons."""
     p_values = iter(holm([f.behind.p_value for f in figures if f.behind is not None]))
     return [f if f.behind is None else replace(f, p_holm=next(p_values)) for f in figures]
 

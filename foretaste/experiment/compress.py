@@ -1,7 +1,8 @@
-"""What tables of a trained model may lose: a frontier of bytes and quality.
+"""Compression of a trained model's tables: the frontier of size and quality.
 
 Each kind of table that can be made of a trained one, or trained again, is measured on the test part
-beside `narrow` and `int8` of as many bytes; one is recommended only where it is better than both.
+and compared with `narrow` and `int8` of the same size; it is recommended only if it is better than
+both.
 
 Shape legend: D width of a table.
 """
@@ -50,18 +51,18 @@ class Point:
     table: dict[str, object]
     """Its settings."""
     trained: bool = False
-    """Whether the model was trained with it; else it was made of the bundle's tables."""
+    """Whether the model was trained with it; otherwise it was made from the bundle's tables."""
     weight_bytes: int
-    """Of all weights, on disk as in memory."""
+    """Bytes of all weights, on disk and in memory."""
     times_smaller: float
-    """How many times fewer bytes its tables are than dense ones."""
+    """The compression factor: bytes of the dense tables over bytes of these."""
     value: float
     loss_percent: float
-    """Of the original's value; below 0 it is better."""
+    """The loss relative to the original's value; negative if it is better."""
     interval: tuple[float, float] | None
     """95 % paired interval of the difference from the original."""
     p50_ms: float
-    """Of an answer by the library, one at a time."""
+    """Median time of a single answer by the library, in milliseconds."""
     above_narrow: bool | None = None
     """Whether it is better than `narrow` of as many bytes by an interval that is clear of 0; None:
     it was not asked."""
@@ -72,7 +73,7 @@ class Point:
 @final
 @dataclass(frozen=True, kw_only=True)
 class Frontier(Shown):
-    """What kinds of tables cost in quality, and which one is worth taking."""
+    """The cost of kinds of tables in quality, and the recommended one."""
 
     metric: str
     original: float
@@ -169,7 +170,7 @@ def compress_tables(trained: Trained, table: Settings) -> Trained:
                     made[part] = kept.compressed(part, links)
                 setattr(parent, name, made[part])
     # Item vectors computed from the other tables are forgotten; how new users are answered stays
-    # as it was learned with the dense tables: learned again from pruned rows it was worse.
+    # as fitted with the dense tables: fitting it again on pruned rows was worse.
     model.train().eval()
     smaller = config.model_copy(update={"table": kept})
     settings = {**trained.settings, "model": smaller.model_dump(mode="json")}
@@ -216,7 +217,7 @@ def compress(
     metric: str = "ndcg_at_10",
     out: Path | str | None = None,
 ) -> Frontier:
-    """Measure kinds of tables, made of a bundle's, on the test part of its recipe.
+    """Measure kinds of tables, made from a bundle's tables, on the test part of its recipe.
 
     Each is compared with `narrow` and int8 tables of as many bytes: rows along the principal
     directions of the trained table, in 32 bits or in 8.
@@ -276,7 +277,7 @@ class _Measure:
         return self._trained[table]
 
     def with_anchors(self, table: TableConfig, *, trained: bool) -> None:
-        """Measure a kind, and beside it those of as many bytes."""
+        """Measure a kind, and the baselines of the same size."""
         point, report = self._measured(table, trained=trained)
         above: dict[str, bool] = {}
         for name, anchor in anchors(table, point.times_smaller, self.width).items():
@@ -338,17 +339,17 @@ def _settings(table: Settings) -> TableConfig:
 
 
 def usual_tables(width: int) -> list[TableConfig]:
-    """Return what is made of trained tables of a width."""
+    """Return the kinds to make from trained tables of a width."""
     return [table for kind in KINDS for table in kind.tried(width)]
 
 
 def trained_tables(times: float, width: int) -> list[TableConfig]:
-    """Return what is trained again, in tables of about `times` fewer bytes."""
+    """Return the kinds to train again, in tables with about 1/`times` of the bytes."""
     return [table for kind in KINDS for table in kind.retrained(times, width)]
 
 
 def anchors(table: TableConfig, times: float, width: int) -> dict[str, TableConfig]:
-    """Return by kind what a table is compared with, of as many bytes; nothing for one of these."""
+    """Return the baselines of the same size, by kind; empty for a baseline."""
     if times <= 1:
         return {}
     found = [kind.anchor(times, width) for kind in KINDS]
@@ -411,7 +412,7 @@ _COLOURS = ("#888888", "#3465a4", "#2e8b57", "#c4622d", "#75507b", "#b8860b", "#
 
 @checked
 def frontier_svg(frontier: Frontier) -> str:
-    """Draw the metric over how many times smaller the tables are, a curve for each kind.
+    """Plot the metric against the compression factor, with a curve for each kind.
 
     A bar is the paired interval of the difference from the original, the grey line.
     """

@@ -252,7 +252,7 @@ def _to_search(
 def _search_and_fit(
     own: Learner, split: Split, fit_part: Callable[..., Trained], options: RunOptions, *, seed: int
 ) -> Trained:
-    """Search settings, for a third of the time at most, and train with what was found."""
+    """Search settings, for at most a third of the time, and train with the best ones."""
     started, max_seconds = time.perf_counter(), options.max_seconds
     file = None if options.folder is None else options.folder / "search.json"
     if options.resume and file is not None and file.is_file():
@@ -287,7 +287,7 @@ def _objective_of(
     events: Interactions,
     features: Features | None,
 ) -> ObjectiveConfig | None:
-    """Return how a model learns; None of one that learns in closed form."""
+    """Return a model's objective; None for a model that is fitted in closed form."""
     if not config.usual.objective:
         return None
     return objective or usual_objective(config, events, features)
@@ -296,7 +296,7 @@ def _objective_of(
 def _settings_of(
     config: ModelConfig, split: Split, training: TrainingConfig, objective: ObjectiveConfig | None
 ) -> dict[str, object]:
-    """Return what decided a run, for the record; nothing is decided by it."""
+    """Return the facts that determined a run, for the record only."""
     parts: dict[str, Config] = {"model": config}
     if objective is not None:
         parts |= {"training": training, "objective": objective}
@@ -309,7 +309,7 @@ def _settings_of(
 def _with_strengths(
     config: ModelConfig, split: Split, fit_part: Callable[..., Trained], *, show: bool
 ) -> tuple[ModelConfig, dict[str, float]]:
-    """Return settings with every strength decided, and the validation figures of those tried."""
+    """Return settings with every strength set, and the validation figures of those tried."""
     chosen, tried = choose_strengths(config, split, fit_part)
     if chosen and show:
         say(f"{config.kind}: " + ", ".join(f"{name} {value:g}" for name, value in chosen.items()))
@@ -355,7 +355,7 @@ def _fit_parts(
     training: TrainingConfig,
     options: RunOptions,
 ) -> dict[str, Trained]:
-    """Train what a model starts from, if it starts from something, each for a third of the time."""
+    """Train the models that a model starts from, if there are any, each for a third of the time."""
     if pretraining is None:
         return {}
     refuse_sharding(training.sharded_from, "a model starts from smaller ones")
@@ -425,7 +425,7 @@ def _learn(
 
 
 def _decided(training: TrainingConfig, objective: ObjectiveConfig) -> str:
-    """Describe how a model learns, where the data or the model may have decided."""
+    """Describe the training settings that depend on the data or the model."""
     said = f"learning rate {training.rate:g}, {training.batch_events} events a step"
     if training.average_decay:
         said += f", average {training.average_decay:g}"
@@ -489,7 +489,7 @@ def _run(
 
 
 def _judged(validation: Validation | None, progress: Progress) -> dict[str, object]:
-    """Return how a run was validated, and what it came to beside models that only count."""
+    """Return how a run was validated, and its result compared with baselines of counts."""
     if validation is None or not processes.is_first():
         return {"validated": "", "beside": {}, "advice": ""}
     beside, advice = validation.advice(

@@ -1,4 +1,4 @@
-"""Which model learns in which way: the objective and the batches that go with it."""
+"""The objective and the batches of each kind of model."""
 
 import math
 from collections.abc import Callable
@@ -65,12 +65,12 @@ _OBJECTIVES: TypeAdapter[ObjectiveConfig] = TypeAdapter(ObjectiveConfig)
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """How a training is run and watched, as `fit` takes it; the result does not depend on it,
-    unless its time is over.
+    """Options of `fit` for running and following a training; only the time limit affects the
+    result.
     """
 
     folder: Path | None = None
-    """Where checkpoints and the log of steps go."""
+    """Folder of checkpoints and of the log of steps."""
     resume: bool = False
     show: bool = True
     on_epoch: Callable[[Epoch], None] | None = None
@@ -110,14 +110,14 @@ def usual_objective(
 
 
 def l2_factor(events: Interactions) -> float:
-    r"""Return how much stronger l2 is than in data of many events a user and an item.
+    r"""Return the factor on l2, compared with data of many events per user and item.
 
     .. math:: \min\left(3, \max\left(1, 40 \frac{\sqrt{UI}}{E}\right)\right)
 
-    with E events of U users and I items. The fewer events there are for a vector, the more of what
-    it learns is chance. On validation MF is better with an l2 of .3 than of .1 at 8 and 13 events
-    (TikTok .034 and .030, social Last.fm .133 and .117), and worse at 25 and 78 (S3-Rec's Last.fm
-    .046 and .051, MovieLens-100K .066 and .092); at 1 it stays on popularity's level.
+    with E events of U users and I items. With fewer events for a vector, it overfits more easily.
+    On validation MF is better with an l2 of .3 than of .1 at 8 and 13 events (TikTok .034 and .030,
+    social Last.fm .133 and .117), and worse at 25 and 78 (S3-Rec's Last.fm .046 and .051,
+    MovieLens-100K .066 and .092); at 1 it stays on popularity's level.
     """
     num_users = np.count_nonzero(np.diff(events.offsets))
     num_items = np.count_nonzero(events.item_count)
@@ -131,7 +131,7 @@ class Learning:
     objective: Callable[[Any, Any, Generator], Tensor]
     plan: Callable[[int], Plan[Any]]
     refreshed: Refreshed | None = None
-    """What the loop computes again from the weights, epoch by epoch."""
+    """Data that the loop computes again from the weights in each epoch."""
 
 
 def make_learning(
@@ -147,7 +147,7 @@ def make_learning(
     mine: DrawItems | None = None,
     offered: Offered | None = None,
 ) -> Learning:
-    """Return how a model learns from events.
+    """Return the objective and the batches for a model and its events.
 
     Args:
         model: The network.
@@ -162,7 +162,7 @@ def make_learning(
         offered: What retrievers offered for each row of a ranker.
 
     Raises:
-        ConfigError: The model cannot learn so.
+        ConfigError: The model cannot learn with this objective.
         DataError: There is no event.
     """
 

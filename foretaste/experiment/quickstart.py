@@ -30,17 +30,17 @@ OBJECTIVE = NextItemConfig(loss="softmax")
 
 @dataclass(frozen=True, kw_only=True)
 class Quickstart:
-    """What the quickstart found."""
+    """The result of the quickstart."""
 
     bundle: str
     tables: tuple[ModelComparison, ...]
     """SASRec and the baselines, on each of two splits."""
     sentences: tuple[str, ...]
-    """What leaks from the splits, and what the bundle holds."""
+    """The leaks of the splits, and the contents of the bundle."""
 
     @checked
     def to_json(self) -> dict[str, object]:
-        """Return all of it as plain JSON values."""
+        """Return everything as plain JSON values."""
         tables = [table.to_json() for table in self.tables]
         return {"bundle": self.bundle, "tables": tables, "sentences": list(self.sentences)}
 

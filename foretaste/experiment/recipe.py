@@ -158,7 +158,7 @@ class Protocol(Config):
 
 
 class ExperimentConfig(Config):
-    """Everything that decides a run; the bundle stores it beside the numbers."""
+    """Everything that determines a run; the bundle stores it with the figures."""
 
     seed: Seed = 0
     """Decides initial weights, order, dropout and draws: one seed gives one result."""
@@ -176,7 +176,7 @@ class ExperimentConfig(Config):
     model: ModelConfig
     """Which model is trained, and its settings."""
     objective: ObjectiveConfig | None = None
-    """How the model learns; without it, in its usual way."""
+    """How the model learns; by default, the model's own objective."""
     training: TrainingConfig = Field(default_factory=TrainingConfig)
     """Settings of the training loop."""
     first_stage: FirstStage = Field(default_factory=FirstStage)
@@ -262,7 +262,7 @@ def read_experiment(
 
 
 def _refuse_at_rest(model: ModelConfig, path: Path) -> None:
-    """Refuse to train tables of a kind that is made of trained ones.
+    """Raise an error for tables of a kind that can only be made from trained ones.
 
     Raises:
         ConfigError: The model's settings, or those of one of two stages, name such a kind.
@@ -325,7 +325,7 @@ def with_setting(settings: Mapping[str, object], name: str, value: object) -> di
 
 
 def _with_features(settings: Mapping[str, object], folders: Sequence[Path]) -> dict[str, object]:
-    """Put the schema in the place of its file's path, where a recipe names one."""
+    """Replace the path of a schema file in a recipe by the schema."""
     name = settings.get("features")
     if not isinstance(name, str) or name == "none":
         return dict(settings)

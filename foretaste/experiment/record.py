@@ -1,4 +1,4 @@
-"""What is kept of a run: the record of one that counts, what its figures depend on, its bundle."""
+"""The record of a run: its figures and what they depend on; and the contents of its bundle."""
 
 import json
 import os
@@ -70,7 +70,7 @@ def record_run(
 def protocol_of(
     config: ExperimentConfig, log: Mapping[str, object], *, learns_by: LearnsBy | None
 ) -> Protocol:
-    """Return what a figure of a recipe's first run may be compared by.
+    """Return the facts that decide which published figures a first run can be compared with.
 
     Args:
         config: The recipe.
@@ -177,7 +177,7 @@ class BundleContents:
 
     @checked
     def facts(self) -> dict[str, object]:
-        """Return what a person wants to know first, by name."""
+        """Return the main facts, by name."""
         manifest, data, index = self.manifest, self.manifest.data, self.manifest.index or {}
         return {
             "model": manifest.model["kind"],
@@ -196,7 +196,7 @@ class BundleContents:
 
     @checked
     def to_json(self) -> dict[str, object]:
-        """Return all of it as plain JSON values."""
+        """Return everything as plain JSON values."""
         return {
             "manifest": self.manifest.model_dump(mode="json"),
             "parameters": self.parameters,

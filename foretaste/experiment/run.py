@@ -63,19 +63,20 @@ FIRST_RUN = (
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class Run(Shown):
-    """What a recipe gave."""
+    """The result of a recipe."""
 
     trained: Trained
     report: Reports
-    """Of the test part; empty where the split has none."""
+    """The report on the test part; empty if the split has none."""
     refitted: Trained | None = None
-    """Trained on more than the training part, where the recipe's `final` asks for it."""
+    """The model trained on more than the training part, if the recipe's `final` asks for it."""
     refitted_report: Reports | None = None
-    """None where it learned from the test too, or there is none."""
+    """The final model's report; None if it learned from the test too, or there is no final
+    model."""
 
     @property
     def final(self) -> tuple[Trained, Reports]:
-        """The model to serve and the report to keep beside it."""
+        """The model to serve, and the report to store with it."""
         if self.refitted is None:
             return self.trained, self.report
         return self.refitted, self.refitted_report or self.report.noted(FIRST_RUN)
@@ -96,7 +97,7 @@ def read_split(config: ExperimentConfig, *, data_dir: Path | str | None = None) 
 
     Raises:
         ConfigError: A field of text names an encoder that is not there, or its extra is missing.
-        DataError: The tables are wrong, or cannot be cut so.
+        DataError: The tables are invalid, or cannot be split in this way.
         SourceError: The public data set cannot be had.
         BundleError: The event store is missing or broken.
     """
@@ -110,7 +111,7 @@ def read_split(config: ExperimentConfig, *, data_dir: Path | str | None = None) 
 
 @checked
 def run_folder(bundle: Path | str) -> Path:
-    """Return where the checkpoints of a bundle in the making lie: beside it."""
+    """Return the folder of the checkpoints for a bundle, which is next to the bundle."""
     place = Path(bundle)
     if place.name in ("", ".."):
         place = place.absolute().resolve()
@@ -126,7 +127,7 @@ def start_run(
     replace: bool = False,
     track: TrackerKind | None = None,
 ) -> Path:
-    """See before training that what it gives can be written; return the folder of checkpoints.
+    """Check before training that its results can be written; return the folder of checkpoints.
 
     Args:
         bundle: The folder of the bundle that will be written.
@@ -189,8 +190,8 @@ def run_experiment(
 ) -> Run:
     """Fit a recipe's model, report it on the test part, and fit it on more if `final` says so.
 
-    Where the split has no test part, nothing is measured. Of several processes, the first one
-    measures and follows the run; the reports of others are empty.
+    Without a test part, nothing is measured. Of several processes, the first one measures and
+    follows the run; the reports of others are empty.
 
     Args:
         config: The recipe.
@@ -203,7 +204,7 @@ def run_experiment(
 
     Raises:
         ConfigError: The tracker's extra is not installed, or the recipe measures nothing.
-        DataError: The test part holds nothing to find; this is seen before anything is trained.
+        DataError: The test part has no targets; this is checked before any training.
         NonFiniteError: Training left the finite numbers.
     """
     folder, is_first = None if folder is None else Path(folder), processes.is_first()
@@ -266,11 +267,11 @@ def _say_final(config: ExperimentConfig, split: Split, cost: Cost) -> None:
 
 
 def check_measurable(config: ExperimentConfig, split: Split) -> None:
-    """See before training that what a recipe asks of the test part can be measured after it.
+    """Check before training that the recipe's metrics can be measured on the test part.
 
     Raises:
         ConfigError: It asks for rows alone, and the model predicts none.
-        DataError: It asks for lists, and there is nothing to find.
+        DataError: The recipe asks for lists, but the test part has no targets.
     """
     if not (len(split.train) and split.has_test):
         return  # nothing to learn from, as `fit` will say, or nothing to measure
@@ -358,7 +359,7 @@ def _evaluate_rows(trained: Trained, asked: EvaluationConfig, split: Split) -> R
 
 
 def with_calibration(trained: Trained, asked: EvaluationConfig, split: Split) -> Trained:
-    """Return a ranker with what a recipe asks to be fitted to its probabilities of validation.
+    """Return a ranker with the calibration of the recipe, fitted on validation.
 
     One that keeps such a calibration, or learned from validation, stays as it is, and so does a
     model that is not a ranker.
@@ -376,7 +377,9 @@ def with_calibration(trained: Trained, asked: EvaluationConfig, split: Split) ->
 
 
 def sampled_rows(trained: Trained, asked: EvaluationConfig) -> SampledNegatives | None:
-    """Return what a recipe draws for each row that a ranker is measured on, if it says so."""
+    """Return the sampled negatives for each measured row of a ranker, if the recipe asks for
+    them.
+    """
     draws = rows_settings(trained).num_negatives(ranker_of(trained).tasks) > 0
     if draws and asked.sampled_negatives and asked.sampled_by != "listed":
         return SampledNegatives(num=asked.sampled_negatives, by=asked.sampled_by)
@@ -385,7 +388,7 @@ def sampled_rows(trained: Trained, asked: EvaluationConfig) -> SampledNegatives 
 
 @checked
 def to_recommender(trained: Trained, report: Report | Reports) -> Recommender:
-    """Index a model's items and keep its report, without each user's values, beside it.
+    """Index a model's items and attach its report, without the values of each user.
 
     Where nothing was measured, none is kept.
     """
@@ -414,7 +417,7 @@ def fit_recipe(config: ExperimentConfig, split: Split, options: RunOptions) -> T
 
 
 def _with_found(config: ExperimentConfig, log: Mapping[str, object]) -> ExperimentConfig:
-    """Return a recipe with what a short search has found in its place, if there was one."""
+    """Return a recipe with the settings that a short search found, if there was one."""
     search = log.get("search")
     if not isinstance(search, Mapping):
         return config
@@ -447,6 +450,6 @@ def _read_events(data: PublicData | FileData | StoreData, data_dir: Path | None)
 
 
 def _which(events: Interactions, data: WhichEvents) -> Interactions:
-    """Leave out what the recipe's `where` leaves out, and mark what its `positive` asks for."""
+    """Apply the recipe's `where`, and mark positive events by its `positive`."""
     events = only_where(events, data.where) if data.where else events
     return counted_as_positive(events, data.positive) if data.positive else events

@@ -1,4 +1,4 @@
-"""What a search may vary, and the short search that may go before a training.
+"""The search space of each model, and the short search before a training.
 
 It is successive halving: Jamieson and Talwalkar, "Non-stochastic Best Arm Identification and
 Hyperparameter Optimization", AISTATS 2016, https://arxiv.org/abs/1502.07943. **Departures**: what
@@ -34,21 +34,21 @@ else:
 
 C = TypeVar("C", bound=Config)
 _SAMPLE = 50_000
-"""Training events of a short search, at most: those of so many users."""
+"""Maximum number of training events of a short search, from a sample of users."""
 _DRAWN = 8
 _ROUNDS = ((5, 3), (15, 1))
-"""Epochs of each round, and how many ways go on to the next."""
+"""Epochs of each round, and the number of settings in the next round."""
 
 
 def with_own_objective(config: ExperimentConfig) -> ExperimentConfig:
-    """Return a recipe that says how its model learns, where the model has a term to search."""
+    """Return a recipe with an explicit objective, if the objective has a term to search."""
     if config.objective is not None or "l2" not in config.model.usual.objective:
         return config
     return config.model_copy(update={"objective": usual_objective(config.model)})
 
 
 def usual_space(config: "ExperimentConfig | Learner") -> dict[str, RangeConfig | ChoiceConfig]:
-    """Return what is searched where a recipe names nothing, by the settings' dotted names.
+    """Return the default search space of a recipe, by dotted names of settings.
 
     A model's own ranges are in its settings class, as `tuning`; of two stages both models' are
     searched. What learns by gradient has a learning rate besides, from a tenth of the model's own
@@ -147,21 +147,21 @@ class ShortSearch:
     """
 
     own: Learner
-    """What is taken where nothing is better."""
+    """The settings that are kept if no others are better."""
     fit_one: Callable[..., Trained]
     """`fit`, given what all trainings share."""
     split: Split
     seed: int
     """Decides the sample, of users, and what is tried."""
     max_seconds: float | None
-    """For all trainings; once they would not end in it, the model's own settings stay."""
+    """Time limit for all trainings; if it is too short, the model's own settings are kept."""
     say: Callable[[str], object]
     """Called with what it costs before it begins, and with what it came to."""
     rows: list[dict[str, object]] = field(default_factory=list)
     """Each training: its epochs, what was drawn, and its validation figure."""
 
     def run(self) -> tuple[Learner, dict[str, object]]:
-        """Return the settings to train with, and a log of how they were found."""
+        """Return the best settings, and a log of the search."""
         sample, drawn = _sample(self.split, self.seed), _drawn(self.own, self.seed)
         if len(sample.validation) == 0:
             return self._ended({}, "there is no validation part to search by")

@@ -38,18 +38,19 @@ class TrialRow:
     state: str
     """"complete", "pruned" (cut short as hopeless) or "fail" (it broke, or did not fit)."""
     value: float | None
-    """The validation metric; None where the trial did not come to its end."""
+    """The validation metric; None if the trial was stopped early."""
     seconds: float
     settings: Mapping[str, bool | int | float | str]
-    """What was drawn, by dotted name."""
+    """The drawn settings, by dotted name."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TuneResult:
-    """What a search found."""
+    """The result of a search."""
 
     metric: str
-    """What was searched for, on validation: NDCG@10 of lists, or the mean over a ranker's tasks."""
+    """The figure on validation that was maximised: NDCG@10 of lists, or the mean over a ranker's
+    tasks."""
     trials: tuple[TrialRow, ...]
     """In the order in which they began."""
     best: TrialRow
@@ -60,7 +61,7 @@ class TuneResult:
 
     @property
     def seconds(self) -> float:
-        """What all trials took together: the effort."""
+        """The total time of all trials, in seconds."""
         return sum(trial.seconds for trial in self.trials)
 
     @checked
@@ -72,7 +73,7 @@ class TuneResult:
 
     @checked
     def to_json(self) -> dict[str, object]:
-        """Return all of it as plain JSON values."""
+        """Return everything as plain JSON values."""
         return {
             "metric": self.metric,
             "ended": self.ended,
@@ -244,7 +245,7 @@ def _validated(
     report: Callable[[Epoch], None],
     max_seconds: float | None,
 ) -> tuple[str, float]:
-    """Train as a recipe says, and return what validation judges by and its value."""
+    """Train a recipe, and return its validation metric and the value."""
     if max_seconds is not None:
         max_seconds = max(0.0, max_seconds)
     options = RunOptions(show=False, on_epoch=report, max_seconds=max_seconds)

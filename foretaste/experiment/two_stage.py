@@ -39,7 +39,7 @@ class FirstStage(Config):
     training: TrainingConfig = Field(default_factory=TrainingConfig)
     """Settings of the retriever's training loop."""
     folds: Literal[0] | Annotated[int, Field(ge=2, le=100)] = 0
-    """Number of parts into which users are dealt; the candidates of each part's rows come from a
+    """Number of parts into which users are divided; the candidates of each part's rows come from a
     retriever trained on all other users. The ranker then learns to distinguish each row's item from
     its candidates, by its logit plus `retriever_weight` times the retriever's score, as in answers.
     0: the ranker learns by itself, from the candidates of the trained retriever."""
@@ -48,13 +48,13 @@ class FirstStage(Config):
 @checked_class
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Candidates:
-    """What a ranker will be asked about: the best of a trained retriever."""
+    """The candidates for a ranker: the best items of a trained retriever."""
 
     retriever: Trained
     num: Count = 200
-    """How many for each user."""
+    """Number of candidates for each user."""
     retriever_weight: Weight = 0.0
-    """How much its own score counts beside the ranker's."""
+    """Weight of the retriever's score, which is added to the ranker's."""
     offered: Offered | None = None
     """What retrievers that did not learn from a row offered before it; None: negatives are drawn
     as the objective says."""
@@ -79,7 +79,7 @@ class FirstFitted:
     """The further retrievers; none where there are no folds."""
 
     def candidates(self, config: TwoStageConfig, split: Split, objective: RowsConfig) -> Candidates:
-        """Return what a ranker that learns by `objective` is given of it.
+        """Return the candidates for a ranker with this objective.
 
         Raises:
             ConfigError: There are folds, and the objective tells rows apart or draws by popularity.

@@ -1,4 +1,4 @@
-"""What early stopping watches: on the validation part, higher is better.
+"""Validation for early stopping: a metric on the validation part, higher is better.
 
 Lists are judged by a sample of queries and rows by all of them, as often as a share of the work of
 training allows. Work is counted, never timed, so that two runs with one seed do the same.
@@ -63,7 +63,7 @@ _ABOVE, _ABOVE_BASE = 1.1, 0.01
 """A model has left popularity's level at 1.1 times its NDCG, and the base rate's at .01 more than
 it: .5 of AUC, 0 of a regression."""
 _MOST_PAIRS = 2**28
-"""Of items that a user did both, for item-kNN to be computed beside a run: some seconds."""
+"""Maximum number of item pairs for which item-kNN is fitted as a baseline: some seconds."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -74,16 +74,16 @@ class Validation:
     """`STOP_METRIC` or `ROWS_METRIC`."""
     value: Callable[[Model], float]
     on: str
-    """What it is computed on, such as "1,000 of 9,885 queries"."""
+    """The queries that it is computed on, such as "1,000 of 9,885 queries"."""
     level: float
-    """Above it a model has learned more than what is popular, or more than the base rate."""
+    """The level of popularity or of the base rate."""
     beside: Callable[[], dict[str, float]]
     """Computes what models that only count reach, by name."""
     every: int = 1
-    """Epochs between two of them."""
+    """Epochs between two validations."""
 
     def advice(self, best: float, *, best_epoch: int, epochs: int) -> tuple[dict[str, float], str]:
-        """Return what models that only count reach, and what to try if a run is below one.
+        """Return the figures of baselines of counts, and advice if a run is below one.
 
         Args:
             best: The run's best value.
@@ -113,7 +113,7 @@ class Validation:
 
 
 def trained_rows(model: Model, objective: ObjectiveConfig, events: Interactions) -> int:
-    """Return about how many rows an epoch trains on: events, and items drawn for a ranker."""
+    """Return the approximate number of rows of an epoch: events, and items drawn for a ranker."""
     match objective:
         case RowsConfig() if isinstance(model, Ranker):
             return len(events) * (1 + objective.num_negatives(model.tasks))
@@ -188,11 +188,11 @@ class _Lists:
 
     @cached_property
     def popular(self) -> float:
-        """What popularity reaches."""
+        """The figure of popularity."""
         return self._learned(Popularity(PopularityConfig(), num_items=self._num_items))
 
     def beside(self) -> dict[str, float]:
-        """Work out what popularity reaches, and item-kNN where there are histories to answer."""
+        """Measure popularity and, if there are histories, item-kNN."""
         found = {"popularity": self.popular}
         if self.task.length_Q.any() and _pairs(self.trained.events) <= _MOST_PAIRS:
             found["item-kNN"] = self._learned(ItemKNN(ItemKNNConfig(), num_items=self._num_items))
@@ -222,7 +222,7 @@ def _num_queries(training: TrainingConfig | None, affordable: float, num_all: in
 
 
 def _every(training: TrainingConfig | None, work: float, rows_of_epoch: int) -> int:
-    """Return the epochs between two validations that take so much work."""
+    """Return the epochs between two validations, given their work."""
     if training is None:
         return 1
     if training.validate_every != "auto":
@@ -231,7 +231,7 @@ def _every(training: TrainingConfig | None, work: float, rows_of_epoch: int) -> 
 
 
 def _asked(holdout: Holdout) -> tuple[Task, bool]:
-    """Return what is to be found, and whether among items that were not seen.
+    """Return the targets, and whether seen items are excluded.
 
     Raises:
         DataError: There is nothing.
@@ -247,7 +247,7 @@ def _asked(holdout: Holdout) -> tuple[Task, bool]:
 
 
 def _work_of_query(trained: Trained, task: Task, candidates: Candidates | None) -> float:
-    """Return what it takes to rank the catalogue for a query, in rows that are trained on."""
+    """Return the work of ranking the catalogue for a query, in training rows."""
     model, num_items = trained.model, trained.events.num_items
     if candidates is not None:
         return num_items * _MULTIPLIED + candidates.num * _JUDGED

@@ -147,7 +147,7 @@ class SideFields(nn.Module):
         config: RowFieldsConfig,
         width: int,
     ) -> None:
-        """Make untrained weights, all but those of the tables.
+        """Create all untrained weights except those of the tables.
 
         Args:
             told: The features, and the encoded rows of all users or items, None of the context,
