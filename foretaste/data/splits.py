@@ -1,4 +1,4 @@
-"""A table of events in parts: what is trained on, what is held out, and what leaks between them.
+"""Splits: the training part, the held-out parts, and the leaks between them.
 
 Also the settings of a split, as a recipe writes them; splitting.py makes the split.
 
@@ -247,7 +247,7 @@ def _share(count: int, total: int) -> str:
 @checked_class
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class Holdout(Shown):
-    """What is to be predicted, and for each prediction what may be known.
+    """A held-out part: the targets, and the known history before each of them.
 
     Query `q` is user `user_Q[q]` having done `events.item_idx[events.offsets[user] : end_Q[q]]`;
     its targets are `target_item[target_offsets[q] : target_offsets[q + 1]]`, one or more.
@@ -304,7 +304,7 @@ class Holdout(Shown):
 
 @dataclass(frozen=True)
 class PartSize:
-    """How much is in one part of a split, and how much of it training cannot know."""
+    """The size of a part of a split, and how much of it is unknown in training."""
 
     name: str
     """"train", "validation" or "test"."""
@@ -336,7 +336,8 @@ class Split(Shown):
     leaks: tuple[str, ...] = ()
     """One sentence for each way in which this split lets the future into training."""
     notes: tuple[str, ...] = ()
-    """What the split left where it was, with counts, such as users with too few events."""
+    """Notes with counts on events that the split could not hold out, such as users with too few
+    events."""
     learned_from: LearnedFrom = "train"
     """Which parts of the split as it was made are in training."""
 

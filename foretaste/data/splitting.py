@@ -50,9 +50,9 @@ _NAMES: Mapping[str, int] = {
 def temporal_split(events: Interactions, split: TemporalSplitConfig) -> Split:
     """Cut all users at the same two times: training before, then validation, then test.
 
-    The cuts fall where the shares are met best without parting events of one second. The test
-    is rolling: each event is predicted from everything its user did before it, by weights that
-    saw nothing after the first cut.
+    The cuts fall where the shares are met best without parting events of one second. The test is
+    rolling: each event is predicted from all earlier events of its user, by weights that were
+    trained on events before the first cut only.
 
     Args:
         events: With times.
@@ -144,9 +144,9 @@ def random_split(events: Interactions, split: RandomSplitConfig) -> Split:
 def cold_items_split(events: Interactions, split: ColdItemsSplitConfig) -> Split:
     """Hold out all events of some items, so that training sees nothing of them.
 
-    What is asked is which of these items a user did, from the user's other events: the parts
-    before, so the test's histories hold the validation's items too. All items are ranked, the
-    others as well, so a model must place items by what else is known of them.
+    The task is to find these items from the user's other events in the earlier parts, so the
+    histories of the test contain the items of validation too. All items are ranked, the others as
+    well, so a model must place items by what else is known of them.
 
     Args:
         events: Any.
@@ -165,8 +165,8 @@ def cold_items_split(events: Interactions, split: ColdItemsSplitConfig) -> Split
 def cold_users_split(events: Interactions, split: ColdUsersSplitConfig) -> Split:
     """Hold out all events of some users, so that training sees nothing of them.
 
-    A model is asked what such a user did, without a history: it must use what else is
-    known of them. `evaluate` measures them with `users="new"`.
+    The task is to predict the events of such users without a history, from their features.
+    `evaluate` measures them with `users="new"`.
 
     Args:
         events: Any.

@@ -2,7 +2,7 @@
 
 Columns are `.npy` files that are mapped, not read; ids and tables are Arrow files that are mapped
 too, and ids become a Polars column when first asked for. `manifest.json` names every file with its
-size and SHA-256. A store is written beside its place and renamed into it: whole or not at all.
+size and SHA-256. A store is written to a temporary folder and renamed: the write is atomic.
 """
 
 import os
@@ -35,7 +35,7 @@ from foretaste.errors import BundleError, DataError
 _CONTEXT = "context.arrow"
 _BLOCK = 1 << 23
 _FAR_S = 2**52
-"""Times before and after this are none, and differences of them would not fit 64 bits."""
+"""Times outside of these limits are invalid, and their differences would not fit into 64 bits."""
 _AGAIN = "import the events again"
 _DICTIONARY = 2
 """Arrow's number for a message that holds a dictionary."""

@@ -1,4 +1,4 @@
-"""What a test asks: what is to be found, and what of it the model knows or was trained on.
+"""The targets of a test, and which of them the model knows or was trained on.
 
 A holdout is laid out with doubles and repeats taken out, in an order of its own.
 
@@ -46,7 +46,7 @@ class Task:
     length_Q: Int64[np.ndarray, " Q"]
     """Events in its history."""
     key_Q: Int64[np.ndarray, " Q"]
-    """A number of its own for each query, the same wherever it stands."""
+    """A unique number for each query, which does not depend on its position."""
     offsets_Q1: Int64[np.ndarray, " Q1"]
     """Query q has targets `offsets_Q1[q]` to `offsets_Q1[q + 1]`, at least one."""
     target_N: Int64[np.ndarray, " N"]
@@ -64,14 +64,14 @@ class Task:
         return np.repeat(np.arange(len(self.row_Q)), np.diff(self.offsets_Q1))
 
     def targets(self, rows: slice) -> tuple[slice, Int64[np.ndarray, " N"]]:
-        """Return where the targets of neighbouring queries stand, and each one's place there."""
+        """Return the queries of targets, and the number of each target within its query."""
         offsets_B1 = self.offsets_Q1[rows.start : rows.stop + 1]
         return slice(*offsets_B1[[0, -1]]), np.repeat(
             np.arange(len(offsets_B1) - 1), np.diff(offsets_B1)
         )
 
     def select(self, wanted_Q: Bool[np.ndarray, " Q"]) -> "Task":
-        """Return some of the queries, with what they are to find."""
+        """Return some of the queries, with their targets."""
         counts_Q = np.diff(self.offsets_Q1)
         return replace(
             self,
@@ -112,7 +112,7 @@ def block_rows(num_items: int) -> int:
 
 
 def make_task(holdout: Holdout, *, without_repeats: bool) -> Task:
-    """Lay out what is to be found.
+    """Arrange the targets of a holdout.
 
     Args:
         holdout: Queries with their histories and targets.
@@ -233,7 +233,7 @@ class Asked:
 
 @dataclass(frozen=True, kw_only=True)
 class Overlap:
-    """How much of a test a model knows."""
+    """How much of a test a model knows or was trained on."""
 
     events: int
     users: int

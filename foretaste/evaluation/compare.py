@@ -409,7 +409,7 @@ class Reports(Shown):
 
 
 _SIGNS = 2**22
-"""How many signs are held at once."""
+"""Number of random signs in memory at a time."""
 
 
 def sign_flip_p_value(
@@ -438,7 +438,7 @@ def sign_flip_p_value(
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Return p-values corrected for how many there are, each in its own place.
+    """Return p-values corrected for multiple comparisons, in the same order.
 
     Of P tests whose differences are all luck, the chance that any corrected value is at most .05
     is .05 at most, however the tests depend on each other: the smallest is multiplied by P, the

@@ -139,7 +139,7 @@ def place(
 
 
 def settle(top: Top, row_N: Int64[np.ndarray, " N"], score_N: Float[np.ndarray, " N"]) -> Hits:
-    """Say where the targets stand, equal scores settled as by chance (see the head of the file).
+    """Return the positions of the targets, with ties as expectations (see the head of the file).
 
     Args:
         top: The lists.

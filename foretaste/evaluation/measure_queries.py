@@ -1,4 +1,4 @@
-"""What a model's lists are worth, query by query, block by block.
+"""The metrics of a model's lists, computed per query and in blocks.
 
 The whole catalogue is ranked, or cold items among themselves: among the whole catalogue a cold
 item is held against items that were trained, and here only what places cold items decides. Or, on
@@ -82,7 +82,7 @@ def among_cold(
 
 
 _BLOCK_ELEMENTS = 2**18
-"""How many items race at once: few enough that they stay in the processor's caches."""
+"""Number of items in a block of the draw, small enough for the processor's caches."""
 
 
 _By = Literal["listed", "uniform", "popularity"]
@@ -91,7 +91,7 @@ _By = Literal["listed", "uniform", "popularity"]
 @checked_class
 @dataclass(frozen=True, kw_only=True)
 class SampledNegatives:
-    """How the candidates beside a query's targets are found."""
+    """How the candidates of a query, besides its targets, are sampled."""
 
     num: Count = 99
     """How many, no two the same. Of "listed" ones it is the data that say how many."""

@@ -1,4 +1,4 @@
-"""How a model is measured: against the full catalogue, averaged over users, every choice said.
+"""The evaluation protocol: full catalogue, averages over users, and notes on every choice.
 
 Shape legend: I items, U users, Q queries, N targets of all queries, M metrics.
 """
@@ -49,7 +49,7 @@ def evaluate(
     among: Among = "all",
     users: Whose = "known",
 ) -> Report:
-    """Measure what a model recommends against what its users then did.
+    """Measure a model's recommendations against the later events of its users.
 
     Every item with a training event is ranked for every query, and every other that the model
     places by its features or edges. A user's value is the mean over its queries, the headline the

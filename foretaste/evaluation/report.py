@@ -1,4 +1,4 @@
-"""What an evaluation found, of lists or of labelled rows, with every choice that was made.
+"""Reports: the results of an evaluation of lists or of labelled rows, with notes on every choice.
 
 Shape legend: U users that had something to find, N rows, T tasks.
 """
@@ -40,7 +40,7 @@ Cells = list[list[str]]
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class AnyReport(Shown):
-    """What reports of lists and of rows have in common. Printed, a report is its tables."""
+    """The common base of reports of lists and of rows. Printed, a report is its tables."""
 
     model: str
     """Name of the model's class."""

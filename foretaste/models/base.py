@@ -1,8 +1,8 @@
 """The base of all models: a network whose attributes and methods show what it can do.
 
 A retriever has a vector for each query and each item, a ranker judges given items, a scorer gives
-every item a score. A model overrides what it can do and inherits the rest; other rooms ask a model
-for nothing else, and never for its name.
+every item a score. A model overrides the attributes and methods of its capabilities and inherits
+the rest; other packages use nothing else, and never a model's name.
 
 Shape legend: B queries, I items, U users, V items of a batch, C items of each query, D width,
 E experts, K thresholds of an ordinal task or length of a list, L positions, N scores, R rows.
@@ -30,7 +30,7 @@ from foretaste.models.layers.table import BLOCK_ROWS, Table
 from foretaste.models.layers.table_kinds import code_by_events
 
 LearnsBy = Literal["pairs", "next_item", "masked_item", "rows", "events"]
-"""What a model learns from, and what `forward` then takes and gives.
+"""The kind of training data, which determines the arguments and the result of `forward`.
 
 "pairs": `(queries, item_V)` to `PairVectors`, and a third argument where `prepare` gives one.
 "next_item": a `SequenceBatch` to L + 1 states a row, before any event and after each.
@@ -51,7 +51,7 @@ class StrengthConfig(Config):
     """Nothing is tried over more items than these."""
 
     def strength(self, name: str) -> float:
-        """Return what a setting comes to."""
+        """Return the value of a setting."""
         value = getattr(self, name)
         return self.strengths[name][0] if value == "auto" else float(value)
 
@@ -66,16 +66,16 @@ class StrengthConfig(Config):
 
 
 class Model(nn.Module, ABC):
-    """What all models share; the defaults are those of a model that can do nothing of it."""
+    """The base class of all models; the defaults mean that a capability is missing."""
 
     learns_by: ClassVar[LearnsBy | None] = None
     """None: it is made of models that have learned."""
     reads: Reads = "nothing"
-    """What of a user's history it reads while it learns."""
+    """The part of a user's history that the model reads in training."""
     max_len: int = 0
-    """How many events of it."""
+    """Maximum number of events of the history."""
     note: str = ""
-    """What of the events it did not learn from and why, for the log; empty: it took all."""
+    """Events that the model did not learn from and why, for the log; empty if it used all."""
 
     @property
     def reads_profiles(self) -> bool:
@@ -121,8 +121,8 @@ class Model(nn.Module, ABC):
     def learn_new_users(self, events: Interactions) -> None:
         """Work out from the weights how to answer users without a vector of their own.
 
-        It is quick and changes no weight that training reads, so it is done before each validation:
-        what is validated is what will answer.
+        It is fast and changes no weight that training reads, so it runs before each validation:
+        validation then measures the model that will answer.
         """
 
     def finish(self) -> None:
@@ -145,7 +145,7 @@ class PairVectors(NamedTuple):
     base: tuple[Tensor, ...]
     """Tables of rows (R, D) whose length `l2` holds down, such as the looked-up embeddings."""
     views: tuple[tuple[Tensor, Tensor], ...] = ()
-    """Two tables (R, D) that give the same rows in two ways, of users and of items."""
+    """Two views (R, D) of the same rows, for users and for items."""
 
 
 class Retriever(Model, ABC):
@@ -168,7 +168,7 @@ class Retriever(Model, ABC):
         return None
 
     def item_codes(self) -> Codes | None:
-        """Return every item's vector as codes, where its table keeps them so."""
+        """Return the vectors of all items as codes, if their table stores codes."""
         return None if self.item_rows is None else self.item_rows.codes()
 
     def products(self, query_BD: Float[Tensor, "B D"]) -> Float[Tensor, "B I"]:
@@ -237,7 +237,9 @@ class Ranker(Model, ABC):
         return self.heads.predictions(self(queries, item_BC))
 
     def penalty(self, queries: Queries, item_BC: Int64[Tensor, "B C"]) -> Float[Tensor, ""] | None:
-        """Return what the model's settings add to the loss of a batch; None: nothing."""
+        """Return the penalty that the model's settings add to the loss of a batch; None for no
+        penalty.
+        """
         return None
 
     def of_new_items(self, queries: Queries, table: FieldTable) -> Mapping[str, Tensor]:
@@ -306,7 +308,7 @@ def as_item(vector_VD: Float[Tensor, "V D"], similarity: Similarity) -> Float[Te
 def top_k(
     score_BN: Float[Tensor, "B N"], k: int
 ) -> tuple[Float[Tensor, "B K"], Int64[Tensor, "B K"]]:
-    """Return the min(k, N) best scores of each row and where they stand, best first.
+    """Return the min(k, N) best scores of each row and their positions, best first.
 
     Ties go to the lower position, so a longer list begins with the shorter one.
     """

@@ -38,7 +38,7 @@ implicit_als, sparse = later("implicit.cpu.als"), later("scipy.sparse")
 threadpoolctl = later("threadpoolctl")
 
 Strength = Weight | Literal["auto"]
-"""How strongly a model trusts the data, or leaves that to validation."""
+"""The strength of a model's regularisation, which validation may choose."""
 
 
 class ItemSets(NamedTuple):
@@ -57,7 +57,7 @@ def distinct_items(queries: Queries, *, num_items: int) -> ItemSets:
 
 
 def interaction_matrix(events: Interactions) -> Any:
-    """Return the (U, I) matrix of float32 ones where a user has done an item, once or more."""
+    """Return the (U, I) matrix with ones (float32) where a user has interacted with an item."""
     matrix = sparse.csr_array(
         (np.ones(len(events), np.float32), events.item_idx, events.offsets),
         shape=(events.num_users, events.num_items),
@@ -102,7 +102,7 @@ class PopularityConfig(Config):
 class Popularity(Scorer):
     """Scores an item by its number of training events, of late or ever, the same for every query.
 
-    It learns nothing about any user, and so is the floor that every other model must clear.
+    It learns nothing about users, so every other model should be better.
     """
 
     learns_by = "events"
@@ -169,7 +169,7 @@ class ItemKNNConfig(StrengthConfig):
     """Added to the denominator, so that a similarity from few users counts less. "auto": chosen by
     validation from 0 to 100."""
     damping: float = Field(default=0.5, ge=0, le=10)
-    """How much less users with long histories count: each is weighted by length^-damping."""
+    """Down-weighting of users with long histories: each is weighted by length^-damping."""
 
 
 @final
@@ -399,8 +399,8 @@ class ImplicitALSConfig(StrengthConfig):
     regularization: Positive | Literal["auto"] = "auto"
     """λ: weight of the squared factors in the loss. "auto": chosen by validation from 0.1 to 50."""
     alpha: Strength = "auto"
-    """How much more an observed pair counts than an unobserved one. "auto": chosen by validation
-    from 2 to 40."""
+    """Additional weight of an observed pair, compared with an unobserved one. "auto": chosen by
+    validation from 2 to 40."""
     iterations: Rounds = 15
     """Number of iterations, each of which solves for all users and all items."""
 

@@ -1,7 +1,7 @@
 r"""BERT4Rec, a retriever: attention to both sides fills the gaps in a history.
 
-Some items of a history are hidden behind a learned [MASK]; the state there predicts what they were.
-To recommend, a [MASK] is appended, and its state is compared with every item.
+Some items of a history are replaced by a learned [MASK]; the state at its position predicts the
+item. To recommend, a [MASK] is appended, and its state is compared with every item.
 
 .. math:: P(v) \propto \exp(g(h_{[MASK]}) \cdot e_v + b_v)
 
@@ -51,8 +51,8 @@ class BERT4RecConfig(IdConfig):
         },
         training={"batch_events": 2048, "learning_rate": 4e-3, "ema_decay": 0.999},
     )
-    """As SASRec; more places are hidden than in print, as only they are learned from, and the last
-    one alone more often, as that is what will be asked."""
+    """As SASRec; more positions are masked than in the paper, because only they are learned from,
+    and more often only the last one, because recommendations need that case."""
     embedding_dim: Count = 64
     """Width of item vectors and states; a multiple of num_heads."""
     num_blocks: Depth = 2
@@ -79,7 +79,9 @@ class BERT4RecConfig(IdConfig):
 
 @final
 class BERT4Rec(Retriever):
-    """The network: `forward` gives the states of hidden places, `items` what they name."""
+    """The network: `forward` returns the states of masked positions, `items` the vectors of
+    items.
+    """
 
     learns_by = "masked_item"
 
@@ -108,7 +110,7 @@ class BERT4Rec(Retriever):
     ) -> Float[Tensor, "B T E"]:
         """Hide some places of each row behind [MASK] and return their states.
 
-        What is hidden, and what is under padding, has no influence.
+        Masked and padded items have no influence.
 
         Args:
             batch: Histories; the position counts back from a row's last event.

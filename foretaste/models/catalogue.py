@@ -1,7 +1,7 @@
 """All models by name: from settings to an untrained network.
 
 A new model is one more member of the union and one more arm of the `match`; a forgotten arm
-fails the type check. The model that is made of two others, `TwoStage`, is here too.
+fails the type check. It also contains `TwoStage`, the model that combines two others.
 
 Shape legend: B queries, I items, C candidates of each, R items that were not candidates.
 """
@@ -105,7 +105,7 @@ CLOSED_FORM = (PopularityConfig, ItemKNNConfig, EASEConfig, ImplicitALSConfig)
 
 
 def tasks_of(config: ModelConfig) -> tuple[Task, ...]:
-    """Return what a model that `config` describes predicts of labelled rows; most predict none."""
+    """Return the tasks of a model with these settings; most models have none."""
     match config:
         case TwoStageConfig():
             return tasks_of(config.ranker)
@@ -118,7 +118,7 @@ def tasks_of(config: ModelConfig) -> tuple[Task, ...]:
 
 
 class Pretraining(NamedTuple):
-    """What a model starts from."""
+    """The models that a model starts from."""
 
     parts: tuple[RankerConfig, ...]
     """Models that are trained before it, and handed to its `start_from`."""
@@ -129,7 +129,7 @@ class Pretraining(NamedTuple):
 
 
 def pretraining_of(config: ModelConfig) -> Pretraining | None:
-    """Return what a model starts from; None for models that start from drawn weights."""
+    """Return the models that a model starts from; None if it starts from random weights."""
     if isinstance(config, NeuMFConfig) and config.pretrain:
         return Pretraining(config.parts(), config.pretrain_epochs, config.fine_tuning)
     return None
@@ -159,7 +159,7 @@ def as_written(model: Mapping[str, object]) -> dict[str, object]:
 def settled(
     config: ModelConfig, events: Interactions, *, positive: str = "", ordered: bool = True
 ) -> ModelConfig:
-    """Return settings with what they leave to the data, "auto", decided.
+    """Return settings in which every "auto" is replaced by a value that depends on the data.
 
     Args:
         config: Of a model that is to be trained.
@@ -244,7 +244,9 @@ def build_model(
 
 
 def _bytes_of(make: Callable[[], Model], *, copies: int) -> int:
-    """Count what a network would keep: on torch's meta device a tensor has a size and no memory."""
+    """Count the bytes of a network on torch's meta device, where a tensor has a size but no
+    memory.
+    """
     try:
         with torch.device("meta"):
             model = make()
@@ -421,7 +423,7 @@ def below(score_BC: Float[Tensor, "B C"], first_BR: Float[Tensor, "B R"]) -> Flo
 
 @final
 class TwoStage(Model):
-    """Both networks, and how many candidates go from one to the other."""
+    """Both networks, and the number of candidates between them."""
 
     def __init__(
         self,
@@ -453,7 +455,7 @@ class TwoStage(Model):
         self.num_candidates, self.retriever_weight = num_candidates, retriever_weight
 
     def heard(self, judged: Judged, first_BC: Float[Tensor, "B C"]) -> Judged:
-        """Add the retriever's scores of the judged items, -inf where there is none, as weighed."""
+        """Add the weighted retriever's scores of the ranked items, -inf where there is none."""
         real_BC = first_BC.where(first_BC > -torch.inf, 0.0)
         return judged._replace(score_BC=judged.score_BC + self.retriever_weight * real_BC)
 

@@ -1,4 +1,4 @@
-r"""HSTU, a retriever: each event gathers from those before it, by what they are, where and when.
+r"""HSTU, a retriever: each event attends to earlier events, by content, position and time.
 
 .. math:: U, V, Q, K = \mathrm{SiLU}(f_1(\mathrm{norm}(X))), \quad
           A = \frac{1}{n} \mathrm{SiLU}(Q K^\top + r^{p} + r^{t}), \quad
@@ -43,7 +43,7 @@ _BUCKETS = 64
 """Of the seconds between two events: the last begins at 2^31.5, 96 years."""
 
 _PAIRS_AT_ONCE = 2**20
-"""Of events of one history, over all histories of a block."""
+"""Bound on pairs of events within histories, over all histories of a block."""
 
 
 class HSTUConfig(IdConfig):
@@ -59,7 +59,8 @@ class HSTUConfig(IdConfig):
         objective={"kind": "next_item", "loss": "sampled_softmax", "negatives": 1024},
         training={"batch_events": 2048, "learning_rate": 4e-3, "ema_decay": 0.999},
     )
-    """As SASRec; on MovieLens-100K better and sooner than by all items at the usual rate."""
+    """As SASRec; on MovieLens-100K this was better and faster than the full softmax at the usual
+    rate."""
     embedding_dim: Count = 64
     """Width of item vectors and states; a multiple of num_heads."""
     num_blocks: Depth = 2
@@ -120,7 +121,7 @@ class HSTU(Retriever):
     def forward(self, batch: SequenceBatch) -> Float[Tensor, "B L1 D"]:
         """Return L + 1 states: before any event, and after each one.
 
-        States under padding mean nothing.
+        States at padding positions are undefined.
         """
         place_L1 = torch.arange(batch.item_BL.shape[1] + 1, device=batch.item_BL.device)
         between = self._between(batch, place_L1.unsqueeze(0))

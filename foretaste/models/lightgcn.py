@@ -15,8 +15,8 @@ The transformation: Wang et al., "Neural Graph Collaborative Filtering", SIGIR 2
 https://arxiv.org/abs/1905.08108. **Departures**: no dropout of messages; as in its authors' code,
 layers are brought to length 1 before they are put side by side.
 
-Further departures: ties of any kind join those of the events, weighted (`GraphConfig`); a node
-without edges is 0; a new user is placed by `answer_users`.
+Further departures: edges of other kinds are added to those of the events, with weights
+(`GraphConfig`); a node without edges is 0; `answer_users` computes the vector of a new user.
 
 `propagate` is the first equation, line by line. `GraphConv` gives the same vectors and gradients,
 those of a batch's nodes alone: on Gowalla (71,000 nodes, 2 million edges) in 40 % of the processor
@@ -82,9 +82,9 @@ class LightGCNConfig(IdConfig):
         training={"learning_rate": 2e-2},
         l2_by_counts="always",
     )
-    """As MF, with a tenth of its l2 and twice its rate: what is passed along is a mean, so vectors
-    of layer 0 must grow further until products hold more than popularity. An l2 of .03 keeps them
-    on popularity's level on MovieLens-100K.
+    """As MF, with a tenth of its l2 and twice its rate: propagation averages vectors, so vectors of
+    layer 0 must grow more until their products express more than popularity. An l2 of .03 keeps
+    them on popularity's level on MovieLens-100K.
     """
     embedding_dim: Count = 64
     """Width of the vectors."""
@@ -244,7 +244,7 @@ class LightGCN(Retriever):
         self.placed.keep(self._known())
 
     def train(self, mode: bool = True) -> "LightGCN":  # noqa: FBT001, FBT002  # torch's own form
-        """Set the mode, and forget what was propagated with earlier weights."""
+        """Set the mode, and clear the cache of propagated vectors."""
         self._tables = None
         return super().train(mode)
 

@@ -66,7 +66,8 @@ class PinSageConfig(IdConfig):
         objective={"kind": "pairs", "loss": "sampled_softmax", "negatives": 2048},
         training={"learning_rate": 5e-3},
     )
-    """As MF, but corrected for how negatives are drawn, and without l2: cosines are bounded."""
+    """As MF, but corrected for the sampling probabilities of negatives, and without l2, because
+    cosines are bounded."""
     embedding_dim: Count = 64
     """Width of inputs, states and vectors."""
     message_dim: Count | None = None
@@ -105,7 +106,7 @@ class PinSageConfig(IdConfig):
 
 
 class _Tables(NamedTuple):
-    """What answers are made from."""
+    """The vectors that answers are computed from."""
 
     vector_XD: Tensor
     """Of users, then items, before the similarity."""
@@ -272,7 +273,7 @@ class PinSage(Retriever):
         return self._item(h_RD)
 
     def begin(self, events: Interactions) -> None:
-        """Note how many items each user has done, which decides which vector answers."""
+        """Record the number of items of each user, which determines the vector that answers."""
         super().begin(events)
         pair_E = events.user_idx.astype(np.int64) * self.num_items + events.item_idx
         user_P = torch.from_numpy(pair_E).unique() // self.num_items
@@ -283,7 +284,7 @@ class PinSage(Retriever):
         self.vector_XD, self.message_KIH = self._generate()
 
     def train(self, mode: bool = True) -> "PinSage":  # noqa: FBT001, FBT002  # torch's signature
-        """Forget what was computed from other weights; what `finish` kept, too, to train on."""
+        """Clear all results that were computed from earlier weights, also those of `finish`."""
         self._kept = None
         if mode and self.neighbourhoods is not None:
             self.vector_XD = self.vector_XD[:0].clone()

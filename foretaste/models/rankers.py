@@ -71,8 +71,8 @@ class DeepFM(PairRanker[DeepFMConfig]):
         Guo et al., "DeepFM: A Factorization-Machine based Neural Network for CTR Prediction",
         IJCAI 2017, https://arxiv.org/abs/1703.04247; Rendle, "Factorization Machines", ICDM 2010,
         https://doi.org/10.1109/ICDM.2010.127. **Departures**: a field of several values is the mean
-        of them; a number has a constant vector beside the one that it multiplies; a new user is
-        answered by regression on their history (`FoldIn`).
+        of them; a number has a constant vector in addition to the one that it multiplies; a new
+        user is represented by regression on their history (`FoldIn`).
     """
 
     def make(self, config: DeepFMConfig, make_fields: MakeFields) -> None:

@@ -41,8 +41,8 @@ class SASRecConfig(IdConfig):
         objective={"kind": "next_item", "loss": "sampled_softmax", "negatives": 1024},
         training={"batch_events": 2048, "learning_rate": 4e-3, "ema_decay": 0.999},
     )
-    """Many negatives teach more in a step than the paper's one; four times the usual rate goes with
-    an average over a thousand steps, which is what is validated."""
+    """With many negatives, a step learns more than with the paper's single one. Four times the
+    usual rate goes with an average of the weights over a thousand steps, which is validated."""
     embedding_dim: Count = 64
     """Width of item vectors and states; a multiple of num_heads."""
     num_blocks: Depth = 2
@@ -85,7 +85,8 @@ class SASRec(Retriever):
     def forward(self, batch: SequenceBatch) -> Float[Tensor, "B L1 D"]:
         """Return L + 1 states: before any event, and after each one.
 
-        States under padding mean nothing. The position counts back from the row's last event.
+        States at padding positions are undefined. The position counts back from the row's last
+        event.
         """
         return causal_states(self._parts(), self.item_table(batch.item_BL), batch.valid_BL)
 
@@ -109,7 +110,7 @@ class SASRec(Retriever):
 
 
 class CausalParts(NamedTuple):
-    """What a causal encoder of vectors is made of."""
+    """The parts of a causal encoder of vectors."""
 
     start: Tensor
     positions: nn.Embedding

@@ -1,4 +1,4 @@
-r"""Two-Tower, a retriever: users and items are each represented by what is known of them.
+r"""Two-Tower, a retriever: users and items are each represented by their own inputs.
 
 .. math:: s_{ui} = f(x_u) \cdot g(y_i)
 
@@ -278,7 +278,7 @@ class TwoTower(Retriever):
             self.fold_in.learn(events, self.user_table, self._base_vectors)
 
     def train(self, mode: bool = True) -> "TwoTower":  # noqa: FBT001, FBT002 - torch's signature
-        """Forget what was computed from other weights."""
+        """Clear what was computed from earlier weights."""
         self._kept = None
         super().train(mode)
         return self
@@ -328,7 +328,7 @@ class TwoTower(Retriever):
         return parts
 
     def _base(self, item_R: Tensor, field_RD: Tensor | None) -> Float[Tensor, "R D"]:
-        """Return what histories are made of: items before the item tower's MLP."""
+        """Return the inputs of histories: item vectors before the item tower's MLP."""
         parts = [] if self.item_table is None else [self.item_table(item_R)]
         return _sum_or_mlp(parts if field_RD is None else [*parts, field_RD], None)
 

@@ -195,7 +195,8 @@ def train_codes(row_RD: Float[Tensor, "R D"], sub_spaces: int, *, turned: bool =
 
 
 def balanced_turn(row_RD: Float[Tensor, "R D"], sub_spaces: int) -> Float[Tensor, "D D"]:
-    """Return principal directions, dealt to the sub-spaces so that each carries about as much.
+    """Return principal directions, distributed over the sub-spaces so that their variances are
+    balanced.
 
     What a sub-space of k directions loses goes by the product of their squared lengths to 1/k, so
     the longest direction that is left goes to the sub-space of the smallest product.

@@ -1,8 +1,8 @@
 """Encoded features to vectors: one table, one look-up, then a layer that fuses the fields.
 
 Codes and bags of all fields are looked up in one pass, a bag as the mean of its codes; a number is
-:math:`x w + b` with vectors w and b of its own; a vector goes through a linear layer. Fields that
-say nothing are 0, or, where they are codes, what training learned for a missing one.
+:math:`x w + b` with vectors w and b of its own; a vector goes through a linear layer. Missing
+fields are 0 or, if they are codes, the learned vector of the missing code.
 
 Shape legend: R rows, C single-valued fields, G bags, M numbers, F fields of all kinds, D width,
 P = R (C + G) things looked up, N codes of all bags.
@@ -205,7 +205,7 @@ class KnownFields(nn.Module):
 
 @final
 class KnownRows(nn.Module):
-    """The table itself, and one more row of which nothing is known.
+    """The table, and one more row without known features.
 
     It moves with the module and is not a part of its state: a bundle keeps features in files of
     their own.
@@ -231,7 +231,7 @@ class KnownRows(nn.Module):
             self.register_buffer(f"vector_{place}", vector_RW, persistent=False)
 
     def forward(self, row_B: Int64[Tensor, " B"]) -> FieldTable:
-        """Return some rows, -1 being the one of which nothing is known."""
+        """Return some rows; -1 is the row without known features."""
         return self.table().rows(row_B.where(row_B >= 0, self.num_rows))
 
     @property
@@ -276,7 +276,7 @@ def known_fields(
     fusion: Fusion,
     table: TableConfig,
 ) -> KnownFields | None:
-    """Make what encodes the features of users, or of items; None where there are none."""
+    """Create the encoder for the features of users or of items; None if there are none."""
     if told is None:
         return None
     return KnownFields(*told, embedding_dim=embedding_dim, fusion=fusion, table=table)

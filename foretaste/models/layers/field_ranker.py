@@ -1,4 +1,4 @@
-"""What rankers over fields have in common: from a model's raw outputs to answers, and histories.
+"""The base of rankers over fields: outputs, answers and histories.
 
 Abstract classes and not a set of functions: five models owe a dozen methods each, and what differs
 between them is one method.
@@ -50,13 +50,15 @@ class FieldRanker(Ranker, Scorer, ABC):
     def raw(
         self, queries: Queries, item_BC: Int64[Tensor, "B C"]
     ) -> Mapping[str, Float[Tensor, "B C"]]:
-        """Return what the heads of a batch's tasks read."""
+        """Return the inputs of the task heads for a batch."""
 
     @abstractmethod
     def raw_of(
         self, queries: Queries, item_1CGW: Float[Tensor, "1 C G W"]
     ) -> Mapping[str, Float[Tensor, "B C"]]:
-        """Return what the heads read of items that all queries share, given by their fields."""
+        """Return the inputs of the task heads for items that all queries share, given by their
+        fields.
+        """
 
     def forward(self, queries: Queries, item_BC: Int64[Tensor, "B C"]) -> dict[str, Tensor]:
         """Return what each task learns from."""
@@ -64,7 +66,7 @@ class FieldRanker(Ranker, Scorer, ABC):
         return outputs
 
     def penalty(self, queries: Queries, item_BC: Int64[Tensor, "B C"]) -> Float[Tensor, ""]:
-        """Return what the batch's vectors add to the loss for being long."""
+        """Return the l2 penalty of the batch's vectors."""
         return self.fields.penalty(queries, item_BC)
 
     def known_items(self) -> Bool[Tensor, " I"]:
@@ -146,7 +148,7 @@ class PairRanker(FieldRanker, ABC, Generic[C]):
     def of_fields(
         self, query_BQW: Float[Tensor, "B Q W"], item_ACGW: Float[Tensor, "A C G W"]
     ) -> Mapping[str, Float[Tensor, "B C"]]:
-        """Return what the heads read, from the fields of queries and items."""
+        """Return the inputs of the task heads, from the fields of queries and items."""
 
     def read(
         self, queries: Queries, item_BC: Int64[Tensor, "B C"]
@@ -285,7 +287,7 @@ class HistoryRanker(PairRanker[H], ABC):
     def user_vectors(
         self, queries: Queries, item_BC: Int64[Tensor, "B C"]
     ) -> Float[Tensor, "B C K"]:
-        """Return what each history comes to for each item.
+        """Return the vector of each history for each item.
 
         Raises:
             ConfigError: The model reads no histories.
@@ -336,7 +338,7 @@ class HistoryRanker(PairRanker[H], ABC):
         )
 
     def penalty(self, queries: Queries, item_BC: Int64[Tensor, "B C"]) -> Float[Tensor, ""]:
-        """Return what the batch's vectors add to the loss for being long."""
+        """Return the l2 penalty of the batch's vectors."""
         reads = self.config.reads_history and self.config.l2
         history_M = group_histories(queries, self.max_len).items() if reads else None
         return self.fields.penalty(queries, item_BC, history_M)
@@ -362,7 +364,7 @@ class HistoryRanker(PairRanker[H], ABC):
         history_MGW: Float[Tensor, "M G W"],
         item_ACGW: Float[Tensor, "A C G W"],
     ) -> Float[Tensor, "B C _ W"]:
-        """Put what histories come to, and its product with the item, beside the item's fields."""
+        """Append the history vectors, and their products with the item, to the item's fields."""
         item_ACK = item_ACGW.flatten(2)
         pooled_BCK = self._pooled(histories, history_MGW.flatten(1), item_ACK)
         both_BCK = pooled_BCK * item_ACK

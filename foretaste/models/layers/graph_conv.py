@@ -1,4 +1,4 @@
-r"""Vectors passed along the ties of a graph, each weighted by the degrees of both ends.
+r"""Propagation of vectors along the edges of a graph, weighted by the degrees of both ends.
 
 .. math:: \hat A = D^{-1/2} A D^{-1/2}
 
@@ -26,13 +26,14 @@ from foretaste.models.layers.dense import random_bytes
 
 @dataclass(frozen=True, kw_only=True)
 class Perturbation:
-    """What a training step does to the graph, and to the vectors that pass along it."""
+    """The changes of a training step to the graph and to the propagated vectors."""
 
     noise: float = 0.0
     """Length of the random vector that each node's is moved by after each layer, in its own
     orthant."""
     edge_dropout: float = 0.0
-    """Share of the ties that are left out, in [0, 1); the others weigh 1 / (1 - share) as much."""
+    """Share of the edges that are dropped, in [0, 1); the weights of the others are multiplied by 1
+    / (1 - share)."""
 
 
 class Propagated(NamedTuple):
@@ -57,7 +58,7 @@ class GraphConv(nn.Module):
     weight_E: Tensor | None
     tie_E: Tensor
     strength_V: Tensor
-    """Degree of each node in the graph's order: the sum of the weights of its ties; 64 bits."""
+    """Degree of each node in the graph's order: the sum of its edge weights, in 64 bits."""
     scale_V: Tensor
     """D^-1/2, likewise; 0 for an isolated node."""
 
@@ -118,7 +119,7 @@ class GraphConv(nn.Module):
         return out_VD
 
     def sum_neighbours(self, x_VD: Float[Tensor, "V D"]) -> Float[Tensor, "V D"]:
-        """Return the sum of each node's neighbours by the weights of the ties, no more."""
+        """Return the sum of each node's neighbours, weighted by the edges only."""
         row_VD = x_VD.index_select(0, self.node_V)
         return self.sum_rows(row_VD).index_select(0, self.row_V)
 

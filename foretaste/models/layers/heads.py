@@ -1,4 +1,4 @@
-"""From the number that a network gives for a task to what the task learns from, and predicts.
+"""Task heads: turn a network's output into training logits and predictions.
 
 Shape legend: B queries, C items of each, T tasks, K thresholds between an ordinal task's levels.
 """
@@ -72,7 +72,7 @@ class Heads(nn.Module):
         )
 
     def forward(self, raw: Mapping[str, Float[Tensor, "B C"]]) -> dict[str, Tensor]:
-        """Return what each task learns from, given a number for each."""
+        """Return the training outputs of each task, given a number for each."""
         outputs, steps = {}, iter(self.steps)
         for task in self.tasks:
             raw_BC = raw[task.name]
@@ -87,7 +87,7 @@ class Heads(nn.Module):
         return self.predictions(self(raw))
 
     def predictions(self, outputs: Mapping[str, Tensor]) -> dict[str, Float[Tensor, "B C"]]:
-        """Return what `predict` does, from what each task learns from."""
+        """Return predictions as `predict` does, from the training outputs of each task."""
         return {
             task.name: self._predict(place, task, outputs[task.name])
             for place, task in enumerate(self.tasks)
@@ -106,7 +106,7 @@ class Heads(nn.Module):
     def order(
         self, outputs: Mapping[str, Tensor], weights: Weights | None = None
     ) -> Float[Tensor, "B C"]:
-        r"""Return what orders a list, from what each task learns from.
+        r"""Return the score that orders a list, from the training outputs of each task.
 
         .. math:: \sum_t w_t a_t
 
@@ -139,7 +139,7 @@ class Heads(nn.Module):
 
     @torch.no_grad()
     def begin(self, events: Interactions) -> None:
-        """Take where the training labels lie: a scale for regressions, thresholds for levels.
+        """Fit the heads to the training labels: a scale for regressions, thresholds for levels.
 
         Raises:
             ConfigError: A task's column is not there.

@@ -107,7 +107,7 @@ class MeanHistory(nn.Module):
 
 @final
 class AttentionHistory(nn.Module):
-    """What a learned query, the same for all, finds in a history, in any order.
+    """Attention of a learned query, the same for all users, over a history in any order.
 
     An empty history gives the bias of the attention's output.
     """
@@ -270,8 +270,8 @@ class FoldIn(nn.Module):
     W and b are the ridge regression of the users that training learned on their own histories. It
     answers users by their learned vectors, new users by W and b, and moves the known ones.
 
-    A user of training who has done more since is their own vector, moved by what the new events
-    change in the regression's answer.
+    For a training user with new events, the learned vector is shifted by the change in the
+    regression's output.
     """
 
     def __init__(self, *, num_users: int, embedding_dim: int, user_dim: int | None = None) -> None:

@@ -1,9 +1,9 @@
-"""Nodes of a graph: what they start from, and the answers for those that the graph does not have.
+"""Nodes of a graph: their input vectors, and the vectors of new nodes.
 
-A new node takes part with its own degree, and layer 0 of it is 0. What its neighbours send at each
-layer is known, since they were there in training, so its vector is one sum of rows.
-**Approximate** is that its neighbours, too, would have changed a little: their degrees by its edge,
-and their own layers by what it sends back.
+A new node has its own degree, and its vector of layer 0 is 0. What its neighbours send at each
+layer is known, since they were there in training, so its vector is one sum of rows. **Approximate**
+is that its neighbours, too, would have changed a little: their degrees by its edge, and their own
+layers by what it sends back.
 
 Shape legend: S nodes, B queries, U users, I items, X users and items, V nodes, D width of layer 0,
 W width of what is sent, F width of the answer, N events, P distinct ones.
@@ -30,11 +30,11 @@ from foretaste.models.layers.table_kinds import TableConfig, make_tables
 class NodeInputs(nn.Module):
     """Users, then items. One learned vector is shared by all nodes without an id of their own.
 
-    A node without any edge has no vector: nothing could have trained it.
+    A node without edges has no vector, because it cannot be trained.
     """
 
     linked_X: Tensor
-    """Which nodes have a tie; part of the state."""
+    """Which nodes have an edge; part of the state."""
 
     def __init__(
         self,
@@ -162,22 +162,22 @@ Combine = Callable[[Tensor, Tensor], Tensor]
 
 
 class NodeTables(NamedTuple):
-    """What a trained graph knows."""
+    """The results of a trained graph."""
 
     user_UF: Float[Tensor, "U F"]
     item_IF: Float[Tensor, "I F"]
     sent_VW: Float[Tensor, "V W"]
-    """What each node sends along a tie of weight 1; 0 from isolated ones."""
+    """The message of each node along an edge of weight 1; 0 for isolated nodes."""
     received_UW: Float[Tensor, "U W"]
-    """Sum of what each user is sent, not yet divided by the root of the degree."""
+    """Sum of the messages to each user, not yet divided by the root of the degree."""
     strength_U: Float[Tensor, " U"]
-    """Degree of each user: the sum of the weights of its ties."""
+    """Degree of each user: the sum of its edge weights."""
     events_U: Int64[Tensor, " U"]
-    """How many different items each user has in training."""
+    """Number of distinct training items of each user."""
     tied_I: Bool[Tensor, " I"]
     """Items that have any tie."""
     placed_I: Bool[Tensor, " I"]
-    """Items that have ties, but none to a user."""
+    """Items that have edges, but none to a user."""
 
 
 @final
@@ -198,7 +198,7 @@ class PlacedNodes(nn.Module):
             setattr(self, name, table.detach().clone())
 
     def tables(self) -> NodeTables:
-        """Return what was kept."""
+        """Return the stored results."""
         return NodeTables(*(self.get_buffer(name) for name in NodeTables._fields))
 
 
@@ -250,7 +250,7 @@ def place(
     strength_B: Float[Tensor, " B"],
     combine: Combine,
 ) -> Float[Tensor, "B F"]:
-    """Return nodes' answers from what they are sent; 0 for one without a tie."""
+    """Return the vectors of nodes from their messages; 0 for a node without edges."""
     scale_B1 = strength_B.clamp(min=1e-12).rsqrt().unsqueeze(1)
     return combine(layer_0_BD, received_BW * scale_B1) * (strength_B > 0).unsqueeze(1)
 
@@ -268,7 +268,7 @@ def sum_of_rows(
 def _distinct(
     queries: Queries, tied_I: Bool[Tensor, " I"]
 ) -> tuple[Int64[Tensor, " P"], Int64[Tensor, " P"], Int64[Tensor, " P"]]:
-    """Return each history's different items that have ties: row, item, and which one it is.
+    """Return each history's distinct items with edges: row, item, and its number.
 
     They are sorted by row and item, so that sums of them do not depend on the order of events.
     """

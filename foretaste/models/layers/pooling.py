@@ -270,7 +270,9 @@ def _pooled(
     device: torch.device,
     columns: slice,
 ) -> Iterator[tuple[int, Tensor]]:
-    """Work out some columns of all messages, then give what each block of nodes pools of them."""
+    """Compute some columns of all messages, then yield the pooled messages of each block of
+    nodes.
+    """
     message_VH = torch.empty(state.num_rows, columns.stop - columns.start, device=device)
     for low, high in blocks:
         message_VH[low:high] = layer.messages(state.read(low, high).to(device), columns)

@@ -1,4 +1,4 @@
-"""What a ranker reads of a row: its user, its item and its context, one vector a field.
+"""The inputs of a ranker for a row: its user, its item and its context, one vector per field.
 
 The ids of a batch are looked up in one pass a side, and so are the codes of single values; what is
 known of the user and the context is computed once for a query, however many items it has; bags,
