@@ -338,7 +338,7 @@ class DrawItems(Protocol):
             generator: Source of all randomness.
 
         Returns:
-            item_idx; the row's own where nothing was found: it is hidden, and gets no label.
+            item_idx; if nothing was found, the row's own item, which is masked and gets no label.
         """
         ...
 

@@ -118,7 +118,7 @@ class Interactions(Shown):
 
     @checked
     def users_at(self, place_B: Int64[np.ndarray, " B"]) -> Int64[np.ndarray, " B"]:
-        """Return the user_idx of some events; of very many events without a row for each."""
+        """Return the user_idx of some events, without a column of all events in memory."""
         if len(self) <= _EACH_USER:
             user_B: np.ndarray = self.user_idx[place_B].astype(np.int64)
         else:

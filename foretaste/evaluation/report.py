@@ -35,7 +35,7 @@ _CALIBRATIONS: TypeAdapter[dict[str, Calibration]] = TypeAdapter(dict[str, Calib
 
 R = TypeVar("R", bound="AnyReport")
 Cells = list[list[str]]
-"""Of a table, the first of them headings."""
+"""Rows of a table, the first of which are headings."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
@@ -54,11 +54,11 @@ class AnyReport(Shown):
     """Name to 95 % bootstrap interval over users; a figure that is not a mean over users may have
     none."""
     counts: Mapping[str, int]
-    """How much was evaluated, and how much was left out, by reason."""
+    """Numbers of evaluated and of omitted items, by reason."""
     notes: tuple[str, ...]
     """Every choice that could have changed a number, one sentence each."""
     settings: Mapping[str, object] = field(default_factory=dict)
-    """What decided the training run, as plain JSON values."""
+    """The settings of the training run, as plain JSON values."""
     seed: int = 0
     """Of the training run."""
     suffix: str = ""
@@ -184,7 +184,7 @@ class Slice:
     group: str
     """What was sliced by, such as "history length"."""
     label: str
-    """Which slice it is, such as "10 to 19 events"."""
+    """The name of the slice, such as "10 to 19 events"."""
     users: int
     queries: int
     targets: int

@@ -126,7 +126,7 @@ def auc(
     Args:
         label_N: 0 or 1.
         score_N: Any real numbers, higher is better.
-        weight_N: Of each row, 0 or more; None: all equal.
+        weight_N: Weight of each row, 0 or more; None: all weights are equal.
 
     Returns:
         0.5 where the scores say nothing.

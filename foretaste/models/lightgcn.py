@@ -223,7 +223,7 @@ class LightGCN(Retriever):
         )
 
     def encode(self, queries: Queries) -> Float[Tensor, "B F"]:
-        """Return each user's vector: of training, or placed by the history; 0 without one."""
+        """Return each user's vector: from training, or from the history; 0 without a history."""
         tables = self._known()
         return self._query(answer_users(queries, tables, self.user_table, self._combine))
 

@@ -207,7 +207,8 @@ class RankedNegatives:
             generator: Source of all randomness.
 
         Returns:
-            item_idx; the pair's own where nothing was found that the user has not done.
+            item_idx; the pair's own item if no item was found that the user has not interacted
+            with.
 
         Raises:
             ConfigError: The ranks are empty, or beyond those kept.
