@@ -60,6 +60,7 @@ from foretaste.models.layers.nodes import (
 )
 from foretaste.models.layers.table import Table
 from foretaste.models.layers.table_kinds import IdConfig, make_table, make_tables
+from foretaste.models.mf import MFConfig
 
 
 class LightGCNConfig(IdConfig):
@@ -72,13 +73,7 @@ class LightGCNConfig(IdConfig):
         "edge_dropout": RangeConfig(low=0.0, high=0.3),
     }
     usual: ClassVar[Usual] = Usual(
-        objective={
-            "kind": "pairs",
-            "loss": "sampled_softmax",
-            "negatives": 2048,
-            "log_q": False,
-            "l2": 0.01,
-        },
+        objective={**MFConfig.usual.objective, "l2": 0.01},
         training={"learning_rate": 2e-2},
         l2_by_counts="always",
     )

@@ -48,9 +48,7 @@ class GMFConfig(IdConfig):
     """Settings of generalised matrix factorisation."""
 
     kind: Literal["gmf"] = "gmf"
-    tuning: ClassVar[Space] = {
-        "factors": ChoiceConfig(choices=(8, 16, 32, 64)),
-    }
+    tuning: ClassVar[Space] = {"factors": ChoiceConfig(choices=(8, 16, 32, 64))}
     usual: ClassVar[Usual] = ROWS_USUAL
     task: Task = Task(name="click")
     """The task to predict."""
@@ -60,10 +58,10 @@ class GMFConfig(IdConfig):
     """Standard deviation of the initial vectors."""
 
 
-class MLPConfig(IdConfig):
-    """Settings of the multi-layer perceptron over a user's and an item's vector."""
+class _LayersConfig(IdConfig):
+    """Settings of a multi-layer perceptron over a user's and an item's vector."""
 
-    kind: Literal["mlp"] = "mlp"
+    kind: Literal["mlp", "neumf"]
     tuning: ClassVar[Space] = {
         "factors": ChoiceConfig(choices=(8, 16, 32, 64)),
         "num_layers": ChoiceConfig(choices=(1, 2, 3, 4)),
@@ -73,8 +71,8 @@ class MLPConfig(IdConfig):
     task: Task = Task(name="click")
     """The task to predict."""
     factors: Count = 32
-    """Width of the last hidden layer. Each layer before it is twice as wide as the next, and the
-    user's and the item's vector together are as wide as the first."""
+    """Width of the last hidden layer, and of GMF's vectors. Each layer before it is twice as wide
+    as the next, and the user's and the item's vector together are as wide as the first."""
     num_layers: Depth = 3
     """Number of hidden layers."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
@@ -83,26 +81,16 @@ class MLPConfig(IdConfig):
     """Standard deviation of the initial vectors."""
 
 
-class NeuMFConfig(IdConfig):
+class MLPConfig(_LayersConfig):
+    """Settings of the multi-layer perceptron over a user's and an item's vector."""
+
+    kind: Literal["mlp"] = "mlp"
+
+
+class NeuMFConfig(_LayersConfig):
     """Settings of NeuMF: GMF and MLP under one output layer."""
 
     kind: Literal["neumf"] = "neumf"
-    tuning: ClassVar[Space] = {
-        "factors": ChoiceConfig(choices=(8, 16, 32, 64)),
-        "num_layers": ChoiceConfig(choices=(1, 2, 3, 4)),
-        "dropout": RangeConfig(low=0.0, high=0.5),
-    }
-    usual: ClassVar[Usual] = ROWS_USUAL
-    task: Task = Task(name="click")
-    """The task to predict."""
-    factors: Count = 32
-    """Width of GMF's vectors and of MLP's last hidden layer."""
-    num_layers: Depth = 3
-    """Hidden layers of MLP, each twice as wide as the next."""
-    dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Share of values dropped after each hidden layer."""
-    init_std: Positive = 0.01
-    """Standard deviation of the initial vectors."""
     pretrain: bool = False
     """Whether GMF and MLP are trained first, with the same settings, and NeuMF starts from their
     weights."""
@@ -117,17 +105,9 @@ class NeuMFConfig(IdConfig):
     @checked
     def parts(self) -> tuple[GMFConfig, MLPConfig]:
         """Return the two models that NeuMF is made of."""
-        gmf = GMFConfig(
-            table=self.table, task=self.task, factors=self.factors, init_std=self.init_std
-        )
-        mlp = MLPConfig(
-            table=self.table,
-            task=self.task,
-            factors=self.factors,
-            num_layers=self.num_layers,
-            dropout=self.dropout,
-            init_std=self.init_std,
-        )
+        own = {name: getattr(self, name) for name in MLPConfig.model_fields if name != "kind"}
+        mlp = MLPConfig(**own)
+        gmf = GMFConfig(**{name: own[name] for name in GMFConfig.model_fields if name in own})
         return gmf, mlp
 
 

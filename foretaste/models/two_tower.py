@@ -52,6 +52,7 @@ from foretaste.models.layers.embedding import Fusion, known_fields, told_of_item
 from foretaste.models.layers.history import AttentionHistory, CausalHistory, FoldIn, MeanHistory
 from foretaste.models.layers.table import Table
 from foretaste.models.layers.table_kinds import IdConfig, make_table
+from foretaste.models.mf import MFConfig
 from foretaste.models.sasrec import SASRecConfig
 
 _BLOCK_ITEMS = 2**14
@@ -70,20 +71,8 @@ class TwoTowerConfig(IdConfig):
         "id_dropout": RangeConfig(low=0.0, high=0.5),
         "temperature": RangeConfig(low=0.05, high=1.0, log=True),
     }
-    usual: ClassVar[Usual] = Usual(
-        objective={
-            "kind": "pairs",
-            "loss": "sampled_softmax",
-            "negatives": 2048,
-            "log_q": False,
-            "l2": 0.1,
-        },
-        training={"learning_rate": 1e-2},
-        l2_by_counts="without features",
-    )
-    """Softmax over 2048 negatives, which ranks the whole of a small catalogue at once; uncorrected,
-    so that popularity stays in the products; l2 holds the vectors back while 1e-2 moves them fast.
-    """
+    usual: ClassVar[Usual] = MFConfig.usual._replace(l2_by_counts="without features")
+    """As MF."""
     embedding_dim: Count = 64
     """Width of each input vector and of both towers' outputs."""
     user_id: bool = True
