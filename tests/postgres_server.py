@@ -22,6 +22,22 @@ def _binaries() -> Path | None:
     return installed[-1].parent if installed else None
 
 
+def _run(program: str, *arguments: str) -> None:
+    """Run a program of PostgreSQL, which refuses root, as its own user."""
+    as_owner = ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []
+    subprocess.run(
+        [*as_owner, str(_binaries() / program), *arguments],
+        check=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        cwd="/",
+    )
+
+
+def _start(data: Path) -> None:
+    _run("pg_ctl", "-D", str(data), "-w", "-l", str(data.with_name("log")), "start")
+
+
 def _free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         return int(listener.getsockname()[1])
@@ -30,34 +46,23 @@ def _free_port() -> int:
 @pytest.fixture(scope="session")
 def postgres_server() -> Iterator[str]:
     """The URL of a running server, without a database name."""
-    binaries = _binaries()
-    if binaries is None:
+    if _binaries() is None:
         pytest.skip("PostgreSQL is not installed here: its half of the tests is left out")
-    as_owner: list[str] = []
     folder = Path(tempfile.mkdtemp(prefix="foretaste-pg-"))
     if os.geteuid() == 0:  # initdb refuses root
         if shutil.which("runuser") is None:
             pytest.skip("PostgreSQL does not run as root and there is no runuser: left out")
-        as_owner = ["runuser", "-u", "postgres", "--"]
         shutil.chown(folder, "postgres")
     data = folder / "data"
-
-    def run(program: str, *arguments: str) -> None:
-        subprocess.run(
-            [*as_owner, str(binaries / program), *arguments],
-            check=True,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            cwd=folder,
-        )
-
     try:
-        run("initdb", "-D", str(data), "-U", "tester", "--auth=trust", "-E", "UTF8", "--no-sync")
+        _run("initdb", "-D", str(data), "-U", "tester", "--auth=trust", "-E", "UTF8", "--no-sync")
         port = _free_port()  # so late that nobody else will have taken it
-        options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={folder}"
-        run("pg_ctl", "-D", str(data), "-w", "-l", str(folder / "log"), "-o", options, "start")
+        with (data / "postgresql.conf").open("a") as settings:
+            settings.write(f"port = {port}\nlisten_addresses = '127.0.0.1'\n")
+            settings.write(f"unix_socket_directories = '{folder}'\n")
+        _start(data)
         yield f"postgresql://tester@127.0.0.1:{port}"
-        run("pg_ctl", "-D", str(data), "-w", "-m", "immediate", "stop")
+        _run("pg_ctl", "-D", str(data), "-w", "-m", "immediate", "stop")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -83,16 +88,30 @@ def postgres_database(postgres_server: str) -> str:
 @contextmanager
 def frozen(database: str) -> Iterator[None]:
     """Let all processes of a PostgreSQL stand still: it accepts connections and answers nothing."""
-    psycopg = pytest.importorskip("psycopg")
-    with psycopg.connect(database) as connection:
-        (data,) = connection.execute("SHOW data_directory").fetchone()
-    first = int((Path(data) / "postmaster.pid").read_text().split()[0])
+    first = int((_data_of(database) / "postmaster.pid").read_text().split()[0])
     found = [first, *_children(first)]
     try:
         _send(signal.SIGSTOP, found)
         yield
     finally:
         _send(signal.SIGCONT, found)
+
+
+@contextmanager
+def stopped(database: str) -> Iterator[None]:
+    """End a PostgreSQL at once, as a fault of its machine would, and start it again afterwards."""
+    data = _data_of(database)
+    _run("pg_ctl", "-D", str(data), "-w", "-m", "immediate", "stop")
+    try:
+        yield
+    finally:
+        _start(data)
+
+
+def _data_of(database: str) -> Path:
+    psycopg = pytest.importorskip("psycopg")
+    with psycopg.connect(database) as connection:
+        return Path(connection.execute("SHOW data_directory").fetchone()[0])
 
 
 def _send(number: signal.Signals, pids: list[int]) -> None:

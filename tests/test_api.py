@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import gzip
 import json
 import re
 import socket
@@ -16,7 +17,6 @@ from urllib.parse import quote
 import httpx
 import polars as pl
 import pytest
-import uvicorn
 
 from foretaste.data.features_schema import schema_from_toml
 from foretaste.data.reading import read_interactions
@@ -28,7 +28,7 @@ from foretaste.serving.api import create_app
 from foretaste.serving.messages import RecommendReply, SimilarReply
 from foretaste.serving.metrics import Admission, Metrics
 from foretaste.serving.recommender import build_recommender
-from foretaste.serving.server import server_config
+from foretaste.serving.server import http_server
 from foretaste.serving.service import WITHOUT_REASONS, WITHOUT_STORE, Service
 from foretaste.serving.settings import Access, ServerSettings, access_of, add_token
 from foretaste.serving.slot import ModelSlot, load_version
@@ -73,7 +73,7 @@ def served(bundle: Path, state: str, **settings: object) -> Iterator[Served]:
     admission = Admission(chosen, metrics, log.append)
     app = create_app(service, settings=chosen, access=access_of(chosen), admission=admission)
     listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(server_config(app, chosen, admission))
+    server = http_server(app, chosen, admission)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     address = f"http://127.0.0.1:{listener.getsockname()[1]}"
@@ -700,6 +700,55 @@ def test_a_large_body_is_refused_whether_or_not_it_says_its_size(
             assert reply.status_code == 413
             assert "larger than 1000 bytes" in reply.json()["error"]
         assert films.http.post("/v1/recommend", json={}).status_code == 200
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "br", "deflate, gzip"])
+@pytest.mark.parametrize("path", ["recommend", "events"])
+def test_a_body_that_is_compressed_is_refused_before_it_is_read(
+    films: Served, path: str, encoding: str
+) -> None:
+    head = (
+        f"POST /v1/{path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        f"Content-Encoding: {encoding}\r\nContent-Length: 100000\r\n\r\n"
+    )
+    address = (films.http.base_url.host, films.http.base_url.port)
+    with socket.create_connection(address, timeout=60) as client:
+        client.sendall(head.encode())
+        answer = b"".join(iter(lambda: client.recv(65536), b""))
+    assert answer.startswith(b"HTTP/1.1 415")
+    assert b"accept-encoding: identity" in answer
+    assert encoding in json.loads(answer.partition(b"\r\n\r\n")[2])["error"]
+    plain = films.http.post("/v1/recommend", json={}, headers={"content-encoding": "identity"})
+    assert plain.status_code == 200
+
+
+def test_a_long_answer_is_compressed_for_a_client_that_takes_it(films: Served) -> None:
+    address = (films.http.base_url.host, films.http.base_url.port)
+    body = b'{"k": 1000, "user_id": 1}'
+
+    def answer(accepts: bytes, request: bytes = body) -> tuple[bytes, bytes]:
+        with socket.create_connection(address, timeout=60) as client:
+            client.sendall(
+                b"POST /v1/recommend HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+                b"Content-Type: application/json\r\nAccept-Encoding: %s\r\nContent-Length: %d"
+                b"\r\n\r\n%s" % (accepts, len(request), request)
+            )
+            head, _, content = b"".join(iter(lambda: client.recv(65536), b"")).partition(
+                b"\r\n\r\n"
+            )
+        assert b"content-length: %d" % len(content) in head
+        return head, content
+
+    head, plain = answer(b"identity")
+    assert b"content-encoding" not in head
+    assert b"vary: Accept-Encoding" in head
+    head, packed = answer(b"br, gzip")
+    assert b"content-encoding: gzip" in head
+    assert gzip.decompress(packed) == plain
+    assert len(packed) < len(plain) / 2
+    head, short = answer(b"gzip", b'{"k": 1}')
+    assert b"content-encoding" not in head
+    assert json.loads(short)["items"]
 
 
 def test_without_the_token_only_health_and_the_empty_page_answer(

@@ -1,5 +1,6 @@
 """What a client may do to a connection, by raw sockets: long heads, silence, and too many."""
 
+import asyncio
 import json
 import random
 import socket
@@ -11,11 +12,10 @@ from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
-import uvicorn
 from starlette.types import Receive, Scope, Send
 
 from foretaste.serving.metrics import Admission, Metrics
-from foretaste.serving.server import server_config
+from foretaste.serving.server import http_server
 from foretaste.serving.settings import ServerSettings
 
 GET = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
@@ -65,7 +65,7 @@ class Server:
 def serving(**settings: object) -> Iterator[Server]:
     chosen, metrics = ServerSettings(**settings), Metrics()
     listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(server_config(size, chosen, Admission(chosen, metrics, print)))
+    server = http_server(size, chosen, Admission(chosen, metrics, print))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:
@@ -312,11 +312,12 @@ def test_a_list_is_refused_when_those_before_it_would_take_too_long(
         with admission.place("/v1/recommend"):
             now[0] += seconds
 
-    def full_beside(number: int, path: str) -> bool:
+    def full_beside(number: int, path: str, *, each_s: float = 0.03) -> bool:
         with ExitStack() as stack:
             for _ in range(number):
+                admission.is_full(path)  # as is asked at each head
                 stack.enter_context(admission.place("/v1/users/7/recommendations"))
-            now[0] += 0.03 * number  # as long as they take one after the other
+            now[0] += each_s * number  # as long as they take one after the other
             return admission.is_full(path)
 
     answer(0.03)
@@ -331,4 +332,30 @@ def test_a_list_is_refused_when_those_before_it_would_take_too_long(
     assert not full_beside(1, "/v1/recommend")
     for _ in range(100):
         answer(0.005)
-    assert not full_beside(7, "/v1/recommend")
+    assert not full_beside(7, "/v1/recommend", each_s=0.005)
+    # a row that has stood for 0.05 s is no burst: half of the 0.05 s
+    assert full_beside(7, "/v1/recommend", each_s=0.015)
+    assert not full_beside(2, "/v1/recommend", each_s=0.06)
+
+
+def test_of_many_requests_that_arrive_together_only_those_are_begun_that_there_is_room_for() -> (
+    None
+):
+    # All their heads are read before the first is begun.
+    metrics, settings = Metrics(), ServerSettings(num_threads=1, max_concurrency=3)
+    admission, begun = Admission(settings, metrics, print), []
+
+    async def app(*asgi: object) -> None:
+        begun.append(asgi)
+
+    apps = []
+    for _ in range(5):
+        if not admission.is_full("/v1/recommend"):
+            apps.append(admission.expected("/v1/recommend", app))
+    assert len(apps) == 3
+    assert admission.is_full("/v1/items/7/similar")
+    assert admission.expected("/health", app) is app
+    for one in apps:
+        asyncio.run(one({}, None, None))
+    assert len(begun) == 3
+    assert not admission.is_full("/v1/recommend")

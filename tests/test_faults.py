@@ -13,11 +13,12 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
+import httpx
 import pytest
 import sqlalchemy as sa
 
 from foretaste.serving.service import WITHOUT_STORE
-from tests.postgres_server import frozen
+from tests.postgres_server import frozen, stopped
 from tests.test_api import NOW_S, Served, served
 from tests.worlds import write_film_bundle
 
@@ -68,13 +69,14 @@ def locked(state: str) -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    ("fault", "answers_rest_on_events"), [(removed, False), (locked, True), (frozen, False)]
+    ("fault", "answers_rest_on_events"),
+    [(removed, False), (locked, True), (frozen, False), (stopped, False)],
 )
 def test_without_its_store_a_server_answers_says_so_and_goes_on_by_itself(
     bundle: Path, tmp_path: Path, request: pytest.FixtureRequest, fault, answers_rest_on_events
 ) -> None:
     state = str(tmp_path / "e.sqlite")
-    if fault is frozen:  # all its processes stand still, as behind a network that swallows all
+    if fault in (frozen, stopped):  # as behind a network that swallows all, and ended at once
         state = request.getfixturevalue("postgres_database")
     with served(bundle, state, store_timeout_s=0.3) as films:
         assert stores(films)
@@ -101,17 +103,72 @@ def test_without_its_store_a_server_answers_says_so_and_goes_on_by_itself(
         assert "/v1/events" in causes
 
 
-def test_a_server_starts_while_its_database_hangs_and_finds_it_later(
-    bundle: Path, postgres_database: str
+@pytest.mark.parametrize("fault", [frozen, stopped])
+def test_a_server_starts_without_its_database_and_finds_it_later(
+    bundle: Path, postgres_database: str, fault
 ) -> None:
     with ExitStack() as standstill:
-        standstill.enter_context(frozen(postgres_database))
+        standstill.enter_context(fault(postgres_database))
         with served(bundle, postgres_database, store_timeout_s=0.3) as films:
             assert films.recommend(user_id=1, k=3)["notes"] == [WITHOUT_STORE]
             assert films.http.post("/v1/events", json=EVENT).status_code == 503
             standstill.close()
             eventually(lambda: stores(films))
             assert films.recommend(user_id=1, k=3)["live_events"] == 1
+
+
+class Client(threading.Thread):
+    """Asks one route until it is ended; keeps the statuses, and the ids that were acknowledged."""
+
+    def __init__(self, films: Served, path: str, user_id: str) -> None:
+        super().__init__()
+        self.address, self.path, self.user_id = films.http.base_url, path, user_id
+        self.statuses: set[int] = set()
+        self.acknowledged: list[str] = []
+        self.ended = threading.Event()
+
+    def run(self) -> None:
+        with httpx.Client(base_url=self.address, timeout=60, trust_env=False) as http:
+            while not self.ended.is_set():
+                event_id = f"{self.user_id}-{time.monotonic_ns()}"
+                event = {"item_id": 101, "event_id": event_id} if "events" in self.path else {}
+                status = http.post(self.path, json={"user_id": self.user_id} | event).status_code
+                self.statuses.add(status)
+                if status == 201:
+                    self.acknowledged.append(event_id)
+
+    def stores_on(self) -> None:
+        """Wait until more events have been acknowledged."""
+        stored = len(self.acknowledged)
+        eventually(lambda: len(self.acknowledged) > stored + 10)
+
+
+def test_a_database_that_ends_and_comes_back_under_load_loses_no_acknowledged_event(
+    bundle: Path, postgres_database: str
+) -> None:
+    with served(bundle, postgres_database, store_timeout_s=0.3) as films:
+        writers = [Client(films, "/v1/events", f"u{number}") for number in range(2)]
+        reader = Client(films, "/v1/recommend", "u0")
+        for one in (*writers, reader):
+            one.start()
+        for _ in range(ROUNDS):
+            for writer in writers:
+                writer.stores_on()
+                writer.statuses.clear()
+            with stopped(postgres_database):
+                eventually(lambda: all(503 in writer.statuses for writer in writers))
+        for writer in writers:
+            writer.stores_on()
+        for one in (*writers, reader):
+            one.ended.set()
+            one.join()
+        assert reader.statuses == {200}
+        for writer in writers:
+            assert writer.statuses == {201, 503}
+            events = films.service.events.of_user(writer.user_id, limit=10**6)
+            kept = [event.event_id for event in events]
+            assert len(kept) == len(set(kept))
+            assert set(writer.acknowledged) <= set(kept)
 
 
 def test_events_that_wait_for_the_store_hold_up_no_answer(bundle: Path, tmp_path: Path) -> None:

@@ -156,7 +156,7 @@ def test_the_store_keeps_what_it_acknowledged_in_three_rounds_of_kill_9(state: s
 def test_sigterm_ends_a_server_whose_store_hangs_within_its_time(
     bundle: Path, tmp_path: Path, postgres_database: str
 ) -> None:
-    settings = {"state": postgres_database, "drain_s": 10}
+    settings = {"state": postgres_database, "drain_s": 10, "unready_s": 0}
     with running(bundle, tmp_path, **settings) as process, ExitStack() as stack:
         event = {"user_id": 1, "item_id": 101}
         assert process.http.post("/v1/events", json=event).status_code == 201
@@ -190,7 +190,8 @@ def connects(address: tuple[str, int]) -> bool:
 
 
 def test_sigterm_ends_what_is_at_work_and_then_the_process(bundle: Path, tmp_path: Path) -> None:
-    with running(bundle, tmp_path, state=str(tmp_path / "e.sqlite")) as process:
+    settings = {"state": str(tmp_path / "e.sqlite"), "unready_s": 0}
+    with running(bundle, tmp_path, **settings) as process:
         address = (process.http.base_url.host, process.http.base_url.port)
         body = json.dumps({"user_id": 1, "k": 3}).encode()
         with socket.create_connection(address, timeout=60) as slow:
@@ -209,6 +210,45 @@ def test_sigterm_ends_what_is_at_work_and_then_the_process(bundle: Path, tmp_pat
             assert slow.recv(65536).startswith(b"HTTP/1.1 200 OK")
         assert process.popen.wait(timeout=60) == 0
         assert [line["status"] for line in process.logged()] == [200]
+
+
+def status_line(client: socket.socket, path: bytes) -> bytes:
+    """Ask on an open connection; return the first line of the answer."""
+    client.sendall(b"GET %s HTTP/1.1\r\nHost: localhost\r\n\r\n" % path)
+    return client.recv(65536)
+
+
+def test_sigterm_makes_a_server_unready_while_it_still_listens(
+    bundle: Path, tmp_path: Path
+) -> None:
+    settings = {"state": str(tmp_path / "e.sqlite"), "unready_s": 600.0}
+    with running(bundle, tmp_path, **settings) as process, ExitStack() as stack:
+        address = (process.http.base_url.host, process.http.base_url.port)
+
+        def client() -> socket.socket:
+            return stack.enter_context(socket.create_connection(address, timeout=60))
+
+        early = client()
+        assert status_line(early, b"/ready").startswith(b"HTTP/1.1 200")
+        process.popen.send_signal(signal.SIGTERM)
+        deadline = time.monotonic() + 60
+        while not status_line(client(), b"/ready").startswith(b"HTTP/1.1 503"):
+            assert time.monotonic() < deadline
+        for one in (early, client()):  # also a connection from before is answered, and then closed
+            answer = status_line(one, b"/v1/users/1/recommendations")
+            assert answer.startswith(b"HTTP/1.1 200")
+            assert b"connection: close" in answer
+        process.popen.send_signal(signal.SIGTERM)  # a second one ends the wait of ten minutes
+        assert process.popen.wait(timeout=60) == 0
+        assert not connects(address)
+
+
+def test_sigterm_ends_a_server_by_itself_and_sigint_at_once(bundle: Path, tmp_path: Path) -> None:
+    for number, unready_s in ((signal.SIGTERM, 0.2), (signal.SIGINT, 600.0)):
+        settings = {"state": str(tmp_path / "e.sqlite"), "unready_s": unready_s}
+        with running(bundle, tmp_path, **settings) as process:
+            process.popen.send_signal(number)
+            assert process.popen.wait(timeout=60) == 0
 
 
 def test_sighup_swaps_the_model_under_load_without_a_failed_request(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import importlib
 import os
 import shutil
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -16,6 +17,7 @@ from test_bundle import reseal
 
 from foretaste.data.folder import entry_of
 from foretaste.errors import BundleError, ConfigError
+from foretaste.serving import self_test
 from foretaste.serving import slot as slots
 from foretaste.serving.recommender import build_recommender, load
 from foretaste.serving.self_test import StoredAnswers, check_answers
@@ -189,6 +191,32 @@ def test_other_items_scores_or_reasons_than_stored_are_refused(bundle: Path) -> 
             check_answers(recommender, changed(answers, **{name: value}))
     with pytest.raises(BundleError, match="s are allowed"):
         check_answers(recommender, answers, within_s=0.1, clock=iter(np.arange(100.0)).__next__)
+
+
+def test_a_slow_answer_is_one_that_computes_long_not_one_that_waits(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recommender = load(bundle)
+    find = self_test._find
+
+    def waits(*asked: object, k: int) -> object:
+        time.sleep(0.3)  # as behind other work of a busy machine
+        return find(*asked, k=k)
+
+    def computes(*asked: object, k: int) -> object:
+        ends_s = time.process_time() + 0.3
+        while time.process_time() < ends_s:
+            pass
+        return find(*asked, k=k)
+
+    monkeypatch.setattr(self_test, "_find", waits)
+    first = recommender.bundle.answers.model_copy(
+        update={"asked": recommender.bundle.answers.asked[:1]}
+    )
+    check_answers(recommender, first, within_s=0.2)
+    monkeypatch.setattr(self_test, "_find", computes)
+    with pytest.raises(BundleError, match="s are allowed"):
+        check_answers(recommender, first, within_s=0.2)
 
 
 def test_an_index_of_other_vectors_or_items_is_refused(tmp_path: Path) -> None:

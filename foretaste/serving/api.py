@@ -18,6 +18,7 @@ from pydantic_core import ErrorDetails
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.convertors import Convertor, register_url_convertor
 from starlette.exceptions import HTTPException
+from starlette.middleware.gzip import GZipMiddleware
 
 from foretaste.config import findings
 from foretaste.errors import DataError, ForetasteError, did_you_mean
@@ -49,6 +50,8 @@ from foretaste.serving.state import cause_of
 T = TypeVar("T")
 STORE_THREADS = 8
 """Maximum number of calls that wait for the store at one time."""
+COMPRESSED_BYTES = 1_000
+"""Shorter answers are not compressed, whatever a client accepts."""
 
 
 class _Anything(Convertor[str]):
@@ -99,7 +102,7 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        anyio.to_thread.current_default_thread_limiter().total_tokens = settings.num_threads
+        anyio.to_thread.current_default_thread_limiter().total_tokens = settings.threads
         asyncio.get_running_loop().set_exception_handler(_fault_log(settings, admission.write_log))
         yield
 
@@ -117,6 +120,7 @@ def create_app(
             for status, meaning in {
                 401: "The token is missing or wrong",
                 403: "The token may not do this, or a page of another site sent the request",
+                415: "The body is compressed",
                 421: "The server does not serve this host name",
                 422: "The request is invalid; `error` says why",
                 429: "The token has used up its requests: try again after Retry-After seconds",
@@ -124,6 +128,7 @@ def create_app(
             }.items()
         },
     )
+    app.add_middleware(GZipMiddleware, minimum_size=COMPRESSED_BYTES, compresslevel=4)
     app.add_middleware(  # outermost, so that it also handles errors of the routes
         Guard,
         settings=settings,
@@ -136,7 +141,7 @@ def create_app(
     _add_answers(app, service)
     _add_people(app, service, ask_store)
     _add_models(app, service, switch)
-    _add_operations(app, service, ask_store)
+    _add_operations(app, service, ask_store, admission)
     add_page(app)
     return app
 
@@ -274,7 +279,9 @@ def _refusals() -> Iterator[None]:
         raise HTTPException(409, f"the old version stays active: {error}") from error
 
 
-def _add_operations(app: FastAPI, service: Service, ask_store: _Elsewhere) -> None:
+def _add_operations(
+    app: FastAPI, service: Service, ask_store: _Elsewhere, admission: Admission
+) -> None:
     @app.get("/v1/model", tags=["model"])
     def model() -> ModelReply:
         """The active model: its manifest and its report."""
@@ -290,6 +297,8 @@ def _add_operations(app: FastAPI, service: Service, ask_store: _Elsewhere) -> No
         """Whether a model answers. It may answer while the store of live events does not; see the
         body.
         """
+        if admission.leaving:
+            raise HTTPException(503, "the server is about to stop: ask another one")
         if cause := await ask_store(service.ready):
             request.state.log["cause"] = cause
         return HealthReply(status="ready", store="does not answer" if cause else "answers")

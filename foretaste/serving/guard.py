@@ -6,8 +6,7 @@ a limit gets a short reply, and its connection is closed; the same holds for a r
 there is no room, before it is parsed further.
 
 A complete head goes to `Guard`, plain ASGI, which refuses a body that is too large while it
-arrives, and a request for which there is no room before any work. It also answers errors of the
-routes, and logs their causes.
+arrives, and a request without room before any work. It also answers and logs the routes' errors.
 """
 
 import asyncio
@@ -27,7 +26,6 @@ import uvicorn
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn._types import ASGI3Application
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
@@ -39,20 +37,20 @@ from foretaste.serving.metrics import (
     SECURITY_HEADERS,
     Admission,
     request_id,
+    route_of,
 )
-from foretaste.serving.settings import Access, ServerSettings, is_loopback, needed_role
+from foretaste.serving.settings import Access, ServerSettings, allowed_hosts, needed_role
 
 if sys.platform != "win32":
     import resource
 
 SPARE_FILES = 64
 """Number of file descriptors that connections leave to other uses."""
-REFUSALS_PER_S, SLOWED_S = 2000, 0.25
-"""About this many requests without room are answered per second; the others wait this long for
-their reply, so that clients which retry at once are slowed down."""
+REFUSALS_PER_S, SLOWED_S = 1000, 0.6
+"""About this many requests without room are answered per second, but none waits longer for its
+reply than this: a client that ignores Retry-After sends the next request only then."""
 _HEADER_COST = 32
-"""Bytes that a header counts in addition to its name and value, so that empty headers are limited
-too."""
+"""Bytes that a header counts beyond its name and value, so that empty ones are limited too."""
 _CLOSES = b"\r\nconnection: close\r\n"
 
 
@@ -90,14 +88,16 @@ class Connection(HttpToolsProtocol):
         """Accept a connection, or reply that there are too many."""
         super().connection_made(transport)  # type: ignore[arg-type]  # as uvicorn narrows it
         self.by_address[self._address] += 1
+        beyond = self.by_address[self._address] - self.settings.max_connections_per_address
         self.admission.metrics.connections.set(len(self.connections))
         if len(self.connections) > self.most:
             self._refuse("connections", HTTPStatus.SERVICE_UNAVAILABLE, "no room: try again")
-        elif self.by_address[self._address] > self.settings.max_connections_per_address:
+        elif beyond > 0:
             said = "your address has reached its limit of connections: use one for many requests"
             self._is_read = False
             refusal = partial(self._refuse, "address", HTTPStatus.SERVICE_UNAVAILABLE, said)
-            self._within(SLOWED_S, refusal)  # or the client would connect again at once
+            is_flood = 4 * beyond > self.settings.max_connections_per_address
+            self._within(0.0 if is_flood else SLOWED_S, refusal)  # or it would be back at once
         else:
             self._within(self.settings.header_timeout_s, self._too_slow)
 
@@ -160,13 +160,17 @@ class Connection(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         scope, headers = cycle.scope, Headers(raw=list(cycle.scope["headers"]))
+        if self.admission.leaving:
+            cycle.keep_alive = False  # the client's next request is for another server
         refusal = self.admission.turned_away(scope["method"], scope["path"], headers)
         if refusal is None:
-            super()._start_asgi_task(cycle, app)
+            super()._start_asgi_task(cycle, self.admission.expected(scope["path"], app))
             return
         self.waiting.add(self)
-        delay_s = min(SLOWED_S, (len(self.waiting) - 1) / REFUSALS_PER_S)
-        self.loop.call_later(delay_s, self._turn_away, cycle, refusal)
+        number = len(self.waiting)  # each holds a connection, and others need some too
+        most_s = SLOWED_S / (2 if 8 * number > 7 * self.settings.max_connections_per_address else 1)
+        wait_s = min(most_s, (number - 1) / REFUSALS_PER_S)
+        self.loop.call_later(wait_s, self._turn_away, cycle, refusal)
 
     def _turn_away(self, cycle: RequestResponseCycle, refusal: bytes) -> None:
         self.waiting.discard(self)
@@ -288,7 +292,7 @@ class Guard:
         self._app = app
         self._settings = settings
         self._access = access
-        self._hosts = _allowed_hosts(settings)
+        self._hosts = allowed_hosts(settings)
         self._admission = admission
         self._open, self._bodies = OPEN_PATHS | open_files, 0
 
@@ -310,7 +314,7 @@ class Guard:
         finally:
             self._admission.record(
                 scope.get("asked", scope["method"]),
-                _route(scope),
+                route_of(scope),
                 answer.status or 500,
                 time.perf_counter() - started,
                 log,
@@ -400,6 +404,10 @@ class Guard:
     async def _body(self, scope: Scope, receive: Receive) -> bytes | Response:
         """Return the whole body, or the reply that refuses it."""
         headers, most = Headers(scope=scope), self._settings.max_body_bytes
+        encoding = headers.get("content-encoding", "identity")
+        if encoding.strip().lower() != "identity":
+            said = f"the body is encoded as {encoding}: send it as plain JSON"
+            return refuse(415, said, {"accept-encoding": "identity", "connection": "close"})
         length = headers.get("content-length", "0")
         if not length.isdigit() or int(length[:20]) > most + DRAIN_BYTES:
             return self._too_large()
@@ -431,29 +439,12 @@ class Guard:
         )
 
 
-def _allowed_hosts(settings: ServerSettings) -> frozenset[str]:
-    """Return the host names that a server accepts; empty: any name."""
-    if settings.hosts or not is_loopback(settings.host):
-        return frozenset(host.lower() for host in settings.hosts)
-    own = f"[{settings.host}]" if ":" in settings.host else settings.host
-    return frozenset({"localhost", "127.0.0.1", "[::1]", own})
-
-
 def _is_cross_site(headers: Headers, host: str) -> bool:
     """Return whether the browser marks a request as sent by a page of another site."""
     site, origin = headers.get("sec-fetch-site"), headers.get("origin")
     if site is not None:
         return site not in ("same-origin", "none")
     return origin is not None and origin.lower().partition("://")[2] != host
-
-
-def _route(scope: Scope) -> str:
-    """Return the path of a request's route, also if it was refused before routing."""
-    routes = [scope["route"]] if "route" in scope else scope["app"].routes
-    for route in routes:
-        if "route" in scope or route.matches(scope)[0] is not Match.NONE:
-            return str(getattr(route, "path_format", "none"))
-    return "none"
 
 
 def refuse(status: int, sentence: str, headers: Mapping[str, str] | None = None) -> Response:

@@ -1,14 +1,14 @@
 """Metrics and admission: Prometheus counters, the log, and whether there is room for a request."""
 
 import json
+import random
 import re
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from http import HTTPStatus
-from typing import final
+from typing import Any, final
 
 from prometheus_client import (
     CollectorRegistry,
@@ -22,6 +22,9 @@ from prometheus_client import (
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.datastructures import Headers
+from starlette.routing import Match
+from starlette.types import Scope
+from uvicorn._types import ASGI3Application
 
 from foretaste.serving.settings import Bucket, ServerSettings
 
@@ -31,6 +34,9 @@ REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 """Valid values of a client's `X-Request-ID`; any other value is replaced by a new id."""
 UNCOUNTED = "/metrics"
 """This path is answered even if there is no room, because metrics matter most then."""
+BURST_S, STANDING = 0.05, 0.5
+"""If there has always been a request for a list for this many seconds, the load is no burst, and
+the next one may wait only for this share of `max_wait_s`."""
 NO_ROOM = "no room"
 NO_ROOM_SENTENCE = "the server has as many requests in progress as it allows: try again in a second"
 ANSWERS = {
@@ -39,7 +45,7 @@ ANSWERS = {
     "/similar": "/v1/items/{item_id}/similar",
 }
 """Path endings of the routes for which a model computes an answer, with the routes."""
-REFUSED = frozenset({401, 403, 408, 413, 421, 429})
+REFUSED = frozenset({401, 403, 408, 413, 415, 421, 429})
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 SECURITY_HEADERS = {
     "content-security-policy": (
@@ -142,20 +148,41 @@ class Admission:
             write_log: Takes one line of JSON per request or fault, its newline included.
         """
         self._settings, self.metrics, self.write_log = settings, metrics, write_log
-        self.taken, self._answers, self._each_s = 0, 0, 0.0
-        """Requests at work or waiting; those of them that a model answers; what each of these adds
-        to the time of the next, seconds."""
+        self.taken, self._answers, self._coming, self._each_s = 0, 0, 0, 0.0
+        """Requests at work or waiting; those of them that a model answers; others of these, which
+        have not begun; what each adds to the time of the next, seconds."""
+        self.leaving = False
+        """Whether the server is about to stop listening."""
+        self._busy_since = 0.0
+        """When a request last came while none for a list was there."""
         self._lines, self._unlogged = Bucket(settings.refusals_logged_per_minute), 0
 
     def is_full(self, path: str) -> bool:
         """Return whether a new request would exceed the limit, or would wait too long."""
         if path == UNCOUNTED:
             return False
-        if self.taken >= self._settings.max_concurrency:
+        if self.taken + self._coming >= self._settings.max_concurrency:
             return True
-        if self._answers < 2 * self._settings.num_threads or answer_route(path) is None:
+        answers = self._answers + self._coming
+        if not answers:
+            self._busy_since = time.perf_counter()
+        if answers < 2 * self._settings.threads or answer_route(path) is None:
             return False
-        return self._answers * self._each_s > self._settings.max_wait_s
+        lasts = time.perf_counter() - self._busy_since > BURST_S
+        most_s = self._settings.max_wait_s * (STANDING if lasts else 1.0)
+        return answers * self._each_s > most_s
+
+    def expected(self, path: str, app: ASGI3Application) -> ASGI3Application:
+        """Count a request for a list until it begins: hundreds may have arrived together."""
+        if answer_route(path) is None:
+            return app
+
+        async def begin(*asgi: Any) -> None:
+            self._coming -= 1
+            await app(*asgi)
+
+        self._coming += 1
+        return begin
 
     @contextmanager
     def place(self, path: str) -> Iterator[None]:
@@ -242,7 +269,16 @@ def answer_route(path: str) -> str | None:
     return ANSWERS.get(path if path == "/v1/recommend" else path[path.rfind("/") :])
 
 
+def route_of(scope: Scope) -> str:
+    """Return the path of a request's route, also of one that was refused before it got there."""
+    routes = [scope["route"]] if "route" in scope else scope["app"].routes
+    for route in routes:
+        if "route" in scope or route.matches(scope)[0] is not Match.NONE:
+            return str(getattr(route, "path_format", "none"))
+    return "none"
+
+
 def request_id(headers: Headers) -> str:
     """Return the id that the client gave a request, or a new one."""
     given = headers.get("x-request-id", "")
-    return given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+    return given if REQUEST_ID.fullmatch(given) else f"{random.getrandbits(128):032x}"

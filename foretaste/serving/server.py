@@ -1,5 +1,6 @@
 """The server process: load a bundle, listen, answer, drain."""
 
+import ctypes
 import errno
 import gc
 import json
@@ -14,7 +15,7 @@ from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import TypeVar
+from typing import TypeVar, final
 
 import torch
 import uvicorn
@@ -33,8 +34,12 @@ from foretaste.serving.state import cause_of, open_live_events, state_beside
 from foretaste.serving.versions import Versions, read_key
 
 T = TypeVar("T")
+ACCEPTED = 16
+"""Connections taken in one turn of the event loop: hundreds at once would hold up every answer."""
 RETIRE_S = 3600.0
 """Seconds between two deletions of old events."""
+TRIM_S = 60.0
+"""Seconds between two times that free memory goes back to the system."""
 
 
 @checked
@@ -87,7 +92,6 @@ def serve(
             _if_it_answers(lambda: service.publish(chosen), write_log)
         admission = Admission(settings, metrics, write_log)
         app = create_app(service, settings=settings, access=access, admission=admission)
-        config = server_config(app, settings, admission)
         with (
             _listen(settings) as listener,
             _signals(lambda: _reload(service, write_log)),
@@ -95,7 +99,7 @@ def serve(
         ):
             announce(f"foretaste serves {bundle.name} at {_address(listener)}\n")
             sys.stdout.flush()
-            uvicorn.Server(config).run(sockets=[listener])
+            http_server(app, settings, admission).run(sockets=[listener])
 
 
 def _versions(bundle: Path, settings: ServerSettings) -> Versions:
@@ -112,9 +116,9 @@ def _trials(settings: ServerSettings) -> Trials:
     return Trials(timeout_s=settings.load_timeout_s, within_s=settings.answer_timeout_s)
 
 
-def server_config(app: ASGIApp, settings: ServerSettings, admission: Admission) -> uvicorn.Config:
-    """Return uvicorn's configuration: without its own log, and with the limits of the settings."""
-    return uvicorn.Config(
+def http_server(app: ASGIApp, settings: ServerSettings, admission: Admission) -> uvicorn.Server:
+    """Return a server of the application, without uvicorn's log and with the settings' limits."""
+    config = uvicorn.Config(
         app,
         http=limited(settings, admission),
         ws="none",
@@ -123,10 +127,40 @@ def server_config(app: ASGIApp, settings: ServerSettings, admission: Admission) 
         log_level="error",  # clients could trigger its warnings as often as they like
         server_header=False,
         proxy_headers=False,
-        backlog=settings.max_connections,
+        backlog=ACCEPTED,
         timeout_keep_alive=settings.keep_alive_s,
         timeout_graceful_shutdown=settings.drain_s,
     )
+    return _Server(config, settings, admission)
+
+
+@final
+class _Server(uvicorn.Server):
+    """Says at SIGTERM that it is not ready, and stops listening some time later."""
+
+    def __init__(
+        self, config: uvicorn.Config, settings: ServerSettings, admission: Admission
+    ) -> None:
+        super().__init__(config)
+        self._settings, self._admission, self._leaves_at = settings, admission, math.inf
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, with a row of connections that is longer than what is taken of it in a turn."""
+        await super().startup(sockets)
+        for listener in sockets or []:
+            listener.listen(self._settings.max_connections)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Wait at the first SIGTERM; at any other signal end now."""
+        if sig == signal.SIGTERM and not self._admission.leaving:
+            self._admission.leaving = True
+            self._leaves_at = time.monotonic() + self._settings.unready_s
+        else:
+            super().handle_exit(sig, frame)
+
+    async def on_tick(self, counter: int) -> bool:
+        """Return whether it is time to end."""
+        return await super().on_tick(counter) or time.monotonic() >= self._leaves_at
 
 
 def _load(bundle: Path) -> Loaded:
@@ -216,18 +250,29 @@ def _keeper(
     ended = threading.Event()
 
     def work() -> None:
-        retired_at = -math.inf
+        retired_at, trimmed_at = -math.inf, time.monotonic()
         while not ended.wait(settings.follow_s):
             _if_it_answers(lambda: _follow(service, write_log), write_log)
             if time.monotonic() - retired_at > RETIRE_S:
                 retired_at = time.monotonic()
                 _if_it_answers(service.retire, write_log)
+            if time.monotonic() - trimmed_at > TRIM_S:
+                trimmed_at = time.monotonic()
+                _give_back_memory()
 
     threading.Thread(target=work, name="keeper", daemon=True).start()
     try:
         yield
     finally:
         ended.set()
+
+
+def _give_back_memory() -> None:
+    """Return what is free in the C library's heaps, of which each thread has its own."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+        if trim is not None:
+            trim(0)
 
 
 def _if_it_answers(ask: Callable[[], T], write_log: Callable[[str], object]) -> T | None:

@@ -78,7 +78,7 @@ class Service:
         self._bundle = bundle
         self._clock, self._latest_s, self._report = clock, 0, report
         self._reports = Bucket(60)
-        self._explaining = threading.Semaphore(max(1, settings.num_threads // 2))
+        self._explaining = threading.Semaphore(max(1, settings.threads // 2))
         metrics.model.info({"version": slot.current.version})
 
     def recommend(self, asked: RecommendRequest) -> RecommendReply:

@@ -8,6 +8,7 @@ import hashlib
 import ipaddress
 import os
 import secrets
+import sys
 import tempfile
 import time
 import tomllib
@@ -15,7 +16,14 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Literal, final
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, field_validator, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    field_validator,
+    model_validator,
+)
 
 from foretaste.arguments import checked
 from foretaste.config import Config, Count, parse_settings
@@ -47,7 +55,8 @@ class ServerSettings(Config):
     """Seconds that a new version may take to load and to answer its stored queries; a slower
     version is refused."""
     answer_timeout_s: PositiveFloat = 2.0
-    """Seconds that a new version may take for one answer; a slower version is refused."""
+    """Seconds of processor time that a new version may take for one answer; a slower version is
+    refused."""
     store_timeout_s: PositiveFloat = 1.0
     """Seconds to wait for a lock, a statement or a connection of the database, before 503."""
     keep_events_days: Count | None = None
@@ -77,12 +86,13 @@ class ServerSettings(Config):
     max_concurrency: Count = 64
     """Maximum number of requests in progress or waiting; the next one is answered with 503 and
     Retry-After."""
-    max_wait_s: PositiveFloat = 0.05
-    """Maximum expected waiting time of a request for a list, in seconds. If there are more than
-    twice `num_threads` such requests, one that would wait longer is answered with 503."""
-    num_threads: Count = Field(default=4, le=1024)
-    """Number of threads that compute answers; torch uses one core in each. Calls to the store have
-    other threads."""
+    max_wait_s: PositiveFloat = 0.02
+    """Maximum expected waiting time of a request for a list, in seconds; half of that once there
+    has always been such a request for 0.05 s. If there are more than two for each thread, one that
+    would wait longer is answered with 503."""
+    num_threads: Count | None = Field(default=None, le=1024)
+    """Number of threads that compute answers; torch uses one core in each. By default, one more
+    than the cores that the process may use, at most 4. Calls to the store have other threads."""
     body_timeout_s: PositiveFloat = 20.0
     """Seconds that a client may take to send its body; then it is answered with 408."""
     max_bodies_bytes: Count = 67_108_864
@@ -103,14 +113,24 @@ class ServerSettings(Config):
     max_connections: Count = 1_000
     """Maximum number of connections at one time, limited to 64 fewer than the files that the
     process may still open; the next one is answered with 503."""
-    max_connections_per_address: Count = 500
+    max_connections_per_address: Count = 750
     """Maximum number of connections from one address; behind a proxy, all connections have the same
     address."""
     refusals_logged_per_minute: Count = 600
-    """Maximum number of log lines per minute about refused requests (401, 403, 408, 413, 421, 429,
-    and 503 for lack of room); the next logged line has the number of omitted ones."""
+    """Maximum number of log lines per minute about refused requests (401, 403, 408, 413, 415, 421,
+    429, and 503 for lack of room); the next logged line has the number of omitted ones."""
+    unready_s: NonNegativeFloat = 2.0
+    """Seconds after SIGTERM during which `/ready` answers 503 and all other requests are still
+    answered, so that a proxy stops sending them before the server stops listening; a second signal
+    ends this time."""
     drain_s: Count = 30
-    """Seconds that requests in progress may take to end after SIGTERM."""
+    """Seconds that requests in progress may take to end after that."""
+
+    @property
+    def threads(self) -> int:
+        """Threads that compute answers."""
+        cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 4
+        return self.num_threads or min(4, cores + 1)
 
     @field_validator("token")
     @classmethod
@@ -248,6 +268,14 @@ def access_of(settings: ServerSettings) -> Access:
             name="token",
         )
     return access
+
+
+def allowed_hosts(settings: ServerSettings) -> frozenset[str]:
+    """Return the names that a server answers by; none: any."""
+    if settings.hosts or not is_loopback(settings.host):
+        return frozenset(host.lower() for host in settings.hosts)
+    own = f"[{settings.host}]" if ":" in settings.host else settings.host
+    return frozenset({"localhost", "127.0.0.1", "[::1]", own})
 
 
 def is_loopback(host: str) -> bool:

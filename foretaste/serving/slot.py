@@ -57,7 +57,7 @@ def load_version(bundle: Path, *, within_s: float | None = None) -> Loaded:
 
     Args:
         bundle: The bundle's folder, which must not change meanwhile.
-        within_s: Time limit for each answer in seconds; None: no limit.
+        within_s: Limit of processor time for each answer in seconds; None: no limit.
 
     Raises:
         ForetasteError: The bundle is missing, damaged or modified, or cannot answer.
@@ -319,7 +319,7 @@ class Trials:
 
         Args:
             timeout_s: Time limit for a whole trial, in seconds.
-            within_s: Time limit for one answer in a trial, in seconds.
+            within_s: Limit of processor time for one answer in a trial, in seconds.
             program: The Python code of the warm process, which calls `main`.
         """
         self._timeout_s, self._within_s, self._program = timeout_s, within_s, program
