@@ -232,7 +232,7 @@ def test_reasons_for_some_hold_up_no_lists_of_others(films: Served) -> None:
     asked = {"user_id": 1, "k": 3, "explain": True}
     whole = films.recommend(**asked)
     with ExitStack() as stack:
-        for _ in range(2):
+        for _ in range(films.service._settings.threads // 2):
             stack.enter_context(films.service._explaining)
         without = films.recommend(**asked)
     assert all(row["because"] for row in whole["items"])
