@@ -9,14 +9,20 @@ of the whole fit, and whether all users' lists of ten are equal.
 `table`: the memory that each of two processes has of a table of 4 M x 64, and look-ups a second
 with backward pass and update, beside TorchRec (`make torchrec`) where it is installed, in turns.
 
+`moves`: a run of three epochs in 64 bits whose tables are dealt is begun by 2 processes, continued
+by 1, 3 or 4, and then by 2 again. Recorded is the largest relative difference of a loss, or
+difference of a final weight, from those of one process that did all of it.
+
 `kills`: one of two processes is killed at a random step; the others have to end, the error has to
-name it, and 1, 2 or 3 processes have to go on to the losses of a run without a kill.
+name it, and 1, 2 or 3 processes have to go on to the losses of a run without a kill. Every other
+round deals the tables.
 """
 
 import argparse
 import json
 import os
 import random
+import shutil
 import signal
 import statistics
 import subprocess
@@ -30,6 +36,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import foretaste as ft
@@ -37,10 +44,11 @@ from foretaste.experiment.record import run_facts
 from foretaste.models.layers.table import DenseConfig, OwnRows
 from foretaste.models.layers.table_kinds import make_table
 from foretaste.training import processes
+from foretaste.training.fit import Epoch
 from foretaste.training.optimizer import AdamWByRows, make_optimizer
 from foretaste.training.sharded import sharding
 
-TESTS = Path(__file__).parents[1] / "tests"
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
 PAIRS = ft.PairsConfig(loss="sampled_softmax", in_batch=True, log_q=True, negatives=0)
 ROWS = ft.RowsConfig(negatives=1)
 TASKS = (ft.Task(name="seen"), ft.Task(name="liked", column="rating", above=3.5))
@@ -60,6 +68,8 @@ MODELS: dict[str, tuple[Any, Any]] = {
         ft.RowsConfig(negatives=1),
     ),
 }
+MOVED = {"mf": "row_adagrad", "sasrec": "lazy_adamw", "deepfm": "adamw"}
+"""Models whose runs are moved, each with another optimizer of its tables."""
 LIST = 10
 ROWS_OF_TABLE, WIDTH = 4_000_000, 64
 LOOK_UPS, TURNS = 2**16, 20
@@ -149,7 +159,6 @@ def losses(folder: Path) -> list[float]:
 
 def train_all(options: argparse.Namespace) -> None:
     """Train the models in 64 bits; the first process writes its lists."""
-    sys.path.insert(0, str(TESTS))
     from test_golden import in_64_bits  # noqa: PLC0415
 
     events = ft.get_dataset("ml-100k", data_dir=options.data_dir).events
@@ -170,6 +179,69 @@ def train_all(options: argparse.Namespace) -> None:
 
 def listed(recommender: ft.Recommender, user: Any) -> list[str]:
     return [str(row.item_id) for row in recommender.recommend(user, k=LIST).rows]
+
+
+# --- moves ---------------------------------------------------------------------------------------
+
+
+def moves(options: argparse.Namespace) -> dict[str, Any]:
+    """Compare runs that other numbers of processes go on with, with those of one process."""
+    found: dict[str, float] = {}
+    with TemporaryDirectory() as place:
+        folder = Path(place)
+        for num in (1, 2):
+            start(num, options, folder / str(num))
+        found["2 from the start"] = moved_difference(folder / "1", folder / "2")
+        for num in (1, 3, 4):
+            there, back = folder / f"2 to {num}", folder / f"{num} to 2"
+            shutil.copytree(folder / "2" / "after 1", there)
+            start(num, options, there)
+            (there / "after 2").rename(back)
+            start(2, options, back)
+            found |= {run.name: moved_difference(folder / "1", run) for run in (there, back)}
+    return {"moves_float64": found, "moves": {"epochs": 3, "models": MOVED}}
+
+
+def moved_difference(alone: Path, folder: Path) -> float:
+    """Return the largest difference of a loss, relative, or of a weight."""
+    found = [difference(alone, folder, name) for name in MOVED]
+    for name in MOVED:
+        weights = load_file(folder / name / "weights.safetensors")
+        for part, own in load_file(alone / name / "weights.safetensors").items():
+            found.append(float((weights[part] - own).abs().max()))
+    return max(found)
+
+
+def train_moved(options: argparse.Namespace) -> None:
+    """Go on with runs, or start them; keep a copy of each after each epoch."""
+    from test_golden import in_64_bits  # noqa: PLC0415
+
+    events = ft.get_dataset("ml-100k", data_dir=options.data_dir).events
+    split = ft.leave_last_split(events)
+    with ft.joined_processes() as together, in_64_bits():
+        for name, tables in MOVED.items():
+            run, (model, objective) = options.worker / name, MODELS[name]
+
+            def keep(epoch: Epoch, run: Path = run) -> None:
+                if together.is_first:  # for which the others wait in the next step
+                    shutil.copytree(run, run.parent / f"after {epoch.epoch}" / run.name)
+
+            training = ft.TrainingConfig(
+                epochs=3, patience=None, device="cpu", tables=tables, sharded_from=1
+            )
+            trained = ft.fit(
+                model,
+                split,
+                training=training,
+                objective=objective,
+                folder=run,
+                resume=True,
+                on_epoch=keep,
+                show=False,
+            )
+            if together.is_first:
+                weights = {n: t.contiguous() for n, t in trained.model.state_dict().items()}
+                save_file(weights, run / "weights.safetensors")
 
 
 # --- tables that are dealt -----------------------------------------------------------------------
@@ -277,29 +349,14 @@ def resident() -> int:
 
 # --- kills ---------------------------------------------------------------------------------------
 
-RECIPE = """
-[data]
-kind = "files"
-files = ["events.csv"]
-user = "user"
-item = "item"
-timestamp = "time"
-[split]
-kind = "leave_last"
-[model]
-kind = "mf"
-embedding_dim = 8
-[training]
-epochs = 20
-batch_events = 512
-checkpoint_seconds = 0
-sharded_from = 1
-patience = "none"
-"""
+KILLED = {"epochs": 20, "batch_events": 512, "checkpoint_seconds": 0, "patience": "none"}
+"""Settings of training; else the recipe is that of the tests."""
 
 
 def kills(options: argparse.Namespace) -> dict[str, Any]:
     """Kill a random process at a random step, and resume with a random number of them."""
+    from test_processes import RECIPE  # noqa: PLC0415
+
     random.seed(0)
     with TemporaryDirectory() as place:
         folder = Path(place)
@@ -325,11 +382,14 @@ def kills(options: argparse.Namespace) -> dict[str, Any]:
 def kill(recipe: Path, alone: Sequence[float], number: int) -> dict[str, Any]:
     """Kill one of two processes; return how the others ended and how the run went on."""
     name, rank = f"round-{number}", random.randrange(2)
+    dealt = number % 2 == 1
     at, again = random.randrange(1, len(alone) - 20), random.choice([1, 2, 3])
     log, said = recipe.parent / f"{name}.run" / "steps.jsonl", recipe.parent / f"{name}.txt"
     with (
         said.open("w") as words,
-        subprocess.Popen(fit_command(2, recipe, name), stdout=words, stderr=words) as launcher,
+        subprocess.Popen(
+            fit_command(2, recipe, name, dealt=dealt), stdout=words, stderr=words
+        ) as launcher,
     ):
         while launcher.poll() is None and not (log.exists() and log.read_text().count("\n") >= at):
             time.sleep(0.01)
@@ -340,7 +400,9 @@ def kill(recipe: Path, alone: Sequence[float], number: int) -> dict[str, Any]:
     its_name = f"process {rank} of 2 ended with signal SIGKILL"
     named = launcher.returncode != 0 and its_name in said.read_text()
     resumed = subprocess.run(
-        [*fit_command(again, recipe, name), "--resume"], capture_output=True, check=False
+        [*fit_command(again, recipe, name, dealt=dealt), "--resume"],
+        capture_output=True,
+        check=False,
     )
     found = losses(log.parent)
     same = [abs(a / b - 1) for a, b in zip(found, alone, strict=False)]
@@ -348,6 +410,7 @@ def kill(recipe: Path, alone: Sequence[float], number: int) -> dict[str, Any]:
     return {
         "rank": rank,
         "step": at,
+        "tables_dealt": dealt,
         "end_s": round(seconds, 1),
         "named": named,
         "resumed_with": again,
@@ -357,7 +420,7 @@ def kill(recipe: Path, alone: Sequence[float], number: int) -> dict[str, Any]:
     }
 
 
-def fit_command(num: int, recipe: Path, name: str) -> list[str]:
+def fit_command(num: int, recipe: Path, name: str, *, dealt: bool = True) -> list[str]:
     """Return the command that trains with so many processes, by torchrun where there are more
     than cores.
     """
@@ -365,7 +428,9 @@ def fit_command(num: int, recipe: Path, name: str) -> list[str]:
     start = by_torchrun if num > 2 else []
     command = [sys.executable, "-m", *start, "foretaste", "fit", str(recipe)]
     out = ["--out", str(recipe.parent / name), "--data-dir", str(recipe.parent)]
-    return [*command, *out, *(["--processes", "2"] if num == 2 else [])]
+    settings = KILLED | ({"sharded_from": 1} if dealt else {})
+    given = [word for n, value in settings.items() for word in ("--set", f"training.{n}={value}")]
+    return [*command, *out, *given, *(["--processes", "2"] if num == 2 else [])]
 
 
 def process_of(launcher: int, rank: int) -> int:
@@ -383,11 +448,13 @@ def process_of(launcher: int, rank: int) -> int:
 
 PARTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "equality": equality,
+    "moves": moves,
     "table": table,
     "kills": kills,
 }
 WORKERS: dict[str, Callable[[argparse.Namespace], None]] = {
     "equality": train_all,
+    "moves": train_moved,
     "table": measure_table,
 }
 
