@@ -1,7 +1,7 @@
 # make quickstart   real data -> a trained, measured, indexed, served recommender
 # make test         everything that CI checks
 # make check        the same without the slow tests
-# make torchrec     installs TorchRec for the CPU, which benchmarks/processes.py compares tables with
+# make torchrec     installs TorchRec for the CPU: training.engine = "torchrec"
 # make clean        removes the environment and what the checks left behind
 #
 # On a machine with a GPU: make quickstart TORCH_INDEX=   (torch from the default index, with CUDA)

@@ -44,7 +44,7 @@ from foretaste.experiment.record import run_facts
 from foretaste.models.layers.table import DenseConfig, OwnRows
 from foretaste.models.layers.table_kinds import make_table
 from foretaste.training import processes
-from foretaste.training.fit import Epoch
+from foretaste.training.checkpoint import Epoch
 from foretaste.training.optimizer import AdamWByRows, make_optimizer
 from foretaste.training.sharded import sharding
 

@@ -175,9 +175,14 @@ def in_64_bits() -> Iterator[None]:
 
 
 def losses_of(case: Mapping[str, Any], split: ft.Split, folder: Path) -> list[float]:
-    """Return the first losses of a case, in 64 bits; of two stages half of them are of each."""
+    """Return the first losses of a case, in 64 bits; of several models each has its share."""
     with in_64_bits():
         learn(case, split, folder)
+    return first_losses(folder)
+
+
+def first_losses(folder: Path) -> list[float]:
+    """Return the losses that a run's logs begin with."""
     logs = sorted(folder.rglob("steps.jsonl"))
     kept = NUM_LOSSES // len(logs)
     lines = [line for log in logs for line in log.read_text().splitlines()[:kept]]

@@ -6,6 +6,7 @@ Run by torchrun, this file trains the cases of `test_golden.py` in the processes
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,17 +16,19 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_golden import (
     LOSSES,
     MODEL,
-    NUM_LOSSES,
     OBJECTIVE,
+    first_losses,
     in_64_bits,
     learn,
     make_split,
@@ -34,17 +37,28 @@ from test_golden import (
 
 import foretaste as ft
 from foretaste.cli.main import run
-from foretaste.data.draws import Part, Share, draw_for_keys, draw_for_rows, only_part
+from foretaste.data.draws import (
+    Part,
+    Share,
+    draw_for_keys,
+    draw_for_rows,
+    only_part,
+    own_blocks,
+    shared_out,
+)
 from foretaste.data.splits import TEST
 from foretaste.errors import ConfigError, ProcessError
-from foretaste.experiment.two_stage import FirstStage
+from foretaste.models.base import Ranker
+from foretaste.models.layers.pooling import generate
 from foretaste.models.layers.table import Dense
 from foretaste.training import processes
-from foretaste.training.checkpoint import Epoch, read_checkpoint, write_checkpoint
+from foretaste.training.checkpoint import Epoch, read_checkpoint, save_tensors, write_checkpoint
+from foretaste.training.fit import Fit
+from foretaste.training.optimizer import make_optimizer
 from foretaste.training.sharded import Sharded, rows_of
+from foretaste.training.torchrec import lend_to_torchrec
 
 TOGETHER = (
-    "mf",
     "mf, the batch and the popular",  # of the batch, corrected by its frequency, hits hidden
     "mf, lazy_adamw",
     "two_tower, features",
@@ -57,15 +71,16 @@ TOGETHER = (
     "mmoe, attention",
 )
 SHARDED = (
-    "mf",
     "mf, the batch and the popular",  # clipped, and with an average of the weights
     "mf, row_adagrad",
-    "two_tower, features",
     "sasrec, lazy_adamw",
     "lightgcn",
-    "deepfm, features",
+    "neumf, pre-trained",  # starts from tables that were dealt
+    "two_stage",
 )
 """Cases that are trained again with every table dealt among the processes."""
+MEASURED = "two_tower, features", "pinsage, uniform", "deepfm, features"
+"""Cases whose measuring is dealt, and compared with that of one process."""
 ALONE = {
     "lightgcn, noise and contrast": "objective.contrast",
     "din, unnormalised and dice": "model.activation",
@@ -76,10 +91,13 @@ ALONE = {
 TWO_CORES = pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two cores")
 
 
-def torchrun(num: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+def torchrun(
+    num: int, *arguments: str, options: Sequence[str] = ()
+) -> subprocess.CompletedProcess[str]:
     """Run this file in so many processes."""
-    command = ["-m", "torch.distributed.run", "--nproc-per-node", str(num), __file__, *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    start = ["-m", "torch.distributed.run", "--nproc-per-node", str(num), *options]
+    command = [*start, __file__, *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "1"}
     return subprocess.run(  # our own file
         [sys.executable, *command], env=environment, capture_output=True, text=True, check=False
     )
@@ -94,11 +112,6 @@ def of_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = torchrun(2, str(folder), *TOGETHER)
     assert done.returncode == 0, done.stderr
     return folder
-
-
-def first_losses(run: Path) -> list[float]:
-    lines = (run / "steps.jsonl").read_text().splitlines()[:NUM_LOSSES]
-    return [json.loads(line)["loss"] for line in lines]
 
 
 @pytest.mark.parametrize("name", TOGETHER)
@@ -129,7 +142,7 @@ def test_what_needs_all_rows_in_one_process_is_refused_by_its_name(of_two: Path)
         ("other events", "data"),
         ("another seed", "seed"),
         ("more processes than rows", "training.batch_events"),
-        ("shared rows of two stages", "training.sharded_from"),
+        ("shared rows without a folder", "folder"),
         ("shared rows and a thread", "objective.hard_refresh_steps"),
     ],
 )
@@ -168,6 +181,22 @@ def test_one_process_goes_on_with_a_run_of_two_that_shared_the_rows(
     assert first_losses(tmp_path / "run") == pytest.approx(case["losses"], rel=1e-9, abs=0)
 
 
+@pytest.mark.parametrize("name", MEASURED)
+def test_processes_that_share_the_measuring_find_the_figures_of_one(
+    of_two: Path, name: str
+) -> None:
+    assert json.loads((of_two / "measured.json").read_text())[name] is True
+
+
+@pytest.mark.parametrize("world", [1, 2, 5])
+def test_blocks_of_all_processes_are_those_of_one(world: int) -> None:
+    rows = []
+    for rank in range(world):
+        with shared_out(Share(rank, world), lambda _: None):
+            rows += [row for block in own_blocks(10, 3) for row in range(10)[block]]
+    assert sorted(rows) == list(range(10))
+
+
 def test_two_processes_that_share_the_rows_go_on_with_a_run_of_one(of_two: Path) -> None:
     losses = first_losses(of_two / "begun by one")
     assert losses == pytest.approx(stored(LOSSES)["mf, row_adagrad"]["losses"], rel=1e-9, abs=0)
@@ -197,11 +226,102 @@ def test_any_number_of_processes_reads_its_rows_of_what_any_number_saved(
 
 
 def test_checkpoints_of_two_processes_hold_no_pickle(of_two: Path) -> None:
-    runs = of_two / "mf", of_two / "sharded" / "mf"
+    runs = of_two / "lightgcn", of_two / "sharded" / "mf, row_adagrad"
     kept = {path.suffix for run in runs for path in run.rglob("*") if path.is_file()}
     names = {path.name for path in runs[1].rglob("*.1-of-2.safetensors")}
     assert kept == {".json", ".jsonl", ".safetensors"}
     assert {name.partition("-")[0] for name in names} == {"model", "best", "optimizer"}
+
+
+def test_a_model_whose_rows_were_dealt_is_that_of_one_process_to_the_last_bit(
+    of_two: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(of_two / "sharded" / "mf, row_adagrad", run)
+    with in_64_bits():  # all epochs are done, so nothing is trained
+        alone = resume(run, stored(LOSSES)["mf, row_adagrad"], make_split(), sharded_from=1)
+    written = load_file(run / "trained.safetensors")
+    tables = [table.weight for table in alone.model.modules() if isinstance(table, Dense)]
+    assert [len(rows) for rows in written.values()] == [len(rows) for rows in tables]
+    assert all(map(torch.equal, written.values(), tables))
+    place = tmp_path / "written.safetensors"
+    save_tensors(alone.model.state_dict(), place)
+    read = load_file(place)
+    assert all(torch.equal(read[n], value) for n, value in alone.model.state_dict().items())
+
+
+# --- TorchRec ------------------------------------------------------------------------------------
+
+FUSED: dict[str, Any] = {
+    "engine": "torchrec",
+    "tables": "row_adagrad",
+    "sharded_from": 1,
+    "learning_rate": 0.05,
+    "ema_decay": 0,
+}
+BY_TORCHREC: dict[str, Any] = {
+    "mf": ft.MFConfig(embedding_dim=8),
+    "two_tower": ft.TwoTowerConfig(embedding_dim=8),
+}
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("tables", "lazy_adamw"),
+        ("gradient_clip", 1.0),
+        ("weight_decay", 0.1),
+        ("ema_decay", 0.9),
+        ("precision", "bf16"),
+        ("sharded_from", None),
+    ],
+)
+def test_what_cannot_hold_with_torchrec_is_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch, setting: str, value: object
+) -> None:
+    monkeypatch.setattr(processes, "share", lambda: Share(0, 2))
+    monkeypatch.setattr("foretaste.training.torchrec.version", lambda _: "1.8.0")
+    with pytest.raises(ConfigError) as caught:
+        Fit(
+            torch.nn.Linear(1, 1),
+            ft.TrainingConfig(**FUSED | {setting: value}),
+            seed=0,
+            plan=pytest.fail,
+            objective=pytest.fail,
+        )
+    assert caught.value.name == f"training.{setting}"
+
+
+@pytest.mark.parametrize("found", ["0.7.0", None])
+def test_a_torchrec_of_another_version_or_none_is_refused(
+    monkeypatch: pytest.MonkeyPatch, found: str | None
+) -> None:
+    def version(name: str) -> str:
+        if found is None:
+            raise PackageNotFoundError(name)
+        return found
+
+    monkeypatch.setattr(processes, "share", lambda: Share(0, 2))
+    monkeypatch.setattr("foretaste.training.torchrec.version", version)
+    config = ft.TrainingConfig(**FUSED)
+    optimizer = make_optimizer(list(torch.nn.Linear(1, 1).parameters()), config)
+    with pytest.raises(ConfigError) as caught:
+        lend_to_torchrec([], config, optimizer)
+    assert caught.value.name == "training.engine"
+
+
+def test_torchrec_has_the_losses_of_our_own_engine_and_each_goes_on_with_the_others_run(
+    tmp_path: Path,
+) -> None:
+    pytest.importorskip("torchrec", reason="needs TorchRec: make torchrec")
+    done = torchrun(2, str(tmp_path), "torchrec")
+    assert done.returncode == 0, done.stderr
+    assert "torchrec" not in done.stderr.lower()
+    assert (tmp_path / "refused").read_text() == "training.engine"
+    fit_fused(BY_TORCHREC["mf"], make_split(), tmp_path / "broken off" / "mf")
+    for place in ("torchrec/mf", "torchrec/two_tower", "broken off/mf", "begun/mf"):
+        own = first_losses(tmp_path / "own" / Path(place).name)
+        assert first_losses(tmp_path / place) == pytest.approx(own, rel=1e-5, abs=0)
 
 
 @pytest.mark.parametrize("language", ["bash", "yaml", "py"])
@@ -270,7 +390,7 @@ def fit(recipe: Path, *options: str) -> subprocess.CompletedProcess[str]:
 
 @TWO_CORES
 def test_the_command_starts_processes_of_which_one_speaks_and_writes(recipe: Path) -> None:
-    done = fit(recipe, "--processes", "2", "--json")
+    done = fit(recipe, "--processes", "2", "--set", "training.sharded_from=1", "--json")
     assert done.returncode == 0, done.stderr
     assert "ndcg_at_10" in json.loads(done.stdout)["metrics"]
     assert done.stderr.count("epoch 2/2") == 1
@@ -319,6 +439,16 @@ def test_a_killed_process_ends_the_others_and_the_error_names_it(
     assert "SIGKILL" in str(caught.value)
     assert time.perf_counter() - started < 60
     assert signal.getsignal(signal.SIGTERM) == handler
+
+
+def test_a_process_that_does_not_answer_is_named_and_torchrun_starts_all_again(
+    tmp_path: Path,
+) -> None:
+    done = torchrun(2, str(tmp_path), "stopped", options=["--max-restarts", "1"])
+    assert done.returncode == 0, done.stderr
+    assert "process 1 of this training has ended, or did not answer for 10 seconds" in done.stderr
+    case = stored(LOSSES)["mf, row_adagrad"]
+    assert first_losses(tmp_path / "run") == pytest.approx(case["losses"], rel=1e-9, abs=0)
 
 
 def test_more_processes_than_cores_are_refused(
@@ -388,11 +518,13 @@ class BrokenOff(Exception):
 
 def train_together(folder: Path, names: Sequence[str]) -> None:
     """Train cases, refuse others, and break off one."""
-    split, cases = make_split(), stored(LOSSES)
+    split, cases, equal = make_split(), stored(LOSSES), dict[str, bool]()
     torch.distributed.init_process_group("gloo")  # as Ray Train does before it calls
     with ft.joined_processes() as together, in_64_bits():
         for name in names:
-            learn(cases[name], split, folder / name)
+            trained = learn(cases[name], split, folder / name)
+            if name in MEASURED:
+                equal[name] = is_measured_as_alone(trained, split)
         for name in SHARDED:
             training = cases[name]["training"] | {"sharded_from": 1}
             learn(cases[name] | {"training": training}, split, folder / "sharded" / name)
@@ -404,6 +536,89 @@ def train_together(folder: Path, names: Sequence[str]) -> None:
         resume(folder / "begun by one", cases["mf, row_adagrad"], split, sharded_from=1)
         if together.is_first:
             (folder / "refused.json").write_text(json.dumps(refused))
+            (folder / "measured.json").write_text(json.dumps(equal))
+
+
+def is_measured_as_alone(trained: ft.Trained, split: ft.Split) -> bool:
+    """Return whether processes that share the work of answers and figures get those of one."""
+
+    def measure() -> list[str]:
+        trained.model.train().eval().learn_new_users(split.train)
+        trained.model.finish()
+        answers = {name: value.tolist() for name, value in trained.model.state_dict().items()}
+        reports: list[Any] = [ft.evaluate(trained, split.test, k=(3, 10))]
+        if isinstance(trained.model, Ranker):
+            reports.append(ft.evaluate_rows(trained, split))
+        return [json.dumps(answers), *(report.to_json() for report in reports)]
+
+    small = {
+        "foretaste.evaluation.measure_queries.block_rows": lambda _: 7,
+        "foretaste.evaluation.rows._BLOCK_ROWS": 16,
+        "foretaste.models.two_tower._BLOCK_ITEMS": 3,
+        "foretaste.models.pinsage.generate": partial(generate, block_nodes=11),
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in small.items():
+            patch.setattr(name, value)
+        with processes.work_divided():
+            together = measure()
+        return together == measure()
+
+
+def train_by_torchrec(folder: Path) -> None:
+    """Train by TorchRec and by our own engine, and break off a run of TorchRec's."""
+    split = make_split()
+
+    def stop(epoch: Epoch) -> None:
+        if epoch.epoch == 2:
+            raise BrokenOff
+
+    with ft.joined_processes() as together:
+        for name, model in BY_TORCHREC.items():
+            fit_fused(model, split, folder / "torchrec" / name)
+            fit_fused(model, split, folder / "own" / name, engine="own")
+        mf = BY_TORCHREC["mf"]
+        for place, engine in {"broken off": "torchrec", "begun": "own"}.items():
+            with suppress(BrokenOff):
+                fit_fused(mf, split, folder / place / "mf", engine=engine, on_epoch=stop)
+        fit_fused(mf, split, folder / "begun" / "mf")
+        twice = ft.SASRecConfig(embedding_dim=8, max_len=5, num_blocks=1)
+        training = ft.TrainingConfig(**FUSED)
+        refused = refused_setting(partial(ft.fit, twice, split, training=training, show=False))
+        if together.is_first:
+            (folder / "refused").write_text(refused)
+
+
+def train_and_stop(folder: Path) -> None:
+    """Train; the second process is stopped once, after three epochs."""
+    case, split, was_there = stored(LOSSES)["mf, row_adagrad"], make_split(), folder / "stopped"
+
+    def stop(epoch: Epoch) -> None:
+        if epoch.epoch == 3 and int(os.environ["RANK"]) == 1 and not was_there.exists():
+            was_there.touch()
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    with ft.joined_processes(timeout_seconds=10), in_64_bits():
+        resume(folder / "run", case, split, sharded_from=1, on_epoch=stop)
+
+
+def fit_fused(
+    model: Any,
+    split: ft.Split,
+    folder: Path,
+    on_epoch: Callable[[Epoch], None] | None = None,
+    **training: Any,
+) -> None:
+    ft.fit(
+        model,
+        split,
+        training=ft.TrainingConfig(epochs=3, batch_events=64, patience=None, **FUSED | training),
+        objective=ft.PairsConfig(negatives=16),
+        folder=folder,
+        resume=True,
+        on_epoch=on_epoch,
+        show=False,
+    )
 
 
 def refuse_others(split: ft.Split, rank: int) -> dict[str, str]:
@@ -420,7 +635,6 @@ def refuse_others(split: ft.Split, rank: int) -> dict[str, str]:
     others = replace(split, events=replace(split.events, item_idx=item_E))
     small, sharded = ft.TrainingConfig(batch_events=1), ft.TrainingConfig(sharded_from=1)
     threads = ft.PairsConfig(hard_negatives=1, hard_from="index", hard_refresh_steps=2)
-    two_stages = ft.TwoStageConfig(retriever=ft.MFConfig(), ranker=ft.DeepFMConfig(), candidates=4)
     tries: dict[str, Callable[[], object]] = {
         "another model": lambda: fit_mf(config=ft.MFConfig(embedding_dim=8 + rank)),
         "another number of events": lambda: fit_mf(split=fewer),
@@ -428,9 +642,7 @@ def refuse_others(split: ft.Split, rank: int) -> dict[str, str]:
         "another seed": lambda: fit_mf(seed=rank),
         "more processes than rows": lambda: fit_mf(training=small),
         "shared rows and a thread": lambda: fit_mf(training=sharded, objective=threads),
-        "shared rows of two stages": lambda: fit_mf(
-            config=two_stages, first_stage=FirstStage(training=sharded)
-        ),
+        "shared rows without a folder": lambda: fit_mf(training=sharded),
     }
     return {what: refused_setting(train) for what, train in tries.items()}
 
@@ -464,9 +676,9 @@ def resume(
     *,
     sharded_from: int | None = None,
     on_epoch: Callable[[Epoch], None] | None = None,
-) -> None:
+) -> ft.Trained:
     """Train from a folder's checkpoint on, or from the start."""
-    ft.fit(
+    return ft.fit(
         MODEL.validate_python(case["model"]),
         split,
         training=ft.TrainingConfig(**case["training"] | {"sharded_from": sharded_from}),
@@ -479,4 +691,9 @@ def resume(
 
 
 if __name__ == "__main__":
-    train_together(Path(sys.argv[1]), sys.argv[2:])
+    if sys.argv[2:] == ["torchrec"]:
+        train_by_torchrec(Path(sys.argv[1]))
+    elif sys.argv[2:] == ["stopped"]:
+        train_and_stop(Path(sys.argv[1]))
+    else:
+        train_together(Path(sys.argv[1]), sys.argv[2:])

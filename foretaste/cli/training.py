@@ -49,17 +49,21 @@ def fit(
     processes: Annotated[
         int, typer.Option(min=1, help="Train with so many processes on this machine.")
     ] = 1,
+    process_timeout: Annotated[
+        float, typer.Option(min=1, help="Seconds that a process waits for another one in a step.")
+    ] = 600.0,
     as_json: JsonFlag = False,
 ) -> None:
     """Train a recipe's model, report it on the test part, and write the bundle."""
     read = partial(ft.read_experiment, recipe, overrides=overrides or (), data_dir=data_dir)
     if processes > 1:
         read()
-        options = {"--out": out, "--data-dir": data_dir, "--result": result, "--track": track}
+        options: dict[str, object] = {"--out": out, "--data-dir": data_dir}
+        options |= {"--result": result, "--track": track, "--process-timeout": process_timeout}
         flags = {"--resume": resume, "--replace": replace, "--json": as_json}
         _start(processes, recipe, options, flags, overrides or ())
         return
-    with _together() as together:
+    with _together(process_timeout) as together:
         config = together.first_goes(read)
         folder = ft.start_run(out, result=result, resume=resume, replace=replace, track=track)
         split = together.first_goes(partial(ft.read_split, config, data_dir=data_dir))
@@ -99,9 +103,9 @@ def _start(
 
 
 @contextmanager
-def _together() -> Iterator["Together"]:
+def _together(timeout_seconds: float) -> Iterator["Together"]:
     """Join the processes that torchrun started; only the first one says that it was stopped."""
-    with ft.joined_processes() as together:
+    with ft.joined_processes(timeout_seconds=timeout_seconds) as together:
         try:
             yield together
         except Stopped as stop:

@@ -1,10 +1,11 @@
-"""Seeds of parts of a run, and draws that are the same for any number of processes.
+"""Seeds of parts of a run, and draws and answers that are the same for any number of processes.
 
 Randomness depends on where a run is, never on what ran before: step b of epoch e draws from
 (seed, e, b), so a run resumed anywhere is the same run.
 
 What is drawn for the rows of a batch is drawn for all of it, from a seed and its number, before it
-is divided among processes, so that several of them learn from the same batches as one.
+is divided among processes, so that several of them learn from the same batches as one. Work that
+is done in blocks, such as evaluation, is divided block by block.
 
 Shape legend: S keys of this process, T of all processes.
 """
@@ -114,6 +115,36 @@ def draw_for_keys(
         return draw(key_S.shape)
     every_T = _dealt[-1][1](key_S)
     return draw(every_T.shape)[torch.searchsorted(every_T, key_S)]
+
+
+Fill = Callable[[Tensor], None]
+"""Adds to a tensor what it holds in other processes, in place; of bytes the largest."""
+_shared_out: list[tuple[Share, Fill]] = []
+
+
+@contextmanager
+def shared_out(share: Share, fill: Fill) -> Iterator[None]:
+    """Divide the blocks of the work in this context among processes that all do it."""
+    _shared_out.append((share, fill))
+    try:
+        yield
+    finally:
+        _shared_out.pop()
+
+
+def own_blocks(num: int, step: int) -> Iterator[slice]:
+    """Give the blocks of `step` of `num` rows that this process computes: all if it is alone."""
+    share = _shared_out[-1][0] if _shared_out else WHOLE
+    for first in range(share.rank * step, num, share.world * step):
+        yield slice(first, min(first + step, num))
+
+
+def fill_blocks(*values: np.ndarray | Tensor) -> None:
+    """Fill in the blocks that other processes computed; until then they are 0."""
+    for value in values if _shared_out else ():
+        tensor = torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+        if tensor.numel():
+            _shared_out[-1][1](tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor)
 
 
 def mixed(seed: int, number: int) -> int:

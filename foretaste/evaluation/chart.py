@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float64
 
 from foretaste.arguments import checked
+from foretaste.data.draws import own_blocks
 from foretaste.data.rows import PartName
 from foretaste.data.splits import Split
 from foretaste.errors import ConfigError
@@ -141,7 +142,7 @@ def read_gates(model: Trained, split: Split, *, part: PartName = "test") -> Gate
             f"{part!r} has no rows: read the gates on another part", name="part", value=part
         )
     blocks = []
-    for batch in blocks_of(model, rows, _BLOCK_ROWS):
+    for _, batch in blocks_of(model, rows, own_blocks(len(rows), _BLOCK_ROWS)):
         with torch.inference_mode():
             gates = ranker.gates(batch.queries, batch.item_BC[:, :1])
         blocks.append(torch.stack([gates[task.name][:, 0] for task in ranker.tasks]))

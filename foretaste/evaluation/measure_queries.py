@@ -25,6 +25,7 @@ from foretaste.arguments import checked, checked_class
 from foretaste.config import Count, Seed
 from foretaste.data.arrays import ranges
 from foretaste.data.batch import Queries
+from foretaste.data.draws import fill_blocks, own_blocks
 from foretaste.data.interactions import Interactions
 from foretaste.data.splits import Holdout
 from foretaste.errors import ConfigError
@@ -340,22 +341,20 @@ def measure_queries(
         "popularity_share": head_membership(count_I),
     }
     names = [f"{family}_at_{n}" for family in (*ACCURACY, *properties) for n in k]
-    values = {name: np.empty(len(task.row_Q)) for name in names}
+    values = {name: np.zeros(len(task.row_Q)) for name in names}
     of_accuracy = names[: len(ACCURACY) * len(k)] if with_chance else ()
-    chance = {name: np.empty(len(task.row_Q)) for name in of_accuracy}
+    chance = {name: np.zeros(len(task.row_Q)) for name in of_accuracy}
     shown = {n: np.zeros(len(count_I), dtype=bool) for n in k}
-    better_N = np.empty(len(task.target_N), dtype=np.int64)
-    equal_N = np.empty(len(task.target_N), dtype=np.int64)
+    better_N = np.zeros(len(task.target_N), dtype=np.int64)
+    equal_N = np.zeros(len(task.target_N), dtype=np.int64)
     sampled_Q = np.zeros(len(task.row_Q), dtype=np.int64)
     cold_I = count_I == 0
     only_cold = partial(among_cold, cold_I=torch.from_numpy(cold_I), placed_I=model.known_I)
     leave_out_seen = partial(_without_seen, excluded=exclude_seen)
     cold_2N = None
     if among == "all" and sampled is None and cold_I[task.target_N].any():
-        cold_2N = np.empty((2, len(task.target_N)), dtype=np.int64)
-    step = block_rows(len(count_I))
-    for begin in range(0, len(task.row_Q), step):
-        rows = slice(begin, min(begin + step, len(task.row_Q)))
+        cold_2N = np.zeros((2, len(task.target_N)), dtype=np.int64)
+    for rows in own_blocks(len(task.row_Q), block_rows(len(count_I))):
         queries = holdout.queries(task.row_Q[rows], model.moment)
         targets, row_N = task.targets(rows)
         item_N = torch.from_numpy(task.target_N[targets])
@@ -392,6 +391,8 @@ def measure_queries(
         _put(values, rows, _of_lists(list_BK, properties, k))
         if with_chance:
             _put(chance, rows, _accuracy(_by_chance(score_BI, row_N, score_N, max(k)), k))
+    fill_blocks(*values.values(), *chance.values(), *shown.values(), better_N, equal_N, sampled_Q)
+    fill_blocks(*(() if cold_2N is None else (cold_2N,)))
     return Measured(
         values=values,
         chance=chance,
@@ -412,16 +413,16 @@ def mean_ndcg(model: Trained, holdout: Holdout, task: Task, *, k: int, exclude_s
     Raises:
         NonFiniteError: The model scores an item with NaN or infinity.
     """
-    score, ndcg_Q = model.scorer(exclude_seen=exclude_seen), np.empty(len(task.row_Q))
+    score, ndcg_Q = model.scorer(exclude_seen=exclude_seen), np.zeros(len(task.row_Q))
     short = max(_SHORT_BLOCK, len(ndcg_Q) // 8)  # few queries in one block would be padded much
     step = min(block_rows(len(model.item_count)), short)
-    for begin in range(0, len(ndcg_Q), step):
-        rows = slice(begin, min(begin + step, len(ndcg_Q)))
+    for rows in own_blocks(len(ndcg_Q), step):
         score_BI = score(holdout.queries(task.row_Q[rows], model.moment))
         targets, row_N = task.targets(rows)
         item_N = torch.from_numpy(task.target_N[targets])
         score_N = score_BI[torch.from_numpy(row_N), item_N].cpu().numpy()
         ndcg_Q[rows] = ndcg(settle(best(score_BI, k), row_N, score_N), k)
+    fill_blocks(ndcg_Q)
     _, mean_U1 = mean_by_user(task.user_Q, ndcg_Q[:, None])
     return float(mean_U1.mean())
 

@@ -5,7 +5,7 @@ each, T tasks.
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch import Tensor
 from foretaste.arguments import checked
 from foretaste.config import Resamples, Seed
 from foretaste.data.batch import RowBatch
+from foretaste.data.draws import fill_blocks, own_blocks
 from foretaste.data.rows import PartName, Rows, rows_of
 from foretaste.data.splits import TEST, TRAIN, UNUSED, VALIDATION, Split, happened_split
 from foretaste.data.tasks import Task, metric_name
@@ -208,23 +209,19 @@ def _sampler(model: Trained, sampled: SampledNegatives, num_items: int) -> Sampl
             )
 
 
-def _predict(
-    model: Trained, rows: Rows
-) -> Iterator[tuple[Float64[np.ndarray, "N T"], Float64[np.ndarray, "N T"]]]:
-    """Give labels and predictions, block by block, in the order of the rows."""
-    step = max(1, _BLOCK_ROWS // (1 + rows.drawn_EN.shape[1]))
-    for batch in blocks_of(model, rows, step):
-        prediction_BCT = predict_tasks(ranker_of(model), batch)
-        label_BCT = batch.label_BCT.double()
-        yield label_BCT.flatten(0, 1).numpy(), prediction_BCT.flatten(0, 1).numpy()
-
-
 def predict_rows(
     model: Trained, rows: Rows
 ) -> tuple[Float64[np.ndarray, "N T"], Float64[np.ndarray, "N T"]]:
     """Return labels and a ranker's predictions, of rows and of the items drawn for each."""
-    labels, predictions = zip(*_predict(model, rows), strict=True)
-    return np.concatenate(labels), np.concatenate(predictions)
+    each = 1 + rows.drawn_EN.shape[1]
+    shape = len(rows), each, len(rows.tasks)
+    label_ECT, prediction_ECT = np.zeros(shape), np.zeros(shape)
+    own = own_blocks(len(rows), max(1, _BLOCK_ROWS // each))
+    for block, batch in blocks_of(model, rows, own):
+        label_ECT[block] = batch.label_BCT.double().numpy()
+        prediction_ECT[block] = predict_tasks(ranker_of(model), batch).numpy()
+    fill_blocks(label_ECT, prediction_ECT)
+    return label_ECT.reshape(-1, shape[2]), prediction_ECT.reshape(-1, shape[2])
 
 
 def task_values(
@@ -252,8 +249,10 @@ def task_values(
             yield auc(label_N, prediction_N)
 
 
-def blocks_of(model: Trained, rows: Rows, step: int) -> Iterator[RowBatch]:
-    """Give rows as a model's ranker reads them, `step` at a time.
+def blocks_of(
+    model: Trained, rows: Rows, blocks: Iterable[slice]
+) -> Iterator[tuple[slice, RowBatch]]:
+    """Give blocks of rows as a model's ranker reads them.
 
     A user that the model does not know is represented by the history where training read none.
     """
@@ -262,12 +261,12 @@ def blocks_of(model: Trained, rows: Rows, step: int) -> Iterator[RowBatch]:
     only_new = translation is not None and reads == "nothing"
     if only_new:
         reads, max_len = "before", _NEW_USERS_EVENTS
-    for begin in range(0, len(rows), step):
-        row_B = np.arange(begin, min(begin + step, len(rows)))
-        batch = rows.batch(row_B, reads=reads, max_len=max_len, seed=begin)
+    for block in blocks:
+        row_B = np.arange(block.start, block.stop)
+        batch = rows.batch(row_B, reads=reads, max_len=max_len, seed=block.start)
         if translation is not None:
             batch = translation.batch(batch, new_users_histories=only_new)
-        yield batch
+        yield block, batch
 
 
 @torch.inference_mode()

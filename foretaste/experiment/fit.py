@@ -58,7 +58,7 @@ from foretaste.training.fit import Fit
 from foretaste.training.objectives import LabelledRows, ObjectiveConfig, PairsConfig, RowsConfig
 from foretaste.training.progress import Cost, CostWatch, ShowProgress, say
 from foretaste.training.settings import TrainingConfig
-from foretaste.training.sharded import finish, refuse_sharding, sharding
+from foretaste.training.sharded import sharding
 from foretaste.training.trained import Trained
 
 
@@ -208,7 +208,10 @@ def fit(
                 candidates=candidates,
             )
             log |= found
-    finish(model, happened)
+    with processes.work_divided():
+        model.learn_new_users(happened)
+        model.finish()
+    model.eval()
     return make(log=log, epochs=(epochs,), train_seconds=time.perf_counter() - started)
 
 
@@ -358,7 +361,6 @@ def _fit_parts(
     """Train the models that a model starts from, if there are any, each for a third of the time."""
     if pretraining is None:
         return {}
-    refuse_sharding(training.sharded_from, "a model starts from smaller ones")
     epochs = pretraining.epochs or training.epochs
     return {
         part.kind: fit_part(

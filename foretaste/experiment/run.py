@@ -190,8 +190,8 @@ def run_experiment(
 ) -> Run:
     """Fit a recipe's model, report it on the test part, and fit it on more if `final` says so.
 
-    Without a test part, nothing is measured. Of several processes, the first one measures and
-    follows the run; the reports of others are empty.
+    Where the split has no test part, nothing is measured. Several processes share the measuring,
+    and each has the whole report; the first one follows the run.
 
     Args:
         config: The recipe.
@@ -217,17 +217,17 @@ def run_experiment(
         told = None if tracker is None else partial(_tell, tracker)
         say_final = partial(_say_final, config, split) if show else None
         trained = fit_recipe(config, split, replace(options, on_epoch=told, on_cost=say_final))
-        if is_first:
+        with processes.work_divided():
             trained = with_calibration(trained, config.evaluation, split)
-        measured = split.has_test and is_first
-        report = evaluate_split(trained, config, split) if measured else Reports()
+            report = evaluate_split(trained, config, split) if split.has_test else Reports()
         if tracker is not None:
             tracker.log_metrics(report.metrics, step=0)
     if config.final == "none":
         return Run(trained=trained, report=report)
     refitted = fit_final(trained, config, split, options.part(_FINAL))
-    measurable = config.final == "validation" and split.has_test and is_first
-    again = evaluate_split(refitted, config, split) if measurable else None
+    measurable = config.final == "validation" and split.has_test
+    with processes.work_divided():
+        again = evaluate_split(refitted, config, split) if measurable else None
     return Run(trained=trained, report=report, refitted=refitted, refitted_report=again)
 
 

@@ -23,7 +23,6 @@ from foretaste.models.base import Model, Ranker
 from foretaste.models.catalogue import TwoStage, TwoStageConfig, build_model
 from foretaste.training.objectives import ObjectiveConfig, RowsConfig
 from foretaste.training.settings import TrainingConfig
-from foretaste.training.sharded import refuse_sharding
 from foretaste.training.trained import Trained
 
 _NO_OPTIONS = RunOptions()
@@ -121,11 +120,7 @@ def fit_first_stage(
         first_stage: How.
         positive: Column whose values above 0 make an event one that happened; "": every event is.
         options: Of all of them together; checkpoints go to a folder below theirs.
-
-    Raises:
-        ConfigError: Several processes would share the rows of the retriever's tables.
     """
-    refuse_sharding(first_stage.training.sharded_from, "the ranker learns from the retriever")
     fit_retriever = partial(
         fit_part,
         config.retriever,

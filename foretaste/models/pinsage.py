@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from foretaste.config import ChoiceConfig, Count, Depth, Positive, RangeConfig, Space, Usual
 from foretaste.data.batch import Queries
-from foretaste.data.draws import draw_for_keys
+from foretaste.data.draws import draw_for_keys, fill_blocks
 from foretaste.data.features import Features, FieldTable
 from foretaste.data.graph import Graph, GraphConfig
 from foretaste.data.interactions import Interactions
@@ -279,6 +279,10 @@ class PinSage(Retriever):
         user_P = torch.from_numpy(pair_E).unique() // self.num_items
         self.num_items_U.copy_(torch.bincount(user_P, minlength=self.num_users))
 
+    def learn_new_users(self, events: Interactions) -> None:
+        """Work out every vector, which several processes do together."""
+        self._answers()
+
     def finish(self) -> None:
         """Compute and keep what answers need: every vector, and items' messages to new users."""
         self.vector_XD, self.message_KIH = self._generate()
@@ -307,7 +311,7 @@ class PinSage(Retriever):
         """Work out every node layer by layer, each once a layer."""
         device, first = self.inputs.linked_X.device, self.num_users
         layers, width = self._layers(), self.message_KIH.shape[2]
-        message_KIH = torch.empty(len(layers), self.num_items, width, device=device)
+        message_KIH = torch.zeros(len(layers), self.num_items, width, device=device)
 
         def inputs(low: int, high: int) -> Tensor:
             input_BD: Tensor = self.inputs(torch.arange(low, high, device=device))
@@ -319,6 +323,7 @@ class PinSage(Retriever):
             message_KIH[number, start : start + len(item_BD)] = layers[number].messages(item_BD)
 
         state = generate(layers, self._neighbours(), inputs, on_block=keep, device=device)
+        fill_blocks(message_KIH)
         return _Tables(state.read(0, state.num_rows).to(device), message_KIH)
 
     def _layers(self) -> list[Convolve]:

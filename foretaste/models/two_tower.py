@@ -42,7 +42,7 @@ from foretaste.config import (
     Widths,
 )
 from foretaste.data.batch import Queries, Reads
-from foretaste.data.draws import draw_for_keys, draw_for_rows
+from foretaste.data.draws import draw_for_keys, draw_for_rows, fill_blocks, own_blocks
 from foretaste.data.features import Features, FieldTable
 from foretaste.data.interactions import Interactions
 from foretaste.errors import ConfigError
@@ -262,9 +262,13 @@ class TwoTower(Retriever):
                 table.zero_rows(untrained_R)
 
     def learn_new_users(self, events: Interactions) -> None:
-        """Learn how to answer new users from their histories."""
+        """Learn how to answer new users from their histories, and work out every item's vector,
+        which several processes do together.
+        """
         if self.fold_in is not None and self.user_table is not None:
             self.fold_in.learn(events, self.user_table, self._base_vectors)
+        if not self.training:
+            list(self.item_blocks())
 
     def train(self, mode: bool = True) -> "TwoTower":  # noqa: FBT001, FBT002 - torch's signature
         """Clear what was computed from earlier weights."""
@@ -274,8 +278,15 @@ class TwoTower(Retriever):
 
     @torch.no_grad()
     def _worked_out(self) -> list[tuple[int, Tensor]]:
-        blocks = self.every_item.split(_BLOCK_ITEMS)
-        return [(int(item_V[0]), self.items(item_V)) for item_V in blocks]
+        every_I = self.every_item
+        none_VD = self.items(every_I[:0])
+        vector_ID = none_VD.new_zeros(len(every_I), none_VD.shape[1])
+        for rows in own_blocks(len(every_I), _BLOCK_ITEMS):
+            vector_ID[rows] = self.items(every_I[rows])
+        fill_blocks(vector_ID)
+        return list(
+            zip(range(0, len(every_I), _BLOCK_ITEMS), vector_ID.split(_BLOCK_ITEMS), strict=True)
+        )
 
     def _query(
         self, queries: Queries, id_BD: Tensor | None, needed: "_Needed | None"

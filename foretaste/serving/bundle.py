@@ -26,7 +26,7 @@ import torch
 from jaxtyping import Float
 from pydantic import Field, NonNegativeInt, TypeAdapter, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from foretaste.config import Config
@@ -56,6 +56,7 @@ from foretaste.retrieval.choose import load_index
 from foretaste.retrieval.index import ItemIndex
 from foretaste.serving.self_test import StoredAnswers
 from foretaste.shown import json_value
+from foretaste.training.checkpoint import save_tensors
 from foretaste.training.objectives import ObjectiveConfig
 from foretaste.training.trained import Calibration, Trained
 from foretaste.version import __version__
@@ -282,8 +283,8 @@ def _check_model(trained: Trained) -> None:
 
 def _write_parts(bundle: Bundle, folder: Path) -> None:
     trained = bundle.trained
-    save_file(_owned(trained.model.state_dict()), folder / WEIGHTS_FILE)
-    save_file({"popular_I": bundle.popular_I.contiguous()}, folder / POPULAR_FILE)
+    save_tensors(trained.model.state_dict(), folder / WEIGHTS_FILE)
+    save_tensors({"popular_I": bundle.popular_I}, folder / POPULAR_FILE)
     fill_store(trained.events, folder / EVENTS_FOLDER)
     if bundle.index is not None:
         (folder / INDEX_FOLDER).mkdir()
@@ -300,17 +301,6 @@ def _write_parts(bundle: Bundle, folder: Path) -> None:
         text = json.dumps(json_value(bundle.report), indent=2)
         (folder / REPORT_FILE).write_text(text + "\n", encoding="utf-8")
     seal(folder, _manifest(bundle))
-
-
-def _owned(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Give each tensor its own memory, as safetensors requires."""
-    seen: set[int] = set()
-    owned: dict[str, Tensor] = {}
-    for name, tensor in state.items():
-        place = tensor.untyped_storage().data_ptr()
-        owned[name] = tensor.cpu().contiguous() if place not in seen else tensor.cpu().clone()
-        seen.add(place)
-    return owned
 
 
 def _manifest(bundle: Bundle) -> BundleManifest:
@@ -396,7 +386,7 @@ def _load_weights(model: nn.Module, file: Path) -> None:
     for name, own in made.items():
         weight = weights[name]
         sound = weight.dtype == own and (
-            not weight.is_floating_point() or bool((weight.abs() <= _LARGEST).all())
+            not weight.is_floating_point() or _within(weight, _LARGEST)
         )
         if not sound:
             raise BundleError(
@@ -405,6 +395,14 @@ def _load_weights(model: nn.Module, file: Path) -> None:
                 name=name,
                 value=str(file),
             )
+
+
+def _within(weight: Tensor, largest: float) -> bool:
+    """Return whether all numbers are so large at most; it needs no memory."""
+    if not weight.numel():
+        return True
+    lowest, highest = weight.aminmax()
+    return bool((-lowest <= largest) & (highest <= largest))
 
 
 def _load_popular(file: Path, num_items: int) -> Float[Tensor, " I"]:

@@ -10,6 +10,7 @@ random draws of a step depend only on the seed and the step's number, so the che
 generator state.
 """
 
+import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from foretaste.data.folder import (
@@ -110,8 +111,79 @@ def _write_part(
     for file, kept in mine.items():
         if file not in before:
             with whole_file(folder / file, replace=True) as part:
-                save_file({n: t.detach().cpu().contiguous() for n, t in kept.items()}, part)
+                save_tensors(kept, part)
     return files
+
+
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""As safetensors names them."""
+
+
+def save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
+    """Write a file of safetensors; unlike its own function, without a copy of it all in memory."""
+    header, first_bytes = _header({n: (t.dtype, list(t.shape)) for n, t in tensors.items()})
+    with file.open("wb") as opened:
+        opened.write(header)
+        for name in first_bytes:
+            opened.write(_bytes(tensors[name]))
+
+
+def save_together(file: Path, rows: Mapping[str, tuple[int, range, Tensor]]) -> dict[str, Tensor]:
+    """Write tensors of which each process has some rows into one file of safetensors.
+
+    Args:
+        file: In a folder that all processes see.
+        rows: By name how many rows there are, which of them this process has, and these.
+
+    Returns:
+        All rows, mapped from the file: what is written into them changes nothing there.
+    """
+    shapes = {name: (own.dtype, [num, *own.shape[1:]]) for name, (num, _, own) in rows.items()}
+    header, first_bytes = _header(shapes)
+    if processes.is_first():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(header)
+    processes.wait()
+    with file.open("r+b") as opened:
+        for name, first_byte in first_bytes.items():
+            _, which, own = rows[name]
+            opened.seek(first_byte + which.start * own[:1].nbytes)
+            opened.write(_bytes(own))
+    processes.wait()
+    return load_file(file)
+
+
+def _header(
+    shapes: Mapping[str, tuple[torch.dtype, list[int]]],
+) -> tuple[bytes, dict[str, int]]:
+    """Return how a file begins, and where each tensor does, one after the other."""
+    parts: dict[str, Any] = {}
+    ends, end = dict[str, int](), 0
+    for name in sorted(shapes, key=lambda name: (-shapes[name][0].itemsize, name)):
+        dtype, shape = shapes[name]
+        ends[name], begin = end, end
+        end += dtype.itemsize * math.prod(shape)
+        parts[name] = {"dtype": _DTYPES[dtype], "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(parts, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    header = len(text).to_bytes(8, "little") + text
+    return header, {name: len(header) + begin for name, begin in ends.items()}
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    flat = tensor.detach().cpu().contiguous().flatten()
+    return flat.view(torch.uint8).numpy().data
 
 
 def read_checkpoint(

@@ -43,6 +43,7 @@ from foretaste.training.settings import (
     keep_memory,
 )
 from foretaste.training.sharded import own_rows_of
+from foretaste.training.torchrec import lend_to_torchrec
 
 Network = TypeVar("Network", bound=nn.Module)
 Batch = TypeVar("Batch", covariant=True)
@@ -150,6 +151,7 @@ class Fit(Generic[Network, Batch]):
         refuse_at_rest(model)
         tables = [module for module in model.modules() if isinstance(module, OwnRows)]
         self.optimizer = make_optimizer(self.parameters, config, tables=tables)
+        self.lent = lend_to_torchrec(sharded.tables_of(model), config, self.optimizer)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
 
     def run(
@@ -189,8 +191,12 @@ class Fit(Generic[Network, Batch]):
             self.model.load_state_dict(self._judged().state_dict())
         self._refuse_broken_weights()
         self.model.eval()
-        sharded.make_whole(self.model)
+        sharded.map_tables(self.model, self._file("trained.safetensors"))
         return self.progress
+
+    def _file(self, name: str) -> Path | None:
+        """Return the place of a file of tables, which the next one of its name replaces."""
+        return None if self.folder is None else self.folder / name
 
     def _refuse_broken_weights(self) -> None:
         ends = [torch.stack(each.aminmax()) for each in self.model.parameters() if each.numel()]
@@ -306,6 +312,8 @@ class Fit(Generic[Network, Batch]):
         rate = config.rate * rate_factor(config, progress.step, steps_per_epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        for table in self.lent:
+            table.begin_step(rate)
         self.optimizer.zero_grad(set_to_none=True)
         with self._autocast(progress.precision), processes.dealt(batch):
             loss = self.objective(self.model, batch.to(self.device), generator)
@@ -367,8 +375,10 @@ class Fit(Generic[Network, Batch]):
         if self.validate is None or (number % self.validate_every and not is_last):
             return None
         judged = self._judged()
-        validate = self.validate
-        value = sharded.by_first(judged, lambda: validate(judged))
+        file = self._file("validated.safetensors")
+        with processes.work_divided(), sharded.mapped(judged, file):
+            found = self.validate(judged)
+        value = processes.by_first(lambda: found, at_once=True)
         if value > progress.best:
             progress.best, progress.best_epoch = value, number
             self.best_weights = {
@@ -468,6 +478,8 @@ class Fit(Generic[Network, Batch]):
             state.setdefault(int(index), {})[key] = value
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        for table in self.lent:
+            table.restore(self.optimizer)
         self.scaler.load_state_dict(facts["scaler"])
         self.progress = Progress(**facts["progress"])
 
@@ -480,7 +492,10 @@ class Fit(Generic[Network, Batch]):
                 value=True,
             )
         then = {**facts["settings"], "seed": facts["seed"]}
-        now = {**self.config.model_dump(mode="json", exclude={"sharded_from"}), "seed": self.seed}
+        now = {
+            **self.config.model_dump(mode="json", exclude={"sharded_from", "engine"}),
+            "seed": self.seed,
+        }
         changed = [name for name in now if then.get(name) != now[name]]
         if changed:
             said = ", ".join(f"{name} {then.get(name)}, not {now[name]}" for name in changed)

@@ -14,6 +14,7 @@ import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import timedelta
@@ -22,15 +23,18 @@ from typing import Any, NamedTuple, TypeVar, final
 import torch
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor, distributed, nn
+from torch.distributed import distributed_c10d
 
 from foretaste.arguments import checked
-from foretaste.data.draws import WHOLE, Part, Share, only_part
+from foretaste.data.draws import WHOLE, Part, Share, only_part, shared_out
 from foretaste.errors import ConfigError, ForetasteError, ProcessError
 
 T = TypeVar("T")
-_STEP, _WAIT = timedelta(minutes=10), timedelta(days=1)
-"""Time-outs: how long a process waits for another one in a step, and while the first one validates
-or reads."""
+_TIMEOUT, _PATIENCE = 600.0, 144.0
+"""Seconds that a process waits for another one in a step, and how many times longer it waits where
+the other one reads data or has more to compute: a day."""
+_ROLL_CALL = timedelta(seconds=5)
+"""How long a process that fails waits for the others to say that they are there."""
 _HANDLED = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")
 _LAST_WORDS = 15
 """Seconds within which the other processes must end after one has failed."""
@@ -39,6 +43,7 @@ _LAST_WORDS = 15
 class _Group(NamedTuple):
     share: Share
     patient: distributed.ProcessGroup
+    timeout: timedelta
 
 
 _joined: list[_Group] = []
@@ -74,10 +79,14 @@ class Together:
 
 
 @contextmanager
-def joined_processes() -> Iterator[Together]:
+def joined_processes(*, timeout_seconds: float = _TIMEOUT) -> Iterator[Together]:
     """Join the other processes that torchrun started, if there are any.
 
     All processes must make the same calls in this context, in the same order.
+
+    Args:
+        timeout_seconds: How long a process waits for another one in a step before it ends; where
+            another one reads data or has more to compute, 144 times as long.
 
     Raises:
         ProcessError: The other processes did not connect, or one of them has ended.
@@ -92,7 +101,7 @@ def joined_processes() -> Iterator[Together]:
     try:
         if meet:
             engine = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
-            distributed.init_process_group(engine, timeout=_STEP)
+            distributed.init_process_group(engine)
     except (RuntimeError, ValueError) as error:
         place = f"{os.environ.get('MASTER_ADDR', '')}:{os.environ.get('MASTER_PORT', '')}"
         raise ProcessError(
@@ -101,11 +110,13 @@ def joined_processes() -> Iterator[Together]:
             name="processes",
             value=place,
         ) from error
-    with _in_our_words():
-        patient = distributed.new_group(backend="gloo", timeout=_WAIT)
     own = Share(distributed.get_rank(), distributed.get_world_size())
-    _joined.append(_Group(own, patient))
+    timeout = timedelta(seconds=timeout_seconds)
+    patient = distributed.new_group(backend="gloo", timeout=_PATIENCE * timeout)
+    _joined.append(_Group(own, patient, timeout))
     try:
+        wait()
+        distributed_c10d._set_pg_timeout(timeout)
         yield Together()
         if meet:
             distributed.destroy_process_group()  # which may hang where another process has ended
@@ -122,11 +133,29 @@ def _in_our_words() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        silent = _silent_processes()
+        which = f"process {', '.join(map(str, silent))}" if silent else "another process"
         raise ProcessError(
-            "another process of this training has ended, or did not answer for "
-            f"{_STEP.seconds // 60} minutes: read its messages, then continue with --resume",
+            f"{which} of this training has ended, or did not answer for "
+            f"{_joined[-1].timeout.total_seconds():g} seconds: read its messages, then continue "
+            "with --resume",
             name="processes",
+            value=silent,
         ) from error
+
+
+def _silent_processes() -> list[int]:
+    """Return which processes do not notice, as this one did, that one of them is missing."""
+    own, until = share(), time.monotonic() + _ROLL_CALL.total_seconds()
+    key, found = "foretaste-alive-{}".format, set[int]()
+    with suppress(RuntimeError):  # the store may be gone with its process
+        store = distributed_c10d._get_default_store()
+        store.set_timeout(_ROLL_CALL)
+        store.set(key(own.rank), "")
+        while len(found) < own.world and time.monotonic() < until:
+            found = {rank for rank in range(own.world) if store.check([key(rank)])}
+            time.sleep(0.1)
+    return sorted(set(range(own.world)) - found) if found else []
 
 
 def first_goes(work: Callable[[], T]) -> T:
@@ -184,6 +213,24 @@ def check_same(facts: Mapping[str, object]) -> None:
                 )
 
 
+def work_divided() -> AbstractContextManager[None]:
+    """Divide work that is done in blocks, such as evaluation, among the processes.
+
+    All processes must do the same work; each of them gets the whole result.
+    """
+    return shared_out(share(), _fill) if _joined else nullcontext()
+
+
+def _fill(values: Tensor) -> None:
+    operation = (
+        distributed.ReduceOp.MAX if values.dtype == torch.uint8 else distributed.ReduceOp.SUM
+    )
+    whole = values.cpu()
+    with _in_our_words():
+        distributed.all_reduce(whole, operation, group=_joined[-1].patient)
+    values.copy_(whole)
+
+
 def dealt(batch: Sized) -> AbstractContextManager[None]:
     """Restrict draws for rows to this process's share of a step's batch."""
     if not _joined:
@@ -199,6 +246,11 @@ def _part(sizes: list[int]) -> Part:
 def _sizes(num_rows: int) -> list[int]:
     size = torch.tensor([num_rows])
     return [int(other) for other in _from_all(size)]
+
+
+def most_of_all(num: int) -> int:
+    """Return the largest of the numbers that the processes give."""
+    return max(_sizes(num)) if _joined else num
 
 
 def _from_all(same_shape: Tensor) -> list[Tensor]:
@@ -460,6 +512,14 @@ def start_processes(num: int, command: Sequence[str]) -> int:
     except ChildFailedError as error:
         failures = error.failures
         rank = min(failures, key=lambda r: (_followed(failures[r].exitcode), failures[r].timestamp))
+        if failures[rank].exitcode == ProcessError.followed:
+            silent = sorted(set(range(num)) - set(failures)) or [rank]
+            raise ProcessError(
+                f"of {num} processes, one did not answer the others, which ended; it is among "
+                f"{silent}: see the messages above, then continue with --resume",
+                name="processes",
+                value=silent[0],
+            ) from error
         raise ProcessError(
             f"process {rank} of {num} ended with {_ended(failures[rank].exitcode)}, which ended "
             "the training: read its messages above, then continue with --resume",

@@ -58,6 +58,10 @@ class TrainingConfig(Config):
     sharded_from: Count | None = None
     """Tables of ids or codes with at least this many rows are sharded: each of several processes
     holds and updates a range of the rows. None: each process holds all tables."""
+    engine: Literal["own", "torchrec"] = "own"
+    """What looks up and updates sharded tables in training. "torchrec": TorchRec 1.8 on the CPU, by
+    its fused row-wise Adagrad (`tables = "row_adagrad"`, without `gradient_clip`, `weight_decay`
+    and `ema_decay`), for models that read a table once in a step. Of one process it is "own"."""
     warmup_steps: CountOrZero | Literal["auto"] = "auto"
     """Number of steps over which the learning rate rises from 0. "auto": two epochs, at most 200
     steps."""

@@ -2,16 +2,17 @@
 
 A look-up requests rows from the processes that own them, and gradients are sent back to the owners,
 which update the rows and hold their optimizer state. All processes make their look-ups at the same
-points of a step, each for its own rows. While the first process works alone, as in validation, the
-others answer its look-ups.
+points of a step, each for its own rows. To answer, as in validation, each process writes its rows
+into one file, which all of them map into memory: no process holds a whole table.
 
 Shape legend: R rows of a table, X any shape of rows asked for, N rows asked for, U distinct ones of
 them, A rows that other processes request from this one, D width.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain
+from pathlib import Path
 from typing import Any, final
 
 import torch
@@ -20,9 +21,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn, optim
 
 from foretaste.data.draws import WHOLE, Share
-from foretaste.data.interactions import Interactions
 from foretaste.errors import ConfigError
-from foretaste.models.base import Model
 from foretaste.models.layers.table import (
     BLOCK_ROWS,
     Dense,
@@ -35,6 +34,7 @@ from foretaste.models.layers.table import (
     sum_by_row,
 )
 from foretaste.training import processes
+from foretaste.training.checkpoint import save_together
 from foretaste.training.optimizer import ROW_STATES
 
 
@@ -52,21 +52,6 @@ def sharding(rows_from: int | None) -> AbstractContextManager[None]:
         return (Sharded if num_rows >= least else Dense)(num_rows, width)
 
     return placed(place)
-
-
-def refuse_sharding(rows_from: int | None, reason: str) -> None:
-    """Raise an error if tables would be sharded although every process needs all their rows later.
-
-    Raises:
-        ConfigError: There are several processes, and tables would be sharded.
-    """
-    if rows_from is not None and processes.share() != WHOLE:
-        raise ConfigError(
-            f"training.sharded_from is {rows_from:,}, but {reason}, in every process: leave it "
-            "out, or train with one process",
-            name="training.sharded_from",
-            value=rows_from,
-        )
 
 
 def tables_of(model: nn.Module) -> list["Sharded"]:
@@ -93,8 +78,8 @@ class Sharded(OwnRows):
     def __init__(self, num_rows: int, width: int) -> None:
         super().__init__()
         self.width, self._num_rows = width, num_rows
-        self.asked_as: int | None = None
-        """The table's number in the model, while the first process works alone."""
+        self.look_up_by: Callable[[Tensor], Tensor] | None = None
+        """Another engine's look-up, for training; None: our own."""
         own = self.own
         self.weight = nn.Parameter(torch.empty(len(own), width))
         self.draw(std=1.0)
@@ -113,8 +98,8 @@ class Sharded(OwnRows):
         if row_N.is_meta:
             return self.weight.new_empty(*row_X.shape, self.width)
         check_rows(row_N, self.num_rows)
-        if self.asked_as is not None:
-            processes.by_first(lambda: self.asked_as or 0)
+        if self.look_up_by is not None and torch.is_grad_enabled():
+            return self.look_up_by(row_N).view(*row_X.shape, self.width)
         looked_ND: Tensor = _LookUp.apply(row_N, self.weight, self)  # type: ignore[no-untyped-call]
         return looked_ND.view(*row_X.shape, self.width)
 
@@ -159,12 +144,9 @@ class Sharded(OwnRows):
         return tables
 
     @torch.no_grad()
-    def whole(self) -> Dense:
-        """Return all rows."""
-        row_RD = self.weight.new_empty(self.num_rows, self.width)
-        for first, block_RD in self.blocks():
-            row_RD[first : first + len(block_RD)] = block_RD
-        return Dense.of_rows(row_RD, self.std)
+    def take(self, others: Sequence[Table]) -> None:
+        own = self.own
+        self.weight.copy_(torch.cat([other.block(own.start, own.stop) for other in others], dim=1))
 
 
 def rows_of(num_rows: int, share: Share) -> range:
@@ -229,47 +211,52 @@ class _LookUp(torch.autograd.Function):
         return None, grad_RD, None
 
 
-def by_first(model: nn.Module, work: Callable[[], float]) -> float:
-    """Compute a number in the first process, with a model whose tables may be sharded."""
-    tables = tables_of(model)
-    if not tables:
-        return processes.by_first(work)
-    done, found = len(tables), 0.0
-    if processes.is_first():
-        for number, table in enumerate(tables):
-            table.asked_as = number
-        try:
-            found = work()
-        finally:
-            for table in tables:
-                table.asked_as = None
-        processes.by_first(lambda: done)
-    else:
-        with torch.no_grad():
-            while (number := int(processes.by_first(lambda: 0))) < done:
-                table = tables[number]
-                table(torch.empty(0, dtype=torch.int64, device=table.weight.device))
-    return processes.by_first(lambda: found)
+@contextmanager
+def mapped(model: nn.Module, file: Path | None) -> Iterator[None]:
+    """Read a model's sharded tables from a file in this context, and delete the file after it."""
+    replaced = map_tables(model, file)
+    try:
+        yield
+    finally:
+        for module, name, table in replaced:
+            setattr(module, name, table)
+    if replaced and file is not None:
+        processes.wait()
+        if processes.is_first():
+            file.unlink()
 
 
-def make_whole(model: nn.Module) -> None:
-    """Send all rows of a trained model to the first process; the others keep their rows."""
-    by_first(model, lambda: _make_whole(model.modules()))
+def map_tables(model: nn.Module, file: Path | None) -> list[tuple[nn.Module, str, Sharded]]:
+    """Write a model's sharded tables into one file, from which each process then reads all rows.
 
+    Args:
+        model: Its tables are replaced by whole ones, mapped from the file.
+        file: In a folder that all processes see.
 
-def _make_whole(modules: Iterable[nn.Module]) -> float:
-    made: dict[Sharded, Dense] = {}
-    for module in list(modules):
-        for name, part in list(module.named_children()):
-            if isinstance(part, Sharded):
-                made[part] = made.get(part) or part.whole()
-                setattr(module, name, made[part])
-    return float(len(made))
+    Returns:
+        For each sharded table its module, its name there, and the table.
 
-
-def finish(model: Model, events: Interactions) -> None:
-    """Compute what only answers need; with sharded tables, the first process does it."""
-    if not tables_of(model):
-        model.learn_new_users(events)
-        model.finish()
-    model.eval()
+    Raises:
+        ConfigError: There is no folder.
+    """
+    places = [
+        (module, name, part)
+        for module in model.modules()
+        for name, part in module.named_children()
+        if isinstance(part, Sharded)
+    ]
+    if not places:
+        return places
+    if file is None:
+        raise ConfigError(
+            "training.sharded_from needs a folder that all processes see, where they write their "
+            "rows of a table together: give one (folder)",
+            name="folder",
+        )
+    names = {table: str(number) for number, table in enumerate(tables_of(model))}
+    rows = {name: (table.num_rows, table.own, table.weight) for table, name in names.items()}
+    whole = save_together(file, rows)
+    made = {table: Dense.of_rows(whole[name], table.std) for table, name in names.items()}
+    for module, name, table in places:
+        setattr(module, name, made[table].to(table.weight.device))
+    return places

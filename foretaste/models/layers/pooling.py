@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Float32, Int32
 from torch import Tensor, nn
 
+from foretaste.data.draws import fill_blocks, own_blocks
 from foretaste.data.walks import Layer, Neighbourhoods
 
 _TINY = 1e-6
@@ -151,7 +152,7 @@ class Rows:
             path: The file, which is replaced; None keeps the table in memory.
         """
         self.num_rows, self.width, self.path = num_rows, width, path
-        self._memory = torch.empty(num_rows, width) if path is None else torch.empty(0, width)
+        self._memory = torch.zeros(num_rows if path is None else 0, width)
         if path is not None:
             with path.open("wb") as file:
                 file.truncate(num_rows * width * 4)
@@ -172,6 +173,10 @@ class Rows:
         with self.path.open("r+b", buffering=0) as file:
             file.seek(low * self.width * 4)
             file.write(np.ascontiguousarray(rows_BD.cpu().numpy(), dtype=np.float32).data)
+
+    def fill(self) -> None:
+        """Fill in the rows that other processes worked out."""
+        fill_blocks(self._memory)
 
     def remove(self) -> None:
         """Give back the memory or the file."""
@@ -201,7 +206,7 @@ def generate(
         layers: From the lowest to the highest, 1 or more.
         neighbourhoods: The neighbours that each node pools.
         inputs: Gives the inputs of nodes `low … high - 1`; called once for each block.
-        folder: Where tables that do not fit go; None keeps them in memory.
+        folder: Where tables that do not fit go, of one process; None keeps them in memory.
         gathered_bytes: The most that is gathered from at a time: messages are pooled in slices
             of their columns if all of them would be more.
         block_nodes: Nodes computed at a time.
@@ -212,7 +217,7 @@ def generate(
         The states, in node order.
     """
     num_nodes = len(neighbourhoods)
-    blocks = [(low, min(low + block_nodes, num_nodes)) for low in range(0, num_nodes, block_nodes)]
+    blocks = [(block.start, block.stop) for block in own_blocks(num_nodes, block_nodes)]
 
     def table(name: str, width: int) -> Rows:
         return Rows(num_nodes, width, None if folder is None else folder / f"{name}.f32")
@@ -249,6 +254,7 @@ def _show(
 def _write(rows: Rows, blocks: Iterable[tuple[int, Tensor]]) -> None:
     for low, block_BD in blocks:
         rows.write(low, block_BD)
+    rows.fill()
 
 
 def _updated(
@@ -273,9 +279,10 @@ def _pooled(
     """Compute some columns of all messages, then yield the pooled messages of each block of
     nodes.
     """
-    message_VH = torch.empty(state.num_rows, columns.stop - columns.start, device=device)
+    message_VH = torch.zeros(state.num_rows, columns.stop - columns.start, device=device)
     for low, high in blocks:
         message_VH[low:high] = layer.messages(state.read(low, high).to(device), columns)
+    fill_blocks(message_VH)
     for low, high in blocks:
         yield low, weighted_bag(message_VH, *_edges(neighbourhoods, low, high, device))
 
