@@ -393,7 +393,7 @@ def test_weights_of_a_request_order_the_list_by_the_sum_of_predictions(
 
 def test_weights_of_no_task_are_refused_by_name() -> None:
     recommender = two_tasks(4)
-    with pytest.raises(DataError, match="'bye' is no task; this model's are click, buy; did you"):
+    with pytest.raises(DataError, match="'bye' is not a task; this model's are click, buy"):
         recommender.recommend(100, weights={"bye": 1.0})
     with pytest.raises(ft.ConfigError, match="must be a number for 'buy', not nan"):
         recommender.recommend(100, weights={"buy": float("nan")})

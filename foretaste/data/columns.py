@@ -316,7 +316,7 @@ def _is_plain(text: pl.Series, whole: pl.Series) -> bool:
 
 
 def narrowed(column: pl.Series) -> pl.Series:
-    """Return text as integers, other numbers or truth values, if all of it is such."""
+    """Convert text to integers, other numbers or truth values, if all values allow it."""
     is_text = column.dtype == pl.String and column.null_count() < len(column)
     if not is_text or column.str.contains(_CODE).any():
         return column

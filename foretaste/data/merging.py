@@ -231,7 +231,7 @@ def _narrow(column_E: Shaped[np.ndarray, " E"]) -> Shaped[np.ndarray, " E"]:
 def _context(
     sets: Sequence[Interactions], order_E: Int64[np.ndarray, " E"], notes: list[str]
 ) -> pl.DataFrame | None:
-    """Return the context of all sets, of the columns that they share; say which they do not."""
+    """Return the context columns that all sets share, and notes on the other columns."""
     frames = [pl.DataFrame() if s.context is None else s.context for s in sets]
     shared = [n for n in frames[0].columns if all(n in frame.columns for frame in frames)]
     left_out = sorted({n for frame in frames for n in frame.columns} - set(shared))

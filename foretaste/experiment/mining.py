@@ -53,8 +53,8 @@ class IndexNegatives(Refreshed):
 
     References:
         Xiong et al., "Approximate Nearest Neighbor Negative Contrastive Learning for Dense Text
-        Retrieval", ICLR 2021, https://arxiv.org/abs/2007.00808. Departure: what is found is drawn
-        from at a fixed step, not as soon as it is found.
+        Retrieval", ICLR 2021, https://arxiv.org/abs/2007.00808. Departure: results of a search are
+        used from a fixed step on, not as soon as they are found.
     """
 
     def __init__(self, config: PairsConfig, events: Interactions, *, seed: int) -> None:

@@ -157,7 +157,7 @@ def fit_two_stage(
         config: Both models.
         fit_part: `fit`, with all that both stages share.
         split: What they learn from.
-        options: Of both together; half of the time is the retriever's.
+        options: Options of both trainings together; half of the time limit is for the retriever.
         training: The ranker's.
         objective: The ranker's; None: zeros drawn half from the candidates, half from all items.
         first_stage: The retriever's.

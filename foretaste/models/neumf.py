@@ -132,7 +132,7 @@ class NCF(PairRanker[AnyNCFConfig]):
 
     @torch.no_grad()
     def start_from(self, parts: Mapping[str, Model]) -> None:
-        """Take over what GMF and MLP have learned, where both have."""
+        """Copy the weights of trained GMF and MLP models, if both are given."""
         gmf, mlp = (part for part in (parts["gmf"], parts["mlp"]) if isinstance(part, NCF))
         alpha = self.config.alpha if isinstance(self.config, NeuMFConfig) else 1.0
         width = self.gmf_dim

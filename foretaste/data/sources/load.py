@@ -156,7 +156,7 @@ def from_folder(source: Source, data_dir: Path) -> Dataset:
 
 
 def from_cache(source: Source, cache: Path) -> Dataset:
-    """Read a data set from the cache; get it there first, whole or not at all, if need be.
+    """Read a data set from the cache; if it is not there, download it first, atomically.
 
     Files are fetched into a folder of another name, which is read, checked and only then given
     its own. A cached copy that is no longer what it should be is fetched again.
