@@ -161,8 +161,8 @@ def test_a_loss_without_negatives_is_refused() -> None:
 @pytest.mark.parametrize(
     ("settings", "word"),
     [
-        ({"in_batch": True, "row_negatives": 2}, "leave out in_batch, row_negatives"),
-        ({"popularity_power": 0.75}, "leave out popularity_power"),
+        ({"in_batch": True, "row_negatives": 2}, "omit in_batch, row_negatives"),
+        ({"popularity_power": 0.75}, "omit popularity_power"),
         ({"loss": "bce", "frequency": "streamed"}, "set in_batch"),
     ],
 )

@@ -444,7 +444,9 @@ def test_a_killed_process_ends_the_others_and_the_error_names_it(
 def test_a_process_that_does_not_answer_is_named_and_torchrun_starts_all_again(
     tmp_path: Path,
 ) -> None:
-    done = torchrun(2, str(tmp_path), "stopped", options=["--max-restarts", "1"])
+    done = torchrun(
+        2, str(tmp_path), "stopped", options=["--max-restarts", "1", "--shutdown-timeout", "2"]
+    )
     assert done.returncode == 0, done.stderr
     assert "process 1 of this training has ended, or did not answer for 10 seconds" in done.stderr
     case = stored(LOSSES)["mf, row_adagrad"]

@@ -86,7 +86,7 @@ def test_a_filter_leaves_the_ranking_of_those_that_meet_it(
     expected = [row for row in everything if "red" in colours(row) and row >= 5]
     assert rows_of(answer) == expected
     assert len(expected) > 1
-    assert any(f"and only {len(expected)} are allowed" in n for n in answer.notes)
+    assert any(f"but only {len(expected)} are allowed" in n for n in answer.notes)
     first = recommender.recommend(**who, k=1, rules=rules)
     assert rows_of(first) == expected[:1]
 

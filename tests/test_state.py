@@ -202,7 +202,7 @@ def test_the_file_beside_a_bundle_is_not_inside_it(tmp_path: Path) -> None:
 def test_a_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "notes.txt"
     file.write_text("not a database, but a longer text than one page header " * 40)
-    with pytest.raises(ConfigError, match=r"notes\.txt: file is not a database; give another"):
+    with pytest.raises(ConfigError, match=r"notes\.txt: file is not a database; set the server"):
         open_live_events(str(file))
     assert file.read_text().startswith("not a database")
 

@@ -348,7 +348,7 @@ def test_a_disk_that_fills_while_a_checkpoint_is_written_leaves_the_one_before(
 
     write_checkpoint(tmp_path, {"model-1": {"a": torch.ones(2)}}, {"step": 1})
     if call == "safetensors":
-        monkeypatch.setattr(checkpoint, "save_file", fail)
+        monkeypatch.setattr(checkpoint, "save_tensors", fail)
     else:
         monkeypatch.setattr(checkpoint.CheckpointManifest, "render", fail)
     with pytest.raises(DataError, match="No space left on device"):

@@ -167,7 +167,7 @@ def test_a_draw_of_settings_that_do_not_go_together_ends_its_trial_alone(tmp_pat
         model={"kind": "mf"}, space={"objective.in_batch": {"choices": [True]}}, trials=1
     )
     never = never.model_copy(update={"objective": ft.PairsConfig(loss="softmax")})
-    with pytest.raises(ConfigError, match="leave out in_batch"):
+    with pytest.raises(ConfigError, match="omit in_batch"):
         tune(never, split(), folder=tmp_path / "never")
 
 

@@ -24,6 +24,7 @@ import torch
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor, distributed, nn
 from torch.distributed import distributed_c10d
+from torch.distributed.rendezvous import rendezvous
 
 from foretaste.arguments import checked
 from foretaste.data.draws import WHOLE, Part, Share, only_part, shared_out
@@ -78,6 +79,7 @@ class Together:
         return first_goes(work)
 
 
+@checked
 @contextmanager
 def joined_processes(*, timeout_seconds: float = _TIMEOUT) -> Iterator[Together]:
     """Join the other processes that torchrun started, if there are any.
@@ -101,7 +103,15 @@ def joined_processes(*, timeout_seconds: float = _TIMEOUT) -> Iterator[Together]
     try:
         if meet:
             engine = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
-            distributed.init_process_group(engine)
+            store, rank, world = next(rendezvous("env://"))
+            # a launcher that starts all again may keep its store, with the addresses of before
+            again = (store.add("foretaste/joined", 1) - 1) // world
+            distributed.init_process_group(
+                engine,
+                store=distributed_c10d.PrefixStore(str(again), store),
+                rank=rank,
+                world_size=world,
+            )
     except (RuntimeError, ValueError) as error:
         place = f"{os.environ.get('MASTER_ADDR', '')}:{os.environ.get('MASTER_PORT', '')}"
         raise ProcessError(
