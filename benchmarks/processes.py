@@ -208,7 +208,7 @@ def moved_difference(alone: Path, folder: Path) -> float:
     for name in MOVED:
         weights = load_file(folder / name / "weights.safetensors")
         for part, own in load_file(alone / name / "weights.safetensors").items():
-            found.append(float((weights[part] - own).abs().max()))
+            found.append(float((weights[part].double() - own.double()).abs().max()))
     return max(found)
 
 
