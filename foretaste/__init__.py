@@ -122,6 +122,7 @@ if TYPE_CHECKING:
     from foretaste.serving.server import serve
     from foretaste.serving.settings import ServerSettings, add_token
     from foretaste.serving.versions import sign_bundle
+    from foretaste.training.launcher import start_processes
     from foretaste.training.objectives import (
         MaskedItemConfig,
         NextItemConfig,
@@ -129,7 +130,7 @@ if TYPE_CHECKING:
         PairsConfig,
         RowsConfig,
     )
-    from foretaste.training.processes import joined_processes, start_processes
+    from foretaste.training.processes import joined_processes
     from foretaste.training.settings import TrainingConfig
     from foretaste.training.trained import Trained
 

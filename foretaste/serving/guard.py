@@ -119,9 +119,7 @@ class Connection(HttpToolsProtocol):
         super().data_received(data)
         if self.transport.is_closing():
             return
-        if (
-            self._in_head and self._heads == head
-        ):  # the parser buffers a header until it is complete
+        if self._in_head and self._heads == head:  # the parser buffers an incomplete header
             self._waiting_bytes += len(data)
             if self._waiting_bytes > self.settings.max_header_bytes + self.settings.max_url_bytes:
                 said = "the headers are too long"
@@ -230,9 +228,7 @@ class Connection(HttpToolsProtocol):
         )
         if status is HTTPStatus.SERVICE_UNAVAILABLE:
             head += "retry-after: 1\r\n"
-        if (
-            self._in_head or status is not HTTPStatus.REQUEST_TIMEOUT
-        ):  # otherwise there was no request
+        if self._in_head or status is not HTTPStatus.REQUEST_TIMEOUT:  # else there was no request
             self.transport.write(head.encode() + b"\r\n" + body)
         self.transport.close()
         self._within(self.settings.write_timeout_s, self.transport.abort)

@@ -303,7 +303,7 @@ class CanaryRequest(BaseModel):
     model_config = Config.model_config
 
     share: float = Field(ge=0, le=1)
-    """Share of the users with an id, each of whom always gets the same version; 0 ends the
+    """Share of the users with an id; a user always gets the same version; 0 ends the
     canary."""
 
 

@@ -1,5 +1,4 @@
-"""The store of live events in SQL: events are on disk when acknowledged, and read by the next
-request.
+"""The store of live events in SQL: an acknowledged event is on disk, and the next request reads it.
 
 SQLite by default (write-ahead log, synchronous FULL: a commit has reached the disk), PostgreSQL by
 its URL, with synchronous_commit on; both through SQLAlchemy Core and the same statements. Waiting
@@ -313,9 +312,8 @@ def open_live_events(state: str, *, timeout_s: float = 1.0) -> LiveEvents:
             engine = sa.create_engine(url)
         else:
             wait = {"connect_timeout": _connection_s(timeout_s)}
-            engine = sa.create_engine(
-                url, pool_pre_ping=True, pool_timeout=timeout_s, connect_args=wait
-            )
+            more = {"pool_pre_ping": True, "pool_timeout": timeout_s, "connect_args": wait}
+            engine = sa.create_engine(url, **more)
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"live events at {shown} need {error.name}: pip install 'foretaste[postgres]'",
@@ -415,9 +413,8 @@ def _bring_to_layout(engine: sa.Engine) -> None:
         with engine.connect() as connection:
             version = connection.execute(sa.select(sa.func.max(_LAYOUT.c.version))).scalar() or 0
     if version > latest:
-        raise _foreign(
-            f"tables have layout {version}, but this version of foretaste knows {latest}"
-        )
+        said = f"tables have layout {version}, but this version of foretaste knows {latest}"
+        raise _foreign(said)
     for table in _TABLES.sorted_tables if version == latest else [_EVENTS]:
         if table.name in there:
             columns = {column["name"] for column in found.get_columns(table.name)}
@@ -433,9 +430,8 @@ def _bring_to_layout(engine: sa.Engine) -> None:
 
 
 def _foreign(what: str) -> SQLAlchemyError:
-    return sa.exc.InvalidRequestError(
-        f"its {what}; install a newer foretaste, or give it a new place"
-    )
+    said = f"its {what}; install a newer foretaste, or give it a new place"
+    return sa.exc.InvalidRequestError(said)
 
 
 def _change_layout(engine: sa.Engine, version: int, latest: int) -> None:
@@ -473,9 +469,7 @@ def _as_they_came(connection: sa.Connection, events: Sequence[LiveEvent]) -> lis
 
 
 def _check_same(connection: sa.Connection, events: Sequence[LiveEvent]) -> None:
-    """Raise an error, which rolls all events back, if the store has another event with an
-    `event_id`.
-    """
+    """Raise an error, which rolls all events back, if another event has the same `event_id`."""
     sent = [event.event_id for event in events if event.event_id is not None]
     kept = connection.execute(
         sa.select(*(_EVENTS.c[name] for name in _GIVEN)).where(_EVENTS.c.event_id.in_(sent))

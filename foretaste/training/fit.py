@@ -203,8 +203,7 @@ class Fit(Generic[Network, Batch]):
         if not all(bool(each.isfinite().all()) for each in ends):
             raise NonFiniteError(
                 "training ended with weights that are NaN or infinite: lower "
-                "training.learning_rate or "
-                "set training.gradient_clip",
+                "training.learning_rate or set training.gradient_clip",
                 name="learning_rate",
                 value=self.config.rate,
             )
@@ -293,18 +292,15 @@ class Fit(Generic[Network, Batch]):
     def _due(self, seconds: float) -> bool:
         """Return whether a checkpoint is due; of several processes, the first one decides."""
         due = seconds >= self.config.checkpoint_seconds
-        return (
-            bool(processes.by_first(lambda: due, at_once=True))
-            if self.dealt and self.folder
-            else due
-        )
+        if self.dealt and self.folder:
+            return bool(processes.by_first(lambda: due, at_once=True))
+        return due
 
     def _out_of_time(self, max_seconds: float | None) -> str:
-        if max_seconds is None:
+        spent_s, most_s = self.progress.seconds, max_seconds
+        if most_s is None or not processes.by_first(lambda: spent_s >= most_s, at_once=True):
             return ""
-        if not processes.by_first(lambda: self.progress.seconds >= max_seconds, at_once=True):
-            return ""
-        return f"{OUT_OF_TIME}: stopped after {self.progress.seconds:.1f} s"
+        return f"{OUT_OF_TIME}: stopped after {spent_s:.1f} s"
 
     def _step(self, batch: Any, steps_per_epoch: int, generator: torch.Generator) -> float:
         """Take an optimizer step, unless the loss is not finite; return the loss."""
@@ -398,9 +394,8 @@ class Fit(Generic[Network, Batch]):
             return
         progress.waited += 1
         if patience is not None and progress.waited >= patience:
-            progress.done = (
-                f"no better validation since epoch {progress.best_epoch} ({progress.best:.5f})"
-            )
+            since = f"epoch {progress.best_epoch} ({progress.best:.5f})"
+            progress.done = f"no better validation since {since}"
 
     def _patience(self, steps_per_epoch: int) -> int | None:
         """Return how many validations in a row may bring no improvement."""
@@ -492,10 +487,8 @@ class Fit(Generic[Network, Batch]):
                 value=True,
             )
         then = {**facts["settings"], "seed": facts["seed"]}
-        now = {
-            **self.config.model_dump(mode="json", exclude={"sharded_from", "engine"}),
-            "seed": self.seed,
-        }
+        now = self.config.model_dump(mode="json", exclude={"sharded_from", "engine"})
+        now["seed"] = self.seed
         changed = [name for name in now if then.get(name) != now[name]]
         if changed:
             said = ", ".join(f"{name} {then.get(name)}, not {now[name]}" for name in changed)

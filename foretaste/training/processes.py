@@ -10,10 +10,7 @@ Shape legend: N rows of this process, K numbers of each, V items of a batch, X t
 this process encodes, T means, D width.
 """
 
-import logging
 import os
-import signal
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -36,9 +33,6 @@ _TIMEOUT, _PATIENCE = 600.0, 144.0
 the other one reads data or has more to compute: a day."""
 _ROLL_CALL = timedelta(seconds=5)
 """How long a process that fails waits for the others to say that they are there."""
-_HANDLED = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")
-_LAST_WORDS = 15
-"""Seconds within which the other processes must end after one has failed."""
 
 
 class _Group(NamedTuple):
@@ -470,94 +464,3 @@ def _rows_of_all(parameter: nn.Parameter) -> Tensor:
     return torch.sparse_coo_tensor(
         row_N.unsqueeze(0), grad_ND, parameter.shape, check_invariants=False
     )
-
-
-@checked
-def start_processes(num: int, command: Sequence[str]) -> int:
-    """Start `num` Python processes on this machine with torchrun's launcher, and wait for them.
-
-    Args:
-        num: Number of processes.
-        command: The arguments of `python`, such as the path of a script.
-
-    Returns:
-        The number of the signal that stopped the processes, or 0.
-
-    Raises:
-        ConfigError: There are fewer cores, or torchrun started this process.
-        ProcessError: A process failed; the message and `value` name it.
-    """
-    from torch.distributed.elastic.multiprocessing import SignalException  # noqa: PLC0415
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError  # noqa: PLC0415
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch  # noqa: PLC0415
-
-    if was_started():
-        raise ConfigError(
-            "torchrun has started several processes already: omit --processes",
-            name="processes",
-            value=num,
-        )
-    cores = os.cpu_count() or 1
-    if num > cores:
-        raise ConfigError(
-            f"{num} processes on a machine of {cores} cores: ask for {cores} at most",
-            name="processes",
-            value=num,
-        )
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // num)))
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=num,
-        run_id=f"foretaste-{os.getpid()}",
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
-        shutdown_timeout=_LAST_WORDS,
-    )
-    try:
-        with _own_handlers():
-            elastic_launch(config, sys.executable)(*command)
-    except ChildFailedError as error:
-        failures = error.failures
-        rank = min(failures, key=lambda r: (_followed(failures[r].exitcode), failures[r].timestamp))
-        if failures[rank].exitcode == ProcessError.followed:
-            silent = sorted(set(range(num)) - set(failures)) or [rank]
-            raise ProcessError(
-                f"of {num} processes, one did not answer the others, which ended; it is among "
-                f"{silent}: see the messages above, then continue with --resume",
-                name="processes",
-                value=silent[0],
-            ) from error
-        raise ProcessError(
-            f"process {rank} of {num} ended with {_ended(failures[rank].exitcode)}, which ended "
-            "the training: read its messages above, then continue with --resume",
-            name="processes",
-            value=rank,
-        ) from error
-    except SignalException as stop:
-        return int(stop.sigval)
-    return 0
-
-
-@contextmanager
-def _own_handlers() -> Iterator[None]:
-    """Restore this process's signal handlers, which torch leaves changed."""
-    numbers = [getattr(signal, name) for name in _HANDLED if hasattr(signal, name)]
-    before = {number: signal.getsignal(number) for number in numbers}
-    try:
-        yield
-    finally:
-        with suppress(ValueError):  # signals are handled in the main thread alone
-            for number, handler in before.items():
-                signal.signal(number, handler or signal.SIG_DFL)
-
-
-def _followed(code: int) -> bool:
-    """Return whether a process ended because another one had ended."""
-    return code in (ProcessError.followed, 128 + signal.SIGTERM, -signal.SIGTERM)
-
-
-def _ended(code: int) -> str:
-    return f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
