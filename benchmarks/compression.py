@@ -11,8 +11,9 @@ ended goes on from there, with more seeds too. Kinds that train follow with `--t
 
 `made-up` is a set of `--items` items (1,000,000) and a fifth as many users, written to `--keep`:
 popularity by Zipf's law, tastes in 8 dimensions, and for each item a part of its vector that no
-other shares. A user does 20 of 200 items drawn by popularity, the best by taste and chance. There
-the items' table alone is made smaller, and `times_smaller` is of it.
+other shares. A user does 20 of 200 items drawn by popularity, the best by taste and chance. There,
+and for a recipe that `--recipe` names, the items' table alone is made smaller, and `times_smaller`
+is of it: `gowalla-mf-items --recipe recipes/mf-gowalla-rows.toml` has the figure of docs/tables.md.
 """
 
 import argparse
@@ -250,7 +251,9 @@ def main() -> None:
         smallest,
     ]
     if bench.items_alone:  # of many items, where each measurement takes minutes
-        at_rest = [smallest, QuantisedConfig(sub_spaces=width // 2, turned=True), IntegerConfig()]
+        hidden = IntegerConfig(kind="int4", scale_bits=6)
+        coded = QuantisedConfig(sub_spaces=width // 2, turned=True)
+        at_rest = [smallest, coded, hidden, IntegerConfig()]
     for seeds in range(1, asked.seeds + 1):
         times = [bench.measured(table, 0, trained=False).times_smaller for table in at_rest]
         both = [anchors(*one, width) for one in zip(at_rest, times, strict=True)]
