@@ -430,8 +430,7 @@ def _bring_to_layout(engine: sa.Engine) -> None:
 
 
 def _foreign(what: str) -> SQLAlchemyError:
-    said = f"its {what}; install a newer foretaste, or give it a new place"
-    return sa.exc.InvalidRequestError(said)
+    return sa.exc.InvalidRequestError(f"its {what}; update foretaste, or give it a new place")
 
 
 def _change_layout(engine: sa.Engine, version: int, latest: int) -> None:
