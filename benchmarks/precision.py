@@ -9,8 +9,8 @@ Each model learns MovieLens 100K, cut in time, at default settings.
 - steps: each model and precision has a process of its own, in turns, `--turns` times: events a
   second of an epoch without validation (the most of two epochs and all turns), peak memory, and
   what `precision = "auto"` chose.
-- quality: runs to their end, test NDCG@10 of each of `--seeds` seeds with its 95 % interval, in
-  fp32 and bf16.
+- quality: runs to their end or for `--epochs`, test NDCG@10 of each of `--seeds` seeds in fp32 and
+  bf16, and the difference of their means over users with its 95 % interval.
 
 The file keeps what it holds of other models and kinds.
 """
@@ -20,9 +20,8 @@ import json
 import resource
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import torch
@@ -46,13 +45,13 @@ def main() -> None:
         document = json.loads(asked.out.read_text(encoding="utf-8"))
     document["what"] = "MovieLens 100K, temporal split, default settings, one thread"
     document["bf16 in hardware"] = native_bf16()
+    place = "ndcg_at_10" if asked.quality else "epoch"
     for name in (asked.quality or asked.models).split(","):
-        place = "ndcg_at_10" if asked.quality else "epoch"
-        found = quality(name, asked) if asked.quality else steps(name, asked)
-        document.setdefault(place, {})[name] = found
-        document[f"run of {place}"] = run_facts()
-        print(name, found, flush=True)
-        asked.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        for found in quality(name, asked) if asked.quality else [steps(name, asked)]:
+            document.setdefault(place, {})[name] = found
+            document[f"run of {place}"] = run_facts()
+            print(name, found, flush=True)
+            asked.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
 def parse() -> argparse.Namespace:
@@ -62,6 +61,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--quality", default="")
     parser.add_argument("--turns", type=int, default=2)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, help="most epochs of a run that is for quality")
     parser.add_argument("--one", default="")
     parser.add_argument("--out", type=Path)
     return parser.parse_args()
@@ -109,23 +109,26 @@ def one_run(name: str, precision: str, asked: argparse.Namespace) -> Mapping[str
     }
 
 
-def quality(name: str, asked: argparse.Namespace) -> Mapping[str, object]:
-    """Give the test figure of each precision and seed."""
-    split, found = split_of(asked), dict[str, object]()
-    for precision in ("fp32", "bf16"):
-        runs = []
-        for seed in range(asked.seeds):
-            training = ft.TrainingConfig(precision=precision)
+def quality(name: str, asked: argparse.Namespace) -> Iterator[Mapping[str, object]]:
+    """Give the test figures of each precision, after each seed those of the seeds so far."""
+    split, most = split_of(asked), {} if asked.epochs is None else {"epochs": asked.epochs}
+    reports: dict[str, list[ft.Report]] = {"fp32": [], "bf16": []}
+    for seed in range(asked.seeds):
+        for precision, of_precision in reports.items():
+            training = ft.TrainingConfig(precision=precision, **most)
             trained = ft.fit(MODELS[name], split, training=training, seed=seed, show=False)
-            report = ft.evaluate(trained, split.test, k=(10,))
-            low, high = report.intervals["ndcg_at_10"]
-            value = report.metrics["ndcg_at_10"]
-            runs.append(
-                {"ndcg_at_10": round(value, 5), "interval": [round(low, 5), round(high, 5)]}
-            )
-        figure = mean(run["ndcg_at_10"] for run in runs)
-        found[precision] = {"mean": round(figure, 5), "seeds": runs}
-    return found
+            of_precision.append(ft.evaluate(trained, split.test, k=(10,)))
+        difference = ft.compare(reports["bf16"], reports["fp32"], "ndcg_at_10")
+        yield {
+            **{
+                precision: [round(report.metrics["ndcg_at_10"], 5) for report in of_precision]
+                for precision, of_precision in reports.items()
+            },
+            "most_epochs": asked.epochs,
+            "bf16_minus_fp32": round(difference.difference, 5),
+            "interval": [round(end, 5) for end in difference.interval],
+            "users": difference.users,
+        }
 
 
 def split_of(asked: argparse.Namespace) -> ft.Split:

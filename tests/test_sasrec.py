@@ -5,6 +5,8 @@ from typing import Literal
 
 import pytest
 import torch
+from torch import Tensor
+from torch.nn import functional
 
 from foretaste.data.batch import Queries, SequenceBatch, last_events
 from foretaste.errors import ConfigError
@@ -104,6 +106,21 @@ def test_attention_equals_the_formula_in_float64(*, causal: bool) -> None:
     expected = layer.output(torch.cat(heads, dim=-1))
     found = layer(x, x, causal=causal, valid_BS=valid)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_in_bf16_on_a_cpu_only_the_attention_itself_stays_in_fp32(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layer, x, seen = MultiHeadAttention(12, 3), torch.randn(2, 5, 12), []
+
+    def attention(query: Tensor, key: Tensor, value: Tensor, **_: object) -> Tensor:
+        seen.extend([query.dtype, key.dtype, (query @ key.transpose(2, 3)).dtype])
+        return value
+
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", attention)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x, x).dtype == torch.bfloat16
+    assert seen == [torch.float32] * 3
 
 
 def test_nothing_to_attend_to_is_not_nan() -> None:

@@ -412,22 +412,25 @@ class MultiHeadAttention(nn.Module):
         query_BHLd = self._heads(self.query(query_BLD))
         key, value = self.key_value(memory_BSD).chunk(2, dim=-1)
         mask = None if valid_BS is None else valid_BS[:, None, None, :]
-        mixed_BHLd = F.scaled_dot_product_attention(
-            query_BHLd,
-            self._heads(key),
-            self._heads(value),
-            attn_mask=mask,
-            is_causal=causal,
-            dropout_p=self.dropout if self.training else 0.0,
-        )
+        with torch.autocast("cpu", enabled=False):  # backward in bf16 takes four times as long
+            mixed_BHLd = F.scaled_dot_product_attention(
+                query_BHLd,
+                self._heads(key),
+                self._heads(value),
+                attn_mask=mask,
+                is_causal=causal,
+                dropout_p=self.dropout if self.training else 0.0,
+            )
         if mask is not None:
             mixed_BHLd = mixed_BHLd.where(mask.any(dim=-1, keepdim=True), 0)
         output: Tensor = self.output(mixed_BHLd.transpose(1, 2).flatten(2))
         return output
 
     def _heads(self, x_BLD: Tensor) -> Tensor:
+        """Split the heads, on a CPU in fp32 at least."""
         heads: Tensor = x_BLD.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        return heads
+        is_short = heads.is_cpu and heads.itemsize < torch.float32.itemsize
+        return heads.float() if is_short else heads
 
 
 @final
