@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+import faiss
 import numpy as np
 import pytest
 import torch
@@ -23,7 +24,7 @@ from foretaste.retrieval import changing, choose
 from foretaste.retrieval import index as index_module
 from foretaste.retrieval.changing import ChangingIndex
 from foretaste.retrieval.choose import build_index, load_index
-from foretaste.retrieval.faiss_index import FaissIndex
+from foretaste.retrieval.faiss_index import FaissIndex, bytes_of_item
 from foretaste.retrieval.index import ExactIndex, IndexChoice, ItemIndex
 
 NUM_ITEMS, WIDTH = 4000, 16
@@ -61,6 +62,11 @@ def argsort_oracle(table: Tensor, query: Tensor, k: int, banned: set[int]) -> li
 def fast(request: pytest.FixtureRequest) -> ItemIndex:
     table = clustered()
     return build_index(table, kind=request.param, known_I=all_known(table), seed=0)
+
+
+def test_an_index_takes_about_the_memory_that_is_asked_for(fast: FaissIndex) -> None:
+    size = faiss.serialize_index(fast._index).nbytes
+    assert size <= NUM_ITEMS * bytes_of_item(fast.kind, WIDTH) <= 4 * size
 
 
 def test_three_items_by_hand() -> None:

@@ -18,7 +18,13 @@ from foretaste.config import Seed
 from foretaste.data.arrays import check_fits
 from foretaste.errors import BundleError, ConfigError, DataError, NonFiniteError
 from foretaste.models.layers.codes import Codes, train_codes
-from foretaste.retrieval.faiss_index import FaissIndex, build_hnsw, build_ivf, load_faiss
+from foretaste.retrieval.faiss_index import (
+    FaissIndex,
+    build_hnsw,
+    build_ivf,
+    bytes_of_item,
+    load_faiss,
+)
 from foretaste.retrieval.index import (
     CodeIndex,
     ExactIndex,
@@ -114,7 +120,7 @@ def index_of(
     if kind == "auto" and exact_took <= exact_ms:
         return exact
     check_fits(
-        num * (2 * exact.facts.embedding_dim + 512),  # the bytes of FAISS and the edges of HNSW
+        num * bytes_of_item("ivf_sq8" if kind == "auto" else kind, exact.facts.embedding_dim),
         f"an index of {num:,} items, {exact.facts.embedding_dim:,} wide,",
         'take kind "exact", or train a model of fewer dimensions',
         name="index",

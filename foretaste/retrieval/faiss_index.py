@@ -1,7 +1,8 @@
 """Approximate indexes with FAISS, and their exclusions and allow-lists.
 
-A single query is searched with a bitmap of the allowed items. Many queries, each with a short list
-of exclusions, are searched together for k + X items, and the excluded items are dropped. The exact
+A single query is searched with a set of its excluded items or, with an allow-list, a bitmap of the
+allowed ones. Many queries, each with a short list of exclusions, are searched together for k + X
+items, and the excluded items are dropped. The exact
 index answers if the approximate one would be wrong or slow: for very long lists, for filters that
 leave few items, and if too few items were found.
 
@@ -42,7 +43,7 @@ FEW = 8
 """The exact index answers if a filter leaves less than 1/FEW of the items, or if the list is longer
 than 1/FEW of the items left."""
 MOST_FETCHED = 1024
-"""If more items than this are fetched for a row, a bitmap per row is faster than dropping items."""
+"""If more items than this are fetched for a row, a search per row is faster than dropping items."""
 
 
 Fetch = Callable[[np.ndarray, int, "faiss.IDSelector | None"], np.ndarray]
@@ -92,9 +93,10 @@ def search_filtered(
     if allowed * FEW < num_items or k * FEW > allowed - exclude_BX.shape[1]:
         return exact.search(query_BD, k, exclude_BX=exclude_BX, allow_I=allow_I)
     query, exclude = _rows(query_BD), exact.positions(exclude_BX).numpy()
-    bits, wanted = _bits(allowed_N, num_items), k * refine
+    bits = None if allowed_N is None else np.packbits(allowed_N, bitorder="little")
+    wanted = k * refine
     if len(query) > 1 and wanted + exclude.shape[1] <= MOST_FETCHED:
-        selector = None if allowed_N is None else faiss.IDSelectorBitmap(bits)
+        selector = None if bits is None else faiss.IDSelectorBitmap(bits)
         position = fetch(query, wanted + exclude.shape[1], selector)
         position = _drop(position, exclude, num_items)[:, :wanted]
     else:
@@ -112,23 +114,30 @@ def _rows(query_BD: Tensor) -> Float32[np.ndarray, "B D"]:
     return np.ascontiguousarray(query_BD.detach().float().numpy())
 
 
-def _bits(allowed_N: np.ndarray | None, num_items: int) -> UInt8[np.ndarray, " bytes"]:
-    if allowed_N is None:
-        return np.full((num_items + 7) // 8, 255, dtype=np.uint8)
-    return np.packbits(allowed_N, bitorder="little")
-
-
 def _fetch_each(
-    fetch: Fetch, query_BD: np.ndarray, fetched: int, exclude_BX: np.ndarray, bits: np.ndarray
+    fetch: Fetch,
+    query_BD: np.ndarray,
+    fetched: int,
+    exclude_BX: np.ndarray,
+    bits: UInt8[np.ndarray, " bytes"] | None,
 ) -> np.ndarray:
-    """Search row by row, each with its own bitmap."""
+    """Search row by row, each without its own excluded items."""
     position_BF = np.empty((len(query_BD), fetched), dtype=np.int64)
     for row, exclude_X in enumerate(exclude_BX):
-        own, gone = bits.copy(), exclude_X[exclude_X >= 0]
-        np.bitwise_and.at(own, gone >> 3, ~(1 << (gone & 7)).astype(np.uint8))
-        selector = faiss.IDSelectorBitmap(own)
+        selector = _without(exclude_X[exclude_X >= 0], bits)
         position_BF[row] = fetch(query_BD[row : row + 1], fetched, selector)
     return position_BF
+
+
+def _without(
+    gone_G: Int64[np.ndarray, " G"], bits: UInt8[np.ndarray, " bytes"] | None
+) -> "faiss.IDSelector | None":
+    """Return a selector of the allowed items but some, at a cost of these alone if all are."""
+    if bits is None:
+        return faiss.IDSelectorNot(faiss.IDSelectorBatch(gone_G)) if len(gone_G) else None
+    own = bits.copy()
+    np.bitwise_and.at(own, gone_G >> 3, ~(1 << (gone_G & 7)).astype(np.uint8))
+    return faiss.IDSelectorBitmap(own)
 
 
 def _drop(position_BF: np.ndarray, exclude_BX: np.ndarray, num_items: int) -> np.ndarray:
@@ -420,6 +429,22 @@ POINTS_PER_LIST = 64
 """Maximum number of training vectors per centroid."""
 VALUES_OF_A_CODE = 2
 """Dimensions per byte of "ivf_pq"."""
+
+
+def bytes_of_item(kind: IndexKind, width: int) -> int:
+    """Return the memory of one item while its index is built, besides its vector.
+
+    A list doubles its room when it is full, so it may take twice the bytes of what it holds.
+    """
+    match kind:
+        case "ivf_flat":
+            return 2 * (4 * width + 8)
+        case "ivf_sq8":
+            return 2 * (width + 8)
+        case "ivf_pq":
+            return 2 * (-(-width // VALUES_OF_A_CODE) + 8)
+        case _:  # the codes, and the edges of HNSW
+            return 2 * width + 512
 
 
 def build_ivf(
