@@ -25,7 +25,8 @@ test: $(VENV)/.installed-dev
 check: $(VENV)/.installed-dev
 	VENV=$(VENV) scripts/check --fast
 
-# Without dependencies: TorchRec asks for a build with CUDA, and what it needs is named here.
+# TorchRec is installed without its dependencies, which ask for a build with CUDA; those it needs
+# are listed here.
 torchrec: $(VENV)/.installed-dev
 	$(PIP) install --quiet --no-deps torchrec==1.8.0 fbgemm-gpu-cpu==1.8.0 tensordict==0.15.3 \
 		torchmetrics==1.9.0 lightning-utilities==0.15.3 iopath==0.1.10 portalocker==4.4.2 \
@@ -44,9 +45,9 @@ $(VENV)/.made:
 	@$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-# torch first and alone: the default index's Linux build brings 5 GB of CUDA. Where torch's own index
-# cannot be reached, pip goes on with what its other indexes hold; without dependencies, which the
-# next install brings, it asks there once only.
+# torch is installed first and alone, because the default index's Linux build brings 5 GB of CUDA.
+# If torch's own index cannot be reached, pip uses its other indexes. Dependencies come with the
+# next install, so pip asks that index only once.
 $(VENV)/.torch: $(VENV)/.made
 	@echo "installing torch for $(if $(TORCH_INDEX),the CPU,a GPU)"
 	@$(PIP) install --quiet --no-deps --timeout 15 --retries 1 \

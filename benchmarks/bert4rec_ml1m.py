@@ -5,7 +5,7 @@
     python benchmarks/bert4rec_ml1m.py ml-1m.txt.gz --to 0.14 --epochs 200 --evaluate-every 5
 
 Both hide the same share of each history's events (`--mask-ratio`); feed-forward layers are four
-times as wide as states, as is RecTools' default. How it is measured stands in `sequence_ml1m.py`.
+times as wide as states, which is RecTools' default. `sequence_ml1m.py` describes the measurement.
 """
 
 from sequence_ml1m import main

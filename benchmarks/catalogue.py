@@ -1,13 +1,14 @@
-"""What each stage of a life with a catalogue of so many items costs: seconds and memory.
+"""Seconds and memory of each stage, from reading to answers, by size of the catalogue.
 
     python benchmarks/catalogue.py --out benchmarks/results/catalogue.json \
         --items 100000 1000000 10000000 --models mf two_tower sasrec
 
-Events are made up (`large_events`): a fifth as many users as items, two events an item, half of
-them by taste and popularity. Each model and size has a process of its own: events are read, split,
-learned from for `--seconds` by a sampled softmax, judged on 2,000 users, indexed, saved, loaded by
-another process and asked 300 times, on one thread. `slopes` are of log seconds on log items,
-between the two largest catalogues: 0 costs nothing more, 1 costs in proportion.
+Events are synthetic (`large_events`): a fifth as many users as items, and two events per item, half
+of them by taste and popularity. Each model and size runs in its own process, on one thread: it
+reads and splits the events, trains for `--seconds` with a sampled softmax, evaluates on 2,000
+users, builds an index and saves the bundle; another process loads the bundle and answers 300
+requests. `slopes` are slopes of log seconds on log items between the two largest catalogues: 0
+means constant cost, 1 means cost in proportion to the items.
 """
 
 import argparse
@@ -81,7 +82,9 @@ def parse() -> argparse.Namespace:
 
 
 def in_process(script: str, *told: str) -> tuple[dict[str, Any], float]:
-    """Run a part of a script in a process of its own; return what it printed, its peak in GiB."""
+    """Run a part of a script in its own process; return its JSON output and its peak memory in
+    GiB.
+    """
     with subprocess.Popen([sys.executable, script, *told], stdout=subprocess.PIPE) as call:
         printed = call.stdout.read() if call.stdout else b""
         _, call.returncode, usage = os.wait4(call.pid, 0)
@@ -91,10 +94,10 @@ def in_process(script: str, *told: str) -> tuple[dict[str, Any], float]:
 
 
 def large_events(num_users: int, num_items: int, *, seed: int) -> pl.DataFrame:
-    """Return two events an item: each item once, and as many again by taste and popularity.
+    """Return two events per item: each item once, and as many again by taste and popularity.
 
-    Item i is of cluster i mod 1,000, and the i / 1,000-th most popular of it (Zipf's law,
-    exponent 1); a user likes three clusters. Times are the order, one event a second.
+    Item i belongs to cluster i mod 1,000, and is number i / 1,000 there by popularity (Zipf's law,
+    exponent 1); a user likes three clusters. There is one event per second.
     """
     rng = np.random.default_rng(seed)
     liked = rng.integers(0, CLUSTERS, (num_users, OF_USER), dtype=np.int32)
@@ -110,7 +113,7 @@ def large_events(num_users: int, num_items: int, *, seed: int) -> pl.DataFrame:
 
 
 class Stages:
-    """Seconds of each stage, and the most memory that the process had by its end."""
+    """Seconds of each stage, and the peak memory of the process up to the stage's end."""
 
     def __init__(self) -> None:
         self.found: dict[str, dict[str, float]] = {}
@@ -126,7 +129,7 @@ class Stages:
 
 
 def life(name: str, num_items: int, seconds: float) -> Mapping[str, object]:
-    """Give what the stages of one model cost."""
+    """Return the cost of each stage for one model."""
     num_users, stages = num_items // 5, Stages()
     frames = [stages.take("generate", lambda: large_events(num_users, num_items, seed=0))]
     columns = {"user": "user", "item": "item", "timestamp": "time"}
@@ -170,7 +173,7 @@ def life(name: str, num_items: int, seconds: float) -> Mapping[str, object]:
 
 
 def served(bundle: Path, num_users: int) -> Mapping[str, object]:
-    """Load a bundle and ask it for lists of ten, one user after the other."""
+    """Load a bundle and request lists of ten, one user after another."""
     stages = Stages()
     recommender = stages.take("load", lambda: ft.load(bundle))
     took = []
@@ -183,7 +186,7 @@ def served(bundle: Path, num_users: int) -> Mapping[str, object]:
 
 
 def slopes(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Give the slope of each cost between a model's two largest catalogues."""
+    """Return the slope of each cost between a model's two largest catalogues."""
     found: dict[str, dict[str, float]] = {}
     for name in {row["model"] for row in rows}:
         of_model = sorted((row for row in rows if row["model"] == name), key=lambda r: r["items"])

@@ -1,19 +1,20 @@
-"""What tables lose by kind: made of trained ones, and trained as such, beside narrow and int8.
+"""Quality lost by compressed tables, converted or trained as such, beside narrow and int8 ones.
 
     python benchmarks/compression.py frappe-deepfm --data-dir DATA --keep FOLDER \
         --seeds 3 --out benchmarks/results/compression.json
 
-Each set is a recipe with the changes that stand in `SETS`, fewer epochs among them. A point's value
-is the mean over seeds, its interval the paired one over users of the difference from the dense
-tables; it is above an anchor where the interval of their difference is clear of 0. The figure is
-written after each point, and what was trained and measured is kept in `--keep`: a run that was
-ended goes on from there, with more seeds too. Kinds that train follow with `--train`.
+Each set is a recipe with the changes listed in `SETS`, such as fewer epochs. A point's value is the
+mean over seeds, with an interval of the difference from the dense tables, paired by user; a point
+is above an anchor if the interval of their difference excludes 0. The figure is written after each
+point. Models and reports are kept in `--keep`, so that an interrupted run, or one with more seeds,
+continues from there. `--train` also measures kinds that are trained as such.
 
-`made-up` is a set of `--items` items (1,000,000) and a fifth as many users, written to `--keep`:
-popularity by Zipf's law, tastes in 8 dimensions, and for each item a part of its vector that no
-other shares. A user does 20 of 200 items drawn by popularity, the best by taste and chance. There,
-and for a recipe that `--recipe` names, the items' table alone is made smaller, and `times_smaller`
-is of it: `gowalla-mf-items --recipe recipes/mf-gowalla-rows.toml` has the figure of docs/tables.md.
+`made-up` is a synthetic set of `--items` items (1,000,000) and a fifth as many users, written to
+`--keep`: popularity by Zipf's law, tastes in 8 dimensions, and a component of each item's vector
+that is its own. A user chooses 20 of 200 items drawn by popularity, the best by taste plus noise.
+For this set, and for a recipe given by `--recipe`, only the items' table is compressed, and
+`times_smaller` refers to it: `gowalla-mf-items --recipe recipes/mf-gowalla-rows.toml` gives the
+figure of docs/tables.md.
 """
 
 import argparse
@@ -45,7 +46,7 @@ DENSE = DenseConfig()
 
 
 class Set(NamedTuple):
-    """A recipe and what is changed in it."""
+    """A recipe and the changes to it."""
 
     recipe: str
     changes: tuple[str, ...]
@@ -89,7 +90,7 @@ TASTES, OF_USER, CANDIDATES, ASKED = 8, 20, 200, 100_000
 
 
 def make_up(num_items: int, folder: Path) -> Path:
-    """Write made-up events and their recipe, if they are not there; return the recipe."""
+    """Write synthetic events and their recipe if they do not exist; return the recipe."""
     folder.mkdir(parents=True, exist_ok=True)
     recipe, file = folder / f"made-up-{num_items}.toml", folder / f"made-up-{num_items}.parquet"
     if recipe.exists():
@@ -117,7 +118,7 @@ def make_up(num_items: int, folder: Path) -> Path:
 
 
 class Measured(NamedTuple):
-    """One kind of table of one seed."""
+    """The measurement of one kind of table with one seed."""
 
     report: Any
     times_smaller: float
@@ -136,7 +137,7 @@ class Bench:
         keep.mkdir(parents=True, exist_ok=True)
 
     def dense(self, seed: int) -> ft.Trained:
-        """Return the model of a seed with dense tables, which is trained if it is not kept."""
+        """Return a seed's model with dense tables; train it if it was not kept."""
         if seed not in self.models:
             place = self.keep / f"{self.name}-{seed}"
             if not place.exists():
@@ -150,13 +151,13 @@ class Bench:
         return ft.run_experiment(recipe, self.split, show=False).trained
 
     def here(self, table: TableConfig) -> TableConfig:
-        """Leave the tables of fewer rows than there are items as they are, if they are to stay."""
+        """Keep tables with fewer rows than there are items dense, if the set asks for this."""
         if not self.items_alone or table == DENSE:
             return table
         return table.model_copy(update={"from_rows": self.split.train.num_items})
 
     def bytes(self, model: ft.Trained) -> int:
-        """Return the bytes of the tables that are made smaller."""
+        """Return the bytes of the tables that are compressed."""
         if not self.items_alone:
             return table_bytes(model)
         return sum(value.nbytes for value in model.model.item_table.state_dict().values())
@@ -189,7 +190,7 @@ class Bench:
         return ft.compare(a, b, self.set.metric)
 
     def point(self, table: TableConfig, seeds: range, *, trained: bool) -> dict[str, Any]:
-        """Return what a kind loses, beside both anchors of as many bytes."""
+        """Return the loss of a kind, beside both anchors of equal size."""
         found = [self.measured(table, seed, trained=trained) for seed in seeds]
         times = found[0].times_smaller
         reports = [one.report for one in found]
@@ -266,7 +267,7 @@ def main() -> None:
 
 
 def write(out: Path, point: dict[str, Any]) -> None:
-    """Put a point into the file, in place of the same one of fewer seeds."""
+    """Write a point into the file; replace the same point with fewer seeds."""
     document: dict[str, Any] = {"points": []}
     if out.exists():
         document = json.loads(out.read_text(encoding="utf-8"))

@@ -1,10 +1,10 @@
-"""DeepFM: rows trained on a second, and seconds to a quality, against peers, in one run on Frappe.
+"""DeepFM on Frappe: training rows per second and seconds to a target AUC, against peers in one run.
 
     sh benchmarks/peers.sh recbole deepctr rechub
     python benchmarks/deepfm.py frappe/nfm-split --out benchmarks/results/deepfm.json
 
-The rows have ten fields, user and app among them; the negatives of training are drawn once and
-alike for all. Hidden layers and dropout are RecBole's own; 400 400 400 are those of BARS.
+The rows have ten fields, user and app among them; the training negatives are drawn once and are the
+same for all. Hidden layers and dropout are RecBole's defaults; BARS uses 400 400 400.
 """
 
 from ranking_rates import arguments, report, run

@@ -1,15 +1,14 @@
-"""Every model at its defaults on a panel of data sets, the baselines beside: can they be trusted?
+"""Every model at its defaults on a panel of data sets, beside the baselines.
 
     python benchmarks/defaults.py --data-dir FOLDER
     python benchmarks/defaults.py --data-dir FOLDER --sets ml-100k --models mf --tuned
 
-One cell, a data set and a model, at a time; each goes into the record as soon as it is measured, so
-that a run that was broken off goes on where it was. Sets are cut to 200,000 events by users drawn
-with a seed. Lists: test NDCG@10 over the whole catalogue; the labelled rows of Frappe: AUC and
-log loss. Intervals are of a bootstrap over users or rows, seconds are processor seconds of
-one thread. `--tuned` adds the same model after 15 pruned trials of its usual ranges, `--shuffled`
-sequence models on a copy in which each user's training items are in random order: what they lose is
-what order tells.
+A cell is one data set and one model. It is recorded as soon as it is measured, so that an
+interrupted run continues from there. Sets are cut to 200,000 events by drawing users with a seed.
+Lists: test NDCG@10 over the whole catalogue; the labelled rows of Frappe: AUC and log loss.
+Intervals are from a bootstrap over users or rows; seconds are processor seconds of one thread.
+`--tuned` adds the same model after 15 pruned trials of its usual ranges. `--shuffled` adds sequence
+models trained with each user's items in random order: the loss shows how informative the order is.
 """
 
 import argparse
@@ -46,9 +45,9 @@ SETS: Mapping[str, tuple[str, dict[str, object]]] = {
     "gowalla": ("gowalla", {**GIVEN, "validation_by": "blocks"}),
     "frappe": ("frappe-ctr-rows", {"kind": "given"}),
 }
-"""By name: the data set, and how it is split; the smaller ones first."""
+"""By name: the data set and its split; the smaller ones come first."""
 ROWS = ("frappe",)
-"""Sets of labelled rows: rankers alone."""
+"""Sets of labelled rows, for rankers only."""
 RETRIEVERS = ("mf", "two_tower", "lightgcn", "pinsage", "sasrec", "bert4rec", "hstu")
 BY_ORDER = ("sasrec", "bert4rec", "hstu")
 RANKERS = ("gmf", "mlp", "neumf", "deepfm", "din", "shared_bottom", "mmoe")
@@ -93,15 +92,15 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", choices=(*BASELINES, *RETRIEVERS, *RANKERS))
     parser.add_argument("--tuned", action="store_true", help="measure each model tuned, too")
     parser.add_argument("--shuffled", action="store_true", help="and without order")
-    parser.add_argument("--budget", type=float, help="begin no cell after so many seconds")
-    parser.add_argument("--cell-seconds", type=float, help="end a training after so many seconds")
+    parser.add_argument("--budget", type=float, help="start no cell after this many seconds")
+    parser.add_argument("--cell-seconds", type=float, help="end a training after this many seconds")
     parser.add_argument("--again", action="store_true", help="measure the defaults again")
     parser.add_argument("--out", type=Path, default=FIGURES)
     return parser.parse_args()
 
 
 def recipe(name: str, model: str) -> ft.ExperimentConfig:
-    """Return what somebody has who names a data set, a split and a model, and nothing else."""
+    """Return a recipe that names only a data set, a split and a model."""
     data, split = SETS[name]
     settings = {
         "data": {"kind": "public", "name": data},
@@ -119,7 +118,7 @@ def recipe(name: str, model: str) -> ft.ExperimentConfig:
 
 
 def alone(config: ft.ExperimentConfig, model: str) -> ft.ExperimentConfig:
-    """Return a recipe of a model's own settings: no preset of a comparison."""
+    """Return a recipe with the model's own defaults, without a comparison's preset."""
     tasks = getattr(config.model, "task", None)
     told = {} if tasks is None else {"task": tasks}
     if model in ("shared_bottom", "mmoe"):
@@ -139,14 +138,14 @@ def read(name: str, data_dir: Path | None) -> ft.Split:
 
 
 def cut(events: ft.Interactions) -> ft.Interactions:
-    """Return the events of as many users, drawn with a seed, as have 200,000 in all."""
+    """Return the events of users drawn with a seed until they have 200,000 in total."""
     drawn_U = np.random.default_rng(0).permutation(events.num_users)
     before_U = np.cumsum(np.diff(events.offsets)[drawn_U])
     return events.select(np.isin(events.user_idx, drawn_U[before_U <= MOST_EVENTS]))
 
 
 def without_order(split: ft.Split) -> ft.Split:
-    """Return a split with each user's training items in random order; what is asked stays."""
+    """Return a split with each user's training items in random order and the same test."""
     events, train = split.events, np.flatnonzero(split.part_E == 0)
     order = np.lexsort((np.random.default_rng(0).random(len(train)), events.user_idx[train]))
     item_E = events.item_idx.copy()
@@ -199,7 +198,7 @@ def searched(
 
 
 def counted(name: str, options: argparse.Namespace) -> dict[str, object]:
-    """Return the AUC of what counting predicts."""
+    """Return the AUC of predictions by counting."""
     split = read(name, options.data_dir)
     task = ft.Task(name="label", column="label")
     rows = ft.rows_of(split, "test", tasks=(task,))
@@ -209,7 +208,7 @@ def counted(name: str, options: argparse.Namespace) -> dict[str, object]:
 
 
 def auc(score_N: np.ndarray, label_N: np.ndarray) -> float:
-    """Return the share of pairs of a 1 and a 0 in which the 1 is above, ties by half."""
+    """Return the share of pairs of a 1 and a 0 in which the 1 scores higher; ties count half."""
     _, group_N, count_G = np.unique(score_N, return_inverse=True, return_counts=True)
     rank_N = (np.cumsum(count_G) - (count_G - 1) / 2)[group_N]
     ones = int(label_N.sum())
@@ -222,7 +221,7 @@ def rounded(value: float) -> float:
 
 
 def keep(record: dict[str, object], path: Path) -> None:
-    """Write the record, whole or not at all."""
+    """Write the record atomically."""
     part = path.with_suffix(".part")
     part.write_text(json.dumps(record | run_facts(threads=1), indent=1) + "\n")
     part.replace(path)

@@ -1,16 +1,16 @@
-"""What DIN's attention brings: against mean pooling, no history, DeepFM and popularity.
+"""The gain of DIN's attention over mean pooling, no history, DeepFM and popularity.
 
-All read the fields of the recipe's DIN and differ in what is said here alone:
+All read the fields of the recipe's DIN and differ only as follows:
 
 - din: the recipe's model.
-- mean pooling: it without attention; all events of a history weigh the same.
-- no history: it without histories; a user is their fields, an id among them if `model.user_id`.
-- deepfm: without histories, and pairs of fields beside the network.
-- popularity: without fields; the number of an item's training events.
+- mean pooling: DIN without attention; all events of a history have the same weight.
+- no history: DIN without histories; a user has only fields, with an id if `model.user_id` is set.
+- deepfm: no histories; products of pairs of fields beside the network.
+- popularity: no fields; the score is the number of an item's training events.
 
-All but the last are trained on one split by the recipe's objective and training, once a seed. Each
-user's last event is found among 99 drawn items, uniform and popular ones apart, as `evaluate` does
-for the recipe. What is compared is each user's mean over the seeds.
+All but the last are trained on one split with the recipe's objective and training settings, once
+per seed. Each user's last event is ranked among 99 drawn items, once uniform and once by
+popularity, as `evaluate` does for the recipe. The comparison uses each user's mean over the seeds.
 
     python benchmarks/din_baselines.py recipes/din-beauty.toml --data-dir DATA \
         --out benchmarks/results/din-beauty.json
@@ -52,7 +52,7 @@ def main() -> None:
                 values = ", ".join(f"{metric} {report.metrics[metric]:.4f}" for metric in METRICS)
                 print(f"{name}, seed {report.seed}, {by}: {values}", flush=True)
     document = {
-        "what": "DIN less what it is held against, each user's last event among 99 drawn",
+        "what": "DIN minus each baseline, each user's last event among 99 drawn",
         "recipe": asked.recipe.stem,
         "overrides": asked.overrides,
         "seeds": asked.seeds,
@@ -110,7 +110,7 @@ def mean_of(reports: list[ft.Report]) -> ft.Report:
 
 
 def din_less(reports: dict[str, ft.Report]) -> dict[str, dict[str, dict[str, object]]]:
-    """Return DIN less each of the others, user by user."""
+    """Return the difference between DIN and each of the others, user by user."""
     din = reports["din"]
     return {
         name: {metric: asdict(ft.compare(din, other, metric)) for metric in METRICS}

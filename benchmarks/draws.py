@@ -1,13 +1,13 @@
-"""How many negatives a second the samplers draw, and how many numpy and torch do.
+"""Negatives drawn per second by the samplers, by numpy and by torch.
 
     python benchmarks/draws.py --threads 2 --out benchmarks/results/draws.json
 
-Threads draw at the same time, each with a generator of its own, as producers of batches do. All
-take turns, so that a busy minute of the machine falls on all alike. A rate is that of the clock on
-the wall; beside it stands the rate by the threads' own processor time, which neighbours touch less.
+Threads draw at the same time, each with its own generator, as producers of batches do. Samplers
+take turns, so that a busy minute of the machine affects all equally. Each rate is given by
+wall-clock time and by the threads' own processor time, which other processes affect less.
 
-`--distinct` measures only what a draw of 512 distinct items, with their chances, takes of one
-thread's processor time in catalogues of three sizes, and renews that part of the file.
+`--distinct` measures only the processor time of drawing 512 distinct items with their
+probabilities, in catalogues of three sizes, and updates that part of the file.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from foretaste.training.settings import keep_memory
 
 SIZES = (10_000, 1_000_000, 10_000_000)
 Draw = Callable[[int, int], object]
-"""From a thread's number and how many to draw to the draws."""
+"""Maps a thread's number and the number of draws to the draws."""
 
 
 def main() -> None:
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def distinct_draws(num_items: int, power: float) -> dict[str, Any]:
-    """Return what a draw of 512 distinct items and their chances takes."""
+    """Return the time of drawing 512 distinct items with their probabilities."""
     count_I = torch.from_numpy(np.random.default_rng(0).zipf(1.3, num_items).clip(max=10**6))
     sampler, seconds = DistinctSampler(count_I, power=power), []
     for _ in range(203):
@@ -86,7 +86,7 @@ def distinct_draws(num_items: int, power: float) -> dict[str, Any]:
 
 
 def samplers(num_items: int, threads: int) -> dict[str, Draw]:
-    """Return what draws: ours, and what numpy and torch have for the same distributions."""
+    """Return the samplers: ours, and those of numpy and torch for the same distributions."""
     count_I = np.random.default_rng(0).zipf(1.3, num_items).clip(max=10**6).astype(np.int64)
     count_I[::20] = 0
     uniform = UniformSampler(num_items, known_I=torch.from_numpy(count_I > 0))
@@ -107,7 +107,7 @@ def samplers(num_items: int, threads: int) -> dict[str, Draw]:
 
 
 def rate(draw: Draw, options: argparse.Namespace, pool: ThreadPoolExecutor) -> tuple[float, float]:
-    """Let all threads draw at once; return draws a second on the wall, and of processor time."""
+    """Let all threads draw at once; return draws per second of wall-clock and of processor time."""
 
     def work(thread: int) -> float:
         begin = time.thread_time()

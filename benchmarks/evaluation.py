@@ -2,13 +2,13 @@
 
     python benchmarks/evaluation.py [--rounds 7] [--threads 2] [--out results.json]
 
-The work: 6,040 users x 3,416 items, 64 dimensions, ML-1M's number of events, made up. Each user's
-last event is to be found among all items but those of its history: hit rate, recall, precision,
-NDCG, MRR, MAP at 10 and 20, coverage. The vectors are there already; nothing is trained.
+The work: 6,040 users x 3,416 items, 64 dimensions, and synthetic events, as many as ML-1M has. Each
+user's last event is ranked among all items but those of the history: hit rate, recall, precision,
+NDCG, MRR, MAP at 10 and 20, coverage. The vectors are given; nothing is trained.
 
-Each library runs in a process of its own that waits for its turn; the rounds alternate, and the
-first of each is not counted. The peers' environments are made by `benchmarks/peers.sh`; one that
-is missing is left out, in so many words.
+Each library runs in its own process, which waits for its turn; the rounds alternate, and the first
+of each is not counted. `benchmarks/peers.sh` makes the peers' environments; a missing one is left
+out with a message.
 """
 
 import argparse

@@ -20,7 +20,7 @@ from foretaste.training.trained import Trained
 
 
 class DotProduct(Retriever):
-    """A retriever of fixed vectors."""
+    """A retriever with fixed vectors."""
 
     def __init__(self, user_UD: Tensor, item_ID: Tensor) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
 """RecBole's side of `evaluation.py`: DATA, then one evaluation for each line read.
 
-Its collector and evaluator, fed as its trainer feeds them, in batches of 1,024 users. Coverage is
-left out, to its advantage: in release 1.2.1 ItemCoverage ends in an AttributeError.
+It runs RecBole's collector and evaluator as its trainer does, in batches of 1,024 users. Coverage
+is left out, to RecBole's advantage: in release 1.2.1 ItemCoverage raises an AttributeError.
 """
 
 import json

@@ -1,16 +1,16 @@
-"""What the service survives: bundles broken and sealed, kill -9, swaps and faults under load.
+"""Fault tests of the service: corrupted bundles, kill -9, swaps, and faults under load.
 
-Each part that is asked for replaces its own entry of the record; with `--resume`, rounds of kill -9
-and mutations go on from it.
+Each selected part replaces its own entry of the record; with `--resume`, rounds of kill -9 and
+mutations continue from that entry.
 
     python benchmarks/faults.py --mutations 1000 --kill9 100 --swaps 12 --out FILE --resume
     python benchmarks/faults.py --overload --bundle BUNDLE --out FILE
     python benchmarks/faults.py --hour --bundle BUNDLE --out FILE
 
-The server of `--overload` is pinned to the first core and the clients to the second, so it says
-something only on a machine that does nothing else; clients offer no more than an application that
-does nothing but refuse can refuse. `--hour` asks 100 times a second for an hour, one time in ten to
-store an event, and looks at the server's resident memory after each minute.
+The server of `--overload` is pinned to the first core and the clients to the second, so it needs an
+otherwise idle machine; clients send no more than an application that only refuses requests can
+handle. `--hour` sends 100 requests a second for an hour, one in ten of which stores an event, and
+records the server's resident memory after each minute.
 """
 
 import argparse
@@ -42,7 +42,7 @@ SEALED = "sealed_mutations"
 
 
 def ask(address: str, path: str, body: object = None) -> tuple[int, Any]:
-    """Return the status and the document of an answer, 0 and None where no connection is left."""
+    """Return an answer's status and document, or 0 and None if the connection was lost."""
     data = None if body is None else json.dumps(body).encode()
     asked = urllib.request.Request(
         address.rstrip("/") + path, data, {"content-type": "application/json"}
@@ -70,9 +70,10 @@ def served(bundle: Path, folder: Path) -> Iterator[tuple[subprocess.Popen[str], 
 
 
 def kill9(rounds: int, folder: Path, before: Record) -> Iterator[Record]:
-    """Kill a server that four clients write to; the next one is asked for what was acknowledged.
+    """Kill a server that four clients write to; check that the next one has all acknowledged
+    events.
 
-    After each round the record so far; `before` is that of rounds which need not be done again.
+    Yield the record after each round; `before` is the record of earlier rounds.
     """
     bundle = write_film_bundle(folder / "films")
     count = {"rounds": 0, "acknowledged": 0, "lost": 0, "doubled": 0} | before
@@ -103,7 +104,7 @@ def _write_until_killed(process: subprocess.Popen[str], address: str, turn: int)
 
 
 def _look_for(address: str, turn: int, acknowledged: list[list[str]], count: Record) -> None:
-    """Send again what was acknowledged: all of it must be there, and nothing twice."""
+    """Send acknowledged events again: all of them must be stored already, each exactly once."""
     for sender, mine in enumerate(acknowledged):
         user = f"{turn}-{sender}"
         for first in range(0, len(mine), 1000):
@@ -133,7 +134,7 @@ def _write(address: str, user: str, acknowledged: list[str]) -> None:
 
 
 def swaps(number: int, folder: Path) -> dict[str, int]:
-    """Swap the model while clients ask, broken bundles among the new ones."""
+    """Swap the model during requests; some of the new bundles are broken."""
     bundle = write_film_bundle(folder / "films")
     counts = {"swaps": 0, "refused": 0, "requests": 0, "failed": 0}
     with served(bundle, folder) as (_, address):
@@ -165,7 +166,7 @@ def swaps(number: int, folder: Path) -> dict[str, int]:
 
 
 class Clients:
-    """Asks a server from one thread, and counts what is answered with 200 and how fast."""
+    """Sends requests from one thread, and counts the answers with status 200 and their latency."""
 
     def __init__(self, address: str, users: list[str]) -> None:
         self._host, _, port = address.strip("/").rpartition("/")[2].rpartition(":")
@@ -174,7 +175,7 @@ class Clients:
         self.good: list[float] = []
         self.answered = 0
         self.events_each = 0
-        """One request in so many stores an event; 0: none does."""
+        """One request in this many stores an event; 0: none does."""
 
     def _request(self, number: int) -> bytes:
         user = self._users[number % len(self._users)]
@@ -203,9 +204,9 @@ class Clients:
             self._idle.append((reader, writer))
 
     async def open_loop(self, rate: float, seconds: float, late_s: float = float("inf")) -> float:
-        """Send so many a second, whatever is answered; return the answers a second.
+        """Send requests at a fixed rate, whatever the answers; return the answers per second.
 
-        What this process could not send for `late_s`, as it was stopped, does not go all at once.
+        Requests that are more than `late_s` late, because this process was stopped, are skipped.
         """
         self.good.clear()
         begun, tasks = time.perf_counter(), []
@@ -220,7 +221,7 @@ class Clients:
         return inside
 
     async def closed_loop(self, clients: int, seconds: float) -> float:
-        """Have so many clients ask again as soon as they are answered, 503 or not."""
+        """Let clients send a new request as soon as they get an answer, 503 or not."""
         self.good.clear()
         begun = time.perf_counter()
 
@@ -234,11 +235,11 @@ class Clients:
         return len(self.good) / (time.perf_counter() - begun)
 
     async def capacity(self, seconds: float) -> float:
-        """Return the most good answers a second to few clients that wait for each."""
+        """Return the highest rate of good answers to a few clients that wait for each answer."""
         return max([await self.closed_loop(number, seconds / 2) for number in (4, 8)])
 
     def close(self) -> None:
-        """Close the connections that are idle: they belong to the loop that runs."""
+        """Close the idle connections, which belong to the running loop."""
         for _, writer in self._idle:
             writer.transport.abort()
         self._idle.clear()
@@ -262,7 +263,7 @@ uvicorn.Server(config).run(sockets=[listener])
 
 
 async def refusals_per_s(users: list[str], seconds: float, cores: list[int]) -> float:
-    """Return how many requests a second an application refuses that does nothing else."""
+    """Return how many requests per second an application can refuse if it does nothing else."""
     words = [sys.executable, "-c", FLOOR]
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
         os.sched_setaffinity(0, {cores[-1]})  # from here on that of the clients
@@ -276,7 +277,7 @@ async def refusals_per_s(users: list[str], seconds: float, cores: list[int]) -> 
 
 
 def overload(bundle: Path, users: list[str], folder: Path, seconds: float) -> dict[str, float]:
-    """Offer more than the server can answer, and count what it still answers."""
+    """Send more requests than the server can answer, and count its good answers."""
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[0]})  # inherited by the server
     process, address = start(bundle, folder)
@@ -320,7 +321,7 @@ def overload(bundle: Path, users: list[str], folder: Path, seconds: float) -> di
 
 
 def hour(bundle: Path, users: list[str], folder: Path, minutes: int) -> Iterator[Record]:
-    """Ask 100 times a second, and see what the server's memory does; a record after each minute."""
+    """Send 100 requests a second and record the server's memory after each minute."""
     with served(bundle, folder) as (process, address):
         clients = Clients(address, users)
         clients.events_each = 10
@@ -353,7 +354,7 @@ def resident_mib(pid: int) -> float:
 
 
 def sealed(number: int, seed: int, folder: Path, before: Record) -> Iterator[Record]:
-    """Try mutations; print what was wrong, which is nothing. At times, the record so far."""
+    """Try mutations and print failures, if any; yield the record from time to time."""
     with closing(Trials(timeout_s=600.0, within_s=60.0)) as trials:
         tries = mutations(number, seed=seed, trials=trials, folder=folder, count=Count(**before))
         for count in tries:

@@ -1,4 +1,4 @@
-"""foretaste's side of `lightgcn.py`: three propagations a turn, or one epoch a turn."""
+"""foretaste's side of `lightgcn.py`: three propagations or one epoch per turn."""
 
 import polars as pl
 import torch

@@ -1,4 +1,4 @@
-"""foretaste's side of `mf_implicit.py`: one epoch of MF a turn."""
+"""foretaste's side of `mf_implicit.py`: one epoch of MF per turn."""
 
 import json
 import sys

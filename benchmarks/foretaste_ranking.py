@@ -1,4 +1,4 @@
-"""foretaste's side of `neumf.py` and `deepfm.py`: one epoch a turn."""
+"""foretaste's side of `neumf.py` and `deepfm.py`: one epoch per turn."""
 
 from pathlib import Path
 
@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def read(path: Path, *, validated: bool) -> tuple[ft.Split, ft.FeatureSchema | None]:
-    """Return the rows, and what is known of their moments."""
+    """Return the rows and their context."""
     table = pl.read_csv(path, separator="\t")
     context = [name for name in table.columns if name not in ("user", "item", "label", "part")]
     labels = [name for name in table.columns if name == "label"]

@@ -1,9 +1,9 @@
-"""foretaste's SASRec or BERT4Rec, one epoch a turn: data, sizes and loss of the peers.
+"""foretaste's SASRec or BERT4Rec, one epoch per turn, with the peers' data, sizes and loss.
 
-An epoch learns from the same events as a peer's: each user's last `max_len`. Departures: a batch
-holds as many events as a peer's batch on average, but users of like length, so that nothing is
-computed for padding; sampled negatives are shared by a batch. `--ours` changes settings, such as
-`{"training": {"precision": "bf16"}}`.
+An epoch learns from the same events as a peer's: each user's last `max_len`. Differences: a batch
+holds as many events as a peer's batch on average, but from users with histories of similar length,
+so that nothing is computed for padding; a batch shares its sampled negatives. `--ours` changes
+settings, such as `{"training": {"precision": "bf16"}}`.
 """
 
 import math
@@ -29,7 +29,7 @@ KINDS = {
 
 
 def main() -> None:
-    args = sequence_arguments("foretaste's SASRec or BERT4Rec, one epoch a turn")
+    args = sequence_arguments("foretaste's SASRec or BERT4Rec, one epoch per turn")
     torch.set_num_threads(args.threads)
     users, items = read_pairs(args.data, args.users)
     events = read_interactions(

@@ -1,7 +1,7 @@
-"""Every vector of a graph that does not fit into memory layer by layer: time and peak memory.
+"""Time and peak memory of computing all vectors of a graph whose layers do not fit into memory.
 
-A random graph of 2 M nodes and 20 M ties, 256 dimensions, two layers of PinSage: all layers at
-once would take 6 GB. The process limits its own address space, and says what it used at most.
+The graph is random, with 2 M nodes and 20 M edges; PinSage has two layers of 256 dimensions, which
+would take 6 GB at once. The process limits its own address space and reports its peak memory.
 
     python benchmarks/generation.py --limit-gib 3 --threads 1 --out report.json
 """
@@ -90,7 +90,7 @@ def main() -> None:
 
 
 def peak_mib() -> float:
-    """Return the most memory that this process has held so far."""
+    """Return the peak memory of this process so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 

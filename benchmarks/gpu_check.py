@@ -1,11 +1,11 @@
-"""Whether models learn on a GPU as on the CPU, and how quickly: run it on a machine with CUDA.
+"""Check that models learn the same on a GPU as on the CPU, and measure their speed.
 
     python benchmarks/gpu_check.py --out benchmarks/results/gpu-NAME.json
 
-Nine models are trained for 50 steps from the same seed on both, without dropout, whose masks a GPU
-draws otherwise; recorded are the largest relative difference of a loss, and seconds. Then a step of
-a large table and an epoch of SASRec are timed. Without CUDA it says so and records nothing, unless
-`--device cpu` asks to see that the script itself works: such a report proves nothing of CUDA.
+Nine models are trained for 50 steps from the same seed on both, without dropout, because a GPU
+draws other masks. The record has the largest relative difference of a loss, and seconds. Then a
+step of a large table and an epoch of SASRec are timed. Without CUDA, the script records nothing,
+unless `--device cpu` is set to test the script itself; such a report proves nothing about CUDA.
 """
 
 import argparse
@@ -29,10 +29,10 @@ from foretaste.training.optimizer import make_optimizer
 
 STEPS, BATCH = 50, 512
 ALLOWED = 1e-3
-"""Relative difference of a loss in 32 bits that is expected of another order of sums."""
+"""Relative difference of a loss in 32 bits that a different order of sums may cause."""
 USERS, ITEMS = 2000, 1000
 EVENTS = BATCH * STEPS + 2 * USERS
-"""Two of each user are validation and test."""
+"""Two events of each user are validation and test."""
 LARGE, WIDTH, LOOK_UPS = 10_000_000, 64, 2**16
 
 
@@ -81,7 +81,7 @@ def made_up() -> ft.Split:
 
 
 def compared(name: str, split: ft.Split, device: str) -> dict[str, float]:
-    """Train a model on the CPU and on a device; return how far losses are apart, and seconds."""
+    """Train a model on the CPU and on a device; return the difference of losses, and seconds."""
     found, seconds = {}, {}
     for place, on in (("cpu", "cpu"), ("device", device)):
         started = time.perf_counter()
@@ -114,7 +114,7 @@ def learned(name: str, split: ft.Split, device: str) -> list[float]:
 
 
 def table_step(device: str, num_rows: int) -> float:
-    """Return the median of a step's milliseconds: look up, learn, move the rows read."""
+    """Return a step's median milliseconds: look up, compute gradients, update the rows."""
     table = Dense(num_rows, WIDTH).to(device)
     settings = ft.TrainingConfig(tables="row_adagrad")
     optimizer = make_optimizer(list(table.parameters()), settings, tables=[table])

@@ -1,11 +1,11 @@
-"""What hard negatives give and cost: none, found while training waits, and found beside it.
+"""Gain and cost of hard negatives: none, searched while training waits, or in a thread.
 
     python benchmarks/hard_negatives.py --data-dir DATA --out benchmarks/results/hard-negatives.json
 
-MF learns one data set with each of three settings: without hard negatives, with those of its index
-searched for at the start of each epoch, and with those searched for in a thread every `--steps`
-steps. The epoch is chosen on the validation part, and the figures are of that part: nothing here
-looks at the test part. Seconds are of the processor, all threads together.
+MF is trained on one data set with three settings: without hard negatives, with hard negatives that
+are searched in its index at the start of each epoch, and with a search in a thread every `--steps`
+steps. The epoch is chosen on validation, and the figures are of validation too: the test is never
+read. Seconds are processor seconds of all threads.
 """
 
 import argparse

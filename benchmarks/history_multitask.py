@@ -1,22 +1,22 @@
-"""What histories bring to rankers of several tasks, on a made-up media log or a recipe's data.
+"""The gain from histories for rankers of several tasks, on a synthetic media log or real data.
 
 - mmoe, shared_bottom: attention over the user's history (`pooling = "attention"`); "without
   history": `pooling = "none"`.
 - din: one DIN for each task.
 - group by: no model: the mean label of the user and the item's topic in training (on a recipe's
-  data, of the user), drawn to the overall mean as if by 5 further rows.
+  data, of the user), shrunk towards the overall mean as if by 5 further rows.
 
-All read the same fields and are trained on one split with the same settings, once a seed. On the
+All read the same fields and are trained on one split with the same settings, once per seed. On the
 media log (`foretaste.data.tasks.media_log`) users' interests last for about 20 impressions
-("planted") or for one ("absent", where histories can bring nothing); histories are of clicks, or
-"of impressions", clicked or not. With a recipe of MMoE or Shared-Bottom its data, features and
-settings are taken instead.
+("planted") or for one ("absent", where histories can bring nothing); histories hold clicks, or all
+impressions ("of impressions"). A recipe of MMoE or Shared-Bottom replaces the data, features and
+settings.
 
     python benchmarks/history_multitask.py --out benchmarks/results/history-multitask.json
     python benchmarks/history_multitask.py --recipe recipes/mmoe-ciao.toml --data-dir DATA \
         --out benchmarks/results/history-multitask.json
 
-The file keeps what it holds of other data.
+The file keeps its entries for other data.
 """
 
 import argparse
@@ -149,7 +149,7 @@ def measured(
     training: ft.TrainingConfig,
     features: ft.FeatureSchema | None,
 ) -> dict[str, object]:
-    """Return the figures of a model, or of one for each task: each seed's and their mean."""
+    """Return the figures of a model, or of one model per task: each seed's, and their mean."""
     started, rows = time.perf_counter(), []
     num_drawn = max(
         objective.num_negatives(getattr(c, "tasks", None) or (c.task,)) for c in configs
@@ -187,7 +187,7 @@ def figures_of(report: ft.RowsReport) -> Figures:
 
 
 def group_by(split: ft.Split, tasks: tuple[ft.Task, ...], by: str | None) -> dict[str, object]:
-    """Return the same figures of means of training labels by user, and by the items' column."""
+    """Return the same figures for mean training labels by user and by a column of the items."""
     parts = split.train, split.events.select(split.part_E == TEST)
     train, test = (table(events, tasks, by) for events in parts)
     found: Figures = {}
@@ -212,7 +212,7 @@ def group_by(split: ft.Split, tasks: tuple[ft.Task, ...], by: str | None) -> dic
 
 
 def table(events: ft.Interactions, tasks: tuple[ft.Task, ...], by: str | None) -> pl.DataFrame:
-    """Return users, what items are grouped by, and labels, an event a row."""
+    """Return users, item groups and labels, one row per event."""
     groups = np.zeros(events.num_items, int) if by is None else events.item_table[by].to_numpy()
     labels = {task.column: events.columns[task.column] for task in tasks if task.column}
     frame = pl.DataFrame({"user": events.user_idx, "by": groups[events.item_idx], **labels})

@@ -1,10 +1,9 @@
-"""What HSTU brings on MovieLens: SASRec, HSTU, and HSTU without times, at like settings in one run.
+"""SASRec, HSTU, and HSTU without times on MovieLens, with equal settings in one run.
 
-Each user's last event is the test's, the one before it validation's; the whole catalogue is
-ranked. Width, blocks, heads, length, dropout, objective, optimizer and epochs are the same for all,
-and the epoch kept is that of the best validation. HSTU is asked a second time with the times of
-histories hidden, as a request may bring them. Differences are paired by user, over the mean of the
-seeds.
+Each user's last event is the test, and the one before it validation; the whole catalogue is ranked.
+Width, blocks, heads, length, dropout, objective, optimizer and epochs are the same for all, and the
+epoch with the best validation is kept. HSTU is also evaluated on histories without times, which a
+request may contain. Differences are paired by user, on the mean over seeds.
 
     python benchmarks/hstu.py --data-dir ../data --out benchmarks/results/hstu.json
 """
@@ -81,7 +80,7 @@ def main() -> None:
                         target_timestamp_s=None,
                     )
                     asked = ft.evaluate(trained, hidden, resamples=0)
-                    found.setdefault("hstu, asked without times", []).append(asked)
+                    found.setdefault("hstu, evaluated without times", []).append(asked)
                 print(name, seed, model, found[model][-1].metrics["ndcg_at_10"], flush=True)
             result[name] = summary(found, seconds)
             if options.out:
@@ -111,7 +110,7 @@ def summary(
 
 
 def mean_of(reports: list[ft.Report]) -> ft.Report:
-    """Return a report of each user's mean over the seeds."""
+    """Return a report with each user's mean over the seeds."""
     names = reports[0].per_user
     return replace(
         reports[0],

@@ -1,15 +1,16 @@
-"""Each kind of index by size: recall, time of an answer, and what building it takes.
+"""Recall, answer time and build cost of each kind of index, by size of the catalogue.
 
     python benchmarks/index.py --items 100000 1000000 --out benchmarks/results/index.json
 
-Vectors are made up, 64 wide: of 1,000 clusters, spread about them by .7, with a spectrum that falls
-as 1 / √place and lengths that differ by 15 %; a query is the mean of three clusters with noise, as
-of a user of three tastes. Each kind has a process of its own, whose peak of memory its parent reads
-(`peak_gib`, the mapped vectors included: `vectors_gib`). It builds the index in blocks, saves it,
-and another process maps it and asks `--asked` queries one by one on one thread for their best 100,
-none of them those that the width was tuned on (`--recall`). With `--changed` so many rows were put
-since the index was built; `bound` says past how many it would be built again. Milliseconds and
-`build_s` are of the processor: beside other work they say what an answer costs.
+Vectors are synthetic, 64 wide: 1,000 clusters with a spread of .7, a spectrum that falls as 1 /
+√rank, and lengths that differ by 15 %. A query is the mean of three clusters with noise, like a
+user with three tastes. Each kind runs in its own process, whose peak memory the parent reads
+(`peak_gib`, including the mapped vectors: `vectors_gib`). The process builds the index in blocks
+and saves it; another process maps it and searches the best 100 for `--asked` queries one by one on
+one thread. These queries were not used to tune the width (`--recall`). With `--changed`, that many
+rows changed after the index was built; `bound` is the number of changes after which it would be
+rebuilt. Milliseconds and `build_s` are processor time, which other work on the machine affects
+little.
 """
 
 import argparse
@@ -81,7 +82,9 @@ def measure(asked: argparse.Namespace) -> None:
 
 
 def write_vectors(folder: Path, num_items: int, num_queries: int) -> None:
-    """Write `items.npy` in blocks, and twice as many queries as are asked: half to tune on."""
+    """Write `items.npy` in blocks, and twice as many queries as are measured: half are for
+    tuning.
+    """
     rng = np.random.default_rng(0)
     scale_D = (1 / np.sqrt(np.arange(1, WIDTH + 1))).astype(np.float32)
     centre_CD = scale_D * rng.standard_normal((CLUSTERS, WIDTH), dtype=np.float32)
@@ -123,7 +126,7 @@ def built(folder: Path, kind: IndexChoice, recall: float) -> dict[str, Any]:
 
 
 def answers(folder: Path, num_queries: int, num_changed: int) -> dict[str, Any]:
-    """Map the index, and ask it and an exact one over the same vectors."""
+    """Map the index, and search it and an exact one over the same vectors."""
     index, bound = load_index(folder / "index", is_verified=True), {}
     query_QD = torch.from_numpy(np.load(folder / "queries.npy"))[:num_queries]
     vectors_ND = torch.from_numpy(np.load(folder / "items.npy", mmap_mode="c"))

@@ -5,15 +5,15 @@
     python benchmarks/lightgcn.py train.txt --work epoch --epochs 2
 
 The file has lines `user item item …`: LightGCN's own training file of Gowalla, gzipped or not.
-Programs take turns, each in its own process and standing still while another works.
+Programs take turns, each in its own process, which waits while another one works.
 
 A propagation is three layers of 64 dimensions over the graph, forward and backward, the gradient
-reaching every node. PyG runs it as its LightGCN does, by an edge index, and by torch's sparse
-matrix (CSR); the weights of its edges are worked out before, which is to its advantage.
+reaching every node. PyG runs it as its LightGCN does, with an edge index, and with torch's sparse
+matrix (CSR); its edge weights are computed before the clock starts, to its advantage.
 
-An epoch is RecBole's LightGCN as it comes (BPR, one negative a pair) with the batch size given,
-against foretaste with the same loss, negatives and batches, and with the sampled softmax of the
-recipe. RecBole is told to keep glibc's memory, as foretaste does by itself.
+An epoch is RecBole's LightGCN with its defaults (BPR, one negative per pair) and the given batch
+size, against foretaste with the same loss, negatives and batches, and with the sampled softmax of
+the recipe. RecBole runs with glibc set to keep freed memory, which foretaste does automatically.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What each program of `lightgcn.py` is told and reads. Only the standard library."""
+"""Arguments and input of each program of `lightgcn.py`. It imports only the standard library."""
 
 import argparse
 import gzip
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def arguments(description: str) -> argparse.ArgumentParser:
-    """Return a parser of what all programs are told."""
+    """Return a parser of the arguments that all programs share."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("data", type=Path)
     parser.add_argument("--batch-size", type=int, default=4096)
@@ -19,7 +19,7 @@ def arguments(description: str) -> argparse.ArgumentParser:
 
 
 def read_rows(path: Path) -> tuple[list[int], list[int]]:
-    """Return the user and the item of each pair of lines `user item item …`."""
+    """Return the user and the item of each pair in lines `user item item …`."""
     users: list[int] = []
     items: list[int] = []
     with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as lines:
@@ -31,7 +31,7 @@ def read_rows(path: Path) -> tuple[list[int], list[int]]:
 
 
 def best_of_three(work: Callable[[], None]) -> float:
-    """Return the least seconds of three runs."""
+    """Return the seconds of the fastest of three runs."""
     seconds = []
     for _ in range(3):
         begin = time.perf_counter()

@@ -1,12 +1,12 @@
-"""MF to a quality: seconds of training, against implicit's BPR, in one run on ML-1M.
+"""Seconds of training until MF reaches a quality, against implicit's BPR, in one run on ML-1M.
 
     sh benchmarks/peers.sh implicit
     python benchmarks/mf_implicit.py ml-1m.txt.gz --to 0.033 --out report.json
 
 Both hold out each user's last two items, learn 64 dimensions from the others and are measured by
-NDCG@10 of the last but one, the whole catalogue ranked. They take turns, each in its own process
-and standing still while the other works: a turn is one epoch of foretaste, five of implicit, which
-are as quick. What counts is the training time until the quality is reached, evaluations left out.
+NDCG@10 of the last but one, the whole catalogue ranked. They take turns, each in its own process,
+which waits while the other works: a turn is one epoch of foretaste or five of implicit, which take
+as long. The result is the training time until the quality is reached, without evaluations.
 foretaste learns by the sampled softmax of its recipes; `--ours` and `--theirs` change settings.
 """
 

@@ -1,12 +1,12 @@
-"""Single tasks, Shared-Bottom and MMoE where two tasks conflict as much as they are told to.
+"""Single tasks, Shared-Bottom and MMoE on two tasks with a chosen conflict.
 
 Section 3.2 of Ma et al. 2018: two quantities of the same form whose weights have a chosen cosine.
 Shared-Bottom and MMoE have as many parameters. Run it with:
 
     python benchmarks/multitask_synthetic.py --out benchmarks/results/multitask-synthetic.json
 
-A model's figure is its RMSE on the test rows, each task's in its own unit, averaged over the two;
-pairs of models are compared over the same seeds, with a t interval of the mean difference.
+A model's figure is its test RMSE in the label's unit, averaged over both tasks; pairs of models are
+compared over the same seeds, with a t interval of the mean difference.
 """
 
 import argparse
@@ -52,7 +52,7 @@ def correlated_tasks(
     with :math:`p = 1` they are one and with :math:`p = 0` they read unrelated things.
 
     Args:
-        num_events: Rows; each is a user of its own, all are of one item.
+        num_events: Rows; each is its own user, and all have one item.
         correlation: :math:`p` in [-1, 1], the cosine between the tasks' weights.
         dim: D, at least 2.
         scale: :math:`c`.
@@ -121,12 +121,12 @@ PAIRS = (("mmoe", "shared-bottom"), ("mmoe", "single"), ("shared-bottom", "singl
 
 
 def models(asked: argparse.Namespace) -> dict[str, list[ft.ModelConfig]]:
-    """Return what is compared, each a model or one for each task."""
+    """Return the compared models; each is one model, or one per task."""
     same = {"embedding_dim": asked.dim, "user_id": False, "tower_hidden": (8,)}
     mmoe = ft.MMoEConfig(
         tasks=TASKS, num_experts=asked.experts, expert_hidden=(asked.expert_width,), **same
     )
-    # As many parameters: the gates' take the place of a few columns of the bottom.
+    # The number of parameters is equal: those of the gates replace a few columns of the bottom.
     width = asked.experts * asked.expert_width
     width = round(width * _size(mmoe, asked.dim) / _size(_bottom(TASKS, width, same), asked.dim))
     return {
@@ -141,7 +141,7 @@ def _bottom(tasks: tuple[ft.Task, ...], width: int, same: dict) -> ft.SharedBott
 
 
 def _size(config: ft.ModelConfig, dim: int) -> int:
-    """Return the parameters above the input."""
+    """Return the number of parameters above the input."""
     events = correlated_tasks(50, correlation=0, dim=dim)
     features = ft.fit_features(SCHEMA, events)
     model: nn.Module = build_model(config, num_users=50, num_items=1, features=features)

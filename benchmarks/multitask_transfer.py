@@ -1,7 +1,7 @@
-r"""What tasks give to and take from each other on real data: a table of transfer, over seeds.
+r"""A table of gains and losses of joint training on real data, over seeds.
 
-Each recipe is trained once a seed, all on one split; users (rows, where there are none) are drawn
-again for the intervals, the mean over seeds is compared. For Adult:
+Each recipe is trained once per seed, all on one split. Means over seeds are compared, with
+intervals from resampled users (rows, if there are no users). For Adult:
 
     python benchmarks/multitask_transfer.py --data-dir DATA \
         --joint recipes/shared-bottom-adult.toml recipes/mmoe-adult.toml \
@@ -23,7 +23,7 @@ from foretaste.models.rankers import MMoE
 
 
 def reports(path: Path, split: ft.Split, asked: argparse.Namespace) -> list[ft.RowsReport]:
-    """Train a recipe once a seed and measure it on the test rows."""
+    """Train a recipe once per seed and measure it on the test rows."""
     found = []
     for seed in range(asked.seeds):
         config = ft.read_experiment(path, overrides=[*asked.overrides, f"seed={seed}"])
@@ -45,7 +45,7 @@ def reports(path: Path, split: ft.Split, asked: argparse.Namespace) -> list[ft.R
 
 
 def measured(model: ft.Trained, config: ft.ExperimentConfig, split: ft.Split) -> ft.RowsReport:
-    """Return the report of the test rows, with items drawn where the recipe asks for them."""
+    """Return the report on the test rows, with drawn items if the recipe asks for them."""
     asked = config.evaluation.sampled_negatives
     sampled = ft.SampledNegatives(num=asked, by=config.evaluation.sampled_by) if asked else None
     return ft.evaluate_rows(model, split, sampled=sampled, resamples=0)
@@ -69,7 +69,7 @@ def main() -> None:
     print(found)
     if asked.out is not None:
         document = {
-            "what": "joint models less single ones on the test rows",
+            "what": "joint models minus single ones on the test rows",
             "seeds": asked.seeds,
             "rows": [
                 {

@@ -1,9 +1,9 @@
-"""NeuMF: pairs trained on a second, against RecBole, in one run on ML-1M.
+"""NeuMF on ML-1M: training pairs per second, against RecBole in one run.
 
     sh benchmarks/peers.sh recbole
     python benchmarks/neumf.py ml-1m/ncf --out benchmarks/results/neumf.json
 
-The pairs are those of NCF's authors; every observed one comes with four drawn ones, which count.
+The pairs are those of NCF's authors; each observed pair has four drawn ones, which are counted too.
 Both have vectors of 32 for GMF and 64 for MLP, and hidden layers of 128, 64 and 32.
 """
 

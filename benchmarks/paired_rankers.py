@@ -1,9 +1,9 @@
-r"""What rankers bring over each other, over themselves without features, and over popularity.
+r"""The gain of rankers over each other, over themselves without features, and over popularity.
 
-All recipes are of one data set and split, and are trained once a seed; the first one's
-`[evaluation]` says what is ranked. What is compared is each user's mean over the seeds, user by
-user: each recipe with popularity, with itself under the settings of `--without`, and with those
-named after it. Popularity knows nothing of cold items: it gives what chance gives among them.
+All recipes have one data set and split, and are trained once per seed; the first recipe's
+`[evaluation]` decides what is ranked. Each user's mean over the seeds is compared, user by user:
+each recipe with popularity, with itself under the settings of `--without`, and with the recipes
+named after it. Popularity cannot rank cold items: among them it gets the figure of chance.
 
     python benchmarks/paired_rankers.py recipes/deepfm-ml100k-cold.toml \
         recipes/din-ml100k-cold.toml recipes/mmoe-ml100k-cold.toml \

@@ -1,4 +1,4 @@
-"""DeepCTR-Torch's side of `deepfm.py`: one epoch a turn, by its own `fit`."""
+"""DeepCTR-Torch's side of `deepfm.py`: one epoch per turn, with its own `fit`."""
 
 import torch
 from deepctr_torch.inputs import SparseFeat

@@ -1,4 +1,4 @@
-"""implicit's side of `mf_implicit.py`: five epochs of its BPR a turn."""
+"""implicit's side of `mf_implicit.py`: five epochs of its BPR per turn."""
 
 import json
 import sys

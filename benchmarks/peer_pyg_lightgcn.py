@@ -1,4 +1,4 @@
-"""PyG's side of `lightgcn.py`: three propagations of its LightGCN a turn, with their gradient."""
+"""PyG's side of `lightgcn.py`: three propagations of its LightGCN per turn, with their gradient."""
 
 import torch
 from lightgcn_pairs import arguments, best_of_three, read_rows

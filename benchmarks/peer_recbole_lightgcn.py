@@ -1,4 +1,4 @@
-"""RecBole's side of `lightgcn.py`: one epoch of its LightGCN a turn, by its own trainer."""
+"""RecBole's side of `lightgcn.py`: one epoch of its LightGCN per turn, with its own trainer."""
 
 import logging
 import sys

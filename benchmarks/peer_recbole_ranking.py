@@ -1,4 +1,4 @@
-"""RecBole's side of `neumf.py` and `deepfm.py`: one epoch a turn, by its own trainer."""
+"""RecBole's side of `neumf.py` and `deepfm.py`: one epoch per turn, with its own trainer."""
 
 import logging
 import tempfile

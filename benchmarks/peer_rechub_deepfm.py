@@ -1,4 +1,4 @@
-"""torch-rechub's side of `deepfm.py`: one epoch a turn, by its own trainer.
+"""torch-rechub's side of `deepfm.py`: one epoch per turn, with its own trainer.
 
 Its hidden layers always have batch normalisation, which is a little more work.
 """

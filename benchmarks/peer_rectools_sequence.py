@@ -1,9 +1,9 @@
-"""RecTools' SASRec or BERT4Rec, one epoch a turn. Runs in the environment that `peers.sh` makes:
+"""RecTools' SASRec or BERT4Rec, one epoch per turn. Runs in the environment that `peers.sh` makes:
 
     .peers/rectools/bin/python benchmarks/peer_rectools_sequence.py ml-1m.txt.gz < turns
 
-64 dimensions, 2 blocks, 2 heads. Trained on all but each user's last two items; NDCG@10 is that of
-the last but one among the whole catalogue, less what its user had done.
+64 dimensions, 2 blocks, 2 heads. It is trained on all but each user's last two items; NDCG@10 is
+that of the last but one in the whole catalogue without the user's earlier items.
 """
 
 import logging
@@ -26,7 +26,7 @@ logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
 
 
 class Clock(Callback):
-    """Times each epoch: the batches made, forward, backward, step."""
+    """Times each epoch: making batches, forward, backward, step."""
 
     def on_train_epoch_start(self, *_: Any) -> None:
         self.started = time.perf_counter()
@@ -47,7 +47,7 @@ def ndcg_at_10(
 
 
 def main() -> None:
-    args = sequence_arguments("RecTools' SASRec or BERT4Rec, one epoch a turn")
+    args = sequence_arguments("RecTools' SASRec or BERT4Rec, one epoch per turn")
     torch.set_num_threads(args.threads)
     seed_everything(args.seed)
     users, items = read_pairs(args.data, args.users)

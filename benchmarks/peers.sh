@@ -4,9 +4,9 @@
 #   sh benchmarks/peers.sh             # all
 #   sh benchmarks/peers.sh rectools    # one of them
 #
-# They live in .peers/ beside this folder, apart from foretaste's own: each peer pins an older
-# numpy. torch is installed first and alone, so that where pip is told of a CPU build (see the
-# Makefile) the peer's own "torch" is met already. What is there already is checked and left.
+# They are in .peers/ next to this folder, separate from foretaste's own, because each peer pins an
+# older numpy. torch is installed first and alone, so that a CPU build (see the Makefile) already
+# meets the peer's requirement of "torch". Existing environments are checked and kept.
 set -eu
 
 cd "$(dirname "$0")/.."

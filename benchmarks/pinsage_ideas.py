@@ -1,17 +1,18 @@
-"""Where two ideas of PinSage help: importance pooling and the curriculum of hard negatives.
+"""Where PinSage's importance pooling and curriculum of hard negatives help.
 
-Each idea is measured on a planted graph where it can help and on one where it cannot, and on real
-data, against the same model without it: the same seeds, epochs and steps, and CPU seconds beside.
+Each idea is measured on a planted graph where it can help, on one where it cannot, and on real
+data, against the same model without it, with the same seeds, epochs and steps; CPU seconds are
+recorded too.
 
-200 groups have 15 users and 15 items each, and 200 more items are hits. A user does items of the
-own group; the last two of them are held out. What else users do, and what an item's vector says,
-makes the worlds of `WORLDS`.
+200 groups have 15 users and 15 items each, and 200 more items are hits. A user has events with
+items of the own group; the last two are held out. The worlds of `WORLDS` differ in the users' other
+events and in the items' vectors.
 
     nice python benchmarks/pinsage_ideas.py --out benchmarks/results/pinsage-ideas.json
     nice python benchmarks/pinsage_ideas.py --data-dir DATA --real tiktok-mm \
         --out benchmarks/results/pinsage-ideas.json
 
-The file keeps what it holds of other data.
+The file keeps its entries for other data.
 """
 
 import argparse
@@ -43,7 +44,7 @@ HARD = {"hard_negatives": 4, "hard_from_epoch": 2, "hard_epochs": 4, "hard_ranks
 
 
 class World(NamedTuple):
-    """What a user does beside items of the own group, and what items' vectors say."""
+    """A user's events outside the own group, and the content of items' vectors."""
 
     what: str
     own: int = 12
@@ -55,13 +56,13 @@ class World(NamedTuple):
     """Items of the own family of groups."""
     groups_a_family: int = 1
     group_share: float = 1.0
-    """Length of what tells groups of a family apart, where what tells families apart has 1."""
+    """Length of the vector component that separates groups of a family; that of families has 1."""
     noise: float = 3.0
-    """Standard deviation of each item's own part of the vector."""
+    """Standard deviation of each item's individual vector component."""
 
 
 class Arm(NamedTuple):
-    """A model, and what it learns from."""
+    """A model and its training settings."""
 
     model: ft.PinSageConfig
     objective: ft.PairsConfig
@@ -74,7 +75,7 @@ POOLING = {
 }
 CURRICULUM = {
     "curriculum planted": World(
-        "10 groups a family, told apart by .3 of what tells families apart; 6 events in the family",
+        "10 groups a family, separated by .3 of the distance of families; 6 events in the family",
         own=10,
         near=6,
         groups_a_family=10,
@@ -218,7 +219,7 @@ def events_of(world: World, seed: int) -> ft.Interactions:
 
 
 def item_table(world: World, draw: np.random.Generator) -> pl.DataFrame:
-    """Return each item's vector: its group's, which families share in part, and noise."""
+    """Return each item's vector: that of its group, which a family shares in part, plus noise."""
     group_GD = draw.normal(0, world.group_share, size=(GROUPS, WIDTH))
     if world.groups_a_family > 1:
         num_families = GROUPS // world.groups_a_family
@@ -233,7 +234,7 @@ def item_table(world: World, draw: np.random.Generator) -> pl.DataFrame:
 def measured(
     name: str, arm: Arm, splits: list[ft.Split], schema: ft.FeatureSchema | None
 ) -> dict[str, object]:
-    """Return an arm's figures, a seed for each split, and its CPU seconds of training."""
+    """Return an arm's figures, one seed per split, and its CPU seconds of training."""
     values, seconds = [], []
     for seed, split in enumerate(splits):
         started = time.process_time()

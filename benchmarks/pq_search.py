@@ -1,15 +1,15 @@
-"""The best 100 of a catalogue kept as codes: without decompressing, by a plain scan, and by FAISS.
+"""Search the best 100 items in a compressed catalogue: by codes, by a plain scan, and by FAISS.
 
     python benchmarks/pq_search.py --items 1000000 2000000 --out benchmarks/results/pq-search.json
 
 Events are those of `catalogue.py`; an MF learns from them for `--seconds` with quantised tables, 64
-wide. 1,000 users' vectors are asked for their best 100: `exact` says whether each list is that of a
-scan of the decompressed table, but for items whose scores differ by less than 1e-5 of the highest.
-Searches are timed one query at a time on one thread, in turns with the plain scan, a matrix product
-with the decompressed table and the best of it, and with FAISS's IndexPQ over the same codes (these
-on every tenth query). Of each, seconds on the clock and of the process: beside other work the
-latter say what the search costs. Scores of 32 queries for all items are timed likewise, as
-evaluation asks for them: by codes, and by decompressing the table in blocks.
+wide. 1,000 users' vectors are asked for their best 100: `exact` reports whether each list equals
+that of a scan of the decompressed table, except for items whose scores differ by less than 1e-5 of
+the highest. Searches are timed one query at a time on one thread, in turns with the plain scan (a
+matrix product with the decompressed table, then top-k) and with FAISS's IndexPQ over the same codes
+(both on every tenth query). Each has wall-clock and processor seconds; other work on the machine
+affects the latter less. Scores of 32 queries for all items, as in evaluation, are timed in the same
+way: by codes, and by decompressing the table in blocks.
 """
 
 import argparse
@@ -117,7 +117,7 @@ def learned(num_items: int, sub_spaces: int, seconds: float) -> tuple[Tensor, Ta
 
 
 def equal(index: Any, plain: Any, query_BD: Tensor, none: Tensor) -> bool:
-    """Return whether two indexes give the same lists, but for near ties."""
+    """Return whether two indexes give the same lists, except for near ties."""
     mine = index.search(query_BD, K, exclude_BX=none)
     its = plain.search(query_BD, K, exclude_BX=none)
     close = CLOSE * its.score_BK.abs().amax(dim=1, keepdim=True)
@@ -128,7 +128,7 @@ def equal(index: Any, plain: Any, query_BD: Tensor, none: Tensor) -> bool:
 
 
 def timed(work: Callable[[], object]) -> tuple[float, float]:
-    """Return the seconds of the clock and of the process."""
+    """Return wall-clock and processor seconds."""
     clock, process = time.perf_counter(), time.process_time()
     work()
     return time.perf_counter() - clock, time.process_time() - process
@@ -143,7 +143,7 @@ def ms(seconds: Any) -> float:
 
 
 def percentiles(took: list[tuple[float, float]], name: str) -> dict[str, float]:
-    """Give the median and the 99th percentile, of the clock and of the process."""
+    """Return the median and the 99th percentile of wall-clock and processor time."""
     return {
         f"{name}{cpu}p{p}_ms": ms(np.percentile(of(took, which), p))
         for which, cpu in enumerate(("", "cpu_"))

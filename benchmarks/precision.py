@@ -1,6 +1,6 @@
-"""What a step costs in fp32, bf16 and fp16, and what lists are worth after it.
+"""Training speed and quality of lists in fp32, bf16 and fp16.
 
-Each model learns MovieLens 100K, cut in time, at default settings.
+Each model is trained on MovieLens 100K, split by time, at default settings.
 
     python benchmarks/precision.py --data-dir DATA --out benchmarks/results/precision.json
     python benchmarks/precision.py --data-dir DATA --quality mf,lightgcn,sasrec \
@@ -12,7 +12,7 @@ Each model learns MovieLens 100K, cut in time, at default settings.
 - quality: runs to their end or for `--epochs`, test NDCG@10 of each of `--seeds` seeds in fp32 and
   bf16, and the difference of their means over users with its 95 % interval.
 
-The file keeps what it holds of other models and kinds.
+The file keeps its entries for other models and kinds.
 """
 
 import argparse
@@ -71,7 +71,7 @@ def parse() -> argparse.Namespace:
 
 
 def native_bf16() -> bool:
-    """Whether this processor multiplies bf16 without turning it into fp32 first."""
+    """Return whether this processor multiplies bf16 without converting it to fp32 first."""
     facts = Path("/proc/cpuinfo")
     return facts.exists() and "avx512_bf16" in facts.read_text(encoding="utf-8")
 

@@ -1,23 +1,23 @@
-"""What several processes do beside one; each part adds its figures to the record.
+"""Training by several processes compared with one; each part adds its figures to the record.
 
     python benchmarks/processes.py equality --data-dir ../shared/data --out RECORD.json
 
-`equality`: nine models are trained on MovieLens-100K in 64 bits, by one process and by several,
-all models in one start of them. Recorded is the largest relative difference of the loss of any step
-of the whole fit, and whether all users' lists of ten are equal. `equality32` trains in 32 bits and
+`equality`: nine models are trained on MovieLens-100K in 64 bits, by one process and by several; one
+start trains all models. The record has the largest relative difference of a step's loss in the
+complete fit, and whether all users' lists of ten are equal. `equality32` trains in 32 bits and
 records the largest relative difference of the first 20 losses, and NDCG@10 on the test part for
 each number of processes, with the 95 % interval of one process.
 
-`table`: the memory that each of two processes has of a table of 4 M x 64, and look-ups a second
-with backward pass and update, beside TorchRec (`make torchrec`) where it is installed, in turns.
+`table`: the memory of each of two processes for its part of a table of 4 M x 64, and look-ups per
+second with backward pass and update, in turns with TorchRec (`make torchrec`) if it is installed.
 
-`moves`: a run of three epochs in 64 bits whose tables are dealt is begun by 2 processes, continued
-by 1, 3 or 4, and then by 2 again. Recorded is the largest relative difference of a loss, or
-difference of a final weight, from those of one process that did all of it.
+`moves`: a run of three epochs in 64 bits with sharded tables is begun by 2 processes, continued by
+1, 3 or 4, and then by 2 again. The record has the largest relative difference of a loss, and the
+largest difference of a final weight, from a run by one process.
 
-`kills`: one of two processes is killed at a random step; the others have to end, the error has to
-name it, and 1, 2 or 3 processes have to go on to the losses of a run without a kill. Every other
-round deals the tables.
+`kills`: one of two processes is killed at a random step. The other has to end, the error has to
+name the killed one, and 1, 2 or 3 processes have to resume and reach the losses of a run without a
+kill. Every other round shards the tables.
 """
 
 import argparse
@@ -74,7 +74,7 @@ MODELS: dict[str, tuple[Any, Any]] = {
     ),
 }
 MOVED = {"mf": "row_adagrad", "sasrec": "lazy_adamw", "deepfm": "adamw"}
-"""Models whose runs are moved, each with another optimizer of its tables."""
+"""Models whose runs are moved, each with a different optimizer for its tables."""
 LIST = 10
 METRIC, FIRST = f"ndcg_at_{LIST}", 20
 ROWS_OF_TABLE, WIDTH = 4_000_000, 64
@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
-    parser.add_argument("--runs", type=Path, help="keep the runs here, and use those there are")
+    parser.add_argument("--runs", type=Path, help="keep the runs here, and use existing ones")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--worker", type=Path, help="used by itself")
     options = parser.parse_args()
@@ -107,7 +107,7 @@ def main() -> None:
 
 
 def start(num: int, options: argparse.Namespace, folder: Path) -> None:
-    """Start this file in so many processes, also where there are fewer cores."""
+    """Start this file in this many processes, even if there are fewer cores."""
     run = ["-m", "torch.distributed.run", "--nproc-per-node", str(num)] if num > 1 else []
     own = [options.part, "--worker", folder, "--data-dir", options.data_dir]
     models = ["--models", *options.models, "--epochs", options.epochs]
@@ -122,7 +122,7 @@ def start(num: int, options: argparse.Namespace, folder: Path) -> None:
 
 
 def equality(options: argparse.Namespace) -> dict[str, Any]:
-    """Compare the losses and lists of whole fits by several processes with those of one."""
+    """Compare the losses and lists of complete fits by several processes with those of one."""
     with TemporaryDirectory() as place:
         folders = started(options, options.runs or Path(place), written="lists.json")
         alone = folders.pop(1)
@@ -228,7 +228,7 @@ def listed(recommender: ft.Recommender, user: Any) -> list[str]:
 
 
 def moves(options: argparse.Namespace) -> dict[str, Any]:
-    """Compare runs that other numbers of processes go on with, with those of one process."""
+    """Compare runs continued by other numbers of processes with runs by one process."""
     found: dict[str, float] = {}
     with TemporaryDirectory() as place:
         folder = Path(place)
@@ -246,7 +246,7 @@ def moves(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def moved_difference(alone: Path, folder: Path) -> float:
-    """Return the largest difference of a loss, relative, or of a weight."""
+    """Return the largest relative difference of a loss, or difference of a weight."""
     found = [difference(alone, folder, name) for name in MOVED]
     for name in MOVED:
         weights = load_file(folder / name / "weights.safetensors")
@@ -256,7 +256,7 @@ def moved_difference(alone: Path, folder: Path) -> float:
 
 
 def train_moved(options: argparse.Namespace) -> None:
-    """Go on with runs, or start them; keep a copy of each after each epoch."""
+    """Continue or start runs; keep a copy of each after each epoch."""
     from test_golden import in_64_bits  # noqa: PLC0415
 
     events = ft.get_dataset("ml-100k", data_dir=options.data_dir).events
@@ -287,11 +287,11 @@ def train_moved(options: argparse.Namespace) -> None:
                 save_file(weights, run / "weights.safetensors")
 
 
-# --- tables that are dealt -----------------------------------------------------------------------
+# --- sharded tables -------------------------------------------------------------------------------
 
 
 def table(options: argparse.Namespace) -> dict[str, Any]:
-    """Measure what a process holds of a large table, and how quickly two look up, learn, move."""
+    """Measure a process's memory for a large table, and how fast two look up, learn and update."""
     with TemporaryDirectory() as place:
         start(2, options, Path(place))
         each = [json.loads((Path(place) / f"{rank}.json").read_text()) for rank in range(2)]
@@ -356,7 +356,7 @@ def torchrec_step(grad_ND: Tensor) -> Callable[[Tensor], None]:
     )
 
     class ByRows(EmbeddingBagCollectionSharder):
-        """A sharder that deals rows on a CPU too."""
+        """A sharder that distributes rows on a CPU too."""
 
         def sharding_types(self, compute_device_type: str) -> list[str]:
             return ["row_wise"]
@@ -394,7 +394,7 @@ def resident() -> int:
 # --- kills ---------------------------------------------------------------------------------------
 
 KILLED = {"epochs": 20, "batch_events": 512, "checkpoint_seconds": 0, "patience": "none"}
-"""Settings of training; else the recipe is that of the tests."""
+"""Training settings that differ from the recipe of the tests."""
 
 
 def kills(options: argparse.Namespace) -> dict[str, Any]:
@@ -424,7 +424,7 @@ def kills(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def kill(recipe: Path, alone: Sequence[float], number: int) -> dict[str, Any]:
-    """Kill one of two processes; return how the others ended and how the run went on."""
+    """Kill one of two processes; return how the other ended and how the run was resumed."""
     name, rank = f"round-{number}", random.randrange(2)
     dealt = number % 2 == 1
     at, again = random.randrange(1, len(alone) - 20), random.choice([1, 2, 3])
@@ -465,8 +465,8 @@ def kill(recipe: Path, alone: Sequence[float], number: int) -> dict[str, Any]:
 
 
 def fit_command(num: int, recipe: Path, name: str, *, dealt: bool = True) -> list[str]:
-    """Return the command that trains with so many processes, by torchrun where there are more
-    than cores.
+    """Return the command that trains with this many processes, by torchrun if they outnumber the
+    cores.
     """
     by_torchrun = ["torch.distributed.run", "--nproc-per-node", str(num), "-m"]
     start = by_torchrun if num > 2 else []
@@ -478,7 +478,7 @@ def fit_command(num: int, recipe: Path, name: str, *, dealt: bool = True) -> lis
 
 
 def process_of(launcher: int, rank: int) -> int:
-    """Return the process of a rank, whose number stands in its environment."""
+    """Return the process with a rank, which its environment contains."""
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])

@@ -1,9 +1,9 @@
-"""Training rates of rankers against peers, in one run: `neumf.py` and `deepfm.py` say which.
+"""Training rates of rankers against peers in one run, for `neumf.py` and `deepfm.py`.
 
-Programs take turns of one epoch, each in its own process and standing still while another works;
-all read the same rows, in batches of one size, and learn by Adam at one rate. What counts is the
-median of rows a second; an epoch's first turn warms up and is left out if there are more. With
-`--to` a program stops once validation's AUC is reached, and its seconds of training are told too.
+Programs take turns of one epoch, each in its own process, which waits while another works. All read
+the same rows in batches of one size, and train with Adam at one rate. The result is the median of
+rows per second, without the first turn, a warm-up, if there are more. With `--to`, a program stops
+once validation reaches this AUC, and its seconds of training are recorded too.
 """
 
 import argparse
@@ -26,7 +26,7 @@ HERE = Path(__file__).parent
 OURS = {"foretaste": "fp32", "foretaste-bf16": "bf16"}
 """Precision of each of our programs."""
 Peers = dict[str, str]
-"""From a peer, and the name of its environment, to its program's file."""
+"""Maps a peer, which is also the name of its environment, to its program's file."""
 
 
 def arguments(description: str, peers: Peers, *, to: bool) -> argparse.ArgumentParser:
@@ -35,7 +35,7 @@ def arguments(description: str, peers: Peers, *, to: bool) -> argparse.ArgumentP
     names = [*OURS, *peers]
     parser.add_argument("--programs", nargs="+", choices=names, default=names)
     parser.add_argument("--epochs", type=int, default=4, help="at most, for each program")
-    parser.add_argument("--rows", type=int, default=0, help="only so many of training; 0: all")
+    parser.add_argument("--rows", type=int, default=0, help="only this many of training; 0: all")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--out", type=Path, help="where the report goes, JSON")
@@ -47,13 +47,13 @@ def arguments(description: str, peers: Peers, *, to: bool) -> argparse.ArgumentP
 def run(
     args: argparse.Namespace, peers: Peers, rows: pl.DataFrame, told: dict[str, Any]
 ) -> dict[str, dict[str, Any]]:
-    """Let the programs take turns, and return what each came to.
+    """Let the programs take turns, and return the results of each.
 
     Args:
-        args: What the runner was told.
-        peers: Those that there are programs for.
+        args: The runner's arguments.
+        peers: The peers that have programs.
         rows: With a column `part` of 0 for training, 1 for validation and 2 for test.
-        told: What the programs are told beside `args`.
+        told: Further settings of the programs.
     """
     to = getattr(args, "to", None)
     train = rows.filter(part=0).head(args.rows or len(rows))
@@ -79,7 +79,7 @@ def run(
 
 
 def program(name: str, peers: Peers, told: dict[str, Any]) -> Program:
-    """Return one of our programs, or a peer's, which is told to keep memory as ours do."""
+    """Return one of our programs, or a peer's, with glibc set to keep memory as ours do."""
     python, script = sys.executable, "foretaste_ranking.py"
     kept: Mapping[str, str] = {}
     if name in peers:
@@ -116,15 +116,15 @@ def report(
     what: str,
     work: str,
 ) -> None:
-    """Print and write what was found.
+    """Print and write the results.
 
     Args:
-        args: What the runner was told.
+        args: The runner's arguments.
         name: Of the benchmark.
         results: By program.
         start: Memory and load before the programs ran.
         what: "pairs" or "rows".
-        work: What was done, for the table in the README.
+        work: The kind of work, for the table in the README.
     """
     best = max(result["rows_per_second"] for n, result in results.items() if n in OURS)
     for each, result in results.items():

@@ -1,4 +1,4 @@
-"""What each program of `neumf.py` and `deepfm.py` is told and reads, and its loop of turns."""
+"""Settings, input and loop of turns of each program of `neumf.py` and `deepfm.py`."""
 
 import json
 import sys
@@ -11,11 +11,11 @@ import numpy as np
 from turns import say, say_ready, wait_for_turn
 
 PARTS = ("train", "valid", "test")
-"""By the code that stands in the table's column `part`."""
+"""By the code in the table's column `part`."""
 
 
 def told() -> dict[str, Any]:
-    """Return what the runner wants, and hide it from libraries that read the command line."""
+    """Return the runner's settings, and hide them from libraries that read the command line."""
     wanted: dict[str, Any] = json.loads(sys.argv[1])
     sys.argv = sys.argv[:1]
     return wanted
@@ -34,13 +34,13 @@ def read_table(path: Path | str, part: str) -> dict[str, np.ndarray]:
 def take_turns(
     train: Callable[[], float], *, rows: int, packages: list[str], auc: Callable[[], float] | None
 ) -> None:
-    """Train an epoch a turn, and say how long it took, the AUC of validation left out.
+    """Train an epoch per turn, and report its time without the AUC of validation.
 
     Args:
         train: Trains one epoch and returns its loss.
-        rows: What an epoch learns from, drawn negatives counted in.
+        rows: Number of rows per epoch, including drawn negatives.
         packages: Whose versions are of interest.
-        auc: Measures validation; None: nobody asked.
+        auc: Measures validation; None if it is not needed.
     """
     say_ready(packages)
     while True:

@@ -1,7 +1,7 @@
-"""Reading events into per-user order on disk: foretaste against pandas, in turns.
+"""Time of reading events into per-user order: foretaste against pandas, in turns.
 
-Each run is a process of its own, imports and compilation included: foretaste imports the file into
-an event store; pandas reads it, numbers the ids, sorts by user and time, and writes nothing.
+Each run is its own process, including imports and compilation: foretaste imports the file into an
+event store; pandas reads it, numbers the ids, sorts by user and time, and writes nothing.
 
     python benchmarks/reading.py --events 25000000 --out report.json
 """
@@ -70,7 +70,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--events", type=int, default=25_000_000)
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--cold", action="store_true", help="compile anew in every run")
+    parser.add_argument("--cold", action="store_true", help="compile again in every run")
     parser.add_argument("--folder", type=Path, help="where temporary files go")
     parser.add_argument("--out", type=Path, help="write a dated JSON report")
     return parser.parse_args()
@@ -92,7 +92,7 @@ def generate(folder: Path, events: int) -> dict[str, Path]:
 
 
 def measure(program: str, path: Path, store: Path, cache: Path) -> dict[str, float]:
-    """Run a program in a fresh process; the store that it writes is removed."""
+    """Run a program in a fresh process, and remove the store that it writes."""
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, program, str(path), str(store)],
         env={**os.environ, "NUMBA_CACHE_DIR": str(cache)},

@@ -4,7 +4,7 @@
     python benchmarks/sasrec_ml1m.py ml-1m.txt.gz --epochs 5 --out benchmarks/results/sasrec.json
     python benchmarks/sasrec_ml1m.py ml-1m.txt.gz --to 0.17 --epochs 60 --evaluate-every 2
 
-How it is measured stands in `sequence_ml1m.py`.
+`sequence_ml1m.py` describes the measurement.
 """
 
 from sequence_ml1m import main

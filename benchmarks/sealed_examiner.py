@@ -1,6 +1,6 @@
-"""The process that looks at what `sealed_mutations` saw accepted; it imports nothing that computes.
+"""The process that checks bundles accepted in `sealed_mutations`; it imports no numerical library.
 
-A child that is forked after another library has started threads may wait for them for ever.
+A child that is forked after a library has started threads may wait for them forever.
 """
 
 import json
@@ -15,7 +15,7 @@ from foretaste.serving.slot import load_version
 
 
 def examine(copy: Path, **_: object) -> None:
-    """Raise if a bundle that was accepted answers otherwise, with NaN, or with foreign items."""
+    """Raise if an accepted bundle gives other answers, NaN, or items outside the catalogue."""
     original = Path((copy.parents[1] / "original").read_text())
     answers = json.loads((original / "answers.json").read_text())
     loaded = load_version(copy).recommender

@@ -1,7 +1,7 @@
-"""Bundles changed at random and sealed again, as a writer with a fault or a grudge would.
+"""Bundles changed at random and sealed again, like those of a faulty or malicious writer.
 
-Each is handed to a server's own slot, trials in child processes included. What it accepts must
-answer as the original was answered when it was saved, with finite scores and items of the
+Each is loaded by a server's slot, including trials in child processes. An accepted bundle must give
+the answers that were recorded when the original was saved, with finite scores and items of the
 catalogue, from an index that holds the model's vectors. With a key, all must be refused.
 
     python benchmarks/faults.py --mutations 1000 --out benchmarks/results/service.json
@@ -42,7 +42,7 @@ EXTREME = [0, -1, 1, 7, 2**31 - 1, -(2**31), 10**5, 2**62, 1e308, None, "", "x",
 
 
 def write_bundles(folder: Path) -> list[Path]:
-    """Write one small bundle of each kind that files can be broken of."""
+    """Write one small bundle of each kind."""
     paths = [write_film_bundle(folder / "item_knn")]
     for kind in ("exact", "ivf_flat", "ivf_sq8", "ivf_pq", "hnsw"):
         build_recommender(make_trained("sasrec"), index=kind).save(folder / kind)
@@ -52,7 +52,7 @@ def write_bundles(folder: Path) -> list[Path]:
 
 
 def mutate(bundle: Path, rng: np.random.Generator) -> str:
-    """Change a bundle at random, in one or two places; say where."""
+    """Change a bundle at random in one or two places; return a description."""
     times = 1 + int(rng.integers(2))
     return " and ".join(_mutate_once(bundle, rng, is_first=not n) for n in range(times))
 
@@ -173,7 +173,7 @@ def _table(path: Path, rng: np.random.Generator) -> str:
 
 
 def seal_again(bundle: Path) -> None:
-    """Write right checksums of what is there now, in both manifests, as far as they can be read."""
+    """Write correct checksums of the current files into both manifests, if they can be read."""
     for folder, kind in ((bundle / "events", StoreManifest), (bundle, BundleManifest)):
         path = folder / MANIFEST_FILE
         try:
@@ -197,7 +197,7 @@ def _rendered(document: dict[str, Any]) -> str:
 
 @dataclass
 class Count:
-    """What came of the mutations."""
+    """The results of the mutations."""
 
     tried: int = 0
     unchanged: int = 0
@@ -221,7 +221,7 @@ def try_one(
     rng: np.random.Generator,
     count: Count,
 ) -> None:
-    """Break a copy of a bundle, seal it again, and have it tried as a server tries one."""
+    """Break a copy of a bundle, seal it again, and try it as a server does."""
     broken = folder / "bundle"
     shutil.copytree(original, broken)
     sign_bundle_with(broken)
@@ -267,7 +267,7 @@ def try_one(
 
 
 def sign_bundle_with(bundle: Path) -> None:
-    """Sign a bundle with the key of all here."""
+    """Sign a bundle with the shared test key."""
     key = bundle.with_name("key")
     key.write_bytes(KEY)
     sign_bundle(bundle, key)
@@ -276,7 +276,7 @@ def sign_bundle_with(bundle: Path) -> None:
 def mutations(
     number: int, *, seed: int, trials: Trials, folder: Path, count: Count | None = None
 ) -> Iterator[Count]:
-    """Try mutations of bundles of all kinds in turn until there were so many, `count` included.
+    """Try mutations of bundles of all kinds in turn until `count` reaches the number.
 
     Yields the count after each 25 and at the end.
     """

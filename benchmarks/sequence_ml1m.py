@@ -1,11 +1,11 @@
-"""A sequence model on ML-1M: seconds per epoch, and to a quality, against RecTools, in one run.
+"""A sequence model on ML-1M: seconds per epoch and to a quality, against RecTools in one run.
 
-`sasrec_ml1m.py` and `bert4rec_ml1m.py` say which model.
+`sasrec_ml1m.py` and `bert4rec_ml1m.py` choose the model.
 
-Programs take turns of one epoch, each in its own process and standing still while another works.
-"rectools-kept" is RecTools with glibc told to keep its memory, which it does not do by itself.
-With `--to` a program stops once its NDCG@10 (last but one item of each user, whole catalogue)
-is reached, and what counts is its training time until then, evaluations left out for all.
+Programs take turns of one epoch, each in its own process, which waits while another works.
+"rectools-kept" is RecTools with glibc set to keep freed memory, which is not its default. With
+`--to`, a program stops once it reaches this NDCG@10 (last but one item of each user, whole
+catalogue), and its training time until then, without evaluations, is recorded.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def arguments(model: str) -> argparse.Namespace:
     parser.add_argument("--mask-ratio", type=float, default=0.15, help="of BERT4Rec")
     parser.add_argument("--max-len", type=int, default=200)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--users", type=int, default=0, help="only the first so many; 0: all")
+    parser.add_argument("--users", type=int, default=0, help="only the first users; 0: all")
     parser.add_argument("--evaluate-every", type=int, default=0)
     parser.add_argument("--to", type=float, default=None, help="stop at this NDCG@10")
     parser.add_argument("--ours", default="{}", help="foretaste's own settings, as JSON")
@@ -99,13 +99,13 @@ def summary(program: Program, to: float | None) -> dict[str, Any]:
 
 
 def at_start() -> dict[str, float]:
-    """Return the machine's memory, and its load before anything runs."""
+    """Return the machine's memory and its load before the start."""
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
     return {"memory_gib": round(memory, 1), "load_at_start": os.getloadavg()[0]}
 
 
 def command(script: str) -> list[str]:
-    """Return what was typed; of a path from the root only its name."""
+    """Return the command as typed; absolute paths are cut to the file's name."""
     words = [re.sub(r"^(--[\w-]+=)?/(.*/)?(?=.)", r"\1", word) for word in sys.argv[1:]]
     return [f"benchmarks/{script}.py", *words]
 

@@ -1,13 +1,13 @@
-"""Answers over HTTP at a steady rate: a bundle behind `foretaste serve`, asked by another process.
+"""Latency over HTTP at a steady rate: another process sends requests to `foretaste serve`.
 
-Users take turns, so every answer encodes a history anew. Requests leave on time whether or not
-earlier ones were answered, so a slow answer delays nobody's clock.
+Users take turns, so every answer encodes a history again. Requests are sent on time whether or not
+earlier ones were answered, so a slow answer does not hide the wait of later ones.
 
     python benchmarks/serving.py BUNDLE --rate 50 --seconds 30 --out benchmarks/results/serving.json
 
-With `--behind-it din` a ranker stands behind the bundle's retriever: 200 candidates, and the last
-50 events. Its weights are not trained, which changes no time. The mean of each stage is the
-server's own.
+With `--behind-it din`, a DIN ranks 200 candidates of the bundle's retriever, with the last 50
+events. Its weights are not trained, which does not change the time. The server itself reports the
+mean of each stage.
 """
 
 import argparse
@@ -74,7 +74,7 @@ def parse() -> argparse.Namespace:
 
 
 def two_stages(retriever: ft.Trained) -> ft.Trained:
-    """Put a DIN with its first weights behind a trained retriever."""
+    """Put a DIN with initial weights behind a trained retriever."""
     config, events = ft.DINConfig(max_len=50), retriever.events
     torch.manual_seed(0)
     model = build_model(
@@ -89,7 +89,7 @@ def two_stages(retriever: ft.Trained) -> ft.Trained:
 
 
 def stage_ms(address: str) -> dict[str, float]:
-    """Return the mean time of each stage of all answers, as the server counted it."""
+    """Return the mean time of each stage over all answers, as the server measured it."""
     with urllib.request.urlopen(f"{address.rstrip('/')}/metrics") as reply:
         text = reply.read().decode()
     found = re.findall(r'foretaste_stage_seconds_(sum|count)\{stage="(\w+)"\} (\S+)', text)
@@ -102,7 +102,7 @@ def stage_ms(address: str) -> dict[str, float]:
 
 
 def start(bundle: Path, folder: Path) -> tuple[subprocess.Popen[str], str]:
-    """Start the server on a port of its own, and wait until it is ready."""
+    """Start the server on a free port, and wait until it is ready."""
     state = f"sqlite:///{folder / 'events.sqlite'}"
     words = ["-m", "foretaste.cli.main", "serve", str(bundle), "--port", "0", "--state", state]
     process = subprocess.Popen(
@@ -143,10 +143,10 @@ async def load(address: str, users: list[str], *, rate: float, seconds: float, k
 
 
 def request(host: str, asked: dict[str, object]) -> bytes:
-    """Return a request as it goes over the wire.
+    """Return the bytes of a request.
 
-    Written by hand: a client library takes a third as long as the server's whole answer, on the
-    same cores.
+    They are written by hand, because a client library takes a third of the server's time for an
+    answer, on the same cores.
     """
     body = json.dumps(asked).encode()
     head = f"POST /v1/recommend HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"

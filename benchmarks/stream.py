@@ -1,14 +1,14 @@
-"""More events than memory should hold: importing them in blocks, and training from the map.
+"""Importing events in blocks, and training from the memory-mapped store.
 
     python benchmarks/stream.py --out benchmarks/results/stream.json --events 20000000
 
-Events are made up, in parts as a log would be written (`write_parts`): users and items as skewed as
-Zipf's law, a user's tastes in three clusters of items, times that go on from part to part. They are
-imported into a store and trained on for `--seconds`, and so are the events of the first `--memory`
-of them as arrays in memory, under the same ids, with the same tables; the two take turns. Rates are
-events a processor second, the median of the steps. Each stage has a process of its own, whose peak
-its parent reads; `peak_gib_beyond_tables` is without the tables and their optimiser state, but with
-the libraries (about 0.4 GiB) and what of the map the system kept in memory.
+Events are synthetic, in parts like those of a log (`write_parts`): users and items follow Zipf's
+law, a user likes three clusters of items, and times continue from part to part. They are imported
+into a store and trained on for `--seconds`. In turns, about `--memory` of these events are trained
+on from arrays in memory, with the same ids and tables. Rates are events per processor second, the
+median of the steps. Each stage runs in its own process, whose peak memory the parent reads;
+`peak_gib_beyond_tables` excludes the tables and their optimiser state, and includes the libraries
+(about 0.4 GiB) and the pages of the store that the system kept in memory.
 """
 
 import argparse
@@ -103,11 +103,11 @@ def measure(asked: argparse.Namespace) -> None:
 
 
 def write_parts(folder: Path, num_events: int, num_items: int, kind: str) -> None:
-    """Write skewed events of clusters, with times, in parts of two million.
+    """Write skewed events in clusters, with times, in parts of two million.
 
-    A fifth as many users as items; each user's share falls as Zipf's law does, and a user likes
-    three of 1,000 clusters, the first of them half of the time. Within a cluster items are as
-    popular as Zipf's law says. One event of five is of any item. A part is a stretch of time.
+    A fifth as many users as items; the number of events per user follows Zipf's law, and a user
+    likes three of 1,000 clusters, the first of them half of the time. Within a cluster, popularity
+    follows Zipf's law. One event in five has any item. A part is a period of time.
     """
     rng, users = np.random.default_rng(0), num_items // 5
     liked_UC = rng.integers(0, CLUSTERS, (users, OF_USER), dtype=np.int16)
@@ -140,7 +140,7 @@ def imported(folder: Path) -> dict[str, Any]:
 
 
 def trained(asked: argparse.Namespace) -> dict[str, Any]:
-    """Train for a while, from the map or from arrays in memory; give the rate of its steps."""
+    """Train for a while, from the store or from arrays in memory; return the rate of the steps."""
     config, took = MODELS[asked.model], list[float]()
     events = ft.open_store(asked.folder / "store")
     if asked.stage == "memory":
@@ -172,7 +172,7 @@ def trained(asked: argparse.Namespace) -> dict[str, Any]:
 
 
 def first_in_memory(events: ft.Interactions, num: int) -> ft.Interactions:
-    """Copy every so manieth user's events, about `num`, into memory, under the same ids."""
+    """Copy the events of every n-th user, about `num` events, into memory, with the same ids."""
     share = max(1, len(events) // num)
     keep_U = np.arange(events.num_users) % share == 0
     counts_U = np.diff(events.offsets)

@@ -1,12 +1,12 @@
-"""What a step costs in a table of so many rows: of the table alone, and of matrix factorisation.
+"""Time of a step by number of table rows, of the table alone and of matrix factorisation.
 
     python benchmarks/table_step.py --out benchmarks/results/table-step.json
 
-Every step reads as many distinct rows, drawn anew: 8,192 of the table alone; of MF 8,192 pairs of
-distinct users and items with 512 negatives. Each number of rows has a process of its own, so that
-`peak_gib` is its own; milliseconds are processor time of one thread, the median of the steps; the
-ratios are of the lowest steps, which busy neighbours touch least. The two ends tell where
-`training.tables = "auto"` should part, and that no part is linear in rows.
+Every step reads newly drawn distinct rows: 8,192 of the table alone; for MF, 8,192 pairs of
+distinct users and items with 512 negatives. Each number of rows has its own process and `peak_gib`;
+milliseconds are processor time of one thread, the median of the steps. Ratios compare the fastest
+steps, which other processes affect least. They show where `training.tables = "auto"` should switch,
+and that no part is linear in rows.
 """
 
 import argparse
@@ -99,7 +99,7 @@ def measured(what: str, rows: int, kind: str, options: argparse.Namespace) -> di
     for number in range(options.steps + 3):
         begin = time.process_time()
         take()
-        if number >= 3:  # the first ones make the optimizer's state
+        if number >= 3:  # the first steps create the optimizer's state
             seconds.append(time.process_time() - begin)
     return {
         "of": what,
@@ -159,7 +159,7 @@ def mf_step(rows: int, kind: str, width: int) -> Callable[[], None]:
 
 
 def distinct(rows: int) -> torch.Tensor:
-    """Return as many distinct rows, spread over all of them, at a cost that knows no `rows`."""
+    """Return distinct rows spread over all of them, at a cost that does not depend on `rows`."""
     num = min(READ, rows)
     stride = rows // num
     row_N = torch.arange(num) * stride + torch.randint(stride, (num,))

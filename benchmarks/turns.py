@@ -1,8 +1,9 @@
-"""Programs that take turns: each in its own process, one epoch at a time, so that none disturbs
-another and a busy minute of the machine falls on all alike.
+"""Programs take turns of one epoch, each in its own process, so that none disturbs another and a
+busy minute of the machine affects all equally.
 
-A program says `{"ready": ...}` once its data is loaded, waits for its turn, works, says what it
-measured, and waits again. Only the standard library: it runs in every peer's environment.
+A program sends `{"ready": ...}` once its data is loaded, waits for its turn, works, sends its
+measurements, and waits again. This file imports only the standard library, because it runs in every
+peer's environment.
 """
 
 import argparse
@@ -22,28 +23,30 @@ KEEP_MEMORY = {
     "MALLOC_TRIM_THRESHOLD_": str((1 << 31) - 1),
     "MALLOC_TOP_PAD_": str(64 << 20),
 }
-"""Tells glibc to keep freed memory, as foretaste does on its own."""
+"""Makes glibc keep freed memory, which foretaste does automatically."""
 
 
 def say(message: Mapping[str, Any]) -> None:
-    """Tell the runner one thing, as one line of JSON."""
+    """Send the runner one line of JSON."""
     print(json.dumps(message), flush=True)
 
 
 def wait_for_turn() -> None:
-    """Stand still until the runner says so; end the process when the runner is gone."""
+    """Wait for the runner's signal; end the process if the runner has ended."""
     if sys.stdin.readline().strip() != "go":
         sys.exit(0)
 
 
 def say_ready(packages: Sequence[str], **facts: Any) -> None:
-    """Say that the data is loaded and what is installed, and wait for the first turn."""
+    """Report that the data is loaded and which packages are installed, and wait for the first
+    turn.
+    """
     say({"ready": True, "versions": {name: version(name) for name in packages}, **facts})
     wait_for_turn()
 
 
 def sequence_arguments(description: str) -> argparse.Namespace:
-    """Read what a program that trains a sequence model is told."""
+    """Parse the arguments of a program that trains a sequence model."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("data", type=Path, help="lines `user item`, oldest first; .gz or not")
     parser.add_argument("--model", choices=["sasrec", "bert4rec"], default="sasrec")
@@ -56,13 +59,13 @@ def sequence_arguments(description: str) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--evaluate-every", type=int, default=0, help="epochs; 0: only at the end")
-    parser.add_argument("--users", type=int, default=0, help="only the first so many; 0: all")
+    parser.add_argument("--users", type=int, default=0, help="only the first users; 0: all")
     parser.add_argument("--ours", type=json.loads, default={}, help="foretaste's own settings")
     return parser.parse_args()
 
 
 def read_pairs(path: Path, num_users: int = 0) -> tuple[list[int], list[int]]:
-    """Return the user and the item of each line, those of the first `num_users` users."""
+    """Return the user and the item of each line of the first `num_users` users."""
     with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as lines:
         pairs = [(int(user), int(item)) for user, item in map(str.split, lines)]
     wanted = set(list(dict.fromkeys(user for user, _ in pairs))[: num_users or None])
@@ -92,7 +95,7 @@ class Program:
         self.ready = self._hear()
 
     def take_turn(self) -> dict[str, Any]:
-        """Let it work for one turn and return what it measured."""
+        """Let it work for one turn and return its measurements."""
         assert self.process.stdin is not None  # noqa: S101  # asked for above
         self.process.stdin.write("go\n")
         self.process.stdin.flush()
@@ -100,7 +103,7 @@ class Program:
         return self.turns[-1]
 
     def stop(self) -> None:
-        """End it: a program whose input is closed leaves."""
+        """End the program by closing its input."""
         assert self.process.stdin is not None  # noqa: S101
         self.process.stdin.close()
         self.process.wait(timeout=60)

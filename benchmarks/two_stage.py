@@ -1,9 +1,9 @@
-r"""What a second stage brings, and what its negatives bring: one retriever, several rankers.
+r"""The gain of a second stage, and of its negatives: one retriever, several rankers.
 
-For each seed of a recipe in two stages: the retriever alone, then rankers whose zeros are drawn
-from all items, from its candidates, or from both. Rankers differ in nothing else: each row's
-candidates, and the scores beside them, are of retrievers fitted to other users, where the recipe
-asks for folds. Differences are paired by user, over the mean of the seeds.
+For each seed of a recipe in two stages, it measures the retriever alone, then rankers whose
+negatives are drawn from all items, from the retriever's candidates, or from both. The rankers are
+otherwise equal: with folds, each row's candidates and scores come from retrievers fitted to other
+users. Differences are paired by user, on the mean over seeds.
 
     python benchmarks/two_stage.py recipes/two-stage-ml100k.toml --seeds 3 \
         --out benchmarks/results/two-stage-ml100k.json
@@ -25,7 +25,7 @@ from foretaste.experiment.run import evaluate_split
 from foretaste.experiment.two_stage import fit_first_stage
 
 SHARES = {"random negatives": 0.0, "candidates as negatives": 1.0, "half candidates": 0.5}
-"""By name: how often a drawn item is one of the retriever's candidates."""
+"""By name: the share of negatives drawn from the retriever's candidates."""
 
 
 def main() -> None:
@@ -57,7 +57,7 @@ def parse() -> argparse.Namespace:
 
 
 def models(config: ft.ExperimentConfig, split: ft.Split, seed: int, shares: list[str]):
-    """Yield the retriever alone, and what each ranker makes of its candidates."""
+    """Yield the retriever alone, and each ranker on its candidates."""
     two, objective = config.model, config.objective
     if not isinstance(two, ft.TwoStageConfig) or not isinstance(objective, ft.RowsConfig):
         raise ft.ConfigError("the recipe's model is not of two stages, or names no objective")
@@ -118,7 +118,7 @@ def summary(
 
 
 def mean_of(found: list[ft.Report]) -> ft.Report:
-    """Return a report whose values per user are the mean over seeds."""
+    """Return a report with each user's mean over the seeds."""
     per_user = {
         name: np.mean([report.per_user[name] for report in found], axis=0)
         for name in found[0].per_user

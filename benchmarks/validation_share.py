@@ -1,7 +1,7 @@
-"""What share of a fit validation takes at default settings, and what lists are worth after it.
+"""Validation's share of the time of a fit at default settings, and the quality of lists.
 
-Each model learns MovieLens 100K, cut in time, at default settings. The clock stands around every
-validation and around the training loop; of a load on the machine both have their part.
+Each model is trained on MovieLens 100K, split by time, at default settings. Every validation and
+the training loop are timed; a load on the machine affects both.
 
     python benchmarks/validation_share.py --data-dir DATA --epochs 4 \
         --out benchmarks/results/validation-share.json
@@ -9,10 +9,10 @@ validation and around the training loop; of a load on the machine both have thei
         --out benchmarks/results/validation-share.json
 
 - shares: a run of `--epochs` epochs for each model, one seed.
-- figures: runs to their end, test NDCG@10 of each of `--seeds` seeds with its 95 % interval. Run it
+- figures: complete runs; test NDCG@10 of each of `--seeds` seeds with its 95 % interval. Run it
   with an older foretaste on the path as `--figures before`.
 
-The file keeps what it holds of other models and kinds.
+The file keeps its entries for other models and kinds.
 """
 
 import argparse
@@ -37,13 +37,13 @@ MODELS = {made().kind: made() for made in (*RETRIEVERS, *SEQUENCES, *PAIRS, *FIE
 
 
 class Clock:
-    """Seconds spent inside of some functions."""
+    """Seconds spent in chosen functions."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
 
     def around(self, owner: type, name: str) -> None:
-        """Count what a method takes from now on."""
+        """Measure the time of a method from now on."""
         function: Callable[..., object] = getattr(owner, name)
 
         def timed(*args: object, **kwargs: object) -> object:
@@ -93,7 +93,7 @@ def parse() -> argparse.Namespace:
 def measured_shares(
     split: ft.Split, asked: argparse.Namespace
 ) -> Iterator[tuple[str, str, object]]:
-    """Give each model's share, and how it was validated."""
+    """Return each model's share, and how it was validated."""
     validation, whole = Clock(), Clock()
     validation.around(Fit, "_validate")
     whole.around(Fit, "run")
@@ -110,7 +110,7 @@ def measured_shares(
 
 
 def figures(split: ft.Split, asked: argparse.Namespace) -> Iterator[tuple[str, str, object]]:
-    """Give each model's test figure, of each seed and as a mean."""
+    """Return each model's test figures, per seed and as a mean."""
     for name in asked.models.split(","):
         runs = [of_seed(MODELS[name], split, seed) for seed in range(asked.seeds)]
         values = [value for run in runs if isinstance(value := run["ndcg_at_10"], float)]

@@ -1,6 +1,6 @@
-"""How many random walks of three hops a second, visits counted and the most visited kept.
+"""Random walks of three hops per second, with visits counted and the most visited nodes kept.
 
-Two graphs: random ones of the sizes given, with popular nodes (degrees fall as a power of rank).
+Both graphs are random, of the given sizes; degrees fall as a power of the rank.
 
     python benchmarks/walks.py --threads 2 --out report.json
 """
@@ -68,7 +68,9 @@ def main() -> None:
 
 
 def random_graph(num_nodes: int, num_ties: int, *, seed: int = 0) -> Graph:
-    """Tie users (the first half) to items, popular ones more often; doubles make one tie."""
+    """Connect users (the first half) with items, popular ones more often; duplicates make one
+    edge.
+    """
     rng = np.random.default_rng(seed)
     half = num_nodes // 2
     user = rng.integers(0, half, num_ties)
