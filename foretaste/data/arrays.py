@@ -1,7 +1,7 @@
-"""Arrays: ranges, rows that a mask keeps, distinct values, how two go together, and room for them.
+"""Operations on arrays: ranges, masks, distinct values, correlations, and checks of free memory.
 
-Shape legend: B ranges, H rows of all of them, E rows of a column, K rows that are kept, P places,
-N values, M distinct ones.
+Shape legend: B ranges, H rows of all ranges, E rows of a column, K kept rows, P positions, N
+values, M distinct values.
 """
 
 import math
@@ -23,12 +23,12 @@ _BLOCK = 1 << 20
 
 
 def check_rows(row_B: Int64[np.ndarray, " B"], num: int, *, name: str) -> None:
-    """Refuse rows that are not there.
+    """Raise an error for rows that do not exist.
 
     Args:
-        row_B: What a caller asks for.
-        num: How many there are.
-        name: The argument's, for the message.
+        row_B: Rows that a caller requests.
+        num: Number of rows.
+        name: The argument's name, for the message.
 
     Raises:
         DataError: One is not in `[0, num)`.
@@ -46,7 +46,7 @@ def check_rows(row_B: Int64[np.ndarray, " B"], num: int, *, name: str) -> None:
 def ranges(
     first_B: Int64[np.ndarray, " B"], length_B: Int64[np.ndarray, " B"]
 ) -> tuple[Int64[np.ndarray, " H"], Int64[np.ndarray, " B1"]]:
-    """Return `first, first + 1, …` of each range, and where each begins and ends among them."""
+    """Return `first, first + 1, …` of each range, and the start and end of each in the result."""
     offsets_B1 = np.concatenate([[0], np.cumsum(length_B)])
     index_H = np.arange(offsets_B1[-1]) + np.repeat(first_B - offsets_B1[:-1], length_B)
     return index_H, offsets_B1
@@ -55,11 +55,11 @@ def ranges(
 def count_before(
     keep_E: Bool[np.ndarray, " E"], place_P: Int64[np.ndarray, " P"], *, block: int = _BLOCK
 ) -> Int64[np.ndarray, " P"]:
-    """Return how many rows before each place are kept.
+    """Return the number of kept rows before each position.
 
     Args:
         keep_E: Which rows are.
-        place_P: In [0, E], never falling.
+        place_P: In [0, E], non-decreasing.
         block: Rows that are counted at once.
     """
     before_P = np.empty(len(place_P), np.int64)
@@ -77,8 +77,8 @@ def pick(
 ) -> Shaped[np.ndarray, " K"]:
     """Return the rows of a column that are kept.
 
-    Of a long column that is a map of a file the answer is such a map, too: of a temporary file
-    that has no name and goes with the map.
+    For a long memory-mapped column, the result is a memory map too: of a temporary file without a
+    name, which is deleted with the map.
 
     Args:
         column_E: Any column.
@@ -86,7 +86,7 @@ def pick(
         block: Rows that are copied at once; a column of no more is copied in memory.
 
     Raises:
-        DataError: The temporary file finds no room.
+        DataError: The disk has no room for the temporary file.
     """
     if len(column_E) <= block or not _is_mapped(column_E):
         kept_K: Shaped[np.ndarray, " K"] = column_E[keep_E]
@@ -119,7 +119,7 @@ def _is_mapped(array: np.ndarray) -> bool:
 def user_blocks(
     offsets_U1: Int64[np.ndarray, " U1"], most: int = 1 << 22
 ) -> Iterator[tuple[int, int]]:
-    """Yield all users, from one row to before another: of at most so many events, or one user."""
+    """Yield ranges of users with at most this many events each, or one user with more."""
     first = 0
     while first < len(offsets_U1) - 1:
         within = int(np.searchsorted(offsets_U1, offsets_U1[first] + most, side="right")) - 1
@@ -129,7 +129,7 @@ def user_blocks(
 
 
 def distinct(value_N: Int64[np.ndarray, " N"]) -> Int64[np.ndarray, " M"]:
-    """Return each value once, rising: `np.unique`, which hashes and so takes 50 times as long."""
+    """Return distinct values in ascending order, 50 times as fast as `np.unique`, which hashes."""
     sorted_N = np.sort(value_N)
     first_N = np.ones(len(sorted_N), np.bool_)
     np.not_equal(sorted_N[1:], sorted_N[:-1], out=first_N[1:])
@@ -173,10 +173,10 @@ def explained_share(group_N: Shaped[np.ndarray, " N"], value_N: Shaped[np.ndarra
 
 
 def separation(x_N: Shaped[np.ndarray, " N"], label_N: Shaped[np.ndarray, " N"]) -> float:
-    r"""Return how well a number parts the two values of a label: :math:`|2\,\mathrm{AUC} - 1|`.
+    r"""Return how well a number separates two classes: :math:`|2\,\mathrm{AUC} - 1|`.
 
-    0 for chance, 1 where one value always stands above the other; 0 for fewer than 20 rows, or a
-    label of other than two values. Rows in which either is not finite are left out.
+    0 is chance and 1 a perfect separation. It is 0 for fewer than 20 rows and for labels that do
+    not have two values. Rows in which either is not finite are left out.
     """
     x_N, label_N = x_N.astype(np.float64), label_N.astype(np.float64)
     both = np.isfinite(x_N) & np.isfinite(label_N)
@@ -200,10 +200,10 @@ _FLAT = 0.05
 
 
 def flattening(number_N: Float[np.ndarray, " N"]) -> int | None:
-    """Return the place of the furthest number, if the few furthest make the others nearly equal.
+    """Return the index of the largest outlier if outliers make the other numbers nearly equal.
 
     Args:
-        number_N: None is missing; there may be none.
+        number_N: Without missing values; may be empty.
     """
     num_rest = len(number_N) - math.ceil(_FEW * len(number_N))
     if not num_rest:
@@ -225,7 +225,7 @@ _NO_MORE = ("out of memory", "not enough memory", "can't allocate memory")
 
 
 def available_bytes() -> int:
-    """Return the memory that is free, of the machine or of the container, whichever is less."""
+    """Return the free memory of the machine or of the container, whichever is less."""
     machine = int(psutil.virtual_memory().available)
     limit, used = _CGROUP / "memory.max", _CGROUP / "memory.current"
     if not (limit.is_file() and used.is_file()) or limit.read_text().strip() == "max":
@@ -242,15 +242,15 @@ def check_fits(
     value: object = None,
     limit_bytes: int | None = None,
 ) -> None:
-    """Raise unless something fits in memory; call it before anything large is made.
+    """Raise an error unless something fits in memory; call this before a large allocation.
 
     Args:
-        needed_bytes: What it takes.
-        what: What would be made, the subject of the message.
-        fix: What to do about it.
-        name: The setting or argument that makes it smaller.
-        value: What that setting is.
-        limit_bytes: What may be used; None: what is free.
+        needed_bytes: The bytes that it takes.
+        what: The thing to allocate, as the subject of the message.
+        fix: The advice of the message.
+        name: The setting or argument to change.
+        value: The value of that setting.
+        limit_bytes: The bytes that may be used; None: the free memory.
 
     Raises:
         TooLargeError: It does not fit.
@@ -269,12 +269,12 @@ def check_fits(
 
 @contextmanager
 def out_of_memory(what: str, fix: str, *, name: str) -> Iterator[None]:
-    """Raise our own error where memory runs out in work whose size is not known before.
+    """Raise our own error if memory runs out in work whose size is unknown beforehand.
 
     Args:
         what: The work, the subject of the message.
-        fix: What to do about it.
-        name: The setting that makes it smaller.
+        fix: The advice of the message.
+        name: The setting to change.
 
     Raises:
         TooLargeError: The system, or the GPU, gave no more memory.

@@ -49,7 +49,7 @@ _SAME = 0.98  # rank correlation with a whole-period figure from which a feature
 
 
 class Side(NamedTuple):
-    """Users or items, and which of them each event is of."""
+    """Users or items, and the row of each event in them."""
 
     name: str
     ids: pl.Series
@@ -79,14 +79,14 @@ def features_of_the_future(
     names: Sequence[str],
     known_E: Bool[np.ndarray, " E"] | None = None,
 ) -> Iterator[Finding]:
-    """Find features that equal, up to a growing function, a figure over all events.
+    """Find features that are a monotone function of a statistic over all events.
 
     Args:
         events: With side tables or columns.
         names: Columns that are labels.
         known_E: Events that were known when features were made, such as training; a feature
             that fits their figures as well or better was made from them, and is not a leak. None:
-            each one that fits is a warning, as it is unknown what was known.
+            each feature that fits is a warning, because it is unknown which events were known.
     """
     for side in sides(events):
         whole = _figures(events, side, names, np.ones(len(events), dtype=bool))
@@ -152,7 +152,7 @@ def ids_that_tell(
     """Find ids whose order predicts the label, or which events are the test.
 
     Args:
-        events: Any; those with label columns are looked at for these.
+        events: Any events.
         names: Columns that are labels.
         test_E: The test of a split, looked at instead of the labels. None: labels.
     """
@@ -176,7 +176,7 @@ def ids_that_tell(
 
 
 def ids_in_order(events: Interactions) -> Iterator[Finding]:
-    """Find item ids that rise along histories, so that the next one is predictable."""
+    """Find item ids that increase along histories, so that the next one is predictable."""
     order_E = _order(events.items.ids)[events.item_idx]
     same_user_E = np.diff(events.user_idx) == 0
     steps_E = np.diff(order_E)[same_user_E]
@@ -203,7 +203,7 @@ _LOOKED_AT = 200_000
 
 
 def label_names(events: Interactions, wanted: Sequence[str] = ()) -> tuple[str, ...]:
-    """Return which columns of the events are to be predicted.
+    """Return the names of the columns to be predicted.
 
     Args:
         events: Any.
@@ -236,8 +236,8 @@ def labels(events: Interactions, names: Sequence[str]) -> dict[str, Float64[np.n
 def columns_that_tell(events: Interactions, names: Sequence[str]) -> Iterator[Finding]:
     """Find what reveals a label: by its value, by its order, or by being missing.
 
-    Columns beside the events, their context, and what is known of users and items are looked at.
-    Of two tasks' labels neither is a feature of the other.
+    This checks further columns of the events, their context, and the tables of users and items. A
+    label of one task is not a feature of another.
     """
     num_rows = min(len(events), _LOOKED_AT)  # evenly spread
     rows_N = np.unique(np.linspace(0, len(events) - 1, num_rows).astype(np.int64))
@@ -259,7 +259,7 @@ def columns_that_tell(events: Interactions, names: Sequence[str]) -> Iterator[Fi
 def _beside(
     events: Interactions, rows_N: Int64[np.ndarray, " N"], names: Sequence[str]
 ) -> Iterator[tuple[str, str, pl.Series]]:
-    """Give every column about some events that is not a label, with what it is about."""
+    """Yield every column about some events that is not a label, with its origin."""
     for name, column_E in events.columns.items():
         if name not in (*_USUAL, *names):
             yield "column", name, pl.Series(name, column_E[rows_N])
@@ -344,7 +344,7 @@ def pairs_across_parts(split: Split) -> Iterator[Finding]:
 
 
 def _pairs(events: Interactions) -> pl.DataFrame:
-    """Return one number for each event's user and item, beside its time if there is one."""
+    """Return one number for each event's user and item, and its time if there is one."""
     pair_E = events.user_idx.astype(np.int64) * events.num_items + events.item_idx
     time = {} if events.timestamp_s is None else {"time": events.timestamp_s}
     return pl.DataFrame({"pair": pair_E, **time})
@@ -356,7 +356,7 @@ _YEAR_1971_S, _YEAR_1990_S = 31_536_000, 631_152_000
 
 @checked
 def audit_events(events: Interactions, *, labels: Sequence[str] = ()) -> tuple[Finding, ...]:
-    """Look at a table before it is split; leaks first, then warnings, then notes.
+    """Check a table before it is split; leaks come first, then warnings, then notes.
 
     Args:
         events: Any.
@@ -379,8 +379,7 @@ def audit_events(events: Interactions, *, labels: Sequence[str] = ()) -> tuple[F
 def audit_split(split: Split, *, labels: Sequence[str] = ()) -> tuple[Finding, ...]:
     """Check what training reveals about the test; leaks come first, then warnings, then notes.
 
-    That test events are older than training is counted here for every split, also for those
-    that are made so.
+    Test events older than training are counted for every split, even if the split intends them.
 
     Args:
         split: Any.
@@ -423,7 +422,7 @@ def _times(events: Interactions) -> Iterator[Finding]:
 
 
 def _years(time_E: Int64[np.ndarray, " E"]) -> Iterator[Finding]:
-    """Find times that cannot be of today: a mere count, another unit, or unknown ones."""
+    """Find implausible times: a mere count, another unit, or unknown times."""
     low, high = int(time_E.min()), int(time_E.max())
     early = int((time_E < _YEAR_1971_S).sum())
     if high < _YEAR_1990_S:

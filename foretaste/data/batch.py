@@ -1,7 +1,7 @@
 """One batch: encoded features, queries, drawn items and histories.
 
-What a batch holds is decided for the whole batch, from a seed and its number, before it is divided
-among processes, so several of them learn from the same batches as one.
+The content of a batch depends only on a seed and the batch's number. It is decided before the batch
+is divided among processes, so several processes learn from the same batches as one.
 
 Shape legend: R rows, B picked rows, C single-valued fields (codes), G bags, N values of all bags
 (in `DrawItems`, items drawn for each row), M numbers, F fields of all kinds, H events of all
@@ -24,7 +24,7 @@ from foretaste.data.interactions import Interactions
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class FieldTable:
-    """Rows of encoded features. Fields are in the order codes, bags, numbers, vectors."""
+    """Rows of encoded features. Fields are ordered: codes, bags, numbers, vectors."""
 
     code_RC: Int64[Tensor, "R C"]
     """One code of the side's space for each single-valued field."""
@@ -35,16 +35,16 @@ class FieldTable:
     number_RM: Float32[Tensor, "R M"]
     """Standardised; 0 where missing."""
     vectors: tuple[Float32[Tensor, "R _"], ...]
-    """One matrix a vector field; zeros where missing."""
+    """One matrix per vector field; zeros where missing."""
     present_RF: Bool[Tensor, "R F"]
-    """Which fields are known: neither missing nor a value that training did not have."""
+    """Which fields are known: neither missing nor unseen in training."""
 
     def __len__(self) -> int:
         return len(self.code_RC)
 
     @property
     def known_R(self) -> Bool[Tensor, " R"]:
-        """Which rows have a known feature."""
+        """True for rows with at least one known feature."""
         return self.present_RF.any(dim=1)
 
     def rows(self, row_B: Int64[Tensor, " B"]) -> "FieldTable":
@@ -70,13 +70,13 @@ class FieldTable:
         return of_tensors(tensors, len(self.vectors))
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return every tensor by a name of its own."""
+        """Return every tensor under a unique name."""
         plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "vectors"}
         return plain | {f"vector-{n}": vector for n, vector in enumerate(self.vectors)}
 
 
 def concat_rows(tables: Sequence[FieldTable]) -> FieldTable:
-    """Put tables of one side one below the other; there is at least one."""
+    """Concatenate tables of one side; there is at least one."""
     parts = [table.tensors() for table in tables]
     before = 0
     for part in parts:
@@ -87,7 +87,7 @@ def concat_rows(tables: Sequence[FieldTable]) -> FieldTable:
 
 
 def of_tensors(tensors: Mapping[str, Tensor], num_vectors: int) -> FieldTable:
-    """Make a table of what `FieldTable.tensors` gave."""
+    """Make a table from the result of `FieldTable.tensors`."""
     return FieldTable(
         code_RC=tensors["code_RC"],
         bag_N=tensors["bag_N"],
@@ -102,14 +102,14 @@ NO_TIME = -(2**63)
 """Marks an event without a known time."""
 
 Times = Callable[[], Tensor]
-"""Gathers the times of events in unix seconds (int64), `NO_TIME` where one is not known: they cost
-nothing where nothing asks for them."""
+"""Gathers the times of events in unix seconds (int64), `NO_TIME` if unknown. They cost nothing if
+they are not read."""
 
 
 def times_at(
     timestamp_s: Int64[np.ndarray, " E"] | None, index: Int64[np.ndarray, "*X"]
 ) -> Times | None:
-    """Return what gathers the times of some events; None where there are no times."""
+    """Return a function that gathers the times of some events; None if there are no times."""
     if timestamp_s is None:
         return None
     return lambda: torch.from_numpy(timestamp_s[index])
@@ -129,9 +129,9 @@ class Queries:
     offsets_B1: Int64[Tensor, " B1"]
     """History of row b: `history_N[offsets_B1[b] : offsets_B1[b + 1]]`; may be empty."""
     profile: FieldTable | None = None
-    """Features of each row's user, read where training never saw the user; None: none are known."""
+    """Features of each row's user, read for users without training events; None: none are known."""
     context: FieldTable | None = None
-    """Features of the context, a row each, such as the hour or the place; None: none are known."""
+    """Features of each row's context, such as the hour or the place; None: none are known."""
     times: Times | None = None
     """Gathers the time of each event of `history_N` (N); None: none is known."""
 
@@ -176,10 +176,10 @@ class Queries:
 
 @dataclass(frozen=True, kw_only=True)
 class SequenceBatch:
-    """Histories of like length side by side, first event first, padding at the end.
+    """Histories of similar length in one matrix, oldest event first, padding at the end.
 
-    Under causal attention an event sees only what is before it, so padding at the end is
-    never attended by an event, and no mask is needed.
+    Under causal attention an event attends only to earlier events, never to padding at the end, so
+    no mask is needed.
 
     Shape legend: B rows, L positions.
     """
@@ -191,7 +191,7 @@ class SequenceBatch:
     valid_BL: Bool[Tensor, "B L"]
     """True = a real event."""
     times: Times | None = None
-    """Gathers the time of each event (B, L), anything under padding; None: none is known."""
+    """Gathers the time of each event (B, L), arbitrary under padding; None: none is known."""
 
     def __len__(self) -> int:
         return len(self.item_BL)
@@ -216,7 +216,7 @@ class Prepared(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class PairBatch:
-    """Observed pairs: users, with what else they have done, and the item that each did.
+    """Observed pairs: users, their other events, and each pair's item.
 
     Shape legend: B pairs, H hard negatives.
     """
@@ -243,9 +243,9 @@ class PairBatch:
 
 @dataclass(frozen=True, kw_only=True)
 class RowBatch:
-    """Labelled rows: a user in a context and an item, with items drawn to be compared with it.
+    """Labelled rows: a user in a context and an item, with drawn items to compare it with.
 
-    Shape legend: B rows, C items of each (the row's own first), T tasks.
+    Shape legend: B rows, C items per row (its own first), T tasks.
     """
 
     queries: Queries
@@ -253,7 +253,7 @@ class RowBatch:
     item_BC: Int64[Tensor, "B C"]
     """item_idx; column 0 is the row's own, the others were drawn for it."""
     label_BCT: Float32[Tensor, "B C T"]
-    """NaN where a task has no label; a regression's in the label's own unit."""
+    """NaN where a task has no label; labels of a regression are in their own unit."""
     first_BC: Float32[Tensor, "B C"] | None = None
     """The retriever's score of each item, which is added to the ranker's logit; None: none."""
 
@@ -279,8 +279,8 @@ def last_events(
 
     Args:
         queries: Users and histories.
-        max_len: How many events of each at most.
-        rows: Which of the queries, in which order; None: all.
+        max_len: Maximum number of events of each.
+        rows: The queries to use, in this order; None: all.
     """
     start_B, end_B, user_B = queries.offsets_B1[:-1], queries.offsets_B1[1:], queries.user_B
     if rows is not None:
@@ -319,7 +319,7 @@ def check_drawn(num_rows: int, num: int) -> None:
 
 @runtime_checkable
 class DrawItems(Protocol):
-    """Draws items that a row's user has not done, easy or hard ones."""
+    """Draws items that a row's user has not interacted with, easy or hard ones."""
 
     def __call__(
         self,
@@ -351,7 +351,7 @@ ALL_ROWS = slice(None)
 
 
 class History(NamedTuple):
-    """What is read of the histories of a batch's rows, named as `Queries` names it."""
+    """The histories of a batch's rows, with the names of `Queries`."""
 
     history_N: Int64[Tensor, " H"]
     offsets_B1: Int64[Tensor, " B1"]
@@ -372,14 +372,14 @@ def read_histories(
     """Return each row's history.
 
     Args:
-        past: The events that histories are made of.
+        past: The events of histories.
         user_B: user_idx of each row.
-        reads: What of them.
-        max_len: How many events at most.
-        end_B: Of "before": position in `past` where the row's history ends.
-        own_B: Of "others": position in `past` of the row's own event, -1 where it is not there.
-        generator: Of "others": decides which, of all rows before some are left out.
-        share: The rows whose histories are wanted.
+        reads: Which of them are read.
+        max_len: Maximum number of events.
+        end_B: For "before": position in `past` where the row's history ends.
+        own_B: For "others": position in `past` of the row's own event, -1 if it is not there.
+        generator: For "others": decides the draw, for all rows before `share` selects some.
+        share: The rows whose histories are returned.
     """
     if reads == "nothing":
         nothing_B1 = np.zeros(len(user_B[share]) + 1, np.int64)
@@ -390,7 +390,7 @@ def read_histories(
         first_B = np.maximum(start_B, end_B - max_len)
         index_H, offsets_B1 = ranges(first_B, end_B - first_B)
         return _at(past, index_H, offsets_B1)
-    # A run of the user's events from a random place, once around, without the row's own.
+    # The user's events from a random position on, wrapping around, without the row's own.
     size_B = past.offsets[user_B + 1] - start_B
     others_B = size_B - (own_B >= 0)
     turn_B = generator.integers(0, np.maximum(1, others_B))
@@ -418,6 +418,6 @@ def _at(
 def _once_around(
     place_H: Int64[np.ndarray, " H"], size_H: Int64[np.ndarray, " H"]
 ) -> Int64[np.ndarray, " H"]:
-    """Return places in `[0, 2 size)` as places in `[0, size)`: a division costs ten times this."""
+    """Wrap positions in `[0, 2 size)` into `[0, size)`, ten times as fast as a division."""
     around_H: Int64[np.ndarray, " H"] = place_H - size_H * (place_H >= size_H)
     return around_H

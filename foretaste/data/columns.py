@@ -1,4 +1,4 @@
-"""Columns of a caller's table: which types are kept, and how ids, times and numbers are read."""
+"""Columns of a caller's table: the types that are kept, and the reading of ids and numbers."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import NamedTuple
@@ -32,17 +32,17 @@ class Kept(NamedTuple):
 
 class _Change(NamedTuple):
     column: pl.Series | None
-    """None where no part of foretaste reads such a column."""
+    """None if foretaste does not read such a column."""
     why: str = ""
-    """What a person should know; follows the column's name."""
+    """A note on the change; it follows the column's name."""
 
 
 def kept(frame: pl.DataFrame, what: str, *, needed: bool = False) -> Kept:
-    """Bring every column into a type that is kept, and leave out those that have none.
+    """Convert every column to a type that is kept, and leave out the others.
 
     Args:
         frame: The caller's columns.
-        what: What messages call the table.
+        what: The table's name in messages.
         needed: Refuse a column that would be left out.
 
     Raises:
@@ -68,7 +68,7 @@ def kept(frame: pl.DataFrame, what: str, *, needed: bool = False) -> Kept:
 
 
 def without_extensions(frame: pl.DataFrame) -> pl.DataFrame:
-    """Return a table with the columns of an extension type as what they are stored as."""
+    """Return a table with columns of an extension type in their storage type."""
     wrapped = [c for c in frame.iter_columns() if isinstance(c.dtype, pl.BaseExtension)]
     return frame.with_columns(_stored(column) for column in wrapped)
 
@@ -139,7 +139,7 @@ def _is_missing(value: object) -> bool:
 
 
 def _lists(column: pl.Series) -> _Change:
-    """Return lists whose values are brought into a type that is kept."""
+    """Return lists with their values converted to a type that is kept."""
     if isinstance(column.dtype, pl.Array):
         column = column.arr.to_list()
     length_R = column.list.len().fill_null(0)
@@ -167,11 +167,11 @@ _CHANGES: Mapping[type, Callable[[pl.Series], _Change]] = {
     pl.List: _lists,
     pl.Array: _lists,
 }
-"""What becomes of a type that is not kept; one that is not named here is left out."""
+"""The conversion of types that are not kept; columns of other types are left out."""
 
 
 def of_arrow(name: str, column: pa.ChunkedArray) -> pl.Series:
-    """Return an Arrow column; types that Polars lacks are brought to those that it has.
+    """Return an Arrow column; types that Polars lacks are converted to types that it has.
 
     Raises:
         TypeError: There is no such type.
@@ -181,7 +181,7 @@ def of_arrow(name: str, column: pa.ChunkedArray) -> pl.Series:
         values = column.to_pylist()
         column = pa.array([None if v is None else str(v) for v in values], pa.large_string())
     elif isinstance(kind, pa.BaseExtensionType):
-        if not kind.extension_name.startswith("arrow."):  # a period's number means another thing
+        if not kind.extension_name.startswith("arrow."):  # a period's number differs in meaning
             raise TypeError(kind.extension_name)
         storage = [chunk.storage for chunk in column.chunks]
         stored = of_arrow(name, pa.chunked_array(storage, kind.storage_type))
@@ -214,16 +214,16 @@ _CODE = r"^[+-]?0[0-9]"
 _FLOAT_ID = r"^-?(0|[1-9][0-9]*)\.0+$"
 _LOOK_ROWS = 10_000
 _EXACT = {pl.Float16: (16, 2**11), pl.Float32: (32, 2**24), pl.Float64: (64, 2**53)}
-"""Its bits, and from where on a float cannot hold every whole number: neighbours become one."""
+"""The bits of a float, and the limit above which it cannot hold every whole number."""
 
 
 def without_markers(
     frame: pl.DataFrame, missing: Collection[str]
 ) -> tuple[pl.DataFrame, tuple[str, ...]]:
-    """Return a table whose texts that mean a missing value are null, and notes that count them.
+    """Return a table in which texts that mean a missing value are null, and notes that count them.
 
-    Blanks around such a text do not matter. An empty text is missing and needs no note. A text
-    that writes a number, such as -1, means that number too.
+    Blanks around such a text do not matter. An empty text is missing and needs no note. A text of a
+    number, such as -1, also stands for that number.
     """
     markers = {padded for text in missing for padded in (text, " " + text, text + " ")}
     if "" in markers:
@@ -258,7 +258,7 @@ def _taken_as_missing(name: str, count: int, values: Iterable[str]) -> str:
 
 
 def _without_numbers(column: pl.Series, numbers: pl.Series) -> tuple[pl.Series, tuple[str, ...]]:
-    """Return a column of numbers without those that mean a missing value, and a note."""
+    """Return a column of numbers in which those that mean a missing value are null, and a note."""
     found = column.cast(pl.Float64).is_in(numbers.implode()).fill_null(value=False)
     if not found.any():
         return column, ()
@@ -268,7 +268,7 @@ def _without_numbers(column: pl.Series, numbers: pl.Series) -> tuple[pl.Series, 
 
 
 def _texts(column: pl.Series) -> pl.Series | None:
-    """Return the texts of a column that may hold some; what is not a text is null."""
+    """Return the texts of a column; other values are null."""
     if column.dtype == pl.Object:
         texts = [value if isinstance(value, str) else None for value in column]
         return pl.Series(column.name, texts, dtype=pl.String)
@@ -285,7 +285,7 @@ def _set_missing(column: pl.Series, where: pl.Series) -> pl.Series:
 
 
 def plain_integers(text: pl.Series) -> pl.Series | None:
-    """Return the integers that all texts are, written plainly; None if one is not."""
+    """Return all texts as integers if they are written plainly; None if one is not."""
     look = text.head(_LOOK_ROWS)
     if look.cast(pl.Int64, strict=False).null_count() > look.null_count():
         return None
@@ -294,7 +294,7 @@ def plain_integers(text: pl.Series) -> pl.Series | None:
 
 
 def ids_of_text(text: pl.Series) -> pl.Series:
-    """Return ids as integers if all of them are plain ones, or plain ones with `.0` behind."""
+    """Return ids as integers if all are plain integers, or if all end with `.0`."""
     digits, look = text, text.head(_LOOK_ROWS)
     if look.str.contains(_FLOAT_ID).all() and text.str.contains(_FLOAT_ID).all():
         digits = text.str.replace(r"\.0+$", "")
@@ -303,7 +303,7 @@ def ids_of_text(text: pl.Series) -> pl.Series:
 
 
 def _is_plain(text: pl.Series, whole: pl.Series) -> bool:
-    """Return whether all texts are the shortest of their integers, by counting their bytes."""
+    """Return whether all texts are the shortest form of their integers, by counting bytes."""
     if whole.null_count() > text.null_count():
         return False
     low, high = (bound if isinstance(bound, int) else 0 for bound in (whole.min(), whole.max()))
@@ -330,11 +330,11 @@ def narrowed(column: pl.Series) -> pl.Series:
 
 
 def canonical_ids(ids: pl.Series) -> pl.Series:
-    """Return ids as Int64 where all are integers by type or value, as text otherwise.
+    """Return ids as Int64 if all are integers by type or value, as text otherwise.
 
-    Text stays text, even of digits: only a text file's reader may take it for numbers. Truth
-    values become `true` and `false`, dates ISO text, a mixture the text of each value. An empty
-    text is a missing id.
+    Text stays text, even if it consists of digits: only the reader of text files converts it. Truth
+    values become `true` and `false`, dates become ISO text, and values of mixed types the text of
+    each. An empty text is a missing id.
 
     Raises:
         DataError: An id is a fraction, or the column holds lists, bytes or the like.
@@ -406,7 +406,8 @@ def canonical_numbers(column: pl.Series, *, what: str) -> pl.Series:
     Integers with missing values, and decimals, become floats.
 
     Raises:
-        DataError: It is not of numbers, or a number is infinite or too large for a 32-bit float.
+        DataError: It does not hold numbers, or a number is infinite or too large for a 32-bit
+            float.
     """
     if column.dtype == pl.Boolean and not column.null_count():
         return column
@@ -440,7 +441,7 @@ def canonical_numbers(column: pl.Series, *, what: str) -> pl.Series:
 
 
 def _as_floats(column: pl.Series) -> pl.Series | None:
-    """Return numbers, null where a text is none; None where the type has no numbers."""
+    """Return numbers, null for texts that are not numbers; None if the type has no numbers."""
     if column.dtype.is_numeric() or column.dtype in (pl.Boolean, pl.Null):
         return column.cast(pl.Float64)
     if column.dtype != pl.String:
@@ -452,13 +453,13 @@ def _as_floats(column: pl.Series) -> pl.Series | None:
 
 
 def at_row(column: pl.Series, where: pl.Series) -> str:
-    """Return the first marked row's number and value, for a message."""
+    """Return the number and the value of the first marked row, for a message."""
     row = where.arg_max() or 0
     return f"row {1 + row}: {column[row]!r}"
 
 
 def refusal(column: pl.Series, where: pl.Series, why: str) -> DataError:
-    """Return the error about the first marked row of a column."""
+    """Return an error that names the first marked row of a column."""
     row = where.arg_max() or 0
     return DataError(
         f"column {column.name!r}, {at_row(column, where)} {why}",

@@ -1,8 +1,8 @@
-"""Which events are kept, and which of them count as positive: conditions as SQL writes them.
+"""Conditions in SQL syntax: which events are kept, and which of them are positive.
 
-`rating >= 4`, `quantity > 0 AND country = 'DE'`, `"watch minutes" > 5 OR liked`. A condition that
-is a number holds where it is above 0; one that is missing or NaN for a row does not hold there.
-Times of a zone are compared in UTC, and durations in seconds.
+`rating >= 4`, `quantity > 0 AND country = 'DE'`, `"watch minutes" > 5 OR liked`. A numeric
+condition holds where it is above 0. A condition does not hold for a row where it is missing or NaN.
+Times with a zone are compared in UTC, and durations in seconds.
 """
 
 from collections.abc import Collection
@@ -21,12 +21,12 @@ def columns_in(condition: str, name: str, columns: Collection[str] | None = None
     """Return the columns that a condition reads.
 
     Args:
-        condition: As SQL writes it; "" reads none.
-        name: The setting that holds it, for messages.
-        columns: Those that there are; None does not look.
+        condition: In SQL syntax; "" reads no column.
+        name: The setting with the condition, for messages.
+        columns: The existing columns; None skips the check.
 
     Raises:
-        ConfigError: It is not a condition, reads no column, or one that is not there.
+        ConfigError: It is not a condition, or reads no column or a missing one.
     """
     found = list(dict.fromkeys(_parsed(condition, name).meta.root_names())) if condition else []
     if condition and not found:
@@ -58,7 +58,7 @@ def rows_where(frame: pl.DataFrame, condition: str, name: str) -> Bool[np.ndarra
 
     Raises:
         ConfigError: It is not a condition, or reads a column that is not there.
-        DataError: It asks a column what its type cannot answer, or its result is not a truth value.
+        DataError: A comparison does not fit a column's type, or the result is not a truth value.
     """
     asked = _comparable(frame.select(columns_in(condition, name, frame.columns)))
     try:
@@ -80,16 +80,16 @@ def rows_where(frame: pl.DataFrame, condition: str, name: str) -> Bool[np.ndarra
             name=name,
             value=condition,
         )
-    if holds.len() == 1 and frame.height != 1:  # of a sum or another figure of all rows
+    if holds.len() == 1 and frame.height != 1:  # the result is a sum or another figure of all rows
         holds = holds.new_from_index(0, frame.height)
     return holds.fill_null(value=False).to_numpy()
 
 
 def _comparable(frame: pl.DataFrame) -> pl.DataFrame:
-    """Return columns of types that compare as SQL's do.
+    """Return columns in types that compare as in SQL.
 
-    Small integers would overflow in a sum, NaN would be above every number, and a category would
-    go by its place among the categories.
+    Otherwise small integers would overflow in a sum, NaN would be above every number, and
+    categories would be compared by their position.
     """
     frame = kept(frame, "the event table", needed=True).frame
     return pl.DataFrame([_wide(column) for column in frame.iter_columns()])
@@ -107,7 +107,7 @@ def _wide(column: pl.Series) -> pl.Series:
 
 
 def _described(frame: pl.DataFrame) -> str:
-    """Describe what columns hold; of text, the first value that is not a number."""
+    """Describe the types of columns; for text, also the first value that is not a number."""
     words = []
     for column in frame.iter_columns():
         shown = ""
@@ -120,15 +120,15 @@ def _described(frame: pl.DataFrame) -> str:
 
 
 def only_where(events: Interactions, condition: str) -> Interactions:
-    """Return the events for which a condition holds, and count in the notes what was left out.
+    """Return the events for which a condition holds; the notes count the others.
 
     Args:
-        events: Their kept columns, context, `timestamp_s`, `user_id` and `item_id` may be asked.
-        condition: As SQL writes it.
+        events: A condition may read their columns, context, `timestamp_s`, `user_id` and `item_id`.
+        condition: In SQL syntax.
 
     Raises:
         ConfigError: It is not a condition, or reads a column that the events do not have.
-        DataError: No event meets it, or it does not fit the types.
+        DataError: No event meets the condition, or it does not fit the types.
     """
     keep_E = rows_where(_table(events, condition, "where"), condition, "where")
     check_some(keep_E, condition, "where")
@@ -136,11 +136,11 @@ def only_where(events: Interactions, condition: str) -> Interactions:
 
 
 def counted_as_positive(events: Interactions, condition: str) -> Interactions:
-    """Return events of which those that meet a condition count as positive.
+    """Return events in which those that meet a condition count as positive.
 
     Raises:
         ConfigError: It is not a condition, or reads a column that the events do not have.
-        DataError: No event meets it, or it does not fit the types.
+        DataError: No event meets the condition, or it does not fit the types.
     """
     positive_E = rows_where(_table(events, condition, "positive"), condition, "positive")
     check_some(positive_E, condition, "positive")
@@ -153,7 +153,7 @@ def counted_as_positive(events: Interactions, condition: str) -> Interactions:
 
 
 def unread_labels(events: Interactions) -> tuple[str, ...]:
-    """Return a note that a model that reads no labels takes all events as positive."""
+    """Return a note that a model without labels takes all events as positive."""
     if events.positive:
         return ()
     notes = []
@@ -173,7 +173,7 @@ def unread_labels(events: Interactions) -> tuple[str, ...]:
 
 
 def check_some(holds_E: Bool[np.ndarray, " E"], condition: str, name: str) -> None:
-    """Refuse a condition that no event meets.
+    """Raise an error if no event meets a condition.
 
     Raises:
         DataError: None does.
@@ -188,7 +188,7 @@ def check_some(holds_E: Bool[np.ndarray, " E"], condition: str, name: str) -> No
 
 
 def left_out(keep_E: Bool[np.ndarray, " E"], condition: str) -> tuple[str, ...]:
-    """Return a note on how many rows `where` left out; none where it left out none."""
+    """Return a note on the number of rows that `where` left out, if any."""
     num = int((~keep_E).sum())
     return (f"{num:,} of {len(keep_E):,} rows were left out by where = {condition!r}",) * bool(num)
 
@@ -202,7 +202,7 @@ def _parsed(condition: str, name: str) -> pl.Expr:
     try:
         found = pl.sql_expr(condition)
         if not any(column.startswith("_POLARS") for column in found.meta.root_names()):
-            return found  # there is no other table that a condition could read
+            return found  # a condition can read only this table
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException):
         pass
     raise ConfigError(
@@ -214,7 +214,7 @@ def _parsed(condition: str, name: str) -> pl.Expr:
 
 
 def _table(events: Interactions, condition: str, name: str) -> pl.DataFrame:
-    """Return the columns of events that a condition reads, of those that there are."""
+    """Return the columns of events that a condition reads."""
     found = {}
     for column in columns_in(condition, name):
         if column in events.columns:

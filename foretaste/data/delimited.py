@@ -1,4 +1,4 @@
-r"""Tables in text files: CSV and its kin, any separator, with or without a header, gzipped or not.
+r"""Tables in text files: CSV and similar formats, any separator, optional header, optional gzip.
 
 Fields may be quoted as in RFC 4180, with separators, quotes and line ends inside, unless the
 separator is longer than one character. Lines before the table that start with `#` or `%`, and the
@@ -28,7 +28,7 @@ from foretaste.errors import ConfigError, DataError
 _GZIP = b"\x1f\x8b"
 _UNIT_SEPARATOR = "\x1f"
 _BLANKS = " +"
-"""Runs of blanks and tabs as one separator, with or without some before the first field."""
+"""Runs of blanks and tabs as one separator; a line may also begin with a run."""
 _WRITTEN = {"\\t": "\t", "tab": "\t", "\\s+": _BLANKS, _BLANKS: _BLANKS}
 _LOOK_BYTES, _LOOK_ROWS = 1 << 16, 10_000
 _MARKS = {
@@ -46,7 +46,7 @@ _FOREIGN = re.compile(rb"[\x80-\xff]{4}")
 
 
 class TextTable(NamedTuple):
-    """The contents of a text file."""
+    """The content of a text file."""
 
     frame: pl.DataFrame
     notes: tuple[str, ...]
@@ -57,9 +57,9 @@ class TextTable(NamedTuple):
 class TextFile:
     """An open text file, whose columns are known.
 
-    A column of ids is taken as integers where every value is a plain one (no leading zeros, no
-    plus sign, or all of them with `.0` behind), as text otherwise. Of other columns, digits with
-    leading zeros, as in a postal code, stay text.
+    A column of ids becomes integers if every value is a plain integer (no leading zeros, no plus
+    sign; all may end in `.0`), and text otherwise. In other columns, digits with leading zeros, as
+    in a postal code, stay text.
     """
 
     name: str
@@ -75,16 +75,16 @@ class TextFile:
     columns: Sequence[str] = ()
     """Names from the header, or "0", "1", … by position."""
     inner: Sequence[str] = ()
-    """What the parser calls them, each name once."""
+    """The parser's names of the columns, which are unique."""
     notes: tuple[str, ...] = ()
 
     def read(self, columns: list[str], ids: list[str], numbers: Collection[str]) -> TextTable:
-        """Return some of the columns, those of `ids` typed as ids.
+        """Return some of the columns; those in `ids` have the type of ids.
 
         Args:
-            columns: Some of `columns`.
-            ids: Those of them that hold ids.
-            numbers: Those that are nothing but numbers, of which the writing does not matter.
+            columns: The columns to read.
+            ids: Which of them hold ids.
+            numbers: Which of them hold only numbers, whose spelling does not matter.
 
         Raises:
             DataError: The file cannot be parsed.
@@ -93,7 +93,7 @@ class TextFile:
         try:
             frame = self.scan(columns, numbers).collect()
         except pl.exceptions.PolarsError:
-            # A value later in the file is not a number, or the file is not UTF-8: take all as text.
+            # A later value is not a number, or the file is not UTF-8: read all columns as text.
             file = _in_utf8(self)
             try:
                 frame = file.scan(columns).collect()
@@ -119,7 +119,7 @@ class TextFile:
         )
 
     def scan(self, columns: list[str], numbers: Collection[str] = ()) -> pl.LazyFrame:
-        """Return some columns to be read; all but `numbers` as text."""
+        """Return a lazy scan of some columns; all but `numbers` are text."""
         inner = dict(zip(self.columns, self.inner, strict=True))
         scan = pl.scan_csv(
             self.data,
@@ -133,7 +133,7 @@ class TextFile:
         return scan.select(pl.col(inner[name]).alias(name) for name in columns)
 
     def explain(self) -> str:
-        """Return the error of a file by its line, if it is known."""
+        """Return an error that names the line, if it is known."""
         text = io.StringIO(_bytes(self.data).decode("utf-8", "replace"), newline="")
         for _ in range(self.num_skipped):
             text.readline()
@@ -170,7 +170,7 @@ def open_text(
     encoding: str | None = None,
     missing: Collection[str] = MISSING,
 ) -> TextFile:
-    r"""Look at a text file's first lines.
+    r"""Open a text file and read its first lines.
 
     Args:
         path: Not empty. May be gzipped.
@@ -182,8 +182,8 @@ def open_text(
         missing: Texts that mean a missing value.
 
     Raises:
-        DataError: There is no table in it, or the archive is broken.
-        ConfigError: There is no such encoding, or the separator cannot be one.
+        DataError: It holds no table, or the archive is broken.
+        ConfigError: The encoding does not exist, or the separator is invalid.
     """
     data, notes = _line_ends(_plain(path)), list[str]()
     encoding = _encoding_of(data, encoding)
@@ -243,7 +243,7 @@ def _with_columns(file: TextFile) -> TextFile:
 
 
 def _plain(path: Path) -> Path | bytes:
-    """Return the path, or the bytes of a file that Polars cannot read as it lies on disk."""
+    """Return the path, or the content of a file that Polars cannot read from disk."""
     with path.open("rb") as file:
         zipped = file.read(2) == _GZIP
     try:
@@ -266,14 +266,14 @@ def _look(data: Path | bytes) -> bytes:
 
 
 def _line_ends(data: Path | bytes) -> Path | bytes:
-    """Write the line ends of old Macs, a lone CR, as others do."""
+    """Replace the line ends of old Macs, a lone CR, by LF."""
     look = _look(data)
     lone = b"\r" in look[:-1] and b"\n" not in look and b"\x00" not in look
     return _bytes(data).replace(b"\r", b"\n") if lone else data
 
 
 def _encoding_of(data: Path | bytes, encoding: str | None) -> str | None:
-    """Return the encoding, if it is known not to be UTF-8; UTF-16 is known by its first bytes."""
+    """Return the encoding if it is not UTF-8; the first bytes of a file show UTF-16."""
     if encoding is not None:
         try:
             name = codecs.lookup(encoding).name
@@ -297,7 +297,7 @@ def _encoding_of(data: Path | bytes, encoding: str | None) -> str | None:
 
 
 def _is_text(codec: str) -> None:
-    """Raise LookupError for codecs such as base64, which make no text."""
+    """Raise LookupError for codecs such as base64, which do not decode to text."""
     with suppress(UnicodeError):
         b"a".decode(codec)
 
@@ -316,10 +316,10 @@ def _decoded(data: Path | bytes, encoding: str, name: str) -> str:
 
 
 def _in_utf8(file: TextFile) -> TextFile:
-    """Return the file itself where it is UTF-8, else its bytes taken for cp1252, and say so.
+    """Return the file if it is UTF-8, else its content decoded as cp1252, with a note.
 
     Raises:
-        DataError: It cannot be cp1252, or holds runs of letters that no language written so has.
+        DataError: It cannot be cp1252, or has runs of letters that no language in cp1252 has.
     """
     raw = _bytes(file.data)
     try:
@@ -366,7 +366,7 @@ def _first_lines(data: Path | bytes, name: str) -> list[str]:
 
 
 def _layout(lines: list[str], separator: str | None, *, header: bool) -> _Layout:
-    """Find the separator, and the lines before the table."""
+    """Find the separator and the lines before the table."""
     skipped, said = 0, None
     while skipped < len(lines) - 1 and not lines[skipped].strip():
         skipped += 1
@@ -375,7 +375,7 @@ def _layout(lines: list[str], separator: str | None, *, header: bool) -> _Layout
     before = skipped
     while skipped < len(lines) and lines[skipped][:1] in ("#", "%"):
         skipped += 1
-    if skipped == len(lines):  # nothing but such lines: they are ids
+    if skipped == len(lines):  # if all lines are such lines, they are ids
         skipped = before
     wanted = separator or said
     found = _written(wanted) if wanted else _sniff(lines[skipped:])
@@ -385,14 +385,14 @@ def _layout(lines: list[str], separator: str | None, *, header: bool) -> _Layout
 
 
 def _names_in(comment: str, first: str, separator: str) -> list[str] | None:
-    """Return what a comment calls the columns: as many names as the first line has values."""
+    """Return column names from a comment if it has as many names as the first line has values."""
     names, values = (_fields(line, separator) for line in (comment.lstrip("#% "), first))
     numbers = [value for value in values if value.strip('"').replace(".", "", 1).isdigit()]
     return [name.strip('"') for name in names] if numbers and len(names) == len(values) else None
 
 
 def _written(separator: str) -> str:
-    """Return a separator as people write it in the form that is used here."""
+    """Return a separator, as a caller writes it, in the form that is used here."""
     if any(character in separator for character in '"\r\n'):
         raise ConfigError(
             f"separator cannot be {separator!r}: quotes and line ends have their own meaning",
@@ -423,7 +423,7 @@ def _sniff(lines: list[str]) -> str:
 
 
 def _one_byte(data: Path | bytes, separator: str) -> tuple[Path | bytes, str]:
-    """Bring a separator that is longer than the parser's one byte to one that is."""
+    """Replace a longer separator by one of the parser's single bytes."""
     if separator == _BLANKS:
         raw = (
             _bytes(data).removeprefix(codecs.BOM_UTF8).replace(b"\t", b" ").replace(b"\r\n", b"\n")
@@ -438,7 +438,7 @@ def _one_byte(data: Path | bytes, separator: str) -> tuple[Path | bytes, str]:
 
 
 def _refuse_backslashes(file: TextFile) -> None:
-    """Refuse quotes that a backslash escapes inside a quoted field: they would be misread."""
+    """Raise an error for quotes escaped by a backslash, which would be misread."""
     if _quote(file.separator) is None:
         return
     if isinstance(file.data, Path):
@@ -454,7 +454,7 @@ def _refuse_backslashes(file: TextFile) -> None:
 
 
 def _backslashed(raw: bytes | mmap, separator: str) -> int | None:
-    """Return the line of the first quote that a backslash escapes, if there is one."""
+    """Return the line of the first quote with a backslash before it, if there is one."""
     if raw.find(b'\\"') < 0:
         return None
     mark = re.escape(separator.encode())

@@ -1,13 +1,13 @@
-"""Seeds of parts of a run, and draws and answers that are the same for any number of processes.
+"""Seeds of parts of a run, and draws and results that do not depend on the number of processes.
 
 Randomness depends on where a run is, never on what ran before: step b of epoch e draws from
 (seed, e, b), so a run resumed anywhere is the same run.
 
-What is drawn for the rows of a batch is drawn for all of it, from a seed and its number, before it
-is divided among processes, so that several of them learn from the same batches as one. Work that
-is done in blocks, such as evaluation, is divided block by block.
+Draws for a batch are made for all of its rows, from a seed and the batch's number, before it is
+divided among processes, so several processes learn from the same batches as one. Work that is done
+in blocks, such as evaluation, is divided block by block.
 
-Shape legend: S keys of this process, T of all processes.
+Shape legend: S keys of this process, T keys of all processes.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -41,9 +41,9 @@ class Share:
             )
 
     def of(self, num: int) -> slice:
-        """Return this process's rows of a batch of `num`; rank after rank they are the batch.
+        """Return this process's rows of a batch of `num`; the ranks' rows follow each other.
 
-        Shares differ by one row at most; one may be empty where there are more processes than rows.
+        Shares differ by at most one row; some are empty if there are more processes than rows.
         """
         return slice(num * self.rank // self.world, num * (self.rank + 1) // self.world)
 
@@ -52,28 +52,28 @@ WHOLE = Share()
 
 
 class Part(NamedTuple):
-    """Which rows of a step's batch one of several processes has."""
+    """The rows of a step's batch that belong to one of several processes."""
 
     first: int
     last: int
     """One more than its last row."""
     total: int
-    """Of all processes together."""
+    """Number of rows of all processes together."""
 
     @property
     def rows(self) -> slice:
-        """The rows, counted in the whole batch."""
+        """The rows, numbered in the complete batch."""
         return slice(self.first, self.last)
 
 
 AllKeys = Callable[[Tensor], Tensor]
-"""From a process's distinct keys, rising, to those of all processes, rising."""
+"""Maps a process's distinct keys to those of all processes, both ascending."""
 _dealt: list[tuple[Part, AllKeys]] = []
 
 
 @contextmanager
 def only_part(part: Part, all_keys: AllKeys) -> Iterator[None]:
-    """Let draws know that the batches of this context are parts of larger ones."""
+    """Declare that batches in this context are parts of larger ones."""
     _dealt.append((part, all_keys))
     try:
         yield
@@ -84,13 +84,13 @@ def only_part(part: Part, all_keys: AllKeys) -> Iterator[None]:
 def draw_for_rows(
     shape: Sequence[int], draw: Callable[[torch.Size], Tensor]
 ) -> Shaped[Tensor, "..."]:
-    """Draw numbers for the rows of a batch, so many for each: those of the whole batch are drawn.
+    """Draw numbers for the rows of a batch.
 
-    So they are the same for any number of processes.
+    They are drawn for the complete batch, so they are the same for any number of processes.
 
     Args:
-        shape: What is wanted; the first size is a multiple of the batch's rows, or is that of
-            something else, for which it alone is drawn.
+        shape: The shape of the result. If its first size is not a multiple of the batch's rows,
+            only this process's numbers are drawn.
         draw: Draws a tensor of a shape.
     """
     if not _dealt:
@@ -107,9 +107,9 @@ def draw_for_rows(
 def draw_for_keys(
     key_S: Int64[Tensor, " S"], draw: Callable[[torch.Size], Tensor]
 ) -> Shaped[Tensor, " S"]:
-    """Draw a number for each of a batch's distinct keys, rising, such as its items.
+    """Draw a number for each of a batch's distinct keys (ascending), such as its items.
 
-    A key that several processes have gets the same number in each.
+    A key that several processes have gets the same number in all of them.
     """
     if not _dealt:
         return draw(key_S.shape)
@@ -118,13 +118,13 @@ def draw_for_keys(
 
 
 Fill = Callable[[Tensor], None]
-"""Adds to a tensor what it holds in other processes, in place; of bytes the largest."""
+"""Sums a tensor over processes, in place; for bytes, takes the maximum."""
 _shared_out: list[tuple[Share, Fill]] = []
 
 
 @contextmanager
 def shared_out(share: Share, fill: Fill) -> Iterator[None]:
-    """Divide the blocks of the work in this context among processes that all do it."""
+    """Divide the blocks of work in this context among the processes."""
     _shared_out.append((share, fill))
     try:
         yield
@@ -133,14 +133,14 @@ def shared_out(share: Share, fill: Fill) -> Iterator[None]:
 
 
 def own_blocks(num: int, step: int) -> Iterator[slice]:
-    """Give the blocks of `step` of `num` rows that this process computes: all if it is alone."""
+    """Yield the blocks of `step` rows that this process computes; a single process has all."""
     share = _shared_out[-1][0] if _shared_out else WHOLE
     for first in range(share.rank * step, num, share.world * step):
         yield slice(first, min(first + step, num))
 
 
 def fill_blocks(*values: np.ndarray | Tensor) -> None:
-    """Fill in the blocks that other processes computed; until then they are 0."""
+    """Fill in the blocks that other processes computed; they are 0 before."""
     for value in values if _shared_out else ():
         tensor = torch.from_numpy(value) if isinstance(value, np.ndarray) else value
         if tensor.numel():
@@ -148,12 +148,12 @@ def fill_blocks(*values: np.ndarray | Tensor) -> None:
 
 
 def mixed(seed: int, number: int) -> int:
-    """Return the seed of one part, an unsigned 64-bit integer."""
+    """Return the seed of one part of a run, an unsigned 64-bit integer."""
     return int(np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0])
 
 
 def torch_generator(seed: int, number: int) -> torch.Generator:
-    """Return what decides one part's draws."""
+    """Return the generator of one part of a run."""
     return torch.Generator().manual_seed(mixed(seed, number) % 2**63)
 
 
@@ -169,7 +169,7 @@ def step_seed(seed: int, epoch: int, batch: int) -> int:
 
 
 def step_generator(seed: int, epoch: int, batch: int) -> torch.Generator:
-    """Return the generator of a step, which is on the CPU for every device.
+    """Return the generator of a step; it is on the CPU for every device.
 
     It is torch's global generator, the only one that dropout can use, and is seeded for each step,
     so that steps do not depend on earlier ones. `torch.manual_seed` is not used, because it records

@@ -64,28 +64,28 @@ class Features(Shown):
     """The fitted encoders, and the encoded rows of all users, items and events."""
 
     user: FieldSide | None
-    """None where nothing is known about users."""
+    """None if nothing is known about users."""
     item: FieldSide | None
     user_table: FieldTable | None = None
     """One row per user_idx."""
     item_table: FieldTable | None = None
     """One row per item_idx."""
     context: FieldSide | None = None
-    """None where nothing is known about the context of an event."""
+    """None if nothing is known about the context of an event."""
     context_table: FieldTable | None = None
-    """One row per event of those that were fitted to, or given to `of`; it is not saved, as no
+    """One row for each event that was used in fitting or given to `of`; it is not saved, because no
     other event has these rows."""
     notes: tuple[str, ...] = ()
     """What fitting left out, merged or found, with counts."""
     events: Interactions | None = None
-    """Whose users, items and events the rows are of; it is not saved."""
+    """The events whose users, items and context the rows describe; it is not saved."""
 
     @checked
     def of(self, events: Interactions) -> "Features":
-        """Return the tables of other events, encoded by what was fitted before.
+        """Return the tables of other events, encoded by the fitted fields.
 
         Raises:
-            DataError: A column is not of its field's kind.
+            DataError: A column does not have its field's kind.
         """
         return replace(
             self,
@@ -97,11 +97,11 @@ class Features(Shown):
 
     @checked
     def for_training(self, events: Interactions) -> "Features":
-        """Return the tables of events to be trained on, by what was fitted here or to others.
+        """Return the encoded tables of events to train on, which may differ from the fitted ones.
 
         Raises:
             ConfigError: The events lack a column of a fitted field.
-            DataError: A column is not of its field's kind.
+            DataError: A column does not have its field's kind.
         """
         if self.events is events:
             return self
@@ -115,10 +115,10 @@ class Features(Shown):
 
     @checked
     def context_of(self, events: Interactions) -> FieldTable | None:
-        """Return the context of other events alone, a row for each; None without such features.
+        """Return only the encoded context of other events; None without context features.
 
         Raises:
-            DataError: A column is not of its field's kind.
+            DataError: A column does not have its field's kind.
         """
         return _encode("context", self.context, events)
 
@@ -128,10 +128,10 @@ class Features(Shown):
 
         Args:
             folder: It is made if it is missing.
-            replace: Those that are there already are replaced.
+            replace: Replace existing files.
 
         Raises:
-            DataError: They are there and `replace` is false, or they cannot be written.
+            DataError: The files exist and `replace` is false, or they cannot be written.
         """
         folder = Path(folder)
         for name in (_JSON, _TENSORS):
@@ -154,7 +154,7 @@ class Features(Shown):
         """Read what `save` wrote.
 
         Raises:
-            BundleError: A file is missing or broken, or of a later foretaste.
+            BundleError: A file is missing or broken, or was written by a later foretaste.
         """
         folder = Path(folder)
         try:
@@ -189,16 +189,17 @@ class Features(Shown):
 def fit_features(schema: FeatureSchema, events: Interactions) -> Features:
     """Fit the fields of a schema to training, and encode users, items and training's context.
 
-    Only rows of users and items with an event are fitted to; a value that only others have is
-    encoded as unseen. A field without a value on such a row is left out, and `notes` say so.
+    Only rows of users and items with an event are used in fitting; a value that only other rows
+    have is encoded as unseen. A field without a value on such a row is left out, with a note.
 
     Args:
         schema: Which columns are features.
         events: The training events, with the tables of all users and items.
 
     Raises:
-        ConfigError: The schema names a column that is not there.
-        DataError: A column is not of its field's kind; the message names the value and whose it is.
+        ConfigError: The schema names a column that does not exist.
+        DataError: A column does not have its field's kind; the message names the value and its user
+            or item.
     """
     notes: list[str] = []
     _refuse_left_out(schema.user, events.user_table, events.notes)
@@ -297,7 +298,7 @@ def _encode(role: str, side: FieldSide | None, events: Interactions) -> FieldTab
 
 @contextmanager
 def _named_by_id(role: str, events: Interactions) -> Iterator[None]:
-    """Name the user or item of a refused value: the rows here are not in the caller's order."""
+    """Name the user or item of an invalid value: rows here are not in the caller's order."""
     try:
         yield
     except DataError as error:
@@ -317,7 +318,7 @@ def _whose(role: str, events: Interactions, row: int) -> str:
 def _refuse_left_out(
     fields: Iterable[str], table: pl.DataFrame | None, notes: Sequence[str]
 ) -> None:
-    """Refuse a column that was left out when its table was read, with the reason."""
+    """Raise an error, with the reason, for a column that was left out when its table was read."""
     there = () if table is None else table.columns
     for name in (field for field in fields if field not in there):
         for note in notes:

@@ -1,7 +1,7 @@
-"""The fitted fields of users or of items: from the caller's columns to rows of features.
+"""The fitted fields of users or items, which turn the caller's columns into rows of features.
 
-All categories of a side share one space of codes, so that a model keeps one table and looks a
-batch up in one pass. Training and serving use the same encoders, and the encoding of a row does not
+All categories of a side share one space of codes, so that a model keeps one table and one look-up
+serves a batch. Training and serving use the same encoders, and the encoding of a row does not
 depend on other rows.
 
 Shape legend: R rows, G bags, N values of all bags, F fields of all kinds.
@@ -52,11 +52,11 @@ from foretaste.data.tables import open_source
 from foretaste.errors import DataError, nearest
 
 _MANY = 1_000
-"""So many categories, the most frequent, are compared letter by letter."""
+"""At most this many categories, the most frequent ones, are compared letter by letter."""
 
 
 class FieldSide(Config):
-    """The fitted fields of users or of items: from the caller's columns to a `FieldTable`."""
+    """The fitted fields of users or items, which turn the caller's columns into a `FieldTable`."""
 
     codes: tuple[Codes, ...] = ()
     """Single-valued fields: categories, bucketised numbers and crosses."""
@@ -74,17 +74,17 @@ class FieldSide(Config):
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The caller's columns that the fields are made of, each once."""
+        """The caller's columns that the fields read, each once."""
         return tuple(dict.fromkeys(c for field in self._fields for c in _columns_of(field)))
 
     @property
     def num_fields(self) -> int:
-        """Fields of all kinds."""
+        """Number of fields of all kinds."""
         return len(self._fields)
 
     @property
     def num_codes(self) -> int:
-        """Codes of all fields together."""
+        """Number of codes of all fields together."""
         return self._starts[-1]
 
     @property
@@ -99,7 +99,7 @@ class FieldSide(Config):
 
     @property
     def untaught_codes(self) -> tuple[int, ...]:
-        """Codes that stand for no value: missing, and unseen or rare."""
+        """Codes without a training value: missing, and unseen or rare."""
         codes = [
             start + code
             for field, start in zip(self.codes, self._starts, strict=False)
@@ -114,7 +114,7 @@ class FieldSide(Config):
 
     @cached_property
     def _starts(self) -> list[int]:
-        """The first code of each single-valued field and of each bag, and the end."""
+        """The first code of each single-valued field and of each bag, and the total at the end."""
         sizes = [field.num_codes for field in self.codes]
         sizes += [bag.values.num_codes for bag in self.bags]
         return [0, *np.cumsum(sizes, dtype=np.int64).tolist()]
@@ -122,14 +122,14 @@ class FieldSide(Config):
     def encode(self, frame: object) -> FieldTable:
         """Encode rows; a row's result does not depend on the others.
 
-        A column that the frame lacks is missing in every row; further columns do not matter.
+        A column that the frame lacks counts as missing in every row; further columns are ignored.
 
         Args:
             frame: Any table: Polars, pandas, Arrow.
 
         Raises:
-            DataError: A column is not of its field's kind; the message names row and value.
-            ConfigError: A text needs an encoder that is not there.
+            DataError: A column does not have its field's kind; the message names row and value.
+            ConfigError: A text needs an encoder that is missing.
         """
         if not isinstance(frame, pl.DataFrame):
             opened = open_source(frame, role="the table of features")
@@ -165,16 +165,16 @@ class FieldSide(Config):
         )
 
     def columns_read(self, table: FieldTable) -> frozenset[str]:
-        """Return the columns that a row has a known value of: neither missing nor unseen.
+        """Return the columns in which a row has a known value, neither missing nor unseen.
 
         Args:
-            table: A row of this side.
+            table: One row of this side.
         """
         present = zip(self._fields, table.present_RF[0].tolist(), strict=True)
         return frozenset(column for field, says in present if says for column in _columns_of(field))
 
     def nearest_value(self, column: str, text: str) -> str | None:
-        """Return the category of a column that a text most likely means: in another case, say."""
+        """Return the category that a text likely means, such as the same text in other case."""
         values = [
             field.values.texts
             for field in (*self.codes, *self.bags)
@@ -225,14 +225,14 @@ class Outcome(NamedTuple):
     fitted: Fitted | None
     """None if no training row has a value."""
     note: str = ""
-    """What a person should know of it; follows the field's name."""
+    """A note on the field; it follows the field's name."""
 
 
 _NOTHING = Outcome(None, "has no value on a training row: it was left out")
 
 
 def columns_of(name: str, field: FieldConfig) -> tuple[str, ...]:
-    """Return the columns that a field is made of: its own, or those that it crosses."""
+    """Return the columns that a field reads: its own, or those that it crosses."""
     return field.of if isinstance(field, CrossField) else (name,)
 
 
@@ -242,17 +242,17 @@ def fit_field(
     columns: Sequence[pl.Series],
     trained_R: Bool[np.ndarray, " R"],
 ) -> Outcome:
-    """Fit a field to the rows that training has; the others are only checked.
+    """Fit a field to the rows that occur in training; the others are only checked.
 
     Args:
-        name: The field's.
+        name: The field's name.
         field: Its kind and settings.
-        columns: Those that `columns_of` names.
-        trained_R: Which rows training has.
+        columns: The columns of `columns_of`.
+        trained_R: True for rows that occur in training.
 
     Raises:
-        DataError: The column is not of the field's kind; the message names the row.
-        ConfigError: A text needs an encoder that is not there.
+        DataError: The column does not have the field's kind; the message names the row.
+        ConfigError: A text needs an encoder that is missing.
     """
     try:
         return _fit(name, field, columns, trained_R)
@@ -269,7 +269,7 @@ _OTHER_SETTINGS = {
     "vector": "set another kind",
     "text": "set another kind",
 }
-"""What helps as well while a schema is made, and no more once a model reads its features."""
+"""Further advice for a schema; it does not apply once a model reads the features."""
 
 
 def _fit(
@@ -329,7 +329,7 @@ def _fit_bag(
     text_N = text_N.filter(trained_R[row_N])
     if not len(text_N):
         return _NOTHING
-    if holds == "text":  # what its parts hold
+    if holds == "text":  # the type of its parts
         holds = held_by(text_N)
         text_N = texts_of(text_N, holds=holds)
     values, note = _fit_values(text_N, field, holds)
@@ -374,7 +374,7 @@ def _fit_number(
         return Outcome(Buckets(name=name, edges=kept, holds=holds), note)
     logarithm = field.transform == "log1p_standardise"
     scaled_N = log1p(number_N) if logarithm else number_N
-    with np.errstate(over="ignore", invalid="ignore"):  # what overflows is refused
+    with np.errstate(over="ignore", invalid="ignore"):  # an overflow raises an error
         mean, std = float(scaled_N.mean()), float(scaled_N.std())
     if not np.isfinite([mean, std]).all():
         raise _too_large(column, int(row_N[np.abs(number_N).argmax()]))

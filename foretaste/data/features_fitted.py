@@ -1,7 +1,7 @@
 """Fitted fields: their state from training, and the encoding of values as codes and numbers.
 
-Local codes of a field: 0 is missing; 1 is a value that training did not have, or had too rarely;
-the values follow. Buckets have no 1: they start there.
+Local codes of a field: 0 is missing, 1 is unseen or rare in training, and the values follow.
+Buckets need no code for unseen values, so they start at 1.
 
 Shape legend: R rows, N values of all bags, W width of a vector.
 """
@@ -31,15 +31,15 @@ from foretaste.data.vocabulary import Vocabulary
 from foretaste.errors import ConfigError, DataError
 
 BETWEEN = "\x1f"
-"""Between crossed values; no text that people write holds it."""
+"""Separates crossed values; it does not occur in ordinary text."""
 
 
 def joint_of(columns: Sequence[pl.Series], *, holds: Sequence[Held] = ()) -> pl.Series:
-    """Return several categories of each row as one text, null where any is missing.
+    """Return several categories of each row as one text, null if any is missing.
 
     Args:
-        columns: One for each category.
-        holds: What each held in training; empty: text.
+        columns: One per category.
+        holds: The type of each in training; empty: text.
 
     Raises:
         DataError: A column holds lists, bytes or the like, or an infinite number.
@@ -53,12 +53,12 @@ def joint_of(columns: Sequence[pl.Series], *, holds: Sequence[Held] = ()) -> pl.
 
 
 class Bags(NamedTuple):
-    """The values of all rows, one after the other."""
+    """The values of all rows, concatenated."""
 
     text_N: pl.Series
     """Categories as text, none missing."""
     row_N: Int64[np.ndarray, " N"]
-    """The row of each, never falling."""
+    """The row of each value, non-decreasing."""
 
 
 def bags_of(column: pl.Series, *, separator: str | None, holds: Held = "text") -> Bags:
@@ -67,7 +67,7 @@ def bags_of(column: pl.Series, *, separator: str | None, holds: Held = "text") -
     A single value that is not a text is a bag of one.
 
     Raises:
-        DataError: It is text and there is no separator, or it holds what is not a category.
+        DataError: It is text and there is no separator, or a value is not a category.
     """
     if column.dtype == pl.Null:
         return Bags(pl.Series(column.name, [], dtype=pl.String), np.empty(0, np.int64))
@@ -108,7 +108,7 @@ def _bags_of_single(column: pl.Series, separator: str | None, holds: Held) -> Ba
 
 
 class Vectors(NamedTuple):
-    """One vector a row; zeros where it is missing."""
+    """One vector per row; zeros where it is missing."""
 
     value_RW: Float32[np.ndarray, "R W"]
     present_R: Bool[np.ndarray, " R"]
@@ -119,11 +119,11 @@ def vectors_of(column: pl.Series, *, width: int | None = None) -> Vectors:
 
     Args:
         column: Lists or arrays of numbers.
-        width: How long each must be; None takes the length of the first.
+        width: The required length; None takes the length of the first vector.
 
     Raises:
-        DataError: It holds no lists of numbers, one is of another length, or holds a number that
-            is missing, NaN or infinite.
+        DataError: It holds no lists of numbers, a list has another length, or a number is missing,
+            NaN or infinite.
     """
     if isinstance(column.dtype, pl.Array):
         column = column.arr.to_list()
@@ -173,28 +173,28 @@ MISSING, UNSEEN, FIRST = 0, 1, 2
 _FURTHEST = 10.0
 """Standardised numbers are clipped at this many standard deviations."""
 _FEW = 256
-"""So few texts are looked up one by one: a join of tables costs more than they do."""
+"""Up to this many texts are looked up one by one, because a join of tables costs more."""
 _OFTEN = 4
-"""Whole numbers with so many rows each, on average, are looked up by their distinct values."""
+"""Whole numbers with at least this many rows each, on average, are looked up by distinct value."""
 BLOCK = 1 << 14
-"""Vectors scaled at a time."""
+"""Number of vectors that are scaled at a time."""
 
 
 class Values(Config):
-    """The categories that training had often enough, the most frequent first."""
+    """The categories that are frequent enough in training, the most frequent first."""
 
     texts: tuple[str, ...]
     """The categories, most frequent first."""
     rare: NonNegativeInt
-    """Training rows of values that `texts` leaves out; the bucket of unseen values learns from
-    them."""
+    """Number of training rows with values that `texts` leaves out; they train the bucket of unseen
+    values."""
     holds: Held = "text"
     """Type of the column in training, by which a text is read later; of a cross, text."""
 
     @model_validator(mode="before")
     @classmethod
     def _of_before(cls, stored: object) -> object:
-        """Read what an earlier version wrote, which kept times as Polars spells them."""
+        """Read the format of an earlier version, which kept times in the spelling of Polars."""
         if not isinstance(stored, dict) or "holds" in stored:
             return stored
         texts, holds = _iso(pl.Series("", stored["texts"], dtype=pl.String))
@@ -207,7 +207,7 @@ class Values(Config):
 
     @property
     def num_codes(self) -> int:
-        """Missing and unseen included."""
+        """Number of codes, including missing and unseen."""
         return FIRST + len(self.texts)
 
     def codes(self, text: pl.Series) -> Int64[np.ndarray, " N"]:
@@ -223,7 +223,7 @@ class Values(Config):
 
 
 class _Coded(Config):
-    """A field of one code a row, out of those that training had."""
+    """A field with one code per row, out of the values in training."""
 
     name: str
     """Name of the field."""
@@ -232,12 +232,12 @@ class _Coded(Config):
 
     @property
     def num_codes(self) -> int:
-        """How many codes the field has."""
+        """Number of codes of the field."""
         return self.values.num_codes
 
     @property
     def untaught(self) -> tuple[int, ...]:
-        """Codes that stand for no value."""
+        """Codes without a training value."""
         return (MISSING, UNSEEN)
 
     def says(self, code_R: Int64[np.ndarray, " R"]) -> Bool[np.ndarray, " R"]:
@@ -251,7 +251,7 @@ class Categories(_Coded):
     kind: Literal["categorical"] = "categorical"
 
     def encode(self, column: pl.Series) -> Int64[np.ndarray, " R"]:
-        """Return local codes; of whole numbers each distinct one is made text once."""
+        """Return local codes; each distinct whole number is converted to text once."""
         if column.dtype.is_integer() and len(column) > _FEW:
             distinct = column.unique()
             if len(distinct) * _OFTEN < len(column):
@@ -278,7 +278,7 @@ class Cross(_Coded):
     @model_validator(mode="before")
     @classmethod
     def _of_before(cls, stored: object) -> object:
-        """Read what an earlier version wrote, which kept times as Polars spells them."""
+        """Read the format of an earlier version, which kept times in the spelling of Polars."""
         if (
             not isinstance(stored, dict)
             or "holds" in stored
@@ -316,12 +316,12 @@ class Buckets(Config):
 
     @property
     def num_codes(self) -> int:
-        """How many codes the field has."""
+        """Number of codes of the field."""
         return 2 + len(self.edges)
 
     @property
     def untaught(self) -> tuple[int, ...]:
-        """Codes that stand for no value."""
+        """Codes without a training value."""
         return (MISSING,)
 
     def encode(self, column: pl.Series) -> Int64[np.ndarray, " R"]:
@@ -337,7 +337,7 @@ class Buckets(Config):
 
 
 class Bag(Config):
-    """Several values, as codes; an empty bag is a missing one."""
+    """Several values, as codes; an empty bag counts as missing."""
 
     name: str
     """Name of the field."""
@@ -371,10 +371,10 @@ class Number(Config):
     """Type of the column in training; None: numbers or times."""
 
     def encode(self, column: pl.Series) -> tuple[Float32[np.ndarray, " R"], Bool[np.ndarray, " R"]]:
-        """Return numbers, 0 where missing, and which are there."""
+        """Return numbers, 0 where missing, and which are present."""
         number_R = numbers_of(column, holds=self.holds)
         present_R = ~np.isnan(number_R)
-        with np.errstate(over="ignore"):  # what overflows is held as well
+        with np.errstate(over="ignore"):  # overflows are clipped too
             scaled_R = (log1p(number_R) if self.log1p else number_R) - self.mean
             held_R = np.clip(scaled_R / self.std, -_FURTHEST, _FURTHEST)
         return np.where(present_R, held_R, 0.0).astype(np.float32), present_R
@@ -397,7 +397,7 @@ class Vector(Config):
     def encode(
         self, column: pl.Series
     ) -> tuple[Float32[np.ndarray, "R W"], Bool[np.ndarray, " R"]]:
-        """Return vectors, zeros where missing, and which are there."""
+        """Return vectors, zeros where missing, and which are present."""
         value_RW, present_R = vectors_of(column, width=self.width)
         for start in range(0, len(value_RW), BLOCK):
             rows = slice(start, start + BLOCK)
@@ -423,14 +423,14 @@ class Sentence(Config):
     encoder: str
     """Folder or name of the sentence encoder."""
     batch_size: PositiveInt
-    """Texts that are encoded at a time."""
+    """Number of texts that are encoded at a time."""
     width: PositiveInt
     """Numbers in the encoder's vectors."""
 
     def encode(
         self, column: pl.Series
     ) -> tuple[Float32[np.ndarray, "R W"], Bool[np.ndarray, " R"]]:
-        """Return vectors, zeros where the text is missing, and which are there."""
+        """Return vectors, zeros where the text is missing, and which are present."""
         text = texts_of(column)
         value_RW = np.zeros((len(text), self.width), np.float32)
         present_R = text.is_not_null().to_numpy(writable=True)
@@ -456,7 +456,7 @@ class Sentence(Config):
 
 
 def _iso(texts: pl.Series) -> tuple[pl.Series, Held]:
-    """Return distinct texts as they are spelled now, and what they hold."""
+    """Return distinct texts in the current spelling, and their type."""
     holds = held_by(texts)
     spelled = texts_of(texts, holds=holds)
     if spelled.n_unique() < texts.n_unique():
@@ -470,7 +470,7 @@ Fitted = Categories | Buckets | Cross | Bag | Number | Vector | Sentence
 
 
 def log1p(number_R: Float64[np.ndarray, " R"]) -> Float64[np.ndarray, " R"]:
-    """Return ln(1 + |x|) under the sign of x."""
+    """Return ln(1 + |x|) with the sign of x."""
     scaled_R: Float64[np.ndarray, " R"] = np.copysign(np.log1p(np.abs(number_R)), number_R)
     return scaled_R
 

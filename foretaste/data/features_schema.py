@@ -1,4 +1,4 @@
-"""A schema of features: which columns a model reads and as what kind; a proposal for a table."""
+"""A schema of features: the columns that a model reads and their kinds; a proposal for a table."""
 
 import tomllib
 from collections.abc import Iterator
@@ -134,17 +134,17 @@ class FeatureSchema(Config):
     """From a column of the events' context to its kind and settings; rankers read it."""
     left_out: dict[str, str] = Field(default_factory=dict)
     """Columns that inspection left out, such as `item.title`, and why: a note for people, which
-    nothing reads."""
+    foretaste does not read."""
 
     @model_validator(mode="after")
     def _no_name_is_empty(self) -> "FeatureSchema":
         if any("" in fields for fields in (self.user, self.item, self.context)):
-            raise ValueError("a field has an empty name: it is the name of a column")
+            raise ValueError("a field has an empty name: name a column")
         return self
 
 
 _SHOWN = ("kind", "min_count", "transform", "normalise")
-"""Settings that are written out though they have their usual value."""
+"""Settings that are written even if they have their default value."""
 _HEAD = """\
 # Which columns of users, items and the context are features: correct it where it is wrong.
 # A recipe takes this file as features = "FILE", or its sections as [features.item.genres].
@@ -161,7 +161,7 @@ _HEAD = """\
 
 @checked
 def schema_to_toml(schema: FeatureSchema) -> str:
-    """Write a schema as commented TOML that a person corrects; it parses back to the same."""
+    """Write a schema as commented TOML, to be corrected by hand and read back."""
     lines = [_HEAD]
     sides = (("user", schema.user), ("item", schema.item), ("context", schema.context))
     for side, fields in sides:
@@ -181,7 +181,7 @@ def schema_to_toml(schema: FeatureSchema) -> str:
 
 @checked
 def schema_from_toml(text: str, *, source: str = "the schema") -> FeatureSchema:
-    """Read a schema that `schema_to_toml` or a person wrote.
+    """Read a schema that was written by `schema_to_toml` or by hand.
 
     Args:
         text: In TOML.
@@ -198,18 +198,18 @@ def schema_from_toml(text: str, *, source: str = "the schema") -> FeatureSchema:
 
 
 _FEW = 32
-"""Whole numbers with at most so many values are taken for categories."""
+"""Whole numbers with at most this many values become categories."""
 _WHY: dict[Held, str] = {"time": "times", "clock": "times of day", "duration": "durations"}
 _LONG_TAIL = 2.0
-"""The mean of positive numbers over their median from which a logarithm is taken."""
+"""Ratio of mean to median of positive numbers from which a logarithm is proposed."""
 
 
 @checked
 def inspect_schema(events: Interactions) -> FeatureSchema:
     """Choose a kind for each column about users, items and the context, with a reason.
 
-    Only rows of users and items with an event are looked at. Columns that are the same everywhere,
-    ids, titles and free text are left out, and `left_out` says why.
+    Only rows of users and items with an event count. Constant columns, ids, titles and free text
+    are left out, and `left_out` has the reasons.
     """
     left_out: dict[str, str] = {}
     sides: dict[str, dict[str, FieldConfig]] = {"user": {}, "item": {}, "context": {}}
@@ -232,7 +232,7 @@ def _columns(frame: pl.DataFrame | None, trained_R: Bool[np.ndarray, " R"]) -> I
 
 
 def _choose(column: pl.Series) -> FieldConfig | str:
-    """Return a field, or why there is none."""
+    """Return a field, or the reason why there is none."""
     dtype = column.dtype
     if isinstance(dtype, pl.List | pl.Array):
         return _of_lists(column)
@@ -317,5 +317,5 @@ def _of_numbers(known: pl.Series, distinct: int) -> FieldConfig | str:
 
 
 def _min_count(values: pl.Series) -> int:
-    """Return 2 where some values occur once: they share a bucket, which unseen ones use too."""
+    """Return 2 if some values occur once: they share a bucket with unseen values."""
     return 2 if values.is_unique().any() else 1

@@ -1,10 +1,10 @@
-"""What a value of a feature is, whether it comes in a table, as JSON or as text.
+"""Values of features: the same value may come from a table, from JSON or as text.
 
-What a column holds is found once, when training is fitted to it, and kept. A value that comes
-later, in a table, as JSON or as text, is read as what the column held: a date may then come as a
-date or as ISO text, a number as text of digits, and all are the same feature.
+Fitting determines the type of a column once and stores it. Later values, from a table, from JSON or
+as text, are read as that type: a date may come as a date or as ISO text, a number as digits, and
+all of these are the same feature.
 
-A message names the column, the row and the value. Rows are counted from 1, header not counted.
+A message names the column, the row and the value. Rows are counted from 1, without the header.
 
 Shape legend: R rows.
 """
@@ -27,7 +27,7 @@ from foretaste.data.columns import canonical_ids, in_words
 from foretaste.errors import ConfigError, DataError
 
 Held = Literal["text", "number", "truth", "time", "clock", "duration"]
-"""What a column held in training: `time` is a date or a time of some date, `clock` of any day."""
+"""The type of a column in training: `time` is a date or datetime, `clock` a time of day."""
 
 _WANTED: dict[Held, str] = {
     "text": "a text",
@@ -41,19 +41,19 @@ _SECONDS_PER_DAY = 86_400
 _DAYS = (-719_162, 2_932_896)
 """From year 1 to year 9999."""
 _WHOLE = 2.0**53
-"""Up to here a 64-bit float holds every whole number."""
+"""A 64-bit float holds every whole number up to this one."""
 _ISO_TIME = r"^\d{4}-\d{2}-\d{2}([T ]\d{2}:\d{2}(:\d{2}(\.\d+)?)?(Z|[+-]\d{2}:?\d{2})?)?$"
 _DURATION = TypeAdapter(timedelta)
 
 
 def held_by(column: pl.Series, *, as_number: bool = False) -> Held:
-    """Return what a column holds; of lists, what they hold.
+    """Return the type of a column; for lists, that of their values.
 
-    Text whose every value is an ISO date or time holds times.
+    A text column in which every value is an ISO date or time has times.
 
     Args:
-        column: Of training.
-        as_number: Whether a number is made of it: text may then hold any kind.
+        column: A column of training.
+        as_number: Whether it becomes a number: text may then hold any type.
     """
     if isinstance(column.dtype, pl.List | pl.Array):
         column = column.explode()
@@ -84,7 +84,7 @@ def _held_by_times(column: pl.Series) -> Held:
 
 
 def _most_like(text: pl.Series) -> Held:
-    """Return the kind of which most distinct texts are; numbers, where no other is of more."""
+    """Return the type that fits the most distinct texts; numbers win ties."""
     kinds: tuple[Held, ...] = ("number", "time", "clock", "duration", "truth")
     if not _typed(text, "number").null_count():
         return "number"
@@ -94,14 +94,14 @@ def _most_like(text: pl.Series) -> Held:
 def texts_of(column: pl.Series, *, holds: Held = "text") -> pl.Series:
     """Return categories as text, null where missing.
 
-    Whole numbers of any type are the text of their digits, so that 42, 42.0 and "42" are
-    one category; truth values are `true` and `false`; dates and times are ISO text in UTC, without
-    a time at midnight; durations are ISO text. Other text stays as it is, blanks and case too. NaN
-    and empty text are missing.
+    Whole numbers of any type become the text of their digits, so that 42, 42.0 and "42" are one
+    category. Truth values become `true` and `false`. Dates and times become ISO text in UTC,
+    midnight without a time; durations become ISO text. Other text is not changed, not even blanks
+    and case. NaN and empty text are missing.
 
     Args:
         column: The values.
-        holds: What the column held in training: text is read as that, where it can be.
+        holds: The column's type in training; text is read as that type if possible.
 
     Raises:
         DataError: The column holds lists, bytes or the like, or an infinite number.
@@ -130,7 +130,7 @@ def single_of(column: pl.Series) -> pl.Series:
 
 
 def is_text(column: pl.Series) -> bool:
-    """Return whether a column's type is one of text."""
+    """Return whether a column's type is text."""
     return isinstance(column.dtype, pl.String | pl.Categorical | pl.Enum)
 
 
@@ -152,7 +152,7 @@ def _spelled(column: pl.Series) -> pl.Series:
 
 
 def _in_utc(column: pl.Series) -> pl.Series:
-    """Return times without a zone; those that have none are taken as UTC."""
+    """Return times in UTC, without a zone; times without a zone are taken as UTC."""
     if column.dtype.time_zone is not None:  # type: ignore[attr-defined]  # Datetime has it
         column = column.dt.convert_time_zone("UTC").dt.replace_time_zone(None)
     return column.dt.cast_time_unit("us")
@@ -168,7 +168,7 @@ def _texts_of_floats(column: pl.Series) -> pl.Series:
 
 
 def _respelled(text: pl.Series, holds: Held) -> pl.Series:
-    """Return text as what the column held is spelled; what is none of it stays as it is."""
+    """Return text in the spelling of the column's type; other text is not changed."""
     if holds == "text" or not text.count():
         return text
     typed = _typed(text, holds)
@@ -182,7 +182,7 @@ def _respelled(text: pl.Series, holds: Held) -> pl.Series:
 
 
 def _typed(text: pl.Series, holds: Held) -> pl.Series:
-    """Return text read as what a column held, null where it is none of that."""
+    """Return text parsed as the column's type, null where this fails."""
     if holds == "number":
         return text.cast(pl.Float64, strict=False)
     read, dtype = _READERS[holds]
@@ -236,10 +236,10 @@ def numbers_of(column: pl.Series, *, holds: Held | None = None) -> Float64[np.nd
 
     Args:
         column: The values.
-        holds: What the column held in training; None: text may be numbers or times.
+        holds: The column's type in training; None: text may be numbers or times.
 
     Raises:
-        DataError: It is not of numbers, or not of what training held, or one is infinite.
+        DataError: A value is not a number, does not have the type of training, or is infinite.
     """
     if column.dtype == pl.Binary or column.dtype.is_nested():
         raise DataError(
@@ -260,7 +260,7 @@ def numbers_of(column: pl.Series, *, holds: Held | None = None) -> Float64[np.nd
 
 
 def _numbers(column: pl.Series, holds: Held | None) -> pl.Series:
-    """Return 64-bit floats, null where there is none of what the column held."""
+    """Return 64-bit floats, null where a value does not have the column's type."""
     dtype = column.dtype
     if dtype == pl.String:
         numbers = _numbers(_typed(column, holds or "number"), holds)
@@ -291,15 +291,15 @@ def _spans(column: pl.Series) -> pl.Series:
 
 
 def cell_of(name: str, value: object) -> pl.Series:
-    """Return one value of the caller's, from JSON or from Python, as a column of one row.
+    """Return a caller's value, from JSON or Python, as a column of one row.
 
     Args:
-        name: The column's.
+        name: The column's name.
         value: A text, number, truth value, date, time or duration, of Python, NumPy or pandas; a
             list or an array of one kind; None, NaN, NaT or NA where it is missing.
 
     Raises:
-        DataError: It is something else.
+        DataError: The value has another type.
     """
     try:
         column = pl.Series(name, [_plain(value)])
@@ -316,7 +316,7 @@ def cell_of(name: str, value: object) -> pl.Series:
 
 
 def _plain(value: object) -> object:
-    """Return a value as Polars takes it; whole numbers among fractions as fractions."""
+    """Return a value as Polars accepts it; whole numbers beside fractions become floats."""
     if isinstance(value, set | frozenset):
         value = sorted(value, key=str)
     elif isinstance(value, pl.Series):
@@ -343,7 +343,7 @@ def _plainsingle_of(value: object) -> object:
             return _plain(value.value)
         case time() if value.tzinfo is not None:
             raise ValueError(value)
-    # NA and NaT are of pandas, which may not be there
+    # NA and NaT belong to pandas, which may not be installed
     missing = type(value).__name__ in ("NAType", "NaTType") or value == "" or value != value
     return None if missing else value
 
@@ -366,7 +366,7 @@ def _refuse(column: pl.Series, wrong: pl.Series, why: str) -> None:
 
 
 def moved(error: DataError, place: str, *, row: int | None = None) -> DataError:
-    """Return a refusal of a row that names the place where the caller finds it instead."""
+    """Return the error with a position that the caller can find, instead of the row."""
     return DataError(
         str(error).replace(f", row {error.row}", f", {place}", 1),
         column=error.column,
@@ -376,7 +376,7 @@ def moved(error: DataError, place: str, *, row: int | None = None) -> DataError:
 
 
 def at_row(column: pl.Series, row: int) -> str:
-    """Return where a row is; nothing of the only one, which is a request's."""
+    """Return the position of a row for a message; empty for a single row, which is a request's."""
     return f", row {1 + row}" if len(column) > 1 else ""
 
 
@@ -385,12 +385,12 @@ def embed_texts(texts: list[str], encoder: str, *, batch_size: int) -> Float32[n
 
     Args:
         texts: At least one.
-        encoder: Folder or name of a sentence-transformers model that is on this machine; nothing
-            is fetched.
+        encoder: Folder or name of a sentence-transformers model on this machine; nothing is
+            downloaded.
         batch_size: Texts encoded at a time.
 
     Raises:
-        ConfigError: The extra `text` is not installed, or there is no such encoder.
+        ConfigError: The extra `text` is not installed, or the encoder does not exist.
     """
     vectors = load_encoder(encoder).encode(
         texts,
@@ -404,10 +404,10 @@ def embed_texts(texts: list[str], encoder: str, *, batch_size: int) -> Float32[n
 
 @lru_cache(maxsize=4)
 def load_encoder(encoder: str) -> Any:
-    """Load a sentence encoder and keep it, which may also be done before any data are read.
+    """Load a sentence encoder and keep it; this may be done before any data are read.
 
     Raises:
-        ConfigError: The extra `text` is not installed, or there is no such encoder.
+        ConfigError: The extra `text` is not installed, or the encoder does not exist.
     """
     try:
         library = import_module("sentence_transformers")
@@ -442,7 +442,7 @@ _CUT = 0.05
 
 
 def separator_of(text: pl.Series) -> str | None:
-    """Return the separator of the values of each text, "|" in "Action|Comedy"; None if nothing.
+    """Return the separator of the values of each text, "|" in "Action|Comedy"; None without one.
 
     Args:
         text: Texts, null where missing.

@@ -1,11 +1,12 @@
-"""Files and folders that are written whole or not at all, and replaced only where that is asked.
+"""Atomic writing of files and folders, which are replaced only on request.
 
-All of foretaste's writers go through here. It is written under a hidden name beside its
-place until it is complete and forced to the disk; then it is renamed. It gets the permissions that
-the process's umask gives to a new file.
+All writers of foretaste use this file. A file or folder is written under a hidden name next to its
+destination; once it is complete and on disk, it is renamed. It gets the permissions that the
+process's umask gives to a new file.
 
-A bundle, an event store and a checkpoint are folders with a `manifest.json`: what the folder is,
-the size and SHA-256 of every other file of it, and, at its end, the SHA-256 of the manifest itself.
+A bundle, an event store and a checkpoint are folders with a `manifest.json`: the kind of the
+folder, the size and SHA-256 of every other file, and, at its end, the SHA-256 of the manifest
+itself.
 """
 
 import errno
@@ -32,13 +33,13 @@ from foretaste.errors import BundleError, DataError, ForetasteError
 Kind = Literal["file", "bundle", "event store", "checkpoint"]
 MANIFEST_FILE = "manifest.json"
 SIGNATURE_FILE = "signature.json"
-"""May be beside a manifest, which cannot list what signs it."""
+"""May be next to a manifest, which cannot list its own signature."""
 _OS_ERROR = re.compile(r"os error (\d+)")
 M = TypeVar("M", bound="FolderManifest")
 
 
 class FileEntry(Config):
-    """What a file of a folder must be."""
+    """Expected size and checksum of a file."""
 
     size: NonNegativeInt
     """Bytes of the file."""
@@ -47,15 +48,15 @@ class FileEntry(Config):
 
 
 class FolderManifest(Config):
-    """What the manifest of every folder holds; each kind of folder adds its own facts."""
+    """Common content of all manifests; each kind of folder adds its own fields."""
 
     kind: ClassVar[Kind]
     latest: ClassVar[int]
-    """The newest format: raised when an older foretaste could not read what is written."""
+    """The newest format; it increases when an older foretaste could not read the folder."""
     sealed_since: ClassVar[int] = 1
     """The first format whose manifest ends with its own checksum."""
     remedy: ClassVar[str]
-    """What helps where a folder is broken."""
+    """The advice for a broken folder."""
 
     format: str
     """What kind of folder it is."""
@@ -74,11 +75,11 @@ class FolderManifest(Config):
 
     @classmethod
     def upgraded(cls, document: dict[str, Any]) -> dict[str, Any]:
-        """Return the content of an earlier format as this one has it."""
+        """Convert the content of an earlier format to this one."""
         return document
 
     def render(self) -> str:
-        """Return the one text that stands for this manifest, its own checksum at the end."""
+        """Return the manifest's text, with its own checksum at the end."""
         return _render(self.model_dump())
 
 
@@ -88,19 +89,19 @@ def _render(document: Mapping[str, object]) -> str:
 
 
 def seal(folder: Path, manifest: FolderManifest) -> None:
-    """Write the manifest of a folder that is complete, with the entry of every file in it."""
+    """Write the manifest of a complete folder, with an entry for every file."""
     listed = manifest.model_copy(update={"files": list_files(folder)})
     (folder / MANIFEST_FILE).write_text(listed.render(), encoding="utf-8")
 
 
 def list_files(folder: Path) -> dict[str, FileEntry]:
-    """Return the entry of every file below a folder, the manifest left out."""
+    """Return the entry of every file below a folder except the manifest."""
     names = [name for name in files_below(folder) if name != MANIFEST_FILE]
     return {name: entry_of(folder / name) for name in names}
 
 
 def entry_of(path: Path) -> FileEntry:
-    """Return a manifest's entry of a file."""
+    """Return a file's entry for a manifest."""
     return FileEntry(size=path.stat().st_size, sha256=sha256_of(path))
 
 
@@ -108,8 +109,8 @@ def read_manifest(folder: Path, kind: type[M]) -> M:
     """Read a folder's manifest, without looking at the other files.
 
     Raises:
-        BundleError: It is missing, broken, changed by hand, of a newer format, of another kind of
-            folder, or it names files outside of the folder.
+        BundleError: It is missing, broken or changed by hand, has a newer format or another kind,
+            or names files outside the folder.
     """
     path, what = folder / MANIFEST_FILE, _a(kind.kind)
     try:
@@ -175,12 +176,12 @@ def verify_files(folder: Path, manifest: FolderManifest, *, checksums: bool = Tr
     """Compare every listed file with its size and checksum. Files not listed are never opened.
 
     Args:
-        folder: Where they are.
-        manifest: What they must be.
-        checksums: Read every file through; otherwise sizes are compared.
+        folder: The folder with the files.
+        manifest: The expected sizes and checksums.
+        checksums: Read every file completely; otherwise only sizes are compared.
 
     Raises:
-        BundleError: One is missing or changed.
+        BundleError: A file is missing or changed.
     """
     for name, entry in manifest.files.items():
         path = folder / name
@@ -202,10 +203,10 @@ def verify_files(folder: Path, manifest: FolderManifest, *, checksums: bool = Tr
 
 
 def check_regular(folder: Path, name: str) -> None:
-    """Refuse a file of a folder that is reached through a link, or is not a file of bytes.
+    """Raise an error for a link, or anything else that is not a regular file.
 
     Raises:
-        OSError: It is one, or is missing.
+        OSError: It is not a regular file, or is missing.
     """
     for part in [folder / name, *(folder / above for above in PurePosixPath(name).parents[:-1])]:
         if part.is_symlink():
@@ -215,10 +216,10 @@ def check_regular(folder: Path, name: str) -> None:
 
 
 def regular_bytes(path: Path) -> bytes:
-    """Read a file that is neither a link nor a pipe, whose reader could wait for ever.
+    """Read a regular file, not a link, and not a pipe, whose reader could wait forever.
 
     Raises:
-        OSError: It is one, or cannot be read.
+        OSError: It is not a regular file, or cannot be read.
     """
     check_regular(path.parent, path.name)
     return path.read_bytes()
@@ -247,18 +248,18 @@ def sync(path: Path) -> None:
 def check_place(
     path: str | os.PathLike[str], kind: Kind = "file", *, replace: bool = False
 ) -> None:
-    """See, before hours of work, that its result can be written.
+    """Check, before hours of work, that the result can be written.
 
     Args:
-        path: Where the result goes. Missing parent folders are created when it is written.
-        kind: What is written: a "file", a "bundle", an "event store" or a "checkpoint".
-        replace: Something of the same kind may be there, and is replaced.
+        path: The destination. Missing parent folders are created when it is written.
+        kind: A "file", a "bundle", an "event store" or a "checkpoint".
+        replace: Something of the same kind may exist there, and is replaced.
 
     Raises:
-        DataError: Of a file: one is there and `replace` is false, it is not a regular file, or its
-            folder cannot be made or written.
-        BundleError: The same of a bundle, a store or a checkpoint; `replace` does not help where
-            something else is there, or files that are not of it.
+        DataError: A file exists and `replace` is false, it is not a regular file, or its folder
+            cannot be made or written.
+        BundleError: The same for a bundle, a store or a checkpoint; even with `replace`, something
+            else is not replaced, nor a folder with other files.
     """
     with _in_our_words(path, kind):
         place = _resolved(path)
@@ -269,10 +270,10 @@ def check_place(
 
 @contextmanager
 def whole_file(path: str | os.PathLike[str], *, replace: bool = False) -> Iterator[Path]:
-    """Give a path to write to; when the block ends well, the file there becomes `path`.
+    """Give a temporary path; if the block succeeds, the file there is renamed to `path`.
 
     Raises:
-        DataError: `path` is taken, or the disk is full or refuses: nothing is left behind.
+        DataError: `path` exists, or the disk is full or refuses; nothing is left behind.
     """
     check_place(path, "file", replace=replace)
     with _in_our_words(path, "file"):
@@ -295,12 +296,12 @@ def whole_file(path: str | os.PathLike[str], *, replace: bool = False) -> Iterat
 def whole_folder(
     path: str | os.PathLike[str], kind: Kind, *, replace: bool = False
 ) -> Iterator[Path]:
-    """Give a new folder to fill; when the block ends well, it becomes `path`.
+    """Give a new folder to fill; if the block succeeds, it is renamed to `path`.
 
-    What is replaced is moved away first and deleted last; a failure puts it back.
+    An existing folder is moved away first and deleted last; a failure puts it back.
 
     Raises:
-        BundleError: `path` is taken, or the disk is full or refuses: nothing is left behind.
+        BundleError: `path` exists, or the disk is full or refuses; nothing is left behind.
     """
     check_place(path, kind, replace=replace)
     with _in_our_words(path, kind):
@@ -320,14 +321,14 @@ def whole_folder(
 
 
 def leftover(path: Path) -> str:
-    """Return where the older folder lies, if a replacement was cut off between its two renames."""
+    """Return the place of the older folder if a replacement stopped between its two renames."""
     place = path.absolute()
     found = sorted(place.parent.glob(f".{place.name[:100]}.*.replaced/{place.name}"))
     return f"; {found[-1]} was left there by an interrupted save: rename it" if found else ""
 
 
 def reason_of(error: BaseException) -> str:
-    """Return the system's message, without the words of the library that passed it on."""
+    """Return the system's message without the text of the library that passed it on."""
     if isinstance(error, ForetasteError) and error.__cause__ is not None:
         return reason_of(error.__cause__)
     if isinstance(error, OSError) and error.strerror:
@@ -337,7 +338,7 @@ def reason_of(error: BaseException) -> str:
 
 
 def _resolved(path: str | os.PathLike[str]) -> Path:
-    """Follow links, so that what a link points to is replaced and not the link."""
+    """Follow links, so that the target of a link is replaced and not the link."""
     return Path(os.path.realpath(path))
 
 
@@ -351,7 +352,7 @@ def _in_our_words(path: str | os.PathLike[str], kind: Kind) -> Iterator[None]:
     try:
         yield
     except BundleError as error:
-        if error.__cause__ is None:  # ours already
+        if error.__cause__ is None:  # already our own error
             raise
         raise _unwritten(path, kind, error) from error
     except (OSError, pl.exceptions.PolarsError, SafetensorError) as error:
@@ -386,7 +387,7 @@ def _check_replaceable(
                 kind,
             )
         foreign = [found for found in files_below(place) if found not in listed]
-        if kind == "checkpoint":  # a run that was killed leaves parts that it had not listed yet
+        if kind == "checkpoint":  # a killed run leaves parts that are not listed yet
             foreign = [found for found in foreign if ".safetensors" not in found]
         if foreign:
             raise _error(
@@ -405,7 +406,7 @@ def _check_replaceable(
 
 
 def _listed_files(place: Path, kind: Kind) -> set[str] | None:
-    """Return the files that a folder of a kind consists of; None if it is none."""
+    """Return the files of a folder of a kind; None if it is not of this kind."""
     try:
         document = json.loads((place / MANIFEST_FILE).read_bytes())
         if document["format"] != f"foretaste-{kind.replace(' ', '-')}":
@@ -426,7 +427,7 @@ def _a(kind: Kind) -> str:
 
 
 def _check_folder(path: str | os.PathLike[str], folder: Path, kind: Kind) -> None:
-    """Try to write where the folder is, or where the first missing folder above it would be."""
+    """Try to write in the folder, or in its first existing parent."""
     while not folder.exists():
         folder = folder.parent
     if not folder.is_dir():
@@ -441,12 +442,12 @@ def _check_folder(path: str | os.PathLike[str], folder: Path, kind: Kind) -> Non
 
 
 def _beside(place: Path, purpose: str) -> Path:
-    """Return an unused hidden name next to a place; a long name is shortened in it."""
+    """Return an unused hidden name next to a path, shortened if the name is long."""
     return place.with_name(f".{place.name[:100]}.{secrets.token_hex(4)}.{purpose}")
 
 
 def _put_in_place(folder: Path, place: Path) -> None:
-    """Rename `folder` to `place`; what is there moves away first, and back if that fails."""
+    """Rename `folder` to `place`; an existing folder moves away first, and back on failure."""
     if not place.exists() or not any(place.iterdir()):
         folder.replace(place)
     else:

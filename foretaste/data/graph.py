@@ -1,6 +1,6 @@
-"""The graph: users, items and what else is known of them as nodes, with weighted edges.
+"""The graph: users, items and their attributes as nodes, with weighted edges.
 
-Shape legend: V nodes, E directed edges (each tie twice), P ties.
+Shape legend: V nodes, E directed edges (each tie twice), P ties (undirected edges).
 """
 
 from dataclasses import dataclass
@@ -43,16 +43,16 @@ class Graph:
     """An undirected graph without double edges, in CSR form.
 
     Nodes are users (`user_idx`), then items (`num_users + item_idx`), then other nodes with edges,
-    such as an item's attributes. A node without ties is isolated, no error.
+    such as an item's attributes. A node without edges is isolated, which is not an error.
     """
 
     num_users: int
     num_items: int
     offsets_V1: Int64[np.ndarray, " V1"]
     neighbour_E: Int32[np.ndarray, " E"]
-    """Neighbours of node v: `neighbour_E[offsets_V1[v] : offsets_V1[v + 1]]`, rising."""
+    """Neighbours of node v: `neighbour_E[offsets_V1[v] : offsets_V1[v + 1]]`, ascending."""
     weight_E: Float32[np.ndarray, " E"] | None = None
-    """Weight of each edge, above 0, the same in both directions; None: all weigh 1."""
+    """Weight of each edge, above 0, the same in both directions; None: all are 1."""
 
     @property
     def num_nodes(self) -> int:
@@ -74,7 +74,7 @@ class Graph:
 
 
 class Ties(NamedTuple):
-    """Ties of one kind."""
+    """Undirected edges of one kind."""
 
     node_2P: Int64[np.ndarray, "2 P"]
     weight: float = 1.0
@@ -84,12 +84,12 @@ def graph_of(events: Interactions, config: GraphConfig | None = None) -> Graph:
     """Make the graph of events, of the links between users and items, and of attributes.
 
     Args:
-        events: Those of training; the links and tables that they carry count whole.
-        config: What to take in; None: the links, if there are any.
+        events: The training events; all of their links and tables count.
+        config: The edges to include; None: the links, if there are any.
 
     Raises:
-        DataError: An attribute is not a column of the item table, or its values are not such that
-            several items share one.
+        DataError: An attribute is not a column of the item table, or no two items share a value of
+            it.
     """
     config = config or GraphConfig()
     ties: list[Ties] = []
@@ -119,17 +119,17 @@ def make_graph(
     weights: tuple[float, ...] = (),
     num_nodes: int = 0,
 ) -> Graph:
-    """Make edges of users to the items that they did, and of the nodes in `ties`.
+    """Make edges between users and the items of their events, and between the nodes in `ties`.
 
     Args:
-        events: Repeated events make one tie, of weight 1.
-        ties: Pairs of nodes; direction, doubles and ties of a node to itself do not count.
-        weights: One for each of `ties`, above 0; none: all weigh 1. Of ties of the same two nodes
-            the heaviest counts.
-        num_nodes: How many nodes there are, if more than users and items.
+        events: Repeated events make one edge of weight 1.
+        ties: Pairs of nodes; direction, duplicates and edges of a node to itself are ignored.
+        weights: One for each of `ties`, above 0; none: all are 1. Of several edges between two
+            nodes, the heaviest counts.
+        num_nodes: Number of nodes, if there are more than users and items.
 
     Raises:
-        DataError: A tie names a node that does not exist, or a weight is not above 0.
+        DataError: An edge names a node that does not exist, or a weight is not above 0.
     """
     weights = weights or (1.0,) * len(ties)
     if len(weights) != len(ties) or not all(0 < weight < np.inf for weight in weights):
@@ -166,7 +166,7 @@ def make_graph(
 
 
 def adjacency(graph: Graph) -> "sparse.csr_array":
-    """Return the weights of all edges as a matrix of scipy's, with 32-bit indices."""
+    """Return the weights of all edges as a scipy matrix with 32-bit indices."""
     weight_E = graph.weight_E
     if weight_E is None:
         weight_E = np.ones(len(graph.neighbour_E), np.float32)
@@ -177,11 +177,11 @@ def adjacency(graph: Graph) -> "sparse.csr_array":
 
 
 def cache_order(graph: Graph) -> Int64[np.ndarray, " V"]:
-    """Return the nodes in an order in which those that share neighbours stand near each other.
+    """Return the nodes in an order that puts nodes with shared neighbours close together.
 
-    A loop over all neighbourhoods in this order finds many of the neighbours' rows still in
-    the processor's cache. Users stay before items before other nodes, whose neighbours are rows
-    of another table.
+    A loop over all neighbourhoods in this order finds many of the neighbours' rows in the
+    processor's cache. Users come first, then items, then other nodes, because their neighbours are
+    rows of different tables.
 
     References:
         Cuthill and McKee, "Reducing the bandwidth of sparse symmetric matrices", ACM 1969,
@@ -205,7 +205,7 @@ def _checked(links_2P: Int32[np.ndarray, "2 P"], size: int) -> Int64[np.ndarray,
 
 
 def _both_ways(pair_2P: Int64[np.ndarray, "2 P"], num_nodes: int) -> Int64[np.ndarray, " E"]:
-    """Return one number for each direction of each tie."""
+    """Return one number for each direction of each edge."""
     one, other = pair_2P
     return np.concatenate([one * num_nodes + other, other * num_nodes + one])
 
@@ -213,7 +213,7 @@ def _both_ways(pair_2P: Int64[np.ndarray, "2 P"], num_nodes: int) -> Int64[np.nd
 def _heaviest(
     key_E: Int64[np.ndarray, " E"], weight_E: Float32[np.ndarray, " E"]
 ) -> tuple[Int64[np.ndarray, " D"], Float32[np.ndarray, " D"]]:
-    """Return the distinct keys, rising, and the largest weight of each."""
+    """Return the distinct keys in ascending order, and the largest weight of each."""
     order_E = np.lexsort((-weight_E, key_E))
     key_E, weight_E = key_E[order_E], weight_E[order_E]
     first_E = np.ones(len(key_E), bool)

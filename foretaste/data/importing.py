@@ -1,8 +1,8 @@
-"""Files of events into an event store, a range of users at a time: memory does not grow with them.
+"""Import of files into an event store, one range of users at a time, in bounded memory.
 
-Text is first copied to Parquet, as it streams by. A first pass counts each user's events and cuts
-the users, in the order of their ids, into ranges; each range is then read from the files and
-arranged as any table is, and the ranges are put behind one another.
+Text is first streamed into Parquet. A first pass counts each user's events and cuts the users, in
+the order of their ids, into ranges; then each range is read from the files and sorted like any
+table, and the ranges are concatenated.
 """
 
 import re
@@ -31,7 +31,7 @@ from foretaste.errors import DataError
 
 T = TypeVar("T")
 IN_MEMORY_BYTES = 1 << 28
-"""Files that are smaller, all together, are read as one table."""
+"""Files with a smaller total size are read as one table."""
 _WRITTEN = 1 << 20
 _COUNTED = re.compile(r"(\d+) (.+)", re.DOTALL)
 _WHOLE = r"^(0|-?[1-9][0-9]*)$"
@@ -44,19 +44,19 @@ class ImportConfig(ReadTables):
     out: Path
     """The folder of the event store."""
     replace: bool = False
-    """A store that is there is replaced; a failure leaves it as it was."""
+    """An existing store is replaced; a failure leaves it unchanged."""
     block_events: PositiveInt = 1 << 22
-    """Events that are arranged in memory at a time, but for a user with more of them."""
+    """Number of events that are sorted in memory at a time; a single user may have more."""
 
 
 @settings_as_arguments(ImportConfig)
 def import_events(files: Path | Sequence[Path], read: ImportConfig) -> Interactions:
     """Read files of events into an event store, and open it.
 
-    What is read is what `read_interactions` reads. Files of CSV and Parquet of more than 256 MiB
-    are read in several passes, with a range of users in memory. In memory as a whole are gzipped
-    text, and everything where a side table, links, `where` or `positive` is given or where there
-    is no column of users.
+    The result is that of `read_interactions`. CSV and Parquet files of more than 256 MiB are read
+    in several passes, with one range of users in memory. Gzipped text is read into memory at once,
+    and so is every file if a side table, links, `where` or `positive` is given, or if there is no
+    column of users.
 
     Args:
         files: Text or Parquet files, read in order.
@@ -64,8 +64,8 @@ def import_events(files: Path | Sequence[Path], read: ImportConfig) -> Interacti
 
     Raises:
         BundleError: `out` exists and `replace` is false, or the disk is full or refuses.
-        DataError: A file is missing, cut short, of another schema than the first or changed
-            meanwhile, or what `read_interactions` refuses.
+        DataError: A file is missing, truncated, has another schema than the first, or changed
+            during the import; or `read_interactions` would raise an error.
     """
     check_place(read.out, "event store", replace=read.replace)
     files = [files] if isinstance(files, Path) else list(files)
@@ -104,7 +104,7 @@ def _goes_in_blocks(read: ReadTables) -> bool:
 
 
 def _stamps(files: Sequence[Path]) -> dict[Path, tuple[int, int]]:
-    """Return what tells whether a file was changed; errors of missing ones are the reader's."""
+    """Return size and time of each file, to detect changes; the reader reports missing files."""
     found = {path: path.stat() for path in files if path.exists()}
     return {path: (stat.st_size, stat.st_mtime_ns) for path, stat in found.items()}
 
@@ -155,7 +155,7 @@ def _scanned(source: Source, columns: list[str]) -> pl.LazyFrame:
 
 
 def _run(name: str, work: Callable[[], T], explain: Callable[[], str] | None = None) -> T:
-    """Call into Polars, whose errors become ours."""
+    """Call Polars and convert its errors to ours."""
     try:
         return work()
     except BROKEN as error:
@@ -185,10 +185,10 @@ def _check_alike(first: Path, expected: pl.LazyFrame, path: Path, lazy: pl.LazyF
 
 
 def _typed(lazy: pl.LazyFrame, ids: list[str], missing: Sequence[str]) -> pl.LazyFrame:
-    """Give columns of text the types that reading them as a whole finds."""
+    """Give text columns the types that the complete files determine."""
     markers = list({padded for text in missing for padded in (text, " " + text, text + " ")})
     lazy = lazy.select(
-        pl.when(~pl.all().is_in(markers)).then(pl.all()).name.keep()  # a missing one is null
+        pl.when(~pl.all().is_in(markers)).then(pl.all()).name.keep()  # a missing id is null
     )
     tests: dict[str, pl.Expr] = {}
     names = lazy.collect_schema().names()
@@ -217,7 +217,7 @@ def _typed(lazy: pl.LazyFrame, ids: list[str], missing: Sequence[str]) -> pl.Laz
 
 
 def _ranges(lazy: pl.LazyFrame, user: str, block_events: int) -> Iterator[pl.DataFrame]:
-    """Give the rows of ranges of users, in the order of the files, about equally many."""
+    """Yield the rows of ranges of users of similar size, in the order of the files."""
     counted = lazy.group_by(user).agg(pl.len().alias("events")).sort(user, nulls_last=False)
     count = _collected(counted)
     kinds = (pl.String, pl.Int64, pl.Int32, pl.Int16, pl.Int8)
@@ -252,7 +252,7 @@ def _arranged(some: pl.DataFrame, read: ReadConfig) -> Interactions:
 
 
 def _joined(parts: list[Interactions], notes: list[str], spool: Path) -> Interactions:
-    """Put ranges of users behind one another, under one vocabulary of items."""
+    """Concatenate ranges of users, under one vocabulary of items."""
     users, row_U = number_ids(pl.concat([part.users.ids for part in parts]))
     if not np.array_equal(row_U, np.arange(len(users))):
         raise DataError(
@@ -292,7 +292,7 @@ def _blocks(array: Shaped[np.ndarray, " E"]) -> Iterator[Shaped[np.ndarray, " e"
 
 
 def _one(path: Path, arrays: list[np.ndarray]) -> Shaped[np.ndarray, " E"]:
-    """Write arrays behind one another into a file, and map it."""
+    """Concatenate arrays in a file, and map it."""
     kind = np.result_type(*arrays)
     return _mapped(path, (block for array in arrays for block in _blocks(array)), kind)
 
@@ -307,7 +307,7 @@ def _mapped(
 
 
 def _added(parts: list[Interactions]) -> list[str]:
-    """Return the notes of all ranges, counts of the same thing added up."""
+    """Return the notes of all ranges, with equal notes merged and their counts added."""
     total: dict[str, int | None] = {}
     for note in (note for part in parts for note in part.notes):
         counted = _COUNTED.fullmatch(note)

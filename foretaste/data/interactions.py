@@ -23,7 +23,7 @@ from foretaste.shown import Shown
 
 _BLOCK = 1 << 24
 _EACH_USER = 1 << 24
-"""Events up to which each one's user is kept in memory once it is asked for."""
+"""Up to this many events, the user of each is kept in memory after its first use."""
 
 
 @checked_class
@@ -40,7 +40,7 @@ class Interactions(Shown):
     users: Vocabulary
     items: Vocabulary
     offsets: Int64[np.ndarray, " U1"]
-    """U + 1 positions, from 0 to E, never falling."""
+    """U + 1 positions, from 0 to E, non-decreasing."""
     item_idx: Int32[np.ndarray, " E"]
     """In [0, I)."""
     timestamp_s: Int64[np.ndarray, " E"] | None = None
@@ -56,14 +56,15 @@ class Interactions(Shown):
     item_table: pl.DataFrame | None = None
     """One row per item_idx; the caller's other columns about items (a `title`, say)."""
     user_links: Int32[np.ndarray, "2 P"] | None = None
-    """Pairs of user_idx: the first trusts the second. They belong to no event: parts keep all."""
+    """Pairs of user_idx: the first trusts the second. They belong to no event, so every part keeps
+    all of them."""
     item_links: Int32[np.ndarray, "2 Q"] | None = None
-    """Pairs of item_idx that go together, likewise."""
+    """Pairs of item_idx that belong together; every part keeps all of them."""
     positive: str = ""
-    """The column whose values above 0 make an event positive: what models recommend from, what is
-    to be found, what histories hold. "": every event is positive."""
+    """The column whose values above 0 mark positive events. Models recommend from these, and
+    histories and the targets of tests hold only these. "": every event is positive."""
     notes: tuple[str, ...] = ()
-    """What reading dropped, merged or assumed, with counts."""
+    """Notes with counts on what reading dropped, merged or assumed."""
 
     def __post_init__(self) -> None:
         self._check_lengths()
@@ -77,7 +78,7 @@ class Interactions(Shown):
         object.__setattr__(self, "notes", tuple(told))
 
     def _check_lengths(self) -> None:
-        """Refuse parts that are not of one table.
+        """Raise an error if parts do not belong to one table.
 
         Raises:
             DataError: They differ in length.
@@ -127,7 +128,7 @@ class Interactions(Shown):
 
     @cached_property
     def item_count(self) -> Int64[np.ndarray, " I"]:
-        """How many events each item has here."""
+        """Number of events of each item here."""
         count_I = np.zeros(self.num_items, dtype=np.int64)
         for first in range(0, len(self), _BLOCK):
             count_I += np.bincount(self.item_idx[first : first + _BLOCK], minlength=self.num_items)
@@ -137,10 +138,10 @@ class Interactions(Shown):
     def select(self, keep: Bool[np.ndarray, " E"]) -> "Interactions":
         """Return the events where `keep` is true, under the same vocabularies and tables.
 
-        Columns that are maps of files stay maps, of temporary files: memory does not grow.
+        Memory-mapped columns become maps of temporary files, so memory does not grow.
 
         Raises:
-            DataError: It does not say so of each event, or the temporary files find no room.
+            DataError: `keep` has another length, or the disk has no room for the temporary files.
         """
         if len(keep) != len(self):
             raise DataError(
@@ -170,7 +171,7 @@ class Interactions(Shown):
         """Return one user's items, oldest first.
 
         Raises:
-            DataError: There is no such row; `users.find(user_id)` gives that of an id.
+            DataError: The row does not exist; `users.find(user_id)` returns the row of an id.
         """
         check_rows(np.array([user_idx]), self.num_users, name="user_idx")
         return self.item_idx[self.offsets[user_idx] : self.offsets[user_idx + 1]]
@@ -179,8 +180,8 @@ class Interactions(Shown):
     def fingerprint(self) -> str:
         """Return a SHA-256 of ids, order, times, columns, context and links.
 
-        Equal events have equal ones: the file that they came from, the tables about users and
-        items, and the notes do not count.
+        Equal events have equal fingerprints: the source file, the tables of users and items, and
+        the notes do not count.
         """
         digest = hashlib.sha256()
         for part in (*_id_parts(self.users), *_id_parts(self.items)):
@@ -221,7 +222,7 @@ def _context_parts(context: pl.DataFrame) -> Iterator[bytes]:
 
 
 def _parts(column: pl.Series) -> Iterator[bytes]:
-    """Yield what a column of any type holds, the same however Polars keeps it in memory."""
+    """Yield the content of a column of any type, independent of its layout in memory."""
     yield column.is_null().to_numpy().tobytes()
     if isinstance(column.dtype, pl.Array):
         column = column.arr.to_list()
@@ -245,12 +246,12 @@ _PARTS = min(8, os.cpu_count() or 1)
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Sorting:
-    """Where every event goes: sorted position p holds the event that stood at `order_E[p]`."""
+    """The new position of every event: sorted position p holds the event at `order_E[p]`."""
 
     offsets_U1: Int64[np.ndarray, " U1"]
     order_E: Integer[np.ndarray, " E"]
     time_E: Int64[np.ndarray, " E"] | None
-    """Already sorted; None where there are no times."""
+    """Already sorted; None if there are no times."""
 
     def apply(self, value_E: Shaped[np.ndarray, " N"]) -> Shaped[np.ndarray, " E"]:
         """Return a column of the file's events in sorted order."""
@@ -271,7 +272,7 @@ class Sorting:
 
 
 def compile_loops() -> None:
-    """Have the loops that reading needs compiled, or loaded from numba's cache.
+    """Compile the loops that reading needs, or load them from numba's cache.
 
     This runs beside the reading of a large table, which releases the interpreter.
     """
@@ -283,7 +284,7 @@ def compile_loops() -> None:
 
 
 def frozen(array: Shaped[np.ndarray, " N"]) -> Shaped[np.ndarray, " N"]:
-    """Return a read-only view, as Polars gives most columns: one compilation serves all."""
+    """Return a read-only view, like most columns of Polars, so that one compilation serves all."""
     view = array.view()
     view.flags.writeable = False
     return view
@@ -294,7 +295,7 @@ def group_events(user_E: Int32[np.ndarray, " E"], *, num_users: int) -> Sorting:
 
     Args:
         user_E: In `[0, num_users)`.
-        num_users: How many users there are, those without an event included.
+        num_users: Number of users, including those without an event.
     """
     offsets_U1 = np.zeros(num_users + 1, np.int64)
     order_E = np.empty(len(user_E), np.int32 if len(user_E) < 2**31 else np.int64)
@@ -303,11 +304,11 @@ def group_events(user_E: Int32[np.ndarray, " E"], *, num_users: int) -> Sorting:
 
 
 def sort_by_time(grouped: Sorting, time_E: Int64[np.ndarray, " E"]) -> Sorting:
-    """Put each user's events in order of time, oldest first, ties as they stand.
+    """Sort each user's events by time, oldest first; ties keep their order.
 
     Args:
         grouped: From `group_events`; its `order_E` is changed in place.
-        time_E: Of the events in the order of the file, in any unit, in `[0, 2**55)`.
+        time_E: Times in the order of the file, in any unit, in `[0, 2**55)`.
     """
     offsets_U1, order_E = grouped.offsets_U1, grouped.order_E
     sorted_E, unsorted_U = np.empty_like(time_E), np.zeros(len(offsets_U1) - 1, np.bool_)
@@ -330,14 +331,14 @@ def find_repeats(
     """Count the events that repeat another's user, item and time (user and item without times).
 
     Args:
-        sorting: Of the events.
+        sorting: The sorting of the events.
         item_E: Sorted like it, in `[0, num_items)`.
         num_items: How many items there are.
         keep: "first" or "last" marks all but the first or last of equal events.
 
     Returns:
-        How many there are beyond the first of each, and, unless `keep` is "keep", a mask that is
-        true for them.
+        The number of repeats beyond the first of each, and, unless `keep` is "keep", a mask of the
+        repeats.
     """
     offsets_U1, time_E = sorting.offsets_U1, sorting.time_E
     time_E = np.empty(0, np.int64) if time_E is None else time_E
@@ -356,7 +357,7 @@ def find_repeats(
 
 
 def _user_bounds(offsets_U1: Int64[np.ndarray, " U1"]) -> Int64[np.ndarray, " parts1"]:
-    """Cut the users into ranges of about as many events each, one for each thread."""
+    """Cut the users into one range per thread with about equal numbers of events."""
     targets = np.linspace(0, offsets_U1[-1], _PARTS + 1).astype(np.int64)
     bounds = np.searchsorted(offsets_U1, targets, side="left")
     bounds[0], bounds[-1] = 0, len(offsets_U1) - 1
@@ -373,7 +374,7 @@ def no_column(events: Interactions, column: str, wanted: str) -> ConfigError:
     """Return the error for a column of numbers that events do not have.
 
     Args:
-        events: Which have others, perhaps.
+        events: The events, which may have other columns.
         column: Its name.
         wanted: What needs it, as the beginning of the sentence.
     """
@@ -403,7 +404,7 @@ def no_column(events: Interactions, column: str, wanted: str) -> ConfigError:
 
 
 def positives_of(events: Interactions, positive: str = "") -> Interactions:
-    """Return the positive events: those with a value above 0 in a column.
+    """Return the positive events, which have a value above 0 in a column.
 
     Args:
         events: Any.
@@ -418,7 +419,7 @@ def positives_of(events: Interactions, positive: str = "") -> Interactions:
 
 
 def is_positive(events: Interactions, positive: str) -> Bool[np.ndarray, " E"]:
-    """Return which events have a value above 0 in a column; "": `Interactions.positive`."""
+    """Return a mask of the events with a value above 0 in a column; "": `Interactions.positive`."""
     if not positive:
         return events.positive_E
     if positive not in events.columns:

@@ -1,14 +1,14 @@
 """Compiled loops: numbering ids, sorting events, finding repeats, walks, a batch's nodes, codes.
 
-Compiled by numba and cached. Those that take `low` and `high` work on these rows alone (users, or
-nodes asked for) and release the interpreter, so that threads share the work. They carry
-`no_type_check` because numba must see the plain function.
+Numba compiles and caches them. Functions with `low` and `high` work only on these rows (users or
+nodes) and release the interpreter, so that threads share the work. They have `no_type_check`
+because numba must see the plain function.
 
-Shape legend: E events or directed edges, U users, N values of one chunk or nodes asked for,
+Shape legend: E events or directed edges, U users, N values of one chunk or requested nodes,
 V nodes, T neighbours, S slots of a table. Scoring by codes, where a row's score is a sum of one
 number for each of its codes: R rows, M codes of a row, C numbers that a code chooses among, N all
-codes or numbers in one row, B queries, K list length, X left out, F found. Places are unsigned
-there where they can be: numba then looks for none below 0.
+codes or numbers in one row, B queries, K list length, X left out, F found. Positions are unsigned
+if possible, because numba then skips the check for negative ones.
 """
 
 from typing import no_type_check
@@ -54,11 +54,12 @@ def group_by_user(user_E, offsets_U1, order_E):
 @numba.njit(cache=True, nogil=True)
 @no_type_check
 def sort_by_time(offsets_U1, low, high, time_E, order_E, sorted_E, unsorted_U):
-    """Sort each user's part of `order_E` by `time_E`, ties as they stand, and write the times so.
+    """Sort each user's part of `order_E` by `time_E`, a stable sort, and write the times.
 
-    A part already in order costs one look. Another of up to `SHORT` events is sorted by insertion,
-    each time and its place in the part packed into one integer, so that no two are equal. A longer
-    one is left as it stands and marked in `unsorted_U`: insertion takes quadratic time.
+    A part that is already sorted costs one pass. A part of up to `SHORT` events is sorted by
+    insertion, with each time and its position packed into one integer, so that no two are equal. A
+    longer part is not changed and is marked in `unsorted_U`, because insertion takes quadratic
+    time.
 
     Times are in [0, 2**55).
     """
@@ -105,10 +106,11 @@ def gather(value_E, order_E, low, high, out_E):
 def count_repeats(offsets_U1, low, high, item_E, time_E, seen_I, repeat_E):
     """Count events whose user, item and time an earlier event has too, and mark them.
 
-    An empty `time_E` means no times: then user and item decide. An empty `repeat_E`: only count.
+    An empty `time_E` means no times: only user and item are compared. With an empty `repeat_E`,
+    repeats are only counted.
 
-    Events of one user and time stand together; each such run has a number, and `seen_I` (-1 at
-    first) remembers for each item the number of the run that it was last seen in.
+    Events of one user and time are adjacent; each such run has a number, and `seen_I` (initially
+    -1) keeps for each item the number of the run in which it was last seen.
     """
     found = 0
     run = 0
@@ -127,7 +129,7 @@ def count_repeats(offsets_U1, low, high, item_E, time_E, seen_I, repeat_E):
 @numba.njit(cache=True, nogil=True)
 @no_type_check
 def _count_equal(item, time, start, end, wanted, moment):
-    """Count events of one user that are of an item, and of a time where there are times."""
+    """Count one user's events of an item, at a given time if there are times."""
     found = 0
     if time.shape[0] > 0:
         place = start + np.searchsorted(time[start:end], moment)
@@ -143,9 +145,9 @@ def _count_equal(item, time, start, end, wanted, moment):
 @numba.njit(cache=True, nogil=True)
 @no_type_check
 def mark_trained_on(own, past, time_N, seen_N):
-    """Mark events that training holds more often than the events before them do.
+    """Mark events that training holds more often than the preceding events do.
 
-    Users' events are sorted by time, so that a time is found by halving.
+    Each user's events are sorted by time, so that a time is found by binary search.
     """
     own_item, own_time, own_start, own_end, own_wanted = own
     item, time, start, end, wanted = past
@@ -190,7 +192,7 @@ def most_visited(
 ):
     """Fill rows `low … high - 1`.
 
-    Visits are counted in a hash table of twice as many slots, which stays in the core's cache.
+    Visits are counted in a hash table with twice as many slots, which fits in the core's cache.
     """
     slots = 2
     while slots < 2 * walks * hops:
@@ -221,7 +223,7 @@ def most_visited(
 @numba.njit(cache=True, nogil=True)
 @no_type_check
 def _hop_all(here_W, start, stream, threshold, offsets_V1, neighbour_E, total_E):
-    """Move each walk by one hop; return where the stream of random numbers is then."""
+    """Move each walk by one hop; return the new state of the random numbers."""
     half, low_bits = np.uint64(32), np.uint64(0xFFFFFFFF)
     for walk in range(here_W.shape[0]):
         stream += _GOLDEN
@@ -240,7 +242,7 @@ def _hop_all(here_W, start, stream, threshold, offsets_V1, neighbour_E, total_E)
 @numba.njit(cache=True, nogil=True)
 @no_type_check
 def _count(here_W, start, first, last, key_S, count_S, used, num_used):
-    """Count where the walks are; return how many slots of the table are in use."""
+    """Count the positions of the walks; return the number of used slots of the table."""
     slots, shift = key_S.shape[0], np.uint64(64)
     while slots > 1:
         slots, shift = slots >> 1, shift - np.uint64(1)
@@ -262,7 +264,7 @@ def _count(here_W, start, first, last, key_S, count_S, used, num_used):
 @numba.njit(cache=True, nogil=True)
 @no_type_check
 def _keep_best(key_S, count_S, used, best_T, times_T):
-    """Sort the most visited into place and empty the table; return how many there are."""
+    """Write the most visited nodes in order and empty the table; return their number."""
     top, found = best_T.shape[0], 0
     for slot in used:
         node, times = key_S[slot], count_S[slot]
@@ -281,7 +283,7 @@ def _keep_best(key_S, count_S, used, best_T, times_T):
 @numba.njit(cache=True, nogil=True, inline="always")
 @no_type_check
 def _before(times, node, other_times, other_node):
-    """Return whether a node comes first: visited more often, or as often with a lower number."""
+    """Return whether a node comes first: more visits, or equal visits and a lower number."""
     return times > other_times or (times == other_times and node < other_node)
 
 
@@ -315,7 +317,7 @@ def uniform(node_N, low, high, offsets_V1, neighbour_E, seed, first, last, out_N
 @numba.njit(cache=True, nogil=True)
 @no_type_check
 def nodes_below(node_R, neighbour_VT):
-    """Return where each row's edges begin, the distinct nodes below, and each node's row there."""
+    """Return the start of each row's edges, the distinct nodes below, and each node's row there."""
     row_of_V = np.full(neighbour_VT.shape[0], -1, np.int32)
     offsets_R1 = np.zeros(node_R.shape[0] + 1, np.int32)
     for row in range(node_R.shape[0]):
@@ -349,7 +351,7 @@ def edges_below(node_R, offsets_R1, row_of_V, neighbour_VT, weight_VT):
 @numba.njit(cache=True, nogil=True)
 @no_type_check
 def turned(offsets_R1, source_E, weight_E, num_below):
-    """Return the edges by their row below: a counting sort."""
+    """Return the edges sorted by their row below, with a counting sort."""
     back_S1 = np.zeros(num_below + 1, np.int32)
     for source in source_E:
         back_S1[source + 1] += 1
@@ -368,7 +370,7 @@ def turned(offsets_R1, source_E, weight_E, num_below):
 
 CODES = 256
 BLOCK = 1024
-"""Rows scored at a time: their scores stay in the first cache."""
+"""Number of rows scored at a time; their scores fit in the first-level cache."""
 _U = np.uint64
 
 
@@ -421,7 +423,7 @@ def code_sums(code_RM, part_BMC, sum_BR):
 def best_by_codes(code_RM, part_BMC, left_out_R, left_out_BX, score_BK, row_BK):
     """Write the best K rows for each query, ties to the lower row, in the order of the rows.
 
-    Where fewer are left, the rest stays as it is. `left_out_R` is changed and changed back.
+    If fewer are left, the rest is not changed. `left_out_R` is changed and restored.
     """
     for query in range(part_BMC.shape[0]):
         before_X = _leave_out(left_out_R, left_out_BX[query])
@@ -434,7 +436,7 @@ def best_by_codes(code_RM, part_BMC, left_out_R, left_out_BX, score_BK, row_BK):
 @numba.njit(cache=True, nogil=True)
 @no_type_check
 def _leave_out(left_out_R, row_X):
-    """Mark rows, -1 is none; return which had been marked."""
+    """Mark rows (-1 is skipped); return the rows that were marked before."""
     before_X = np.ones(row_X.shape[0], np.bool_)
     for x in range(row_X.shape[0]):
         if row_X[x] >= 0:
@@ -446,7 +448,7 @@ def _leave_out(left_out_R, row_X):
 @numba.njit(cache=True, nogil=True)
 @no_type_check
 def _best(code_RM, part_MC, left_out_R, score_K, row_K):
-    """Write the best K rows: those above the K-th best so far are gathered, and thinned out."""
+    """Write the best K rows: gather rows above the K-th best so far, and prune them."""
     num_rows, k = code_RM.shape[0], score_K.shape[0]
     full = max(2 * k, 256)
     found_F, row_F = np.empty(full + BLOCK, np.float32), np.empty(full + BLOCK, np.int64)
@@ -473,7 +475,7 @@ def _best(code_RM, part_MC, left_out_R, score_K, row_K):
 @numba.njit(cache=True, nogil=True)
 @no_type_check
 def _keep_best_codes(found_F, row_F, num, k):
-    """Bring the best k of `num` to the front, rows still rising; return the lowest of them."""
+    """Move the best k of `num` to the front, rows in ascending order; return the lowest score."""
     lowest = np.partition(found_F[:num], num - k)[num - k]
     equal = k
     for place in range(num):

@@ -1,11 +1,11 @@
-"""Several sets of events as one, under one vocabulary; and the rows of one set in another's.
+"""Merging sets of events under one vocabulary, and translating rows between vocabularies.
 
-Rows number what one reading found: one user more or less shifts all that follow. So what is asked
-of a model in rows of other events is translated before the model reads it.
+Row numbers depend on the events that were read: one more user shifts all later rows. So a request
+with rows of other events is translated before the model reads it.
 
-Shape legend: E events of all sets, S sets. Of a translation: U users and I items of the other
-events; X items of these, then those that only the model knows; M items of the model; B queries,
-C items of each.
+Shape legend: E events of all sets, S sets. In a translation: U users and I items of the other
+events; X items of these and then those that only the model has; M items of the model; B queries, C
+items per query.
 """
 
 from collections.abc import Sequence
@@ -26,20 +26,19 @@ from foretaste.errors import DataError
 def concatenate(
     sets: Sequence[Interactions], names: Sequence[str] | None = None
 ) -> tuple[Interactions, UInt8[np.ndarray, " E"]]:
-    """Put sets of events together, each user's oldest first.
+    """Merge sets of events, each user's oldest first.
 
-    Ids keep the rows they have in the first set; those that only later sets know follow. Where
-    times tie, or one set has none, events of earlier sets stand first. A column, of numbers or of
-    the context, that not all sets have is left out and named in the notes. What side tables say of
-    an id is taken from the first set that says it, value by value; where a later set says another
-    thing, the notes count it.
+    Ids keep their rows of the first set; ids of later sets follow. If times tie or are missing,
+    events of earlier sets come first. A column that not all sets have is left out and named in the
+    notes. Each value of a side table comes from the first set that has it; the notes count
+    different values in later sets.
 
     Args:
-        sets: One at least, 255 at most.
-        names: What notes call each set; None numbers them.
+        sets: 1 to 255 sets.
+        names: Names of the sets in notes; None numbers them.
 
     Returns:
-        The events, and for each the number of the set that it came from.
+        The events, and the number of each event's set.
 
     Raises:
         DataError: There is no set, or a column holds lists in one set and single values in another.
@@ -80,7 +79,7 @@ def concatenate(
 
 
 def _positive(sets: Sequence[Interactions]) -> str:
-    """Return the column that says which events are positive: the same in all sets."""
+    """Return the column that marks positive events, which is the same in all sets."""
     said = {s.positive for s in sets}
     if len(said) > 1:
         raise DataError(
@@ -93,12 +92,12 @@ def _positive(sets: Sequence[Interactions]) -> str:
 
 @dataclass(frozen=True, eq=False)
 class _Side:
-    """One side, users or items, of all sets."""
+    """The users or the items of all sets."""
 
     vocabulary: Vocabulary
     table: pl.DataFrame | None
     row_of: list[Int32[np.ndarray, " _"]]
-    """For each set: the new row of each of its rows."""
+    """For each set, the new row of each of its rows."""
 
 
 def _merge(
@@ -123,7 +122,7 @@ def _merge(
 
 
 def _of_one_kind(ids: list[pl.Series], role: str, notes: list[str]) -> list[pl.Series]:
-    """Return the ids of all sets as integers where all are, as text otherwise."""
+    """Return the ids of all sets as integers if all of them are, as text otherwise."""
     if len({part.dtype for part in ids}) == 1:
         return ids
     notes.append(
@@ -133,7 +132,7 @@ def _of_one_kind(ids: list[pl.Series], role: str, notes: list[str]) -> list[pl.S
 
 
 def _spread(table: pl.DataFrame, rows: Int32[np.ndarray, " _"], num_rows: int) -> pl.DataFrame:
-    """Put rows where they belong among more; the others are missing."""
+    """Move rows to their places in a larger table; the other rows are missing."""
     place = np.full(num_rows, -1, np.int64)
     place[rows] = np.arange(len(rows))
     wanted = pl.Series(place)
@@ -156,7 +155,7 @@ def _filled(name: str, parts: list[pl.Series], role: str, notes: list[str]) -> p
 
 
 def _of_one_type(parts: list[pl.Series], where: str, notes: list[str]) -> list[pl.Series]:
-    """Return a column of all parts in one type: as text where their types have nothing in common.
+    """Return a column of all parts in one type, as text if their types differ.
 
     Raises:
         DataError: It holds lists in one part and single values in another.
@@ -210,7 +209,7 @@ def _times(sets: Sequence[Interactions]) -> tuple[Int64[np.ndarray, " E"], bool]
 def _columns(
     sets: Sequence[Interactions], order_E: Int64[np.ndarray, " E"], notes: list[str]
 ) -> dict[str, Shaped[np.ndarray, " E"]]:
-    """Return the columns of numbers that all sets have; say which they do not."""
+    """Return the columns of numbers that all sets have, with notes on the others."""
     shared = set.intersection(*(set(s.columns) for s in sets))
     left_out = sorted(set.union(*(set(s.columns) for s in sets)) - shared)
     notes += [f"column {name!r} is not in all parts and is left out" for name in left_out]
@@ -224,7 +223,7 @@ def _columns(
 
 
 def _narrow(column_E: Shaped[np.ndarray, " E"]) -> Shaped[np.ndarray, " E"]:
-    """Return what integers and 32-bit floats make together as 32-bit floats, as reading does."""
+    """Return a mixture of integers and 32-bit floats as 32-bit floats, as reading does."""
     return column_E.astype(np.float32) if column_E.dtype == np.float64 else column_E
 
 

@@ -33,7 +33,7 @@ from foretaste.data.rows import Rows
 from foretaste.errors import ConfigError
 
 FindHard = Callable[[Tensor, Tensor, int, torch.Generator], Tensor]
-"""From user_idx (B,), their observed item_idx (B,), the batch's number in the epoch and a source of
+"""Maps user_idx (B,), their observed item_idx (B,), the batch's number in the epoch and a source of
 randomness to hard negatives (B, H)."""
 
 
@@ -41,12 +41,12 @@ Batch = TypeVar("Batch", covariant=True)
 
 
 class Plan(ABC, Generic[Batch]):
-    """An epoch's batches, made one by one when asked for."""
+    """An epoch's batches, made one by one on demand."""
 
     @property
     @abstractmethod
     def num_events(self) -> int:
-        """What is learned from in the epoch, of all processes together."""
+        """Number of training events in the epoch, over all processes."""
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -57,28 +57,28 @@ class Plan(ABC, Generic[Batch]):
 
 
 WHOLE_ORDER = 1 << 24
-"""Events up to which the order of an epoch is one permutation, which takes 8 bytes an event."""
+"""Up to this many events, the order of an epoch is one permutation, of 8 bytes per event."""
 _RUN, _SHUFFLED = 1 << 10, 1 << 20
-"""Of more events: how many lie together in the files, and among how many they are shuffled."""
+"""For more events: the length of a run in the files, and the number of events shuffled together."""
 
 
 @final
 class BlockOrder:
-    """The order of an epoch of very many events: runs of neighbours, then events of many runs.
+    """The order of an epoch with very many events: shuffled runs of adjacent events.
 
-    Runs of 1,024 events, which lie together in a memory map, are put in random order, and the
-    events of 1,024 runs are shuffled among each other. Any part of the order is found without the
-    others, so a resumed run reads on where it was, and memory does not grow with the events.
+    Runs of 1,024 events, adjacent in a memory map, are put in random order, and the events of 1,024
+    runs are shuffled together. Any part of the order can be computed without the others, so a
+    resumed run continues at its position, and memory does not grow with the events.
     """
 
     def __init__(self, num: int, seed: int, *, run: int = _RUN, shuffled: int = _SHUFFLED) -> None:
         """Draw the order of the runs.
 
         Args:
-            num: How many events.
-            seed: Decides all of it.
-            run: Events of a run.
-            shuffled: Events that are shuffled among each other, a multiple of `run`.
+            num: Number of events.
+            seed: Decides the order.
+            run: Number of events in a run.
+            shuffled: Number of events that are shuffled together, a multiple of `run`.
         """
         self.num, self.seed, self.run, self.runs = num, seed, run, shuffled // run
         whole = num // run
@@ -97,7 +97,7 @@ class BlockOrder:
         return np.concatenate(found)
 
     def _shuffled(self, number: int) -> Int64[np.ndarray, " S"]:
-        """Return the events of one part, shuffled; the last part has those behind the last run."""
+        """Return the shuffled events of one part; the last has those after the last run too."""
         first = self.run_R[number * self.runs : (number + 1) * self.runs] * self.run
         event_S = (first[:, None] + np.arange(self.run)).ravel()
         if (number + 1) * self.runs * self.run >= self.num:
@@ -114,7 +114,7 @@ def _order(num: int, generator: np.random.Generator) -> Int64[np.ndarray, " E"] 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ShuffledPlan(Plan[Batch]):
-    """Batches of events in random order, with histories; (seed, epoch) alone decides them."""
+    """Batches of events in random order, with histories; they depend only on (seed, epoch)."""
 
     order_E: Int64[np.ndarray, " E"] | BlockOrder
     """Positions of the events or rows, in the order of the epoch."""
@@ -122,7 +122,7 @@ class ShuffledPlan(Plan[Batch]):
     reads: Reads
     max_len: int
     seed: int
-    """Decides which other events are read, and which items or hard negatives are drawn."""
+    """Decides the draws of other events, items and hard negatives."""
     share: Share = WHOLE
 
     def __len__(self) -> int:
@@ -130,7 +130,7 @@ class ShuffledPlan(Plan[Batch]):
 
     @property
     def num_events(self) -> int:
-        """Pairs or rows in the epoch, of all processes together."""
+        """Number of pairs or rows in the epoch, over all processes."""
         return len(self.order_E)
 
 
@@ -184,13 +184,13 @@ def plan_pairs(
     """Put all events into batches, in random order.
 
     Args:
-        events: Each is a pair, repeated ones too.
-        batch_events: Pairs of a batch; the last one of an epoch may be smaller.
+        events: Each event is a pair, even a repeated one.
+        batch_events: Number of pairs in a batch; the last batch of an epoch may be smaller.
         generator: Decides the order.
-        reads: What of each user's history is read along.
-        max_len: How many events of it at most.
-        find_hard: Finds hard negatives of a batch beforehand, of all its pairs.
-        share: What of each batch this process reads.
+        reads: Which events of each user's history are read.
+        max_len: Maximum number of these events.
+        find_hard: Finds hard negatives for all pairs of a batch.
+        share: The part of each batch that this process reads.
     """
     return PairPlan(
         events=events,
@@ -210,7 +210,7 @@ Windows = Literal["last", "all"]
 @final
 @dataclass(frozen=True, eq=False, kw_only=True)
 class SequencePlan(Plan[SequenceBatch]):
-    """One epoch's batches, decided by (seed, epoch) alone and made one by one when asked for."""
+    """One epoch's batches, which depend only on (seed, epoch) and are made one by one on demand."""
 
     events: Interactions
     start_W: Int64[np.ndarray, " W"]
@@ -225,7 +225,7 @@ class SequencePlan(Plan[SequenceBatch]):
 
     @cached_property
     def num_events(self) -> int:
-        """Targets in the epoch, of all processes together."""
+        """Number of targets in the epoch, over all processes."""
         return int(self.length_W.sum())
 
     def batch(self, index: int) -> SequenceBatch:
@@ -255,17 +255,17 @@ def plan_sequences(
     generator: np.random.Generator,
     share: Share = WHOLE,
 ) -> SequencePlan:
-    """Cut histories into windows and put windows of like length into batches, in random order.
+    """Cut histories into windows and put windows of similar length into batches, in random order.
 
     Args:
         events: Users without an event give no window.
         max_len: The longest window.
-        batch_events: About how many events a batch holds, padding included; a batch holds one
-            window at least.
+        batch_events: Approximate number of events in a batch, including padding; a batch has at
+            least one window.
         windows: "last": each user's last `max_len` events, as in the SASRec paper. "all": every
-            event once, long histories cut at a random place into pieces of `max_len`.
-        generator: Decides cuts and order.
-        share: What of each batch this process reads.
+            event once; long histories are cut at a random position into pieces of `max_len`.
+        generator: Decides the cuts and the order.
+        share: The part of each batch that this process reads.
     """
     user = np.flatnonzero(np.diff(events.offsets))
     start_W, end_W = events.offsets[user], events.offsets[user + 1]
@@ -296,7 +296,7 @@ def _cut(
     max_len: int,
     generator: np.random.Generator,
 ) -> tuple[Int64[np.ndarray, " W"], Int64[np.ndarray, " W"]]:
-    """Cut each user's range at `start + r, start + r + max_len, …` with r random for long ones."""
+    """Cut each user's range at `start + r, start + r + max_len, …`; r is random for long ones."""
     length_U = end_U - start_U
     first_U = np.where(
         length_U > max_len, generator.integers(1, max_len + 1, len(start_U)), length_U
@@ -310,7 +310,7 @@ def _cut(
 
 
 def _fill(length_W: Int64[np.ndarray, " W"], batch_events: int) -> Int64[np.ndarray, " batches1"]:
-    """Cut windows, sorted by length, where the padded batch would outgrow `batch_events`."""
+    """Divide windows, sorted by length, so that no padded batch exceeds `batch_events`."""
     offsets = [0]
     while offsets[-1] < len(length_W):
         first = offsets[-1]
@@ -322,28 +322,29 @@ def _fill(length_W: Int64[np.ndarray, " W"], batch_events: int) -> Int64[np.ndar
 
 
 class DrawnOffer(NamedTuple):
-    """Some of what was offered for a batch's rows."""
+    """Candidates drawn for a batch's rows."""
 
     item_BN: Int64[Tensor, "B N"]
-    """item_idx; the row's own where too few were offered: it is hidden, and gets no label."""
+    """item_idx; the row's own item if there are too few candidates, which is masked and gets no
+    label."""
     first_BC: Float32[Tensor, "B C"]
-    """The retriever's score of the row's own item, then of those drawn; C is N + 1."""
+    """The retriever's scores of the row's own item and of the drawn items; C is N + 1."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Offered:
-    """Items to compare with each training row's own, by a retriever that never saw the row."""
+    """Candidates for each training row, from a retriever that was not trained on the row."""
 
     item_ET: Int32[Tensor, "E T"]
-    """item_idx, -1 where there is none; never the row's own."""
+    """item_idx, -1 for none; never the row's own item."""
     first_ET: Float32[Tensor, "E T"]
-    """The retriever's scores of them, as they are added to the ranker's logit."""
+    """The retriever's scores of the candidates, which are added to the ranker's logit."""
     own_E: Float32[Tensor, " E"]
-    """Its score of the row's own item, NaN where that was not a candidate."""
+    """The retriever's score of the row's own item, NaN if that was not a candidate."""
 
     @property
     def asked(self) -> Int64[Tensor, " R"]:
-        """The rows whose own item was a candidate: of others no ranker would have been asked."""
+        """The rows whose own item was a candidate; a ranker would never score the others."""
         return (~self.own_E.isnan()).nonzero().squeeze(1)
 
     def draw(
@@ -354,11 +355,11 @@ class Offered:
         *,
         generator: torch.Generator,
     ) -> DrawnOffer:
-        """Draw without replacement from what was offered for some rows.
+        """Draw candidates of some rows without replacement.
 
         Args:
-            row_B: Which rows.
-            own_B: Their own item_idx.
+            row_B: The rows.
+            own_B: The item_idx of each row.
             num: N.
             generator: Source of all randomness.
         """
@@ -382,10 +383,10 @@ class RowPlan(ShuffledPlan[RowBatch]):
     num_drawn: int = 0
     draw: DrawItems | None = None
     offered: Offered | None = None
-    """What a retriever offered for each row; None: `draw` draws."""
+    """A retriever's candidates for each row; None: `draw` draws."""
 
     def batch(self, index: int) -> RowBatch:
-        """Gather one batch, or this process's share of it; items are drawn for all of it."""
+        """Gather one batch, or this process's share; items are drawn for the complete batch."""
         row_B = self.order_E[index * self.batch_events : (index + 1) * self.batch_events]
         drawn_BN = torch.empty(len(row_B), 0, dtype=torch.int64)
         first_BC: Tensor | None = None
@@ -430,16 +431,17 @@ def plan_rows(
     """Put rows into batches, in random order.
 
     Args:
-        rows: Those of training.
-        batch_events: Rows of a batch; the last one of an epoch may be smaller.
+        rows: The training rows.
+        batch_events: Number of rows in a batch; the last batch of an epoch may be smaller.
         generator: Decides the order.
-        reads: What of each user's history is read along.
-        max_len: How many events of it at most.
-        num_drawn: Items drawn for each row: a 0 for every binary task, without a label for others.
-        draw: What draws them.
-        offered: What a retriever offered for each row, drawn from in its place; rows that it
-            offered nothing are left out.
-        share: What of each batch this process reads.
+        reads: Which events of each user's history are read.
+        max_len: Maximum number of these events.
+        num_drawn: Number of items drawn for each row: label 0 in every binary task, no label in
+            other tasks.
+        draw: The source of drawn items.
+        offered: A retriever's candidates for each row, drawn from instead of `draw`; rows without
+            candidates are left out.
+        share: The part of each batch that this process reads.
 
     Raises:
         ConfigError: Items are to be drawn and `draw` is missing.

@@ -1,4 +1,4 @@
-"""The settings of reading a table of events, written once for Python, recipes and the prompt."""
+"""The settings of reading events, defined once for Python, recipes and the command line."""
 
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
@@ -29,15 +29,15 @@ TimestampUnit = Literal[
     "MM/DD/YYYY",
     "order",
 ]
-"""What numbers count: seconds and finer or coarser units since 1970; "excel", days since
+"""The unit of numbers: seconds or finer or coarser units since 1970; "excel", days since
 1899-12-30; "years" such as 2024 or 2024.5; the digits of a date; "order", a mere count, not of
-seconds. The three with a separator are of texts, with a time of day behind if there is one."""
+seconds. The three with a separator are for text, which may end with a time of day."""
 Duplicates = Literal["keep", "first", "last"]
 MISSING = (
     *("", "NA", "N/A", "n/a", "#N/A", "<NA>", "NULL", "Null", "null", "\\N", "None"),
     *("nan", "NaN", "NAN", "NaT"),
 )
-"""Texts that mean a missing value if nothing else is said: those of R, SQL, MySQL and pandas."""
+"""Texts that mean a missing value by default: those of R, SQL, MySQL and pandas."""
 
 
 class WhichEvents(Config):
@@ -54,7 +54,7 @@ class WhichEvents(Config):
 
 
 class ReadConfig(WhichEvents):
-    """How a table of events is read: which columns are what, and what to do with odd values."""
+    """How a table of events is read: the role of each column, and the handling of odd values."""
 
     user: Column | None = "user_id"
     """Column of user ids, by name or position (without a header, columns are named "0", "1" and so

@@ -1,4 +1,4 @@
-"""From a table of events to `Interactions`: checked, encoded, sorted by user and time.
+"""Reading a table of events into `Interactions`: checks, encodes, and sorts by user and time.
 
 Shape legend: E events, U users, I items.
 """
@@ -32,27 +32,27 @@ from foretaste.data.vocabulary import Vocabulary, number_ids
 from foretaste.errors import DataError
 
 EVENTS = "the event table"
-"""What messages call a table of events in memory."""
+"""The name of a table of events in memory, in messages."""
 ONE_ITEM = "row"
-"""The item of every row of a table that has none."""
+"""The item of every row in a table without items."""
 
 
 @settings_as_arguments(ReadTables)
 def read_interactions(source: object, read: ReadTables) -> Interactions:
-    """Read events from any table, each user's oldest first, ties in the order of the table.
+    """Read events from any table and sort each user's by time, ties in the order of the table.
 
-    Integer ids stay integers; every other type becomes text. Rows of the vocabularies go by
-    ascending id. What was dropped, merged or assumed is counted in `notes`.
+    Integer ids stay integers; ids of every other type become text. Rows of the vocabularies are in
+    ascending order of ids. `notes` count what was dropped, merged or assumed.
 
     Args:
-        source: A path or list of paths of text (CSV and its kin, also gzipped), Parquet or Arrow
-            files; or a pandas, Polars, pyarrow or DuckDB table.
+        source: A path or list of paths of text (such as CSV, also gzipped), Parquet or Arrow files;
+            or a pandas, Polars, pyarrow or DuckDB table.
         (settings)
 
     Raises:
-        ConfigError: A setting is unknown or of another type.
+        ConfigError: A setting is unknown or has a wrong type.
         DataError: The table cannot be read, lacks a column, holds no event, or holds a value that
-            is missing, infinite, or out of range; the message says which, where, and the fix.
+            is missing, infinite, or out of range; the message names the value, its row and the fix.
     """
     opened = open_source(
         source,
@@ -94,13 +94,13 @@ def read_interactions(source: object, read: ReadTables) -> Interactions:
 
 
 class Names(NamedTuple):
-    """Columns of the event table, by their part."""
+    """Columns of the event table, by role."""
 
     user: str | None
     item: str | None
     timestamp: str | None
     numbers: Mapping[str, str]
-    """The name a column is kept under, and its name in the table."""
+    """The name of a column in the result, and its name in the table."""
     context: tuple[str, ...]
 
     @property
@@ -109,7 +109,7 @@ class Names(NamedTuple):
 
     @property
     def measured(self) -> list[str]:
-        """Those that are nothing but numbers or times."""
+        """The columns that hold only numbers or times."""
         time = () if self.timestamp is None else (self.timestamp,)
         others = (*self.ids, *self.context)
         return [name for name in (*self.numbers.values(), *time) if name not in others]
@@ -125,7 +125,7 @@ def choose_columns(source: Source, read: ReadConfig) -> Names:
     """Find the columns that the settings name.
 
     Raises:
-        DataError: One is not there, or is named twice.
+        DataError: A column does not exist, or is named twice.
     """
     numbers = {}
     for wanted in read.columns:
@@ -161,7 +161,7 @@ def choose_columns(source: Source, read: ReadConfig) -> Names:
 
 
 def _chosen(frame: pl.DataFrame, read: ReadConfig) -> tuple[pl.DataFrame, list[str]]:
-    """Leave out the rows that `where` does not keep; return the others, and what was done."""
+    """Keep only the rows that meet `where`; return them with notes."""
     notes: list[str] = []
     if read.where:
         keep_E = rows_where(frame, read.where, "where")
@@ -181,7 +181,7 @@ def _find(source: Source, wanted: str | int | None, argument: str) -> str | None
 
 @dataclass(kw_only=True)
 class _Events:
-    """Columns in the order of the table, checked; emptied as they are used, to spare memory."""
+    """Checked columns in the order of the table; they are freed once used, to save memory."""
 
     names: Names
     user: pl.Series
@@ -189,11 +189,11 @@ class _Events:
     times: Times | None
     numbers: dict[str, pl.Series]
     context: pl.DataFrame
-    """Without a column where there is none."""
+    """A missing column is left out."""
     notes: list[str] = field(default_factory=list)
 
     def drop_incomplete(self, source: str, *, allowed: bool) -> None:
-        """Leave out empty rows, and incomplete ones where that is allowed."""
+        """Leave out empty rows, and incomplete rows if the settings allow it."""
         needed = self._needed()
         if not any(column.null_count() for column in needed.values()):
             return
@@ -226,7 +226,7 @@ class _Events:
             )
 
     def _needed(self) -> dict[str, pl.Series]:
-        """Return the columns that no event may lack."""
+        """Return the columns that every event needs."""
         needed = {
             name: ids
             for name, ids in ((self.names.user, self.user), (self.names.item, self.item))
@@ -296,7 +296,7 @@ def _arrange(
     duplicates: Duplicates,
     notes: list[str],
 ) -> Interactions:
-    """Number the ids, then sort; users are grouped while items are numbered."""
+    """Number the ids, then sort; a thread groups users while items are numbered."""
     with ThreadPoolExecutor(1) as pool:
         other = pool.submit(_number_items, events, items)
         user_ids, also = alike(events.user, users)
@@ -339,7 +339,7 @@ def _arrange(
 def _number_items(
     events: _Events, items: Side | None
 ) -> tuple[Vocabulary, Int32[np.ndarray, " E"], Int64[np.ndarray, " E"] | None]:
-    """Number the items, and bring the times into one piece."""
+    """Number the items, and make the times contiguous."""
     item_ids, also = alike(events.item, items)
     vocabulary, row_E = number_ids(item_ids, also)
     del item_ids

@@ -1,8 +1,8 @@
 """Labelled rows: every event is a user in a context, an item, and the labels of some tasks.
 
-A row's history holds what its user had done before, never the row's own event or a later one. Where
-events are of two kinds, happened and only shown, histories are made of those that happened; then a
-history ends before the row's own second too, because what was shown at one time is judged together.
+A row's history holds the user's earlier events, never the row's own event or a later one. If only
+some events are positive, histories hold only positive events and exclude the row's own second,
+because items shown together are scored together.
 
 Shape legend: E rows, B rows of a batch, N drawn items a row, T tasks.
 """
@@ -42,7 +42,7 @@ from foretaste.shown import Shown
 PartName = Literal["train", "validation", "test"]
 _PARTS = {"train": TRAIN, "validation": VALIDATION, "test": TEST}
 AnySeed = Annotated[int, Ge(0)]
-"""A run's seed, or one made of it, which has 64 bits."""
+"""A run's seed, or a 64-bit seed derived from it."""
 _DRAWN_AT_ONCE = 1 << 16
 
 
@@ -53,38 +53,38 @@ class Rows(Shown):
     name: str
     """"train", "validation" or "test"."""
     events: Interactions
-    """One row each, in this order."""
+    """One event per row, in this order."""
     tasks: tuple[Task, ...]
     label_ET: Float32[np.ndarray, "E T"]
-    """In the label's own unit, NaN where it is missing."""
+    """Labels in their own unit, NaN where missing."""
     context: FieldTable | None
-    """The rows' features of the context; None where there are none."""
+    """Context features of the rows; None if there are none."""
     past: Interactions
     """The events that histories are made of."""
     end_E: Int64[np.ndarray, " E"]
-    """Position in `past` where each row's history ends; it starts with the user's events."""
+    """Position in `past` where each row's history ends; it starts at the user's first event."""
     own_E: Int64[np.ndarray, " E"]
-    """Position in `past` of the row's own event, -1 where it is not there."""
+    """Position in `past` of the row's own event, -1 if it is not there."""
     drawn_EN: Int64[np.ndarray, "E N"]
-    """item_idx drawn once for each row, to be compared with its own; N may be 0."""
+    """item_idx of items drawn once for each row, to compare with its own; N may be 0."""
 
     def __len__(self) -> int:
         return len(self.events)
 
     @property
     def every(self) -> Int64[np.ndarray, " E"]:
-        """The places of all rows, to be gathered in blocks."""
+        """The indices of all rows, to gather them in blocks."""
         return np.arange(len(self))
 
     @checked
     def draw(self, num: CountOrZero, draw: DrawItems, *, seed: AnySeed) -> "Rows":
-        """Return the rows with items drawn for each, the same for the same seed.
+        """Return the rows with drawn items, the same for equal seeds.
 
-        Where only what happened is known, this gives a part the 0s that it is measured on.
+        If the data hold only positive events, the drawn items are the negatives of a measurement.
 
         Args:
-            num: N, how many items a row gets.
-            draw: What draws them.
+            num: N, the number of items per row.
+            draw: The source of drawn items.
             seed: Decides the draws.
 
         Raises:
@@ -114,16 +114,16 @@ class Rows(Shown):
         """Gather some rows.
 
         Args:
-            row_B: Which of them.
-            reads: What of each user's history is read along; of held-out rows "others" are the
-                last events before, as nothing later may be known.
-            max_len: How many events of it at most.
+            row_B: The rows to gather.
+            reads: Which events of each user's history are read; for held-out rows, "others" means
+                the last events before, because later ones are unknown.
+            max_len: Maximum number of these events.
             seed: Decides which "others" are read.
-            drawn_BN: Items drawn for these rows; None takes those of `draw`.
-            share: Those of `row_B` that are wanted; which "others" are read is decided for all.
+            drawn_BN: Items drawn for these rows; None takes the result of `draw`.
+            share: The part of `row_B` to return; the draw of "others" is made for all rows.
 
         Raises:
-            DataError: There is no such row.
+            DataError: The row does not exist.
         """
         check_rows(row_B, len(self), name="row_B")
         user_B = self.user_E[row_B]
@@ -194,8 +194,8 @@ def training_rows(
     """Make a row of every event, with histories of the events before it.
 
     Raises:
-        ConfigError: A column is not there.
-        DataError: A label is none that its task can have.
+        ConfigError: A column does not exist.
+        DataError: A label does not fit its task.
     """
     if context is not None and len(context) != len(events):
         raise DataError(
@@ -231,22 +231,22 @@ def rows_of(
     features: Features | None = None,
     positive: str = "",
 ) -> Rows:
-    """Make a row of every event of a part, with what was known at its time.
+    """Make a row from every event of a part, with the history known at that time.
 
-    Where the split rolls, a row's history is all that its user had done before; else it is what
-    the parts before hold of the user.
+    In a rolling split, a row's history holds all earlier events of its user; otherwise it holds the
+    user's events of the earlier parts.
 
     Args:
-        split: Made by `make_split`.
+        split: A split.
         part: "train", "validation" or "test".
-        tasks: What was predicted.
-        features: What was fitted to training, to encode the rows' context.
-        positive: Column whose values above 0 make an event part of histories; "": as the events
-            say themselves.
+        tasks: The tasks whose labels are read.
+        features: The features fitted to training, which encode the rows' context.
+        positive: Column whose values above 0 mark the events of histories; "":
+            `Interactions.positive`.
 
     Raises:
-        ConfigError: A column is not there.
-        DataError: A label is none that its task can have, or the context is not of its kind.
+        ConfigError: A column does not exist.
+        DataError: A label does not fit its task, or the context does not have its kind.
     """
     code = _PARTS[part]
     if split.rolling or part == "train":
@@ -274,7 +274,7 @@ def rows_of(
 
 
 def _first_of_its_second(events: Interactions) -> Int64[np.ndarray, " E"]:
-    """Return for each event the first of its user and second."""
+    """Return, for each event, the first event of its user in the same second."""
     place_E = np.arange(len(events))
     if events.timestamp_s is None or not len(events):
         return place_E

@@ -1,4 +1,4 @@
-"""Tables beside the events: one row for each user or item, or links between two of them."""
+"""Side tables: one row for each user or item, or links between two of them."""
 
 from dataclasses import replace
 from typing import NamedTuple
@@ -22,12 +22,13 @@ def read_links(
 
     Args:
         source: Any kind of table; its first two columns count.
-        vocabulary: Of the ids in both columns.
+        vocabulary: The vocabulary of the ids in both columns.
         role: "users" or "items", for messages.
-        read: How the table of events was read: header, encoding and missing values hold here too.
+        read: The settings of the table of events; header, encoding and missing values apply here
+            too.
 
     Returns:
-        The rows of both ends, each link once as it stands; and what was left out, with counts.
+        The rows of both ends, each directed link once; and notes that count what was left out.
 
     Raises:
         DataError: The table cannot be read, has fewer than two columns, or no known id.
@@ -94,21 +95,21 @@ def with_links(events: Interactions, read: ReadTables) -> Interactions:
 def attribute_ties(
     events: Interactions, name: str
 ) -> tuple[Int64[np.ndarray, " P"], Int64[np.ndarray, " P"], int]:
-    """Number the values of a column of the item table, and tie each item to those it has.
+    """Number the values of a column of the item table, and connect each item with its values.
 
-    A column of lists holds many values an item. Missing and empty values tie nothing, nor does a
-    value that only one item has.
+    A column of lists holds several values per item. Missing and empty values make no edge, and
+    neither does a value that only one item has.
 
     Args:
         events: With an item table.
         name: The column: text, integers, true and false, or lists of these.
 
     Returns:
-        item_idx and value of each pair, and how many values there are.
+        item_idx and value of each pair, and the number of values.
 
     Raises:
-        DataError: There is no such column, it holds fractions or other things that are not names,
-            or no two items share a value of it.
+        DataError: The column does not exist, holds fractions or other values that are not names, or
+            no two items share a value of it.
     """
     table = events.item_table
     if table is None or name not in table.columns:
@@ -151,16 +152,16 @@ def attribute_ties(
 
 _INTEGER = r"^-?(0|[1-9][0-9]*)$"
 _ENOUGH = 0.5
-"""A table of users or items is about the events if it holds this share of their ids."""
+"""A table of users or items matches the events if it holds this share of their ids."""
 _DISTINCT = 0.9
-"""A column is taken for a key by its values if at least this share of them is distinct."""
+"""A column may be a key if at least this share of its values is distinct."""
 
 
 class Side(NamedTuple):
     """A table about users or items."""
 
     name: str
-    """What messages call it."""
+    """Its name in messages."""
     key: str
     """The column of ids."""
     is_named: bool
@@ -168,26 +169,28 @@ class Side(NamedTuple):
     ids: pl.Series
     """Distinct."""
     table: pl.DataFrame | None
-    """The other columns, in the same order; None where there are none."""
+    """The other columns, in the same order; None if there are none."""
     notes: list[str]
 
 
 def read_side(
     source: object, like: str | None, role: str, read: ReadConfig, *, ids: pl.Series
 ) -> Side | None:
-    """Read one; None where there is none.
+    """Read a side table; None if there is none.
 
     Args:
         source: Any kind of source.
-        like: The event table's column of these ids: the key, where the table has one so named.
+        like: The event table's column of these ids; it is the key if the table has a column of this
+            name.
         role: "users" or "items", for messages.
-        read: How. Without a key there, it is the column so named, or else the one that holds the
-            ids of the events; where it drops incomplete rows, those without an id are left out.
-        ids: Of the events.
+        read: The settings. Without a key, it is the column with the name of `like`, or else the one
+            that holds the ids of the events. With `drop_incomplete`, rows without an id are left
+            out.
+        ids: The ids of the events.
 
     Raises:
-        ConfigError: A column of it is named as the key, and there is no table.
-        DataError: It cannot be read, is empty, no column is the key, or a row has no id.
+        ConfigError: A key is named, and there is no table.
+        DataError: The table cannot be read or is empty, no column is the key, or a row has no id.
     """
     key, notes = read.user_key if role == "users" else read.item_key, list[str]()
     if source is None:
@@ -236,7 +239,7 @@ def read_side(
 
 
 def _refuse_key(key: str | int | None, role: str) -> None:
-    """Refuse a key of a table that is not there."""
+    """Raise an error for a key without a table."""
     if key is not None:
         raise ConfigError(
             f"{_setting(role)}={key!r} names a column of the table of {role}, and there is none: "
@@ -253,10 +256,10 @@ def _setting(role: str) -> str:
 def _first_of_each(
     others: pl.DataFrame, ids: pl.Series, name: str, notes: list[str]
 ) -> tuple[pl.DataFrame, pl.Series]:
-    """Keep the first row of each id; count the others, and those with other values.
+    """Keep the first row of each id; count the repeated rows, and those with different values.
 
     Raises:
-        DataError: There is no row.
+        DataError: The table has no rows.
     """
     if not len(ids):
         raise DataError(
@@ -273,17 +276,17 @@ def _first_of_each(
 
 
 def _not_integers(ids: pl.Series) -> list[str]:
-    """Return the first id that is not an integer, if one is none."""
+    """Return the first id that is not an integer, if there is one."""
     if ids.dtype != pl.String:
         return []
     return ids.filter(~ids.str.contains(_INTEGER)).head(1).to_list()
 
 
 def _find_key(opened: Source, like: str | None, ids: pl.Series, role: str) -> str:
-    """Return the column that holds the ids of the events; where two do, the table's first.
+    """Return the column that holds the ids of the events; if two columns do, the first.
 
     Raises:
-        DataError: None does, or several others do.
+        DataError: No column holds them, or several later columns do.
     """
     columns = opened.columns
     if not columns:
@@ -323,7 +326,7 @@ def _fitting(frame: pl.DataFrame, ids: pl.Series) -> dict[str, float]:
 
 
 def alike(ids: pl.Series, side: Side | None) -> tuple[pl.Series, pl.Series | None]:
-    """Bring the ids of events and of a side table to one type: integers if both can be."""
+    """Convert the ids of events and of a side table to one type: integers if both can be."""
     if side is None:
         return ids, None
     if ids.dtype == side.ids.dtype:
@@ -336,11 +339,11 @@ def alike(ids: pl.Series, side: Side | None) -> tuple[pl.Series, pl.Series | Non
 def notes_about(
     vocabulary: Vocabulary, count: Int64[np.ndarray, " N"], side: Side | None, role: str
 ) -> list[str]:
-    """Return notes on what reading the table left out, and on ids in one of the two alone.
+    """Return notes on rows that were left out, and on ids that only one of the two tables has.
 
     Raises:
-        DataError: The table's key holds none of the ids with events, or, where the caller did not
-            name it, fewer than half of them while another column holds more.
+        DataError: The key holds none of the ids with events; or the caller did not name the key, it
+            holds fewer than half of them, and another column holds more.
     """
     if side is None:
         return []
@@ -361,7 +364,7 @@ def notes_about(
 
 
 def _unfit(side: Side, seen: object, found: int, fitting: dict[str, float], role: str) -> DataError:
-    """Return the error about a table whose key hardly knows the ids of the events."""
+    """Return the error for a table whose key holds few of the events' ids."""
     setting = _setting(role)
     if fitting:
         better = max(fitting, key=lambda name: fitting[name])
@@ -381,7 +384,7 @@ def _unfit(side: Side, seen: object, found: int, fitting: dict[str, float], role
 
 
 def aligned(vocabulary: Vocabulary, side: Side | None) -> pl.DataFrame | None:
-    """Put a side table's rows in the order of the vocabulary; a missing one is all null."""
+    """Put a side table's rows in the order of the vocabulary; missing rows are null."""
     if side is None or side.table is None:
         return None
     row_of = np.full(len(vocabulary), -1, np.int64)

@@ -1,8 +1,8 @@
 """Splits: the training part, the held-out parts, and the leaks between them.
 
-Also the settings of a split, as a recipe writes them; splitting.py makes the split.
+This file also has the settings of a split; splitting.py makes the split.
 
-Every split gives each event one part; the rest follows from that. A split says what leaks.
+Every split gives each event one part, and reports its leaks.
 """
 
 from dataclasses import dataclass, replace
@@ -25,12 +25,12 @@ from foretaste.errors import DataError
 from foretaste.shown import Shown
 
 TRAIN, VALIDATION, TEST, UNUSED, NEGATIVE = 0, 1, 2, 3, 4
-"""The values of `Split.part_E`; an UNUSED event is neither learned from nor in any history. A
-NEGATIVE is not an event: a pair that a published protocol lists for its user's test events to be
-compared with."""
+"""The values of `Split.part_E`. An UNUSED event is neither in training nor in any history. A
+NEGATIVE is not an event but a pair that a published protocol compares with the user's test
+events."""
 
 LearnedFrom = Literal["train", "train and validation", "all events"]
-"""The parts that a model learned from."""
+"""The parts that a model was trained on."""
 
 SplitKind = Literal[
     "temporal", "leave_last", "ratio", "random", "given", "cold_items", "cold_users"
@@ -38,14 +38,14 @@ SplitKind = Literal[
 
 
 _BY_ORDER: tuple[SplitKind, ...] = ("temporal", "leave_last", "ratio")
-"""Splits that take the order of events for their time, where events have none."""
+"""Splits that use the order of events as time if events have no times."""
 
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class SharesConfig(Config):
-    """Two shares of the events that leave something to train on."""
+    """Two shares of the events, which together leave events to train on."""
 
     validation: Share = 0.1
     """Share of the events for validation; 0 for none."""
@@ -101,9 +101,10 @@ class GivenSplitConfig(Config):
     column: str = "part"
     """Column of the part: train, validation, test or unused, or 0, 1, 2 or 3."""
     validation: Share = 0.0
-    """Share of the training events that are drawn for validation if the data give none."""
+    """Share of the training events that are drawn for validation if the data have no validation
+    part."""
     validation_by: Literal["events", "blocks"] = "events"
-    """"events": each event is drawn by itself. "blocks": for each user, a group of items that have
+    """"events": each event is drawn on its own. "blocks": for each user, a group of items that have
     users in common, which is closer to a test of users' last events if the data have no times."""
     seed: Seed = 0
     """Decides the draws; equal seeds give equal splits."""
@@ -144,7 +145,7 @@ SplitConfig = Annotated[
 def find_leaks(
     kind: SplitKind, events: Interactions, part_E: UInt8[np.ndarray, " E"]
 ) -> tuple[str, ...]:
-    """Return one sentence, with its numbers, for each way in which the future leaks.
+    """Return one sentence, with its numbers, for each leak of the future into training.
 
     Nothing leaks from a temporal split of events that never share a second.
     """
@@ -168,9 +169,10 @@ def find_leaks(
 def newer_than_own(
     events: Interactions, newer_E: Bool[np.ndarray, " E"], older_E: Bool[np.ndarray, " E"]
 ) -> int:
-    """Count the `newer_E` events that came after the first `older_E` event of their user.
+    """Count the `newer_E` events after the first `older_E` event of their user.
 
-    Without times a user's order counts as time; with them, the same second is not after.
+    Without times, a user's order counts as time; with times, the same second does not count as
+    after.
     """
     time_E = events.timestamp_s if events.timestamp_s is not None else np.arange(len(events))
     first_U = np.full(events.num_users, np.iinfo(np.int64).max)
@@ -226,11 +228,11 @@ def _own_future(
 
 
 def _same_second(events: Interactions, test_E: Bool[np.ndarray, " E"]) -> str:
-    """Count test events whose place after the one before them is only the order of the file."""
+    """Count test events that are ordered after their predecessor only by the order of the file."""
     if events.timestamp_s is None:
         return ""
     test_T = np.flatnonzero(test_E)
-    later_T = test_T[~np.isin(test_T, events.offsets)]  # not their user's first
+    later_T = test_T[~np.isin(test_T, events.offsets)]  # not the first event of their user
     tied = int((events.timestamp_s[later_T] == events.timestamp_s[later_T - 1]).sum())
     if not tied:
         return ""
@@ -249,8 +251,9 @@ def _share(count: int, total: int) -> str:
 class Holdout(Shown):
     """A held-out part: the targets, and the known history before each of them.
 
-    Query `q` is user `user_Q[q]` having done `events.item_idx[events.offsets[user] : end_Q[q]]`;
-    its targets are `target_item[target_offsets[q] : target_offsets[q + 1]]`, one or more.
+    Query `q` is user `user_Q[q]` with the history `events.item_idx[events.offsets[user] :
+    end_Q[q]]`; its targets are `target_item[target_offsets[q] : target_offsets[q + 1]]`, one or
+    more.
 
     Shape legend: Q queries, N targets of all queries.
     """
@@ -264,24 +267,24 @@ class Holdout(Shown):
     target_offsets: Int64[np.ndarray, " Q1"]
     target_item: Int32[np.ndarray, " N"]
     target_timestamp_s: Int64[np.ndarray, " N"] | None = None
-    """Unix seconds of each target; None where the events have no times."""
+    """Unix seconds of each target; None if the events have no times."""
     context: pl.DataFrame | None = None
-    """The context of each query's first target, in which a list is asked for."""
+    """The context of each query's first target, which is the context of the request."""
     listed: Interactions | None = None
-    """The items that each user's targets are to be compared with, where the data list them."""
+    """The items that each user's targets are compared with, if the data list them."""
 
     def __len__(self) -> int:
         return len(self.user_Q)
 
     @cached_property
     def has_history_Q(self) -> Bool[np.ndarray, " Q"]:
-        """True where the user did something before: the other queries are counted apart."""
+        """True if the user has earlier events; the other queries are counted separately."""
         begun_Q: Bool[np.ndarray, " Q"] = self.end_Q > self.events.offsets[self.user_Q]
         return begun_Q
 
     @checked
     def queries(self, rows: Int64[np.ndarray, " B"], moment: FieldSide | None = None) -> Queries:
-        """Return some of the queries as one block, their context by the fields of `moment`.
+        """Return some of the queries as one block, with their context encoded by `moment`.
 
         Raises:
             DataError: There is no such row.
@@ -314,15 +317,15 @@ class PartSize:
     """Users of this part with a training event."""
     queries: int
     queries_without_history: int
-    """Nothing is known of their user: counted apart from the rest."""
+    """Queries without any history, which are counted separately."""
     events_of_new_items: int
-    """Targets that no training event has: no trained model can rank them."""
+    """Targets without a training event."""
 
 
 @checked_class
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class Split(Shown):
-    """Events and the part that each belongs to.
+    """Events and the part of each.
 
     Shape legend: E events.
     """
@@ -331,15 +334,15 @@ class Split(Shown):
     events: Interactions
     part_E: UInt8[np.ndarray, " E"]
     rolling: bool
-    """True: each held-out event is a query of its own, predicted from everything its user did
-    before it. False: a user's held-out events are predicted together from the parts before."""
+    """True: each held-out event is its own query, predicted from all earlier events of its user.
+    False: a user's held-out events are predicted together from the earlier parts."""
     leaks: tuple[str, ...] = ()
-    """One sentence for each way in which this split lets the future into training."""
+    """One sentence for each leak of the future into training."""
     notes: tuple[str, ...] = ()
     """Notes with counts on events that the split could not hold out, such as users with too few
     events."""
     learned_from: LearnedFrom = "train"
-    """Which parts of the split as it was made are in training."""
+    """The original parts of the split that are now in training."""
 
     def __post_init__(self) -> None:
         if len(self.part_E) != len(self.events):
@@ -351,7 +354,7 @@ class Split(Shown):
 
     @property
     def ordered(self) -> bool:
-        """Whether the order of a user's events has a meaning: by their times or by the split."""
+        """Whether the order of a user's events has a meaning, by their times or by the split."""
         return self.events.timestamp_s is not None or self.kind in _BY_ORDER
 
     @cached_property
@@ -375,14 +378,14 @@ class Split(Shown):
     def everything(self) -> "Split":
         """Return the same split with its validation and test events moved into training.
 
-        A model that learns from it is one to serve: it knows every user's newest events, and
-        nothing is left to measure it on. Unused events stay unused.
+        A model that is trained on it is for serving: it has every user's newest events, and no
+        events are left to measure it. Unused events stay unused.
         """
         return self._with_in_training((VALIDATION, TEST), "all events")
 
     @property
     def has_test(self) -> bool:
-        """Whether any event is held out to report on."""
+        """Whether any event is held out for the test."""
         return bool((self.part_E == TEST).any())
 
     def _with_in_training(self, parts: tuple[int, ...], learned_from: LearnedFrom) -> "Split":
@@ -392,7 +395,7 @@ class Split(Shown):
 
     @checked
     def sizes(self) -> tuple[PartSize, ...]:
-        """Return what is in training, validation and test, for a table or a report."""
+        """Return the sizes of training, validation and test, for a table or a report."""
         trained_U = np.diff(self.train.offsets) > 0
         users = int(trained_U.sum())
         train = PartSize("train", len(self.train), users, users, 0, 0, 0)
@@ -410,7 +413,7 @@ class Split(Shown):
         )
 
     def _positives(self) -> "Split":
-        """Return the split of the positive events alone: lists are measured by those."""
+        """Return the split of only the positive events, which lists are measured by."""
         keep_E = self.events.positive_E | (self.part_E == NEGATIVE)
         if keep_E.all():
             return self
@@ -470,12 +473,12 @@ class Split(Shown):
 
 
 def happened_split(split: Split, positive: str = "") -> Split:
-    """Return a split of the positive events alone: what lists over the catalogue must find.
+    """Return a split of only the positive events, which are the targets of lists.
 
     Negatives that the data list for the test stay, even those with a positive label.
 
     Raises:
-        ConfigError: There is no such column.
+        ConfigError: The column does not exist.
     """
     if not (positive or split.events.positive):
         return split

@@ -50,12 +50,12 @@ _NAMES: Mapping[str, int] = {
 def temporal_split(events: Interactions, split: TemporalSplitConfig) -> Split:
     """Cut all users at the same two times: training before, then validation, then test.
 
-    The cuts fall where the shares are met best without parting events of one second. The test is
-    rolling: each event is predicted from all earlier events of its user, by weights that were
-    trained on events before the first cut only.
+    The cuts are the times that come closest to the shares; events of one second stay together. The
+    test is rolling: each event is predicted from all earlier events of its user, with weights that
+    were trained only on events before the first cut.
 
     Args:
-        events: With times.
+        events: Events with times.
         (settings)
 
     Raises:
@@ -83,16 +83,16 @@ def temporal_split(events: Interactions, split: TemporalSplitConfig) -> Split:
 def leave_last_split(events: Interactions, split: LeaveLastSplitConfig) -> Split:
     """Hold out each user's last event for the test and the last but one for validation.
 
-    Of events of which some are positive, the last positive one and what follows it are the test.
-    Users with fewer than three events (two without validation) stay in training whole; the
-    split's notes count them.
+    If only some events are positive, the test is the last positive event and those after it. All
+    events of users with fewer than three events (two without validation) stay in training; the
+    split's notes count these users.
 
     Args:
-        events: With times, or in order of time.
+        events: Events with times, or in order of time.
         (settings)
 
     Raises:
-        DataError: No user has events enough.
+        DataError: No user has enough events.
     """
     part_E, notes = _leave_last(events, (TEST, VALIDATION) if split.validation else (TEST,))
     return _checked("leave_last", events, part_E, held_out=(split.validation, True), notes=notes)
@@ -103,12 +103,12 @@ def ratio_split(events: Interactions, split: RatioSplitConfig) -> Split:
     """Hold out the last share of every user's own events, rounded down.
 
     Args:
-        events: With times, or in order of time.
+        events: Events with times, or in order of time.
         (settings)
 
     Raises:
         ConfigError: The shares leave nothing to train on.
-        DataError: No user has events enough.
+        DataError: No user has enough events.
     """
     length_U = _num_positives(events)
     test_U = np.floor(length_U * split.test + _ROUNDING).astype(np.int64)
@@ -129,7 +129,7 @@ def random_split(events: Interactions, split: RandomSplitConfig) -> Split:
     """Hold out events drawn without regard to user or time.
 
     Args:
-        events: Any.
+        events: Any events.
         (settings)
 
     Raises:
@@ -142,14 +142,14 @@ def random_split(events: Interactions, split: RandomSplitConfig) -> Split:
 
 @settings_as_arguments(ColdItemsSplitConfig)
 def cold_items_split(events: Interactions, split: ColdItemsSplitConfig) -> Split:
-    """Hold out all events of some items, so that training sees nothing of them.
+    """Hold out all events of some items, so that training has none of them.
 
     The task is to find these items from the user's other events in the earlier parts, so the
-    histories of the test contain the items of validation too. All items are ranked, the others as
-    well, so a model must place items by what else is known of them.
+    histories of the test contain the items of validation too. All items are ranked, including those
+    of training, so a model must rank cold items by their features.
 
     Args:
-        events: Any.
+        events: Any events.
         (settings)
 
     Raises:
@@ -163,13 +163,13 @@ def cold_items_split(events: Interactions, split: ColdItemsSplitConfig) -> Split
 
 @settings_as_arguments(ColdUsersSplitConfig)
 def cold_users_split(events: Interactions, split: ColdUsersSplitConfig) -> Split:
-    """Hold out all events of some users, so that training sees nothing of them.
+    """Hold out all events of some users, so that training has none of them.
 
     The task is to predict the events of such users without a history, from their features.
     `evaluate` measures them with `users="new"`.
 
     Args:
-        events: Any.
+        events: Any events.
         (settings)
 
     Raises:
@@ -185,11 +185,11 @@ def cold_users_split(events: Interactions, split: ColdUsersSplitConfig) -> Split
 def given_split(
     train: Interactions, *, test: Interactions, validation: Interactions | None = None
 ) -> Split:
-    """Take parts as they come, under one vocabulary: training's ids first, then new ones.
+    """Take separate tables as the parts, under one vocabulary: training's ids first, then new ones.
 
-    Without times a user's training events are before the validation and test events. Where the
-    tables about users or items of several parts know an id, each value is taken from the first
-    part that has it; the notes of the events count where a later part has another.
+    Without times, a user's training events are before the validation and test events. If the side
+    tables of several parts have an id, each value is taken from the first part that has it; notes
+    count different values in later parts.
 
     Raises:
         DataError: A part has no event, or a column holds lists in one part and single values in
@@ -208,12 +208,12 @@ def given_split_by_column(events: Interactions, split: GivenSplitConfig) -> Spli
     """Take parts from a column that holds the part of each event.
 
     Args:
-        events: With that column.
+        events: Events with this column.
         (settings)
 
     Raises:
-        ConfigError: A share is asked for, and the column gives a validation already.
-        DataError: There is no such column, or a value is none of these.
+        ConfigError: `validation` is set, and the column has a validation part.
+        DataError: The column does not exist, or a value is not a part.
     """
     column = split.column
     context = {} if events.context is None else {c.name: c for c in events.context.iter_columns()}
@@ -243,12 +243,12 @@ def given_split_by_column(events: Interactions, split: GivenSplitConfig) -> Spli
 def leave_last_within_training(split: Split) -> Split:
     """Return the same test, with each user's last event before it as the validation.
 
-    The split's own validation joins training first. For a temporal split with few users on
-    both sides of the cut: there is more to stop early by, and the reported test stays what it
-    was. Users with fewer than three training events are not validated on.
+    The split's own validation first moves into training. This gives a temporal split with few users
+    on both sides of the cut more validation events, and does not change the test. Users with fewer
+    than three training events have no validation event.
 
     Raises:
-        DataError: No user has training events enough.
+        DataError: No user has enough training events.
     """
     whole = split.refit()
     inner_E, notes = _leave_last(whole.train, (VALIDATION,), fewest=3)
@@ -273,7 +273,7 @@ _CUTS: Mapping[str, Callable[..., Split]] = {
     "cold_items": cold_items_split,
     "cold_users": cold_users_split,
 }
-"""The function of each kind; its arguments are named as the settings are."""
+"""The function of each kind; its arguments have the names of the settings."""
 
 
 @checked
@@ -290,7 +290,7 @@ def make_split(
     """Cut `events` as `config` describes.
 
     Raises:
-        DataError: The events cannot be cut so; the message says why.
+        DataError: The events do not allow this split; the message has the reason.
     """
     return _CUTS[config.kind](events, **config.model_dump(exclude={"kind"}))
 
@@ -321,7 +321,7 @@ def _drawn_parts(
     num_rows: int,
     split: RandomSplitConfig | ColdItemsSplitConfig | ColdUsersSplitConfig,
 ) -> UInt8[np.ndarray, " R"]:
-    """Return the part of each row: some of `row_N`, drawn, are held out."""
+    """Return the part of each row; a random share of `row_N` is held out."""
     num_test, num_validation = (
         int(np.floor(len(row_N) * share + _ROUNDING)) for share in (split.test, split.validation)
     )
@@ -347,9 +347,7 @@ def _cut(timestamp_E: Int64[np.ndarray, " E"], share_before: float) -> int:
 def _from_end(
     events: Interactions, part_E: UInt8[np.ndarray, " E"]
 ) -> Iterator[tuple[UInt8[np.ndarray, " B"], Int64[np.ndarray, " B"], Int64[np.ndarray, " B"]]]:
-    """Yield the parts of some users' events at a time, their users, and how many positive ones
-    the user has after each: the last has 0.
-    """
+    """Yield blocks of parts, users, and counts of the user's later positive events."""
     for first, last in user_blocks(events.offsets):
         offsets, here = events.offsets[first : last + 1], slice(*events.offsets[[first, last]])
         until_B1 = np.concatenate([[0], np.cumsum(events.positive_E[here], dtype=np.int64)])
@@ -373,7 +371,7 @@ def _num_positives(events: Interactions) -> Int64[np.ndarray, " U"]:
 def _leave_last(
     events: Interactions, parts: tuple[int, ...], *, fewest: int | None = None
 ) -> tuple[UInt8[np.ndarray, " E"], tuple[str, ...]]:
-    """Give the last event to `parts[0]` and the one before to `parts[1]`; note short histories."""
+    """Put the last event into `parts[0]`, the one before into `parts[1]`; note short histories."""
     fewest = fewest or len(parts) + 1
     length_U = _num_positives(events)
     part_E = np.full(len(events), TRAIN, dtype=np.uint8)
@@ -409,7 +407,7 @@ def _checked(
     held_out: tuple[bool, bool] = (True, True),
     notes: tuple[str, ...] = (),
 ) -> Split:
-    """Refuse a split with an empty part, if validation and test are `held_out`; say what leaks."""
+    """Raise an error if a `held_out` part is empty; find the leaks."""
     sizes = [np.count_nonzero(part_E == part) for part in range(UNUSED + 1)]
     validation, test = held_out
     wanted = {
@@ -444,22 +442,22 @@ def _moments(events: Interactions) -> str:
 sparse = later("scipy.sparse")
 
 _PAIRS = 2**24
-"""Users of the items that are compared at once, of all of them together."""
+"""Total number of users of the items that are compared at once."""
 
 
 def draw_blocks(events: Interactions, share: float, seed: int) -> Bool[np.ndarray, " E"]:
     r"""Draw a block of each user's events: one at random and those most similar to it.
 
     The similarity of two items is the cosine of their users, :math:`|U_i \cap U_j| /
-    \sqrt{|U_i| |U_j|}`. A user with n events gives round(share * n) of them, so one with few may
-    give none. Held out alone, an event is often betrayed by those that were done beside it; a
-    block leaves together, as blocked cross-validation has it (Roberts et al. 2017,
-    https://doi.org/10.1111/ecog.02881). The work is the sum over items of their squared counts.
+    \sqrt{|U_i| |U_j|}`. round(share * n) of a user's n events are drawn, which may be none. A
+    single held-out event is often revealed by events that belong with it, so a block is held out
+    together, as in blocked cross-validation (Roberts et al. 2017,
+    https://doi.org/10.1111/ecog.02881). The work is the sum of squared counts over items.
 
     Args:
-        events: All that may be drawn.
-        share: Of each user's events, in (0, 1).
-        seed: Decides the draw.
+        events: The events to draw from.
+        share: Share of each user's events, in (0, 1).
+        seed: The seed of the draw.
     """
     user_E, item_E = events.user_idx, events.item_idx.astype(np.int64)
     count_U = np.diff(events.offsets)
@@ -483,8 +481,8 @@ def alike(
     ones_E = np.ones(len(events), np.float32)
     shape = (events.num_items, events.num_users)
     done_IU = sparse.csr_array((ones_E, (events.item_idx, events.user_idx)), shape=shape)
-    done_IU.data[:] = 1  # a user who did it twice counts once
-    count_I = np.diff(done_IU.indptr).astype(np.int64)  # of 32 bits, products would wrap round
+    done_IU.data[:] = 1  # a user with several events of an item counts once
+    count_I = np.diff(done_IU.indptr).astype(np.int64)  # 32-bit products would overflow
     block_E = np.cumsum(count_I[a_E] + count_I[b_E]) // _PAIRS
     cuts = np.flatnonzero(np.diff(block_E)) + 1
     both_E = np.concatenate(

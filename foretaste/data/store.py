@@ -35,12 +35,12 @@ from foretaste.errors import BundleError, DataError
 _CONTEXT = "context.arrow"
 _BLOCK = 1 << 23
 _FAR_S = 2**52
-"""Times outside of these limits are invalid, and their differences would not fit into 64 bits."""
+"""Times outside these limits are invalid; differences of larger times could overflow 64 bits."""
 _AGAIN = "import the events again"
 _DICTIONARY = 2
-"""Arrow's number for a message that holds a dictionary."""
+"""Arrow's number of a dictionary message."""
 _LARGEST_HEADER = 128
-"""Bytes of the header that NumPy writes for a column; a larger file holds values."""
+"""Size of NumPy's header for a column; a larger file holds values."""
 
 
 class StoredIds(Config):
@@ -75,11 +75,11 @@ class StoreManifest(FolderManifest):
     positive: str = ""
     """The column that marks positive events."""
     notes: tuple[str, ...] = ()
-    """What reading dropped, merged or assumed."""
+    """Notes on what reading dropped, merged or assumed."""
 
     @classmethod
     def upgraded(cls, document: dict[str, Any]) -> dict[str, Any]:
-        """Read format 1, which calls sizes `bytes` and has no checksum of its own."""
+        """Read format 1, which calls sizes `bytes` and has no checksum of the manifest."""
         if "version" not in document:
             return document
         files = {
@@ -94,16 +94,16 @@ class StoreManifest(FolderManifest):
 def write_store(
     events: Interactions, path: str | os.PathLike[str], *, replace: bool = False
 ) -> None:
-    """Write events into a folder, whole or not at all; see `whole_folder`.
+    """Write events into a folder, atomically; see `whole_folder`.
 
     Args:
-        events: What to write.
-        path: The folder; folders above it that are missing are made.
-        replace: A store that is there is replaced; a failure leaves it as it was.
+        events: The events to write.
+        path: The folder; missing parent folders are created.
+        replace: Replace an existing store; a failure leaves it unchanged.
 
     Raises:
-        BundleError: `path` exists and `replace` is false, or it is something else than a store,
-            or the disk is full or refuses.
+        BundleError: `path` exists and `replace` is false, or it is not a store, or the disk is full
+            or refuses.
     """
     with whole_folder(path, "event store", replace=replace) as folder:
         fill_files(events, folder)
@@ -123,12 +123,12 @@ def open_store(
 
     Args:
         path: The folder.
-        verify: Read every file through and compare its checksum; otherwise sizes are compared.
-        trusted: False reads every value too and refuses those that `write_store` cannot have
-            written, such as rows out of range: anybody can compute checksums.
+        verify: Read every file completely and compare checksums; otherwise only sizes are compared.
+        trusted: False also checks every value and refuses those that `write_store` cannot have
+            written, such as rows out of range, because anybody can compute checksums.
 
     Raises:
-        BundleError: It is not a store, or a file of it is missing, cut short or changed.
+        BundleError: It is not a store, or one of its files is missing, truncated or changed.
     """
     folder = Path(path)
     manifest = read_manifest(folder, StoreManifest)
@@ -172,7 +172,7 @@ def fill_files(events: Interactions, folder: Path) -> None:
         "item_idx.npy": events.item_idx,
         "timestamp_s.npy": events.timestamp_s,
         **{file: events.columns[name] for name, file in columns.items()},
-        # a reader that knows no links or context finds more files that the manifest lists
+        # a reader without links and context finds further files in the manifest
         "user_links.npy": _flat(events.user_links),
         "item_links.npy": _flat(events.item_links),
     }
@@ -201,7 +201,7 @@ def fill_files(events: Interactions, folder: Path) -> None:
 
 
 def _check_values(folder: Path, events: Interactions) -> None:
-    """Refuse values that no store can hold; code that is not Python reads them unchecked."""
+    """Raise an error for values that no store can hold: compiled code reads them unchecked."""
     inside = [
         ("offsets.npy", np.diff(events.offsets, prepend=0), 0, len(events)),
         ("offsets.npy", events.offsets[-1:] - len(events), 0, 0),
@@ -247,7 +247,7 @@ def _write_array(path: Path, array: Shaped[np.ndarray, " N"]) -> None:
 
 
 def _write_table(path: Path, table: pl.DataFrame) -> None:
-    # texts of contexts as Polars keeps them in memory: opening need not go through every row
+    # texts of contexts have the layout of Polars in memory, so that opening need not read every row
     level = pl.CompatLevel.newest() if path.name == _CONTEXT else pl.CompatLevel.oldest()
     with path.open("xb") as file:
         table.write_ipc(file, compression="uncompressed", compat_level=level)
@@ -264,7 +264,7 @@ def _map_array(folder: Path, name: str, *, length: int) -> Shaped[np.ndarray, " 
 
 
 def _map_links(folder: Path, name: str) -> Int32[np.ndarray, "2 P"]:
-    """Return pairs that are stored as all first ends, then all second ends."""
+    """Return pairs, which are stored as all first ends, then all second ends."""
     array = _load_array(folder / name, is_mapped=False)
     if array.ndim != 1 or array.dtype != np.int32 or len(array) % 2:
         raise BundleError(
@@ -297,12 +297,12 @@ def _read_ids(path: Path) -> pl.Series:
 
 
 def _read_table(path: Path, *, height: int | None = None, whole: bool = False) -> pl.DataFrame:
-    """Read a table as a map of its file, and with `whole` look at every value of it first."""
+    """Map a table's file; with `whole`, check every value first."""
     try:
         with pa.memory_map(str(path)) as source:
             content = source.read_buffer()
         if any(_is_compressed(content, at) for at in _batches(content)):
-            raise pa.ArrowInvalid("it is compressed, which no table of a store is")
+            raise pa.ArrowInvalid("it is compressed, and a store's tables are not")
         found = pa.ipc.open_file(content).read_all()
         found.validate(full=whole)
         table = pl.DataFrame(found)
@@ -314,9 +314,9 @@ def _read_table(path: Path, *, height: int | None = None, whole: bool = False) -
 
 
 def _batches(file: pa.Buffer) -> Iterator[int]:
-    """Yield where each batch of an Arrow file begins, as its footer lists them.
+    """Yield the start of each batch of an Arrow file from its footer.
 
-    Arrow shows that a batch is compressed only by unpacking it, to any size that its writer chose.
+    Arrow reports a compressed batch only after unpacking it, to any size that its writer chose.
     The layout is https://github.com/apache/arrow/blob/main/format/File.fbs, in Flatbuffers.
     """
     (length,) = struct.unpack_from("<i", file, file.size - 10)
@@ -343,7 +343,7 @@ def _is_compressed(file: pa.Buffer, batch: int) -> bool:
 
 
 def _field(file: pa.Buffer, table: int, number: int) -> int:
-    """Return where a field of a Flatbuffers table is, 0 where it is left out."""
+    """Return the position of a field in a Flatbuffers table, 0 if it is left out."""
     (down,) = struct.unpack_from("<i", file, table)
     (size,) = struct.unpack_from("<H", file, table - down)
     if 4 + 2 * number >= size:

@@ -1,7 +1,7 @@
-"""Any table to a Polars frame: files of text, Parquet and Arrow; pandas, Polars, Arrow, DuckDB.
+"""Reads any table into a Polars frame: text, Parquet and Arrow files, and tables in memory.
 
-Objects in memory come through the Arrow PyCapsule interface, so that none of those libraries but
-Polars and pyarrow is ever imported here.
+Objects in memory are read by the Arrow PyCapsule interface, so that only Polars and pyarrow are
+imported here.
 """
 
 import os
@@ -29,11 +29,11 @@ from foretaste.errors import DataError, nearest
 
 _T = TypeVar("_T")
 BROKEN = (Exception, pl.exceptions.PanicException)
-"""All by which Polars, Arrow, DuckDB and pandas refuse: no list of their classes was complete."""
+"""Errors of Polars, Arrow, DuckDB and pandas; no list of their classes was complete."""
 
 
 class Table(NamedTuple):
-    """Columns of a source, in the order asked for."""
+    """Columns of a source, in the requested order."""
 
     frame: pl.DataFrame
     notes: tuple[str, ...] = ()
@@ -42,24 +42,24 @@ class Table(NamedTuple):
 @final
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A table whose columns are known and whose rows are not read yet."""
+    """A table with known columns, whose rows are not read yet."""
 
     name: str
-    """What messages call it."""
+    """Its name in messages."""
     columns: list[str]
     """The names of all columns, in order."""
     header: bool = False
-    """Whether a first line of text named them."""
+    """Whether the first line of text has the names."""
     fetch: Callable[[list[str], Collection[str], Collection[str], Collection[str]], Table]
-    """Reads columns; its arguments are those of `read`."""
+    """Reads columns, with the arguments of `read`."""
     scan: Callable[[list[str]], pl.LazyFrame] | None = None
-    """Some columns to be read in blocks, those of text files as text; None where that cannot be."""
+    """Scans columns in blocks, those of text files as text; None if this is impossible."""
     is_text: bool = False
     """Whether it is a text file."""
     notes: tuple[str, ...] = ()
-    """What opening it assumed."""
+    """Notes on what opening assumed."""
     explain: Callable[[], str] | None = None
-    """Says what is wrong with a text file that cannot be parsed."""
+    """Explains why a text file cannot be parsed."""
 
     def read(
         self,
@@ -72,10 +72,10 @@ class Source:
         """Read some of the columns.
 
         Args:
-            columns: Their names.
-            ids: Those that are typed as ids where the source has no types.
-            numbers: Those that are nothing but numbers or times.
-            optional: Those that may be left out, with a note, if their type cannot be read.
+            columns: The names.
+            ids: Columns that get the type of ids if the source has no types.
+            numbers: Columns that hold only numbers or times.
+            optional: Columns that are left out, with a note, if their type cannot be read.
         """
         _each_once(self, columns)
         return self.fetch(columns, ids, numbers, optional)
@@ -90,20 +90,20 @@ def open_source(
     encoding: str | None = None,
     missing: Collection[str] = MISSING,
 ) -> Source:
-    """Look at a table without reading its rows.
+    """Open a table without reading its rows.
 
     Args:
         source: A path or a list of paths; a pandas or Polars frame, a lazy one too; anything with
             `__arrow_c_stream__`, such as a pyarrow table or a DuckDB relation.
-        separator: Between the fields of text files; None finds it.
+        separator: The separator of text files; None detects it.
         header: Whether the first line of text files names the columns.
-        role: What a table in memory is called in messages.
-        encoding: Of text files; None: UTF-8, UTF-16 or cp1252, by what they hold.
+        role: The name of a table in memory, in messages.
+        encoding: The encoding of text files; None: UTF-8, UTF-16 or cp1252, by content.
         missing: Texts that mean a missing value, in any kind of source.
 
     Raises:
-        DataError: It is not such a thing, or a file is missing, empty or broken.
-        ConfigError: The separator or the encoding cannot be one.
+        DataError: It is not a table, or a file is missing, empty or broken.
+        ConfigError: The separator or the encoding is invalid.
     """
     missing = (missing,) if isinstance(missing, str) else tuple(missing)
     opened = partial(
@@ -128,7 +128,7 @@ def open_source(
 
 
 def _no_source(source: object, role: str) -> DataError:
-    """Return the error about what is not a table, with what makes one of it."""
+    """Return the error for an object that is not a table, with the advice."""
     match source:
         case dict() | list() | tuple() if source:
             fix = "make a table of it, such as polars.DataFrame(…), and give that"
@@ -145,7 +145,7 @@ def find_column(source: Source, wanted: str | int, *, argument: str) -> str:
     """Return the name of a column given by name or, as an integer, by position.
 
     Raises:
-        DataError: There is none; the message lists those there are and the nearest name.
+        DataError: The column does not exist; the message lists the columns and the nearest name.
     """
     columns = source.columns
     if isinstance(wanted, int):
@@ -174,7 +174,7 @@ def _no_column(source: Source, wanted: str, argument: str) -> str:
 
 
 def _scan(name: str, lazy: pl.LazyFrame, missing: tuple[str, ...]) -> Source:
-    """Have Polars read a file or a frame; its schema now, so that a broken file is refused."""
+    """Scan a file or a frame with Polars and read its schema, so that broken files raise now."""
     columns = _quietly(name, lambda: lazy.collect_schema().names())
     source = _typed(name, columns, lambda names: lazy.select(names).collect(), missing)
     return replace(source, scan=lazy.select)
@@ -191,7 +191,7 @@ def _stream(name: str, batches: pa.RecordBatchReader, missing: tuple[str, ...]) 
 
 
 def _pandas(name: str, frame: Any, missing: tuple[str, ...]) -> Source:
-    """Read a pandas frame: a column of mixed types, which Arrow refuses, is taken as text."""
+    """Read a pandas frame; a column of mixed types, which Arrow refuses, becomes text."""
     columns = [str(label) for label in frame.columns]
 
     def load(names: list[str]) -> pl.DataFrame:
@@ -207,7 +207,7 @@ def _of_pandas(name: str, one: Any) -> pl.Series:
     kind = str(dtype.categories.dtype if hasattr(dtype, "categories") else dtype)
     try:
         if kind.startswith(("period", "interval")):
-            raise TypeError(kind)  # Arrow takes them for numbers and records
+            raise TypeError(kind)  # Arrow would read them as numbers and records
         if kind.startswith("Sparse"):
             one = one.sparse.to_dense()
         if kind in ("float96", "float128"):
@@ -260,7 +260,7 @@ def _together(files: list[Source]) -> Source:
 
 
 def _joined(name: str, files: list[Source], parts: list[pl.Series], *, is_id: bool) -> pl.Series:
-    """Put one column of several files together."""
+    """Concatenate one column of several files."""
     column = parts[0].name
     try:
         frames = [part.to_frame() for part in _alike(parts, is_id=is_id)]
@@ -277,7 +277,7 @@ def _joined(name: str, files: list[Source], parts: list[pl.Series], *, is_id: bo
 
 
 def _alike(parts: list[pl.Series], *, is_id: bool) -> list[pl.Series]:
-    """Bring one column of several files to one type, where types differ."""
+    """Convert one column of several files to one type if the types differ."""
     dtypes = {part.dtype for part in parts if part.dtype != pl.Null}
     if len(dtypes) < 2:
         return parts
@@ -295,7 +295,7 @@ def _alike(parts: list[pl.Series], *, is_id: bool) -> list[pl.Series]:
 
 
 def _in_utc(times: pl.Series) -> pl.Series:
-    """Return dates and times as times in UTC; those without a zone are taken for such."""
+    """Return dates and times as times in UTC; times without a zone are taken as UTC."""
     if times.dtype == pl.Datetime and times.dtype.time_zone is not None:  # type: ignore[attr-defined]  # Datetime has it
         return times.cast(pl.Datetime("us", "UTC"))
     return times.cast(pl.Datetime("us")).dt.replace_time_zone("UTC")
@@ -322,17 +322,17 @@ _NOT_TABLES = (
     (0, b"FEA1", "a Feather file of the first version", _EXPORT),
     (0, b"%PDF", "a PDF", _EXPORT),
 )
-"""Where which bytes are in a file, what it is then, and what to do."""
+"""Position and bytes that identify a file's format, its name, and the advice."""
 
 
 def _place_of(source: str | os.PathLike[str]) -> Path:
-    """Return where a table lies.
+    """Return the path of a table.
 
     Raises:
-        DataError: It is not a path, but an address of a database or the web.
+        DataError: It is not a path but an address of a database or the web.
     """
     text = os.fspath(source)
-    if "://" in text:  # what follows may hold a password
+    if "://" in text:  # the rest may contain a password
         raise DataError(
             f"{text.split('://')[0]}:// is no path: read it with pandas, Polars or DuckDB, and "
             "give the table",
@@ -345,10 +345,10 @@ def _place_of(source: str | os.PathLike[str]) -> Path:
 
 
 def _first_bytes(path: Path) -> bytes:
-    """Return the first bytes of what may be a table.
+    """Return the first bytes of a file that may be a table.
 
     Raises:
-        DataError: It cannot be read, is empty, or is known to be something else.
+        DataError: It cannot be read, is empty, or has another format.
     """
     try:
         with path.open("rb") as file:
@@ -386,7 +386,7 @@ def _open_file(
 
 
 def _open_folder(path: Path, missing: tuple[str, ...]) -> Source:
-    """Open the Parquet files of a folder, whose folders may be values: `day=2024-05-01`."""
+    """Open the Parquet files of a folder; its subfolders may be values such as `day=2024-05-01`."""
     if (path / "_delta_log").is_dir() or (path / "metadata").is_dir():
         raise DataError(
             f"{path} is a Delta or Iceberg table: read it with polars.scan_delta or scan_iceberg, "
@@ -408,7 +408,7 @@ def _open_folder(path: Path, missing: tuple[str, ...]) -> Source:
 
 
 def _open_parquet(path: Path, missing: tuple[str, ...]) -> Source:
-    """Open a Parquet file with Polars, or, if it lacks the type of a column, with Arrow."""
+    """Open a Parquet file with Polars, or with Arrow if Polars lacks the type of a column."""
     try:
         return _scan(str(path), pl.scan_parquet(path), missing)
     except DataError as error:
@@ -434,7 +434,7 @@ def _typed(
     load: Callable[[list[str]], pl.DataFrame],
     missing: tuple[str, ...],
 ) -> Source:
-    """Return a source whose columns have types; `load` gives some of them."""
+    """Return a source whose columns have types; `load` reads some of them."""
 
     def fetch(wanted: list[str], ids: Any, numbers: Any, optional: Any) -> Table:
         return _gathered(name, wanted, load, missing, optional)
@@ -449,7 +449,7 @@ def _gathered(
     missing: tuple[str, ...],
     optional: Collection[str],
 ) -> Table:
-    """Load columns; where one cannot be, name it, or leave it out if it may be."""
+    """Load columns; raise an error that names a failing one, or leave it out if optional."""
     left_out: list[str] = []
     try:
         frame = load(columns)
@@ -484,7 +484,7 @@ def _with_index(frame: Any) -> Any:
 
 
 def _quietly(name: str, work: Callable[[], _T]) -> _T:
-    """Call into Polars or Arrow, whose errors become ours."""
+    """Call Polars or Arrow and convert their errors to ours."""
     try:
         return work()
     except BROKEN as error:

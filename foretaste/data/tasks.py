@@ -1,6 +1,6 @@
-"""Labels of events, the tasks that are learned from them, and a made-up log with a known answer.
+"""Tasks, the labels of events that they are trained on, and a synthetic log with a known answer.
 
-Shape legend, of what is made up: E events, U users, N impressions.
+Shape legend of the synthetic log: E events, U users, N impressions.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,8 +18,8 @@ from foretaste.data.interactions import Interactions, no_column
 from foretaste.errors import ConfigError, DataError
 
 Weights = Mapping[str, float | int]
-"""How much one unit of each task's prediction counts in a score, by name; 0 for those that are not
-named. The unit is the label's own: a probability, a second, a level."""
+"""The weight in the score of one unit of each task's prediction, by name; 0 for other tasks. The
+unit is the label's own: a probability, a second, a level."""
 
 
 _OF_ONE_KIND = (
@@ -28,7 +28,7 @@ _OF_ONE_KIND = (
     ("transform", "regression", "none"),
     ("loss", "regression", "squared"),
 )
-"""Settings that would be without effect for a task of another kind, with their defaults."""
+"""Settings that have no effect for a task of another kind, with their defaults."""
 
 
 class Task(Config):
@@ -118,7 +118,7 @@ def standardised(task: Task, label: Tensor, scale: LabelScale) -> Tensor:
 
 
 def in_own_unit(task: Task, value: Tensor, scale: LabelScale) -> Tensor:
-    """Undo `standardised`: from what a regression's head gives to the label's own unit."""
+    """Undo `standardised`: convert the output of a regression's head to the label's own unit."""
     learned = value * scale.std + scale.mean
     return learned.expm1() if task.transform == "log1p" else learned
 
@@ -131,7 +131,7 @@ def labels_of(events: Interactions, tasks: Sequence[Task]) -> Float32[np.ndarray
 
     Raises:
         ConfigError: A task names a column that the events do not have.
-        DataError: A label is none that its task can have; the message names the value.
+        DataError: A label does not fit its task; the message names the value.
     """
     label_ET = np.empty((len(events), len(tasks)), np.float32)
     for place, task in enumerate(tasks):
@@ -142,12 +142,12 @@ def labels_of(events: Interactions, tasks: Sequence[Task]) -> Float32[np.ndarray
 def check_learnable(
     label_ET: Float32[np.ndarray, "E T"], tasks: Sequence[Task], *, num_drawn: int = 0
 ) -> None:
-    """Refuse labels from which a task cannot be learned.
+    """Raise an error for labels from which a task cannot be learned.
 
     Args:
-        label_ET: Those of training.
+        label_ET: The training labels.
         tasks: Their tasks.
-        num_drawn: Items drawn for each event, a 0 for every binary task.
+        num_drawn: Number of items drawn for each event, with label 0 in every binary task.
 
     Raises:
         DataError: A task has no label at all, or a binary one only one class.
@@ -180,7 +180,7 @@ def notes_about_labels(events: Interactions, tasks: Sequence[Task]) -> tuple[str
 
     Raises:
         ConfigError: A task names a column that the events do not have.
-        DataError: A label is none that its task can have.
+        DataError: A label does not fit its task.
     """
     said = []
     for task in tasks:
@@ -205,13 +205,13 @@ def zeros_in_histories(
 ) -> tuple[str, int] | None:
     """Return the column that marks events as not positive, and the number of such events.
 
-    Of a log of impressions, where nothing marks the positive ones; None where some task has no
-    column, so that every event happened, or a column holds more than 0 and 1.
+    This is for a log of impressions without `positive`. None if some task has no column, so that
+    every event is positive, or if a column has values other than 0 and 1.
 
     Args:
-        events: Those of training.
-        tasks: What is learned of them.
-        positive: Column that marks the positive events; "": as the events have it.
+        events: The training events.
+        tasks: The tasks of the model.
+        positive: Column that marks the positive events; "": `Interactions.positive`.
     """
     if positive or events.positive or not all(task.column for task in tasks):
         return None
@@ -228,8 +228,8 @@ def notes_about_histories(
     """Return a note that histories would contain events that are not positive.
 
     Args:
-        events: What histories are made of.
-        tasks: Those of the ranker.
+        events: The events of histories.
+        tasks: The tasks of the ranker.
         reads: Whether the ranker reads histories.
     """
     found = zeros_in_histories(events, tasks)
@@ -286,10 +286,11 @@ def _refuse(
 
 
 class MediaLog(NamedTuple):
-    """The tables of a made-up media site, as `read_interactions` takes them."""
+    """The tables of a synthetic media site, for `read_interactions`."""
 
     events: pl.DataFrame
-    """A row an impression: `user`, `item`, `time`, `click`, and of clicks `minutes` and `like`."""
+    """One row per impression: `user`, `item`, `time`, `click`, and for clicks `minutes` and
+    `like`."""
     items: pl.DataFrame
     """The `topic` of each `item`."""
 
@@ -304,20 +305,20 @@ def media_log(
     effect: float = 3.0,
     seed: Seed = 0,
 ) -> MediaLog:
-    """Make a log of impressions whose clicks follow a user's passing interest, or do not.
+    """Make a log of impressions whose clicks depend on a user's temporary interest, or do not.
 
     A user is interested in one topic for about 20 impressions, then in another. Items of the topic
-    are clicked, read for longer and liked more often. Without `history` an interest lasts for one
-    impression only, so that nothing a user did before says anything of it; all else is the same.
+    are clicked, read for longer and liked more often. Without `history`, an interest lasts for one
+    impression only, so that earlier events are uninformative; all else is the same.
 
     Args:
-        history: Whether interests last.
+        history: Whether interests last for several impressions.
         num_users: U.
-        num_items: Items; each has a topic and a quality.
-        num_topics: Topics, as many items each.
+        num_items: Number of items; each has a topic and a quality.
+        num_topics: Number of topics, with equal numbers of items.
         impressions: N.
-        effect: What an interest adds to the logit of a click.
-        seed: Decides everything.
+        effect: The increase of a click's logit by an interest.
+        seed: Decides all draws.
 
     Raises:
         ConfigError: There are too few items for the topics, or a number is below 1.
@@ -359,5 +360,5 @@ def media_log(
 
 
 def metric_name(metric: str, task: str, tasks: tuple[Task, ...], suffix: str) -> str:
-    """Return the full name of a metric: with its task where there are several."""
+    """Return the full name of a metric, with its task if there are several."""
     return f"{metric}_{task}{suffix}" if len(tasks) > 1 else f"{metric}{suffix}"

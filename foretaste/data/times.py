@@ -1,8 +1,8 @@
-"""A column of times, brought to whole ticks since 1970, UTC.
+"""Converts a column of times to whole ticks since 1970, in UTC.
 
-Numbers count a unit. What would lie in 1970, or far ahead, in the unit that was said and is sane in
-another is refused, and the message says the other. Numbers that are small in every unit only
-order the events, which is noted.
+Numbers have a unit. Numbers that lie in 1970 or far in the future in the given unit, and are
+plausible in another, raise an error that names the other unit. Numbers that are small in every unit
+only order the events, with a note.
 """
 
 import math
@@ -23,7 +23,7 @@ _LINEAR = {
     "days": (_DAY_S, 0),
     "excel": (_DAY_S, -25_569 * _DAY_S),
 }
-"""Seconds of one, and the second of zero."""
+"""Seconds per unit, and the unix second of zero."""
 _SANE = {
     "years": (1970, 2100),
     "YYYYMM": (1970_01, 2100_12),
@@ -39,10 +39,10 @@ _SANE = {
     for unit, scale in _PER_SECOND.items()
     if unit != "order"
 }
-_SANE["ns"] = (644 * 10**15, _SANE["ns"][1])  # what is less are .NET's ticks since the year 1
-"""Numbers that make sense in a unit: 1990 to 2040 of counts, of which no two overlap."""
+_SANE["ns"] = (644 * 10**15, _SANE["ns"][1])  # smaller numbers are .NET's ticks since the year 1
+"""Numbers that are plausible in a unit: the years 1990 to 2040; no two units overlap."""
 _UNKNOWN_S = (-62_135_596_800, -2_208_988_800, -1, 253_402_214_400, 253_402_300_799)
-"""Years 1, 1900 and 9999, and a second before 1970: how programs write that they do not know."""
+"""Years 1, 1900 and 9999, and a second before 1970, which programs write for unknown times."""
 _ISO_ZONED = ("%Y-%m-%dT%H:%M:%S%.f%#z", "%Y-%m-%dT%H:%M%#z")
 _ISO_NAIVE = ("%Y-%m-%dT%H:%M:%S%.f", "%Y-%m-%dT%H:%M", "%Y-%m-%d")
 _DATES = {"DD.MM.YYYY": "%d.%m.%Y", "DD/MM/YYYY": "%d/%m/%Y", "MM/DD/YYYY": "%m/%d/%Y"}
@@ -63,14 +63,14 @@ def canonical_times(times: pl.Series, unit: TimestampUnit, *, drop_unknown: bool
     A datetime or text without a zone is taken as UTC, and noted.
 
     Args:
-        times: Of any type.
-        unit: What numbers count.
+        times: A column of any type.
+        unit: The unit of numbers.
         drop_unknown: Take 0, -1 and dates such as 1970-01-01 or 9999-12-31 among times of today as
             missing, and count them; otherwise they are an error.
 
     Raises:
-        DataError: A time cannot be read, or lies before 1970 or after 2200; where another unit
-            would make sense of it, the message says which.
+        DataError: A time cannot be read, or lies before 1970 or after 2200; the message names
+            another unit in which it is plausible.
     """
     if times.dtype in (pl.Categorical, pl.Enum, pl.Object):
         times = canonical_ids(times)
@@ -131,7 +131,7 @@ def _of_numbers(times: pl.Series, unit: TimestampUnit) -> Times:
 
 
 def _coarseness(times: pl.Series) -> tuple[str, ...]:
-    """Say how far apart small floats hold such large numbers."""
+    """Return a note on the precision of small floats for large numbers."""
     high = _bound(times.max()) if times.dtype in (pl.Float16, pl.Float32) else 0
     digits = 11 if times.dtype == pl.Float16 else 24
     if not 2**digits <= high < math.inf:
@@ -144,12 +144,12 @@ def _coarseness(times: pl.Series) -> tuple[str, ...]:
 
 
 def _plain_numbers(times: pl.Series) -> pl.Series:
-    """Return integers, or floats where there is a fraction, with nulls for NaN."""
+    """Return integers, or floats if there is a fraction, with nulls for NaN."""
     if times.dtype == pl.Null:
         return times.cast(pl.Int64)
     if times.dtype == pl.Decimal:
         times = times.cast(pl.Int128 if times.dtype.scale == 0 else pl.Float64)  # type: ignore[attr-defined]  # Decimal has it
-    if times.dtype.is_integer():  # signed: a negative number is compared with
+    if times.dtype.is_integer():  # signed, because numbers are compared with a negative one
         small = times.cast(pl.Int64, strict=False)
         return small if small.null_count() == times.null_count() else times.cast(pl.Int128)
     times = times.cast(pl.Float64).fill_nan(None)
@@ -158,7 +158,7 @@ def _plain_numbers(times: pl.Series) -> pl.Series:
 
 
 def _numbers_in(text: pl.Series) -> pl.Series | None:
-    """Return the numbers of a column of text; None where one is none."""
+    """Return the numbers of a text column; None if a text is not a number."""
     for dtype in (pl.Int64, pl.Float64):
         numbers = text.cast(dtype, strict=False)
         if numbers.null_count() == text.null_count():
@@ -167,12 +167,12 @@ def _numbers_in(text: pl.Series) -> pl.Series | None:
 
 
 def _is_blank(times: pl.Series) -> pl.Series:
-    """Return where a number is what programs write for an unknown time."""
+    """Return a mask of numbers that programs write for an unknown time."""
     return ((times == 0) | (times == -1)).fill_null(value=False)
 
 
 def _refuse_other_units(times: pl.Series, unit: TimestampUnit) -> tuple[str, ...]:
-    """Refuse numbers that make sense in another unit only; note those that do in none."""
+    """Raise an error for numbers plausible only in another unit; note those plausible in none."""
     low, high = _bound(times.min()), _bound(times.max())
     limit = _limit(unit)
     if low < -1 or high > limit:
@@ -210,7 +210,7 @@ def _bound(value: object) -> int | float:
 
 
 def _limit(unit: TimestampUnit) -> int | float:
-    """Return the number that the year 2200 has in a unit."""
+    """Return the number of the year 2200 in a unit."""
     if unit in _LINEAR:
         size, zero = _LINEAR[unit]
         return (_YEAR_2200_S - zero) / size
@@ -220,7 +220,7 @@ def _limit(unit: TimestampUnit) -> int | float:
 
 
 def _unit_of(known: pl.Series, unit: TimestampUnit) -> str | None:
-    """Return another unit in which all numbers are times of today, if there is one."""
+    """Return another unit in which all numbers are plausible, if there is one."""
     low, high = _bound(known.min()), _bound(known.max())
     for other, (first, last) in _SANE.items():
         fits = first <= low and high <= last and other != unit
@@ -230,7 +230,7 @@ def _unit_of(known: pl.Series, unit: TimestampUnit) -> str | None:
 
 
 def _refuse_mixed(times: pl.Series, unit: TimestampUnit) -> None:
-    """Refuse a column where some times count a coarser unit than the rest, as 1970 gives away."""
+    """Raise an error if some times have a coarser unit than the rest, which puts them in 1970."""
     for other, scale in _PER_SECOND.items():
         if other == unit or unit not in _PER_SECOND:
             return
@@ -249,7 +249,7 @@ def _refuse_mixed(times: pl.Series, unit: TimestampUnit) -> None:
 
 
 def _of_digits(times: pl.Series, unit: str) -> pl.Series:
-    """Return microseconds of dates written as digits, null where one is not a date."""
+    """Return microseconds of dates written as digits, null for other numbers."""
     text = times.cast(pl.Int64, strict=False).cast(pl.String)
     text = text.set(text.str.len_bytes() != len(unit), None) + "00000101000000"[len(unit) :]
     whole = times.cast(pl.Int64, strict=False) == times
@@ -258,7 +258,7 @@ def _of_digits(times: pl.Series, unit: str) -> pl.Series:
 
 
 def _of_years(times: pl.Series) -> pl.Series:
-    """Return microseconds of years, a fraction being a part of its year."""
+    """Return microseconds of years; a fraction is a part of its year."""
     year = times.cast(pl.Float64).floor().cast(pl.Int32)
     start, end = (
         pl.select(pl.datetime(year + more, 1, 1).dt.epoch("us")).to_series() for more in (0, 1)
@@ -287,7 +287,7 @@ def _of_text(times: pl.Series, unit: TimestampUnit) -> Times:
 
 
 def _parsed(text: pl.Series, forms: tuple[str, ...]) -> pl.Series:
-    """Return microseconds, in UTC where there is a zone; null where no form fits."""
+    """Return microseconds, in UTC if there is a zone; null where no format fits."""
     zone = "UTC" if forms == _ISO_ZONED else None
     parsed = pl.coalesce(
         pl.lit(text)
@@ -299,7 +299,7 @@ def _parsed(text: pl.Series, forms: tuple[str, ...]) -> pl.Series:
 
 
 def _readable(times: pl.Series, micros: pl.Series, unit: TimestampUnit) -> pl.Series:
-    """Return the times, if all texts could be read."""
+    """Return the times if all texts can be read."""
     broken = micros.is_null() & times.is_not_null()
     if not broken.any():
         return micros
@@ -321,7 +321,7 @@ def _readable(times: pl.Series, micros: pl.Series, unit: TimestampUnit) -> pl.Se
 
 
 def _zoned(shown: pl.Series, micros: pl.Series, naive: pl.Series | None) -> Times:
-    """Return times, and note that those of day without a zone were taken as UTC."""
+    """Return times, with a note if times of day without a zone were taken as UTC."""
     if naive is None or not naive.any() or not (micros % (_DAY_S * 1_000_000) != 0).any():
         return Times(micros, 1_000_000)
     note = f"column {shown.name!r}: times without a zone were taken as UTC"
@@ -332,7 +332,7 @@ def _zoned(shown: pl.Series, micros: pl.Series, naive: pl.Series | None) -> Time
 
 
 def _known(shown: pl.Series, times: Times, *, drop: bool) -> Times:
-    """Refuse, or take out, what means an unknown time: 1970, or no year, among times of today."""
+    """Raise an error for, or leave out, unknown times: 1970, or no year, among plausible times."""
     ticks, scale = times.ticks, times.per_second
     if _bound(ticks.min()) >= _YEAR_1971_S * scale and _bound(ticks.max()) <= _YEAR_2200_S * scale:
         return times
@@ -356,7 +356,7 @@ def _bounded(shown: pl.Series, times: Times) -> Times:
 
 
 def _without(shown: pl.Series, times: Times, unknown: pl.Series, *, drop: bool) -> Times:
-    """Return times of which the unknown ones are missing, if that is allowed."""
+    """Return times with the unknown ones missing, if the settings allow it."""
     if not unknown.any():
         return times
     count = int(unknown.sum())

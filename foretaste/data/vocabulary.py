@@ -1,9 +1,9 @@
 """Vocabularies: external ids and their rows.
 
-One rule holds in Python, at the command line and over HTTP. A whole number is an integer, however
-it is typed: 3, 3.0, NumPy's and `Decimal`'s. Texts are compared letter by letter; an integer id is
-also found by its text, "3", but not by "03" or " 3". Anything else is the text that reading makes
-of it. What is missing, what is empty and what holds several values is not an id.
+The same rules hold in Python, on the command line and over HTTP. A whole number of any type is an
+integer: 3, 3.0, NumPy's and `Decimal`'s. Texts are compared letter by letter; an integer id is also
+found by its text, "3", but not by "03" or " 3". Anything else becomes the text that reading gives
+it. Missing, empty and multiple values are not ids.
 """
 
 import hashlib
@@ -33,29 +33,29 @@ if TYPE_CHECKING:
     Ids = Iterable[object]
 else:
     Ids = object  # `listed` checks it, with an error of its own
-"""What holds ids one after the other: a list, a tuple, a set, a generator, a dictionary's view, or
-an array or a column of NumPy, pandas, Polars or Arrow."""
+"""A sequence of ids: a list, a tuple, a set, a generator, a dictionary's view, or an array or a
+column of NumPy, pandas, Polars or Arrow."""
 
 _INTEGER = re.compile(r"0|-?[1-9][0-9]{0,18}")
 _CLEAR = (str, date, time, UUID, np.datetime64)
-"""What is an id beside whole numbers, whether or not it is known."""
+"""Types of ids besides whole numbers."""
 INT64 = range(-(2**63), 2**63)
-"""The integers that a column of ids holds."""
+"""The integers that a column of ids can hold."""
 _INT2000 = range(-(2**2000), 2**2000)
-"""No id is a longer number: Python does not even print those of 4300 digits."""
+"""Longer numbers are not ids; Python does not even print numbers of 4300 digits."""
 _SMALL = 2**18
-"""Up to so many ids a dictionary costs little; beyond, ids are bisected."""
+"""Up to this many ids, a dictionary is used; beyond, a binary search."""
 _FEW = 32
-"""Fewer ids than a 32nd of the vocabulary are looked up one by one, more of them in one join."""
+"""Fewer ids than a 32nd of the vocabulary are looked up one by one, more ids in one join."""
 
 
 @final
 class Vocabulary:
     """A two-way map between the caller's ids and rows `0 … len - 1`.
 
-    Ids are kept as 64-bit integers where every one of them is an integer, and as text
-    otherwise. A look-up accepts either: `42` and `"42"` find the same id. Small vocabularies keep
-    a dictionary; large ones bisect their sorted ids, in place.
+    Ids are kept as 64-bit integers if all of them are integers, and as text otherwise. A look-up
+    accepts either: `42` and `"42"` find the same id. Small vocabularies keep a dictionary; large
+    ones use a binary search in their sorted ids.
     """
 
     @checked
@@ -66,7 +66,7 @@ class Vocabulary:
             ids: Distinct, of type Int64 or String, without nulls.
 
         Raises:
-            DataError: An id is missing or stands twice, or the type is another.
+            DataError: An id is missing or repeated, or the type is wrong.
         """
         if ids.dtype not in (pl.Int64, pl.String):
             raise DataError(
@@ -87,11 +87,11 @@ class Vocabulary:
     def trusted(
         cls, load: Callable[[], pl.Series], *, length: int, is_integer: bool
     ) -> "Vocabulary":
-        """Take ids that were checked when they were written, and load them when first asked for.
+        """Take ids that were checked when they were written, and load them at first use.
 
         Args:
             load: Returns `length` distinct ids, Int64 if `is_integer` and String otherwise.
-            length: How many ids there are.
+            length: Number of ids.
             is_integer: Whether they are integers.
         """
         vocabulary = cls.__new__(cls)
@@ -102,7 +102,7 @@ class Vocabulary:
         self._load, self._length, self._is_integer = load, length, is_integer
 
     def __getstate__(self) -> dict[str, object]:
-        """Return what a pickle holds: the ids, loaded; what finds them is made again."""
+        """Return the content of a pickle: the loaded ids, without the look-up structures."""
         return {"_length": self._length, "_is_integer": self._is_integer, "ids": self.ids}
 
     def __len__(self) -> int:
@@ -147,12 +147,12 @@ class Vocabulary:
 
         Args:
             external_id: The id.
-            name: What the caller calls it, for the error.
-            position: Where it is in a list of that name, from 0.
+            name: The caller's name for it, for the error.
+            position: Its position in a list of that name, from 0.
 
         Raises:
             DataError: It is not an id: missing, empty, a list, or a truth value, a fraction or
-                another object that stands for no id here.
+                another object that is no known id.
         """
         plain = plain_id(external_id)
         row = self._find(plain)
@@ -171,14 +171,14 @@ class Vocabulary:
     def find_all_given(
         self, external_ids: object, *, name: str
     ) -> tuple[list[int | str], Int64[np.ndarray, " N"]]:
-        """Return the ids that a caller gave as answers show them, and their rows, -1 if unknown.
+        """Return a caller's ids as answers show them, and their rows, -1 if unknown.
 
         Args:
-            external_ids: What a caller gave; see `Ids`.
-            name: What the caller calls it, for errors.
+            external_ids: The ids of a caller; see `Ids`.
+            name: The caller's name for it, for errors.
 
         Raises:
-            DataError: It holds no ids one after the other, or one of them is not an id.
+            DataError: It is not a sequence of ids, or one of its values is not an id.
         """
         ids = listed(external_ids, name=name)
         plain = [plain_id(one) for one in ids]
@@ -196,7 +196,7 @@ class Vocabulary:
 
     @checked
     def encode(self, external_ids: pl.Series | Sequence[object]) -> Int64[np.ndarray, " N"]:
-        """Return the row of each id, -1 where it is unknown or missing."""
+        """Return the row of each id, -1 if it is unknown or missing."""
         if isinstance(external_ids, pl.Series) and len(external_ids) * _FEW > len(self):
             return self._encode_many(external_ids)
         return np.fromiter(map(self.find, external_ids), np.int64, len(external_ids))
@@ -222,13 +222,13 @@ class Vocabulary:
         return joined["row"].fill_null(-1).to_numpy()
 
     def _kept_series(self, ids: pl.Series) -> pl.Series | None:
-        """Return ids in the vocabulary's type, or None where each must be looked at by itself."""
+        """Return ids in the vocabulary's type, or None if each must be checked on its own."""
         if not (ids.dtype.is_integer() or ids.dtype == pl.String):
             return None
         if not self.is_integer:
             return ids.cast(pl.String)
         whole = ids.cast(pl.Int64, strict=False)
-        if ids.dtype == pl.String:  # no other text than the one that prints the integer
+        if ids.dtype == pl.String:  # only the text that prints the integer
             whole = whole.set((whole.cast(pl.String) != ids).fill_null(value=False), None)
         return whole
 
@@ -243,7 +243,7 @@ class Vocabulary:
         return row if self.ids[row] == wanted else -1
 
     def _as_kept(self, plain: int | str) -> int | str | None:
-        """Return an id as the vocabulary would hold it; None for one that it cannot hold."""
+        """Return an id as the vocabulary would hold it; None if it cannot hold it."""
         if not self.is_integer:
             return str(plain)
         if isinstance(plain, str):
@@ -258,14 +258,14 @@ class Vocabulary:
 
     @cached_property
     def _order(self) -> Int64[np.ndarray, " I"] | None:
-        """The rows in ascending order of their ids; None where they stand so already."""
+        """The rows in ascending order of their ids; None if they are already sorted."""
         if self.ids.is_sorted():
             return None
         return self.ids.arg_sort().cast(pl.Int64).to_numpy()
 
     @checked
     def spelled_like(self, external_id: object) -> int | str | None:
-        """Return an id that differs from an unknown one in case and blanks alone, if there is one.
+        """Return an id that differs from an unknown one only in case and blanks, if there is one.
 
         A zero or a sign before a number counts as a blank.
         """
@@ -292,7 +292,7 @@ class Vocabulary:
 
 @final
 class _TextRows:
-    """Texts one after the other in one buffer, as Arrow keeps them."""
+    """Texts in one buffer, in Arrow's layout."""
 
     def __init__(self, ends: Int64[np.ndarray, " I1"], text: UInt8[np.ndarray, " bytes"]) -> None:
         self._ends, self._text = ends.data, text.data  # these give plain integers, and fast
@@ -307,7 +307,7 @@ class _TextRows:
 def text_buffers(
     text: pl.Series,
 ) -> tuple[Int64[np.ndarray, " I1"], UInt8[np.ndarray, " bytes"]]:
-    """Return where each text starts and ends, and the UTF-8 of all of them, without a copy each."""
+    """Return start and end of each text, and the UTF-8 bytes of all texts, without copying each."""
     ends = np.zeros(len(text) + 1, np.int64)
     np.cumsum(text.str.len_bytes().to_numpy(), out=ends[1:])
     values = text.rechunk().to_arrow(compat_level=pl.CompatLevel.oldest())
@@ -317,11 +317,11 @@ def text_buffers(
 
 
 def listed(external_ids: object, *, name: str) -> list[object]:
-    """Return ids, one after the other, as a list.
+    """Return a sequence of ids as a list.
 
     Args:
-        external_ids: What a caller gave; see `Ids`.
-        name: What the caller calls it, for errors.
+        external_ids: The ids of a caller; see `Ids`.
+        name: The caller's name for it, for errors.
 
     Raises:
         DataError: It is a single id, a table or a dictionary.
@@ -351,7 +351,7 @@ def plain_id(external_id: object) -> int | str | None:
     """
     match external_id:
         case str():
-            return str.__str__(external_id)  # of an enumeration's member too, its text
+            return str.__str__(external_id)  # for an enumeration's member too, its text
         case bool() | np.bool_():
             return id_text(external_id)
         case int():
@@ -388,17 +388,17 @@ def _is_finite(number: int | float | np.number | Decimal) -> bool:
 
 
 def is_missing(value: object) -> bool:
-    """Whether a single value is one of the many that say nothing: None, NaN, NaT, pandas' NA."""
+    """Return whether a single value is missing: None, NaN, NaT, or pandas' NA."""
     if value is None:
         return True
     try:
         return bool(value != value)
-    except (TypeError, ArithmeticError):  # pandas' NA, and the NaN of `Decimal` that signals
+    except (TypeError, ArithmeticError):  # pandas' NA, and the signalling NaN of `Decimal`
         return True
 
 
 def id_text(external_id: object) -> str:
-    """Return an id as the text that reading makes of it: `true`, `2024-05-01`, `a1`."""
+    """Return an id as the text that reading gives it: `true`, `2024-05-01`, `a1`."""
     match external_id:
         case bool() | np.bool_():
             return str(external_id).lower()
@@ -414,7 +414,7 @@ def id_text(external_id: object) -> str:
 
 
 def time_text(times: pl.Series) -> pl.Series:
-    """Return dates and times as text: to the microsecond, and those of a zone in UTC."""
+    """Return dates and times as text, to the microsecond; times with a zone are in UTC."""
     if isinstance(times.dtype, pl.Datetime):
         times = times.dt.cast_time_unit("us")
         if times.dtype.time_zone is not None:  # type: ignore[attr-defined]  # Datetime has it
@@ -425,7 +425,7 @@ def time_text(times: pl.Series) -> pl.Series:
 def number_ids(
     ids: pl.Series, also: pl.Series | None = None
 ) -> tuple[Vocabulary, Int32[np.ndarray, " E"]]:
-    """Give every distinct id a row, in ascending order, and say the row of each event's id.
+    """Give every distinct id a row, in ascending order, and return the row of each event's id.
 
     Args:
         ids: One id per event, Int64 or String, without nulls. May be in many chunks.
@@ -460,7 +460,7 @@ def _sorted_vocabulary(ids: pl.Series) -> Vocabulary:
 
 
 def _spread(ids: pl.Series, also: pl.Series | None) -> tuple[int, int] | None:
-    """Return the lowest id and how far they reach, where a table over that range pays."""
+    """Return the lowest id and the range of ids, if a table over that range is worthwhile."""
     parts = [part for part in (ids, also) if part is not None and len(part)]
     lows, highs = [part.min() for part in parts], [part.max() for part in parts]
     lowest = min(low for low in lows if isinstance(low, int))

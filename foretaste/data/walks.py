@@ -1,10 +1,10 @@
 """Random walks with restart, the neighbours they visit most, and the nodes that a batch needs.
 
 The share of visits approximates personalised PageRank. Every step of every walk has its own random
-number, a hash of (seed, node, hop, walk), so results do not depend on how many threads walk, nor on
-which other nodes are asked for.
+number, a hash of (seed, node, hop, walk), so results depend neither on the number of threads nor on
+the other requested nodes.
 
-Shape legend: V nodes, N nodes asked for, T neighbours, R nodes of a layer, S nodes of the layer
+Shape legend: V nodes, N requested nodes, T neighbours, R nodes of a layer, S nodes of the layer
 below, E directed edges, K layers.
 """
 
@@ -32,16 +32,16 @@ class Neighbourhoods:
     """A table of neighbours with weights."""
 
     neighbour_VT: Int32[np.ndarray, "V T"]
-    """Most important first; -1 pads."""
+    """Most important first, padded with -1."""
     weight_VT: Float32[np.ndarray, "V T"]
-    """Above 0, a row's sum is 1; 0 under padding."""
+    """Above 0 and summing to 1 per row; 0 under padding."""
 
     def __len__(self) -> int:
         return len(self.neighbour_VT)
 
     @staticmethod
     def empty(num_nodes: int, top: int) -> "Neighbourhoods":
-        """Return the table in which no node has a neighbour.
+        """Return a table in which no node has a neighbour.
 
         Raises:
             TooLargeError: It would not fit in memory.
@@ -61,20 +61,20 @@ class Neighbourhoods:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Layer:
-    """Which rows of the layer below each row of a layer is made from.
+    """For each row of a layer, the rows of the layer below that it is computed from.
 
-    Edges stand twice, by their row here and by their row below, so that the backward pass gathers
-    as the forward pass does.
+    Edges are stored twice, by their row here and by their row below, so that the backward pass
+    gathers like the forward pass.
     """
 
     self_R: Int32[Tensor, " R"]
     """Row below of the same node."""
     source_E: Int32[Tensor, " E"]
-    """Rows below of the neighbours, those of row r at `offsets_R1[r] : offsets_R1[r + 1]`."""
+    """Rows below of the neighbours; those of row r are at `offsets_R1[r] : offsets_R1[r + 1]`."""
     weight_E: Float32[Tensor, " E"]
     offsets_R1: Int32[Tensor, " R1"]
     target_E: Int32[Tensor, " E"]
-    """Rows here, those that row s below is a neighbour of at `back_S1[s] : back_S1[s + 1]`."""
+    """Rows here; those with row s below as a neighbour are at `back_S1[s] : back_S1[s + 1]`."""
     back_weight_E: Float32[Tensor, " E"]
     back_S1: Int32[Tensor, " S1"]
 
@@ -85,12 +85,13 @@ class Layer:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Frontier:
-    """The nodes that a batch needs, no node twice in a layer."""
+    """The nodes that a batch needs; nodes in a layer are distinct."""
 
     input_S: Int64[Tensor, " S"]
-    """Nodes of the lowest layer, rising."""
+    """Nodes of the lowest layer, ascending."""
     layers: tuple[Layer, ...]
-    """From the lowest to the highest; the last one's rows are the nodes asked for, rising."""
+    """From the lowest to the highest; the rows of the last one are the requested nodes,
+    ascending."""
 
     def to(self, device: torch.device) -> "Frontier":
         """Return the frontier on a device."""
@@ -101,14 +102,14 @@ class Frontier:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class PairFrontier(Prepared):
-    """What a batch of pairs needs that is known before the weights are.
+    """The part of a batch of pairs that can be computed without the weights.
 
-    Shape legend: B users of the batch, V items they are compared with.
+    Shape legend: B users of the batch, V items that they are compared with.
     """
 
     frontier: Frontier
     user_row_B: Int64[Tensor, " B"]
-    """Row of the highest layer that each user is; likewise the items."""
+    """Row of each user in the highest layer; the next field has the items' rows."""
     item_row_V: Int64[Tensor, " V"]
 
     def to(self, device: torch.device) -> "PairFrontier":
@@ -127,7 +128,7 @@ def make_frontier(
 
     Args:
         neighbourhoods: The table.
-        node_R: Nodes of the highest layer, rising, each once.
+        node_R: Distinct nodes of the highest layer, ascending.
         num_layers: K, 1 or more.
     """
     layers: list[Layer] = []
@@ -141,7 +142,7 @@ def make_frontier(
 def _layer_below(
     table: Neighbourhoods, node_R: Int32[np.ndarray, " R"]
 ) -> tuple[Layer, Int32[np.ndarray, " S"]]:
-    """Return what a layer's nodes are made from, and the nodes of the layer below."""
+    """Return the inputs of a layer's nodes, and the nodes of the layer below."""
     neighbour_VT, weight_VT = table.neighbour_VT, table.weight_VT
     offsets_R1, node_S, row_of_V = loops.nodes_below(node_R, neighbour_VT)
     source_E, weight_E = loops.edges_below(node_R, offsets_R1, row_of_V, neighbour_VT, weight_VT)
@@ -159,9 +160,10 @@ def _layer_below(
 
 
 _BLOCK = 2048
-"""Nodes that a thread takes at a time."""
+"""Number of nodes that a thread takes at a time."""
 _MOST_VISITS = 2**24
-"""Of one node: the table that counts them takes 16 bytes a visit in each thread."""
+"""Maximum number of visits from one node; the table of counts takes 16 bytes per visit in each
+thread."""
 
 
 def most_visited(
@@ -176,33 +178,32 @@ def most_visited(
     counted: tuple[int, int] | None = None,
     threads: int | None = None,
 ) -> Neighbourhoods:
-    r"""Walk from each node and return the nodes visited most, weighted by how often.
+    r"""Walk from each node and return the nodes visited most, weighted by visits.
 
-    Before each hop a walk goes back to its start with chance :math:`\alpha` (`restart`); then it
-    goes to one of its node's neighbours, each by the weight of the tie (as even as 32 bits are).
-    With ever longer walks the share of visits at :math:`v \neq s` tends to personalised PageRank
-    up to a constant,
+    Before each hop a walk returns to its start with probability :math:`\alpha` (`restart`); then it
+    moves to one of the node's neighbours, with probability proportional to the weight of the edge
+    (to 32 bits). With longer walks, the share of visits at :math:`v \neq s` tends to personalised
+    PageRank up to a constant,
 
     .. math:: \pi_s \propto \sum_{k \geq 0} (1 - \alpha)^k P^k e_s
 
-    and with `hops` of 3 and no restart it is the mean of the first three steps. Being at the
-    start again is not a visit.
+    and with `hops` of 3 and no restart it is the mean of the first three steps. A return to the
+    start is not a visit.
 
     Args:
-        graph: Which nodes have an edge.
-        top: T, how many neighbours of a node are kept at most; of equally visited ones, those
-            with the lower number.
+        graph: The graph.
+        top: T, the maximum number of neighbours kept per node; ties go to lower numbers.
         seed: Decides all walks.
-        walks: Walks from each node.
+        walks: Number of walks from each node.
         hops: Length of a walk.
-        restart: Chance in [0, 1) to go back before a hop.
-        nodes: Where to start; None for every node.
-        counted: First and last-plus-one node whose visits count; others are only walked
-            through. None: all count.
-        threads: How many walk at a time; None: as many as there are cores.
+        restart: Probability in [0, 1) of a return before a hop.
+        nodes: Start nodes; None for every node.
+        counted: First and last-plus-one node whose visits count; walks only pass through the
+            others. None: all count.
+        threads: Number of threads; None: one per core.
 
     Returns:
-        A row for each node asked for, most visited first; empty for isolated nodes.
+        A row for each start node, most visited first; empty for isolated nodes.
 
     Raises:
         ConfigError: A number is out of range.
@@ -270,7 +271,8 @@ def uniform_neighbours(
 
     References:
         Hamilton, Ying and Leskovec, "Inductive Representation Learning on Large Graphs", NeurIPS
-        2017, https://arxiv.org/abs/1706.02216. **Departure**: drawn once, not again in each step.
+        2017, https://arxiv.org/abs/1706.02216. **Departure**: neighbours are drawn once, not in
+        each step.
     """
     if top < 1:
         raise ConfigError(f"top {top} must be 1 or more", name="top", value=top)
@@ -308,7 +310,7 @@ def _start_nodes(graph: Graph, nodes: np.ndarray | None) -> Int64[np.ndarray, " 
 
 
 def _running_totals(graph: Graph) -> Float64[np.ndarray, " E"]:
-    """Return each edge's weight plus those before it of the same node; empty if all weigh 1."""
+    """Return the running total of edge weights within each node; empty if all are 1."""
     if graph.weight_E is None:
         return np.empty(0)
     total_E1 = np.concatenate([[0.0], np.cumsum(graph.weight_E, dtype=np.float64)])

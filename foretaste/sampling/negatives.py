@@ -1,7 +1,7 @@
-"""Negatives: items a user has not interacted with, from any sampler, and hard ones by a ranking.
+"""Negatives: items a user has not interacted with, from any sampler or, hard ones, from a ranking.
 
 Hard negatives come from walks in the graph (here), an index over the model's own items, or a
-retriever's candidates; training asks for all of them through `DrawItems`.
+retriever's candidates; training calls all of them as a `DrawItems`.
 
 Shape legend: B rows or pairs, N negatives of each, E distinct (user, item) pairs, P pairs of a
 batch, R rows of a ranking, T ranks, I items, U users.
@@ -26,19 +26,19 @@ from foretaste.sampling.samplers import Sampler
 
 _ROUNDS = 8
 _BLOCK_ROWS, _BLOCK_WEIGHTS = 64, 2**24
-"""Rows, and weights of items for all of them, in memory at once."""
+"""Number of rows with item weights in memory at once."""
 _MOST_FLAGS = 1 << 26
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Seen:
-    """Which items each user has done, to be asked in bulk."""
+    """The items that each user has interacted with, for bulk look-ups."""
 
     num_items: int
     key_E: Int64[Tensor, " E"]
-    """user_idx · num_items + item_idx, rising."""
+    """user_idx · num_items + item_idx, ascending."""
     offsets_U1: Int64[Tensor, " U1"]
-    """Where each user's keys begin and end."""
+    """Start and end of each user's keys."""
 
     @staticmethod
     def of(events: Interactions) -> "Seen":
@@ -54,7 +54,7 @@ class Seen:
     def contains(
         self, user_B: Int64[Tensor, "*B"], item_B: Int64[Tensor, "*B"]
     ) -> Bool[Tensor, "*B"]:
-        """Return whether each user has done the item beside it."""
+        """Return whether each user has interacted with the item in the same row."""
         if len(self.key_E) == 0:
             return torch.zeros_like(item_B, dtype=torch.bool)
         key_B = user_B * self.num_items + item_B
@@ -65,7 +65,7 @@ class Seen:
 
     @cached_property
     def _flags(self) -> Bool[Tensor, " pairs"] | None:
-        """A byte for each pair that can be: one look instead of a search; None where too many."""
+        """One byte per possible pair, for look-ups without a search; None if there are too many."""
         num_pairs = (len(self.offsets_U1) - 1) * self.num_items
         if num_pairs > _MOST_FLAGS:
             return None
@@ -76,7 +76,7 @@ class Seen:
     def items_of(
         self, user_B: Int64[Tensor, " B"]
     ) -> tuple[Int64[Tensor, " P"], Int64[Tensor, " P"]]:
-        """Return all pairs of a row and an item that its user has done, row by row."""
+        """Return all pairs of a row and an item of its user, row by row."""
         start_B, end_B = self.offsets_U1[user_B], self.offsets_U1[user_B + 1]
         length_B = end_B - start_B
         row_P = torch.repeat_interleave(length_B)
@@ -86,7 +86,7 @@ class Seen:
 
 
 def _keys(events: Interactions) -> Int64[np.ndarray, " E"]:
-    """Return the distinct pairs as numbers, rising: users one range after the other."""
+    """Return the distinct pairs as ascending numbers, one range per user."""
     key_E, num = np.empty(len(events), np.int64), 0
     for first, last in user_blocks(events.offsets):
         user_N = np.repeat(np.arange(first, last), np.diff(events.offsets[first : last + 1]))
@@ -105,23 +105,23 @@ def draw_unseen(
     seen: Seen,
     generator: torch.Generator,
 ) -> Int64[Tensor, "B N"]:
-    """Draw for each row items that its user has not done, with the sampler's chances among them.
+    """Draw items that a row's user has not interacted with, by the sampler's probabilities.
 
-    A user who has done nearly everything is served by an exact draw over the whole catalogue,
-    so the number of rounds is bounded.
+    For a user with nearly all items, one exact draw over the whole catalogue is made, so the number
+    of rounds is bounded.
 
     Args:
-        sampler: Whose distribution is drawn from, less what the user has done.
+        sampler: The distribution, without the user's items.
         user_B: user_idx of each row.
-        num_negatives: Draws per row, with replacement.
-        seen: What may not be drawn.
+        num_negatives: Number of draws per row, with replacement.
+        seen: Items that may not be drawn.
         generator: Source of all randomness.
 
     Returns:
-        item_idx. Their log chances are the sampler's up to one constant per user.
+        item_idx. Their log probabilities are the sampler's up to a constant per user.
 
     Raises:
-        DataError: A user has done every item that can be drawn.
+        DataError: A user has interacted with every item that can be drawn.
     """
     item_BN = sampler.draw((len(user_B), num_negatives), generator=generator)
     row_R, column_R = seen.contains(user_B.unsqueeze(1).expand_as(item_BN), item_BN).nonzero().T
@@ -150,23 +150,23 @@ def _draw_exactly(
             f"the user in row {user_idx} has had all {int((sampler.probability_I > 0).sum())} "
             "items that can be drawn: leave such users out, or set exclude_known = false"
         )
-    # As `multinomial` draws one, which refuses more than 2^24 items.
+    # Draws as `multinomial` does, which refuses more than 2^24 items.
     race_RI = torch.empty_like(weight_RI).exponential_(generator=generator)
     return torch.div(weight_RI, race_RI, out=race_RI).argmax(dim=1)
 
 
 _TRIES = 4
-"""Draws before a place is left empty."""
+"""Number of attempts before a position is left empty."""
 
 
 def check_ranks(num_rows: int, ranks: int) -> None:
-    """Refuse more ranks than fit in memory.
+    """Raise an error for more ranks than fit in memory.
 
     Raises:
         TooLargeError: They do not.
     """
     check_fits(
-        num_rows * ranks * 20,  # while an index answers: ids of 8 bytes, scores, and ids of 4
+        num_rows * ranks * 20,  # during a search: 8-byte ids, scores, and 4-byte ids
         f"{ranks:,} ranks of each of {num_rows:,} rows",
         "lower the farthest of objective.hard_ranks",
         name="hard_ranks",
@@ -182,9 +182,9 @@ class RankedNegatives:
     ranked_RT: Int32[Tensor, "R T"]
     """item_idx; rows may end early, with -1."""
     seen: Seen
-    """What may not be drawn."""
+    """Items that may not be drawn."""
     of_items: bool = False
-    """Whether there is a row for each positive item; else there is one for each user."""
+    """Whether rows belong to positive items; otherwise they belong to users."""
 
     def draw(
         self,
@@ -195,15 +195,15 @@ class RankedNegatives:
         ranks: tuple[int, int],
         generator: torch.Generator,
     ) -> Int64[Tensor, "B N"]:
-        """Draw from a window of ranks, and again where the user has done the item.
+        """Draw from a window of ranks, and draw again if the user has interacted with the item.
 
-        With the ranks given it is a `DrawItems`.
+        With fixed ranks, this is a `DrawItems`.
 
         Args:
             user_B: user_idx of each pair.
             positive_B: Its observed item_idx.
-            num: N, draws per pair, with replacement.
-            ranks: First and last-plus-one rank to draw from; a row of fewer gives its last ones.
+            num: N, the number of draws per pair, with replacement.
+            ranks: First and last-plus-one rank to draw from; a shorter row gives its last ones.
             generator: Source of all randomness.
 
         Returns:
@@ -211,7 +211,7 @@ class RankedNegatives:
             with.
 
         Raises:
-            ConfigError: The ranks are empty, or beyond those kept.
+            ConfigError: The range of ranks is empty, or exceeds the kept ranks.
         """
         ranked_RT, row_B = self.ranked_RT, positive_B if self.of_items else user_B
         low, high = ranks
@@ -240,7 +240,7 @@ class RankedNegatives:
 
 
 _WALKS, _HOPS = 1000, 4
-"""From each item: about 2,000 visits to other items, enough to rank a few hundred."""
+"""Walks from each item: they make about 2,000 visits, enough to rank a few hundred items."""
 
 
 def nearby_negatives(graph: Graph, seen: Seen, *, ranks: int, seed: int) -> RankedNegatives:
@@ -248,8 +248,8 @@ def nearby_negatives(graph: Graph, seen: Seen, *, ranks: int, seed: int) -> Rank
 
     Args:
         graph: Users and items.
-        seen: What may not be drawn for a user.
-        ranks: How many ranks are kept of each item.
+        seen: Items that may not be drawn for a user.
+        ranks: Number of ranks kept per item.
         seed: Decides the walks.
 
     Raises:
@@ -276,11 +276,11 @@ def nearby_negatives(graph: Graph, seen: Seen, *, ranks: int, seed: int) -> Rank
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class MixedNegatives:
-    """A `DrawItems` that asks one source with a probability, and else another."""
+    """A `DrawItems` that calls one source with a probability, and otherwise another."""
 
     first: DrawItems
     share: float
-    """Probability, in [0, 1], that a negative is of the first source."""
+    """Probability, in [0, 1], that a negative comes from the first source."""
     second: DrawItems
 
     def __call__(
@@ -291,7 +291,7 @@ class MixedNegatives:
         *,
         generator: torch.Generator,
     ) -> Int64[Tensor, "B N"]:
-        """Return item_idx; the pair's own where its source found nothing."""
+        """Return item_idx; the pair's own item if its source found nothing."""
         first_BN, second_BN = (
             draw(user_B, positive_B, num, generator=generator) for draw in (self.first, self.second)
         )
@@ -301,14 +301,14 @@ class MixedNegatives:
 
 @final
 class RowNegatives:
-    """A `DrawItems` that looks at no model: it draws from one distribution for all."""
+    """A `DrawItems` that is independent of the model and draws from one distribution."""
 
     def __init__(self, sampler: Sampler, seen: Seen | None) -> None:
         """Prepare.
 
         Args:
-            sampler: Whose chances.
-            seen: What each user has done and is never drawn; None: only the row's own is not.
+            sampler: The distribution.
+            seen: Each user's items, which are never drawn; None excludes only the row's own item.
         """
         self.sampler, self.seen = sampler, seen
         if seen is not None:
@@ -328,7 +328,7 @@ class RowNegatives:
         *,
         generator: torch.Generator,
     ) -> Int64[Tensor, "B N"]:
-        """Return item_idx; the row's own where nothing can be drawn."""
+        """Return item_idx; the row's own item if nothing can be drawn."""
         own_BN = positive_B.unsqueeze(1).expand(-1, num)
         if self.seen is None:
             return self._other(own_BN, generator)

@@ -1,4 +1,4 @@
-"""Samplers of items: which items are drawn, and with which probability.
+"""Samplers of items, with the probability of each draw.
 
 Shape legend: N or R draws, M distinct items, I items, X any items, K hashes, C cells.
 """
@@ -17,17 +17,17 @@ from foretaste.errors import DataError
 
 
 class Sampler(ABC):
-    """Draws items in bulk, with replacement, from one distribution for all.
+    """Draws items in bulk, with replacement, from one distribution.
 
     Shape legend: I items.
     """
 
     probability_I: Float[Tensor, " I"]
-    """Chance of each item in one draw, float64; 0 for items that are never drawn."""
+    """Probability of each item in one draw, float64; 0 for items that are never drawn."""
 
     @abstractmethod
     def draw(self, shape: tuple[int, ...], *, generator: torch.Generator) -> Int64[Tensor, "..."]:
-        """Return a tensor of `shape`, each entry an item_idx drawn on its own."""
+        """Return a tensor of `shape`, in which each entry is an independently drawn item_idx."""
 
 
 @final
@@ -58,7 +58,7 @@ class UniformSampler(Sampler):
         self._known = None if known_I.all() else known_I.nonzero().squeeze(1)
 
     def draw(self, shape: tuple[int, ...], *, generator: torch.Generator) -> Int64[Tensor, "..."]:
-        """Return a tensor of `shape`, each entry an item_idx drawn on its own."""
+        """Return a tensor of `shape`, in which each entry is an independently drawn item_idx."""
         drawn = torch.randint(self._num_known, shape, generator=generator)
         if self._known is None:
             return drawn
@@ -66,7 +66,7 @@ class UniformSampler(Sampler):
 
 
 _BLOCK_DRAWS = 2**15
-"""Drawn at a time: what a block needs stays in the processor's cache, which doubles the speed."""
+"""Number of draws at a time; a block fits in the processor's cache, which doubles the speed."""
 
 
 @final
@@ -75,9 +75,9 @@ class PopularitySampler(Sampler):
 
     An item without events is never drawn. Draws come from an alias table (Walker, "An Efficient
     Method for Generating Discrete Random Variables", TOMS 1977): each of I equal cells is split
-    between two items, so that one number picks the cell and, by its fraction, the item. O(1) a
-    draw. The table is filled by a sweep written as prefix sums (Hübschle-Schneider and Sanders,
-    "Parallel Weighted Random Sampling", TOMS 2022), without a loop over items.
+    between two items, so that one random number picks the cell and, by its fraction, the item: O(1)
+    per draw. The table is filled by a sweep in the form of prefix sums (Hübschle-Schneider and
+    Sanders, "Parallel Weighted Random Sampling", TOMS 2022), without a loop over items.
     """
 
     def __init__(self, item_count_I: Int64[np.ndarray, " I"], *, alpha: float = 0.75) -> None:
@@ -85,7 +85,8 @@ class PopularitySampler(Sampler):
 
         Args:
             item_count_I: Training events of each item, 0 or more.
-            alpha: Exponent of the count: 0 draws all known items uniformly, 1 by their events.
+            alpha: Exponent of the count: 0 draws known items uniformly, 1 in proportion to their
+                events.
 
         Raises:
             DataError: No item has an event.
@@ -101,7 +102,7 @@ class PopularitySampler(Sampler):
         self._share_I, self._alias_I = torch.from_numpy(share_I), torch.from_numpy(alias_I)
 
     def draw(self, shape: tuple[int, ...], *, generator: torch.Generator) -> Int64[Tensor, "..."]:
-        """Return a tensor of `shape`, each entry an item_idx drawn on its own."""
+        """Return a tensor of `shape`, in which each entry is an independently drawn item_idx."""
         drawn = torch.empty(shape, dtype=torch.int64)
         for drawn_R in drawn.view(-1).split(_BLOCK_DRAWS):
             point_R = torch.rand(len(drawn_R), generator=generator, dtype=torch.float64)
@@ -116,13 +117,13 @@ class PopularitySampler(Sampler):
 def _alias_table(
     probability_I: Float64[np.ndarray, " I"],
 ) -> tuple[Float64[np.ndarray, " I"], Int64[np.ndarray, " I"]]:
-    """Return which share of each cell is the cell's own item, and whose the rest is.
+    """Return the share of each cell that belongs to its own item, and the item of the rest.
 
-    Light items (less than a cell) hand the rest of their cell to the heavy ones in order. The
-    heavy item that is used up gives the rest of its own cell to the next heavy one.
+    Light items (less than a cell) give the rest of their cell to the heavy ones in order. A heavy
+    item that is used up gives the rest of its own cell to the next heavy one.
     """
     share_I, alias_I = probability_I * len(probability_I), np.arange(len(probability_I))
-    is_heavy_I = share_I >= min(1.0, share_I.max())  # equal ones may all round to less than 1
+    is_heavy_I = share_I >= min(1.0, share_I.max())  # equal weights may all round to less than 1
     light, heavy = np.flatnonzero(~is_heavy_I), np.flatnonzero(is_heavy_I)
     room, excess = np.cumsum(1 - share_I[light]), np.cumsum(share_I[heavy] - 1)
     room_before = np.concatenate([[0.0], room])
@@ -136,7 +137,7 @@ def _alias_table(
 
 
 SHUFFLED_BELOW = 2**15
-"""Known items up to which all of them are shuffled, or race, at every draw: under a millisecond."""
+"""Up to this many known items, every draw shuffles or races all of them, in under a millisecond."""
 
 
 class Drawn(NamedTuple):
@@ -145,21 +146,21 @@ class Drawn(NamedTuple):
     item_M: Int64[Tensor, " M"]
     """Each once."""
     chance: Callable[[Int64[Tensor, "*X"]], Float[Tensor, "*X"]]
-    """Gives items' chances to be among them, given where the draw ended; drawn or not."""
+    """Returns the inclusion probability of any items, given the time at which the draw ended."""
 
 
 @final
 class DistinctSampler:
     r"""Draws M different items, uniformly or in favour of the popular ones.
 
-    Items race: item j arrives after an exponential time of rate :math:`w_j`, the first M are
-    taken. Given the arrival t of the one after them, j is among them with chance exactly
-    :math:`1 - e^{-w_j t}`. So :math:`\sum_{j \in M} x_j / \text{chance}_j` is an unbiased
-    estimate of the sum over all items; with all items drawn it is that sum.
+    Items race: item j arrives after an exponential time of rate :math:`w_j`, and the first M are
+    taken. Given the arrival time t of the next item, j is among them with probability exactly
+    :math:`1 - e^{-w_j t}`. So :math:`\sum_{j \in M} x_j / \text{chance}_j` is an unbiased estimate
+    of the sum over all items; with all items drawn it is that sum.
 
-    Of many items only those that arrive are computed: the next to arrive is j with probability
-    :math:`w_j / \sum_i w_i` at any time, so items are drawn one after the other, repeats left
-    out, until there are enough. The law is the same, the draws are others.
+    For many items, only those that arrive are computed: the next to arrive is j with probability
+    :math:`w_j / \sum_i w_i` at any time, so items are drawn one after another, without repeats,
+    until there are enough. The distribution is the same, but the draws differ.
 
     References:
         Cohen and Kaplan, "Summarizing Data Using Bottom-k Sketches", PODC 2007,
@@ -178,7 +179,7 @@ class DistinctSampler:
         Args:
             count_I: Training events of each item; items without any are never drawn.
             power: Rates are count^power: 0 draws uniformly, 0.75 as word2vec does.
-            shuffled_below: Known items from which on only those that arrive are computed.
+            shuffled_below: Number of known items from which only arriving items are computed.
 
         Raises:
             DataError: No item has a training event.
@@ -188,7 +189,7 @@ class DistinctSampler:
             raise DataError("no item has a training event: there is nothing to draw from")
         self.power = power
         self._rate_I = count_I.double().pow(power).where(count_I > 0, 0.0)
-        self._there = self.known, self._rate_I  # on the device that was asked for last
+        self._there = self.known, self._rate_I  # on the device of the last call
         self._rates = float(self._rate_I.sum())
         self._many = len(self.known) >= shuffled_below
         self._popular = (
@@ -199,12 +200,12 @@ class DistinctSampler:
     def draw(
         self, num: int, *, device: torch.device, generator: torch.Generator | None = None
     ) -> Drawn:
-        """Return `num` items, or all there are.
+        """Return `num` items, or all known items if there are fewer.
 
         Args:
-            num: How many.
-            device: Where the answer goes; the draws are the same on each.
-            generator: Source of all randomness, of the CPU; None: torch's own.
+            num: Number of items.
+            device: Device of the result; the draws are the same on all devices.
+            generator: Source of all randomness, on the CPU; None: torch's own.
         """
         if self._there[0].device != device:
             self._there = self.known.to(device), self._rate_I.to(device)
@@ -224,7 +225,7 @@ class DistinctSampler:
     def _arrive(
         self, num: int, *, device: torch.device, generator: torch.Generator | None
     ) -> Drawn:
-        """Draw items one after the other until there are enough, and one more for the time."""
+        """Draw items one after another until there are enough, and one more for the time."""
         if self._popular is None:
             item_N = self._uniform(num + num // 16 + 8, generator)
             while len(first_N := _first_places(item_N)) < num:
@@ -234,13 +235,13 @@ class DistinctSampler:
         item_N = self._popular.draw((2 * num + 8,), generator=source)
         while len(first_N := _first_places(item_N)) <= num:
             item_N = torch.cat([item_N, self._popular.draw((num,), generator=source)])
-        place = int(first_N[num])  # of the one after those that are taken
+        place = int(first_N[num])  # the time of the first item that is not taken
         wait_N = torch.empty(place + 1, dtype=torch.float64).exponential_(generator=source)
         time = wait_N.sum().to(device) / self._rates
         return Drawn(item_N[first_N[:num]].to(device), self._before(time))
 
     def _repeats_are_few(self, num: int) -> bool:
-        """Whether eight times as many draws are likely to hold enough different items."""
+        """Return whether eight times as many draws likely contain enough different items."""
         if num not in self._few_repeats:
             share_I = self._rate_I / self._rates
             distinct = float(-torch.expm1(-8 * num * share_I).sum())
@@ -267,25 +268,25 @@ def _first_places(item_N: Int64[Tensor, " N"]) -> Int64[Tensor, " M"]:
 
 @final
 class InBatchSampler:
-    r"""Gives the distinct items of a batch, each with its chance to be in it.
+    r"""Returns the distinct items of a batch, each with its probability of being in the batch.
 
-    A batch is N of the E training events, drawn without replacement. To one of its rows, an
-    item with c events is among the other N - 1 with chance
+    A batch is N of the E training events, drawn without replacement. For one of its rows, an item
+    with c events is among the other N - 1 with probability
 
     .. math:: \pi_j = 1 - \binom{E - 1 - c_j}{N - 1} \Big/ \binom{E - 1}{N - 1}
 
-    exactly, if the row's own item is another. Batches of sequences hold events of few users
-    together; for them it is an approximation.
+    exactly, if the row's own item is another one. Batches of sequences hold many events of few
+    users; for them, this is an approximation.
 
     References:
         Yi et al., "Sampling-Bias-Corrected Neural Modeling for Large Corpus Item
-        Recommendations", RecSys 2019, https://doi.org/10.1145/3298689.3346996. Departure: items
-        stand once however often the batch has them, and frequencies are counted;
-        `StreamedFrequency` estimates them where they cannot be.
+        Recommendations", RecSys 2019, https://doi.org/10.1145/3298689.3346996. Departure: each item
+        is listed once, however often the batch has it, and frequencies are counted;
+        `StreamedFrequency` estimates them if they cannot be counted.
     """
 
     def __init__(self, count_I: Int64[Tensor, " I"]) -> None:
-        """Prepare to give chances.
+        """Prepare the probabilities.
 
         Args:
             count_I: Training events of each item.
@@ -325,26 +326,26 @@ _PRIME = 2**31 - 1
 
 @final
 class StreamedFrequency(nn.Module):
-    r"""Gives the distinct items of a batch, with chances estimated from the stream alone.
+    r"""Returns the distinct items of a batch, with probabilities estimated from the stream.
 
-    An item that comes by every :math:`\delta` steps is in a batch with chance
+    An item that occurs every :math:`\delta` steps is in a batch with probability
     :math:`1 / \delta`. For each item a cell keeps the step when it was last seen and a moving
     average of the gaps:
 
     .. math:: \delta \leftarrow (1 - \alpha) \delta + \alpha (t - t_{last})
 
     Items are hashed to cells, so memory does not grow with the catalogue. Two items in one cell
-    look more frequent than they are; of several hashes the largest gap is believed.
+    look more frequent than they are, so the largest gap of several hashes is used.
 
-    Its state are buffers: a checkpoint that holds them goes on where it stopped.
+    The state is kept in buffers, so a checkpoint restores it.
 
     References:
         Yi et al., "Sampling-Bias-Corrected Neural Modeling for Large Corpus Item
         Recommendations", RecSys 2019, algorithms 2 and 3,
         https://doi.org/10.1145/3298689.3346996. Departures: the first :math:`1/\alpha` gaps of a
-        cell are averaged plainly, so that its first guess does not linger; before its first gap
-        an item's is the number of steps so far; and a cell moves once a step, however many of
-        its items the batch has.
+        cell have equal weights, so that the first guess fades; before an item's first gap, the
+        number of steps so far is used; and a cell is updated once per step, however many of its
+        items the batch has.
     """
 
     def __init__(
@@ -356,14 +357,14 @@ class StreamedFrequency(nn.Module):
         rate: float = 0.01,
         seed: Seed = 0,
     ) -> None:
-        """Prepare to watch.
+        """Prepare the cells.
 
         Args:
-            num_items: The catalogue.
-            num_cells: Cells of each hash; as many as items, or fewer.
-            num_hashes: Hashes, 1 or more.
+            num_items: Size of the catalogue.
+            num_cells: Number of cells per hash; as many as items, or fewer.
+            num_hashes: Number of hashes, 1 or more.
             rate: alpha, in (0, 1]: weight of the newest gap.
-            seed: Decides the hashes.
+            seed: The seed of the hashes.
         """
         super().__init__()
         self.rate = rate
@@ -391,7 +392,7 @@ class StreamedFrequency(nn.Module):
 
     @torch.no_grad()
     def watch(self, item_M: Int64[Tensor, " M"]) -> None:
-        """Note that a step had these items."""
+        """Record the items of a step."""
         self.step += 1
         cell = self.cell_KI[:, item_M].flatten().unique()
         last, gap, num = self.last_KC.view(-1), self.gap_KC.view(-1), self.num_gaps_KC.view(-1)
@@ -403,7 +404,7 @@ class StreamedFrequency(nn.Module):
 
     @torch.no_grad()
     def chance(self, item_X: Int64[Tensor, "*X"]) -> Float[Tensor, "*X"]:
-        """Return items' chances to be in a batch, in [0, 1]; 0 for items never seen."""
+        """Return the probability of items to be in a batch, in [0, 1]; 0 for items never seen."""
         cell_KX = self.cell_KI[:, item_X]
         last, gap, num = (
             kept.view(-1)[cell_KX] for kept in (self.last_KC, self.gap_KC, self.num_gaps_KC)

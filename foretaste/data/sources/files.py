@@ -1,4 +1,4 @@
-"""Files of a public data set, wherever they lie: plain, gzipped, or in a zip archive."""
+"""Files of a public data set: plain, gzipped, or in a zip archive."""
 
 import gzip
 import hashlib
@@ -39,7 +39,7 @@ class Files:
         """Return the content of `name`, of `name.gz`, or of the member `…/name` of an archive.
 
         Raises:
-            SourceError: None of them is there, or it is broken.
+            SourceError: None of them exists, or the file is broken.
         """
         try:
             if path := self._plain(name):
@@ -75,7 +75,7 @@ class Files:
         return next((path for path in paths if path.is_file()), None)
 
     def broken(self) -> list[Path]:
-        """Return the zip archives that are none, or not whole."""
+        """Return files that are named like zip archives but are broken or incomplete."""
         return [path for path in self._archives() if not zipfile.is_zipfile(path)]
 
     def _archives(self) -> list[Path]:
@@ -93,11 +93,11 @@ class Files:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Tables:
-    """Events in the order of their file, and what is known of users and items."""
+    """Events in the order of their file, and the tables of users and items."""
 
     events: pl.DataFrame
-    """`user`, `item`, and what there is of `rating`, `timestamp` (seconds) and `part`, of labels
-    and of the context; rows without users or items lack these columns."""
+    """`user`, `item`, and any of `rating`, `timestamp` (seconds), `part`, labels and context; rows
+    without users or items lack these columns."""
     users: pl.DataFrame | None = None
     """`user` and further columns."""
     items: pl.DataFrame | None = None
@@ -105,12 +105,12 @@ class Tables:
     user_links: pl.DataFrame | None = None
     """Two columns of user ids, such as users and those they trust."""
     labels: tuple[str, ...] = ()
-    """Further columns of numbers: what is to be predicted."""
+    """Further columns of numbers, which are labels."""
     context: tuple[str, ...] = ()
     """Columns of the context, of any type."""
 
     def has(self, column: str) -> bool:
-        """Whether events have this column."""
+        """Return whether events have this column."""
         return column in self.events.columns
 
     def counts(self) -> tuple[int, int, int]:
@@ -121,9 +121,9 @@ class Tables:
         return users, items, len(events)
 
     def sha256(self) -> str:
-        """Return the checksum of the events as tab-separated lines, one decimal to a rating.
+        """Return the checksum of the events as tab-separated lines, with one decimal for ratings.
 
-        Equal for equal events in equal order, in any form of their file.
+        Equal events in equal order have equal checksums, whatever the format of the file.
         """
         plain = [c for c in ("user", "item", "rating", "timestamp", "part") if self.has(c)]
         lines = self.events.select(*plain, *self.labels, *self.context).write_csv(
@@ -133,7 +133,7 @@ class Tables:
 
 
 TIMEOUT_S = 5.0
-"""How long an address may stay silent before the next way is tried."""
+"""Seconds to wait for an address before the next source is tried."""
 
 _PIP_TIMEOUT_S = 300.0
 _CHUNK_BYTES = 1 << 20
@@ -146,7 +146,7 @@ class Address:
 
     url: str
     md5: str | None = None
-    """What its publisher states; None where nothing is stated."""
+    """The checksum that the publisher states; None without one."""
 
     def __str__(self) -> str:
         return self.url
@@ -155,7 +155,8 @@ class Address:
         """Put the file into `folder` under the last part of its address.
 
         Raises:
-            SourceError: It does not answer, breaks off, or is not the file that it should be.
+            SourceError: The address does not answer, the transfer breaks off, or the file has a
+                wrong checksum.
         """
         _log.info("getting %s", self.url)
         digest, received = hashlib.md5(usedforsecurity=False), 0
@@ -189,7 +190,7 @@ class Wheel:
     requirement: str
     """Name and version, as in "recbole==1.2.1"."""
     prefix: str
-    """The folder inside the wheel."""
+    """The folder in the wheel."""
 
     def __str__(self) -> str:
         return f"the wheel {self.requirement} of the package index"
@@ -198,7 +199,7 @@ class Wheel:
         """Put the wheel's files under `prefix` into `folder`.
 
         Raises:
-            SourceError: pip could not get it, or nothing is under `prefix`.
+            SourceError: pip could not get it, or the wheel has no file under `prefix`.
         """
         _log.info("getting %s", self)
         with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:

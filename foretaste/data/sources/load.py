@@ -1,4 +1,4 @@
-"""A public data set by its name: from a folder, from the cache, or from where it is published."""
+"""Loads a public data set by name, from a folder, from the cache, or from its publisher."""
 
 import logging
 import os
@@ -30,23 +30,23 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Where a data set can be had, how it is read, and how to know that it is the one."""
+    """Sources of a data set, its reader, and its checksums."""
 
     name: str
     folder: str
-    """Its folder where several data sets lie side by side."""
+    """Its folder in a folder of several data sets."""
     ways: tuple[tuple[Address | Wheel, ...], ...] = ()
-    """Tried in order; all files of one way make the data set. Empty where it is published only
-    in files that are never read, such as pickles, or at no address that is known."""
+    """Sources, tried in order; each has all files of the data set. Empty if it is published only in
+    files that are never read, such as pickles, or if no address is known."""
     marks: tuple[str, ...]
-    """Files of which a folder that holds the data set has at least one."""
+    """A folder with the data set has at least one of these files."""
     read: Callable[[Files], Tables]
-    """A function of readers.py, given its `file` where it reads one of several."""
+    """A function of readers.py; it gets `file` if it reads one of several files."""
     licence: str
     counts: tuple[int, int, int] | None = None
-    """Users, items, events; None where the publisher changes them."""
+    """Users, items, events; None if the publisher changes them."""
     sha256: str | None = None
-    """Of `Tables.sha256`; None where no whole copy could be had to take it from."""
+    """The expected `Tables.sha256`; None if no complete copy was available to compute it."""
     why_no_way: str = "it is published only in files that are not read (pickles)"
 
 
@@ -82,7 +82,7 @@ def find_source(name: str) -> Source:
     """Return the source of that name.
 
     Raises:
-        ConfigError: There is none.
+        ConfigError: It does not exist.
     """
     if name not in SOURCES:
         advice = did_you_mean(name, SOURCES) or f"; there are {', '.join(SOURCES)}"
@@ -100,9 +100,9 @@ class Dataset:
     name: str
     events: Interactions
     origin: str
-    """Which folder, address or wheel it came from."""
+    """The folder, address or wheel of the files."""
     licence: str
-    """What its owner allows, which is shown before it is fetched."""
+    """The licence, which is shown before a download."""
 
     @property
     def part_E(self) -> UInt8[np.ndarray, " E"] | None:
@@ -115,18 +115,18 @@ class Dataset:
 def get_dataset(
     name: str, *, data_dir: Path | str | None = None, cache_dir: Path | str | None = None
 ) -> Dataset:
-    """Read a public data set, getting it first if need be.
+    """Read a public data set; download it first if necessary.
 
     Args:
         name: One of `SOURCES`.
-        data_dir: Where its files lie already: its own folder, or the one above; nothing is
-            fetched then. None: the cache, then where it is published.
-        cache_dir: Where fetched files are kept. None: the platform's cache folder for foretaste.
+        data_dir: A folder with its files, or the parent of that folder; nothing is downloaded then.
+            None: the cache, then the publisher.
+        cache_dir: Folder of downloaded files. None: the platform's cache folder for foretaste.
 
     Raises:
         ConfigError: No data set of this name is known.
-        SourceError: It cannot be had, or is not what it should be; the message says of each way
-            why, and what to do.
+        SourceError: It cannot be downloaded or has wrong content; the message has the reason for
+            each source, and the fix.
     """
     source = find_source(name)
     if data_dir is not None:
@@ -136,10 +136,10 @@ def get_dataset(
 
 
 def from_folder(source: Source, data_dir: Path) -> Dataset:
-    """Read a data set whose files lie in `data_dir` or in its own folder there.
+    """Read a data set with files in `data_dir` or in its own folder there.
 
     Raises:
-        SourceError: They do not, or are not what they should be.
+        SourceError: The files are missing, or have wrong content.
     """
     folders = [data_dir / source.folder, data_dir / source.name, data_dir]
     for folder in dict.fromkeys(folders):
@@ -158,11 +158,11 @@ def from_folder(source: Source, data_dir: Path) -> Dataset:
 def from_cache(source: Source, cache: Path) -> Dataset:
     """Read a data set from the cache; if it is not there, download it first, atomically.
 
-    Files are fetched into a folder of another name, which is read, checked and only then given
-    its own. A cached copy that is no longer what it should be is fetched again.
+    Files are downloaded into a temporary folder, which is read, checked and then renamed. A cached
+    copy with wrong content is downloaded again.
 
     Raises:
-        SourceError: No way led to it, or the cache cannot be written.
+        SourceError: No source has it, or the cache cannot be written.
     """
     kept = cache / source.name
     if kept.is_dir():
@@ -186,7 +186,7 @@ def from_cache(source: Source, cache: Path) -> Dataset:
 
 
 def _fetch(source: Source, temporary: Path) -> tuple[Path, Dataset]:
-    """Try each way in turn, and return the first that gives what it should."""
+    """Try each source in turn, and return the first with the right content."""
     failures = []
     for number, way in enumerate(source.ways):
         folder = temporary / str(number)
@@ -214,7 +214,7 @@ def _fetch_one(source: Source, way: tuple[Address | Wheel, ...], folder: Path) -
 
 
 def _keep(folder: Path, kept: Path) -> None:
-    """Give a checked folder its name; another process may have done so meanwhile."""
+    """Rename a checked folder; another process may have done so meanwhile."""
     shutil.rmtree(kept, ignore_errors=True)
     try:
         os.replace(folder, kept)
@@ -253,7 +253,7 @@ def _read(source: Source, files: Files, *, origin: str) -> Dataset:
 
 
 def _check(source: Source, tables: Tables, origin: str) -> None:
-    """Refuse data that are not the published ones."""
+    """Raise an error if the data differ from the published ones."""
     if source.counts is not None and tables.counts() != source.counts:
         raise SourceError(
             f"{source.name} from {origin} has (users, items, events) {tables.counts()}, not "

@@ -1,4 +1,4 @@
-"""Readers of the public data sets: each takes a set's files and gives its tables."""
+"""Readers of the public data sets: each takes a data set's files and returns its tables."""
 
 import io
 import json
@@ -30,7 +30,7 @@ _GENRES_100K = (
 
 
 def read_ml_100k(files: Files) -> Tables:
-    """Read the archive's `u.data`, `u.item` and `u.user`, or RecBole's files of the same."""
+    """Read the archive's `u.data`, `u.item` and `u.user`, or RecBole's files of this data set."""
     if not files.has("u.data"):
         return _read_recbole_100k(files)
     genres = _GENRES_100K.split()
@@ -62,7 +62,7 @@ def _read_recbole_100k(files: Files) -> Tables:
 
 
 def read_ml_1m(files: Files) -> Tables:
-    """Read `ratings.dat`, `movies.dat` and `users.dat`, whose fields stand between `::`."""
+    """Read `ratings.dat`, `movies.dat` and `users.dat`, whose fields are separated by `::`."""
     return Tables(
         events=_table(files.text("ratings.dat"), "::", _RATING),
         users=_users_1m(files),
@@ -71,7 +71,7 @@ def read_ml_1m(files: Files) -> Tables:
 
 
 def read_ml_1m_sequences(files: Files) -> Tables:
-    """Read the `ml-1m.txt` of SASRec; what the movies are called is joined where it is there."""
+    """Read the `ml-1m.txt` of SASRec, with the titles of movies if they are available."""
     events = read_pairs(files, "ml-1m.txt").events
     mapped: dict[str, pl.DataFrame] = {}
     for side, table in (("item", "movies.dat"), ("user", "users.dat")):
@@ -105,7 +105,7 @@ def _users_1m(files: Files) -> pl.DataFrame:
 
 
 def _described(movies: pl.DataFrame) -> pl.DataFrame:
-    """Part titles from years, and genres from each other."""
+    """Separate titles from years, and split genres."""
     genres = pl.col("genres")
     none = pl.lit([], dtype=pl.List(pl.String))
     return movies.select(
@@ -116,7 +116,7 @@ def _described(movies: pl.DataFrame) -> pl.DataFrame:
 
 
 def _title_and_year() -> tuple[pl.Expr, pl.Expr]:
-    """Part "Toy Story (1995)" into "Toy Story" and 1995."""
+    """Split "Toy Story (1995)" into "Toy Story" and 1995."""
     form = r"^(.*?)\s*\((\d{4})\)\s*$"
     title = pl.col("title")
     return (
@@ -141,7 +141,7 @@ _PAIR = pl.Schema({"user": pl.Int64, "item": pl.Int64})
 
 
 def read_ncf(files: Files) -> Tables:
-    """Read training pairs, test pairs, and the lists of negatives, sorted: no order is kept.
+    """Read pairs of training and test and lists of negatives, sorted: no order is known.
 
     156 users have their test item among their negatives too; it is then counted once.
     """
@@ -161,7 +161,7 @@ def _pairs(files: Files, name: str) -> pl.DataFrame:
 
 
 def _negatives(files: Files) -> pl.DataFrame:
-    """Read lines `(user,item)`, then items, between tabs."""
+    """Read lines of `(user,item)` and then items, separated by tabs."""
     lines = pl.DataFrame({"line": files.text("ml-1m.test.negative").splitlines()})
     fields = lines.select(
         user=pl.col("line").str.extract(r"^\((\d+),"),
@@ -194,7 +194,7 @@ def read_rows(files: Files, name: str) -> Tables:
 
 
 def read_s3rec(files: Files, name: str) -> Tables:
-    """Read `NAME.txt` and, into a list column, `NAME_item2attributes.json` where it is there.
+    """Read `NAME.txt` and, into a list column, `NAME_item2attributes.json` if it exists.
 
     Zhou et al., "S3-Rec: Self-Supervised Learning for Sequential Recommendation with Mutual
     Information Maximization", CIKM 2020, https://arxiv.org/abs/2008.07873
@@ -212,7 +212,7 @@ def read_s3rec(files: Files, name: str) -> Tables:
 
 
 def read_gowalla(files: Files) -> Tables:
-    """Read `train.txt` and `test.txt` of LightGCN as parts 0 and 2, sorted: no order is known.
+    """Read LightGCN's `train.txt` and `test.txt` as parts 0 and 2, sorted: no order is known.
 
     He et al., "LightGCN", SIGIR 2020, https://arxiv.org/abs/2002.02126
     """
@@ -222,7 +222,7 @@ def read_gowalla(files: Files) -> Tables:
 
 
 def read_amazon(files: Files, name: str) -> Tables:
-    """Read a 5-core file of Amazon reviews: one JSON object a line.
+    """Read a 5-core file of Amazon reviews: one JSON object per line.
 
     McAuley et al., "Image-based Recommendations on Styles and Substitutes", SIGIR 2015,
     https://arxiv.org/abs/1506.04757
@@ -244,7 +244,7 @@ def read_amazon(files: Files, name: str) -> Tables:
 
 
 def read_social(files: Files) -> Tables:
-    """Read the training and test sets as parts 0 and 2, sorted as no order is known, and trust."""
+    """Read trust, and training and test sets as parts 0 and 2, sorted: no order is known."""
     parts = [
         (pl.read_csv(files.read(name), schema=_PAIR), part)
         for name, part in (("train_set.txt", TRAIN), ("test_set.txt", TEST))
@@ -254,10 +254,10 @@ def read_social(files: Files) -> Tables:
 
 
 def read_ciao_ratings(files: Files) -> Tables:
-    """Read Ciao's ratings with their day, how helpful others found each, and links of trust.
+    """Read Ciao's ratings with their day, the helpfulness of each review, and links of trust.
 
-    34 reviews without a rating (0 of 5 stars) are left out. An item is of one category; 101 stand
-    under several, and the first is taken. Both files are matrices of MATLAB.
+    34 reviews without a rating (0 of 5 stars) are left out. An item has one category; 101 items
+    have several, and the first is taken. Both files are MATLAB matrices.
     """
     table = scipy_io.loadmat(io.BytesIO(files.read("rating_with_timestamp.mat")))["rating"]
     names = ("user", "item", "category", "rating", "helpfulness", "timestamp")
@@ -275,11 +275,11 @@ _PARTS = {"trnMat": TRAIN, "valMat": VALIDATION, "tstMat": TEST}
 
 
 def read_tiktok(files: Files) -> Tables:
-    """Read three user-item matrices as parts 0, 1 and 2, sorted: no order is known.
+    """Read three user-item matrices as parts 0, 1 and 2, sorted because no order is known.
 
-    Items have an `image` and an `audio` vector of 128 numbers; the published text vectors are
-    not among the files. The matrices are those of DiffMM's repository, saved again by
-    `scipy.sparse.save_npz` from the pickles that they are there.
+    Items have an `image` and an `audio` vector of 128 numbers; the published text vectors are not
+    included. The matrices come from DiffMM's repository, converted from pickles with
+    `scipy.sparse.save_npz`.
 
     Jiang et al., "DiffMM: Multi-Modal Diffusion Model for Recommendation", MM 2024,
     https://arxiv.org/abs/2406.11781
@@ -314,7 +314,7 @@ def read_adult(files: Files) -> Tables:
     """Read training and test as parts 0 and 2, with labels `income` and `never_married`.
 
     Income is 1 above 50,000 dollars. The marital status and the relationship in the household are
-    no features, as either gives the second label away. A question mark is a missing value.
+    not features, because both reveal the second label. A question mark is a missing value.
     """
     parts = [(_people(files, "adult.data"), TRAIN), (_people(files, "adult.test"), TEST)]
     context = tuple(name for name in _COLUMNS.split() if name not in _LEFT_OUT)
@@ -322,7 +322,7 @@ def read_adult(files: Files) -> Tables:
 
 
 def _people(files: Files, name: str) -> pl.DataFrame:
-    """Read lines of values between commas, but for empty ones and the test file's first."""
+    """Read lines of comma-separated values, except empty lines and the test file's first."""
     lines = [line for line in files.text(name).splitlines() if line.count(",") > 1]
     table = pl.read_csv(
         "\n".join(lines).encode(),
@@ -342,7 +342,7 @@ def _people(files: Files, name: str) -> pl.DataFrame:
 CTR_FILES = ("frappe.train.libfm", "frappe.validation.libfm", "frappe.test.libfm")
 CONTEXT = ("daytime", "weekday", "isweekend", "homework", "cost", "weather", "country", "city")
 _FIRST = (0, 957, 5039, 5046, 5053, 5055, 5058, 5060, 5069, 5149)
-"""The first feature of each column of a row: user, item, and the context."""
+"""The first feature number of each column of a row: user, item, and the context."""
 _DERIVED = "train-positives.derived.libfm"
 _NUM_NEGATIVES = 134_423  # of the published training file
 _SEED = 0
@@ -351,8 +351,8 @@ _SEED = 0
 def read_frappe(files: Files) -> Tables:
     """Read `frappe.csv`, with the number of uses as label `count`, and `meta.csv`.
 
-    Each row is one user and app in one context; there are no times, so the file's order stands.
-    "unknown" is kept in the context, where it is a place like others, and missing of an app.
+    Each row is one user and app in one context; there are no times, so the order of the file is
+    kept. "unknown" is a value of the context, but means a missing value of an app.
     """
     events = pl.read_csv(files.read("frappe.csv"), separator="\t").rename({"cnt": "count"})
     meta = pl.read_csv(
@@ -373,7 +373,7 @@ def read_frappe(files: Files) -> Tables:
 
 
 def read_frappe_positives(files: Files) -> Tables:
-    """Read what was used as training, and labelled validation and test rows, of which a third was.
+    """Read used apps as training, and labelled validation and test rows, a third of which are used.
 
     The negatives of training are left out: they are drawn again for each epoch. Context values are
     the numbers of the rows' features, in order of first appearance in `frappe.csv`.
@@ -384,10 +384,10 @@ def read_frappe_positives(files: Files) -> Tables:
 def read_frappe_rows(files: Files) -> Tables:
     """Read labelled rows in all three parts.
 
-    The training file is published whole; where only its positives are at hand, its negatives are
-    drawn once, as its authors did: for a positive's user and context, apps that the user never
-    opened, drawn uniformly. They look at validation and test for that, and so does this. The rows
-    of training are put in random order, so that the rows before a row reveal nothing about it.
+    The published training file is complete. If only its positives are available, negatives are
+    drawn once, as its authors did: for a positive's user and context, uniformly drawn apps that the
+    user never opened, also not in validation and test. Training rows are in random order, so that
+    the rows before a row reveal nothing about it.
     """
     train = _train(files)
     if not (train["label"] == 0).any():
@@ -407,7 +407,7 @@ def _train(files: Files) -> pl.DataFrame:
 
 
 def _rows(files: Files, name: str) -> pl.DataFrame:
-    """Read lines `label feature:1 feature:1 …`, of which every feature has a column of its own."""
+    """Read lines `label feature:1 feature:1 …`; every feature becomes a column."""
     names = ("label", "user", "item", *CONTEXT)
     table = pl.read_csv(
         files.read(name), separator=" ", has_header=False, new_columns=names, infer_schema=False
@@ -436,10 +436,10 @@ def _drawn(train: pl.DataFrame, files: Files) -> pl.DataFrame:
 def read_retailrocket(files: Files) -> Tables:
     """Read the pairs that were viewed, with labels `cart` and `buy`, and with times.
 
-    A pair's time is the earliest that the three training matrices have of it, so that a label lies
-    at or after its row. Pairs that were carted or bought and never viewed are left out, and so are
-    the test's purchases, one of each user, which no row holds. The matrices are those of the
-    repository, saved again by `scipy.sparse.save_npz` from the pickles that they are there.
+    A pair's time is its earliest time in the three training matrices, so a label never precedes its
+    row. Pairs that were carted or bought and never viewed are left out, and so are the test's
+    purchases, one per user. The matrices come from the published repository, converted from pickles
+    with `scipy.sparse.save_npz`.
     """
     viewed, carted, bought = (_acts(files, name) for name in ("view", "cart", "buy"))
     rows = viewed.join(carted, on=("user", "item"), how="left").join(
@@ -456,12 +456,12 @@ def read_retailrocket(files: Files) -> Tables:
 
 
 def read_retailrocket_buys(files: Files) -> Tables:
-    """Read all pairs as part 0, and what each user bought last, known (part 1) and given (part 2).
+    """Read all pairs as part 0, and each user's last known and published purchase (parts 1, 2).
 
-    Part 2 is the test's purchases, one of each user; no matrix has their pairs, and their
-    times are unknown. As if they were the test, part 1 holds the last known purchase of each user
-    with two or more. Rows are in the order of the earliest time that is known of them, the test
-    last. A pair that was bought counts as carted.
+    Part 2 holds the test's purchases, one per user; no matrix has their pairs, and their times are
+    unknown. Part 1 holds, in the same form, the last known purchase of each user with two or more.
+    Rows are ordered by their earliest known time, the test last. A pair that was bought counts as
+    carted.
     """
     viewed, carted, bought = (_acts(files, name) for name in ("view", "cart", "buy"))
     pairs = viewed.join(carted, on=("user", "item"), how="full", coalesce=True).join(
@@ -488,7 +488,7 @@ def _acts(files: Files, name: str) -> pl.DataFrame:
 
 
 def _cells(files: Files, name: str) -> pl.DataFrame:
-    """Return what a sparse matrix holds as `user`, `item` and `value`."""
+    """Return the entries of a sparse matrix as `user`, `item` and `value`."""
     matrix = sparse.load_npz(io.BytesIO(files.read(f"{name}.derived.npz"))).tocoo()
     cells = {"user": matrix.row, "item": matrix.col, "value": matrix.data}
     return pl.DataFrame(cells).cast(pl.Int64)
