@@ -6,10 +6,10 @@ Each model is trained on MovieLens 100K, split by time, at default settings.
     python benchmarks/precision.py --data-dir DATA --quality mf,lightgcn,sasrec \
         --out benchmarks/results/precision.json
 
-- steps: each model and precision has a process of its own, in turns, `--turns` times: processor
-  milliseconds a step in the second epoch (the least of all turns), peak memory, and what
-  `precision = "auto"` chose.
-- quality: runs to their end or for `--epochs`, test NDCG@10 of each of `--seeds` seeds in fp32 and
+- steps: each model and precision runs in its own process, in turns, `--turns` times: processor
+  milliseconds per step of the second epoch (the lowest of all turns), peak memory, and the choice
+  of `precision = "auto"`.
+- quality: complete runs or `--epochs` epochs; test NDCG@10 of each of `--seeds` seeds in fp32 and
   bf16, and the difference of their means over users with its 95 % interval.
 
 The file keeps its entries for other models and kinds.
@@ -77,7 +77,7 @@ def native_bf16() -> bool:
 
 
 def steps(name: str, asked: argparse.Namespace) -> Mapping[str, object]:
-    """Give what a step takes in each precision."""
+    """Return the time of a step in each precision."""
     call = [sys.executable, __file__, "--data-dir", str(asked.data_dir), "--one"]
     runs: dict[str, list[dict[str, Any]]] = {precision: [] for precision in (*PRECISIONS, "auto")}
     for _ in range(asked.turns):
@@ -99,7 +99,7 @@ def steps(name: str, asked: argparse.Namespace) -> Mapping[str, object]:
 
 
 def one_run(name: str, precision: str, asked: argparse.Namespace) -> Mapping[str, object]:
-    """Train two epochs; give what a step of the second one took."""
+    """Train two epochs; return the time of a step in the second one."""
     split, began, step = split_of(asked), list[float](), Fit._step
     training = ft.TrainingConfig(epochs=2, precision=precision, validate_every=100)
 
@@ -118,7 +118,7 @@ def one_run(name: str, precision: str, asked: argparse.Namespace) -> Mapping[str
 
 
 def quality(name: str, asked: argparse.Namespace) -> Iterator[Mapping[str, object]]:
-    """Give the test figures of each precision, after each seed those of the seeds so far."""
+    """Yield the test figures of each precision after each seed."""
     split, most = split_of(asked), {} if asked.epochs is None else {"epochs": asked.epochs}
     reports: dict[str, list[ft.Report]] = {"fp32": [], "bf16": []}
     for seed in range(asked.seeds):
