@@ -47,7 +47,6 @@ import foretaste as ft
 from foretaste.evaluation.report import Report
 from foretaste.experiment.record import run_facts
 from foretaste.models.layers.table import DenseConfig, OwnRows
-from foretaste.models.layers.table_kinds import make_table
 from foretaste.training import processes
 from foretaste.training.checkpoint import Epoch
 from foretaste.training.optimizer import AdamWByRows, make_optimizer
@@ -317,7 +316,7 @@ def measure_table(options: argparse.Namespace) -> None:
     with ft.joined_processes() as together:
         before = resident()
         with sharding(1):
-            dealt = make_table(DenseConfig(), ROWS_OF_TABLE, WIDTH)
+            dealt = DenseConfig().make(ROWS_OF_TABLE, WIDTH)
         holds = resident() - before
         settings = ft.TrainingConfig(tables="row_adagrad", learning_rate=0.01)
         optimizer = make_optimizer(list(dealt.parameters()), settings, tables=[dealt])

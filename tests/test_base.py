@@ -19,7 +19,6 @@ from foretaste.models.baselines import (
 )
 from foretaste.models.catalogue import ModelConfig, TwoStage, TwoStageConfig
 from foretaste.models.layers.table import DenseConfig
-from foretaste.models.layers.table_kinds import make_table
 from foretaste.models.mf import MF, MFConfig
 from foretaste.models.neumf import NCF, GMFConfig
 from foretaste.models.sasrec import SASRecConfig
@@ -39,7 +38,7 @@ class LastItem(Retriever):
     def __init__(self) -> None:
         super().__init__()
         self.num_items = PLANTED_ITEMS
-        self.item_table = make_table(DenseConfig(), PLANTED_ITEMS, 16)
+        self.item_table = DenseConfig().make(PLANTED_ITEMS, 16)
         self.next = nn.Linear(16, 16)
         self.start = nn.Parameter(torch.zeros(16))
         self.item_table.draw(std=0.1)

@@ -19,7 +19,6 @@ from foretaste.experiment.fit import fit
 from foretaste.models.catalogue import ModelConfig
 from foretaste.models.layers.history import FoldIn
 from foretaste.models.layers.table import DenseConfig
-from foretaste.models.layers.table_kinds import make_table
 from foretaste.models.lightgcn import LightGCNConfig
 from foretaste.models.mf import MF, MFConfig
 from foretaste.models.pinsage import PinSageConfig
@@ -115,7 +114,7 @@ def test_users_without_training_events_are_strangers() -> None:
 
 def test_fold_in_without_users_or_with_one_is_finite() -> None:
     fold_in = FoldIn(num_users=1, embedding_dim=4)
-    users, items = (make_table(DenseConfig(), num, 4) for num in (1, 3))
+    users, items = (DenseConfig().make(num, 4) for num in (1, 3))
     fold_in.learn(events_of([[0, 1]], num_items=3), users, items)
     answer = fold_in(Queries.of_histories([[2], []]), users, items)
     assert answer.isfinite().all()

@@ -6,14 +6,13 @@ import torch
 from foretaste.errors import DataError
 from foretaste.models.layers import table as table_layer
 from foretaste.models.layers.table import DenseConfig, Table
-from foretaste.models.layers.table_kinds import make_table, make_tables
 
 NUM_ROWS, WIDTH = 7, 3
 
 
 def drawn(num_rows: int = NUM_ROWS) -> Table:
     torch.manual_seed(0)
-    table = make_table(DenseConfig(), num_rows, WIDTH)
+    table = DenseConfig().make(num_rows, WIDTH)
     table.draw(std=0.5)
     return table
 
@@ -89,10 +88,10 @@ def test_means_of_bags_are_means_of_rows() -> None:
 
 def test_tables_made_together_are_one_table_cut() -> None:
     torch.manual_seed(3)
-    parts = make_tables(DenseConfig(), (2, 0, 5), WIDTH, std=0.1)
+    parts = DenseConfig().make_several((2, 0, 5), WIDTH, std=0.1)
     after = torch.rand(1)
     torch.manual_seed(3)
-    whole = make_table(DenseConfig(), NUM_ROWS, WIDTH)
+    whole = DenseConfig().make(NUM_ROWS, WIDTH)
     whole.draw(std=0.1)
     assert [part.num_rows for part in parts] == [2, 0, 5]
     rows = torch.cat([part.block(0, part.num_rows) for part in parts])

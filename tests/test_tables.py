@@ -198,7 +198,7 @@ def test_items_that_go_together_get_codes_that_are_near() -> None:
         timestamp_s=np.arange(2400),
     )
     items = Quantised(80, 8, sub_spaces=2)
-    code_by_events(events, users=None, items=items)
+    code_by_events(events, items=items)
     far = items.code_RM.float()
     within, between = far[:40].std(dim=0), (far[:40].mean(dim=0) - far[40:].mean(dim=0)).abs()
     assert (between > within).any()

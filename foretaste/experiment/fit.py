@@ -4,6 +4,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -156,7 +157,7 @@ def fit(
     processes.check_same({"model": config.model_dump(), "data": sizes})
     torch.manual_seed(seed)
     graph = graph_for(config, events)
-    with sharding(training.sharded_from):
+    with nullcontext() if training.sharded_from is None else sharding(training.sharded_from):
         model = build_model(
             config,
             num_users=events.num_users,
@@ -243,13 +244,11 @@ def _to_search(
             name="training.search",
             value=True,
         )
-    if not config.usual.objective:
+    objective = _objective_of(config, objective, events, features)
+    if objective is None:
         return None
-    return Learner(
-        model=config,
-        objective=objective or usual_objective(config, events, features),
-        training=asked.model_copy(update={"search": False}),
-    )
+    training = asked.model_copy(update={"search": False})
+    return Learner(model=config, objective=objective, training=training)
 
 
 def _search_and_fit(

@@ -27,7 +27,7 @@ from foretaste.errors import ConfigError
 from foretaste.models.layers.codes import Codes
 from foretaste.models.layers.heads import Heads
 from foretaste.models.layers.table import BLOCK_ROWS, Table
-from foretaste.models.layers.table_kinds import code_by_events
+from foretaste.models.layers.table_kinds import Quantised, code_by_events
 
 LearnsBy = Literal["pairs", "next_item", "masked_item", "rows", "events"]
 """The kind of training data, which determines the arguments and the result of `forward`.
@@ -115,8 +115,10 @@ class Model(nn.Module, ABC):
 
     def begin(self, events: Interactions) -> None:
         """Take from the training events what must be known before the first step."""
-        users, items = (getattr(self, name, None) for name in ("user_table", "item_table"))
-        code_by_events(events, users=users, items=items)
+        tables = {side: getattr(self, f"{side[:-1]}_table", None) for side in ("users", "items")}
+        coded = {side: table for side, table in tables.items() if isinstance(table, Quantised)}
+        if coded:
+            code_by_events(events, **coded)
 
     def learn_new_users(self, events: Interactions) -> None:
         """Work out from the weights how to answer users without a vector of their own.

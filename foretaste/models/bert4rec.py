@@ -29,7 +29,7 @@ from foretaste.data.batch import Queries, SequenceBatch, last_events
 from foretaste.models.base import Retriever
 from foretaste.models.layers.dense import Dropout, GatedBlock, MultiHeadAttention, rows_at
 from foretaste.models.layers.table import Table
-from foretaste.models.layers.table_kinds import IdConfig, make_table
+from foretaste.models.layers.table_kinds import IdConfig
 
 
 class BERT4RecConfig(IdConfig):
@@ -91,14 +91,14 @@ class BERT4Rec(Retriever):
         self.max_len = config.max_len
         self.scale = width**0.5
         self.num_items = num_items
-        self.item_table = make_table(config.table, num_items, width)
+        self.item_table = config.table.make(num_items, width)
         self.mask = nn.Parameter(torch.empty(width))
         self.positions = nn.Embedding(config.max_len, width)
         self.dropout = Dropout(config.dropout)
         self.blocks = nn.ModuleList(_block(config) for _ in range(config.num_blocks))
         self.norm = nn.LayerNorm(width)
         self.projection = nn.Linear(width, width) if config.output_projection else None
-        self.bias_table = make_table(config.table, num_items, 1) if config.output_bias else None
+        self.bias_table = config.table.make(num_items, 1) if config.output_bias else None
         self.item_table.draw(std=0.02)
         for weight in (self.mask, self.positions.weight):
             nn.init.normal_(weight, std=0.02)

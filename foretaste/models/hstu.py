@@ -37,7 +37,7 @@ from foretaste.errors import ConfigError
 from foretaste.models.base import Retriever
 from foretaste.models.layers.dense import Dropout, rows_at
 from foretaste.models.layers.table import Table
-from foretaste.models.layers.table_kinds import IdConfig, make_table
+from foretaste.models.layers.table_kinds import IdConfig
 
 _BUCKETS = 64
 """Of the seconds between two events: the last begins at 2^31.5, 96 years."""
@@ -111,7 +111,7 @@ class HSTU(Retriever):
             )
         self.config, self.max_len = config, config.max_len
         self.num_items = num_items
-        self.item_table = make_table(config.table, num_items, config.embedding_dim)
+        self.item_table = config.table.make(num_items, config.embedding_dim)
         self.start = nn.Parameter(torch.zeros(config.embedding_dim))
         self.dropout = Dropout(config.dropout)
         self.blocks = nn.ModuleList(_Block(config) for _ in range(config.num_blocks))

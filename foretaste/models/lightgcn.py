@@ -59,7 +59,7 @@ from foretaste.models.layers.nodes import (
     place,
 )
 from foretaste.models.layers.table import Table
-from foretaste.models.layers.table_kinds import IdConfig, make_table, make_tables
+from foretaste.models.layers.table_kinds import IdConfig
 from foretaste.models.mf import MFConfig
 
 
@@ -166,8 +166,8 @@ class LightGCN(Retriever):
         num_nodes = num_users + num_items if graph is None else graph.num_nodes
         width = config.embedding_dim
         num_others = num_nodes - num_users - num_items
-        self.user_table, self.item_table, others = make_tables(
-            config.table, (num_users, num_items, num_others), width, std=config.init_std
+        self.user_table, self.item_table, others = config.table.make_several(
+            (num_users, num_items, num_others), width, std=config.init_std
         )
         self.other_table = others if num_others else None
         self.register_load_state_dict_pre_hook(_make_others)  # type: ignore[no-untyped-call]  # torch
@@ -348,7 +348,7 @@ def _make_others(model: LightGCN, state: Mapping[str, Tensor], prefix: str, *_: 
     """Make the table of the nodes that are neither users nor items, if there are any to load."""
     found = next((v for name, v in state.items() if name.startswith(prefix + "other_table.")), None)
     if found is not None and model.other_table is None:
-        model.other_table = make_table(model.config.table, len(found), model.config.embedding_dim)
+        model.other_table = model.config.table.make(len(found), model.config.embedding_dim)
 
 
 def _side_by_side(layers: list[Tensor]) -> Tensor:

@@ -25,7 +25,7 @@ from foretaste.data.interactions import Interactions
 from foretaste.models.base import PairVectors, Retriever, Similarity, as_item, as_query
 from foretaste.models.layers.history import FoldIn
 from foretaste.models.layers.table import Table
-from foretaste.models.layers.table_kinds import IdConfig, make_table
+from foretaste.models.layers.table_kinds import IdConfig
 
 
 class MFConfig(IdConfig):
@@ -74,9 +74,9 @@ class MF(Retriever):
         super().__init__()
         self.config = config
         self.num_items = num_items
-        self.user_table = make_table(config.table, num_users, config.embedding_dim)
-        self.item_table = make_table(config.table, num_items, config.embedding_dim)
-        self.bias_table = make_table(config.table, num_items, 1) if config.biases else None
+        self.user_table = config.table.make(num_users, config.embedding_dim)
+        self.item_table = config.table.make(num_items, config.embedding_dim)
+        self.bias_table = config.table.make(num_items, 1) if config.biases else None
         self.fold_in = FoldIn(num_users=num_users, embedding_dim=config.embedding_dim)
         for table in (self.user_table, self.item_table):
             table.draw(std=config.init_std)

@@ -25,7 +25,7 @@ from foretaste.data.batch import Queries, SequenceBatch, last_events
 from foretaste.models.base import Retriever
 from foretaste.models.layers.dense import Dropout, GatedBlock, MultiHeadAttention, rows_at
 from foretaste.models.layers.table import Table
-from foretaste.models.layers.table_kinds import IdConfig, make_table
+from foretaste.models.layers.table_kinds import IdConfig
 
 
 class SASRecConfig(IdConfig):
@@ -73,7 +73,7 @@ class SASRec(Retriever):
         width = config.embedding_dim
         self.max_len = config.max_len
         self.num_items = num_items
-        self.item_table = make_table(config.table, num_items, width)
+        self.item_table = config.table.make(num_items, width)
         self.positions = nn.Embedding(config.max_len + 1, width)
         self.start = nn.Parameter(torch.zeros(width))
         self.dropout = Dropout(config.dropout)

@@ -51,7 +51,7 @@ from foretaste.models.layers.dense import MLP
 from foretaste.models.layers.embedding import Fusion, known_fields, told_of_items, told_of_users
 from foretaste.models.layers.history import AttentionHistory, CausalHistory, FoldIn, MeanHistory
 from foretaste.models.layers.table import Table
-from foretaste.models.layers.table_kinds import IdConfig, make_table
+from foretaste.models.layers.table_kinds import IdConfig
 from foretaste.models.mf import MFConfig
 from foretaste.models.sasrec import SASRecConfig
 
@@ -374,7 +374,7 @@ class _Needed(NamedTuple):
 
 
 def _ids(num_rows: int, config: TwoTowerConfig) -> Table:
-    table = make_table(config.table, num_rows, config.embedding_dim)
+    table = config.table.make(num_rows, config.embedding_dim)
     table.draw(std=config.init_std)
     return table
 

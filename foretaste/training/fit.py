@@ -17,7 +17,7 @@ from foretaste.data.draws import step_generator
 from foretaste.data.plans import Plan
 from foretaste.errors import ConfigError, NonFiniteError
 from foretaste.models.layers.table import OwnRows
-from foretaste.training import processes, sharded
+from foretaste.training import processes
 from foretaste.training.checkpoint import (
     CHECKPOINT,
     Epoch,
@@ -42,7 +42,7 @@ from foretaste.training.settings import (
     choose_device,
     keep_memory,
 )
-from foretaste.training.sharded import own_rows_of
+from foretaste.training.sharded import Sharded, map_tables, mapped, own_rows_of
 from foretaste.training.torchrec import lend_to_torchrec
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -136,22 +136,24 @@ class Fit(Generic[Network, Batch]):
         self.plan, self.objective, self.validate, self.folder = plan, objective, validate, folder
         if isinstance(objective, nn.Module):
             objective.to(self.device)
-        self.validate_every = (
-            (validate_every or 1) if config.validate_every == "auto" else config.validate_every
-        )
+        every = config.validate_every
+        self.validate_every = (validate_every or 1) if every == "auto" else every
         self.refreshed, self.data, self.level = refreshed, data, level
         measured = config.precision == "auto"
         self.progress = Progress(precision="" if measured else config.precision)
         self.average = copy.deepcopy(model) if config.average_decay else None
         self.best_weights: dict[str, Tensor] = {}
         self.of_objective = list(objective.parameters()) if isinstance(objective, nn.Module) else []
-        self.dealt = [table.weight for table in sharded.tables_of(model)]
+        tables = [module for module in model.modules() if isinstance(module, OwnRows)]
+        self.sharded = [table for table in tables if isinstance(table, Sharded)]
+        self.dealt = [table.weight for table in self.sharded]
         self.common = [p for p in model.parameters() if all(p is not own for own in self.dealt)]
         self.parameters = [*model.parameters(), *self.of_objective]
         refuse_at_rest(model)
-        tables = [module for module in model.modules() if isinstance(module, OwnRows)]
         self.optimizer = make_optimizer(self.parameters, config, tables=tables)
-        self.lent = lend_to_torchrec(sharded.tables_of(model), config, self.optimizer)
+        self.own = own_rows_of(model, self.optimizer) if self.sharded else {}
+        is_own = config.engine == "own"
+        self.lent = [] if is_own else lend_to_torchrec(self.sharded, config, self.optimizer)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
 
     def run(
@@ -191,7 +193,8 @@ class Fit(Generic[Network, Batch]):
             self.model.load_state_dict(self._judged().state_dict())
         self._refuse_broken_weights()
         self.model.eval()
-        sharded.map_tables(self.model, self._file("trained.safetensors"))
+        if self.sharded:
+            map_tables(self.model, self._file("trained.safetensors"))
         return self.progress
 
     def _file(self, name: str) -> Path | None:
@@ -314,7 +317,7 @@ class Fit(Generic[Network, Batch]):
         with self._autocast(progress.precision), processes.dealt(batch):
             loss = self.objective(self.model, batch.to(self.device), generator)
         value = loss.item()
-        if math.isfinite(value):
+        if finite := math.isfinite(value):
             self.scaler.scale(loss).backward()
             processes.add_gradients(self.common, shared=self.of_objective)
             self.scaler.unscale_(self.optimizer)
@@ -326,8 +329,6 @@ class Fit(Generic[Network, Batch]):
             if finite or self.scaler.is_enabled():
                 self.scaler.step(self.optimizer)
                 self.scaler.update()
-        else:
-            finite = False
         progress.skipped += not finite
         progress.bad_in_a_row = 0 if finite else progress.bad_in_a_row + 1
         if progress.bad_in_a_row >= _MOST_BAD_STEPS:
@@ -370,9 +371,9 @@ class Fit(Generic[Network, Batch]):
         is_last = number == config.rounds or progress.done
         if self.validate is None or (number % self.validate_every and not is_last):
             return None
-        judged = self._judged()
-        file = self._file("validated.safetensors")
-        with processes.work_divided(), sharded.mapped(judged, file):
+        judged, file = self._judged(), self._file("validated.safetensors")
+        whole = mapped(judged, file) if self.sharded else nullcontext()
+        with processes.work_divided(), whole:
             found = self.validate(judged)
         value = processes.by_first(lambda: found, at_once=True)
         if value > progress.best:
@@ -418,8 +419,7 @@ class Fit(Generic[Network, Batch]):
         return self.average.eval()
 
     def _checkpoint(self) -> None:
-        own = own_rows_of(self.model, self.optimizer)
-        if self.folder is None or not (own or processes.is_first()):
+        if self.folder is None or not (self.own or processes.is_first()):
             return
         step, optimizer = self.progress.step, self.optimizer.state_dict()["state"]
         parts: dict[str, Mapping[str, Tensor]] = {
@@ -440,7 +440,7 @@ class Fit(Generic[Network, Batch]):
             **self._facts(),
         }
         kept = {name: tensors for name, tensors in parts.items() if tensors}
-        write_checkpoint(self.folder / CHECKPOINT, kept, facts, own=own)
+        write_checkpoint(self.folder / CHECKPOINT, kept, facts, own=self.own)
 
     def _facts(self) -> dict[str, Any]:
         """Return the facts that determine a run."""
@@ -456,7 +456,7 @@ class Fit(Generic[Network, Batch]):
         path = find_checkpoint(self.folder)
         if path is None:
             return
-        parts, facts = read_checkpoint(path, own=own_rows_of(self.model, self.optimizer))
+        parts, facts = read_checkpoint(path, own=self.own)
         self._check_same(path, facts)
         self.model.load_state_dict(parts["model"])
         best = parts.get("best", {})

@@ -38,18 +38,17 @@ from foretaste.training.checkpoint import save_together
 from foretaste.training.optimizer import ROW_STATES
 
 
-def sharding(rows_from: int | None) -> AbstractContextManager[None]:
+def sharding(rows_from: int) -> AbstractContextManager[None]:
     """Shard the tables that are created in this context, if there are several processes.
 
     Args:
-        rows_from: Every process holds tables of fewer rows whole; None: no table is sharded.
+        rows_from: Every process holds tables of fewer rows whole.
     """
-    if rows_from is None or processes.share() == WHOLE:
+    if processes.share() == WHOLE:
         return nullcontext()
-    least = rows_from
 
     def place(num_rows: int, width: int) -> OwnRows:
-        return (Sharded if num_rows >= least else Dense)(num_rows, width)
+        return (Sharded if num_rows >= rows_from else Dense)(num_rows, width)
 
     return placed(place)
 

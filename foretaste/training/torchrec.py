@@ -36,17 +36,17 @@ _NAME, _ROW = "table", "row"
 def lend_to_torchrec(
     tables: Sequence[Sharded], config: TrainingConfig, optimizer: AdamWByRows
 ) -> list["Lent"]:
-    """Let TorchRec look up and move the rows of sharded tables, where the settings say so.
+    """Let TorchRec look up and move the rows of sharded tables, if there are several processes.
 
     Args:
         tables: Of the model; of one process there are none.
-        config: Says by `engine` whether it is asked for.
+        config: Settings with TorchRec as the `engine`.
         optimizer: Its state of these rows becomes TorchRec's.
 
     Raises:
         ConfigError: TorchRec or its version is not there, or a setting needs whole gradients.
     """
-    if config.engine != "torchrec" or processes.share() == WHOLE:
+    if processes.share() == WHOLE:
         return []
     _check(config)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch(rec)?\.")

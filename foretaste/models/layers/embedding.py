@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from foretaste.data.features import Features, FieldSide, FieldTable, concat_rows
 from foretaste.errors import ConfigError
 from foretaste.models.layers.table import Table
-from foretaste.models.layers.table_kinds import TableConfig, make_table
+from foretaste.models.layers.table_kinds import TableConfig
 
 Fusion = Literal["concat", "gate"]
 """How a row's fields become one vector: all side by side through a linear layer, or their sum,
@@ -53,7 +53,7 @@ class FieldVectors(nn.Module):
         std = embedding_dim**-0.5 if init_std is None else init_std
         self.num_bags = len(side.bags)
         self.embedding_dim = embedding_dim
-        self.codes = make_table(table, side.num_codes, embedding_dim) if side.num_codes else None
+        self.codes = table.make(side.num_codes, embedding_dim) if side.num_codes else None
         if self.codes is not None:
             self.codes.draw(std=std)
             untrained_V = torch.zeros(side.num_codes, dtype=torch.bool)

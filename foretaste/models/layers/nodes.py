@@ -23,7 +23,7 @@ from foretaste.data.features import Features, FieldTable
 from foretaste.errors import ConfigError
 from foretaste.models.layers.embedding import Fusion, known_fields, told_of_items, told_of_users
 from foretaste.models.layers.table import Table
-from foretaste.models.layers.table_kinds import TableConfig, make_tables
+from foretaste.models.layers.table_kinds import TableConfig
 
 
 @final
@@ -85,8 +85,8 @@ class NodeInputs(nn.Module):
         self.everybody_1D: nn.Parameter | None = None
         if ids:
             sizes = num_users, num_items, 1
-            self.user_table, self.item_table, last = make_tables(
-                table, sizes, embedding_dim, std=init_std
+            self.user_table, self.item_table, last = table.make_several(
+                sizes, embedding_dim, std=init_std
             )
             self.everybody_1D = nn.Parameter(
                 last.block(0, 1).detach() * teach_newcomer, requires_grad=teach_newcomer

@@ -27,7 +27,7 @@ from foretaste.models.layers.embedding import (
     told_of_users,
 )
 from foretaste.models.layers.table import Table
-from foretaste.models.layers.table_kinds import IdConfig, make_tables
+from foretaste.models.layers.table_kinds import IdConfig
 
 L2Of = Literal["rows", "mini_batch_aware"]
 
@@ -389,7 +389,7 @@ def sides_of_rows(
             "rows have neither ids nor features: give features of users or of the context"
         )
     sizes = [1, *(side.num_ids for side in made), *(side.num_codes for side in made)]
-    tables = make_tables(config.table, sizes, width, std=config.init_std)[1:]  # as it was drawn
+    tables = config.table.make_several(sizes, width, std=config.init_std)[1:]  # as it was drawn
     for side, ids, codes in zip(made, tables[:3], tables[3:], strict=True):
         side.take_tables(ids, codes)
     return RowSides(user, item, context)

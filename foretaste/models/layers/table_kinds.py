@@ -1,7 +1,7 @@
 """All kinds of tables by name, and the kind whose rows are codes.
 
-A model takes tables by `make_table` and `make_tables`, and knows of no kind; one more kind is one
-more member of the union.
+A model asks its settings for tables (`config.table.make`), and knows of no kind; one more kind is
+one more member of the union.
 
 Shape legend: R rows of a table, N rows asked for, D width, M sub-spaces, C vectors of a codebook, d
 width of the widest of them, S all of these, B queries.
@@ -150,20 +150,15 @@ class Quantised(Filled):
 
 
 @torch.no_grad()
-def code_by_events(events: Interactions, *, users: Table | None, items: Table | None) -> None:
+def code_by_events(
+    events: Interactions, *, users: Quantised | None = None, items: Quantised | None = None
+) -> None:
     """Code quantised tables by a truncated singular value decomposition of users × items.
 
     Parts beyond the decomposition's rank keep their codes by chance.
     """
-    quantised = {
-        side: table
-        for side, table in (("users", users), ("items", items))
-        if isinstance(table, Quantised)
-    }
-    if not quantised:
-        return
     shape = (events.num_users, events.num_items)
-    wanted = min(max(table.sub_spaces for table in quantised.values()), *shape)
+    wanted = min(max(table.sub_spaces for table in (users, items) if table is not None), *shape)
     pair_2E = torch.from_numpy(np.stack([events.user_idx, events.item_idx]).astype(np.int64))
     done_UI = torch.sparse_coo_tensor(
         pair_2E, torch.ones(len(events)), shape, check_invariants=False
@@ -172,9 +167,9 @@ def code_by_events(events: Interactions, *, users: Table | None, items: Table | 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         user_UM, _, item_IM = torch.svd_lowrank(done_UI, q=wanted, niter=4)
-    for side, factor_RM in (("users", user_UM), ("items", item_IM)):
-        if side in quantised:
-            quantised[side].code_by(factor_RM[:, : quantised[side].sub_spaces])
+    for table, factor_RM in ((users, user_UM), (items, item_IM)):
+        if table is not None:
+            table.code_by(factor_RM[:, : table.sub_spaces])
 
 
 def _codes_by_chance(first: int, last: int, sub_spaces: int) -> Tensor:
@@ -205,15 +200,3 @@ class IdConfig(Config):
 
     table: TableConfig = DenseConfig()
     """How the vectors of ids and of features' codes are kept."""
-
-
-def make_table(config: TableConfig, num_rows: int, width: int) -> Table:
-    """Make an untrained table; its rows are drawn around 0 with a standard deviation of 1."""
-    return config.make(num_rows, width)
-
-
-def make_tables(
-    config: TableConfig, sizes: Sequence[int], width: int, *, std: float
-) -> list[Table]:
-    """Make tables of one width, of which those of dense ones are drawn as one and cut."""
-    return config.make_several(sizes, width, std=std)

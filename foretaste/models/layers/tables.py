@@ -1,6 +1,6 @@
 """Smaller kinds of tables: how the vectors of ids and features are kept, and their settings.
 
-A model that needs a table asks its settings for one (`make_table`); only this file,
+A model that needs a table asks its settings for one (`make`); only this file,
 `table_kinds.py` and `tables_at_rest.py` know a kind by its name.
 
 Shape legend: R rows of a table, X any shape of rows asked for, N rows asked for, D width, K hash
