@@ -7,12 +7,20 @@ import numpy as np
 import polars as pl
 import pytest
 
-from foretaste.data.graph import Graph, GraphConfig, Ties, cache_order, graph_of, make_graph
+from foretaste.data.graph import (
+    Graph,
+    GraphConfig,
+    Ties,
+    attribute_ties,
+    cache_order,
+    graph_of,
+    make_graph,
+)
 from foretaste.data.interactions import Interactions
 from foretaste.data.merging import concatenate
 from foretaste.data.read_config import ReadConfig
 from foretaste.data.reading import read_interactions
-from foretaste.data.side_tables import attribute_ties, read_links
+from foretaste.data.side_tables import read_links
 from foretaste.data.sources.load import get_dataset
 from foretaste.data.splits import GivenSplitConfig
 from foretaste.data.splitting import leave_last_split, make_split

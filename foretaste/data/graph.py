@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+import polars as pl
 from jaxtyping import Float32, Int32, Int64
 
 from foretaste.config import Config, Positive, Weight
 from foretaste.data.arrays import distinct
 from foretaste.data.interactions import Interactions
-from foretaste.data.side_tables import attribute_ties
 from foretaste.errors import DataError
 from foretaste.later import later
 
@@ -219,3 +219,61 @@ def _heaviest(
     first_E = np.ones(len(key_E), bool)
     first_E[1:] = key_E[1:] != key_E[:-1]
     return key_E[first_E], weight_E[first_E]
+
+
+def attribute_ties(
+    events: Interactions, name: str
+) -> tuple[Int64[np.ndarray, " P"], Int64[np.ndarray, " P"], int]:
+    """Number the values of a column of the item table, and connect each item with its values.
+
+    A column of lists holds several values per item. Missing and empty values make no edge, and
+    neither does a value that only one item has.
+
+    Args:
+        events: With an item table.
+        name: The column: text, integers, true and false, or lists of these.
+
+    Returns:
+        item_idx and value of each pair, and the number of values.
+
+    Raises:
+        DataError: The column does not exist, holds fractions or other values that are not names, or
+            no two items share a value of it.
+    """
+    table = events.item_table
+    if table is None or name not in table.columns:
+        there = [] if table is None else table.columns
+        raise DataError(
+            f"the items have no column {name!r} to make nodes of; there are {there}: name one of "
+            "them, or give a table of items when reading",
+            column=name,
+            name="attributes",
+            value=name,
+        )
+    column = table[name]
+    pairs = pl.DataFrame({"item": np.arange(len(column)), "value": column})
+    while isinstance(pairs.schema["value"], pl.List | pl.Array):
+        pairs = pairs.explode("value")
+    kind = pairs.schema["value"]
+    is_name = kind in (pl.String, pl.Categorical, pl.Enum, pl.Boolean, pl.Null)
+    if not (is_name or kind.is_integer()):
+        raise DataError(
+            f"column {name!r} of the items is {kind}, which few items share: give it in classes, "
+            "as text or integers, or leave it out of the attributes",
+            column=name,
+            name="attributes",
+            value=name,
+        )
+    pairs = pairs.with_columns(pl.col("value").cast(pl.String))
+    pairs = pairs.filter(pl.col("value").is_not_null() & (pl.col("value") != "")).unique()
+    pairs = pairs.filter(pl.len().over("value") > 1).sort("value", "item")
+    if pairs.is_empty():
+        raise DataError(
+            f"no two items share a value of column {name!r}: it makes no edges, leave it out of "
+            "the attributes",
+            column=name,
+            name="attributes",
+            value=name,
+        )
+    value_P = pairs["value"].rank("dense").to_numpy().astype(np.int64) - 1
+    return pairs["item"].to_numpy(), value_P, int(value_P.max(initial=-1)) + 1

@@ -29,7 +29,7 @@ from foretaste.data.side_tables import Side, aligned, alike, notes_about, read_s
 from foretaste.data.tables import Source, find_column, open_source
 from foretaste.data.times import Times, canonical_times
 from foretaste.data.vocabulary import Vocabulary, number_ids
-from foretaste.errors import DataError
+from foretaste.errors import ConfigError, DataError
 
 EVENTS = "the event table"
 """The name of a table of events in memory, in messages."""
@@ -86,11 +86,11 @@ def read_interactions(source: object, read: ReadTables) -> Interactions:
             error.args = (f"{error} (rows are counted among those that where keeps)",)
         raise
     del frame, chosen
-    users = read_side(read.users, names.user, "users", read, ids=events.user)
-    items = read_side(read.items, names.item, "items", read, ids=events.item)
+    users, items = _sides(events, read)
     arranged = _arrange(events, users, items, read.duplicates, events.notes)
     arranged = replace(arranged, positive=read.positive)
-    return with_links(arranged, read)
+    has_links = read.user_links is not None or read.item_links is not None
+    return with_links(arranged, read) if has_links else arranged
 
 
 class Names(NamedTuple):
@@ -289,6 +289,28 @@ def _number_column(column: pl.Series, *, is_rating: bool) -> pl.Series:
     return numbers.cast(pl.Float32) if is_rating else numbers
 
 
+def _sides(events: _Events, read: ReadTables) -> tuple[Side | None, Side | None]:
+    """Read the tables of users and of items, where there are any.
+
+    Raises:
+        ConfigError: A key of a table is named, and there is no table.
+    """
+    found = []
+    for role, source, key, like, ids in (
+        ("users", read.users, read.user_key, events.names.user, events.user),
+        ("items", read.items, read.item_key, events.names.item, events.item),
+    ):
+        if source is None and key is not None:
+            raise ConfigError(
+                f"{role[:-1]}_key={key!r} names a column of the table of {role}, and there is "
+                f"none: give {role}=, or leave {role[:-1]}_key out",
+                name=f"{role[:-1]}_key",
+                value=key,
+            )
+        found.append(None if source is None else read_side(source, key, like, role, read, ids=ids))
+    return found[0], found[1]
+
+
 def _arrange(
     events: _Events,
     users: Side | None,
@@ -299,9 +321,7 @@ def _arrange(
     """Number the ids, then sort; a thread groups users while items are numbered."""
     with ThreadPoolExecutor(1) as pool:
         other = pool.submit(_number_items, events, items)
-        user_ids, also = alike(events.user, users)
-        user_vocabulary, user_E = number_ids(user_ids, also)
-        del user_ids
+        user_vocabulary, user_E = _number(events.user, users)
         events.user = pl.Series()
         sorting = group_events(user_E, num_users=len(user_vocabulary))
         del user_E
@@ -318,10 +338,14 @@ def _arrange(
         notes.append(f"{found} events repeat the {what} of another: {fate}")
     if found and repeat_E is not None:
         sorting, item_E = sorting.keep(~repeat_E), item_E[~repeat_E]
-    notes += notes_about(user_vocabulary, np.diff(sorting.offsets_U1), users, "users")
+    user_table = item_table = None
+    if users is not None:
+        notes += notes_about(user_vocabulary, np.diff(sorting.offsets_U1), users, "users")
+        user_table = aligned(user_vocabulary, users)
     if items is not None:
         item_count = np.bincount(item_E, minlength=len(item_vocabulary))
         notes += notes_about(item_vocabulary, item_count, items, "items")
+        item_table = aligned(item_vocabulary, items)
     return Interactions(
         users=user_vocabulary,
         items=item_vocabulary,
@@ -330,19 +354,21 @@ def _arrange(
         timestamp_s=sorting.time_E,
         columns={name: sorting.apply(_array(column)) for name, column in events.numbers.items()},
         context=_sorted(events.context, sorting),
-        user_table=aligned(user_vocabulary, users),
-        item_table=aligned(item_vocabulary, items),
+        user_table=user_table,
+        item_table=item_table,
         notes=tuple(notes),
     )
+
+
+def _number(ids: pl.Series, side: Side | None) -> tuple[Vocabulary, Int32[np.ndarray, " E"]]:
+    return number_ids(ids) if side is None else number_ids(*alike(ids, side))
 
 
 def _number_items(
     events: _Events, items: Side | None
 ) -> tuple[Vocabulary, Int32[np.ndarray, " E"], Int64[np.ndarray, " E"] | None]:
     """Number the items, and make the times contiguous."""
-    item_ids, also = alike(events.item, items)
-    vocabulary, row_E = number_ids(item_ids, also)
-    del item_ids
+    vocabulary, row_E = _number(events.item, items)
     events.item = pl.Series()
     if events.times is None:
         return vocabulary, row_E, None

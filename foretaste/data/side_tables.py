@@ -9,10 +9,10 @@ from jaxtyping import Int32, Int64
 
 from foretaste.data.columns import canonical_ids, kept
 from foretaste.data.interactions import Interactions
-from foretaste.data.read_config import ReadConfig, ReadTables
+from foretaste.data.read_config import Column, ReadConfig, ReadTables
 from foretaste.data.tables import Source, find_column, open_source
 from foretaste.data.vocabulary import Vocabulary
-from foretaste.errors import ConfigError, DataError
+from foretaste.errors import DataError
 
 
 def read_links(
@@ -92,64 +92,6 @@ def with_links(events: Interactions, read: ReadTables) -> Interactions:
     return events
 
 
-def attribute_ties(
-    events: Interactions, name: str
-) -> tuple[Int64[np.ndarray, " P"], Int64[np.ndarray, " P"], int]:
-    """Number the values of a column of the item table, and connect each item with its values.
-
-    A column of lists holds several values per item. Missing and empty values make no edge, and
-    neither does a value that only one item has.
-
-    Args:
-        events: With an item table.
-        name: The column: text, integers, true and false, or lists of these.
-
-    Returns:
-        item_idx and value of each pair, and the number of values.
-
-    Raises:
-        DataError: The column does not exist, holds fractions or other values that are not names, or
-            no two items share a value of it.
-    """
-    table = events.item_table
-    if table is None or name not in table.columns:
-        there = [] if table is None else table.columns
-        raise DataError(
-            f"the items have no column {name!r} to make nodes of; there are {there}: name one of "
-            "them, or give a table of items when reading",
-            column=name,
-            name="attributes",
-            value=name,
-        )
-    column = table[name]
-    pairs = pl.DataFrame({"item": np.arange(len(column)), "value": column})
-    while isinstance(pairs.schema["value"], pl.List | pl.Array):
-        pairs = pairs.explode("value")
-    kind = pairs.schema["value"]
-    is_name = kind in (pl.String, pl.Categorical, pl.Enum, pl.Boolean, pl.Null)
-    if not (is_name or kind.is_integer()):
-        raise DataError(
-            f"column {name!r} of the items is {kind}, which few items share: give it in classes, "
-            "as text or integers, or leave it out of the attributes",
-            column=name,
-            name="attributes",
-            value=name,
-        )
-    pairs = pairs.with_columns(pl.col("value").cast(pl.String))
-    pairs = pairs.filter(pl.col("value").is_not_null() & (pl.col("value") != "")).unique()
-    pairs = pairs.filter(pl.len().over("value") > 1).sort("value", "item")
-    if pairs.is_empty():
-        raise DataError(
-            f"no two items share a value of column {name!r}: it makes no edges, leave it out of "
-            "the attributes",
-            column=name,
-            name="attributes",
-            value=name,
-        )
-    value_P = pairs["value"].rank("dense").to_numpy().astype(np.int64) - 1
-    return pairs["item"].to_numpy(), value_P, int(value_P.max(initial=-1)) + 1
-
-
 _INTEGER = r"^-?(0|[1-9][0-9]*)$"
 _ENOUGH = 0.5
 """A table of users or items matches the events if it holds this share of their ids."""
@@ -174,28 +116,30 @@ class Side(NamedTuple):
 
 
 def read_side(
-    source: object, like: str | None, role: str, read: ReadConfig, *, ids: pl.Series
-) -> Side | None:
-    """Read a side table; None if there is none.
+    source: object,
+    key: Column | None,
+    like: str | None,
+    role: str,
+    read: ReadConfig,
+    *,
+    ids: pl.Series,
+) -> Side:
+    """Read a table of users or items.
 
     Args:
         source: Any kind of source.
+        key: Its column of ids. None: the column named `like`, or else the one that holds the ids of
+            the events.
         like: The event table's column of these ids; it is the key if the table has a column of this
             name.
         role: "users" or "items", for messages.
-        read: The settings. Without a key, it is the column with the name of `like`, or else the one
-            that holds the ids of the events. With `drop_incomplete`, rows without an id are left
-            out.
+        read: The settings. With `drop_incomplete`, rows without an id are left out.
         ids: The ids of the events.
 
     Raises:
-        ConfigError: A key is named, and there is no table.
         DataError: The table cannot be read or is empty, no column is the key, or a row has no id.
     """
-    key, notes = read.user_key if role == "users" else read.item_key, list[str]()
-    if source is None:
-        _refuse_key(key, role)
-        return None
+    notes = list[str]()
     opened = open_source(
         source,
         header=read.header,
@@ -236,17 +180,6 @@ def read_side(
         table=others if others.width else None,
         notes=notes,
     )
-
-
-def _refuse_key(key: str | int | None, role: str) -> None:
-    """Raise an error for a key without a table."""
-    if key is not None:
-        raise ConfigError(
-            f"{_setting(role)}={key!r} names a column of the table of {role}, and there is none: "
-            f"give {role}=, or leave {_setting(role)} out",
-            name=_setting(role),
-            value=key,
-        )
 
 
 def _setting(role: str) -> str:
@@ -325,10 +258,8 @@ def _fitting(frame: pl.DataFrame, ids: pl.Series) -> dict[str, float]:
     return shares
 
 
-def alike(ids: pl.Series, side: Side | None) -> tuple[pl.Series, pl.Series | None]:
+def alike(ids: pl.Series, side: Side) -> tuple[pl.Series, pl.Series]:
     """Convert the ids of events and of a side table to one type: integers if both can be."""
-    if side is None:
-        return ids, None
     if ids.dtype == side.ids.dtype:
         return ids, side.ids
     if ids.dtype == pl.Int64 and side.ids.str.contains(_INTEGER).all():
@@ -337,7 +268,7 @@ def alike(ids: pl.Series, side: Side | None) -> tuple[pl.Series, pl.Series | Non
 
 
 def notes_about(
-    vocabulary: Vocabulary, count: Int64[np.ndarray, " N"], side: Side | None, role: str
+    vocabulary: Vocabulary, count: Int64[np.ndarray, " N"], side: Side, role: str
 ) -> list[str]:
     """Return notes on rows that were left out, and on ids that only one of the two tables has.
 
@@ -345,8 +276,6 @@ def notes_about(
         DataError: The key holds none of the ids with events; or the caller did not name the key, it
             holds fewer than half of them, and another column holds more.
     """
-    if side is None:
-        return []
     active, cold = int((count > 0).sum()), int((count == 0).sum())
     bare, notes = len(vocabulary) - len(side.ids), list(side.notes)
     if bare > (1 - _ENOUGH) * active:
@@ -383,9 +312,9 @@ def _unfit(side: Side, seen: object, found: int, fitting: dict[str, float], role
     )
 
 
-def aligned(vocabulary: Vocabulary, side: Side | None) -> pl.DataFrame | None:
+def aligned(vocabulary: Vocabulary, side: Side) -> pl.DataFrame | None:
     """Put a side table's rows in the order of the vocabulary; missing rows are null."""
-    if side is None or side.table is None:
+    if side.table is None:
         return None
     row_of = np.full(len(vocabulary), -1, np.int64)
     row_of[vocabulary.encode(side.ids)] = np.arange(len(side.ids))
