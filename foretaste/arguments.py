@@ -378,7 +378,7 @@ def _callable(value: object) -> object:
 
 
 def _whole(value: object) -> int:
-    value = plain(value)
+    value = value if isinstance(value, int) else plain(value)
     if isinstance(value, int) and not isinstance(value, bool):
         return value
     raise _Unfit("a whole number", value)

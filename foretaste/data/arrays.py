@@ -1,7 +1,6 @@
-"""Operations on arrays: ranges, masks, distinct values, correlations, and checks of free memory.
+"""Operations on arrays: masks, distinct values, correlations, and checks of free memory.
 
-Shape legend: B ranges, H rows of all ranges, E rows of a column, K kept rows, P positions, N
-values, M distinct values.
+Shape legend: E rows of a column, K kept rows, P positions, N values, M distinct values.
 """
 
 import math
@@ -12,44 +11,14 @@ from tempfile import TemporaryFile, gettempdir
 
 import numpy as np
 import polars as pl
+import psutil
 from jaxtyping import Bool, Float, Float64, Int64, Shaped
 
 from foretaste.data.folder import reason_of
 from foretaste.errors import DataError, TooLargeError
-from foretaste.later import later
 
 _BLOCK = 1 << 20
 """Rows in memory at once."""
-
-
-def check_rows(row_B: Int64[np.ndarray, " B"], num: int, *, name: str) -> None:
-    """Raise an error for rows that do not exist.
-
-    Args:
-        row_B: Rows that a caller requests.
-        num: Number of rows.
-        name: The argument's name, for the message.
-
-    Raises:
-        DataError: One is not in `[0, num)`.
-    """
-    outside_B = (row_B < 0) | (row_B >= num)
-    if outside_B.any():
-        value = int(row_B[outside_B.argmax()])
-        raise DataError(
-            f"{name}: there is no row {value}: rows are counted from 0, and there are {num:,}",
-            name=name,
-            value=value,
-        )
-
-
-def ranges(
-    first_B: Int64[np.ndarray, " B"], length_B: Int64[np.ndarray, " B"]
-) -> tuple[Int64[np.ndarray, " H"], Int64[np.ndarray, " B1"]]:
-    """Return `first, first + 1, …` of each range, and the start and end of each in the result."""
-    offsets_B1 = np.concatenate([[0], np.cumsum(length_B)])
-    index_H = np.arange(offsets_B1[-1]) + np.repeat(first_B - offsets_B1[:-1], length_B)
-    return index_H, offsets_B1
 
 
 def count_before(
@@ -213,8 +182,6 @@ def flattening(number_N: Float[np.ndarray, " N"]) -> int | None:
     is_flat = 0 < rest.std() < _FLAT * number_N.std()
     return int(far_N.argmax()) if is_flat else None
 
-
-psutil = later("psutil")
 
 _CGROUP = Path("/sys/fs/cgroup")
 _SURELY_FITS = 2**26

@@ -18,8 +18,17 @@ import torch
 from jaxtyping import Bool, Float32, Int64
 from torch import Tensor
 
-from foretaste.data.arrays import check_fits, ranges
+from foretaste.data.arrays import check_fits
 from foretaste.data.interactions import Interactions
+
+
+def ranges(
+    first_B: Int64[np.ndarray, " B"], length_B: Int64[np.ndarray, " B"]
+) -> tuple[Int64[np.ndarray, " H"], Int64[np.ndarray, " B1"]]:
+    """Return `first, first + 1, …` of each range, and the start and end of each in the result."""
+    offsets_B1 = np.concatenate([[0], np.cumsum(length_B)])
+    index_H = np.arange(offsets_B1[-1]) + np.repeat(first_B - offsets_B1[:-1], length_B)
+    return index_H, offsets_B1
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -13,10 +13,10 @@ import polars as pl
 from jaxtyping import Bool, Int32, Int64, Integer, Shaped
 
 from foretaste.arguments import checked, checked_class
-from foretaste.data.arrays import check_rows, count_before, pick
+from foretaste.data.arrays import count_before, pick
 from foretaste.data.columns import kept
 from foretaste.data.read_config import Duplicates
-from foretaste.data.vocabulary import Vocabulary, text_buffers
+from foretaste.data.vocabulary import Vocabulary, check_rows, text_buffers
 from foretaste.errors import ConfigError, DataError, nearest
 from foretaste.later import later
 from foretaste.shown import Shown

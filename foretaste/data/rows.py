@@ -20,7 +20,6 @@ from torch import Tensor
 
 from foretaste.arguments import checked
 from foretaste.config import CountOrZero
-from foretaste.data.arrays import check_rows
 from foretaste.data.batch import (
     ALL_ROWS,
     DrawItems,
@@ -36,6 +35,7 @@ from foretaste.data.features import Features
 from foretaste.data.interactions import Interactions, is_positive, positives_of
 from foretaste.data.splits import TEST, TRAIN, VALIDATION, Split
 from foretaste.data.tasks import Task, labels_of
+from foretaste.data.vocabulary import check_rows
 from foretaste.errors import DataError
 from foretaste.shown import Shown
 

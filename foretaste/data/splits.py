@@ -17,10 +17,11 @@ from pydantic import Field, model_validator
 
 from foretaste.arguments import checked, checked_class
 from foretaste.config import Config, Seed
-from foretaste.data.arrays import check_rows, ranges, user_blocks
-from foretaste.data.batch import Queries, times_at
+from foretaste.data.arrays import user_blocks
+from foretaste.data.batch import Queries, ranges, times_at
 from foretaste.data.features import FieldSide
 from foretaste.data.interactions import Interactions, is_positive
+from foretaste.data.vocabulary import check_rows
 from foretaste.errors import DataError
 from foretaste.shown import Shown
 

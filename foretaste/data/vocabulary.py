@@ -23,7 +23,6 @@ from jaxtyping import Int32, Int64, UInt8
 
 from foretaste.arguments import as_list, checked
 from foretaste.config import shown
-from foretaste.data.arrays import check_rows
 from foretaste.errors import DataError
 from foretaste.later import later
 
@@ -466,3 +465,24 @@ def _spread(ids: pl.Series, also: pl.Series | None) -> tuple[int, int] | None:
     lowest = min(low for low in lows if isinstance(low, int))
     span = max(high for high in highs if isinstance(high, int)) - lowest + 1
     return (lowest, span) if span <= 2 * sum(map(len, parts)) + 1_000_000 else None
+
+
+def check_rows(row_B: Int64[np.ndarray, " B"], num: int, *, name: str) -> None:
+    """Raise an error for rows that do not exist.
+
+    Args:
+        row_B: Rows that a caller requests.
+        num: Number of rows.
+        name: The argument's name, for the message.
+
+    Raises:
+        DataError: One is not in `[0, num)`.
+    """
+    outside_B = (row_B < 0) | (row_B >= num)
+    if outside_B.any():
+        value = int(row_B[outside_B.argmax()])
+        raise DataError(
+            f"{name}: there is no row {value}: rows are counted from 0, and there are {num:,}",
+            name=name,
+            value=value,
+        )

@@ -23,8 +23,7 @@ from torch import Tensor
 
 from foretaste.arguments import checked, checked_class
 from foretaste.config import Count, Seed
-from foretaste.data.arrays import ranges
-from foretaste.data.batch import Queries
+from foretaste.data.batch import Queries, ranges
 from foretaste.data.draws import fill_blocks, own_blocks
 from foretaste.data.interactions import Interactions
 from foretaste.data.splits import Holdout

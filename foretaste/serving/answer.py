@@ -19,7 +19,7 @@ from foretaste.config import shown
 from foretaste.data.batch import Queries
 from foretaste.data.interactions import Interactions
 from foretaste.data.tasks import Weights
-from foretaste.data.vocabulary import INT64
+from foretaste.data.vocabulary import INT64, Vocabulary, plain_id
 from foretaste.errors import DataError, did_you_mean
 from foretaste.models.base import TopK, padded
 from foretaste.serving.catalogue_search import (
@@ -211,6 +211,25 @@ def check_weights(weights: Weights | None, tasks: Sequence[str]) -> None:
         raise DataError(
             "weights: all are 0, so lists have no order: set one above or below 0", name="weights"
         )
+
+
+def unknown_item(item_id: object, items: Vocabulary, why: Sequence[str]) -> DataError:
+    """Return the error for an unknown item that cannot be embedded.
+
+    Args:
+        item_id: The unknown id.
+        items: The catalogue.
+        why: Why the given features had no influence; empty if none were given.
+    """
+    near = items.spelled_like(item_id)
+    if near is not None:
+        fix = f"; did you mean {near!r}?"
+    elif why:
+        fix = f", and its features have no value that this model reads: {'; '.join(why)}"
+    else:
+        fix = ": give an item of the catalogue, or the features of a new item"
+    said = f"no item has the id {plain_id(item_id)!r}{fix}"
+    return DataError(said, name="item_id", value=item_id)
 
 
 def best_of_users(

@@ -16,8 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from foretaste.data.arrays import ranges
-from foretaste.data.batch import NO_TIME, Queries, Times, times_at
+from foretaste.data.batch import NO_TIME, Queries, Times, ranges, times_at
 from foretaste.data.features import FieldTable
 from foretaste.data.interactions import Interactions
 from foretaste.data.tasks import Weights

@@ -1,7 +1,8 @@
 """The recommender: from external ids to external ids, with the source of each row."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace as with_parts
+from functools import cached_property
 from pathlib import Path
 from typing import final
 
@@ -13,8 +14,8 @@ from torch import Tensor
 from foretaste.arguments import checked
 from foretaste.data.folder import check_place
 from foretaste.data.tasks import Weights
-from foretaste.data.vocabulary import Ids, Vocabulary, plain_id
-from foretaste.errors import ConfigError, DataError
+from foretaste.data.vocabulary import Ids, plain_id
+from foretaste.errors import ConfigError
 from foretaste.models.base import Retriever, TopK
 from foretaste.retrieval.choose import MEASURED_QUERIES, build_index, may_be_approximate
 from foretaste.retrieval.index import IndexChoice, ItemIndex
@@ -27,6 +28,7 @@ from foretaste.serving.answer import (
     check_weights,
     lists_table,
     notes,
+    unknown_item,
 )
 from foretaste.serving.bundle import Bundle, read_bundle, write_bundle
 from foretaste.serving.catalogue_search import (
@@ -64,19 +66,25 @@ class Recommender(Shown):
         self._search = CatalogueSearch(
             bundle.trained, index=bundle.index, popular_I=bundle.popular_I
         )
-        events = bundle.trained.events
-        self.item_labels = ItemLabels(events.item_table, num_items=events.num_items)
-        vectors_of = None if bundle.index is None else self._search.vectors_of
-        self._rule_book = RuleBook(
-            self.item_labels,
-            vectors_of=vectors_of,
-            num_items=self._items.num_known,
-            at_once=self._search.at_once,
-        )
 
     def __reduce__(self) -> tuple[type["Recommender"], tuple[Bundle]]:
         """Pickle the contents of the bundle; everything else is computed again."""
         return Recommender, (self.bundle,)
+
+    @cached_property
+    def item_labels(self) -> ItemLabels:
+        """The item table, as rules read it."""
+        events = self.trained.events
+        return ItemLabels(events.item_table, num_items=events.num_items)
+
+    @cached_property
+    def _rule_book(self) -> RuleBook:
+        return RuleBook(
+            self.item_labels,
+            vectors_of=None if self.index is None else self._search.vectors_of,
+            num_items=self._items.num_known,
+            at_once=self._search.at_once,
+        )
 
     @property
     def trained(self) -> Trained:
@@ -155,7 +163,7 @@ class Recommender(Shown):
         """
         check_k(k)
         check_weights(weights, self._search.tasks)
-        self._rule_book.check(rules, k=k)
+        rule_book = self._checked_by(rules, k)
         stages = Stages()
         unknown: dict[int | str, None] = {}
         user_idx = self._user(user_id)
@@ -166,7 +174,8 @@ class Recommender(Shown):
         if exclude_seen:
             banned = np.concatenate([banned, history_idx])
         allow_I = None if allow is None else self._items.mask_of("allow", allow, unknown)
-        allow_I = self._rule_book.allowed(rules, allow_I)
+        if rule_book is not None:
+            allow_I = rule_book.allowed(rules, allow_I)
         asker = user_idx if len(past) or self._knows(user_idx, features, since) else -1
         profile = self._profiles.of_user(features, -1 if asker >= 0 else user_idx)
         moment = self._profiles.of_moment(context)
@@ -177,8 +186,7 @@ class Recommender(Shown):
         placed = {} if new is None else new.told
         if source == "popular":
             unknown, new = unknown | dict.fromkeys(placed), None
-        rule_book = self._rule_book
-        if new is not None and rules != NO_RULES:
+        if new is not None and rule_book is not None:
             vector_RD = self._search.vectors_of_new(new.table)
             new, rule_book = rule_book.beside(new, rules, vector_RD, first=self._items.num_items)
             rule_book.check(rules, k=k)
@@ -198,8 +206,8 @@ class Recommender(Shown):
                 stages=stages,
             )
 
-        most = self._items.num_known + (0 if new is None else len(new.told))
-        best = rule_book.choose(rules, min(k, most), find, stages)
+        num = min(k, self._items.num_known + (0 if new is None else len(new.told)))
+        best = find(num) if rule_book is None else rule_book.choose(rules, num, find, stages)
         rows = answer_rows(best, source, self._items, new)
         user_known = asker >= 0 or len(training_history(self.trained.events, user_idx)) > 0
         stranger = None if user_known else plain_id(user_id)
@@ -292,7 +300,7 @@ class Recommender(Shown):
             best = _NO_ITEMS
         else:
             why = self._profiles.without_influence("place", features)
-            raise _unknown_item(item_id, self.trained.events.items, why)
+            raise unknown_item(item_id, self.trained.events.items, why)
         source: Source = "model" if vector_D is None else "features"
         rows = answer_rows(Best(best, {}), source, self._items)
         plain = plain_id(item_id)
@@ -359,6 +367,13 @@ class Recommender(Shown):
         bundle = with_parts(self.bundle, answers=answers_of(self))
         write_bundle(bundle, Path(path), replace=replace)
 
+    def _checked_by(self, rules: Rules, k: int) -> RuleBook | None:
+        """Return the rule book that has checked the rules, if there are any."""
+        if rules == NO_RULES:
+            return None
+        self._rule_book.check(rules, k=k)
+        return self._rule_book
+
     def _user(self, user_id: object) -> int:
         users = self.trained.events.users
         return -1 if user_id is None else users.find_given(user_id, name="user_id")
@@ -393,25 +408,6 @@ class Recommender(Shown):
 
 def _by_plain_id(given: Told | None) -> Told:
     return {plain_id(item_id): features for item_id, features in (given or {}).items()}
-
-
-def _unknown_item(item_id: object, items: Vocabulary, why: Sequence[str]) -> DataError:
-    """Return the error for an unknown item that cannot be embedded.
-
-    Args:
-        item_id: The unknown id.
-        items: The catalogue.
-        why: Why the given features had no influence; empty if none were given.
-    """
-    near = items.spelled_like(item_id)
-    if near is not None:
-        fix = f"; did you mean {near!r}?"
-    elif why:
-        fix = f", and its features have no value that this model reads: {'; '.join(why)}"
-    else:
-        fix = ": give an item of the catalogue, or the features of a new item"
-    said = f"no item has the id {plain_id(item_id)!r}{fix}"
-    return DataError(said, name="item_id", value=item_id)
 
 
 @checked

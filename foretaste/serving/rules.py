@@ -26,13 +26,12 @@ from pydantic import (
 )
 
 from foretaste.config import Config, Count
-from foretaste.data.arrays import ranges
+from foretaste.data.batch import ranges
 from foretaste.data.columns import in_words
 from foretaste.data.features_fitted import bags_of
 from foretaste.data.features_values import numbers_of, separator_of, texts_of
 from foretaste.data.vocabulary import number_ids
 from foretaste.errors import DataError, did_you_mean
-from foretaste.later import later
 from foretaste.serving.profiles import Told
 
 
@@ -119,8 +118,6 @@ class Rules(Config):
 NO_RULES = Rules()
 """No rules: nothing is filtered, capped or reordered."""
 
-sparse = later("scipy.sparse")
-
 _NONE = np.empty(0, dtype=np.int64)
 _WHOLE = re.compile(r"[+-]?[0-9]{1,20}")
 
@@ -156,11 +153,11 @@ class Labels:
             row_E = np.flatnonzero(text.is_not_null().to_numpy())
             text_E = text.drop_nulls()
         self.texts, code_E = number_ids(text_E)
-        self._codes = sparse.csr_array(
-            (np.ones(len(row_E), np.bool_), (row_E, code_E.astype(np.int64))),
-            shape=(len(column), len(self.texts)),
-        )
-        self._items = self._codes.tocsc()
+        pairs = pl.DataFrame({"row": row_E, "code": code_E.astype(np.int64)}).unique()
+        by_item, by_code = pairs.sort("row", "code"), pairs.sort("code", "row")
+        self._code_N, self._item_N = by_item["code"].to_numpy(), by_code["row"].to_numpy()
+        self._first_I1 = np.searchsorted(by_item["row"].to_numpy(), np.arange(len(column) + 1))
+        self._first_V1 = np.searchsorted(by_code["code"].to_numpy(), np.arange(len(self.texts) + 1))
 
     @property
     def ordered(self) -> bool:
@@ -169,15 +166,15 @@ class Labels:
 
     def most_frequent(self, num: int) -> list[str]:
         """Return the labels of most items; ties are sorted by text."""
-        order_V = np.argsort(-np.diff(self._items.indptr), kind="stable")
+        order_V = np.argsort(-np.diff(self._first_V1), kind="stable")
         return self.texts.ids.gather(order_V[:num]).to_list()
 
     def of(self, item_M: Int64[np.ndarray, " M"]) -> Carried:
         """Return the labels of some items."""
-        start_M, end_M = self._codes.indptr[item_M], self._codes.indptr[item_M + 1]
+        start_M, end_M = self._first_I1[item_M], self._first_I1[item_M + 1]
         row_N = np.repeat(np.arange(len(item_M)), end_M - start_M)
         index_N, _ = ranges(start_M, end_M - start_M)
-        return Carried(row_N, self._codes.indices[index_N])
+        return Carried(row_N, self._code_N[index_N])
 
     def items_with(self, value: Value) -> Int64[np.ndarray, " M"]:
         """Return the items that have a value as a label; the value may be unknown.
@@ -188,9 +185,8 @@ class Labels:
         code = self.texts.find(self._spelled(value))
         if code < 0:
             return _NONE
-        start, end = self._items.indptr[code : code + 2]
-        item_M: Int64[np.ndarray, " M"] = self._items.indices[start:end]
-        return item_M
+        start, end = self._first_V1[code : code + 2]
+        return self._item_N[start:end]
 
     def _spelled(self, value: Value) -> str:
         inner = self.dtype.inner if isinstance(self.dtype, pl.List | pl.Array) else self.dtype

@@ -7,18 +7,16 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, final
 
+import psutil
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from foretaste.later import later
 from foretaste.training.checkpoint import Epoch
 from foretaste.training.checkpoint import Progress as RunProgress
 from foretaste.training.fit import Fit
-
-psutil = later("psutil")
 
 _WARM_UP = 3
 """Number of first steps that are not timed: they are slower, because memory is paged in and loops
