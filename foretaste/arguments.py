@@ -1,8 +1,8 @@
-"""What a public function was given, checked by its annotations before it does anything.
+"""Checks the arguments of public functions by their annotations.
 
 `@checked` turns a wrong call into a `ConfigError` that names the argument, the value and the fix,
-and takes what means the same: NumPy's numbers for Python's, text for paths (`~` is expanded), and
-any array, series or generator where a sequence is asked for.
+and converts equivalent values: NumPy's numbers to Python's, text to paths (`~` is expanded), and
+any array, series or generator to a sequence.
 """
 
 import inspect
@@ -61,15 +61,15 @@ _FIXES = {
         "dict",
     ): "write it as TOML for ft.schema_from_toml, or as ft.FeatureSchema(…)",
 }
-"""From the class that is wanted and the one that was given to what its user probably means."""
+"""Maps the required and the given class to advice about what the caller probably means."""
 
 
 def checked(function: Callable[P, T]) -> Callable[P, T]:
     """Check and convert the arguments of a public function by their annotations.
 
     Raises:
-        ConfigError: An argument is missing, unknown, of another type or out of its range. The
-            error's `name` is the argument, its `value` what was given.
+        ConfigError: An argument is missing, unknown, of a wrong type or out of its range. The
+            error's `name` is the argument, and its `value` the given value.
     """
     signature = inspect.signature(function)
     if all(one.annotation in _TAKES_ALL for one in signature.parameters.values()):
@@ -102,10 +102,10 @@ def checked(function: Callable[P, T]) -> Callable[P, T]:
 def settings_as_arguments(
     settings: Callable[P, S],
 ) -> Callable[[Callable[[A, S], T]], Callable[Concatenate[A, P], T]]:
-    """Make a function of something and settings one that takes each setting by its name.
+    """Turn a function of an argument and settings into one with an argument per setting.
 
-    Its signature and its documentation come from the settings, which are written once; a type
-    checker and an editor see them too. `kind`, which a recipe needs, is not an argument.
+    Its signature and its documentation come from the settings, which are defined once; a type
+    checker and an editor see them too. `kind`, which only a recipe needs, is not an argument.
     """
     made: type[Config] = settings  # type: ignore[assignment]  # a class, typed by its constructor
 
@@ -138,9 +138,9 @@ def settings_as_arguments(
 
 
 def _counted(function: Callable[P, T], signature: inspect.Signature) -> Callable[P, T]:
-    """Check only how many arguments there are and their names: any value is taken.
+    """Check only the number and the names of arguments, not their values.
 
-    Looked at where the call failed, so that it costs a right one nothing.
+    This runs only after a call failed, so that it costs a correct call nothing.
     """
 
     @wraps(function)
@@ -158,19 +158,19 @@ def _counted(function: Callable[P, T], signature: inspect.Signature) -> Callable
 
 
 def checked_class(made: C) -> C:
-    """Check and convert what the constructor of a class is given, as `checked` does."""
+    """Check and convert the arguments of a class's constructor, as `checked` does."""
     made.__init__ = checked(made.__init__)  # type: ignore[misc]  # the decorator of a whole class
     return made
 
 
 def _called(function: Callable[..., object]) -> str:
-    """Return what a caller writes: the class, for its constructor."""
+    """Return the name that a caller writes; for a constructor, that of the class."""
     owner, _, name = function.__qualname__.rpartition(".")
     return owner if name == "__init__" else name
 
 
 def as_list(values: object) -> list[Any] | None:
-    """Return what is a collection of values as a list; None for a text, a mapping or one value.
+    """Return a collection of values as a list; None for a text, a mapping or a single value.
 
     Lists, tuples, sets, views, generators, NumPy arrays, and the series of pandas, Polars and
     Arrow are collections.
@@ -178,7 +178,7 @@ def as_list(values: object) -> list[Any] | None:
     if isinstance(values, str | bytes | bytearray | Mapping) or hasattr(type(values), "columns"):
         return None
     if isinstance(values, np.ndarray) and values.dtype.kind == "M" and values.ndim:
-        return list(values)  # its own list makes numbers of some times
+        return list(values)  # its own list converts some times to numbers
     for name in ("tolist", "to_list", "to_pylist"):  # NumPy and pandas, Polars, Arrow
         if callable(method := getattr(type(values), name, None)):
             found: object = method(values)
@@ -187,7 +187,7 @@ def as_list(values: object) -> list[Any] | None:
 
 
 class _Unfit(Exception):
-    """What an argument must be, what was given, and how to get the one from the other."""
+    """The requirement of an argument, the given value, and the advice."""
 
     def __init__(self, wanted: str, value: object, advice: str = "") -> None:
         super().__init__(f"must be {wanted}, not {shown(value)}{advice}")
@@ -197,10 +197,10 @@ class _Unfit(Exception):
 
 
 def _converted(value: Any, hint: Any) -> Any:
-    """Return the value as the annotation wants it.
+    """Return the value converted to the annotation.
 
     Raises:
-        _Unfit: It cannot be that.
+        _Unfit: It cannot be converted.
     """
     origin, parts = get_origin(hint), get_args(hint)
     if origin is Annotated:
@@ -217,7 +217,7 @@ def _converted(value: Any, hint: Any) -> Any:
 
 
 def _single(value: Any, hint: Any) -> Any:
-    """Return the value as a type without parts wants it."""
+    """Return the value converted to a type without parts."""
     if hint in _PLAIN:
         return _PLAIN[hint](value)
     if hasattr(hint, "array_type"):
@@ -230,7 +230,7 @@ def _single(value: Any, hint: Any) -> Any:
 
 
 def _is_checkable(hint: object) -> bool:
-    """Return whether `isinstance` can check the class: it is ours, and not a protocol."""
+    """Return whether `isinstance` can check the class: one of our own that is not a protocol."""
     return hint is slice or (
         isinstance(hint, type)
         and hint.__module__.partition(".")[0] in ("foretaste", "torch", "polars")
@@ -254,13 +254,13 @@ def _bounded(value: Any, limits: Sequence[object]) -> Any:
 
 
 def _one_of(value: Any, options: Sequence[Any]) -> Any:
-    """Return the value as the first member of a union that takes it."""
+    """Return the value converted to the first member of a union that accepts it."""
     if value is None and NoneType in options:
         return None
     unfit: list[_Unfit] = []
     is_path = any(get_origin(option) is os.PathLike or option is Path for option in options)
     for option in options:
-        if option is not NoneType and not (is_path and option is str):  # the path takes text
+        if option is not NoneType and not (is_path and option is str):  # a path accepts text
             try:
                 return _converted(value, option)
             except _Unfit as error:
@@ -284,7 +284,7 @@ def _named(wanted: type[Any]) -> str:
 
 
 def _advice(value: object, wanted: type[Any]) -> str:
-    """Return how to get what is wanted from what was given, if that is known."""
+    """Return advice on how to get the required value from the given one, if known."""
     given = "str" if isinstance(value, os.PathLike) else type(value).__name__
     if fix := _FIXES.get((wanted.__name__, given)):
         return f": {fix}"
@@ -292,7 +292,7 @@ def _advice(value: object, wanted: type[Any]) -> str:
 
 
 def _meant(value: object, classes: Sequence[type[Any]]) -> str:
-    """Say which settings are meant where brackets were forgotten, or a name stands for them."""
+    """Suggest settings for a class without brackets, or for a name of settings."""
     if isinstance(value, type):
         return f": write {value.__name__}()"
     kinds = {c.model_fields["kind"].default: c for c in classes if "kind" in c.model_fields}
@@ -355,7 +355,7 @@ def _array(value: object, hint: Any) -> object:
         array = np.asarray(found)
     except ValueError:  # lists of several lengths
         raise _Unfit("an array", value) from None
-    name = hint.dtypes[0] if isinstance(hint.dtypes, tuple) else ""  # no tuple: of any type
+    name = hint.dtypes[0] if isinstance(hint.dtypes, tuple) else ""  # not a tuple: any type
     wanted = np.dtype(name) if name in _NUMBERS else array.dtype
     if array.size == 0:
         array = array.astype(wanted)
@@ -429,7 +429,7 @@ def _wrong_call(
     args: Sequence[object],
     kwargs: Mapping[str, object],
 ) -> ConfigError:
-    """Say which argument is unknown, missing or must be given by name."""
+    """Return which argument is unknown, missing or must be given by name."""
     name, parameters = _called(function), signature.parameters
     for unknown in kwargs:
         if unknown not in parameters:
@@ -462,7 +462,7 @@ def _wrong_call(
 
 
 def _settings_of(hints: Mapping[str, Any]) -> Iterator[tuple[str, type[Config]]]:
-    """Yield the arguments that are one kind of settings, and the kind."""
+    """Yield the arguments that take one kind of settings, with the kind."""
     for name, hint in hints.items():
         for option in get_args(hint) or (hint,):
             if isinstance(option, type) and issubclass(option, Config):

@@ -1,8 +1,8 @@
-"""The parent of all settings, and the message about a wrong setting: one line, in the file's names.
+"""The parent of all settings, and the message about a wrong setting: one line with its name.
 
-Settings are frozen and refuse what they do not know. `SASRecConfig(embeding_dim=16)` raises
+Settings are frozen and refuse unknown names. `SASRecConfig(embeding_dim=16)` raises
 `ConfigError: SASRecConfig: embeding_dim: there is no such setting; did you mean embedding_dim?`,
-and a recipe with the same mistake says the same with the recipe's path.
+and a recipe with the same mistake raises the same error with the recipe's path.
 """
 
 import inspect
@@ -20,26 +20,26 @@ from foretaste.errors import ConfigError, nearest
 
 C = TypeVar("C", bound="Config")
 Seed = Annotated[int, Ge(0), Lt(2**63)]
-"""The seed of all random draws: one seed gives one result."""
+"""The seed of all random draws; equal seeds give equal results."""
 Schema = Mapping[str, Any]
 SETTINGS = "\nSettings:"
-"""After it, the docstring of settings says what each of them is."""
+"""Separates the docstring of settings from the list of their meanings."""
 
 Count = Annotated[int, Ge(1), Le(2_000_000_000)]
-"""How many, how wide or how long: what 32 bits count; the memory there is decides further."""
+"""A number, width or length up to 32 bits; free memory may limit it further."""
 CountOrZero = Annotated[int, Ge(0), Le(2_000_000_000)]
 Depth = Annotated[int, Ge(1), Le(100)]
-"""Layers or blocks on top of each other."""
+"""A number of stacked layers or blocks."""
 Widths = Annotated[tuple[Count, ...], MaxLen(100)]
-"""Of layers on top of each other."""
+"""Widths of stacked layers."""
 Rounds = Annotated[int, Ge(1), Le(1_000_000)]
-"""How often all of something is done, such as epochs."""
+"""A number of repetitions, such as epochs."""
 Resamples = Annotated[int, Ge(0), Le(1_000_000)]
-"""Draws of a bootstrap; 0: none."""
+"""Number of bootstrap draws; 0: none."""
 Weight = Annotated[float, Ge(0), Le(1e6)]
-"""Of a term in a sum, or an exponent: float32 holds what it multiplies."""
+"""A weight of a term in a sum, or an exponent; products must fit in float32."""
 Positive = Annotated[float, Ge(1e-6), Le(1e6)]
-"""A factor or a divisor: float32 holds what it multiplies and divides."""
+"""A factor or a divisor; products and quotients must fit in float32."""
 
 
 if TYPE_CHECKING:  # type checkers read the fields
@@ -66,7 +66,7 @@ else:
                 raise config_error(error, cls, settings, source=cls.__name__) from None
 
         def __dir__(cls) -> list[str]:
-            """List what is of these settings: `help` leaves out what all settings inherit."""
+            """List the settings; `help` leaves out attributes that all settings inherit."""
             return [name for name in vars(cls) if not name.startswith(("_", "model_"))]
 
 
@@ -97,7 +97,7 @@ class Config(BaseModel, metaclass=_SettingsClass):
     @model_validator(mode="before")
     @classmethod
     def _as_it_is_meant(cls, settings: object) -> object:
-        """Take NumPy's values and paths for plain ones; refuse text or `true` for a number."""
+        """Accept NumPy's values and paths as plain ones; refuse text or `true` for a number."""
         if not isinstance(settings, Mapping):
             return settings
         found = {name: plain(value) for name, value in settings.items()}
@@ -118,7 +118,7 @@ _LIKE_A_VALUE = re.compile(
 
 
 def _lookalike(value: object, kinds: frozenset[type | str]) -> str | None:
-    """Say why a value is not taken though it could be read as a number or a truth value."""
+    """Explain why a value is refused that could be read as a number or a truth value."""
     match value:
         case list() | tuple():
             inside = tuple(value)
@@ -142,7 +142,7 @@ def _lookalike(value: object, kinds: frozenset[type | str]) -> str | None:
 
 
 def plain(value: object) -> object:
-    """Return NumPy's scalars and arrays, and paths, as Python's own numbers, lists and text."""
+    """Return NumPy's scalars and arrays, and paths, as Python's numbers, lists and text."""
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if type(value).__module__ == "numpy" and hasattr(value, "tolist"):
@@ -152,9 +152,9 @@ def plain(value: object) -> object:
 
 @cache
 def _kinds(owner: type[Config], field: str) -> frozenset[type | str]:
-    """Return the plain types and the texts that a field may hold, those in its lists included.
+    """Return the plain types and the texts that a field may hold, including those in its lists.
 
-    A field that holds sections of settings has none: those check themselves.
+    A field with sections of settings has none, because the sections check themselves.
     """
     found: set[type | str] = set()
     known = owner.model_fields.get(field)
@@ -183,7 +183,7 @@ def parse_settings(kind: type[C], settings: Mapping[str, object], *, source: str
     Args:
         kind: The settings' class.
         settings: Names and values, in sections or flat.
-        source: Where they came from, for the message.
+        source: Their origin, for the message.
 
     Raises:
         ConfigError: A setting is missing, unknown or out of range; the message names it.
@@ -197,7 +197,7 @@ def parse_settings(kind: type[C], settings: Mapping[str, object], *, source: str
 def config_error(
     error: ValidationError, kind: type[BaseModel], settings: object, *, source: str
 ) -> ConfigError:
-    """Return the error that names the first wrong setting, and says all that are wrong."""
+    """Return an error that names the first wrong setting and lists all of them."""
     found = findings(error.errors(include_url=False), kind, settings)
     name, _, value = found[0]
     said = "; ".join(f"{name}: {sentence}" if name else sentence for name, sentence, _ in found)
@@ -207,12 +207,12 @@ def config_error(
 def findings(
     problems: Iterable[ErrorDetails], kind: type[BaseModel] | None, settings: object
 ) -> list[tuple[str, str, object]]:
-    """Put pydantic's findings into our words.
+    """Convert pydantic's findings to our own sentences.
 
     Args:
         problems: Its `errors()`.
-        kind: The settings' class, whose names are near to a wrong one; None knows no names.
-        settings: What was checked.
+        kind: The settings' class, whose names are suggested for a wrong one; None suggests none.
+        settings: The checked values.
 
     Returns:
         For each wrong setting its dotted name, the sentence, and the value.
@@ -221,7 +221,7 @@ def findings(
     values: dict[str, object] = {}
     for problem in problems:
         if problem["type"] == "too_short" and len(problem["input"]) >= problem["ctx"]["min_length"]:
-            continue  # long enough, but for the elements that are wrong themselves
+            continue  # it is long enough; only its elements are wrong
         path = path_of(problem["loc"], settings)
         if problem["type"] == "missing":
             path = [*path, problem["loc"][-1]]
@@ -232,7 +232,7 @@ def findings(
 
 
 def path_of(location: tuple[int | str, ...], settings: object) -> list[int | str]:
-    """Return what leads to a finding: pydantic's path without the tags of unions."""
+    """Return the path of a finding: pydantic's path without the tags of unions."""
     path: list[int | str] = []
     tag: object = None
     for part in location:
@@ -281,11 +281,11 @@ _WANTED = {
     "string_too_short": "text of at least {min_length} characters",
     "string_too_long": "text of at most {max_length} characters",
 }
-"""What pydantic's findings ask for: a sentence says "must be" before it."""
+"""The requirement in pydantic's findings, for a sentence that begins with "must be"."""
 
 
 def _said(problem: ErrorDetails, kind: type[BaseModel] | None) -> str:
-    """Return a sentence, or, where it begins with "must be", what is wanted."""
+    """Return a sentence, or only the requirement if the sentence would begin with "must be"."""
     facts, value = problem.get("ctx", {}), shown(problem["input"])
     match problem["type"]:
         case "missing":
@@ -318,14 +318,14 @@ def _plainly(limit: object) -> object:
 
 
 def _advice(name: str, there: Sequence[str]) -> str:
-    """Return how a message about an unknown name ends."""
+    """Return the end of a message about an unknown name."""
     if near := nearest(name, there):
         return f"; did you mean {near}?"
     return f"; there are {', '.join(there)}" if there else ""
 
 
 def _together(said: list[str], value: object) -> str:
-    """Join what the members of a union want: one of them would do."""
+    """Join the requirements of a union's members, any of which is sufficient."""
     wanted = list(dict.fromkeys(one.removeprefix("must be ") for one in said if _is_wish(one)))
     others = list(dict.fromkeys(one for one in said if not _is_wish(one)))
     if not wanted or others:
@@ -334,7 +334,7 @@ def _together(said: list[str], value: object) -> str:
 
 
 def _near_choice(value: object, wanted: Sequence[str]) -> str:
-    """Return the advice about a word that is nearly one of the quoted choices."""
+    """Return the advice for a word that is similar to one of the quoted choices."""
     choices = [quoted for wish in wanted for quoted in wish.split("'")[1::2]]
     near = nearest(value, choices) if isinstance(value, str) else None
     return f"; did you mean {near!r}?" if near and near != value else ""
@@ -345,7 +345,7 @@ def _is_wish(sentence: str) -> bool:
 
 
 def shown(value: object) -> str:
-    """Return a value as it may be in a message: short, and never another library's words."""
+    """Return a value in a short form for a message, without another library's words."""
     if isinstance(value, int) and value.bit_length() > 10_000:  # Python does not print it
         return "a number with thousands of digits"
     if isinstance(value, str | int | float | bool | None):
@@ -361,7 +361,7 @@ def shown(value: object) -> str:
 
 
 def names_at(kind: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
-    """Return the names that a section may hold, or its kinds where it is of several.
+    """Return the names that a section may hold, or its kinds if there are several.
 
     Args:
         kind: The settings' class.
@@ -431,20 +431,20 @@ class ChoiceConfig(Config):
 
 
 Space = Mapping[str, RangeConfig | ChoiceConfig]
-"""From a setting's name to the values that a search may give it."""
+"""Maps a setting's name to the values that a search may give it."""
 
 
 class Usual(NamedTuple):
-    """How a model learns by default, in `fit`, `compare` and `tune`. It is an attribute of the
-    model's settings class, `usual`, with the reasons.
+    """A model's training defaults in `fit`, `compare` and `tune`. They are an attribute of the
+    model's settings class, `usual`, whose docstring has the reasons.
     """
 
     objective: Mapping[str, object] = {}
-    """The objective's settings, its `kind` among them; none: learned in closed form."""
+    """The objective's settings, including its `kind`; empty for models in closed form."""
     training: Mapping[str, Any] = {}
-    """Of the training loop, what it leaves to the model: the learning rate, the average, and the
-    most events of a step."""
+    """Settings of the training loop that depend on the model: the learning rate, the weight
+    average, and the maximum number of events in a step."""
     l2_by_counts: Literal["never", "without features", "always"] = "never"
-    """When the objective's l2 is stronger where users and items have few events. With features of
-    users or items it would leave all taste to them, and a new user without features would have
-    none."""
+    """When the objective's l2 is larger for data with few events per user and item. With features
+    of users or items, a larger l2 would leave all preferences to the features, and a new user
+    without features would have none."""

@@ -4,13 +4,13 @@ ForetasteError
 ├── DataError        the caller's table, ids or file are wrong
 ├── ConfigError      a setting is missing, unknown or out of range
 ├── NonFiniteError   a loss or a score is NaN or infinite
-├── TooLargeError    what was asked for would not fit, said before it is tried
-├── SourceError      a public data set could not be had, or is not what it should be
-├── BundleError      a bundle or an event store is missing, broken, or was tampered with
+├── TooLargeError    the request would not fit in memory; raised before it is tried
+├── SourceError      a public data set could not be downloaded, or has wrong content
+├── BundleError      a bundle or an event store is missing, broken, or was changed
 └── ProcessError     one of several processes that train a model has ended
 
-A message names the thing, the value and the fix. The command line prints it as one line. What the
-message names is also an attribute of the error, so that a program need not read prose.
+A message names the thing, the value and the fix. The command line prints it as one line. These
+names are also attributes of the error, so that a program need not parse the message.
 """
 
 import difflib
@@ -19,14 +19,14 @@ from collections.abc import Iterable
 
 
 class ForetasteError(Exception):
-    """The root: catch it to catch all that foretaste raises on purpose.
+    """The root: catch it to catch all errors that foretaste raises on purpose.
 
     Args:
         message: One sentence that names the thing, the value and the fix.
-        name: The setting, argument, feature, task or file that is wrong, as its user wrote it.
+        name: The wrong setting, argument, feature, task or file, as the caller wrote it.
         column: The column of the caller's table.
-        row: The row of the caller's table, counted from 1, the header not counted.
-        value: What stands there.
+        row: The row of the caller's table, counted from 1 without the header.
+        value: The value there.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class ForetasteError(Exception):
         self.value = value
 
     def __reduce__(self) -> tuple[object, ...]:
-        """Pickle the error, for a pool of processes; a value that has no pickle is left out."""
+        """Pickle the error, for a pool of processes; a value that cannot be pickled is left out."""
         facts = dict(self.__dict__)
         try:
             pickle.dumps(self.value)
@@ -67,37 +67,37 @@ class NonFiniteError(ForetasteError):
 
 
 class TooLargeError(ForetasteError):
-    """What was asked for would not fit in memory."""
+    """The request would not fit in memory."""
 
 
 class SourceError(ForetasteError):
-    """A public data set could not be had, or is not what it should be."""
+    """A public data set could not be downloaded, or has wrong content."""
 
 
 class BundleError(ForetasteError):
-    """A bundle or an event store is missing, broken, or was tampered with."""
+    """A bundle or an event store is missing, broken, or was changed."""
 
 
 class ProcessError(ForetasteError):
-    """One of several processes that train a model together has ended, or does not answer."""
+    """One of several processes that train a model has ended, or does not answer."""
 
     followed = 75
     """The exit code of a process that ended because another one did."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return how a message about an unknown name ends: with the nearest known one, if any is."""
+    """Return the end of a message about an unknown name: a similar known name, if any."""
     near = nearest(name, known)
     return f"; did you mean {near!r}?" if near else ""
 
 
 def nearest(name: str, known: Iterable[str], *, likeness: float = 0.6) -> str | None:
-    """Return the known name that an unknown one is most like, if any is like it at all.
+    """Return the known name that is most similar to an unknown one, if any is similar.
 
     Args:
-        name: What was asked for.
-        known: What there is.
-        likeness: From 0, anything, to 1, the name itself.
+        name: The unknown name.
+        known: The known names.
+        likeness: Required similarity, from 0 (any name) to 1 (equal names).
     """
     found = difflib.get_close_matches(name, list(known), n=1, cutoff=likeness)
     return found[0] if found else None

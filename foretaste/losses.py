@@ -5,7 +5,7 @@ is in cache, and the logits are then discarded. With 25,600 positions and 3,416 
 matrix would be 350 MB, written and read half a dozen times.
 
 Shape legend: N rows (positions, or labelled rows), M candidates shared by all rows, H candidates
-of a row alone, D width, P pairs, B rows of a batch, C items of each, K thresholds between an
+of a row alone, D width, P pairs, B rows of a batch, C items per row, K thresholds between an
 ordinal task's levels, T tasks.
 """
 
@@ -25,7 +25,7 @@ respect to each. It may overwrite the negative logits. A negative of -inf is not
 (gradient 0)."""
 
 _CHUNK_FLOATS = 2**20
-"""4 MiB of logits at a time, about the size of a core's share of the cache."""
+"""4 MiB of logits at a time, about a core's share of the cache."""
 
 
 @final
@@ -96,7 +96,7 @@ def chunked_loss(
     own_NHD: Float[Tensor, "N H D"] | None = None,
     own_offset_NH: Float[Tensor, "N H"] | None = None,
 ) -> Float[Tensor, ""]:
-    r"""Sum a loss over rows, each with a positive, M shared negatives and H negatives of its own.
+    r"""Sum a loss over rows, each with a positive, M shared negatives and H own negatives.
 
     Logits are :math:`s^+_n = q_n \cdot p_n` and :math:`s^-_{nm} = q_n \cdot c_m + o_m`.
     Can be differentiated once, to all tables.
@@ -107,8 +107,10 @@ def chunked_loss(
         negative_MD: Vectors of the candidates that all rows share.
         loss_gradient: Computes the loss and the gradient of a chunk of logits.
         hidden_2P: (row, column) of candidates that are not negatives of that row, such as its own
-            positive (an accidental hit); rows never fall. Columns from M on are the row's own.
-        offset_M: Added to each candidate's logit, such as a correction for how it was drawn.
+            positive (an accidental hit), in ascending order of rows. Columns from M on are the
+            row's own.
+        offset_M: Added to each candidate's logit, such as a correction for its sampling
+            probability.
         own_NHD: Vectors of each row's own candidates.
         own_offset_NH: Added to their logits.
     """
@@ -141,9 +143,9 @@ def bce_loss_gradient(
 
     Args:
         positive_N: Logits of the observed items.
-        negative_NM: Logits of the negatives, -inf where there is none; overwritten.
+        negative_NM: Logits of the negatives, -inf for none; overwritten.
         positive_power: :math:`\beta`, in (0, 1].
-        negative_weight: :math:`w`, above 0; 1/M makes all negatives weigh as one.
+        negative_weight: :math:`w`, above 0; with 1/M all negatives together weigh 1.
 
     Returns:
         The loss in nats, its gradient to the positives (in [-β, 0]) and to the negatives
@@ -165,7 +167,8 @@ def gbce_power(*, sampling_rate: float, calibration: float) -> float:
     .. math:: \beta = \alpha \Big(t \big(1 - \tfrac{1}{\alpha}\big) + \tfrac{1}{\alpha}\Big)
 
     Args:
-        sampling_rate: :math:`\alpha`, negatives per positive over the catalogue less one, (0, 1].
+        sampling_rate: :math:`\alpha`, negatives per positive divided by the catalogue's size minus
+            1, in (0, 1].
         calibration: :math:`t` in [0, 1]: 0 is plain BCE, 1 makes probabilities calibrated.
     """
     return sampling_rate * (calibration * (1 - 1 / sampling_rate) + 1 / sampling_rate)
@@ -180,10 +183,10 @@ def bpr_loss_gradient(
 
     Args:
         positive_N: Logits of the observed items.
-        negative_NM: Logits of the negatives, -inf where there is none; overwritten.
+        negative_NM: Logits of the negatives, -inf for none; overwritten.
 
     Returns:
-        The loss in nats, N ln 2 when the scores cannot tell items apart, and its gradient to the
+        The loss in nats, N ln 2 if all scores are equal, and its gradient to the
         positives (in [-1, 0]) and to the negatives (the storage of `negative_NM`).
 
     References:
@@ -207,11 +210,11 @@ def margin_loss_gradient(
 
     Args:
         positive_N: Scores of the observed items.
-        negative_NM: Scores of the negatives, -inf where there is none; overwritten.
+        negative_NM: Scores of the negatives, -inf for none; overwritten.
         margin: :math:`\Delta`, above 0, in the unit of the scores.
 
     Returns:
-        The loss in the unit of the scores, 0 when all negatives are a margin below, and its
+        The loss in the unit of the scores, 0 if all negatives are lower by the margin, and its
         gradient to the positives (in [-1, 0]) and to the negatives (the storage of `negative_NM`).
 
     References:
@@ -244,7 +247,7 @@ def softmax_loss_gradient(
 
     Args:
         positive_N: Logits of the observed items.
-        negative_NM: Logits of the negatives, -inf where there is none; overwritten.
+        negative_NM: Logits of the negatives, -inf for none; overwritten.
 
     Returns:
         The loss in nats, its gradient to the positives (in [-1, 0]) and to the negatives
@@ -263,9 +266,9 @@ def softmax_loss_gradient(
 
 
 def hardest(loss_gradient: LossGradient, num: int) -> LossGradient:
-    """Return the loss over each row's `num` highest-scored negatives of those it is given.
+    """Return the loss over each row's `num` negatives with the highest scores.
 
-    The others get no gradient. Rows with fewer keep all they have.
+    The others get no gradient. Rows with fewer negatives keep all of them.
 
     References:
         Zhang et al., "Optimizing Top-N Collaborative Filtering via Dynamic Negative Item
@@ -324,7 +327,7 @@ def listwise_loss(
 
     Args:
         logit_BC: The row's own item first.
-        hidden_BC: Items that are not to be compared; the first never is.
+        hidden_BC: Items that are not compared; the first item is never hidden.
 
     References:
         Cao et al., "Learning to Rank: From Pairwise Approach to Listwise Approach", ICML 2007,
@@ -369,8 +372,8 @@ def ordinal_loss(
     References:
         Cao, Mirjalili and Raschka, "Rank consistent ordinal regression for neural networks with
         application to age estimation", Pattern Recognition Letters 2020,
-        https://arxiv.org/abs/1901.07884. Departure: the mean over thresholds, not the sum, so
-        that a task weighs the same however many levels it has.
+        https://arxiv.org/abs/1901.07884. Departure: the mean over thresholds, not the sum, so that
+        a task's weight does not depend on its number of levels.
     """
     level_K = torch.tensor(levels[:-1], dtype=label_N.dtype, device=label_N.device)
     above_NK = (label_N.unsqueeze(1) > level_K).to(logit_NK.dtype)

@@ -1,4 +1,4 @@
-"""How values and objects are written: as JSON and TOML, as a line, and as a small table of HTML."""
+"""Formats values and objects: as JSON and TOML, as a line, and as a small HTML table."""
 
 import json
 import math
@@ -16,20 +16,20 @@ from pydantic import BaseModel
 from foretaste.errors import ConfigError
 
 LONGEST = 190
-"""Characters of the line."""
+"""Maximum number of characters of the line."""
 
 
 class Shown(ABC):
-    """Gives `__repr__` and `_repr_html_` to a class that has `_facts`."""
+    """Adds `__repr__` and `_repr_html_` to a class that has `_facts`."""
 
     __slots__ = ()
 
     @abstractmethod
     def _facts(self) -> Mapping[str, object]:
-        """Return what a person wants to know first; whole numbers are counts of what is named."""
+        """Return the most important facts; whole numbers are counts of the named things."""
 
     def _rows(self) -> Sequence[Sequence[object]]:
-        """Return the table, its first row the headings."""
+        """Return the table; its first row has the headings."""
         return [("", type(self).__name__), *self._facts().items()]
 
     def __repr__(self) -> str:
@@ -43,7 +43,7 @@ class Shown(ABC):
 
 
 def cut(text: str, *, end: str = "…") -> str:
-    """Return a text as one line that is not too long."""
+    """Return a text as one line, shortened if necessary."""
     line = " ".join(text.split())
     return line if len(line) <= LONGEST else line[: LONGEST - len(end)] + end
 
@@ -70,11 +70,11 @@ def _cell(value: object) -> str:
 
 
 def json_value(value: object) -> Any:
-    """Return a value as JSON holds it.
+    """Return a value in a form that JSON can hold.
 
-    NaN, infinity and missing values become null; dates and times ISO text, durations seconds,
-    bytes text, objects with fields, arrays and columns what they hold; and everything else its
-    text.
+    NaN, infinity and missing values become null; dates and times become ISO text, durations
+    seconds, and bytes text; objects with fields, arrays and columns become their contents;
+    everything else becomes its text.
     """
     match value:
         case None | bool() | int() | str():
@@ -121,16 +121,16 @@ _BARE = re.compile(r"[A-Za-z0-9_-]+")
 
 
 def to_toml(settings: Mapping[str, object]) -> str:
-    """Write nested settings as TOML text; None, for which TOML has no form, becomes "none".
+    """Write nested settings as TOML; None, which TOML lacks, becomes "none".
 
     Raises:
-        ConfigError: A value is of a kind that TOML cannot hold.
+        ConfigError: TOML cannot hold a value of this type.
     """
     return "\n".join(_section(settings, ())).strip() + "\n"
 
 
 def toml_key(name: str) -> str:
-    """Write a name as TOML takes it before an equals sign or between brackets."""
+    """Write a name as TOML requires it before an equals sign or between brackets."""
     return name if _BARE.fullmatch(name) else _text(name)
 
 
@@ -138,11 +138,11 @@ def toml_value(name: str, value: object) -> str:
     """Write a value, a mapping as an inline table; None becomes "none".
 
     Args:
-        name: Whose value it is, for the message.
-        value: Plain: text, numbers, true and false, and lists and mappings of them.
+        name: The name of the value, for the message.
+        value: Text, numbers, true and false, and lists and mappings of these.
 
     Raises:
-        ConfigError: It is of a kind that TOML cannot hold.
+        ConfigError: TOML cannot hold a value of this type.
     """
     match value:
         case None:

@@ -1,10 +1,10 @@
 """The base of all models: a network whose attributes and methods show what it can do.
 
-A retriever has a vector for each query and each item, a ranker judges given items, a scorer gives
-every item a score. A model overrides the attributes and methods of its capabilities and inherits
-the rest; other packages use nothing else, and never a model's name.
+A retriever has a vector for each query and each item, a ranker scores given items, and a scorer
+gives every item a score. A model overrides the attributes and methods of its capabilities and
+inherits the rest; other packages use only these, and never a model's name.
 
-Shape legend: B queries, I items, U users, V items of a batch, C items of each query, D width,
+Shape legend: B queries, I items, U users, V items of a batch, C items per query, D width,
 E experts, K thresholds of an ordinal task or length of a list, L positions, N scores, R rows.
 """
 
@@ -32,23 +32,23 @@ from foretaste.models.layers.table_kinds import Quantised, code_by_events
 LearnsBy = Literal["pairs", "next_item", "masked_item", "rows", "events"]
 """The kind of training data, which determines the arguments and the result of `forward`.
 
-"pairs": `(queries, item_V)` to `PairVectors`, and a third argument where `prepare` gives one.
-"next_item": a `SequenceBatch` to L + 1 states a row, before any event and after each.
-"masked_item": a `SequenceBatch` and places (B, T) to the states of these hidden places.
-"rows": `(queries, item_BC)` to what each task learns from, by its name.
-"events": nothing; `learn` takes all events at once, without steps of gradient descent.
+"pairs": `(queries, item_V)` to `PairVectors`, and a third argument if `prepare` returns one.
+"next_item": a `SequenceBatch` to L + 1 states per row, before any event and after each.
+"masked_item": a `SequenceBatch` and positions (B, T) to the states of these hidden positions.
+"rows": `(queries, item_BC)` to each task's training outputs, by its name.
+"events": none; `learn` takes all events at once, without gradient descent.
 """
 
 
 class StrengthConfig(Config):
-    """Settings of a model whose strengths are chosen by validation if they are "auto"."""
+    """Settings of a model whose regularisation is chosen by validation if it is "auto"."""
 
     strengths: ClassVar[Mapping[str, tuple[float, ...]]] = {}
-    """By setting, what is tried. The first one is taken where nothing can be tried."""
+    """The values to try, by setting. The first one is used if nothing can be tried."""
     most_events: ClassVar[int] = 500_000
-    """Nothing is tried on more events than these: they need less of a strength, and cost more."""
+    """No values are tried on more events: those need less regularisation and cost more time."""
     most_items: ClassVar[int] = 1_000_000_000
-    """Nothing is tried over more items than these."""
+    """No values are tried with more items."""
 
     def strength(self, name: str) -> float:
         """Return the value of a setting."""
@@ -57,11 +57,11 @@ class StrengthConfig(Config):
 
     @property
     def left_open(self) -> list[str]:
-        """The strengths that are to be chosen."""
+        """The settings that validation chooses."""
         return [name for name in self.strengths if getattr(self, name) == "auto"]
 
     def may_try(self, events: Interactions) -> bool:
-        """Return whether several fits take little."""
+        """Return whether several fits are cheap."""
         return len(events) <= self.most_events and events.num_items <= self.most_items
 
 
@@ -69,85 +69,85 @@ class Model(nn.Module, ABC):
     """The base class of all models; the defaults mean that a capability is missing."""
 
     learns_by: ClassVar[LearnsBy | None] = None
-    """None: it is made of models that have learned."""
+    """None: the model consists of trained models."""
     reads: Reads = "nothing"
     """The part of a user's history that the model reads in training."""
     max_len: int = 0
-    """Maximum number of events of the history."""
+    """Maximum number of events of a history."""
     note: str = ""
-    """Events that the model did not learn from and why, for the log; empty if it used all."""
+    """Events that training did not use, with the reason, for the log; empty if all were used."""
 
     @property
     def reads_profiles(self) -> bool:
-        """Whether it was made with features of users: `Queries.profile` holds a new user's."""
+        """Whether the model has features of users; `Queries.profile` holds those of a new user."""
         return False
 
     @property
     def reads_context(self) -> bool:
-        """Whether it was made with features of the context: `Queries.context` holds them."""
+        """Whether the model has features of the context, which are in `Queries.context`."""
         return False
 
     @property
     def scores_new_items(self) -> bool:
-        """Whether it was made with features of items, by which an item without a row is scored."""
+        """Whether the model has features of items, so that it can score items without a row."""
         return False
 
     @property
     def first_stage(self) -> "Model":
-        """The model that finds items in the catalogue: of two stages the first, else itself."""
+        """The model that finds items: the first of two stages, or the model itself."""
         return self
 
     @property
     def second_stage(self) -> "Model":
-        """The model that judges given items: of two stages the second, else itself."""
+        """The model that scores items: the second of two stages, or the model itself."""
         return self
 
     def start_from(self, parts: Mapping[str, "Model"]) -> None:
-        """Take over what smaller models have learned before it, by their kinds."""
+        """Copy the weights of smaller models that were trained before, by their kinds."""
 
     def learn(self, events: Interactions) -> None:
-        """Learn from all events at once, where `learns_by` is "events".
+        """Learn from all events at once, if `learns_by` is "events".
 
         Raises:
-            TooLargeError: What it keeps would not fit in memory; nothing is made before.
+            TooLargeError: The weights would not fit in memory; nothing is allocated before.
         """
         raise ConfigError(f"{type(self).__name__} does not learn from all events at once")
 
     def begin(self, events: Interactions) -> None:
-        """Take from the training events what must be known before the first step."""
+        """Compute from the training events what the first step needs."""
         tables = {side: getattr(self, f"{side[:-1]}_table", None) for side in ("users", "items")}
         coded = {side: table for side, table in tables.items() if isinstance(table, Quantised)}
         if coded:
             code_by_events(events, **coded)
 
     def learn_new_users(self, events: Interactions) -> None:
-        """Work out from the weights how to answer users without a vector of their own.
+        """Compute from the weights how to represent users without a trained vector.
 
-        It is fast and changes no weight that training reads, so it runs before each validation:
-        validation then measures the model that will answer.
+        This is fast and changes no weight that training reads, so it runs before each validation,
+        which then measures the model as it will be served.
         """
 
     def finish(self) -> None:
-        """Fill what answers need and training does not, such as final tables."""
+        """Compute data that only answers need, such as final tables."""
 
     def known_users(self) -> Bool[Tensor, " U"] | None:
-        """Return which users are known by their id, also without a history; None: none is."""
+        """Return a mask of users known by their id, even without a history; None: no user is."""
         return None
 
     def known_items(self) -> Bool[Tensor, " I"] | None:
-        """Return which items are known without an event, by features or edges; None: none is."""
+        """Return a mask of items known without an event, by features or edges; None: no item is."""
         return None
 
 
 class PairVectors(NamedTuple):
-    """A batch of users, and the items that they are compared with."""
+    """The vectors of a batch of users, and of the items that they are compared with."""
 
     query_BD: Float[Tensor, "B D"]
     item_VD: Float[Tensor, "V D"]
     base: tuple[Tensor, ...]
-    """Tables of rows (R, D) whose length `l2` holds down, such as the looked-up embeddings."""
+    """Tables of rows (R, D) that `l2` penalises, such as the looked-up embeddings."""
     views: tuple[tuple[Tensor, Tensor], ...] = ()
-    """Two views (R, D) of the same rows, for users and for items."""
+    """Two views (R, D) of the same rows, of users and of items."""
 
 
 class Retriever(Model, ABC):
@@ -158,15 +158,15 @@ class Retriever(Model, ABC):
 
     @abstractmethod
     def encode(self, queries: Queries) -> Float[Tensor, "B D"]:
-        """Return each query's vector; a user without history gets one too."""
+        """Return each query's vector, also for a user without history."""
 
     @abstractmethod
     def items(self, item_V: Int64[Tensor, " V"]) -> Float[Tensor, "V D"]:
-        """Return the vectors of some items, to be learned from; a score is a dot product."""
+        """Return the vectors of some items, with gradients; a score is a dot product."""
 
     @property
     def item_rows(self) -> Table | None:
-        """The table whose rows are the items' vectors as they are; None: they are computed."""
+        """The table whose rows are the items' vectors; None: the vectors are computed."""
         return None
 
     def item_codes(self) -> Codes | None:
@@ -181,7 +181,7 @@ class Retriever(Model, ABC):
         return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)
 
     def item_blocks(self) -> Iterator[tuple[int, Float[Tensor, "V D"]]]:
-        """Give every item's vector without gradient, in blocks, each with its first item."""
+        """Yield every item's vector without gradient, in blocks, each with its first item."""
         if self.item_rows is not None:
             yield from self.item_rows.blocks()
             return
@@ -192,19 +192,19 @@ class Retriever(Model, ABC):
 
     @property
     def every_item(self) -> Int64[Tensor, " I"]:
-        """All items, where the weights are."""
+        """All items, on the device of the weights."""
         device = next(chain(self.parameters(), self.buffers())).device
         return torch.arange(self.num_items, device=device)
 
     def prepare(self, queries: Queries, item_V: Int64[Tensor, " V"]) -> Prepared | None:
-        """Do the part of the work on a batch of pairs that needs no weights; None: there is none.
+        """Do the work on a batch of pairs that needs no weights; None: there is none.
 
-        A producer may do it ahead of the trainer: on the CPU, in several threads at once.
+        A producer may call this ahead of the trainer, on the CPU and in several threads at once.
         """
         return None
 
     def item_from_features(self, table: FieldTable) -> Float[Tensor, "R D"]:
-        """Return a vector like an item's for each row of features.
+        """Return an item vector for each row of features.
 
         Raises:
             ConfigError: The model reads no features of items.
@@ -213,21 +213,21 @@ class Retriever(Model, ABC):
 
 
 class Ranker(Model, ABC):
-    """A model that judges given items in a context, for one task or several."""
+    """A model that scores given items in a context, for one task or several."""
 
     learns_by: ClassVar[LearnsBy | None] = "rows"
     has_gates: ClassVar[bool] = False
-    """Whether its tasks mix experts, by `gates`."""
+    """Whether its tasks combine experts; `gates` returns the weights."""
     tasks: tuple[Task, ...]
     heads: Heads
-    """From what each task learns from to its prediction, and to the order of a list."""
+    """Turns each task's training outputs into predictions and into the order of a list."""
 
     @abstractmethod
     def forward(self, queries: Queries, item_BC: Int64[Tensor, "B C"]) -> Mapping[str, Tensor]:
-        """Return what each task learns from, by the task's name.
+        """Return each task's training outputs, by the task's name.
 
-        Of a binary task the logit (B, C); of a regression the standardised value (B, C); of an
-        ordinal one the logits (B, C, K) of lying above each level but the last.
+        These are logits (B, C) for a binary task; standardised values (B, C) for a regression; and,
+        for an ordinal task, logits (B, C, K) of lying above each level except the last.
         """
 
     def predict(
@@ -245,7 +245,7 @@ class Ranker(Model, ABC):
         return None
 
     def of_new_items(self, queries: Queries, table: FieldTable) -> Mapping[str, Tensor]:
-        """Return what each task learns from, for every query and every row of features.
+        """Return each task's training outputs for every query and every row of features.
 
         Raises:
             ConfigError: The model reads no features of items.
@@ -254,13 +254,13 @@ class Ranker(Model, ABC):
 
     @property
     def attends(self) -> bool:
-        """Whether it weighs a user's events by the item that is judged."""
+        """Whether the weights of a user's events depend on the scored item."""
         return False
 
     def attention_weights(
         self, queries: Queries, item_BC: Int64[Tensor, "B C"]
     ) -> Float[Tensor, "B C L"]:
-        """Return how much each of the last `max_len` events matters to each item, oldest first.
+        """Return the weight of each of the last `max_len` events for each item, oldest first.
 
         Raises:
             ConfigError: The model reads no histories.
@@ -272,7 +272,7 @@ class Ranker(Model, ABC):
     def gates(
         self, queries: Queries, item_BC: Int64[Tensor, "B C"]
     ) -> Mapping[str, Float[Tensor, "B C E"]]:
-        """Return how each task weights the experts, by the task's name; each pair's sum to 1.
+        """Return each task's weights of the experts, by name; they sum to 1 for each pair.
 
         Raises:
             ConfigError: There are no experts.
@@ -281,7 +281,7 @@ class Ranker(Model, ABC):
 
 
 class Scorer(Model, ABC):
-    """A model that gives every item a score for a block of users, with no vectors to index."""
+    """A model that scores every item for a block of users, without vectors to index."""
 
     @abstractmethod
     def score(self, queries: Queries) -> Float[Tensor, "B I"]:
@@ -298,7 +298,7 @@ Similarity = Literal["dot", "cosine"]
 def as_query(
     vector_BD: Float[Tensor, "B D"], similarity: Similarity, temperature: float
 ) -> Float[Tensor, "B D"]:
-    """Return query vectors scaled so that a dot product is the similarity over the temperature."""
+    """Return query vectors scaled so that dot products are similarities over the temperature."""
     return as_item(vector_BD, similarity) / temperature
 
 
@@ -315,7 +315,7 @@ def top_k(
     Ties go to the lower position, so a longer list begins with the shorter one.
     """
     k, num_items = min(k, score_BN.shape[1]), score_BN.shape[1]
-    value_BK, position_BK = score_BN.topk(min(k + 1, num_items))  # one more shows a tie at the end
+    value_BK, position_BK = score_BN.topk(min(k + 1, num_items))  # one more, to find ties
     tie_BK = value_BK[:, 1:] == value_BK[:, :-1]
     value_BK, position_BK = value_BK[:, :k], position_BK[:, :k]
     if not tie_BK.any() or k == 0:

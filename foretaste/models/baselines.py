@@ -1,9 +1,9 @@
-"""Models without gradient descent: popularity, item-kNN, EASE and implicit ALS; what they share.
+"""Models without gradient descent: popularity, item-kNN, EASE and implicit ALS.
 
-They take a history as a set: which items a user has done, however often and in any order.
+They read a history as a set of items, without order and repetition.
 
-Shape legend: B queries, I items, U users, K neighbours, M distinct (query, item) pairs, R rows of
-a block, W the longest row, L positions, D factors.
+Shape legend: B queries, I items, U users, K neighbours, M distinct (query, item) pairs, R rows of a
+block, W length of the longest row, L positions, D factors.
 """
 
 from collections.abc import Iterator, Mapping
@@ -38,18 +38,18 @@ implicit_als, sparse = later("implicit.cpu.als"), later("scipy.sparse")
 threadpoolctl = later("threadpoolctl")
 
 Strength = Weight | Literal["auto"]
-"""The strength of a model's regularisation, which validation may choose."""
+"""The strength of a model's regularisation; "auto" lets validation choose it."""
 
 
 class ItemSets(NamedTuple):
-    """The distinct items of each query, one query after the other, rising within each."""
+    """The distinct items of each query, concatenated, in ascending order within each query."""
 
     item_M: Int64[Tensor, " M"]
     offsets_B1: Int64[Tensor, " B1"]
 
 
 def distinct_items(queries: Queries, *, num_items: int) -> ItemSets:
-    """Drop order and repetition from histories."""
+    """Remove order and repetition from histories."""
     row_N = torch.repeat_interleave(queries.offsets_B1.diff())
     key_M = torch.unique(row_N * num_items + queries.history_N)
     bounds_B1 = torch.arange(len(queries) + 1) * num_items
@@ -69,10 +69,10 @@ def interaction_matrix(events: Interactions) -> Any:
 
 
 def check_events(events: Interactions, *, num_items: int) -> None:
-    """Refuse events that cannot teach a model of `num_items` items.
+    """Raise an error for events that a model of `num_items` items cannot be trained on.
 
     Raises:
-        DataError: There is none, or their catalogue is of another size.
+        DataError: There are no events, or their catalogue has another size.
     """
     if len(events) == 0:
         raise DataError("there is no training event: nothing can be learned")
@@ -100,9 +100,9 @@ class PopularityConfig(Config):
 
 @final
 class Popularity(Scorer):
-    """Scores an item by its number of training events, of late or ever, the same for every query.
+    """Scores an item by its number of training events, recent or all, equally for every query.
 
-    It learns nothing about users, so every other model should be better.
+    It does not use the user's history, so every other model should be better.
     """
 
     learns_by = "events"
@@ -114,11 +114,11 @@ class Popularity(Scorer):
         self.register_buffer("count_I", torch.zeros(num_items, dtype=torch.int64))
 
     def learn(self, events: Interactions) -> None:
-        """Count each item's events within the window, repeated ones each time.
+        """Count each item's events within the window, including repeated ones.
 
         Raises:
-            ConfigError: A window is asked for, and the events have no times.
-            DataError: There is no event, or the catalogue has another size than the model.
+            ConfigError: A window is set, and the events have no times.
+            DataError: There are no events, or the catalogue's size differs from the model's.
         """
         check_events(events, num_items=len(self.count_I))
         self.count_I.copy_(torch.from_numpy(self._counts(events)))
@@ -146,7 +146,7 @@ class Popularity(Scorer):
 _BLOCK_PAIRS = 2**23
 _BLOCK_EVENTS = 2**14
 _LEAST_PAIRS, _PAIRS_OF_EVENT = 2**31, 500
-"""Pairs of items in histories that item-kNN may look at: so many, or so many for each event."""
+"""Limits on the pairs of items in histories that item-kNN reads: in total, and per event."""
 
 
 class ItemKNNConfig(StrengthConfig):
@@ -161,7 +161,7 @@ class ItemKNNConfig(StrengthConfig):
     usual: ClassVar[Usual] = Usual()
     strengths: ClassVar[Mapping[str, tuple[float, ...]]] = {"shrinkage": (10.0, 0.0, 100.0)}
     neighbours: Count = 100
-    """How many of the most similar items are kept for each item."""
+    """Number of most similar items that are kept for each item."""
     asymmetry: float = Field(default=0.5, ge=0, le=1)
     """0.5 is the cosine; 1 is the share of an item's users who also have the other item. In
     between, larger values favour popular items."""
@@ -174,7 +174,7 @@ class ItemKNNConfig(StrengthConfig):
 
 @final
 class ItemKNN(Scorer):
-    r"""Scores an item by its likeness to the items of the history.
+    r"""Scores an item by its similarity to the items of the history.
 
     .. math:: s_{uj} = \sum_{i \in u,\ j \in N_K(i)} \mathrm{sim}(i, j), \quad
               \mathrm{sim}(i, j) = \frac{\sum_{u \ni i, j} |u|^{-d}}{n_i^{a} n_j^{1 - a} + h}
@@ -206,7 +206,7 @@ class ItemKNN(Scorer):
         """Find each item's neighbours, a block of items at a time.
 
         Raises:
-            DataError: There is no event, or the catalogue has another size than the model.
+            DataError: There are no events, or the catalogue's size differs from the model's.
         """
         check_events(events, num_items=self.num_items)
         matrix = self._shortened(interaction_matrix(events))
@@ -217,13 +217,13 @@ class ItemKNN(Scorer):
         pairs_I = np.minimum(transposed @ np.diff(matrix.indptr), self.num_items)
         order_I = np.argsort(pairs_I, kind="stable")
         block_I = np.cumsum(pairs_I[order_I]) // _BLOCK_PAIRS
-        width_I = np.floor(np.log2(np.maximum(pairs_I[order_I], 1)))  # rows of like width share one
+        width_I = np.floor(np.log2(np.maximum(pairs_I[order_I], 1)))  # share by width
         for item_R in np.split(order_I, np.flatnonzero(np.diff(block_I + width_I)) + 1):
             shared = (transposed[item_R] @ damped).tocsr()
             self._keep_best(item_R, shared, np.maximum(count_I, 1))
 
     def _shortened(self, matrix: Any) -> Any:
-        """Draw items of the longest histories: all pairs of a million items would take days."""
+        """Sample the longest histories: all pairs of a million items would take days."""
         length_U = np.diff(matrix.indptr).astype(np.int64)
         limit, most = max(_LEAST_PAIRS, _PAIRS_OF_EVENT * matrix.nnz), int(length_U.max())
         while (np.minimum(length_U, most) ** 2).sum() > limit:
@@ -261,7 +261,7 @@ class ItemKNN(Scorer):
 
     @torch.no_grad()
     def score(self, queries: Queries) -> Float[Tensor, "B I"]:
-        """Return each item's score, 0 for all where the history is empty."""
+        """Return each item's score; all are 0 if the history is empty."""
         item_M, offsets_B1 = distinct_items(queries, num_items=self.num_items)
         start_M = torch.repeat_interleave(offsets_B1.diff()) * self.num_items
         score = torch.zeros(len(queries) * self.num_items)
@@ -275,7 +275,7 @@ class ItemKNN(Scorer):
 
 _BLOCK_ITEMS = 1024
 _MATRICES = 3
-"""Item × item matrices alive at once while the model is learned."""
+"""Number of item × item matrices in memory at once during training."""
 
 
 class EASEConfig(StrengthConfig):
@@ -291,8 +291,8 @@ class EASEConfig(StrengthConfig):
     l2: Annotated[float, Field(gt=0, le=1e12)] | Literal["auto"] = "auto"
     """Weight of the squared weights in the loss. "auto": chosen by validation from 50 to 1000."""
     max_bytes: PositiveInt | Literal["auto"] = "auto"
-    """Most memory that learning may take (12 bytes times items squared). "auto": three quarters of
-    what is available."""
+    """Maximum memory of training (12 bytes times items squared). "auto": three quarters of the free
+    memory."""
 
 
 @final
@@ -303,14 +303,14 @@ class EASE(Scorer):
 
     References:
         Steck, "Embarrassingly Shallow Autoencoders for Sparse Data", WWW 2019,
-        https://arxiv.org/abs/1905.03375. **Departures**: X is 0 or 1, however often a user did an
-        item; float32 throughout.
+        https://arxiv.org/abs/1905.03375. **Departures**: X is 0 or 1, even for repeated events; all
+        numbers are float32.
     """
 
     learns_by = "events"
 
     def __init__(self, config: EASEConfig, *, num_items: int) -> None:
-        """Make room for the weights.
+        """Allocate the weights.
 
         Raises:
             TooLargeError: The weights alone would not fit.
@@ -320,7 +320,7 @@ class EASE(Scorer):
         self.num_items = num_items
         self._refuse_beyond_limit(matrices=1)
         self.weight_II: Tensor
-        lazily_zero = np.zeros((num_items, num_items), np.float32)  # takes memory once written to
+        lazily_zero = np.zeros((num_items, num_items), np.float32)  # no memory until written
         self.register_buffer("weight_II", torch.from_numpy(lazily_zero))
 
     def _refuse_beyond_limit(self, *, matrices: int) -> None:
@@ -339,9 +339,9 @@ class EASE(Scorer):
         """Solve for the weights.
 
         Raises:
-            DataError: There is no event, or the catalogue has another size than the model.
-            NonFiniteError: The weight of squared weights is too small for float32.
-            TooLargeError: Learning would not fit in memory; said before it is tried.
+            DataError: There are no events, or the catalogue's size differs from the model's.
+            NonFiniteError: l2 is too small for float32.
+            TooLargeError: Training would not fit in memory; raised before it is tried.
         """
         check_events(events, num_items=self.num_items)
         self._refuse_beyond_limit(matrices=_MATRICES)
@@ -369,7 +369,7 @@ class EASE(Scorer):
 
     @torch.no_grad()
     def score(self, queries: Queries) -> Float[Tensor, "B I"]:
-        """Return each item's score, 0 for all where the history is empty."""
+        """Return each item's score; all are 0 if the history is empty."""
         item_M, offsets_B1 = distinct_items(queries, num_items=self.num_items)
         return F.embedding_bag(
             item_M, self.weight_II, offsets_B1, mode="sum", include_last_offset=True
@@ -415,15 +415,15 @@ class ImplicitALS(Retriever):
     References:
         Hu, Koren and Volinsky, "Collaborative Filtering for Implicit Feedback Datasets", ICDM
         2008, https://doi.org/10.1109/ICDM.2008.22. Item factors are learned by the `implicit`
-        package (conjugate gradients: Takács et al., RecSys 2011). **Departures**: p is 0 or 1,
-        however often a user did an item; a query's vector is solved for from its history, in
-        closed form, for users of training too.
+        package (conjugate gradients: Takács et al., RecSys 2011). **Departures**: p is 0 or 1, even
+        for repeated events; a query's vector is the closed-form solution for its history, for
+        training users too.
     """
 
     learns_by = "events"
 
     def __init__(self, config: ImplicitALSConfig, *, num_items: int) -> None:
-        """Draw the factors that `learn` starts from out of torch's global generator."""
+        """Draw the initial factors from torch's global generator."""
         super().__init__()
         self.config, self.num_items = config, num_items
         self.item_ID: Tensor
@@ -433,15 +433,15 @@ class ImplicitALS(Retriever):
         self.register_buffer("gram_DD", _gram(start_ID))
 
     def learn(self, events: Interactions) -> None:
-        """Alternate between users and items, starting from the present factors.
+        """Alternate between users and items, starting from the current factors.
 
         Raises:
-            DataError: There is no event, or the catalogue has another size than the model.
+            DataError: There are no events, or the catalogue's size differs from the model's.
         """
         num_items, factors = self.item_ID.shape
         check_events(events, num_items=num_items)
         pairs = sparse.csr_matrix(interaction_matrix(events))
-        with threadpoolctl.threadpool_limits(limits=1, user_api="blas"):  # it runs its own threads
+        with threadpoolctl.threadpool_limits(limits=1, user_api="blas"):  # it has own threads
             als = implicit_als.AlternatingLeastSquares(
                 factors=factors,
                 regularization=self.config.strength("regularization"),
@@ -456,7 +456,7 @@ class ImplicitALS(Retriever):
 
     @torch.no_grad()
     def encode(self, queries: Queries) -> Float[Tensor, "B D"]:
-        """Solve for each query's factors; zeros where the history is empty."""
+        """Solve for each query's factors; zeros if the history is empty."""
         sets = distinct_items(queries, num_items=len(self.item_ID))
         query_BD = self.item_ID.new_zeros(len(queries), self.config.factors)
         if len(sets.item_M) == 0:

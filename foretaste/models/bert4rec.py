@@ -1,4 +1,4 @@
-r"""BERT4Rec, a retriever: attention to both sides fills the gaps in a history.
+r"""BERT4Rec, a retriever: bidirectional attention predicts masked items of a history.
 
 Some items of a history are replaced by a learned [MASK]; the state at its position predicts the
 item. To recommend, a [MASK] is appended, and its state is compared with every item.
@@ -8,11 +8,11 @@ item. To recommend, a [MASK] is appended, and its state is compared with every i
 Sun et al., "BERT4Rec: Sequential Recommendation with Bidirectional Encoder Representations from
 Transformer", CIKM 2019, https://arxiv.org/abs/1904.06690
 
-Departures: g is the identity and b is 0 unless `output_projection` and `output_bias` ask for
-them; items are read at sqrt(D) times their size; in the last block only the states of the
-hidden places are computed. The "modern" block (`GatedBlock`) is an option.
+Departures: g is the identity and b is 0 unless `output_projection` and `output_bias` are set; input
+vectors of items are multiplied by sqrt(D); the last block computes only the states of the hidden
+positions. The "modern" block (`GatedBlock`) is an option.
 
-Shape legend: B rows, L positions, T hidden places of a row, D width, I items.
+Shape legend: B rows, L positions, T hidden positions of a row, D width, I items.
 """
 
 from dataclasses import replace
@@ -51,8 +51,8 @@ class BERT4RecConfig(IdConfig):
         },
         training={"batch_events": 2048, "learning_rate": 4e-3, "ema_decay": 0.999},
     )
-    """As SASRec; more positions are masked than in the paper, because only they are learned from,
-    and more often only the last one, because recommendations need that case."""
+    """As SASRec. More positions are masked than in the paper, because only masked positions are
+    trained on, and more often only the last one, because recommendations need that case."""
     embedding_dim: Count = 64
     """Width of item vectors and states; a multiple of num_heads."""
     num_blocks: Depth = 2
@@ -60,7 +60,7 @@ class BERT4RecConfig(IdConfig):
     num_heads: Count = 2
     """Attention heads in a block."""
     max_len: int = Field(default=100, ge=2)
-    """Length of a training window. A recommendation reads one event less, and [MASK]."""
+    """Length of a training window. A recommendation reads one event less, plus [MASK]."""
     dropout: float = Field(default=0.2, ge=0, lt=1)
     """Share of values dropped after the embedding and in each block."""
     attention_dropout: float = Field(default=0.0, ge=0, lt=1)
@@ -74,7 +74,8 @@ class BERT4RecConfig(IdConfig):
     """Whether a GELU layer comes between a state and its product with the items, as in the
     paper."""
     output_bias: bool = False
-    """Whether each item has a bias, as in the paper; it is one more column of the item vectors."""
+    """Whether each item has a bias, as in the paper; the bias is an additional column of the item
+    vectors."""
 
 
 @final
@@ -108,16 +109,16 @@ class BERT4Rec(Retriever):
     def forward(
         self, batch: SequenceBatch, place_BT: Int64[Tensor, "B T"]
     ) -> Float[Tensor, "B T E"]:
-        """Hide some places of each row behind [MASK] and return their states.
+        """Replace some positions of each row by [MASK] and return their states.
 
         Masked and padded items have no influence.
 
         Args:
-            batch: Histories; the position counts back from a row's last event.
-            place_BT: Places in [0, length of the row); one may be named more than once.
+            batch: Histories; positions are counted back from a row's last event.
+            place_BT: Positions in [0, length of the row); a position may be repeated.
 
         Returns:
-            E is D, and one more with `output_bias`.
+            States; E is D, plus 1 with `output_bias`.
         """
         hidden_BL = torch.zeros_like(batch.valid_BL).scatter_(1, place_BT, value=True)
         x_BLD = torch.where(hidden_BL.unsqueeze(2), self.mask, self.item_table(batch.item_BL))
@@ -133,13 +134,13 @@ class BERT4Rec(Retriever):
         return torch.cat([x_BTD, torch.ones_like(x_BTD[..., :1])], dim=2)
 
     def encode(self, queries: Queries) -> Float[Tensor, "B E"]:
-        """Return the state of a [MASK] after each history; after none, that of a lone [MASK]."""
+        """Return the state of a [MASK] after each history; an empty history has only the [MASK]."""
         batch, length_B1 = _with_one_more(last_events(queries, self.max_len - 1))
         state_B1E: Tensor = self(batch, length_B1)
         return state_B1E.squeeze(1)
 
     def items(self, item_V: Int64[Tensor, " V"]) -> Float[Tensor, "V E"]:
-        """Return some items' vectors, shared by input and output, any bias as a last column."""
+        """Return some items' vectors, shared by input and output; a bias is the last column."""
         vector_VD: Tensor = self.item_table(item_V)
         if self.bias_table is None:
             return vector_VD
@@ -147,17 +148,17 @@ class BERT4Rec(Retriever):
 
     @property
     def item_rows(self) -> Table | None:
-        """The table of items, where there is no bias."""
+        """The table of items, if there is no bias."""
         return self.item_table if self.bias_table is None else None
 
     def _age(self, valid_BL: Bool[Tensor, "B L"]) -> Int64[Tensor, "B L"]:
-        """Count back from each row's last event, which has 0."""
+        """Count positions back from each row's last event, which has 0."""
         place_L = torch.arange(valid_BL.shape[1], device=valid_BL.device)
         return (valid_BL.sum(dim=1, keepdim=True) - 1 - place_L).clamp(min=0)
 
 
 def _with_one_more(batch: SequenceBatch) -> tuple[SequenceBatch, Int64[Tensor, "B 1"]]:
-    """Append a place to each row; return it too."""
+    """Append a position to each row; return it too."""
     length_B1 = batch.valid_BL.sum(dim=1, keepdim=True)
     width = int(length_B1.max()) + 1 if len(batch) else 1
     item_BL = F.pad(batch.item_BL, (0, 1))[:, :width]
@@ -179,7 +180,7 @@ def _block(config: BERT4RecConfig) -> nn.Module:
 
 @final
 class _OriginalBlock(nn.Module):
-    """The Transformer's: attention, then GELU, each added and then normalised."""
+    """The Transformer's block: attention, then GELU, each added and then normalised."""
 
     def __init__(
         self,

@@ -1,9 +1,9 @@
-"""All models by name: from settings to an untrained network.
+"""All models by name, and the construction of untrained networks from settings.
 
-A new model is one more member of the union and one more arm of the `match`; a forgotten arm
-fails the type check. It also contains `TwoStage`, the model that combines two others.
+A new model needs a member of the union and an arm of the `match`; a missing arm fails the type
+check. The file also contains `TwoStage`, which combines two models.
 
-Shape legend: B queries, I items, C candidates of each, R items that were not candidates.
+Shape legend: B queries, I items, C candidates per query, R items that were not candidates.
 """
 
 import sys
@@ -74,7 +74,7 @@ RetrieverConfig = (
 RankerConfig = (
     GMFConfig | MLPConfig | NeuMFConfig | DeepFMConfig | DINConfig | SharedBottomConfig | MMoEConfig
 )
-"""Models that judge given items."""
+"""Models that score given items."""
 
 
 class TwoStageConfig(Config):
@@ -91,7 +91,7 @@ class TwoStageConfig(Config):
     ranker: Annotated[RankerConfig, Field(discriminator="kind")]
     """The model that orders the candidates, for one task or several."""
     candidates: Count = 200
-    """How many of the retriever's best items the ranker orders; all others follow below them."""
+    """Number of the retriever's best items that the ranker orders; all others follow below."""
     retriever_weight: Weight = 0.0
     """Weight of the retriever's score, added to the ranker's. It is not used if a request gives
     weights of its own."""
@@ -101,11 +101,11 @@ ModelConfig = Annotated[
     RetrieverConfig | RankerConfig | TwoStageConfig, Field(discriminator="kind")
 ]
 CLOSED_FORM = (PopularityConfig, ItemKNNConfig, EASEConfig, ImplicitALSConfig)
-"""They learn in one piece, which no budget can interrupt."""
+"""Models that are trained in one piece, which a budget cannot interrupt."""
 
 
 def tasks_of(config: ModelConfig) -> tuple[Task, ...]:
-    """Return the tasks of a model with these settings; most models have none."""
+    """Return the tasks of a model with these settings; retrievers have none."""
     match config:
         case TwoStageConfig():
             return tasks_of(config.ranker)
@@ -121,11 +121,11 @@ class Pretraining(NamedTuple):
     """The models that a model starts from."""
 
     parts: tuple[RankerConfig, ...]
-    """Models that are trained before it, and handed to its `start_from`."""
+    """Models that are trained first and passed to `start_from`."""
     epochs: int | None
-    """Of each; None: as many as its own."""
+    """Epochs of each; None: as many as the model's own."""
     fine_tuning: float
-    """Its learning rate after them, as a share of training's."""
+    """The model's learning rate after pretraining, as a share of training's."""
 
 
 def pretraining_of(config: ModelConfig) -> Pretraining | None:
@@ -136,7 +136,7 @@ def pretraining_of(config: ModelConfig) -> Pretraining | None:
 
 
 def graph_for(config: ModelConfig, events: Interactions) -> Graph | None:
-    """Return the graph that a model learns on; None for models that learn on none."""
+    """Return the graph of a model; None for models without a graph."""
     if isinstance(config, LightGCNConfig | PinSageConfig):
         return graph_of(events, config.graph)
     return None
@@ -146,11 +146,11 @@ _WHEN_ABSENT: Mapping[str, Mapping[str, object]] = {
     "mmoe": {"pooling": "none"},
     "shared_bottom": {"pooling": "none"},
 }
-"""By a model's kind, settings that older bundles lack, with the values that they had then."""
+"""By a model's kind, settings that older bundles lack, with their former values."""
 
 
 def as_written(model: Mapping[str, object]) -> dict[str, object]:
-    """Return a model's settings from a bundle, those that an earlier version lacked included."""
+    """Return a model's settings from a bundle, with those that an earlier version lacked."""
     whole = {**_WHEN_ABSENT.get(str(model.get("kind")), {}), **model}
     ranker = whole.get("ranker")
     return whole | {"ranker": as_written(ranker)} if isinstance(ranker, Mapping) else whole
@@ -162,9 +162,10 @@ def settled(
     """Return settings in which every "auto" is replaced by a value that depends on the data.
 
     Args:
-        config: Of a model that is to be trained.
-        events: Those of training.
-        positive: Column whose values above 0 make an event part of histories; "": as they say.
+        config: The settings of a model before training.
+        events: The training events.
+        positive: Column whose values above 0 mark the events of histories; "":
+            `Interactions.positive`.
         ordered: Whether the order of a user's events has a meaning.
     """
     if isinstance(config, HistoryConfig) and config.reads == "auto":
@@ -181,7 +182,7 @@ def settled(
 
 
 LEARNING_COPIES = 5
-"""In training: weights, gradient, two moments of the optimizer, and the best weights so far."""
+"""Copies in training: weights, gradient, two moments of the optimizer, and the best weights."""
 
 
 def build_model(
@@ -195,20 +196,20 @@ def build_model(
 ) -> Model:
     """Make the untrained network that `config` describes.
 
-    Initial weights come out of torch's global generator: seed it first.
+    Initial weights are drawn from torch's global generator: seed it first.
 
     Args:
         config: A model's settings.
-        num_users: Users that training knows, 0 or more.
-        num_items: Items of the catalogue, 1 or more.
-        graph: Of the training events, for models that learn on one; None where the model's state
+        num_users: Number of training users, 0 or more.
+        num_items: Number of items in the catalogue, 1 or more.
+        graph: The graph of the training events, for models that use one; None if the model's state
             is loaded next.
-        features: What is known of users and items, for models that read it.
-        copies: How often what is learned will be in memory; `LEARNING_COPIES` to learn it.
+        features: Features of users, items and contexts, for models that read them.
+        copies: Number of copies of the weights in memory; `LEARNING_COPIES` for training.
 
     Raises:
-        ConfigError: The model has nothing to read.
-        TooLargeError: What the model keeps would not fit in memory; nothing is made before.
+        ConfigError: The model has no input.
+        TooLargeError: The model would not fit in memory; nothing is allocated before.
     """
     if isinstance(config, TwoStageConfig):
         part = partial(
@@ -262,19 +263,19 @@ def _size_to_lower(
     config: RetrieverConfig | RankerConfig,
     bytes_of: Callable[[RetrieverConfig | RankerConfig], int],
 ) -> tuple[str, object]:
-    """Return the setting that makes a network smallest if it is lowered, and what it is."""
+    """Return the name and value of the setting that reduces a network most if it is lowered."""
     found: list[tuple[int, str, object]] = []
     for name, value, lower in _lowered(config):
         try:
             found.append((bytes_of(config.model_copy(update={name: lower})), name, value))
-        except ConfigError:  # settings that do not go together
+        except ConfigError:  # settings that cannot be combined
             continue
     _, name, value = min(found, key=lambda each: each[0], default=(0, "", None))
     return name, value
 
 
 def _lowered(config: Config) -> Iterator[tuple[str, object, object]]:
-    """Give each whole-numbered setting's name and value, and lower ones: 1, half, the usual."""
+    """Yield each integer setting's name and value, and lower values: 1, half, the default."""
     for name, field in type(config).model_fields.items():
         value = getattr(config, name)
         if isinstance(value, tuple) and value and all(isinstance(n, int) for n in value):
@@ -333,16 +334,17 @@ def _make(  # noqa: C901  # one arm a model
 
 
 _BLOCK_PAIRS = 2**15
-"""Pairs of a query and a candidate that are judged at once, about."""
+"""Approximate number of pairs of a query and a candidate that are scored at once."""
 
 
 class Judged(NamedTuple):
     """A ranker's outputs for some items."""
 
     score_BC: Float[Tensor, "B C"]
-    """What orders them, higher is better."""
+    """The score that orders the items; higher is better."""
     prediction: Mapping[str, Float64[Tensor, "B C"]]
-    """Each task's: a probability, a value in the label's own unit, or the expected level."""
+    """Predictions of each task: a probability, a value in the label's own unit, or the expected
+    level."""
 
 
 def judge(
@@ -352,17 +354,17 @@ def judge(
     *,
     weights: Weights | None = None,
 ) -> Judged:
-    """Ask a ranker about some items, some queries at a time.
+    """Score items with a ranker, some queries at a time.
 
     Args:
         ranker: In evaluation mode.
         queries: Users and contexts.
-        item_BC: item_idx, of each query its own.
-        weights: Of the tasks' predictions, each in its own unit, in the sum that makes the score;
-            None: the tasks' own, of answers in [0, 1].
+        item_BC: item_idx of each query's items.
+        weights: Weights of the tasks' predictions, each in its own unit, in the score; None: the
+            tasks' own weights of answers in [0, 1].
 
     Raises:
-        NonFiniteError: It answers with NaN or infinity.
+        NonFiniteError: A score is NaN or infinite.
     """
     columns = item_BC.split(_BLOCK_PAIRS, dim=1)
     size = max(1, _BLOCK_PAIRS // max(1, columns[0].shape[1]))
@@ -386,17 +388,17 @@ def judge(
 def judge_new(
     ranker: Ranker, queries: Queries, table: FieldTable, *, weights: Weights | None = None
 ) -> Judged:
-    """Ask a ranker about items that no table has; they are as many as one request names.
+    """Score the new items of a request, which are not in the tables, with a ranker.
 
     Args:
         ranker: In evaluation mode.
         queries: Users and contexts.
-        table: The new items' features, a row each.
-        weights: Of the tasks, as in `judge`.
+        table: The new items' features, one row per item.
+        weights: Weights of the tasks, as in `judge`.
 
     Raises:
         ConfigError: The ranker reads no features of items.
-        NonFiniteError: It answers with NaN or infinity.
+        NonFiniteError: A score is NaN or infinite.
     """
     outputs = ranker.of_new_items(queries, table)
     return Judged(_finite(ranker.heads.order(outputs, weights)), ranker.heads.answers(outputs))
@@ -409,11 +411,12 @@ def _finite(score_BC: Float[Tensor, "B C"]) -> Float[Tensor, "B C"]:
 
 
 def below(score_BC: Float[Tensor, "B C"], first_BR: Float[Tensor, "B R"]) -> Float[Tensor, "B R"]:
-    """Return scores under those of the candidates, in the order that the retriever gave.
+    """Return scores of the other items, below the candidates, in the retriever's order.
 
     Args:
-        score_BC: The candidates' by the ranker, -inf where there is none.
-        first_BR: The others' by the retriever, the best of them among them; -inf stays so.
+        score_BC: The ranker's scores of the candidates, -inf for none.
+        first_BR: The retriever's scores of the other items, including the best of them; -inf is
+            kept.
     """
     lowest_B = score_BC.where(score_BC.isfinite(), torch.inf).amin(dim=1, keepdim=True)
     lowest_B = lowest_B.where(lowest_B.isfinite(), 0.0)
@@ -423,7 +426,7 @@ def below(score_BC: Float[Tensor, "B C"], first_BR: Float[Tensor, "B R"]) -> Flo
 
 @final
 class TwoStage(Model):
-    """Both networks, and the number of candidates between them."""
+    """A model of two networks: a retriever finds candidates, and a ranker orders them."""
 
     def __init__(
         self,
@@ -433,16 +436,16 @@ class TwoStage(Model):
         num_candidates: int,
         retriever_weight: float = 0.0,
     ) -> None:
-        """Join two networks over one catalogue.
+        """Combine two networks over one catalogue.
 
         Args:
             retriever: A `Retriever` or a `Scorer`.
             ranker: A `Ranker`.
             num_candidates: C, 1 or more.
-            retriever_weight: Of the retriever's score in the sum with the ranker's.
+            retriever_weight: Weight of the retriever's score in the sum with the ranker's.
 
         Raises:
-            ConfigError: They are not of these kinds.
+            ConfigError: The networks do not have these kinds.
         """
         super().__init__()
         if not isinstance(retriever, Retriever | Scorer):
@@ -455,19 +458,19 @@ class TwoStage(Model):
         self.num_candidates, self.retriever_weight = num_candidates, retriever_weight
 
     def heard(self, judged: Judged, first_BC: Float[Tensor, "B C"]) -> Judged:
-        """Add the weighted retriever's scores of the ranked items, -inf where there is none."""
+        """Add the weighted retriever's scores of the ranked items, -inf for none."""
         real_BC = first_BC.where(first_BC > -torch.inf, 0.0)
         return judged._replace(score_BC=judged.score_BC + self.retriever_weight * real_BC)
 
     def rerank(self, queries: Queries, first_BI: Float[Tensor, "B I"]) -> Float[Tensor, "B I"]:
-        """Return every item's score: the retriever's best, ordered by the ranker, above all others.
+        """Return every item's score; the ranker orders the retriever's best above all others.
 
         Args:
             queries: Users and contexts.
-            first_BI: The retriever's scores, -inf where an item may not be answered.
+            first_BI: The retriever's scores, -inf for items that may not be recommended.
 
         Raises:
-            NonFiniteError: The ranker answers with NaN or infinity.
+            NonFiniteError: A score of the ranker is NaN or infinite.
         """
         best_BC, item_BC = top_k(first_BI, self.num_candidates)
         judged = self.heard(judge(self.ranker, queries, item_BC), best_BC)
@@ -477,7 +480,7 @@ class TwoStage(Model):
 
     @property
     def reads_profiles(self) -> bool:
-        """Whether users' features are read in either stage."""
+        """Whether either stage reads users' features."""
         return self.retriever.reads_profiles or self.ranker.reads_profiles
 
     @property
@@ -495,6 +498,6 @@ class TwoStage(Model):
 
 
 def placer(model: Model) -> Retriever | None:
-    """Return the first stage if it gives items without a row a vector."""
+    """Return the first stage if it has vectors for items without a row."""
     first = model.first_stage
     return first if isinstance(first, Retriever) and first.scores_new_items else None

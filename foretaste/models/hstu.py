@@ -4,21 +4,21 @@ r"""HSTU, a retriever: each event attends to earlier events, by content, positio
           A = \frac{1}{n} \mathrm{SiLU}(Q K^\top + r^{p} + r^{t}), \quad
           X' = X + f_2(\mathrm{norm}(A V) \odot U)
 
-The weights A are not of a softmax: they need not sum to 1, so that a state also knows how much of a
-kind there was. :math:`r^p` is learned for each number of steps between two events, and :math:`r^t`
-for each power of :math:`\sqrt 2` of the seconds between them; two events without times have one of
-their own. Only these encode the place of an event in a history.
+The weights A are not a softmax and need not sum to 1, so that a state also reflects the number of
+similar events. :math:`r^p` is learned for each number of steps between two events, and :math:`r^t`
+for each power of :math:`\sqrt 2` of the seconds between them, with a separate value for events
+without times. Only these encode the position of an event in a history.
 
 Zhai et al., "Actions Speak Louder than Words: Trillion-Parameter Sequential Transducers for
 Generative Recommendations", ICML 2024, https://arxiv.org/abs/2402.17152
 
-Departures: items only, no actions between them; no absolute positions, which the authors' public
-code adds; time is that between two events, where that code takes the time of the next event too;
-states are normalised and not brought to length 1; before the first event stands a learned start, as
-in SASRec.
+Departures: only items are read, without actions between them; there are no absolute positions,
+which the authors' public code adds; time is measured between two events, whereas that code also
+uses the time of the next event; states are normalised but do not have length 1; a learned start
+state precedes the first event, as in SASRec.
 
 Shape legend: B rows, L positions (L1 = L + 1, the start first), T positions whose states are
-wanted, H heads, K rows of a table, N places of a batch, D width, I items.
+returned, H heads, K rows of a table, N places of a batch, D width, I items.
 """
 
 from functools import partial
@@ -40,7 +40,7 @@ from foretaste.models.layers.table import Table
 from foretaste.models.layers.table_kinds import IdConfig
 
 _BUCKETS = 64
-"""Of the seconds between two events: the last begins at 2^31.5, 96 years."""
+"""Number of buckets of the seconds between two events; the last begins at 2^31.5, 96 years."""
 
 _PAIRS_AT_ONCE = 2**20
 """Bound on pairs of events within histories, over all histories of a block."""
@@ -59,8 +59,8 @@ class HSTUConfig(IdConfig):
         objective={"kind": "next_item", "loss": "sampled_softmax", "negatives": 1024},
         training={"batch_events": 2048, "learning_rate": 4e-3, "ema_decay": 0.999},
     )
-    """As SASRec; on MovieLens-100K this was better and faster than the full softmax at the usual
-    rate."""
+    """As SASRec. On MovieLens-100K this was better and faster than the full softmax at the usual
+    learning rate."""
     embedding_dim: Count = 64
     """Width of item vectors and states; a multiple of num_heads."""
     num_blocks: Depth = 2
@@ -68,9 +68,9 @@ class HSTUConfig(IdConfig):
     num_heads: Count = 2
     """Attention heads in a block."""
     max_len: Count = 200
-    """How many of a user's last events the model reads."""
+    """Number of a user's last events that the model reads."""
     dropout: float = Field(default=0.2, ge=0, lt=1)
-    """Share of values dropped from the item vectors and from what each block adds."""
+    """Share of values dropped from the item vectors and from the output of each block."""
     times: bool = True
     """Whether the time between events is read, if events have times."""
     time_dropout: float = Field(default=0.1, ge=0, lt=1)
@@ -79,14 +79,14 @@ class HSTUConfig(IdConfig):
 
 
 class _Between(NamedTuple):
-    """What lies between each event whose state is wanted and each event of its row."""
+    """Steps and time between each event whose state is returned and each event of its row."""
 
     step_BTL: Int64[Tensor, "B T L"]
-    """How many steps; B may be 1."""
+    """Number of steps; B may be 1."""
     bucket_BTL: Int64[Tensor, "B T L"]
-    """Of the seconds; B, T and L may be 1."""
+    """Bucket of the seconds; B, T and L may be 1."""
     seen_BTL: Bool[Tensor, "B T L"]
-    """Whether it came before, or is the event itself; B may be 1."""
+    """Whether the other event is earlier, or the event itself; B may be 1."""
 
 
 @final
@@ -132,10 +132,10 @@ class HSTU(Retriever):
         return state_BLD
 
     def encode(self, queries: Queries) -> Float[Tensor, "B D"]:
-        """Return the state after the last event of each history; the last block works out no other.
+        """Return the state after each history; the last block computes no other state.
 
-        Histories are read some at a time, so that the weights between their events fit into a
-        processor's caches: a third of the time at a length of 200.
+        Histories are read in parts, so that the weights between events fit into the processor's
+        caches, which takes a third of the time at a length of 200.
         """
         longest = (
             int(queries.offsets_B1.diff().clamp(max=self.max_len).max()) if len(queries) else 0
@@ -188,7 +188,7 @@ class HSTU(Retriever):
 
 
 def time_buckets(one: Int64[Tensor, "*#X"], other: Int64[Tensor, "*#X"]) -> Int64[Tensor, "*#X"]:
-    """Return which power of the root of 2 the seconds between two times reach; 64 without times."""
+    """Return the power of √2 that the seconds between two times reach; 64 without times."""
     gap = (one - other).abs().clamp(min=1)
     bucket = (2 * gap.float().log2()).long().clamp(max=_BUCKETS - 1)
     return bucket.masked_fill((one == NO_TIME) | (other == NO_TIME), _BUCKETS)
@@ -196,8 +196,8 @@ def time_buckets(one: Int64[Tensor, "*#X"], other: Int64[Tensor, "*#X"]) -> Int6
 
 @final
 class _OfEachHead(torch.autograd.Function):
-    """`table_KH[index]`, the heads before the places, with a sum for each row of the table as its
-    gradient: that of an embedding took a quarter of a step, in which few rows are read very often.
+    """`table_KH[index]`, with heads before positions, and a sum for each row as its gradient. The
+    gradient of an embedding took a quarter of a step, because few rows are read very often.
     """
 
     @staticmethod
@@ -249,7 +249,7 @@ class _Block(nn.Module):
         between: _Between,
         place_BT: Int64[Tensor, "B T"] | None = None,
     ) -> Float[Tensor, "B T D"]:
-        """Return the next state of each position, or of the places alone that are given."""
+        """Return the next state of each position, or only of the given positions."""
         memory_BLD = self.norm(x_BLD)
         wanted_BTD = memory_BLD
         if place_BT is not None:

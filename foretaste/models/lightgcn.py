@@ -1,4 +1,4 @@
-r"""LightGCN, a retriever: each user and item is the mean of what reaches it over the graph.
+r"""LightGCN, a retriever: each user and item is a mean of vectors propagated over the graph.
 
 .. math:: E^{(l+1)} = D^{-1/2} A D^{-1/2} E^{(l)}, \quad
           E = \frac{1}{L+1} \sum_{l=0}^{L} E^{(l)}, \quad s_{ui} = e_u \cdot e_i
@@ -9,22 +9,22 @@ SIGIR 2020, https://arxiv.org/abs/2002.02126
 Noise and contrast: Yu et al., "Are Graph Augmentations Necessary? Simple Graph Contrastive
 Learning for Recommendation", SIGIR 2022, https://arxiv.org/abs/2112.08679, and "XSimGCL", TKDE
 2023, https://arxiv.org/abs/2209.02544. **Departures**: layer 0 stays in the mean; the contrast
-compares a sample of the batch's users and of all items that it looks at.
+compares a sample of the batch's users and of all its items.
 
 The transformation: Wang et al., "Neural Graph Collaborative Filtering", SIGIR 2019,
 https://arxiv.org/abs/1905.08108. **Departures**: no dropout of messages; as in its authors' code,
-layers are brought to length 1 before they are put side by side.
+layers are scaled to length 1 before they are concatenated.
 
 Further departures: edges of other kinds are added to those of the events, with weights
 (`GraphConfig`); a node without edges is 0; `answer_users` computes the vector of a new user.
 
-`propagate` is the first equation, line by line. `GraphConv` gives the same vectors and gradients,
-those of a batch's nodes alone: on Gowalla (71,000 nodes, 2 million edges) in 40 % of the processor
-time. The tests compare the two. To try another equation, change `propagate` and set
-`propagation = "reference"`: training, answers and new users then run through it alone.
+`propagate` is the first equation, line by line. `GraphConv` computes the same vectors and
+gradients, but only those of a batch's nodes: on Gowalla (71,000 nodes, 2 million edges) in 40 % of
+the processor time. The tests compare the two. To try another equation, change `propagate` and set
+`propagation = "reference"`: training, answers and new users then use only this function.
 
 Shape legend: B users, V items of a batch, I items of the catalogue, N nodes of the graph, R rows,
-D width of layer 0, W width of what a node sends, F width of the answer.
+D width of layer 0, W width of a node's message, F width of the answer.
 """
 
 from collections.abc import Callable, Mapping
@@ -77,9 +77,9 @@ class LightGCNConfig(IdConfig):
         training={"learning_rate": 2e-2},
         l2_by_counts="always",
     )
-    """As MF, with a tenth of its l2 and twice its rate: propagation averages vectors, so vectors of
-    layer 0 must grow more until their products express more than popularity. An l2 of .03 keeps
-    them on popularity's level on MovieLens-100K.
+    """As MF, with a tenth of its l2 and twice its learning rate: propagation averages vectors, so
+    vectors of layer 0 must grow more until their products express more than popularity. On
+    MovieLens-100K, an l2 of .03 keeps the model at popularity's level.
     """
     embedding_dim: Count = 64
     """Width of the vectors."""
@@ -97,7 +97,7 @@ class LightGCNConfig(IdConfig):
     """Layer whose vectors are contrasted with the final ones (XSimGCL); 0: none. The objective's
     `contrast` is its weight."""
     contrast_rows: Count = 2048
-    """How many users, and how many items, of a batch are contrasted."""
+    """Number of users, and number of items, of a batch that are contrasted."""
     edge_dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of edges left out at each step."""
     propagation: Literal["fast", "reference"] = "fast"
@@ -107,7 +107,7 @@ class LightGCNConfig(IdConfig):
     """Whether layers are NGCF's: each multiplies by matrices and applies an activation, and the
     layers are concatenated. An ablation: slower, and worse in LightGCN's paper."""
     graph: GraphConfig = Field(default_factory=GraphConfig)
-    """Which edges there are besides those of events."""
+    """The edges besides those of events."""
 
     @model_validator(mode="after")
     def _layers_fit(self) -> "LightGCNConfig":
@@ -122,18 +122,18 @@ class LightGCNConfig(IdConfig):
 
     @property
     def is_fast(self) -> bool:
-        """Whether `GraphConv` propagates, and not an equation layer by layer."""
+        """Whether `GraphConv` propagates, instead of an equation layer by layer."""
         return self.propagation == "fast" and not self.transform
 
 
 Send = Callable[[Tensor], Tensor]
-r"""From a vector for each node to what each receives: :math:`D^{-1/2} A D^{-1/2} E`."""
+r"""Maps a vector for each node to the propagated vectors :math:`D^{-1/2} A D^{-1/2} E`."""
 
 
 def propagate(
     layer_0_ND: Float[Tensor, "N D"], send: Send, *, num_layers: int
 ) -> Float[Tensor, "N D"]:
-    """Return each node's vector: the mean of what reaches it in 0, 1, … and L steps."""
+    """Return each node's vector: the mean of the propagated vectors after 0, 1, … and L steps."""
     layers = [layer_0_ND]
     for _ in range(num_layers):
         layers.append(send(layers[-1]))
@@ -142,10 +142,10 @@ def propagate(
 
 @final
 class LightGCN(Retriever):
-    """The network: one table, layer 0, and the graph that it is passed along.
+    """The network: one table, which is layer 0, and the graph of the propagation.
 
-    While it stays in evaluation mode it keeps what it has propagated. Loaded from a file it has
-    no graph and answers from the tables that `finish` kept.
+    In evaluation mode, it keeps propagated vectors. Loaded from a file, it has no graph and answers
+    from the tables of `finish`.
     """
 
     learns_by = "pairs"
@@ -157,9 +157,10 @@ class LightGCN(Retriever):
 
         Args:
             config: The settings.
-            num_users: Users that training knows.
-            num_items: Items of the catalogue.
-            graph: Of the training events; None: the state is loaded next, nothing is learned.
+            num_users: Number of training users.
+            num_items: Number of items in the catalogue.
+            graph: The graph of the training events; None: the state is loaded next, without
+                training.
         """
         super().__init__()
         self.config, self.num_users, self.num_items = config, num_users, num_items
@@ -223,19 +224,19 @@ class LightGCN(Retriever):
         return self._query(answer_users(queries, tables, self.user_table, self._combine))
 
     def known_users(self) -> Bool[Tensor, " U"]:
-        """Return which users have a tie: an event, or a link to another user."""
+        """Return a mask of users with an edge: an event, or a link to another user."""
         return self._known().strength_U > 0
 
     def items(self, item_V: Int64[Tensor, " V"]) -> Float[Tensor, "V F"]:
-        """Return some items' vectors; 0 for those without any tie."""
+        """Return some items' vectors; 0 for items without an edge."""
         return self._item(self._known().item_IF[item_V])
 
     def known_items(self) -> Bool[Tensor, " I"]:
-        """Return the items that no user did, but that are tied to other items or attributes."""
+        """Return a mask of items without events that have edges to other items or attributes."""
         return self._known().placed_I
 
     def finish(self) -> None:
-        """Keep what answers need, so that they need no graph."""
+        """Keep the tables that answers need, so that they need no graph."""
         self.placed.keep(self._known())
 
     def train(self, mode: bool = True) -> "LightGCN":  # noqa: FBT001, FBT002  # torch's own form
@@ -252,7 +253,7 @@ class LightGCN(Retriever):
 
     @torch.no_grad()
     def _propagated(self) -> NodeTables:
-        """Pass the vectors along and note what each node sends and receives at each layer."""
+        """Propagate the vectors and record each node's sent and received vectors at each layer."""
         graph, conv = self._made()
         sent_NW = self._sent(conv)
         sent_NW = sent_NW * conv.scale_V.to(sent_NW.dtype).unsqueeze(1)
@@ -277,7 +278,7 @@ class LightGCN(Retriever):
         )
 
     def _sent(self, conv: GraphConv) -> Float[Tensor, "N W"]:
-        """Return what each node sends in each step, side by side; their sum where it is fast."""
+        """Return each node's messages of all steps, concatenated, or their sum if it is fast."""
         sent = [self._layer_0()]
         if self.config.is_fast:
             for _ in range(1, self.config.num_layers):
@@ -292,7 +293,7 @@ class LightGCN(Retriever):
         return torch.cat(sent, dim=1)
 
     def _combine(self, layer_0_BD: Tensor, received_BW: Tensor) -> Tensor:
-        """Return some nodes' vectors from what they have received in each step."""
+        """Return some nodes' vectors from the vectors that they received in each step."""
         if self.config.is_fast:
             return (layer_0_BD + received_BW) / (self.config.num_layers + 1)
         received = iter(received_BW.split(self.config.embedding_dim, dim=1))
@@ -311,7 +312,7 @@ class LightGCN(Retriever):
         return own if self.other_table is None else (*own, self.other_table)
 
     def _layer_0(self) -> Float[Tensor, "N D"]:
-        """Return the rows of all nodes: the graph needs them all in every step."""
+        """Return the rows of all nodes, because the graph needs all of them in every step."""
         return torch.cat([table.block(0, table.num_rows) for table in self._node_tables()])
 
     def _made(self) -> tuple[Graph, GraphConv]:
@@ -330,7 +331,7 @@ class LightGCN(Retriever):
 
 @final
 class _Mix(nn.Module):
-    r"""NGCF's layer, p being what is received: LeakyReLU(W_1 (e + p) + W_2 (p \odot e))."""
+    r"""NGCF's layer, with the received vector p: LeakyReLU(W_1 (e + p) + W_2 (p \odot e))."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -345,7 +346,7 @@ class _Mix(nn.Module):
 
 
 def _make_others(model: LightGCN, state: Mapping[str, Tensor], prefix: str, *_: object) -> None:
-    """Make the table of the nodes that are neither users nor items, if there are any to load."""
+    """Make the table of nodes that are neither users nor items, if there are any to load."""
     found = next((v for name, v in state.items() if name.startswith(prefix + "other_table.")), None)
     if found is not None and model.other_table is None:
         model.other_table = model.config.table.make(len(found), model.config.embedding_dim)
@@ -356,7 +357,7 @@ def _side_by_side(layers: list[Tensor]) -> Tensor:
 
 
 def _some_rows(index_R: Tensor, most: int) -> Int64[Tensor, " S"]:
-    """Return where different indices stand, drawn if there are more than `most`."""
+    """Return the positions of distinct indices, sampled if there are more than `most`."""
     distinct, inverse_R = index_R.unique(return_inverse=True)
     place_R = torch.arange(len(index_R), device=index_R.device)
     place = torch.empty_like(distinct).scatter_(0, inverse_R, place_R)

@@ -5,8 +5,8 @@ r"""MF, a retriever: a vector for each user and each item, compared by their dot
 Koren, Bell and Volinsky, "Matrix Factorization Techniques for Recommender Systems", Computer 2009,
 https://doi.org/10.1109/MC.2009.263
 
-Departures: no bias of users, which changes no ranking; a new user is answered
-by regression on their history (`FoldIn`).
+Departures: no bias of users, which would not change a ranking; a new user is represented by a
+regression on the history (`FoldIn`).
 
 Shape legend: B users, V items, I items of the catalogue, D width.
 """
@@ -47,13 +47,13 @@ class MFConfig(IdConfig):
         training={"learning_rate": 1e-2},
         l2_by_counts="always",
     )
-    """Softmax over 2048 negatives, which ranks the whole of a small catalogue at once; uncorrected,
-    so that popularity stays in the products; l2 holds the vectors back while 1e-2 moves them fast.
+    """Softmax over 2048 negatives, which covers a small catalogue at once; without correction, so
+    that the products include popularity; l2 limits the vectors at the high learning rate of 1e-2.
     """
     embedding_dim: Count = 64
     """Width of the vectors."""
     biases: bool = False
-    """Whether items have a bias; it is one more column of their vectors."""
+    """Whether items have a bias, which is an additional column of their vectors."""
     similarity: Similarity = "dot"
     """How two vectors are compared: by dot product, or by cosine."""
     temperature: Positive = 1.0
@@ -93,7 +93,7 @@ class MF(Retriever):
         )
 
     def encode(self, queries: Queries) -> Float[Tensor, "B D"]:
-        """Return each user's vector, folded in where training did not learn it."""
+        """Return each user's vector, by regression for users without training events."""
         return self._query(self.fold_in(queries, self.user_table, self.item_table))
 
     def items(self, item_V: Int64[Tensor, " V"]) -> Float[Tensor, "V D"]:
@@ -102,7 +102,7 @@ class MF(Retriever):
 
     @property
     def item_rows(self) -> Table | None:
-        """The table of items, where vectors are its rows as they are."""
+        """The table of items, if its rows are the vectors."""
         as_they_are = self.config.similarity == "dot" and not self.config.biases
         return self.item_table if as_they_are else None
 

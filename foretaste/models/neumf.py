@@ -3,16 +3,16 @@ r"""NCF, a ranker and a catalogue scorer: GMF, MLP, and NeuMF, which has both.
 .. math:: h^{GMF} = p_u \odot q_i, \quad h^{MLP} = MLP([p'_u; q'_i]), \quad
           s_{ui} = w \cdot [h^{GMF}; h^{MLP}] + b
 
-Each path has vectors of its own: they stand side by side in one table, so that one look-up serves
-both. With `pretrain` GMF and MLP are trained first, and NeuMF starts from them with
-:math:`w = [\alpha w^{GMF}; (1 - \alpha) w^{MLP}]`.
+Each path has its own vectors, concatenated in one table, so that one look-up serves both. With
+`pretrain`, GMF and MLP are trained first, and NeuMF starts from them with :math:`w = [\alpha
+w^{GMF}; (1 - \alpha) w^{MLP}]`.
 
 He et al., "Neural Collaborative Filtering", WWW 2017, https://arxiv.org/abs/1708.05031
 
-Departures: a pre-trained NeuMF is trained on by the same optimizer, not by plain SGD; a new user is
-answered by regression on their history (`FoldIn`).
+Departures: a pre-trained NeuMF continues with the same optimizer, not with plain SGD; a new user is
+represented by a regression on the history (`FoldIn`).
 
-Shape legend: B queries, A rows of items (B or 1), C items of each, D factors, W width of a vector.
+Shape legend: B queries, A rows of items (B or 1), C items per row, D factors, W width of a vector.
 """
 
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-r"""PinSage, a retriever: a node's vector is made from its own inputs and its neighbours'.
+r"""PinSage, a retriever: a node's vector is computed from its own inputs and its neighbours'.
 
 .. math::
     n_u = \sum_{v \in N(u)} \alpha_{uv} \, \mathrm{ReLU}(Q h_v + q), \quad
@@ -7,19 +7,19 @@ r"""PinSage, a retriever: a node's vector is made from its own inputs and its ne
 Ying et al., "Graph Convolutional Neural Networks for Web-Scale Recommender Systems", KDD 2018,
 https://arxiv.org/abs/1806.01973
 
-Departures: users are nodes like items, so that a user's vector is made the same way; nodes may
-have an id embedding beside their features; neighbours are walked to once, before training, not in
+Departures: users are nodes like items, so that a user's vector is computed in the same way; nodes
+may have an id embedding besides their features; walks find neighbours once before training, not in
 each batch; the last layer's state is the vector, without a ReLU after W and without the two dense
 layers on top (both lose accuracy where nodes have ids); the loss and its negatives are the
 objective's.
 
-A new user is a new node whose neighbours are the different items in the history,
-with equal weights: the same convolutions, from the messages of items that `finish` keeps. It costs
-a table of items a layer in the bundle, and takes no regression.
+A new user is a new node whose neighbours are the distinct items of the history, with equal weights:
+the same convolutions are applied to the items' messages that `finish` keeps. This needs a table of
+items per layer in the bundle, and no regression.
 
-Shape legend: B users, P different items of their histories, V items asked for, I items of the
-catalogue, U users, D width, H width of messages, K layers, S nodes of the lowest layer, X users
-and items.
+Shape legend: B users, P distinct items of their histories, V requested items, I items of the
+catalogue, U users, D width, H width of messages, K layers, S nodes of the lowest layer, X users and
+items.
 """
 
 from functools import partial
@@ -78,9 +78,9 @@ class PinSageConfig(IdConfig):
     """"ppr": the nodes that random walks visit most, weighted by the visits. "uniform": direct
     neighbours, drawn uniformly, as in GraphSAGE."""
     num_neighbours: Count = 10
-    """Most neighbours that a node pools."""
+    """Maximum number of neighbours that a node pools."""
     walks: Count = 200
-    """Random walks from each node."""
+    """Number of random walks from each node."""
     hops: Count = 3
     """Length of a walk."""
     restart: float = Field(default=0.0, ge=0, lt=1)
@@ -109,14 +109,14 @@ class _Tables(NamedTuple):
     """The vectors that answers are computed from."""
 
     vector_XD: Tensor
-    """Of users, then items, before the similarity."""
+    """Vectors of users, then items, before the similarity."""
     message_KIH: Tensor
     """The messages of items in each layer."""
 
 
 @final
 class PinSage(Retriever):
-    """The network. Without a graph it cannot learn, only answer from what `finish` kept."""
+    """The network. Without a graph it only answers, from the tables of `finish`."""
 
     learns_by = "pairs"
 
@@ -129,15 +129,15 @@ class PinSage(Retriever):
         graph: Graph | None = None,
         features: Features | None = None,
     ) -> None:
-        """Make the network, and walk from every node if there is a graph.
+        """Make the network, and find each node's neighbours if there is a graph.
 
         Args:
             config: The settings.
             num_users: Users that training knows.
             num_items: Items of the catalogue.
-            graph: Users, items, and what else they are tied to: further nodes are walked
-                through, but have no inputs, so no node has one of them as a neighbour.
-            features: What is known of users and items.
+            graph: Users, items, and further nodes. Walks pass through further nodes, but these have
+                no inputs and so are not neighbours.
+            features: Features of users and items.
 
         Raises:
             ConfigError: There are neither ids nor features of items.
@@ -174,7 +174,7 @@ class PinSage(Retriever):
         self._kept: _Tables | None = None
 
     def prepare(self, queries: Queries, item_V: Int64[Tensor, " V"]) -> PairFrontier:
-        """Find the nodes that a batch needs in each layer, no node twice in a layer.
+        """Find the distinct nodes that a batch needs in each layer.
 
         Raises:
             ConfigError: The model was made without a graph.
@@ -200,7 +200,7 @@ class PinSage(Retriever):
         Args:
             queries: The users.
             item_V: The items.
-            prepared: What `prepare` made of them, if it did already.
+            prepared: The result of `prepare`, if it was called already.
 
         Raises:
             ConfigError: The model was made without a graph.
@@ -227,8 +227,7 @@ class PinSage(Retriever):
     def encode(self, queries: Queries) -> Float[Tensor, "B D"]:
         """Return each user's vector: the learned one, or that of a new node.
 
-        A user of training with another history than training saw is a new node too, which has the
-        user's own inputs.
+        A training user with a different history is also a new node, with the user's own inputs.
         """
         tables, user_B = self._answers(), queries.user_B
         if self.num_users == 0:
@@ -244,7 +243,7 @@ class PinSage(Retriever):
         return self._query(own_BD.where(as_taught_B.unsqueeze(1), new_BD))
 
     def known_users(self) -> Bool[Tensor, " U"]:
-        """Return which users have neighbours: by events, or by links to other users."""
+        """Return a mask of users with neighbours: by events, or by links to other users."""
         return self.inputs.linked_X[: self.num_users]
 
     def items(self, item_V: Int64[Tensor, " V"]) -> Float[Tensor, "V D"]:
@@ -252,35 +251,35 @@ class PinSage(Retriever):
         return self._item(self._answers().vector_XD[self.num_users + item_V])
 
     def known_items(self) -> Bool[Tensor, " I"]:
-        """Return which items have neighbours or a known feature."""
+        """Return a mask of items with neighbours or a known feature."""
         return self.inputs.linked_X[self.num_users :] | self.inputs.told_I
 
     @property
     def reads_profiles(self) -> bool:
-        """Whether it was made with features of users."""
+        """Whether the model has features of users."""
         return self.inputs.user_fields is not None
 
     @property
     def scores_new_items(self) -> bool:
-        """Whether it was made with features of items."""
+        """Whether the model has features of items."""
         return self.inputs.item_fields is not None
 
     def item_from_features(self, table: FieldTable) -> Float[Tensor, "R D"]:
-        """Return vectors of items that are in no table: nodes without neighbours."""
+        """Return vectors of items without a row, which are nodes without neighbours."""
         h_RD = self.inputs.items_from_features(table)
         for convolve in self._layers():
             h_RD = convolve.updated(h_RD, h_RD.new_zeros(len(h_RD), convolve.message_width))
         return self._item(h_RD)
 
     def begin(self, events: Interactions) -> None:
-        """Record the number of items of each user, which determines the vector that answers."""
+        """Record the number of items of each user, which decides the vector used in an answer."""
         super().begin(events)
         pair_E = events.user_idx.astype(np.int64) * self.num_items + events.item_idx
         user_P = torch.from_numpy(pair_E).unique() // self.num_items
         self.num_items_U.copy_(torch.bincount(user_P, minlength=self.num_users))
 
     def learn_new_users(self, events: Interactions) -> None:
-        """Work out every vector, which several processes do together."""
+        """Compute every vector; several processes share this work."""
         self._answers()
 
     def finish(self) -> None:
@@ -308,7 +307,7 @@ class PinSage(Retriever):
 
     @torch.no_grad()
     def _generate(self) -> _Tables:
-        """Work out every node layer by layer, each once a layer."""
+        """Compute all nodes, layer by layer."""
         device, first = self.inputs.linked_X.device, self.num_users
         layers, width = self._layers(), self.message_KIH.shape[2]
         message_KIH = torch.zeros(len(layers), self.num_items, width, device=device)
@@ -341,7 +340,7 @@ class PinSage(Retriever):
         return draw_for_keys(node_S, partial(torch.rand, device=node_S.device)) < share
 
     def _new_nodes(self, queries: Queries, message_KIH: Tensor) -> Float[Tensor, "B D"]:
-        """Convolve users whose neighbours are the different items of their histories."""
+        """Convolve users whose neighbours are the distinct items of their histories."""
         row_P, item_P = self._distinct(queries)
         length_B = torch.bincount(row_P, minlength=len(queries))
         offsets_B1 = F.pad(length_B.cumsum(0), (1, 0))
@@ -353,7 +352,7 @@ class PinSage(Retriever):
         return h_BD
 
     def _distinct(self, queries: Queries) -> tuple[Int64[Tensor, " P"], Int64[Tensor, " P"]]:
-        """Return each history's different items that training knew: row and item, rising."""
+        """Return each history's distinct training items: row and item, ascending."""
         row_N = torch.repeat_interleave(queries.offsets_B1.diff())
         known_N = self.inputs.linked_X[self.num_users + queries.history_N]
         key_P = (row_N * self.num_items + queries.history_N)[known_N].unique()
@@ -367,7 +366,7 @@ class PinSage(Retriever):
 
 
 def find_neighbours(config: PinSageConfig, graph: Graph) -> Neighbourhoods:
-    """Find the neighbours of users and items, by a seed out of torch's global generator."""
+    """Find the neighbours of users and items, with a seed from torch's global generator."""
     seed, last = int(torch.randint(2**63 - 1, ())), graph.num_users + graph.num_items
     nodes, counted = np.arange(last), (0, last)
     top = min(config.num_neighbours, last)  # so many there are

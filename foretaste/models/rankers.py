@@ -1,6 +1,6 @@
 """Rankers and catalogue scorers over fields: DeepFM, DIN, Shared-Bottom and MMoE.
 
-Shape legend: B queries, A rows of items (B or 1), C items of each, Q fields of a query, G fields
+Shape legend: B queries, A rows of items (B or 1), C items per row, Q fields of a query, G fields
 of an item, F some fields, D width, W width of a field (D, and 1 more with `linear`), E experts,
 T tasks, H width of the output of an expert.
 """
@@ -56,15 +56,15 @@ class DeepFMConfig(RowFieldsConfig):
 
 @final
 class DeepFM(PairRanker[DeepFMConfig]):
-    r"""DeepFM: first order, pairs of fields, and a deep network.
+    r"""DeepFM: a first-order part, pairs of fields, and a deep network.
 
     .. math:: s = w_0 + \sum_i w_i x_i + \sum_{i<j} \langle v_i, v_j \rangle x_i x_j
                   + DNN([v_1 x_1; …])
 
-    All three parts share the vectors v; w is beside them, so that one look-up serves all. Pairs are
-    summed in O(kn): :math:`\frac{1}{2} (|\sum_i v_i x_i|^2 - \sum_i |v_i x_i|^2)`, and the parts of
-    it that depend on the query alone, or on the item alone, are computed once. `linear`, `fm` and
-    `deep` leave parts out: logistic regression is the first alone, a factorisation machine the
+    All three parts share the vectors v; w is stored next to v, so that one look-up serves all.
+    Pairs are summed in O(kn): :math:`\frac{1}{2} (|\sum_i v_i x_i|^2 - \sum_i |v_i x_i|^2)`, and
+    terms that depend only on the query, or only on the item, are computed once. `linear`, `fm` and
+    `deep` switch parts off: logistic regression has only the first, a factorisation machine the
     first two.
 
     References:
@@ -72,7 +72,7 @@ class DeepFM(PairRanker[DeepFMConfig]):
         IJCAI 2017, https://arxiv.org/abs/1703.04247; Rendle, "Factorization Machines", ICDM 2010,
         https://doi.org/10.1109/ICDM.2010.127. **Departures**: a field of several values is the mean
         of them; a number has a constant vector in addition to the one that it multiplies; a new
-        user is represented by regression on their history (`FoldIn`).
+        user is represented by a regression on the history (`FoldIn`).
     """
 
     def make(self, config: DeepFMConfig, make_fields: MakeFields) -> None:
@@ -146,9 +146,10 @@ class DINConfig(HistoryConfig):
             "schedule": "linear",
         },
     )
-    """Each row brings drawn items, so that 1024 events are many rows. At ten times the usual rate,
-    which falls to 0, eight epochs over 20 events of a history reach .104 on validation of
-    MovieLens-100K; thirty at a constant rate over 50 events reached .105 in five times as long."""
+    """Each row has additional drawn items, so 1024 events are many rows. At ten times the usual
+    learning rate, which falls to 0, eight epochs with 20 events of a history reach .104 on
+    validation of MovieLens-100K; thirty epochs at a constant rate with 50 events reached .105 in
+    five times the time."""
     task: Task = Task(name="click")
     """The task to predict."""
     user_id: bool = False
@@ -159,7 +160,7 @@ class DINConfig(HistoryConfig):
     a user has several training events, else "none"; "none" too if some events are negative (a click
     of 0) and no `positive` marks which are positive."""
     max_len: Count = 20
-    """How many events of a history are read: the last ones. Training takes as long as there are."""
+    """Number of last events of a history that are read. Training time is proportional to it."""
     hidden: Widths = (200, 80)
     """Widths of the MLP's hidden layers."""
     activation: Literal["prelu", "dice"] = "prelu"
@@ -248,7 +249,7 @@ S = TypeVar("S", SharedBottomConfig, MMoEConfig)
 
 
 class _TaskTowers(HistoryRanker[S]):
-    """A network below, which each model makes its own, and a tower for each task above."""
+    """A trunk, which each model defines, and a tower for each task above it."""
 
     def make(self, config: S, make_fields: MakeFields) -> None:
         self.tasks = config.tasks
@@ -259,12 +260,12 @@ class _TaskTowers(HistoryRanker[S]):
 
     @abstractmethod
     def make_trunk(self, config: S) -> int:
-        """Make the network below the towers, and return its width."""
+        """Make the trunk, and return its width."""
 
 
 @final
 class SharedBottom(_TaskTowers[SharedBottomConfig]):
-    r"""Shared-Bottom: one network below, a tower for each task above.
+    r"""Shared-Bottom: one shared network, and a tower for each task above it.
 
     .. math:: s^{(t)} = h^{(t)}(f(x))
 
@@ -294,7 +295,7 @@ class SharedBottom(_TaskTowers[SharedBottomConfig]):
 
 @final
 class MMoE(_TaskTowers[MMoEConfig]):
-    r"""MMoE: tasks share experts, each task mixes its own blend of them.
+    r"""MMoE: tasks share experts, and each task weights them with its own gate.
 
     .. math:: g^{(t)} = \mathrm{softmax}(W^{(t)} x), \quad
               s^{(t)} = h^{(t)}\Big(\sum_e g^{(t)}_e f_e(x)\Big)
@@ -323,7 +324,7 @@ class MMoE(_TaskTowers[MMoEConfig]):
     def gates(
         self, queries: Queries, item_BC: Int64[Tensor, "B C"]
     ) -> dict[str, Float[Tensor, "B C E"]]:
-        """Return how each task weights the experts; the weights of a pair sum to 1."""
+        """Return each task's weights of the experts, which sum to 1 for each pair."""
         query_BQW, item_BCGW = self.read(queries, item_BC)
         _, gate_BCTE = self.experts(query_BQW.flatten(1), item_BCGW.flatten(2))
         return {task.name: gate_BCTE[:, :, place] for place, task in enumerate(self.tasks)}

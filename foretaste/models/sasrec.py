@@ -1,13 +1,13 @@
-"""SASRec, a retriever: causal self-attention over a history; a user is its last state.
+"""SASRec, a retriever: causal self-attention over a history; the last state represents the user.
 
 Kang and McAuley, "Self-Attentive Sequential Recommendation", ICDM 2018,
 https://arxiv.org/abs/1808.09781
 
-Departures: padding is at the end, where causal attention never looks, and positions are
-counted back from the end, so an event's position embedding is the paper's. The "modern" block
-(normalise first, SwiGLU, gated residuals as in LiGR, https://arxiv.org/abs/2502.03417) is an
-option. Before the first event is a learned start, so that the first event too is
-predicted, and a user without history gets an answer.
+Departures: padding is at the end, which causal attention never reads, and positions are counted
+back from the end, so an event's position embedding is the paper's. The "modern" block (normalise
+first, SwiGLU, gated residuals as in LiGR, https://arxiv.org/abs/2502.03417) is an option. A learned
+start state precedes the first event, so that the first event is predicted too, and a user without
+history gets an answer.
 
 Shape legend: B rows, L positions (L1 = L + 1), D width, I items.
 """
@@ -42,7 +42,8 @@ class SASRecConfig(IdConfig):
         training={"batch_events": 2048, "learning_rate": 4e-3, "ema_decay": 0.999},
     )
     """With many negatives, a step learns more than with the paper's single one. Four times the
-    usual rate goes with an average of the weights over a thousand steps, which is validated."""
+    usual learning rate is combined with an average of the weights over a thousand steps, which is
+    validated."""
     embedding_dim: Count = 64
     """Width of item vectors and states; a multiple of num_heads."""
     num_blocks: Depth = 2
@@ -50,7 +51,7 @@ class SASRecConfig(IdConfig):
     num_heads: Count = 2
     """Attention heads in a block."""
     max_len: Count = 100
-    """How many of a user's last events the model reads."""
+    """Number of a user's last events that the model reads."""
     dropout: float = Field(default=0.2, ge=0, lt=1)
     """Share of values dropped after the embedding, in attention and in the feed-forward layers."""
     attention_dropout: float = Field(default=0.0, ge=0, lt=1)
@@ -64,7 +65,7 @@ class SASRecConfig(IdConfig):
 
 @final
 class SASRec(Retriever):
-    """The network: `forward` gives a state per position, `items` what it is compared with."""
+    """The network: `forward` returns a state per position, `items` the item vectors."""
 
     learns_by = "next_item"
 
@@ -110,7 +111,7 @@ class SASRec(Retriever):
 
 
 class CausalParts(NamedTuple):
-    """The parts of a causal encoder of vectors."""
+    """The modules of a causal encoder of vectors."""
 
     start: Tensor
     positions: nn.Embedding
@@ -122,7 +123,7 @@ class CausalParts(NamedTuple):
 def causal_states(
     parts: CausalParts, vector_BLD: Float[Tensor, "B L D"], valid_BL: Bool[Tensor, "B L"]
 ) -> Float[Tensor, "B L1 D"]:
-    """Return the states before and after each of the vectors; the first ones of a row are real."""
+    """Return the states before and after each vector; padding follows the vectors of a row."""
     x_BLD = _inputs(parts, vector_BLD, valid_BL)
     for block in parts.blocks:
         x_BLD = block(x_BLD)
@@ -133,7 +134,7 @@ def causal_states(
 def last_state(
     parts: CausalParts, vector_BLD: Float[Tensor, "B L D"], valid_BL: Bool[Tensor, "B L"]
 ) -> Float[Tensor, "B D"]:
-    """Return the state after each row's last vector; the last block works out no other."""
+    """Return the state after each row's last vector; the last block computes no other state."""
     x_BLD = _inputs(parts, vector_BLD, valid_BL)
     for block in parts.blocks[:-1]:
         x_BLD = block(x_BLD)
@@ -191,7 +192,7 @@ class _OriginalBlock(nn.Module):
         valid_BL: Bool[Tensor, "B L"] | None = None,
         place_BT: Int64[Tensor, "B T"] | None = None,
     ) -> Float[Tensor, "B T D"]:
-        """Return the next state of each position, or of the last one alone, as `GatedBlock`."""
+        """Return the next state of each position, or only of the last one, like `GatedBlock`."""
         last = x_BLD if place_BT is None else rows_at(x_BLD, place_BT)
         query_BTD = self.attention_norm(last)
         attended_BTD = self.attention(query_BTD, x_BLD, causal=place_BT is None, valid_BS=valid_BL)

@@ -2,16 +2,16 @@ r"""Two-Tower, a retriever: users and items are each represented by their own in
 
 .. math:: s_{ui} = f(x_u) \cdot g(y_i)
 
-A tower takes an id embedding, features and, for users, their history; the parts are added up, or
-go side by side through an MLP. The item tower's vectors are computed once, for an index; the
-query tower answers alone.
+A tower reads an id embedding, features and, for users, the history; these parts are added, or
+concatenated before an MLP. The item tower's vectors are computed once, for an index; only the query
+tower runs in an answer.
 
 Covington, Adams and Sargin, "Deep Neural Networks for YouTube Recommendations", RecSys 2016,
 https://doi.org/10.1145/2959100.2959190; Yi et al., "Sampling-Bias-Corrected Neural Modeling for
 Large Corpus Item Recommendations", RecSys 2019, https://doi.org/10.1145/3298689.3346996
 
-Departures: histories are embedded by the item tower's own ids and features, before its MLP; ids
-may be dropped in training, so that features learn to be enough alone (DropoutNet, Volkovs, Yu and
+Departures: histories are embedded by the item tower's own ids and features, before its MLP; ids may
+be dropped in training, so that features learn to work without an id (DropoutNet, Volkovs, Yu and
 Poutanen, NeurIPS 2017); a user or item without a training event has the id vector 0.
 
 Shape legend: B users, V items, I items of the catalogue, R items of a batch, D width, N events of
@@ -59,7 +59,7 @@ _BLOCK_ITEMS = 2**14
 
 
 DrawFor = Callable[[Callable[[torch.Size], Tensor]], Tensor]
-"""From what draws a shape to what is drawn for rows or keys."""
+"""Draws random numbers for rows or keys, given a function that draws a shape."""
 
 
 class TwoTowerConfig(IdConfig):
@@ -91,15 +91,15 @@ class TwoTowerConfig(IdConfig):
     """What training reads as the history of a pair: "before", the user's events before it;
     "others", the user's other events, drawn at random, for data whose order has no meaning."""
     max_len: Count = 50
-    """How many events of a history are read; with `reads = "others"`, only in training."""
+    """Number of events of a history that are read; with `reads = "others"`, only in training."""
     num_heads: Count = 2
     """Attention heads of "attention" and "sasrec"."""
     num_blocks: Depth = 2
     """Blocks of "sasrec"."""
     query_hidden: Widths = ()
-    """Widths of the query tower's hidden layers. Without any, its input vectors are added up."""
+    """Widths of the query tower's hidden layers. Without any, the input vectors are added."""
     item_hidden: Widths = ()
-    """Widths of the item tower's hidden layers. Without any, its input vectors are added up."""
+    """Widths of the item tower's hidden layers. Without any, the input vectors are added."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of values dropped in hidden layers and in "sasrec"."""
     id_dropout: float = Field(default=0.0, ge=0, lt=1)
@@ -124,7 +124,7 @@ class TwoTowerConfig(IdConfig):
 
 @final
 class TwoTower(Retriever):
-    """The network: parts of a user, parts of an item, a tower over each."""
+    """The network: the inputs of users and of items, with a tower over each."""
 
     learns_by = "pairs"
 
@@ -140,12 +140,12 @@ class TwoTower(Retriever):
 
         Args:
             config: The settings.
-            num_users: Users that training knows, 0 or more.
-            num_items: Items of the catalogue, 1 or more.
-            features: What else is known of them.
+            num_users: Number of training users, 0 or more.
+            num_items: Number of items in the catalogue, 1 or more.
+            features: Features of users and items.
 
         Raises:
-            ConfigError: A tower has nothing to read.
+            ConfigError: A tower has no input.
         """
         super().__init__()
         width = config.embedding_dim
@@ -195,10 +195,10 @@ class TwoTower(Retriever):
         )
 
     def encode(self, queries: Queries) -> Float[Tensor, "B D"]:
-        """Return each user's vector; nothing of the item tower's MLP is needed for it.
+        """Return each user's vector; this does not need the item tower's MLP.
 
-        A new user is represented by history and features. A model that knows its users by
-        ids alone regresses an id vector on the history (`FoldIn`).
+        A new user is represented by history and features. If a model reads only ids of users, a
+        regression on the history gives the id vector (`FoldIn`).
         """
         needed = None if self.history is None else self._needed(queries, queries.user_B[:0])
         if self.user_table is None:
@@ -213,7 +213,7 @@ class TwoTower(Retriever):
         return self._item_tower(self._own_parts(item_V))
 
     def item_blocks(self) -> Iterator[tuple[int, Float[Tensor, "V D"]]]:
-        """Give every item's vector; they are kept in evaluation mode."""
+        """Yield every item's vector; vectors are kept in evaluation mode."""
         if self.training:
             yield from self._worked_out()
             return
@@ -223,23 +223,23 @@ class TwoTower(Retriever):
         yield from self._kept
 
     def known_items(self) -> Bool[Tensor, " I"]:
-        """Return which items have a known feature."""
+        """Return a mask of items with a known feature."""
         if self.item_fields is None:
             return torch.zeros(self.num_items, dtype=torch.bool)
         return self.item_fields.known_R
 
     @property
     def reads_profiles(self) -> bool:
-        """Whether users' features are read."""
+        """Whether the model reads users' features."""
         return self.user_fields is not None
 
     @property
     def scores_new_items(self) -> bool:
-        """Whether items' features are read."""
+        """Whether the model reads items' features."""
         return self.item_fields is not None
 
     def item_from_features(self, table: FieldTable) -> Float[Tensor, "R D"]:
-        """Return items' vectors from their features alone; an id never learned is 0.
+        """Return items' vectors from their features, with an id vector of 0.
 
         Raises:
             ConfigError: The model reads no features of items.
@@ -253,7 +253,7 @@ class TwoTower(Retriever):
         return self._item_tower([*own, told_RD])
 
     def begin(self, events: Interactions) -> None:
-        """Make the id vectors 0 that no event can teach."""
+        """Set id vectors without training events to 0."""
         super().begin(events)
         untrained_U = torch.from_numpy(np.diff(events.offsets) == 0)
         untrained_I = torch.from_numpy(events.item_count == 0)
@@ -262,16 +262,14 @@ class TwoTower(Retriever):
                 table.zero_rows(untrained_R)
 
     def learn_new_users(self, events: Interactions) -> None:
-        """Learn how to answer new users from their histories, and work out every item's vector,
-        which several processes do together.
-        """
+        """Learn how to answer new users from their histories, and compute every item's vector."""
         if self.fold_in is not None and self.user_table is not None:
             self.fold_in.learn(events, self.user_table, self._base_vectors)
         if not self.training:
             list(self.item_blocks())
 
     def train(self, mode: bool = True) -> "TwoTower":  # noqa: FBT001, FBT002 - torch's signature
-        """Clear what was computed from earlier weights."""
+        """Set the mode, and clear values computed from earlier weights."""
         self._kept = None
         super().train(mode)
         return self
@@ -303,12 +301,12 @@ class TwoTower(Retriever):
         return as_query(query_BD, self.config.similarity, self.config.temperature)
 
     def _needed(self, queries: Queries, item_V: Tensor) -> "_Needed | None":
-        """Find the items of a batch, and encode their features once; None: it needs neither."""
+        """Find the items of a batch and encode their features once; None if neither is needed."""
         if self.item_fields is None and self.history is None:
             return None
         parts = [item_V]
         if self.history is not None:
-            parts += [queries.history_N, item_V.new_zeros(1)]  # item 0 is under padding
+            parts += [queries.history_N, item_V.new_zeros(1)]  # padding has item 0
         item_R, place = torch.cat(parts).unique(return_inverse=True)
         num = len(item_V)
         return _Needed(
@@ -328,24 +326,24 @@ class TwoTower(Retriever):
         return parts
 
     def _base(self, item_R: Tensor, field_RD: Tensor | None) -> Float[Tensor, "R D"]:
-        """Return the inputs of histories: item vectors before the item tower's MLP."""
+        """Return the vectors of items in histories, before the item tower's MLP."""
         parts = [] if self.item_table is None else [self.item_table(item_R)]
         return _sum_or_mlp(parts if field_RD is None else [*parts, field_RD], None)
 
     def _base_vectors(self, item_N: Int64[Tensor, " N"]) -> Float[Tensor, "N D"]:
-        """Return the same of items that may occur there often, each computed once."""
+        """Return the same for repeated items, each computed once."""
         item_R, place_N = item_N.unique(return_inverse=True)
         field_RD = None if self.item_fields is None else self.item_fields(item_R)
         return F.embedding(place_N, self._base(item_R, field_RD))
 
     def _without_some_users(self, id_BD: Tensor | None) -> Tensor | None:
-        """Drop ids of users that have other information."""
+        """Drop ids of users with other information."""
         if id_BD is None or (self.history is None and self.user_fields is None):
             return id_BD
         return self._drop(id_BD, partial(draw_for_rows, id_BD.shape[:1]))
 
     def _without_some_items(self, id_VD: Tensor | None, item_V: Tensor) -> Tensor | None:
-        """Drop ids of items that have a feature."""
+        """Drop ids of items with a feature."""
         if id_VD is None or self.item_fields is None:
             return id_VD
         may_V = self.item_fields.known_R[item_V]
@@ -362,15 +360,15 @@ class TwoTower(Retriever):
 
 
 class _Needed(NamedTuple):
-    """The items that a batch needs, each once."""
+    """The distinct items that a batch needs."""
 
     item_R: Int64[Tensor, " R"]
     place_V: Int64[Tensor, " V"]
-    """Where the items to be compared with are in `item_R`."""
+    """Positions in `item_R` of the items to compare with."""
     place_N: Int64[Tensor, " N"]
-    """Where those of histories do."""
+    """Positions in `item_R` of the items of histories."""
     field_RD: Float[Tensor, "R D"] | None
-    """What their features come to."""
+    """Their encoded features."""
 
 
 def _ids(num_rows: int, config: TwoTowerConfig) -> Table:

@@ -1,7 +1,7 @@
 """Rows of codes, scored without decompressing: the item side of product quantisation.
 
-Shape legend: R rows, X any shape of rows asked for, M codes of a row (sub-spaces), C vectors of a
-codebook, d width of the widest of them, D width, B queries, K list length, Y left out.
+Shape legend: R rows, X any shape of requested rows, M codes of a row (sub-spaces), C vectors of a
+codebook, d width of the widest of them, D width, B queries, K list length, Y left-out rows.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,17 +24,17 @@ else:
 faiss = later("faiss")
 
 CODES = 256
-"""Vectors of a codebook, so that a code is a byte."""
+"""Number of vectors in a codebook, so that a code is a byte."""
 _BLOCK_ROWS = 2**18
 
 
 def even(width: int, parts: int) -> list[int]:
-    """Cut a width into parts that differ by one at most, the wider ones first."""
+    """Cut a width into parts that differ by at most 1, the wider ones first."""
     return [width // parts + (part < width % parts) for part in range(parts)]
 
 
 def places(width: int, parts: int) -> Int64[Tensor, " D"]:
-    """Return where a row's numbers are among those of all codebooks' vectors, side by side."""
+    """Return the positions of a row's numbers in the concatenated codebook vectors."""
     sizes = even(width, parts)
     return torch.cat([torch.arange(size) + part * sizes[0] for part, size in enumerate(sizes)])
 
@@ -42,11 +42,11 @@ def places(width: int, parts: int) -> Int64[Tensor, " D"]:
 @final
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Codes:
-    r"""Rows :math:`[c^1_{b_{r1}}; \dots; c^M_{b_{rM}}] R`, kept as their codes b.
+    r"""Rows :math:`[c^1_{b_{r1}}; \dots; c^M_{b_{rM}}] R`, stored as their codes b.
 
     A product with a query is a sum over sub-spaces of one of 256 partial products, each computed
-    once a query: :math:`q \cdot e_r = \sum_m (q R^\top)^m \cdot c^m_{b_{rm}}`. It differs from that
-    with the decompressed row by the order of summation alone.
+    once per query: :math:`q \cdot e_r = \sum_m (q R^\top)^m \cdot c^m_{b_{rm}}`. It differs from
+    the product with the decompressed row only by the order of summation.
 
     References:
         Jégou, Douze and Schmid, "Product Quantization for Nearest Neighbor Search", TPAMI 2011;
@@ -57,10 +57,10 @@ class Codes:
 
     code_RM: UInt8[Tensor, "R M"]
     book_MCd: Float[Tensor, "M C d"]
-    """Narrower parts end in zeros."""
+    """Narrower parts are padded with zeros."""
     width: int
     turn_DD: Float[Tensor, "D D"] | None = None
-    """The orthogonal R, which turns rows back to the axes of the model; None turns nothing."""
+    """The orthogonal R, which rotates rows back to the axes of the model; None: no rotation."""
 
     def __len__(self) -> int:
         return len(self.code_RM)
@@ -81,7 +81,7 @@ class Codes:
         return found_ND.view(*row_X.shape, self.width)
 
     def blocks(self) -> Iterator[tuple[int, Float[Tensor, "_ D"]]]:
-        """Give all rows as vectors, in blocks, each with the number of its first row."""
+        """Yield all rows as vectors, in blocks, each with the number of its first row."""
         for row_N in torch.arange(len(self)).split(_BLOCK_ROWS):
             yield int(row_N[0]), self.rows(row_N)
 
@@ -102,13 +102,13 @@ class Codes:
     ) -> tuple[Float[Tensor, "B K"], Int64[Tensor, "B K"]]:
         """Return the best min(k, R) products of each query and their rows, best first.
 
-        Ties go to the lower row; -inf and -1 where too few are left.
+        Ties go to the lower row; missing entries are -inf and -1.
 
         Args:
             query_BD: Queries.
             k: List length.
-            left_out_BY: Rows that a query must not get; -1 pads.
-            left_out_R: Rows that none may get.
+            left_out_BY: Rows that a query must not get, padded with -1.
+            left_out_R: Rows that no query may get.
         """
         part_BMC, code_RM = self._parts(query_BD), self.code_RM.numpy()
         shape = (len(query_BD), min(k, len(self)))
@@ -146,7 +146,7 @@ def read_codes(
     """Return codes from a file.
 
     Raises:
-        BundleError: They do not fit: a code is beyond its codebook, or a number is not finite.
+        BundleError: They are invalid: a code is beyond its codebook, or a number is not finite.
     """
     num_parts = code.shape[-1] if code.dim() == 2 else 0
     wanted = (num_parts, CODES, even(width, max(1, num_parts))[0])
@@ -165,13 +165,13 @@ def read_codes(
         raise BundleError(
             f"{source}: {wrong}: the file is damaged, write the bundle again", name=source
         )
-    # Copies lie as the originals do in memory: products are then the same to the last bit.
+    # Copies have the layout of the originals, so that products are bit-identical.
     turn = None if turn is None else turn.clone()
     return Codes(code_RM=code, book_MCd=book.clone(), width=width, turn_DD=turn)
 
 
 def train_codes(row_RD: Float[Tensor, "R D"], sub_spaces: int, *, turned: bool = True) -> Codes:
-    """Turn rows if asked to, and code them by k-means in each sub-space (FAISS's trainer).
+    """Rotate rows if requested, and code them by k-means in each sub-space (FAISS's trainer).
 
     References:
         Ge, He, Ke and Sun, "Optimized Product Quantization", TPAMI 2014: its parametric form.
@@ -182,8 +182,8 @@ def train_codes(row_RD: Float[Tensor, "R D"], sub_spaces: int, *, turned: bool =
     padded_RP = row_RD.new_zeros(num_rows, sub_spaces * size)
     padded_RP[:, places(width, sub_spaces)] = row_RD if turn_DD is None else row_RD @ turn_DD.T
     quantizer = faiss.ProductQuantizer(padded_RP.shape[1], sub_spaces, 8)
-    quantizer.cp.min_points_per_centroid = 1  # as few as there are: no warning
-    times = -(-CODES // num_rows)  # it wants as many rows as vectors
+    quantizer.cp.min_points_per_centroid = 1  # few rows give no warning
+    times = -(-CODES // num_rows)  # it needs as many rows as vectors
     quantizer.train(padded_RP.repeat(times, 1).numpy())
     found = torch.from_numpy(faiss.vector_to_array(quantizer.centroids))
     return Codes(
@@ -195,11 +195,10 @@ def train_codes(row_RD: Float[Tensor, "R D"], sub_spaces: int, *, turned: bool =
 
 
 def balanced_turn(row_RD: Float[Tensor, "R D"], sub_spaces: int) -> Float[Tensor, "D D"]:
-    """Return principal directions, distributed over the sub-spaces so that their variances are
-    balanced.
+    """Return principal directions, distributed over sub-spaces so that variances are balanced.
 
-    What a sub-space of k directions loses goes by the product of their squared lengths to 1/k, so
-    the longest direction that is left goes to the sub-space of the smallest product.
+    The loss of a sub-space of k directions depends on the product of their squared lengths to the
+    power 1/k, so the longest remaining direction goes to the sub-space with the smallest product.
     """
     square_DD = torch.zeros(row_RD.shape[1], row_RD.shape[1], dtype=torch.float64)
     for block_RD in row_RD.split(_BLOCK_ROWS):
@@ -219,7 +218,7 @@ def balanced_turn(row_RD: Float[Tensor, "R D"], sub_spaces: int) -> Float[Tensor
 
 
 def _in_threads(num: int, work: Callable[[slice], None]) -> None:
-    """Do work on slices of [0, num), in as many threads as torch computes with."""
+    """Process slices of [0, num) in as many threads as torch uses."""
     threads = max(1, min(torch.get_num_threads(), num))
     step = -(-num // threads)
     slices = [slice(first, first + step) for first in range(0, num, max(1, step))]

@@ -1,11 +1,11 @@
 """Dense layers: perceptrons over a query and each of its items, attention, and dropout.
 
-A first layer is linear, so :math:`W [q; i] = W_q q + W_i i`: with C items of a query, or all
-queries over the same items, most of its products are done once and not for every pair.
+A first layer is linear, so :math:`W [q; i] = W_q q + W_i i`: with C items per query, or equal items
+for all queries, most products are computed once and not for every pair.
 
-Shape legend: B queries, A rows of items (B or 1), C items of each, Q width of a query, I of an
+Shape legend: B queries, A rows of items (B or 1), C items per query, Q width of a query, I of an
 item, O of the output, D of a state, R rows, E experts, T tasks or positions whose states are
-wanted, H width of an expert's output, or heads, L positions.
+returned, H width of an expert's output, or heads, L positions.
 """
 
 from collections.abc import Mapping, Sequence
@@ -43,20 +43,21 @@ class MLP(nn.Module):
 
 
 Activation = Literal["relu", "prelu", "dice"]
-"""What follows a hidden layer: ReLU; its leaky form with a learned slope; or Dice, whose corner
-moves with the data."""
+"""The activation after a hidden layer: ReLU; its leaky form with a learned slope; or Dice, whose
+corner moves with the data."""
 
 
 @final
 class PairLinear(nn.Module):
     r"""One linear layer over a query and an item side by side.
 
-    Its first weights keep the spread of its input through a ReLU, with :math:`D = Q + I`:
+    Its initial weights preserve the variance of its input through a ReLU, with :math:`D = Q + I`:
 
     .. math:: W \sim N(0, 2 / D), \quad b = 0
 
-    Torch's are less than half as wide: experts then missed parts of their tasks. Layers further up
-    have torch's: wider ones there learn tables of many rare ids by heart.
+    Torch's initial weights are less than half as large; with them, experts missed parts of their
+    tasks. Higher layers have torch's weights: with larger ones there, the model memorises tables of
+    many rare ids.
 
     References:
         He et al., "Delving Deep into Rectifiers: Surpassing Human-Level Performance on ImageNet
@@ -84,7 +85,7 @@ class PairLinear(nn.Module):
 
 @final
 class PairMLP(nn.Module):
-    """Hidden layers over a query and an item, then a linear one, if there is an output."""
+    """Hidden layers over a query and an item, then a linear layer if there is an output."""
 
     def __init__(
         self,
@@ -104,9 +105,9 @@ class PairMLP(nn.Module):
             item_dim: I.
             hidden: Widths of the hidden layers.
             output_dim: O; None: the last hidden layer is the output, and there must be one.
-            dropout: Share of values dropped after each of them.
-            activation: What follows each of them.
-            batch_norm: Whether each is normalised over the batch before it.
+            dropout: Share of values dropped after each hidden layer.
+            activation: The activation after each hidden layer.
+            batch_norm: Whether values are normalised over the batch before the activation.
         """
         super().__init__()
         widths = [*hidden] if output_dim is None else [*hidden, output_dim]
@@ -130,7 +131,7 @@ class PairMLP(nn.Module):
 
 @final
 class RowNorm(nn.Module):
-    """Batch normalisation over all rows, however they are laid out."""
+    """Batch normalisation over all rows, in any layout."""
 
     needs_whole_batch = ("model.batch_norm", True)
 
@@ -140,7 +141,7 @@ class RowNorm(nn.Module):
 
     def forward(self, x_XO: Float[Tensor, "*X O"]) -> Float[Tensor, "*X O"]:
         rows_RO = x_XO.flatten(0, -2)
-        if self.training and len(rows_RO) < 2:  # one row has no spread
+        if self.training and len(rows_RO) < 2:  # a single row has no variance
             return x_XO
         normal: Tensor = self.norm(rows_RO)
         return normal.view(x_XO.shape)
@@ -148,12 +149,12 @@ class RowNorm(nn.Module):
 
 @final
 class Dice(nn.Module):
-    r"""PReLU whose corner lies at the mean of the data, and is as soft as they spread.
+    r"""PReLU with its corner at the mean of the data, smoothed by their standard deviation.
 
     .. math:: f(s) = p(s)\, s + (1 - p(s))\, \alpha s, \quad
               p(s) = \sigma\left(\frac{s - E[s]}{\sqrt{Var[s] + \epsilon}}\right)
 
-    Mean and variance are those of the batch in training, and moving averages of them afterwards.
+    Training uses mean and variance of the batch; afterwards their moving averages are used.
 
     References:
         Zhou et al., "Deep Interest Network for Click-Through Rate Prediction", KDD 2018,
@@ -174,7 +175,7 @@ class Dice(nn.Module):
     def forward(
         self, x_XO: Float[Tensor, "*X O"], valid_X: Bool[Tensor, "*X"] | None = None
     ) -> Float[Tensor, "*X O"]:
-        """Return the activations; rows that are not valid do not count in mean and variance."""
+        """Return the activations; invalid rows do not count in mean and variance."""
         mean_O, var_O = self._moments(x_XO, valid_X) if self.training else (self.mean_O, self.var_O)
         share_XO = ((x_XO - mean_O) * (var_O + self.epsilon).rsqrt()).sigmoid()
         return x_XO * (share_XO + (1 - share_XO) * self.slope_O)
@@ -191,7 +192,7 @@ class Dice(nn.Module):
 
 
 def activate(kind: Activation, width: int) -> nn.Module:
-    """Make what follows a hidden layer of a width."""
+    """Make the activation of a hidden layer."""
     match kind:
         case "relu":
             return nn.ReLU(inplace=True)
@@ -217,7 +218,7 @@ class SlopedReLU(nn.Module):
 
 
 class _Sloped(torch.autograd.Function):
-    """PReLU, with a gradient in half of the time that torch's own takes on a CPU."""
+    """PReLU with a gradient that takes half the time of torch's own on a CPU."""
 
     @staticmethod
     def forward(context: Any, x_RO: Tensor, slope_O: Tensor) -> Tensor:
@@ -243,9 +244,9 @@ def pair_dot(
 
 @final
 class Experts(nn.Module):
-    """Networks side by side, each layer followed by ReLU, and a softmax over them for each task.
+    """Parallel networks, each layer followed by ReLU, and for each task a softmax over them.
 
-    The first layers of all experts and all gates are one product.
+    The first layers of all experts and all gates are computed in one product.
     """
 
     def __init__(
@@ -281,7 +282,7 @@ class Experts(nn.Module):
     def forward(
         self, query_BQ: Float[Tensor, "B Q"], item_ACI: Float[Tensor, "A C I"]
     ) -> tuple[Float[Tensor, "B C E H"], Float[Tensor, "B C T E"]]:
-        """Return each expert's output and each task's weights of them, which sum to 1."""
+        """Return each expert's output, and each task's weights of the experts, which sum to 1."""
         both: Tensor = self.first(query_BQ, item_ACI)
         num_logits = self.num_gates * self.num_experts
         state, logit = both.split([both.shape[-1] - num_logits, num_logits], dim=-1)
@@ -312,7 +313,7 @@ class _Layer(nn.Module):
 
 @final
 class Towers(nn.Module):
-    """A small network for each task, from what it is given to one number."""
+    """A small network for each task, which maps an input to one number."""
 
     def __init__(
         self, tasks: tuple[Task, ...], input_dim: int, hidden: Sequence[int], *, dropout: float
@@ -335,7 +336,7 @@ _LEVELS = 256
 
 
 def random_bytes(shape: torch.Size) -> UInt8[Tensor, "..."]:
-    """Draw numbers in [0, 256) on the CPU, by one draw of torch's global generator."""
+    """Draw numbers in [0, 256) on the CPU, with one draw of torch's global generator."""
     seed = int(torch.randint(2**63 - 1, ()))
     words = np.random.SFC64(seed).random_raw(-(-shape.numel() // 8))
     return torch.from_numpy(words.view(np.uint8))[: shape.numel()].view(shape)
@@ -345,9 +346,9 @@ def random_bytes(shape: torch.Size) -> UInt8[Tensor, "..."]:
 class Dropout(nn.Module):
     r"""Set a share p of the values to 0 and divide the others by 1 - p, in training only.
 
-    The mask is drawn from random bytes, so p is rounded to a multiple of 1/256; on a CPU it takes
-    a quarter of the time of `torch.nn.Dropout`, which draws a number for each value in turn.
-    Seeded by torch's generator: one draw a call.
+    The mask is drawn from random bytes, so p is rounded to a multiple of 1/256. On a CPU, this
+    takes a quarter of the time of `torch.nn.Dropout`, which draws a number for each value in turn.
+    Each call makes one draw of torch's generator as its seed.
 
     References:
         Srivastava et al., "Dropout: A Simple Way to Prevent Neural Networks from Overfitting",
@@ -363,7 +364,7 @@ class Dropout(nn.Module):
             return x
         if x.device.type != "cpu":
             return nn.functional.dropout(x, self.levels / _LEVELS)
-        # in bytes: bools become floats slowly
+        # as bytes, because the conversion of bools to floats is slow
         kept = draw_for_rows(x.shape, random_bytes).ge_(self.levels)
         return x * kept.to(x.dtype).mul_(_LEVELS / (_LEVELS - self.levels))
 
@@ -403,11 +404,11 @@ class MultiHeadAttention(nn.Module):
         """Attend from each query position to the memory (S positions).
 
         Args:
-            query_BLD: Where the questions come from.
-            memory_BSD: What is attended to.
-            causal: Position l sees memory 0 … l only.
-            valid_BS: True = may be attended. A row with nothing to attend to gives the bias of
-                the output layer, not NaN. Excludes `causal`.
+            query_BLD: The queries.
+            memory_BSD: The keys and values.
+            causal: Position l attends only to memory 0 … l.
+            valid_BS: True = may be attended to. A row without valid memory gives the bias of the
+                output layer, not NaN. Excludes `causal`.
         """
         query_BHLd = self._heads(self.query(query_BLD))
         key, value = self.key_value(memory_BSD).chunk(2, dim=-1)
@@ -435,7 +436,7 @@ class MultiHeadAttention(nn.Module):
 
 @final
 class GatedBlock(nn.Module):
-    """Self-attention and SwiGLU, each normalised before and weighed by a gate.
+    """Self-attention and SwiGLU, each with prior normalisation and a gate.
 
     References:
         Borisyuk et al., "From Features to Transformers: Redefining Ranking for Scalable Impact"
@@ -473,9 +474,10 @@ class GatedBlock(nn.Module):
 
         Args:
             x_BLD: The states.
-            valid_BL: True = may be attended; None: all may. With `causal` only beside `place_BT`.
-            place_BT: The positions whose states are wanted, and alone computed; None: all. A
-                causal block's are the last of their rows: they see all that is valid.
+            valid_BL: True = may be attended to; None: all may. With `causal`, only together with
+                `place_BT`.
+            place_BT: The only positions whose states are computed; None: all. In a causal block
+                they are the last of their rows, so they attend to all valid positions.
         """
         memory_BLD = self.attention_norm(x_BLD)
         normal_BTD = memory_BLD

@@ -1,11 +1,11 @@
-"""Encoded features to vectors: one table, one look-up, then a layer that fuses the fields.
+"""Turns encoded features into vectors: one table, one look-up, then a layer that fuses the fields.
 
-Codes and bags of all fields are looked up in one pass, a bag as the mean of its codes; a number is
-:math:`x w + b` with vectors w and b of its own; a vector goes through a linear layer. Missing
+Codes and bags of all fields are looked up in one pass, a bag as the mean of its codes; a number
+becomes :math:`x w + b` with its own vectors w and b; a vector goes through a linear layer. Missing
 fields are 0 or, if they are codes, the learned vector of the missing code.
 
 Shape legend: R rows, C single-valued fields, G bags, M numbers, F fields of all kinds, D width,
-P = R (C + G) things looked up, N codes of all bags.
+P = R (C + G) look-ups, N codes of all bags.
 """
 
 from typing import Literal, final
@@ -20,8 +20,8 @@ from foretaste.models.layers.table import Table
 from foretaste.models.layers.table_kinds import TableConfig
 
 Fusion = Literal["concat", "gate"]
-"""How a row's fields become one vector: all side by side through a linear layer, or their sum,
-weighted by a softmax that the fields themselves decide."""
+"""How a row's fields become one vector: concatenated before a linear layer, or added with weights
+from a softmax over the fields."""
 
 
 @final
@@ -41,8 +41,8 @@ class FieldVectors(nn.Module):
         Args:
             side: The fields.
             embedding_dim: D.
-            table: How the vectors of codes are kept.
-            init_std: Spread of the first weights; None: one by the root of D.
+            table: The kind of table for the vectors of codes.
+            init_std: Standard deviation of the initial weights; None: 1 / √D.
 
         Raises:
             ConfigError: There is no field.
@@ -92,7 +92,7 @@ class FieldVectors(nn.Module):
         row_R1 = torch.arange(num_rows, device=device).unsqueeze(1)
         code_C = torch.arange(num_codes, device=device)
         starts_RG1 = table.bag_offsets_RG1 + num_codes * row_R1
-        single_RC = starts_RG1[:, :1] + code_C  # a row's codes stand before its bags
+        single_RC = starts_RG1[:, :1] + code_C  # a row's codes come before its bags
         bag_RG = starts_RG1[:, :-1] + num_codes
         code_N = table.code_RC.flatten()
         if self.num_bags:
@@ -111,13 +111,13 @@ class FieldEncoder(nn.Module):
     r"""One vector for each row of features.
 
     With `concat` it is :math:`W [v_1; …; v_F] + b`. With `gate` it is :math:`\sum_f g_f v_f` with
-    :math:`g = \mathrm{softmax}(W [v_1; …; v_F] + b)`, where missing fields take no part:
-    0 if nothing is known.
+    :math:`g = \mathrm{softmax}(W [v_1; …; v_F] + b)`, without missing fields; it is 0 if nothing is
+    known.
 
     References:
         Arevalo et al., "Gated Multimodal Units for Information Fusion", 2017,
-        https://arxiv.org/abs/1702.01992. Departures: a softmax over fields in place of a sigmoid
-        for each, and no tanh, so that any number of fields, missing ones too, weigh 1 together.
+        https://arxiv.org/abs/1702.01992. Departures: a softmax over fields replaces a sigmoid for
+        each, without tanh, so that the weights sum to 1 for any number of known fields.
     """
 
     def __init__(
@@ -150,12 +150,12 @@ class FieldEncoder(nn.Module):
 def gated_sum(
     gate: nn.Linear, field_XFD: Float[Tensor, "*X F D"], says_XF: Bool[Tensor, "*X F"]
 ) -> Float[Tensor, "*X D"]:
-    """Return the sum of fields, weighted by a softmax that they decide; silent ones take no part.
+    """Return the sum of known fields, weighted by a softmax of their gate logits.
 
     Args:
-        gate: From all fields side by side to a logit for each.
+        gate: Maps the concatenated fields to a logit for each.
         field_XFD: The fields.
-        says_XF: Which of them are known; 0 if none is.
+        says_XF: True for known fields; the sum is 0 if none is known.
     """
     silenced_XFD = field_XFD * says_XF.unsqueeze(-1)
     logit_XF: Tensor = gate(silenced_XFD.flatten(-2))
@@ -166,7 +166,7 @@ def gated_sum(
 
 @final
 class KnownFields(nn.Module):
-    """An encoder with the table that it reads. Row -1 is a user or item without known features."""
+    """An encoder with its table of features. Row -1 is a user or item without known features."""
 
     def __init__(
         self,
@@ -189,7 +189,7 @@ class KnownFields(nn.Module):
 
         Args:
             row_B: Rows of the table, or -1.
-            other: A row for each of `row_B`, taken where that is -1.
+            other: A row for each of `row_B`, used where that is -1.
         """
         vector_BD: Tensor = self.encoder(self.rows(row_B))
         if other is None:
@@ -199,16 +199,16 @@ class KnownFields(nn.Module):
 
     @property
     def known_R(self) -> Bool[Tensor, " R"]:
-        """Which rows have a known feature."""
+        """True for rows with a known feature."""
         return self.rows.known_R
 
 
 @final
 class KnownRows(nn.Module):
-    """The table, and one more row without known features.
+    """The table, and a last row without known features.
 
-    It moves with the module and is not a part of its state: a bundle keeps features in files of
-    their own.
+    It moves with the module but is not part of its state, because a bundle keeps features in
+    separate files.
     """
 
     code_RC: Tensor
@@ -236,11 +236,11 @@ class KnownRows(nn.Module):
 
     @property
     def known_R(self) -> Bool[Tensor, " R"]:
-        """Which rows have a known feature."""
+        """True for rows with a known feature."""
         return self.present_RF[:-1].any(dim=1)
 
     def table(self) -> FieldTable:
-        """Return the rows, the unknown one last."""
+        """Return the rows; the one without features is last."""
         return FieldTable(
             code_RC=self.code_RC,
             bag_N=self.bag_N,
@@ -252,10 +252,10 @@ class KnownRows(nn.Module):
 
 
 def told_of_users(features: Features | None, num_users: int) -> tuple[FieldSide, FieldTable] | None:
-    """Return what is known of users; None where nothing is.
+    """Return the features of users; None without any.
 
     Raises:
-        ConfigError: It is known of other users than there are.
+        ConfigError: The features belong to a different number of users.
     """
     if features is None or features.user is None or features.user_table is None:
         return None
@@ -263,7 +263,7 @@ def told_of_users(features: Features | None, num_users: int) -> tuple[FieldSide,
 
 
 def told_of_items(features: Features | None, num_items: int) -> tuple[FieldSide, FieldTable] | None:
-    """Return what is known of items, likewise."""
+    """Return the features of items; None without any."""
     if features is None or features.item is None or features.item_table is None:
         return None
     return features.item, _a_row_each("items", features.item_table, num_items)

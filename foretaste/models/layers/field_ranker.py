@@ -1,11 +1,10 @@
 """The base of rankers over fields: outputs, answers and histories.
 
-Abstract classes and not a set of functions: five models owe a dozen methods each, and what differs
-between them is one method.
+These are abstract classes because five models need a dozen methods each, of which only one differs.
 
-Shape legend: B queries, A rows of items (B, or 1 where all queries have the same), C items of
-each, I items, L positions, M events laid out group by group, Q fields of a query, G fields of an
-item, W width of a field, K = G W.
+Shape legend: B queries, A rows of items (B, or 1 if all queries have the same), C items per row, I
+items, L positions, M events, concatenated group by group, Q fields of a query, G fields of an item,
+W width of a field, K = G W.
 """
 
 from abc import ABC, abstractmethod
@@ -42,7 +41,7 @@ _HISTORY_QUERIES, _HISTORY_PAIRS = 32, 2**13
 
 
 class FieldRanker(Ranker, Scorer, ABC):
-    """A `Ranker` that reads `RowFields` and answers by `Heads`; a subclass makes both."""
+    """A `Ranker` that reads `RowFields` and predicts with `Heads`; a subclass makes both."""
 
     fields: RowFields
 
@@ -56,30 +55,28 @@ class FieldRanker(Ranker, Scorer, ABC):
     def raw_of(
         self, queries: Queries, item_1CGW: Float[Tensor, "1 C G W"]
     ) -> Mapping[str, Float[Tensor, "B C"]]:
-        """Return the inputs of the task heads for items that all queries share, given by their
-        fields.
-        """
+        """Return the inputs of the task heads for shared items, given by their fields."""
 
     def forward(self, queries: Queries, item_BC: Int64[Tensor, "B C"]) -> dict[str, Tensor]:
-        """Return what each task learns from."""
+        """Return each task's training outputs."""
         outputs: dict[str, Tensor] = self.heads(self.raw(queries, item_BC))
         return outputs
 
     def penalty(self, queries: Queries, item_BC: Int64[Tensor, "B C"]) -> Float[Tensor, ""]:
-        """Return the l2 penalty of the batch's vectors."""
+        """Return the l2 penalty of the vectors in the batch."""
         return self.fields.penalty(queries, item_BC)
 
     def known_items(self) -> Bool[Tensor, " I"]:
-        """Return which items have a known feature."""
+        """Return a mask of items with a known feature."""
         return self.fields.known_items()
 
     @property
     def scores_new_items(self) -> bool:
-        """Whether items' features are read."""
+        """Whether the model reads items' features."""
         return self.fields.scores_new_items
 
     def of_new_items(self, queries: Queries, table: FieldTable) -> dict[str, Tensor]:
-        """Return what each task learns from, of items that are in no table.
+        """Return each task's training outputs for items without a row.
 
         Raises:
             ConfigError: The model reads no features of items.
@@ -89,20 +86,20 @@ class FieldRanker(Ranker, Scorer, ABC):
 
     @property
     def reads_profiles(self) -> bool:
-        """Whether users' features are read."""
+        """Whether the model reads users' features."""
         return self.fields.reads_profiles
 
     def known_users(self) -> Bool[Tensor, " U"]:
-        """Return which users' ids are trained; none where no ids of users are read."""
+        """Return a mask of users with a trained id; empty if no ids of users are read."""
         return self.fields.taught_U & self.fields.user.has_id
 
     @property
     def reads_context(self) -> bool:
-        """Whether features of the context are read."""
+        """Whether the model reads features of the context."""
         return self.fields.context.has_features
 
     def begin(self, events: Interactions) -> None:
-        """Note which users have a training event, and the range of the labels."""
+        """Record which users have a training event, and the range of the labels."""
         self.fields.begin(events)
         self.heads.begin(events)
 
@@ -113,7 +110,7 @@ class FieldRanker(Ranker, Scorer, ABC):
 
 C = TypeVar("C", bound=IdConfig)
 MakeFields = Callable[..., RowFields]
-"""Makes the fields of a model from settings, with what is known of users and items."""
+"""Makes the fields of a model from settings and features."""
 
 
 class PairRanker(FieldRanker, ABC, Generic[C]):
@@ -126,9 +123,9 @@ class PairRanker(FieldRanker, ABC, Generic[C]):
 
         Args:
             config: The settings.
-            num_users: Users that training knows, 0 or more.
-            num_items: Items of the catalogue, 1 or more.
-            features: What else is known of them, and of contexts.
+            num_users: Number of training users, 0 or more.
+            num_items: Number of items in the catalogue, 1 or more.
+            features: Features of users, items and contexts.
 
         Raises:
             ConfigError: Items have neither ids nor features, or the tasks are incomplete.
@@ -148,12 +145,12 @@ class PairRanker(FieldRanker, ABC, Generic[C]):
     def of_fields(
         self, query_BQW: Float[Tensor, "B Q W"], item_ACGW: Float[Tensor, "A C G W"]
     ) -> Mapping[str, Float[Tensor, "B C"]]:
-        """Return the inputs of the task heads, from the fields of queries and items."""
+        """Return the inputs of the task heads from the fields of queries and items."""
 
     def read(
         self, queries: Queries, item_BC: Int64[Tensor, "B C"]
     ) -> tuple[Float[Tensor, "B Q W"], Float[Tensor, "B C G W"]]:
-        """Return the fields of queries and items, as `of_fields` takes them."""
+        """Return the fields of queries and items, for `of_fields`."""
         parts: RowParts = self.fields(queries, item_BC)
         return parts.query_BQW, parts.item_ACGW
 
@@ -189,11 +186,11 @@ class HistoryConfig(RowFieldsConfig):
     reads: Literal["auto", "before", "others"] = "auto"
     """What training reads as the history of a row: "before", the user's events before it; "others",
     the user's other events, drawn at random, for data whose order has no meaning. "auto": "others"
-    where events have no times and the split is not by their order, as the last events of such
-    training histories are met again and again, and a model that knows them by heart is worse on
-    new ones; else "before"."""
+    if events have no times and the split does not use their order, because a model memorises
+    training histories that it reads repeatedly, and is then worse on new ones; otherwise
+    "before"."""
     max_len: Count = 50
-    """How many events of a history are read: the last ones."""
+    """Number of last events of a history that are read."""
     weights: Literal["softmax", "unnormalised"] = "softmax"
     """Whether attention weights sum to 1. If they do not, as in DIN's paper, they also measure how
     strong an interest is."""
@@ -212,12 +209,12 @@ H = TypeVar("H", bound=HistoryConfig)
 class HistoryRanker(PairRanker[H], ABC):
     r"""A `PairRanker` that may read histories, as DIN does.
 
-    With histories an item has three times its fields: its own, :math:`e`, what the history comes to
-    for it, :math:`u`, and :math:`u \odot e`.
+    With histories, an item has three times its fields: its own, :math:`e`, the vector of the
+    history for it, :math:`u`, and :math:`u \odot e`.
     """
 
     folds_in: ClassVar[bool] = True
-    """Whether new users' id vectors are regressed on the histories that are read, too."""
+    """Whether new users' id vectors are also computed by regression on the histories."""
 
     def make_histories(
         self, config: H, make_fields: MakeFields, *, activation: Activation = "prelu"
@@ -226,8 +223,8 @@ class HistoryRanker(PairRanker[H], ABC):
 
         Args:
             config: The settings.
-            make_fields: As `make` is given it.
-            activation: What follows the hidden layers of the attention.
+            make_fields: The argument of `make`.
+            activation: The activation in the hidden layers of the attention.
 
         Raises:
             ConfigError: Items have neither ids nor features.
@@ -260,19 +257,19 @@ class HistoryRanker(PairRanker[H], ABC):
 
     @property
     def attends(self) -> bool:
-        """Whether the weights of a history's events depend on the item that is judged."""
+        """Whether the weights of a history's events depend on the scored item."""
         return self.config.pooling in ("auto", "attention")
 
     def attention_weights(
         self, queries: Queries, item_BC: Int64[Tensor, "B C"]
     ) -> Float[Tensor, "B C L"]:
-        """Return how much each event matters to each item, 0 under padding.
+        """Return the weight of each event for each item, 0 under padding.
 
-        Position l is the l-th of the last `max_len` events of a history, and L the longest of
-        them. With "mean" pooling all events of a history weigh the same.
+        Position l is the l-th of the last `max_len` events of a history, and L is the length of the
+        longest. With "mean" pooling, all events of a history have equal weights.
 
         Raises:
-            ConfigError: The model reads no histories.
+            ConfigError: The model does not read histories.
         """
         histories, parts = self._read_histories(queries, item_BC)
         width = max(batch.item_BL.shape[1] for batch in histories.batches)
@@ -290,7 +287,7 @@ class HistoryRanker(PairRanker[H], ABC):
         """Return the vector of each history for each item.
 
         Raises:
-            ConfigError: The model reads no histories.
+            ConfigError: The model does not read histories.
         """
         histories, parts = self._read_histories(queries, item_BC)
         pooled_BCK = self._pooled(
@@ -338,7 +335,7 @@ class HistoryRanker(PairRanker[H], ABC):
         )
 
     def penalty(self, queries: Queries, item_BC: Int64[Tensor, "B C"]) -> Float[Tensor, ""]:
-        """Return the l2 penalty of the batch's vectors."""
+        """Return the l2 penalty of the vectors in the batch."""
         reads = self.config.reads_history and self.config.l2
         history_M = group_histories(queries, self.max_len).items() if reads else None
         return self.fields.penalty(queries, item_BC, history_M)

@@ -1,14 +1,14 @@
-r"""Propagation of vectors along the edges of a graph, weighted by the degrees of both ends.
+r"""Propagation of vectors along edges of a graph, weighted by the degrees of both ends.
 
 .. math:: \hat A = D^{-1/2} A D^{-1/2}
 
-The operator is symmetric, and so is every polynomial of it: the backward pass is the forward
-product once more. That product sums the rows of each node's neighbours without a weight for each
-edge, since rows are scaled before and after; `embedding_bag` is the fastest such sum on a CPU.
-Inside, rows are in an order that keeps shared neighbours in the processor's cache
-(`cache_order`); what comes in and goes out is in the graph's order.
+The operator is symmetric, and so is every polynomial of it, so the backward pass is the forward
+product again. That product sums the rows of each node's neighbours without a weight per edge,
+because rows are scaled before and after; `embedding_bag` is the fastest such sum on a CPU.
+Internally, rows have an order that keeps shared neighbours in the processor's cache
+(`cache_order`); inputs and outputs have the graph's order.
 
-Shape legend: V nodes, E directed edges, R nodes asked for, D width.
+Shape legend: V nodes, E directed edges, R requested nodes, D width.
 """
 
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class Perturbation:
     """The changes of a training step to the graph and to the propagated vectors."""
 
     noise: float = 0.0
-    """Length of the random vector that each node's is moved by after each layer, in its own
+    """Length of the random vector that is added to each node's vector after each layer, in the same
     orthant."""
     edge_dropout: float = 0.0
     """Share of the edges that are dropped, in [0, 1); the weights of the others are multiplied by 1
@@ -37,13 +37,13 @@ class Perturbation:
 
 
 class Propagated(NamedTuple):
-    """The vectors of the nodes that were asked for."""
+    """The vectors of the requested nodes."""
 
     mean_RD: Float[Tensor, "R D"]
-    """Over the layers 0 to L."""
+    """Mean over the layers 0 to L."""
     layer_0_RD: Float[Tensor, "R D"]
     view_RD: Float[Tensor, "R D"]
-    """At the layer that is given out apart; 0 if none is."""
+    """Vectors of the view layer; 0 without one."""
 
 
 @final
@@ -60,10 +60,10 @@ class GraphConv(nn.Module):
     strength_V: Tensor
     """Degree of each node in the graph's order: the sum of its edge weights, in 64 bits."""
     scale_V: Tensor
-    """D^-1/2, likewise; 0 for an isolated node."""
+    """D^-1/2 in the graph's order; 0 for an isolated node."""
 
     def __init__(self, graph: Graph) -> None:
-        """Lay out the graph; nothing reaches an isolated node."""
+        """Prepare the graph; isolated nodes receive nothing."""
         super().__init__()
         node_V = cache_order(graph)
         row_V = np.empty_like(node_V)
@@ -75,7 +75,7 @@ class GraphConv(nn.Module):
         with np.errstate(divide="ignore"):
             scale_V = np.where(strength_V > 0, 1 / np.sqrt(strength_V), 0)
         weight_E = None if graph.weight_E is None else torch.from_numpy(rows.data)
-        for name, array in (  # 32-bit indices: half the bytes to read beside the rows
+        for name, array in (  # 32-bit indices are half the bytes to read
             ("node_V", node_V.astype(np.int32)),
             ("row_V", row_V.astype(np.int32)),
             ("each_V1", np.arange(len(node_V) + 1, dtype=np.int32)),
@@ -97,14 +97,15 @@ class GraphConv(nn.Module):
         view_layer: int = 0,
         change: Perturbation | None = None,
     ) -> Propagated:
-        """Return some nodes' means over the layers 0 to L: rows of `mean`, and what is beside it.
+        """Return some nodes' means over the layers 0 to L, and their vectors at the view layer.
 
         Args:
             x_VD: Layer 0.
-            node_R: Which nodes; the same may stand twice.
+            node_R: The nodes, possibly repeated.
             num_layers: L, 1 or more.
-            view_layer: The layer that is given out apart, in [1, L]; 0: none, its rows are 0.
-            change: What is done to graph and vectors; the noise counts as constant.
+            view_layer: The layer whose vectors are also returned, in [1, L]; 0: none, and they are
+                0.
+            change: The changes to graph and vectors; the gradient treats the noise as constant.
         """
         change = change or Perturbation()
         weight_E = self._dropped(change.edge_dropout)
@@ -114,18 +115,18 @@ class GraphConv(nn.Module):
         return Propagated(*vectors)
 
     def product(self, x_VD: Float[Tensor, "V D"]) -> Float[Tensor, "V D"]:
-        r"""Return :math:`\hat A x`: each node's neighbours, once passed along."""
+        r"""Return :math:`\hat A x`: one propagation step."""
         out_VD: Tensor = _Product.apply(x_VD, self)  # type: ignore[no-untyped-call]
         return out_VD
 
     def sum_neighbours(self, x_VD: Float[Tensor, "V D"]) -> Float[Tensor, "V D"]:
-        """Return the sum of each node's neighbours, weighted by the edges only."""
+        """Return the sum of each node's neighbours, weighted only by the edges."""
         row_VD = x_VD.index_select(0, self.node_V)
         return self.sum_rows(row_VD).index_select(0, self.row_V)
 
     def enter(self, x_VD: Tensor) -> Tensor:
-        """Put nodes into cache order, and scale them, in one visit."""
-        x_VD = x_VD.detach()  # what passes a gradient back is the function around it
+        """Put nodes into cache order and scale them, in one pass."""
+        x_VD = x_VD.detach()  # the surrounding function computes the gradient
         return self._gather(self.node_V, x_VD, self.row_scale_V)
 
     def leave(self, row_VD: Tensor, *, by: float = 1.0) -> Tensor:
@@ -160,7 +161,7 @@ class GraphConv(nn.Module):
         )
 
     def _dropped(self, share: float) -> Tensor | None:
-        """Draw which edges are kept, both directions of one together."""
+        """Draw which edges are kept; both directions of an edge are kept together."""
         if not share:
             return None
         if not len(self.tie_E):
@@ -188,9 +189,10 @@ class _Product(torch.autograd.Function):
 
 @final
 class _Propagate(torch.autograd.Function):
-    """The mean over layers of a few nodes, whose rows are picked from each layer on the way.
+    """The mean over layers of a few nodes, whose rows are taken from each layer during propagation.
 
-    Between two products rows stay scaled by D^-1/2. `models.lightgcn.propagate` is its oracle.
+    Between two products, rows are scaled by D^-1/2. The tests compare it with
+    `models.lightgcn.propagate`.
     """
 
     @staticmethod
@@ -246,7 +248,7 @@ class _Propagate(torch.autograd.Function):
 
 
 def _moved(row_VD: Tensor, length: float) -> Tensor:
-    """Move each vector away from the origin by a random vector of given length, in its orthant."""
+    """Add a random vector of given length to each vector, in the same orthant."""
     if row_VD.device.type == "cpu":  # a fifth of the time
         noise_VD = random_bytes(row_VD.shape).to(row_VD.dtype)
     else:

@@ -1,6 +1,6 @@
 """Task heads: turn a network's output into training logits and predictions.
 
-Shape legend: B queries, C items of each, T tasks, K thresholds between an ordinal task's levels.
+Shape legend: B queries, C items per query, T tasks, K thresholds between an ordinal task's levels.
 """
 
 from collections import Counter
@@ -20,10 +20,10 @@ from foretaste.errors import ConfigError
 
 @final
 class Heads(nn.Module):
-    r"""A binary task's number is its logit, a regression's the standardised value.
+    r"""Task heads: a binary task's number is its logit, a regression's the standardised value.
 
-    An ordinal task's number s lies on one line with thresholds, and level k is exceeded with
-    :math:`\sigma(s - \theta_k)`. They ascend by construction: each is the one before it plus a
+    An ordinal task's number s is compared with thresholds, and level k is exceeded with probability
+    :math:`\sigma(s - \theta_k)`. Thresholds ascend by construction: each is the previous one plus a
     softplus.
 
     References:
@@ -38,7 +38,7 @@ class Heads(nn.Module):
         """Make heads with evenly spread thresholds.
 
         Raises:
-            ConfigError: There is no task, two have one name, or none has a weight.
+            ConfigError: There is no task, two tasks have the same name, or no task has a weight.
         """
         super().__init__()
         times = Counter(task.name for task in tasks)
@@ -87,18 +87,18 @@ class Heads(nn.Module):
         return self.predictions(self(raw))
 
     def predictions(self, outputs: Mapping[str, Tensor]) -> dict[str, Float[Tensor, "B C"]]:
-        """Return predictions as `predict` does, from the training outputs of each task."""
+        """Return predictions like `predict`, from the training outputs of each task."""
         return {
             task.name: self._predict(place, task, outputs[task.name])
             for place, task in enumerate(self.tasks)
         }
 
     def answers(self, outputs: Mapping[str, Tensor]) -> dict[str, Float64[Tensor, "B C"]]:
-        """Return what `predictions` does, in double precision: a sure one is not yet 1."""
+        """Return predictions in double precision, so that a high probability stays below 1."""
         return self.predictions({name: output.double() for name, output in outputs.items()})
 
     def rank(self, raw: Mapping[str, Float[Tensor, "B C"]]) -> Float[Tensor, "B C"]:
-        """Return what orders a list: the only task's number, or a weighted sum over tasks."""
+        """Return the score that orders a list: a single task's number, or a weighted sum."""
         if len(self.list_weights) == 1:
             return raw[next(iter(self.list_weights))]
         return self.order(self(raw))
@@ -110,17 +110,17 @@ class Heads(nn.Module):
 
         .. math:: \sum_t w_t a_t
 
-        Without weights of a request, each answer a lies in [0, 1], so that no unit of a label has
-        a say: a binary task's is its probability; an ordinal one's the expected level's place
-        between the lowest level and the highest; a regression's the share of training labels that
-        lie below its prediction, were they (after the transform) normal. A single task is ordered
-        by what comes before all that, which never comes so near to 1 that two items look equal.
+        Without weights of a request, each answer a lies in [0, 1], so that units of labels do not
+        matter. For a binary task it is the probability; for an ordinal task, the position of the
+        expected level between the lowest and the highest; for a regression, the share of training
+        labels below the prediction if labels were (after the transform) normal. A single task is
+        ordered by its raw number, which does not saturate near 1 and make two items look equal.
 
         Args:
-            outputs: By the task's name.
-            weights: Of each task's prediction, as `predict` gives it, in its own unit; 0 for tasks
-                that it does not name. None: each task's own, of answers in [0, 1]; where one task
-                alone has any, the list is in the order of its numbers.
+            outputs: Training outputs by the task's name.
+            weights: Weights of the tasks' predictions, as `predict` returns them, in their own
+                units; 0 for tasks that are not named. None: the tasks' own weights of answers in
+                [0, 1]; if only one task has a weight, the list is in the order of its numbers.
         """
         if weights is None and len(self.list_weights) == 1:
             (only,) = (task for task in self.tasks if task.name in self.list_weights)
@@ -142,8 +142,8 @@ class Heads(nn.Module):
         """Fit the heads to the training labels: a scale for regressions, thresholds for levels.
 
         Raises:
-            ConfigError: A task's column is not there.
-            DataError: A label is none that its task can have, or a regression has no label.
+            ConfigError: A task's column does not exist.
+            DataError: A label does not fit its task, or a regression has no label.
         """
         steps, label_ET = iter(self.steps), labels_of(events, self.tasks)
         for place, task in enumerate(self.tasks):
@@ -192,8 +192,8 @@ def _steps(threshold_K: Tensor) -> Float[Tensor, " K"]:
 
 
 def _quantiles(task: Task, label_E: Float[np.ndarray, " E"]) -> Float[Tensor, " K"]:
-    """Return the thresholds that give each level its share of the labels where s is 0."""
-    found_E = torch.from_numpy(label_E[~np.isnan(label_E)]).float()  # as labels are kept
+    """Return the thresholds that give each level its share of the labels at s = 0."""
+    found_E = torch.from_numpy(label_E[~np.isnan(label_E)]).float()  # the type of labels
     level_K = found_E.new_tensor(task.levels[:-1])
     above_K = (found_E.unsqueeze(1) > level_K).double().mean(dim=0)
     share_K = above_K.nan_to_num(0.5).clamp(0.01, 0.99)
@@ -210,10 +210,10 @@ def score_in_blocks(
     """Run a ranker over the whole catalogue, some items at a time.
 
     Args:
-        rank: From items that all queries share to a score for each pair.
+        rank: Maps shared items to a score for each pair.
         num_queries: B.
         item_I: The catalogue.
-        block_pairs: Pairs of a query and an item in memory at once, about.
+        block_pairs: Approximate number of pairs of a query and an item in memory at once.
     """
     size = max(1, block_pairs // max(1, num_queries))
     return torch.cat([rank(item_C.unsqueeze(0)) for item_C in item_I.split(size)], dim=1)

@@ -1,14 +1,12 @@
-"""Histories in batches of similar length, and a vector for each: its mean, what a learned question
-finds in it, SASRec's last state, or, for a new user, a regression.
+"""Histories in batches of similar length, and a vector for each: a mean, attention or regression.
 
-Those that give a vector take queries whose `history_N` are rows of a table of vectors, not items
-of the catalogue, so that the items' vectors are computed once however often they are in
-histories.
+Here `history_N` of queries contains rows of a table of vectors, not items of the catalogue, so that
+an item's vector is computed once even if many histories contain the item.
 
-Shape legend: B queries, b those of a group, A rows of items (B, or 1 where all queries have the
-same), C items of each, L positions, M events laid out group by group, N events of all histories or
-of a group, V rows of the table, D and K widths, U users, I items, E width of users' vectors, S
-single-valued fields, the id first, Q fields of a user, W width of a field.
+Shape legend: B queries, b queries of a group, A rows of items (B, or 1 if all queries have the
+same), C items per row, L positions, M events, concatenated group by group, N events of all
+histories or of a group, V rows of the table, D and K widths, U users, I items, E width of users'
+vectors, S single-valued fields, the id first, Q fields of a user, W width of a field.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,12 +29,12 @@ _GROUPS, _GROUP_ROWS = 8, 128
 
 
 class Histories(NamedTuple):
-    """Groups of queries whose histories are about as long."""
+    """Groups of queries with histories of similar length."""
 
     order_B: Int64[Tensor, " B"]
     """The queries, group after group."""
     batches: list[SequenceBatch]
-    """Each group's items."""
+    """The items of each group."""
 
     def items(self) -> Int64[Tensor, " M"]:
         """Return all items, -1 under padding."""
@@ -52,12 +50,12 @@ class Histories(NamedTuple):
         event_MK: Float[Tensor, "M K"],
         item_ACK: Float[Tensor, "A C K"],
     ) -> Float[Tensor, "B _ _"]:
-        """Make something of each group's events, items and validity; return it query by query.
+        """Apply a function to each group's events, items and validity; return one row per query.
 
         Args:
-            make: From events (b, L, K), items (b, C, K) and validity (b, L) to a row for each.
-            event_MK: What `items` stand for.
-            item_ACK: The items that are judged.
+            make: Maps events (b, L, K), items (b, C, K) and validity (b, L) to a row per query.
+            event_MK: The vectors of `items`.
+            item_ACK: The scored items.
         """
         sizes = [batch.item_BL.numel() for batch in self.batches]
         one = len(self.batches) == 1
@@ -73,7 +71,7 @@ class Histories(NamedTuple):
 
 
 def group_histories(queries: Queries, max_len: int) -> Histories:
-    """Put queries into groups by the length of what is read of their histories."""
+    """Put queries into groups by the length of their histories, as far as they are read."""
     length_B = queries.offsets_B1.diff().clamp(max=max_len)
     num_groups = max(1, min(_GROUPS, len(queries) // _GROUP_ROWS))
     if num_groups == 1:
@@ -132,7 +130,7 @@ class AttentionHistory(nn.Module):
 
 @final
 class CausalHistory(nn.Module):
-    """The state of SASRec's blocks after the last event; the state of its start without any."""
+    """The state of SASRec's blocks after the last event, or of their start without events."""
 
     def __init__(self, config: SASRecConfig) -> None:
         super().__init__()
@@ -157,7 +155,7 @@ class CausalHistory(nn.Module):
 def _by_length(
     queries: Queries, max_len: int, read: Callable[[SequenceBatch], Tensor]
 ) -> Float[Tensor, "B D"]:
-    """Read histories of like length together, so that little work is done on padding."""
+    """Read histories of similar length together, to save work on padding."""
     histories = group_histories(queries, max_len)
     parts = [read(batch) for batch in histories.batches]
     return F.embedding(histories.order_B.argsort(), torch.cat(parts))
@@ -165,7 +163,7 @@ def _by_length(
 
 @final
 class TargetAttention(nn.Module):
-    """The activation unit f, and the weights that it gives."""
+    """DIN's activation unit f, and the weights that it computes."""
 
     def __init__(
         self,
@@ -180,8 +178,9 @@ class TargetAttention(nn.Module):
         Args:
             width: K.
             hidden: Widths of the unit's hidden layers, one or more.
-            weights: Whether those of a history sum to 1, or also say how strongly it speaks.
-            activation: What follows each hidden layer.
+            weights: Whether the weights of a history sum to 1, or also measure the strength of an
+                interest.
+            activation: The activation after each hidden layer.
         """
         super().__init__()
         self.width, self.normalised = width, weights == "softmax"
@@ -197,11 +196,11 @@ class TargetAttention(nn.Module):
         item_ACK: Float[Tensor, "A C K"],
         valid_BL: Bool[Tensor, "B L"],
     ) -> Float[Tensor, "B C L"]:
-        """Return the weight of each event for each item, 0 where none is valid.
+        """Return the weight of each event for each item, 0 for invalid events.
 
         Args:
             event_BLK: The history's items.
-            item_ACK: Those that are judged.
+            item_ACK: The scored items.
             valid_BL: True = a real event.
         """
         first = self._of_items if item_ACK.shape[1] > self.joint.out_features else self._of_pairs
@@ -219,7 +218,7 @@ class TargetAttention(nn.Module):
         return logit_BCL * valid_BCL
 
     def _of_pairs(self, event_BLK: Tensor, item_ACK: Tensor) -> Float[Tensor, "B C L H"]:
-        """Return the first layer pair by pair."""
+        """Return the first layer's output, pair by pair."""
         of_event_KH, of_item_KH, of_both_KH = self.joint.weight.T.split(self.width)
         of_item_AC1H = (item_ACK @ of_item_KH + self.joint.bias).unsqueeze(2)
         of_event_B1LH = (event_BLK @ of_event_KH).unsqueeze(1)
@@ -228,7 +227,7 @@ class TargetAttention(nn.Module):
         return state_BCLH
 
     def _of_items(self, event_BLK: Tensor, item_ACK: Tensor) -> Float[Tensor, "B C L H"]:
-        """Return the same, for more items than H: an event is a layer over items."""
+        """Return the same for more than H items, with each event as a layer over items."""
         of_event_KH, of_item_KH, of_both_KH = self.joint.weight.T.split(self.width)
         bias_BLH = event_BLK @ of_event_KH + self.joint.bias
         weight_BKLH = torch.addcmul(
@@ -249,16 +248,16 @@ def pool(
 
 
 def mean_weights(valid_BL: Bool[Tensor, "B L"]) -> Float[Tensor, "B 1 L"]:
-    """Return weights that are equal for all events of a history."""
+    """Return equal weights for all events of a history."""
     return F.normalize(valid_BL.float(), p=1, dim=1).unsqueeze(1)
 
 
 Rows = Callable[[Int64[Tensor, " N"]], Float[Tensor, "N _"]]
-"""Gives vectors by row: a `Table`, or what a model makes of one."""
+"""Returns vectors by row: a `Table`, or a model's function of one."""
 
 _BLOCK_EVENTS = 2**17
 _RIDGE = 1e-3
-"""Weight of the squared coefficients, over the mean square of the inputs."""
+"""Weight of the squared coefficients, relative to the mean square of the inputs."""
 
 
 @final
@@ -267,8 +266,8 @@ class FoldIn(nn.Module):
 
     .. math:: p \approx W \frac{1}{\sqrt{n}} \sum_{i \in h} q_i + b
 
-    W and b are the ridge regression of the users that training learned on their own histories. It
-    answers users by their learned vectors, new users by W and b, and moves the known ones.
+    W and b are a ridge regression of training users' vectors on their histories. Training users are
+    represented by their learned vectors, new users by W and b.
 
     For a training user with new events, the learned vector is shifted by the change in the
     regression's output.
@@ -278,7 +277,7 @@ class FoldIn(nn.Module):
         """Prepare.
 
         Args:
-            num_users: Users of training.
+            num_users: Number of training users.
             embedding_dim: Width of items' vectors.
             user_dim: Width of users' vectors; None: the same.
         """
@@ -293,12 +292,12 @@ class FoldIn(nn.Module):
 
     @torch.no_grad()
     def learn(self, events: Interactions, users: Rows, items: Rows) -> None:
-        """Fit W and b to the users that have a training event, some users at a time.
+        """Fit W and b to the users with a training event, some users at a time.
 
         Args:
-            events: What histories are made of.
-            users: Gives users' vectors (B, E) by row.
-            items: Gives items' vectors (N, D).
+            events: The events of histories.
+            users: Returns users' vectors (B, E) by row.
+            items: Returns items' vectors (N, D).
         """
         device, (dim, user_dim) = self.weight_DD.device, self.weight_DD.shape
         offsets_U1 = torch.from_numpy(events.offsets.astype(np.int64)).to(device)
@@ -332,8 +331,8 @@ class FoldIn(nn.Module):
 
         Args:
             queries: Users and their histories.
-            users: Gives users' vectors (B, E) by row; None: answer all as new users.
-            items: Gives items' vectors (N, D).
+            users: Returns users' vectors (B, E) by row; None: treat all as new users.
+            items: Returns items' vectors (N, D).
         """
         length_B = queries.offsets_B1.diff()
         is_user_B = queries.user_B >= 0
@@ -388,16 +387,16 @@ def with_likely_ids(
     items: Rows,
     only_new: bool = False,
 ) -> tuple[Float[Tensor, "B S W"], Bool[Tensor, "B 1"]]:
-    """Return the ids of queries with a history by `fold_in`, and which queries have an id then.
+    """Return id vectors, by `fold_in` for queries with a history, and a mask of queries with an id.
 
     Args:
-        fold_in: Knows the regression.
+        fold_in: The regression.
         queries: Users and their histories.
         single_BSW: Single-valued fields.
-        has_id_B1: Which users have an id vector.
-        users: Gives the users' id vectors.
-        items: Gives the items'.
-        only_new: Whether known users keep their vectors, also with later events.
+        has_id_B1: True for users with an id vector.
+        users: Returns the users' id vectors.
+        items: Returns the items' id vectors.
+        only_new: Whether known users keep their vectors, even with later events.
     """
     told_B1 = (queries.offsets_B1.diff() > 0).unsqueeze(1)
     if only_new:
@@ -415,7 +414,7 @@ def with_likely_features(
     *,
     items: Rows,
 ) -> Float[Tensor, "B Q W"]:
-    """Replace all fields but the first, of new users with a history and without given features."""
+    """Replace all fields except the first for new users with a history and without features."""
     untold_B = (queries.user_B < 0) & (queries.offsets_B1.diff() > 0)
     if queries.profile is not None:
         untold_B &= ~queries.profile.known_R

@@ -1,12 +1,12 @@
 """Nodes of a graph: their input vectors, and the vectors of new nodes.
 
-A new node has its own degree, and its vector of layer 0 is 0. What its neighbours send at each
-layer is known, since they were there in training, so its vector is one sum of rows. **Approximate**
-is that its neighbours, too, would have changed a little: their degrees by its edge, and their own
-layers by what it sends back.
+A new node has its own degree, and its vector of layer 0 is 0. The messages of its neighbours at
+each layer are known from training, so its vector is one sum of rows. This is **approximate**,
+because the new edges would also change the neighbours a little: their degrees, and their layers by
+the message of the new node.
 
 Shape legend: S nodes, B queries, U users, I items, X users and items, V nodes, D width of layer 0,
-W width of what is sent, F width of the answer, N events, P distinct ones.
+W width of a message, F width of the answer, N events, P distinct events.
 """
 
 from collections.abc import Callable
@@ -28,13 +28,13 @@ from foretaste.models.layers.table_kinds import TableConfig
 
 @final
 class NodeInputs(nn.Module):
-    """Users, then items. One learned vector is shared by all nodes without an id of their own.
+    """Input vectors of users, then items. All nodes without an id share one learned vector.
 
     A node without edges has no vector, because it cannot be trained.
     """
 
     linked_X: Tensor
-    """Which nodes have an edge; part of the state."""
+    """True for nodes with an edge; part of the state."""
 
     def __init__(
         self,
@@ -52,19 +52,19 @@ class NodeInputs(nn.Module):
         """Make untrained weights.
 
         Args:
-            num_users: Users that training knows.
-            num_items: Items of the catalogue.
+            num_users: Number of training users.
+            num_items: Number of items in the catalogue.
             embedding_dim: D.
-            ids: Whether nodes have a vector of their own.
-            teach_newcomer: Whether training hides ids now and then; else newcomers start from 0.
-            init_std: Spread of the first id vectors.
-            features: What is known of users and items.
+            ids: Whether nodes have their own vectors.
+            teach_newcomer: Whether training sometimes hides ids; otherwise new nodes start from 0.
+            init_std: Standard deviation of the initial id vectors.
+            features: Features of users and items.
             fusion: How a node's features become one vector.
-            table: How the vectors of ids are kept.
+            table: The kind of table for the vectors of ids.
 
         Raises:
-            ConfigError: There are neither ids nor features of items, or features are of others than
-                there are.
+            ConfigError: There are neither ids nor features of items, or features belong to a
+                different number of users or items.
         """
         super().__init__()
         self.num_users = num_users
@@ -96,11 +96,11 @@ class NodeInputs(nn.Module):
     def forward(
         self, node_S: Int64[Tensor, " S"], hidden_S: Bool[Tensor, " S"] | None = None
     ) -> Float[Tensor, "S D"]:
-        """Return what nodes start from.
+        """Return the input vectors of nodes.
 
         Args:
-            node_S: Rising.
-            hidden_S: True = without the id.
+            node_S: Nodes in ascending order.
+            hidden_S: True = hide the id.
         """
         has_id_S = self.linked_X.index_select(0, node_S)
         input_SD = self._own(node_S, has_id_S if hidden_S is None else has_id_S & ~hidden_S)
@@ -117,7 +117,7 @@ class NodeInputs(nn.Module):
         return input_SD + torch.cat(told)
 
     def users(self, queries: Queries) -> Float[Tensor, "B D"]:
-        """Return what users start from, known or not."""
+        """Return the input vectors of users, known or not."""
         user_B, node_B = queries.user_B, queries.user_B.clamp(min=0)
         input_BD = self._own(node_B, (user_B >= 0) & self.linked_X[node_B])
         if self.user_fields is None:
@@ -126,7 +126,7 @@ class NodeInputs(nn.Module):
         return input_BD + told_BD
 
     def items_from_features(self, table: FieldTable) -> Float[Tensor, "R D"]:
-        """Return what items start from that are in no table.
+        """Return the input vectors of items without a row.
 
         Raises:
             ConfigError: There are no features of items.
@@ -141,13 +141,13 @@ class NodeInputs(nn.Module):
 
     @property
     def told_I(self) -> Bool[Tensor, " I"]:
-        """Which items have a known feature."""
+        """True for items with a known feature."""
         if self.item_fields is None:
             return torch.zeros_like(self.linked_X[self.num_users :])
         return self.item_fields.known_R
 
     def _own(self, node_S: Tensor, has_id_S: Tensor) -> Tensor:
-        """Return id vectors of rising nodes; the shared one where a node has none."""
+        """Return id vectors of ascending nodes, or the shared vector for nodes without an id."""
         if self.user_table is None or self.item_table is None or self.everybody_1D is None:
             return torch.zeros(len(node_S), self.embedding_dim, device=node_S.device)
         num_users = int((node_S < self.num_users).sum())
@@ -158,7 +158,7 @@ class NodeInputs(nn.Module):
 
 
 Combine = Callable[[Tensor, Tensor], Tensor]
-"""From layer 0 (B, D) and what neighbours send at each layer (B, W) to the answer (B, F)."""
+"""Maps layer 0 (B, D) and the neighbours' messages of each layer (B, W) to the answer (B, F)."""
 
 
 class NodeTables(NamedTuple):
@@ -175,9 +175,9 @@ class NodeTables(NamedTuple):
     events_U: Int64[Tensor, " U"]
     """Number of distinct training items of each user."""
     tied_I: Bool[Tensor, " I"]
-    """Items that have any tie."""
+    """True for items with an edge."""
     placed_I: Bool[Tensor, " I"]
-    """Items that have edges, but none to a user."""
+    """True for items with edges, but no edge to a user."""
 
 
 @final
@@ -193,7 +193,7 @@ class PlacedNodes(nn.Module):
         self.register_load_state_dict_pre_hook(take_shapes)  # type: ignore[no-untyped-call]  # torch
 
     def keep(self, tables: NodeTables) -> None:
-        """Take tables for good: they are saved with the model."""
+        """Store tables, which are saved with the model."""
         for name, table in tables._asdict().items():
             setattr(self, name, table.detach().clone())
 
@@ -203,9 +203,9 @@ class PlacedNodes(nn.Module):
 
 
 def take_shapes(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
-    """Give a module's own tensors the shapes of those that it is about to be loaded with.
+    """Give a module's tensors the shapes of those to be loaded.
 
-    For `register_load_state_dict_pre_hook`: sizes that only the training's graph decides.
+    For `register_load_state_dict_pre_hook`: sizes that depend on the training's graph.
     """
     own = (module.named_parameters(recurse=False), module.named_buffers(recurse=False))
     for name, tensor in chain(*own):
@@ -219,9 +219,9 @@ def answer_users(
 ) -> Float[Tensor, "B F"]:
     """Return a vector for each query.
 
-    A user of training with the training history gets the row of the table. With further items,
-    these are added to the user's neighbours. A new user, and a user of training with fewer items
-    than in training, is placed by the given items; without any, the vector is 0.
+    A training user with the training history gets the row of the table; further items are added to
+    the user's neighbours. A new user, or a training user with fewer items than in training, gets a
+    vector from the given items; without any, the vector is 0.
     """
     row_P, item_P, place_P = _distinct(queries, tables.tied_I)
     user_B, length_B = queries.user_B, torch.bincount(row_P, minlength=len(queries))
@@ -270,7 +270,7 @@ def _distinct(
 ) -> tuple[Int64[Tensor, " P"], Int64[Tensor, " P"], Int64[Tensor, " P"]]:
     """Return each history's distinct items with edges: row, item, and its number.
 
-    They are sorted by row and item, so that sums of them do not depend on the order of events.
+    They are sorted by row and item, so that sums do not depend on the order of events.
     """
     row_N = torch.repeat_interleave(queries.offsets_B1.diff())
     tied_N = tied_I[queries.history_N]

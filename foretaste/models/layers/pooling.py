@@ -1,10 +1,10 @@
-"""Importance pooling, and every node's vector by it, layer by layer.
+"""Importance pooling, and the computation of every node's vector, layer by layer.
 
-A node takes in its neighbours' messages, each as much as it matters. A batch's frontier works a
-node out once for the batch; over all nodes that would be done once for each of the many batches
-whose frontier it is in. Here a layer is finished for all nodes before the next one begins, and only
-what is gathered at random must be in memory: one slice of the columns of the messages. Everything
-else is read and written from first to last, in memory or in files.
+A node pools its neighbours' messages, weighted by importance. A batch computes each node of its
+frontier once; for all nodes, this would repeat a node for each of the many batches whose frontier
+contains it. Here a layer is finished for all nodes before the next one begins, and only the
+randomly accessed part must be in memory: one slice of the columns of the messages. Everything else
+is read and written sequentially, in memory or in files.
 
 Shape legend: R nodes of a layer, S nodes of the layer below, D width in, H width of messages, O
 width out; V nodes, B nodes of a block, E their edges.
@@ -46,7 +46,7 @@ class _Pool(torch.autograd.Function):
 def weighted_bag(
     table_SH: Tensor, index_E: Tensor, weight_E: Tensor, offsets_R1: Tensor
 ) -> Float[Tensor, "R H"]:
-    """Return for each row the weighted sum of the table's rows that its run of indices names."""
+    """Return, for each row, the weighted sum of the table's rows at its indices."""
     if len(index_E) == 0:
         return table_SH.new_zeros(len(offsets_R1) - 1, table_SH.shape[1])
     bag_RH: Tensor = F.embedding_bag(
@@ -61,9 +61,9 @@ def weighted_bag(
 
 
 def pool(message_SH: Float[Tensor, "S H"], layer: Layer) -> Float[Tensor, "R H"]:
-    """Return the weighted mean of each row's neighbours' messages; 0 where there are none.
+    """Return the weighted mean of the messages of each row's neighbours; 0 without neighbours.
 
-    The backward pass gathers too, along the same edges turned round: 40 times as fast on a CPU as
+    The backward pass also gathers, along the reversed edges, which is 40 times as fast on a CPU as
     scattering.
     """
     pooled_RH: Tensor = _Pool.apply(message_SH, layer)  # type: ignore[no-untyped-call]  # torch's
@@ -78,12 +78,12 @@ class Convolve(nn.Module):
         n_u = \sum_{v \in N(u)} \alpha_{uv} \, \mathrm{ReLU}(Q h_v + q), \qquad
         h'_u = \frac{W [h_u ; n_u] + w}{\lVert W [h_u ; n_u] + w \rVert}
 
-    It starts as the sum of the node and its neighbours: Q is the identity, W two of them.
+    Initially it is the sum of the node and its neighbours: Q is the identity, and W two identities.
 
     References:
         Ying et al., "Graph Convolutional Neural Networks for Web-Scale Recommender Systems", KDD
         2018, https://arxiv.org/abs/1806.01973, algorithm 1. **Departure**: no ReLU after W, which
-        would keep all states in one corner of the space.
+        would keep all states in one orthant.
     """
 
     def __init__(self, width_in: int, message_width: int, width_out: int) -> None:
@@ -134,22 +134,23 @@ class Convolve(nn.Module):
 
 
 OnBlock = Callable[[int, int, Tensor], None]
-"""Takes a layer's number from 0, the first node of a block, and the block's inputs to the layer."""
+"""A callback with a layer's number from 0, the first node of a block, and the block's inputs to the
+layer."""
 
 _CPU = torch.device("cpu")
 
 
 @final
 class Rows:
-    """A float32 table, in memory or in a file, read and written in runs of rows."""
+    """A float32 table, in memory or in a file, read and written in ranges of rows."""
 
     def __init__(self, num_rows: int, width: int, path: Path | None = None) -> None:
-        """Make room.
+        """Allocate the table.
 
         Args:
-            num_rows: Of the table.
-            width: Of a row.
-            path: The file, which is replaced; None keeps the table in memory.
+            num_rows: Number of rows.
+            width: Width of a row.
+            path: The file, which is overwritten; None keeps the table in memory.
         """
         self.num_rows, self.width, self.path = num_rows, width, path
         self._memory = torch.zeros(num_rows if path is None else 0, width)
@@ -158,7 +159,7 @@ class Rows:
                 file.truncate(num_rows * width * 4)
 
     def read(self, low: int, high: int) -> Float[Tensor, "B D"]:
-        """Return rows `low … high - 1`; do not write into them."""
+        """Return rows `low … high - 1`, which must not be changed."""
         if self.path is None:
             return self._memory[low:high]
         count, offset = (high - low) * self.width, low * self.width * 4
@@ -175,11 +176,11 @@ class Rows:
             file.write(np.ascontiguousarray(rows_BD.cpu().numpy(), dtype=np.float32).data)
 
     def fill(self) -> None:
-        """Fill in the rows that other processes worked out."""
+        """Fill in the rows that other processes computed."""
         fill_blocks(self._memory)
 
     def remove(self) -> None:
-        """Give back the memory or the file."""
+        """Free the memory or delete the file."""
         self._memory = torch.empty(0, self.width)
         if self.path is not None:
             self.path.unlink()
@@ -197,21 +198,23 @@ def generate(
     on_block: OnBlock | None = None,
     device: torch.device = _CPU,
 ) -> Rows:
-    """Work out the last layer's state of every node.
+    """Compute the last layer's state of every node.
 
-    Memory is `gathered_bytes` and a few blocks, and, without a folder, about four tables of all
-    nodes. With a folder these are files: at the most, two layers and one layer's pooled messages.
+    It needs `gathered_bytes` and a few blocks of memory, and, without a folder, about four tables
+    of all nodes. With a folder, these are files: at most two layers and one layer's pooled
+    messages.
 
     Args:
         layers: From the lowest to the highest, 1 or more.
         neighbourhoods: The neighbours that each node pools.
-        inputs: Gives the inputs of nodes `low … high - 1`; called once for each block.
-        folder: Where tables that do not fit go, of one process; None keeps them in memory.
-        gathered_bytes: The most that is gathered from at a time: messages are pooled in slices
-            of their columns if all of them would be more.
-        block_nodes: Nodes computed at a time.
+        inputs: Returns the inputs of nodes `low … high - 1`; called once for each block.
+        folder: Folder for tables that do not fit in memory, of a single process; None keeps them in
+            memory.
+        gathered_bytes: Maximum size of the randomly accessed part; larger messages are pooled in
+            slices of their columns.
+        block_nodes: Number of nodes computed at a time.
         on_block: Called with each block of inputs to each layer.
-        device: Where the layers are.
+        device: The device of the layers.
 
     Returns:
         The states, in node order.
@@ -260,7 +263,7 @@ def _write(rows: Rows, blocks: Iterable[tuple[int, Tensor]]) -> None:
 def _updated(
     layer: Convolve, state: Rows, earlier: Sequence[Rows], said: Iterable[tuple[int, Tensor]]
 ) -> Iterator[tuple[int, Tensor]]:
-    """Give each block's next state from its own and from all its neighbours' messages."""
+    """Yield each block's next state, from its own state and its neighbours' messages."""
     for low, said_BH in said:
         high = low + len(said_BH)
         parts = [rows.read(low, high).to(said_BH.device) for rows in earlier]
@@ -276,9 +279,7 @@ def _pooled(
     device: torch.device,
     columns: slice,
 ) -> Iterator[tuple[int, Tensor]]:
-    """Compute some columns of all messages, then yield the pooled messages of each block of
-    nodes.
-    """
+    """Compute some columns of all messages, then yield each block's pooled messages."""
     message_VH = torch.zeros(state.num_rows, columns.stop - columns.start, device=device)
     for low, high in blocks:
         message_VH[low:high] = layer.messages(state.read(low, high).to(device), columns)
@@ -288,7 +289,7 @@ def _pooled(
 
 
 def _slices(num_nodes: int, width: int, most_bytes: int) -> list[slice]:
-    """Cut columns into even slices of no more than so many bytes each, at least one wide."""
+    """Cut columns into equal slices with a maximum size in bytes, at least one column wide."""
     most = max(1, most_bytes // (4 * max(1, num_nodes)))
     count = -(-width // most)
     bounds = np.linspace(0, width, count + 1).astype(int).tolist()
@@ -298,7 +299,7 @@ def _slices(num_nodes: int, width: int, most_bytes: int) -> list[slice]:
 def _edges(
     neighbourhoods: Neighbourhoods, low: int, high: int, device: torch.device
 ) -> tuple[Int32[Tensor, " E"], Float32[Tensor, " E"], Int32[Tensor, " B1"]]:
-    """Return the neighbours of a block of nodes, their weights, and where each node's begin."""
+    """Return the neighbours of a block of nodes, their weights, and the start of each node's."""
     neighbour_BT = neighbourhoods.neighbour_VT[low:high]
     real_BT = neighbour_BT >= 0
     offsets_B1 = np.concatenate([[0], np.cumsum(real_BT.sum(axis=1))]).astype(np.int32)

@@ -1,12 +1,11 @@
 """The inputs of a ranker for a row: its user, its item and its context, one vector per field.
 
-The ids of a batch are looked up in one pass a side, and so are the codes of single values; what is
-known of the user and the context is computed once for a query, however many items it has; bags,
-numbers and vectors of items are computed once for an item, however often it is in a batch.
+The ids of a batch are looked up in one pass per side, and so are the codes of single values. Fields
+of the user and the context are computed once per query, for any number of items; bags, numbers and
+vectors of items are computed once per distinct item in a batch.
 
-Shape legend: B queries, A rows of items (B, or 1 where all queries have the same), C items of
-each, R new items, M events of histories, Q fields of a query, G fields of an item, W width of a
-field.
+Shape legend: B queries, A rows of items (B, or 1 if all queries have the same), C items per row, R
+new items, M events of histories, Q fields of a query, G fields of an item, W width of a field.
 """
 
 from functools import partial
@@ -35,10 +34,10 @@ class RowParts(NamedTuple):
     """The fields of a batch."""
 
     query_BQW: Float[Tensor, "B Q W"]
-    """Of users and contexts."""
+    """Fields of users and contexts."""
     item_ACGW: Float[Tensor, "A C G W"]
     history_MGW: Float[Tensor, "M G W"]
-    """Of the items of histories; M is 0 where none was asked for."""
+    """Fields of the items of histories; M is 0 if none was requested."""
 
 
 @final
@@ -49,7 +48,7 @@ class RowFields(nn.Module):
     """
 
     taught_U: Tensor
-    """Which users have a training event; none where each row is a user of its own."""
+    """True for users with a training event; no user if each row is its own user."""
     taught_I: Tensor
 
     def __init__(
@@ -67,14 +66,14 @@ class RowFields(nn.Module):
 
         Args:
             config: The settings.
-            num_users: Users that training knows, 0 or more.
-            num_items: Items of the catalogue, 1 or more.
-            features: What else is known of users, items and contexts.
+            num_users: Number of training users, 0 or more.
+            num_items: Number of items in the catalogue, 1 or more.
+            features: Features of users, items and contexts.
             width: W; None: `embedding_dim`.
-            reads_history: Whether the model reads histories itself, so that what known users do
-                next does not move their id vectors.
-            folds_in: Whether the id vectors of new users, and their features that are not given,
-                are regressed on their histories (`FoldIn`).
+            reads_history: Whether the model reads histories itself, so that later events of known
+                users do not change their id vectors.
+            folds_in: Whether new users' id vectors and missing features are computed by a
+                regression on their histories (`FoldIn`).
 
         Raises:
             ConfigError: Items have neither ids nor features.
@@ -141,22 +140,22 @@ class RowFields(nn.Module):
         )
 
     def query(self, queries: Queries) -> Float[Tensor, "B Q W"]:
-        """Return the fields of users and contexts alone."""
+        """Return only the fields of users and contexts."""
         codes = self._user_codes(queries), self._moment_codes(queries)
         return self._query_fields(queries, *codes)
 
     def items(self, item_AC: Int64[Tensor, "A C"]) -> Float[Tensor, "A C G W"]:
-        """Return the fields of items alone."""
+        """Return only the fields of items."""
         item_ACS = self._item_codes(item_AC)
         single_ACSW = self.item.look_up(item_ACS)
         vector_MOW = self.item.shared_vectors(item_AC.flatten())
         return self._item_fields(item_AC, item_ACS, single_ACSW, vector_MOW)
 
     def new_items(self, table: FieldTable) -> Float[Tensor, "1 R G W"]:
-        """Return the fields of R items that are in no table, from their features alone.
+        """Return the fields of R items without a row, computed from features.
 
         Raises:
-            ConfigError: No features of items are read.
+            ConfigError: The model reads no features of items.
         """
         if not self.item.has_features:
             raise ConfigError("this model reads no features of items, so it cannot score new ones")
@@ -168,16 +167,16 @@ class RowFields(nn.Module):
 
     @property
     def user_U(self) -> Int64[Tensor, " U"]:
-        """All users, where the weights are."""
+        """All users, on the device of the weights."""
         return torch.arange(self.num_users, device=self.taught_U.device)
 
     @property
     def item_I(self) -> Int64[Tensor, " I"]:
-        """All items, where the weights are."""
+        """All items, on the device of the weights."""
         return torch.arange(self.num_items, device=self.taught_I.device)
 
     def known_items(self) -> Bool[Tensor, " I"]:
-        """Return which items have a known feature."""
+        """Return a mask of items with a known feature."""
         return self.item.known.known_R
 
     @property
@@ -195,7 +194,7 @@ class RowFields(nn.Module):
         """Set the id vectors of users and items without a training event to 0."""
         times_U = torch.from_numpy(np.diff(events.offsets))
         times_I = torch.from_numpy(events.item_count)
-        come_back = (times_U > 1).any() or times_U.all()  # else an id learns its row by heart
+        come_back = (times_U > 1).any() or times_U.all()  # otherwise an id memorises its row
         self.taught_U.copy_((times_U > 0) & come_back)
         self.taught_I.copy_(times_I > 0)
         for side, taught_R in ((self.user, self.taught_U), (self.item, self.taught_I)):
@@ -214,7 +213,7 @@ class RowFields(nn.Module):
         item_BC: Int64[Tensor, "B C"],
         history_N: Int64[Tensor, " N"] | None = None,
     ) -> Float[Tensor, ""]:
-        """Return what `l2` adds to the loss of a batch.
+        """Return the l2 penalty of a batch.
 
         Args:
             queries: Users and contexts.
@@ -238,7 +237,7 @@ class RowFields(nn.Module):
         """Learn how to answer new users from their histories.
 
         Args:
-            events: What histories are made of.
+            events: The events of histories.
         """
         users, items = self.user.id_table, self.item.id_table
         if self.fold_in is not None and users is not None and items is not None:
@@ -272,7 +271,7 @@ class RowFields(nn.Module):
         return draw_for_rows(row_X.shape, draw) < self.config.id_dropout
 
     def _look_up_items(self, item_ACS: Tensor, history_MS: Tensor) -> tuple[Tensor, Tensor]:
-        """Look up the items that are judged, and those of histories, in one pass."""
+        """Look up the scored items and those of histories, in one pass."""
         sizes = [item_ACS.shape[:-1].numel(), len(history_MS)]
         code_NS = torch.cat([item_ACS.flatten(0, -2), history_MS])
         item_NSW, history_MSW = self.item.look_up(code_NS).split(sizes)

@@ -1,10 +1,10 @@
 """One side of a row (user, item or context): the id, if it has one, and the features.
 
-Ids have a table of their own, and so have the codes of single-valued fields. Bags, numbers and
-vectors are computed row by row; a gate may make one field of a side's id and its vectors.
+Ids and the codes of single-valued fields have separate tables. Bags, numbers and vectors are
+computed row by row; a gate may combine a side's id and its vectors into one field.
 
-Shape legend: R rows, X any shape of rows, S single-valued fields, the id among them, O other
-fields, V vectors among them, F fields, N 1 where the side has an id, else 0, W width.
+Shape legend: R rows, X any shape of rows, S single-valued fields including the id, O other fields,
+V vectors among them, F fields, N 1 if the side has an id, else 0, W width.
 """
 
 from typing import ClassVar, Literal, NamedTuple, final
@@ -38,8 +38,8 @@ ROWS_USUAL = Usual(
     objective={"kind": "rows"},
     training={"batch_events": 1024, "learning_rate": 5e-3},
 )
-"""Each row brings drawn items, so that 1024 events are many rows; five times the usual rate ends
-sooner and higher on MovieLens-100K and Frappe."""
+"""Each row has additional drawn items, so 1024 events are many rows. Five times the usual learning
+rate is faster and better on MovieLens-100K and Frappe."""
 
 
 class RowFieldsConfig(IdConfig):
@@ -54,7 +54,7 @@ class RowFieldsConfig(IdConfig):
     embedding_dim: Count = 16
     """Width of each field's vector."""
     user_id: bool = True
-    """Whether each user has a vector. If each row is a user of its own, there is none."""
+    """Whether each user has a vector. There is none if each row is its own user."""
     item_id: bool = True
     """Whether each item has a vector."""
     user_features: bool = True
@@ -64,38 +64,39 @@ class RowFieldsConfig(IdConfig):
     context_features: bool = True
     """Whether the features of the context are read, if there are any."""
     fusion: Fusion = "concat"
-    """How vectors of texts or images are joined: "concat", each is one more field; "gate", a gate
-    makes one field of them and the id."""
+    """How vectors of texts or images are combined: with "concat", each is a separate field; with
+    "gate", a gate combines them and the id into one field."""
     id_dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of training rows whose id is hidden if there is other information, so that the features
     alone learn to predict."""
     init_std: Positive = 0.05
     """Standard deviation of the initial vectors."""
     l2: Weight = 0.0
-    """Weight of half the squared length of the vectors of ids and single values that a batch
-    uses."""
+    """Weight of the penalty on half the squared length of the vectors of ids and single values that
+    a batch uses."""
     l2_of: L2Of = "rows"
-    """"rows": the mean over the batch's rows of all vectors that they use. "mini_batch_aware": each
-    vector once a batch, divided by the number of training rows that use it, so that rare and
-    frequent vectors get the same penalty over an epoch."""
+    """"rows": the penalty is a mean over the batch's rows of all vectors that they use.
+    "mini_batch_aware": each vector counts once per batch, divided by the number of training rows
+    that use it, so that rare and frequent vectors get the same penalty in an epoch."""
 
 
 @final
 class UsedRowsL2(nn.Module):
-    r"""The price of long vectors, paid by the rows of a table that a batch uses.
+    r"""An l2 penalty on the rows of a table that a batch uses.
 
     .. math:: \frac{\lambda}{2} \sum_v w_v \lVert e_v \rVert^2
 
-    "rows": w is how often the batch uses row v over its number of rows. "mini_batch_aware": w is 1
-    over the number of training rows that use v: Zhou et al., "Deep Interest Network for
-    Click-Through Rate Prediction", KDD 2018, equation 6. **Departure**: a row that only reads an
-    item in a history does not count among those that use it. Row -1 has no id, and adds nothing.
+    "rows": w is the number of uses of row v in the batch, divided by the number of the batch's
+    rows. "mini_batch_aware": w is 1 divided by the number of training rows that use v: Zhou et al.,
+    "Deep Interest Network for Click-Through Rate Prediction", KDD 2018, equation 6. **Departure**:
+    a row that reads an item only in a history does not count as using it. Row -1 has no id and adds
+    nothing.
 
     Shape legend: V rows of the table, N uses in a batch.
     """
 
     times_V: Tensor
-    """How many training rows use each row of the table; empty where nothing asks for it."""
+    """Number of training rows that use each row of the table; empty if it is not needed."""
 
     def __init__(self, l2: float, of: L2Of) -> None:
         super().__init__()
@@ -111,7 +112,7 @@ class UsedRowsL2(nn.Module):
 
         Args:
             code_RS: Codes of users, items or contexts, -1 for none.
-            times_R: How many training rows have each.
+            times_R: Number of training rows with each.
             num_rows: V.
         """
         if self.weight and self.of == "mini_batch_aware":
@@ -121,7 +122,7 @@ class UsedRowsL2(nn.Module):
             self.times_V = times_V.to(self.times_V.device)
 
     def forward(self, code_N: Int64[Tensor, " N"], table: Table, *, num_rows: int) -> Tensor:
-        """Return the penalty of a batch of `num_rows` rows, which uses `code_N`."""
+        """Return the penalty of a batch of `num_rows` rows that uses `code_N`."""
         used_V, times_V = code_N[code_N >= 0].unique(return_counts=True)
         if self.of == "mini_batch_aware":
             factor_V = self.times_V[used_V].clamp(min=1).reciprocal()
@@ -133,9 +134,9 @@ class UsedRowsL2(nn.Module):
 
 @final
 class SideFields(nn.Module):
-    """Codes of the id and single-valued fields, and vectors of the others; there may be none.
+    """Codes of the id and single-valued fields, if any, and vectors of the others.
 
-    Rows are asked for by number; -1 is a row of which nothing is known, or only `other`.
+    Rows are given by number; -1 is a row with nothing known except `other`.
     """
 
     def __init__(
@@ -150,10 +151,10 @@ class SideFields(nn.Module):
         """Create all untrained weights except those of the tables.
 
         Args:
-            told: The features, and the encoded rows of all users or items, None of the context,
-                which has none; None where no features are read.
-            num_rows: Users or items; 0 of the context.
-            has_id: Whether each row has a vector of its own.
+            told: The features, and the encoded rows of all users or items (None for the context,
+                which has no such rows); None if no features are read.
+            num_rows: Number of users or items; 0 for the context.
+            has_id: Whether each row has its own vector.
             config: The settings.
             width: W.
         """
@@ -188,7 +189,7 @@ class SideFields(nn.Module):
         return num_fields if self.gate is None else num_fields + 1 - self.num_vectors - self.has_id
 
     def take_tables(self, id_table: Table, code_table: Table) -> None:
-        """Take the tables of ids and of codes, where there are such."""
+        """Set the tables of ids and of codes, if there are any."""
         if self.has_id:
             self.id_table = id_table
         if self.num_singles:
@@ -203,13 +204,13 @@ class SideFields(nn.Module):
         *,
         dropped_X: Bool[Tensor, "*X"] | None = None,
     ) -> Int64[Tensor, "*X S"]:
-        """Return the codes of rows, the id's first.
+        """Return the codes of rows; the id comes first.
 
         Args:
             row_X: The rows.
-            taught_R: Which rows have a trained id, None: all; the id of the others is -1.
+            taught_R: True for rows with a trained id; None: all. The others have the id -1.
             other: Given features of rows that are -1.
-            dropped_X: Which are read without their id.
+            dropped_X: True for rows to read without their id.
         """
         if not self.has_id:
             return self._single_codes(row_X, other)
@@ -224,7 +225,7 @@ class SideFields(nn.Module):
         return torch.cat([id_X1, self._single_codes(row_X, other)], dim=-1)
 
     def look_up(self, code_XS: Int64[Tensor, "*X S"]) -> Float[Tensor, "*X S W"]:
-        """Return the vectors of codes, as `codes` gives them."""
+        """Return the vectors of codes from `codes`."""
         looked = [table(part_X) for table, part_X, _ in self._by_table(code_XS)]
         if not looked:
             return torch.empty(*code_XS.shape, self.width, device=code_XS.device)
@@ -236,7 +237,7 @@ class SideFields(nn.Module):
             l2.count(part_R, times_R, num_rows=table.num_rows)
 
     def penalty(self, code_NS: Int64[Tensor, "N S"], *, num_rows: int) -> list[Tensor]:
-        """Return what the uses of ids and of codes in a batch add to its loss."""
+        """Return the penalty of the ids and codes that a batch uses."""
         return [
             l2(part_N.flatten(), table, num_rows=num_rows)
             for table, part_N, l2 in self._by_table(code_NS)
@@ -261,9 +262,9 @@ class SideFields(nn.Module):
         return own_ROW.where((row_R >= 0)[:, None, None], self._encode(other))
 
     def shared_vectors(self, row_R: Int64[Tensor, " R"]) -> Float[Tensor, "R O W"]:
-        """Return what `vectors` does, each row computed once however often it is asked for.
+        """Return the same as `vectors`, but compute each distinct row once.
 
-        In evaluation mode all rows are computed, and kept.
+        In evaluation mode, all rows are computed and kept.
         """
         if not self.num_others:
             return torch.empty(len(row_R), 0, self.width, device=row_R.device)
@@ -276,7 +277,7 @@ class SideFields(nn.Module):
         return F.embedding(row_R, table_RX).view(len(row_R), self.num_others, self.width)
 
     def train(self, mode: bool = True) -> "SideFields":  # noqa: FBT001, FBT002 - torch's signature
-        """Forget what was computed from other weights."""
+        """Set the mode, and clear values computed from earlier weights."""
         self._kept_RX = None
         super().train(mode)
         return self
@@ -290,7 +291,7 @@ class SideFields(nn.Module):
         vector_XOW: Float[Tensor, "*X O W"],
         has_id_XN: Bool[Tensor, "*X N"],
     ) -> Float[Tensor, "*X F W"]:
-        """Return all fields; behind a gate the id and the vectors are one, the first."""
+        """Return all fields; with a gate, the first combines the id and the vectors."""
         field_XFW = side_by_side(single_XSW, vector_XOW)
         if self.gate is None:
             return field_XFW
@@ -345,7 +346,7 @@ class SideFields(nn.Module):
 
 
 class RowSides(NamedTuple):
-    """Each may have no field at all."""
+    """The three sides; each may have no fields."""
 
     user: SideFields
     item: SideFields
@@ -363,8 +364,8 @@ def sides_of_rows(
     """Make the sides and their tables.
 
     Raises:
-        ConfigError: Items have neither ids nor features, or there is nothing at all, or
-            features are of others than there are.
+        ConfigError: Items have neither ids nor features, there are no fields at all, or features
+            belong to a different number of users or items.
     """
     users = told_of_users(features if config.user_features else None, num_users)
     items = told_of_items(features if config.item_features else None, num_items)
@@ -389,7 +390,7 @@ def sides_of_rows(
             "rows have neither ids nor features: give features of users or of the context"
         )
     sizes = [1, *(side.num_ids for side in made), *(side.num_codes for side in made)]
-    tables = config.table.make_several(sizes, width, std=config.init_std)[1:]  # as it was drawn
+    tables = config.table.make_several(sizes, width, std=config.init_std)[1:]  # as drawn
     for side, ids, codes in zip(made, tables[:3], tables[3:], strict=True):
         side.take_tables(ids, codes)
     return RowSides(user, item, context)
@@ -402,7 +403,7 @@ def _told_of_moments(features: Features | None) -> tuple[FieldSide, None] | None
 def side_by_side(
     first_XFW: Float[Tensor, "*X _ W"], second_XFW: Float[Tensor, "*X _ W"]
 ) -> Float[Tensor, "*X _ W"]:
-    """Put fields behind one another, without a copy where one side has none."""
+    """Concatenate fields, without a copy if one side has none."""
     if second_XFW.shape[-2] == 0:
         return first_XFW
     return torch.cat([first_XFW, second_XFW], dim=-2) if first_XFW.shape[-2] else second_XFW

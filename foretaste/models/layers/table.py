@@ -1,12 +1,12 @@
 """Tables of learned rows, the only place where an id or a code becomes a vector.
 
-A model asks a table for rows, for a block of them, or for the mean of bags of them, and never sees
-how they are kept. A side has a table of its own (users, items, the codes of features), so that it
-can grow at its end. What the settings of every kind of table have, and those of the kind with a row
-for each, are here; the other kinds are in `tables.py`, `tables_at_rest.py` and `table_kinds.py`.
+A model requests rows, a block of rows, or the mean of bags of rows, independent of their storage.
+Each side (users, items, the codes of features) has its own table, so that it can grow at its end.
+This file has the settings common to all kinds of tables, and the dense kind; the other kinds are in
+`tables.py`, `tables_at_rest.py` and `table_kinds.py`.
 
-Shape legend: R rows of a table, X any shape of rows asked for, D width, P bags, N codes of them,
-B queries.
+Shape legend: R rows of a table, X any shape of requested rows, D width, P bags, N codes of bags, B
+queries.
 """
 
 from abc import ABC, abstractmethod
@@ -24,11 +24,11 @@ from foretaste.errors import ConfigError, DataError
 from foretaste.models.layers.codes import Codes
 
 BLOCK_ROWS = 2**18
-"""Rows of a block: 64 MiB at a width of 64."""
+"""Number of rows in a block: 64 MiB at a width of 64."""
 
 
 class Table(nn.Module, ABC):
-    """Rows by number; row -1 is 0."""
+    """Returns rows by number; row -1 is 0."""
 
     trains: ClassVar[bool] = True
     width: int
@@ -36,7 +36,7 @@ class Table(nn.Module, ABC):
     @property
     @abstractmethod
     def num_rows(self) -> int:
-        """How many rows there are."""
+        """Number of rows."""
 
     @abstractmethod
     def forward(self, row_X: Int64[Tensor, "*X"]) -> Float[Tensor, "*X D"]:
@@ -47,30 +47,30 @@ class Table(nn.Module, ABC):
         """Return the rows in [first, last), with their gradient.
 
         Raises:
-            DataError: They are not within the table.
+            DataError: The block is not within the table.
         """
 
     @abstractmethod
     def draw(self, *, std: float) -> None:
-        """Draw all rows from a normal distribution around 0, by torch's global generator."""
+        """Draw all rows from a normal distribution around 0, with torch's global generator."""
 
     @abstractmethod
     def zero_rows(self, untrained_R: Bool[Tensor, " R"]) -> None:
-        """Make those rows 0 that nothing can train."""
+        """Set rows that cannot be trained to 0."""
 
     @abstractmethod
     def grow(self, num_rows: int) -> None:
-        """Append rows, drawn as the first ones were; those that are there keep their numbers.
+        """Append rows, drawn like the first ones; existing rows keep their numbers.
 
         Raises:
-            DataError: There are more rows already.
+            DataError: The table already has more rows.
         """
 
     def take(self, others: Sequence["Table"]) -> None:
-        """Become the rows of other tables, side by side.
+        """Take the concatenated columns of other tables as rows.
 
         Raises:
-            ConfigError: Rows of this kind cannot be put together so.
+            ConfigError: Rows of this kind cannot be combined like this.
         """
         raise ConfigError(
             f"a table of {type(self).__name__} cannot start from those of other models: set "
@@ -80,14 +80,14 @@ class Table(nn.Module, ABC):
         )
 
     def blocks(self) -> Iterator[tuple[int, Float[Tensor, "_ D"]]]:
-        """Give all rows without gradient, in blocks, each with the number of its first row."""
+        """Yield all rows without gradient, in blocks, each with the number of its first row."""
         for first in range(0, self.num_rows, BLOCK_ROWS):
             with torch.no_grad():
                 rows_RD = self.block(first, min(first + BLOCK_ROWS, self.num_rows))
             yield first, rows_RD.detach()
 
     def codes(self) -> Codes | None:
-        """Return the rows as codes, where they are kept so."""
+        """Return the rows as codes, if the table stores codes."""
         return None
 
     def products(self, query_BD: Float[Tensor, "B D"]) -> Float[Tensor, "B R"]:
@@ -104,19 +104,19 @@ class Table(nn.Module, ABC):
 
 
 class OwnRows(Table):
-    """A row of its own for each, in one tensor: all of them, or those of one process."""
+    """A separate row for each number, in one tensor: all rows, or those of one process."""
 
     weight: nn.Parameter
     std: float
-    """How widely the rows were drawn."""
+    """Standard deviation of the initial rows."""
     by_rows = False
-    """Whether the gradient of a look-up is one of the rows that were read."""
+    """Whether the gradient of a look-up is sparse, with only the rows that were read."""
     scale = 1.0
-    """What the rows are to be multiplied by: weight decay that is not in them yet."""
+    """A factor of the rows: weight decay that is not yet applied to them."""
 
     @abstractmethod
     def cut(self, sizes: Sequence[int]) -> list["Table"]:
-        """Return tables of so many of the rows each, one after the other."""
+        """Cut the rows into tables of these sizes, in order."""
 
 
 @final
@@ -142,7 +142,7 @@ class Dense(OwnRows):
         block_RD = self.weight[first:last]
         if self.scale == 1:
             return block_RD
-        return block_RD.detach() * self.scale + (block_RD - block_RD.detach())  # gradient as it is
+        return block_RD.detach() * self.scale + (block_RD - block_RD.detach())  # same gradient
 
     @torch.no_grad()
     def draw(self, *, std: float) -> None:
@@ -176,20 +176,20 @@ class Dense(OwnRows):
 
     @classmethod
     def of_rows(cls, row_RD: Float[Tensor, "R D"], std: float) -> "Dense":
-        """Return a table of these rows; those that it grows by are drawn with `std`."""
+        """Return a table of these rows; later rows are drawn with `std`."""
         table = cls(0, row_RD.shape[1])
         table.std, table.weight = std, nn.Parameter(row_RD)
         return table
 
 
 Place = Callable[[int, int], OwnRows]
-"""From a number of rows and their width to an untrained table."""
+"""Makes an untrained table from a number of rows and their width."""
 _places: list[Place] = []
 
 
 @contextmanager
 def placed(place: Place) -> Iterator[None]:
-    """Make tables of own rows by `place` in this context, such as tables of several processes."""
+    """Make tables with `place` in this context, such as tables of several processes."""
     _places.append(place)
     try:
         yield
@@ -198,15 +198,15 @@ def placed(place: Place) -> Iterator[None]:
 
 
 def own_rows(num_rows: int, width: int) -> OwnRows:
-    """Make an untrained table with a row of its own for each, where the context places it."""
+    """Make an untrained table of separate rows, placed as the context decides."""
     return _places[-1](num_rows, width) if _places else Dense(num_rows, width)
 
 
 def check_growth(num_before: int, num_rows: int) -> None:
-    """Refuse to shrink.
+    """Raise an error if a table would shrink.
 
     Raises:
-        DataError: There are more rows already.
+        DataError: The table already has more rows.
     """
     if num_rows < num_before:
         raise DataError(
@@ -218,7 +218,7 @@ def check_growth(num_before: int, num_rows: int) -> None:
 
 
 def check_block(first: int, last: int, num_rows: int) -> None:
-    """Refuse a block that is not within the table.
+    """Raise an error for a block that is not within the table.
 
     Raises:
         DataError: It begins before row 0, ends beyond the table, or before it begins.
@@ -259,15 +259,15 @@ def look_up(
     scale: float = 1.0,
     by_rows: bool = False,
 ) -> Float[Tensor, "N D"]:
-    """Return rows, as `F.embedding` does, with a fast gradient; row -1 is 0 and gets none.
+    """Return rows like `F.embedding`, with a faster gradient; row -1 is 0 and gets no gradient.
 
     torch's own gradient takes two to eight times as long on a CPU.
 
     Args:
-        row_N: Which rows.
+        row_N: The rows.
         weight_RD: The table.
-        scale: What its rows are multiplied by; the gradient is that of the product.
-        by_rows: Whether the gradient is a sparse one, of the rows that were read.
+        scale: Factor of the rows; the gradient is that of the product.
+        by_rows: Whether the gradient is sparse, with only the rows that were read.
     """
     looked_ND: Tensor = _LookUp.apply(row_N, weight_RD, scale, by_rows)  # type: ignore[no-untyped-call]  # torch
     return looked_ND
@@ -281,17 +281,17 @@ def mean_bags(
     scale: float = 1.0,
     by_rows: bool = False,
 ) -> Float[Tensor, "P D"]:
-    """Return the mean of the rows of each bag, as `F.embedding_bag` does, with a fast gradient.
+    """Return the mean of the rows of each bag like `F.embedding_bag`, with a faster gradient.
 
-    The gradient of a row is a sum over the places where it stands, so it is a sum over bags again:
-    codes in ascending order, one bag a code. torch's own takes ten times as long on a CPU.
+    The gradient of a row is a sum over its positions, so it is a sum over bags again: codes in
+    ascending order, one bag per code. torch's own takes ten times as long on a CPU.
 
     Args:
         code_N: Rows of `weight_RD`, bag by bag.
-        offsets_P: Where each bag starts in `code_N`; it ends where the next one starts.
+        offsets_P: Start of each bag in `code_N`; it ends at the next start.
         weight_RD: The table.
-        scale: What its rows are multiplied by; the gradient is that of the product.
-        by_rows: Whether the gradient is a sparse one, of the rows that were read.
+        scale: Factor of the rows; the gradient is that of the product.
+        by_rows: Whether the gradient is sparse, with only the rows that were read.
     """
     length_P = torch.diff(offsets_P, append=offsets_P.new_full((1,), len(code_N)))
     share_N = length_P.to(weight_RD.dtype).reciprocal().repeat_interleave(length_P)
@@ -315,10 +315,10 @@ def sum_by_row(
     Args:
         row_N: The rows; -1 gets no gradient.
         grad_XD: Gradients.
-        num_rows: Of the table.
-        by_rows: Whether the answer is sparse.
-        of_N: Which of them belongs to each row; None: they are in the order of the rows.
-        share_N: What each counts; None: 1.
+        num_rows: Number of rows of the table.
+        by_rows: Whether the result is sparse.
+        of_N: The gradient of each row; None: gradients are in the order of the rows.
+        share_N: Weight of each; None: 1.
     """
     ordered_N, order_N = row_N.int().sort(stable=True)  # int32 sorts in half of the time
     num_none = int((ordered_N < 0).sum())
@@ -345,7 +345,7 @@ def sum_by_row(
 
 
 class _LookUp(torch.autograd.Function):
-    """Some rows of a table."""
+    """The look-up of some rows of a table."""
 
     @staticmethod
     def forward(
@@ -412,20 +412,20 @@ class _SumBags(torch.autograd.Function):
 
 
 Links = tuple[Int64[Tensor, " N"], Int64[Tensor, " N"]]
-"""Pairs of a row and something that it has: the other side of an event, or a feature's code."""
+"""Pairs of a row and one of its links: the other side of an event, or a feature's code."""
 
 
 FindLinks = Callable[[str], Links | None]
-"""From "neighbours" or "features" to the links of a table; None: it has none such."""
+"""Maps "neighbours" or "features" to the links of a table; None: it has no such links."""
 
 
 def no_links(_: str) -> None:
-    """Return no links: rows have nothing in common."""
+    """Return no links, because rows have nothing in common."""
     return
 
 
 class TableKind(Config):
-    """Settings that every kind of table has."""
+    """Settings of every kind of table."""
 
     trains: ClassVar[bool] = True
     """Whether its tables can be trained."""
@@ -435,14 +435,14 @@ class TableKind(Config):
         """Make an untrained table."""
 
     def compressed(self, table: Table, links: FindLinks = no_links) -> Table:
-        """Return a trained table in this kind.
+        """Return a trained table, converted to this kind.
 
         Args:
             table: The trained one.
-            links: What its rows have in common.
+            links: The links of its rows.
 
         Raises:
-            ConfigError: It has to be trained so.
+            ConfigError: This kind must be trained as such.
         """
         kind = str(getattr(self, "kind", ""))
         raise ConfigError(
@@ -454,21 +454,21 @@ class TableKind(Config):
 
     @classmethod
     def tried(cls, width: int) -> Sequence["TableKind"]:
-        """Return what `compress` makes of trained tables of a width."""
+        """Return the settings that `compress` tries for trained tables of a width."""
         return ()
 
     @classmethod
     def retrained(cls, times: float, width: int) -> Sequence["TableKind"]:
-        """Return what `compress` trains again, in tables of about `times` fewer bytes."""
+        """Return the settings that `compress` retrains, for about `times` fewer bytes."""
         return ()
 
     @classmethod
     def anchor(cls, times: float, width: int) -> "TableKind | None":
-        """Return settings of about `times` fewer bytes, if others are compared with this kind."""
+        """Return settings of about `times` fewer bytes, if this kind is a reference for others."""
         return None
 
     def make_several(self, sizes: Sequence[int], width: int, *, std: float) -> list[Table]:
-        """Make tables of one width, drawn with one standard deviation."""
+        """Make tables of one width with one standard deviation."""
         tables = [self.make(num_rows, width) for num_rows in sizes]
         for table in tables:
             table.draw(std=std)
@@ -476,17 +476,17 @@ class TableKind(Config):
 
 
 class DenseConfig(TableKind):
-    """Settings of a table with a row of its own for each id."""
+    """Settings of a table with a separate row for each id."""
 
     kind: Literal["dense"] = "dense"
-    """"dense": a row of its own for each."""
+    """"dense": a separate row for each id."""
 
     def make(self, num_rows: int, width: int) -> Table:
         """Make an untrained table."""
         return own_rows(num_rows, width)
 
     def make_several(self, sizes: Sequence[int], width: int, *, std: float) -> list[Table]:
-        """Make tables whose rows are drawn as those of one table, cut at `sizes`."""
+        """Make tables whose rows are drawn as one table and cut at `sizes`."""
         whole = own_rows(sum(sizes), width)
         whole.draw(std=std)
         return whole.cut(sizes)

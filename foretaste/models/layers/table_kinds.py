@@ -3,7 +3,7 @@
 A model asks its settings for tables (`config.table.make`), and knows of no kind; one more kind is
 one more member of the union.
 
-Shape legend: R rows of a table, N rows asked for, D width, M sub-spaces, C vectors of a codebook, d
+Shape legend: R rows of a table, N requested rows, D width, M sub-spaces, C vectors of a codebook, d
 width of the widest of them, S all of these, B queries.
 """
 
@@ -34,26 +34,27 @@ from foretaste.models.layers.tables_at_rest import HalfConfig, IntegerConfig, Pr
 
 
 class QuantisedConfig(FilledConfig):
-    """Settings of rows of codes: one vector of a codebook for each part of the width."""
+    """Settings of rows that are codes: one codebook vector for each part of the width."""
 
     kind: Literal["quantised"] = "quantised"
-    """"quantised": a byte for each part of the width, which chooses one of 256 learned vectors;
-    bytes of users and items are chosen by a singular value decomposition of the events before
-    training, or by k-means on a trained table."""
+    """"quantised": a byte for each part of the width, which selects one of 256 learned vectors.
+    Bytes of users and items come from a singular value decomposition of the events before training,
+    or from k-means on a trained table."""
     sub_spaces: Count = 8
-    """Parts of the width, which is the number of bytes of a row."""
+    """Number of parts of the width, and of bytes per row."""
     turned: bool = False
-    """Whether a trained table's rows are turned first, so that each part carries as much: better
-    where few directions carry most. A table that is trained with codes is not turned."""
+    """Whether a trained table's rows are rotated first, so that all parts have similar variance;
+    this is better if few directions have most of the variance. A table that is trained with codes
+    is not rotated."""
 
     @classmethod
     def tried(cls, width: int) -> Sequence[TableKind]:
-        """Return half as many bytes as numbers, and fewer."""
+        """Return settings of half as many bytes as numbers, and of fewer."""
         return [cls(sub_spaces=n, turned=True) for n in (width // 2, width // 4, width // 8) if n]
 
     @classmethod
     def retrained(cls, times: float, width: int) -> Sequence[TableKind]:
-        """Return as few bytes a row."""
+        """Return settings of equally few bytes per row."""
         return (cls(sub_spaces=max(1, min(width, round(4 * width / times)))),)
 
     def make_smaller(self, num_rows: int, width: int) -> Table:
@@ -67,8 +68,8 @@ class Quantised(Filled):
 
     .. math:: e_r = [c^1_{b_{r1}}; \dots; c^M_{b_{rM}}] R, \quad b_{rm} \in \{0, \dots, 255\}
 
-    Codes are fixed while the vectors learn; until `code_by` is called they are by chance. R is the
-    identity but where a trained table was turned.
+    Codes are fixed while the vectors are trained; they are random until `code_by` is called. R is
+    the identity unless a trained table was rotated.
 
     References:
         Petrov and Macdonald, "RecJPQ: Training Large-Catalogue Sequential Recommenders", WSDM 2024,
@@ -104,7 +105,7 @@ class Quantised(Filled):
         return found_ND if self.turn_DD is None else found_ND @ self.turn_DD
 
     def codes(self) -> Codes:
-        """Return the rows as they are now."""
+        """Return the current rows."""
         with torch.no_grad():
             book_SD = self.codebooks.block(0, self.codebooks.num_rows).detach()
         book_MCd = book_SD.view(self.sub_spaces, CODES, -1)
@@ -128,7 +129,7 @@ class Quantised(Filled):
 
     @torch.no_grad()
     def code_by(self, factor_RM: Float[Tensor, "R M"]) -> None:
-        """Code each part by one factor, in 256 bins of as many rows each."""
+        """Code each part by one factor, in 256 bins with equal numbers of rows."""
         place_RM = factor_RM.argsort(dim=0, stable=True).argsort(dim=0, stable=True)
         self.code_RM[:, : factor_RM.shape[1]] = place_RM * CODES // self.num_rows
 
@@ -155,7 +156,7 @@ def code_by_events(
 ) -> None:
     """Code quantised tables by a truncated singular value decomposition of users × items.
 
-    Parts beyond the decomposition's rank keep their codes by chance.
+    Parts beyond the decomposition's rank keep their random codes.
     """
     shape = (events.num_users, events.num_items)
     wanted = min(max(table.sub_spaces for table in (users, items) if table is not None), *shape)
@@ -163,7 +164,7 @@ def code_by_events(
     done_UI = torch.sparse_coo_tensor(
         pair_2E, torch.ones(len(events)), shape, check_invariants=False
     ).coalesce()
-    done_UI.values().fill_(1.0)  # however often
+    done_UI.values().fill_(1.0)  # without repetition
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         user_UM, _, item_IM = torch.svd_lowrank(done_UI, q=wanted, niter=4)
@@ -192,11 +193,11 @@ TableConfig = Annotated[
 
 
 KINDS: Any = get_args(get_args(TableConfig)[0])
-"""The settings classes of all kinds."""
+"""The settings classes of all kinds of tables."""
 
 
 class IdConfig(Config):
     """Settings of a model that has a vector for each id."""
 
     table: TableConfig = DenseConfig()
-    """How the vectors of ids and of features' codes are kept."""
+    """The kind of table that stores the vectors of ids and of features' codes."""

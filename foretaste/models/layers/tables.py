@@ -3,7 +3,7 @@
 A model that needs a table asks its settings for one (`make`); only this file,
 `table_kinds.py` and `tables_at_rest.py` know a kind by its name.
 
-Shape legend: R rows of a table, X any shape of rows asked for, N rows asked for, D width, K hash
+Shape legend: R rows of a table, X any shape of requested rows, N requested rows, D width, K hash
 functions, M sub-spaces or digits.
 """
 
@@ -41,13 +41,13 @@ Parts = Annotated[int, Field(ge=2, le=4)]
 
 
 class SmallerConfig(TableKind):
-    """Settings of tables that keep fewer numbers than a row for each id."""
+    """Settings of tables that store fewer numbers than a row for each id."""
 
     from_rows: CountOrZero = 256
-    """Tables of fewer rows, and tables of biases, stay dense: there is little to save."""
+    """Tables of fewer rows, and tables of biases, stay dense, because there is little to save."""
 
     def make(self, num_rows: int, width: int) -> Table:
-        """Make an untrained table, a dense one where it would be small anyway."""
+        """Make an untrained table, or a dense one if it would be small anyway."""
         if num_rows < max(1, self.from_rows) or width == 1:
             return own_rows(num_rows, width)
         return self.make_smaller(num_rows, width)
@@ -58,10 +58,10 @@ class SmallerConfig(TableKind):
 
 
 class FilledConfig(SmallerConfig):
-    """Settings of tables that can be made of a trained one."""
+    """Settings of tables that can be made from a trained one."""
 
     def compressed(self, table: Table, links: FindLinks = no_links) -> Table:
-        """Return a trained table in this kind; where it would be dense, as it is."""
+        """Return a trained table, converted to this kind unless it would be dense."""
         made = self.make(table.num_rows, table.width)
         if not isinstance(made, Filled):
             return table
@@ -69,27 +69,27 @@ class FilledConfig(SmallerConfig):
         return made
 
     def fill(self, made: "Filled", table: Table, links: FindLinks) -> None:
-        """Give an empty table a trained one's rows."""
+        """Copy a trained table's rows into an empty table."""
         made.fill(table)
 
 
 class NarrowConfig(FilledConfig):
-    """Settings of rows of a smaller width, and a learned projection to the model's."""
+    """Settings of rows of a smaller width, and a learned projection to the model's width."""
 
     kind: Literal["narrow"] = "narrow"
-    """"narrow": rows of a smaller width and one learned projection; what other kinds have to
-    beat."""
+    """"narrow": rows of a smaller width and one learned projection; other kinds should be better
+    than this."""
     times: Times = 8.0
-    """How many times fewer weights than a dense table has, approximately."""
+    """The number of a dense table's weights divided by this table's, approximately."""
 
     @classmethod
     def retrained(cls, times: float, width: int) -> Sequence["TableKind"]:
-        """Return rows that are as narrow."""
+        """Return settings of equally narrow rows."""
         return (cls(times=times),)
 
     @classmethod
     def anchor(cls, times: float, width: int) -> "TableKind":
-        """Return rows that are as narrow."""
+        """Return settings of equally narrow rows."""
         return cls(times=times)
 
     def make_smaller(self, num_rows: int, width: int) -> Table:
@@ -99,20 +99,20 @@ class NarrowConfig(FilledConfig):
 
 
 class HashConfig(SmallerConfig):
-    """Settings of rows that are weighted sums of shared ones, chosen by hash functions."""
+    """Settings of rows that are weighted sums of shared rows, selected by hash functions."""
 
     kind: Literal["hash"] = "hash"
-    """"hash": sums of shared rows that hash functions choose, with learned weights."""
+    """"hash": sums of shared rows that hash functions select, with learned weights."""
     times: Times = 8.0
-    """How many times fewer weights than a dense table has, approximately."""
+    """The number of a dense table's weights divided by this table's, approximately."""
     hashes: Annotated[int, Field(ge=1, le=8)] = 2
-    """Hash functions: each row is the weighted sum of as many shared rows."""
+    """Number of hash functions: each row is the weighted sum of this many shared rows."""
     rows: Count | None = None
-    """Number of shared rows; None: as `times` decides."""
+    """Number of shared rows; None: `times` decides it."""
 
     @classmethod
     def retrained(cls, times: float, width: int) -> Sequence["TableKind"]:
-        """Return sums of as few rows."""
+        """Return settings of sums of equally few rows."""
         return (cls(times=times),)
 
     def make_smaller(self, num_rows: int, width: int) -> Table:
@@ -125,10 +125,10 @@ class CompositionalConfig(SmallerConfig):
     """Settings of rows that combine one shared row for each digit of the row's number."""
 
     kind: Literal["compositional"] = "compositional"
-    """"compositional": one shared row for each digit of the row's number, put together."""
+    """"compositional": a combination of one shared row for each digit of the row's number."""
     times: Times = 8.0
-    """How many times fewer weights than a dense table has, approximately; the digits set a
-    limit."""
+    """The number of a dense table's weights divided by this table's, approximately; the number of
+    digits sets a limit."""
     parts: Parts = 2
     """Number of digits; two digits are quotient and remainder."""
     operation: Literal["product", "sum", "concatenation"] = "product"
@@ -136,7 +136,7 @@ class CompositionalConfig(SmallerConfig):
 
     @classmethod
     def retrained(cls, times: float, width: int) -> Sequence["TableKind"]:
-        """Return products and rows side by side, of as few digits' rows."""
+        """Return settings of products and of concatenated rows, with equally few rows."""
         return (cls(times=times), cls(times=times, operation="concatenation"))
 
     def make_smaller(self, num_rows: int, width: int) -> Table:
@@ -144,13 +144,13 @@ class CompositionalConfig(SmallerConfig):
         return Compositional(num_rows, width, bases=self._bases(num_rows), operation=self.operation)
 
     def _bases(self, num_rows: int) -> list[int]:
-        """Return the bases of all digits but the last, which has what is left.
+        """Return the bases of all digits except the last, which has the rest.
 
         m remainders and n / m quotients are n / times rows in all: the larger root m of a square.
         """
         wanted = num_rows / self.times
         if self.operation == "concatenation":
-            wanted *= self.parts  # as each row is narrower
+            wanted *= self.parts  # because each row is narrower
         root = wanted * wanted - 4 * num_rows
         if self.parts == 2 and root > 0:
             return [math.ceil((wanted + math.sqrt(root)) / 2)]
@@ -158,7 +158,7 @@ class CompositionalConfig(SmallerConfig):
 
 
 class SharedRows(Table):
-    """Rows that are computed of weights which several of them share."""
+    """Rows that are computed from shared weights."""
 
     def __init__(self, num_rows: int, width: int) -> None:
         super().__init__()
@@ -174,7 +174,7 @@ class SharedRows(Table):
         """Return rows; -1 gives 0."""
 
     def damage(self) -> str:
-        """Return what is wrong with weights that were read from a file; nothing is ""."""
+        """Return the fault of weights that were read from a file; "" if there is none."""
         return ""
 
     def forward(self, row_X: Int64[Tensor, "*X"]) -> Float[Tensor, "*X D"]:
@@ -188,7 +188,7 @@ class SharedRows(Table):
         return self.rows(torch.arange(first, last, device=device))
 
     def zero_rows(self, untrained_R: Bool[Tensor, " R"]) -> None:
-        """Do nothing: what an untrained row shares with others is trained."""
+        """Do nothing, because an untrained row shares trained weights."""
 
     def grow(self, num_rows: int) -> None:
         check_growth(self.num_rows, num_rows)
@@ -196,10 +196,10 @@ class SharedRows(Table):
 
 
 def _refuse_damage(table: SharedRows, _: Any) -> None:
-    """Check weights that were read; torch calls this with the names that were missing.
+    """Check weights that were read; torch calls this with the missing names.
 
     Raises:
-        BundleError: No rows can be made of them.
+        BundleError: They do not give valid rows.
     """
     if wrong := table.damage():
         kind = type(table).__name__
@@ -212,14 +212,14 @@ def _refuse_damage(table: SharedRows, _: Any) -> None:
 
 
 class Filled(SharedRows):
-    """Rows that can be those of a trained table, nearly."""
+    """Rows that can approximate a trained table."""
 
     @abstractmethod
     def fill(self, table: Table) -> None:
         """Take a trained table's rows.
 
         Raises:
-            ConfigError: They are not finite.
+            ConfigError: A row is not finite.
         """
 
 
@@ -243,7 +243,7 @@ class Narrow(Filled):
 
     @torch.no_grad()
     def fill(self, table: Table) -> None:
-        """Take a trained table's rows, along its principal directions."""
+        """Take a trained table's rows, projected on its principal directions."""
         self.projection.copy_(principal_directions(table, self.inner.width))
         for first, block_RD in finite_blocks(table):
             self.inner.weight[first : first + len(block_RD)] = block_RD @ self.projection.T
@@ -262,12 +262,12 @@ class Hash(SharedRows):
 
     .. math:: e_r = \sum_k p_{h_0(r), k} \, c_{h_k(r)}
 
-    It has as many rows of weights p as of vectors c, and grows without growing.
+    It has as many rows of weights p as of vectors c; new ids need no new rows.
 
     References:
         Svenstrup, Hansen and Winther, "Hash Embeddings for Efficient Word Representations",
-        NeurIPS 2017, https://arxiv.org/abs/1709.03933. There each id may have weights of its own,
-        and weights may be beside the vector.
+        NeurIPS 2017, https://arxiv.org/abs/1709.03933. In the paper, each id may have its own
+        weights, and weights may be concatenated to the vector.
     """
 
     def __init__(self, num_rows: int, width: int, *, shared: int, hashes: int) -> None:
@@ -292,9 +292,9 @@ class Hash(SharedRows):
 
 @final
 class Compositional(SharedRows):
-    """One row for each digit of the row's number, multiplied, added or side by side.
+    """One row for each digit of the row's number, multiplied, added or concatenated.
 
-    Side by side, all rows differ wherever those of each digit do; products and sums may coincide.
+    Concatenated rows are all different if those of each digit are; products and sums may coincide.
 
     References:
         Shi, Mudigere, Naumov and Yang, "Compositional Embeddings Using Complementary Partitions for
@@ -361,7 +361,7 @@ def hashed(row_N: Int64[Tensor, " N"], salt: int, num: int) -> Int64[Tensor, " N
 
 
 def _wrapped(number: int) -> int:
-    """Return a number of 64 bits as torch has it, with a sign."""
+    """Return an unsigned 64-bit number as torch's signed one."""
     return (number + 2**63) % 2**64 - 2**63
 
 
@@ -387,7 +387,7 @@ def finite_blocks(table: Table) -> list[tuple[int, Tensor]]:
 
 @torch.no_grad()
 def principal_directions(table: Table, num: int) -> Float[Tensor, "d D"]:
-    """Return the orthonormal directions along which the rows, as they are, are the longest."""
+    """Return the orthonormal directions along which the (uncentred) rows are the longest."""
     square_DD = torch.zeros(table.width, table.width, dtype=torch.float64)
     for _, block_RD in finite_blocks(table):
         square_DD += (block_RD.T @ block_RD).double().cpu()

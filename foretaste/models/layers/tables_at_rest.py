@@ -1,8 +1,8 @@
-"""Kinds of tables that are made of a trained one: fewer bits a number, or fewer rows.
+"""Kinds of tables that are made from a trained one: fewer bits per number, or fewer rows.
 
-They cannot be trained. Their settings are in a bundle like those of the kinds that can.
+They cannot be trained. A bundle has their settings like those of trainable kinds.
 
-Shape legend: R rows of a table, N rows asked for, D width, K rows that are kept.
+Shape legend: R rows of a table, N requested rows, D width, K kept rows.
 """
 
 import math
@@ -36,16 +36,16 @@ class AtRestConfig(FilledConfig):
 
 
 class HalfConfig(AtRestConfig):
-    """Settings of rows of 16 bits a number."""
+    """Settings of rows with 16 bits per number."""
 
     kind: Literal["half"] = "half"
-    """"half": 16 bits a number, from a trained table."""
+    """"half": 16 bits per number, made from a trained table."""
     format: Literal["fp16", "bf16"] = "fp16"
     """fp16 has finer steps, bf16 has the range of fp32."""
 
     @classmethod
     def tried(cls, width: int) -> Sequence[TableKind]:
-        """Return the finer one."""
+        """Return the settings of the finer format."""
         return (cls(),)
 
     def make_smaller(self, num_rows: int, width: int) -> Table:
@@ -55,17 +55,18 @@ class HalfConfig(AtRestConfig):
 
 
 class IntegerConfig(AtRestConfig):
-    """Settings of rows of small whole numbers with a scale a row."""
+    """Settings of rows of small whole numbers with one scale per row."""
 
     kind: Literal["int8", "int4"] = "int8"
-    """"int8" and "int4": whole numbers of so many bits and a scale a row, from a trained table."""
+    """"int8" and "int4": whole numbers of 8 or 4 bits and one scale per row, made from a trained
+    table."""
     width: Count | None = None
-    """Numbers in a row: coordinates along as many principal directions of the table. None keeps
+    """Numbers per row: coordinates along this many principal directions of the table. None keeps
     all."""
     scale_bits: Literal[6, 16] = 16
-    """Bits of a row's scale. 6, for int4 alone, choose one of 64 scales of the table and are the
-    lowest bits of the last six numbers, so that a row takes no byte more than its numbers; rows of
-    fewer than 12 numbers take 16."""
+    """Bits of a row's scale. 6 bits, only for int4, select one of 64 scales of the table and are
+    stored in the lowest bits of the last six numbers, so that a row needs no further bytes; rows of
+    fewer than 12 numbers use 16 bits."""
 
     @model_validator(mode="after")
     def _only_int4_hides(self) -> "IntegerConfig":
@@ -75,12 +76,12 @@ class IntegerConfig(AtRestConfig):
 
     @classmethod
     def tried(cls, width: int) -> Sequence[TableKind]:
-        """Return both, and int4 without bytes for scales."""
+        """Return the settings of both, and of int4 without bytes for scales."""
         return (cls(), cls(kind="int4"), cls(kind="int4", scale_bits=6))
 
     @classmethod
     def anchor(cls, times: float, width: int) -> TableKind:
-        """Return int8 of the width that gives those bytes: one a number, and two for the scale."""
+        """Return int8 of the width with this many bytes: one per number, and two for the scale."""
         whole = min(width, max(1, round(4 * width / times) - 2))
         return cls(width=whole if whole < width else None)
 
@@ -96,16 +97,16 @@ class PrunedConfig(AtRestConfig):
     """Settings of a table whose shortest rows are dropped."""
 
     kind: Literal["pruned"] = "pruned"
-    """"pruned": the shortest rows are dropped and others answer for them, from a trained table."""
+    """"pruned": the shortest rows of a trained table are dropped, and other rows replace them."""
     keep: Annotated[float, Field(gt=0, lt=1)] = 0.125
     """Share of the rows that are kept."""
     instead: Literal["mean", "neighbours", "features"] = "mean"
-    """What answers for a dropped row: the mean of all of them, or the kept row that has the most in
-    common with it, in the events ("neighbours") or in features; without any in common, the mean."""
+    """The replacement of a dropped row: the mean of all dropped rows, or the kept row that shares
+    the most events ("neighbours") or features with it; the mean if none does."""
 
     @classmethod
     def tried(cls, width: int) -> Sequence[TableKind]:
-        """Return a half of the rows, a quarter and an eighth."""
+        """Return settings that keep a half, a quarter and an eighth of the rows."""
         return [cls(keep=keep) for keep in (0.5, 0.25, 0.125)]
 
     def make_smaller(self, num_rows: int, width: int) -> Table:
@@ -113,7 +114,7 @@ class PrunedConfig(AtRestConfig):
         return Pruned(num_rows, width, kept=max(1, round(self.keep * num_rows)))
 
     def fill(self, made: Filled, table: Table, links: FindLinks) -> None:
-        """Keep the longest rows, and choose what answers for the others."""
+        """Keep the longest rows, and choose replacements of the others."""
         made.fill(table)
         found = None if self.instead == "mean" else links(self.instead)
         if found is not None and isinstance(made, Pruned):
@@ -126,7 +127,7 @@ class AtRest(Filled):
     trains: ClassVar[bool] = False
 
     def draw(self, *, std: float) -> None:
-        """Leave the rows as they are: they are a trained table's."""
+        """Do nothing, because the rows are those of a trained table."""
 
     def grow(self, num_rows: int) -> None:
         raise ConfigError(
@@ -139,7 +140,7 @@ class AtRest(Filled):
 
 @final
 class Half(AtRest):
-    """Rows of 16 bits a number."""
+    """Rows with 16 bits per number."""
 
     weight: Tensor
 
@@ -163,19 +164,19 @@ class Half(AtRest):
 
 @final
 class Integers(AtRest):
-    r"""Rows of b bits a number, :math:`e_r = s_r q_r`; of 4 bits two are in a byte, each plus 8.
+    r"""Rows with b bits per number, :math:`e_r = s_r q_r`; a byte holds two 4-bit numbers plus 8.
 
-    The scale :math:`s_r` is :math:`\max_d |e_{rd}| / (2^{b-1} - 1)`, in 16 bits; with 4 bits it is
-    the one of .6 to 1 times this by which the squared error is the smallest: longer numbers are cut
-    off. A hidden scale is the nearest of 64 in equal ratios, and its place among them is in the
-    lowest bits of the last six numbers, which are read as even.
+    The scale :math:`s_r` is :math:`\max_d |e_{rd}| / (2^{b-1} - 1)`, in 16 bits; with 4 bits, it is
+    the one of .6 to 1 times this with the smallest squared error, and larger numbers are clipped. A
+    hidden scale is the nearest of 64 scales in equal ratios; its index is in the lowest bits of the
+    last six numbers, which are read as even.
     """
 
     weight: Tensor
     scale_R: Tensor
-    """Without hidden scales."""
+    """The scales, if they are not hidden."""
     scale_S: Tensor
-    """With them: the 64."""
+    """The 64 scales, if they are hidden."""
     direction_dD: Tensor | None
 
     def __init__(
@@ -249,7 +250,7 @@ class Integers(AtRest):
             self.scale_S.copy_(torch.linspace(lowest, highest, 2**self.hidden).exp())
 
     def _code(self, rows: slice, block_Rd: Tensor) -> None:
-        """Write rows, each by the scale that loses least."""
+        """Write rows, each with the scale of the smallest error."""
         best_R = self._largest(block_Rd)
         least_R, whole_Rd = torch.full_like(best_R, torch.inf), torch.zeros_like(block_Rd)
         for scale_R in [share * best_R for share in (_SHARES if self.bits == 4 else (1.0,))]:
@@ -271,7 +272,7 @@ class Integers(AtRest):
         self.weight[rows] = code_Rd
 
     def _kept(self, scale_R: Tensor) -> Tensor:
-        """Return scales as they are kept."""
+        """Return scales in their stored precision."""
         if not self.hidden:
             return scale_R.half().float()
         middle_S = (self.scale_S[1:] * self.scale_S[:-1]).sqrt()
@@ -279,7 +280,7 @@ class Integers(AtRest):
         return nearest_R
 
     def _rounded(self, number_Rd: Tensor) -> Tensor:
-        """Return the nearest whole numbers there are, even ones where a bit is hidden."""
+        """Return the nearest representable whole numbers, even ones where a bit is hidden."""
         whole_Rd = number_Rd.round().clamp(-self.most, self.most)
         if self.hidden:
             even_Rh = (number_Rd[:, -self.hidden :] / 2).round() * 2
@@ -289,7 +290,7 @@ class Integers(AtRest):
 
 @final
 class Pruned(AtRest):
-    """The longest rows; for each of the others their mean, or a kept row."""
+    """The longest rows; the others are replaced by their mean or by a kept row."""
 
     place_R: Tensor
 
@@ -326,11 +327,11 @@ class Pruned(AtRest):
 
     @torch.no_grad()
     def answer_by(self, row_N: Int64[Tensor, " N"], has_N: Int64[Tensor, " N"]) -> None:
-        """Let the kept row with the most in common answer for each dropped one, by cosine.
+        """Replace each dropped row by the kept row with the most in common, by cosine.
 
         Args:
             row_N: Rows, with repetitions.
-            has_N: What each has.
+            has_N: The link of each.
         """
         num, place_R = self.kept.num_rows - 1, self.place_R.numpy()
         shape = (self.num_rows, 1 + int(has_N.max()) if len(has_N) else 1)
