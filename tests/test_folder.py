@@ -192,6 +192,19 @@ def test_a_block_that_fails_leaves_what_was_there(error: BaseException, tmp_path
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"f": "old"}
 
 
+def test_a_folder_that_is_being_written_is_left_alone_and_a_forgotten_one_is_deleted(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / ".d.0123.writing").mkdir()
+    (tmp_path / ".other.0123.writing").mkdir()
+    with whole_folder(tmp_path / "d", "bundle") as first:
+        assert not (tmp_path / ".d.0123.writing").exists()
+        with whole_folder(tmp_path / "d", "bundle") as second:
+            assert first.is_dir()
+            assert second.is_dir()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".other.0123.writing", "d"]
+
+
 @pytest.fixture
 def full_disk(tmp_path: Path) -> Iterator[Path]:
     folder = tmp_path / "disk"

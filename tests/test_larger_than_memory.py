@@ -161,6 +161,31 @@ def test_a_file_that_changes_while_it_is_imported_is_named(
     assert not (tmp_path / "store").exists()
 
 
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from foretaste.data import importing
+importing.IN_MEMORY_BYTES = 0
+importing.fill_files = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+folder = Path(sys.argv[1])
+importing.import_events([folder / "part-0.parquet"], out=folder / "store", replace=True)
+"""
+
+
+def test_an_import_that_is_killed_leaves_the_old_store_and_the_next_import_deletes_its_files(
+    tmp_path: Path,
+) -> None:
+    paths = written(log(), tmp_path, "parquet")
+    before = import_events(paths, out=tmp_path / "store", timestamp="t").fingerprint()
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert len(list(tmp_path.glob(".store.*.writing*"))) == 2  # the new store and its ranges
+    assert ft.open_store(tmp_path / "store").fingerprint() == before
+    found = import_events(paths[:1], out=tmp_path / "store", timestamp="t", replace=True)
+    assert found.fingerprint() == ft.read_interactions(paths[:1], timestamp="t").fingerprint()
+    assert not list(tmp_path.glob(".*"))
+
+
 def test_what_needs_the_whole_table_is_read_as_one(tmp_path: Path) -> None:
     paths = written(log(), tmp_path, "parquet")
     for number, asked in enumerate(

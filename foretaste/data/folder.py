@@ -10,6 +10,8 @@ itself.
 """
 
 import errno
+import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -18,7 +20,7 @@ import secrets
 import shutil
 import stat
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -298,18 +300,22 @@ def whole_folder(
 ) -> Iterator[Path]:
     """Give a new folder to fill; if the block succeeds, it is renamed to `path`.
 
-    An existing folder is moved away first and deleted last; a failure puts it back.
+    An existing folder is moved away first and deleted last; a failure puts it back. The remains of
+    a killed process are deleted, with all folders whose names begin with that of its new folder.
 
     Raises:
         BundleError: `path` exists, or the disk is full or refuses; nothing is left behind.
     """
     check_place(path, kind, replace=replace)
-    with _in_our_words(path, kind):
+    with _in_our_words(path, kind), ExitStack() as stack:
         place = _resolved(path)
         place.parent.mkdir(parents=True, exist_ok=True)
+        _delete_remains(place)
         part = _beside(place, "writing")
         try:
             part.mkdir()
+            with suppress(OSError):  # some network file systems have no locks
+                stack.enter_context(_locked(part))
             mode = part.stat().st_mode
             yield part
             for made in [*part.rglob("*"), part]:
@@ -318,6 +324,29 @@ def whole_folder(
             _put_in_place(part, place)
         finally:
             shutil.rmtree(part, ignore_errors=True)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Lock a folder; the lock ends with the process at the latest.
+
+    Raises:
+        OSError: Another process has locked it, or the file system has no locks.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _delete_remains(place: Path) -> None:
+    """Delete the folders of writers that were killed: those that no process has locked."""
+    for part in place.parent.glob(f".{glob.escape(place.name[:100])}.*.writing"):
+        with suppress(OSError), _locked(part):
+            for remains in place.parent.glob(f"{glob.escape(part.name)}*"):
+                shutil.rmtree(remains, ignore_errors=True)
 
 
 def leftover(path: Path) -> str:

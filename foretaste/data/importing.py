@@ -78,7 +78,7 @@ def import_events(files: Path | Sequence[Path], read: ImportConfig) -> Interacti
     before = _stamps(files)
     with (
         whole_folder(read.out, "event store", replace=read.replace) as folder,
-        TemporaryDirectory(dir=folder.parent, prefix=".import-") as spool,
+        TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}-") as spool,
     ):
         lazy, chosen, notes = _opened(files, read, Path(spool))
         parts = []
