@@ -99,6 +99,10 @@ def test_what_is_left_to_the_model_is_decided_and_what_is_asked_for_is_kept() ->
         learning_rate=1e-3, ema_decay=0.0, batch_events=9000, epochs=7, schedule="cosine"
     )
     assert asked.settled(usual, 10**6) == asked
+    many = ft.TrainingConfig().settled(usual, 10**6, 2**17)  # an average would move every row
+    assert (many.learning_rate, many.ema_decay) == (4e-3, 0.0)
+    every = ft.TrainingConfig(tables="adamw").settled(usual, 10**6, 2**17)
+    assert every.ema_decay == 0.999
     plain = ft.TrainingConfig().settled({}, 10**6)
     assert (plain.learning_rate, plain.ema_decay, plain.batch_events) == (1e-3, 0.0, 8192)
     assert (plain.epochs, plain.schedule) == (100, "constant")

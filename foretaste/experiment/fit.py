@@ -149,7 +149,7 @@ def fit(
     positive = objective.positive if isinstance(objective, RowsConfig) else ""
     config = settled(config, events, positive=positive, ordered=split.ordered)
     config, tried = _with_strengths(config, split, partial(fit_part, show=show), show=show)
-    training = asked.settled(config.usual.training, len(events))
+    training = asked.settled(config.usual.training, len(events), events.num_items)
     pretraining = pretraining_of(config)
     fit_part = partial(fit_part, objective=objective, candidates=candidates)
     parts = _fit_parts(pretraining, fit_part, asked, options)

@@ -28,8 +28,8 @@ from foretaste.experiment.recipe import ExperimentConfig
 from foretaste.models.base import Model
 from foretaste.models.catalogue import ModelConfig, TwoStageConfig, build_model, tasks_of
 from foretaste.models.layers.table import OwnRows, Table
-from foretaste.training.optimizer import ROWS_FROM, learns_by_rows
-from foretaste.training.settings import TrainingConfig
+from foretaste.training.optimizer import learns_by_rows
+from foretaste.training.settings import ROWS_FROM, TrainingConfig
 from foretaste.training.sharded import rows_of
 
 _MOST_IDS, _MOST_EVENTS = 2 * ROWS_FROM, 300_000
@@ -108,7 +108,7 @@ def plan_size(
         )
     if min(events, users, items, processes) < 1:
         raise ConfigError("events, users, items and processes are 1 or more", name="events")
-    training = config.training.settled(model.usual.training, events)
+    training = config.training.settled(model.usual.training, events, items)
     network = _on_meta(model, users, items)
     tables = _tables(network)
     plans = tuple(_table_plan(name, t, training, processes) for name, t in tables.items())

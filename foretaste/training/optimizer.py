@@ -15,10 +15,8 @@ from torch import Tensor, nn, optim
 
 from foretaste.errors import ConfigError
 from foretaste.models.layers.table import OwnRows, Table
-from foretaste.training.settings import TrainingConfig
+from foretaste.training.settings import ROWS_FROM, TrainingConfig
 
-ROWS_FROM = 2**17
-"""With "auto", tables of this many rows or more are updated by rows."""
 ROW_STATES = ("exp_avg", "exp_avg_sq", "sum")
 """The optimizer's state for each row of a table."""
 

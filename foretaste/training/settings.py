@@ -27,6 +27,8 @@ from foretaste.data.folder import reason_of
 from foretaste.data.plans import Plan
 from foretaste.errors import ConfigError, DataError
 
+ROWS_FROM = 2**17
+"""With "auto", tables of this many rows or more are updated by rows."""
 _LEAST_STEPS = 800
 """Of a training whose epochs are the model's own: few events need more epochs."""
 
@@ -73,7 +75,9 @@ class TrainingConfig(Config):
     clipping."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] | Literal["auto"] = "auto"
     """Decay of an exponential moving average of the weights, which is used for validation and as
-    the result; 0: no average. "auto": the model's own, or else 0."""
+    the result; 0: no average. "auto": the model's own, or else 0. With 131,072 items or more it is
+    0 unless `tables` is "adamw": an average is one more table, all of whose rows change in each
+    step."""
     precision: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
     """Number format of the forward and backward pass; weights and updates stay fp32, and fp16 uses
     loss scaling. bf16 is faster if the processor supports it natively (avx512_bf16, amx, a GPU).
@@ -112,15 +116,21 @@ class TrainingConfig(Config):
         return {"search": True} if settings == "auto" else settings
 
     @checked
-    def settled(self, usual: Mapping[str, Any], num_events: int) -> "TrainingConfig":
+    def settled(
+        self, usual: Mapping[str, Any], num_events: int, num_items: int = 0
+    ) -> "TrainingConfig":
         """Return settings in which every "auto" is replaced by a value.
 
         Args:
             usual: The model's defaults: learning rate, schedule, epochs, average and the maximum
                 number of events in a batch.
             num_events: Number of training events.
+            num_items: Number of items, which may be too many for an average.
         """
         own = TrainingConfig(**usual)
+        own_average = own.average_decay
+        if num_items >= ROWS_FROM and self.tables != "adamw":
+            own_average = 0.0
         batch = self.batch_of(num_events)
         if self.batch_events == "auto":
             batch = min(batch, own.batch_of(num_events))
@@ -133,7 +143,7 @@ class TrainingConfig(Config):
                 "batch_events": batch,
                 "schedule": own.decay if self.schedule == "auto" else self.schedule,
                 "learning_rate": own.rate if self.learning_rate == "auto" else self.rate,
-                "ema_decay": own.average_decay if self.ema_decay == "auto" else self.ema_decay,
+                "ema_decay": own_average if self.ema_decay == "auto" else self.ema_decay,
             }
         )
 
