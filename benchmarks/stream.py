@@ -6,9 +6,9 @@ Events are synthetic, in parts like those of a log (`write_parts`): users and it
 law, a user likes three clusters of items, and times continue from part to part. They are imported
 into a store and trained on for `--seconds` of the processor. In turns, about `--memory` of these
 events are trained on from arrays in memory, with the same ids and tables. Rates are events per
-processor second, the median of the steps. Each stage runs in its own process, whose peak memory the parent reads;
-`peak_gib_beyond_tables` excludes the tables and their optimiser state, and includes the libraries
-(about 0.4 GiB) and the pages of the store that the system kept in memory.
+processor second, the median of the steps. Each stage runs in its own process, whose peak memory
+the parent reads; `peak_gib_beyond_tables` excludes the tables and their optimiser state, and
+includes the libraries (about 0.4 GiB) and the pages of the store that the system kept in memory.
 """
 
 import argparse

@@ -228,8 +228,7 @@ class Fit(Generic[Network, Batch]):
             self._steps(batches, len(plan), log, on_step, max_seconds)
         self.optimizer.settle()
         trained_s = time.perf_counter() - started
-        trained_share = (progress.batch - first_batch) / len(plan)
-        rate = plan.num_events * trained_share / trained_s
+        rate = plan.num_events * (progress.batch - first_batch) / len(plan) / trained_s
         validation = self._validate(len(plan))
         validation_s = time.perf_counter() - started - trained_s
         progress.seconds = seconds_before + time.perf_counter() - started
@@ -350,15 +349,16 @@ class Fit(Generic[Network, Batch]):
     def _measured_precision(self, batch: Any) -> str:
         """Time forward and backward passes of a batch; the run's state is unchanged."""
         buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        clock = time.process_time if self.device.type == "cpu" else time.perf_counter
         seconds: dict[str, list[float]] = {"fp32": [], "bf16": []}
         for precision in ("fp32", "bf16") * (1 + _TRIALS):  # the first two are slower
             generator = step_generator(self.seed, self.progress.epoch, self.progress.batch)
-            started = time.perf_counter()
+            started = clock()
             with self._autocast(precision), processes.dealt(batch):
                 loss = self.objective(self.model, batch.to(self.device), generator)
             loss.backward()
             loss.item()  # waits for a GPU
-            seconds[precision].append(time.perf_counter() - started)
+            seconds[precision].append(clock() - started)
             self.optimizer.zero_grad(set_to_none=True)
         for buffer, kept in buffers:
             buffer.copy_(kept)
