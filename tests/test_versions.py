@@ -5,7 +5,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -133,6 +133,30 @@ def test_with_a_key_only_what_it_signed_is_taken(bundle: Path, tmp_path: Path) -
         versions.take()
     with pytest.raises(BundleError, match="not made with this server's key"):
         Versions(bundle, bundle.with_name("v"), key=b"another key, as long as the first one").take()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda signed: signed.removesuffix(b"\n"),
+        lambda signed: signed + b"\n",
+        lambda signed: signed.replace(b": ", b":"),
+        lambda signed: signed.upper().replace(b"HMAC_SHA", b"hmac_sha"),
+        lambda signed: signed.replace(b"}", b', "by": "me"}'),
+        lambda signed: b"\xef\xbb\xbf" + signed,
+        lambda signed: b"[1]",
+        lambda signed: b"",
+    ],
+)
+def test_a_signature_in_any_other_form_is_refused(
+    bundle: Path, tmp_path: Path, change: Callable[[bytes], bytes]
+) -> None:
+    key, signature = tmp_path / "key", bundle / "signature.json"
+    key.write_text("k" * 40)
+    sign_bundle(bundle, key)
+    signature.write_bytes(change(signature.read_bytes()))
+    with pytest.raises(BundleError, match="not made with this server's key"):
+        Versions(bundle, key=b"k" * 40).take()
 
 
 def test_a_start_serves_no_kept_version_that_the_key_did_not_sign(bundle: Path) -> None:

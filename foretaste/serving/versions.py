@@ -129,13 +129,13 @@ class Versions:
         if self._key is None:
             return
         try:
-            given = json.loads(_bounded(folder / SIGNATURE_FILE))["hmac_sha256"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            given = _bounded(folder / SIGNATURE_FILE)
+        except OSError as error:
             raise _refused(
                 self.bundle,
                 "it has no signature, but this server requires one: `foretaste sign`",
             ) from error
-        if not hmac.compare_digest(str(given), _signature(_manifest_bytes(folder), self._key)):
+        if not hmac.compare_digest(given, _signature(_manifest_bytes(folder), self._key)):
             raise _refused(self.bundle, "its signature was not made with this server's key")
 
     def kept(self) -> list[Kept]:
@@ -192,7 +192,7 @@ def sign_bundle(bundle: Path | str, key_file: Path | str) -> None:
     read_manifest(bundle, BundleManifest)
     signed = _signature(_manifest_bytes(bundle), read_key(Path(key_file)))
     with whole_file(bundle / SIGNATURE_FILE, replace=True) as part:
-        part.write_text(json.dumps({"hmac_sha256": signed}) + "\n", encoding="utf-8")
+        part.write_bytes(signed)
 
 
 def read_key(path: Path) -> bytes:
@@ -220,8 +220,10 @@ def read_key(path: Path) -> bytes:
     return key
 
 
-def _signature(manifest: bytes, key: bytes) -> str:
-    return hmac.new(key, manifest, hashlib.sha256).hexdigest()
+def _signature(manifest: bytes, key: bytes) -> bytes:
+    """Return the content of a signature file; any other content is refused."""
+    signed = hmac.new(key, manifest, hashlib.sha256).hexdigest()
+    return json.dumps({"hmac_sha256": signed}).encode() + b"\n"
 
 
 def _version_of(manifest: bytes) -> str:
