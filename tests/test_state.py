@@ -1,5 +1,6 @@
 """Live events: on disk when acknowledged, in order, once each, in both databases."""
 
+import gc
 import socket
 import sqlite3
 import threading
@@ -193,6 +194,17 @@ def test_sqlite_is_in_the_mode_that_survives_a_crash(tmp_path: Path) -> None:
     ):
         assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
         assert connection.exec_driver_sql("PRAGMA synchronous").scalar() == 2  # FULL
+
+
+def test_requests_of_many_sizes_leave_few_statements_in_memory(tmp_path: Path) -> None:
+    def kept() -> int:
+        return sum(type(one).__name__ == "Statement" for one in gc.get_objects())
+
+    before = kept()
+    with closing(open_live_events(str(tmp_path / "e.sqlite"))) as events:
+        for number in range(1, 40):
+            events.add([did(str(user), "i") for user in range(number)])
+        assert before < kept() <= before + 2 * 8  # on the connection, and one more for the layout
 
 
 def test_the_file_beside_a_bundle_is_not_inside_it(tmp_path: Path) -> None:

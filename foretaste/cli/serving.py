@@ -1,7 +1,9 @@
 """Commands that answer: `recommend`, `similar`, `inspect`, `serve`, `token` and `quickstart`."""
 
+import ctypes
 import json
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -218,6 +220,7 @@ def serve(
     as_json: JsonFlag = False,
 ) -> None:
     """Answer over HTTP, with the page, until told to stop."""
+    _share_one_heap()
     if token is None:
         token = os.environ.get("FORETASTE_TOKEN")  # an empty one is refused: a secret not set
     given = {"host": host, "port": port, "state": state, "token": token, "token_file": token_file}
@@ -225,6 +228,16 @@ def serve(
         ft.ServerSettings, ft.with_overrides(given, overrides or ()), source="serve"
     )
     ft.serve(bundle, settings=settings, announce=partial(announce, as_json=as_json))
+
+
+def _share_one_heap() -> None:
+    """Let all threads use one heap of the C library, because each heap keeps what is free in it.
+
+    Called before torch is imported, whose threads would get heaps of their own.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:  # glibc
+        mallopt(-8, 1)  # M_ARENA_MAX
 
 
 def token(

@@ -172,6 +172,7 @@ def _load(bundle: Path) -> Loaded:
     loaded = load_version(bundle)
     gc.collect()
     gc.freeze()
+    gc.collect()  # of nothing: else the next one waits for a quarter as many new objects
     return loaded
 
 

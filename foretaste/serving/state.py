@@ -309,7 +309,9 @@ def open_live_events(state: str, *, timeout_s: float = 1.0) -> LiveEvents:
     shown, is_sqlite = url.render_as_string(hide_password=True), url.get_backend_name() == "sqlite"
     try:
         if is_sqlite:
-            engine = sa.create_engine(url)
+            engine = sa.create_engine(
+                url, connect_args={"cached_statements": 8}
+            )  # up to 200 kB each
         else:
             wait = {"connect_timeout": _connection_s(timeout_s)}
             more = {"pool_pre_ping": True, "pool_timeout": timeout_s, "connect_args": wait}
