@@ -231,8 +231,11 @@ class Clients:
                 await self._ask(number)
                 number += clients
 
-        await asyncio.gather(*(one(number) for number in range(clients)))
-        return len(self.good) / (time.perf_counter() - begun)
+        asked = [asyncio.create_task(one(number)) for number in range(clients)]
+        await asyncio.sleep(seconds)
+        inside = len(self.good) / (time.perf_counter() - begun)
+        await asyncio.gather(*asked)
+        return inside
 
     async def capacity(self, seconds: float) -> float:
         """Return the highest rate of good answers to a few clients that wait for each answer."""
@@ -291,14 +294,17 @@ def overload(bundle: Path, users: list[str], folder: Path, seconds: float) -> di
             await clients.open_loop(best / 2, seconds)
             half_ms, before = clients.p99_ms(), resident_mib(process.pid)
             shares, slow_ms = {}, {}
+            best = await clients.capacity(seconds)
             for name in ("2x", "5x", "640"):
-                best = await clients.capacity(seconds)  # a machine's speed changes with the minute
                 if name == "640":
                     good = await clients.closed_loop(640, seconds)
                 else:
                     good = await clients.open_loop(min(int(name[0]) * best, floor), seconds)
-                shares[name], slow_ms[name] = good / best, clients.p99_ms()
+                slow_ms[name] = clients.p99_ms()
                 await asyncio.sleep(1.0)
+                # a machine's speed changes with the minute: compare with before and after
+                before_it, best = best, await clients.capacity(seconds)
+                shares[name] = 2 * good / (before_it + best)
             await clients.open_loop(min(10 * best, floor), seconds / 2)
             await asyncio.sleep(5.0)
             after = await clients.open_loop(best / 2, seconds)

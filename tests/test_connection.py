@@ -10,10 +10,13 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
+from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
+from foretaste.serving.guard import limited
 from foretaste.serving.metrics import Admission, Metrics
 from foretaste.serving.server import http_server
 from foretaste.serving.settings import ServerSettings
@@ -287,7 +290,8 @@ def test_a_request_without_room_is_answered_whole_and_its_connection_is_kept(ful
 def test_many_refusals_at_once_are_answered_one_after_the_other(
     full: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("foretaste.serving.guard.REFUSALS_PER_S", 20)
+    monkeypatch.setattr("foretaste.serving.guard.TICK_S", 0.1)
+    monkeypatch.setattr("foretaste.serving.guard.PER_TICK", 2)
     began = time.monotonic()
     with ExitStack() as stack:
         clients = [stack.enter_context(full.connect()) for _ in range(10)]
@@ -295,47 +299,96 @@ def test_many_refusals_at_once_are_answered_one_after_the_other(
             client.sendall(REFUSED % b"")
         stack.enter_context(full.connect()).sendall(REFUSED % b"")  # and is gone before its turn
         assert [status_of(client.recv(65536)) for client in clients] == [503] * 10
-    assert time.monotonic() - began > 0.24  # the sixth and later ones
+    assert time.monotonic() - began > 0.49  # two in each tenth of a second
     full.wait_for(0)
+
+
+@pytest.mark.parametrize(
+    ("came_s", "answered"),
+    [
+        ([9.9] * 3, 2),  # two at a time
+        ([8.9, 8.9, 9.0, 9.0, 9.1], 4),  # and all that came a second ago
+        ([9.9] * 20, 6),  # and all beyond 7 of 8 in 16 connections, so that others can connect
+        ([9.9], 1),
+    ],
+)
+def test_the_oldest_refusals_are_sent_and_the_others_wait(
+    monkeypatch: pytest.MonkeyPatch, came_s: list[float], answered: int
+) -> None:
+    monkeypatch.setattr("foretaste.serving.guard.PER_TICK", 2)
+    settings, sent = ServerSettings(max_connections=16), []
+    kind = limited(settings, Admission(settings, Metrics(), print))
+    for number, since_s in enumerate(came_s):
+        one = Mock(_turned_away=lambda *_, number=number: sent.append(number))
+        kind.refused[one] = since_s, None, b""
+    loop = Mock(asyncio.AbstractEventLoop, time=lambda: 10.0)
+    kind._turn_away(loop)
+    assert sent == list(range(answered))
+    assert len(kind.refused) == len(came_s) - answered
+    assert loop.call_later.called == bool(kind.refused)
+
+
+class Lists:
+    """Requests for lists at times that a test sets; one thread computes the lists."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now_s = 0.0
+        clock = SimpleNamespace(perf_counter=lambda: self.now_s, time=time.time)
+        monkeypatch.setattr("foretaste.serving.metrics.time", clock)
+        settings = ServerSettings(num_threads=1, max_wait_s=0.05, max_concurrency=9)
+        self.admission = Admission(settings, Metrics(), print)
+
+    def answer(self, seconds: float, *, times: int = 1) -> None:
+        for _ in range(times):
+            with self.admission.place("/v1/recommend"):
+                self.now_s += seconds
+
+    def request(self, number: int, *, per_s: float) -> None:
+        for _ in range(number):
+            self.now_s += 1 / per_s
+            self.admission.turned_away("POST", "/v1/recommend", Headers({}))
+
+    def full_beside(self, number: int, path: str = "/v1/recommend", *, each_s: float = 0.0) -> bool:
+        with ExitStack() as stack:
+            for _ in range(number):
+                stack.enter_context(self.admission.place("/v1/users/7/recommendations"))
+            self.now_s += each_s * number  # as long as they take one after the other
+            return self.admission.is_full(path)
 
 
 def test_a_list_is_refused_when_those_before_it_would_take_too_long(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    now = [0.0]
-    clock = SimpleNamespace(perf_counter=lambda: now[0], time=time.time)
-    monkeypatch.setattr("foretaste.serving.metrics.time", clock)
-    settings = ServerSettings(num_threads=1, max_wait_s=0.05, max_concurrency=9)
-    admission = Admission(settings, Metrics(), print)
-
-    def answer(seconds: float) -> None:
-        with admission.place("/v1/recommend"):
-            now[0] += seconds
-
-    def full_beside(number: int, path: str, *, each_s: float = 0.03) -> bool:
-        with ExitStack() as stack:
-            for _ in range(number):
-                admission.is_full(path)  # as is asked at each head
-                stack.enter_context(admission.place("/v1/users/7/recommendations"))
-            now[0] += each_s * number  # as long as they take one after the other
-            return admission.is_full(path)
-
-    answer(0.03)
-    assert [full_beside(number, "/v1/items/7/similar") for number in range(4)] == [
-        *(False, False),  # twice as many as threads are always let in
+    lists = Lists(monkeypatch)
+    lists.answer(0.03)
+    assert [lists.full_beside(n, "/v1/items/7/similar", each_s=0.03) for n in range(4)] == [
+        *(False, False),  # one more than threads is always let in
         *(True, True),  # 2 x 0.03 s
     ]
-    assert not full_beside(8, "/v1/events")
-    assert full_beside(9, "/v1/events")
-    assert not full_beside(9, "/metrics")
-    answer(1000.0)  # a stall; what each takes is not believed to be more than twice as long
-    assert not full_beside(1, "/v1/recommend")
-    for _ in range(100):
-        answer(0.005)
-    assert not full_beside(7, "/v1/recommend", each_s=0.005)
-    # a row that has stood for 0.05 s is no burst: half of the 0.05 s
-    assert full_beside(7, "/v1/recommend", each_s=0.015)
-    assert not full_beside(2, "/v1/recommend", each_s=0.06)
+    assert not lists.full_beside(8, "/v1/events", each_s=0.03)
+    assert lists.full_beside(9, "/v1/events", each_s=0.03)
+    assert not lists.full_beside(9, "/metrics", each_s=0.03)
+    lists.answer(1000.0)  # a stall; what each takes is not believed to be more than twice as long
+    assert not lists.full_beside(1, each_s=0.03)
+    lists.answer(0.005, times=100)
+    assert not lists.full_beside(7, each_s=0.005)
+
+
+@pytest.mark.parametrize(
+    ("per_s", "waits"), [(100, True), (200, True), (400, False), (1000, False)]
+)
+def test_no_list_waits_while_more_are_requested_than_can_be_answered(
+    monkeypatch: pytest.MonkeyPatch, *, per_s: float, waits: bool
+) -> None:
+    lists = Lists(monkeypatch)
+    lists.answer(0.005, times=10)  # 200 per second
+    lists.request(100, per_s=per_s)
+    assert lists.full_beside(2, each_s=0.005) != waits
+    assert not lists.full_beside(1, each_s=0.005)
+    lists.request(1, per_s=1)  # it was quiet for a second
+    lists.answer(0.005, times=10)
+    lists.request(20, per_s=1e6)  # a burst
+    assert not lists.full_beside(7, each_s=0.005)
 
 
 def test_of_many_requests_that_arrive_together_only_those_are_begun_that_there_is_room_for() -> (

@@ -46,9 +46,10 @@ if sys.platform != "win32":
 
 SPARE_FILES = 64
 """Number of file descriptors that connections leave to other uses."""
-REFUSALS_PER_S, SLOWED_S = 1000, 0.6
-"""About this many requests without room are answered per second, but none waits longer for its
-reply than this: a client that ignores Retry-After sends the next request only then."""
+TICK_S, PER_TICK, SLOWED_S = 0.02, 10, 1.0
+"""Once in so many seconds, this many requests without room are answered, the oldest first, and all
+that have waited for so many seconds: a client that ignores Retry-After sends the next one only
+then."""
 _HEADER_COST = 32
 """Bytes that a header counts beyond its name and value, so that empty ones are limited too."""
 _CLOSES = b"\r\nconnection: close\r\n"
@@ -61,8 +62,9 @@ class Connection(HttpToolsProtocol):
     admission: ClassVar[Admission]
     most: ClassVar[int]
     by_address: ClassVar[Counter[str]]
-    waiting: ClassVar[set["Connection"]]
-    """Connections with an unanswered request for which there was no room."""
+    refused: ClassVar[dict["Connection", tuple[float, RequestResponseCycle, bytes]]]
+    """Connections with a request for which there was no room, the oldest first: when it came, and
+    the reply, which is still to be sent."""
 
     def __init__(
         self,
@@ -106,7 +108,7 @@ class Connection(HttpToolsProtocol):
         super().connection_lost(exc)
         self._stop_timer()
         self.admission.metrics.connections.set(len(self.connections))
-        self.waiting.discard(self)
+        self.refused.pop(self, None)
         self.by_address[self._address] -= 1
         if not self.by_address[self._address]:
             del self.by_address[self._address]
@@ -164,14 +166,25 @@ class Connection(HttpToolsProtocol):
         if refusal is None:
             super()._start_asgi_task(cycle, self.admission.expected(scope["path"], app))
             return
-        self.waiting.add(self)
-        number = len(self.waiting)  # each holds a connection, and others need some too
-        most_s = SLOWED_S / (2 if 8 * number > 7 * self.settings.max_connections_per_address else 1)
-        wait_s = min(most_s, (number - 1) / REFUSALS_PER_S)
-        self.loop.call_later(wait_s, self._turn_away, cycle, refusal)
+        if not self.refused:
+            self.loop.call_later(TICK_S, self._turn_away, self.loop)
+        self.refused[self] = self.loop.time(), cycle, refusal
 
-    def _turn_away(self, cycle: RequestResponseCycle, refusal: bytes) -> None:
-        self.waiting.discard(self)
+    @classmethod
+    def _turn_away(cls, loop: asyncio.AbstractEventLoop) -> None:
+        """Reply to the oldest requests without room, again and again until there are none."""
+        came_s, number = loop.time() - SLOWED_S, 0
+        most = min(cls.most, cls.settings.max_connections_per_address) * 7 // 8  # leave some free
+        while cls.refused:
+            connection, (since_s, cycle, refusal) = next(iter(cls.refused.items()))
+            if number >= PER_TICK and since_s > came_s and len(cls.refused) <= most:
+                loop.call_later(TICK_S, cls._turn_away, loop)
+                return
+            del cls.refused[connection]
+            connection._turned_away(cycle, refusal)
+            number += 1
+
+    def _turned_away(self, cycle: RequestResponseCycle, refusal: bytes) -> None:
         if self.transport.is_closing():
             return
         stays = cycle.keep_alive and not cycle.waiting_for_100_continue
@@ -257,7 +270,7 @@ def limited(settings: ServerSettings, admission: Admission) -> type[Connection]:
         """The class attributes are shared by its connections."""
 
     Limited.settings, Limited.admission = settings, admission
-    Limited.by_address, Limited.waiting = Counter(), set()
+    Limited.by_address, Limited.refused = Counter(), {}
     Limited.most = settings.max_connections
     if sys.platform != "win32":
         files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -368,11 +381,8 @@ class Guard:
         scheme, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
         token = self._access.find(given.strip().encode("latin-1"))
         if token is None or scheme.lower() != "bearer":
-            return refuse(
-                401,
-                "this server needs a token: send the header `Authorization: Bearer TOKEN`",
-                {"www-authenticate": "Bearer"},
-            )
+            said = "this server needs a token: send the header `Authorization: Bearer TOKEN`"
+            return refuse(401, said, {"www-authenticate": "Bearer"})
         scope["state"]["log"]["token"] = token.name
         role = needed_role(scope["method"], scope["path"])
         if not token.may(role):
@@ -381,12 +391,9 @@ class Guard:
             )
         wait_s = token.wait_s()
         if wait_s:
-            return refuse(
-                429,
-                f"the token {token.name} has used up its requests of this minute: try again in "
-                f"{math.ceil(wait_s)} s",
-                {"retry-after": str(math.ceil(wait_s))},
-            )
+            after = str(math.ceil(wait_s))
+            said = f"the token {token.name} has used up its requests of this minute: try again in "
+            return refuse(429, f"{said}{after} s", {"retry-after": after})
         return None
 
     def _without_room(self, scope: Scope) -> Response | None:
@@ -418,21 +425,15 @@ class Guard:
         except ClientDisconnect:
             return refuse(400, "the client disconnected before its body had arrived")
         except TimeoutError:
-            return refuse(
-                408,
-                f"the body did not arrive within {self._settings.body_timeout_s:g} s",
-                {"connection": "close"},
-            )
+            said = f"the body did not arrive within {self._settings.body_timeout_s:g} s"
+            return refuse(408, said, {"connection": "close"})
         finally:
             self._bodies -= size
         return self._too_large() if len(body) > most else body
 
     def _too_large(self) -> Response:
-        return refuse(
-            413,
-            f"the body is larger than {self._settings.max_body_bytes} bytes: send it in parts",
-            {"connection": "close"},
-        )
+        said = f"the body is larger than {self._settings.max_body_bytes} bytes: send it in parts"
+        return refuse(413, said, {"connection": "close"})
 
 
 def _is_cross_site(headers: Headers, host: str) -> bool:

@@ -1,6 +1,7 @@
 """Metrics and admission: Prometheus counters, the log, and whether there is room for a request."""
 
 import json
+import math
 import random
 import re
 import time
@@ -34,9 +35,9 @@ REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 """Valid values of a client's `X-Request-ID`; any other value is replaced by a new id."""
 UNCOUNTED = "/metrics"
 """This path is answered even if there is no room, because metrics matter most then."""
-BURST_S, STANDING = 0.05, 0.5
-"""If there has always been a request for a list for this many seconds, the load is no burst, and
-the next one may wait only for this share of `max_wait_s`."""
+WINDOW, OVERLOAD = 20, 1.25
+"""The load is averaged over the time that this many lists take. Above this load, requests come
+faster than they can be answered for too long to be a burst."""
 NO_ROOM = "no room"
 NO_ROOM_SENTENCE = "the server has as many requests in progress as it allows: try again in a second"
 ANSWERS = {
@@ -148,13 +149,15 @@ class Admission:
             write_log: Takes one line of JSON per request or fault, its newline included.
         """
         self._settings, self.metrics, self.write_log = settings, metrics, write_log
+        self._threads = settings.threads  # a system call
         self.taken, self._answers, self._coming, self._each_s = 0, 0, 0, 0.0
         """Requests at work or waiting; those of them that a model answers; others of these, which
         have not begun; what each adds to the time of the next, seconds."""
         self.leaving = False
         """Whether the server is about to stop listening."""
-        self._busy_since = 0.0
-        """When a request last came while none for a list was there."""
+        self._load, self._came_s = 0.0, 0.0
+        """How many seconds the lists would take that are requested in a second, and when the latest
+        was requested."""
         self._lines, self._unlogged = Bucket(settings.refusals_logged_per_minute), 0
 
     def is_full(self, path: str) -> bool:
@@ -164,13 +167,9 @@ class Admission:
         if self.taken + self._coming >= self._settings.max_concurrency:
             return True
         answers = self._answers + self._coming
-        if not answers:
-            self._busy_since = time.perf_counter()
-        if answers < 2 * self._settings.threads or answer_route(path) is None:
+        if answers <= self._threads or answer_route(path) is None:
             return False
-        lasts = time.perf_counter() - self._busy_since > BURST_S
-        most_s = self._settings.max_wait_s * (STANDING if lasts else 1.0)
-        return answers * self._each_s > most_s
+        return self._load > OVERLOAD or answers * self._each_s > self._settings.max_wait_s
 
     def expected(self, path: str, app: ASGI3Application) -> ASGI3Application:
         """Count a request for a list until it begins: hundreds may have arrived together."""
@@ -208,12 +207,21 @@ class Admission:
         second.
         """
         route = answer_route(path)
-        if route is None or method == "HEAD" or not self.is_full(path):
+        if route is None:
+            return None
+        self._count_request()
+        if method == "HEAD" or not self.is_full(path):
             return None
         log: dict[str, object] = {"request_id": request_id(headers), "cause": NO_ROOM}
         self.metrics.shed.inc()
         self.record(method, route, 503, 0.0, log)
         return _REFUSAL.replace(b"ID", str(log["request_id"]).encode(), 1)
+
+    def _count_request(self) -> None:
+        if self._each_s:  # else no list was ever computed
+            now_s, window_s = time.perf_counter(), WINDOW * self._each_s
+            self._load = self._load * math.exp((self._came_s - now_s) / window_s) + 1 / WINDOW
+            self._came_s = now_s
 
     def dropped(self, reason: str, status: int) -> None:
         """Count and log a connection that was closed before a request was complete."""
