@@ -220,7 +220,7 @@ def serve(
     as_json: JsonFlag = False,
 ) -> None:
     """Answer over HTTP, with the page, until told to stop."""
-    _share_one_heap()
+    _share_heaps()
     if token is None:
         token = os.environ.get("FORETASTE_TOKEN")  # an empty one is refused: a secret not set
     given = {"host": host, "port": port, "state": state, "token": token, "token_file": token_file}
@@ -230,14 +230,15 @@ def serve(
     ft.serve(bundle, settings=settings, announce=partial(announce, as_json=as_json))
 
 
-def _share_one_heap() -> None:
-    """Let all threads use one heap of the C library, because each heap keeps what is free in it.
+def _share_heaps() -> None:
+    """Let all threads use four heaps of the C library, because each keeps what is free in it.
 
-    Called before torch is imported, whose threads would get heaps of their own.
+    With one, threads wait for each other. Called before torch is imported, whose threads would get
+    heaps of their own.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:  # glibc
-        mallopt(-8, 1)  # M_ARENA_MAX
+        mallopt(-8, 4)  # M_ARENA_MAX
 
 
 def token(
