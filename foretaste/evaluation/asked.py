@@ -1,6 +1,6 @@
 """The targets of a test, and which of them the model knows or was trained on.
 
-A holdout is laid out with doubles and repeats taken out, in an order of its own.
+The targets of a holdout are sorted, without duplicates and repeats.
 
 Shape legend: Q queries, N targets of all queries or events of a test, U users, I items.
 """
@@ -24,27 +24,26 @@ from foretaste.training.trained import Trained
 loops = later("foretaste.data.loops")
 
 _BLOCK_ELEMENTS = 2**22
-"""16 MB of scores: all that is asked of a block is answered from the cache."""
+"""16 MB of scores, so that a block's scores stay in the cache."""
 _MOST_ROWS = 1024
 _FEW_ROWS, _MOST_ELEMENTS = 32, 2**27
-"""With fewer queries a block reading the items' vectors takes longer than all that is asked of
-scores outside the cache, which may take 512 MB."""
+"""With fewer queries per block, reading the items' vectors takes longer than working on scores
+outside the cache, which may take 512 MB."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Task:
-    """The queries that have something to find, by length of history, then user, then time.
+    """The queries with targets, sorted by length of history, then user, then time.
 
-    The order depends on nothing else, so neither do the blocks, and no digit depends on how the
-    holdout was put together. Histories of one length stand side by side, which spares sequence
-    models their padding.
+    Nothing else affects the order and the blocks, so results do not depend on the order of the
+    holdout. Histories of equal length are adjacent, so that sequence models need little padding.
     """
 
     row_Q: Int64[np.ndarray, " Q"]
     """Row of each query in the holdout."""
     user_Q: Int64[np.ndarray, " Q"]
     length_Q: Int64[np.ndarray, " Q"]
-    """Events in its history."""
+    """Number of events in its history."""
     key_Q: Int64[np.ndarray, " Q"]
     """A unique number for each query, which does not depend on its position."""
     offsets_Q1: Int64[np.ndarray, " Q1"]
@@ -52,11 +51,11 @@ class Task:
     target_N: Int64[np.ndarray, " N"]
     """item_idx."""
     doubles: int
-    """Targets that stood twice in one query, left out."""
+    """Number of duplicate targets of a query, which are left out."""
     repeats: int
-    """Targets left out because they are in the query's own history, which is excluded."""
+    """Number of targets left out because they are in the query's history, which is excluded."""
     idle: int
-    """Queries left out because they had no other target."""
+    """Number of queries left out because they had no other target."""
 
     @property
     def query_N(self) -> Int64[np.ndarray, " N"]:
@@ -84,14 +83,14 @@ class Task:
         )
 
     def sample(self, num: int, *, seed: int = 0) -> "Task":
-        """Return at most so many queries, spread over users as evenly as can be.
+        """Return at most `num` queries, spread over users as evenly as possible.
 
-        A user's mean over some queries is near the mean over all: the fewer users lose a query,
-        the less the mean over users changes.
+        A user's mean over some queries is close to the mean over all, so this changes the mean over
+        users little.
 
         Args:
-            num: Queries, 1 or more.
-            seed: Decides which.
+            num: Number of queries, 1 or more.
+            seed: Decides the sample.
         """
         if num >= len(self.row_Q):
             return self
@@ -106,7 +105,7 @@ class Task:
 
 
 def block_rows(num_items: int) -> int:
-    """Return how many queries are scored together: a function of the catalogue's size alone."""
+    """Return the number of queries scored together, which depends only on the catalogue's size."""
     few = min(_FEW_ROWS, _MOST_ELEMENTS // num_items)
     return max(1, min(_MOST_ROWS, max(few, _BLOCK_ELEMENTS // num_items)))
 
@@ -148,7 +147,7 @@ def make_task(holdout: Holdout, *, without_repeats: bool) -> Task:
 
 
 def digest(holdout: Holdout) -> str:
-    """Return a SHA-256 of what a holdout asks, in any order."""
+    """Return a SHA-256 of a holdout's queries and targets, independent of their order."""
     task = make_task(holdout, without_repeats=False)
     events = holdout.events
     sha = hashlib.sha256(f"{events.users.digest} {events.items.digest}".encode())
@@ -177,31 +176,31 @@ def _is_repeat(
 
 
 _MOST_TRAINED_ON = 0.5
-"""Of a test's events, how many training may hold: beyond, the figure is of what was learned by
-heart."""
+"""Maximum share of a test's events that training may have; with more, a figure measures
+memorisation."""
 _FEWEST_KNOWN = 0.1
-"""Of a test's events, how many must be of items that the model knows: below, equal ids are more
-likely to be chance."""
+"""Minimum share of a test's events with items that the model knows; with less, equal ids are
+probably a coincidence."""
 _LEARNED = {"train and validation": ("validation",), "all events": ("validation", "test")}
-"""The held-out parts that a model learned from, by what it keeps of that."""
+"""The held-out parts that a model was trained on, by its recorded parts."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Asked:
-    """The events of a test, and what is known before each of them."""
+    """The events of a test, and the history before each of them."""
 
     name: str
     past: Interactions
-    """The events before, all users' together."""
+    """The earlier events of all users."""
     user_N: Int64[np.ndarray, " N"]
     """user_idx in `past`."""
     end_N: Int64[np.ndarray, " N"]
     """Position in `past` where the history of each event ends."""
     item_N: Int64[np.ndarray, " N"]
     time_N: Int64[np.ndarray, " N"] | None
-    """Unix seconds; None where there are none."""
+    """Unix seconds; None without times."""
     context: pl.DataFrame | None
-    """What is known of the contexts."""
+    """The contexts."""
 
     @staticmethod
     def of_holdout(holdout: Holdout) -> "Asked":
@@ -219,7 +218,7 @@ class Asked:
 
     @staticmethod
     def of_rows(rows: Rows) -> "Asked":
-        """Return labelled rows' events."""
+        """Return the events of labelled rows."""
         return Asked(
             name=rows.name,
             past=rows.past,
@@ -233,25 +232,25 @@ class Asked:
 
 @dataclass(frozen=True, kw_only=True)
 class Overlap:
-    """How much of a test a model knows or was trained on."""
+    """The parts of a test that a model knows or was trained on."""
 
     events: int
     users: int
     unknown_users: int
     unknown_items: int
-    """Events of the test whose item the model does not know."""
+    """Number of test events whose item the model does not know."""
     trained_on: int
-    """Events of the test that the model saw in training."""
+    """Number of test events that were in the model's training."""
     timed: bool
     """Whether events are distinguished by their times."""
     untold: tuple[str, ...]
-    """Columns about users that the model reads and the test's table has not."""
+    """Columns about users that the model reads and the test's table lacks."""
     own_rows: bool
-    """Whether users and items are in the rows of the model's own events."""
+    """Whether users and items have the rows of the model's own events."""
 
     @property
     def counts(self) -> dict[str, int]:
-        """For a report; nothing where all is known and nothing was seen, as in a split's own."""
+        """The counts for a report; empty for the test of the model's own split."""
         found = {} if not self.trained_on else {"trained_on": self.trained_on}
         if self.own_rows:
             return found
@@ -260,7 +259,7 @@ class Overlap:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """For a report, likewise."""
+        """The notes for a report."""
         seen = "user, item and time" if self.timed else "user and item, as there are no times"
         trained_on = (
             f"trained on: {self.trained_on:,} of {self.events:,} events of the test were in the "
@@ -283,17 +282,17 @@ class Overlap:
 
 
 def overlap(model: Trained, test: Asked) -> Overlap:
-    """Count what of a test a model knows, and refuse a test that would measure nothing.
+    """Count the parts of a test that a model knows, and raise an error if too little is known.
 
-    An event of a test was trained on if training holds its user, item and time more often than the
-    events before it do. Where there are no times, user and item decide.
+    A test event was trained on if training has its user, item and time more often than the events
+    before it. Without times, only user and item are compared.
 
     Args:
-        model: As one that is asked by `test.past`.
-        test: What is to be predicted. Of training's own part it is no fault that training saw it.
+        model: A model for queries in the rows of `test.past`.
+        test: The events to predict. The part "train" is allowed to be in training.
 
     Raises:
-        DataError: Users and items of the test are not the model's, or training saw most of it.
+        DataError: Users and items of the test are not the model's, or most of it was in training.
     """
     translation, users = model.translation, np.unique(test.user_N)
     unknown_N, unknown_U = np.zeros(len(test.item_N), np.bool_), np.zeros(len(users), np.bool_)
@@ -318,10 +317,10 @@ def overlap(model: Trained, test: Asked) -> Overlap:
 
 
 def _check_not_trained_on(model: Trained, test: Asked, found: Overlap) -> None:
-    """Refuse a test that training saw most of.
+    """Raise an error for a test that was mostly in training.
 
-    A model of labelled rows keeps the positive ones alone, so where it learned from a part of this
-    name, a single event that it saw says that the test is its split's own.
+    A model of labelled rows keeps only the positive ones, so if it was trained on a part of this
+    name, a single shared event shows that the test is its own split's.
     """
     most = _MOST_TRAINED_ON * found.events
     advice = "give it the test of the split that it was trained on, or events after its training"
@@ -344,15 +343,15 @@ def _check_not_trained_on(model: Trained, test: Asked, found: Overlap) -> None:
 def check_new(
     model: Trained, holdout: Holdout, user_idx: Int64[np.ndarray, " U"]
 ) -> tuple[str, ...]:
-    """Say how many users without history in a holdout are not new ones to the model.
+    """Return notes on users without history in a holdout who are not new to the model.
 
     Args:
-        model: As one that is asked by the holdout's events.
-        holdout: Whose users.
-        user_idx: Those whose lists are measured as new users'.
+        model: A model for queries in the rows of the holdout's events.
+        holdout: The holdout.
+        user_idx: Users that are measured as new users.
 
     Raises:
-        DataError: All of them have events in the model's training.
+        DataError: All these users have events in the model's training.
     """
     known_U = np.diff(model.events.offsets) > 0
     own_U = user_idx if model.translation is None else model.translation.user_U[user_idx]
@@ -373,7 +372,7 @@ def check_new(
 
 
 def trained_on_events(model: Trained, test: Asked) -> Bool[np.ndarray, " N"]:
-    """Return which events of a test the model saw in training."""
+    """Return a mask of test events that were in the model's training."""
     own, past, translation = model.events, test.past, model.translation
     user_N, item_N = test.user_N, test.item_N
     if translation is not None:
@@ -431,7 +430,7 @@ def _check_known(model: Trained, test: Asked, found: Overlap) -> None:
 
 
 def _check_context(model: Trained, test: Asked) -> None:
-    """Refuse other events whose context lacks a column that the model reads."""
+    """Raise an error if other events lack a context column that the model reads."""
     moment = model.moment if model.model.reads_context else None
     there = () if test.context is None else test.context.columns
     for name in () if moment is None else moment.columns:

@@ -1,4 +1,4 @@
-"""Charts as SVG, in plain text: reliability curves and the gates of MMoE."""
+"""Charts as SVG text: reliability curves and the gates of MMoE."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from foretaste.training.trained import Trained
 
 
 def page(parts: Iterable[str], *, width: float, height: float, title: str) -> str:
-    """Return a whole picture on white."""
+    """Return a complete picture on a white background."""
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" '
         f'width="{width:g}" height="{height:g}" font-family="sans-serif">\n'
@@ -43,7 +43,7 @@ def text(
     size: int = 12,
     colour: str = "#333333",
 ) -> str:
-    """Return words; `anchor` is "start", "middle" or "end"."""
+    """Return a text; `anchor` is "start", "middle" or "end"."""
     return (
         f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size}" '
         f'fill="{colour}">{escape(words)}</text>'
@@ -56,7 +56,7 @@ _COLOURS = ("#3465a4", "#2e8b57", "#c4622d", "#75507b", "#888888")
 
 @checked
 def reliability_svg(report: RowsReport) -> str:
-    """Draw what happened over what was predicted, a curve a task and calibration.
+    """Draw observed over predicted shares, one curve per task and calibration.
 
     A calibrated model lies on the grey diagonal. A dot's area grows with the rows of its bin.
     """
@@ -105,17 +105,17 @@ _BLUE, _GREY = "#3465a4", "#888888"
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Gates:
-    """How tasks weigh experts. A task's means sum to 1."""
+    """The weights of experts by task. A task's means sum to 1."""
 
     model: str
     tasks: tuple[str, ...]
     mean_TE: Float64[np.ndarray, "T E"]
     spread_TE: Float64[np.ndarray, "T E"]
-    """Standard deviation over rows: 0 where every row has the same weights."""
+    """Standard deviation over rows; 0 if every row has the same weights."""
     rows: int
 
     def apart(self, one: str, other: str) -> float:
-        """Return how far two tasks' means lie apart: 0 equal, 1 no expert in common."""
+        """Return the distance of two tasks' means: 0 if equal, 1 without a common expert."""
         first, second = (self.mean_TE[self.tasks.index(name)] for name in (one, other))
         return float(np.abs(first - second).sum() / 2)
 
@@ -125,8 +125,8 @@ def read_gates(model: Trained, split: Split, *, part: PartName = "test") -> Gate
     """Read a model's gates over the rows of a part.
 
     Raises:
-        ConfigError: The model has no gates, or the part no rows.
-        DataError: The model knows hardly an item of the rows, or was trained on most of them.
+        ConfigError: The model has no gates, or the part has no rows.
+        DataError: The model knows few items of the rows, or was trained on most of them.
     """
     network, ranker, model = model.model, ranker_of(model), model.asked_by(split.events)
     if not ranker.has_gates:
@@ -158,7 +158,7 @@ def read_gates(model: Trained, split: Split, *, part: PartName = "test") -> Gate
 
 @checked
 def gates_svg(gates: Gates) -> str:
-    """Draw a group of bars a task, one bar an expert; a line reaches one deviation up and down."""
+    """Draw a group of bars per task, one bar per expert, with lines of one standard deviation."""
     num_experts = gates.mean_TE.shape[1]
     title = f"{gates.model}: how each task weights the experts, mean over {gates.rows:,} rows"
     parts = [text(_LEFT, 22.0, title, size=14)]

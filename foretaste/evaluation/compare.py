@@ -1,6 +1,6 @@
-"""Is one model better than another, or was it luck; and all that was measured of one model.
+"""Comparisons of models with significance tests, and all reports of one model.
 
-Shape legend: U users that all reports have, N rows, R resamples, S seeds.
+Shape legend: U users in all reports, N rows, R resamples, S seeds.
 """
 
 import json
@@ -25,7 +25,7 @@ R = TypeVar("R", Report, RowsReport)
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Comparison(Shown):
-    """One metric of two models over the users that both were measured on."""
+    """One metric of two models over their common users."""
 
     metric: str
     users: int
@@ -36,7 +36,7 @@ class Comparison(Shown):
     interval: Interval
     """95 % paired bootstrap interval of the difference."""
     p_value: float
-    """Two-sided: of the paired sign-flip test; of rows, by the bootstrap."""
+    """Two-sided: from the paired sign-flip test or, for rows, from the bootstrap."""
 
     def __str__(self) -> str:
         return (
@@ -64,18 +64,18 @@ def compare(
     resamples: Resamples = 10_000,
     seed: Seed = 0,
 ) -> Comparison:
-    """Compare two models user by user on what both had to predict.
+    """Compare two models user by user on the same holdout.
 
     Args:
-        a: Report of the first model; or several, trained in the same way from several seeds: a
-            user's value is the mean over them then.
-        b: Of the second, on the same holdout.
-        metric: A name that all have for each user, such as "ndcg_at_10".
-        resamples: How often users are drawn again, and signs flipped.
-        seed: Decides both.
+        a: Report of the first model, or reports of several seeds, whose mean is a user's value.
+        b: Report or reports of the second model on the same holdout.
+        metric: A metric that all reports have per user, such as "ndcg_at_10".
+        resamples: Number of resamples of users and of sign flips.
+        seed: Decides both draws.
 
     Raises:
-        DataError: The holdouts differ, a report lacks the metric per user, or no user is common.
+        DataError: The holdouts differ, a report lacks the metric per user, or the reports share no
+            user.
     """
     reports_a, reports_b = _several(a), _several(b)
     for report in (*reports_a, *reports_b):
@@ -108,7 +108,7 @@ def compare(
 def mean_per_user(
     reports: Sequence[Report], metric: str, user_U: Int64[np.ndarray, " U"]
 ) -> Float64[np.ndarray, " U"]:
-    """Return some users' values of a metric, each the mean over the reports, which all have it."""
+    """Return users' values of a metric, each the mean over the reports."""
     values = [r.per_user[metric][np.searchsorted(r.user_idx, user_U)] for r in reports]
     mean_U: np.ndarray = np.mean(values, axis=0)
     return mean_U
@@ -122,10 +122,10 @@ def _several(reports: R | Sequence[R]) -> Sequence[R]:
 
 
 def check_comparable(a: AnyReport, b: AnyReport) -> None:
-    """Refuse reports of different holdouts.
+    """Raise an error for reports of different holdouts.
 
     Raises:
-        DataError: They differ.
+        DataError: The holdouts differ.
     """
     if a.holdout_digest != b.holdout_digest:
         raise DataError(
@@ -148,23 +148,22 @@ def compare_rows(
 ) -> Comparison:
     """Compare two models on the rows that both predicted, user by user.
 
-    Users are drawn again with all their rows, the same for both models, and the metric is worked
-    out again: AUC is not a mean over users, so its difference is not one either. The p-value is
-    twice the share of resamples on the other side of 0, the observed one counted in; and never
-    below 2 / 2^U of U users, the chance that all their differences have one sign.
+    Users are resampled with all their rows, the same users for both models, and the metric is
+    computed again, because AUC is not a mean over users. The p-value is twice the share of
+    resamples on the other side of 0, including the observed value; it is at least 2 / 2^U for U
+    users, the probability that all their differences have the same sign.
 
     Args:
-        a: Report of the first model; or several, trained in the same way from several seeds: the
-            metric is their mean then.
-        b: Of the second, on the same rows; it may have other tasks besides.
-        metric: Its short name: "auc", "gauc", "log_loss", "ece", "rmse" or "mae". Of the last
-            four, less is better.
-        task: Which; "" if there is only one.
-        resamples: How often users are drawn again.
+        a: Report of the first model, or reports of several seeds, whose mean is compared.
+        b: Report or reports of the second model on the same rows; it may have further tasks.
+        metric: Its short name: "auc", "gauc", "log_loss", "ece", "rmse" or "mae". For the last
+            four, lower is better.
+        task: The task's name; "" if there is only one.
+        resamples: Number of resamples of users.
         seed: Decides the draw.
 
     Raises:
-        DataError: The rows differ, a report was kept without them, or the task has no such metric.
+        DataError: The rows differ, a report has no rows, or the task has no such metric.
     """
     reports_a, reports_b = _several(a), _several(b)
     first = reports_a[0]
@@ -231,12 +230,12 @@ class TransferRow:
     model: str
     task: str
     compared: Comparison
-    """The joint model less the single one."""
+    """The joint model minus the single one."""
     lower_is_better: bool
 
     @property
     def verdict(self) -> str:
-        """Say whether the other tasks helped; "neither" where luck could have made it."""
+        """ "gain" or "loss" by the other tasks; "neither" if the difference is not significant."""
         low, high = self.compared.interval
         if low <= 0 <= high:
             return "neither"
@@ -245,7 +244,7 @@ class TransferRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Transfer:
-    """A table of gains and losses. Printed, it is Markdown."""
+    """A table of gains and losses, printed as Markdown."""
 
     rows: tuple[TransferRow, ...]
 
@@ -282,9 +281,9 @@ def transfer(
     Binary tasks are compared by AUC, the others by RMSE.
 
     Args:
-        joint: From a model's name to its reports, one a seed.
-        single: From a task's name to the reports of a model that has this task alone.
-        resamples: How often users are drawn again.
+        joint: Reports of joint models by name, one per seed.
+        single: Reports of single-task models by the task's name, one per seed.
+        resamples: Number of resamples of users.
         seed: Decides the draw.
 
     Raises:
@@ -317,10 +316,10 @@ def transfer(
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class RankingGain(Shown):
-    """The gain of the second stage: two stages against the first of them alone."""
+    """The gain of the second stage: two stages against only the first."""
 
     retrieval: Report
-    """Of the retriever alone."""
+    """The report of the retriever alone."""
     comparison: Comparison
     """The two stages minus the retriever alone, user by user."""
 
@@ -332,12 +331,12 @@ class RankingGain(Shown):
 
     @property
     def intervals(self) -> Mapping[str, Interval]:
-        """Of the gain, paired."""
+        """The paired intervals of the gain."""
         return {f"{self.comparison.metric}_gain": self.comparison.interval}
 
     @checked
     def to_json(self) -> dict[str, object]:
-        """Return it as plain JSON values."""
+        """Return the gain as plain JSON values."""
         return {**asdict(self.comparison), "retrieval": dict(self.retrieval.metrics)}
 
     def __str__(self) -> str:
@@ -349,18 +348,18 @@ class RankingGain(Shown):
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class Reports(Shown):
-    """One report or two of the same model. Printed, their tables."""
+    """One or two reports of the same model, printed as tables."""
 
     lists: Report | None = None
-    """Of lists over the catalogue; None where they were not asked for."""
+    """The report of lists over the catalogue; None if they were not measured."""
     rows: RowsReport | None = None
-    """Of labelled rows; None for models that predict no labels, or where not asked for."""
+    """The report of labelled rows; None for models without labels, or if they were not measured."""
     gain: RankingGain | None = None
-    """Of lists in two stages against the first alone; None for other models."""
+    """The gain of two stages over the first; None for other models."""
 
     @property
     def metrics(self) -> Mapping[str, float]:
-        """All figures; no name is of both."""
+        """All figures; names in the two reports are distinct."""
         return {name: value for part in self._parts() for name, value in part.metrics.items()}
 
     @property
@@ -370,7 +369,7 @@ class Reports(Shown):
 
     @checked
     def to_json(self, *, per_user: bool = True) -> str:
-        """Return one JSON document; of two reports, that of rows is in the other as `rows`.
+        """Return one JSON document; a second report, of rows, is in it as `rows`.
 
         Args:
             per_user: False leaves each user's and each row's values out.
@@ -387,7 +386,7 @@ class Reports(Shown):
 
     @checked
     def noted(self, sentence: str) -> "Reports":
-        """Return them with a further note, which comes first."""
+        """Return the reports with a further note, which comes first."""
         lists, rows = self.lists, self.rows
         return replace(
             self,
@@ -415,10 +414,10 @@ _SIGNS = 2**22
 def sign_flip_p_value(
     difference_U: Float64[np.ndarray, " U"], *, resamples: int, seed: int
 ) -> float:
-    """Return how often luck alone makes a mean difference as large, two-sided, in (0, 1].
+    """Return the two-sided p-value of a mean difference, in (0, 1].
 
-    If neither model were better, each user's difference could as well have the other sign: the
-    p-value is the share of random signs whose mean is as far from 0, the observed one counted in.
+    If neither model were better, each user's difference could have either sign: the p-value is the
+    share of random sign flips whose mean is as far from 0, including the observed one.
 
     References:
         Fisher's randomisation test; Smucker et al., "A Comparison of Statistical Significance
@@ -427,7 +426,7 @@ def sign_flip_p_value(
     observed = abs(difference_U.sum())
     moving_U = difference_U[difference_U != 0]
     generator = np.random.default_rng(seed)
-    tolerance = 1e-12 * np.abs(moving_U).sum()  # sums of the same numbers in another order
+    tolerance = 1e-12 * np.abs(moving_U).sum()  # of sums in another order
     as_far, step = 0, max(1, _SIGNS // max(1, len(moving_U)))
     for begin in range(0, resamples, step):
         shape = (min(step, resamples - begin), len(moving_U))
@@ -440,9 +439,9 @@ def sign_flip_p_value(
 def holm(p_values: Sequence[float]) -> list[float]:
     """Return p-values corrected for multiple comparisons, in the same order.
 
-    Of P tests whose differences are all luck, the chance that any corrected value is at most .05
-    is .05 at most, however the tests depend on each other: the smallest is multiplied by P, the
-    next one by P - 1, and so on, and none falls below the one before it.
+    If none of P differences is real, the probability that any corrected value is at most .05 is at
+    most .05, for any dependence between tests: the smallest is multiplied by P, the next one by P -
+    1, and so on, and none is lower than the previous one.
 
     References:
         Holm, "A Simple Sequentially Rejective Multiple Test Procedure", Scandinavian Journal of

@@ -1,9 +1,8 @@
-r"""Metrics of ranked lists, with equal scores settled as by chance.
+r"""Metrics of ranked lists, with equal scores as expectations over random orders.
 
 Equal scores form a group that fills consecutive positions, and every order inside a group is
-taken to be as likely as every other. What a metric needs is then an exact expectation, not a
-draw. A group of `g` items, `r` of them targets, that starts behind `h` better targets, has at
-its j-th position (j = 0, 1, …)
+equally likely. The inputs of a metric are then exact expectations, not draws. A group of `g` items,
+`r` of them targets, that starts after `h` better targets, has at its j-th position (j = 0, 1, …)
 
 .. math::
     P(\text{target}) = \frac rg \qquad
@@ -11,8 +10,8 @@ its j-th position (j = 0, 1, …)
     E[\text{targets so far} \cdot 1(\text{target})]
         = \frac rg \Bigl(h + 1 + j\,\frac{r - 1}{g - 1}\Bigr)
 
-so a constant scorer gets the score of chance with any sort. Without equal scores all
-three are 0 or whole numbers.
+so a constant scorer gets the figure of chance with any sort. Without equal scores, all three are 0
+or whole numbers.
 
 Shape legend: B queries of a block, I items, K places of a list, N targets of the block, U users,
 R rows, M metrics.
@@ -28,13 +27,13 @@ from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
 _BLOCK_ELEMENTS = 2**20
-"""How many scores are looked at together where equal ones are drawn from."""
+"""Number of scores that are processed together if equal ones are drawn from."""
 
 
 class Top(NamedTuple):
-    """The best items of each query, best first, and the groups of equal scores among them.
+    """The best items of each query, best first, with their groups of equal scores.
 
-    K is cut to the size of the catalogue. Excluded items, at the end, score -inf.
+    K is limited to the size of the catalogue. Excluded items are at the end, with score -inf.
     """
 
     item_BK: Int64[np.ndarray, "B K"]
@@ -42,21 +41,21 @@ class Top(NamedTuple):
     start_BK: Int64[np.ndarray, "B K"]
     """Position at which this position's group of equal scores starts."""
     size_BK: Int64[np.ndarray, "B K"]
-    """How many candidates that group has in the whole catalogue, K or not; 0 where excluded."""
+    """Number of candidates of that group in the whole catalogue; 0 for excluded items."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Hits:
-    """All that a metric of accuracy may know of a list."""
+    """All inputs of an accuracy metric of a list."""
 
     relevance_BK: Float64[np.ndarray, "B K"]
     """Probability that a target is at this position."""
     first_BK: Float64[np.ndarray, "B K"]
-    """Probability that the first of the targets is at this position."""
+    """Probability that the first target of the list is at this position."""
     so_far_BK: Float64[np.ndarray, "B K"]
-    """Expected number of targets down to this position, itself included; 0 where it holds none."""
+    """Expected number of targets up to and including this position; 0 if it has no target."""
     num_targets_B: Int64[np.ndarray, " B"]
-    """How many there were to find, at least 1; a target that is not a candidate is never found."""
+    """Number of targets, at least 1; a target that is not a candidate is never found."""
 
 
 def best(score_BI: Float[Tensor, "B I"], k: int) -> Top:
@@ -68,7 +67,7 @@ def best(score_BI: Float[Tensor, "B I"], k: int) -> Top:
     """
     num_items = score_BI.shape[1]
     width = min(k, num_items)
-    top = score_BI.topk(min(k + 1, num_items))  # one more, to see whether the last group goes on
+    top = score_BI.topk(min(k + 1, num_items))  # one more, to see whether the last group continues
     all_BK, item_BK = top.values.cpu().numpy(), top.indices[:, :width].cpu().numpy()
     score_BK = all_BK[:, :width]
     starts_BK = np.ones(score_BK.shape, dtype=bool)
@@ -85,7 +84,7 @@ def best(score_BI: Float[Tensor, "B I"], k: int) -> Top:
             last_score = torch.from_numpy(score_BK[goes_on, -1:].copy()).to(score_BI.device)
             rows = torch.from_numpy(goes_on).to(score_BI.device)
             equal_RI = (score_BI[rows] == last_score).cpu().numpy()
-            whole = np.count_nonzero(equal_RI, axis=1)  # nine times as fast as torch's sum
+            whole = np.count_nonzero(equal_RI, axis=1)  # nine times as fast as torch.sum
             in_last = start_BK[goes_on] == start_BK[goes_on, -1:]
             size_BK[goes_on] = np.where(in_last, whole[:, None], size_BK[goes_on])
     size_BK[np.isneginf(score_BK)] = 0
@@ -96,7 +95,7 @@ def all_equal(num_B: Int64[np.ndarray, " B"], width: int) -> Top:
     """Return the lists of a scorer that gives every candidate the same score, as chance does.
 
     Args:
-        num_B: How many candidates each query has.
+        num_B: Number of candidates of each query.
         width: K.
     """
     position_BK = np.broadcast_to(np.arange(width), (len(num_B), width))
@@ -112,7 +111,7 @@ def all_equal(num_B: Int64[np.ndarray, " B"], width: int) -> Top:
 def place(
     top: Top, row_N: Int64[np.ndarray, " N"], score_N: Float[np.ndarray, " N"]
 ) -> tuple[Int64[np.ndarray, " N"], Int64[np.ndarray, " N"]]:
-    """Return how many candidates are better than each target, and how many as good (itself too).
+    """Return how many candidates are better than each target, and how many are equal (with itself).
 
     Args:
         top: The lists.
@@ -120,14 +119,14 @@ def place(
         score_N: Each target's score; -inf if it is not a candidate.
 
     Returns:
-        Both exact for targets that may be in the list. Of the others `better` is K or more,
+        Both are exact for targets that may be in the list. For the others, `better` is K or more,
         and `equal` is 1.
     """
     width = top.score_BK.shape[1]
     better_N = np.full(len(row_N), width, dtype=np.int64)
     equal_N = np.ones(len(row_N), dtype=np.int64)
     near = np.flatnonzero((score_N >= top.score_BK[row_N, -1]) & ~np.isneginf(score_N))
-    # Scores fall along a row, so halving finds the first that is not better.
+    # Scores descend along a row, so binary search finds the first that is not better.
     low, high = np.zeros(len(near), np.int64), np.full(len(near), width, np.int64)
     for _ in range(width.bit_length()):
         middle = (low + high) // 2
@@ -139,11 +138,11 @@ def place(
 
 
 def settle(top: Top, row_N: Int64[np.ndarray, " N"], score_N: Float[np.ndarray, " N"]) -> Hits:
-    """Return the positions of the targets, with ties as expectations (see the head of the file).
+    """Return the positions of the targets, with ties as expectations (see the top of the file).
 
     Args:
         top: The lists.
-        row_N: Each target's query; a query has each of its targets once.
+        row_N: Each target's query; the targets of a query are distinct.
         score_N: Each target's score; -inf if it is not a candidate.
     """
     num_queries, width = top.score_BK.shape
@@ -169,16 +168,16 @@ def settle(top: Top, row_N: Int64[np.ndarray, " N"], score_N: Float[np.ndarray, 
 def draw_lists(
     score_BI: Float[Tensor, "B I"], top: Top, key_B: Int64[np.ndarray, " B"], *, seed: int
 ) -> Int64[np.ndarray, "B K"]:
-    """Return one list for each query, equal scores ordered at random; -1 where it ran out.
+    """Return one list per query, with equal scores in random order, padded with -1.
 
-    The order depends on the seed, the query's key and the items, not on the block, on K, or on
-    how the catalogue is numbered by the sort.
+    The order depends on the seed, the query's key and the items, not on the block, on K, or on the
+    sort.
 
     Args:
-        score_BI: What `top` was made from.
-        top: The lists; positions with a score of their own are kept as they are.
-        key_B: A number for each query that is its own wherever it stands.
-        seed: Another seed, another order.
+        score_BI: The scores that `top` was computed from.
+        top: The lists; positions with a unique score are not changed.
+        key_B: A unique number for each query, independent of its position.
+        seed: Decides the order of equal scores.
     """
     item_BK = np.where(top.size_BK > 0, top.item_BK, -1)
     width = item_BK.shape[1]
@@ -200,7 +199,7 @@ def draw_lists(
 def chance_within(
     better_N: Int64[np.ndarray, " N"], equal_N: Int64[np.ndarray, " N"], k: int
 ) -> Float64[np.ndarray, " N"]:
-    """Return each target's probability to be among the `k` best."""
+    """Return each target's probability of being among the `k` best."""
     chance_N: np.ndarray = np.clip(k - better_N, 0, equal_N) / equal_N
     return chance_N
 
@@ -214,7 +213,7 @@ def _draw(
     *,
     seed: int,
 ) -> Int64[np.ndarray, "R K"]:
-    """Draw items of some rows among those of one score, without replacement."""
+    """Draw items of one score in each row, without replacement."""
     on = score_BI.device
     wanted_R1 = torch.from_numpy(score_R1.copy()).to(on)
     pair_P2 = (score_BI[torch.from_numpy(row_R).to(on)] == wanted_R1).nonzero().cpu().numpy()
@@ -239,10 +238,10 @@ def noise(
 def list_mean(
     item_BK: Int64[np.ndarray, "B K"], value_I: Float64[np.ndarray, " I"], k: int
 ) -> Float64[np.ndarray, " B"]:
-    """Return the mean of `value_I` over the first `k` places of each list.
+    """Return the mean of `value_I` over the first `k` positions of each list.
 
     Args:
-        item_BK: Best first; -1 where the list ran out, left out of the mean.
+        item_BK: Best first; padding with -1 is left out of the mean.
         value_I: A property of each item.
         k: At least 1.
 
@@ -259,7 +258,7 @@ def list_mean(
 def hit_rate(hits: Hits, k: int) -> Float64[np.ndarray, " B"]:
     """Return the probability that at least one target is among the first `k`, in [0, 1].
 
-    Also called Success@k and, where each query has one target, Recall@k.
+    Also called Success@k and, if each query has one target, Recall@k.
     """
     chance_B: np.ndarray = hits.first_BK[:, :k].sum(axis=1)
     return chance_B
@@ -270,19 +269,19 @@ def recall(hits: Hits, k: int) -> Float64[np.ndarray, " B"]:
 
     .. math:: \frac{1}{n} \sum_{p \le k} \text{rel}_p
 
-    with `n` the number of targets. RecBole and ranx divide by `n` too; some papers divide by
-    min(k, n), so that 1 can always be reached.
+    with `n` the number of targets. RecBole and ranx divide by `n` too; some papers divide by min(k,
+    n), so that 1 is always possible.
     """
     share_B: np.ndarray = hits.relevance_BK[:, :k].sum(axis=1) / hits.num_targets_B
     return share_B
 
 
 def precision(hits: Hits, k: int) -> Float64[np.ndarray, " B"]:
-    r"""Return the expected share of the first `k` places that hold a target, in [0, 1].
+    r"""Return the expected share of the first `k` positions that have a target, in [0, 1].
 
     .. math:: \frac{1}{k} \sum_{p \le k} \text{rel}_p
 
-    Divided by `k` also where the catalogue has fewer items.
+    The divisor is `k` even if the catalogue has fewer items.
     """
     share_B: np.ndarray = hits.relevance_BK[:, :k].sum(axis=1) / k
     return share_B
@@ -293,8 +292,8 @@ def average_precision(hits: Hits, k: int) -> Float64[np.ndarray, " B"]:
 
     .. math:: \frac{1}{\min(k, n)} \sum_{p \le k} \text{rel}_p \cdot \text{precision}_p
 
-    with `n` the number of targets. Divided by min(k, n), as in RecBole and the Kaggle contests,
-    so that a perfect list gets 1; ranx, trec_eval and RecTools divide by `n`.
+    with `n` the number of targets. The divisor is min(k, n), as in RecBole and Kaggle contests, so
+    that a perfect list gets 1; ranx, trec_eval and RecTools divide by `n`.
     """
     position_K = np.arange(1, min(k, hits.so_far_BK.shape[1]) + 1)
     found_B = (hits.so_far_BK[:, :k] / position_K).sum(axis=1)
@@ -310,13 +309,13 @@ def mrr(hits: Hits, k: int) -> Float64[np.ndarray, " B"]:
 
 
 def ndcg(hits: Hits, k: int) -> Float64[np.ndarray, " B"]:
-    r"""Return the expected discounted gain over that of the ideal list, in [0, 1].
+    r"""Return the expected discounted gain divided by that of the ideal list, in [0, 1].
 
     .. math:: \frac{\sum_{p \le k} \text{rel}_p / \log_2(p + 1)}
                     {\sum_{p \le \min(k, n)} 1 / \log_2(p + 1)}
 
     with `n` the number of targets, each of gain 1: the ideal list has min(k, n) of them on top,
-    as in ranx, trec_eval and scikit-learn. A few libraries take the ideal list as `k` hits.
+    as in ranx, trec_eval and scikit-learn. In a few libraries, the ideal list has `k` hits.
 
     References:
         Järvelin and Kekäläinen, "Cumulated gain-based evaluation of IR techniques",
@@ -342,20 +341,20 @@ def coverage(shown_I: Bool[np.ndarray, " I"], known_I: Bool[np.ndarray, " I"]) -
 
 
 HEAD_SHARE = 0.2
-"""The share of the catalogue that counts as its popular head."""
+"""The share of the catalogue that counts as the popular head."""
 
 
 def popularity_rank(count_I: Int64[np.ndarray, " I"]) -> Int64[np.ndarray, " I"]:
-    """Return how many items have more events; items with equally many share a rank."""
+    """Return the number of items with more events; items with equal counts share a rank."""
     descending_I = -np.sort(-count_I)
     return np.searchsorted(-descending_I, -count_I, side="left").astype(np.int64)
 
 
 def head_membership(count_I: Int64[np.ndarray, " I"]) -> Float64[np.ndarray, " I"]:
-    """Return how much of each item belongs to the most popular fifth of the catalogue.
+    """Return each item's membership of the most popular fifth of the catalogue.
 
-    1 for the head, 0 for the tail; items as popular as the last of the head share what is left
-    of it. The mean over a list is its popularity share: lists drawn blindly get 0.2.
+    It is 1 in the head and 0 in the tail; items that tie with the last of the head share its rest.
+    The mean over a list is its popularity share; random lists get 0.2.
 
     Args:
         count_I: Training events of each item; items without one are not part of the catalogue.
@@ -389,18 +388,18 @@ def self_information(count_I: Int64[np.ndarray, " I"]) -> Float64[np.ndarray, " 
 def mean_by_user(
     user_R: Int64[np.ndarray, " R"], values_RM: Float64[np.ndarray, "R M"]
 ) -> tuple[Int64[np.ndarray, " U"], Float64[np.ndarray, "U M"]]:
-    """Return the users that occur, ascending, and each one's mean over its rows."""
+    """Return the users that occur, ascending, and the mean of each over its rows."""
     user_U, row_R, count_U = np.unique(user_R, return_inverse=True, return_counts=True)
     sums = [np.bincount(row_R, values_RM[:, m], len(user_U)) for m in range(values_RM.shape[1])]
     return user_U, np.stack(sums, axis=1) / count_U[:, None]
 
 
 _CHUNK_ELEMENTS = 2**22
-"""How many weights are held at once; a fixed size, so it decides no digit."""
+"""Number of weights in memory at once; it is fixed, so that it does not affect results."""
 
 
 class Interval(NamedTuple):
-    """A range that holds the mean in 95 of 100 such samples of users."""
+    """A 95 % confidence interval of a mean over users."""
 
     low: float
     high: float
@@ -409,9 +408,9 @@ class Interval(NamedTuple):
 def bootstrap_means(
     values_UM: Float64[np.ndarray, "U M"], *, resamples: int, seed: int
 ) -> Float64[np.ndarray, "R M"]:
-    """Return the mean of each column over users drawn again with replacement, R times.
+    """Return the mean of each column over R resamples of users with replacement.
 
-    A user that is drawn brings all its columns, so differences between columns stay paired.
+    All columns of a drawn user are used, so differences between columns are paired.
 
     Args:
         values_UM: One row per user, at least one.
@@ -429,11 +428,11 @@ def bootstrap_means(
 def drawn_again(
     num_users: int, *, resamples: int, seed: int
 ) -> Iterator[Float64[np.ndarray, "R U"]]:
-    """Give, some resamples at a time, how often each user was drawn with replacement.
+    """Yield, some resamples at a time, how often each user was drawn with replacement.
 
     Args:
-        num_users: U, at least one; so many are drawn each time.
-        resamples: R of all pieces together.
+        num_users: U, at least one; each resample draws U users.
+        resamples: R, the total number.
         seed: Decides the draw.
     """
     generator = np.random.default_rng(seed)
@@ -455,6 +454,6 @@ def bootstrap_intervals(
 
 
 def percentile_interval(value_R: Float64[np.ndarray, " R"]) -> Interval:
-    """Return what holds the middle 95 % of resampled values; NaN is not a value."""
+    """Return the interval of the middle 95 % of resampled values, ignoring NaN."""
     low, high = np.nanquantile(value_R, [0.025, 0.975])
     return Interval(float(low), float(high))

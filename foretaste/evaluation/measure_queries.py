@@ -1,13 +1,13 @@
 """The metrics of a model's lists, computed per query and in blocks.
 
-The whole catalogue is ranked, or cold items among themselves: among the whole catalogue a cold
-item is held against items that were trained, and here only what places cold items decides. Or, on
-request and named so, a few sampled items, as some papers did: such metrics may order models
-otherwise than those over the whole catalogue do (Krichene and Rendle, "On Sampled Metrics for Item
-Recommendation", KDD 2020, https://doi.org/10.1145/3394486.3403226).
+The whole catalogue is ranked, or only cold items: in the whole catalogue, a cold item competes with
+trained items, and here only with other cold items. On request, as in some papers, a few sampled
+items are ranked, and metric names show it: such metrics may order models differently from those
+over the whole catalogue (Krichene and Rendle, "On Sampled Metrics for Item Recommendation", KDD
+2020, https://doi.org/10.1145/3394486.3403226).
 
 Shape legend: Q queries, N targets of all queries, B queries of a block, I items, P pairs, S sampled
-items, C items that are kept, R rows of a block, K items that training knows.
+items, C kept items, R rows of a block, K items with training events.
 """
 
 from collections.abc import Callable, Mapping
@@ -53,14 +53,13 @@ from foretaste.models.catalogue import judge
 from foretaste.training.trained import Trained
 
 Among = Literal["all", "cold"]
-"""What is ranked: all items that the model knows or places, or the cold ones alone."""
+"""The ranked items: all that the model can score, or only cold ones."""
 COLD_SUFFIX = "_among_cold"
-"""What metric names end in where cold items alone are ranked."""
+"""Suffix of metric names if only cold items are ranked."""
 Whose = Literal["known", "new"]
-"""Whose lists are measured: those of users with a history, or of the others alone, who are told by
-their features if by anything."""
+"""The measured users: those with a history, or only new users, who have at most features."""
 NEW_SUFFIX = "_of_new_users"
-"""What metric names end in where it is the others'."""
+"""Suffix of metric names if only new users are measured."""
 
 
 def among_cold(
@@ -68,13 +67,13 @@ def among_cold(
 ) -> Float[Tensor, "B I"]:
     """Return the scores with all but cold items left out.
 
-    Cold items that the model does not place are candidates too, with one score below all others:
-    a model that places none gets what chance gives, not nothing.
+    Cold items that the model cannot score are candidates too, with one score below all others, so a
+    model that scores none gets the figure of chance, not 0.
 
     Args:
         score_BI: Over the whole catalogue.
         cold_I: Items without a training event.
-        placed_I: Items that the model gave a score.
+        placed_I: Items that the model can score.
     """
     on, lowest = score_BI.device, score_BI.new_tensor(torch.finfo(score_BI.dtype).min)
     other_I = torch.where(cold_I.to(on), lowest, -torch.inf)
@@ -94,23 +93,23 @@ class SampledNegatives:
     """How the candidates of a query, besides its targets, are sampled."""
 
     num: Count = 99
-    """How many, no two the same. Of "listed" ones it is the data that say how many."""
+    """Number of distinct items; for "listed", the data decide the number."""
     by: _By = "uniform"
-    """"listed": those that the data list for the user. The others are drawn for each query among
-    the items that neither its history nor its targets hold: uniformly, or in favour of the popular
-    (each next one with probability ~ count^power of those that are left)."""
+    """"listed": the items that the data list for the user. Otherwise, items outside the query's
+    history and targets are drawn for each query: uniformly, or by popularity (each next one with
+    probability ~ count^power among the remaining ones)."""
     power: Annotated[float, Ge(-100), Le(100)] = 0.75
     seed: Seed = 0
 
     @checked
     def check(self, num_known: int) -> None:
-        """Refuse to draw more items than there are.
+        """Raise an error if there are fewer items than requested.
 
         Args:
-            num_known: Items that can be drawn: those with a training event.
+            num_known: Number of items with a training event, which can be drawn.
 
         Raises:
-            ConfigError: No query could be compared with so many.
+            ConfigError: No query has this many items to draw.
         """
         if self.by != "listed" and self.num >= num_known:
             raise ConfigError(
@@ -123,18 +122,18 @@ class SampledNegatives:
 
     @property
     def suffix(self) -> str:
-        """What metric names end in."""
+        """The suffix of metric names."""
         return f"_sampled_{self.num}"
 
     @checked
     def as_done(self, num_Q: Int64[np.ndarray, " Q"]) -> "SampledNegatives":
-        """Return it with the number that queries were in fact compared with.
+        """Return the settings with the number of items actually drawn.
 
         Args:
-            num_Q: That of each query.
+            num_Q: The number of each query.
 
         Raises:
-            ConfigError: They are drawn, and no query has so many that it may be compared with.
+            ConfigError: Items are drawn, and no query has this many items to draw.
         """
         most = int(num_Q.max(initial=0))
         if self.by != "listed" and most < self.num:
@@ -148,7 +147,7 @@ class SampledNegatives:
 
     @checked
     def note(self, num_Q: Int64[np.ndarray, " Q"]) -> str:
-        """Return the sentence for the report; `num_Q` is that of `as_done`."""
+        """Return the sentence for the report; `num_Q` is the argument of `as_done`."""
         how = {
             "listed": "the items that the data list for the user",
             "uniform": f"drawn uniformly for each query (seed {self.seed})",
@@ -168,7 +167,7 @@ class SampledNegatives:
 
 
 def no_list() -> ConfigError:
-    """Return the error for data that list no negatives where listed ones are asked for."""
+    """Return the error for data without listed negatives."""
     return ConfigError(
         'the data list no negatives: draw them (sampled_by = "uniform"), or give a part column '
         "with the value 'negative'",
@@ -186,18 +185,18 @@ def kept_items(
     count_I: Int64[np.ndarray, " I"],
     listed: Interactions | None,
 ) -> Bool[Tensor, "B I"]:
-    """Return which items each query's targets stand among: the sampled ones and the targets.
+    """Return a mask of each query's candidates: the sampled items and the targets.
 
     Args:
-        sampled: What to keep.
+        sampled: The sampling settings.
         queries: Users and histories.
         key_B: A number for each query that is its own wherever it stands.
         target_2P: (row, item) of the targets.
-        count_I: Training events of each item; items without any are not drawn.
-        listed: What the data list for each user.
+        count_I: Number of training events of each item; items without any are not drawn.
+        listed: The items that the data list for each user.
 
     Raises:
-        ConfigError: Listed items are asked for, and the data list none.
+        ConfigError: Listed items are requested, and the data list none.
     """
     keep_BI = torch.zeros(len(queries), len(count_I), dtype=torch.bool)
     if sampled.by == "listed":
@@ -227,17 +226,16 @@ def score_kept(
 ) -> Float[Tensor, "B I"]:
     """Return the scores of some items of each query, and -inf for the others.
 
-    A ranker that must be asked pair by pair is asked about these items alone; others score the
-    catalogue.
+    A ranker that scores pair by pair scores only these items; other models score the catalogue.
 
     Args:
-        model: Whose scores.
+        model: The model.
         score: Its `scorer`.
         queries: Users and histories.
-        keep_BI: Of which items; of one or more for each query.
+        keep_BI: The items to score, at least one per query.
 
     Raises:
-        NonFiniteError: The model scores one of them with NaN or infinity.
+        NonFiniteError: The model's score of an item is NaN or infinite.
     """
     ranker = model.model
     if not isinstance(ranker, Ranker):
@@ -260,7 +258,7 @@ def _draw(
 ) -> Int64[np.ndarray, "B S"]:
     """Let items race with exponential times; the first to arrive are the sample.
 
-    Where fewer are free than are asked for, others arrive last.
+    If fewer items are available than requested, unavailable ones arrive last.
     """
     known = np.flatnonzero(count_I)
     power = sampled.power if sampled.by == "popularity" else 0.0
@@ -285,7 +283,7 @@ ACCURACY: Mapping[str, Callable[[Hits, int], Float64[np.ndarray, " B"]]] = {
     "mrr": mrr,
     "map": average_precision,
 }
-"""What is asked of the targets' places."""
+"""The metrics of the targets' positions."""
 
 
 _SHORT_BLOCK = 64
@@ -293,21 +291,21 @@ _SHORT_BLOCK = 64
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Measured:
-    """Of each query and target, in the order of their task."""
+    """The measured values of queries and targets, in the order of their task."""
 
     values: dict[str, Float64[np.ndarray, " Q"]]
     """Name to each query's value."""
     chance: dict[str, Float64[np.ndarray, " Q"]]
-    """Name of a metric of accuracy to its expectation under a random order of the same candidates;
-    empty where it was not asked for."""
+    """Name of an accuracy metric to its expectation under a random order of the same candidates;
+    empty if it was not requested."""
     shown: dict[int, Bool[np.ndarray, " I"]]
-    """K to the items in the first K of a list; of the queries in the headline."""
+    """K to the items in the first K of a list, over the queries in the headline."""
     better_N: Int64[np.ndarray, " N"]
     equal_N: Int64[np.ndarray, " N"]
     cold_2N: Int64[np.ndarray, "2 N"] | None
-    """Better and equal ones among cold items; None where no target is cold."""
+    """Numbers of better and of equal cold items; None if no target is cold."""
     sampled_Q: Int64[np.ndarray, " Q"]
-    """Sampled items beside the targets; 0 where the catalogue is ranked."""
+    """Number of sampled items besides the targets; 0 if the catalogue is ranked."""
 
 
 @torch.inference_mode()
@@ -324,15 +322,15 @@ def measure_queries(
     asked_Q: Bool[np.ndarray, " Q"],
     with_chance: bool = False,
 ) -> Measured:
-    """Rank what is to be found, a block of queries at a time.
+    """Rank the targets, one block of queries at a time.
 
-    Arguments are those of `evaluate`, `task` is what `holdout` leaves to be found, and `asked_Q`
-    are the queries whose lists count in what is shown. `with_chance` works out what a random order
-    gets, too.
+    Arguments are those of `evaluate`; `task` has the targets of `holdout`, and `asked_Q` the
+    queries whose lists count for coverage and novelty. `with_chance` also computes the expectation
+    of a random order.
 
     Raises:
-        ConfigError: Listed items are asked for, and the data list none.
-        NonFiniteError: The model scores an item with NaN or infinity.
+        ConfigError: Listed items are requested, and the data list none.
+        NonFiniteError: The model's score of an item is NaN or infinite.
     """
     score, count_I = model.scorer(exclude_seen=exclude_seen), model.item_count
     properties = {
@@ -405,15 +403,15 @@ def measure_queries(
 
 @torch.inference_mode()
 def mean_ndcg(model: Trained, holdout: Holdout, task: Task, *, k: int, exclude_seen: bool) -> float:
-    """Return NDCG as `evaluate` would of a task's queries, and nothing else: what stops a run.
+    """Return only the NDCG of a task's queries, as `evaluate` would; early stopping uses it.
 
     Arguments are those of `evaluate`; every query of `task` counts.
 
     Raises:
-        NonFiniteError: The model scores an item with NaN or infinity.
+        NonFiniteError: The model's score of an item is NaN or infinite.
     """
     score, ndcg_Q = model.scorer(exclude_seen=exclude_seen), np.zeros(len(task.row_Q))
-    short = max(_SHORT_BLOCK, len(ndcg_Q) // 8)  # few queries in one block would be padded much
+    short = max(_SHORT_BLOCK, len(ndcg_Q) // 8)  # few queries in one block would need much padding
     step = min(block_rows(len(model.item_count)), short)
     for rows in own_blocks(len(ndcg_Q), step):
         score_BI = score(holdout.queries(task.row_Q[rows], model.moment))
@@ -457,7 +455,7 @@ def _by_chance(
     score_N: Float[np.ndarray, " N"],
     k: int,
 ) -> Hits:
-    """Return where the targets stand if all candidates have one score; -inf is not a candidate."""
+    """Return the targets' positions if all candidates have one score; -inf is not a candidate."""
     num_B = np.count_nonzero((score_BI > -torch.inf).cpu().numpy(), axis=1)
     flat_N = np.where(np.isneginf(score_N), -np.inf, 0.0)
     return settle(all_equal(num_B, min(k, score_BI.shape[1])), row_N, flat_N)
@@ -466,7 +464,7 @@ def _by_chance(
 def _without_seen(
     score_BI: Float[Tensor, "B I"], queries: Queries, *, excluded: bool
 ) -> Float[Tensor, "B I"]:
-    """Return the scores, those of histories -inf if they are excluded."""
+    """Return the scores, with -inf for items of the history if they are excluded."""
     if excluded:
         seen_N = torch.arange(len(queries)).repeat_interleave(queries.offsets_B1.diff())
         score_BI[seen_N, queries.history_N] = -torch.inf

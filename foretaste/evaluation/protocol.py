@@ -51,35 +51,35 @@ def evaluate(
 ) -> Report:
     """Measure a model's recommendations against the later events of its users.
 
-    Every item with a training event is ranked for every query, and every other that the model
-    places by its features or edges. A user's value is the mean over its queries, the headline the
-    mean over users that have a history and something to find; users without history are a slice
-    of their own.
+    For every query, all items with a training event are ranked, and those that the model scores by
+    their features or edges. A user's value is the mean over its queries; the headline is the mean
+    over users with a history and targets; users without history are a separate slice.
 
     Args:
-        model: Gives the scores. Equal ones are settled as by chance.
-        holdout: What is to be predicted, from which histories. Of other events than the model's own
-            users and items are found by their ids: an unknown user is a new one, represented by the
-            history; a target of an unknown item is a miss. The report counts both.
+        model: The model; equal scores count as their expectation under a random order.
+        holdout: The targets and histories. In other events than the model's own, users and items
+            are matched by their ids: an unknown user is a new user, represented by the history; a
+            target with an unknown item is a miss. The report counts both.
         k: List lengths, each at least 1.
-        exclude_seen: True leaves the items of a query's history out of its list; a target that
-            stands there cannot be found and is not a target, which the report counts.
-        resamples: Of the bootstrap over users; 0 gives no intervals, and no chance levels.
-        seed: Decides the resamples, and the order of equal scores where a list must be drawn
+        exclude_seen: True leaves the items of a query's history out of its list; targets in the
+            history are left out too, and the report counts them.
+        resamples: Number of bootstrap resamples of users; 0 gives no intervals and no chance
+            levels.
+        seed: Decides the resamples, and the order of equal scores for metrics that need one list
             (coverage, novelty, popularity share).
-        sampled: Rank the targets among a few sampled items only, as some papers did; the names
-            of the metrics say so.
-        among: "cold" ranks items without a training event among themselves, and the names of
-            the metrics say so; those that the model does not place are at the end, as equals.
-        users: "new" takes the headline from the users without history, and from no others, and the
-            names of the metrics say so.
+        sampled: Rank the targets only among a few sampled items, as in some papers; the names of
+            the metrics show it.
+        among: "cold" ranks only items without a training event, and the names of the metrics show
+            it; items that the model cannot score are tied at the end.
+        users: "new" computes the headline only over users without history, and the names of the
+            metrics show it.
 
     Raises:
-        ConfigError: `k` or `resamples` is out of range, both `sampled` and `among` are asked, or
-            more sampled items than there are.
-        DataError: The model knows hardly an item of the holdout, was trained on most of it, or
-            nothing can be measured.
-        NonFiniteError: The model scores an item with NaN or infinity.
+        ConfigError: `k` or `resamples` is out of range, both `sampled` and `among` are set, or
+            there are fewer items than sampled ones.
+        DataError: The model knows few items of the holdout, was trained on most of it, or there are
+            no targets.
+        NonFiniteError: The model's score of an item is NaN or infinite.
     """
     k = (k,) if isinstance(k, int) else tuple(k)
     _check_asked(k, resamples, sampled, among)
@@ -165,10 +165,10 @@ def evaluate(
 def to_find(
     holdout: Holdout, *, exclude_seen: bool = True, users: Whose = "known"
 ) -> tuple[Task, Bool[np.ndarray, " Q"]]:
-    """Return what `evaluate` will look for, and which queries the headline is of.
+    """Return the targets that `evaluate` ranks, and the queries of the headline.
 
     Raises:
-        DataError: Nothing: no list could be right.
+        DataError: There are no targets.
     """
     task = make_task(holdout, without_repeats=exclude_seen)
     asked_Q: Bool[np.ndarray, " Q"] = (task.length_Q > 0) == (users == "known")
@@ -258,9 +258,7 @@ def protocol_notes(
     among: Among,
     users: Whose,
 ) -> tuple[str, ...]:
-    """Say what was ranked, averaged and divided by what; arguments are those of `evaluate`, and
-    `sampled` is the note of the sampled items.
-    """
+    """Return notes on candidates, means and divisors; `sampled` is the note on sampled items."""
     seen = (
         f"seen items are excluded: what a query's history holds is not in its list; left out are "
         f"{task.repeats} targets that stand there, and {task.idle} queries that had no other"
@@ -293,7 +291,7 @@ def protocol_notes(
 
 
 def _candidates(model: Trained, sampled: str | None, among: Among) -> tuple[str, str]:
-    """Return which items are ranked, and which targets are never found."""
+    """Return notes on the ranked items and on the targets that are never found."""
     cold_I = model.item_count == 0
     num_placed = int((model.known_I.numpy() & cold_I).sum())
     if among == "cold":
@@ -315,7 +313,7 @@ def _candidates(model: Trained, sampled: str | None, among: Among) -> tuple[str,
 
 
 def _of_moments(model: Trained, holdout: Holdout) -> tuple[str, ...]:
-    """Return a note on the context that a model with features of it was given."""
+    """Return a note on the context of queries, for models that read context features."""
     if model.moment is None:
         return ()
     if holdout.context is None:
@@ -324,11 +322,11 @@ def _of_moments(model: Trained, holdout: Holdout) -> tuple[str, ...]:
 
 
 HISTORY_EDGES = (1, 5, 10, 20, 50, 100)
-"""Where each bucket of history lengths begins."""
+"""Start of each bucket of history lengths."""
 
 
 def query_slices(task: Task, values: Mapping[str, Float64[np.ndarray, " Q"]]) -> Iterator[Slice]:
-    """Give the users without history, then the others by its length; empty slices are left out."""
+    """Yield slices by length of history, from users without history on; empty ones are left out."""
     targets_Q = np.diff(task.offsets_Q1)
     parts: list[tuple[str, str, np.ndarray]] = [("cold users", "no history", task.length_Q == 0)]
     for low, high in zip(HISTORY_EDGES, (*HISTORY_EDGES[1:], None), strict=True):
@@ -351,7 +349,7 @@ def _slice(
     *,
     targets: int,
 ) -> Slice:
-    """Return the means over users of values that belong to queries, or to their targets."""
+    """Return the means over users of values of queries or of targets."""
     columns_NM = np.stack(list(values.values()), axis=1)
     user_U, means_UM = mean_by_user(task.user_Q[query_N], columns_NM)
     return Slice(
@@ -372,13 +370,13 @@ def target_slices(
     count_I: Int64[np.ndarray, " I"],
     in_headline_N: Bool[np.ndarray, " N"],
 ) -> Iterator[Slice]:
-    """Give the targets by tenths of the catalogue, most popular first, then those unknown to it.
+    """Yield slices of targets by tenths of the catalogue, most popular first, then cold ones.
 
     Args:
         task: The queries.
-        found: Name of a recall to each target's probability to be found.
-        found_among_cold: Likewise, where items without a training event are ranked alone; empty
-            gives no slice of it.
+        found: Name of a recall to each target's probability of being found.
+        found_among_cold: The same if only items without a training event are ranked; empty gives no
+            such slice.
         count_I: Training events of each item.
         in_headline_N: Targets of queries with a history.
     """

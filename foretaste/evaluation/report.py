@@ -1,6 +1,6 @@
 """Reports: the results of an evaluation of lists or of labelled rows, with notes on every choice.
 
-Shape legend: U users that had something to find, N rows, T tasks.
+Shape legend: U users with targets, N rows, T tasks.
 """
 
 import io
@@ -29,52 +29,52 @@ from foretaste.training.trained import Calibration
 
 _FORMAT = 1
 _LATER = ("suffix", "chance")
-"""Fields that the first reports of this format lack."""
+"""Fields that older reports of this format lack."""
 _WIDE = 1_000_000
 _CALIBRATIONS: TypeAdapter[dict[str, Calibration]] = TypeAdapter(dict[str, Calibration])
 
 R = TypeVar("R", bound="AnyReport")
 Cells = list[list[str]]
-"""Rows of a table, the first of which are headings."""
+"""Rows of a table; the first row has the headings."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class AnyReport(Shown):
-    """The common base of reports of lists and of rows. Printed, a report is its tables."""
+    """The common base of reports of lists and of rows. A report is printed as tables."""
 
     model: str
     """Name of the model's class."""
     holdout: str
     """"validation" or "test"."""
     holdout_digest: str
-    """SHA-256 of what was to be predicted: only reports of equal ones can be compared."""
+    """SHA-256 of the targets: only reports of equal targets can be compared."""
     metrics: Mapping[str, float]
     """Name to value."""
     intervals: Mapping[str, Interval]
     """Name to 95 % bootstrap interval over users; a figure that is not a mean over users may have
-    none."""
+    no interval."""
     counts: Mapping[str, int]
     """Numbers of evaluated and of omitted items, by reason."""
     notes: tuple[str, ...]
-    """Every choice that could have changed a number, one sentence each."""
+    """One sentence for every choice that could have changed a number."""
     settings: Mapping[str, object] = field(default_factory=dict)
     """The settings of the training run, as plain JSON values."""
     seed: int = 0
-    """Of the training run."""
+    """The seed of the training run."""
     suffix: str = ""
-    """What the names of metrics end in, such as `_sampled_99`."""
+    """Suffix of metric names, such as `_sampled_99`."""
 
     _WHAT: ClassVar[str]
     _FROM_JSON: ClassVar[Mapping[str, Callable[[Any], object]]]
-    """By field, how it is made of what JSON holds; others are held as they are."""
+    """By field, the conversion from JSON; other fields are not converted."""
 
     @classmethod
     @checked
     def from_json(cls: type[R], text: str) -> R:
-        """Read what `to_json` wrote.
+        """Read the result of `to_json`.
 
         Raises:
-            DataError: It is no such report, or one of a later format.
+            DataError: It is not a report, or has a later format.
         """
         made: dict[str, Callable[[Any], object]] = {
             "intervals": _intervals,
@@ -105,7 +105,7 @@ class AnyReport(Shown):
 
     @checked
     def to_frame(self) -> pl.DataFrame:
-        """Return the figures, a row for each metric: its value, 95 % interval and chance level."""
+        """Return the figures, a row per metric: its value, 95 % interval and chance level."""
         levels = self._levels()
         rows = [
             (name, value, *self.intervals.get(name, (None, None)), levels.get(name))
@@ -128,7 +128,7 @@ class AnyReport(Shown):
 
     @property
     def at_chance(self) -> tuple[str, ...]:
-        """What is no better than chance: its interval holds the level, or lies below it."""
+        """Metrics no better than chance: the interval includes the chance level or is below."""
         return tuple(
             name
             for name, level in self._levels().items()
@@ -157,19 +157,19 @@ class AnyReport(Shown):
 
     @abstractmethod
     def _tables(self) -> list[tuple[str, Cells]]:
-        """Return the tables with their titles; the first one's is the report's."""
+        """Return the tables with their titles; the first title is the report's."""
 
     @abstractmethod
     def _levels(self) -> Mapping[str, float]:
-        """Return what chance gets, by metric."""
+        """Return the chance level of each metric."""
 
     @abstractmethod
     def _chance(self) -> str:
-        """Say what chance is."""
+        """Return the definition of chance."""
 
 
 def _key(name: str) -> str:
-    """Return a field's name in JSON: without the letters of its shape."""
+    """Return a field's name in JSON, without the letters of its shape."""
     return re.sub("_[A-Z]+$", "", name)
 
 
@@ -182,32 +182,32 @@ class Slice:
     """The same metrics over some of the queries or targets."""
 
     group: str
-    """What was sliced by, such as "history length"."""
+    """The property that defines the slices, such as "history length"."""
     label: str
     """The name of the slice, such as "10 to 19 events"."""
     users: int
     queries: int
     targets: int
     metrics: Mapping[str, float]
-    """Mean over the slice's users, in whose mean only what belongs to the slice is counted."""
+    """Mean over the slice's users, each over the user's queries or targets in the slice."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class Report(AnyReport):
     """The metrics of one model's lists on one holdout, each a mean over users.
 
-    Every metric's name ends in `_at_K`, and `suffix`. Printed, it is a table.
+    Every metric's name ends in `_at_K` and `suffix`. It is printed as a table.
     """
 
     k: tuple[int, ...]
     user_idx: Int64[np.ndarray, " U"]
-    """The users that had something to find, ascending."""
+    """The users with targets, ascending."""
     per_user: Mapping[str, Float64[np.ndarray, " U"]]
     """Name to each user's value, the mean over the user's queries; empty if left out."""
     slices: tuple[Slice, ...] = ()
     chance: Mapping[str, float] = field(default_factory=dict)
-    """Name of a metric of accuracy to what a random order of the same candidates gets, on average;
-    empty where no intervals were asked for."""
+    """Name of an accuracy metric to its expectation for a random order of the same candidates;
+    empty without intervals."""
 
     _WHAT: ClassVar[str] = "report"
     _FROM_JSON: ClassVar[Mapping[str, Callable[[Any], object]]] = {
@@ -219,10 +219,9 @@ class Report(AnyReport):
 
     @checked
     def to_json(self, *, per_user: bool = True) -> str:
-        """Return the whole report as one JSON document, to the last digit.
+        """Return the complete report as one JSON document, in full precision.
 
-        Args:
-            per_user: False leaves each user's values out; such a report cannot be compared.
+        Args: per_user: False leaves each user's values out; such a report cannot be compared.
         """
         return self._json(without=() if per_user else ("user_idx", "per_user"))
 
@@ -273,20 +272,21 @@ class Report(AnyReport):
 class RowsReport(AnyReport):
     """The pointwise metrics of one model on the labelled rows of one part.
 
-    Where there are several tasks, the names of metrics end in `_TASK`. Printed, it is a table.
+    If there are several tasks, the names of metrics end in `_TASK`. It is printed as a table.
     """
 
     tasks: tuple[Task, ...]
     reliability: Mapping[str, Reliability]
-    """Of each binary task, by its name; of calibrated probabilities, by `TASK_METHOD`."""
+    """The reliability of each binary task, by its name; for calibrated probabilities, by
+    `TASK_METHOD`."""
     user_N: Int64[np.ndarray, " N"]
     """The user of each row, in [0, `counts["users"]`); empty if left out, like the next two."""
     label_NT: Float64[np.ndarray, "N T"]
-    """NaN where one is missing."""
+    """NaN for missing labels."""
     prediction_NT: Float64[np.ndarray, "N T"]
-    """Probabilities, values in the labels' units, or expected levels; before any calibration."""
+    """Probabilities, values in the labels' units, or expected levels, before any calibration."""
     calibration: Mapping[str, Calibration] = field(default_factory=dict)
-    """By the task's name: what the calibrated figures were computed with."""
+    """The calibrations of the calibrated figures, by the task's name."""
 
     _WHAT: ClassVar[str] = "report of rows"
     _FROM_JSON: ClassVar[Mapping[str, Callable[[Any], object]]] = {
@@ -308,10 +308,10 @@ class RowsReport(AnyReport):
 
     @checked
     def rows(self, task: str) -> TaskRows:
-        """Return what there is of a task: labels, predictions, users.
+        """Return the labels, predictions and users of a task.
 
         Raises:
-            DataError: There is no such task, no label of it, or the rows were left out.
+            DataError: The task does not exist, it has no labels, or the rows were left out.
         """
         if not len(self.label_NT):
             raise DataError(
@@ -336,7 +336,7 @@ class RowsReport(AnyReport):
 
     @checked
     def to_json(self, *, per_row: bool = True) -> str:
-        """Return the whole report as one JSON document, to the last digit.
+        """Return the complete report as one JSON document, in full precision.
 
         Args:
             per_row: False leaves each row's values out; such a report cannot be compared.
@@ -345,7 +345,7 @@ class RowsReport(AnyReport):
 
     @property
     def at_chance(self) -> tuple[str, ...]:
-        """The binary tasks whose AUC has an interval that holds 0.5, or lies below it."""
+        """The binary tasks whose AUC interval includes 0.5 or lies below it."""
         held = super().at_chance
         return tuple(task.name for task in self.tasks if self.name("auc", task.name) in held)
 
@@ -356,7 +356,7 @@ class RowsReport(AnyReport):
         return "a random order gets an auc and a gauc of 0.5"
 
     def _tables(self) -> list[tuple[str, Cells]]:
-        """Give a line a metric, and a column a task."""
+        """Return a table with a row per metric and a column per task."""
         rows = [["metric", *(task.name for task in self.tasks)]]
         bases = ["auc", "gauc", "log_loss", "ece", "rmse", "mae"]
         methods = dict.fromkeys(found.kind for found in self.calibration.values())
@@ -378,15 +378,15 @@ def _two_dimensions(found: list[list[float | None]]) -> Float64[np.ndarray, "N T
 
 @checked
 def calibrate(report: RowsReport, method: Method) -> dict[str, Calibration]:
-    """Fit the probabilities of every binary task that has labels of both classes, by its name.
+    """Fit a calibration of every binary task with labels of both classes, by its name.
 
     Args:
-        report: Of rows that training did not see, such as validation's; not of those on which the
-            effect is to be shown.
+        report: The report of rows outside training, such as validation; not of the rows that
+            measure the effect.
         method: "platt" or "isotonic".
 
     Raises:
-        DataError: The report was kept without its rows, or is of rows that training saw.
+        DataError: The report has no rows, or its rows are training rows.
     """
     if report.holdout == "train":
         raise DataError(
@@ -404,7 +404,7 @@ def calibrate(report: RowsReport, method: Method) -> dict[str, Calibration]:
 
 
 def console_table(rows: list[list[str]], *, title: str) -> Table:
-    """Return rows, the first of which are headings, as a table for a terminal."""
+    """Return rows, the first of which has the headings, as a table for a terminal."""
     table = Table(title=Text(title))
     for position, name in enumerate(rows[0]):
         table.add_column(Text(name), justify="left" if position == 0 else "right")
@@ -414,12 +414,12 @@ def console_table(rows: list[list[str]], *, title: str) -> Table:
 
 
 def printed(tables: Iterable[Table], notes: Iterable[str] = ()) -> str:
-    """Return tables and notes below them as text: nothing is cut or folded, however wide."""
+    """Return tables, and notes below them, as text of any width, without cutting or folding."""
     lines: list[str] = []
     for table in tables:
         title, table.title = table.title, None
         text = io.StringIO()
-        # in a notebook, a console shows each table at once in place of writing it
+        # in a notebook, a console would show each table at once instead of writing it
         out = Console(file=text, width=_WIDE, color_system=None, force_jupyter=False)
         out.print(table, highlight=False)
         lines += [str(title), *(line.rstrip() for line in text.getvalue().splitlines())]
@@ -427,14 +427,14 @@ def printed(tables: Iterable[Table], notes: Iterable[str] = ()) -> str:
 
 
 def markdown_table(rows: Iterable[list[str]]) -> str:
-    """Return rows, the first of which are headings, as a table in Markdown."""
+    """Return rows, the first of which has the headings, as a Markdown table."""
     lines = [f"| {' | '.join(row)} |" for row in rows]
     lines.insert(1, f"|{' --- |' * lines[0].count(' | ')} --- |")
     return "\n".join(lines)
 
 
 def latex_table(rows: Iterable[list[str]]) -> str:
-    r"""Return rows, the first of which are headings, as a `tabular` with rules of booktabs."""
+    r"""Return rows, the first of which has the headings, as a LaTeX `tabular` with booktabs."""
     rows = list(rows)
     heads, *others = [" & ".join(map(_in_latex, row)) + r" \\" for row in rows]
     layout = "l" + "r" * (len(rows[0]) - 1)
@@ -459,7 +459,7 @@ def _in_latex(text: str) -> str:
 
 
 def _no_report(error: Exception, what: str) -> DataError:
-    """Say why a text is not what `to_json` of a report wrote."""
+    """Return the error for a text that is not a report's `to_json`."""
     match error:
         case json.JSONDecodeError(lineno=line, colno=column):
             why = f"it is no JSON (line {line}, column {column})"

@@ -1,8 +1,8 @@
-"""Pointwise metrics of labelled rows, over users drawn again, and what calibrates probabilities.
+"""Pointwise metrics of labelled rows with a bootstrap over users, and calibrations.
 
-A user that is drawn brings all its rows: what rows of one user have in common counts once.
-Calibrations are fitted on validation rows and used on others; none changes the order of a task's
-rows, but for ties that isotonic regression makes.
+A drawn user brings all its rows, which accounts for the dependence between them. Calibrations are
+fitted on validation rows and applied to others; they keep the order of a task's rows, except for
+ties from isotonic regression.
 
 Shape legend: N rows, U users, R resamples, T tasks, M bins, G distinct scores.
 """
@@ -30,7 +30,7 @@ def checked_labels(label_N: Float[np.ndarray, " N"]) -> Float64[np.ndarray, " N"
     """Return the labels of a binary task in double precision.
 
     Raises:
-        DataError: One is neither 0 nor 1, or is missing.
+        DataError: A label is neither 0 nor 1, or is missing.
     """
     wrong_N = (label_N != 0) & (label_N != 1)
     if wrong_N.any():
@@ -47,8 +47,8 @@ def checked_predictions(prediction_N: Float[np.ndarray, " N"]) -> Float64[np.nda
     """Return predictions in double precision.
 
     Raises:
-        DataError: There is none.
-        NonFiniteError: One is NaN or infinite.
+        DataError: There are no predictions.
+        NonFiniteError: A prediction is NaN or infinite.
     """
     if len(prediction_N) == 0:
         raise DataError("there is no labelled row: nothing can be measured")
@@ -67,8 +67,8 @@ def checked_probabilities(probability_N: Float[np.ndarray, " N"]) -> Float64[np.
     """Return probabilities in double precision.
 
     Raises:
-        DataError: There is none, or one lies outside of [0, 1].
-        NonFiniteError: One is NaN or infinite.
+        DataError: There are no predictions, or one is outside [0, 1].
+        NonFiniteError: A prediction is NaN or infinite.
     """
     found_N = checked_predictions(probability_N)
     if found_N.min() < 0 or found_N.max() > 1:
@@ -83,24 +83,24 @@ def checked_probabilities(probability_N: Float[np.ndarray, " N"]) -> Float64[np.
 
 @final
 class RankedRows:
-    """Rows in the order of their scores: sorted once, weighed as often as a bootstrap asks."""
+    """Rows sorted by score once, for repeated use with the weights of a bootstrap."""
 
     def __init__(self, label_N: Float[np.ndarray, " N"], score_N: Float[np.ndarray, " N"]) -> None:
-        """Sort.
+        """Sort the rows.
 
         Args:
             label_N: 0 or 1.
             score_N: Any real numbers, higher is better.
 
         Raises:
-            DataError: A label is something else.
+            DataError: A label is neither 0 nor 1.
             NonFiniteError: A score is NaN or infinite.
         """
         self.label_N = checked_labels(label_N)
         _, self.place_N = np.unique(checked_predictions(score_N), return_inverse=True)
 
     def auc(self, weight_N: Float[np.ndarray, " N"] | None = None) -> float:
-        """Return the area, NaN where the weights leave one class only."""
+        """Return the AUC, NaN if the weights leave only one class."""
         positive_N = self.label_N if weight_N is None else self.label_N * weight_N
         all_N = np.ones(len(self.label_N)) if weight_N is None else weight_N
         positive_G = np.bincount(self.place_N, positive_N)
@@ -117,7 +117,7 @@ def auc(
     score_N: Float[np.ndarray, " N"],
     weight_N: Float64[np.ndarray, " N"] | None = None,
 ) -> float:
-    r"""Return the probability that a 1 is scored above a 0, ties counted as half, in [0, 1].
+    r"""Return the probability that a 1 scores above a 0, with ties counted half, in [0, 1].
 
     .. math:: \frac{\sum_{i: y_i = 1} \sum_{j: y_j = 0} w_i w_j
                     \big([s_i > s_j] + \tfrac{1}{2} [s_i = s_j]\big)}
@@ -129,10 +129,10 @@ def auc(
         weight_N: Weight of each row, 0 or more; None: all weights are equal.
 
     Returns:
-        0.5 where the scores say nothing.
+        The AUC, which is 0.5 for uninformative scores.
 
     Raises:
-        DataError: There are no rows of one of the classes, or a label is neither.
+        DataError: A class has no rows, or a label is neither 0 nor 1.
         NonFiniteError: A score is NaN or infinite.
 
     References:
@@ -156,7 +156,7 @@ def user_auc(
     *,
     num_users: int,
 ) -> Float64[np.ndarray, " U"]:
-    """Return each user's AUC over the user's own rows, NaN where they are of one class.
+    """Return each user's AUC over the user's own rows, NaN if they have only one class.
 
     Args:
         label_N: 0 or 1.
@@ -193,10 +193,10 @@ def row_log_loss(
 ) -> Float64[np.ndarray, " N"]:
     """Return each row's loss, in nats.
 
-    Probabilities are kept 2.2e-16 away from 0 and 1, as in scikit-learn.
+    Probabilities are clipped 2.2e-16 away from 0 and 1, as in scikit-learn.
 
     Raises:
-        DataError: A label is neither 0 nor 1, or a probability is none.
+        DataError: A label is neither 0 nor 1, or a probability is outside [0, 1].
         NonFiniteError: A probability is NaN or infinite.
     """
     label_N, probability_N = checked_labels(label_N), checked_probabilities(probability_N)
@@ -212,24 +212,24 @@ NUM_BINS = 15
 
 @dataclass(frozen=True, kw_only=True)
 class Reliability:
-    """The curve that a calibrated model puts on the diagonal; empty bins are left out."""
+    """A reliability curve, the diagonal for a calibrated model; empty bins are left out."""
 
     count: tuple[int, ...]
-    """Rows of each bin."""
+    """Number of rows in each bin."""
     predicted: tuple[float, ...]
-    """Mean probability of each."""
+    """Mean probability in each bin."""
     happened: tuple[float, ...]
-    """Share of ones in each."""
+    """Share of ones in each bin."""
 
 
 def reliability(
     label_N: Float[np.ndarray, " N"],
     probability_N: Float[np.ndarray, " N"],
 ) -> Reliability:
-    """Return what was predicted and what happened, bin by bin, as scikit-learn's curve does.
+    """Return predicted and observed shares by bin, like scikit-learn's calibration curve.
 
     Raises:
-        DataError: A label is neither 0 nor 1, or a probability is none.
+        DataError: A label is neither 0 nor 1, or a probability is outside [0, 1].
         NonFiniteError: A probability is NaN or infinite.
     """
     label_N, probability_N = checked_labels(label_N), checked_probabilities(probability_N)
@@ -246,18 +246,18 @@ def reliability(
 
 
 def bin_of(probability_N: Float64[np.ndarray, " N"]) -> Int64[np.ndarray, " N"]:
-    """Return each row's bin, all of equal width; what lies on an edge belongs below it."""
+    """Return each row's bin of equal width; a value on an edge belongs to the lower bin."""
     edges = np.linspace(0, 1, NUM_BINS + 1)
     return np.searchsorted(edges[1:-1], probability_N).astype(np.int64)
 
 
 Weighed = Callable[[Float64[np.ndarray, " U"]], float]
-"""From how often each user counts to the metric; NaN where it is not defined so."""
+"""Maps the weights of users to the metric; NaN if it is not defined."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class TaskRows:
-    """The rows that have a label of one task, and what a model predicted of them."""
+    """The rows with a label of one task, and a model's predictions of them."""
 
     task: Task
     label_N: Float64[np.ndarray, " N"]
@@ -266,18 +266,18 @@ class TaskRows:
     user_N: Int64[np.ndarray, " N"]
     """In [0, num_users)."""
     num_users: int
-    """Of all rows, also of those without this label."""
+    """Number of users of all rows, including those without this label."""
 
     def predicting(self, prediction_N: Float64[np.ndarray, " N"]) -> "TaskRows":
         """Return the same rows with other predictions."""
         return replace(self, prediction_N=prediction_N)
 
     def metrics(self) -> dict[str, Weighed]:
-        r"""Return the metrics that these rows define, by name: functions of users' weights.
+        r"""Return the defined metrics by name, as functions of users' weights.
 
-        "auc" of a binary task is that of `auc`, left out if all labels are equal, and "gauc" the
-        mean of each user's own, weighted by its rows, over users that have rows of both classes.
-        Of other tasks, in the label's unit,
+        For a binary task, "auc" is that of `auc`, left out if all labels are equal, and "gauc" is
+        the mean of each user's AUC, weighted by the user's rows, over users with rows of both
+        classes. For other tasks, in the label's unit,
 
         .. math:: \text{rmse} = \sqrt{\frac 1N \sum_n (\hat y_n - y_n)^2} \qquad
                   \text{mae} = \frac 1N \sum_n |\hat y_n - y_n|
@@ -293,13 +293,13 @@ class TaskRows:
         return {"rmse": lambda times_U: float(np.sqrt(square(times_U))), "mae": absolute}
 
     def probability_metrics(self) -> dict[str, Weighed]:
-        r"""Return the metrics of probabilities as such, not of their order.
+        r"""Return the metrics of probabilities, which do not depend only on their order.
 
         .. math:: \text{log\_loss} = -\frac 1N \sum_n y_n \ln p_n + (1 - y_n) \ln(1 - p_n) \qquad
                   \text{ece} = \sum_m \frac{n_m}{N} \Big|\bar p_m - \bar y_m\Big|
 
-        The first is in nats: 0 is perfect, ln 2 is a coin. The second, the expected calibration
-        error over bins m, is in [0, 1]; 0 is calibrated.
+        The first is in nats: 0 is perfect, and ln 2 belongs to a constant 0.5. The second is the
+        expected calibration error over bins m, in [0, 1]; 0 is calibrated.
 
         References:
             Naeini, Cooper and Hauskrecht, "Obtaining Well Calibrated Probabilities Using Bayesian
@@ -323,7 +323,7 @@ class TaskRows:
         label_N = checked_labels(self.label_N)
         if label_N.min() == label_N.max():
             return {}
-        order_N = np.argsort(self.prediction_N)  # so that each resample walks through memory
+        order_N = np.argsort(self.prediction_N)  # so that each resample reads memory sequentially
         ranked = RankedRows(label_N[order_N], self.prediction_N[order_N])
         user_N = self.user_N[order_N]
         found: dict[str, Weighed] = {"auc": lambda times_U: ranked.auc(times_U[user_N])}
@@ -350,7 +350,7 @@ def _ratio(above_U: Float64[np.ndarray, " U"], below_U: Float64[np.ndarray, " U"
 
 
 def point_values(metrics: Mapping[str, Weighed], num_users: int) -> dict[str, float]:
-    """Return each metric over the users as they are."""
+    """Return each metric over the users without resampling."""
     once_U = np.ones(num_users)
     return {name: metric(once_U) for name, metric in metrics.items()}
 
@@ -358,13 +358,13 @@ def point_values(metrics: Mapping[str, Weighed], num_users: int) -> dict[str, fl
 def resampled(
     metrics: Mapping[str, Weighed], num_users: int, *, resamples: int, seed: int
 ) -> dict[str, Float64[np.ndarray, " R"]]:
-    """Return each metric over users drawn again, R times, the same users for all metrics.
+    """Return each metric over R resamples of users, which are the same for all metrics.
 
     Args:
         metrics: By name.
         num_users: U.
         resamples: R.
-        seed: Decides the draw: with one seed, two models meet the same users.
+        seed: Decides the draw; equal seeds draw the same users for two models.
     """
     found: dict[str, list[float]] = {name: [] for name in metrics}
     for times_RU in drawn_again(num_users, resamples=resamples, seed=seed):
@@ -379,24 +379,24 @@ optimize = later("scipy.optimize")
 Method = Literal["platt", "isotonic"]
 _MOST_STEPS = 100
 _STEEPEST = 1.0
-"""How much isotonic regression may rise for each unit of the logit; of the logistic curve itself,
-which changes no probability, it is a quarter at most."""
+"""Maximum slope of isotonic regression per unit of the logit. The logistic curve, which changes no
+probability, has a slope of at most a quarter."""
 
 
 def fit_calibration(
     method: Method, label_N: Float[np.ndarray, " N"], probability_N: Float[np.ndarray, " N"]
 ) -> PlattCalibration | IsotonicCalibration:
-    """Learn from rows that training did not see what a model's probabilities mean.
+    """Fit a calibration of a model's probabilities on rows outside training.
 
     Args:
-        method: "platt" has two numbers to learn and needs few rows; "isotonic" follows any rising
-            curve and wants a thousand or more.
+        method: "platt" has two parameters and needs few rows; "isotonic" fits any non-decreasing
+            curve and needs a thousand rows or more.
         label_N: 0 or 1.
-        probability_N: What the model gave.
+        probability_N: The model's probabilities.
 
     Raises:
-        DataError: There are rows of one class only, a label is neither 0 nor 1, or a probability
-            is none.
+        DataError: There is only one class, a label is neither 0 nor 1, or a probability is outside
+            [0, 1].
         NonFiniteError: A probability is NaN or infinite.
     """
     label_N, probability_N = checked_labels(label_N), checked_probabilities(probability_N)
@@ -418,12 +418,12 @@ def fit_calibration(
 def _fit_platt(
     label_N: Float64[np.ndarray, " N"], logit_N: Float64[np.ndarray, " N"]
 ) -> PlattCalibration:
-    """Find the line of greatest likelihood by Newton's method, halving steps that overshoot.
+    """Find the line of maximum likelihood with Newton's method, halving steps that overshoot.
 
     References:
         Platt, "Probabilistic Outputs for Support Vector Machines and Comparisons to Regularized
-        Likelihood Methods", 1999: labels are drawn in by one row of each class, so that rows that
-        a line parts perfectly have a finite answer too.
+        Likelihood Methods", 1999: labels are smoothed by one row of each class, so that perfectly
+        separable rows also have a finite solution.
     """
     ones = label_N.sum()
     target_N = np.where(label_N == 1, (ones + 1) / (ones + 2), 1 / (len(label_N) - ones + 2))
@@ -449,11 +449,11 @@ def _fit_platt(
 def _fit_isotonic(
     label_N: Float64[np.ndarray, " N"], probability_N: Float64[np.ndarray, " N"]
 ) -> IsotonicCalibration:
-    """Pool adjacent violators over distinct probabilities; only the ends of a stair are kept.
+    """Pool adjacent violators over distinct probabilities; only the ends of a step are kept.
 
-    **Departures**: a lowest stair of 0 and a highest of 1 are drawn in to one of its n + 2 rows,
-    not beyond the next stair: "never" and "always" would cost without bound when they are wrong.
-    Steps become slopes (`_eased`).
+    **Departures**: a lowest step of 0 and a highest of 1 are moved inward to one of n + 2 rows, but
+    not beyond the next step, because 0 and 1 have unbounded loss when they are wrong. Steps become
+    slopes (`_eased`).
     """
     at, place_N, count = np.unique(probability_N, return_inverse=True, return_counts=True)
     mean = np.bincount(place_N, label_N) / count
@@ -466,22 +466,23 @@ def _fit_isotonic(
         levels[-1] = min(highest, max(levels[-2], 1 - 1 / (rows[-1] + 2)))
     gives = _eased(at, levels[stair])
     level = np.diff(gives) == 0
-    inner = np.append(level, False) & np.insert(level, 0, False)  # level on both sides
+    inner = np.append(level, False) & np.insert(level, 0, False)  # constant on both sides
     return IsotonicCalibration(at=tuple(at[~inner].tolist()), gives=tuple(gives[~inner].tolist()))
 
 
 def _eased(
     at: Float64[np.ndarray, " N"], gives: Float64[np.ndarray, " N"]
 ) -> Float64[np.ndarray, " N"]:
-    """Rise no steeper than `_STEEPEST`: half of a step comes before its place, half after it.
+    """Limit the slope to `_STEEPEST`: half of a step comes before its position, half after it.
 
-    A logit's last digits differ with how many rows are judged at once, and a step between two that
-    lie 1e-5 apart would make ten thousand times as much of it: answers would not be those measured.
+    A logit's last digits depend on the number of rows scored at once, and a step between two logits
+    1e-5 apart would multiply this by ten thousand, so that answers would differ from the
+    evaluation.
     """
     line = _STEEPEST * logit(at)
     late = line + np.minimum.accumulate(gives - line)
     early = line + np.maximum.accumulate((gives - line)[::-1])[::-1]
-    eased: np.ndarray = np.maximum.accumulate(((late + early) / 2).round(12))  # level is level
+    eased: np.ndarray = np.maximum.accumulate(((late + early) / 2).round(12))  # no tiny slopes
     return eased
 
 

@@ -1,7 +1,7 @@
-"""How a ranker is measured: on labelled rows, each predicted from what came before it.
+"""Evaluation of rankers on labelled rows, each predicted from its user's earlier events.
 
-Shape legend: N rows: events of a part and items drawn for them; B rows of a block, C items of
-each, T tasks.
+Shape legend: N rows: events of a part and items drawn for them; B rows of a block, C items per row,
+T tasks.
 """
 
 import hashlib
@@ -44,7 +44,7 @@ from foretaste.training.trained import Calibration, Trained, calibrated
 
 _BLOCK_ROWS = 2**13
 _NEW_USERS_EVENTS = 50
-"""How many events of a user that the model does not know are read, where training read none."""
+"""Number of events read for a user that the model does not know, if training read none."""
 _LAST = {"train": TRAIN, "validation": VALIDATION, "test": TEST}
 
 
@@ -59,29 +59,29 @@ def evaluate_rows(
     resamples: Resamples = 1000,
     seed: Seed = 0,
 ) -> RowsReport:
-    """Measure what a ranker predicts of a part's labelled rows against their labels.
+    """Compare a ranker's predictions for a part's labelled rows with their labels.
 
-    Each row is predicted from what its user did before it, the weights as training left them.
-    Where the part holds no zeros, as many items are drawn as in training, evenly; names say so.
+    Each row is predicted from its user's earlier events, with the trained weights. If the part has
+    no zeros, as many items are drawn as in training, uniformly; metric names show it.
 
     Args:
         model: A ranker.
-        split: What it was trained on, or other events: users and items are found by their ids, and
-            rows of items that the model does not know are left out and counted.
-        part: Which part.
-        sampled: Draw so many items for each row instead, and so.
-        calibration: From a binary task's name to what `fit_calibration` made of other rows: the
-            effect is beside the plain figures. None: what the model keeps.
-        resamples: Of the bootstrap over users; 0 gives no intervals.
+        split: The split of its training, or other events, in which users and items are matched by
+            their ids; rows of items that the model does not know are left out and counted.
+        part: "train", "validation" or "test".
+        sampled: Settings of the drawn items, instead of those of training.
+        calibration: Calibrations of binary tasks by name, from `fit_calibration` on other rows;
+            calibrated figures are shown next to the plain ones. None: the model's own.
+        resamples: Number of bootstrap resamples of users; 0 gives no intervals.
         seed: Decides the resamples.
 
     Raises:
         ConfigError: The model is not a ranker, or a setting is out of range.
-        DataError: No row has a label, the model knows hardly an item of them, or it was trained on
-            most of them.
+        DataError: No row has a label, the model knows few of their items, or it was trained on most
+            of them.
         NonFiniteError: A prediction is NaN or infinite.
     """
-    ranker_of(model)  # or it predicts no labels
+    ranker_of(model)  # otherwise it predicts no labels
     model = model.asked_by(split.events)
     split, known = known_rows(model, split, part=part)
     rows, notes, suffix = rows_to_judge(model, split, part=part, sampled=sampled)
@@ -108,10 +108,10 @@ def evaluate_rows(
 
 
 def ranker_of(model: Trained) -> Ranker:
-    """Return the network that judges labelled rows: of two stages the second.
+    """Return the network that predicts labels, which is the second of two stages.
 
     Raises:
-        ConfigError: There is none.
+        ConfigError: The model predicts no labels.
     """
     ranker = model.model.second_stage
     if not isinstance(ranker, Ranker):
@@ -124,14 +124,14 @@ def ranker_of(model: Trained) -> Ranker:
 
 
 def rows_settings(model: Trained) -> RowsConfig:
-    """Return how a ranker learned, or would learn by default."""
+    """Return a ranker's training objective, or its default."""
     return model.objective if isinstance(model.objective, RowsConfig) else RowsConfig()
 
 
 def rows_to_judge(
     model: Trained, split: Split, *, part: PartName, sampled: SampledNegatives | None = None
 ) -> tuple[Rows, tuple[str, ...], str]:
-    """Return a part's rows, with items drawn where there are no zeros; notes; and a suffix."""
+    """Return a part's rows, with drawn items if there are no zeros; notes; and a suffix."""
     ranker, learned = ranker_of(model), rows_settings(model)
     rows = rows_of(
         split, part, tasks=ranker.tasks, features=model.features, positive=learned.positive
@@ -164,18 +164,18 @@ def _drawn_notes(model: Trained, rows: Rows, sampled: SampledNegatives) -> Itera
 
 
 def known_rows(model: Trained, split: Split, *, part: PartName) -> tuple[Split, Overlap | None]:
-    """Leave out a part's rows of items that a model does not know, and count what it knows of it.
+    """Leave out a part's rows of items that a model does not know, and count the overlap.
 
     Args:
-        model: As one that is asked by the split's events.
-        split: Whose rows are to be predicted.
-        part: Which of them.
+        model: A model for queries in the rows of the split's events.
+        split: The split with the rows.
+        part: The part of the split.
 
     Returns:
-        The split, and what is known; None for the split that the model was trained on.
+        The split and the overlap, which is None for the split of the model's training.
 
     Raises:
-        DataError: The model knows hardly an item of them, or was trained on most of them.
+        DataError: The model knows few of their items, or was trained on most of them.
     """
     if model.events is split.train:
         return split, None
@@ -189,7 +189,7 @@ def known_rows(model: Trained, split: Split, *, part: PartName) -> tuple[Split, 
 
 
 def has_zeros(rows: Rows) -> bool:
-    """Return whether the labels of any binary task have zeros of their own."""
+    """Return whether the labels of any binary task include zeros."""
     binary_T = np.array([task.kind == "binary" for task in rows.tasks])
     return bool((rows.label_ET[:, binary_T] == 0).any())
 
@@ -212,7 +212,7 @@ def _sampler(model: Trained, sampled: SampledNegatives, num_items: int) -> Sampl
 def predict_rows(
     model: Trained, rows: Rows
 ) -> tuple[Float64[np.ndarray, "N T"], Float64[np.ndarray, "N T"]]:
-    """Return labels and a ranker's predictions, of rows and of the items drawn for each."""
+    """Return labels and a ranker's predictions, for rows and the items drawn for them."""
     each = 1 + rows.drawn_EN.shape[1]
     shape = len(rows), each, len(rows.tasks)
     label_ECT, prediction_ECT = np.zeros(shape), np.zeros(shape)
@@ -229,10 +229,10 @@ def task_values(
     label_NT: Float64[np.ndarray, "N T"],
     prediction_NT: Float64[np.ndarray, "N T"],
 ) -> Iterator[float]:
-    """Give a number for each task that rows can judge, 1 is perfect, none has a unit.
+    """Return a number without unit for each task that rows can measure; 1 is perfect.
 
-    Of a binary task it is the AUC, of another 1 - RMSE / standard deviation of the labels. They are
-    those of `evaluate_rows`, which reports much else.
+    It is the AUC for a binary task, and 1 - RMSE / standard deviation of the labels for others.
+    They equal the figures of `evaluate_rows`, which reports more.
 
     Raises:
         NonFiniteError: A prediction is NaN or infinite.
@@ -252,9 +252,9 @@ def task_values(
 def blocks_of(
     model: Trained, rows: Rows, blocks: Iterable[slice]
 ) -> Iterator[tuple[slice, RowBatch]]:
-    """Give blocks of rows as a model's ranker reads them.
+    """Yield blocks of rows as a model's ranker reads them.
 
-    A user that the model does not know is represented by the history where training read none.
+    A user that the model does not know is represented by the history, even if training read none.
     """
     ranker, translation = ranker_of(model), model.translation
     reads, max_len = ranker.reads, ranker.max_len
@@ -271,13 +271,13 @@ def blocks_of(
 
 @torch.inference_mode()
 def predict_tasks(ranker: Ranker, batch: RowBatch) -> Float64[Tensor, "B C T"]:
-    """Return each task's prediction."""
+    """Return the predictions of each task."""
     found = ranker.heads.answers(ranker(batch.queries, batch.item_BC))
     return torch.stack([found[task.name] for task in ranker.tasks], dim=2).cpu()
 
 
 def _digest(rows: Rows) -> str:
-    """Return a SHA-256 of what is asked: models of one task and of several are asked the same."""
+    """Return a SHA-256 of the rows, which does not depend on the number of tasks."""
     events = rows.events
     sha = hashlib.sha256(f"{events.users.digest} {events.items.digest}".encode())
     for column in (rows.events.user_idx, rows.events.item_idx, rows.drawn_EN):
@@ -287,23 +287,23 @@ def _digest(rows: Rows) -> str:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Predicted:
-    """A part's rows with what a model predicted of them."""
+    """A part's rows with a model's predictions."""
 
     name: str
-    """Which part it is: "validation", "test"."""
+    """The part: "validation" or "test"."""
     digest: str
     """SHA-256 of the rows."""
     tasks: tuple[Task, ...]
     user_N: Int64[np.ndarray, " N"]
-    """Any numbers, equal for rows of one user."""
+    """Arbitrary numbers, equal for rows of one user."""
     label_NT: Float64[np.ndarray, "N T"]
-    """NaN where one is missing."""
+    """NaN for missing labels."""
     prediction_NT: Float64[np.ndarray, "N T"]
     notes: tuple[str, ...] = ()
     counts: Mapping[str, int] = field(default_factory=dict)
     """Further counts for the report."""
     suffix: str = ""
-    """What the names of metrics end in, such as `_sampled_99`."""
+    """Suffix of metric names, such as `_sampled_99`."""
 
 
 def measure_rows(
@@ -316,10 +316,10 @@ def measure_rows(
     settings: Mapping[str, object],
     train_seed: int,
 ) -> RowsReport:
-    """Work out the report of predictions.
+    """Compute the report of predictions.
 
     Raises:
-        ConfigError: `resamples` is out of range, or a calibration is of no binary task.
+        ConfigError: `resamples` is out of range, or a calibration belongs to no binary task.
         DataError: There is no row with a label.
         NonFiniteError: A prediction of a labelled row is NaN or infinite.
     """
@@ -424,7 +424,7 @@ def _of_task(
 
 
 def _not_defined(part: TaskRows, found: Mapping[str, Weighed]) -> list[str]:
-    """Say which metrics a task's rows do not define, and why."""
+    """Return notes on metrics that a task's rows do not define, with the reason."""
     if part.task.kind != "binary" or "gauc" in found:
         return []
     if "auc" not in found:

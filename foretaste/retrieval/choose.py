@@ -169,7 +169,7 @@ def may_be_approximate(kind: IndexChoice, *, num_items: int) -> bool:
 
 
 def kind_by_size(num_items: int) -> Literal["exact", "ivf_sq8"]:
-    """Return a kind of index by the number of items alone, so that runs do not depend on timing."""
+    """Return a kind of index by the number of items, so that runs do not depend on timing."""
     return "exact" if num_items < EXACT_BELOW else "ivf_sq8"
 
 

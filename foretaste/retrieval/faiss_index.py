@@ -2,9 +2,8 @@
 
 A single query is searched with a set of its excluded items or, with an allow-list, a bitmap of the
 allowed ones. Many queries, each with a short list of exclusions, are searched together for k + X
-items, and the excluded items are dropped. The exact
-index answers if the approximate one would be wrong or slow: for very long lists, for filters that
-leave few items, and if too few items were found.
+items, and the excluded items are dropped. The exact index answers if the approximate one would be
+wrong or slow: for very long lists, for filters that leave few items, and if it found too few items.
 
 Shape legend: B queries, N items in the index, I items of the catalogue, D width, X exclusions,
 K list length, F fetched.
@@ -132,7 +131,7 @@ def _fetch_each(
 def _without(
     gone_G: Int64[np.ndarray, " G"], bits: UInt8[np.ndarray, " bytes"] | None
 ) -> "faiss.IDSelector | None":
-    """Return a selector of the allowed items but some, at a cost of these alone if all are."""
+    """Return a selector of the allowed items without some; it costs little if all are allowed."""
     if bits is None:
         return faiss.IDSelectorNot(faiss.IDSelectorBatch(gone_G)) if len(gone_G) else None
     own = bits.copy()
@@ -302,7 +301,7 @@ class FaissIndex:
             off_MC = np.abs(self._index.sq.compute_codes(rest_MD).astype(int) - code_MC)
             return bool((off_MC <= 1).all())
         nearest_MC = self._index.pq.compute_codes(rest_MD)
-        return bool((nearest_MC == code_MC).mean() > 0.99)  # two codes may be equally near
+        return bool((nearest_MC == code_MC).mean() > 0.99)  # two codes may be equally close
 
     def _own(self, position_M: Int64[np.ndarray, " M"]) -> Float32[np.ndarray, "M D"]:
         vectors_MD: np.ndarray = self.exact.vectors_at(torch.from_numpy(position_M)).numpy()

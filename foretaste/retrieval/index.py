@@ -212,7 +212,7 @@ class WholeIndex(ABC):
 
 @final
 class ExactIndex(WholeIndex):
-    """The exact index over full vectors, which approximate indexes are measured against."""
+    """The exact index over full vectors, which is the reference for approximate indexes."""
 
     def __init__(
         self,

@@ -4,8 +4,8 @@ A row is a query with its positive item: the user of a pair, or a position in a 
 negatives come from up to three sources: items drawn once for the whole batch, the batch's other
 positives, and items drawn for the row alone. Every loss can be combined with every source.
 
-Shape legend: N rows, M shared candidates, H own candidates, V distinct items, X those of them that
-this process encodes, D width, I items, P pairs.
+Shape legend: N rows, M shared candidates, H own candidates, V distinct items, X items that this
+process encodes, D width, I items, P pairs.
 """
 
 from collections.abc import Callable
@@ -73,7 +73,7 @@ class CandidateConfig(Config):
     calibration: float = Field(default=0.75, ge=0, le=1)
     """The parameter t of gBCE: 0 is BCE, 1 calibrates probabilities fully."""
     margin: Positive = 1.0
-    """For the margin loss: how far the positive's score should be above a negative's."""
+    """For the margin loss: the required distance of the positive's score from a negative's."""
 
     @model_validator(mode="after")
     def _has_negatives(self) -> "CandidateConfig":
@@ -106,7 +106,7 @@ class Candidates:
     """(row, column) of candidates that are not negatives; columns from M on are the row's own
     candidates."""
     log_count_M: Float[Tensor, " M"]
-    """Log of the expected number of times that each shared candidate is drawn for a row."""
+    """Log of the expected number of draws of each shared candidate for a row."""
     log_count_NH: Float[Tensor, "N H"]
 
     def to(self, device: torch.device) -> "Candidates":

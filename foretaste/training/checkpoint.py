@@ -1,4 +1,4 @@
-"""Checkpoints: the whole state of a run, and a folder of it that is replaced in one rename.
+"""Checkpoints: the complete state of a run, in a folder that is replaced in one rename.
 
 manifest.json             the run's progress, its settings and seed, and the checksum of every part
 NAME-NUMBER.safetensors   a part: model, best, average, optimizer, objective or refreshed
@@ -127,11 +127,11 @@ _DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-"""As safetensors names them."""
+"""The types by their names in safetensors."""
 
 
 def save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
-    """Write a file of safetensors; unlike its own function, without a copy of it all in memory."""
+    """Write a safetensors file without a complete copy in memory."""
     header, first_bytes = _header({n: (t.dtype, list(t.shape)) for n, t in tensors.items()})
     with file.open("wb") as opened:
         opened.write(header)
@@ -140,14 +140,14 @@ def save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
 
 
 def save_together(file: Path, rows: Mapping[str, tuple[int, range, Tensor]]) -> dict[str, Tensor]:
-    """Write tensors of which each process has some rows into one file of safetensors.
+    """Write tensors of which each process has some rows into one safetensors file.
 
     Args:
         file: In a folder that all processes see.
-        rows: By name how many rows there are, which of them this process has, and these.
+        rows: By name, the number of rows, the range of this process, and its rows.
 
     Returns:
-        All rows, mapped from the file: what is written into them changes nothing there.
+        All rows, mapped from the file; changes to them are not written to the file.
     """
     shapes = {name: (own.dtype, [num, *own.shape[1:]]) for name, (num, _, own) in rows.items()}
     header, first_bytes = _header(shapes)
@@ -167,7 +167,7 @@ def save_together(file: Path, rows: Mapping[str, tuple[int, range, Tensor]]) -> 
 def _header(
     shapes: Mapping[str, tuple[torch.dtype, list[int]]],
 ) -> tuple[bytes, dict[str, int]]:
-    """Return how a file begins, and where each tensor does, one after the other."""
+    """Return the header of a file, and the position of each tensor."""
     parts: dict[str, Any] = {}
     ends, end = dict[str, int](), 0
     for name in sorted(shapes, key=lambda name: (-shapes[name][0].itemsize, name)):
@@ -193,7 +193,7 @@ def read_checkpoint(
 
     Args:
         folder: The checkpoint's folder.
-        own: The tensors of which only a range of rows is wanted; any process may have written them.
+        own: The tensors of which only a range of rows is read; any process may have written them.
 
     Raises:
         BundleError: The checkpoint is missing, damaged or of a newer format.
@@ -219,12 +219,12 @@ def _place(file: str) -> tuple[str, int]:
 
 
 def _read(files: Iterable[Path], own: Mapping[str, range]) -> dict[str, Tensor]:
-    """Read the wanted rows of tensors, which may be spread over several files in row order."""
+    """Read the requested rows of tensors, which may be spread over several files in row order."""
     pieces: dict[str, list[Tensor]] = {}
     rows_before: dict[str, int] = {}
     for file in files:
         with safe_open(file, "pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118  # it is no mapping
+            for name in tensors.keys():  # noqa: SIM118  # it is not a mapping
                 if name not in own:
                     pieces.setdefault(name, []).append(tensors.get_tensor(name))
                     continue

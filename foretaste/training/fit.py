@@ -73,7 +73,7 @@ class Refreshed(ABC):
 
     @abstractmethod
     def is_due(self, epoch: int, batch: int) -> bool:
-        """Whether a computation in a thread alongside training is to start before a step."""
+        """Return whether a computation in a thread alongside training starts before a step."""
 
     @abstractmethod
     def start(self, model: Any, batch: int) -> None:
@@ -258,7 +258,7 @@ class Fit(Generic[Network, Batch]):
         on_step: Callable[[Progress, int], None] | None,
         max_seconds: float | None,
     ) -> None:
-        """Take the remaining steps of an epoch."""
+        """Run the remaining steps of an epoch."""
         progress, seconds_before = self.progress, self.progress.seconds
         started = last_checkpoint = time.perf_counter()
         while progress.batch < steps_per_epoch and not progress.done:
@@ -351,13 +351,13 @@ class Fit(Generic[Network, Batch]):
         buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
         clock = time.process_time if self.device.type == "cpu" else time.perf_counter
         seconds: dict[str, list[float]] = {"fp32": [], "bf16": []}
-        for precision in ("fp32", "bf16") * (1 + _TRIALS):  # the first two are slower
+        for precision in ("fp32", "bf16") * (1 + _TRIALS):  # the first two calls are slower
             generator = step_generator(self.seed, self.progress.epoch, self.progress.batch)
             started = clock()
             with self._autocast(precision), processes.dealt(batch):
                 loss = self.objective(self.model, batch.to(self.device), generator)
             loss.backward()
-            loss.item()  # waits for a GPU
+            loss.item()  # wait for the GPU
             seconds[precision].append(clock() - started)
             self.optimizer.zero_grad(set_to_none=True)
         for buffer, kept in buffers:

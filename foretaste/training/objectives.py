@@ -1,12 +1,12 @@
-"""All ways of learning: from a model and a batch to a scalar.
+"""All training objectives, which compute a scalar loss from a model and a batch.
 
-From pairs, the positive item should score above those it is compared with; from histories, each
-event is predicted from those before it, or some are hidden and predicted from the others; from
-labelled rows, each task learns from the rows that have its label, all in one sum.
+With pairs, the positive item should score above other items; with histories, each event is
+predicted from earlier events, or masked events are predicted from the others; with labelled rows,
+each task learns from the rows that have its label, in one sum.
 
-Shape legend: B pairs or rows, V distinct items, D width, R rows of a table, L positions, T hidden
-places of a row, or tasks, N events of the batch or hidden places, X distinct items, C items of each
-row.
+Shape legend: B pairs or rows, V distinct items, D width, R rows of a table, L positions, T masked
+positions of a row, or tasks, N events of the batch or masked positions, X distinct items, C items
+per row.
 """
 
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Distributed data-parallel training: this file alone contains the communication of the processes.
+"""Distributed data-parallel training; only this file contains the communication of processes.
 
 Every process has the same weights and a share of the rows of each batch. All processes make the
 same random draws for all rows, and each keeps those of its share. The functions below gather what a
@@ -6,8 +6,8 @@ loss needs from all rows, and sum the gradients after the backward pass. A step 
 that of a single process up to the order of summation. With a single process the functions do
 nothing.
 
-Shape legend: N rows of this process, K numbers of each, V items of a batch, X those of them that
-this process encodes, T means, D width.
+Shape legend: N rows of this process, K numbers of each, V items of a batch, X items that this
+process encodes, T means, D width.
 """
 
 import os
@@ -29,10 +29,10 @@ from foretaste.errors import ConfigError, ForetasteError, ProcessError
 
 T = TypeVar("T")
 _TIMEOUT, _PATIENCE = 600.0, 144.0
-"""Seconds that a process waits for another one in a step, and how many times longer it waits where
-the other one reads data or has more to compute: a day."""
+"""Seconds that a process waits for another one in a step, and the factor on this time while the
+other one reads data or computes more, which gives a day."""
 _ROLL_CALL = timedelta(seconds=5)
-"""How long a process that fails waits for the others to say that they are there."""
+"""Seconds that a failing process waits for a sign of the other processes."""
 
 
 class _Group(NamedTuple):
@@ -45,7 +45,7 @@ _joined: list[_Group] = []
 
 
 def share() -> Share:
-    """Return which share of every batch this process has; a single process has the whole batch."""
+    """Return this process's share of every batch; a single process has the whole batch."""
     return _joined[-1].share if _joined else WHOLE
 
 
@@ -69,7 +69,7 @@ class Together:
         return is_first()
 
     def first_goes(self, work: Callable[[], T]) -> T:
-        """Do some work in every process, in the first one before all others, such as a download."""
+        """Do some work, such as a download, in every process, and first in the first process."""
         return first_goes(work)
 
 
@@ -81,8 +81,8 @@ def joined_processes(*, timeout_seconds: float = _TIMEOUT) -> Iterator[Together]
     All processes must make the same calls in this context, in the same order.
 
     Args:
-        timeout_seconds: How long a process waits for another one in a step before it ends; where
-            another one reads data or has more to compute, 144 times as long.
+        timeout_seconds: Seconds that a process waits for another one in a step before it ends, and
+            a 144th of the time that it waits while another one reads data or computes more.
 
     Raises:
         ProcessError: The other processes did not connect, or one of them has ended.
@@ -93,12 +93,12 @@ def joined_processes(*, timeout_seconds: float = _TIMEOUT) -> Iterator[Together]
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-    meet = not distributed.is_initialized()  # a launcher such as Ray Train has done so
+    meet = not distributed.is_initialized()  # a launcher such as Ray Train has joined them already
     try:
         if meet:
             engine = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
             store, rank, world = next(rendezvous("env://"))
-            # a launcher that starts all again may keep its store, with the addresses of before
+            # a launcher that restarts all processes may keep its store with the earlier addresses
             again = (store.add("foretaste/joined", 1) - 1) // world
             distributed.init_process_group(
                 engine,
@@ -123,7 +123,7 @@ def joined_processes(*, timeout_seconds: float = _TIMEOUT) -> Iterator[Together]
         distributed_c10d._set_pg_timeout(timeout)
         yield Together()
         if meet:
-            distributed.destroy_process_group()  # which may hang where another process has ended
+            distributed.destroy_process_group()  # which may hang if another process has ended
     except ForetasteError as error:
         if own.rank:
             error.args = (f"process {own.rank}: {error}",)
@@ -149,10 +149,10 @@ def _in_our_words() -> Iterator[None]:
 
 
 def _silent_processes() -> list[int]:
-    """Return which processes do not notice, as this one did, that one of them is missing."""
+    """Return the processes that do not report a missing process, as this one does."""
     own, until = share(), time.monotonic() + _ROLL_CALL.total_seconds()
     key, found = "foretaste-alive-{}".format, set[int]()
-    with suppress(RuntimeError):  # the store may be gone with its process
+    with suppress(RuntimeError):  # the store may have ended with its process
         store = distributed_c10d._get_default_store()
         store.set_timeout(_ROLL_CALL)
         store.set(key(own.rank), "")
@@ -163,7 +163,7 @@ def _silent_processes() -> list[int]:
 
 
 def first_goes(work: Callable[[], T]) -> T:
-    """Do some work in every process, in the first one before all others, such as a download."""
+    """Do some work, such as a download, in every process, and first in the first process."""
     if not _joined:
         return work()
     if is_first():

@@ -1,8 +1,8 @@
-"""Settings of training that every gradient-trained model shares, and what they ask for.
+"""Settings of training that every gradient-trained model shares, and their implementation.
 
 These are the device, memory that is kept, a log of steps, and threads that make batches ahead of
-the trainer. What a batch holds is a function of (seed, epoch, index) alone, so with threads or
-without a run is the same to the bit.
+the trainer. A batch depends only on (seed, epoch, index), so a run is bit-identical with and
+without threads.
 """
 
 import ctypes
@@ -30,7 +30,7 @@ from foretaste.errors import ConfigError, DataError
 ROWS_FROM = 2**17
 """With "auto", tables of this many rows or more are updated by rows."""
 _LEAST_STEPS = 800
-"""Of a training whose epochs are the model's own: few events need more epochs."""
+"""Minimum number of steps if the model sets the epochs, because few events need more epochs."""
 
 
 class TrainingConfig(Config):
@@ -63,7 +63,8 @@ class TrainingConfig(Config):
     engine: Literal["own", "torchrec"] = "own"
     """What looks up and updates sharded tables in training. "torchrec": TorchRec 1.8 on the CPU, by
     its fused row-wise Adagrad (`tables = "row_adagrad"`, without `gradient_clip`, `weight_decay`
-    and `ema_decay`), for models that read a table once in a step. Of one process it is "own"."""
+    and `ema_decay`), for models that read a table once in a step. A single process always uses
+    "own"."""
     warmup_steps: CountOrZero | Literal["auto"] = "auto"
     """Number of steps over which the learning rate rises from 0. "auto": two epochs, at most 200
     steps."""
@@ -89,11 +90,10 @@ class TrainingConfig(Config):
     """Epochs between two validations. "auto": as few as possible while the work of validation is at
     most a quarter of the work of training; work is counted, not timed."""
     validate_queries: Count | Literal["auto", "all"] = "auto"
-    """How many validation queries the list metrics are measured on. They are spread over users, and
-    are the same at each validation and with every seed. "auto": as many as validation at every
-    epoch allows, at least 1,000, but for models for which these take longer than four epochs: at
-    least 100. The report always measures all queries. Rankers that are validated
-    by labels use all rows."""
+    """Number of validation queries for the list metrics. They are spread over users, and are the
+    same at each validation and with every seed. "auto": as many as validation at every epoch
+    allows, but at least 1,000, or at least 100 if 1,000 would take longer than four epochs. The
+    report always measures all queries. Rankers that are validated by labels use all rows."""
     patience: Count | Literal["auto"] | None = "auto"
     """Validations without improvement before training stops; None never stops early. "auto": as
     many as there are in five epochs and in 300 steps, at least two, watching the mean of the last
@@ -169,7 +169,7 @@ class TrainingConfig(Config):
 
     @checked
     def batch_of(self, num_events: int) -> int:
-        """Return about how many events a step learns from, given the number of training events."""
+        """Return the approximate number of events per step, given the number of training events."""
         if self.batch_events == "auto":
             return min(max(32, num_events // 32), 8192)
         return self.batch_events
@@ -313,7 +313,7 @@ _STEPS_FILE = "steps.jsonl"
 
 @final
 class StepLog:
-    """Writes a line of JSON for each step; on resuming, later lines than the checkpoint's go."""
+    """Writes a line of JSON for each step; resuming removes lines after the checkpoint."""
 
     def __init__(self, folder: Path | None, step: int) -> None:
         self.file = None

@@ -2,11 +2,11 @@
 
 A look-up requests rows from the processes that own them, and gradients are sent back to the owners,
 which update the rows and hold their optimizer state. All processes make their look-ups at the same
-points of a step, each for its own rows. To answer, as in validation, each process writes its rows
-into one file, which all of them map into memory: no process holds a whole table.
+points of a step, each for its own rows. For answers, such as in validation, each process writes its
+rows into one file, which all of them map into memory: no process holds a complete table.
 
-Shape legend: R rows of a table, X any shape of rows asked for, N rows asked for, U distinct ones of
-them, A rows that other processes request from this one, D width.
+Shape legend: R rows of a table, X any shape of requested rows, N requested rows, U distinct rows, A
+rows that other processes request from this one, D width.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -42,7 +42,7 @@ def sharding(rows_from: int) -> AbstractContextManager[None]:
     """Shard the tables that are created in this context, if there are several processes.
 
     Args:
-        rows_from: Every process holds tables of fewer rows whole.
+        rows_from: Tables of fewer rows are not sharded; every process holds them completely.
     """
     if processes.share() == WHOLE:
         return nullcontext()
@@ -139,7 +139,7 @@ class Sharded(OwnRows):
             table.weight.copy_(self.block(first + own.start, first + own.stop))
             table.std, first = self.std, first + size
             tables.append(table)
-        torch.set_rng_state(state)  # the rows of all processes are drawn already
+        torch.set_rng_state(state)  # all rows are drawn already
         return tables
 
     @torch.no_grad()
@@ -229,7 +229,7 @@ def map_tables(model: nn.Module, file: Path | None) -> list[tuple[nn.Module, str
     """Write a model's sharded tables into one file, from which each process then reads all rows.
 
     Args:
-        model: Its tables are replaced by whole ones, mapped from the file.
+        model: Its tables are replaced by complete ones, mapped from the file.
         file: In a folder that all processes see.
 
     Returns:

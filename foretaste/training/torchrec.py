@@ -1,11 +1,11 @@
 """TorchRec as the engine of sharded tables: its plan, its look-ups and its fused optimizer.
 
-A `Sharded` table lends its rows to TorchRec while it trains: both work on the same memory, so that
-checkpoints, maps and all else are those of our own engine. TorchRec updates the rows within the
-backward pass, by row-wise Adagrad with our equations; settings that need whole gradients first are
-refused.
+A `Sharded` table lends its rows to TorchRec during training: both use the same memory, so that
+checkpoints, maps and everything else are those of our own engine. TorchRec updates the rows within
+the backward pass, by row-wise Adagrad with our equations; settings that need complete gradients
+first raise an error.
 
-Shape legend: N rows asked for, R rows of this process, D width.
+Shape legend: N requested rows, R rows of this process, D width.
 
 References:
     Ivchenko et al., "TorchRec: a PyTorch Domain Library for Recommendation Systems", RecSys 2022,
@@ -36,15 +36,16 @@ _NAME, _ROW = "table", "row"
 def lend_to_torchrec(
     tables: Sequence[Sharded], config: TrainingConfig, optimizer: AdamWByRows
 ) -> list["Lent"]:
-    """Let TorchRec look up and move the rows of sharded tables, if there are several processes.
+    """Let TorchRec look up and update the rows of sharded tables, if there are several processes.
 
     Args:
-        tables: Of the model; of one process there are none.
+        tables: The model's sharded tables; a single process has none.
         config: Settings with TorchRec as the `engine`.
-        optimizer: Its state of these rows becomes TorchRec's.
+        optimizer: The optimizer, whose state of these rows becomes TorchRec's.
 
     Raises:
-        ConfigError: TorchRec or its version is not there, or a setting needs whole gradients.
+        ConfigError: TorchRec in the right version is not installed, or a setting needs complete
+            gradients.
     """
     if processes.share() == WHOLE:
         return []
@@ -95,7 +96,7 @@ def _check(config: TrainingConfig) -> None:
 
 @final
 class Lent:
-    """A sharded table while TorchRec has it."""
+    """A sharded table that is lent to TorchRec."""
 
     def __init__(self, table: Sharded, config: TrainingConfig, optimizer: AdamWByRows) -> None:
         import torchrec  # noqa: PLC0415  # an extra
@@ -112,8 +113,8 @@ class Lent:
             apply_optimizer_in_backward,
         )
 
-        class ByRows(EmbeddingBagCollectionSharder):  # type: ignore[misc]  # it has no types
-            """A sharder that deals rows on a CPU, too."""
+        class ByRows(EmbeddingBagCollectionSharder):  # type: ignore[misc]  # TorchRec has no types
+            """A sharder that distributes rows on a CPU too."""
 
             def sharding_types(self, compute_device_type: str) -> list[str]:
                 return ["row_wise"]
@@ -143,7 +144,7 @@ class Lent:
 
     @torch.no_grad()
     def _share(self, optimizer: AdamWByRows) -> None:
-        """Let table, optimizer and TorchRec use the same memory."""
+        """Make table, optimizer and TorchRec use the same memory."""
         name = f"embedding_bags.{_NAME}.weight"
         (rows,) = self._model.state_dict()[name].local_shards()
         rows.tensor.copy_(self.table.weight)
@@ -155,7 +156,7 @@ class Lent:
 
     @torch.no_grad()
     def restore(self, optimizer: AdamWByRows) -> None:
-        """Take the optimizer's state of the rows, which a checkpoint has replaced."""
+        """Take the optimizer's state of the rows from a restored checkpoint."""
         state = optimizer.state[self.table.weight]
         self._sum_R.copy_(state["sum"])
         state["sum"] = self._sum_R
@@ -168,10 +169,10 @@ class Lent:
         self._model.fused_optimizer.step()
 
     def __call__(self, row_N: Int64[Tensor, " N"]) -> Float[Tensor, "N D"]:
-        """Return rows, with a gradient that moves them; row -1 is 0.
+        """Return rows, with a gradient that updates them; row -1 is 0.
 
         Raises:
-            ConfigError: The step has read the table before.
+            ConfigError: The step has already read the table.
         """
         if self.is_read:
             raise ConfigError(

@@ -1,6 +1,6 @@
 """The result of training, with everything that evaluation and serving need.
 
-Probabilities may be calibrated after training: what was fitted to them is here too.
+Probabilities may be calibrated after training; the calibrations are here too.
 
 Shape legend: N rows, in any shape.
 """
@@ -84,9 +84,9 @@ def sigmoid(line_N: Float64[np.ndarray, "*N"]) -> Float64[np.ndarray, "*N"]:
 
 
 def rows_in(own: Vocabulary, other: Vocabulary) -> Int64[np.ndarray, " N"]:
-    """Return the row in `own` of each id of `other`, -1 where there is none.
+    """Return the row in `own` of each id of `other`, -1 if it has none.
 
-    Where only one of them holds integers, texts are compared: 7 is "7" and not "07".
+    If only one of them holds integers, texts are compared: 7 is "7" and not "07".
     """
     kind = pl.Int64 if own.is_integer and other.is_integer else pl.String
     known = pl.DataFrame({"id": own.ids.cast(kind), "row": np.arange(len(own))})
@@ -98,18 +98,18 @@ def rows_in(own: Vocabulary, other: Vocabulary) -> Int64[np.ndarray, " N"]:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Translation:
-    """Which row of a model each user and item of other events has."""
+    """The model's rows of the users and items of other events."""
 
     user_U: Int64[np.ndarray, " U"]
-    """The model's user_idx of each user of the other events, -1 of one that it does not know."""
+    """The model's user_idx of each user of the other events, -1 for an unknown user."""
     item_X: Int64[np.ndarray, " X"]
-    """The model's item_idx, -1 for an item that the model does not know."""
+    """The model's item_idx of each item, -1 for an unknown item."""
     profile: FieldTable | None = None
-    """A row for each user of the other events: what their table says, for a model that reads it."""
+    """Encoded features of each user of the other events, for a model that reads them."""
 
     @staticmethod
     def of(own: Interactions, other: Interactions) -> "Translation | None":
-        """Translate rows of `other` into rows of `own`; None where they are the same."""
+        """Translate rows of `other` into rows of `own`; None if they are the same."""
         if own.users.same_as(other.users) and own.items.same_as(other.items):
             return None
         item_I = rows_in(own.items, other.items)
@@ -121,11 +121,11 @@ class Translation:
         )
 
     def queries(self, queries: Queries, *, new_users_histories: bool = False) -> Queries:
-        """Return queries as the model reads them, without events of items that it does not know.
+        """Return queries in the model's rows, without events of items that it does not know.
 
         Args:
             queries: Users and histories in rows of the other events.
-            new_users_histories: Leave the histories of users out that the model knows.
+            new_users_histories: Leave out the histories of users that the model knows.
         """
         user_B = self.user_U[queries.user_B.numpy()]
         item_N, offsets_B1 = self.item_X[queries.history_N.numpy()], queries.offsets_B1.numpy()
@@ -143,28 +143,28 @@ class Translation:
         )
 
     def items(self, item_BC: Int64[Tensor, "B C"]) -> Int64[Tensor, "B C"]:
-        """Return items as the model reads them, its first one in place of those unknown to it."""
+        """Return items in the model's rows; item 0 replaces unknown ones."""
         return torch.from_numpy(self.item_X)[item_BC].clamp_(min=0)
 
     def batch(self, batch: RowBatch, *, new_users_histories: bool = False) -> RowBatch:
-        """Return labelled rows as the model reads them; the argument is that of `queries`."""
+        """Return labelled rows in the model's rows; the argument is that of `queries`."""
         queries = self.queries(batch.queries, new_users_histories=new_users_histories)
         return replace(batch, queries=queries, item_BC=self.items(batch.item_BC))
 
     def scores(self, score_BM: Float[Tensor, "B M"]) -> Float[Tensor, "B X"]:
-        """Return the model's scores in the order of the other events; -inf where it has none."""
+        """Return the model's scores in the other events' order of items, -inf for unknown ones."""
         nowhere_B1 = score_BM.new_full((len(score_BM), 1), -torch.inf)
         item_X = torch.from_numpy(self.item_X).to(score_BM.device)
         place_X = item_X.where(item_X >= 0, score_BM.shape[1])
         return torch.cat([score_BM, nowhere_B1], dim=1).index_select(1, place_X)
 
     def known(self, known_M: Bool[Tensor, " M"]) -> Bool[Tensor, " X"]:
-        """Return which items the model ranks."""
+        """Return a mask of the items that the model ranks."""
         item_X = torch.from_numpy(self.item_X)
         return known_M[item_X.clamp(min=0)] & (item_X >= 0)
 
     def counts(self, count_M: Int64[np.ndarray, " M"]) -> Int64[np.ndarray, " X"]:
-        """Return how many training events each item has."""
+        """Return the number of training events of each item."""
         counts: Int64[np.ndarray, " X"] = np.append(count_M, 0)[self.item_X]
         return counts
 
