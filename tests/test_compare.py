@@ -239,7 +239,7 @@ def test_the_model_to_take_learns_from_all_events_after_it_was_measured(
     assert bundle.report is not None
     row = row_of(comparison, comparison.pick)
     assert bundle.report["metrics"][comparison.metric] == row.quality
-    assert "nothing was measured of it" in bundle.report["notes"][0]
+    assert "and was not measured" in bundle.report["notes"][0]
     assert f"bundle: {comparison.pick}, trained again" in comparison.notes[-1]
 
 

@@ -227,7 +227,7 @@ def test_a_model_that_learned_nothing_is_not_recommended_in_silence(place: Path)
     blind = blind.model_copy(update={"data": data})
     found = ft.compare_models({"blind": blind}, ft.read_split(blind, data_dir=place))
     assert found.sentence.endswith(
-        "Of liked it does not differ from the base rate: it learned nothing there."
+        "For liked, it does not differ from the base rate: it learned nothing there."
     )
     assert found.beaten_by
 
@@ -432,7 +432,7 @@ def test_a_column_of_any_type_is_counted_by_or_said_not_to_be(column: pl.Series,
     judged = rows_of(split, "test", tasks=(LIKED,))
     found, notes = count_baselines(split, judged, (LIKED,))
     assert ("counts by column" in {one.name for one in found}) == (why == "")
-    assert notes == ([f"not counted by: column ({why})"] if why else [])
+    assert notes == ([f"columns without counts: column ({why})"] if why else [])
 
 
 def test_a_column_of_a_million_values_is_counted_or_left_out_quickly() -> None:
@@ -451,7 +451,7 @@ def test_a_column_of_a_million_values_is_counted_or_left_out_quickly() -> None:
     started = time.perf_counter()
     found, notes = count_baselines(split, judged, (LIKED,))
     assert time.perf_counter() - started < 60
-    assert notes == ["not counted by: trace (1,200,000 values in 1,200,000 rows)"]
+    assert notes == ["columns without counts: trace (1,200,000 values in 1,200,000 rows)"]
     assert "counts by user, session" in {one.name for one in found}
 
 
@@ -464,7 +464,7 @@ def test_of_many_columns_those_that_explain_most_are_counted_by() -> None:
     columns = {one.name.rpartition(" ")[2] for one in found} - {"user", "item", "rate"}
     assert len(columns) == 6
     (note,) = notes
-    assert note.startswith("not counted by, as other columns explain more of training: ")
+    assert note.startswith("columns without counts, because others explain more of training: ")
 
 
 def map_series(columns: dict[str, list[str]]) -> dict[str, pl.Series]:

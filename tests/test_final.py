@@ -108,7 +108,7 @@ def test_the_final_model_learns_from_as_much_as_is_asked(
     if final == "all":
         assert report.metrics == run.report.metrics
         assert report.lists is not None
-        assert "nothing was measured of it" in report.lists.notes[0]
+        assert "and was not measured" in report.lists.notes[0]
         assert isinstance(again := record["refitted"], Mapping)
         assert (again["trained_on"], again["metrics"]) == (learned_from, {})
 

@@ -1,4 +1,4 @@
-"""`foretaste data`: tables into an event store, what an audit sees, public data sets."""
+"""`foretaste data`: import of tables, audits, schemas and public data sets."""
 
 import inspect
 import re
@@ -22,7 +22,7 @@ app = typer.Typer(
 
 
 _SINGULAR = {"columns": "column"}
-"""Options that may be given several times have a name of one."""
+"""Options that may be repeated have a singular name."""
 
 
 _TABLES = ("users", "items", "user_links", "item_links")
@@ -30,13 +30,13 @@ _ARGUMENT = re.compile(
     rf"(?<![\w./])({'|'.join([*ReadConfig.model_fields, *_TABLES])})="
     r"""(True|False|NAME|'[^']*'|"[^"]*")?(?=$|[\s,;:)?])"""
 )
-"""An argument of `read_interactions` in a sentence, such as drop_incomplete=True."""
+"""An argument of `read_interactions` within a sentence, such as drop_incomplete=True."""
 
 
 def in_words_of(sentence: str, command: str) -> str:
-    """Return a sentence in which arguments of reading are what the command has for them.
+    """Return a sentence with the command's own names for arguments of reading.
 
-    That is an option for `foretaste data`, and a setting where a recipe says what is read.
+    These are options of `foretaste data`, or settings if a recipe names the data.
     """
     if command == "data":
         return _ARGUMENT.sub(_as_option, sentence)
@@ -65,7 +65,7 @@ def _as_setting(found: re.Match[str]) -> str:
 
 
 def reading_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command an option for each setting of reading; it gets them as one, `reading`."""
+    """Give a command an option for each setting of reading; it receives them as `reading`."""
 
     @wraps(command)
     def call(**options: Any) -> None:
@@ -78,7 +78,7 @@ def reading_options(command: Callable[..., None]) -> Callable[..., None]:
     for name, field in ReadConfig.model_fields.items():
         option, default = _SINGULAR.get(name, name), None if _is_list(name) else field.default
         kind: Any = field.annotation
-        if str in get_args(kind) or _is_list(name):  # columns have names at the prompt
+        if str in get_args(kind) or _is_list(name):  # on the command line, columns have names
             kind = list[str] | None if _is_list(name) else str if default else str | None
         sentence = " ".join((field.description or "").split()).partition(". ")[0].rstrip(".")
         flag = [f"--{option.replace('_', '-')}"] if default is False else []
@@ -164,7 +164,7 @@ def audit(
     ] = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Look for leaks and faults: repeats, impossible times, columns and ids that reveal labels."""
+    """Look for leaks and errors: repeats, impossible times, columns and ids that reveal labels."""
     found = ft.audit_events(ft.open_store(store), labels=label or ())
     findings = [asdict(finding) for finding in found]
     rows = [(f["severity"], f["what"], f["count"], f["sentence"]) for f in findings]
@@ -174,7 +174,7 @@ def audit(
 
 @app.command()
 def get(
-    name: Annotated[str, typer.Argument(help="Such as ml-100k.")],
+    name: Annotated[str, typer.Argument(help="Name of the data set, such as ml-100k.")],
     *,
     data_dir: Annotated[
         Path | None, typer.Option(help="Folder that already has its files.")
@@ -185,7 +185,7 @@ def get(
     replace: ReplaceFlag = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Get a public data set into the cache, its checksum verified."""
+    """Download a public data set into the cache, and verify its checksum."""
     if out is not None:
         ft.check_place(out, "event store", replace=replace)
     dataset = ft.get_dataset(name, data_dir=data_dir)

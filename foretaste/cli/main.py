@@ -1,7 +1,7 @@
 """The command line: each command reads settings, calls one library function and prints.
 
-Importing `foretaste` alone is cheap: a name brings its module when it is first used, so help
-and wrong calls are answered at once.
+Importing `foretaste` is cheap, because each name imports its module at first use, so help and wrong
+calls are answered at once.
 """
 
 import logging
@@ -19,7 +19,7 @@ from foretaste.cli.show import Stopped, answer, fail, stoppable
 from foretaste.config import findings
 
 _WrongCall = cast("type[typer.BadParameter]", typer.BadParameter.__mro__[2])
-"""The parent of all that typer raises for a wrong call, which it does not export."""
+"""The base of typer's errors for wrong calls, which typer does not export."""
 
 app = typer.Typer(
     help=ft.__doc__,
@@ -49,7 +49,7 @@ for _command in _COMMANDS:
     app.command()(_command)
 
 
-def _version(wanted: bool | None) -> None:  # noqa: FBT001 - typer calls it so
+def _version(wanted: bool | None) -> None:  # noqa: FBT001 - required by typer
     if wanted:
         answer({}, f"foretaste {ft.__version__}", as_json=False)
         raise typer.Exit
@@ -71,14 +71,14 @@ def _foretaste(
 def run(arguments: Sequence[str] | None = None) -> None:
     """Run the command line: exit code 0, 1 (the work failed: one line says why), 2 (a wrong call).
 
-    Stopped by Ctrl-C it is 130, by SIGTERM 143.
+    The exit code after Ctrl-C is 130, and after SIGTERM 143.
 
     Args:
-        arguments: What follows `foretaste`; without them, those of the process.
+        arguments: The arguments after `foretaste`; by default, those of the process.
     """
-    # Read when torch is loaded, later: a thread that waits spins for a short while, then sleeps.
-    # Two threads that spin on took 5 to 10 times as long for a SASRec step beside a busy
-    # neighbour; two that sleep at once took 3 times as long on a quiet machine.
+    # OpenMP reads this when torch is loaded: a waiting thread spins for a short time, then sleeps.
+    # Without sleep, a SASRec step with two threads took 5 to 10 times as long on a busy machine;
+    # with immediate sleep, it took 3 times as long on a quiet machine.
     os.environ.setdefault("GOMP_SPINCOUNT", "100000")
     try:
         with stoppable():

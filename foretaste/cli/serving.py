@@ -1,4 +1,4 @@
-"""Commands that answer: `recommend`, `similar`, `inspect`, `serve`, `token` and `quickstart`."""
+"""Commands for answers: `recommend`, `similar`, `inspect`, `serve`, `token`, `quickstart`."""
 
 import ctypes
 import json
@@ -115,7 +115,7 @@ def similar(
     k: ListLength = 10,
     as_json: JsonFlag = False,
 ) -> None:
-    """Show the items most like one; a new item by its features."""
+    """Show the items most similar to one; a new item is given by its features."""
     told = _told(features)
     found = ft.load(bundle).similar(item, k, features=told)
     _answer(found, f"like {item}", as_json=as_json)
@@ -132,7 +132,7 @@ def inspect(
 
 
 def _history(given: Sequence[str], items: "ft.Vocabulary") -> list[str]:
-    """Return the item ids: a text that is no item of training is taken apart at its commas."""
+    """Return the item ids; a text that is not a training item is split at commas."""
     found = []
     for text in given:
         parts = [text] if items.find(text) >= 0 else [part.strip() for part in text.split(",")]
@@ -219,10 +219,10 @@ def serve(
     ] = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Answer over HTTP, with the page, until told to stop."""
+    """Answer over HTTP, with the page, until it is stopped."""
     _share_heaps()
     if token is None:
-        token = os.environ.get("FORETASTE_TOKEN")  # an empty one is refused: a secret not set
+        token = os.environ.get("FORETASTE_TOKEN")  # an empty token is an unset secret, and an error
     given = {"host": host, "port": port, "state": state, "token": token, "token_file": token_file}
     settings = ft.parse_settings(
         ft.ServerSettings, ft.with_overrides(given, overrides or ()), source="serve"
@@ -242,7 +242,7 @@ def _share_heaps() -> None:
 
 
 def token(
-    path: Annotated[Path, typer.Argument(help="File of tokens; it is made if it does not exist.")],
+    path: Annotated[Path, typer.Argument(help="File of tokens, created if it does not exist.")],
     name: Annotated[str, typer.Argument(help="Name of the token in the log.")],
     *,
     role: Annotated[
@@ -252,7 +252,7 @@ def token(
         ),
     ] = None,
     requests_per_minute: Annotated[
-        int | None, typer.Option(min=1, help="Most requests in a minute; without it, no limit.")
+        int | None, typer.Option(min=1, help="Maximum number of requests per minute.")
     ] = None,
     as_json: JsonFlag = False,
 ) -> None:
@@ -269,7 +269,7 @@ def sign(
     key: Annotated[Path, typer.Option(help="File with the key, 32 random bytes or more.")],
     as_json: JsonFlag = False,
 ) -> None:
-    """Sign a bundle, so that a server with the setting `signature_key` takes it."""
+    """Sign a bundle, so that a server with the setting `signature_key` accepts it."""
     ft.sign_bundle(bundle, key)
     answer({"bundle": str(bundle)}, f"signed {bundle}\n", as_json=as_json)
 

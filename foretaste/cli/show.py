@@ -1,7 +1,7 @@
-"""How every command answers: for people by default, one JSON document with `--json`.
+"""The output of every command: text by default, one JSON document with `--json`.
 
-In a pipe or a file every id, name and sentence is whole; characters that the stream cannot hold
-are replaced. In JSON, NaN and infinity are null.
+In a pipe or a file, ids, names and sentences are not shortened; characters that the stream cannot
+encode are replaced. In JSON, NaN and infinity are null.
 """
 
 import io
@@ -24,7 +24,7 @@ from rich.text import Text
 from foretaste.shown import json_value
 
 ReplaceFlag = Annotated[
-    bool, typer.Option("--replace", help="Replace what an earlier run wrote there.")
+    bool, typer.Option("--replace", help="Replace the output of an earlier run.")
 ]
 JsonFlag = Annotated[
     bool, typer.Option("--json", help="Print one JSON document instead; NaN and infinity are null.")
@@ -34,11 +34,11 @@ DataDir = Annotated[Path | None, typer.Option(help="Folder that already has the 
 _BROKEN_PIPE = 128 + signal.SIGPIPE if hasattr(signal, "SIGPIPE") else 1
 _WIDE = 1_000_000
 _PLAIN_LINES = dict.fromkeys(range(9472, 9600), "+") | str.maketrans("─━│┃", "--||")
-"""Lines of tables for streams that have none."""
+"""Replacements of table lines that a stream cannot encode."""
 
 
 class Stopped(BaseException):
-    """Ctrl-C or SIGTERM: the work ends here; the message says what was kept."""
+    """Raised at Ctrl-C or SIGTERM; the message describes what was kept."""
 
     def __init__(self, signum: int, kept: str = "stopped") -> None:
         super().__init__(kept)
@@ -48,13 +48,13 @@ class Stopped(BaseException):
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Raise `Stopped` where Ctrl-C or SIGTERM comes, and put the handlers back in the end."""
+    """Raise `Stopped` at Ctrl-C or SIGTERM, and restore the handlers at the end."""
 
     def stop(signum: int, _: FrameType | None) -> None:
         raise Stopped(signum)
 
     before = {}
-    with suppress(ValueError):  # signals are handled in the main thread alone
+    with suppress(ValueError):  # only the main thread handles signals
         for number in (signal.SIGINT, signal.SIGTERM):
             if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
                 before[number] = signal.signal(number, stop)
@@ -66,7 +66,7 @@ def stoppable() -> Iterator[None]:
 
 
 def answer(document: object, *people: object, as_json: bool) -> None:
-    """Print the document as JSON, or what is meant for people, to standard output."""
+    """Print the document as JSON, or the text, to standard output."""
     if as_json:
         text = json.dumps(json_value(document), allow_nan=False) + "\n"
     else:
@@ -80,7 +80,7 @@ def answer(document: object, *people: object, as_json: bool) -> None:
     try:
         sys.stdout.write(text)
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader has enough, as `head` does
+    except BrokenPipeError:  # the reader needs no more, such as `head`
         _forget_output()
         sys.exit(_BROKEN_PIPE)
     except OSError as error:
@@ -96,13 +96,13 @@ def log(line: str) -> None:
 
 
 def fail(sentence: str, code: int = 1) -> NoReturn:
-    """End with the one line that says why the work failed, and its exit code."""
+    """Print one line with the reason of a failure, and end with its exit code."""
     log(f"foretaste: {' '.join(sentence.split())}")
     sys.exit(code)
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
-    """Return a table for people; numbers are at the right."""
+    """Return a table as text; numbers are aligned right."""
     rows = [list(row) for row in rows]
     made = Table(title=Text(one_line(title)) if title else None)
     for place, name in enumerate(columns):
@@ -115,12 +115,12 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) 
 
 
 def pairs(title: str, values: Mapping[str, object]) -> Table:
-    """Return names and values, one a line."""
+    """Return names and values, one per line."""
     return table(title, ("", "value"), [(name, _cell(value)) for name, value in values.items()])
 
 
 def one_line(text: str) -> str:
-    """Return a text with its line ends and control characters written out."""
+    """Return a text with escaped line ends and control characters."""
     return "".join(
         repr(mark)[1:-1] if unicodedata.category(mark) in ("Cc", "Zl", "Zp") else mark
         for mark in text
@@ -139,7 +139,7 @@ def _for_people(part: object) -> str:
 
 
 def _forget_output() -> None:
-    """Send what is still to be written nowhere, so that the end of the process is quiet."""
+    """Discard pending output, so that the process ends without an error message."""
     with suppress(OSError, ValueError, io.UnsupportedOperation):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

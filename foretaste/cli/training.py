@@ -47,7 +47,7 @@ def fit(
         ft.TrackerKind | None, typer.Option(help="Where the run is logged: tensorboard or mlflow.")
     ] = None,
     processes: Annotated[
-        int, typer.Option(min=1, help="Train with so many processes on this machine.")
+        int, typer.Option(min=1, help="Number of processes on this machine that train together.")
     ] = 1,
     process_timeout: Annotated[
         float, typer.Option(min=1, help="Seconds that a process waits for another one in a step.")
@@ -104,7 +104,7 @@ def _start(
 
 @contextmanager
 def _together(timeout_seconds: float) -> Iterator["Together"]:
-    """Join the processes that torchrun started; only the first one says that it was stopped."""
+    """Join the processes that torchrun started; only the first one reports that it was stopped."""
     with ft.joined_processes(timeout_seconds=timeout_seconds) as together:
         try:
             yield together
@@ -127,14 +127,14 @@ def _kept(epochs: int | None, folder: Path) -> str:
 def plan(
     recipe: Annotated[Path, typer.Argument(help="A recipe, in TOML.")],
     *,
-    events: Annotated[float, typer.Option(min=1, help="How many events there would be: 1e9.")],
-    users: Annotated[float, typer.Option(min=1, help="How many users.")],
-    items: Annotated[float, typer.Option(min=1, help="How many items.")],
-    processes: Annotated[int, typer.Option(min=1, help="How many processes would train.")] = 1,
+    events: Annotated[float, typer.Option(min=1, help="Number of events, such as 1e9.")],
+    users: Annotated[float, typer.Option(min=1, help="Number of users.")],
+    items: Annotated[float, typer.Option(min=1, help="Number of items.")],
+    processes: Annotated[int, typer.Option(min=1, help="Number of processes.")] = 1,
     overrides: Overrides = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Work out memory, traffic and hours of a recipe at another size, from ten seconds here."""
+    """Estimate a recipe's memory, traffic and hours at another size, from ten seconds here."""
     config = ft.read_experiment(recipe, overrides=overrides or ())
     found = ft.plan_size(
         config, events=round(events), users=round(users), items=round(items), processes=processes
@@ -165,7 +165,7 @@ def evaluate(
     data_dir: DataDir = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Measure a bundle on the test part of the recipe that it was made from."""
+    """Measure a bundle on the test part of its recipe."""
     recommender = ft.load(bundle)
     config = (
         ft.recipe_of(recommender.trained)
@@ -192,7 +192,7 @@ def tune(
     ] = None,
     max_seconds: Annotated[
         float | None,
-        typer.Option(help="Start no trial after this time, and end the last one there."),
+        typer.Option(help="Start no trial after this time, and stop the last one then."),
     ] = None,
     resume: Resume = False,
     replace: ReplaceFlag = False,
@@ -226,7 +226,7 @@ def tune(
 
 
 def _log(trial: "TrialRow", *, trials: int, seen: list[int]) -> None:
-    """Print a trial that ended, and after the first one about how long the others will take."""
+    """Print a completed trial, and after the first one an estimate of the remaining time."""
     value = "" if trial.value is None else f"{trial.value:.4f} "
     settings = ", ".join(f"{name} = {drawn}" for name, drawn in trial.settings.items())
     log(f"trial {trial.number}: {trial.state} {value}{settings}")
@@ -264,7 +264,7 @@ def compare(
     data_dir: DataDir = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Train several models and the baselines, measure all in one way, and say which to take."""
+    """Train several models and the baselines, measure all in the same way, and recommend one."""
     if families is not None and len(recipes) > 1:
         raise typer.BadParameter("--families takes its data and split from one recipe")
     configs = ft.read_recipes(recipes, overrides=overrides or (), data_dir=data_dir)
@@ -293,7 +293,7 @@ def _numbers(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise typer.BadParameter(
-            f"--seeds takes whole numbers between commas, as in 0,1,2, not {text!r}"
+            f"--seeds takes whole numbers separated by commas, as in 0,1,2, not {text!r}"
         ) from None
 
 
@@ -313,13 +313,13 @@ def compress(
         str | None, typer.Option(help="Measure and write only this kind, such as int8.")
     ] = None,
     retrain: Annotated[
-        bool, typer.Option("--retrain", help="Train the recipe again with the kinds that train.")
+        bool, typer.Option("--retrain", help="Also train the recipe again with trainable kinds.")
     ] = False,
-    chart: Annotated[Path | None, typer.Option(help="SVG file for a drawing.")] = None,
+    chart: Annotated[Path | None, typer.Option(help="SVG file for a chart.")] = None,
     data_dir: DataDir = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Measure smaller tables on the bundle's test part, and write one that is worth it."""
+    """Measure smaller tables on the bundle's test part, and write the recommended bundle."""
     if out is not None:
         ft.check_place(out, "bundle")
     if chart is not None:

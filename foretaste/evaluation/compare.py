@@ -235,7 +235,7 @@ class TransferRow:
 
     @property
     def verdict(self) -> str:
-        """ "gain" or "loss" by the other tasks; "neither" if the difference is not significant."""
+        """Whether the other tasks helped: "gain", "loss", or "neither" if not significant."""
         low, high = self.compared.interval
         if low <= 0 <= high:
             return "neither"

@@ -1,9 +1,10 @@
-"""Baselines for labelled rows that count: a GROUP BY user, item, category, or user and category.
+"""Baselines of counts for labelled rows: GROUP BY user, item, category, or user and category.
 
-Each predicts the mean training label of the rows with the same key, shrunk towards the base rate,
-the more so the fewer rows there are.
+Each predicts the mean training label of the rows with the same key, shrunk towards the base rate;
+fewer rows are shrunk more.
 
-Shape legend: E training rows, N judged rows, A both, T tasks, V rows of a table, I items, G groups.
+Shape legend: E training rows, N measured rows, A both, T tasks, V rows of a table, I items, G
+groups.
 """
 
 from collections.abc import Sequence
@@ -20,11 +21,11 @@ from foretaste.data.splits import TEST, TRAIN, VALIDATION, Split
 from foretaste.data.tasks import Task
 
 BASE_RATE = "base rate"
-"""The baseline's name: of every row it says the mean label of training."""
+"""The name of the baseline that predicts the mean training label for every row."""
 _MOST_COLUMNS = 6
-"""More columns of categories than these are left out: those that explain least of training."""
+"""Maximum number of category columns; those that explain least of training are left out."""
 _QUANTITY = 1000
-"""A column of numbers or times with more distinct values is a quantity, no category."""
+"""A column of numbers or times with more distinct values is a quantity, not a category."""
 
 
 class Counted(NamedTuple):
@@ -39,19 +40,19 @@ class Column(NamedTuple):
 
     name: str
     side: str
-    """"user", "item" or "context": a row for each user, item or event."""
+    """"user", "item" or "context", with a row for each user, item or event."""
     code_V: Int64[np.ndarray, " V"]
 
 
 def count_baselines(
     split: Split, rows: Rows, tasks: Sequence[Task]
 ) -> tuple[list[Counted], list[str]]:
-    """Return what counting predicts of a part's rows, the base rate last; and notes.
+    """Return predictions by counting for a part's rows, the base rate last; and notes.
 
     Args:
-        split: Its training part is counted, its tables and context give the categories.
-        rows: Those of validation or of test, with the items drawn for them, 0s of binary tasks.
-        tasks: A mean each.
+        split: The training part is counted; tables and context have the categories.
+        rows: Rows of validation or test, with drawn items as zeros of binary tasks.
+        tasks: The tasks, each with its own mean.
     """
     counting = _Counting.of(split, rows, tasks)
     base_AT = counting.base_rate()
@@ -60,7 +61,7 @@ def count_baselines(
     if len(columns) > _MOST_COLUMNS:
         columns.sort(key=lambda column: -counting.explained(keys[column.name], base_AT))
         left_out = ", ".join(column.name for column in columns[_MOST_COLUMNS:])
-        notes.append(f"not counted by, as other columns explain more of training: {left_out}")
+        notes.append(f"columns without counts, because others explain more of training: {left_out}")
         columns = columns[:_MOST_COLUMNS]
     users = counting.key("user", np.arange(split.events.num_users))
     items = counting.key("item", np.arange(split.events.num_items))
@@ -79,7 +80,7 @@ def count_baselines(
 
 
 def category_columns(events: Interactions) -> tuple[list[Column], list[str]]:
-    """Return the columns of all tables that hold categories, and a note on those that do not."""
+    """Return the category columns of all tables, and a note on the other columns."""
     found, left_out = [], []
     tables = (("item", events.item_table), ("user", events.user_table), ("context", events.context))
     names = [column for _, table in tables if table is not None for column in table.columns]
@@ -91,11 +92,11 @@ def category_columns(events: Interactions) -> tuple[list[Column], list[str]]:
                 left_out.append(f"{name} ({why})")
             else:
                 found.append(Column(name, side, _codes(column)))
-    return found, [f"not counted by: {', '.join(left_out)}"] if left_out else []
+    return found, [f"columns without counts: {', '.join(left_out)}"] if left_out else []
 
 
 def _no_category(column: pl.Series) -> str:
-    """Return why a column has no categories; "" if it has some."""
+    """Return the reason why a column has no categories; "" if it has some."""
     if column.dtype.is_nested() or column.dtype in (pl.Binary, pl.Object, pl.Null):
         return "no single values"
     distinct = column.n_unique()
@@ -109,7 +110,7 @@ def _no_category(column: pl.Series) -> str:
 
 
 def _codes(column: pl.Series) -> Int64[np.ndarray, " V"]:
-    """Return a number for each value, a missing one too."""
+    """Return a number for each value, including missing ones."""
     rank = column.cast(pl.String).rank("dense").fill_null(0)
     return rank.to_numpy().astype(np.int64)
 
@@ -124,18 +125,18 @@ class _Key(NamedTuple):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class _Counting:
-    """Training's rows with their labels, and behind them the rows to be judged."""
+    """The training rows with their labels, followed by the rows to measure."""
 
     tasks: Sequence[Task]
     label_ET: Float64[np.ndarray, "E T"]
     known_I: Bool[np.ndarray, " I"]
-    """Items with a training event, which are drawn."""
+    """Number of items with a training event, which are drawn."""
     event_A: Int64[np.ndarray, " A"]
-    """Place of each row's event among all."""
+    """Index of each row's event among all."""
     user_A: Int64[np.ndarray, " A"]
     item_A: Int64[np.ndarray, " A"]
     num_drawn: int
-    """Items that training draws for each row: 0s that it does not hold."""
+    """Number of items that training draws for each row as zeros."""
 
     @staticmethod
     def of(split: Split, rows: Rows, tasks: Sequence[Task]) -> "_Counting":
@@ -158,7 +159,7 @@ class _Counting:
         return mean_AT[len(self.label_ET) :]
 
     def key(self, side: str, code_V: Int64[np.ndarray, " V"]) -> _Key:
-        """Return the key by a column, of which `code_V` has a code for each row of its table."""
+        """Return the key by a column; `code_V` has a code for each row of its table."""
         num_rows = len(self.label_ET)
         at_A = {"user": self.user_A, "item": self.item_A, "context": self.event_A}[side]
         code_A, num_codes = code_V[at_A], 1 + int(code_V.max(initial=0))
@@ -186,9 +187,9 @@ class _Counting:
     def means(
         self, key: _Key, *, towards: Float64[np.ndarray, "A T"]
     ) -> Float64[np.ndarray, "A T"]:
-        """Return each row's mean training label by key, moved towards another mean.
+        """Return each row's mean training label by key, shrunk towards another mean.
 
-        The other mean counts as many rows as the spread within groups is larger than the spread
+        The weight of the other mean in rows is the ratio of the variance within groups to that
         between their true means, both estimated from the labels (Bühlmann, "Experience rating and
         credibility", ASTIN Bulletin 1967).
         """
@@ -207,7 +208,7 @@ class _Counting:
         return mean_AT
 
     def explained(self, key: _Key, base_AT: Float64[np.ndarray, "A T"]) -> float:
-        """Return how much a key's means of the first task spread in training."""
+        """Return the variance in training of a key's means of the first task."""
         num_rows = len(self.label_ET)
         return float(np.var(self.means(key, towards=base_AT)[:num_rows, 0]))
 
@@ -226,7 +227,7 @@ def _weight(
     count_G, sum_G, prior_G = count_G[seen_G], sum_G[seen_G], prior_G[seen_G]
     total, mean_G = count_G.sum(), sum_G / count_G
     if total <= len(count_G):
-        return max(1.0, float(total))  # every row is a group of its own
+        return max(1.0, float(total))  # every row is its own group
     within = (squares - (count_G * mean_G**2).sum()) / (total - len(count_G))
     between = ((count_G * (mean_G - prior_G) ** 2).sum() - len(count_G) * within) / total
     return float(np.clip(within / between, 1.0, total)) if between > 0 else float(total)

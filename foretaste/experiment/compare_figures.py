@@ -1,4 +1,4 @@
-"""How measured models compare: figures with intervals, baselines that count, and the advice.
+"""Comparison of measured models: figures with intervals, baselines of counts, and the advice.
 
 Comparisons by lists and by labelled rows work in the same way: models are ordered by the first
 metric, each metric has a figure for every model and its difference from the best, and one model is
@@ -44,14 +44,15 @@ K = TypeVar("K", bound=AnyReport)
 ASKED = 200
 """Number of single requests for the median time of an answer."""
 WORTH = 0.1
-"""A model is as good as the best if it is behind by less than this share of what the best gains
+"""A model is as good as the best if the difference is less than this share of the best model's gain
 over chance."""
 FEWEST_USERS = 6
-"""Of 5 users, all have the same sign of difference by luck alone in 2 of 32 cases: with fewer than
-6 no paired test comes below .05."""
+"""For 5 users, all differences have the same sign by chance in 2 of 32 cases, so with fewer than 6
+users no paired test has a p-value below .05."""
 _RESAMPLES = 1000
 _MANY_ROWS, _FEW_RESAMPLES = 300_000, 200
-"""From so many rows on, baselines are resampled less often: it would take longer than training."""
+"""From this many rows on, baselines are resampled less often, because it would take longer than
+training."""
 
 
 def _of(kind: type[K], reports: Iterable[AnyReport]) -> list[K]:
@@ -64,7 +65,7 @@ class Question(ABC):
     metric: str
     """Its name in the table."""
     sign = -1
-    """1 where less is better."""
+    """1 if lower is better."""
 
     @abstractmethod
     def value(self, report: AnyReport) -> float: ...
@@ -78,14 +79,14 @@ class Question(ABC):
 
     @abstractmethod
     def behind(self, better: Sequence[AnyReport], other: Sequence[AnyReport]) -> Comparison:
-        """Return by how much one model is better than another."""
+        """Return the difference between two models."""
 
     def badness(self, reports: Sequence[AnyReport]) -> float:
-        """Return what orders models, the best first."""
+        """Return the sort key of models, the best first."""
         return statistics.mean(map(self.value, reports)) * self.sign
 
     def figure(self, reports: Sequence[AnyReport], best: Sequence[AnyReport]) -> TaskFigure:
-        """Return a model's figure, and its difference from the best, on the same users."""
+        """Return a model's figure, and its difference from the best on the same users."""
         values = [self.value(report) for report in reports]
         value, interval = values[0], self.interval(reports[0])
         if len(reports) > 1:
@@ -134,7 +135,7 @@ class OfTask(Question):
         self.metric = f"{self.short}_{task.name}{report.suffix}"
 
     def _name(self, report: AnyReport) -> str:
-        """Return the metric's name in a report, which may have other tasks besides."""
+        """Return the metric's name in a report, which may have further tasks."""
         (rows,) = _of(RowsReport, [report])
         return rows.name(self.short, self.task.name)
 
@@ -169,11 +170,11 @@ def compare_measured(
     """Compare models; by labelled rows, compare them also with baselines of counts.
 
     Args:
-        measured: One at least.
+        measured: At least one model.
         failed: Models without figures.
-        split: What they learned from.
-        plan: What was trained.
-        budget_seconds: Of all trainings.
+        split: The training data.
+        plan: The plan of the comparison.
+        budget_seconds: Time limit of all trainings.
 
     Raises:
         ConfigError: No model was measured.
@@ -205,7 +206,7 @@ def compare_measured(
         notes.insert(0, f"chance: a random order of the same candidates gets {chance:.4f}")
         if rows[0].interval.low <= chance:
             sentence = (
-                f"No model is better than chance beyond luck: the best {label(leading.metric)}, "
+                f"No model is significantly better than chance: the best {label(leading.metric)}, "
                 f"{rows[0].quality:.4f}, has an interval from {rows[0].interval.low:.4f}, and a "
                 f"random order gets {chance:.4f}. {sentence}"
             )
@@ -301,14 +302,14 @@ def _beside_counting(
 
 
 def _better_elsewhere(pick: str, reports: Reports, task: OfTask) -> str:
-    """Say which model is better than the one to take at another task, if one is beyond luck."""
+    """Return the model that is significantly better at another task, if there is one."""
     name = _strongest(reports, task)
     if name == pick:
         return ""
     found = task.behind(reports[name], reports[pick])
     if found.interval.low <= 0:
         return ""
-    return f" Of {task.task.name}, {name} is better: by {found.difference:.4f} of {task.short}."
+    return f" For {task.task.name}, {name} is better by {found.difference:.4f} of {task.short}."
 
 
 def _counting_is_better(reports: Reports, floors: Reports, task: OfTask) -> tuple[str, str]:
@@ -326,17 +327,17 @@ def _counting_is_better(reports: Reports, floors: Reports, task: OfTask) -> tupl
 
 
 def _no_better(reports: Sequence[AnyReport], floors: Reports, task: OfTask) -> str:
-    """Say that a model is not better than a baseline beyond luck, if it is not."""
+    """Return a warning if a model is not significantly better than a baseline."""
     name, of = _strongest(floors, task), task.task.name
     ahead = task.behind(reports, floors[name])
     value = f"{task.short} is {task.value(floors[name][0]):.4f}"
     if ahead.interval.high < 0:
-        return f" Of {of}, {_named(name)} is better than it: its {value}."
+        return f" For {of}, {_named(name)} is better: its {value}."
     if task.behind(reports, floors[BASE_RATE]).interval.low <= 0:
-        return f" Of {of} it does not differ from the {BASE_RATE}: it learned nothing there."
+        return f" For {of}, it does not differ from the {BASE_RATE}: it learned nothing there."
     if ahead.interval.low > 0:
         return ""
-    return f" Of {of} it is not better than {_named(name)} beyond luck, whose {value}."
+    return f" For {of}, it is not significantly better than {_named(name)}, whose {value}."
 
 
 def _named(baseline: str) -> str:
@@ -354,7 +355,7 @@ def _notes(
         "no budget was set"
         if budget_seconds is None
         else f"the budget of {budget_seconds:g} s covers training and validations; "
-        "models in closed form go first and cannot be cut short"
+        "models in closed form are trained first and cannot be stopped early"
     )
     how, of_best = "of the paired sign-flip test", "the best"
     if by_rows:
@@ -362,13 +363,13 @@ def _notes(
     asked = (
         "1,000 rows: median time from their events to predictions"
         if by_rows
-        else f"answer: median of {ASKED} single questions, to the model as it is served"
+        else f"answer: median time of {ASKED} single requests to the model as it is served"
     )
     return (
-        f"behind the best: by how much it is worse than {of_best}, paired by user, with its 95 % "
+        f"behind the best: the difference from {of_best}, paired by user, with its 95 % "
         f"bootstrap interval; p {how}, corrected for several models by Holm's method",
         f"{asked}; bundle: all its files, training events included",
-        f"training: {budget}; all learned from the training part alone",
+        f"training: {budget}; all models are trained only on the training part",
         *_of_seeds(measured),
     )
 
@@ -388,18 +389,18 @@ def _of_seeds(measured: Sequence[Measured]) -> tuple[str, ...]:
 
 
 def choose(rows: Sequence[ModelRow], metric: str, *, users: int, chance: float) -> tuple[str, str]:
-    """Return the name of the model to take, and the sentence that says why.
+    """Return the name of the recommended model, and a sentence with the reason.
 
-    It is the best model, unless one that trains faster is as good: its paired interval includes 0
-    and ends below `WORTH` of the best model's gain over chance. If a difference is not significant
-    but its interval is wider, there are too few users to decide, and the model with the best figure
-    is recommended.
+    It is the best model, unless a faster one is as good: then the paired interval of the difference
+    includes 0 and ends below `WORTH` of the best model's gain over chance. If a difference is not
+    significant but its interval is wider, there are too few users to decide, and the model with the
+    best figure is recommended.
 
     Args:
         rows: Best first.
-        metric: The leading one.
-        users: How many were measured.
-        chance: The leading figure of a model that knows nothing.
+        metric: The leading metric.
+        users: Number of measured users.
+        chance: The leading figure of a random order.
     """
     best, others = rows[0], rows[1:]
     margin = WORTH * abs(best.quality - chance)
@@ -432,7 +433,7 @@ def _reach(row: ModelRow, users: int) -> float:
     difference.
 
     If none of U users shows a difference, up to 3 in U may still have one (the rule of three), of
-    1 at most.
+    at most 1.
     """
     high = 0.0 if row.behind is None else row.behind.interval.high
     return max(high, 3 / users)
@@ -459,14 +460,14 @@ def _too_few(
 
 
 def _half(row: ModelRow) -> float:
-    """Return half the width of the interval: a smaller difference does not show."""
+    """Return half the width of the interval, the smallest detectable difference."""
     return 0.0 if row.behind is None else (row.behind.interval.high - row.behind.interval.low) / 2
 
 
 def _users_needed(row: ModelRow, *, users: int, margin: float) -> int:
-    """Return about how many users would show that the model is worse than the best, or as good.
+    """Return about how many users would show whether the model is worse than the best.
 
-    Widths fall with the root of the number of users; the figure is rounded to two digits.
+    Widths decrease with the root of the number of users; the figure is rounded to two digits.
     """
     wanted = max(margin, row.behind.difference if row.behind else 0.0, 1e-4)
     needed = max(users * (_half(row) / wanted) ** 2, 3 / wanted, users + 1, FEWEST_USERS)

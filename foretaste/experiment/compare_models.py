@@ -1,4 +1,4 @@
-"""Several models on one holdout within a time budget: which one to take, and why."""
+"""Trains and compares several models on one holdout within a time budget, and recommends one."""
 
 import json
 import statistics
@@ -52,12 +52,12 @@ def read_recipes(
     overrides: Sequence[str] = (),
     data_dir: Path | str | None = None,
 ) -> dict[str, ExperimentConfig]:
-    """Read several recipes, each under its file's name, or its path where two share a name.
+    """Read several recipes, named by file, or by path if two files have the same name.
 
     Args:
         paths: The recipes.
-        overrides: What replaces a setting of each of them; see `read_experiment`.
-        data_dir: Where a file of `features` is looked for first.
+        overrides: Settings to replace in each of them; see `read_experiment`.
+        data_dir: The first folder in which to look for a file of `features`.
 
     Raises:
         ConfigError: A setting is missing, unknown or out of range; the message names it.
@@ -84,43 +84,45 @@ def compare_models(
     seeds: Sequence[Seed] | None = None,
     keep: str = "",
 ) -> ModelComparison:
-    """Train several models and the baselines on one split, measure all on its test part, choose.
+    """Train several models and the baselines on one split, measure all on its test, choose one.
 
-    They are compared by their lists; where `evaluation.catalogue` is false, or the data have no
-    items, by their predictions of labelled rows: the AUC (of tasks that are not binary, the RMSE)
-    of each task that all of them have, the first of these leading, beside baselines that count: the
-    base rate, and means by user, by item, by each column of categories, and by user and category.
+    They are compared by their lists. If `evaluation.catalogue` is false, or the data have no items,
+    they are compared by their predictions of labelled rows: by the AUC (for tasks that are not
+    binary, the RMSE) of each common task, the first of which leads. Baselines of counts are added:
+    the base rate, and means by user, by item, by each column of categories, and by user and
+    category.
 
     Models that are fitted in closed form are trained first. Each of the others may train for an
     equal share of the remaining budget, at least one step; unused time goes to later models. A
     search, if a recipe asks for one (`training.search`), takes at most a third of that share. A
-    model that fails does not end the others. Every model learns from the training part alone,
-    whatever `final` a recipe has; the one to take is then trained once more on all events, for as
+    model that fails does not end the others. Every model is trained only on the training part,
+    whatever `final` a recipe has; the recommended one is then trained again on all events, for as
     many epochs as were chosen, and that is the bundle.
 
     Args:
         recipes: By name, on the same data and split; the first one says how all are evaluated.
         split: Their data, from `read_split`.
-        budget_seconds: Of all trainings together, validations and the one on all events counted
-            in; None sets no end.
-        folder: Where `comparison.md`, `.json`, `.csv`, `.tex` and `.svg` go, and the `bundle` of
-            the one to take.
-        replace: An earlier comparison in `folder` is replaced.
-        say: Called with what is being done; with it, trainings show their progress.
-        seeds: Each recipe's model is trained once with each, and figures are means over them;
-            baselines, and models that draw nothing, are trained once. None: those of the recipes.
-        keep: Name of the recipe whose model is trained on all events and written as the bundle;
-            "": the one to take.
+        budget_seconds: Time limit of all trainings together, including validations and the training
+            on all events; None: no limit.
+        folder: Folder for `comparison.md`, `.json`, `.csv`, `.tex` and `.svg`, and for the `bundle`
+            of the recommended model.
+        replace: Replace an earlier comparison in `folder`.
+        say: Called with a line about each step; trainings then show their progress.
+        seeds: Each recipe's model is trained once with each seed, and figures are means over seeds;
+            baselines, and models without random draws, are trained once. None: the seeds of the
+            recipes.
+        keep: Name of the recipe whose model is trained on all events and written as the bundle; "":
+            the recommended one.
 
     Raises:
-        ConfigError: Before any training: there is no recipe, they are not of one data set and
-            split, some are measured by lists and others are not, they name other positives, other
-            seeds, or a seed twice, or the budget is not above 0; by rows, a model predicts no
-            labels, they have no task in common, or other numbers of items are drawn for their
-            rows. After it: none of the models could be measured, or the one to `keep` could not.
-        BundleError: The folder holds a bundle and `replace` is false, or something else under the
-            name `bundle`.
-        DataError: The folder holds a comparison and `replace` is false, or cannot be written.
+        ConfigError: Before any training: there is no recipe; recipes differ in data, split,
+            `catalogue`, `positive` or seeds; a seed is repeated; the budget is not above 0; or, by
+            rows, a model predicts no labels, recipes have no common task, or the numbers of drawn
+            items differ. After training: none of the models could be measured, or the one to `keep`
+            could not.
+        BundleError: The folder has a bundle and `replace` is false, or something else with the name
+            `bundle`.
+        DataError: The folder has a comparison and `replace` is false, or cannot be written.
     """
     folder = None if folder is None else Path(folder)
     _check(split, budget_seconds, folder, replace=replace)
@@ -171,19 +173,19 @@ def _check(
 
 
 class _Clock:
-    """The remaining budget, and the number of trainings that share it."""
+    """Tracks the remaining budget, and the number of trainings that share it."""
 
     def __init__(self, seconds: float | None, trainings: int) -> None:
         self.left, self.trainings = seconds, trainings
 
     def share(self, entry: Entry) -> float | None:
-        """Return how long a training may take; None: as long as it wants."""
+        """Return the time limit of a training; None: no limit."""
         if self.left is None or entry.in_one_piece:
             return None
         return max(0.0, self.left) / self.trainings
 
     def spend(self, seconds: float) -> None:
-        """Count a training that is over."""
+        """Count a completed training."""
         self.trainings -= 1
         if self.left is not None:
             self.left -= seconds
@@ -209,7 +211,7 @@ def _workplace(folder: Path | None) -> Iterator[Path]:
 def _attempts(
     entry: Entry, place: Path, clock: _Clock, say: Callable[[str], object] | None
 ) -> Measured | FailedModel:
-    """Train and measure a model once with each seed; all or none count."""
+    """Train and measure a model once with each seed; if one fails, none counts."""
     found: list[Measured] = []
     for seed in entry.seeds:
         share, started = clock.share(entry), time.perf_counter()
@@ -220,7 +222,7 @@ def _attempts(
         try:
             found.append(_attempt(entry, seed, place / str(seed), share, show=say is not None))
             clock.spend(found[-1].train_seconds)
-        except (ForetasteError, MemoryError, RuntimeError) as error:  # torch's of short memory
+        except (ForetasteError, MemoryError, RuntimeError) as error:  # torch's for lack of memory
             clock.spend(time.perf_counter() - started)
             reason = f"{str(error) or type(error).__name__}{of_seed and f' ({of_seed.strip()})'}"
             if say is not None:
@@ -268,7 +270,7 @@ def _attempt(entry: Entry, seed: int, bundle: Path, share: float | None, *, show
 def _final(
     pick: Measured, plan: Plan, clock: _Clock, say: Callable[[str], object] | None
 ) -> tuple[Recommender, str]:
-    """Train the model to take once more, on all events; if that fails, keep the measured one."""
+    """Train the recommended model again, on all events; if that fails, keep the measured one."""
     measured = load(pick.bundle)
     entry = next(entry for entry in plan.entries if entry.name == pick.name)
     config = entry.config.model_copy(update={"seed": pick.seeds[0], "final": "all"})
@@ -277,7 +279,7 @@ def _final(
     try:
         options = RunOptions(show=say is not None, max_seconds=clock.share(entry))
         trained = fit_final(measured.trained, config, entry.split, options)
-    except (ForetasteError, MemoryError, RuntimeError) as error:  # torch's of short memory
+    except (ForetasteError, MemoryError, RuntimeError) as error:  # torch's for lack of memory
         reason = str(error) or type(error).__name__
         return measured, f"bundle: {pick.name} as measured; training on all events failed: {reason}"
     report = measured.report or {}
@@ -292,7 +294,7 @@ def _final(
 
 
 def _answer_ms(recommender: Recommender, *, k: int) -> float:
-    """Return the median time of a single question about a user of training."""
+    """Return the median time of a single request for a training user."""
     events, milliseconds = recommender.trained.events, []
     known_U = np.flatnonzero(np.diff(events.offsets))
     asked = np.random.default_rng(0).choice(known_U, size=_WARM_UP + ASKED)
@@ -304,7 +306,7 @@ def _answer_ms(recommender: Recommender, *, k: int) -> float:
 
 
 def _thousand_rows_ms(trained: Trained, rows: Rows) -> float:
-    """Return the median time in which a model judges 1,000 test rows, from their events on."""
+    """Return the median time for predictions of 1,000 test rows, from their events on."""
     ranker, milliseconds = ranker_of(trained), []
     index_B = np.arange(min(len(rows), _TIMED_ROWS))
     for _ in range(_TIMES):

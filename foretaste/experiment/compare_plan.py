@@ -1,6 +1,6 @@
 """The plan of a comparison, made before any training: the models, and how they are measured.
 
-A family is a model's `kind`; a new model of the catalogue is a family at once.
+A family is a model's `kind`; every model of the catalogue is a family.
 
 Shape legend: E events of a part, T tasks.
 """
@@ -38,12 +38,12 @@ _SETTINGS = {
 }
 FAMILIES: tuple[str, ...] = tuple(_SETTINGS)
 _STAGES = {"two_stage": {"retriever": {"kind": "sasrec"}, "ranker": {"kind": "din"}}}
-"""The parts of a family that combines others."""
+"""The parts of a family that combines other families."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Entry:
-    """A model to be trained, once with each seed."""
+    """A model to train, once with each seed."""
 
     name: str
     config: ExperimentConfig
@@ -62,22 +62,22 @@ class Plan(NamedTuple):
 
     entries: list[Entry]
     tasks: tuple[Task, ...]
-    """None: by lists."""
+    """Empty for a comparison by lists."""
     notes: tuple[str, ...]
 
 
 def plan_of(
     recipes: Mapping[str, ExperimentConfig], split: Split, seeds: Sequence[int] | None
 ) -> Plan:
-    """See that all models can be measured on one holdout, before any is trained.
+    """Check that all models can be measured on one holdout, before any is trained.
 
     Args:
-        recipes: By name; the first one says how all are evaluated.
-        split: Their data.
-        seeds: What `compare_models` was given.
+        recipes: Recipes by name; the first one decides the evaluation of all.
+        split: The data of all recipes.
+        seeds: The argument of `compare_models`.
 
     Raises:
-        ConfigError: They cannot be.
+        ConfigError: The models cannot be compared.
         DataError: The test part is empty.
     """
     _check_equal(recipes)
@@ -127,13 +127,13 @@ def _seeds(recipes: Mapping[str, ExperimentConfig], seeds: Sequence[int] | None)
 def common_positive(
     recipes: Mapping[str, ExperimentConfig], split: Split
 ) -> tuple[str, tuple[str, ...]]:
-    """Return the column whose values above 0 make an event one that lists must find, and a note.
+    """Return the column whose values above 0 mark the targets of lists, and a note.
 
-    Models that predict no labels, the baselines too, learn from these events alone and are measured
-    on them, as the others are.
+    Models that predict no labels, including the baselines, are trained only on these events; all
+    models are measured on them.
 
     Raises:
-        ConfigError: Recipes say different columns, or there is no such column.
+        ConfigError: Recipes name different columns, or the column does not exist.
     """
     said = {
         name: config.objective.positive if isinstance(config.objective, RowsConfig) else ""
@@ -147,15 +147,15 @@ def common_positive(
     num = len(happened_split(split, positive).events)
     return positive, (
         f"positive: lists are measured on the {num:,} of {len(split.events):,} events with "
-        f"{positive} above 0; models that predict no labels learn from these alone",
+        f"{positive} above 0; only these train models that predict no labels",
     )
 
 
 def _check_lists(entries: Sequence[Entry]) -> None:
-    """See that there is a list to find, for models that predict labels and for those that do not.
+    """Check that lists have targets, for models that predict labels and for others.
 
     Raises:
-        DataError: There is none.
+        DataError: There are no targets.
     """
     kinds = {bool(tasks_of(entry.config.model)): entry for entry in entries}
     for entry in kinds.values():
@@ -174,7 +174,7 @@ def _check_equal(recipes: Mapping[str, ExperimentConfig]) -> None:
 
 
 def _only(values: Mapping[str, V], name: str, advice: str) -> V:
-    """Return the value that a setting has in every recipe; refuse two values."""
+    """Return the common value of a setting; raise an error if recipes differ."""
     first, *others = values
     for other in others:
         if values[other] != values[first]:
@@ -187,15 +187,15 @@ def _only(values: Mapping[str, V], name: str, advice: str) -> V:
 
 
 def common_tasks(recipes: Mapping[str, ExperimentConfig], split: Split) -> tuple[Task, ...]:
-    """Return the tasks by which recipes are compared; none for a comparison by lists.
+    """Return the tasks of the comparison; none for a comparison by lists.
 
     Args:
-        recipes: By name; in the first one's order.
+        recipes: Recipes by name; tasks are in the first one's order.
         split: Their data: with one item only, there are no lists.
 
     Raises:
-        ConfigError: Some ask for lists and others do not, a model predicts no labels, or no task
-            is common to all.
+        ConfigError: Only some recipes measure lists, a model predicts no labels, or no task is
+            common to all.
     """
     asks = {name: config.evaluation.catalogue for name, config in recipes.items()}
     by_lists = _only(
@@ -242,11 +242,11 @@ def _has(config: ExperimentConfig, task: Task) -> bool:
 def judged_tasks(
     recipes: Mapping[str, ExperimentConfig], split: Split, tasks: tuple[Task, ...]
 ) -> tuple[Task, ...]:
-    """Return the tasks whose test labels can rank models: more than one class or value.
+    """Return the tasks whose test labels have more than one class or value.
 
     Raises:
-        ConfigError: There is none, or other numbers of items are drawn for the models' rows.
-        DataError: A label is none that its task can have.
+        ConfigError: There is no such task, or the numbers of drawn items differ between models.
+        DataError: A label does not fit its task.
     """
     num_drawn = _only(
         {name: _num_drawn(config, split) for name, config in recipes.items()},
@@ -282,7 +282,7 @@ def _num_drawn(config: ExperimentConfig, split: Split) -> int:
 def _differs(task: Task, label_E: Float32[np.ndarray, " E"], num_drawn: int) -> bool:
     values = set(label_E[~np.isnan(label_E)].tolist())
     if values and num_drawn:
-        values.add(0.0)  # of what is drawn
+        values.add(0.0)  # the drawn zeros
     return len(values) > (1 if task.kind == "binary" else 0)
 
 
@@ -290,16 +290,16 @@ def _differs(task: Task, label_E: Float32[np.ndarray, " E"], num_drawn: int) -> 
 def family_recipes(
     config: ExperimentConfig, families: Sequence[str]
 ) -> dict[str, ExperimentConfig]:
-    """Return a recipe for each family, at its own defaults, on the data and split of one.
+    """Return a recipe for each family, at its own defaults, with the data and split of one recipe.
 
     Args:
-        config: Gives data, split, features, seed, evaluation and the device to train on; and to
-            rankers what its own model, if it is one, predicts and how that is learned.
+        config: The recipe of data, split, features, seed, evaluation and device; if its model is a
+            ranker, also the tasks and the objective of rankers.
         families: Kinds of models, such as "sasrec".
 
     Raises:
-        ConfigError: There is no such family, the message names the nearest; one is named twice; or
-            one learns a single task, and the recipe has several.
+        ConfigError: A family does not exist, or is repeated; or it predicts a single task, and the
+            recipe has several.
     """
     twice = next((family for family in families if list(families).count(family) > 1), None)
     if twice is not None:
@@ -310,9 +310,9 @@ def family_recipes(
 
 
 def with_baselines(recipes: Mapping[str, ExperimentConfig]) -> dict[str, ExperimentConfig]:
-    """Add the baselines that are not among the recipes, at their usual settings.
+    """Add the baselines that are not among the recipes, at their default settings.
 
-    A name that a recipe of other settings has taken already is given with "(usual)".
+    If a recipe with other settings has a baseline's name, the baseline's name gets "(usual)".
     """
     first, added = next(iter(recipes.values())), dict(recipes)
     for name, config in family_recipes(first, BASELINES).items():
@@ -351,7 +351,7 @@ def _recipe(config: ExperimentConfig, family: str) -> ExperimentConfig:
 
 
 def _told_of_tasks(config: ExperimentConfig, family: str) -> dict[str, object]:
-    """Return the settings that a ranker takes over from another one."""
+    """Return the settings that a ranker copies from another one."""
     tasks = tasks_of(config.model)
     fields = _SETTINGS[family].model_fields
     if tasks and "tasks" in fields:

@@ -1,4 +1,4 @@
-"""The result of a comparison: a table and a chart, for people, programs and papers."""
+"""The result of a comparison: a table and a chart, as text, JSON and LaTeX."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -28,7 +28,7 @@ SIGNIFICANT = 0.05
 """Above this corrected p-value, a model does not differ significantly from the best."""
 P_HEAD = "p (Holm)"
 COLUMNS = ("model", "quality", "behind the best", P_HEAD, "training s", "bundle MB", "answer ms")
-"""Of a comparison by lists."""
+"""Columns of a comparison by lists."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,11 +45,11 @@ class TaskFigure:
     p_holm: float | None = None
     """The p-value of `behind`, corrected for the number of models compared with the best."""
     spread: float | None = None
-    """Standard deviation over seeds; None where there is one seed."""
+    """Standard deviation over seeds; None with a single seed."""
 
     @property
     def ties_with_the_best(self) -> bool:
-        """Whether luck may explain that it is behind: by the interval, or by the corrected p."""
+        """Whether the difference is not significant, by the interval or the corrected p-value."""
         if self.behind is None or self.p_holm is None:
             return True
         return self.behind.interval.low <= 0 or self.p_holm > SIGNIFICANT
@@ -65,9 +65,9 @@ class ModelRow:
     """The leading metric's mean over users; by rows, the figure of the leading task."""
     metrics: Mapping[str, float]
     train_seconds: float = 0.0
-    """Of several seeds, the mean."""
+    """Seconds of training; the mean if there are several seeds."""
     bundle_bytes: int = 0
-    """All files of the bundle, training events included."""
+    """Bytes of all files of the bundle, including training events."""
     answer_ms: float = 0.0
     """Median time of a single request to the model as it is served; by rows, the time of 1,000
     rows."""
@@ -76,22 +76,22 @@ class ModelRow:
     note: str = ""
     """How its training ended; empty for a model in closed form."""
     settings: Mapping[str, object] = field(default_factory=dict)
-    """Its whole recipe."""
+    """The complete recipe."""
     tasks: tuple[TaskFigure, ...] = ()
-    """By rows: of the tasks after the leading one."""
+    """By rows: the figures of the tasks after the leading one."""
     is_baseline: bool = False
     """By rows: whether it is a baseline of counts, which is never recommended."""
     seeds: tuple[int, ...] = ()
-    """It was trained once with each."""
+    """The seeds; the model was trained once with each."""
 
     @property
     def quality(self) -> float:
-        """The leading figure; of several seeds, their mean."""
+        """The leading figure, or its mean over seeds."""
         return self.leading.value
 
     @property
     def interval(self) -> Interval:
-        """95 % bootstrap interval of it, over users."""
+        """95 % bootstrap interval of the leading figure, over users."""
         return self.leading.interval
 
     @property
@@ -101,11 +101,11 @@ class ModelRow:
 
     @property
     def ties_with_the_best(self) -> bool:
-        """Whether luck may explain that it is behind the best."""
+        """Whether the difference from the best is not significant."""
         return self.leading.ties_with_the_best
 
     def to_json(self) -> dict[str, object]:
-        """Return it as plain JSON values."""
+        """Return the row as plain JSON values."""
         found = asdict(self)
         leading = found.pop("leading")
         return {**found, "quality": leading.pop("value"), **leading}
@@ -122,19 +122,19 @@ class FailedModel:
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class ModelComparison(Shown):
-    """Several models on one holdout. Printed, it is a table and the sentence."""
+    """Several models on one holdout, printed as a table and a sentence."""
 
     metric: str
-    """The leading one."""
+    """The leading metric."""
     rows: tuple[ModelRow, ...]
-    """Best quality first, one at least; by rows, the baseline last."""
+    """At least one row, best quality first; by rows, the baseline is last."""
     failed: tuple[FailedModel, ...]
     split: str
     users: int
     """The number of users that the quality is a mean over."""
     budget_seconds: float | None
     pick: str
-    """The name of the model to take."""
+    """The name of the recommended model."""
     sentence: str
     """The recommended model, and why."""
     notes: tuple[str, ...]
@@ -147,13 +147,13 @@ class ModelComparison(Shown):
 
     @property
     def is_worth_taking(self) -> bool:
-        """Whether the best model is better than counting, or than a random order beyond luck."""
+        """Whether the best model is better than counting, or significantly above chance."""
         at_chance = self.chance is not None and self.rows[0].interval.low <= self.chance
         return not (self.beaten_by or at_chance)
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The table's heads."""
+        """The table's headings."""
         if not self.judged:
             return COLUMNS
         metrics = [self.metric, *(figure.metric for figure in self.rows[0].tasks)]
@@ -178,7 +178,7 @@ class ModelComparison(Shown):
 
     @checked
     def title(self) -> str:
-        """Return the contents of the table."""
+        """Return the title of the table."""
         users = "1 user" if self.users == 1 else f"{self.users:,} users"
         rows = f"{self.judged:,} rows of " if self.judged else ""
         return f"{_head(self.metric)} on the test part ({self.split}), {rows}{users}"
@@ -204,7 +204,7 @@ class ModelComparison(Shown):
 
     @checked
     def to_markdown(self, *, picture: str = "") -> str:
-        """Return the table, the notes and the sentence; `picture` is the path of one to show."""
+        """Return the table, the notes and the sentence; `picture` is the path of an image."""
         table = [[_escaped(cell) for cell in row] for row in (self.columns, *self.cells())]
         shown = [f"![quality against cost]({picture})"] if picture else []
         notes = "\n".join(f"- {_one_line(remark)}" for remark in self.remarks())
@@ -213,7 +213,7 @@ class ModelComparison(Shown):
 
     @checked
     def to_latex(self) -> str:
-        r"""Return the table as a LaTeX `tabular` with the rules of the package booktabs."""
+        r"""Return the table as a LaTeX `tabular` for the package booktabs."""
         return latex_table([list(self.columns), *map(list, self.cells())])
 
     @checked
@@ -227,7 +227,7 @@ class ModelComparison(Shown):
     def __str__(self) -> str:
         rows = (self.columns, *self.cells())
         last = len(self.columns)
-        # a table for each task: all in one would be too wide for a terminal
+        # a table per task, because one table would be too wide for a terminal
         places = [(0, 1, 2, 3, *range(last - 3, last))]
         places += [(0, at, at + 1, at + 2) for at in range(4, last - 3, 3)]
         titles = [self.title(), *(_head(figure.metric) for figure in self.rows[0].tasks)]
@@ -247,25 +247,25 @@ class ModelComparison(Shown):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Measured:
-    """A model on its way into the table."""
+    """A measured model before it is in the table."""
 
     name: str
     kind: str
     train_seconds: float
-    """Of several seeds, the mean."""
+    """Seconds of training; the mean if there are several seeds."""
     ended: str
-    """Why the training loop ended; empty for a model in closed form."""
+    """The reason why the training loop ended; empty for a model in closed form."""
     settings: Mapping[str, object]
     reports: tuple[Report | RowsReport, ...]
-    """One for each seed."""
+    """The reports, one per seed."""
     seeds: tuple[int, ...]
     bundle: Path
-    """Of the first seed, as are its size and the time of an answer."""
+    """The model of the first seed, like the size and the time of an answer."""
     bundle_bytes: int
     answer_ms: float
-    """Of a question; by rows, of 1,000 rows."""
+    """Milliseconds per request; by rows, per 1,000 rows."""
     rows: Rows | None = None
-    """By rows: those that were judged."""
+    """By rows: the measured rows."""
 
 
 def corrected(figures: Sequence[TaskFigure]) -> list[TaskFigure]:
@@ -294,7 +294,7 @@ def model_row(found: Measured, leading: TaskFigure, *others: TaskFigure) -> Mode
 
 
 def label(metric: str) -> str:
-    """Return a metric's name as people write it: `ndcg_at_10` is "ndcg@10"."""
+    """Return a metric's name for display: `ndcg_at_10` becomes "ndcg@10"."""
     return metric.replace("_at_", "@").replace("_", " ")
 
 
@@ -380,8 +380,8 @@ _BLUE, _GREEN, _GREY = "#3465a4", "#2e8b57", "#888888"
 def comparison_svg(found: ModelComparison) -> str:
     """Draw each model's quality, with its interval, over the seconds of its training.
 
-    The seconds are on a logarithmic scale. The model to take is green; models that do not differ
-    from the best beyond luck are filled.
+    The seconds are on a logarithmic scale. The recommended model is green; models that do not
+    differ significantly from the best are filled.
     """
     seconds = [max(row.train_seconds, _LEAST_SECONDS) for row in found.rows]
     ends = [end for row in found.rows for end in row.interval]
@@ -429,7 +429,7 @@ def comparison_svg(found: ModelComparison) -> str:
 
 
 def _ticks(low: float, high: float) -> Sequence[float]:
-    """Return about five round numbers that reach from `low` to `high` or beyond."""
+    """Return about five round numbers that cover the range from `low` to `high`."""
     rough = (high - low) / 5
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough)

@@ -64,10 +64,10 @@ class Point:
     p50_ms: float
     """Median time of a single answer by the library, in milliseconds."""
     above_narrow: bool | None = None
-    """Whether it is better than `narrow` of as many bytes by an interval that is clear of 0; None:
-    it was not asked."""
+    """Whether it is better than `narrow` of equal size, by an interval that excludes 0; None: not
+    measured."""
     above_int8: bool | None = None
-    """Likewise than int8."""
+    """Whether it is better than int8 in the same way."""
 
 
 @final
@@ -80,11 +80,11 @@ class Frontier(Shown):
     weight_bytes: int
     points: tuple[Point, ...]
     recommended: Point | None
-    """The smallest that loses 1 % at most and is better than `narrow` and `int8` of its size."""
+    """The smallest that loses at most 1 % and is better than `narrow` and `int8` of its size."""
 
     @checked
     def to_json(self) -> str:
-        """Return it as JSON."""
+        """Return the frontier as JSON values."""
         return json.dumps(asdict(self), indent=1)
 
     @checked
@@ -105,7 +105,7 @@ class Frontier(Shown):
         return {
             self.metric: f"{self.original:.4f}",
             "weights": f"{self.weight_bytes / 2**20:,.1f} MiB",
-            "recommended": "no kind that loses 1 % at most is better than narrow and int8"
+            "recommended": "no kind that loses at most 1 % is better than narrow and int8"
             if self.recommended is None
             else f"{_said(self.recommended.table)} is better than narrow and int8",
         }
@@ -128,14 +128,14 @@ class Frontier(Shown):
 
 @checked
 def compress_tables(trained: Trained, table: Settings) -> Trained:
-    """Return a trained model whose tables are kept in another kind; the original stays.
+    """Return a trained model with its tables converted to another kind; the original is unchanged.
 
     Args:
-        trained: With dense tables.
-        table: A kind that can be made of a trained table, as settings: `{"kind": "int8"}`.
+        trained: A model with dense tables.
+        table: A kind that can be made from a trained table, as settings: `{"kind": "int8"}`.
 
     Raises:
-        ConfigError: It has no dense tables, or the kind must be trained.
+        ConfigError: The model has no dense tables, or the kind must be trained.
     """
     config, kept = trained.config, _settings(table)
     if not isinstance(getattr(config, "table", None), DenseConfig):
@@ -169,8 +169,8 @@ def compress_tables(trained: Trained, table: Settings) -> Trained:
                     links = partial(_links, trained, sides.get(part, ""))
                     made[part] = kept.compressed(part, links)
                 setattr(parent, name, made[part])
-    # Item vectors computed from the other tables are forgotten; how new users are answered stays
-    # as fitted with the dense tables: fitting it again on pruned rows was worse.
+    # Item vectors computed from the dense tables are cleared. The regression for new users stays as
+    # fitted with the dense tables, because fitting it again on pruned rows was worse.
     model.train().eval()
     smaller = config.model_copy(update={"table": kept})
     settings = {**trained.settings, "model": smaller.model_dump(mode="json")}
@@ -178,10 +178,10 @@ def compress_tables(trained: Trained, table: Settings) -> Trained:
 
 
 def _links(trained: Trained, side: str, kind: str) -> Links | None:
-    """Return what rows of users or items have: the items or users of events, or features' codes.
+    """Return the links of users or items: the items or users of events, or codes of features.
 
     Raises:
-        ConfigError: Features are asked for, and the model has none.
+        ConfigError: Features are requested, and the model has none.
     """
     if side not in ("user", "item"):
         return None  # a table of features' codes
@@ -219,18 +219,18 @@ def compress(
 ) -> Frontier:
     """Measure kinds of tables, made from a bundle's tables, on the test part of its recipe.
 
-    Each is compared with `narrow` and int8 tables of as many bytes: rows along the principal
+    Each is compared with `narrow` and int8 tables of equal size: rows along the principal
     directions of the trained table, in 32 bits or in 8.
 
     Args:
-        bundle: A folder, with dense tables.
-        tables: What to try; nothing: half, int8, int4, quantised and pruned at several sizes.
-        retrain: Also train the recipe again with each kind that trains, 4 and 8 times smaller.
-        recipe: Whose data and split to measure on, if not the bundle's own.
-        data_dir: Where its public data are.
-        metric: Of the report; higher is better.
-        out: The bundle that is written: of the recommended kind, if one is; where `tables` are one
-            kind alone, of this.
+        bundle: The folder of a bundle with dense tables.
+        tables: Settings to try; none: half, int8, int4, quantised and pruned at several sizes.
+        retrain: Also train the recipe again with each trainable kind, 4 and 8 times smaller.
+        recipe: The recipe of the data and split to measure on; None: the bundle's own.
+        data_dir: Folder of its public data.
+        metric: A metric of the report; higher is better.
+        out: The bundle to write, with the recommended kind, if there is one, or with the only kind
+            in `tables`.
 
     Raises:
         ConfigError: The model has no dense tables, or the report has no such metric.
@@ -255,7 +255,7 @@ def compress(
 
 @final
 class _Measure:
-    """The points of one bundle; none is measured twice."""
+    """The points of one bundle; each is measured once."""
 
     def __init__(
         self, original: Trained, config: ExperimentConfig, split: Split, metric: str
@@ -287,7 +287,7 @@ class _Measure:
         self.found[table, trained] = point, report
 
     def frontier(self) -> Frontier:
-        """Return all points, and the smallest that is better than both of its neighbours."""
+        """Return all points, and the smallest that is better than both references."""
         points = tuple(point for point, _ in self.found.values())
         return Frontier(
             metric=self.metric,
@@ -329,13 +329,13 @@ class _Measure:
 
 
 def recommended(points: Sequence[Point]) -> Point | None:
-    """Return the smallest that is better than both others of its size, and loses 1 % at most."""
+    """Return the smallest that is better than both references of its size and loses at most 1 %."""
     better = [p for p in points if p.above_narrow and p.above_int8 and p.loss_percent <= _MOST_LOST]
     return max(better, key=lambda p: p.times_smaller, default=None)
 
 
 def _settings(table: Settings) -> TableConfig:
-    return IdConfig(table=table).table  # type: ignore[arg-type]  # settings are read there
+    return IdConfig(table=table).table  # type: ignore[arg-type]  # settings are parsed there
 
 
 def usual_tables(width: int) -> list[TableConfig]:
@@ -358,7 +358,7 @@ def anchors(table: TableConfig, times: float, width: int) -> dict[str, TableConf
 
 
 def _difference(a: Reports, b: Reports, metric: str) -> tuple[float, float] | None:
-    """Return the paired interval over users; None where neither report has such a metric."""
+    """Return the paired interval over users; None if neither report has this metric."""
     if a.lists is not None and b.lists is not None and metric in a.lists.per_user:
         interval = compare(a.lists, b.lists, metric, resamples=2000).interval
     elif a.rows is not None and b.rows is not None and len(a.rows.tasks) == 1:
@@ -414,7 +414,7 @@ _COLOURS = ("#888888", "#3465a4", "#2e8b57", "#c4622d", "#75507b", "#b8860b", "#
 def frontier_svg(frontier: Frontier) -> str:
     """Plot the metric against the compression factor, with a curve for each kind.
 
-    A bar is the paired interval of the difference from the original, the grey line.
+    A bar is the paired interval of the difference from the original, which is the grey line.
     """
     title = f"{frontier.metric} by the size of the tables"
     values = [v for p in frontier.points for v in _ends(p, frontier)] + [frontier.original]

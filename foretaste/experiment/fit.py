@@ -1,4 +1,4 @@
-"""From settings and a split to a trained model: the wiring of all packages."""
+"""Trains a model from settings and a split; this file wires all packages together."""
 
 import json
 import math
@@ -83,36 +83,37 @@ def fit(
 ) -> Trained:
     """Train a model on a split's training part, stopping by its validation part.
 
-    The test part is never looked at. Models that learn in closed form ignore `training`,
-    `objective` and `folder`.
+    The test part is never read. Models in closed form ignore `training`, `objective` and `folder`.
 
     Args:
-        config: Which model, and its settings.
-        split: Made by `temporal_split`, `leave_last_split` and their like.
-        seed: Decides first weights, order, dropout and negatives: one seed, one result.
-        training: The loop's settings; "auto": those that a short search finds, which reports
-            its cost before it starts.
-        objective: What the loss is and how negatives are drawn.
-        features: What is known of users and items, or the schema of its columns, which is fitted to
-            the training part. Features that were fitted to other events are encoded for these.
-        folder: Where checkpoints and the log of steps go.
-        resume: Go on from the checkpoint in `folder`, to the same result as without the break.
+        config: The settings of a model.
+        split: A split, such as from `temporal_split` or `leave_last_split`.
+        seed: Decides initial weights, order, dropout and negatives; equal seeds give equal results.
+        training: The settings of the training loop; "auto": the result of a short search, which
+            reports its cost before it starts.
+        objective: The loss and the negatives.
+        features: Fitted features, or a schema, which is fitted to the training part. Features that
+            were fitted to other events are encoded for these.
+        folder: Folder for checkpoints and the log of steps.
+        resume: Continue from the checkpoint in `folder`, with the same result as without the
+            interruption.
         show: Report progress on standard error.
-        on_epoch: Called with each epoch; what it raises ends the run.
-        on_cost: Called with what each training will cost, when its first steps are over and again
-            when its first validation is; what it raises ends the run. The last one is in the log.
-        max_seconds: Stop the training loop after so long, and keep the best weights so far; a
-            model that learns in closed form cannot be stopped.
-        candidates: Of a ranker: what it will be asked about. Its negatives are of those if
-            `objective` says so, and early stopping judges it by how it ranks them.
-        first_stage: Of a model in two stages: how its retriever learns. `training` and `objective`
-            are the ranker's then.
+        on_epoch: Called with each epoch; an exception from it ends the run.
+        on_cost: Called with the estimated cost of each training, after its first steps and again
+            after its first validation; an exception from it ends the run. The last estimate is in
+            the log.
+        max_seconds: Time limit of the training loop in seconds; the best weights so far are kept. A
+            model in closed form cannot be stopped.
+        candidates: For a ranker: the candidates that it will rank. Its negatives are drawn from
+            them if `objective` requires it, and early stopping measures their ranking.
+        first_stage: For a model in two stages: the training of its retriever. `training` and
+            `objective` are the ranker's then.
 
     Raises:
-        ConfigError: The model has nothing to read, or the schema names a column that is not there.
-        DataError: The training part is empty, a feature is not of its kind, or the retriever of
-            `candidates` knows other users or items.
-        NonFiniteError: Training left the finite numbers.
+        ConfigError: The model has no input, or the schema names a column that does not exist.
+        DataError: The training part is empty, a feature does not have its kind, or the retriever of
+            `candidates` has other users or items.
+        NonFiniteError: A loss, a gradient or a weight is not finite.
         TooLargeError: The model would not fit in memory.
     """
     started, show = time.perf_counter(), show and processes.is_first()
@@ -228,10 +229,10 @@ def _to_search(
     events: Interactions,
     features: Features | None,
 ) -> Learner | None:
-    """Return what a short search begins with, if one is asked for and there is something to search.
+    """Return the start of a short search, if it is requested and there are settings to search.
 
     Raises:
-        ConfigError: The model is of two stages.
+        ConfigError: The model has two stages.
     """
     if not asked.search:
         return None
@@ -254,7 +255,7 @@ def _to_search(
 def _search_and_fit(
     own: Learner, split: Split, fit_part: Callable[..., Trained], options: RunOptions, *, seed: int
 ) -> Trained:
-    """Search settings, for at most a third of the time, and train with the best ones."""
+    """Search settings for at most a third of the time, and train with the best ones."""
     started, max_seconds = time.perf_counter(), options.max_seconds
     file = None if options.folder is None else options.folder / "search.json"
     if options.resume and file is not None and file.is_file():
@@ -426,7 +427,7 @@ def _learn(
 
 
 def _decided(training: TrainingConfig, objective: ObjectiveConfig) -> str:
-    """Describe the training settings that depend on the data or the model."""
+    """Return a line on training settings that depend on the data or the model."""
     said = f"learning rate {training.rate:g}, {training.batch_events} events a step"
     if training.average_decay:
         said += f", average {training.average_decay:g}"

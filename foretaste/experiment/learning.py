@@ -65,9 +65,7 @@ _OBJECTIVES: TypeAdapter[ObjectiveConfig] = TypeAdapter(ObjectiveConfig)
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """Options of `fit` for running and following a training; only the time limit affects the
-    result.
-    """
+    """Options of `fit` for a run; only the time limit affects the result."""
 
     folder: Path | None = None
     """Folder of checkpoints and of the log of steps."""
@@ -78,12 +76,12 @@ class RunOptions:
     max_seconds: float | None = None
 
     def part(self, name: str, *, share: float = 1.0) -> "RunOptions":
-        """Return those of a part of the run: in a folder of its own, for a share of the time."""
+        """Return the options of a part of the run, with its own folder and a share of the time."""
         folder = None if self.folder is None else self.folder / name
         return replace(self.at_most(share), folder=folder, on_epoch=None)
 
     def at_most(self, share: float) -> "RunOptions":
-        """Return the same, for a share of the time."""
+        """Return the same options with a share of the time."""
         seconds = None if self.max_seconds is None else self.max_seconds * share
         return replace(self, max_seconds=seconds)
 
@@ -91,13 +89,12 @@ class RunOptions:
 def usual_objective(
     config: ModelConfig, events: Interactions | None = None, features: Features | None = None
 ) -> ObjectiveConfig:
-    """Return the default way in which a model that learns by gradient learns.
+    """Return the default objective of a model that is trained by gradient descent.
 
     Args:
         config: The model's settings.
-        events: Those of training, by whose counts the l2 of a model that says so is raised; None:
-            as it is.
-        features: What else is known of users and items.
+        events: The training events, whose counts may raise the l2 of a model; None: no change.
+        features: Features of users and items.
     """
     objective = _OBJECTIVES.validate_python(config.usual.objective)
     when = config.usual.l2_by_counts
@@ -114,10 +111,10 @@ def l2_factor(events: Interactions) -> float:
 
     .. math:: \min\left(3, \max\left(1, 40 \frac{\sqrt{UI}}{E}\right)\right)
 
-    with E events of U users and I items. With fewer events for a vector, it overfits more easily.
+    with E events of U users and I items. A vector with fewer events overfits more easily.
     On validation MF is better with an l2 of .3 than of .1 at 8 and 13 events (TikTok .034 and .030,
     social Last.fm .133 and .117), and worse at 25 and 78 (S3-Rec's Last.fm .046 and .051,
-    MovieLens-100K .066 and .092); at 1 it stays on popularity's level.
+    MovieLens-100K .066 and .092); at 1 it stays at popularity's level.
     """
     num_users = np.count_nonzero(np.diff(events.offsets))
     num_items = np.count_nonzero(events.item_count)
@@ -126,7 +123,7 @@ def l2_factor(events: Interactions) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Learning:
-    """An objective and an epoch's batches, from the epoch's number."""
+    """An objective, and a function from an epoch's number to its batches."""
 
     objective: Callable[[Any, Any, Generator], Tensor]
     plan: Callable[[int], Plan[Any]]
@@ -152,18 +149,18 @@ def make_learning(
     Args:
         model: The network.
         config: The objective's settings.
-        events: Those of training.
-        batch_events: About how many of them a batch holds.
+        events: The training events.
+        batch_events: Approximate number of events in a batch.
         seed: Decides order and draws.
-        producers: With any, the negatives too are drawn where batches are made.
-        graph: Of the events, if there is one already; hard negatives take one.
+        producers: Number of producers; if there are any, they also draw the negatives.
+        graph: The graph of the events, if it exists already; hard negatives need one.
         context: Features of the context of each event, for rankers.
-        mine: A retriever's candidates, for rankers that learn from them.
-        offered: What retrievers offered for each row of a ranker.
+        mine: A retriever's candidates, for rankers that are trained on them.
+        offered: Retrievers' candidates for each row of a ranker.
 
     Raises:
         ConfigError: The model cannot learn with this objective.
-        DataError: There is no event.
+        DataError: There are no events.
     """
 
     def windows(max_len: int, which: Windows) -> Callable[[int], Plan[Any]]:
@@ -227,7 +224,7 @@ def make_learning(
 
 
 def needs_one_process(name: str, *, value: object) -> ConfigError:
-    """Return the error of a setting that several processes cannot do as one does."""
+    """Return the error for a setting that works only with a single process."""
     return ConfigError(
         f"{name} = {value!r} needs all rows of a batch in one process: leave it out, or train "
         "with one process",
@@ -237,10 +234,11 @@ def needs_one_process(name: str, *, value: object) -> ConfigError:
 
 
 def _refuse_together(model: Model, config: ObjectiveConfig, batch_events: int) -> None:
-    """Refuse what several processes cannot do as one does.
+    """Raise an error for settings that work only with a single process.
 
     Raises:
-        ConfigError: Something looks at all rows of a batch together, or there are fewer rows.
+        ConfigError: A setting needs all rows of a batch together, or there are fewer rows than
+            processes.
     """
     num = processes.share().world
     if batch_events < num:
@@ -337,22 +335,22 @@ def learn_rows(
     mine: DrawItems | None = None,
     offered: Offered | None = None,
 ) -> tuple[LabelledRows, Callable[[int], RowPlan]]:
-    """Return a ranker's objective, and an epoch's batches from the epoch's number.
+    """Return a ranker's objective, and a function from an epoch's number to its batches.
 
     Args:
         model: The network.
         config: The objective's settings.
-        events: Those of training, each a row.
-        batch_events: Rows of a batch.
+        events: The training events; each is a row.
+        batch_events: Number of rows in a batch.
         seed: Decides order and draws.
         context: Features of the context, a row for each event.
-        mine: A retriever's candidates, where negatives are to come from one.
-        offered: What retrievers offered for each row, in place of all other negatives.
+        mine: A retriever's candidates, if negatives come from a retriever.
+        offered: Retrievers' candidates for each row, instead of all other negatives.
 
     Raises:
-        ConfigError: A column is not there, candidates are wanted and none are handed in, or rows
-            are offered to a ranker that does more than tell them apart.
-        DataError: A label is none that its task can have, or a task cannot be learned.
+        ConfigError: A column does not exist, candidates are required but missing, or the ranker of
+            `offered` does not predict a single task without a column.
+        DataError: A label does not fit its task, or a task cannot be learned.
     """
     rows = training_rows(events, tasks=model.tasks, context=context, positive=config.positive)
     num_drawn = config.num_negatives(model.tasks)
@@ -394,7 +392,7 @@ def _check_what_happened(tasks: tuple[Task, ...]) -> None:
 
 
 def _draw(config: RowsConfig, happened: Interactions, mine: DrawItems | None) -> DrawItems:
-    """Return what draws; `happened` is what must not be drawn."""
+    """Return the source of drawn items; those of `happened` are excluded."""
     count_I = happened.item_count
     seen = Seen.of(happened) if config.exclude_known else None
     alike = RowNegatives(UniformSampler(len(count_I), known_I=torch.from_numpy(count_I > 0)), seen)
@@ -406,7 +404,7 @@ def _draw(config: RowsConfig, happened: Interactions, mine: DrawItems | None) ->
         case "retriever":
             if mine is None:
                 raise ConfigError(
-                    "objective.negatives_from is 'retriever', and there is none: hand its "
+                    "objective.negatives_from is 'retriever', and there is none: give its "
                     'candidates to fit as candidates=, or set it to "uniform" or "popularity"',
                     name="objective.negatives_from",
                     value="retriever",

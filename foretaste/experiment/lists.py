@@ -1,4 +1,4 @@
-"""Lists for a file of users, into a file."""
+"""Writes lists for a file of users into a file."""
 
 import os
 import re
@@ -35,33 +35,33 @@ def write_lists(
     rules: Rules = NO_RULES,
     replace: bool = False,
 ) -> dict[str, object]:
-    """Write each user's k best items; the file is written whole or not at all.
+    """Write each user's k best items into a file, atomically.
 
     Args:
-        recommender: Unknown users are answered by what its table of users says of them, or by its
-            most popular items; their `source` says so.
-        users: A file as `read_interactions` takes one. The ids are its column `user_id`, or the
-            one that the recipe's events name, or else the first that holds a known user. A file of
-            text needs no header: its first line is taken for one where it is such a name or like
-            one (`customer_email`), or no whole number where the ids of training and all below it
-            are. A user who is there twice has one list.
-        out: The file; its suffix says of what kind. `.parquet`, `.json` and `.jsonl`: a row per
+        recommender: The recommender. Unknown users get lists by their features in its table of
+            users, or the most popular items; `source` shows which.
+        users: A file in a format of `read_interactions`. The ids are its column `user_id`, or the
+            user column of the recipe, or else the first column with a known user. A text file needs
+            no header: its first line is a header if it is such a name or similar to one
+            (`customer_email`), or if it is not a whole number although the training ids and all
+            lines below are. A repeated user has one list.
+        out: The file, whose suffix decides the format. `.parquet`, `.json` and `.jsonl`: a row per
             user with `user_id`, `source`, and the lists `item_id` and `score`. `.csv`: a row per
-            item with `user_id`, `source`, `rank`, `item_id` and `score`; a user without any item
-            has one row, its rank missing.
+            item with `user_id`, `source`, `rank`, `item_id` and `score`; a user without items has
+            one row without a rank.
         k: Length of the lists.
-        exclude_seen: Leave out what a user had.
+        exclude_seen: Leave out items that a user already had.
         rules: Filters on attributes, caps on categories, diversity, for every list.
-        replace: A file that is there is replaced.
+        replace: Replace an existing file.
 
     Returns:
-        How many `users` there were, how many of them training does not know (`unknown`), and how
-        many rows had no user id and were left out (`missing`); what was assumed, as `notes`.
+        The numbers of `users`, of `unknown` users, and of rows without a user id, which are left
+        out (`missing`); and `notes` on assumptions.
 
     Raises:
-        DataError: `out` is of another kind, exists while `replace` is false, or cannot be written;
-            the file of users cannot be read or holds no id; or rules name a column that is not
-            there or not of their kind.
+        DataError: `out` has another suffix, exists while `replace` is false, or cannot be written;
+            the file of users cannot be read or has no id; or rules name a column that does not
+            exist or has another type.
     """
     write = _writer(Path(out))
     check_place(out, replace=replace)
@@ -106,7 +106,7 @@ def _by_item(lists: pl.DataFrame) -> pl.DataFrame:
 
 
 def _read_users(file: Path, recommender: Recommender) -> tuple[pl.Series, list[str]]:
-    """Return the ids, missing ones as nulls, and what was assumed."""
+    """Return the ids, with nulls for missing ones, and notes on assumptions."""
     trained = recommender.trained
     names = {USER_COLUMN, _column_of_training(trained.settings)}
     separator = _separator(file, trained.events.users)
@@ -114,7 +114,7 @@ def _read_users(file: Path, recommender: Recommender) -> tuple[pl.Series, list[s
     whole = open_source(file, separator=separator, header=False, role="the users")
     column, notes = _column_of_users(whole, names, known)
     ids, read = _ids(whole, column)
-    if whole.columns[0] != "0":  # the kind of file names its columns
+    if whole.columns[0] != "0":  # this format has column names
         return ids, [*notes, *read]
     if len(ids) < 2 or not _is_header(ids[0], ids[1:], known, names):
         return ids, [*notes, *read]
@@ -129,14 +129,14 @@ def _read_users(file: Path, recommender: Recommender) -> tuple[pl.Series, list[s
 def _column_of_users(
     source: Source, names: set[object], users: Vocabulary
 ) -> tuple[str, list[str]]:
-    """Return the column that is named so, or the first that holds a known user, and a note."""
+    """Return the column of this name, or the first with a known user, and a note."""
     first = source.columns[0]
     named = next((name for name in source.columns if name in names), None)
     if named is not None or len(source.columns) == 1:
         return named or first, []
     columns = {name: _ids_or_none(source, name) for name in source.columns}
     for name, ids in columns.items():
-        if len(ids) and ids[0] in names:  # the header of a file of text
+        if len(ids) and ids[0] in names:  # the header of a text file
             return name, []
     for name, ids in columns.items():
         if (users.encode(ids.drop_nulls()) >= 0).any():
@@ -151,10 +151,10 @@ def _column_of_users(
 
 
 def _ids_or_none(source: Source, column: str) -> pl.Series:
-    """Return a column of ids; empty if it holds something else."""
+    """Return a column of ids; empty if it has another type."""
     try:
         ids, _ = _ids(source, column)
-    except DataError:  # a column that cannot be read, and need not be
+    except DataError:  # an unreadable column, which is not needed
         return pl.Series(column, [], dtype=pl.String)
     return (
         ids
@@ -164,7 +164,7 @@ def _ids_or_none(source: Source, column: str) -> pl.Series:
 
 
 def _separator(file: Path, users: Vocabulary) -> str | None:
-    """Return what no id holds, where a line of text is one id; None: it is to be found."""
+    """Return a separator that no id contains if each line is one id; None: detect it."""
     try:
         with file.open("rb") as lines:
             line = lines.readline(1 << 16).decode("utf-8", "replace").strip()
@@ -185,13 +185,13 @@ def _ids(source: Source, column: str) -> tuple[pl.Series, list[str]]:
 
 
 def _column_of_training(settings: Mapping[str, object]) -> object:
-    """Return what the events that a recipe names call their users."""
+    """Return the name of the user column in the recipe's events."""
     data = settings.get("data")
     return data.get("user") if isinstance(data, Mapping) else None
 
 
 def _is_header(first: object, rest: pl.Series, users: Vocabulary, names: set[object]) -> bool:
-    """Whether the first value of a column is its name and no id."""
+    """Return whether the first value of a column is its name and not an id."""
     if not isinstance(first, str) or users.find(first) >= 0:
         return False
     rest = rest.drop_nulls()

@@ -1,15 +1,15 @@
-"""Negatives that retrievers find: hard ones of a model's own index, and a ranker's candidates.
+"""Negatives from retrievers: hard ones from a model's own index, and a ranker's candidates.
 
-A retriever that learned from an event scores its item higher than it will ever score what is still
-to come: a ranker that reads such scores would trust them too much. So the users are dealt into
-folds, each fold's rows are answered by a retriever fitted to all others, and what the ranker learns
-is what must be added to an honest score.
+A retriever scores the items of its training events higher than those of later events, so a ranker
+that is trained on such scores would trust them too much. Therefore users are divided into folds,
+each fold's rows get scores from a retriever that was fitted to the other folds, and the ranker
+learns to correct these out-of-sample scores.
 
 Wolpert, "Stacked generalization", Neural Networks 1992,
 https://doi.org/10.1016/S0893-6080(05)80023-1
 
 Shape legend: U users, E rows, B rows, pairs or users of a block, N hard negatives of a pair, T
-ranks or items offered for each row, I items.
+ranks or candidates of each row, I items.
 """
 
 import threading
@@ -44,12 +44,12 @@ _BLOCK_USERS = 256
 
 @final
 class IndexNegatives(Refreshed):
-    """Ranks, for each user, the items that the model scores highest of those not done.
+    """Ranks, for each user, the new items with the highest scores of the model.
 
-    What the weights of an earlier step found stays good until the next search; it is kept in
-    checkpoints, so a resumed run draws from the same ranks. With `hard_refresh_steps`, a search
-    runs in a thread for a stretch of so many steps, and its ranks hold for the next stretch: who
-    makes a batch of that one waits for them, so a run is a function of its seed.
+    The ranks are used until the next search and are stored in checkpoints, so a resumed run draws
+    from the same ranks. With `hard_refresh_steps`, a search runs in a thread during a period of
+    that many steps, and its ranks are used in the next period; producers of its batches wait for
+    them, so a run depends only on its seed.
 
     References:
         Xiong et al., "Approximate Nearest Neighbor Negative Contrastive Learning for Dense Text
@@ -58,13 +58,12 @@ class IndexNegatives(Refreshed):
     """
 
     def __init__(self, config: PairsConfig, events: Interactions, *, seed: int) -> None:
-        """Prepare; nothing is searched yet.
+        """Prepare without searching.
 
         Args:
-            config: Says how many ranks are kept, from which epoch on, and how often they are
-                searched for.
-            events: Those of training; items without any are not negatives.
-            seed: Decides how an approximate index is built.
+            config: Decides the number of ranks, the first epoch, and the frequency of searches.
+            events: The training events; items without events are not negatives.
+            seed: The seed of an approximate index.
 
         Raises:
             TooLargeError: The ranks would not fit in memory.
@@ -73,19 +72,19 @@ class IndexNegatives(Refreshed):
         self.config, self.events, self.seed = config, events, seed
         self.seen = Seen.of(events)
         self._found: dict[int, Future[Int32[Tensor, "U T"]]] = {}
-        """By the stretch of the epoch that it is for; 0 alone where a search is for an epoch."""
+        """The ranks by period of the epoch; only 0 if a search is for an epoch."""
         self._turn = threading.Condition()
 
     @property
     def ranked(self) -> RankedNegatives:
-        """What holds at the beginning of the epoch: rank 0 is scored highest."""
+        """The ranks at the start of the epoch; rank 0 has the highest score."""
         return self.ranked_at(0)
 
     def ranked_at(self, batch: int) -> RankedNegatives:
-        """Return what holds for a batch of the epoch; wait until it is found.
+        """Return the ranks for a batch of the epoch; wait until they are found.
 
         Raises:
-            ConfigError: Nothing was searched yet.
+            ConfigError: There was no search yet.
         """
         if not self._found:
             raise ConfigError("no hard negatives are mined yet: refresh them with a model first")
@@ -96,14 +95,14 @@ class IndexNegatives(Refreshed):
         return RankedNegatives(found.result(), self.seen)
 
     def refresh(self, model: Model, epoch: int) -> None:
-        """Search again with a model in evaluation mode, if it is the turn of this epoch, from 0.
+        """Search again with a model in evaluation mode, if this epoch (from 0) requires it.
 
-        With `hard_refresh_steps` it is the turn of the first epoch alone; later ones begin with
-        what the last search of the epoch before found.
+        With `hard_refresh_steps`, only the first epoch requires it; later ones start with the ranks
+        of the last search in the previous epoch.
 
         Raises:
             ConfigError: The model is not a retriever.
-            NonFiniteError: An item's vector, or a user's, is NaN or infinite.
+            NonFiniteError: A vector of an item or a user is NaN or infinite.
         """
         since = epoch + 1 - self.config.hard_from_epoch
         if self.config.hard_refresh_steps and self._found:
@@ -116,14 +115,14 @@ class IndexNegatives(Refreshed):
         return bool(every) and bool(self._found) and batch % every == 0
 
     def start(self, model: Model, batch: int) -> None:
-        """Search in a thread; what is found is for the next stretch."""
+        """Search in a thread, for the next period."""
         stretch = batch // self.config.hard_refresh_steps
         found: Future[Tensor] = Future()
 
         def search() -> None:
             try:
                 found.set_result(self._search(model))
-            except Exception as error:  # noqa: BLE001  whoever asks for the result gets it
+            except Exception as error:  # noqa: BLE001  raised where the result is read
                 found.set_exception(error)
 
         threading.Thread(target=search, daemon=True).start()
@@ -150,12 +149,12 @@ class IndexNegatives(Refreshed):
             return _search_all(model, index, self.events, self.config.hard_ranks[1])
 
     def state(self) -> Mapping[str, Tensor]:
-        """Return what a checkpoint keeps; wait for a search that runs."""
+        """Return the state for a checkpoint; wait for a running search."""
         names = {key: f"ranked_UT.{key}" if key else "ranked_UT" for key in self._found}
         return {names[key]: found.result() for key, found in self._found.items()}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Take what `state` gave."""
+        """Restore a result of `state`."""
         keys = {name: int(name.partition(".")[2] or 0) for name in state}
         self._found = {keys[name]: _done(ranked_UT) for name, ranked_UT in state.items()}
 
@@ -167,14 +166,15 @@ def _done(ranked_UT: Int32[Tensor, "U T"]) -> "Future[Tensor]":
 
 
 def candidate_negatives(retriever: Trained, num: int) -> DrawItems:
-    """Return what draws uniformly from the items that a trained retriever gives each user.
+    """Return a source that draws uniformly from a trained retriever's candidates of each user.
 
-    These are the items that the ranker will be asked about, less what the user has done; the row's
-    own item where there are none.
+    These are the items that the ranker will score, without the user's own items; without
+    candidates, the row's own item is returned.
 
     Args:
-        retriever: Trained; its events are the users' histories. All users are searched for once.
-        num: How many items of each user are kept, the best ones.
+        retriever: A trained retriever, whose events are the users' histories. All users are
+            searched once.
+        num: Number of best items kept per user.
 
     Raises:
         NonFiniteError: A score is NaN or infinite.
@@ -186,14 +186,14 @@ def candidate_negatives(retriever: Trained, num: int) -> DrawItems:
 
 @torch.no_grad()
 def best_unseen(trained: Trained, num: int) -> Int32[Tensor, "U T"]:
-    """Rank, for each user with an event, the items that a model scores highest of those not done.
+    """Rank, for each user with an event, the new items with the highest scores of a model.
 
     Args:
-        trained: A model with vectors, whose items are indexed, or one that scores them all.
-        num: T, cut to the size of the catalogue.
+        trained: A model with item vectors, which are indexed, or one that scores all items.
+        num: T, limited to the size of the catalogue.
 
     Returns:
-        item_idx, best first, -1 where the catalogue ran out.
+        item_idx, best first, padded with -1.
 
     Raises:
         NonFiniteError: A score is NaN or infinite.
@@ -228,7 +228,7 @@ def _search_all(
 
 
 def _by_length(events: Interactions) -> tuple[Int64[Tensor, " B"], ...]:
-    """Return users with events in blocks of like length, which need little padding."""
+    """Return users with events in blocks of similar length, which need little padding."""
     length_U = torch.from_numpy(events.offsets).diff()
     order_U = length_U.argsort(stable=True)
     blocks: tuple[Tensor, ...] = order_U[length_U[order_U] > 0].split(_BLOCK_USERS)
@@ -240,7 +240,7 @@ _MOST_ROWS = 256
 
 @dataclass(frozen=True, eq=False)
 class Fold:
-    """Some training rows, and a retriever that knows nothing of their users."""
+    """Some training rows, and a retriever that was trained without their users."""
 
     row_E: Int64[np.ndarray, " E"]
     """Positions in the training events."""
@@ -250,13 +250,13 @@ class Fold:
 def fit_folds(
     fit_retriever: Callable[[Split], Trained], split: Split, folds: int, *, seed: int
 ) -> tuple[Fold, ...]:
-    """Deal users into folds, and fit a retriever without each.
+    """Divide users into folds, and fit a retriever without each fold.
 
     Args:
-        fit_retriever: Fits one to the training part of a split.
-        split: Whose training events are the rows.
-        folds: How many, 2 or more.
-        seed: Decides which user is in which.
+        fit_retriever: Fits a retriever to the training part of a split.
+        split: The split, whose training events are the rows.
+        folds: Number of folds, 2 or more.
+        seed: Decides the assignment of users.
     """
     fold_U = np.random.default_rng(seed).permutation(split.events.num_users) % folds
     fold_E = fold_U[split.events.user_idx]
@@ -285,17 +285,17 @@ def offer(
     weight: float,
     seed: int,
 ) -> Offered:
-    """Ask each row's retriever what it would have offered before the row.
+    """Return the candidates that each row's retriever finds from the history before the row.
 
-    `objective` decides what is drawn: the best of the retriever, any items that the user had not
-    done, or a mixture. What the user did only later may be among them, as when answers are given.
+    `objective` decides what is drawn: the retriever's best items, any items without an earlier
+    event of the user, or a mixture. Items of the user's later events are allowed, as in answers.
 
     Args:
-        folds: Of `fit_folds`.
-        split: The same.
-        objective: The ranker's.
-        num: T, and how many of the best are candidates.
-        weight: Of the retriever's score beside the ranker's.
+        folds: The result of `fit_folds`.
+        split: The same split.
+        objective: The ranker's objective.
+        num: T, the number of candidates.
+        weight: Weight of the retriever's score, added to the ranker's.
         seed: Decides the draws.
 
     Raises:
@@ -344,7 +344,7 @@ def offer(
 
 
 def _asked(split: Split, row_B: Int64[np.ndarray, " B"]) -> Queries:
-    """Return the history of each row's user before it."""
+    """Return the history of each row's user before the row."""
     events = split.train
     return Holdout(
         name="train",
@@ -362,7 +362,7 @@ def _mixed(
     share: float,
     generator: torch.Generator,
 ) -> Int64[Tensor, "B T"]:
-    """Keep a share of the best, and put any items in place of the others."""
+    """Keep a share of the best items, and replace the others by any items."""
     if share == 1:
         return best_BT
     any_BI = torch.rand(score_BI.shape, generator=generator).masked_fill(score_BI.isneginf(), -1.0)

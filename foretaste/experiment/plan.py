@@ -1,9 +1,10 @@
-"""What a recipe would need for more users, items and events than there are: memory, traffic, hours.
+"""Estimates memory, traffic and hours of a recipe for more users, items and events.
 
-Tables are counted on torch's meta device, where a tensor has a size and no memory. How quickly the
-model learns, and how many rows an event reads, is measured on made-up events on this machine.
+Tables are counted on torch's meta device, where a tensor has a size and no memory. The speed of
+training, and the number of rows that an event reads, are measured with synthetic events on this
+machine.
 
-Shape legend: E made-up events.
+Shape legend: E synthetic events.
 """
 
 import math
@@ -33,44 +34,45 @@ from foretaste.training.settings import ROWS_FROM, TrainingConfig
 from foretaste.training.sharded import rows_of
 
 _MOST_IDS, _MOST_EVENTS = 2 * ROWS_FROM, 300_000
-"""Of the made-up events: enough ids for a table that learns by rows."""
+"""Number of synthetic ids, enough for a table that is updated by rows."""
 _SECONDS = 10.0
 _EVENT_BYTES = 16
-"""User, item and time of an event, as a store keeps them."""
+"""Bytes of an event's user, item and time in a store."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TablePlan:
-    """What one table needs."""
+    """The memory and traffic of one table."""
 
     name: str
     rows: int
     width: int
     bytes_in_all: int
-    """Weights, what the optimizer keeps, gradients of all rows where they are, and copies."""
+    """Bytes of weights, the optimizer's state, dense gradients if any, and copies."""
     bytes_of_each: int
-    """What the process with the most rows holds of it."""
+    """Bytes of it in the process with the most rows."""
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class SizePlan:
-    """What a recipe would need."""
+    """The estimated needs of a recipe."""
 
     tables: tuple[TablePlan, ...]
     processes: int
     dense_bytes: int
-    """Of all other weights in each process, with what the optimizer keeps."""
+    """Bytes of all other weights in each process, with the optimizer's state."""
     events_bytes: int
-    """Of the events on the disk; they are read where a batch needs them."""
+    """Bytes of the events on disk, which batches read on demand."""
     traffic_bytes: int
-    """What a process sends and receives in a step, at most: a row may be read twice."""
+    """Maximum number of bytes that a process sends and receives in a step; a row may be read
+    twice."""
     steps: int
-    """Of an epoch."""
+    """Number of steps in an epoch."""
     events_per_second: float
-    """Of one process, as measured here."""
+    """Events per second of one process, measured here."""
     hours: float
-    """Of all epochs that the settings allow, if processes do not wait for each other."""
+    """Hours of all epochs that the settings allow, if processes do not wait for each other."""
 
     @property
     def bytes_of_each(self) -> int:
@@ -86,17 +88,17 @@ class SizePlan:
 def plan_size(
     config: ExperimentConfig, *, events: int, users: int, items: int, processes: int = 1
 ) -> SizePlan:
-    """Work out what a recipe would need at another size; features are left out.
+    """Estimate the needs of a recipe at another size, without features.
 
     Args:
         config: The recipe.
-        events: How many there would be.
-        users: How many users.
-        items: How many items.
-        processes: How many of them would train.
+        events: Number of events.
+        users: Number of users.
+        items: Number of items.
+        processes: Number of training processes.
 
     Raises:
-        ConfigError: The model learns in closed form or in two stages, or the size is no size.
+        ConfigError: The model is fitted in closed form or in two stages, or a size is below 1.
     """
     model = config.model
     if isinstance(model, TwoStageConfig) or not model.usual.objective:
@@ -133,7 +135,7 @@ def plan_size(
 
 
 def _tables(network: nn.Module) -> dict[str, Table]:
-    """Return a model's tables by name, without those that a table is made of."""
+    """Return a model's tables by name, without the parts of a table."""
     found: dict[str, Table] = {}
     for name, part in network.named_modules():
         if isinstance(part, Table) and not any(name.startswith(f"{known}.") for known in found):
@@ -142,13 +144,13 @@ def _tables(network: nn.Module) -> dict[str, Table]:
 
 
 def _sent(table: Table, training: TrainingConfig, *, rows: float, processes: int) -> float:
-    """Return the bytes of a step that a process sends and receives for a table.
+    """Return the bytes per step that a process sends and receives for a table.
 
     Args:
         table: The table.
-        training: Says whether it is dealt, and whether it learns by rows.
-        rows: Read in a step, by all processes together.
-        processes: How many there are.
+        training: Decides whether it is sharded, and whether it is updated by rows.
+        rows: Number of rows read in a step by all processes together.
+        processes: Number of processes.
     """
     row_bytes = 4 * table.width
     if _is_dealt(table, training):
@@ -187,7 +189,7 @@ def _is_dealt(part: nn.Module, training: TrainingConfig) -> bool:
 
 
 def _copies(training: TrainingConfig, part: nn.Module | None = None) -> float:
-    """Return how many numbers there are for each weight: with the best so far, and an average."""
+    """Return the number of stored numbers per weight, including the best so far and an average."""
     kept = 3.0 if training.average_decay else 2.0
     if isinstance(part, OwnRows) and learns_by_rows(part, training):
         return kept + (1 / part.width if training.tables == "row_adagrad" else 2)
@@ -197,7 +199,7 @@ def _copies(training: TrainingConfig, part: nn.Module | None = None) -> float:
 def _measured(
     config: ExperimentConfig, *, events: int, users: int, items: int, batch: int
 ) -> tuple[float, dict[str, float]]:
-    """Return how many made-up events a second are learned from, and the rows an event reads."""
+    """Return the training rate in synthetic events per second, and the rows that an event reads."""
     made = _made_up(config, min(events, _MOST_EVENTS), users, items)
     rows = Counter[Table]()
 
@@ -228,7 +230,7 @@ def _measured(
 
 
 def _made_up(config: ExperimentConfig, num: int, users: int, items: int) -> Interactions:
-    """Return events of users who have as many as they would, of items that few or many did."""
+    """Return synthetic events with the requested number per user and a skewed item popularity."""
     rng = np.random.default_rng(0)
     num_users, num_items = (min(ids, _MOST_IDS) for ids in (users, items))
     user_E = np.sort(rng.integers(num_users, size=num))

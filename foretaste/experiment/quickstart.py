@@ -1,4 +1,4 @@
-"""The whole path on a small real data set: MovieLens-100K to a measured, served recommender."""
+"""The complete path on a small real data set: from MovieLens-100K to a served recommender."""
 
 import tempfile
 from collections.abc import Callable
@@ -56,20 +56,20 @@ def run_quickstart(
 ) -> Quickstart:
     """Get MovieLens-100K, compare SASRec with the baselines, and write SASRec's bundle.
 
-    Two splits are shown. The temporal one is honest and hard: few users of its test have a
-    history. Leave-last has a test event for every user, and says what leaks. The bundle holds
-    SASRec trained once more on all events, for as many epochs as the second chose; the report in
-    it is the second's.
+    Two splits are shown. The temporal split is honest and hard, because few users of its test have
+    a history. The leave-last split has a test event for every user, and reports its leaks. The
+    bundle has SASRec trained again on all events, for as many epochs as the leave-last run chose,
+    and the report of that run.
 
     Args:
         out: Folder of the bundle.
-        data_dir: Where the data set's files lie already.
-        seed: Decides the run.
-        replace: A bundle that is there is replaced.
-        say: Called with each thing that is done.
+        data_dir: Folder that already has the data set's files.
+        seed: The seed of the run.
+        replace: Replace an existing bundle.
+        say: Called with a line about each step.
 
     Raises:
-        SourceError: The data set cannot be had.
+        SourceError: The data set cannot be downloaded.
         BundleError: `out` exists and `replace` is false, or the bundle cannot be written.
     """
     out = Path(out)
@@ -104,7 +104,7 @@ def run_quickstart(
 
 
 def _recipes(split: SplitConfig, *, seed: int) -> dict[str, ExperimentConfig]:
-    """Return SASRec and one more baseline; a comparison adds the others."""
+    """Return SASRec and a further baseline; a comparison adds the others."""
     sasrec = ExperimentConfig(
         seed=seed,
         data=PublicData(name=DATASET),

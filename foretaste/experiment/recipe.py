@@ -1,4 +1,4 @@
-"""A recipe: one TOML file with everything that decides a run."""
+"""A recipe: one TOML file with everything that determines a run."""
 
 import logging
 import tomllib
@@ -58,7 +58,7 @@ class FileData(ReadConfig):
     """File of a table of two columns of item ids that go together."""
 
     def tables(self, base: Path) -> tuple[list[Path], dict[str, Any]]:
-        """Return the event files, and what else `read_interactions` is given, by name."""
+        """Return the event files, and the other arguments of `read_interactions` by name."""
         settings = self.model_dump(exclude={"kind", "files"})
         for name in ReadTables.model_fields.keys() - ReadConfig.model_fields.keys():
             settings[name] = None if settings[name] is None else base / settings[name]
@@ -148,10 +148,10 @@ class Protocol(Config):
     """What chose the epoch. Many papers report the best epoch on the test."""
 
     def may_be_compared(self, other: "Protocol") -> bool:
-        """Whether figures of the two are like for like: as many events, and the same negatives.
+        """Return whether figures are comparable: the same training events and kind of negatives.
 
         Drawn negatives and the whole catalogue are two losses over the same data; rows with fixed
-        negatives are other data. How the epoch was chosen is said beside the figures.
+        negatives are other data. How the epoch was chosen is shown next to the figures.
         """
         is_fixed, other_is = (one.negatives == "fixed" for one in (self, other))
         return self.trained_on == other.trained_on and is_fixed == other_is
@@ -208,7 +208,7 @@ class ExperimentConfig(Config):
     @model_validator(mode="before")
     @classmethod
     def _refit_is_final(cls, settings: object) -> object:
-        """Take `refit`, the former name: bundles and recipes of former versions have it."""
+        """Accept `refit`, the former name, which older bundles and recipes have."""
         if not isinstance(settings, Mapping) or not isinstance(settings.get("refit"), bool):
             return settings
         if "final" in settings:
@@ -223,13 +223,13 @@ def read_experiment(
 ) -> ExperimentConfig:
     """Read the settings of one run from a TOML file.
 
-    TOML has no word for an absent value: the text "none" stands for it, but where it is one of a
-    setting's own choices, as in `model.pooling`.
+    TOML has no word for an absent value, so the text "none" stands for it, unless "none" is one of
+    a setting's own choices, as in `model.pooling`.
 
     Args:
         path: The recipe.
-        overrides: Each `section.name=value`, the value written as in TOML; a bare word is text.
-        data_dir: Where a file of `features` is looked for first.
+        overrides: Each is `section.name=value`, with the value in TOML syntax; a bare word is text.
+        data_dir: The first folder in which to look for a file of `features`.
 
     Raises:
         ConfigError: A setting is missing, unknown or out of range; the message names it.
@@ -284,7 +284,7 @@ def _refuse_at_rest(model: ModelConfig, path: Path) -> None:
 
 @checked
 def override(config: ExperimentConfig, overrides: Sequence[str]) -> ExperimentConfig:
-    """Return a recipe with some of its settings replaced, each `section.name=value`.
+    """Return a recipe with some settings replaced, each given as `section.name=value`.
 
     Raises:
         ConfigError: A setting is unknown or out of range; the message names it.
@@ -317,7 +317,7 @@ def with_overrides(settings: Mapping[str, object], overrides: Sequence[str]) -> 
 
 
 def with_setting(settings: Mapping[str, object], name: str, value: object) -> dict[str, object]:
-    """Return the settings with the one of this dotted name replaced."""
+    """Return the settings with the one with this dotted name replaced."""
     first, _, rest = name.partition(".")
     inner = settings.get(first)
     section = inner if isinstance(inner, Mapping) else {}
@@ -345,13 +345,13 @@ def _with_features(settings: Mapping[str, object], folders: Sequence[Path]) -> d
 
 
 def _with_absent(settings: Mapping[str, object]) -> dict[str, object]:
-    """Take the text "none" for an absent value wherever a setting may have none."""
+    """Convert the text "none" to an absent value wherever a setting may be absent."""
     absent = {name: _nothing_for_none(value) for name, value in settings.items()}
     try:
         ExperimentConfig.model_validate(absent)
     except ValidationError as error:
         for problem in error.errors(include_url=False):
-            if problem["input"] is None:  # refused, so the text was meant
+            if problem["input"] is None:  # an absent value is invalid, so the text was meant
                 owner: Any = absent
                 *outer, last = path_of(problem["loc"], absent)
                 for part in outer:
@@ -380,9 +380,9 @@ def _value(text: str) -> object:
 
 
 def without_defaults(settings: BaseModel) -> dict[str, object]:
-    """Return what differs from the defaults as plain values, and the kind of each section.
+    """Return the values that differ from the defaults, and the kind of each section.
 
-    Read back, it is the same settings.
+    Reading them gives the same settings.
     """
     plain = settings.model_dump(mode="json")
     return {
@@ -411,7 +411,7 @@ def recipe_of(trained: Trained) -> ExperimentConfig:
     """Return the recipe that a model was made from.
 
     Raises:
-        ConfigError: It was made in Python, by `fit`, and knows no recipe.
+        ConfigError: The model was trained in Python with `fit`, without a recipe.
     """
     if "data" not in trained.settings:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""The record of a run: its figures and what they depend on; and the contents of its bundle."""
+"""The record of a run: its figures and everything they depend on; and the contents of a bundle."""
 
 import json
 import os
@@ -30,16 +30,16 @@ from foretaste.training.objectives import RowsConfig
 def record_run(
     run: Run, config: ExperimentConfig, *, recipe: str, overrides: Sequence[str] = ()
 ) -> dict[str, object]:
-    """Return what `recipes/results/NAME.json` holds, as plain JSON values.
+    """Return the contents of `recipes/results/NAME.json`, as plain JSON values.
 
-    `metrics` are those of the model that was trained without the validation events; `refitted`
-    is about the one of the recipe's `final`, with its metrics where it did not learn from the test.
+    `metrics` belong to the model that was trained without the validation events; `refitted`
+    describes the model of the recipe's `final`, with metrics unless it was trained on the test.
 
     Args:
-        run: What the recipe gave.
+        run: The result of the recipe.
         config: The recipe.
-        recipe: Its name, as the README's table shows it.
-        overrides: What was changed on the command line.
+        recipe: Its name in the README's table.
+        overrides: The changes on the command line.
     """
     changes = "".join(f" --set {override}" for override in overrides)
     record: dict[str, object] = {
@@ -74,8 +74,8 @@ def protocol_of(
 
     Args:
         config: The recipe.
-        log: What training saw.
-        learns_by: What its model learns from.
+        log: The log of training.
+        learns_by: The kind of the model's training data.
     """
     epochs = log.get("epochs", ())
     chosen = isinstance(epochs, list | tuple) and any(
@@ -102,10 +102,10 @@ def _negatives(config: ExperimentConfig, learns_by: LearnsBy | None) -> Negative
 
 @checked
 def write_record(record: Mapping[str, object], path: str | Path, *, replace: bool = False) -> None:
-    """Write a record, whole or not at all.
+    """Write a record atomically.
 
     Raises:
-        DataError: A file is there and `replace` is false, or the disk is full or refuses.
+        DataError: The file exists and `replace` is false, or the disk is full or refuses.
     """
     with whole_file(path, replace=replace) as part:
         part.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
@@ -115,11 +115,11 @@ _PACKAGES = ("torch", "numpy", "numba", "polars", "faiss-cpu", "implicit")
 
 
 def run_facts(*, threads: int | None = None, packages: Sequence[str] = ()) -> dict[str, object]:
-    """Return when, by which code and where a run was made: plain JSON values.
+    """Return date, code version and machine of a run, as plain JSON values.
 
     Args:
-        threads: How many the run computed with; None: as many as torch does here.
-        packages: Further ones whose versions matter.
+        threads: Number of threads of the run; None: that of torch here.
+        packages: Further packages whose versions matter.
     """
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -135,7 +135,7 @@ def run_facts(*, threads: int | None = None, packages: Sequence[str] = ()) -> di
 
 
 def _commit() -> str:
-    """Return the commit of the code that runs, with a + where files differ from it."""
+    """Return the commit of the running code, with a + if files differ from it."""
     here = Path(__file__).parent
     try:
         run = ["git", "-C", str(here), "describe", "--always", "--abbrev=12", "--dirty=+"]
@@ -161,19 +161,19 @@ def _lines(path: Path) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class BundleContents:
-    """A bundle that was read whole: every checksum is right."""
+    """The contents of a bundle whose checksums were all verified."""
 
     manifest: BundleManifest
     parameters: int
-    """Numbers in the network."""
+    """Number of parameters of the network."""
     size: int
     """Bytes of all files."""
     learned_from: str
-    """Which events the model learned from, in words."""
+    """The events that the model was trained on, in words."""
     measured_on: str
-    """What the stored report was measured on, in words."""
+    """The events that the stored report was measured on, in words."""
     metrics: dict[str, float]
-    """Of the stored report; empty without one."""
+    """The metrics of the stored report; empty without one."""
 
     @checked
     def facts(self) -> dict[str, object]:
@@ -209,10 +209,10 @@ class BundleContents:
 
 @checked
 def inspect_bundle(path: Path | str) -> BundleContents:
-    """Read a bundle and say what it holds.
+    """Read a bundle and return its contents.
 
     Raises:
-        BundleError: It is missing, broken, tampered with or of a newer format.
+        BundleError: It is missing, broken or changed, or has a newer format.
     """
     path = Path(path)
     bundle = read_bundle(path)
@@ -228,7 +228,7 @@ def inspect_bundle(path: Path | str) -> BundleContents:
 
 
 def metrics_in(report: Mapping[str, object]) -> dict[str, float]:
-    """Return the figures of a stored report, those of its part about rows included."""
+    """Return the figures of a stored report, including those about rows."""
     own, rows = report.get("metrics"), report.get("rows")
     inner = metrics_in(rows) if isinstance(rows, Mapping) else {}
     return {**own, **inner} if isinstance(own, dict) else inner

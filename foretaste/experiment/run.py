@@ -1,4 +1,4 @@
-"""From a recipe to a trained, measured model: data, split, fit, evaluate, and a final fit."""
+"""Runs a recipe: data, split, fit, evaluate, and a final fit."""
 
 import json
 from collections.abc import Mapping
@@ -56,8 +56,8 @@ from foretaste.training.trained import Trained
 
 _FINAL = "final"
 FIRST_RUN = (
-    "of the first run, which learned from training alone: the model in the bundle was trained once "
-    'more, on all events (final = "all"), and nothing was measured of it'
+    "of the first run, trained only on the training part: the bundle's model was trained again, "
+    'on all events (final = "all"), and was not measured'
 )
 
 
@@ -88,17 +88,17 @@ class Run(Shown):
 
 @checked
 def read_split(config: ExperimentConfig, *, data_dir: Path | str | None = None) -> Split:
-    """Read a recipe's data and cut it.
+    """Read a recipe's data and split it.
 
     Args:
         config: The recipe.
-        data_dir: Where files lie: a public data set's own, and those that a recipe names by a
-            path that is not absolute.
+        data_dir: Folder of a public data set's files, and of files that a recipe names by a
+            relative path.
 
     Raises:
-        ConfigError: A field of text names an encoder that is not there, or its extra is missing.
+        ConfigError: A text field names an encoder that does not exist, or its extra is missing.
         DataError: The tables are invalid, or cannot be split in this way.
-        SourceError: The public data set cannot be had.
+        SourceError: The public data set cannot be downloaded.
         BundleError: The event store is missing or broken.
     """
     schema = config.features or FeatureSchema()
@@ -132,16 +132,16 @@ def start_run(
     Args:
         bundle: The folder of the bundle that will be written.
         result: The file of the run's record, if there will be one.
-        resume: Go on with the run whose checkpoints lie beside `bundle`, and replace what it wrote.
+        resume: Continue the run whose checkpoints are next to `bundle`, and replace its output.
         replace: Replace a bundle, a record and the checkpoints of an earlier run.
-        track: Where the run will be followed, if anywhere.
+        track: The tracker of the run, if any.
 
     Raises:
         ConfigError: The tracker's extra is not installed.
-        BundleError: The bundle is there already, or an unfinished run of it, and neither is given;
-            or something else is there; or its folder cannot be written; or its checkpoint is of
-            the former layout.
-        DataError: The same of the record.
+        BundleError: The bundle or an unfinished run of it exists, and neither `resume` nor
+            `replace` is set; something else exists there; its folder cannot be written; or its
+            checkpoint has the former layout.
+        DataError: The record exists or cannot be written.
     """
     bundle, folder = Path(bundle), run_folder(bundle)
     if not processes.is_first():
@@ -188,24 +188,24 @@ def run_experiment(
     show: bool = True,
     max_seconds: float | None = None,
 ) -> Run:
-    """Fit a recipe's model, report it on the test part, and fit it on more if `final` says so.
+    """Fit a recipe's model, evaluate it on the test part, and fit it on more data by `final`.
 
-    Where the split has no test part, nothing is measured. Several processes share the measuring,
-    and each has the whole report; the first one follows the run.
+    If the split has no test part, nothing is measured. Several processes share the evaluation, and
+    each has the complete report; the first one writes to the tracker.
 
     Args:
         config: The recipe.
         split: Its data, from `read_split`.
-        folder: Where checkpoints and the log of steps go; without one there are none.
-        resume: Go on from the checkpoint in `folder`.
-        track: Follow the run with MLflow or TensorBoard, in `folder` or here.
+        folder: Folder for checkpoints and the log of steps; None: neither is written.
+        resume: Continue from the checkpoint in `folder`.
+        track: Log the run with MLflow or TensorBoard, in `folder` or the current folder.
         show: Report progress on standard error.
-        max_seconds: Stop each training loop after so long.
+        max_seconds: Time limit of each training loop in seconds.
 
     Raises:
         ConfigError: The tracker's extra is not installed, or the recipe measures nothing.
         DataError: The test part has no targets; this is checked before any training.
-        NonFiniteError: Training left the finite numbers.
+        NonFiniteError: A loss, a gradient or a weight is not finite.
     """
     folder, is_first = None if folder is None else Path(folder), processes.is_first()
     options = RunOptions(folder=folder, resume=resume, show=show, max_seconds=max_seconds)
@@ -234,19 +234,19 @@ def run_experiment(
 def fit_final(
     trained: Trained, config: ExperimentConfig, split: Split, options: RunOptions
 ) -> Trained:
-    """Train a recipe's model once more, on as much as its `final` says.
+    """Train a recipe's model again, on the parts that its `final` names.
 
     Args:
-        trained: Of the first run: it chose the epochs, and what is fitted to validation is kept.
+        trained: The model of the first run, which chose the epochs and has the calibration.
         config: The recipe.
         split: Its data.
-        options: Of this training alone.
+        options: The options of this training.
     """
     config = _with_chosen_epochs(_with_found(config, trained.log), trained.epochs)
     if isinstance(trained.config, StrengthConfig):
         config = config.model_copy(update={"model": trained.config})
     refitted = fit_recipe(config, _final_split(config, split), options)
-    return replace(refitted, calibration=trained.calibration)  # it has seen validation's rows
+    return replace(refitted, calibration=trained.calibration)  # trained on validation
 
 
 def _final_split(config: ExperimentConfig, split: Split) -> Split:
@@ -254,7 +254,7 @@ def _final_split(config: ExperimentConfig, split: Split) -> Split:
 
 
 def _say_final(config: ExperimentConfig, split: Split, cost: Cost) -> None:
-    """Show how long the last training will take, once that is known of the first one."""
+    """Show the estimated time of the last training, once the first one has an estimate."""
     if config.final == "none" or (cost.validations and cost.validation_seconds is None):
         return
     more = len(_final_split(config, split).train) / max(1, len(split.train))
@@ -270,11 +270,11 @@ def check_measurable(config: ExperimentConfig, split: Split) -> None:
     """Check before training that the recipe's metrics can be measured on the test part.
 
     Raises:
-        ConfigError: It asks for rows alone, and the model predicts none.
+        ConfigError: It measures only rows, and the model predicts no labels.
         DataError: The recipe asks for lists, but the test part has no targets.
     """
     if not (len(split.train) and split.has_test):
-        return  # nothing to learn from, as `fit` will say, or nothing to measure
+        return  # `fit` raises an error for empty training; without a test, nothing is measured
     asked, is_ranker = config.evaluation, bool(tasks_of(config.model))
     by_rows = asked.rows and is_ranker
     if not (asked.catalogue or by_rows):
@@ -302,12 +302,12 @@ def check_measurable(config: ExperimentConfig, split: Split) -> None:
 
 @checked
 def evaluate_split(trained: Trained, config: ExperimentConfig, split: Split) -> Reports:
-    """Report a model on the test part of a split, as a recipe says.
+    """Evaluate a model on the test part of a split, with a recipe's settings.
 
     Raises:
-        ConfigError: A recipe asks for rows alone, and the model predicts none; or the split has
+        ConfigError: A recipe measures only rows, and the model predicts no labels; or the split has
             no test part.
-        DataError: The model learned from the test part.
+        DataError: The model was trained on the test part.
     """
     if not split.has_test:
         raise ConfigError(
@@ -335,7 +335,7 @@ def evaluate_split(trained: Trained, config: ExperimentConfig, split: Split) -> 
 
 
 def _has_lists(asked: EvaluationConfig, split: Split) -> bool:
-    """Return whether any list can be right or wrong: of several items, and after a history."""
+    """Return whether lists can be measured: several items, and targets after a history."""
     longest = np.diff(split.events.offsets).max(initial=0)
     return split.events.num_items > 1 and (asked.users == "new" or bool(longest > 1))
 
@@ -361,8 +361,8 @@ def _evaluate_rows(trained: Trained, asked: EvaluationConfig, split: Split) -> R
 def with_calibration(trained: Trained, asked: EvaluationConfig, split: Split) -> Trained:
     """Return a ranker with the calibration of the recipe, fitted on validation.
 
-    One that keeps such a calibration, or learned from validation, stays as it is, and so does a
-    model that is not a ranker.
+    A ranker that has such a calibration, or was trained on validation, is not changed, and neither
+    is another model.
     """
     if trained.learned_from in ("train and validation", "all events"):
         return trained
@@ -388,9 +388,9 @@ def sampled_rows(trained: Trained, asked: EvaluationConfig) -> SampledNegatives 
 
 @checked
 def to_recommender(trained: Trained, report: Report | Reports) -> Recommender:
-    """Index a model's items and attach its report, without the values of each user.
+    """Index a model's items and attach its report, without per-user values.
 
-    Where nothing was measured, none is kept.
+    Without measurements, there is no report.
     """
     return build_recommender(trained, report=json.loads(report.to_json(per_user=False)) or None)
 
@@ -417,7 +417,7 @@ def fit_recipe(config: ExperimentConfig, split: Split, options: RunOptions) -> T
 
 
 def _with_found(config: ExperimentConfig, log: Mapping[str, object]) -> ExperimentConfig:
-    """Return a recipe with the settings that a short search found, if there was one."""
+    """Return a recipe with the settings from a short search, if there was one."""
     search = log.get("search")
     if not isinstance(search, Mapping):
         return config

@@ -1,8 +1,8 @@
 """The search space of each model, and the short search before a training.
 
 It is successive halving: Jamieson and Talwalkar, "Non-stochastic Best Arm Identification and
-Hyperparameter Optimization", AISTATS 2016, https://arxiv.org/abs/1502.07943. **Departures**: what
-goes on begins again from its first step; the model's own settings always go on.
+Hyperparameter Optimization", AISTATS 2016, https://arxiv.org/abs/1502.07943. **Departures**: each
+round trains again from the first step; the model's own settings are always kept.
 """
 
 import math
@@ -50,10 +50,10 @@ def with_own_objective(config: ExperimentConfig) -> ExperimentConfig:
 def usual_space(config: "ExperimentConfig | Learner") -> dict[str, RangeConfig | ChoiceConfig]:
     """Return the default search space of a recipe, by dotted names of settings.
 
-    A model's own ranges are in its settings class, as `tuning`; of two stages both models' are
-    searched. What learns by gradient has a learning rate besides, from a tenth of the model's own
-    to three times that, and what learns from pairs the strength of its l2, up to ten times as
-    weak or as strong as what it is.
+    A model's own ranges are in its settings class, as `tuning`; with two stages, both models'
+    ranges are searched. Models trained by gradient descent also have a learning rate, from a tenth
+    of the model's own to three times that, and models trained on pairs an l2, from a tenth of its
+    value to ten times that.
     """
     model, objective = config.model, config.objective
     own = {f"model.{name}": values for name, values in model.tuning.items()}
@@ -76,12 +76,12 @@ def _rate(model: ModelConfig, section: str) -> dict[str, RangeConfig | ChoiceCon
 
 
 def distributions(config: ExperimentConfig) -> "dict[str, drawn_from.BaseDistribution]":
-    """Return what Optuna draws from, by the setting's dotted name.
+    """Return Optuna's distributions, by the setting's dotted name.
 
     A range whose setting is an integer draws integers.
 
     Raises:
-        ConfigError: A name is not a setting of this recipe, or a range is empty; it is named.
+        ConfigError: A name is not a setting of this recipe, or a range is empty.
     """
     space = config.tune.space or usual_space(config)
     return {name: _distribution(name, part, config) for name, part in space.items()}
@@ -130,35 +130,33 @@ def with_drawn(config: C, drawn: Mapping[str, object]) -> C:
 
 
 class Learner(Config):
-    """A model and how it learns."""
+    """A model with its objective and training settings."""
 
     model: ModelConfig
     """The model and its settings."""
     objective: ObjectiveConfig
-    """How the model learns."""
+    """The objective of the model."""
     training: TrainingConfig
     """Settings of the training loop."""
 
 
 @dataclass(kw_only=True)
 class ShortSearch:
-    """Tries learning rate, l2 and one more setting of a model for a few epochs on a sample of the
-    data: of eight ways to learn three go on, and the model's own.
-    """
+    """A search of learning rate, l2 and one more setting, for a few epochs on a sample."""
 
     own: Learner
     """The settings that are kept if no others are better."""
     fit_one: Callable[..., Trained]
-    """`fit`, given what all trainings share."""
+    """`fit` with the arguments that all trainings share."""
     split: Split
     seed: int
-    """Decides the sample, of users, and what is tried."""
+    """Decides the sample of users and the settings that are tried."""
     max_seconds: float | None
     """Time limit for all trainings; if it is too short, the model's own settings are kept."""
     say: Callable[[str], object]
-    """Called with what it costs before it begins, and with what it came to."""
+    """Called with the cost before the search starts, and with its result."""
     rows: list[dict[str, object]] = field(default_factory=list)
-    """Each training: its epochs, what was drawn, and its validation figure."""
+    """Epochs, drawn settings and validation figure of each training."""
 
     def run(self) -> tuple[Learner, dict[str, object]]:
         """Return the best settings, and a log of the search."""
@@ -182,7 +180,7 @@ class ShortSearch:
         return self._ended(ways[0], "done")
 
     def _value(self, way: Mapping[str, object], sample: Split, *, epochs: int, end: float) -> float:
-        """Return the best validation figure of a training; minus infinity of one that broke."""
+        """Return the best validation figure of a training; minus infinity if it failed."""
         values = [-math.inf]
 
         def see(epoch: Epoch) -> None:
@@ -216,7 +214,7 @@ class ShortSearch:
         )
 
     def _epochs(self, drawn: list[dict[str, object]]) -> int:
-        """Return how many epochs all trainings have at most."""
+        """Return the maximum number of epochs of all trainings together."""
         (first, num_on), (last, _) = _ROUNDS
         return (1 + len(drawn)) * first + (num_on + 1) * last
 
@@ -229,7 +227,7 @@ class ShortSearch:
 
 
 def _sample(split: Split, seed: int) -> Split:
-    """Return the events of as many users, drawn with the seed, as have 50,000 of training."""
+    """Return the events of randomly drawn users with 50,000 training events in total."""
     if len(split.train) <= _SAMPLE:
         return split
     drawn_U = np.random.default_rng(seed).permutation(split.events.num_users)
@@ -240,9 +238,9 @@ def _sample(split: Split, seed: int) -> Split:
 
 
 def _drawn(own: Learner, seed: int) -> list[dict[str, object]]:
-    """Return ways to learn; each setting is spread over its range, in an order of its own.
+    """Return drawn settings; each setting is spread over its range, in its own random order.
 
-    The learning rate is near the model's own: few epochs are no test of a much lower one.
+    The learning rate is near the model's own, because a few epochs cannot test a much lower one.
     """
     rng, space = np.random.default_rng(seed), usual_space(own)
     rate = TrainingConfig(**own.model.usual.training).rate
@@ -261,7 +259,7 @@ def _drawn(own: Learner, seed: int) -> list[dict[str, object]]:
 
 
 def _at(part: RangeConfig | ChoiceConfig, share: float, *, whole: bool) -> object:
-    """Return the value at a share of the way through a range or a list."""
+    """Return the value at a fraction of a range or a list."""
     if isinstance(part, ChoiceConfig):
         return part.choices[int(share * len(part.choices))]
     if part.log:

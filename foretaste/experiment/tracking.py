@@ -1,6 +1,4 @@
-"""One small door to experiment trackers. MLflow and TensorBoard are extras: each is imported
-inside the one class that needs it.
-"""
+"""Experiment trackers: MLflow and TensorBoard, extras that only their own classes import."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,18 +15,18 @@ TrackerKind = Literal["mlflow", "tensorboard"]
 
 @runtime_checkable
 class Tracker(Protocol):
-    """The settings and figures of a run, written to any tracker."""
+    """Writes the settings and figures of a run to a tracker."""
 
     def log_settings(self, settings: Mapping[str, object]) -> None:
-        """Write what decided the run; nested settings get dotted names."""
+        """Write the settings of the run; nested settings get dotted names."""
         ...
 
     def log_metrics(self, metrics: Mapping[str, float], *, step: int) -> None:
-        """Write numbers by name, as they stood at a step or epoch."""
+        """Write the numbers of a step or epoch by name."""
         ...
 
     def close(self) -> None:
-        """Write out what is left; nothing may be logged after."""
+        """Write pending data; nothing may be logged afterwards."""
         ...
 
 
@@ -37,7 +35,7 @@ def open_tracker(kind: TrackerKind, *, folder: Path | str, run: str) -> Tracker:
     """Open a tracker that writes below `folder`, under the name `run`.
 
     Raises:
-        ConfigError: The tracker's package is not installed; it names the extra that brings it.
+        ConfigError: The tracker's package is not installed; the message names the extra.
     """
     folder = Path(folder)
     match kind:
@@ -48,10 +46,10 @@ def open_tracker(kind: TrackerKind, *, folder: Path | str, run: str) -> Tracker:
 
 
 def check_tracker(kind: TrackerKind) -> None:
-    """See before any work that a tracker can be opened.
+    """Check before any work that a tracker can be opened.
 
     Raises:
-        ConfigError: Its package is not installed; it names the extra that brings it.
+        ConfigError: Its package is not installed; the message names the extra.
     """
     if not installed(kind):
         raise _not_installed(kind)
@@ -61,13 +59,13 @@ def check_tracker(kind: TrackerKind) -> None:
 def followed(
     kind: TrackerKind | None, folder: Path | None, *, name: str, settings: Mapping[str, object]
 ) -> Iterator[Tracker | None]:
-    """Give a tracker that knows a run's settings, in a folder or here; None if none is asked for.
+    """Give a tracker with a run's settings, in a folder or the current one; None without `kind`.
 
     Args:
-        kind: Which; None: none.
-        folder: Of the run, which is called as its folder.
-        name: What the run is called without a folder.
-        settings: What decided it.
+        kind: The kind of tracker; None: no tracker.
+        folder: The folder of the run, whose name the run gets.
+        name: The name of a run without a folder.
+        settings: The settings of the run.
 
     Raises:
         ConfigError: The tracker's package is not installed.
@@ -147,7 +145,7 @@ class MLflowTracker:
 
 
 def flatten(settings: Mapping[str, object], prefix: str = "") -> dict[str, object]:
-    """Turn nested settings into one level: `{"model": {"kind": "ease"}}` to `model.kind`."""
+    """Flatten nested settings: `{"model": {"kind": "ease"}}` becomes `model.kind`."""
     flat: dict[str, object] = {}
     for name, value in settings.items():
         if isinstance(value, Mapping):

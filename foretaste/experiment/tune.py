@@ -1,4 +1,4 @@
-"""Search a recipe's settings: hopeless trials are cut short, a broken search goes on later."""
+"""Searches a recipe's settings; weak trials are stopped early, and a search can be resumed."""
 
 import json
 import time
@@ -36,7 +36,7 @@ class TrialRow:
 
     number: int
     state: str
-    """"complete", "pruned" (cut short as hopeless) or "fail" (it broke, or did not fit)."""
+    """"complete", "pruned" (stopped early because it was weak) or "fail"."""
     value: float | None
     """The validation metric; None if the trial was stopped early."""
     seconds: float
@@ -49,15 +49,15 @@ class TuneResult:
     """The result of a search."""
 
     metric: str
-    """The figure on validation that was maximised: NDCG@10 of lists, or the mean over a ranker's
+    """The validation metric that was maximised: NDCG@10 of lists, or the mean over a ranker's
     tasks."""
     trials: tuple[TrialRow, ...]
-    """In the order in which they began."""
+    """The trials, in the order of their start."""
     best: TrialRow
     best_recipe: ExperimentConfig
     """The recipe with the best trial's settings."""
     ended: str
-    """Why the search ended: all its trials were done, or its time was over."""
+    """Why the search ended: all trials were completed, or its time was over."""
 
     @property
     def seconds(self) -> float:
@@ -66,7 +66,7 @@ class TuneResult:
 
     @checked
     def to_frame(self) -> pl.DataFrame:
-        """Return the trials, best first, with a column for each setting that was drawn."""
+        """Return the trials, best first, with a column for each drawn setting."""
         rows = [{**asdict(trial), **trial.settings} for trial in self.trials]
         frame = pl.DataFrame(rows, infer_schema_length=None, strict=False).drop("settings")
         return frame.sort("value", descending=True, nulls_last=True, maintain_order=True)
@@ -96,25 +96,25 @@ def tune(
     replace: bool = False,
     watch: Callable[[TrialRow], None] | None = None,
 ) -> TuneResult:
-    """Search a recipe's settings by what early stopping watches; the test part is never looked at.
+    """Search a recipe's settings by the metric of early stopping; the test part is never read.
 
     Args:
-        config: The recipe; `[tune]` says what is searched.
-        split: Its data.
-        folder: Keeps the study, and in the end `trials.json` and `best.toml`, which holds what
-            differs from the defaults.
-        trials: How many the study shall hold in the end; without it the recipe's number.
-        max_seconds: Begin no trial after so long, and end the training of the last one there, its
-            best weights so far counting; one trial at least is made. Without it the recipe's, if it
-            has one: searches of equal effort have equal numbers of trials, or equal times.
-        resume: Go on with the study in `folder`; a trial that was killed is run again.
-        replace: Delete an earlier study in `folder`, and begin again.
-        watch: Called with each trial when it ends.
+        config: The recipe; `[tune]` defines the search.
+        split: The recipe's data.
+        folder: Folder for the study and, at the end, `trials.json` and `best.toml`, which has the
+            settings that differ from the defaults.
+        trials: Total number of trials of the study; None: the recipe's number.
+        max_seconds: Start no trial after this time, and stop the training of the last one then,
+            with its best weights so far; there is at least one trial. None: the recipe's limit, if
+            it has one. Searches with equal effort have equal numbers of trials, or equal times.
+        resume: Continue the study in `folder`; a killed trial is run again.
+        replace: Delete an earlier study in `folder`, and start again.
+        watch: Called with each completed trial.
 
     Raises:
-        ConfigError: `resume` and `replace` are both given; the folder holds a study of another
-            recipe; a range is wrong; the split has no validation part; no trial came to its end.
-        DataError: The folder holds a study and neither is given, or it cannot be written.
+        ConfigError: `resume` and `replace` are both set; the folder has a study of another recipe;
+            a range is wrong; the split has no validation part; or no trial was completed.
+        DataError: The folder has a study and neither is set, or it cannot be written.
     """
     config = with_own_objective(config)
     space, folder = distributions(config), Path(folder)
@@ -142,7 +142,7 @@ def tune(
 
 
 def _check_folder(folder: Path, *, resume: bool, replace: bool) -> None:
-    """See that the study can be written; delete the one to be replaced."""
+    """Check that the study can be written; delete the one to replace."""
     if resume and replace:
         raise ConfigError(
             "resume continues the study, and replace deletes it: give one of them",
@@ -190,10 +190,10 @@ def _open_study(config: ExperimentConfig, split: Split, folder: Path) -> optuna.
         )
     study.set_user_attr("data", data)
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        study.enqueue_trial(trial.params)  # it was killed: run it again, under a new number
+        study.enqueue_trial(trial.params)  # a killed trial is run again, with a new number
         study.set_user_attr("killed", [*study.user_attrs.get("killed", ()), trial.number])
         study.tell(trial.number, state=TrialState.FAIL)
-    # A seed for this point of the study: a resumed search does not repeat its first draws.
+    # The seed depends on the number of trials, so that a resumed search does not repeat draws.
     study.sampler = TPESampler(seed=(config.seed * 1_000_003 + len(study.trials)) % 2**32)
     return study
 
@@ -215,7 +215,7 @@ def _run_trial(
     trial = study.ask(dict(space))
     try:
         drawn = with_drawn(config, trial.params)
-    except ConfigError as error:  # these settings do not go together
+    except ConfigError as error:  # these settings cannot be combined
         trial.set_user_attr("error", str(error))
         study.tell(trial, state=TrialState.FAIL)
         return _row(study.trials[trial.number])
@@ -283,7 +283,7 @@ def _result(
         _TRIALS: json.dumps(result.to_json(), indent=2),
     }
     for name, text in texts.items():
-        with whole_file(folder / name, replace=True) as part:  # of this very study
+        with whole_file(folder / name, replace=True) as part:  # of the same study
             part.write_text(text, encoding="utf-8")
     return result
 

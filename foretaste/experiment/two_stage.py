@@ -1,4 +1,4 @@
-"""A retriever and a ranker as one model: fitted one after the other, or joined when both are."""
+"""A retriever and a ranker as one model, fitted one after another, or joined after training."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -29,19 +29,17 @@ _NO_OPTIONS = RunOptions()
 
 
 class FirstStage(Config):
-    """How the retriever of a model in two stages learns; the other sections of the recipe are for
-    the ranker.
-    """
+    """Training of the retriever in two stages; the recipe's other sections are for the ranker."""
 
     objective: ObjectiveConfig | None = None
-    """How the retriever learns; without it, in the model's usual way."""
+    """The retriever's objective; by default, that of the model."""
     training: TrainingConfig = Field(default_factory=TrainingConfig)
     """Settings of the retriever's training loop."""
     folds: Literal[0] | Annotated[int, Field(ge=2, le=100)] = 0
     """Number of parts into which users are divided; the candidates of each part's rows come from a
     retriever trained on all other users. The ranker then learns to distinguish each row's item from
     its candidates, by its logit plus `retriever_weight` times the retriever's score, as in answers.
-    0: the ranker learns by itself, from the candidates of the trained retriever."""
+    0: the ranker is trained without retriever scores, on candidates of the trained retriever."""
 
 
 @checked_class
@@ -55,12 +53,12 @@ class Candidates:
     retriever_weight: Weight = 0.0
     """Weight of the retriever's score, which is added to the ranker's."""
     offered: Offered | None = None
-    """What retrievers that did not learn from a row offered before it; None: negatives are drawn
-    as the objective says."""
+    """Candidates of each row from retrievers that were not trained on it; None: the objective draws
+    the negatives."""
 
     @checked
     def ranked_by(self, ranker: Model) -> TwoStage:
-        """Return the two stages, in evaluation mode."""
+        """Return the two-stage network, in evaluation mode."""
         return TwoStage(
             self.retriever.model,
             ranker,
@@ -75,13 +73,13 @@ class FirstFitted:
 
     retriever: Trained
     folds: tuple[Fold, ...] = ()
-    """The further retrievers; none where there are no folds."""
+    """The further retrievers; empty without folds."""
 
     def candidates(self, config: TwoStageConfig, split: Split, objective: RowsConfig) -> Candidates:
         """Return the candidates for a ranker with this objective.
 
         Raises:
-            ConfigError: There are folds, and the objective tells rows apart or draws by popularity.
+            ConfigError: There are folds, and the objective reads labels or draws by popularity.
             DataError: There are folds, and no row's own item was a candidate.
         """
         offered = None
@@ -115,11 +113,11 @@ def fit_first_stage(
 
     Args:
         config: Both models.
-        fit_part: `fit`, with what does not depend on the part.
-        split: What they learn from.
-        first_stage: How.
-        positive: Column whose values above 0 make an event one that happened; "": every event is.
-        options: Of all of them together; checkpoints go to a folder below theirs.
+        fit_part: `fit` with the arguments that both parts share.
+        split: The training data.
+        first_stage: The training of the retriever.
+        positive: Column whose values above 0 mark positive events; "": every event is positive.
+        options: Options of all retrievers together; checkpoints are in a subfolder.
     """
     fit_retriever = partial(
         fit_part,
@@ -151,19 +149,20 @@ def fit_two_stage(
     objective: ObjectiveConfig | None,
     first_stage: FirstStage,
 ) -> Trained:
-    """Fit a retriever, then a ranker whose negatives are its candidates, and join them.
+    """Fit a retriever, then a ranker whose negatives are the candidates, and join them.
 
     Args:
         config: Both models.
-        fit_part: `fit`, with all that both stages share.
-        split: What they learn from.
+        fit_part: `fit` with the arguments that both stages share.
+        split: The training data.
         options: Options of both trainings together; half of the time limit is for the retriever.
-        training: The ranker's.
-        objective: The ranker's; None: zeros drawn half from the candidates, half from all items.
-        first_stage: The retriever's.
+        training: The ranker's training settings.
+        objective: The ranker's objective; None: zeros are drawn half from the candidates, half from
+            all items.
+        first_stage: The training of the retriever.
 
     Raises:
-        ConfigError: The ranker cannot learn by this objective.
+        ConfigError: The ranker cannot be trained by this objective.
     """
     if objective is None:
         objective = RowsConfig(negatives_from="retriever", retriever_share=0.5)
@@ -202,17 +201,17 @@ def fit_two_stage(
 def two_stage(
     retriever: Trained, ranker: Trained, *, candidates: int = 200, retriever_weight: float = 0.0
 ) -> Trained:
-    """Join two trained models over the same events: one finds candidates, the other ranks them.
+    """Join two models trained on the same events: one finds candidates, the other ranks them.
 
     Args:
-        retriever: Scores the catalogue.
-        ranker: Judges given items.
-        candidates: How many of the retriever's best the ranker orders, 1 or more.
-        retriever_weight: How much the retriever's own score counts beside the ranker's.
+        retriever: A model that scores the catalogue.
+        ranker: A model that scores given items.
+        candidates: Number of the retriever's best items that the ranker orders, 1 or more.
+        retriever_weight: Weight of the retriever's score, added to the ranker's.
 
     Raises:
-        ConfigError: The second is not a ranker, or they were given different features.
-        DataError: They know different users or items.
+        ConfigError: The second model is not a ranker, or the two have different features.
+        DataError: The models have different users or items.
     """
     if not isinstance(ranker.model, Ranker):
         raise ConfigError(
@@ -256,7 +255,7 @@ def two_stage(
 
 
 def retrieval_alone(trained: Trained) -> Trained:
-    """Return the first of two stages as a model of its own."""
+    """Return the first of two stages as a separate model."""
     config = trained.config
     return replace(
         trained,
@@ -266,7 +265,7 @@ def retrieval_alone(trained: Trained) -> Trained:
 
 
 def ranking_gain(both: Report, retrieval: Report) -> RankingGain:
-    """Compare two stages with the first alone, by the leading NDCG.
+    """Compare two stages with only the first, by the leading NDCG.
 
     Raises:
         DataError: They were measured on different holdouts.
@@ -276,15 +275,15 @@ def ranking_gain(both: Report, retrieval: Report) -> RankingGain:
 
 
 def check_same(first: Interactions, second: Interactions, what: str) -> None:
-    """Refuse to join models over different users or items.
+    """Raise an error for models with different users or items.
 
     Args:
-        first: Of the retriever.
-        second: Of the ranker.
-        what: Whose they are, such as "the retriever and the ranker".
+        first: The retriever's events.
+        second: The ranker's events.
+        what: The two models in words, such as "the retriever and the ranker".
 
     Raises:
-        DataError: Their ids differ.
+        DataError: The ids differ.
     """
     for side, one, other in (
         ("users", first.users, second.users),
@@ -299,7 +298,7 @@ def check_same(first: Interactions, second: Interactions, what: str) -> None:
 
 
 def _check_sides(first: Features | None, second: Features | None) -> None:
-    """Refuse features that were fitted apart: one code may mean two values."""
+    """Raise an error for separately fitted features, in which one code may mean two values."""
     if first is None or second is None or first is second:
         return
     for name in ("user", "item", "context"):
@@ -312,7 +311,7 @@ def _check_sides(first: Features | None, second: Features | None) -> None:
 
 
 def _check_features(joined: Trained, config: TwoStageConfig) -> None:
-    """Make both networks from the features that a bundle would hold, and compare their shapes."""
+    """Make both networks from the features that a bundle would store, and compare their shapes."""
     with torch.random.fork_rng(devices=[]):
         again = build_model(
             config,

@@ -1,7 +1,7 @@
 """Validation for early stopping: a metric on the validation part, higher is better.
 
-Lists are judged by a sample of queries and rows by all of them, as often as a share of the work of
-training allows. Work is counted, never timed, so that two runs with one seed do the same.
+Lists are measured on a sample of queries, and rows completely, as often as a share of the work of
+training allows. Work is counted, never timed, so that two runs with one seed are the same.
 
 Shape legend: E events, T tasks.
 """
@@ -46,29 +46,30 @@ from foretaste.training.settings import TrainingConfig
 from foretaste.training.trained import Trained
 
 STOP_METRIC = "ndcg_at_10"
-"""Of lists, over the full catalogue; of users without history where none has one, and with items
-that were seen where nothing else is to be found."""
+"""The metric of lists over the full catalogue. If no user has a history, users without history are
+measured; if there are no other targets, seen items count too."""
 ROWS_METRIC = "mean over tasks"
-"""Of labelled rows: of a binary task its AUC, of another 1 - RMSE / standard deviation."""
+"""The metric of labelled rows: the AUC of a binary task, 1 - RMSE / standard deviation of
+others."""
 _LEAST_QUERIES, _FEWEST_QUERIES, _EPOCHS_WORK = 1000, 100, 4
-"""Queries of a sample: at least 1,000, or as many as take the work of four epochs, but no fewer
-than 100. A ranker judges the whole catalogue for each query."""
+"""Limits on a sample of queries: at least 1,000, or as many as take the work of four epochs, but no
+fewer than 100. A ranker scores the whole catalogue for each query."""
 _SAMPLED, _MOST = 1 / 8, 0.3
-"""Validation's work as a share of training's: of a sample above the least, and in any case."""
+"""Validation's work as a share of training's: for a sample above the minimum, and in any case."""
 _JUDGED, _READ, _MULTIPLIED = 1 / 4, 1 / 9, 1 / 400
-"""What it takes to run a ranker on a row, to read an event of a history, and to multiply two
-vectors and see whether the product is among the best: shares of a training step's work on one row,
-as measured on MovieLens 100K."""
+"""The work of running a ranker on a row, of reading an event of a history, and of multiplying two
+vectors with a top-k check, as shares of a training step's work on one row, measured on MovieLens
+100K."""
 _ABOVE, _ABOVE_BASE = 1.1, 0.01
-"""A model has left popularity's level at 1.1 times its NDCG, and the base rate's at .01 more than
-it: .5 of AUC, 0 of a regression."""
+"""A model is above popularity's level at 1.1 times its NDCG, and above the base rate's level (.5
+for an AUC, 0 for a regression) at .01 more."""
 _MOST_PAIRS = 2**28
-"""Maximum number of item pairs for which item-kNN is fitted as a baseline: some seconds."""
+"""Maximum number of item pairs for which item-kNN is fitted as a baseline, in a few seconds."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Validation:
-    """A number for any weights of a model."""
+    """The validation metric of any weights of a model."""
 
     metric: str
     """`STOP_METRIC` or `ROWS_METRIC`."""
@@ -78,7 +79,7 @@ class Validation:
     level: float
     """The level of popularity or of the base rate."""
     beside: Callable[[], dict[str, float]]
-    """Computes what models that only count reach, by name."""
+    """Computes the figures of baselines of counts, by name."""
     every: int = 1
     """Epochs between two validations."""
 
@@ -87,8 +88,8 @@ class Validation:
 
         Args:
             best: The run's best value.
-            best_epoch: Where it was.
-            epochs: How many the run took.
+            best_epoch: The epoch of the best value.
+            epochs: Number of epochs of the run.
         """
         beside = self.beside()
         better = {name: value for name, value in beside.items() if value > best}
@@ -96,7 +97,7 @@ class Validation:
             return beside, ""
         name = max(better, key=lambda name: better[name])
         if best_epoch >= epochs - self.every:
-            todo = "it was still getting better: raise training.epochs or training.learning_rate"
+            todo = "it was still improving: raise training.epochs or training.learning_rate"
         elif best <= self.level:
             todo = "it learned little: try another training.learning_rate, or a lower l2"
         else:
@@ -107,7 +108,7 @@ class Validation:
         )
 
     def __str__(self) -> str:
-        """Describe what is done."""
+        """Return a line that describes the validation."""
         often = "every epoch" if self.every == 1 else f"every {self.every} epochs"
         return f"validated {often} on {self.on}"
 
@@ -130,20 +131,20 @@ def make_validation(
     training: TrainingConfig | None = None,
     rows_of_epoch: int = 1,
 ) -> Validation | None:
-    """Return what a model's weights are judged by while it learns; None without validation events.
+    """Return the validation of a model during training; None without validation events.
 
-    A ranker is judged by the mean over its tasks: the AUC of a binary one, 1 - RMSE / standard
-    deviation of the labels of another. A task whose labels are all equal in validation does not
-    count. Where that is all of them, only what happened being known, and for all other models, it
-    is NDCG@10 over the full catalogue: of a ranker with candidates, of the two stages together. A
-    ranker may ask for the AUC against drawn items there (`RowsConfig.stop_by`).
+    A ranker is measured by the mean over its tasks: the AUC of a binary task, 1 - RMSE / standard
+    deviation of the labels of others. A task whose validation labels are all equal does not count.
+    If this leaves no task, because all events are positive, and for all other models, the metric is
+    NDCG@10 over the full catalogue; for a ranker with candidates, it is that of the two stages
+    together. `RowsConfig.stop_by` may choose the AUC against drawn items instead.
 
     Args:
-        trained: The model, in the making or made; its weights may change.
-        split: What it is trained on.
-        candidates: What a ranker will be asked about.
-        training: Says on how many queries, and how often; None: on all.
-        rows_of_epoch: On how many rows an epoch trains, from `trained_rows`.
+        trained: The model, whose weights may change.
+        split: The training data.
+        candidates: The candidates that a ranker will score.
+        training: Decides the number of queries and the frequency; None: all queries.
+        rows_of_epoch: Number of training rows in an epoch, from `trained_rows`.
     """
     if isinstance(trained.model, Ranker):
         found = _by_rows(trained, split, training, rows_of_epoch)
@@ -175,7 +176,7 @@ def make_validation(
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class _Lists:
-    """What any model's lists are worth on the same queries."""
+    """Measures any model's lists on the same queries."""
 
     trained: Trained
     holdout: Holdout
@@ -188,7 +189,7 @@ class _Lists:
 
     @cached_property
     def popular(self) -> float:
-        """The figure of popularity."""
+        """The metric of popularity."""
         return self._learned(Popularity(PopularityConfig(), num_items=self._num_items))
 
     def beside(self) -> dict[str, float]:
@@ -208,7 +209,7 @@ class _Lists:
 
 
 def _pairs(events: Interactions) -> int:
-    """Return how many pairs of items have a user in common, which is item-kNN's work."""
+    """Return the number of item pairs with a common user, which is item-kNN's work."""
     return int((np.diff(events.offsets).astype(np.float64) ** 2).sum())
 
 
@@ -234,7 +235,7 @@ def _asked(holdout: Holdout) -> tuple[Task, bool]:
     """Return the targets, and whether seen items are excluded.
 
     Raises:
-        DataError: There is nothing.
+        DataError: There are no targets.
     """
     users: Whose = "known" if holdout.has_history_Q.any() else "new"
     try:
@@ -260,14 +261,14 @@ def _work_of_query(trained: Trained, task: Task, candidates: Candidates | None) 
 def _by_rows(
     trained: Trained, split: Split, training: TrainingConfig | None, rows_of_epoch: int
 ) -> Validation | None:
-    """Return what judges a ranker by labels; None where no task has labels that differ."""
+    """Return a validation of a ranker by labels; None if no task has different labels."""
     sampled = _zeros(ranker_of(trained), rows_settings(trained))
     rows, _, _ = rows_to_judge(trained, split, part="validation", sampled=sampled)
     judged = []
     for label_E, task in zip(rows.label_ET.T, rows.tasks, strict=True):
         values = set(label_E[~np.isnan(label_E)].tolist())
         if values and sampled is not None:
-            values.add(0.0)  # of what is drawn
+            values.add(0.0)  # the seed of drawn items
         if len(values) > (1 if task.kind == "binary" else 0):
             judged.append(task)
     if not judged:
@@ -298,7 +299,7 @@ def _by_rows(
 
 
 def _zeros(ranker: Ranker, learned: RowsConfig) -> SampledNegatives | None:
-    """Return what validation draws for each row, as training does; None: only what it must."""
+    """Return the drawn zeros of each validation row, as in training; None: only if necessary."""
     num = learned.num_negatives(ranker.tasks)
     return SampledNegatives(num=num) if learned.stop_by == "rows" and num else None
 
@@ -306,18 +307,18 @@ def _zeros(ranker: Ranker, learned: RowsConfig) -> SampledNegatives | None:
 def choose_strengths(
     config: ModelConfig, split: Split, fit_one: Callable[[ModelConfig], Trained]
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Decide by validation the strengths that a model in closed form leaves open, if it is one.
+    """Choose by validation the "auto" regularisation of a model in closed form.
 
-    One after the other is tried, the others as they were best so far. Without validation events,
-    and where there are too many events or items for several fits, the usual ones are taken.
+    Settings are tried one after another, with the best values of the others so far. Without
+    validation events, or with too many events or items for several fits, the defaults are used.
 
     Args:
-        config: Of any model.
-        split: What it learns from, and is judged by.
-        fit_one: Trains one.
+        config: The settings of any model.
+        split: The data of training and validation.
+        fit_one: Trains a model.
 
     Returns:
-        The strengths, and the validation figure of each that was tried.
+        The chosen values, and the validation figure of each value that was tried.
     """
     if not isinstance(config, StrengthConfig):
         return {}, {}

@@ -78,7 +78,7 @@ ItemId = Annotated[PathId, Path(description="An item's id.")]
 AnyId = Annotated[PathId, Query(description="A user's id.")]
 Version = Annotated[str, Path(pattern="^[0-9a-f]{12}$", description="A stored version.")]
 Length = Annotated[int, Query(description="Length of the list, from 1.")]
-Limit = Annotated[int, Query(ge=1, le=200, description="Most entries in the answer.")]
+Limit = Annotated[int, Query(ge=1, le=200, description="Maximum number of entries in the answer.")]
 Words = Annotated[
     str, Query(max_length=200, description="Words of a title, or the start of an id.")
 ]

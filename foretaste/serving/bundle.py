@@ -122,7 +122,7 @@ class BundleManifest(FolderManifest):
     versions: dict[str, str]
     """Versions of Python and of the libraries that affect the results."""
     model: dict[str, object]
-    """The model's settings; `kind` says which model."""
+    """The model's settings, with its `kind`."""
     seed: int
     """The seed of the run."""
     train_seconds: float
@@ -136,9 +136,9 @@ class BundleManifest(FolderManifest):
     index: dict[str, object] | None
     """Facts about the item index, with its measured recall; None for a model without vectors."""
     objective: dict[str, object] | None = None
-    """How the model learned; None for a model that learns in closed form."""
+    """The training objective; None for a model that is fitted in closed form."""
     learned_from: LearnedFrom | Literal[""] = ""
-    """Which parts of its split the model learned from."""
+    """The parts of its split that the model was trained on."""
     optional: dict[str, dict[str, object]] = Field(default_factory=dict)
     """Facts about each optional part of the bundle, by its name."""
     needs: tuple[str, ...] = ()
@@ -398,7 +398,7 @@ def _load_weights(model: nn.Module, file: Path) -> None:
 
 
 def _within(weight: Tensor, largest: float) -> bool:
-    """Return whether all numbers are so large at most; it needs no memory."""
+    """Return whether all numbers are within the limit, without further memory."""
     if not weight.numel():
         return True
     lowest, highest = weight.aminmax()

@@ -39,7 +39,7 @@ class Catalogue:
 
     @property
     def num_users(self) -> int:
-        """Users with a training event."""
+        """Number of users with a training event."""
         return len(self._user_text)
 
     @property
@@ -55,7 +55,7 @@ class Catalogue:
         return _spelled(self._events.items.find(text), self._events.items.ids, text)
 
     def knows_user(self, user_id: object) -> bool:
-        """Whether training saw an event of the user."""
+        """Return whether the user has a training event."""
         idx = self._events.users.find(user_id)
         return idx >= 0 and len(self._events.history(idx)) > 0
 
@@ -108,7 +108,7 @@ class Catalogue:
         return events
 
     def num_past(self, user_id: str) -> int:
-        """Return how many training events a user has."""
+        """Return the number of a user's training events."""
         idx = self._events.users.find(user_id)
         return 0 if idx < 0 else len(self._events.history(idx))
 

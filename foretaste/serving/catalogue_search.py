@@ -1,6 +1,6 @@
 """Search in the catalogue: histories as model inputs, retrieval, ranking, and reasons.
 
-Shape legend: B users, N events of all their histories, X exclusions, L events, C left out.
+Shape legend: B users, N events of all their histories, X exclusions, L events, C left-out items.
 """
 
 import time
@@ -254,7 +254,7 @@ class CatalogueSearch:
         model, stages = self._trained.model, stages or Stages()
         num = model.num_candidates if isinstance(model, TwoStage) else k
         if self._ranker is not None and not isinstance(model, TwoStage) and weights is not None:
-            num = self._trained.events.num_items  # other weights: all candidates are ranked again
+            num = self._trained.events.num_items  # other weights: rank all again
         found = self._find(queries, max(k, num), exclude_BX, allow_I, stages)
         first_BR = None if new is None else self._first_of_new(queries, new, found)
         if first_BR is not None:

@@ -99,7 +99,7 @@ class Connection(HttpToolsProtocol):
             self._is_read = False
             refusal = partial(self._refuse, "address", HTTPStatus.SERVICE_UNAVAILABLE, said)
             is_flood = 4 * beyond > self.settings.max_connections_per_address
-            self._within(0.0 if is_flood else SLOWED_S, refusal)  # or it would be back at once
+            self._within(0.0 if is_flood else SLOWED_S, refusal)  # slow it down
         else:
             self._within(self.settings.header_timeout_s, self._too_slow)
 
@@ -161,7 +161,7 @@ class Connection(HttpToolsProtocol):
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         scope, headers = cycle.scope, Headers(raw=list(cycle.scope["headers"]))
         if self.admission.leaving:
-            cycle.keep_alive = False  # the client's next request is for another server
+            cycle.keep_alive = False  # the client should send its next request to another server
         refusal = self.admission.turned_away(scope["method"], scope["path"], headers)
         if refusal is None:
             super()._start_asgi_task(cycle, self.admission.expected(scope["path"], app))
@@ -241,7 +241,7 @@ class Connection(HttpToolsProtocol):
         )
         if status is HTTPStatus.SERVICE_UNAVAILABLE:
             head += "retry-after: 1\r\n"
-        if self._in_head or status is not HTTPStatus.REQUEST_TIMEOUT:  # else there was no request
+        if self._in_head or status is not HTTPStatus.REQUEST_TIMEOUT:  # there was a request
             self.transport.write(head.encode() + b"\r\n" + body)
         self.transport.close()
         self._within(self.settings.write_timeout_s, self.transport.abort)

@@ -131,7 +131,7 @@ class Row(Item):
 
 
 class RecommendReply(_Reply):
-    """A list, best first, and what it is based on."""
+    """A list, best first, with its source."""
 
     user_id: str | None
     user_known: bool
@@ -142,7 +142,7 @@ class RecommendReply(_Reply):
     unknown_items: list[str]
     """Ids in the request or in live events that the model does not know."""
     notes: list[str]
-    """Remarks: what was shortened, filled up or left out."""
+    """Remarks on items that were left out or added."""
     live_events: int
     """Number of live events that this answer is based on."""
     model_version: str
@@ -223,8 +223,8 @@ class EventRequest(BaseModel):
     user_id: Id
     item_id: Id
     timestamp: _Time = None
-    """Unix seconds, or a time as ISO 8601 text, of UTC if it names no zone; without it, the
-    server's clock."""
+    """Unix seconds, or a time as ISO 8601 text, in UTC if it has no zone; without it, the server's
+    clock."""
     event_id: Id | None = None
     """An id given by the sender: an event that is sent again with the same id is stored once."""
 
@@ -257,9 +257,9 @@ class ModelReply(_Reply):
     users: int
     items: int
     learned_from: str
-    """Which events the model learned from, in words."""
+    """The events that the model was trained on, in words."""
     measured_on: str
-    """What the report was measured on, in words."""
+    """The events that the report was measured on, in words."""
     manifest: dict[str, JsonValue]
     report: JsonValue
     """The evaluation report in the bundle, null if there is none."""

@@ -151,8 +151,8 @@ class Admission:
         self._settings, self.metrics, self.write_log = settings, metrics, write_log
         self._threads = settings.threads  # a system call
         self.taken, self._answers, self._coming, self._each_s = 0, 0, 0, 0.0
-        """Requests at work or waiting; those of them that a model answers; others of these, which
-        have not begun; what each adds to the time of the next, seconds."""
+        """Numbers of requests in progress or waiting, of those that a model answers, and of those
+        that have not begun; and the seconds that each adds to the wait of the next one."""
         self.leaving = False
         """Whether the server is about to stop listening."""
         self._load, self._came_s = 0.0, 0.0

@@ -186,7 +186,8 @@ def _into(first_BC: Tensor, new_BR: Tensor, at: int) -> Tensor:
 
 
 Role = Literal["user", "item", "place", "context"]
-"""Whose features are given: `place` means an item that gets a vector, `item` one that is ranked."""
+"""The owner of given features: `place` means an item that gets a vector, `item` one that is
+ranked."""
 _WHOSE: dict[Role, str] = {
     "user": "users",
     "item": "items",
@@ -306,9 +307,7 @@ class Profiles:
         if side is None:
             return (f"the features given had no influence: this model reads none of {whose} here",)
         if known:
-            return (
-                f"the features given had no influence: training knows {known} by its own features",
-            )
+            return (f"the features given had no influence: {known} is in training",)
         if all(_is_missing(cell_of(*feature)) for feature in given.items()):
             return (f"the features given of {whose} had no influence: all are missing",)
         said = [_unknown(side, *feature) for feature in given.items() if feature[0] in side.columns]
@@ -336,8 +335,8 @@ class Profiles:
         ]
         if known:
             said.append(
-                f"the features given had no influence: training knows the new items "
-                f"{', '.join(known[:_SHOWN])}{', …' * (len(known) > _SHOWN)} by their own features"
+                f"the features given had no influence: the new items "
+                f"{', '.join(known[:_SHOWN])}{', …' * (len(known) > _SHOWN)} are in training"
             )
         if any(item_id in unknown for item_id in placed):
             said.append("the features given had no influence: the answer is the most popular items")

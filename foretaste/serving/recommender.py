@@ -133,8 +133,7 @@ class Recommender(Shown):
         Args:
             user_id: An id, known or unknown; None for a new user.
             history: Further item ids, oldest first, such as live events.
-            features: What is known of a new user: column of the user table to
-                value.
+            features: Features of a new user: column of the user table to value.
             context: Context features: column of the events' context to value. A ranker that was
                 built with context features reads them.
             k: List length, in [1, 10^6]; the list is shorter if the catalogue has fewer items.

@@ -84,20 +84,20 @@ class Diversity(Config):
     relevance: float = Field(default=0.7, ge=0, le=1)
     """Weight of the score: 1 keeps the order of scores, 0 considers only the difference."""
     pool: PositiveInt = Field(default=100, le=10_000)
-    """How many of the best items are considered; later ones are used only if these cannot fill the
+    """Number of best items that are considered; later ones are used only if these cannot fill the
     list."""
     by: Literal["vectors"] | tuple[str, ...] = Field(default="vectors", min_length=1)
-    """What makes two items similar: "vectors", the cosine of the model's item vectors; or columns
-    of the item table, by the share of their values that two items have in common."""
+    """The similarity of two items: "vectors", the cosine of the model's item vectors; or columns of
+    the item table, by the share of values that two items have in common."""
 
 
 class Rules(Config):
     """Rules for a list, in addition to seen items and to items allowed or denied by id."""
 
     where: dict[str, Condition] = Field(default_factory=dict, max_length=100)
-    """From a column of the item table to the condition that it must meet."""
+    """Conditions by column of the item table."""
     caps: dict[str, Count] = Field(default_factory=dict, max_length=100)
-    """From a column of the item table to how many items of a list may share a value of it. Items
+    """Maximum number of items in a list with the same value, by column of the item table. Items
     without a value do not count."""
     diversity: Diversity | None = None
     """How different the items of a list should be; without it, the score alone decides the

@@ -35,11 +35,12 @@ from foretaste.serving.versions import Versions, read_key
 
 T = TypeVar("T")
 ACCEPTED = 16
-"""Connections taken in one turn of the event loop: hundreds at once would hold up every answer."""
+"""Number of connections accepted per turn of the event loop; hundreds at once would delay every
+answer."""
 RETIRE_S = 3600.0
 """Seconds between two deletions of old events."""
 TRIM_S = 60.0
-"""Seconds between two times that free memory goes back to the system."""
+"""Seconds between two returns of free memory to the system."""
 
 
 @checked
@@ -136,7 +137,7 @@ def http_server(app: ASGIApp, settings: ServerSettings, admission: Admission) ->
 
 @final
 class _Server(uvicorn.Server):
-    """Says at SIGTERM that it is not ready, and stops listening some time later."""
+    """Reports at SIGTERM that it is not ready, and stops listening some time later."""
 
     def __init__(
         self, config: uvicorn.Config, settings: ServerSettings, admission: Admission
@@ -145,13 +146,13 @@ class _Server(uvicorn.Server):
         self._settings, self._admission, self._leaves_at = settings, admission, math.inf
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen, with a row of connections that is longer than what is taken of it in a turn."""
+        """Listen, with a longer queue of connections than are accepted in one turn."""
         await super().startup(sockets)
         for listener in sockets or []:
             listener.listen(self._settings.max_connections)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Wait at the first SIGTERM; at any other signal end now."""
+        """Wait at the first SIGTERM; end immediately at any other signal."""
         if sig == signal.SIGTERM and not self._admission.leaving:
             self._admission.leaving = True
             self._leaves_at = time.monotonic() + self._settings.unready_s
@@ -159,7 +160,7 @@ class _Server(uvicorn.Server):
             super().handle_exit(sig, frame)
 
     async def on_tick(self, counter: int) -> bool:
-        """Return whether it is time to end."""
+        """Return whether the server should end now."""
         return await super().on_tick(counter) or time.monotonic() >= self._leaves_at
 
 
@@ -167,7 +168,7 @@ def _load(bundle: Path) -> Loaded:
     """Load a version, and exclude all existing objects from garbage collection.
 
     A collection over a model and its tables would delay every request by 100 ms or more and free
-    nothing: these objects live until a swap, and are freed then by reference counting.
+    nothing: these objects live until a swap, and are then freed by reference counting.
     """
     loaded = load_version(bundle)
     gc.collect()
@@ -269,7 +270,7 @@ def _keeper(
 
 
 def _give_back_memory() -> None:
-    """Return what is free in the C library's heaps, of which each thread has its own."""
+    """Return free memory of the C library's heaps, one per thread, to the system."""
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
         if trim is not None:

@@ -96,7 +96,7 @@ class Service:
                 value=len(asked.history),
             )
         user_id = None if asked.user_id is None else str(asked.user_id)
-        if user_id is not None:  # in the catalogue's spelling: 3.0 is 3 for a canary
+        if user_id is not None:  # in the catalogue's spelling, so that a canary treats 3.0 as 3
             user_id = self.slot.current.catalogue.user_id(user_id)
         loaded = self.slot.of_user(user_id)
         live, missing = ([], ()) if user_id is None else self._live_if_any(loaded, user_id)
@@ -182,7 +182,7 @@ class Service:
         user_id = loaded.catalogue.user_id(user_id)
         live = self._live(loaded, user_id)
         num_live = len(live)
-        if num_live >= self._settings.max_history:  # there may be more than were read
+        if num_live >= self._settings.max_history:  # more may be stored than were read
             num_live = self.events.count(user_id)
         return HistoryReply(
             user_id=user_id,
@@ -330,7 +330,7 @@ class Service:
         return changed
 
     def retire(self) -> int:
-        """Delete live events beyond the age in the settings; return how many."""
+        """Delete live events older than the settings allow; return their number."""
         days = self._settings.keep_events_days
         return 0 if days is None else self.events.retire(int(self._clock()) - days * 86_400)
 

@@ -31,7 +31,7 @@ from foretaste.errors import ConfigError
 
 
 class ServerSettings(Config):
-    """Where the server listens, where it keeps live events, and what it refuses."""
+    """The server's address, its store of live events, and its limits."""
 
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 for every interface, which needs a token."""
@@ -76,13 +76,14 @@ class ServerSettings(Config):
     """Names by which requests may call the server (their Host header, without the port). Empty:
     only names of this machine, if only it can reach the server; else any name."""
     max_body_bytes: Count = 1_048_576
-    """Largest request body; a larger one is refused with 413."""
+    """Maximum size of a request body in bytes; a larger one is refused with 413."""
     max_k: Count = 1000
-    """Longest list that a request may ask for."""
+    """Maximum length of a list."""
     max_history: Count = 2000
-    """Longest history in a request. Of live events, this many of the newest are used."""
+    """Maximum length of a history in a request, and maximum number of newest live events that are
+    used."""
     max_events: Count = 1000
-    """Most events in one request."""
+    """Maximum number of events in one request."""
     max_concurrency: Count = 64
     """Maximum number of requests in progress or waiting; the next one is answered with 503 and
     Retry-After."""
@@ -128,7 +129,7 @@ class ServerSettings(Config):
 
     @property
     def threads(self) -> int:
-        """Threads that compute answers."""
+        """Number of threads that compute answers."""
         cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 4
         return self.num_threads or min(4, cores + 1)
 

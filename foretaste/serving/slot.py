@@ -273,7 +273,7 @@ class ModelSlot:
                 self._try(path)
             return self._read(path)
         except ForetasteError as error:
-            bundle = self.versions.bundle  # the folder that readers of the message know
+            bundle = self.versions.bundle  # the folder that readers of the message know by name
             said = str(error).replace(str(path), str(bundle))
             raise BundleError(said, name=str(bundle), value=str(bundle)) from error
 

@@ -62,7 +62,7 @@ _LAYOUTS: dict[int, tuple[str, ...]] = {1: (), 2: ()}
 """The migration from the previous version to each; version 1 had only events, and no version
 row."""
 _CHUNK = 5_000
-"""Number of events that are deleted in one transaction, for which others wait."""
+"""Number of events deleted in one transaction, which other writers wait for."""
 _GIVEN = ("user_id", "item_id", "timestamp_s", "event_id")
 """The columns that an event sets."""
 _NEWEST = (  # built once: building the statement takes longer than the look-up
@@ -371,11 +371,11 @@ def _url(state: str) -> sa.URL:
 def _session(timeout_s: float, *, is_sqlite: bool) -> tuple[str, ...]:
     """Return the statements at the start of each connection."""
     wait_ms = round(timeout_s * 1000)
-    if is_sqlite:  # a cache of 256 KiB a connection, one for each thread; the system has its own
+    if is_sqlite:  # a cache of 256 KiB per connection, one for each thread; the system has its own
         waits = f"PRAGMA busy_timeout = {wait_ms}", "PRAGMA cache_size = -256"
         return *waits, "PRAGMA journal_mode = WAL", "PRAGMA synchronous = FULL"
     waits = f"SET statement_timeout = {wait_ms}", f"SET lock_timeout = {wait_ms}"
-    return *waits, "SET synchronous_commit = on"  # the database's default may be off
+    return *waits, "SET synchronous_commit = on"  # the database may have turned it off
 
 
 def _set_up(connection: DBAPIConnection, _: object, *, settings: tuple[str, ...]) -> None:
