@@ -77,7 +77,7 @@ def main() -> None:
         "all_of_length_1": bool(torch.allclose(length, torch.ones(1000), atol=1e-4)),
         "readme": [
             [
-                f"all vectors of {num_nodes:,} nodes, {num_ties:,} ties, {width} dims, "
+                f"all vectors of {num_nodes:,} nodes, {num_ties:,} edges, {width} dims, "
                 f"{options.layers} layers, under {options.limit_gib:g} GiB",
                 f"{generate_s:.0f} s, {peak_mib() / 1024:.1f} GiB at most",
                 "",

@@ -55,7 +55,7 @@ def main() -> None:
         "runs": runs,
         "readme": [
             [
-                f"random walks of 3 hops a second, {run['nodes']:,} nodes, {run['ties']:,} ties, "
+                f"random walks of 3 hops a second, {run['nodes']:,} nodes, {run['ties']:,} edges, "
                 f"{options.threads} threads",
                 f"{run['million_walks_per_second']:.1f} M",
                 "",

@@ -148,9 +148,7 @@ def test_features_told_of_a_known_user_are_said_to_be_in_vain(
     _, recommender = served
     plain, told = (recommender.recommend("user-3", features=f) for f in (None, {"age": 60.0}))
     assert plain.rows == told.rows
-    why = (
-        "is in training" if recommender.trained.model.reads_profiles else "reads none of users"
-    )
+    why = "is in training" if recommender.trained.model.reads_profiles else "reads none of users"
     assert "the features given had no influence: " in (said := " ".join(told.notes))
     assert why in said
 

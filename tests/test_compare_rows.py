@@ -488,7 +488,7 @@ def test_a_model_below_a_group_by_is_not_recommended(tmp_path: Path) -> None:
     )
     # said once of the task that leads, and of the other one too
     assert "Of liked" not in found.sentence
-    assert "Of loved, counting by user, topic is better than it: its auc is" in found.sentence
+    assert "For loved, counting by user, topic is better: its auc is" in found.sentence
     assert found.to_json()["beaten_by"] == "counts by user, topic"
     assert "(take it)" not in str(found)
     best = row_of(found, "counts by user, topic")
