@@ -152,7 +152,13 @@ def test_all_directions_of_narrow_are_the_table_itself(bundle: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("table", "name"), [(HashConfig(), "table.kind"), (PrunedConfig(), None), (SMALL, None)]
+    ("table", "name"),
+    [
+        (HashConfig(), "table.kind"),
+        (PrunedConfig(), "table.from_rows"),  # of 256 rows and more, which this model has not
+        (PrunedConfig(from_rows=1), None),
+        (SMALL, None),
+    ],
 )
 def test_only_trained_dense_tables_are_compressed_and_only_once(table, name: str | None) -> None:
     trained = fitted(ft.MFConfig())

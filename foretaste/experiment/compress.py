@@ -135,7 +135,8 @@ def compress_tables(trained: Trained, table: Settings) -> Trained:
         table: A kind that can be made from a trained table, as settings: `{"kind": "int8"}`.
 
     Raises:
-        ConfigError: The model has no dense tables, or the kind must be trained.
+        ConfigError: The model has no dense tables, all have too few rows, or the kind must be
+            trained.
     """
     config, kept = trained.config, _settings(table)
     if not isinstance(getattr(config, "table", None), DenseConfig):
@@ -169,6 +170,14 @@ def compress_tables(trained: Trained, table: Settings) -> Trained:
                     links = partial(_links, trained, sides.get(part, ""))
                     made[part] = kept.compressed(part, links)
                 setattr(parent, name, made[part])
+    if all(table is dense for dense, table in made.items()):
+        rows = max((dense.num_rows for dense in made), default=0)
+        raise ConfigError(
+            f"the largest table has {rows:,} rows, and tables of fewer than table.from_rows stay "
+            "dense, so none would become smaller: set table.from_rows lower",
+            name="table.from_rows",
+            value=getattr(kept, "from_rows", None),
+        )
     # Item vectors computed from the dense tables are cleared. The regression for new users stays as
     # fitted with the dense tables, because fitting it again on pruned rows was worse.
     model.train().eval()
