@@ -86,7 +86,7 @@ patience = "none"
 [evaluation]
 k = [10]
 """
-TASTES, OF_USER, CANDIDATES, ASKED = 8, 20, 200, 100_000
+TASTES, OF_USER, CANDIDATES, ASKED = 8, 20, 200, 20_000
 
 
 def make_up(num_items: int, folder: Path) -> Path:
@@ -253,8 +253,8 @@ def main() -> None:
     ]
     if bench.items_alone:  # of many items, where each measurement takes minutes
         hidden = IntegerConfig(kind="int4", scale_bits=6)
-        coded = QuantisedConfig(sub_spaces=width // 2, turned=True)
-        at_rest = [smallest, coded, hidden, IntegerConfig()]
+        few = QuantisedConfig(sub_spaces=max(1, width // 16), turned=True, exact=0.0025)
+        at_rest = [few, smallest, hidden, IntegerConfig()]
     for seeds in range(1, asked.seeds + 1):
         times = [bench.measured(table, 0, trained=False).times_smaller for table in at_rest]
         both = [anchors(*one, width) for one in zip(at_rest, times, strict=True)]

@@ -321,6 +321,8 @@ class CodeIndex(WholeIndex):
         tensors = {"code_NM": self.codes.code_RM, "book_MCd": self.codes.book_MCd}
         if self.codes.turn_DD is not None:
             tensors["turn_DD"] = self.codes.turn_DD
+        if self.codes.exact_L is not None and self.codes.exact_LD is not None:
+            tensors |= {"exact_L": self.codes.exact_L, "exact_LD": self.codes.exact_LD}
         tensors = {name: value.contiguous() for name, value in tensors.items()}
         save_file(tensors | {"item_N": self.item_N.contiguous()}, folder / CODES_FILE)
         (folder / "index.json").write_text(self.facts.model_dump_json(indent=2))
@@ -337,6 +339,7 @@ def load_codes(folder: Path, facts: IndexFacts) -> CodeIndex:
         tensors["code_NM"],
         tensors["book_MCd"],
         tensors.get("turn_DD"),
+        (tensors["exact_L"], tensors["exact_LD"]) if "exact_L" in tensors else None,
         width=facts.embedding_dim,
         source=str(folder / CODES_FILE),
     )

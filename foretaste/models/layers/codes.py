@@ -1,7 +1,8 @@
 """Rows of codes, scored without decompressing: the item side of product quantisation.
 
 Shape legend: R rows, X any shape of requested rows, M codes of a row (sub-spaces), C vectors of a
-codebook, d width of the widest of them, D width, B queries, K list length, Y left-out rows.
+codebook, d width of the widest of them, D width, B queries, K list length, Y left-out rows, L rows
+that are stored as they are.
 """
 
 from collections.abc import Callable, Iterator
@@ -61,13 +62,21 @@ class Codes:
     width: int
     turn_DD: Float[Tensor, "D D"] | None = None
     """The orthogonal R, which rotates rows back to the axes of the model; None: no rotation."""
+    exact_L: Int64[Tensor, " L"] | None = None
+    """Rows that are stored as they are, ascending; their codes are not read. None: no row is."""
+    exact_LD: Float[Tensor, "L D"] | None = None
 
     def __len__(self) -> int:
         return len(self.code_RM)
 
     def take(self, row_N: Int64[Tensor, " N"]) -> "Codes":
         """Return some of the rows."""
-        return replace(self, code_RM=self.code_RM.index_select(0, row_N))
+        taken = replace(self, code_RM=self.code_RM.index_select(0, row_N))
+        if self.exact_L is None or self.exact_LD is None:
+            return taken
+        place_N = self._exact_places(row_N)
+        exact_l = (place_N >= 0).nonzero().flatten()
+        return replace(taken, exact_L=exact_l, exact_LD=self.exact_LD[place_N[exact_l]])
 
     def rows(self, row_X: Int64[Tensor, "*X"]) -> Float[Tensor, "*X D"]:
         """Return rows as vectors."""
@@ -78,7 +87,24 @@ class Codes:
             found_ND = found_ND[:, places(self.width, num_parts)]
         if self.turn_DD is not None:
             found_ND = found_ND @ self.turn_DD
-        return found_ND.view(*row_X.shape, self.width)
+        return self.with_exact(row_X.flatten(), found_ND).view(*row_X.shape, self.width)
+
+    def with_exact(
+        self, row_N: Int64[Tensor, " N"], decoded_ND: Float[Tensor, "N D"]
+    ) -> Float[Tensor, "N D"]:
+        """Return decoded rows, those that are stored as they are in their places."""
+        if self.exact_LD is None:
+            return decoded_ND
+        place_N = self._exact_places(row_N)
+        exact_N = (place_N >= 0).nonzero().flatten()
+        return decoded_ND.index_copy(0, exact_N, self.exact_LD[place_N[exact_N]])
+
+    def _exact_places(self, row_N: Tensor) -> Tensor:
+        """Return the place of each row among those that are stored as they are, or -1."""
+        if self.exact_L is None or not len(self.exact_L):
+            return torch.full_like(row_N, -1)
+        place_N = torch.searchsorted(self.exact_L, row_N).clamp(max=len(self.exact_L) - 1)
+        return place_N.where(self.exact_L[place_N] == row_N, -1)
 
     def blocks(self) -> Iterator[tuple[int, Float[Tensor, "_ D"]]]:
         """Yield all rows as vectors, in blocks, each with the number of its first row."""
@@ -90,7 +116,10 @@ class Codes:
         part_BMC, code_RM = self._parts(query_BD), self.code_RM.numpy()
         score_BR = np.empty((len(query_BD), len(self)), dtype=np.float32)
         _in_threads(len(query_BD), lambda b: loops.code_sums(code_RM, part_BMC[b], score_BR[b]))
-        return torch.from_numpy(score_BR)
+        found_BR = torch.from_numpy(score_BR)
+        if self.exact_L is not None and self.exact_LD is not None:
+            found_BR[:, self.exact_L] = query_BD.detach().float() @ self.exact_LD.T
+        return found_BR
 
     def best(
         self,
@@ -119,11 +148,21 @@ class Codes:
             none = (
                 np.zeros(len(self), np.bool_) if left_out_R is None else left_out_R.numpy().copy()
             )
+            if self.exact_L is not None:
+                none[self.exact_L.numpy()] = True  # they follow
             loops.best_by_codes(code_RM, part_BMC[b], none, left_out[b], score_BK[b], row_BK[b])
 
         _in_threads(len(query_BD), work)
-        found_BK, order_BK = torch.from_numpy(score_BK).sort(dim=1, descending=True, stable=True)
-        return found_BK, torch.from_numpy(row_BK).gather(1, order_BK)
+        found_BK, found_row_BK = torch.from_numpy(score_BK), torch.from_numpy(row_BK)
+        if self.exact_L is not None and self.exact_LD is not None:
+            score_BL = query_BD.detach().float() @ self.exact_LD.T
+            score_BL[_left_out(self.exact_L, left_out_BY, left_out_R)] = -torch.inf
+            found_BK = torch.cat([found_BK, score_BL], dim=1)
+            exact_BL = self.exact_L.expand_as(score_BL).where(score_BL > -torch.inf, -1)
+            found_row_BK, order_BK = torch.cat([found_row_BK, exact_BL], dim=1).sort(dim=1)
+            found_BK = found_BK.gather(1, order_BK)
+        found_BK, order_BK = found_BK.sort(dim=1, descending=True, stable=True)
+        return found_BK[:, : shape[1]], found_row_BK.gather(1, order_BK)[:, : shape[1]]
 
     def _parts(self, query_BD: Tensor) -> np.ndarray:
         """Return the partial products (B, M, C)."""
@@ -140,8 +179,26 @@ class Codes:
         return part_BMC
 
 
+def _left_out(
+    exact_L: Tensor, left_out_BY: Tensor, left_out_R: Tensor | None
+) -> Bool[Tensor, "B L"]:
+    """Return which of the rows that are stored as they are a query must not get."""
+    place_BY = torch.searchsorted(exact_L, left_out_BY.contiguous()).clamp(max=len(exact_L) - 1)
+    is_BY = exact_L[place_BY] == left_out_BY
+    none_BL = torch.zeros(len(left_out_BY), len(exact_L) + 1, dtype=torch.bool)
+    none_BL.scatter_(1, place_BY.where(is_BY, len(exact_L)), value=True)
+    none_BL = none_BL[:, :-1]
+    return none_BL if left_out_R is None else none_BL | left_out_R[exact_L]
+
+
 def read_codes(
-    code: Tensor, book: Tensor, turn: Tensor | None = None, *, width: int, source: str
+    code: Tensor,
+    book: Tensor,
+    turn: Tensor | None = None,
+    exact: tuple[Tensor, Tensor] | None = None,
+    *,
+    width: int,
+    source: str,
 ) -> Codes:
     """Return codes from a file.
 
@@ -161,13 +218,27 @@ def read_codes(
         wrong = f"its turn is {turn.dtype} of shape {tuple(turn.shape)}, and not {(width, width)}"
     elif turn is not None and not turn.isfinite().all():
         wrong = "its turn has a number that is NaN or infinite"
+    elif exact is not None:
+        wrong = exact_damage(*exact, num_rows=len(code), width=width)
     if wrong:
         raise BundleError(
             f"{source}: {wrong}: the file is damaged, write the bundle again", name=source
         )
     # Copies have the layout of the originals, so that products are bit-identical.
     turn = None if turn is None else turn.clone()
-    return Codes(code_RM=code, book_MCd=book.clone(), width=width, turn_DD=turn)
+    codes = Codes(code_RM=code, book_MCd=book.clone(), width=width, turn_DD=turn)
+    return codes if exact is None else replace(codes, exact_L=exact[0], exact_LD=exact[1].clone())
+
+
+def exact_damage(row: Tensor, vector: Tensor, *, num_rows: int, width: int) -> str:
+    """Return what is wrong with rows that are stored as they are, "" if nothing is."""
+    if (row.dtype, vector.dtype) != (torch.int64, torch.float32):
+        return f"its exact rows are {row.dtype} and {vector.dtype}"
+    if row.dim() != 1 or tuple(vector.shape) != (len(row), width) or not len(row):
+        return f"its exact rows are of shape {tuple(row.shape)} and {tuple(vector.shape)}"
+    if int(row[0]) < 0 or int(row[-1]) >= num_rows or not (row.diff() > 0).all():
+        return f"its exact rows are not ascending places of {num_rows:,} rows"
+    return "" if vector.isfinite().all() else "an exact row has a number that is NaN or infinite"
 
 
 def train_codes(row_RD: Float[Tensor, "R D"], sub_spaces: int, *, turned: bool = True) -> Codes:

@@ -12,7 +12,7 @@ queries.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar, Literal, final
+from typing import Any, Literal, final
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +30,7 @@ BLOCK_ROWS = 2**18
 class Table(nn.Module, ABC):
     """Returns rows by number; row -1 is 0."""
 
-    trains: ClassVar[bool] = True
+    trains: bool = True
     width: int
 
     @property
@@ -427,8 +427,10 @@ def no_links(_: str) -> None:
 class TableKind(Config):
     """Settings of every kind of table."""
 
-    trains: ClassVar[bool] = True
-    """Whether its tables can be trained."""
+    @property
+    def trains(self) -> bool:
+        """Whether its tables can be trained."""
+        return True
 
     @abstractmethod
     def make(self, num_rows: int, width: int) -> Table:

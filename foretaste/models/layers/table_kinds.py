@@ -19,7 +19,7 @@ from torch import Tensor
 from foretaste.config import Config, Count
 from foretaste.data.interactions import Interactions
 from foretaste.errors import ConfigError
-from foretaste.models.layers.codes import CODES, Codes, even, places, train_codes
+from foretaste.models.layers.codes import CODES, Codes, even, exact_damage, places, train_codes
 from foretaste.models.layers.table import Dense, DenseConfig, Table, TableKind
 from foretaste.models.layers.tables import (
     CompositionalConfig,
@@ -46,11 +46,22 @@ class QuantisedConfig(FilledConfig):
     """Whether a trained table's rows are rotated first, so that all parts have similar variance;
     this is better if few directions have most of the variance. A table that is trained with codes
     is not rotated."""
+    exact: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the rows that stay as they are, the longest ones of a trained table. Few items have
+    most of the events and fill most lists, and their rows are long. A table that is trained with
+    codes has no exact rows."""
+
+    @property
+    def trains(self) -> bool:
+        """Whether its tables can be trained: without exact rows."""
+        return not self.exact
 
     @classmethod
     def tried(cls, width: int) -> Sequence[TableKind]:
         """Return settings of half as many bytes as numbers, and of fewer."""
-        return [cls(sub_spaces=n, turned=True) for n in (width // 2, width // 4, width // 8) if n]
+        sizes = [n for n in (width // 2, width // 4, width // 8) if n]
+        few = cls(sub_spaces=max(1, width // 16), turned=True, exact=0.0025)
+        return [*(cls(sub_spaces=n, turned=True) for n in sizes), few]
 
     @classmethod
     def retrained(cls, times: float, width: int) -> Sequence[TableKind]:
@@ -59,7 +70,10 @@ class QuantisedConfig(FilledConfig):
 
     def make_smaller(self, num_rows: int, width: int) -> Table:
         """Make an untrained table."""
-        return Quantised(num_rows, width, sub_spaces=self.sub_spaces, turned=self.turned)
+        num_exact = max(1, round(self.exact * num_rows)) if self.exact else 0
+        return Quantised(
+            num_rows, width, sub_spaces=self.sub_spaces, turned=self.turned, num_exact=num_exact
+        )
 
 
 @final
@@ -69,7 +83,8 @@ class Quantised(Filled):
     .. math:: e_r = [c^1_{b_{r1}}; \dots; c^M_{b_{rM}}] R, \quad b_{rm} \in \{0, \dots, 255\}
 
     Codes are fixed while the vectors are trained; they are random until `code_by` is called. R is
-    the identity unless a trained table was rotated.
+    the identity unless a trained table was rotated. The longest rows of a trained table may be
+    stored as they are; then it cannot be trained.
 
     References:
         Petrov and Macdonald, "RecJPQ: Training Large-Catalogue Sequential Recommenders", WSDM 2024,
@@ -79,8 +94,18 @@ class Quantised(Filled):
 
     code_RM: Tensor
     turn_DD: Tensor | None
+    exact_L: Tensor | None
+    exact_LD: Tensor | None
 
-    def __init__(self, num_rows: int, width: int, *, sub_spaces: int, turned: bool = False) -> None:
+    def __init__(
+        self,
+        num_rows: int,
+        width: int,
+        *,
+        sub_spaces: int,
+        turned: bool = False,
+        num_exact: int = 0,
+    ) -> None:
         super().__init__(num_rows, width)
         if sub_spaces > width:
             raise ConfigError(
@@ -93,6 +118,9 @@ class Quantised(Filled):
         self.codebooks = Dense(sub_spaces * CODES, even(width, sub_spaces)[0])
         self.register_buffer("code_RM", _codes_by_chance(0, num_rows, sub_spaces))
         self.register_buffer("turn_DD", torch.eye(width) if turned else None)
+        self.register_buffer("exact_L", torch.arange(num_exact) if num_exact else None)
+        self.register_buffer("exact_LD", torch.zeros(num_exact, width) if num_exact else None)
+        self.trains = not num_exact
         self.draw(std=1.0)
 
     def rows(self, row_N: Int64[Tensor, " N"]) -> Float[Tensor, "N D"]:
@@ -102,7 +130,8 @@ class Quantised(Filled):
         found_ND: Tensor = found_NMd.flatten(1)
         if found_ND.shape[1] != self.width:
             found_ND = found_ND[:, places(self.width, self.sub_spaces).to(row_N.device)]
-        return found_ND if self.turn_DD is None else found_ND @ self.turn_DD
+        found_ND = found_ND if self.turn_DD is None else found_ND @ self.turn_DD
+        return found_ND if self.exact_L is None else self.codes().with_exact(row_N, found_ND)
 
     def codes(self) -> Codes:
         """Return the current rows."""
@@ -110,7 +139,12 @@ class Quantised(Filled):
             book_SD = self.codebooks.block(0, self.codebooks.num_rows).detach()
         book_MCd = book_SD.view(self.sub_spaces, CODES, -1)
         return Codes(
-            code_RM=self.code_RM, book_MCd=book_MCd, width=self.width, turn_DD=self.turn_DD
+            code_RM=self.code_RM,
+            book_MCd=book_MCd,
+            width=self.width,
+            turn_DD=self.turn_DD,
+            exact_L=self.exact_L,
+            exact_LD=self.exact_LD,
         )
 
     def products(self, query_BD: Float[Tensor, "B D"]) -> Float[Tensor, "B R"]:
@@ -122,7 +156,11 @@ class Quantised(Filled):
             return f"codes are {self.code_RM.dtype}, beyond codebooks of {CODES} vectors"
         if self.turn_DD is not None and not self.turn_DD.isfinite().all():
             return "its turn is not finite"
-        return "" if self.codebooks.weight.isfinite().all() else "a codebook is not finite"
+        if not self.codebooks.weight.isfinite().all():
+            return "a codebook is not finite"
+        if self.exact_L is None or self.exact_LD is None:
+            return ""
+        return exact_damage(self.exact_L, self.exact_LD, num_rows=self.num_rows, width=self.width)
 
     def draw(self, *, std: float) -> None:
         self.codebooks.draw(std=std)
@@ -137,6 +175,12 @@ class Quantised(Filled):
     def fill(self, table: Table) -> None:
         """Take a trained table's rows, coded by k-means in each part (FAISS's trainer)."""
         rows_RD = torch.cat([block_RD for _, block_RD in finite_blocks(table)]).cpu()
+        if self.exact_L is not None and self.exact_LD is not None:
+            longest_L = rows_RD.norm(dim=1).topk(len(self.exact_L)).indices.sort().values
+            self.exact_L.copy_(longest_L)
+            self.exact_LD.copy_(rows_RD[longest_L])
+            rows_RD[longest_L] = 0.0
+            rows_RD[longest_L] = rows_RD.sum(dim=0) / max(1, len(rows_RD) - len(longest_L))
         found = train_codes(rows_RD, self.sub_spaces, turned=self.turn_DD is not None)
         if self.turn_DD is not None and found.turn_DD is not None:
             self.turn_DD.copy_(found.turn_DD)

@@ -7,7 +7,7 @@ Shape legend: R rows of a table, N requested rows, D width, K kept rows.
 
 import math
 from collections.abc import Sequence
-from typing import Annotated, ClassVar, Literal, final
+from typing import Annotated, Literal, final
 
 import numpy as np
 import torch
@@ -32,7 +32,10 @@ _LOWEST, _HIGHEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float16).
 class AtRestConfig(FilledConfig):
     """Settings of tables that cannot be trained."""
 
-    trains: ClassVar[bool] = False
+    @property
+    def trains(self) -> bool:
+        """Whether its tables can be trained: they cannot."""
+        return False
 
 
 class HalfConfig(AtRestConfig):
@@ -124,7 +127,7 @@ class PrunedConfig(AtRestConfig):
 class AtRest(Filled):
     """Rows that cannot be trained."""
 
-    trains: ClassVar[bool] = False
+    trains = False
 
     def draw(self, *, std: float) -> None:
         """Do nothing, because the rows are those of a trained table."""
