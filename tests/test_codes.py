@@ -30,7 +30,15 @@ TRAINING = ft.TrainingConfig(epochs=1, batch_events=64, patience=None)
 CODED = QuantisedConfig(from_rows=0, sub_spaces=8)
 
 
-def codes(num_rows: int, parts: int, width: int, *, whole: bool = False, seed: int = 0) -> Codes:
+def codes(
+    num_rows: int,
+    parts: int,
+    width: int,
+    *,
+    whole: bool = False,
+    num_exact: int = 0,
+    seed: int = 0,
+) -> Codes:
     generator = torch.Generator().manual_seed(seed)
     sizes = even(width, parts)
     book = torch.zeros(parts, CODES, sizes[0])
@@ -41,7 +49,13 @@ def codes(num_rows: int, parts: int, width: int, *, whole: bool = False, seed: i
             drawn = torch.randn(CODES, size, generator=generator)
         book[part, :, :size] = drawn
     code = torch.randint(0, CODES, (num_rows, parts), generator=generator, dtype=torch.uint8)
-    return Codes(code_RM=code, book_MCd=book, width=width)
+    rows = Codes(code_RM=code, book_MCd=book, width=width)
+    if not num_exact:
+        return rows
+    exact_L = torch.randperm(num_rows, generator=generator)[:num_exact].sort().values
+    return replace(
+        rows, exact_L=exact_L, exact_LD=queries(len(exact_L), width, whole=whole, seed=seed + 9)
+    )
 
 
 def queries(num: int, width: int, *, whole: bool = False, seed: int = 1) -> Tensor:
@@ -72,7 +86,7 @@ def test_two_sub_spaces_by_hand() -> None:
 @pytest.mark.parametrize("parts", [1, 3, 7, 8, 9, 16, 23])
 @pytest.mark.parametrize("turned", [False, True])
 def test_products_are_those_of_decompressed_rows(parts: int, *, turned: bool) -> None:
-    rows, query = codes(3000, parts, 23), queries(5, 23)
+    rows, query = codes(3000, parts, 23, num_exact=100 * (parts % 2)), queries(5, 23)
     if turned:
         rows = replace(rows, turn_DD=balanced_turn(queries(50, 23), parts))
     plain = query.double() @ rows.rows(torch.arange(3000)).double().T
@@ -85,12 +99,13 @@ def test_products_are_those_of_decompressed_rows(parts: int, *, turned: bool) ->
     parts=st.sampled_from([1, 2, 8, 11]),
     k=st.sampled_from([1, 2, 100, 700, 6000]),
     left=st.integers(0, 40),
+    num_exact=st.sampled_from([0, 1, 40]),
     seed=st.integers(0, 10**6),
 )
 def test_the_best_are_a_sort_of_the_decompressed_rows_and_ties_go_to_the_lower_row(
-    num_rows: int, parts: int, k: int, left: int, seed: int
+    num_rows: int, parts: int, k: int, left: int, num_exact: int, seed: int
 ) -> None:
-    rows = codes(num_rows, parts, 11, whole=True, seed=seed)
+    rows = codes(num_rows, parts, 11, whole=True, num_exact=num_exact, seed=seed)
     query = queries(3, 11, whole=True, seed=seed + 1)
     generator = torch.Generator().manual_seed(seed)
     left_out_BY = torch.randint(-1, num_rows, (3, left), generator=generator)
@@ -104,6 +119,19 @@ def test_the_best_are_a_sort_of_the_decompressed_rows_and_ties_go_to_the_lower_r
     expected, place = top_k(plain, k)
     assert torch.equal(score, expected)
     assert torch.equal(row, place.where(expected > -torch.inf, -1))
+
+
+def test_some_rows_are_stored_as_they_are_by_hand() -> None:
+    rows = codes(5, 2, 3, whole=True)
+    kept = replace(
+        rows, exact_L=torch.tensor([1, 4]), exact_LD=torch.tensor([[9.0] * 3, [7.0] * 3])
+    )
+    plain = rows.rows(torch.arange(5)).tolist()
+    assert kept.rows(torch.arange(5)).tolist() == [plain[0], [9.0] * 3, *plain[2:4], [7.0] * 3]
+    taken = kept.take(torch.tensor([4, 0]))
+    assert taken.rows(torch.tensor([0, 1])).tolist() == [[7.0] * 3, plain[0]]
+    assert rows.take(torch.tensor([0, 2])).rows(torch.tensor(1)).tolist() == plain[2]
+    assert kept.take(torch.tensor([2])).rows(torch.tensor([0])).tolist() == [plain[2]]
 
 
 def test_rising_scores_and_several_threads_find_the_same() -> None:
@@ -122,10 +150,12 @@ def test_rising_scores_and_several_threads_find_the_same() -> None:
     assert torch.equal(row, again[1])
 
 
+@pytest.mark.parametrize("num_exact", [0, 30])
 def test_an_index_of_codes_answers_as_the_exact_one_of_the_decompressed_vectors(
-    tmp_path: Path,
+    num_exact: int, tmp_path: Path
 ) -> None:
-    rows, query = codes(3000, 8, 16, whole=True), queries(6, 16, whole=True)
+    rows = codes(3000, 8, 16, whole=True, num_exact=num_exact)
+    query = queries(6, 16, whole=True)
     known = torch.rand(3000, generator=torch.Generator().manual_seed(0)) < 0.7
     index = build_index(rows, known_I=known)
     exact = build_index(rows, kind="exact", known_I=known)
@@ -140,7 +170,7 @@ def test_an_index_of_codes_answers_as_the_exact_one_of_the_decompressed_vectors(
             assert torch.equal(found.item_BK, expected.item_BK)
             assert torch.equal(found.score_BK, expected.score_BK)
     size = sum(file.stat().st_size for file in tmp_path.iterdir())
-    assert size < int(known.sum()) * (8 + 8) + 8 * CODES * 2 * 4 + 2000  # codes and items' numbers
+    assert size < int(known.sum()) * (8 + 8) + num_exact * 72 + 8 * CODES * 2 * 4 + 2000
 
 
 def test_vectors_may_be_coded_for_an_index_and_its_facts_say_how_good_that_is() -> None:
@@ -185,9 +215,12 @@ def test_a_turn_is_orthogonal_and_deals_the_longest_directions_to_parts_of_their
     assert sorted(first) == length_D.sort().values[-parts:].tolist()
 
 
-@pytest.mark.parametrize("damage", ["wide", "missing", "few", "nan", "turn"])
+@pytest.mark.parametrize(
+    "damage", ["wide", "missing", "few", "nan", "turn", "exact_L", "exact_LD", "order", "without"]
+)
 def test_damaged_codes_in_a_file_are_refused(damage: str, tmp_path: Path) -> None:
-    build_index(codes(300, 4, 16), known_I=torch.ones(300).bool()).save(tmp_path)
+    rows = codes(300, 4, 16, num_exact=5)
+    build_index(rows, known_I=torch.ones(300).bool()).save(tmp_path)
     path = tmp_path / "codes.safetensors"
     tensors = load_file(path)
     if damage == "wide":
@@ -196,6 +229,14 @@ def test_damaged_codes_in_a_file_are_refused(damage: str, tmp_path: Path) -> Non
         del tensors["book_MCd"]
     elif damage == "turn":
         tensors["turn_DD"] = torch.zeros(4, 16)
+    elif damage == "exact_L":
+        tensors["exact_L"] = tensors["exact_L"] + 300  # beyond the rows
+    elif damage == "exact_LD":
+        tensors["exact_LD"] = tensors["exact_LD"] + torch.nan
+    elif damage == "order":
+        tensors["exact_L"] = tensors["exact_L"].flip(0).contiguous()
+    elif damage == "without":
+        del tensors["exact_LD"]
     elif damage == "few":
         tensors["book_MCd"] = tensors["book_MCd"][:, :100].contiguous()
     else:
@@ -206,7 +247,7 @@ def test_damaged_codes_in_a_file_are_refused(damage: str, tmp_path: Path) -> Non
     with pytest.raises(BundleError) as caught:
         load_index(tmp_path)
     assert str(tmp_path) in str(caught.value.name)
-    assert damage == "missing" or "codes.safetensors" in str(caught.value.name)
+    assert damage in ("missing", "without") or "codes.safetensors" in str(caught.value.name)
 
 
 def test_a_broken_codebook_cannot_be_indexed() -> None:

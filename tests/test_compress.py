@@ -293,6 +293,8 @@ def test_the_picture_is_higher_where_the_metric_is_and_further_where_tables_are_
         (HalfConfig(from_rows=0), "weight", math.inf),
         (QuantisedConfig(from_rows=0, sub_spaces=4), "codebooks.weight", math.nan),
         (QuantisedConfig(from_rows=0, sub_spaces=4, turned=True), "turn_DD", math.nan),
+        (QuantisedConfig(from_rows=0, sub_spaces=4, exact=0.1), "exact_L", -1),
+        (QuantisedConfig(from_rows=0, sub_spaces=4, exact=0.1), "exact_LD", math.nan),
     ],
 )
 def test_damaged_tables_in_a_bundle_are_refused(

@@ -294,6 +294,22 @@ def test_few_rows_are_coded_exactly_or_nearly(num: int, *, turned: bool) -> None
     assert (whole(made) - whole(table)).square().mean() < 0.05
 
 
+def test_the_longest_rows_of_a_table_of_codes_may_stay_as_they_are() -> None:
+    table = dense(1000)
+    with torch.no_grad():
+        table.weight[[3, 500, 999]] *= 20
+    made = QuantisedConfig(sub_spaces=2, exact=0.003).compressed(table)
+    assert torch.equal(
+        made(torch.tensor([999, -1, 3, 500]))[[0, 2, 3]], table.weight[[999, 3, 500]]
+    )
+    assert not made(torch.tensor([-1])).any()
+    plain = QuantisedConfig(sub_spaces=2).compressed(table)
+    rest = torch.ones(1000).bool().index_fill(0, torch.tensor([3, 500, 999]), value=False)
+    error = [(whole(one) - whole(table))[rest].square().mean() for one in (made, plain)]
+    assert error[0] < error[1]  # the codebooks are for the others alone
+    assert not made.trains
+
+
 @pytest.mark.parametrize("width", [16, 17, 23])
 def test_a_width_that_parts_do_not_divide_is_cut_as_evenly_as_can_be(width: int) -> None:
     table = Dense(2000, width)
