@@ -339,7 +339,9 @@ def load_codes(folder: Path, facts: IndexFacts) -> CodeIndex:
         tensors["code_NM"],
         tensors["book_MCd"],
         tensors.get("turn_DD"),
-        (tensors["exact_L"], tensors["exact_LD"]) if "exact_L" in tensors else None,
+        (tensors["exact_L"], tensors["exact_LD"])
+        if {"exact_L", "exact_LD"} & tensors.keys()
+        else None,
         width=facts.embedding_dim,
         source=str(folder / CODES_FILE),
     )
