@@ -51,7 +51,7 @@ def main() -> None:
         print(json.dumps(served(asked.serve, asked.users)))
         return
     if asked.one:
-        print(json.dumps(life(asked.one, asked.items[0], asked.seconds)))
+        print(json.dumps(life(asked.one, asked.items[0], asked.seconds, asked.queries)))
         return
     document: dict[str, Any] = {"rows": []}
     if asked.out.exists():
@@ -60,7 +60,9 @@ def main() -> None:
     for items in asked.items:
         for name in asked.models:
             found, _ = in_process(
-                __file__, "--one", name, "--items", str(items), "--seconds", str(asked.seconds)
+                __file__,
+                *("--one", name, "--items", str(items)),
+                *("--seconds", str(asked.seconds), "--queries", str(asked.queries)),
             )
             rows = [r for r in document["rows"] if (r["model"], r["items"]) != (name, items)]
             document["rows"] = [*rows, {"model": name, "items": items, **found, **run_facts()}]
@@ -74,6 +76,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--items", type=int, nargs="+", default=[100_000, 1_000_000, 10_000_000])
     parser.add_argument("--models", nargs="+", default=list(MODELS))
     parser.add_argument("--seconds", type=float, default=20.0)
+    parser.add_argument("--queries", type=int, default=ASKED_USERS, help="that are evaluated")
     parser.add_argument("--one", default="")
     parser.add_argument("--serve", type=Path)
     parser.add_argument("--users", type=int, default=0)
@@ -128,13 +131,13 @@ class Stages:
         return result
 
 
-def life(name: str, num_items: int, seconds: float) -> Mapping[str, object]:
+def life(name: str, num_items: int, seconds: float, queries: int) -> Mapping[str, object]:
     """Return the cost of each stage for one model."""
     num_users, stages = num_items // 5, Stages()
     frames = [stages.take("generate", lambda: large_events(num_users, num_items, seed=0))]
     columns = {"user": "user", "item": "item", "timestamp": "time"}
     events = stages.take("read", lambda: ft.read_interactions(frames.pop(), **columns))
-    test = ASKED_USERS / len(events)
+    test = queries / len(events)
     split = stages.take("split", lambda: ft.temporal_split(events, validation=0.0, test=test))
     training = ft.TrainingConfig(epochs=1, batch_events=BATCH, tables="lazy_adamw")
     objective = LEARNING[MODELS[name].usual.objective["kind"]]

@@ -33,12 +33,13 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--batch", type=int, default=1024)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, required=True)
     asked = parser.parse_args()
     torch.set_num_threads(1)
     split = ft.leave_last_split(ft.get_dataset(asked.data, data_dir=asked.data_dir).events)
-    rows = []
+    rows, told_of_run = [], {"part": "validation", "epochs": asked.epochs, "batch": asked.batch}
     for seed in range(asked.seeds):
         for way, told in WAYS.items():
             every = asked.steps if way == "beside training" else 0
@@ -46,18 +47,22 @@ def main() -> None:
                 **told, loss="bpr", negatives=16, hard_refresh_steps=every if told else 0
             )
             rows.append({"way": way, "seed": seed, **measured(split, objective, asked, seed)})
-            print(rows[-1], flush=True)
-    means = {
+            document = json.loads(asked.out.read_text("utf-8")) if asked.out.exists() else {}
+            document[asked.data] = told_of_run | {"means": means(rows), "rows": rows, **run_facts()}
+            asked.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+            print(rows[-1], document[asked.data]["means"], flush=True)
+
+
+def means(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Return the means of each way over the seeds that all ways have."""
+    last = min(sum(row["way"] == way for row in rows) for way in WAYS)
+    return {
         way: {
-            name: round(float(np.mean([row[name] for row in rows if row["way"] == way])), 4)
+            name: round(float(np.mean([r[name] for r in rows if r["way"] == way][:last])), 4)
             for name in ("ndcg_at_10", "cpu_seconds")
         }
-        for way in WAYS
+        for way in (WAYS if last else ())
     }
-    document = {"data": asked.data, "part": "validation", "epochs": asked.epochs, "means": means}
-    document |= {"rows": rows, **run_facts()}
-    asked.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    print(means)
 
 
 def measured(
@@ -69,7 +74,9 @@ def measured(
         split,
         seed=seed,
         objective=objective,
-        training=ft.TrainingConfig(epochs=asked.epochs, batch_events=1024, learning_rate=0.01),
+        training=ft.TrainingConfig(
+            epochs=asked.epochs, batch_events=asked.batch, learning_rate=0.01
+        ),
         show=False,
     )
     seconds = time.process_time() - started
