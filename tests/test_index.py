@@ -180,13 +180,20 @@ def test_auto_is_exact_where_that_is_fast_enough_and_else_what_was_measured_to_b
 ) -> None:
     table = clustered(1000)
     monkeypatch.setattr(choose, "ALWAYS_EXACT", 999)
-    took = {"exact": 5.0, "ivf_sq8": 1.0}
-    monkeypatch.setattr(choose, "milliseconds", lambda index, queries: took[index.kind])
+    took, widths = {"exact": 5.0, "ivf_sq8": 1.0}, list[int]()
+
+    def milliseconds(index: ItemIndex, queries: Tensor) -> float:
+        widths.append(index.facts.search_width)
+        return took[index.kind]
+
+    monkeypatch.setattr(choose, "milliseconds", milliseconds)
     build = partial(build_index, table, known_I=all_known(table))
     assert build(exact_ms=5.0).kind == "exact"
     assert build(exact_ms=4.0).kind == "ivf_sq8"
     took["ivf_sq8"] = 6.0
+    widths.clear()
     assert build(exact_ms=4.0).kind == "exact"
+    assert widths == [0, 1]  # no wider search is tried once one is slower than the exact one
     monkeypatch.setattr(choose, "ALWAYS_EXACT", 1000)
     took.clear()
     assert build(exact_ms=0.0).kind == "exact"
@@ -206,7 +213,7 @@ def test_an_index_of_a_run_goes_by_the_number_of_items_alone() -> None:
 def test_the_best_items_once_excluded_do_not_come_back(fast: ItemIndex) -> None:
     queries = clustered()[:5] + 0.01
     best = fast.search(queries, 20, exclude_BX=nobody(5))
-    for rows in (slice(0, 1), slice(0, 5)):  # one query: by bitmap; five: fetched and dropped
+    for rows in (slice(0, 1), slice(0, 5)):  # one query: by a set; five: fetched and dropped
         rest = fast.search(queries[rows], 20, exclude_BX=best.item_BK[rows])
         for shown, answer in zip(best.item_BK[rows], rest.item_BK, strict=True):
             assert not set(shown.tolist()) & set(answer.tolist())

@@ -3,6 +3,7 @@
 Shape legend: I items of the catalogue, N items in the index, Q measured queries, D width.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -133,7 +134,8 @@ def index_of(
         case "hnsw":
             return _hnsw(exact, query_QD, aim)
         case "auto":
-            lists = _tuned(build_ivf(exact, kind="ivf_sq8", seed=seed), query_QD, aim)
+            lists = build_ivf(exact, kind="ivf_sq8", seed=seed)
+            lists = _tuned(lists, query_QD, aim, most_ms=exact_took)
             is_good = lists.facts.recall_at_100 >= recall_target
             return lists if is_good and milliseconds(lists, query_QD) < exact_took else exact
         case _:
@@ -285,25 +287,33 @@ def _recall(true_QK: Tensor, found_QK: Tensor) -> Float[Tensor, " Q"]:
     return torch.stack([torch.isin(true, found).float().mean() for true, found in pairs])
 
 
-def _tuned(index: FaissIndex, query_QD: Tensor, aim: Mapping[str, object]) -> FaissIndex:
+def _tuned(
+    index: FaissIndex, query_QD: Tensor, aim: Mapping[str, object], *, most_ms: float = math.inf
+) -> FaissIndex:
     """Find the search width: double it until both halves of the queries reach the target, then
-    bisect.
+    bisect. A width at which a search takes `most_ms` is not doubled.
     """
     index = index.with_facts(index.facts.model_copy(update=aim))
     k = min(RECALL_AT, index.facts.num_items)
     none = torch.full((len(query_QD), 0), -1)
     true_QK = index.exact.search(query_QD, k, exclude_BX=none).item_BK
 
+    def of(width: int) -> FaissIndex:
+        return index.with_facts(index.facts.model_copy(update={"search_width": width}))
+
     def at(width: int) -> tuple[float, float]:
-        wider = index.with_facts(index.facts.model_copy(update={"search_width": width}))
-        found_Q = _recall(true_QK, wider.candidates(query_QD, k))
+        found_Q = _recall(true_QK, of(width).candidates(query_QD, k))
         worse = min(float(half.mean()) for half in found_Q.chunk(2))
         return worse, float(found_Q.mean())
+
+    def may_widen(width: int) -> bool:
+        is_fast = math.isinf(most_ms) or milliseconds(of(width), query_QD) < most_ms
+        return width < index.widest and is_fast
 
     target = index.facts.recall_target
     width = min(index.facts.search_width, index.widest)  # it is built with the smallest width
     low = width - 1
-    while (reached := at(width))[0] < target and width < index.widest:
+    while (reached := at(width))[0] < target and may_widen(width):
         low, width = width, min(2 * width, index.widest)
     while reached[0] >= target and width - low > max(1, width // 8):
         middle = (low + width) // 2
