@@ -1,5 +1,6 @@
 """Blocks of events that belong together: planted trips, a slow oracle, and counts by law."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -9,9 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from foretaste.data.batch import ranges
 from foretaste.data.interactions import Interactions
 from foretaste.data.sources.load import get_dataset
-from foretaste.data.splits import TEST, VALIDATION, GivenSplitConfig
+from foretaste.data.splits import TEST, VALIDATION, GivenSplitConfig, Holdout
 from foretaste.data.splitting import alike, draw_blocks, make_split
 from foretaste.data.vocabulary import Vocabulary
 from foretaste.evaluation.protocol import evaluate
@@ -96,15 +98,31 @@ def test_a_given_split_holds_blocks_out_of_training_alone() -> None:
     assert not (by_events.part_E == split.part_E).all()
 
 
+def every_fourth(part: Holdout) -> Holdout:
+    """A quarter of the queries: enough for two digits."""
+    query_Q = np.arange(0, len(part), 4)
+    index_N, offsets_Q1 = ranges(
+        part.target_offsets[query_Q], np.diff(part.target_offsets)[query_Q]
+    )
+    return replace(
+        part,
+        user_Q=part.user_Q[query_Q],
+        end_Q=part.end_Q[query_Q],
+        target_offsets=offsets_Q1,
+        target_item=part.target_item[index_N],
+    )
+
+
 def test_on_gowalla_neighbours_tell_a_block_as_badly_as_the_given_test(shared_data: Path) -> None:
     events = get_dataset("gowalla", data_dir=shared_data).events
 
     def recalls(by: Literal["events", "blocks"], *parts: str) -> list[float]:
         split = make_split(GivenSplitConfig(validation=0.2, validation_by=by), events)
         model = fit(ItemKNNConfig(), split, show=False)
-        reports = [evaluate(model, getattr(split, p), k=(20,), resamples=0) for p in parts]
+        measured = [every_fourth(getattr(split, part)) for part in parts]
+        reports = [evaluate(model, part, k=(20,), resamples=0) for part in measured]
         return [report.metrics["recall_at_20"] for report in reports]
 
     block, test = recalls("blocks", "validation", "test")
     assert block == pytest.approx(test, abs=0.01)
-    assert recalls("events", "validation")[0] > 1.2 * test
+    assert recalls("events", "validation")[0] > test + 0.02  # .190 and .157 with all queries

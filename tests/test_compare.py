@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -53,6 +54,14 @@ device = "cpu"
 k = [5, 3]
 """
 ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_questions() -> Iterator[None]:
+    """Time a tenth of the usual questions: here it only matters that they are asked."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compare_models, "ASKED", 20)
+        yield
 
 
 @pytest.fixture(scope="module")
