@@ -25,7 +25,7 @@ from processes import MODELS, losses
 import foretaste as ft
 from foretaste.experiment.record import run_facts
 from foretaste.models.layers.table import Dense
-from foretaste.training.optimizer import make_optimizer
+from foretaste.training.settings import make_optimizer
 
 STEPS, BATCH = 50, 512
 ALLOWED = 1e-3

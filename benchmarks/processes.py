@@ -49,7 +49,7 @@ from foretaste.experiment.record import run_facts
 from foretaste.models.layers.table import DenseConfig, OwnRows
 from foretaste.training import processes
 from foretaste.training.checkpoint import Epoch
-from foretaste.training.optimizer import AdamWByRows, make_optimizer
+from foretaste.training.settings import AdamWByRows, make_optimizer
 from foretaste.training.sharded import sharding
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))

@@ -27,8 +27,7 @@ from foretaste.experiment.record import run_facts
 from foretaste.models.layers.table import Dense
 from foretaste.models.mf import MF, MFConfig
 from foretaste.sampling.samplers import DistinctSampler
-from foretaste.training.optimizer import gradients, make_optimizer
-from foretaste.training.settings import TrainingConfig
+from foretaste.training.settings import TrainingConfig, gradients, make_optimizer
 
 ROWS = (10_000, 100_000, 1_000_000, 10_000_000)
 KINDS = ("adamw", "lazy_adamw", "row_adagrad")

@@ -15,7 +15,7 @@ import foretaste as ft
 from foretaste.data.folder import reason_of, whole_file, whole_folder
 from foretaste.errors import ConfigError, ForetasteError
 from foretaste.training.checkpoint import write_checkpoint
-from foretaste.training.settings import StepLog
+from foretaste.training.progress import StepLog
 from tests.worlds import CONFIGS, make_trained
 
 RECOMMENDER = ft.build_recommender(make_trained("popularity"))

@@ -5,8 +5,7 @@ import torch
 from torch import Tensor
 
 from foretaste.models.layers.table import Dense
-from foretaste.training.optimizer import AdamWByRows, clip, gradients, make_optimizer
-from foretaste.training.settings import TrainingConfig
+from foretaste.training.settings import AdamWByRows, TrainingConfig, clip, gradients, make_optimizer
 
 NUM_ROWS, WIDTH, RATE, DECAY = 6, 3, 0.1, 0.5
 

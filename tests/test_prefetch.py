@@ -25,7 +25,8 @@ from foretaste.models.pinsage import PinSageConfig
 from foretaste.models.sasrec import SASRecConfig
 from foretaste.sampling.negatives import Seen, nearby_negatives
 from foretaste.training.objectives import NextItemConfig, ObjectiveConfig, PairsConfig, hardness
-from foretaste.training.settings import Prefetch, TrainingConfig
+from foretaste.training.progress import Prefetch
+from foretaste.training.settings import TrainingConfig
 from tests.worlds import events_of
 
 

@@ -54,7 +54,7 @@ from foretaste.models.layers.table import Dense
 from foretaste.training import processes
 from foretaste.training.checkpoint import Epoch, read_checkpoint, save_tensors, write_checkpoint
 from foretaste.training.fit import Fit
-from foretaste.training.optimizer import make_optimizer
+from foretaste.training.settings import make_optimizer
 from foretaste.training.sharded import Sharded, rows_of
 from foretaste.training.torchrec import lend_to_torchrec
 

@@ -40,9 +40,8 @@ from foretaste.training.objectives import (
     Pairs,
     PairsConfig,
 )
-from foretaste.training.optimizer import rate_factor
 from foretaste.training.progress import Cost, CostWatch
-from foretaste.training.settings import TrainingConfig
+from foretaste.training.settings import TrainingConfig, rate_factor
 from tests.worlds import every_vector
 
 

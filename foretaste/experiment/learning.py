@@ -56,8 +56,7 @@ from foretaste.training.objectives import (
     RowsConfig,
     hardness,
 )
-from foretaste.training.progress import Cost
-from foretaste.training.settings import WorkedPlan
+from foretaste.training.progress import Cost, WorkedPlan
 from foretaste.training.sharded import tables_of
 
 _OBJECTIVES: TypeAdapter[ObjectiveConfig] = TypeAdapter(ObjectiveConfig)

@@ -29,8 +29,7 @@ from foretaste.experiment.recipe import ExperimentConfig
 from foretaste.models.base import Model
 from foretaste.models.catalogue import ModelConfig, TwoStageConfig, build_model, tasks_of
 from foretaste.models.layers.table import OwnRows, Table
-from foretaste.training.optimizer import learns_by_rows
-from foretaste.training.settings import ROWS_FROM, TrainingConfig
+from foretaste.training.settings import ROWS_FROM, TrainingConfig, learns_by_rows
 from foretaste.training.sharded import rows_of
 
 _MOST_IDS, _MOST_EVENTS = 2 * ROWS_FROM, 300_000

@@ -27,20 +27,17 @@ from foretaste.training.checkpoint import (
     read_checkpoint,
     write_checkpoint,
 )
-from foretaste.training.optimizer import (
+from foretaste.training.progress import Prefetch, StepLog
+from foretaste.training.settings import (
+    TrainingConfig,
+    choose_device,
     clip,
     gradients,
+    keep_memory,
     make_optimizer,
     move_average,
     rate_factor,
     refuse_at_rest,
-)
-from foretaste.training.settings import (
-    Prefetch,
-    StepLog,
-    TrainingConfig,
-    choose_device,
-    keep_memory,
 )
 from foretaste.training.sharded import Sharded, map_tables, mapped, own_rows_of
 from foretaste.training.torchrec import lend_to_torchrec

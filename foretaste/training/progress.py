@@ -1,11 +1,20 @@
-"""Progress of a run: a bar on a terminal or a line per epoch, and an early estimate of the cost."""
+"""A run around its steps: batches made ahead, a log of steps, a progress bar, estimates of cost.
 
+What a batch holds is a function of (seed, epoch, index) alone, so with threads that make batches
+ahead of the trainer or without them a run is the same to the bit.
+"""
+
+import json
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, final
 
 import psutil
 import torch
@@ -14,9 +23,14 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from foretaste.data.folder import reason_of
+from foretaste.data.plans import Plan
+from foretaste.errors import DataError
 from foretaste.training.checkpoint import Epoch
 from foretaste.training.checkpoint import Progress as RunProgress
-from foretaste.training.fit import Fit
+
+if TYPE_CHECKING:  # fit.py reads batches by `Prefetch`
+    from foretaste.training.fit import Fit
 
 _WARM_UP = 3
 """Number of first steps that are not timed: they are slower, because memory is paged in and loops
@@ -147,7 +161,7 @@ class CostWatch:
 
     def __init__(
         self,
-        run: Fit[Any, Any],
+        run: "Fit[Any, Any]",
         found: Sequence[Callable[[Cost], object]],
         *,
         max_seconds: float | None = None,
@@ -263,3 +277,138 @@ def _nbytes(values: Iterable[object]) -> int:
         for tensor in tensors
         for one in ((tensor._indices(), tensor._values()) if tensor.is_sparse else (tensor,))
     )
+
+
+Batch = TypeVar("Batch", covariant=True)
+
+_AHEAD = 2
+"""Batches per producer that are waiting or in the making."""
+
+
+@final
+@dataclass(frozen=True, eq=False, kw_only=True)
+class WorkedPlan(Plan[Any]):
+    """A plan whose batches are processed further by the thread that makes them."""
+
+    plan: Plan[Any]
+    work: Callable[[Any, int], Any]
+    """Turns a batch and its index into the object that is delivered."""
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    @property
+    def num_events(self) -> int:
+        """Number of events in the epoch."""
+        return self.plan.num_events
+
+    def batch(self, index: int) -> Any:
+        """Make one batch and process it."""
+        return self.work(self.plan.batch(index), index)
+
+
+@final
+class Prefetch(Generic[Batch]):
+    """Delivers a plan's batches in order; producers, if any, make a few of them in advance.
+
+    The producers are threads: drawing and gathering in torch, numpy and numba releases the
+    interpreter lock for the trainer. The queue is bounded, so memory is too. Leaving the context
+    ends the threads, whether the epoch is complete or not.
+    """
+
+    def __init__(
+        self,
+        plan: Plan[Batch],
+        *,
+        producers: int,
+        first: int = 0,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """Prepare without making a batch.
+
+        Args:
+            plan: The plan whose batches are delivered.
+            producers: Number of threads that make batches; 0: the caller makes them.
+            first: Index of the first batch to deliver.
+            clock: Returns the time in seconds, to measure waiting.
+        """
+        self.plan, self.producers = plan, producers
+        self.waited_s = 0.0
+        """Time that the caller has waited for batches, in seconds."""
+        self._clock = clock
+        self._next = first
+        self._ahead: deque[Future[Batch]] = deque()
+        self._pool: ThreadPoolExecutor | None = None
+
+    def __enter__(self) -> "Prefetch[Batch]":
+        if self.producers:
+            self._pool = ThreadPoolExecutor(self.producers, thread_name_prefix="producer")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._pool = None
+
+    def next(self) -> Batch:
+        """Return the next batch; an error that a producer met is raised here."""
+        started = self._clock()
+        if self._pool is None:
+            batch = self.plan.batch(self._next)
+            self._next += 1
+        else:
+            self._fill(self._pool)
+            asked = self._ahead.popleft()
+            self._fill(self._pool)
+            batch = asked.result()
+        self.waited_s += self._clock() - started
+        return batch
+
+    def _fill(self, pool: ThreadPoolExecutor) -> None:
+        while self._next < len(self.plan) and len(self._ahead) < _AHEAD * self.producers:
+            self._ahead.append(pool.submit(self.plan.batch, self._next))
+            self._next += 1
+
+
+_STEPS_FILE = "steps.jsonl"
+
+
+@final
+class StepLog:
+    """Writes a line of JSON for each step; resuming removes lines after the checkpoint."""
+
+    def __init__(self, folder: Path | None, step: int) -> None:
+        self.file = None
+        self.path = Path(_STEPS_FILE) if folder is None else folder / _STEPS_FILE
+        if folder is None:
+            return
+        with self._in_our_words():
+            folder.mkdir(parents=True, exist_ok=True)
+            kept = self.path.read_text().splitlines(keepends=True)[:step] if step else []
+            self.path.write_text("".join(kept))
+            self.file = self.path.open("a", buffering=1)
+
+    def __enter__(self) -> "StepLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.file is not None:
+            with suppress(OSError):  # `write` has reported the error already
+                self.file.close()
+
+    def write(self, step: int, epoch: int, loss: float) -> None:
+        if self.file is not None:
+            with self._in_our_words():
+                self.file.write(json.dumps({"step": step, "epoch": epoch, "loss": loss}) + "\n")
+
+    @contextmanager
+    def _in_our_words(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise DataError(
+                f"{self.path} cannot be written: {reason_of(error)}: make room, then resume from "
+                "the last checkpoint",
+                name=str(self.path),
+                value=str(self.path),
+            ) from error

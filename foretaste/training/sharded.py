@@ -35,7 +35,7 @@ from foretaste.models.layers.table import (
 )
 from foretaste.training import processes
 from foretaste.training.checkpoint import save_together
-from foretaste.training.optimizer import ROW_STATES
+from foretaste.training.settings import ROW_STATES
 
 
 def sharding(rows_from: int) -> AbstractContextManager[None]:

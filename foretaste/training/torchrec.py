@@ -25,8 +25,7 @@ from torch import Tensor, distributed
 from foretaste.data.draws import WHOLE
 from foretaste.errors import ConfigError
 from foretaste.training import processes
-from foretaste.training.optimizer import AdamWByRows
-from foretaste.training.settings import TrainingConfig
+from foretaste.training.settings import AdamWByRows, TrainingConfig
 from foretaste.training.sharded import Sharded
 
 _VERSION = "1.8"
