@@ -126,7 +126,7 @@ def test_a_file_of_tokens_that_is_wrong_is_refused_before_anything_is_served(
         access_of(ServerSettings(token_file=path))
 
 
-def test_a_server_that_others_can_reach_wants_a_token_unless_told_otherwise() -> None:
+def test_a_server_that_others_can_reach_needs_a_token_by_default() -> None:
     for host in ("0.0.0.0", "::", "192.0.2.7", "shop.example", ""):
         assert not is_loopback(host)
         with pytest.raises(ConfigError, match="open to other machines") as caught:

@@ -88,7 +88,7 @@ def test_an_empty_history_is_the_origin() -> None:
     assert encoded[1].abs().sum() > 0
 
 
-def test_an_item_that_nobody_did_has_no_factors() -> None:
+def test_an_item_without_events_has_no_factors() -> None:
     assert every_vector(learned())[NUM_ITEMS - 1].abs().max() < 1e-6
 
 

@@ -142,7 +142,7 @@ def test_a_known_user_who_did_more_is_answered_otherwise(
         assert [row.score for row in before.rows] != [row.score for row in after.rows]
 
 
-def test_features_told_of_a_known_user_are_said_to_be_in_vain(
+def test_features_given_for_a_known_user_are_noted_as_without_influence(
     served: tuple[str, ft.Recommender],
 ) -> None:
     _, recommender = served
@@ -166,7 +166,9 @@ def test_an_unseen_user_with_features_only(served: tuple[str, ft.Recommender]) -
 
 
 @pytest.mark.parametrize("name", ["two_tower", "pinsage", "din", "two_stage behind sasrec", "ease"])
-def test_a_user_of_the_table_without_an_event_is_told_by_it(name: str, split: ft.Split) -> None:
+def test_a_user_of_the_table_without_an_event_is_represented_by_it(
+    name: str, split: ft.Split
+) -> None:
     first = split.events.offsets[1]
     silent = replace(split, part_E=np.where(np.arange(len(split.part_E)) < first, 3, split.part_E))
     few = TRAINING.model_copy(update={"epochs": 2})
@@ -208,7 +210,7 @@ def test_a_pickle_of_a_recommender_answers_as_it_does(served: tuple[str, ft.Reco
         assert [row.score for row in first] == pytest.approx([r.score for r in second], abs=1e-5)
 
 
-def test_nobody_known_is_answered_by_what_is_popular(served: tuple[str, ft.Recommender]) -> None:
+def test_an_unknown_user_gets_the_most_popular_items(served: tuple[str, ft.Recommender]) -> None:
     _, recommender = served
     for answer in (recommender.recommend(k=5), recommender.recommend("new", k=5)):
         assert (answer.source, len(answer.rows)) == ("popular", 5)
@@ -227,7 +229,7 @@ def test_an_unseen_item_with_features(served: tuple[str, ft.Recommender]) -> Non
     assert share(answer, 2) >= 0.75
 
 
-def test_an_item_of_the_table_that_nobody_did_is_ranked_where_features_are_read(
+def test_an_item_of_the_table_without_events_is_ranked_if_features_are_read(
     served: tuple[str, ft.Recommender],
 ) -> None:
     name, recommender = served

@@ -153,7 +153,7 @@ def test_a_history_alone_is_folded_in(films: Served) -> None:
     assert not {"116", "117"} & set(ids(reply))
 
 
-def test_of_whom_nothing_is_known_gets_what_is_popular(films: Served) -> None:
+def test_an_unknown_user_gets_the_most_popular_items(films: Served) -> None:
     for asked in ({}, {"user_id": "never seen"}, {"user_id": 41}):
         reply = films.recommend(k=2, **asked)
         assert reply["source"] == "popular"

@@ -383,7 +383,7 @@ def test_rank_correlation_equals_scipy() -> None:
     assert rank_correlation(x[:10], y[:10]) == 0
 
 
-def test_the_explained_share_is_one_for_what_is_told_and_none_for_chance() -> None:
+def test_the_explained_share_is_one_for_a_function_of_the_groups_and_zero_for_chance() -> None:
     # Two groups of ten: 0 0 … 1 1 …, told whole. By hand for one value swapped in each group:
     # SS within = 2 · (9 · 0.01 + 0.81) = 1.8, / 18; total = 20 · 0.25 = 5, / 19: 1 - 0.1 · 19/5.
     group = np.repeat([0, 1], 10)

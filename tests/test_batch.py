@@ -90,7 +90,7 @@ def test_each_event_keeps_its_time(name: str) -> None:
         assert torch.equal(times[batch.valid_BL], time_of(batch.item_BL[batch.valid_BL]))
 
 
-def test_no_time_is_read_where_nobody_asks() -> None:
+def test_no_time_is_read_if_it_is_not_requested() -> None:
     batches = batches_of(events_of(), untouched=True)
     times = batches["windows"].times
     assert times is not None

@@ -125,7 +125,7 @@ def test_to_recommend_is_to_fill_the_gap_after_the_last_event() -> None:
         torch.testing.assert_close(model.encode(Queries.of_histories([history])), window)
 
 
-def test_nobody_known_gets_the_state_of_a_lone_mask() -> None:
+def test_an_unknown_user_gets_the_state_of_a_single_mask() -> None:
     model = encoder("modern")
     alone = model(batch(torch.tensor([[7]])), torch.tensor([[0]]))[:, 0]
     found = model.encode(Queries.of_histories([[], [1, 2, 3], []]))
@@ -228,7 +228,7 @@ def test_how_much_is_hidden() -> None:
         assert 0 <= place_T.min() <= place_T.max() < length
 
 
-def test_every_place_is_hidden_alike() -> None:
+def test_every_position_is_masked_equally_often() -> None:
     torch.manual_seed(0)
     place_BT, real_BT = draw_places(torch.full((20_000,), 10), mask_ratio=0.3, last_share=0.0)
     share_L = place_BT[real_BT].bincount(minlength=10) / 20_000
@@ -339,7 +339,7 @@ def test_any_loss_finds_the_group(loss: str, epochs: int) -> None:
     assert (group[score_BI.argmax(dim=1)] == group).float().mean() > 0.9
 
 
-def test_it_learns_by_hiding_unless_told_otherwise() -> None:
+def test_it_learns_by_masking_by_default() -> None:
     model = encoder("original")
     assert isinstance(usual_objective(BERT4RecConfig()), MaskedItemConfig)
     with pytest.raises(ConfigError, match="'next_item', but BERT4Rec learns by 'masked_item'"):

@@ -50,7 +50,7 @@ def test_half_of_two_trips_is_one_whole_trip() -> None:
         assert (place_U5 == place_U5[:, :1]).all()
 
 
-def test_items_that_fifty_thousand_did_are_as_alike_as_others() -> None:
+def test_similarity_is_right_for_items_with_fifty_thousand_users() -> None:
     # 50,000 squared is beyond 32 bits. Of the two items' users half are in common.
     events = events_of([[0]] * 25_000 + [[0, 1]] * 25_000 + [[1]] * 25_000, 2)
     alike_P = alike(events, np.array([0, 0]), np.array([0, 1]))
@@ -62,7 +62,7 @@ def test_items_that_fifty_thousand_did_are_as_alike_as_others() -> None:
     st.floats(0.05, 0.95),
     st.integers(0, 99),
 )
-def test_a_block_is_an_event_and_those_most_alike_to_it(
+def test_a_block_is_an_event_and_those_most_similar_to_it(
     lists: list[list[int]], share: float, seed: int
 ) -> None:
     events = events_of(lists, 9)

@@ -100,7 +100,7 @@ def test_any_negatives_go_with_any_loss(name: Loss, source: str) -> None:
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_a_known_positive_is_never_a_negative_when_told_not_to(source: str) -> None:
+def test_a_known_positive_is_never_a_negative_if_known_items_are_excluded(source: str) -> None:
     torch.manual_seed(0)
     settings = {"loss": "bpr", "exclude_known": True} | SOURCES[source]
     loss = CandidateLoss(CandidateConfig.model_validate(settings), EVENTS)
@@ -119,7 +119,7 @@ def test_a_known_positive_is_never_a_negative_when_told_not_to(source: str) -> N
         assert (drawn.hidden_2P[0].diff() >= 0).all()
 
 
-def test_without_being_told_only_the_rows_own_item_is_hidden() -> None:
+def test_by_default_only_the_rows_own_item_is_hidden() -> None:
     loss = CandidateLoss(CandidateConfig(loss="softmax"), EVENTS)
     user_N, target_N = rows(EVENTS)
     drawn = loss.draw(user_N, target_N)

@@ -339,7 +339,7 @@ def test_help_and_version_are_answered_before_torch_is_loaded() -> None:
 
 
 @pytest.mark.parametrize(("given", "then"), [(None, "100000"), ("5", "5")])
-def test_waiting_threads_spin_shortly_unless_told_otherwise(
+def test_waiting_threads_spin_shortly_by_default(
     foretaste: Run, monkeypatch: pytest.MonkeyPatch, given: str | None, then: str
 ) -> None:
     monkeypatch.setenv("GOMP_SPINCOUNT", given or "")

@@ -804,7 +804,7 @@ def test_a_comparison_with_nothing_to_find_is_refused_before_anything_is_trained
     assert not told
 
 
-def test_a_budget_of_a_moment_says_what_it_cut_short(
+def test_a_tiny_budget_reports_what_it_cut_short(
     recipe: ft.ExperimentConfig, split: ft.Split
 ) -> None:
     long = recipe.model_copy(

@@ -188,7 +188,7 @@ def test_a_kind_may_be_given_as_settings(bundle: Path) -> None:
     assert caught.value.name == "table"
 
 
-def test_the_command_writes_the_kind_that_it_is_told(bundle: Path, tmp_path: Path) -> None:
+def test_the_command_writes_the_given_kind(bundle: Path, tmp_path: Path) -> None:
     line = ["compress", str(bundle), "--kind", "int8", "--out", str(tmp_path / "small"), "--json"]
     done = CliRunner().invoke(app, line)
     assert done.exit_code == 0, done.output

@@ -220,7 +220,9 @@ def test_a_request_is_the_same_in_whatever_pieces_it_comes(server: Server) -> No
 
 @pytest.mark.parametrize("ending", [b"", b"Connection: close\r\n"])
 @pytest.mark.parametrize("times", [1, 3])
-def test_an_answer_that_nobody_reads_is_cut_off(server: Server, ending: bytes, times: int) -> None:
+def test_an_answer_that_the_client_does_not_read_is_cut_off(
+    server: Server, ending: bytes, times: int
+) -> None:
     server.wait_for(0)
     with server.connect() as client:
         client.sendall((b"GET /many HTTP/1.1\r\nHost: x\r\n" + ending + b"\r\n") * times)

@@ -198,7 +198,7 @@ def split_by(name: str) -> tuple[Split, pl.DataFrame]:
 
 
 @pytest.mark.parametrize("name", ["rolling", "ratio", "last"])
-def test_a_list_is_asked_for_at_the_moment_of_its_first_target(name: str) -> None:
+def test_a_list_has_the_context_of_its_first_target(name: str) -> None:
     split, frame = split_by(name)
     schema = FeatureSchema(context={"place": CategoricalField()})
     features = fit_features(schema, split.train)

@@ -552,7 +552,7 @@ def test_a_model_does_not_differ_from_itself() -> None:
     assert comparison.p_value == 1
 
 
-def test_a_better_model_is_told_from_a_worse_one() -> None:
+def test_a_better_model_differs_significantly_from_a_worse_one() -> None:
     better, worse = two_reports()
     comparison = compare(better, worse, "ndcg_at_5", resamples=1000)
     assert comparison.difference == pytest.approx(

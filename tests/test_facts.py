@@ -19,7 +19,7 @@ def test_a_run_s_date_is_now_in_utc_to_the_second() -> None:
     assert (date.utcoffset(), date.microsecond) == (timedelta(0), 0)
 
 
-def test_the_threads_are_torch_s_unless_told() -> None:
+def test_the_threads_are_those_of_torch_by_default() -> None:
     assert run_facts()["threads"] == torch.get_num_threads()
     told = torch.get_num_threads() + 1
     assert run_facts(threads=told)["threads"] == told

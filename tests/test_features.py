@@ -532,7 +532,7 @@ def test_a_field_without_a_value_in_training_is_left_out_and_said() -> None:
     assert null.item is None
 
 
-def test_an_item_with_no_features_is_told_apart() -> None:
+def test_an_item_without_features_is_distinguished() -> None:
     frame = pl.DataFrame({"g": [["a"], None], "n": [1.0, None]})
     _, table = side_and_table(fit_item(frame, g=MultiField(), n=NumericField()))
     assert table.known_R.tolist() == [True, False]

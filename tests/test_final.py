@@ -362,7 +362,7 @@ def test_what_both_trainings_will_cost_is_said_early(
     assert cost["validation_seconds"] > 0
 
 
-def test_a_training_that_costs_too_much_can_be_ended_by_who_is_told(
+def test_a_training_that_costs_too_much_can_be_ended_by_on_cost(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("foretaste.training.progress._LOOK_SECONDS", 0.0)

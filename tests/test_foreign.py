@@ -347,7 +347,7 @@ def test_a_user_who_does_an_item_again_was_not_trained_on_the_second_time() -> N
         assert "trained_on" not in report.counts
 
 
-def test_users_whom_the_model_knows_are_not_measured_as_new_ones() -> None:
+def test_users_that_the_model_knows_are_not_measured_as_new_ones() -> None:
     # the other file begins later: nothing is known there of whom the model was trained on
     later = table(seed=1).with_columns(pl.col("t") + 86_400)
     strangers = later.with_columns(pl.col("user_id") + 1000)

@@ -135,7 +135,7 @@ def test_tasks_of_list_weight_0_have_no_say_in_lists_and_their_weight_still_teac
     torch.testing.assert_close(heavier, 2 * raw["click"].sigmoid() + 0.1 * raw["buy"].sigmoid())
 
 
-def test_tasks_that_cannot_be_told_apart_or_taught_are_refused() -> None:
+def test_tasks_with_equal_names_or_without_weights_are_refused() -> None:
     with pytest.raises(ConfigError, match="no task"):
         Heads(())
     with pytest.raises(ConfigError, match="two tasks are named 'click'"):

@@ -276,7 +276,7 @@ def test_a_list_as_long_as_the_catalogue_holds_every_item_once(fast: ItemIndex) 
 
 
 @pytest.mark.parametrize("kind", ["exact", *APPROXIMATE])
-def test_an_item_that_training_never_saw_is_never_answered(kind: IndexChoice) -> None:
+def test_an_item_without_training_events_is_never_recommended(kind: IndexChoice) -> None:
     table = clustered(3000)
     known = torch.rand(3000, generator=torch.Generator().manual_seed(0)) < 0.5
     index = build_index(table, kind=kind, known_I=known)

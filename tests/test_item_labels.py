@@ -155,7 +155,7 @@ def test_rules_may_name_what_people_can_read() -> None:
         ),
     ],
 )
-def test_what_cannot_be_asked_of_a_column_is_refused_with_the_mend(
+def test_a_condition_that_does_not_fit_a_column_is_refused_with_the_fix(
     column: str, asked: dict[str, object], says: str
 ) -> None:
     with pytest.raises(DataError, match=says):

@@ -102,7 +102,7 @@ def test_a_user_whose_past_is_forgotten_is_answered_by_what_is_left() -> None:
     assert torch.equal(model.encode(known([3], [left])), model.encode(Queries.of_histories([left])))
 
 
-def test_users_without_training_events_are_strangers() -> None:
+def test_users_without_training_events_are_new_users() -> None:
     events = events_of([*planted_histories(num_users=20), []], num_items=40)
     torch.manual_seed(0)
     model = MF(MFConfig(embedding_dim=8), num_users=21, num_items=40)

@@ -90,7 +90,7 @@ def test_labels_are_standardised_and_come_back_in_their_own_unit(
     torch.testing.assert_close(back, torch.from_numpy(labels), equal_nan=True, rtol=1e-5, atol=1e-5)
 
 
-def test_labels_that_are_all_alike_are_learned_without_dividing_by_nothing() -> None:
+def test_equal_labels_are_learned_without_a_division_by_zero() -> None:
     assert label_scale(MINUTES, np.full(4, 7.0, np.float32)) == LabelScale(7.0, 1.0)
     with pytest.raises(DataError, match=r"'minutes' has no label in training.*leave it out"):
         label_scale(MINUTES, np.full(4, NAN, np.float32))

@@ -108,7 +108,7 @@ def test_a_pre_trained_neumf_starts_as_the_weighted_sum_of_its_parts(alpha: floa
     torch.testing.assert_close(model(queries, item)["click"], expected)
 
 
-def test_who_has_no_event_is_nobody_and_is_not_taught() -> None:
+def test_a_user_without_events_is_unknown_and_not_trained() -> None:
     # user 1 and item 1 have none
     events = Interactions(
         users=Vocabulary(pl.Series(range(3))),
@@ -129,7 +129,7 @@ def test_who_has_no_event_is_nobody_and_is_not_taught() -> None:
     torch.testing.assert_close(model(asked([1]), item), model(asked([-1]), item))
 
 
-def test_a_new_user_is_told_by_the_history() -> None:
+def test_a_new_user_is_represented_by_the_history() -> None:
     events = Interactions(
         users=Vocabulary(pl.Series(range(NUM_USERS))),
         items=Vocabulary(pl.Series(range(NUM_ITEMS))),

@@ -258,7 +258,7 @@ def test_caps_count_new_items_and_those_of_the_catalogue_together(
 
 
 @pytest.mark.parametrize("by", ["vectors", ("genre", "tags")], ids=["vectors", "columns"])
-def test_diversity_weighs_how_alike_new_items_are_as_the_slow_way_does(
+def test_diversity_of_new_items_equals_the_slow_computation(
     by: Literal["vectors"] | tuple[str, ...],
 ) -> None:
     recommender = make(TOWERS)
@@ -316,7 +316,7 @@ def test_vectors_that_new_items_have_not_are_refused_and_columns_named_instead()
     assert recommender.recommend(history=[1], k=3, rules=other, new_items=NEW).rows
 
 
-def test_any_column_of_the_items_may_be_told_though_the_model_does_not_read_it() -> None:
+def test_any_column_of_the_items_may_be_given_even_if_the_model_does_not_read_it() -> None:
     schema = ft.FeatureSchema(item={"genre": ft.CategoricalField()})
     recommender = make(ft.DeepFMConfig(hidden=(8,), **WIDE), schema)
     told = {"a": {"genre": "g1", "year": 9}, "b": {"genre": "g1", "year": 1}, "c": {"genre": "g1"}}
@@ -362,7 +362,7 @@ def test_any_column_of_the_items_may_be_told_though_the_model_does_not_read_it()
     ],
     ids=str,
 )
-def test_a_value_is_told_as_people_write_it(
+def test_a_value_is_accepted_in_any_common_spelling(
     column: pl.Series, told: object, asked: dict[str, object]
 ) -> None:
     labels = ItemLabels(pl.DataFrame({"c": column}), num_items=2)
@@ -408,7 +408,7 @@ def test_where_nothing_can_be_said_of_a_new_item_the_answer_says_so(
     assert all(isinstance(row.item_id, int) for row in answer.rows)
 
 
-def test_a_person_sees_of_a_new_item_what_is_told_of_the_columns_that_items_show() -> None:
+def test_a_new_item_shows_its_given_values_in_the_columns_that_items_show() -> None:
     events = ft.read_interactions(
         pl.DataFrame({"user_id": [1], "item_id": [1]}),
         items=pl.DataFrame({"item_id": [1], "title": ["One"], "genre": ["g0"]}),

@@ -50,7 +50,7 @@ def folds() -> tuple[Fold, ...]:
     return fit_folds(lambda part: ft.fit(EASE, part), SPLIT, 3, seed=0)
 
 
-def test_the_rows_own_item_is_told_from_those_beside_it() -> None:
+def test_the_rows_own_item_is_distinguished_from_the_others() -> None:
     # e^ln2 / (e^ln2 + 1 + 1) = 1/2; one of the two hidden: 2/3; a hidden own counts all the same
     logit_BC = torch.tensor([[log(2.0), 0.0, 0.0]])
     none, last, own = (

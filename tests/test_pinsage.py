@@ -204,7 +204,7 @@ def test_dropout_of_ids_and_neighbours_happens_in_training_only() -> None:
         assert torch.equal(one, other)
 
 
-def test_everybody_cold_is_everybody_alike() -> None:
+def test_all_cold_users_and_items_get_the_same_vector() -> None:
     model = model_of(world(), cold_share=0.999999)
     vectors = model(queries_of([0, 1, 2]), torch.arange(8))
     assert (vectors.item_VD - vectors.item_VD[0]).abs().max() < 1e-6
@@ -274,7 +274,7 @@ def two_groups(num_items: int = 40) -> Interactions:
 
 
 @pytest.mark.parametrize("settings", [{}, {"ids": False}])
-def test_items_nobody_did_are_placed_by_their_features(settings: dict[str, object]) -> None:
+def test_items_without_events_are_placed_by_their_features(settings: dict[str, object]) -> None:
     # of 8 items without events, 2 are of the user's group: by chance a quarter
     events = two_groups()
     schema = FeatureSchema(item={"colour": CategoricalField()})
@@ -306,7 +306,7 @@ def test_features_of_another_number_of_items_are_refused() -> None:
         PinSage(PinSageConfig(), num_users=events.num_users, num_items=41, features=features)
 
 
-def test_items_nobody_did_are_placed_by_what_they_share() -> None:
+def test_items_without_events_are_placed_by_shared_attributes() -> None:
     events = two_groups()
     config = PinSageConfig(embedding_dim=16, graph=GraphConfig(attributes=("colour",)))
     torch.manual_seed(0)

@@ -42,7 +42,7 @@ def recipe(tmp_path: Path) -> Path:
     return path
 
 
-def test_tables_of_many_rows_are_dealt_and_others_are_whole(recipe: Path) -> None:
+def test_tables_of_many_rows_are_sharded_and_others_are_not(recipe: Path) -> None:
     config = ft.read_experiment(recipe)
     found = ft.plan_size(config, events=EVENTS, users=USERS, items=ITEMS, processes=4)
     users, items = found.tables

@@ -108,7 +108,7 @@ class Clock:
         return self.now_s
 
 
-def test_waiting_is_measured_where_nobody_makes_batches_ahead() -> None:
+def test_waiting_is_measured_without_producers() -> None:
     clock = Clock()
 
     def pass_20_ms(index: int) -> None:

@@ -233,7 +233,7 @@ def test_checkpoints_of_two_processes_hold_no_pickle(of_two: Path) -> None:
     assert {name.partition("-")[0] for name in names} == {"model", "best", "optimizer"}
 
 
-def test_a_model_whose_rows_were_dealt_is_that_of_one_process_to_the_last_bit(
+def test_a_model_with_sharded_rows_is_bit_identical_to_that_of_one_process(
     of_two: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
@@ -485,7 +485,7 @@ def test_parts_of_a_draw_are_the_draw_of_one_process(world: int, each: int) -> N
 
 @pytest.mark.parametrize("num_rows", [0, 5, 16, 17, 47, 48, 50, 100])
 @pytest.mark.parametrize("world", [1, 3])
-def test_first_rows_of_a_dealt_table_are_those_of_a_whole_one(
+def test_initial_rows_of_a_sharded_table_are_those_of_an_unsharded_one(
     monkeypatch: pytest.MonkeyPatch, num_rows: int, world: int
 ) -> None:
     monkeypatch.setattr("foretaste.training.sharded.BLOCK_ROWS", 16)

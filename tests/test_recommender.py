@@ -75,7 +75,7 @@ def test_a_known_user_is_answered_by_the_model(recommender: Recommender) -> None
         assert answer.notes == ()
 
 
-def test_a_stranger_with_a_history_is_folded_in(recommender: Recommender) -> None:
+def test_a_new_user_with_a_history_is_folded_in(recommender: Recommender) -> None:
     history = [503, 507, 511]
     for stranger in (None, 9999, "nobody"):
         answer = recommender.recommend(stranger, history=history, k=6)
@@ -83,7 +83,7 @@ def test_a_stranger_with_a_history_is_folded_in(recommender: Recommender) -> Non
         assert (answer.source, answer.user_known) == ("fold-in", False)
 
 
-def test_somebody_of_whom_nothing_is_known_gets_what_is_popular(recommender: Recommender) -> None:
+def test_an_unknown_user_gets_the_most_popular_items(recommender: Recommender) -> None:
     counts = recommender.trained.events.item_count
     expected = [500 + int(row) for row in np.argsort(-counts, kind="stable")[:6]]
     for stranger in (None, "nobody", 10**30, -1, "0100", 100 + SILENT_USER):
@@ -105,7 +105,7 @@ def test_a_history_of_unknown_items_is_no_history(recommender: Recommender) -> N
     assert "1 item id is not in the training data: 'never'" in mixed.notes
 
 
-def test_an_item_that_training_never_saw_is_never_answered(recommender: Recommender) -> None:
+def test_an_item_without_training_events_is_never_recommended(recommender: Recommender) -> None:
     for answer in (
         recommender.recommend(k=100),
         recommender.recommend(100, k=100, exclude_seen=False),
@@ -126,7 +126,9 @@ def test_live_events_follow_the_history_of_a_known_user(recommender: Recommender
     assert (answer.source, answer.user_known) == ("model", True)
 
 
-def test_a_silent_user_with_live_events_is_folded_in(recommender: Recommender) -> None:
+def test_a_user_without_training_events_but_with_live_events_is_folded_in(
+    recommender: Recommender,
+) -> None:
     answer = recommender.recommend(100 + SILENT_USER, history=[502, 504], k=5)
     assert answer.rows == recommender.recommend(history=[502, 504], k=5).rows
     assert answer.source == "fold-in"
@@ -143,7 +145,7 @@ def test_what_was_seen_comes_back_only_when_asked_for(recommender: Recommender) 
     assert len(answer.rows) == len(set(ids(answer))) == NUM_ITEMS
 
 
-def test_allow_and_deny_are_kept_to(recommender: Recommender) -> None:
+def test_allow_and_deny_are_respected(recommender: Recommender) -> None:
     for user in (104, None):
         every = ids(recommender.recommend(user, k=NUM_ITEMS, exclude_seen=False))
         allow, deny = [*every[::2], "unheard"], every[:1]
@@ -510,7 +512,7 @@ def test_no_users_and_too_many_items_are_fine(recommender: Recommender) -> None:
     ]
 
 
-def test_blocks_hold_every_user_once_and_no_giant_among_dwarfs(
+def test_blocks_hold_every_user_once_and_histories_of_similar_length(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(catalogue_search, "BLOCK_EVENTS", 25)
@@ -545,7 +547,7 @@ def test_without_vectors_similar_is_what_follows_that_item_alone(kind: str) -> N
     assert ids(recommender.similar(503, 5)) == ids(recommender.recommend(history=[503], k=5))
 
 
-def test_an_item_is_not_similar_to_itself_and_an_unknown_one_is_said(
+def test_an_item_is_not_similar_to_itself_and_an_unknown_one_is_an_error(
     recommender: Recommender,
 ) -> None:
     everything = recommender.similar(503, 1000)
@@ -566,7 +568,7 @@ def test_an_item_is_not_similar_to_itself_and_an_unknown_one_is_said(
         ("503.0", False, "503"),
     ],
 )
-def test_an_unknown_item_that_is_nearly_one_is_said(
+def test_an_unknown_item_gets_the_nearest_id_suggested(
     asked: str, near: str, *, text_ids: bool
 ) -> None:
     with pytest.raises(DataError, match=f"did you mean {near}"):
@@ -626,7 +628,7 @@ def test_only_the_last_fifty_events_are_tried() -> None:
 # Building
 
 
-def test_a_fallback_of_another_window_answers_strangers() -> None:
+def test_a_fallback_with_another_window_answers_unknown_users() -> None:
     events = make_events()
     trained = make_trained("sasrec", events)
     recent = make_trained("popularity", events.select(np.asarray(events.timestamp_s) >= 1005))

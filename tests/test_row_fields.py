@@ -162,7 +162,7 @@ def test_each_table_is_looked_up_once_a_batch(monkeypatch: pytest.MonkeyPatch) -
     assert len(passes) == len(set(passes)) == 5  # ids of users and items, codes of all three sides
 
 
-def test_nobody_gets_no_gradient() -> None:
+def test_row_minus_one_gets_no_gradient() -> None:
     made = fields()
     parts = made(QUERIES, ITEMS, torch.tensor([-1]))
     (parts.query_BQW.sum() + parts.item_ACGW.sum() + parts.history_MGW.sum()).backward()
@@ -188,7 +188,7 @@ def test_the_gradient_is_that_of_each_field_by_itself() -> None:
         torch.testing.assert_close(one.grad, other.grad, msg=name)
 
 
-def test_behind_a_gate_an_item_without_events_is_told_by_its_vectors() -> None:
+def test_behind_a_gate_an_item_without_events_is_represented_by_its_vectors() -> None:
     made = fields(RowFieldsConfig(embedding_dim=W, fusion="gate")).eval()
     assert made.num_item_fields == 3  # id and image, brand, genres
     # item 1 has an id and an image; item 2 an id alone; item 3 neither
@@ -217,7 +217,7 @@ def test_ids_are_dropped_in_training_only_where_something_else_is_known() -> Non
     assert bare(QUERIES, item_AC).item_ACGW[0, :2, 0].abs().sum() > 0
 
 
-def test_a_moment_of_which_nothing_is_told_is_unknown() -> None:
+def test_a_context_without_values_is_unknown() -> None:
     made = fields().eval()
     untold = made.query(replace(QUERIES, context=None))
     told = made.query(replace(QUERIES, context=MOMENT.unknown(4)))
@@ -269,7 +269,7 @@ def test_events_that_cannot_be_written_teach_without_a_warning() -> None:
         torch.set_warn_always(always)
 
 
-def test_where_each_row_is_a_user_of_its_own_nobody_has_a_vector() -> None:
+def test_if_each_row_is_its_own_user_no_user_has_a_vector() -> None:
     held_out = replace(EVENTS, offsets=np.array([0, 1, 1, 2]), item_idx=EVENTS.item_idx[:2])
     made = fields()
     made.begin(held_out)

@@ -398,7 +398,7 @@ def test_what_cannot_be_learned_or_measured_is_refused() -> None:
         evaluate_rows(lists, happened())
 
 
-def test_a_ranker_learns_by_rows_unless_told_otherwise() -> None:
+def test_a_ranker_learns_by_rows_by_default() -> None:
     assert isinstance(usual_objective(GMFConfig()), RowsConfig)
 
 

@@ -236,7 +236,7 @@ epochs = 1
 """
 
 
-def test_a_log_of_nobody_s_visits_is_fitted_measured_and_served_for_a_moment(
+def test_a_log_without_users_is_fitted_measured_and_served_for_a_context(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     draw = np.random.default_rng(0)

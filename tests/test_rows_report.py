@@ -141,7 +141,7 @@ def test_the_interval_of_a_mean_is_that_of_the_mean_over_users() -> None:
     assert report.intervals["log_loss"] == pytest.approx(expected, abs=1e-12)
 
 
-def test_the_interval_of_auc_is_worked_out_anew_for_each_draw_of_users() -> None:
+def test_the_interval_of_auc_is_computed_again_for_each_draw_of_users() -> None:
     predicted = world(num=60, users=8)
     report = measured(predicted, resamples=50)
     label, probability = predicted.label_NT[:, 0], predicted.prediction_NT[:, 0]
@@ -245,7 +245,7 @@ def test_a_model_is_better_than_a_noisier_one_and_no_better_than_itself() -> Non
     assert same.p_value == 1
 
 
-def test_models_that_are_as_good_are_rarely_told_apart() -> None:
+def test_equally_good_models_rarely_differ_significantly() -> None:
     # Two guesses with noise of the same size; chance would say "better" in 1 of 20.
     apart = 0
     for seed in range(20):
@@ -287,7 +287,7 @@ def too_sure(num: int = 3000, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize("method", ["platt", "isotonic"])
-def test_a_model_that_is_too_sure_is_mended_and_keeps_its_order(method) -> None:
+def test_an_overconfident_model_is_corrected_and_keeps_its_order(method) -> None:
     found = fit_calibration(method, *too_sure(seed=0))
     label, probability = too_sure(seed=1)
     better = calibrated(found, probability)

@@ -59,7 +59,7 @@ def test_listed_items_are_the_only_candidates() -> None:
     assert (again.suffix, again.metrics) == (report.suffix, report.metrics)
 
 
-def test_listed_items_that_nobody_lists_are_said() -> None:
+def test_missing_listed_items_are_an_error() -> None:
     split = leave_last_split(events_of([[0, 1, 2, 3], [1, 2, 3, 0]], num_items=4))
     with pytest.raises(ConfigError, match="the data list no negatives"):
         evaluate(

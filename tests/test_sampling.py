@@ -62,13 +62,13 @@ def test_the_alias_table_holds_exactly_the_stated_chances() -> None:
     torch.testing.assert_close(held / num_items, sampler.probability_I, rtol=1e-9, atol=1e-15)
 
 
-def test_a_sampler_that_draws_alike_would_be_noticed() -> None:
+def test_a_sampler_that_draws_uniformly_would_be_noticed() -> None:
     alike = UniformSampler(300).draw((200_000,), generator=generator())
     assert p_value(alike, PopularitySampler(COUNTS["skewed"]).probability_I) < 1e-12
 
 
 @pytest.mark.parametrize("known", [None, torch.arange(40) % 3 > 0])
-def test_uniform_draws_known_items_alike(known: torch.Tensor | None) -> None:
+def test_uniform_draws_known_items_equally_often(known: torch.Tensor | None) -> None:
     sampler = UniformSampler(40, known_I=known)
     assert p_value(sampler.draw((100, 2_000), generator=generator()), sampler.probability_I) > 1e-4
 
@@ -163,7 +163,7 @@ def test_drawing_costs_the_same_whatever_the_catalogue() -> None:
     assert best_s[2**17] < 3 * best_s[2**4]
 
 
-def test_pairs_told_apart_in_ranges_of_users_are_those_of_all(
+def test_distinct_pairs_in_ranges_of_users_are_those_of_all(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     rng = np.random.default_rng(0)

@@ -295,7 +295,7 @@ def test_a_body_far_too_large_gets_its_answer_though_it_was_still_sending(
         assert reply.status_code == 413
 
 
-def test_a_port_that_is_taken_is_said_with_the_mend(bundle: Path, tmp_path: Path) -> None:
+def test_a_port_in_use_is_an_error_with_the_fix(bundle: Path, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         settings = ServerSettings(port=taken.getsockname()[1], state=str(tmp_path / "e.sqlite"))
         with pytest.raises(ConfigError, match=r"cannot listen on port \d+ .* choose another"):

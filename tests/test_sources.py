@@ -151,7 +151,7 @@ def test_a_broken_download_is_never_kept(fault: str, site: str, tmp_path: Path) 
     assert kept(cache) == []
 
 
-def test_a_cached_copy_that_went_bad_is_fetched_anew(site: str, tmp_path: Path) -> None:
+def test_a_damaged_cached_copy_is_downloaded_again(site: str, tmp_path: Path) -> None:
     serve(archive())
     source, cache = at(f"{site}/ml-100k.zip", tmp_path), tmp_path / "cache"
     good = from_cache(source, cache).events.fingerprint()
@@ -225,7 +225,7 @@ def test_where_the_address_cannot_be_reached_the_wheel_gives_the_same(
     assert set(dataset.events.item_table["title"]) == {"Kolya", "Amélie"}
 
 
-def test_where_no_way_leads_there_each_is_said_with_the_mend(
+def test_if_no_source_works_each_is_named_with_the_fix(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
@@ -354,7 +354,7 @@ def test_an_unknown_name_is_answered_with_the_known_ones() -> None:
         find_source("nothing like it")
 
 
-def test_a_folder_without_the_files_is_told_what_is_missing(tmp_path: Path) -> None:
+def test_a_folder_without_the_files_is_an_error_that_names_the_missing_ones(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"u\.data or ml-100k\.inter"):
         get_dataset("ml-100k", data_dir=tmp_path)
 

@@ -99,7 +99,7 @@ def asked(split: Split, part: str) -> list[tuple[str, str, str]]:
 # --- by hand ---------------------------------------------------------------------------------
 
 
-def test_a_temporal_split_cuts_all_users_at_the_same_moments() -> None:
+def test_a_temporal_split_cuts_all_users_at_the_same_times() -> None:
     # Ten events: 60 % are those before second 7, 20 % are seconds 7 and 8, then 9 and 10.
     split = temporal_split(interactions(TEN), validation=0.2, test=0.2)
     assert named(split, VALIDATION) == [("a", "s"), ("c", "p")]
@@ -389,7 +389,7 @@ def test_tables_without_times_say_that_order_stands_for_time() -> None:
     assert "came after a test event" in " ".join(random_split(events, test=0.3).leaks)
 
 
-def test_moving_validation_into_training_counts_the_leaks_anew() -> None:
+def test_moving_validation_into_training_counts_the_leaks_again() -> None:
     refit = leave_last_split(interactions(TEN)).refit()
     # Newer than b's 6 are now 7, 8 and 9 of eight training events: (0 + 3/8) / 2 = 18.75 %.
     assert "18.8%" in refit.leaks[0]

@@ -404,7 +404,7 @@ def test_weights_of_no_task_are_refused_by_name() -> None:
         one_stage.recommend(100, weights={"click": 1})
 
 
-def test_what_is_predicted_of_a_held_out_row_is_served_for_its_moment(tmp_path: Path) -> None:
+def test_the_prediction_of_a_held_out_row_is_served_for_its_context(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     num = 900
     events = ft.read_interactions(
@@ -617,7 +617,7 @@ def test_a_mixture_keeps_its_share() -> None:
     assert set(drawn_BN.unique().tolist()) == {1, 2}
 
 
-def test_two_trained_models_are_joined_and_strangers_are_not() -> None:
+def test_two_trained_models_are_joined_unless_their_users_or_items_differ() -> None:
     retriever = ft.fit(ItemKNNConfig(), SPLIT)
     ranker = ft.fit(NeuMFConfig(factors=4), SPLIT, training=SHORT, show=False)
     joined = ft.two_stage(retriever, ranker, candidates=7)

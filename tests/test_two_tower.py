@@ -223,7 +223,7 @@ def test_histories_read_in_chunks_of_like_length_are_those_read_alone(history: s
     torch.testing.assert_close(model.encode(queries), one_by_one(model, queries))
 
 
-def test_a_block_of_nobody_is_answered_with_nothing() -> None:
+def test_a_block_without_users_has_an_empty_answer() -> None:
     for history in HISTORY_KINDS:
         assert towers(history=history).eval().encode(Queries.of_histories([])).shape == (0, 8)
 
@@ -268,7 +268,7 @@ def test_blocks_of_items_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None
 # --- who and what training never saw -----------------------------------------------------------
 
 
-def test_a_new_user_with_a_profile_is_told_by_it() -> None:
+def test_a_new_user_with_a_profile_is_represented_by_it() -> None:
     model = towers(FEATURES, history="mean", user_id=False).eval()
     assert FEATURES.user is not None
     profile = FEATURES.user.encode(pl.DataFrame({"taste": ["g1", "g2", None, "unheard of"]}))
@@ -346,7 +346,7 @@ TRAINING = TrainingConfig(
         {"history": "none", "id_dropout": 0.3, "fusion": "concat"},
     ],
 )
-def test_items_that_nobody_has_done_are_found_by_their_features(
+def test_items_without_events_are_found_by_their_features(
     settings: dict[str, object],
 ) -> None:
     # of the about 35 items that a user has not done, the first 10 hold a given one with .29

@@ -215,7 +215,7 @@ def test_popularity_gives_the_level_and_item_knn_is_named_beside_it() -> None:
         (0.31, 3, "item-kNN", "l2"),  # 1.1 times popularity is .309
     ],
 )
-def test_a_run_below_what_counting_reaches_is_told_what_to_try(
+def test_a_run_below_counting_gets_advice(
     best: float, best_epoch: int, named: str, todo: str
 ) -> None:
     found = make_validation(untrained("mf"), SPLIT)

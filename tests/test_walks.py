@@ -119,7 +119,7 @@ def test_threads_and_company_change_nothing() -> None:
     assert not np.array_equal(other.neighbour_VT, one.neighbour_VT)
 
 
-def test_uniform_neighbours_are_direct_and_alike() -> None:
+def test_uniform_neighbours_are_direct_and_have_equal_weights() -> None:
     # each of 2,000 hubs has the same 20 neighbours, and 5 are drawn: each with chance 1/4, so a
     # leaf is drawn 500 +- 19 times
     ties = [(hub, leaf) for hub in range(20, 2020) for leaf in range(20)]
@@ -145,7 +145,7 @@ def test_a_window_of_nodes_is_walked_through_but_only_it_counts() -> None:
     assert uniform_neighbours(path, top=3, seed=0, counted=(0, 2)).neighbour_VT[0, 0] == -1
 
 
-def test_isolated_nodes_and_graphs_of_one_node_have_nobody() -> None:
+def test_isolated_nodes_and_graphs_of_one_node_have_no_neighbours() -> None:
     alone = graph_of_ties([], num_nodes=1)
     for found in (most_visited(alone, top=3, seed=0), uniform_neighbours(alone, top=3, seed=0)):
         assert (found.neighbour_VT == -1).all()
