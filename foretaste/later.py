@@ -1,8 +1,8 @@
-"""Modules that are loaded when something of them is first used.
+"""Modules that are loaded at the first use of one of their attributes.
 
-numba, SciPy, faiss and implicit take between a tenth of a second and a whole one to load, and most
-runs use none or one of them. A file that needs one names it at its top, as an import does:
-`faiss = later("faiss")`.
+numba, SciPy, faiss and implicit take between a tenth of a second and a second to load, and most
+runs use at most one of them. A file that needs one names it at the top, like an import: `faiss =
+later("faiss")`.
 """
 
 from importlib import import_module
@@ -13,7 +13,7 @@ from typing import Any, final
 
 @final
 class _Later(ModuleType):
-    """A placeholder of a module, which loads it when an attribute is asked for."""
+    """A placeholder of a module, which loads it when an attribute is read."""
 
     def __getattr__(self, name: str) -> object:
         return getattr(import_module(self.__name__), name)

@@ -49,7 +49,7 @@ def test_a_selection_keeps_every_column_in_step() -> None:
 
 
 def test_a_mask_of_another_length_is_refused() -> None:
-    with pytest.raises(DataError, match=r"keep has 2 values, and there are 3"):
+    with pytest.raises(DataError, match=r"keep has 2 values, but there are 3 events"):
         events().select(np.array([True, False]))
 
 

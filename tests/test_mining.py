@@ -125,7 +125,7 @@ def test_what_was_never_mined_and_what_has_no_index_are_said() -> None:
     assert source.state() == {}
     with pytest.raises(ConfigError, match="no hard negatives are mined yet"):
         draw(source)
-    with pytest.raises(ConfigError, match="Popularity is no retriever"):
+    with pytest.raises(ConfigError, match="Popularity is not a retriever"):
         source.refresh(Popularity(PopularityConfig(), num_items=2), 1)
 
 
@@ -214,7 +214,7 @@ def test_a_search_beside_training_holds_for_the_stretch_after_it() -> None:
 def test_a_search_that_fails_ends_the_run_with_its_error() -> None:
     source = mined(mf(0), CONFIG.model_copy(update={"hard_refresh_steps": 4}))
     source.start(Popularity(PopularityConfig(), num_items=2), 0)
-    with pytest.raises(ConfigError, match="Popularity is no retriever"):
+    with pytest.raises(ConfigError, match="Popularity is not a retriever"):
         source.ranked_at(4)
 
 

@@ -136,7 +136,7 @@ def test_a_broken_prediction_gets_no_metric(metric) -> None:
 
 @pytest.mark.parametrize("metric", ["log_loss", "ece"])
 def test_a_logit_is_not_taken_for_a_probability(metric) -> None:
-    with pytest.raises(DataError, match=r"1.5 of row 1 is no probability.*not logits"):
+    with pytest.raises(DataError, match=r"1.5 of row 1 is not a probability.*no logits"):
         value(metric, np.array([0.0, 1]), np.array([0.2, 1.5]))
 
 

@@ -1003,7 +1003,7 @@ def test_what_is_no_table_at_all(tmp_path: Path) -> None:
         read_interactions(tmp_path / "none.csv")
     with pytest.raises(DataError, match="is a folder"):
         read_interactions(tmp_path)
-    with pytest.raises(DataError, match="postgresql:// is no path") as caught:
+    with pytest.raises(DataError, match="postgresql:// is not a path") as caught:
         read_interactions("postgresql://me:secret@host/db")
     assert "secret" not in str(caught.value)
     with pytest.raises(DataError, match="cannot be a dict"):
@@ -1119,7 +1119,7 @@ def test_a_table_without_users_or_items_is_rows_of_their_own() -> None:
     assert events.columns["income"][:2].tolist() == [0, 1]
     assert np.isnan(events.columns["income"][2])
     assert events.notes == (
-        "there is no column of users: every row is a user of its own",
+        "there is no column of users: every row is its own user",
         "there is no column of items: all rows belong to one item, 'row'",
     )
 

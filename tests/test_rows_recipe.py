@@ -255,7 +255,7 @@ def test_a_log_without_users_is_fitted_measured_and_served_for_a_context(
     told = capsys.readouterr()
     assert end.value.code == 0
     assert "auc" in metrics_in(json.loads(told.out))  # of lists there is nothing to measure
-    assert "every row is a user of its own" in told.err
+    assert "every row is its own user" in told.err
     assert "'shop' is 'main' on every training row: it contributes nothing" in told.err
 
     recommender = ft.load(bundle)

@@ -626,7 +626,7 @@ def test_two_trained_models_are_joined_unless_their_users_or_items_differ() -> N
     )
     with pytest.raises(ConfigError, match="ItemKNN is not a ranker"):
         ft.two_stage(ranker, retriever)
-    with pytest.raises(DataError, match="know different users"):
+    with pytest.raises(DataError, match="have different users"):
         ft.two_stage(make_trained("ease"), ranker)
 
 

@@ -106,7 +106,7 @@ def import_(
     out: Annotated[Path, typer.Option(help="Folder of the event store to write.")],
     replace: ReplaceFlag = False,
     no_users: Annotated[
-        bool, typer.Option("--no-users", help="There are no users: every row is a user of its own.")
+        bool, typer.Option("--no-users", help="There are no users: every row is its own user.")
     ] = False,
     no_items: Annotated[
         bool, typer.Option("--no-items", help="There are no items: all rows belong to one item.")

@@ -134,7 +134,7 @@ def plan(
     overrides: Overrides = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Estimate a recipe's memory, traffic and hours at another size, from ten seconds here."""
+    """Estimate memory, traffic and hours of a recipe at another size, by a ten-second run."""
     config = ft.read_experiment(recipe, overrides=overrides or ())
     found = ft.plan_size(
         config, events=round(events), users=round(users), items=round(items), processes=processes
@@ -253,7 +253,7 @@ def compare(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder for the table, the picture and the bundle of the best model."),
+        typer.Option(help="Folder for the table, the chart and the bundle of the best model."),
     ] = None,
     replace: ReplaceFlag = False,
     seeds: Annotated[
@@ -284,7 +284,7 @@ def compare(
         seeds=None if seeds is None else _numbers(seeds),
     )
     if out is not None:
-        log(f"wrote the table, the picture and the bundle of {found.pick} into {out}")
+        log(f"wrote the table, the chart and the bundle of {found.pick} into {out}")
     answer(found.to_json(), str(found), as_json=as_json)
 
 

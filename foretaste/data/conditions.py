@@ -31,8 +31,8 @@ def columns_in(condition: str, name: str, columns: Collection[str] | None = None
     found = list(dict.fromkeys(_parsed(condition, name).meta.root_names())) if condition else []
     if condition and not found:
         raise ConfigError(
-            f"{name} = {condition!r} reads no column, so that it is the same for every row: "
-            'compare a column with something, such as rating >= 4; a name such as "2" stands in '
+            f"{name} = {condition!r} reads no column, so it is the same for every row: "
+            'compare a column with something, such as rating >= 4; write a name such as "2" in '
             "double quotes",
             name=name,
             value=condition,

@@ -92,7 +92,8 @@ class TextField(Config):
     """Folder or name of a sentence-transformers model that is already on this machine."""
     batch_size: Count = 1
     """Texts that are encoded at a time. More is faster, but the last digits of a vector may then
-    depend on the other texts of its batch, so that serving differs from training by them."""
+    depend on the other texts of its batch, so that serving differs from training in these
+    digits."""
     why: str = ""
     """Why this kind was chosen: a note for people, which foretaste does not read."""
 

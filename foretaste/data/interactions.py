@@ -145,7 +145,7 @@ class Interactions(Shown):
         """
         if len(keep) != len(self):
             raise DataError(
-                f"keep has {len(keep):,} values, and there are {len(self):,}",
+                f"keep has {len(keep):,} values, but there are {len(self):,} events",
                 name="keep",
                 value=len(keep),
             )

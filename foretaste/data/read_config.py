@@ -58,8 +58,7 @@ class ReadConfig(WhichEvents):
 
     user: Column | None = "user_id"
     """Column of user ids, by name or position (without a header, columns are named "0", "1" and so
-    on). None ("none" in a recipe) is for a table without users: every row is then a user of its
-    own."""
+    on). None ("none" in a recipe) is for a table without users: every row is then its own user."""
     item: Column | None = "item_id"
     """Column of item ids. None is for a table without items: all rows then belong to one item,
     "row"."""

@@ -265,7 +265,7 @@ def _check(
     if read.positive and read.positive not in numbers:
         numbers[read.positive] = pl.Series(rows_where(frame, read.positive, "positive"))
     if names.user is None:
-        notes.append("there is no column of users: every row is a user of its own")
+        notes.append("there is no column of users: every row is its own user")
     if names.item is None:
         notes.append(f"there is no column of items: all rows belong to one item, {ONE_ITEM!r}")
     context, told = kept(frame.select(names.context), "the event table", needed=True)

@@ -199,7 +199,7 @@ def training_rows(
     """
     if context is not None and len(context) != len(events):
         raise DataError(
-            f"a context of {len(context)} rows for {len(events)} events: encode theirs",
+            f"the context has {len(context)} rows for {len(events)} events: encode theirs first",
             name="context",
             value=len(context),
         )

@@ -42,7 +42,7 @@ def read_links(
     )
     if len(opened.columns) < 2:
         raise DataError(
-            f"{opened.name} has one column: a link of {role} takes two, of ids",
+            f"{opened.name} has one column, but links of {role} need two columns of ids",
             column=opened.columns[0],
         )
     ends = opened.columns[:2]
@@ -70,7 +70,7 @@ def read_links(
     counts = {
         "name an unknown id": int((~known_P).sum()),
         "link an id to itself": int((known_P & own_P).sum()),
-        "stand twice": len(pair_P2) - len(links_P2),
+        "are repeated": len(pair_P2) - len(links_P2),
     }
     said = [f"{count:,} links of {role} {what} and were left out" for what, count in counts.items()]
     kept = [note for note, count in zip(said, counts.values(), strict=True) if count]

@@ -476,7 +476,7 @@ class Split(Shown):
 def happened_split(split: Split, positive: str = "") -> Split:
     """Return a split of only the positive events, which are the targets of lists.
 
-    Negatives that the data list for the test stay, even those with a positive label.
+    Negatives that the data list for the test are kept, even those with a positive label.
 
     Raises:
         ConfigError: The column does not exist.

@@ -334,13 +334,13 @@ def _place_of(source: str | os.PathLike[str]) -> Path:
     text = os.fspath(source)
     if "://" in text:  # the rest may contain a password
         raise DataError(
-            f"{text.split('://')[0]}:// is no path: read it with pandas, Polars or DuckDB, and "
+            f"{text.split('://')[0]}:// is not a path: read it with pandas, Polars or DuckDB, and "
             "give the table",
             name="files",
             value=text,
         )
     if "\x00" in text:
-        raise DataError(f"{text!r} is no path", name="files", value=text)
+        raise DataError(f"{text!r} is not a path", name="files", value=text)
     return Path(text)
 
 

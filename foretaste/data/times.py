@@ -122,7 +122,7 @@ def _of_numbers(times: pl.Series, unit: TimestampUnit) -> Times:
         micros = _of_digits(times, unit)
         broken = micros.is_null() & times.is_not_null() & ~_is_blank(times)
         if broken.any():
-            raise refusal(times, broken, f"is no date written {unit}: fix it, or set another "
+            raise refusal(times, broken, f"is not a date written {unit}: fix it, or set another "
                           "timestamp_unit")  # fmt: skip
     micros = pl.select(pl.when(_is_blank(times)).then(-1_000_000).otherwise(micros)).to_series()
     if (micros % 1_000_000 == 0).all():
@@ -196,7 +196,7 @@ def _refuse_other_units(times: pl.Series, unit: TimestampUnit) -> tuple[str, ...
         raise refusal(
             times,
             early,
-            f"lies before 1990 in {unit}, but all is sane in {other}: say "
+            f"lies before 1990 in {unit}, but all are plausible in {other}: set "
             f'timestamp_unit="{other}", or "order" for a mere count',
         )
     return (
@@ -242,7 +242,7 @@ def _refuse_mixed(times: pl.Series, unit: TimestampUnit) -> None:
             raise refusal(
                 times,
                 mixed,
-                f"lies before 1990 in {unit}, but is sane in {other}, and so are "
+                f"lies before 1990 in {unit}, but is plausible in {other}, and so are "
                 f"{int(mixed.sum()) - 1:,} more rows, while others are not: the column mixes "
                 "units; use one unit for all of it",
             )
@@ -311,12 +311,12 @@ def _readable(times: pl.Series, micros: pl.Series, unit: TimestampUnit) -> pl.Se
         and (_parsed(pl.Series([value]), (date, f"{date} %H:%M", f"{date} %H:%M:%S%.f")) >= 0).any()
     ]
     if fits:
-        fix = "say timestamp_unit=" + " or ".join(f'"{form}"' for form in fits)
+        fix = "set timestamp_unit=" + " or ".join(f'"{form}"' for form in fits)
     else:
         fix = "give all as unix seconds, or all as ISO 8601 text such as 2024-05-01T12:30:00Z"
     fix += "; if it means a missing time, list it in the setting `missing`"
     raise refusal(
-        times, broken, f"is not a time: {fix}" if unit not in _DATES else f"is no {unit}: {fix}"
+        times, broken, f"is not a time: {fix}" if unit not in _DATES else f"is not {unit}: {fix}"
     )
 
 
@@ -387,11 +387,13 @@ def _outside(times: pl.Series, outside: pl.Series, unit: TimestampUnit) -> DataE
     other = _unit_of(value, unit) if abs(value[0]) < 2**62 else None
     if other and (own := times.is_between(_SANE[unit][0], _limit(unit))).any():
         why = (
-            f"is after the year 2200 in {unit}, but sane in {other}, while {int(own.sum()):,} rows "
-            f"are sane in {unit}: the column mixes units; use one unit for all of it"
+            f"is after the year 2200 in {unit}, but plausible in {other}, while "
+            f"{int(own.sum()):,} rows are plausible in {unit}: the column mixes units; "
+            "use one unit for all of it"
         )
     elif other:
-        why = f'is after the year 2200 in {unit}, but sane in {other}: set timestamp_unit="{other}"'
+        why = f"is after the year 2200 in {unit}, but plausible in {other}: "
+        why += f'set timestamp_unit="{other}"'
     else:
         why = (
             f"is after the year 2200 in {unit}, and is not near today in any known unit: "

@@ -76,7 +76,7 @@ class Vocabulary:
         if ids.n_unique() != len(ids):
             twice = ids.filter(ids.is_duplicated())[0]
             raise DataError(
-                f"id {twice!r} is twice in a vocabulary: keep one of them",
+                f"id {twice!r} occurs twice in a vocabulary: keep one of them",
                 name="ids",
                 value=twice,
             )

@@ -410,8 +410,8 @@ def _check_known(model: Trained, test: Asked, found: Overlap) -> None:
         if mine.is_integer != other.is_integer and _in_common(found, what) == 0:
             raise DataError(
                 f"the model's {what} ids are {_kind(mine)}, those of {test.name!r} are "
-                f"{_kind(other)}, and none is equal: read both by the same column, as the same "
-                "type",
+                f"{_kind(other)}, and none is equal: read the ids of both from the same "
+                "column, as the same type",
                 name=test.name,
                 column=what,
                 value=_first(other),

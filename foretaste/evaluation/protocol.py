@@ -260,8 +260,8 @@ def protocol_notes(
 ) -> tuple[str, ...]:
     """Return notes on candidates, means and divisors; `sampled` is the note on sampled items."""
     seen = (
-        f"seen items are excluded: what a query's history holds is not in its list; left out are "
-        f"{task.repeats} targets that stand there, and {task.idle} queries that had no other"
+        f"seen items are excluded: items of a query's history are not in its list; "
+        f"{task.repeats} such targets, and {task.idle} queries without others, are left out"
         if exclude_seen
         else "seen items are not excluded: they compete, and may be targets again"
     )
@@ -299,7 +299,7 @@ def _candidates(model: Trained, sampled: str | None, among: Among) -> tuple[str,
             f"candidates: NOT the full catalogue but its {int(cold_I.sum())} items without a "
             f"training event; {num_placed} of them are scored by the model; the others are tied "
             "behind them",
-            "targets that a training event has are no candidates and count as misses",
+            "targets with a training event are not candidates and count as misses",
         )
     placed = f" and {num_placed} others that the model scores by features" if num_placed else ""
     whole = f"candidates: the full catalogue, every item with a training event{placed}"

@@ -462,7 +462,7 @@ def _no_report(error: Exception, what: str) -> DataError:
     """Return the error for a text that is not a report's `to_json`."""
     match error:
         case json.JSONDecodeError(lineno=line, colno=column):
-            why = f"it is no JSON (line {line}, column {column})"
+            why = f"it is not JSON (line {line}, column {column})"
         case KeyError(args=(name,)):
             why = f"it has no {name!r}"
         case _:

@@ -74,7 +74,7 @@ def checked_probabilities(probability_N: Float[np.ndarray, " N"]) -> Float64[np.
     if found_N.min() < 0 or found_N.max() > 1:
         row = int(np.argmax((found_N < 0) | (found_N > 1)))
         raise DataError(
-            f"{found_N[row]:g} of row {row} is no probability: give values in [0, 1], not logits",
+            f"{found_N[row]:g} of row {row} is not a probability in [0, 1]: give no logits",
             row=int(row),
             value=float(found_N[row]),
         )

@@ -203,7 +203,7 @@ def _sampler(model: Trained, sampled: SampledNegatives, num_items: int) -> Sampl
             return PopularitySampler(count_I, alpha=sampled.power)
         case "listed":
             raise ConfigError(
-                "the negatives of rows are drawn, not listed: sampled_by = uniform",
+                "the negatives of rows are drawn, not listed: set sampled_by to uniform",
                 name="sampled_by",
                 value="listed",
             )

@@ -134,7 +134,7 @@ class IndexNegatives(Refreshed):
     def _search(self, model: Model) -> Int32[Tensor, "U T"]:
         if not isinstance(model, Retriever):
             raise ConfigError(
-                f"{type(model).__name__} is no retriever: its items have no index",
+                f"{type(model).__name__} is not a retriever, so its items have no index",
                 name="retriever",
                 value=type(model).__name__,
             )

@@ -101,8 +101,8 @@ class EvaluationConfig(Config):
     """For a ranker: whether its predictions of labelled rows are measured."""
     calibration: Literal["platt", "isotonic"] | None = None
     """For a ranker: how its probabilities are calibrated on the validation rows, if at all. The
-    model keeps the calibration and answers by it; the report shows the test's figures with and
-    without it."""
+    model keeps the calibration and applies it in answers; the report shows the test's figures with
+    and without it."""
 
     @model_validator(mode="after")
     def _measures_something(self) -> "EvaluationConfig":

@@ -291,7 +291,7 @@ def check_same(first: Interactions, second: Interactions, what: str) -> None:
     ):
         if not one.same_as(other):
             raise DataError(
-                f"{what} know different {side}, {len(one):,} and {len(other):,}: fit both on the "
+                f"{what} have different {side}, {len(one):,} and {len(other):,}: fit both on the "
                 "same split",
                 name=side,
             )

@@ -1,4 +1,4 @@
-"""Starting several processes on this machine with torchrun's launcher; naming one that fails."""
+"""Starts several processes on this machine with torchrun's launcher, and names one that fails."""
 
 import logging
 import os

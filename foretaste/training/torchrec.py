@@ -175,7 +175,7 @@ class Lent:
         """
         if self.is_read:
             raise ConfigError(
-                "the model reads a table twice in a step, and TorchRec would move its rows at each "
+                "the model reads a table twice in a step, and TorchRec would update it at each "
                 "time: leave out training.engine",
                 name="training.engine",
                 value="torchrec",

@@ -252,7 +252,7 @@ class Wheel:
 def _open(url: str) -> http.client.HTTPResponse:
     """Ask for `url`; name look-up, connection and first answer share one time limit."""
     if urlsplit(url).scheme not in ("http", "https"):
-        raise SourceError(f"{url} is no http or https address", name="url", value=url)
+        raise SourceError(f"{url} is not an http or https address", name="url", value=url)
     answers: queue.Queue[http.client.HTTPResponse | Exception] = queue.Queue(1)
 
     def ask() -> None:

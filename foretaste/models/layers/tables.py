@@ -308,8 +308,8 @@ class Compositional(SharedRows):
         sides = operation == "concatenation"
         if sides and digits > width:
             raise ConfigError(
-                f"table.parts = {digits} is more than the width {width}, so rows side by side "
-                "would be empty: set fewer, or another operation",
+                f"table.parts = {digits} is more than the width {width}, so some parts of a "
+                "row would be empty: set fewer, or another operation",
                 name="table.parts",
                 value=digits,
             )

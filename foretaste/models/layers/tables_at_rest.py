@@ -311,7 +311,7 @@ class Pruned(AtRest):
     def damage(self) -> str:
         lowest, highest = self.place_R.aminmax()
         if self.place_R.dtype != torch.int32 or lowest < 0 or highest >= self.kept.num_rows:
-            return f"a row stands at place {int(highest)} of {self.kept.num_rows}"
+            return f"a row has position {int(highest)} of {self.kept.num_rows}"
         return "" if self.kept.weight.isfinite().all() else "a row is not finite"
 
     @torch.no_grad()
