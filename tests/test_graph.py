@@ -155,7 +155,7 @@ def test_links_to_unknown_ids_to_oneself_and_twice_are_left_out_and_counted() ->
     said = "\n".join(events.notes)
     assert "2 links of users name an unknown id" in said
     assert "1 links of users link an id to itself" in said
-    assert "1 links of users stand twice" in said
+    assert "1 links of users are repeated" in said
     assert read(user_links=links.head(1)).notes == read().notes
 
 
