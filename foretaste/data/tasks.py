@@ -37,8 +37,8 @@ class Task(Config):
     name: str = Field(min_length=1)
     """Name of the task; its metrics and its weight in a request carry it."""
     kind: Literal["binary", "regression", "ordinal"] = "binary"
-    """Whether it happens; how much of it, 0 or more where `transform` is "log1p"; or which of some
-    ordered levels."""
+    """"binary": whether an event happens; "regression": a quantity, 0 or more if `transform` is
+    "log1p"; "ordinal": one of several ordered levels."""
     column: str = ""
     """The events' column that holds the labels, NaN where one is missing. If it is empty, every
     event of a binary task has label 1, and drawn items have label 0."""

@@ -476,7 +476,7 @@ def check_rows(row_B: Int64[np.ndarray, " B"], num: int, *, name: str) -> None:
         name: The argument's name, for the message.
 
     Raises:
-        DataError: One is not in `[0, num)`.
+        DataError: A row is not in `[0, num)`.
     """
     outside_B = (row_B < 0) | (row_B >= num)
     if outside_B.any():
