@@ -164,8 +164,7 @@ def settled(
     Args:
         config: The settings of a model before training.
         events: The training events.
-        positive: Column whose values above 0 mark the events of histories; "":
-            `Interactions.positive`.
+        positive: Column whose values above 0 mark histories' events; "": `Interactions.positive`.
         ordered: Whether the order of a user's events has a meaning.
     """
     if isinstance(config, HistoryConfig) and config.reads == "auto":
@@ -343,8 +342,7 @@ class Judged(NamedTuple):
     score_BC: Float[Tensor, "B C"]
     """The score that orders the items; higher is better."""
     prediction: Mapping[str, Float64[Tensor, "B C"]]
-    """Predictions of each task: a probability, a value in the label's own unit, or the expected
-    level."""
+    """By task: a probability, a value in the label's own unit, or the expected level."""
 
 
 def judge(
@@ -415,8 +413,7 @@ def below(score_BC: Float[Tensor, "B C"], first_BR: Float[Tensor, "B R"]) -> Flo
 
     Args:
         score_BC: The ranker's scores of the candidates, -inf for none.
-        first_BR: The retriever's scores of the other items, including the best of them; -inf is
-            kept.
+        first_BR: The retriever's scores of all other items; -inf is kept.
     """
     lowest_B = score_BC.where(score_BC.isfinite(), torch.inf).amin(dim=1, keepdim=True)
     lowest_B = lowest_B.where(lowest_B.isfinite(), 0.0)

@@ -4,8 +4,8 @@ A first layer is linear, so :math:`W [q; i] = W_q q + W_i i`: with C items per q
 for all queries, most products are computed once and not for every pair.
 
 Shape legend: B queries, A rows of items (B or 1), C items per query, Q width of a query, I of an
-item, O of the output, D of a state, R rows, E experts, T tasks or positions whose states are
-returned, H width of an expert's output, or heads, L positions.
+item, O of the output, D of a state, R rows, E experts, T tasks or returned positions, L positions,
+H heads or an expert's width.
 """
 
 from collections.abc import Mapping, Sequence
@@ -43,17 +43,14 @@ class MLP(nn.Module):
 
 
 Activation = Literal["relu", "prelu", "dice"]
-"""The activation after a hidden layer: ReLU; its leaky form with a learned slope; or Dice, whose
-corner moves with the data."""
+"""The activation after a hidden layer; Dice is a PReLU whose corner moves with the data."""
 
 
 @final
 class PairLinear(nn.Module):
     r"""One linear layer over a query and an item side by side.
 
-    Its initial weights preserve the variance of its input through a ReLU, with :math:`D = Q + I`:
-
-    .. math:: W \sim N(0, 2 / D), \quad b = 0
+    Its initial weights :math:`W \sim N(0, 2 / (Q + I)), b = 0` preserve the variance through a ReLU.
 
     Torch's initial weights are less than half as large; with them, experts missed parts of their
     tasks. Higher layers have torch's weights: with larger ones there, the model memorises tables of
@@ -244,7 +241,7 @@ def pair_dot(
 
 @final
 class Experts(nn.Module):
-    """Parallel networks, each layer followed by ReLU, and for each task a softmax over them.
+    """Parallel networks of layers and ReLU, and for each task a softmax over them.
 
     The first layers of all experts and all gates are computed in one product.
     """
