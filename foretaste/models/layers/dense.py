@@ -50,7 +50,7 @@ Activation = Literal["relu", "prelu", "dice"]
 class PairLinear(nn.Module):
     r"""One linear layer over a query and an item side by side.
 
-    Its initial weights :math:`W \sim N(0, 2 / (Q + I)), b = 0` preserve the variance through a ReLU.
+    Initial weights preserve the variance through a ReLU: :math:`W \sim N(0, 2 / (Q + I)), b = 0`.
 
     Torch's initial weights are less than half as large; with them, experts missed parts of their
     tasks. Higher layers have torch's weights: with larger ones there, the model memorises tables of
