@@ -4,10 +4,8 @@ SQLite by default (write-ahead log, synchronous FULL: a commit has reached the d
 its URL, with synchronous_commit on; both through SQLAlchemy Core and the same statements. Waiting
 for a lock, a statement or a connection has a time limit, set by the server; calls to PostgreSQL run
 in separate threads, because a network failure may block them. After a call that timed out, only one
-caller at a time tries the database, until it answers.
-
-The tables have a layout version. `_LAYOUTS` has the migrations, whose statements run once, in one
-transaction with the row of the new version.
+caller at a time tries the database, until it answers. `_LAYOUTS` has the migrations: the statements
+of each run once, in one transaction with the row of the new version.
 """
 
 import math
