@@ -9,7 +9,7 @@ export class ApiError extends Error {
   }
 }
 
-// Asks a person for the token when the server wants one; app.js sets it.
+// Asks for a token when the server requires one; app.js sets it.
 let askForToken = async () => "";
 export const onTokenWanted = (ask) => { askForToken = ask; };
 

@@ -65,7 +65,7 @@ function card(row, best, worst) {
 
 function title() {
   if (state.mode === "user" && state.userId) return `For user ${state.userId}`;
-  if (state.mode === "visitor" && state.visitor.length) return "For somebody new";
+  if (state.mode === "visitor" && state.visitor.length) return "For a new user";
   return "What most people choose";
 }
 
@@ -133,7 +133,7 @@ async function refresh() {
   });
 }
 
-// Titles can be added to somebody: to a chosen user, or to a new visitor.
+// Titles can be added to the history of a chosen user or of a new one.
 function allowAdding() {
   const nobody = state.mode === "user" && !state.userId;
   byId("item-form").classList.toggle("off", nobody);
@@ -225,7 +225,7 @@ const items = whileTyping(byId("item"),
       } },
     }, make("span", { cls: "plus", text: "+", "aria-hidden": "true" }),
     make("span", { text: shown(item.title) }), make("span", { cls: "year", text: year(item) }))));
-    const none = typed && make("li", { cls: "hint", text: `No title holds “${typed}”.` });
+    const none = typed && make("li", { cls: "hint", text: `No title contains “${typed}”.` });
     fill(byId("item-hits"), ...(hits.length ? hits : [none]));
     if (typed) say(`${hits.length} items found`);
   });

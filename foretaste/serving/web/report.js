@@ -73,7 +73,7 @@ export function reportView(model) {
   const found = reportsIn(model.report);
   const learned = make("p", { cls: "hint", text: `Learned from ${model.learned_from}.` });
   if (found.length === 0) {
-    return [learned, make("p", { cls: "hint", text: "This bundle carries no report: foretaste evaluate makes one." })];
+    return [learned, make("p", { cls: "hint", text: "This bundle has no report: foretaste evaluate writes one." })];
   }
   return [learned, make("p", { cls: "hint", text: `Measured on ${model.measured_on}.` }),
     ...found.flatMap((one) => oneReport(one, found.length > 1)).filter(Boolean)];
