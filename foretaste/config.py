@@ -86,13 +86,13 @@ class Config(BaseModel, metaclass=_SettingsClass):
     @classmethod
     def __pydantic_init_subclass__(cls, **_: object) -> None:
         """Let `help` show what each setting means."""
-        told = []
+        given = []
         for name, field in cls.model_fields.items():
             default = "" if field.is_required() else f" = {shown(field.get_default())}"
             meaning = " ".join((field.description or "").split())
-            told.append(f"    {name}{default}" + (f": {meaning}" if meaning else ""))
+            given.append(f"    {name}{default}" + (f": {meaning}" if meaning else ""))
         own = inspect.cleandoc(vars(cls).get("__doc__") or "")
-        cls.__doc__ = "\n".join([own, SETTINGS, *told]) if told else own
+        cls.__doc__ = "\n".join([own, SETTINGS, *given]) if given else own
 
     @model_validator(mode="before")
     @classmethod

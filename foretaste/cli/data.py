@@ -129,8 +129,8 @@ def import_(
     without = {"user": None} if no_users else {}
     without |= {"item": None} if no_items else {}
     tables = {"users": users, "items": items, "user_links": user_links, "item_links": item_links}
-    told = {**reading, **without, **tables}
-    events = ft.import_events(files, out=out, replace=replace, **told)
+    arguments = {**reading, **without, **tables}
+    events = ft.import_events(files, out=out, replace=replace, **arguments)
     _show(str(out), _summary(events, out), as_json=as_json)
 
 

@@ -66,12 +66,12 @@ def recommend(
     if (users is None) != (out is None):
         raise typer.BadParameter("--users and --out go together")
     alone = (user, history, features, context, weights)
-    if users is not None and any(told is not None for told in alone):
+    if users is not None and any(sent is not None for sent in alone):
         raise typer.BadParameter(
             "--users cannot be used with --user, --history, --features, --context or --weight"
         )
     kept = ft.parse_settings(ft.Rules, ft.with_overrides({}, rules or ()), source="--rule")
-    told, moment = _told(features), _told(context, "--context")
+    sent, moment = _sent(features), _sent(context, "--context")
     weighed = _weights(weights) if weights else None
     if users is not None and out is not None:
         ft.check_place(out, replace=replace)
@@ -92,14 +92,14 @@ def recommend(
     found = recommender.recommend(
         user,
         history=past,
-        features=told,
+        features=sent,
         context=moment,
         k=k,
         exclude_seen=not seen,
         weights=weighed,
         rules=kept,
     )
-    known = "this history" if past else "these features" if told else "an unknown user"
+    known = "this history" if past else "these features" if sent else "an unknown user"
     title = f"for {known if user is None else user}"
     unknown = user is not None and not found.user_known
     near = recommender.trained.events.users.spelled_like(user) if unknown else None
@@ -116,8 +116,8 @@ def similar(
     as_json: JsonFlag = False,
 ) -> None:
     """Show the items most similar to one; a new item is given by its features."""
-    told = _told(features)
-    found = ft.load(bundle).similar(item, k, features=told)
+    sent = _sent(features)
+    found = ft.load(bundle).similar(item, k, features=sent)
     _answer(found, f"like {item}", as_json=as_json)
 
 
@@ -140,22 +140,22 @@ def _history(given: Sequence[str], items: "ft.Vocabulary") -> list[str]:
     return found
 
 
-def _told(text: str | None, option: str = "--features") -> dict[str, object] | None:
+def _sent(text: str | None, option: str = "--features") -> dict[str, object] | None:
     if text is None:
         return None
     try:
-        told = json.loads(text)
+        sent = json.loads(text)
     except json.JSONDecodeError as error:
         raise typer.BadParameter(
             f'{option} is not JSON, as {{"age": 30}} is: look at character {error.pos + 1}'
         ) from error
-    if not isinstance(told, dict):
+    if not isinstance(sent, dict):
         raise typer.BadParameter(f'{option} is a JSON object, such as {{"age": 30}}')
-    return told
+    return sent
 
 
-def _weights(told: list[str]) -> dict[str, float]:
-    parts = [text.partition("=") for text in told]
+def _weights(sent: list[str]) -> dict[str, float]:
+    parts = [text.partition("=") for text in sent]
     try:
         return {name.strip(): float(value) for name, _, value in parts}
     except ValueError as error:

@@ -245,7 +245,7 @@ def columns_that_tell(events: Interactions, names: Sequence[str]) -> Iterator[Fi
         label_N = label_E[rows_N]
         known_N = np.isfinite(label_N)
         for what, name, column_N in _beside(events, rows_N[known_N], names):
-            share = _told(column_N, label_N[known_N])
+            share = _sent(column_N, label_N[known_N])
             if share >= _COLUMN_TELLS:
                 yield Finding(
                     "leak",
@@ -276,7 +276,7 @@ def _beside(
                 yield what, column.name, column.gather(row_N)
 
 
-def _told(column: pl.Series, label_N: Float64[np.ndarray, " N"]) -> float:
+def _sent(column: pl.Series, label_N: Float64[np.ndarray, " N"]) -> float:
     missing_N = column.is_null().to_numpy()
     if column.dtype.is_float():
         missing_N = missing_N | column.is_nan().fill_null(value=False).to_numpy()

@@ -104,10 +104,10 @@ class TextFile:
                 zip(ids, pool.map(plain_integers, (frame[name] for name in ids)), strict=True)
             )
         found = {name: column for name, column in whole.items() if column is not None}
-        integers, told = without_markers(pl.DataFrame(list(found.values())), file.missing)
+        integers, given = without_markers(pl.DataFrame(list(found.values())), file.missing)
         done = {column.name: column for column in integers.iter_columns()}
         if len(done) == len(columns):
-            return TextTable(integers.select(columns), (*file.notes, *told))
+            return TextTable(integers.select(columns), (*file.notes, *given))
         rest, notes = without_markers(frame.drop(done), file.missing)
         for column in rest.iter_columns():
             typed = ids_of_text(column) if column.name in ids else narrowed(column)
@@ -115,7 +115,7 @@ class TextFile:
         if any(column.dtype == pl.String for column in done.values()):
             _refuse_backslashes(file)
         return TextTable(
-            pl.DataFrame([done[name] for name in columns]), (*file.notes, *told, *notes)
+            pl.DataFrame([done[name] for name in columns]), (*file.notes, *given, *notes)
         )
 
     def scan(self, columns: list[str], numbers: Collection[str] = ()) -> pl.LazyFrame:

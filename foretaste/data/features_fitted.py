@@ -435,12 +435,12 @@ class Sentence(Config):
         value_RW = np.zeros((len(text), self.width), np.float32)
         present_R = text.is_not_null().to_numpy(writable=True)
         if present_R.any():
-            told = text.drop_nulls()
-            distinct = told.unique(maintain_order=True)
+            given = text.drop_nulls()
+            distinct = given.unique(maintain_order=True)
             vector_NW = embed_texts(distinct.to_list(), self.encoder, batch_size=self.batch_size)
             places = pl.DataFrame({"text": distinct, "place": np.arange(len(distinct))})
             place_N = (
-                told.alias("text")
+                given.alias("text")
                 .to_frame()
                 .join(places, on="text", how="left", maintain_order="left")["place"]
             )

@@ -68,14 +68,14 @@ class Interactions(Shown):
 
     def __post_init__(self) -> None:
         self._check_lengths()
-        told = list(self.notes)
+        given = list(self.notes)
         for name in ("context", "user_table", "item_table"):
             table = getattr(self, name)
             if table is not None:
                 brought = kept(table, name.replace("_table", " table"))
-                told += brought.notes
+                given += brought.notes
                 object.__setattr__(self, name, brought.frame if brought.frame.width else None)
-        object.__setattr__(self, "notes", tuple(told))
+        object.__setattr__(self, "notes", tuple(given))
 
     def _check_lengths(self) -> None:
         """Raise an error if parts do not belong to one table.

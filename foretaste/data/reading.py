@@ -268,7 +268,7 @@ def _check(
         notes.append("there is no column of users: every row is its own user")
     if names.item is None:
         notes.append(f"there is no column of items: all rows belong to one item, {ONE_ITEM!r}")
-    context, told = kept(frame.select(names.context), "the event table", needed=True)
+    context, given = kept(frame.select(names.context), "the event table", needed=True)
     return _Events(
         names=names,
         user=pl.int_range(frame.height, dtype=pl.Int64, eager=True)
@@ -280,7 +280,7 @@ def _check(
         times=times,
         numbers=numbers,
         context=context,
-        notes=[*notes, *told],
+        notes=[*notes, *given],
     )
 
 

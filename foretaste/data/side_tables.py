@@ -156,8 +156,8 @@ def read_side(
         notes.append(f"column {name!r} of {opened.name} holds the ids of the events: it is the key")
     frame, read_notes = opened.read(opened.columns, [name], optional=set(opened.columns) - {name})
     side_ids = canonical_ids(frame[name])
-    others, told = kept(frame.drop(name), opened.name)
-    notes += [*read_notes, *told]
+    others, given = kept(frame.drop(name), opened.name)
+    notes += [*read_notes, *given]
     if missing := side_ids.null_count():
         if not read.drop_incomplete:
             row = 1 + int(side_ids.is_null().arg_max() or 0)

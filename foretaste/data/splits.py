@@ -291,7 +291,7 @@ class Holdout(Shown):
             DataError: There is no such row.
         """
         check_rows(rows, len(self), name="rows")
-        told = None if moment is None or self.context is None else self.context[rows]
+        given = None if moment is None or self.context is None else self.context[rows]
         start, end = self.events.offsets[self.user_Q[rows]], self.end_Q[rows]
         index, offsets = ranges(start, end - start)
         return Queries(
@@ -299,7 +299,7 @@ class Holdout(Shown):
             history_N=torch.from_numpy(self.events.item_idx[index].astype(np.int64)),
             offsets_B1=torch.from_numpy(offsets),
             times=times_at(self.events.timestamp_s, index),
-            context=None if moment is None or told is None else moment.encode(told),
+            context=None if moment is None or given is None else moment.encode(given),
         )
 
     def _facts(self) -> dict[str, object]:

@@ -243,7 +243,7 @@ class Overlap:
     """Number of test events that were in the model's training."""
     timed: bool
     """Whether events are distinguished by their times."""
-    untold: tuple[str, ...]
+    missing: tuple[str, ...]
     """Columns about users that the model reads and the test's table lacks."""
     own_rows: bool
     """Whether users and items have the rows of the model's own events."""
@@ -274,8 +274,8 @@ class Overlap:
             "other users are treated as new users, with their history",
             trained_on,
             *(
-                (f"of users that the model does not know, {', '.join(self.untold)} is missing",)
-                if self.untold and self.unknown_users
+                (f"of users that the model does not know, {', '.join(self.missing)} is missing",)
+                if self.missing and self.unknown_users
                 else ()
             ),
         )
@@ -307,7 +307,7 @@ def overlap(model: Trained, test: Asked) -> Overlap:
         unknown_items=int(unknown_N.sum()),
         trained_on=trained_on,
         timed=_timed(model, test),
-        untold=_untold(model, test),
+        missing=_missing_columns(model, test),
         own_rows=translation is None,
     )
     _check_known(model, test, found)
@@ -443,12 +443,12 @@ def _check_context(model: Trained, test: Asked) -> None:
             )
 
 
-def _untold(model: Trained, test: Asked) -> tuple[str, ...]:
-    told = None if model.features is None else model.features.user
-    if told is None or not model.model.reads_profiles:
+def _missing_columns(model: Trained, test: Asked) -> tuple[str, ...]:
+    known = None if model.features is None else model.features.user
+    if known is None or not model.model.reads_profiles:
         return ()
     there = () if test.past.user_table is None else test.past.user_table.columns
-    return tuple(name for name in told.columns if name not in there)
+    return tuple(name for name in known.columns if name not in there)
 
 
 def _in_common(found: Overlap, what: str) -> int:

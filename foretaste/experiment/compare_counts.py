@@ -75,8 +75,8 @@ def count_baselines(
             found[f"user, {column.name}"] = counting.means(pair, towards=by_user_AT)
     counted = [Counted(f"counts by {by}", counting.judged(means)) for by, means in found.items()]
     base_NT = counting.judged(base_AT)
-    told = [one for one in counted if not np.array_equal(one.prediction_NT, base_NT)]
-    return [*told, Counted(BASE_RATE, base_NT)], notes
+    given = [one for one in counted if not np.array_equal(one.prediction_NT, base_NT)]
+    return [*given, Counted(BASE_RATE, base_NT)], notes
 
 
 def category_columns(events: Interactions) -> tuple[list[Column], list[str]]:

@@ -220,15 +220,15 @@ def common_tasks(recipes: Mapping[str, ExperimentConfig], split: Split) -> tuple
         task for task in tasks_of(first.model) if all(_has(other, task) for other in others)
     )
     if not common:
-        told = "; ".join(
+        given = "; ".join(
             f"{name} has {', '.join(task.name for task in tasks_of(config.model))}"
             for name, config in recipes.items()
         )
         raise ConfigError(
-            f"no task is common to all recipes ({told}): a common one has the same name, kind, "
+            f"no task is common to all recipes ({given}): a common one has the same name, kind, "
             "column, limit and levels",
             name="model.tasks",
-            value=told,
+            value=given,
         )
     return common
 
@@ -341,16 +341,16 @@ def _recipe(config: ExperimentConfig, family: str) -> ExperimentConfig:
             "notes",
         }
     )
-    told = _told_of_tasks(config, family)
+    given = _task_settings(config, family)
     settings = kept | {
-        "model": {"kind": family, **_STAGES.get(family, {}), **told},
-        "objective": config.objective if told else None,
+        "model": {"kind": family, **_STAGES.get(family, {}), **given},
+        "objective": config.objective if given else None,
         "training": {"device": config.training.device},
     }
     return parse_settings(ExperimentConfig, settings, source=f"the family {family}")
 
 
-def _told_of_tasks(config: ExperimentConfig, family: str) -> dict[str, object]:
+def _task_settings(config: ExperimentConfig, family: str) -> dict[str, object]:
     """Return the settings that a ranker copies from another one."""
     tasks = tasks_of(config.model)
     fields = _SETTINGS[family].model_fields

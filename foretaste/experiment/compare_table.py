@@ -157,8 +157,8 @@ class ModelComparison(Shown):
         if not self.judged:
             return COLUMNS
         metrics = [self.metric, *(figure.metric for figure in self.rows[0].tasks)]
-        told = [head for metric in metrics for head in (label(metric), "behind the best", P_HEAD)]
-        return ("model", *told, "training s", "bundle MB", "ms a 1,000 rows")
+        given = [head for metric in metrics for head in (label(metric), "behind the best", P_HEAD)]
+        return ("model", *given, "training s", "bundle MB", "ms a 1,000 rows")
 
     @checked
     def cells(self) -> list[tuple[str, ...]]:

@@ -214,9 +214,9 @@ def run_experiment(
         forget_checkpoint(folder / _FINAL)
     name, settings = config.model.kind, config.model_dump(mode="json")
     with followed(track if is_first else None, folder, name=name, settings=settings) as tracker:
-        told = None if tracker is None else partial(_tell, tracker)
+        given = None if tracker is None else partial(_tell, tracker)
         say_final = partial(_say_final, config, split) if show else None
-        trained = fit_recipe(config, split, replace(options, on_epoch=told, on_cost=say_final))
+        trained = fit_recipe(config, split, replace(options, on_epoch=given, on_cost=say_final))
         with processes.work_divided():
             trained = with_calibration(trained, config.evaluation, split)
             report = evaluate_split(trained, config, split) if split.has_test else Reports()

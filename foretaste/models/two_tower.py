@@ -48,7 +48,7 @@ from foretaste.data.interactions import Interactions
 from foretaste.errors import ConfigError
 from foretaste.models.base import PairVectors, Retriever, Similarity, as_item, as_query
 from foretaste.models.layers.dense import MLP
-from foretaste.models.layers.embedding import Fusion, known_fields, told_of_items, told_of_users
+from foretaste.models.layers.embedding import Fusion, fields_of_items, fields_of_users, known_fields
 from foretaste.models.layers.history import AttentionHistory, CausalHistory, FoldIn, MeanHistory
 from foretaste.models.layers.table import Table
 from foretaste.models.layers.table_kinds import IdConfig
@@ -155,10 +155,10 @@ class TwoTower(Retriever):
         self.user_table = _ids(num_users, config) if config.user_id else None
         self.item_table = _ids(num_items, config) if config.item_id else None
         self.user_fields, self.item_fields = (
-            known_fields(told, embedding_dim=width, fusion=config.fusion, table=config.table)
-            for told in (
-                told_of_users(features if config.user_features else None, num_users),
-                told_of_items(features if config.item_features else None, num_items),
+            known_fields(given, embedding_dim=width, fusion=config.fusion, table=config.table)
+            for given in (
+                fields_of_users(features if config.user_features else None, num_users),
+                fields_of_items(features if config.item_features else None, num_items),
             )
         )
         self.history = _history(config)

@@ -128,8 +128,8 @@ def answer_rows(
             old, items.ids_of(old), items.attributes(old), strict=True
         )
     }
-    for row, (item_id, told) in enumerate(() if new is None else new.told.items()):
-        shown[items.num_items + row] = item_id, told, "features"
+    for row, (item_id, sent) in enumerate(() if new is None else new.sent.items()):
+        shown[items.num_items + row] = item_id, sent, "features"
     predicted = {name: value_BK[0].tolist() for name, value_BK in best.prediction.items()}
     return tuple(
         Recommendation(
@@ -263,7 +263,7 @@ def best_of_users(
         exclude_bX = seen_bX if exclude_seen else seen_bX[:, :0]
         return search.best(queries, num, exclude_BX=exclude_bX, allow_I=allow_I)
 
-    def find_told(user_b: Int64[np.ndarray, " b"], num: int) -> Best:
+    def find_featured(user_b: Int64[np.ndarray, " b"], num: int) -> Best:
         empty = Queries.of_histories([[]] * len(user_b))
         queries = replace(empty, profile=profiles.of_rows(user_b))
         nothing_bX = torch.empty((len(user_b), 0), dtype=torch.int64)
@@ -278,13 +278,13 @@ def best_of_users(
     is_known_B = (user_B >= 0) & (np.diff(events.offsets)[user_B] > 0)
     is_learned_B = ~is_known_B & search.knows(user_B)
     is_found_B = is_learned_B & search.finds_for(user_B)
-    is_told_B = ~is_known_B & ~is_learned_B & profiles.known(user_B)
+    has_features_B = ~is_known_B & ~is_learned_B & profiles.known(user_B)
     width = book.at_first(rules, k)
     for is_asked_B, find in (
         (is_known_B, find_known),
         (is_found_B, find_known),  # in blocks of their own, so that no row of a block has a history
         (is_learned_B & ~is_found_B, find_known),
-        (is_told_B, find_told),
+        (has_features_B, find_featured),
     ):
         asked = np.flatnonzero(is_asked_B)
         for block in blocks(events, user_B[asked], scores_per_user=search.scores_per_user):
@@ -293,7 +293,9 @@ def best_of_users(
             if rules.reorder:
                 found = _choose_each(book, rules, k, user_B[rows], found, find)
             item_BK[torch.from_numpy(rows)], score_BK[torch.from_numpy(rows)] = found
-    source_B = np.select([is_known_B | is_learned_B, is_told_B], ["model", "features"], "popular")
+    source_B = np.select(
+        [is_known_B | is_learned_B, has_features_B], ["model", "features"], "popular"
+    )
     return source_B, TopK(item_BK=item_BK, score_BK=score_BK)
 
 

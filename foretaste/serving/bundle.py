@@ -153,8 +153,8 @@ class BundleManifest(FolderManifest):
         learned_from = log.get("learned_from", "")
         if "refit" in settings:
             learned_from = "train and validation" if settings["refit"] else "train"
-        told = {"objective": settings.get("objective"), "learned_from": learned_from}
-        return document | told
+        sent = {"objective": settings.get("objective"), "learned_from": learned_from}
+        return document | sent
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -178,8 +178,8 @@ class Bundle:
     def learned_from(self) -> str:
         """The events that the model was trained on, in words."""
         parts = self.trained.learned_from
-        told = f"{len(self.trained.events):,} events"
-        return f"{told}: {_LEARNED_FROM[parts]}" if parts in _LEARNED_FROM else told
+        sent = f"{len(self.trained.events):,} events"
+        return f"{sent}: {_LEARNED_FROM[parts]}" if parts in _LEARNED_FROM else sent
 
     @property
     def measured_on(self) -> str:

@@ -59,15 +59,15 @@ class Catalogue:
         idx = self._events.users.find(user_id)
         return idx >= 0 and len(self._events.history(idx)) > 0
 
-    def describe(self, item_id: object, told: Mapping[str, object] | None = None) -> Item:
+    def describe(self, item_id: object, sent: Mapping[str, object] | None = None) -> Item:
         """Return an item with its title and attributes; for an unknown item, with the given
         ones.
         """
         idx = self._events.items.find(item_id)
         if idx < 0:
-            told = told or {}
-            title = told.get(self._title or "") or item_id
-            attributes = {name: json_value(told[name]) for name in self._attributes if name in told}
+            sent = sent or {}
+            title = sent.get(self._title or "") or item_id
+            attributes = {name: json_value(sent[name]) for name in self._attributes if name in sent}
             return Item(item_id=str(item_id), title=str(title), attributes=attributes)
         return self._known_item(idx)
 

@@ -131,7 +131,7 @@ class KnownItems:
         return {} if table is None else {name: table[name].to_list() for name in table.columns}
 
 
-Told = Mapping[Any, Mapping[str, object]]
+Sent = Mapping[Any, Mapping[str, object]]
 """Features of new items: item id (text or number) to a mapping from columns of the item table to
 values."""
 
@@ -139,14 +139,14 @@ values."""
 class NewItems(NamedTuple):
     """The new items of a request that have an informative feature, in the order of the request."""
 
-    told: Told
+    sent: Sent
     """The features as given in the request."""
     table: FieldTable
     """The encoded features; R rows."""
 
     def only(self, keep_R: Bool[np.ndarray, " R"]) -> "NewItems":
         """Return some of the new items."""
-        kept = zip(self.told.items(), keep_R.tolist(), strict=True)
+        kept = zip(self.sent.items(), keep_R.tolist(), strict=True)
         return NewItems(
             {item_id: said for (item_id, said), keep in kept if keep},
             self.table.rows(torch.from_numpy(np.flatnonzero(keep_R))),
@@ -210,11 +210,11 @@ class Profiles:
             role: () if table is None else table.columns for role, table in tables.items()
         }
 
-    def of_user(self, told: Mapping[str, object] | None, user_idx: int) -> FieldTable | None:
+    def of_user(self, sent: Mapping[str, object] | None, user_idx: int) -> FieldTable | None:
         """Return a user's features as one row; None if the model reads none or all are missing.
 
         Args:
-            told: Features given by the caller; without any, those in the user table are used.
+            sent: Features given by the caller; without any, those in the user table are used.
             user_idx: Row of the user table; -1 for none.
 
         Raises:
@@ -223,8 +223,8 @@ class Profiles:
         features = self._features
         if features is None or features.user is None or not self._model.reads_profiles:
             return None
-        if told:
-            return self._row(features.user, told, "user")
+        if sent:
+            return self._row(features.user, sent, "user")
         row = np.array([user_idx])
         return self.of_rows(row) if self.known(row)[0] else None
 
@@ -241,48 +241,48 @@ class Profiles:
         table = None if self._features is None else self._features.user_table
         return None if table is None else table.rows(torch.from_numpy(user_B))
 
-    def of_moment(self, told: Mapping[str, object] | None) -> FieldTable | None:
+    def of_moment(self, sent: Mapping[str, object] | None) -> FieldTable | None:
         """Return context features as one row; None if the model reads none or all are missing.
 
         Raises:
             DataError: A feature is unknown, or its value has another type.
         """
         features = self._features
-        if not told or features is None or features.context is None:
+        if not sent or features is None or features.context is None:
             return None
-        row = self._row(features.context, told, "context")
+        row = self._row(features.context, sent, "context")
         return row if self._model.reads_context else None
 
-    def item_vector(self, told: Mapping[str, object] | None) -> Float[Tensor, " D"] | None:
+    def item_vector(self, sent: Mapping[str, object] | None) -> Float[Tensor, " D"] | None:
         """Return a new item's vector; None if the model cannot embed it, or it has no features.
 
         Raises:
             DataError: A feature is unknown, or its value has another type.
         """
         model, side = placer(self._model), self._read_side("place")
-        if not told or model is None or side is None:
+        if not sent or model is None or side is None:
             return None
-        row = self._row(side, told, "item")
+        row = self._row(side, sent, "item")
         return None if row is None else model.item_from_features(row)[0]
 
-    def of_items(self, told: Told) -> NewItems | None:
+    def of_items(self, sent: Sent) -> NewItems | None:
         """Return new items that the model can rank by their features; None if there are none.
 
         Args:
-            told: The features of each new item.
+            sent: The features of each new item.
 
         Raises:
             DataError: A feature is unknown, or its value has another type.
         """
         side = self._read_side("item")
-        if not told or side is None:
+        if not sent or side is None:
             return None
-        rows = {item_id: self._row(side, said, "item") for item_id, said in told.items()}
+        rows = {item_id: self._row(side, said, "item") for item_id, said in sent.items()}
         found = {item_id: row for item_id, row in rows.items() if row is not None}
         if not found:
             return None
         return NewItems(
-            {item_id: told[item_id] for item_id in found}, concat_rows([*found.values()])
+            {item_id: sent[item_id] for item_id in found}, concat_rows([*found.values()])
         )
 
     def without_influence(
@@ -320,7 +320,7 @@ class Profiles:
         return tuple(filter(None, said))
 
     def about_new_items(
-        self, given: Told, unknown: Collection[object], placed: Told
+        self, given: Sent, unknown: Collection[object], placed: Sent
     ) -> tuple[str, ...]:
         """Return notes on new items and their features that had no influence, with reasons.
 
@@ -365,9 +365,9 @@ class Profiles:
     def _scores_new_items(self) -> bool:
         return self._model.second_stage.scores_new_items
 
-    def _row(self, side: FieldSide, told: Mapping[str, object], role: str) -> FieldTable | None:
+    def _row(self, side: FieldSide, sent: Mapping[str, object], role: str) -> FieldTable | None:
         """Encode the features that the model reads; other columns of the table may be given too."""
-        for name in told:
+        for name in sent:
             if name not in side.columns and name not in self._columns[role]:
                 whose = "the context" if role == "context" else f"{role}s"
                 raise DataError(
@@ -376,7 +376,7 @@ class Profiles:
                     f"{did_you_mean(name, side.columns)}",
                     name=name,
                 )
-        read = [cell_of(name, value) for name, value in told.items() if name in side.columns]
+        read = [cell_of(name, value) for name, value in sent.items() if name in side.columns]
         row = side.encode(pl.DataFrame(read)) if read else None
         return row if row is not None and bool(row.present_RF.any()) else None
 

@@ -41,7 +41,7 @@ from foretaste.serving.catalogue_search import (
     training_history,
     training_times,
 )
-from foretaste.serving.profiles import KnownItems, NewItems, Profiles, Told
+from foretaste.serving.profiles import KnownItems, NewItems, Profiles, Sent
 from foretaste.serving.rule_book import RuleBook
 from foretaste.serving.rules import NO_RULES, ItemLabels, Rules
 from foretaste.serving.self_test import answers_of
@@ -119,7 +119,7 @@ class Recommender(Shown):
         exclude_seen: bool = True,
         allow: Ids | None = None,
         deny: Ids | None = None,
-        new_items: Told | None = None,
+        new_items: Sent | None = None,
         since: int | None = None,
         weights: Weights | None = None,
         rules: Rules = NO_RULES,
@@ -182,7 +182,7 @@ class Recommender(Shown):
         if source == "popular" and (profile is not None or moment is not None):
             source = "features"
         new = None if new_items is None else self._new_items(new_items, unknown)
-        placed = {} if new is None else new.told
+        placed = {} if new is None else new.sent
         if source == "popular":
             unknown, new = unknown | dict.fromkeys(placed), None
         if new is not None and rule_book is not None:
@@ -205,7 +205,7 @@ class Recommender(Shown):
                 stages=stages,
             )
 
-        num = min(k, self._items.num_known + (0 if new is None else len(new.told)))
+        num = min(k, self._items.num_known + (0 if new is None else len(new.sent)))
         best = find(num) if rule_book is None else rule_book.choose(rules, num, find, stages)
         rows = answer_rows(best, source, self._items, new)
         user_known = asker >= 0 or len(training_history(self.trained.events, user_idx)) > 0
@@ -385,13 +385,13 @@ class Recommender(Shown):
         """
         return not features and since is None and bool(self._search.knows(np.array([user_idx]))[0])
 
-    def _new_items(self, told: Told, unknown: dict[int | str, None]) -> NewItems | None:
+    def _new_items(self, sent: Sent, unknown: dict[int | str, None]) -> NewItems | None:
         """Return the new items with informative features; the others are unknown."""
-        plain, row_N = self._items.find("new_items", told.keys())
-        given = zip(plain, told.values(), row_N, strict=True)
+        plain, row_N = self._items.find("new_items", sent.keys())
+        given = zip(plain, sent.values(), row_N, strict=True)
         absent = {item_id: said for item_id, said, row in given if row < 0}
         new = self._profiles.of_items(absent)
-        unknown.update({i: None for i in absent if new is None or i not in new.told})
+        unknown.update({i: None for i in absent if new is None or i not in new.sent})
         return new
 
     def _facts(self) -> dict[str, object]:
@@ -405,7 +405,7 @@ class Recommender(Shown):
         }
 
 
-def _by_plain_id(given: Told | None) -> Told:
+def _by_plain_id(given: Sent | None) -> Sent:
     return {plain_id(item_id): features for item_id, features in (given or {}).items()}
 
 

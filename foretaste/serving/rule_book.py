@@ -103,7 +103,7 @@ class RuleBook:
         Raises:
             DataError: A new item has an invalid value for a column.
         """
-        said = labels_of_new(self._labels, new.told, rules.columns)
+        said = labels_of_new(self._labels, new.sent, rules.columns)
         keep_R = said.matching(rules.where)
         if not keep_R.all():
             if not keep_R.any():
@@ -119,7 +119,7 @@ class RuleBook:
         return new, RuleBook(
             labels,
             vectors_of=vectors_of,
-            num_items=self._num_items + len(new.told),
+            num_items=self._num_items + len(new.sent),
             at_once=self._at_once,
             no_vectors=no_vectors,
             carried=lambda name, item_M: carried_beside(

@@ -32,7 +32,7 @@ from foretaste.data.features_fitted import bags_of
 from foretaste.data.features_values import numbers_of, separator_of, texts_of
 from foretaste.data.vocabulary import number_ids
 from foretaste.errors import DataError, did_you_mean
-from foretaste.serving.profiles import Told
+from foretaste.serving.profiles import Sent
 
 
 def _as_many(values: object) -> object:
@@ -381,12 +381,12 @@ def _days(name: str, text: str) -> float:
     return time.replace(tzinfo=time.tzinfo or UTC).timestamp() / 86_400
 
 
-def labels_of_new(labels: ItemLabels, told: Told, columns: Collection[str]) -> ItemLabels:
+def labels_of_new(labels: ItemLabels, sent: Sent, columns: Collection[str]) -> ItemLabels:
     """Return a table of new items like the catalogue's; values that are not given are missing.
 
     Args:
         labels: The labels of the catalogue, which determine the type of each column.
-        told: The given values of each of R new items.
+        sent: The given values of each of R new items.
         columns: The columns that rules name.
 
     Raises:
@@ -399,10 +399,10 @@ def labels_of_new(labels: ItemLabels, told: Told, columns: Collection[str]) -> I
         is_list = isinstance(own.dtype, pl.List | pl.Array)
         like = pl.Series(name, [], dtype=own.dtype)
         like = like.explode() if is_list else like
-        values = [_as_told(item_id, said.get(name), own, like) for item_id, said in told.items()]
+        values = [_as_told(item_id, said.get(name), own, like) for item_id, said in sent.items()]
         dtype = pl.List(pl.String) if is_list else _held(like).dtype
         table[name] = pl.Series(name, values, dtype=dtype)
-    return ItemLabels(pl.DataFrame(table), num_items=len(told), separators=separators)
+    return ItemLabels(pl.DataFrame(table), num_items=len(sent), separators=separators)
 
 
 def carried_beside(

@@ -213,9 +213,9 @@ class Trained(Shown):
         found = Translation.of(self.events, events)
         if found is None:
             return self
-        told = None if self.features is None else self.features.user
-        if told is not None and events.user_table is not None and self.model.reads_profiles:
-            found = replace(found, profile=told.encode(events.user_table))
+        stated = None if self.features is None else self.features.user
+        if stated is not None and events.user_table is not None and self.model.reads_profiles:
+            found = replace(found, profile=stated.encode(events.user_table))
         return replace(self, translation=found)
 
     @property
@@ -248,7 +248,7 @@ class Trained(Shown):
     @property
     def notes(self) -> tuple[str, ...]:
         """Notes on features and labels that were left out, or that the model does not read."""
-        told, ranker = self.features, self.model.second_stage
+        stated, ranker = self.features, self.model.second_stage
         reads_labels = isinstance(ranker, Ranker) and any(task.column for task in ranker.tasks)
         labels = (
             notes_about_labels(self.events, ranker.tasks)
@@ -258,19 +258,19 @@ class Trained(Shown):
         if isinstance(ranker, HistoryRanker):
             reads = ranker.reads != "nothing"
             labels += notes_about_histories(self.events, ranker.tasks, reads=reads)
-        if told is None:
+        if stated is None:
             return labels
         sides = (
-            ("users", told.user, self.model.reads_profiles),
-            ("items", told.item, ranker.scores_new_items or placer(self.model) is not None),
-            ("the context", told.context, self.model.reads_context),
+            ("users", stated.user, self.model.reads_profiles),
+            ("items", stated.item, ranker.scores_new_items or placer(self.model) is not None),
+            ("the context", stated.context, self.model.reads_context),
         )
         unread = (
             f"features of {name} were given, but {type(self.model).__name__} reads none"
             for name, side, is_read in sides
             if side is not None and not is_read
         )
-        return (*labels, *told.notes, *unread)
+        return (*labels, *stated.notes, *unread)
 
     @checked
     def calibrated(self, prediction: Mapping[str, Tensor]) -> dict[str, Tensor]:

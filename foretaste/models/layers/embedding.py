@@ -251,7 +251,9 @@ class KnownRows(nn.Module):
         )
 
 
-def told_of_users(features: Features | None, num_users: int) -> tuple[FieldSide, FieldTable] | None:
+def fields_of_users(
+    features: Features | None, num_users: int
+) -> tuple[FieldSide, FieldTable] | None:
     """Return the features of users; None without any.
 
     Raises:
@@ -262,7 +264,9 @@ def told_of_users(features: Features | None, num_users: int) -> tuple[FieldSide,
     return features.user, _a_row_each("users", features.user_table, num_users)
 
 
-def told_of_items(features: Features | None, num_items: int) -> tuple[FieldSide, FieldTable] | None:
+def fields_of_items(
+    features: Features | None, num_items: int
+) -> tuple[FieldSide, FieldTable] | None:
     """Return the features of items; None without any."""
     if features is None or features.item is None or features.item_table is None:
         return None
@@ -270,16 +274,16 @@ def told_of_items(features: Features | None, num_items: int) -> tuple[FieldSide,
 
 
 def known_fields(
-    told: tuple[FieldSide, FieldTable] | None,
+    given: tuple[FieldSide, FieldTable] | None,
     *,
     embedding_dim: int,
     fusion: Fusion,
     table: TableConfig,
 ) -> KnownFields | None:
     """Create the encoder for the features of users or of items; None if there are none."""
-    if told is None:
+    if given is None:
         return None
-    return KnownFields(*told, embedding_dim=embedding_dim, fusion=fusion, table=table)
+    return KnownFields(*given, embedding_dim=embedding_dim, fusion=fusion, table=table)
 
 
 def _a_row_each(what: str, table: FieldTable, num_rows: int) -> FieldTable:

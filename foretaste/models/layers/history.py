@@ -415,11 +415,11 @@ def with_likely_features(
     items: Rows,
 ) -> Float[Tensor, "B Q W"]:
     """Replace all fields except the first for new users with a history and without features."""
-    untold_B = (queries.user_B < 0) & (queries.offsets_B1.diff() > 0)
+    unknown_B = (queries.user_B < 0) & (queries.offsets_B1.diff() > 0)
     if queries.profile is not None:
-        untold_B &= ~queries.profile.known_R
-    if not untold_B.any():
+        unknown_B &= ~queries.profile.known_R
+    if not unknown_B.any():
         return field_BQW
     likely_BX: Tensor = fold_features(queries, None, items)
     likely_BQW = torch.cat([field_BQW[:, :1], likely_BX.view_as(field_BQW[:, 1:])], dim=1)
-    return likely_BQW.where(untold_B[:, None, None], field_BQW)
+    return likely_BQW.where(unknown_B[:, None, None], field_BQW)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from foretaste.data.batch import Queries
 from foretaste.data.features import Features, FieldTable
 from foretaste.errors import ConfigError
-from foretaste.models.layers.embedding import Fusion, known_fields, told_of_items, told_of_users
+from foretaste.models.layers.embedding import Fusion, fields_of_items, fields_of_users, known_fields
 from foretaste.models.layers.table import Table
 from foretaste.models.layers.table_kinds import TableConfig
 
@@ -69,8 +69,11 @@ class NodeInputs(nn.Module):
         super().__init__()
         self.num_users = num_users
         self.user_fields, self.item_fields = (
-            known_fields(told, embedding_dim=embedding_dim, fusion=fusion, table=table)
-            for told in (told_of_users(features, num_users), told_of_items(features, num_items))
+            known_fields(given, embedding_dim=embedding_dim, fusion=fusion, table=table)
+            for given in (
+                fields_of_users(features, num_users),
+                fields_of_items(features, num_items),
+            )
         )
         if not ids and self.item_fields is None:
             raise ConfigError(
@@ -107,14 +110,14 @@ class NodeInputs(nn.Module):
         if self.user_fields is None and self.item_fields is None:
             return input_SD
         num_users = int((node_S < self.num_users).sum())
-        told = [
+        given = [
             input_SD.new_zeros(len(row_R), self.embedding_dim) if fields is None else fields(row_R)
             for fields, row_R in (
                 (self.user_fields, node_S[:num_users]),
                 (self.item_fields, node_S[num_users:] - self.num_users),
             )
         ]
-        return input_SD + torch.cat(told)
+        return input_SD + torch.cat(given)
 
     def users(self, queries: Queries) -> Float[Tensor, "B D"]:
         """Return the input vectors of users, known or not."""

@@ -22,9 +22,9 @@ from foretaste.models.layers.embedding import (
     FieldVectors,
     Fusion,
     KnownRows,
+    fields_of_items,
+    fields_of_users,
     gated_sum,
-    told_of_items,
-    told_of_users,
 )
 from foretaste.models.layers.table import Table
 from foretaste.models.layers.table_kinds import IdConfig
@@ -141,7 +141,7 @@ class SideFields(nn.Module):
 
     def __init__(
         self,
-        told: tuple[FieldSide, FieldTable | None] | None,
+        given: tuple[FieldSide, FieldTable | None] | None,
         *,
         num_rows: int,
         has_id: bool,
@@ -151,7 +151,7 @@ class SideFields(nn.Module):
         """Create all untrained weights except those of the tables.
 
         Args:
-            told: The features, and the encoded rows of all users or items (None for the context,
+            given: The features, and the encoded rows of all users or items (None for the context,
                 which has no such rows); None if no features are read.
             num_rows: Number of users or items; 0 for the context.
             has_id: Whether each row has its own vector.
@@ -159,9 +159,9 @@ class SideFields(nn.Module):
             width: W.
         """
         super().__init__()
-        side, table = (FieldSide(), None) if told is None else told
+        side, table = (FieldSide(), None) if given is None else given
         others = FieldSide(bags=side.bags, numbers=side.numbers, vectors=side.vectors)
-        self.has_id, self.has_features, self.width = has_id, told is not None, width
+        self.has_id, self.has_features, self.width = has_id, given is not None, width
         self.num_ids = num_rows if has_id else 0
         self.num_codes = side.num_codes - others.num_codes
         self.num_singles, self.num_others = len(side.codes), others.num_fields
@@ -367,12 +367,12 @@ def sides_of_rows(
         ConfigError: Items have neither ids nor features, there are no fields at all, or features
             belong to a different number of users or items.
     """
-    users = told_of_users(features if config.user_features else None, num_users)
-    items = told_of_items(features if config.item_features else None, num_items)
-    moments = _told_of_moments(features if config.context_features else None)
+    users = fields_of_users(features if config.user_features else None, num_users)
+    items = fields_of_items(features if config.item_features else None, num_items)
+    moments = _fields_of_contexts(features if config.context_features else None)
     made = [
-        SideFields(told, num_rows=num_rows, has_id=has_id, config=config, width=width)
-        for told, num_rows, has_id in (
+        SideFields(given, num_rows=num_rows, has_id=has_id, config=config, width=width)
+        for given, num_rows, has_id in (
             (users, num_users, config.user_id),
             (items, num_items, config.item_id),
             (moments, 0, False),
@@ -396,7 +396,7 @@ def sides_of_rows(
     return RowSides(user, item, context)
 
 
-def _told_of_moments(features: Features | None) -> tuple[FieldSide, None] | None:
+def _fields_of_contexts(features: Features | None) -> tuple[FieldSide, None] | None:
     return None if features is None or features.context is None else (features.context, None)
 
 
