@@ -170,7 +170,7 @@ def test_a_table_without_items_is_compared_by_every_common_task(of_table: ModelC
         "No model is worth taking yet: counting by colour, without any training, has an auc of "
     )
     assert "(take it)" not in str(of_table)
-    more = of_table.sentence.partition("Of hours, shared is better: by")[1]
+    more = of_table.sentence.partition("For hours, shared is better by")[1]
     assert bool(more) == (of_table.pick == "slow")
     assert of_table.columns == (
         "model",

@@ -314,7 +314,7 @@ def test_a_target_that_was_seen_is_no_target() -> None:
     )
     assert report.metrics == plain.metrics
     assert report.counts["repeated_targets"] == 60
-    assert any("60 targets" in note for note in report.notes)
+    assert any("60 such targets" in note for note in report.notes)
 
 
 def test_a_query_with_nothing_left_to_find_is_not_in_the_mean() -> None:

@@ -287,7 +287,7 @@ def test_what_cannot_be_planned_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"4 items are to be drawn.*set how"):
         plan_rows(rows, batch_events=8, generator=generator, num_drawn=4)
     table = fit_features(SCHEMA, events).context_table
-    with pytest.raises(DataError, match="a context of 50 rows for 49 events"):
+    with pytest.raises(DataError, match="the context has 50 rows for 49 events"):
         training_rows(events.select(np.arange(50) > 0), tasks=CLICK, context=table)
 
 

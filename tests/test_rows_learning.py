@@ -242,7 +242,7 @@ def test_more_zeros_are_drawn_on_request_and_named() -> None:
     sampled = SampledNegatives(num=7, by="popularity")
     report = evaluate_rows(model, split, sampled=sampled, resamples=0)
     assert set(report.metrics) >= {"auc_sampled_7", "gauc_sampled_7"}
-    with pytest.raises(ConfigError, match="sampled_by = uniform"):
+    with pytest.raises(ConfigError, match="set sampled_by to uniform"):
         evaluate_rows(model, split, sampled=SampledNegatives(num=7, by="listed"))
 
 

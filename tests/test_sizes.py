@@ -243,7 +243,7 @@ def test_an_index_that_would_not_fit_is_refused_before_it_is_built(
 ) -> None:
     trained = ft.fit(SMALL, SPLIT, training=ft.TrainingConfig(epochs=1), show=False)
     monkeypatch.setattr(arrays, "_SURELY_FITS", 0)
-    monkeypatch.setattr(arrays, "available_bytes", lambda: 1000)
+    monkeypatch.setattr(arrays, "available_bytes", lambda: 100)
     ft.build_recommender(trained, index="exact")
     for kind in ("ivf_flat", "ivf_sq8", "ivf_pq", "hnsw"):
         with pytest.raises(ft.TooLargeError) as caught:

@@ -172,7 +172,7 @@ def test_an_address_that_stays_silent_is_given_up(
 
 
 def test_only_http_is_spoken(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match="no http"):
+    with pytest.raises(SourceError, match="not an http or https address"):
         Address(url=(tmp_path / "x").as_uri()).fetch(tmp_path)
 
 

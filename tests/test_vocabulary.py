@@ -93,7 +93,7 @@ def test_numbering_is_ascending_and_complete(ids: list[int | str]) -> None:
 @pytest.mark.parametrize(
     ("ids", "message"),
     [
-        (pl.Series([1, 1]), "id 1 is twice"),
+        (pl.Series([1, 1]), "id 1 occurs twice"),
         (pl.Series(["a", None]), "1 ids are missing"),
         (pl.Series([1.5]), "are 64-bit integers or text"),
     ],

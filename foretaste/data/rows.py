@@ -199,7 +199,8 @@ def training_rows(
     """
     if context is not None and len(context) != len(events):
         raise DataError(
-            f"the context has {len(context)} rows for {len(events)} events: encode theirs first",
+            f"the context has {len(context)} rows for {len(events)} events: encode the "
+            "context of these events first",
             name="context",
             value=len(context),
         )

@@ -38,6 +38,8 @@ UNCOUNTED = "/metrics"
 WINDOW, OVERLOAD = 20, 1.25
 """The load is averaged over the time that this many lists take. Above this load, requests come
 faster than they can be answered for too long to be a burst."""
+BURST = 16
+"""Number of lists that may be requested together, however long they take, as by a moved slider."""
 NO_ROOM = "no room"
 NO_ROOM_SENTENCE = "the server has as many requests in progress as it allows: try again in a second"
 ANSWERS = {
@@ -169,7 +171,9 @@ class Admission:
         answers = self._answers + self._coming
         if answers <= self._threads or answer_route(path) is None:
             return False
-        return self._load > OVERLOAD or answers * self._each_s > self._settings.max_wait_s
+        if self._load > OVERLOAD:
+            return True
+        return answers > BURST and answers * self._each_s > self._settings.max_wait_s
 
     def expected(self, path: str, app: ASGI3Application) -> ASGI3Application:
         """Count a request for a list until it begins: hundreds may have arrived together."""
