@@ -14,7 +14,7 @@ from foretaste.data.batch import ranges
 from foretaste.data.interactions import Interactions
 from foretaste.data.sources.load import get_dataset
 from foretaste.data.splits import TEST, VALIDATION, GivenSplitConfig, Holdout
-from foretaste.data.splitting import alike, draw_blocks, make_split
+from foretaste.data.splitting import draw_blocks, make_split, similarity
 from foretaste.data.vocabulary import Vocabulary
 from foretaste.evaluation.protocol import evaluate
 from foretaste.experiment.fit import fit
@@ -53,7 +53,7 @@ def test_half_of_two_trips_is_one_whole_trip() -> None:
 def test_similarity_is_right_for_items_with_fifty_thousand_users() -> None:
     # 50,000 squared is beyond 32 bits. Of the two items' users half are in common.
     events = events_of([[0]] * 25_000 + [[0, 1]] * 25_000 + [[1]] * 25_000, 2)
-    alike_P = alike(events, np.array([0, 0]), np.array([0, 1]))
+    alike_P = similarity(events, np.array([0, 0]), np.array([0, 1]))
     np.testing.assert_allclose(alike_P, [1.0, 0.5])
 
 

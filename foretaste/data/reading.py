@@ -25,7 +25,7 @@ from foretaste.data.interactions import (
     sort_by_time,
 )
 from foretaste.data.read_config import Duplicates, ReadConfig, ReadTables
-from foretaste.data.side_tables import Side, aligned, alike, notes_about, read_side, with_links
+from foretaste.data.side_tables import Side, aligned, notes_about, read_side, same_type, with_links
 from foretaste.data.tables import Source, find_column, open_source
 from foretaste.data.times import Times, canonical_times
 from foretaste.data.vocabulary import Vocabulary, number_ids
@@ -361,7 +361,7 @@ def _arrange(
 
 
 def _number(ids: pl.Series, side: Side | None) -> tuple[Vocabulary, Int32[np.ndarray, " E"]]:
-    return number_ids(ids) if side is None else number_ids(*alike(ids, side))
+    return number_ids(ids) if side is None else number_ids(*same_type(ids, side))
 
 
 def _number_items(

@@ -258,7 +258,7 @@ def _fitting(frame: pl.DataFrame, ids: pl.Series) -> dict[str, float]:
     return shares
 
 
-def alike(ids: pl.Series, side: Side) -> tuple[pl.Series, pl.Series]:
+def same_type(ids: pl.Series, side: Side) -> tuple[pl.Series, pl.Series]:
     """Convert the ids of events and of a side table to one type: integers if both can be."""
     if ids.dtype == side.ids.dtype:
         return ids, side.ids

@@ -465,16 +465,16 @@ def draw_blocks(events: Interactions, share: float, seed: int) -> Bool[np.ndarra
         np.random.default_rng(seed).random(len(count_U)) * count_U
     ).astype(np.int64)
     chosen_E = chosen_U[user_E]
-    alike_E = alike(events, item_E, item_E[chosen_E])
-    alike_E[chosen_E] = np.inf
-    order_E = np.lexsort((-alike_E, user_E))
+    similarity_E = similarity(events, item_E, item_E[chosen_E])
+    similarity_E[chosen_E] = np.inf
+    order_E = np.lexsort((-similarity_E, user_E))
     rank_E = np.arange(len(events)) - events.offsets[user_E]
     held_E = np.zeros(len(events), bool)
     held_E[order_E] = rank_E < np.rint(share * count_U)[user_E]
     return held_E
 
 
-def alike(
+def similarity(
     events: Interactions, a_E: Int64[np.ndarray, " E"], b_E: Int64[np.ndarray, " E"]
 ) -> Float64[np.ndarray, " E"]:
     """Return the cosine of two items' users, pair by pair."""

@@ -273,8 +273,8 @@ class Vocabulary:
             number = re.fullmatch(r"([+-]?)0*([0-9]{1,18})(\.0*)?", text)
             near = "" if number is None else f"{number[1]}{number[2]}".removeprefix("+")
             return int(near) if near and self.find(near) >= 0 else None
-        alike = self.ids.str.strip_chars().str.to_lowercase() == text.lower()
-        return self.ids[int(alike.arg_max() or 0)] if alike.any() else None
+        equal = self.ids.str.strip_chars().str.to_lowercase() == text.lower()
+        return self.ids[int(equal.arg_max() or 0)] if equal.any() else None
 
     @property
     def _ascending(self) -> pl.Series:

@@ -394,10 +394,12 @@ def _draw(config: RowsConfig, happened: Interactions, mine: DrawItems | None) ->
     """Return the source of drawn items; those of `happened` are excluded."""
     count_I = happened.item_count
     seen = Seen.of(happened) if config.exclude_known else None
-    alike = RowNegatives(UniformSampler(len(count_I), known_I=torch.from_numpy(count_I > 0)), seen)
+    uniform = RowNegatives(
+        UniformSampler(len(count_I), known_I=torch.from_numpy(count_I > 0)), seen
+    )
     match config.negatives_from:
         case "uniform":
-            return alike
+            return uniform
         case "popularity":
             return RowNegatives(PopularitySampler(count_I, alpha=config.popularity_power), seen)
         case "retriever":
@@ -410,4 +412,4 @@ def _draw(config: RowsConfig, happened: Interactions, mine: DrawItems | None) ->
                 )
             if config.retriever_share == 1:
                 return mine
-            return MixedNegatives(first=mine, share=config.retriever_share, second=alike)
+            return MixedNegatives(first=mine, share=config.retriever_share, second=uniform)
