@@ -14,7 +14,6 @@ from typing import Any, final
 
 import numpy as np
 import polars as pl
-import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
@@ -26,7 +25,7 @@ from foretaste.data.vocabulary import Vocabulary
 from foretaste.errors import ConfigError
 from foretaste.experiment.fit import fit
 from foretaste.experiment.recipe import ExperimentConfig
-from foretaste.models.base import Model
+from foretaste.models.base import Model, sizes_only
 from foretaste.models.catalogue import ModelConfig, TwoStageConfig, build_model, tasks_of
 from foretaste.models.layers.table import OwnRows, Table
 from foretaste.training.settings import ROWS_FROM, TrainingConfig, learns_by_rows
@@ -160,7 +159,7 @@ def _sent(table: Table, training: TrainingConfig, *, rows: float, processes: int
 
 
 def _on_meta(config: ModelConfig, users: int, items: int) -> Model:
-    with torch.device("meta"):
+    with sizes_only():
         return build_model(config, num_users=users, num_items=items, copies=0)
 
 

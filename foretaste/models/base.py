@@ -10,13 +10,15 @@ E experts, K thresholds of an ordinal task or length of a list, L positions, N s
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from itertools import chain
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from foretaste.config import Config
 from foretaste.data.batch import Prepared, Queries, Reads
@@ -357,3 +359,30 @@ def padded(best: TopK, k: int) -> TopK:
         item_BK=F.pad(best.item_BK, (0, missing), value=-1),
         score_BK=F.pad(best.score_BK, (0, missing), value=-torch.inf),
     )
+
+
+class _Unfilled(TorchFunctionMode):
+    """Leave out random numbers and products with numbers.
+
+    For these, torch's meta device would import its compiler, which takes 1 s of CPU time.
+    """
+
+    _SAME_SIZE = frozenset(
+        {Tensor.normal_, Tensor.mul, Tensor.__mul__, Tensor.__rmul__}
+        | {nn.init.normal_, nn.init.kaiming_normal_, nn.init.eye_}
+    )
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in self._SAME_SIZE and not any(isinstance(other, Tensor) for other in args[1:]):
+            return args[0] if args else kwargs["tensor"]
+        if func is torch.eye:
+            return torch.empty(args[0], args[-1])
+        return (torch.empty if func is torch.randn else func)(*args, **kwargs)
+
+
+@contextmanager
+def sizes_only() -> Iterator[None]:
+    """Make tensors on torch's meta device, where they have a size but no memory and no values."""
+    with torch.device("meta"), _Unfilled():
+        yield

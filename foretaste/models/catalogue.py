@@ -25,7 +25,7 @@ from foretaste.data.graph import Graph, graph_of
 from foretaste.data.interactions import Interactions, positives_of
 from foretaste.data.tasks import Task, Weights, zeros_in_histories
 from foretaste.errors import ConfigError, NonFiniteError
-from foretaste.models.base import Model, Ranker, Retriever, Scorer, top_k
+from foretaste.models.base import Model, Ranker, Retriever, Scorer, sizes_only, top_k
 from foretaste.models.baselines import (
     EASE,
     EASEConfig,
@@ -244,11 +244,8 @@ def build_model(
 
 
 def _bytes_of(make: Callable[[], Model], *, copies: int) -> int:
-    """Count the bytes of a network on torch's meta device, where a tensor has a size but no
-    memory.
-    """
     try:
-        with torch.device("meta"):
+        with sizes_only():
             model = make()
     except (RuntimeError, TypeError) as error:
         if "overflow" not in str(error).lower():

@@ -8,6 +8,7 @@ Shape legend: R rows of a table, N of them in a batch, D width.
 """
 
 import ctypes
+import inspect
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -235,6 +236,13 @@ class AdamWByRows(optim.AdamW):
         for Online Learning and Stochastic Optimization", JMLR 2011, with one sum a row.
     """
 
+    # without torch's wrappers: the first call of one imports torch's compiler, 1 s of CPU time
+    add_param_group = inspect.unwrap(optim.AdamW.add_param_group)
+    zero_grad = inspect.unwrap(optim.AdamW.zero_grad)
+    state_dict = inspect.unwrap(optim.AdamW.state_dict)
+    _step_whole = inspect.unwrap(optim.AdamW.step)
+    _load = inspect.unwrap(optim.AdamW.load_state_dict)
+
     def __init__(
         self,
         groups: Iterable[dict[str, Any]],
@@ -268,7 +276,7 @@ class AdamWByRows(optim.AdamW):
                     weight.grad = None  # so that AdamW skips it
                 else:
                     self._settle(weight)
-        loss: float | None = super().step(closure)
+        loss: float | None = self._step_whole(closure)
         overflow = getattr(self, "found_inf", None)  # fp16 overflowed: the step is skipped
         for group, weight, grad in apart:
             weight.grad = grad
@@ -307,7 +315,7 @@ class AdamWByRows(optim.AdamW):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the result of `state_dict`, including each table's decay factor."""
-        super().load_state_dict(state_dict)
+        self._load(state_dict)
         weights = [weight for group in self.param_groups for weight in group["params"]]
         for index, weight in enumerate(weights):
             kept = state_dict["state"].get(index, {})
