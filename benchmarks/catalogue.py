@@ -8,7 +8,8 @@ of them by taste and popularity. Each model and size runs in its own process, on
 reads and splits the events, trains for `--seconds` with a sampled softmax, evaluates on 2,000
 users, builds an index and saves the bundle; another process loads the bundle and answers 300
 requests. `slopes` are slopes of log seconds on log items between the two largest catalogues: 0
-means constant cost, 1 means cost in proportion to the items.
+means constant cost, 1 means cost in proportion to the items. The picture beside the record draws
+both on logarithmic axes.
 """
 
 import argparse
@@ -29,6 +30,7 @@ import polars as pl
 import torch
 
 import foretaste as ft
+from foretaste.evaluation.chart import line, page, text
 from foretaste.experiment.record import run_facts
 
 MODELS = {
@@ -69,6 +71,8 @@ def main() -> None:
             document["slopes"] = slopes(document["rows"])
             print(name, items, found, flush=True)
             asked.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    if document["rows"]:
+        asked.out.with_suffix(".svg").write_text(drawn(document["rows"]), encoding="utf-8")
 
 
 def parse() -> argparse.Namespace:
@@ -212,6 +216,50 @@ def costs(row: Mapping[str, Any]) -> dict[str, float]:
         "answer_p50_ms": row["answer_p50_ms"],
         "peak_gib": peak,
     }
+
+
+PANEL, LEFT, TOP = 320.0, 60.0, 50.0
+COLOURS = (
+    *("#3465a4", "#2e8b57", "#c4622d", "#75507b", "#888888"),
+    *("#a40000", "#c4a000", "#06989a", "#000000"),
+)
+
+
+def drawn(rows: list[dict[str, Any]]) -> str:
+    """Draw seconds of each stage, and peak memory, by items; both axes are logarithmic."""
+    names = [name for name in MODELS if any(row["model"] == name for row in rows)]
+    costs_R = [costs(row) for row in rows]
+    shown = [c for c in costs_R[0] if c.endswith("seconds")] + ["peak_gib"]
+    values = [max(found[c], 1e-3) for found in costs_R for c in shown]
+    low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
+    items = [row["items"] for row in rows]
+    first, last = math.log10(min(items)), math.log10(max(items))
+    bottom, parts = TOP + PANEL, [text(LEFT, 22.0, "Seconds and GiB by items", size=14)]
+    step = PANEL + 2 * LEFT
+    for panel, name in enumerate(names):
+        left = LEFT + panel * step
+
+        def at(number: float, value: float, left: float = left) -> tuple[float, float]:
+            across = (math.log10(number) - first) / max(last - first, 1e-9)
+            up = (math.log10(max(value, 1e-3)) - low) / (high - low)
+            return left + across * PANEL, bottom - up * PANEL
+
+        parts.append(text(left, TOP - 8, name))
+        for power in range(low, high + 1):
+            y = at(min(items), 10.0**power)[1]
+            parts += [line(left, y, left + PANEL, y, "#dddddd")]
+            parts += [text(left - 8, y + 4, f"{10.0**power:g}", anchor="end")]
+        for number in sorted(set(items)):
+            x = at(number, 10.0**low)[0]
+            parts.append(text(x, bottom + 18, f"{number:,}", anchor="middle"))
+        found = [(r["items"], c) for r, c in zip(rows, costs_R, strict=True) if r["model"] == name]
+        found.sort(key=lambda pair: pair[0])
+        for colour, cost in zip(COLOURS, shown, strict=False):
+            path = " L".join("{:.1f},{:.1f}".format(*at(n, c[cost])) for n, c in found)
+            parts.append(f'<path d="M{path}" stroke="{colour}" fill="none" stroke-width="2"/>')
+    for number, (colour, cost) in enumerate(zip(COLOURS, shown, strict=False)):
+        parts.append(text(LEFT + 130.0 * number, bottom + 44, cost, colour=colour))
+    return page(parts, width=len(names) * step + LEFT, height=bottom + 60, title="Cost by items")
 
 
 if __name__ == "__main__":

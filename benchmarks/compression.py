@@ -7,7 +7,8 @@ Each set is a recipe with the changes listed in `SETS`, such as fewer epochs. A 
 mean over seeds, with an interval of the difference from the dense tables, paired by user; a point
 is above an anchor if the interval of their difference excludes 0. The figure is written after each
 point. Models and reports are kept in `--keep`, so that an interrupted run, or one with more seeds,
-continues from there. `--train` also measures kinds that are trained as such.
+continues from there. `--train` also measures kinds that are trained as such; with `--seeds 0` only
+these.
 
 `made-up` is a synthetic set of `--items` items (1,000,000) and a fifth as many users, written to
 `--keep`: popularity by Zipf's law, tastes in 8 dimensions, and a component of each item's vector
@@ -58,6 +59,9 @@ SETS = {
     "gowalla-mf": Set("mf-gowalla-rows", ()),
     "sports-sasrec": Set("sasrec-sports", ()),
     "ml-1m-sasrec": Set("sasrec-ml1m-fast-rows", ()),
+    # A third of the epochs, for kinds that are trained: dense tables get as many.
+    "gowalla-mf-short": Set("mf-gowalla-rows", ("training.epochs=10",)),
+    "ml-1m-sasrec-short": Set("sasrec-ml1m-fast-rows", ("training.epochs=8",)),
 }
 
 

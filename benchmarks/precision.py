@@ -10,7 +10,7 @@ Each model is trained on MovieLens 100K, split by time, at default settings.
   milliseconds per step of the second epoch (the lowest of all turns), peak memory, and the choice
   of `precision = "auto"`.
 - quality: complete runs or `--epochs` epochs; test NDCG@10 of each of `--seeds` seeds in fp32 and
-  bf16, and the difference of their means over users with its 95 % interval.
+  in each of `--beside`, and the difference of their means over users with its 95 % interval.
 
 The file keeps its entries for other models and kinds.
 """
@@ -65,6 +65,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--turns", type=int, default=2)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, help="most epochs of a run that is for quality")
+    parser.add_argument("--beside", nargs="+", choices=PRECISIONS[1:], default=["bf16"])
     parser.add_argument("--one", default="")
     parser.add_argument("--out", type=Path)
     return parser.parse_args()
@@ -120,23 +121,25 @@ def one_run(name: str, precision: str, asked: argparse.Namespace) -> Mapping[str
 def quality(name: str, asked: argparse.Namespace) -> Iterator[Mapping[str, object]]:
     """Yield the test figures of each precision after each seed."""
     split, most = split_of(asked), {} if asked.epochs is None else {"epochs": asked.epochs}
-    reports: dict[str, list[ft.Report]] = {"fp32": [], "bf16": []}
+    reports: dict[str, list[ft.Report]] = {name: [] for name in ("fp32", *asked.beside)}
     for seed in range(asked.seeds):
         for precision, of_precision in reports.items():
             training = ft.TrainingConfig(precision=precision, **most)
             trained = ft.fit(MODELS[name], split, training=training, seed=seed, show=False)
             of_precision.append(ft.evaluate(trained, split.test, k=(10,)))
-        difference = ft.compare(reports["bf16"], reports["fp32"], "ndcg_at_10")
-        yield {
-            **{
-                precision: [round(report.metrics["ndcg_at_10"], 5) for report in of_precision]
-                for precision, of_precision in reports.items()
-            },
-            "most_epochs": asked.epochs,
-            "bf16_minus_fp32": round(difference.difference, 5),
-            "interval": [round(end, 5) for end in difference.interval],
-            "users": difference.users,
+        values = {
+            precision: [round(report.metrics["ndcg_at_10"], 5) for report in of_precision]
+            for precision, of_precision in reports.items()
         }
+        found: dict[str, Any] = {**values, "most_epochs": asked.epochs}
+        for precision in asked.beside:
+            difference = ft.compare(reports[precision], reports["fp32"], "ndcg_at_10")
+            found |= {
+                f"{precision}_minus_fp32": round(difference.difference, 5),
+                f"interval_{precision}": [round(end, 5) for end in difference.interval],
+                "users": difference.users,
+            }
+        yield found
 
 
 def split_of(asked: argparse.Namespace) -> ft.Split:

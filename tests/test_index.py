@@ -9,6 +9,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import faiss
 import numpy as np
@@ -20,11 +21,11 @@ from torch import Tensor
 
 from foretaste.errors import BundleError, DataError, NonFiniteError
 from foretaste.models.base import top_k
-from foretaste.retrieval import changing, choose
+from foretaste.retrieval import changing, choose, faiss_index
 from foretaste.retrieval import index as index_module
 from foretaste.retrieval.changing import ChangingIndex
 from foretaste.retrieval.choose import build_index, load_index
-from foretaste.retrieval.faiss_index import FaissIndex, bytes_of_item
+from foretaste.retrieval.faiss_index import FaissIndex, build_ivf, bytes_of_item
 from foretaste.retrieval.index import ExactIndex, IndexChoice, ItemIndex
 
 NUM_ITEMS, WIDTH = 4000, 16
@@ -267,6 +268,32 @@ def test_a_narrow_search_is_completed_by_the_exact_one() -> None:
     answer = index.search(table[:2], 300, exclude_BX=nobody(2))
     for row in range(2):
         assert answer.item_BK[row].tolist() == argsort_oracle(table, table[row], 300, set())
+
+
+@pytest.mark.parametrize("kind", ["ivf_flat", "ivf_sq8", "ivf_pq"])
+def test_an_index_with_lists_finds_similar_items_without_comparing_all(
+    kind: Literal["ivf_flat", "ivf_sq8", "ivf_pq"], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(faiss_index, "LISTS_OF_SIMILAR", 4)
+    monkeypatch.setattr(faiss_index, "FETCHED_SIMILAR", 40)
+    rng = np.random.default_rng(0)
+    centre_CD = rng.standard_normal((70, 10)).astype(np.float32)
+    vectors_ND = torch.from_numpy(np.repeat(centre_CD, 50, axis=0))
+    vectors_ND = vectors_ND + 0.2 * torch.from_numpy(rng.standard_normal((3500, 10), np.float32))
+    vectors_ND *= torch.from_numpy(rng.uniform(0.5, 2.0, (3500, 1)).astype(np.float32))
+    exact = ExactIndex(vectors_ND, torch.arange(3500), catalogue_size=3500)
+    index = build_ivf(exact, kind=kind, seed=0)
+    unit = vectors_ND / vectors_ND.norm(dim=1, keepdim=True)
+    found = []
+    for own in range(0, 3500, 100):
+        position_F = index.near(vectors_ND[own], 6)
+        assert position_F is not None
+        assert len(position_F.unique()) == len(position_F) < 100
+        found.append(torch.isin((unit @ unit[own]).topk(6).indices, position_F).float().mean())
+    assert torch.stack(found).mean() > 0.95
+    assert index.near(vectors_ND[0], 3500) is None  # more than the lists hold
+    monkeypatch.setattr(faiss_index, "LISTS_OF_SIMILAR", 20)
+    assert index.near(vectors_ND[0], 6) is None  # an eighth of all: comparing all is as fast
 
 
 def test_a_list_as_long_as_the_catalogue_holds_every_item_once(fast: ItemIndex) -> None:

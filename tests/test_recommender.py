@@ -20,6 +20,8 @@ from foretaste.data.batch import Queries
 from foretaste.data.reading import read_interactions
 from foretaste.data.vocabulary import Vocabulary
 from foretaste.errors import ConfigError, DataError, ForetasteError
+from foretaste.retrieval import faiss_index
+from foretaste.retrieval.index import IndexChoice
 from foretaste.serving import catalogue_search
 from foretaste.serving.answer import Answer
 from foretaste.serving.recommender import Recommender, build_recommender
@@ -527,9 +529,13 @@ def test_blocks_hold_every_user_once_and_histories_of_similar_length(
 # Similar items, reasons
 
 
+@pytest.mark.parametrize("index", ["exact", "ivf_sq8"])
 @pytest.mark.parametrize("kind", ["sasrec", "als"])
-def test_similar_items_have_the_highest_cosine(kind: str) -> None:
-    recommender = build_recommender(make_trained(kind))
+def test_similar_items_have_the_highest_cosine(
+    kind: str, index: IndexChoice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(faiss_index, "FEW_LISTS", 0)  # lists are read however few there are
+    recommender = build_recommender(make_trained(kind), index=index)
     table = every_vector(recommender.trained.model).detach()[:NUM_ITEMS].double()
     unit = table / table.norm(dim=1, keepdim=True)
     cosine = unit @ unit[3]

@@ -169,6 +169,12 @@ does not read."""
 _REFINE = {"ivf_flat": 1, "ivf_sq8": 2, "ivf_pq": 8, "hnsw": 2}
 """Number of candidates per returned item, which are ranked again by their full vectors."""
 _WIDEST_WALK = 1024
+LISTS_OF_SIMILAR = 32
+"""Fewest lists in which similar items are searched."""
+FEW_LISTS = 16
+"""All items are compared if these lists are more than 1/FEW_LISTS of all."""
+FETCHED_SIMILAR = 512
+"""Fewest candidates that are ranked again by their full vectors."""
 
 
 @final
@@ -226,6 +232,44 @@ class FaissIndex:
     def candidates(self, query_BD: Float[Tensor, "B D"], k: int) -> Int64[Tensor, "B K"]:
         """Return the items that FAISS alone finds, to measure recall."""
         return candidates(self._fetch, self.exact, query_BD, k, refine=_REFINE[self.kind])
+
+    def near(self, vector_D: Float[Tensor, " D"], k: int) -> Int64[Tensor, " F"] | None:
+        """Return the positions of candidates for the k nearest items by cosine; None for a kind
+        without lists, for few lists, or if too few items are found.
+
+        An item is in the list of the centroid of largest dot product, which depends on its
+        direction only, so items near by cosine are in the same few lists.
+        """
+        width = max(LISTS_OF_SIMILAR, self._facts.search_width)
+        if self.kind == "hnsw" or width * FEW_LISTS > self._index.invlists.nlist:
+            return None
+        query_D, lists = (
+            np.pad(vector_D.numpy(), (0, self._index.d - len(vector_D))),
+            self._index.invlists,
+        )
+        number_P = self._index.quantizer.search(query_D[None], width)[1][0]
+        ids, cosines = [np.empty(0, np.int64)], [np.empty(0, np.float32)]
+        for number in number_P[number_P >= 0].tolist():
+            if size := lists.list_size(number):
+                ids.append(faiss.rev_swig_ptr(lists.get_ids(number), size).copy())
+                code_M = faiss.rev_swig_ptr(lists.get_codes(number), size * lists.code_size)
+                decoded_MD = self._decoded(number, code_M.reshape(size, -1))
+                norm_M = np.linalg.norm(decoded_MD, axis=1)
+                cosines.append(decoded_MD @ query_D / np.maximum(norm_M, 1e-12))
+        position_M, cosine_M = np.concatenate(ids), np.concatenate(cosines)
+        if len(position_M) < k:
+            return None
+        fetched = min(max(FETCHED_SIMILAR, k * _REFINE[self.kind]), len(position_M))
+        return torch.from_numpy(position_M)[torch.from_numpy(cosine_M).topk(fetched).indices]
+
+    def _decoded(self, number: int, code_MC: np.ndarray) -> Float32[np.ndarray, "M D"]:
+        """Return the vectors that a list's codes stand for."""
+        if self.kind == "ivf_flat":
+            vectors_MD: np.ndarray = code_MC.view(np.float32)
+            return vectors_MD
+        coder = self._index.sq if self.kind == "ivf_sq8" else self._index.pq
+        whole_MD: np.ndarray = coder.decode(code_MC) + self._index.quantizer.reconstruct(number)
+        return whole_MD
 
     def _fetch(
         self, query_BD: np.ndarray, fetched: int, selector: "faiss.IDSelector | None"

@@ -31,6 +31,7 @@ from foretaste.models.catalogue import (
     placer,
 )
 from foretaste.retrieval.choose import exact_of
+from foretaste.retrieval.faiss_index import FaissIndex
 from foretaste.retrieval.index import ItemIndex, WholeIndex
 from foretaste.serving.profiles import beside, best_of, both
 from foretaste.training.trained import Trained
@@ -378,7 +379,7 @@ class CatalogueSearch:
             return self._find(query, k, own_1X, None, Stages())
         whole = exact_of(self._index)
         own = whole.positions(own_1X)[0, 0]
-        return self._nearest(whole, whole.vectors_at(own), int(own), k)
+        return self._nearest(self._index, whole.vectors_at(own), int(own), k)
 
     def near(self, vector_D: Float[Tensor, " D"], k: int) -> TopK:
         """Return the items nearest by cosine to a vector that need not be an item's.
@@ -390,17 +391,22 @@ class CatalogueSearch:
             raise ConfigError(
                 "this model has no item vectors, so similar items cannot be computed for a new item"
             )
-        return self._nearest(exact_of(self._index), vector_D.float(), None, k)
+        return self._nearest(self._index, vector_D.float(), -1, k)
 
-    def _nearest(
-        self, whole: WholeIndex, vector_D: Float[Tensor, " D"], own: int | None, k: int
-    ) -> TopK:
-        length_N = (self._norms(whole) * vector_D.norm()).clamp(min=1e-12)
-        cosine_N = whole.products(vector_D) / length_N
-        if own is not None:
-            cosine_N[own] = -torch.inf
+    def _nearest(self, index: ItemIndex, vector_D: Float[Tensor, " D"], own: int, k: int) -> TopK:
+        """Return the k items of largest cosine; an index with lists compares those of few lists."""
+        whole = exact_of(index)
+        near_N = index.near(vector_D, k + 1) if isinstance(index, FaissIndex) else None
+        if near_N is None:
+            near_N, norm_N = torch.arange(len(whole.item_N)), self._norms(whole)
+            product_N = whole.products(vector_D)
+        else:
+            near_ND = whole.vectors_at(near_N)
+            norm_N, product_N = near_ND.norm(dim=1), near_ND @ vector_D
+        cosine_N = product_N / (norm_N * vector_D.norm()).clamp(min=1e-12)
+        cosine_N[near_N == own] = -torch.inf
         best = _answer(*top_k(cosine_N.unsqueeze(0), k), k)
-        item_BK = whole.item_N[best.item_BK.clamp(min=0)].where(best.item_BK >= 0, -1)
+        item_BK = whole.item_N[near_N[best.item_BK.clamp(min=0)]].where(best.item_BK >= 0, -1)
         return TopK(item_BK=item_BK, score_BK=best.score_BK)
 
     def _norms(self, whole: WholeIndex) -> Float[Tensor, " N"]:
