@@ -13,10 +13,9 @@ from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
-from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
-from foretaste.serving.guard import limited
+from foretaste.serving.connection import Connection, limited
 from foretaste.serving.metrics import Admission, Metrics
 from foretaste.serving.server import http_server
 from foretaste.serving.settings import ServerSettings
@@ -42,8 +41,8 @@ async def size(scope: Scope, receive: Receive, send: Send) -> None:
 class Server:
     """Where it listens, and its counters."""
 
-    def __init__(self, address: tuple[str, int], metrics: Metrics) -> None:
-        self.address, self.metrics = address, metrics
+    def __init__(self, address: tuple[str, int], admission: Admission) -> None:
+        self.address, self.admission, self.metrics = address, admission, admission.metrics
 
     def connect(self) -> socket.socket:
         return socket.create_connection(self.address, timeout=30)
@@ -66,13 +65,14 @@ class Server:
 
 @contextmanager
 def serving(**settings: object) -> Iterator[Server]:
-    chosen, metrics = ServerSettings(**settings), Metrics()
+    chosen = ServerSettings(**settings)
+    admission = Admission(chosen, Metrics(), print)
     listener = socket.create_server(("127.0.0.1", 0))
-    server = http_server(size, chosen, Admission(chosen, metrics, print))
+    server = http_server(size, chosen, admission)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:
-        yield Server(listener.getsockname(), metrics)
+        yield Server(listener.getsockname(), admission)
     finally:
         server.should_exit = True
         thread.join()
@@ -254,14 +254,23 @@ def test_connections_beyond_their_number_are_refused_until_one_leaves(setting: s
 REFUSED = b"POST /v1/recommend HTTP/1.1\r\nHost: x\r\n%sContent-Length: 5\r\n\r\nabcde"
 
 
-@pytest.fixture
-def full(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setattr(Admission, "is_full", lambda self, path: True)
+@contextmanager
+def without_room() -> Iterator[Server]:
     with serving(header_timeout_s=0.4) as one:
+        one.admission.is_full = lambda path: True
+        yield one
+
+
+@pytest.fixture(scope="module")
+def full() -> Iterator[Server]:
+    with without_room() as one:
         yield one
 
 
 def test_a_request_without_room_is_answered_whole_and_its_connection_is_kept(full: Server) -> None:
+    labels = 'method="POST",route="/v1/recommend",status="503"'
+    counts = ["foretaste_shed_total", f"foretaste_requests_total{{{labels}}}"]
+    before = [full.counted(name) for name in counts]
     with full.connect() as client:
         for sent in (REFUSED % b"X-Request-ID: mine\r\n", GET, REFUSED % b"Connection: close\r\n"):
             client.sendall(sent)
@@ -284,25 +293,108 @@ def test_a_request_without_room_is_answered_whole_and_its_connection_is_kept(ful
     assert ask(full, REFUSED % b"" + last).count(b"HTTP/1.1 503") == 2
     waiting = (REFUSED % b"Expect: 100-continue\r\n").removesuffix(b"abcde")
     assert ask(full, waiting).count(b"HTTP/1.1 503") == 1
-    assert full.counted("foretaste_shed_total") == 5
-    labels = 'method="POST",route="/v1/recommend",status="503"'
-    assert full.counted(f"foretaste_requests_total{{{labels}}}") == 5
+    assert [full.counted(name) for name in counts] == [number + 5 for number in before]
+
+
+LINES = b"POST /v1/recommend HTTP/1.1\r\nX-Request-ID: mine\r\n"
+
+
+@pytest.mark.parametrize(
+    ("sent", "is_parsed"),
+    [
+        (LINES + b"Content-Length: 5\r\n\r\nabcde", False),
+        (LINES + b"Connection: keep-alive\r\ncontent-length:  5 \r\n\r\nabcde", False),
+        (LINES + b"\r\n", False),
+        (b"GET /v1/users/7/recommendations?k=3 HTTP/1.1\r\nx-request-id:mine\r\n\r\n", False),
+        (LINES + b"Content-Length: 0005\r\n\r\nabcde", True),
+        (LINES + b"Transfer-Encoding: chunked\r\n\r\n5\r\nabcde\r\n0\r\n\r\n", True),
+        (LINES + b"X: \x80\r\nContent-Length: 5\r\n\r\nabcde", True),
+        (LINES + b"X: " + b"a" * 4_100 + b"\r\nContent-Length: 5\r\n\r\nabcde", True),
+        (b"\r\n" + LINES + b"\r\n", True),
+        (b"GET /v1/users/%37/recommendations HTTP/1.1\r\nX-Request-ID: mine\r\n\r\n", True),
+    ],
+)
+def test_a_refusal_is_the_same_whether_or_not_its_request_was_parsed(
+    full: Server, monkeypatch: pytest.MonkeyPatch, sent: bytes, *, is_parsed: bool
+) -> None:
+    parsed: list[bytes] = []
+    shed = full.counted("foretaste_shed_total")
+    complete = Connection.on_headers_complete
+    monkeypatch.setattr(
+        Connection, "on_headers_complete", lambda one: (parsed.append(one.url), complete(one))
+    )
+    with full.connect() as client:
+        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        answers = []
+        for cut in (len(sent), 4):
+            client.sendall(sent[:cut])
+            time.sleep(0.02)
+            client.sendall(sent[cut:])
+            answers.append(client.recv(65536))
+        assert len(parsed) == (2 if is_parsed else 1)
+        assert answers[0] == answers[1]
+        assert status_of(answers[0]) == 503
+        assert asked_on(client) == 200  # the connection is still in step
+    assert full.counted("foretaste_shed_total") == shed + 2
+
+
+@pytest.mark.parametrize(
+    ("parts", "refused"),
+    [
+        # of a request that was refused by its head, a body that looks like another request
+        ([LINES + b"Content-Length: %d\r\n\r\n" % len(LINES + b"\r\n"), LINES + b"\r\n"], 1),
+        ([LINES + b"\r\n"] * 3, 3),  # sent without waiting for answers
+        ([LINES + b"\r\n" + LINES + b"\r\n", LINES + b"\r\n"], 3),
+        ([LINES + b"\r\n" + LINES, b"\r\n"], 2),
+        ([GET, LINES + b"\r\n"], 1),
+    ],
+)
+def test_requests_in_a_row_are_refused_one_by_one_and_a_body_is_no_request(
+    full: Server, parts: list[bytes], refused: int
+) -> None:
+    shed = full.counted("foretaste_shed_total")
+    with full.connect() as client:
+        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for part in parts:
+            client.sendall(part)
+            time.sleep(0.02)
+        client.sendall(GET[:-2] + b"Connection: close\r\n\r\n")
+        answer = until_closed(client)
+    assert answer.count(b"HTTP/1.1 503") == answer.count(b"x-request-id: mine") == refused
+    assert answer.count(b"HTTP/1.1 200") == 1 + parts.count(GET)
+    assert answer.endswith(b"\r\n\r\n0")
+    assert full.counted("foretaste_shed_total") == shed + refused
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        b"Content-Length: 5\r\nContent-Length: 5\r\n",
+        b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n",
+        b"Content-Length : 5\r\n",
+        b"Content-Length: +5\r\n",
+        b"Content-Length: 3\r\n",  # the rest is no request
+    ],
+)
+def test_a_request_whose_end_is_unclear_is_left_to_the_parser(full: Server, lines: bytes) -> None:
+    assert status_of(ask(full, LINES + lines + b"\r\nabcde")) == 400
 
 
 def test_many_refusals_at_once_are_answered_one_after_the_other(
-    full: Server, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("foretaste.serving.guard.TICK_S", 0.1)
-    monkeypatch.setattr("foretaste.serving.guard.PER_TICK", 2)
+    monkeypatch.setattr("foretaste.serving.connection.TICK_S", 0.1)
+    monkeypatch.setattr("foretaste.serving.connection.PER_TICK", 2)
     began = time.monotonic()
-    with ExitStack() as stack:
+    with without_room() as full, ExitStack() as stack:
         clients = [stack.enter_context(full.connect()) for _ in range(10)]
         for client in clients:
             client.sendall(REFUSED % b"")
         stack.enter_context(full.connect()).sendall(REFUSED % b"")  # and is gone before its turn
         assert [status_of(client.recv(65536)) for client in clients] == [503] * 10
-    assert time.monotonic() - began > 0.49  # two in each tenth of a second
-    full.wait_for(0)
+        assert time.monotonic() - began > 0.49  # two in each tenth of a second
+        stack.close()
+        full.wait_for(0)
 
 
 @pytest.mark.parametrize(
@@ -317,7 +409,7 @@ def test_many_refusals_at_once_are_answered_one_after_the_other(
 def test_the_oldest_refusals_are_sent_and_the_others_wait(
     monkeypatch: pytest.MonkeyPatch, came_s: list[float], answered: int
 ) -> None:
-    monkeypatch.setattr("foretaste.serving.guard.PER_TICK", 2)
+    monkeypatch.setattr("foretaste.serving.connection.PER_TICK", 2)
     settings, sent = ServerSettings(max_connections=16), []
     kind = limited(settings, Admission(settings, Metrics(), print))
     for number, since_s in enumerate(came_s):
@@ -348,7 +440,7 @@ class Lists:
     def request(self, number: int, *, per_s: float) -> None:
         for _ in range(number):
             self.now_s += 1 / per_s
-            self.admission.turned_away("POST", "/v1/recommend", Headers({}))
+            self.admission.turned_away("POST", "/v1/recommend", "")
 
     def full_beside(self, number: int, path: str = "/v1/recommend", *, each_s: float = 0.0) -> bool:
         with ExitStack() as stack:
@@ -385,8 +477,9 @@ def test_no_list_waits_while_more_are_requested_than_can_be_answered(
     lists = Lists(monkeypatch)
     lists.answer(0.005, times=10)  # 200 per second
     lists.request(100, per_s=per_s)
-    assert lists.full_beside(2, each_s=0.005) != waits
-    assert not lists.full_beside(1, each_s=0.005)
+    places = 3 if per_s == 400 else 2
+    assert lists.full_beside(places, each_s=0.005) != waits
+    assert not lists.full_beside(places - 1, each_s=0.005)
     lists.request(1, per_s=1)  # it was quiet for a second
     lists.answer(0.005, times=10)
     lists.request(20, per_s=1e6)  # a burst

@@ -25,7 +25,7 @@ from starlette.types import ASGIApp
 from foretaste.arguments import checked
 from foretaste.errors import ConfigError, ForetasteError
 from foretaste.serving.api import create_app
-from foretaste.serving.guard import limited
+from foretaste.serving.connection import limited
 from foretaste.serving.metrics import Admission, Metrics
 from foretaste.serving.service import Service
 from foretaste.serving.settings import ServerSettings, access_of

@@ -89,8 +89,9 @@ class ServerSettings(Config):
     Retry-After."""
     max_wait_s: PositiveFloat = 0.02
     """Maximum expected waiting time of a request for a list, in seconds. If more than 16 are in
-    progress, one that would wait longer is answered with 503, and so is any beyond one more than
-    threads while requests come much faster than they can be answered."""
+    progress, one that would wait longer is answered with 503. While requests come much faster than
+    they can be answered, there is room for few more lists than threads, the fewer the
+    faster they come."""
     num_threads: Count | None = Field(default=None, le=1024)
     """Number of threads that compute answers; torch uses one core in each. By default, one more
     than the cores that the process may use, at most 4. Calls to the store have other threads."""
