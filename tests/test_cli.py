@@ -1,5 +1,6 @@
 """The command line: what it prints where, and how it ends."""
 
+import gc
 import json
 import os
 import subprocess
@@ -403,3 +404,12 @@ def test_a_token_is_shown_once_and_an_empty_or_missing_one_does_not_serve(
     monkeypatch.setenv("FORETASTE_TOKEN", "secret")
     code, _, err = foretaste("serve", "nowhere", "--host", "0.0.0.0")
     assert (code, "give the folder of a bundle" in err, "secret" in err) == (1, True, False)
+
+
+def test_a_server_that_was_stopped_ends_without_a_last_collection_of_its_memory(
+    foretaste: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("foretaste.serve", lambda *_, **__: None)
+    assert foretaste("serve", "bundle")[0] == 0
+    assert gc.get_freeze_count() > 0  # these objects are left to the end of the process
+    gc.unfreeze()

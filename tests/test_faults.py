@@ -17,6 +17,8 @@ import httpx
 import pytest
 import sqlalchemy as sa
 
+from foretaste.serving.api import COSTLY
+from foretaste.serving.messages import RecommendReply, RecommendRequest
 from foretaste.serving.service import WITHOUT_STORE
 from tests.postgres_server import frozen, stopped
 from tests.test_api import NOW_S, Served, served
@@ -190,6 +192,75 @@ def test_events_that_wait_for_the_store_hold_up_no_answer(bundle: Path, tmp_path
             assert not answered
         for writer in writers:
             writer.join()
+
+
+@contextmanager
+def asking(films: Served, times: int, **asked: object) -> Iterator[list[httpx.Response]]:
+    """Ask for lists from as many threads; yield the replies so far, and all at the end."""
+    replies: list[httpx.Response] = []
+
+    def ask() -> None:
+        replies.append(films.http.post("/v1/recommend", json=asked))
+
+    threads = [threading.Thread(target=ask) for _ in range(times)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield replies
+    finally:
+        for thread in threads:
+            thread.join()
+
+
+def test_lists_that_wait_for_a_store_that_hangs_hold_up_no_other_list(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # More of them than wait for the store at one time, and than `max_concurrency`.
+    settings = {"store_timeout_s": 60.0, "num_threads": 1, "max_concurrency": 10}
+    with served(bundle, str(tmp_path / "e.sqlite"), **settings) as films:
+        assert stores(films)
+        events, ended = films.service.events, threading.Event()
+
+        def connect() -> sa.Connection:
+            ended.wait(60)
+            raise sa.exc.OperationalError("", {}, OSError("it is gone"))
+
+        monkeypatch.setattr(events, "is_sqlite", False)
+        monkeypatch.setattr(events._engine, "connect", connect)
+        with asking(films, 20, user_id=1, k=3) as replies:
+            eventually(lambda: "foretaste_in_flight 20.0" in films.http.get("/metrics").text)
+            for _ in range(5):
+                assert films.recommend(history=[101], k=3)["items"]
+            assert not replies
+            ended.set()
+        assert [reply.json()["notes"] for reply in replies] == [[WITHOUT_STORE]] * 20
+
+
+def test_costly_lists_leave_room_and_a_thread_to_the_others(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("foretaste.serving.api.BURST", 4)
+    with served(bundle, str(tmp_path / "e.sqlite"), num_threads=2) as films:
+        ended, recommend = threading.Event(), films.service.recommend
+
+        def compute(asked: RecommendRequest, *stored: object) -> RecommendReply:
+            if asked.k > COSTLY or len(asked.history) > 4 * COSTLY:
+                ended.wait(60)
+            return recommend(asked, *stored)
+
+        monkeypatch.setattr(films.service, "recommend", compute)
+        with ExitStack() as stack:
+            many = stack.enter_context(asking(films, 3, k=COSTLY + 1))
+            long = stack.enter_context(asking(films, 2, k=5, history=[101] * 4 * COSTLY))
+            eventually(lambda: "foretaste_in_flight 5.0" in films.http.get("/metrics").text)
+            for _ in range(5):
+                assert films.recommend(k=5)["items"]
+            assert not many + long
+            beyond = films.http.get(f"/v1/users/1/recommendations?k={COSTLY + 1}")
+            assert (beyond.status_code, beyond.headers["retry-after"]) == (503, "1")
+            ended.set()
+        assert [reply.status_code for reply in many + long] == [200] * 5
+        assert "foretaste_shed_total 1.0" in films.http.get("/metrics").text
 
 
 def fill(path: Path) -> None:

@@ -1,6 +1,7 @@
 """Commands for answers: `recommend`, `similar`, `inspect`, `serve`, `token`, `quickstart`."""
 
 import ctypes
+import gc
 import json
 import os
 import sys
@@ -228,6 +229,7 @@ def serve(
         ft.ServerSettings, ft.with_overrides(given, overrides or ()), source="serve"
     )
     ft.serve(bundle, settings=settings, announce=partial(announce, as_json=as_json))
+    gc.freeze()  # the process ends next, after a last collection that would take seconds
 
 
 def _share_heaps() -> None:

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from importlib import resources
-from typing import Annotated, TypeVar
+from typing import Annotated, TypeVar, final
 
 import anyio.to_thread
 from fastapi import Body, Depends, FastAPI, Path, Query, Request, Response
@@ -42,14 +42,16 @@ from foretaste.serving.messages import (
     SimilarReply,
     UsersReply,
 )
-from foretaste.serving.metrics import Admission
-from foretaste.serving.service import Service
+from foretaste.serving.metrics import BURST, NO_ROOM, NO_ROOM_SENTENCE, Admission
+from foretaste.serving.service import Service, Stored
 from foretaste.serving.settings import Access, Bucket, ServerSettings
 from foretaste.serving.state import cause_of
 
 T = TypeVar("T")
 STORE_THREADS = 8
-"""Maximum number of calls that wait for the store at one time."""
+"""Maximum number of reads, and of writes, that wait for the store at one time."""
+COSTLY = 200
+"""A list of more rows than this is costly; every fourth id that a request gives counts as a row."""
 COMPRESSED_BYTES = 1_000
 """Shorter answers are not compressed, whatever a client accepts."""
 
@@ -137,11 +139,11 @@ def create_app(
         open_files=FILES,
     )
     _add_errors(app)
-    ask_store, switch = _Elsewhere(STORE_THREADS), _Elsewhere(1)
-    _add_answers(app, service)
-    _add_people(app, service, ask_store)
+    read, write, switch = _Elsewhere(STORE_THREADS), _Elsewhere(STORE_THREADS), _Elsewhere(1)
+    _add_answers(app, service, _Lists(service, admission, read))
+    _add_people(app, service, read, write)
     _add_models(app, service, switch)
-    _add_operations(app, service, ask_store, admission)
+    _add_operations(app, service, read, admission)
     add_page(app)
     return app
 
@@ -156,33 +158,64 @@ class _Elsewhere:
         return await anyio.to_thread.run_sync(call, limiter=self._limiter)
 
 
-def _add_answers(app: FastAPI, service: Service) -> None:
-    def answer(asked: RecommendRequest, request: Request) -> Response:
-        reply = service.recommend(asked)
-        request.state.log |= {"user_known": reply.user_known, "source": reply.source}
-        return _sent(reply)
+@final
+class _Lists:
+    """Computes lists in threads, of which costly lists and a store that hangs leave some free."""
 
+    def __init__(self, service: Service, admission: Admission, read: _Elsewhere) -> None:
+        self._service, self._admission, self._read = service, admission, read
+
+    async def recommend(self, asked: RecommendRequest, request: Request) -> Response:
+        stored: Stored | None = None
+        if asked.user_id is not None and not self._service.events.is_sqlite:
+            with self._admission.set_aside(request.state.place):
+                stored = await self._read(lambda: self._service.stored(asked))
+
+        def answer() -> Response:
+            reply = self._service.recommend(asked, stored)
+            request.state.log |= {"user_known": reply.user_known, "source": reply.source}
+            return _sent(reply)
+
+        given = (asked.history, asked.allow, asked.deny, asked.new_items)
+        return await self.compute(
+            answer, request, asked.k + sum(len(ids or ()) for ids in given) // 4
+        )
+
+    async def compute(
+        self, answer: Callable[[], Response], request: Request, rows: int
+    ) -> Response:
+        if rows <= COSTLY:
+            return await anyio.to_thread.run_sync(answer)
+        if self._admission.costly > BURST:
+            self._admission.metrics.shed.inc()
+            request.state.log["cause"] = NO_ROOM
+            raise HTTPException(503, NO_ROOM_SENTENCE, {"retry-after": "1"})
+        async with self._admission.turn(request.state.place):
+            return await anyio.to_thread.run_sync(answer)
+
+
+def _add_answers(app: FastAPI, service: Service, lists: _Lists) -> None:
     @app.post("/v1/recommend", tags=["answers"], response_model=RecommendReply)
-    def recommend(asked: RecommendRequest, request: Request) -> Response:
+    async def recommend(asked: RecommendRequest, request: Request) -> Response:
         """Recommend for a user, for a history, or for a new user."""
-        return answer(asked, request)
+        return await lists.recommend(asked, request)
 
     @app.get(
         "/v1/users/{user_id:id}/recommendations",
         tags=["answers"],
         response_model=RecommendReply,
     )
-    def recommend_for_user(
+    async def recommend_for_user(
         user_id: UserId, request: Request, k: Length = 10, *, explain: bool = False
     ) -> Response:
         """Recommend for a user id, with the user's live events."""
         asked = RecommendRequest.model_construct(user_id=user_id, k=k, explain=explain)
-        return answer(asked, request)
+        return await lists.recommend(asked, request)
 
     @app.get("/v1/items/{item_id:id}/similar", tags=["answers"], response_model=SimilarReply)
-    def similar(item_id: ItemId, k: Length = 10) -> Response:
+    async def similar(item_id: ItemId, request: Request, k: Length = 10) -> Response:
         """Items similar to this one; none, with a note, if the model does not know the item."""
-        return _sent(service.similar(item_id, k=k))
+        return await lists.compute(lambda: _sent(service.similar(item_id, k=k)), request, k)
 
     @app.get("/v1/items", tags=["catalogue"])
     def find_items(query: Words = "", limit: Limit = 20) -> ItemsReply:
@@ -195,7 +228,7 @@ def _add_answers(app: FastAPI, service: Service) -> None:
         return service.columns()
 
 
-def _add_people(app: FastAPI, service: Service, ask_store: _Elsewhere) -> None:
+def _add_people(app: FastAPI, service: Service, read: _Elsewhere, write: _Elsewhere) -> None:
     @app.get("/v1/users", tags=["catalogue"])
     def find_users(prefix: Words = "", limit: Limit = 20) -> UsersReply:
         """Users of the training data, by the beginning of their id."""
@@ -204,7 +237,7 @@ def _add_people(app: FastAPI, service: Service, ask_store: _Elsewhere) -> None:
     @app.get("/v1/users/{user_id:id}/history", tags=["catalogue"])
     async def history(user_id: UserId, limit: Limit = 50) -> HistoryReply:
         """A user's events, in training and since, newest first."""
-        return await ask_store(lambda: service.history(user_id, limit=limit))
+        return await read(lambda: service.history(user_id, limit=limit))
 
     @app.post(
         "/v1/events", status_code=201, tags=["events"], responses={409: {"model": ErrorReply}}
@@ -214,21 +247,21 @@ def _add_people(app: FastAPI, service: Service, ask_store: _Elsewhere) -> None:
         next answer.
         """
         events = asked if isinstance(asked, list) else [asked]
-        reply = await ask_store(lambda: service.add_events(events))
+        reply = await write(lambda: service.add_events(events))
         request.state.log |= {"events": len(events), "user_known": not reply.unknown_users}
         return reply
 
     @app.delete("/v1/users/{user_id:id}/events", tags=["events"])
     async def forget(user_id: UserId) -> ForgetReply:
         """Delete a user's live events."""
-        return await ask_store(lambda: service.forget(user_id))
+        return await write(lambda: service.forget(user_id))
 
     @app.delete("/v1/events", tags=["events"])
     async def forget_any(user_id: AnyId) -> ForgetReply:
         """Delete a user's live events, also for the ids `.` and `..`, which a path cannot
         contain.
         """
-        return await ask_store(lambda: service.forget(user_id))
+        return await write(lambda: service.forget(user_id))
 
 
 def _add_models(app: FastAPI, service: Service, switch: _Elsewhere) -> None:
@@ -279,9 +312,7 @@ def _refusals() -> Iterator[None]:
         raise HTTPException(409, f"the old version stays active: {error}") from error
 
 
-def _add_operations(
-    app: FastAPI, service: Service, ask_store: _Elsewhere, admission: Admission
-) -> None:
+def _add_operations(app: FastAPI, service: Service, read: _Elsewhere, admission: Admission) -> None:
     @app.get("/v1/model", tags=["model"])
     def model() -> ModelReply:
         """The active model: its manifest and its report."""
@@ -299,7 +330,7 @@ def _add_operations(
         """
         if admission.leaving:
             raise HTTPException(503, "the server is about to stop: ask another one")
-        if cause := await ask_store(service.ready):
+        if cause := await read(service.ready):
             request.state.log["cause"] = cause
         return HealthReply(status="ready", store="does not answer" if cause else "answers")
 

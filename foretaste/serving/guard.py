@@ -105,7 +105,7 @@ class Guard:
         if not isinstance(taken, bytes):
             await taken(scope, receive, send)
             return
-        with self._admission.place(scope["path"]):
+        with self._admission.place(scope["path"]) as scope["state"]["place"]:
             await self._app(scope, _replay(taken, receive), send)
 
     def _misdirected(self, scope: Scope) -> Response | None:

@@ -1,12 +1,13 @@
 """Metrics and admission: Prometheus counters, the log, and whether there is room for a request."""
 
+import asyncio
 import json
 import math
 import random
 import re
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from http import HTTPStatus
 from typing import Any, final
@@ -140,6 +141,15 @@ class Metrics:
 
 
 @final
+class Place:
+    """A request in progress or waiting."""
+
+    def __init__(self) -> None:
+        self.aside_s = 0.0
+        """Seconds for which it waited for something other than a thread."""
+
+
+@final
 class Admission:
     """Decides whether there is room for a request; counts and logs requests."""
 
@@ -158,6 +168,10 @@ class Admission:
         self.taken, self._answers, self._coming, self._each_s = 0, 0, 0, 0.0
         """Numbers of requests in progress or waiting, of those that a model answers, and of those
         that have not begun; and the seconds that each adds to the wait of the next one."""
+        self.aside, self.costly = 0, 0
+        """Numbers of lists that wait for the store or for other costly lists, which are not counted
+        above, and of costly lists in progress or waiting."""
+        self._turns = asyncio.Semaphore(max(1, self._threads // 2))
         self.leaving = False
         """Whether the server is about to stop listening."""
         self._load, self._came_s = 0.0, 0.0
@@ -191,21 +205,48 @@ class Admission:
         return begin
 
     @contextmanager
-    def place(self, path: str) -> Iterator[None]:
+    def place(self, path: str) -> Iterator[Place]:
         """Count a request while it waits or runs, and update the expected time of requests."""
         counted, computes = path != UNCOUNTED, answer_route(path) is not None
         self.taken, self._answers = self.taken + counted, self._answers + computes
-        self.metrics.in_flight.set(self.taken)
-        among, started = self._answers, time.perf_counter()
+        self.metrics.in_flight.set(self.taken + self.aside)
+        among, started, place = self._answers, time.perf_counter(), Place()
+        try:
+            yield place
+        finally:
+            self.taken, self._answers = self.taken - counted, self._answers - computes
+            self.metrics.in_flight.set(self.taken + self.aside)
+            if computes:
+                each_s = (time.perf_counter() - started - place.aside_s) / among
+                known_s = self._each_s or each_s  # a single stall must not cause refusals for long
+                self._each_s = known_s + (min(each_s, 2 * known_s) - known_s) / 20
+
+    @contextmanager
+    def set_aside(self, place: Place) -> Iterator[None]:
+        """Leave a list out of all counts while it waits for something other than a thread."""
+        began = time.perf_counter()
+        self.taken, self._answers, self.aside = self.taken - 1, self._answers - 1, self.aside + 1
         try:
             yield
         finally:
-            self.taken, self._answers = self.taken - counted, self._answers - computes
-            self.metrics.in_flight.set(self.taken)
-            if computes:
-                each_s = (time.perf_counter() - started) / among
-                known_s = self._each_s or each_s  # a single stall must not cause refusals for long
-                self._each_s = known_s + (min(each_s, 2 * known_s) - known_s) / 20
+            self.taken, self._answers = self.taken + 1, self._answers + 1
+            self.aside, place.aside_s = self.aside - 1, place.aside_s + time.perf_counter() - began
+
+    @asynccontextmanager
+    async def turn(self, place: Place) -> AsyncIterator[None]:
+        """Let a costly list wait while half of the threads compute others, so that short lists have
+        the other half.
+        """
+        self.costly += 1
+        try:
+            with self.set_aside(place):
+                await self._turns.acquire()
+            try:
+                yield
+            finally:
+                self._turns.release()
+        finally:
+            self.costly -= 1
 
     def turned_away(self, method: str, path: str, given_id: str) -> bytes | None:
         """Return the complete reply to a request for which there is no room, None if there is room.

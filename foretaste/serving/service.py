@@ -40,6 +40,8 @@ SHOWN_VALUES = 200
 WITHOUT_STORE = (
     "the store of live events does not answer: the user's events since training had no influence"
 )
+Stored = tuple[Sequence[LiveEvent], tuple[str, ...]]
+"""Events of a user as the store has them, and a note if it does not answer."""
 WITHOUT_REASONS = "reasons were left out: the server is computing as many as it allows at one time"
 FUTURE_S = 86_400
 """An event may be this much ahead of the server's clock."""
@@ -81,8 +83,12 @@ class Service:
         self._explaining = threading.Semaphore(max(1, settings.threads // 2))
         metrics.model.info({"version": slot.current.version})
 
-    def recommend(self, asked: RecommendRequest) -> RecommendReply:
+    def recommend(self, asked: RecommendRequest, stored: Stored | None = None) -> RecommendReply:
         """Recommend from all current data about the user.
+
+        Args:
+            asked: The request.
+            stored: The result of `stored`, if it was called before.
 
         Raises:
             DataError: `k` or the history is longer than this server allows.
@@ -95,11 +101,10 @@ class Service:
                 name="history",
                 value=len(asked.history),
             )
-        user_id = None if asked.user_id is None else str(asked.user_id)
-        if user_id is not None:  # in the catalogue's spelling, so that a canary treats 3.0 as 3
-            user_id = self.slot.current.catalogue.user_id(user_id)
+        user_id = self._user_id(asked)
         loaded = self.slot.of_user(user_id)
-        live, missing = ([], ()) if user_id is None else self._live_if_any(loaded, user_id)
+        events, missing = stored or self.stored(asked)
+        live = [] if user_id is None else loaded.catalogue.since_training(user_id, events)
         history = [*(event.item_id for event in live), *map(str, asked.history)]
         answer = loaded.recommender.recommend(
             user_id,
@@ -137,6 +142,19 @@ class Service:
             live_events=len(live),
             model_version=loaded.version,
         )
+
+    def stored(self, asked: RecommendRequest) -> Stored:
+        """Read a user's events from the store; none and a note while it does not answer.
+
+        The reason is reported at most once a second, after the first 60 in the first minute.
+        """
+        user_id = self._user_id(asked)
+        try:
+            return (() if user_id is None else self._read(user_id)), ()
+        except SQLAlchemyError as error:
+            if not self._reports.wait_s():
+                self._report(error)
+            return (), (WITHOUT_STORE,)
 
     def similar(self, item_id: str, *, k: int) -> SimilarReply:
         """Return the items most similar to one.
@@ -180,7 +198,7 @@ class Service:
         """Return a user's events, newest first."""
         loaded = self.slot.current
         user_id = loaded.catalogue.user_id(user_id)
-        live = self._live(loaded, user_id)
+        live = loaded.catalogue.since_training(user_id, self._read(user_id))
         num_live = len(live)
         if num_live >= self._settings.max_history:  # more may be stored than were read
             num_live = self.events.count(user_id)
@@ -357,22 +375,14 @@ class Service:
                 value=k,
             )
 
-    def _live_if_any(self, loaded: Loaded, user_id: str) -> tuple[list[LiveEvent], tuple[str, ...]]:
-        """Return a user's live events; while the store does not answer, none and a note.
+    def _user_id(self, asked: RecommendRequest) -> str | None:
+        """Return the id in the catalogue's spelling, so that a canary treats 3.0 as 3."""
+        user_id = None if asked.user_id is None else str(asked.user_id)
+        return None if user_id is None else self.slot.current.catalogue.user_id(user_id)
 
-        The reason is reported at most once a second, after the first 60 in the first minute.
-        """
-        try:
-            return self._live(loaded, user_id), ()
-        except SQLAlchemyError as error:
-            if not self._reports.wait_s():
-                self._report(error)
-            return [], (WITHOUT_STORE,)
-
-    def _live(self, loaded: Loaded, user_id: str) -> list[LiveEvent]:
+    def _read(self, user_id: str) -> list[LiveEvent]:
         with self.metrics.store("read"):
-            live = self.events.of_user(user_id, limit=self._settings.max_history)
-        return loaded.catalogue.since_training(user_id, live)
+            return self.events.of_user(user_id, limit=self._settings.max_history)
 
     def _because(
         self, loaded: Loaded, user_id: str | None, history: list[str], answer: Answer

@@ -130,7 +130,7 @@ class LiveEvents:
         self._file: tuple[int, int] | None = None
         self._most_s = 2 * timeout_s + _connection_s(timeout_s)
         """The sum of the time limits for a lock, a statement and a connection."""
-        self._is_sqlite = engine.dialect.name == "sqlite"
+        self.is_sqlite = engine.dialect.name == "sqlite"
         self._ask_again_s = {"read": 0.0, "write": 0.0}
         """After a call that timed out: the time at which another call may be made; else 0."""
 
@@ -154,7 +154,7 @@ class LiveEvents:
             self._ask_again_s[kind] = began_s + self._most_s
         hung = False
         try:
-            return act() if self._is_sqlite else _within(within_s or self._most_s, act)
+            return act() if self.is_sqlite else _within(within_s or self._most_s, act)
         except SQLAlchemyError:
             hung = time.monotonic() - began_s >= 0.9 * self._timeout_s
             raise
@@ -189,7 +189,7 @@ class LiveEvents:
         """
         if not events:
             return 0
-        insert = sqlite_dialect.insert if self._is_sqlite else postgresql.insert
+        insert = sqlite_dialect.insert if self.is_sqlite else postgresql.insert
 
         def store(connection: sa.Connection) -> int:
             rows = [{name: getattr(event, name) for name in _GIVEN} for event in events]
