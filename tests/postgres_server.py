@@ -1,4 +1,4 @@
-"""A private PostgreSQL for tests: a cluster of its own, started once, thrown away."""
+"""A private PostgreSQL server for tests: started once, deleted at the end."""
 
 import os
 import shutil
@@ -23,7 +23,7 @@ def _binaries() -> Path | None:
 
 
 def _run(program: str, *arguments: str) -> None:
-    """Run a program of PostgreSQL, which refuses root, as its own user."""
+    """Run a program of PostgreSQL as its own user, because it refuses root."""
     as_owner = ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []
     subprocess.run(
         [*as_owner, str(_binaries() / program), *arguments],
@@ -56,7 +56,7 @@ def postgres_server() -> Iterator[str]:
     data = folder / "data"
     try:
         _run("initdb", "-D", str(data), "-U", "tester", "--auth=trust", "-E", "UTF8", "--no-sync")
-        port = _free_port()  # so late that nobody else will have taken it
+        port = _free_port()  # taken late, so that no other process takes it first
         with (data / "postgresql.conf").open("a") as settings:
             settings.write(f"port = {port}\nlisten_addresses = '127.0.0.1'\n")
             settings.write(f"unix_socket_directories = '{folder}'\n")
@@ -69,7 +69,7 @@ def postgres_server() -> Iterator[str]:
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def state(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """An empty place for live events, once in each kind of database."""
+    """An empty store of live events, once for each kind of database."""
     if request.param == "sqlite":
         return str(tmp_path / "events.sqlite")
     return str(request.getfixturevalue("postgres_database"))
@@ -87,7 +87,7 @@ def postgres_database(postgres_server: str) -> str:
 
 @contextmanager
 def frozen(database: str) -> Iterator[None]:
-    """Let all processes of a PostgreSQL stand still: it accepts connections and answers nothing."""
+    """Stop all processes of a PostgreSQL server: it accepts connections and does not answer."""
     first = int((_data_of(database) / "postmaster.pid").read_text().split()[0])
     found = [first, *_children(first)]
     try:
@@ -99,7 +99,7 @@ def frozen(database: str) -> Iterator[None]:
 
 @contextmanager
 def stopped(database: str) -> Iterator[None]:
-    """End a PostgreSQL at once, as a fault of its machine would, and start it again afterwards."""
+    """Kill a PostgreSQL server, as a fault of its machine would, and start it again afterwards."""
     data = _data_of(database)
     _run("pg_ctl", "-D", str(data), "-w", "-m", "immediate", "stop")
     try:

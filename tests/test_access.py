@@ -1,4 +1,4 @@
-"""Who may do what: roles of routes, tokens by their hashes, and how many requests one has."""
+"""Access: which role may use which route, tokens by their hashes, and limits of requests."""
 
 import hashlib
 import stat

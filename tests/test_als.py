@@ -1,4 +1,4 @@
-"""Implicit ALS: the answer to a history against the equation and against `implicit`'s own."""
+"""Implicit ALS: the user vector of a history against the equation and against `implicit`."""
 
 import warnings
 

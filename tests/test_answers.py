@@ -1,4 +1,4 @@
-"""One answer for everybody: every model, whoever asks, and no model raises."""
+"""Every model answers known users, new users and given histories, and none raises an error."""
 
 import pickle
 from dataclasses import replace
@@ -60,7 +60,7 @@ TRAINING = TrainingConfig(
 )
 GENRES, ITEMS_EACH, USERS = ("Comedy", "Drama", "Horror"), 8, 60
 SILENT = "film-2-7"
-"""Stands in the item table, and nobody has seen it."""
+"""It is in the item table and has no event."""
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The HTTP API in one process: right answers, live events at once, and every bound."""
+"""The HTTP API in one process: its answers, live events, and every limit."""
 
 import asyncio
 import gc
@@ -228,7 +228,7 @@ def test_a_reason_is_an_item_of_the_history_and_of_the_same_kind(films: Served) 
 
 
 def test_reasons_for_some_hold_up_no_lists_of_others(films: Served) -> None:
-    # A reason costs as much as dozens of lists: half of the threads at most are at work on them.
+    # A reason costs as much as dozens of lists: at most half of the threads compute reasons.
     asked = {"user_id": 1, "k": 3, "explain": True}
     whole = films.recommend(**asked)
     with ExitStack() as stack:
@@ -398,7 +398,7 @@ def test_an_event_id_of_another_event_is_refused_and_nothing_of_the_request_is_s
             assert reply.status_code == 409
             assert "the event_id 'e-1' of another event" in reply.json()["error"]
     assert films_on.service.events.count() == 1
-    del event["timestamp"]  # as of a sender without a clock, who cannot say it again
+    del event["timestamp"]  # as from a sender without a clock, which cannot repeat the time
     assert films_on.http.post("/v1/events", json=event).json()["duplicates"] == 1
 
 
@@ -418,7 +418,7 @@ def test_two_events_of_one_request_with_one_event_id_are_the_same_event_or_refus
 )
 def test_what_was_stored_of_any_id_can_be_read_and_deleted(films: Served, user_id: str) -> None:
     assert films.http.post("/v1/events", json={"user_id": user_id, "item_id": 101}).is_success
-    if user_id not in (".", ".."):  # which a client takes out of a path
+    if user_id not in (".", ".."):  # which a client removes from a path
         past = films.http.get(f"/v1/users/{quote(user_id, safe='')}/history").json()
         assert (past["user_id"], past["total"]) == (user_id, 1)
         by_path = films.http.delete(f"/v1/users/{quote(user_id, safe='')}/events")
@@ -992,7 +992,7 @@ def test_answers_go_on_without_the_store_and_say_so(
 
 
 class Panic(BaseException):
-    """As native code raises one: no Exception."""
+    """An error as native code raises it, which is not an `Exception`."""
 
 
 @pytest.mark.parametrize("error", [ValueError, Panic])
@@ -1147,7 +1147,7 @@ def test_loading_can_be_stopped(
 
 
 def test_an_old_version_is_gone_at_once_and_waits_for_no_collector(tmp_path: Path) -> None:
-    # What lived when the collector was told to leave it alone is freed by its last user or never.
+    # An object that was frozen in the garbage collector is freed only by its last reference.
     bundle = write_film_bundle(tmp_path / "films")
     slot = ModelSlot(Versions(bundle))
     slot.current.catalogue.find_items("space", limit=5)

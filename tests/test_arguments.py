@@ -1,4 +1,4 @@
-"""What every public function owes a caller who gives it something wrong."""
+"""Every public function refuses wrong arguments with our errors, which name the argument."""
 
 import ast
 import inspect
@@ -34,14 +34,14 @@ METHODS = {
     for name, member in vars(made).items()
     if not name.startswith("_") and isinstance(member, FunctionType | staticmethod | classmethod)
 }
-"""What a caller may call of the public classes."""
+"""The methods of public classes that a caller may call."""
 for _inner in ("trusted", "find_given", "find_all_given"):  # foretaste calls them for every id
     del METHODS[f"Vocabulary.{_inner}"]
 CONSTRUCTORS = {
     name: PUBLIC[name].__init__
     for name in ("Interactions", "Split", "Holdout", "Vocabulary", "Candidates", "SampledNegatives")
 }
-"""Those of classes that a caller makes himself; settings have their own."""
+"""Constructors of classes that a caller makes; settings have their own."""
 ANYTHING = {"source", "report", "record", "settings", "joint", "single", "calibration"}
 
 
@@ -61,7 +61,7 @@ def test_a_wrong_object_is_refused_by_the_name_of_its_argument(
     function: Callable[..., object], argument: str
 ) -> None:
     class Stranger:
-        """What no function asks for."""
+        """A value that no function accepts."""
 
     with pytest.raises(ft.ForetasteError) as caught:
         only_argument(function, argument, Stranger())

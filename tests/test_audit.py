@@ -1,4 +1,4 @@
-"""The audit: every planted leak is found, and clean data raise no alarm."""
+"""The audit finds every planted leak, and has no findings in clean data."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -203,7 +203,7 @@ def test_a_column_that_is_the_label_in_disguise_is_found(kind: str) -> None:
 
 
 def told(**context: Callable[[np.ndarray], object]) -> Interactions:
-    """Clicks and minutes watched, in a context that knows nothing of them but what is given."""
+    """Clicks and minutes watched, independent of their context but for the given columns."""
     events, draw = clean(), np.random.default_rng(5)
     click = (draw.random(len(events)) < 0.3).astype(np.int64)
     minutes = np.where(click == 1, draw.exponential(20, len(events)), np.nan)

@@ -1,4 +1,4 @@
-"""What a model says of itself decides what is done with it, whatever its name."""
+"""A model's attributes decide how it is trained and used; its name does not."""
 
 from typing import get_args
 

@@ -1,4 +1,4 @@
-"""The times of events go with them through every maker of a batch, and are gathered on demand."""
+"""Every maker of batches keeps the times of events, which are gathered on demand."""
 
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -25,12 +25,12 @@ TOTAL = sum(LENGTHS)
 
 
 def time_of(item: Tensor) -> Tensor:
-    """Return the only time at which an item was done: each is done once, in the world below."""
+    """Return the time of an item's only event: each item has one event in these data."""
     return 1000 + 7 * item
 
 
 class Untouched(np.ndarray):
-    """Times that nothing may read."""
+    """Times that raise an error if they are read."""
 
     def __getitem__(self, index: Any) -> Any:
         raise AssertionError("a time was read")
@@ -105,7 +105,7 @@ def test_events_without_times_give_none() -> None:
 
 
 class Listening(Scorer):
-    """Gives every item the same score, and remembers what it was asked."""
+    """Gives every item the same score and stores the queries."""
 
     asked: ClassVar[list[Times | None]] = []
 

@@ -1,4 +1,4 @@
-"""BERT4Rec: both sides are read, padding and what is hidden are not; hidden shares by counting."""
+"""BERT4Rec: it reads both sides, but no padding or hidden items; hidden shares by counting."""
 
 import math
 from dataclasses import replace
@@ -55,7 +55,7 @@ def batch(item_BL: Tensor, valid_BL: Tensor | None = None) -> SequenceBatch:
 
 
 def ring_events(num_users: int = 60, *, length: int = 12) -> Interactions:
-    """Users walk round a ring of 20 items, each from somewhere."""
+    """Users walk round a ring of 20 items, each from a random start."""
     start = np.arange(num_users) * 7 % 20
     item_idx = (start[:, None] + np.arange(length)) % 20
     return Interactions(

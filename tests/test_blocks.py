@@ -1,4 +1,4 @@
-"""Blocks of events that belong together: planted trips, a slow oracle, and counts by law."""
+"""Blocks of related events: planted trips, a slow oracle, and expected counts."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -33,7 +33,7 @@ def events_of(lists: list[list[int]], num_items: int, **columns: np.ndarray) -> 
 
 
 def trips(num_users: int = 40, num_places: int = 6, each: int = 5) -> Interactions:
-    """Everybody made two trips of five stops each, to two of six places."""
+    """Every user made two trips of five stops each, to two of six places."""
     draw = np.random.default_rng(0)
     lists = []
     for _ in range(num_users):

@@ -1,4 +1,4 @@
-"""A bundle is written whole or not at all, and what is read is what was written."""
+"""A bundle is written completely or not at all, and loading returns what was saved."""
 
 import errno
 import hashlib
@@ -167,7 +167,7 @@ def test_a_newer_format_is_refused_with_the_version_that_wrote_it(saved: Path) -
 
 
 def reseal(folder: Path, change: Callable[[dict[str, object]], None]) -> None:
-    """Change the manifest as somebody would who also mends its checksum."""
+    """Change the manifest and correct its checksum."""
     document = json.loads((folder / "manifest.json").read_text())
     document.pop("checksum")
     change(document)

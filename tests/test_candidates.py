@@ -1,4 +1,4 @@
-"""What observed items are compared with: any negatives with any loss, by hand and by law."""
+"""Candidates of a loss: any negatives with any loss, by hand and by laws."""
 
 import itertools
 import math

@@ -1,4 +1,4 @@
-"""The command line: what it prints where, and how it ends."""
+"""The command line: its output, its log and its exit codes."""
 
 import gc
 import json

@@ -1,4 +1,4 @@
-"""What a command prints: whole and as it can be given back, on any stream, and as JSON."""
+"""Output of commands: complete ids that can be used as input, on any stream, and as JSON."""
 
 import datetime as dt
 import io

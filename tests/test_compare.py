@@ -58,7 +58,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module", autouse=True)
 def few_questions() -> Iterator[None]:
-    """Time a tenth of the usual questions: here it only matters that they are asked."""
+    """Time a tenth of the usual requests: the tests need only that they are timed."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compare_models, "ASKED", 20)
         yield
@@ -92,7 +92,7 @@ def split(world: Path, recipe: ft.ExperimentConfig) -> ft.Split:
 def found(
     recipe: ft.ExperimentConfig, split: ft.Split, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[ModelComparison, Path]:
-    """One comparison with all that can happen: a cut, a failure, and a model given twice."""
+    """One comparison in which a model is cut short, one fails, and one is given twice."""
     training = ft.TrainingConfig(epochs=100_000, patience=None, device="cpu")
     recipes = {
         "short": recipe,

@@ -1,4 +1,4 @@
-"""Comparing rankers by labelled rows: which asks are of rows, figures, baselines, the table."""
+"""Comparing rankers by labelled rows: when it applies, its figures, baselines and table."""
 
 import json
 import time
@@ -46,7 +46,7 @@ def parsed(settings: dict[str, object]) -> ft.ExperimentConfig:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Rows of 40 users and 12 items: what is alike in parity is liked, and for long."""
+    """Rows of 40 users and 12 items: users like, and watch longer, items of their parity."""
     folder, draw = tmp_path_factory.mktemp("rows"), np.random.default_rng(0)
     lines = ["user_id,item_id,colour,liked,hours"]
     for _ in range(1200):

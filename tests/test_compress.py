@@ -155,7 +155,7 @@ def test_all_directions_of_narrow_are_the_table_itself(bundle: Path) -> None:
     ("table", "name"),
     [
         (HashConfig(), "table.kind"),
-        (PrunedConfig(), "table.from_rows"),  # of 256 rows and more, which this model has not
+        (PrunedConfig(), "table.from_rows"),  # for 256 rows or more, which this model lacks
         (PrunedConfig(from_rows=1), None),
         (SMALL, None),
     ],

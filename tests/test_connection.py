@@ -1,4 +1,4 @@
-"""What a client may do to a connection, by raw sockets: long heads, silence, and too many."""
+"""Connections, tested by raw sockets: long heads, silent clients, and too many connections."""
 
 import asyncio
 import json

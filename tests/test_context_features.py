@@ -1,4 +1,4 @@
-"""Features of the moment: fitted to training's events, encoded alike for any other."""
+"""Context features: fitted to training events, encoded in the same way for all others."""
 
 import json
 from dataclasses import replace
@@ -162,7 +162,7 @@ PLACES = ["home", "work", "train", "gym"]
 
 
 class ByPlace(Scorer):
-    """Gives everybody the item whose row is that of the place in `PLACES`."""
+    """Recommends to every user the item whose row is that of the place in `PLACES`."""
 
     def __init__(self, features: Features) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What every model owes, whatever it is: one `Case` each, trained by `fit` as a user would."""
+"""The contract of all models: one `Case` each, trained by `fit` as a user would."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -67,7 +67,7 @@ AT_ONCE = (None, None)
 
 @dataclass(frozen=True)
 class Case:
-    """How a model of one kind is trained, and what is special to it."""
+    """How a model of one kind is trained, and its special properties."""
 
     config: ModelConfig
     learn: tuple[ObjectiveConfig | None, TrainingConfig | None] = AT_ONCE

@@ -103,8 +103,8 @@ def test_context_and_profile_move_the_score() -> None:
 @pytest.mark.parametrize("l2_of", ["rows", "mini_batch_aware"])
 def test_the_penalty_by_hand(l2_of: str) -> None:
     model = network(WHOLE.model_copy(update={"l2": 0.1, "l2_of": l2_of}))
-    # Without features: user 0 twice, user 2, and nobody; items 0 (twice), 1 (twice), 2, 3 (no
-    # event: nobody). In training users 0 and 2 have two events each, item 1 two, items 0 and 2 one.
+    # Without features: user 0 twice, user 2, an unknown one; items 0 (twice), 1 (twice), 2, 3 (no
+    # event). In training users 0 and 2 have two events each, item 1 two, items 0 and 2 one.
     bare = DeepFM(model.config, num_users=NUM_USERS, num_items=NUM_ITEMS)
     bare.begin(EVENTS)
     tables = bare.fields.user.id_table, bare.fields.item.id_table

@@ -1,4 +1,4 @@
-"""Defaults: one opinion of each model, and what of it the data or a short search decide."""
+"""Defaults of each model: which are fixed, and which depend on the data or a short search."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -204,7 +204,7 @@ def test_a_short_search_trains_with_what_was_best_in_its_last_round() -> None:
     first, last = ([row for row in rows if row["epochs"] == epochs] for epochs in (1, 2))
     best = sorted(first, key=lambda row: -row["validation"])[:3]
     assert len(first) == 9
-    assert first[0]["settings"] == last[0]["settings"] == {}  # the model's own go on
+    assert first[0]["settings"] == last[0]["settings"] == {}  # the model's own training continues
     assert [row["settings"] for row in last if row["settings"]] == [
         row["settings"] for row in first if row in best and row["settings"]
     ]

@@ -1,4 +1,4 @@
-"""Distinct draws: no two alike, the stated chances, unbiased sums."""
+"""Distinct draws: no item twice, the stated probabilities, unbiased sums."""
 
 import pytest
 import torch

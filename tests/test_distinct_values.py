@@ -1,4 +1,4 @@
-"""Each of many numbers once."""
+"""Distinct values of many numbers."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The pages say what is so: every example runs, every setting and command stands there."""
+"""The documentation is correct: every example runs, every setting and command is described."""
 
 import ast
 import importlib.machinery
@@ -36,7 +36,7 @@ def script(name: str) -> ModuleType:
 
 @pytest.fixture
 def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder with the tables and the recipes that the pages speak of."""
+    """A folder with the tables and recipes that the pages use."""
     monkeypatch.chdir(tmp_path)
     draw = np.random.default_rng(0)
     rows = [
@@ -162,7 +162,7 @@ def test_all_that_the_page_on_the_code_names_is_there() -> None:
 
 
 def test_the_first_change_of_the_page_works(monkeypatch: pytest.MonkeyPatch) -> None:
-    # User 1 has c and is to be given b; a is more popular, so b is at place 2: (1 - 0.8) * 0.8.
+    # User 1 has c, and b is the target; a is more popular, so b is at place 2: (1 - 0.8) * 0.8.
     scope: dict[str, object] = {}
     function, by_hand = re.findall(r"```python\n(.*?)```", BUILT, re.S)
     exec(function, scope)  # noqa: S102 - our own text

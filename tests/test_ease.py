@@ -1,4 +1,4 @@
-"""EASE against the formula of the paper in float64, and against what would not fit."""
+"""EASE against the formula of the paper in float64, and its limits of memory."""
 
 import numpy as np
 import polars as pl

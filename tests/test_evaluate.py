@@ -1,4 +1,4 @@
-"""The whole protocol: who is counted, what is a candidate, and what the report says."""
+"""The evaluation protocol: which users are counted, what is a candidate, and the report."""
 
 import json
 import math
@@ -27,7 +27,7 @@ from foretaste.training.trained import Trained
 
 
 class Fixed(Scorer):
-    """Scores that a user has whatever it did; remembers how many it was asked for."""
+    """Scores of each user that do not depend on the history; stores how many were asked for."""
 
     def __init__(self, score_UI: Tensor) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ def vocabulary(size: int) -> Vocabulary:
 
 
 NUM_USERS = 2500
-"""All events are of so many users, the last of whom is asked about nowhere."""
+"""All events are of so many users; no query is of the last one."""
 
 
 def interactions(histories: Sequence[Sequence[int]], num_items: int) -> Interactions:
@@ -99,7 +99,7 @@ def trained(module: nn.Module, events: Interactions) -> Trained:
 
 
 def everything(num_items: int) -> Interactions:
-    """Training events in which every item stands once, all of a user whom no test asks about."""
+    """Training events with every item once, all of a user that no query is about."""
     return interactions([*[()] * (NUM_USERS - 1), range(num_items)], num_items)
 
 
@@ -253,7 +253,7 @@ def test_random_scorers_get_the_chance_level_that_is_printed() -> None:
 
 
 def test_a_figure_at_chance_is_said_to_be_no_better() -> None:
-    # one of ten items is to be found, and nothing tells it: HR@3 of chance is 3/10
+    # one of ten items is the target, at random: HR@3 of chance is 3/10
     asked, model = (
         holdout([[0]] * 50, [[1 + u % 10] for u in range(50)], 11),
         Fixed(torch.zeros(50, 11)),
@@ -607,7 +607,7 @@ def test_the_headline_may_be_of_users_without_history_alone() -> None:
 
 
 class Placing(Scorer):
-    """Scores everything, and says which items it places without an event."""
+    """Scores every item, and names the items without an event that it has a vector for."""
 
     def __init__(self, score_UI: Tensor, placed: Sequence[int]) -> None:
         super().__init__()

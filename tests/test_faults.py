@@ -1,4 +1,4 @@
-"""What may happen around a server while it answers: its store, its disk, its clock, its clients."""
+"""Faults around a running server: of its store, its disk, its clock and its clients."""
 
 import json
 import os
@@ -78,7 +78,7 @@ def test_without_its_store_a_server_answers_says_so_and_goes_on_by_itself(
     bundle: Path, tmp_path: Path, request: pytest.FixtureRequest, fault, answers_rest_on_events
 ) -> None:
     state = str(tmp_path / "e.sqlite")
-    if fault is frozen:  # all its processes stand still, as behind a network that swallows all
+    if fault is frozen:  # all its processes are stopped, as behind a network that drops everything
         state = request.getfixturevalue("postgres_database")
     with served(bundle, state, store_timeout_s=0.3) as films:
         assert stores(films)
@@ -87,7 +87,7 @@ def test_without_its_store_a_server_answers_says_so_and_goes_on_by_itself(
             with fault(state):
                 assert films.http.post("/v1/events", json=EVENT).status_code == 503
                 began = time.monotonic()
-                for _ in range(5):  # by now nobody waits for what does not answer
+                for _ in range(5):  # by now no thread waits for a store that does not answer
                     assert films.http.post("/v1/events", json=EVENT).status_code == 503
                     reply = films.recommend(user_id=1, k=3)
                     assert reply["items"]

@@ -1,4 +1,4 @@
-"""One value is one feature, whether it comes in a table, as JSON, as text or as a Python value."""
+"""A value gives the same feature from a table, from JSON, from text and from Python."""
 
 import json
 import warnings
@@ -71,7 +71,7 @@ def alone(side: FieldSide, value: object) -> FieldTable:
 
 
 def in_json(value: object) -> object:
-    """Return what a request in JSON says of a value."""
+    """Return the form of a value in a JSON request."""
     match value:
         case timedelta():
             return pl.Series([value]).dt.to_string("iso")[0]
@@ -443,7 +443,7 @@ def test_numbers_too_large_to_standardise_are_refused_by_row_and_no_warning_leak
         assert alone(side, 1e308).number_RM.tolist() == [[10.0]]
 
 
-# --- bundles written before ----------------------------------------------------------------------
+# --- older bundles ----------------------------------------------------------------------
 
 
 def test_features_written_before_are_read_and_times_may_then_be_iso_text(tmp_path: Path) -> None:

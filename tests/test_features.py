@@ -1,4 +1,4 @@
-"""Features: what is fitted to training, what each value becomes, and what is refused."""
+"""Features: what is fitted to training data, the code of each value, and refused input."""
 
 import datetime
 import json
@@ -271,7 +271,7 @@ def test_a_held_out_row_changes_nothing_that_is_fitted() -> None:
     after, meddled = side_and_table(fit_item(pl.concat([frame[:-1], strange]), held_out=1, **KINDS))
     assert after == before
     assert_same(meddled.rows(torch.arange(19)), table.rows(torch.arange(19)))
-    assert meddled.code_RC[19, 0] == 1  # what only a held-out row has is unseen
+    assert meddled.code_RC[19, 0] == 1  # a value that only a held-out row has is unseen
 
 
 def test_users_without_a_training_event_are_held_out_too() -> None:
@@ -347,7 +347,7 @@ def test_a_cross_of_a_column_that_is_not_there_is_refused() -> None:
 def test_a_million_values_are_bounded_and_it_is_said() -> None:
     count = 1_000_000
     frame = pl.DataFrame({"x": pl.int_range(count, eager=True)})
-    frame = pl.concat([frame, frame.head(50_000)])  # these stand twice
+    frame = pl.concat([frame, frame.head(50_000)])  # these are there twice
     features = fit_item(frame, x=CategoricalField())
     side, table = side_and_table(features)
     assert side.num_codes == 100_002
@@ -663,7 +663,7 @@ def test_a_table_without_rows_is_encoded_to_none() -> None:
 
 
 class _Counts:
-    """Stands where sentence-transformers would: a text's letters a and b, to length 1."""
+    """Replaces sentence-transformers: counts the letters a and b of a text, to length 1."""
 
     def __init__(self, name: str, **options: object) -> None:
         if name != "letters":

@@ -1,4 +1,4 @@
-"""The field encoder: one look-up for all fields, and two ways of making them one vector."""
+"""The field encoder: one look-up for all fields, and two ways to combine their vectors."""
 
 from itertools import pairwise
 from typing import Literal
@@ -84,7 +84,7 @@ def slow_fields(model: FieldEncoder, table: FieldTable) -> Tensor:
 
 
 def with_every_weight(model: FieldEncoder) -> FieldEncoder:
-    """Give weights that start at zero a value, so that a mistake about them shows."""
+    """Give weights that start at zero another value, so that an error in their use shows."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_()

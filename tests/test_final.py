@@ -1,4 +1,4 @@
-"""What a served model learns from: `final`, its former name `refit`, and splits without a test."""
+"""Training data of the served model: `final`, its former name `refit`, splits without a test."""
 
 import hashlib
 import json
@@ -64,7 +64,7 @@ def done(**settings: object) -> tuple[Run, ft.Split, ft.ExperimentConfig]:
 
 
 def offered_again(trained: Trained, whole: ft.Interactions) -> int:
-    """Count what is offered to each user that it has had already."""
+    """Count recommended items that the user already has in its history."""
     recommender = ft.build_recommender(trained)
     rows = recommender.recommend_many(whole.users.ids.to_list(), k=10)
     users, items = (
@@ -80,7 +80,7 @@ def test_a_model_that_learned_from_everything_has_every_event_and_offers_nothing
     run, split, _ = done(final="all")
     trained, _ = run.final
     assert trained.events.fingerprint() == split.events.fingerprint()
-    # The first run lacks the newest fifth, and offers some of it: the test would see it.
+    # The first run lacks the newest fifth, and recommends some of it: the test would show it.
     assert offered_again(run.trained, split.events) > 20
     assert offered_again(trained, split.events) == 0
 

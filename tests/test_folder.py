@@ -1,4 +1,4 @@
-"""What is written is whole or absent, is replaced only on request, and can be read by others."""
+"""Folders are written completely or not at all, replaced on request only, readable by others."""
 
 import errno
 import os

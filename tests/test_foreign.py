@@ -1,4 +1,4 @@
-"""A model that meets events that are not its own: found by their ids, counted, or refused."""
+"""Models on events of another table: ids are matched, counted, or refused."""
 
 import contextlib
 import json
@@ -68,7 +68,7 @@ def split_of(frame: pl.DataFrame, **changes: object) -> ft.Split:
 
 
 def more_rows(frame: pl.DataFrame, *, user: object = 1, item: object = 2) -> pl.DataFrame:
-    """The same events, and before all others one user and one item that nobody else has.
+    """The same events, preceded by one user and one item of their own.
 
     Each row number of the others is one more then, and no split holds the new ones out.
     """
@@ -80,7 +80,7 @@ def more_rows(frame: pl.DataFrame, *, user: object = 1, item: object = 2) -> pl.
 
 
 def made(config: ModelConfig, split: ft.Split, features: ft.Features | None = None) -> ft.Trained:
-    """A model of random weights: it answers every user and item in a way of its own."""
+    """A model of random weights, which scores every user and item differently."""
     torch.manual_seed(0)
     events = split.train
     graph = graph_of(events, config.graph) if hasattr(config, "graph") else None
@@ -348,7 +348,7 @@ def test_a_user_who_does_an_item_again_was_not_trained_on_the_second_time() -> N
 
 
 def test_users_that_the_model_knows_are_not_measured_as_new_ones() -> None:
-    # the other file begins later: nothing is known there of whom the model was trained on
+    # the other file begins later: it has nothing of the users that the model was trained on
     later = table(seed=1).with_columns(pl.col("t") + 86_400)
     strangers = later.with_columns(pl.col("user_id") + 1000)
     model = made(ft.PopularityConfig(), OWN)

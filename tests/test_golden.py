@@ -1,4 +1,4 @@
-"""Losses and answers of earlier days, to the last digit: what a change of form must not change.
+"""Losses and answers of earlier versions, to the last digit: a refactoring must not change them.
 
 `golden/losses.json` holds the settings of each case, all of them, and the first 20 losses with
 them, in 64 bits. `golden/format-1/` holds a bundle of every kind as the first format was written,

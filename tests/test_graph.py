@@ -1,4 +1,4 @@
-"""Graphs of events, links and attributes: what is tied to what, and what is left out."""
+"""Graphs of events, links and attributes: which edges they have, and which they leave out."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -50,7 +50,7 @@ def test_events_tie_users_to_items_once_and_both_ways() -> None:
 
 
 def test_double_ties_count_once_and_a_node_is_never_tied_to_itself() -> None:
-    ties = np.array([[0, 1, 0, 2, 0], [1, 0, 1, 2, 3]])  # 0-1 thrice, 2-2, and an event's tie again
+    ties = np.array([[0, 1, 0, 2, 0], [1, 0, 1, 2, 3]])  # 0-1 thrice, 2-2, an event's edge again
     graph = make_graph(read(), ties=(ties,))
     assert edges(graph) == edges(make_graph(read())) | {(0, 1), (1, 0)}
 
@@ -89,7 +89,7 @@ def test_a_weight_holds_in_both_directions_and_the_heaviest_of_double_ties_count
     )
     assert weight[0, 1] == weight[1, 0] == 2.0
     assert weight[1, 2] == weight[2, 1] == 0.5
-    assert weight[0, 3] == weight[3, 0] == 2.0  # an event's tie, of 1, given again with 2
+    assert weight[0, 3] == weight[3, 0] == 2.0  # an event's edge of weight 1, given again with 2
     assert weight[0, 4] == weight[4, 0] == 1.0
 
 

@@ -1,4 +1,4 @@
-"""Heads: thresholds in order, predictions in the label's unit, and what orders a list."""
+"""Heads: ordered thresholds, predictions in the label's unit, and the score of a list."""
 
 import math
 
@@ -129,7 +129,7 @@ def test_tasks_of_list_weight_0_have_no_say_in_lists_and_their_weight_still_teac
     click, buy = Task(name="click", list_weight=0), Task(name="buy", weight=0.1)
     assert torch.equal(Heads((click, buy)).rank(raw), raw["buy"])
     assert torch.equal(Heads((click, buy)).order(raw), raw["buy"])
-    asked = Heads((click, buy)).order(raw, {"click": 1.0})  # what a caller asks for goes before it
+    asked = Heads((click, buy)).order(raw, {"click": 1.0})  # the caller's weights take precedence
     torch.testing.assert_close(asked, raw["click"].sigmoid())
     heavier = Heads((click.model_copy(update={"list_weight": 2.0}), buy)).rank(raw)
     torch.testing.assert_close(heavier, 2 * raw["click"].sigmoid() + 0.1 * raw["buy"].sigmoid())

@@ -1,4 +1,4 @@
-"""HSTU against a loop over pairs of events, and what may and may not move a state."""
+"""HSTU against a loop over pairs of events, and which inputs change a state."""
 
 from dataclasses import replace
 from math import log2

@@ -1,4 +1,4 @@
-"""In-batch negatives: their chances, counted and streamed, and what the correction mends."""
+"""In-batch negatives: their probabilities, counted and streamed, and the correction's effect."""
 
 from collections.abc import Callable
 from functools import cache
@@ -41,7 +41,7 @@ def test_chances_are_those_of_all_batches_written_out(rows: int) -> None:
     drawn = InBatchSampler(torch.tensor([4, 2, 1, 2, 0])).draw(torch.arange(rows) % 4)
     chance_I = drawn.chance(torch.arange(5))
     for item in range(5):
-        # the row looking is an event of another item; the others are any rows - 1 of the rest
+        # the row itself is an event of another item; the others are any rows - 1 of the rest
         own = next(place for place, other in enumerate(TABLE) if other != item)
         others = [place for place in range(9) if place != own]
         batches = list(combinations(others, rows - 1))
@@ -109,7 +109,7 @@ def item_gradient(config: CandidateConfig, *, rows: int, draws: int) -> Tensor:
     pairs = torch.Generator().manual_seed(1)
     torch.manual_seed(0)
     table = torch.from_numpy(SKEWED.item_idx).long()
-    user_ED = 1 + 0.3 * torch.randn(len(SKEWED), 4)  # much alike, so that gradients add up
+    user_ED = 1 + 0.3 * torch.randn(len(SKEWED), 4)  # similar, so that gradients add up
     item_ID = (0.2 * torch.randn(NUM_ITEMS, 4)).requires_grad_()
     loss = CandidateLoss(config, SKEWED)
     for _ in range(draws):

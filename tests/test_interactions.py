@@ -1,4 +1,4 @@
-"""The one data object: its parts, its choices, its fingerprint."""
+"""`Interactions`: its columns, selections and fingerprint."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""What rules read of an item table: who meets a condition, who shares a label, what is refused."""
+"""Item tables of rules: items that meet a condition or share a label, and refused input."""
 
 from datetime import date, datetime
 

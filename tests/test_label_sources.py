@@ -1,4 +1,4 @@
-"""Public data sets with labels and contexts, read in their layouts and against what is known."""
+"""Public data sets with labels and contexts: their layouts, and published figures."""
 
 import io
 import zipfile

@@ -1,4 +1,4 @@
-"""Labels: what columns say of tasks, and what is refused at the door."""
+"""Labels: how columns become tasks, and what is refused."""
 
 import math
 from typing import Literal

@@ -1,4 +1,4 @@
-"""More events than memory holds: files imported a range of users at a time, orders by blocks."""
+"""More events than memory holds: imports by ranges of users, and orders by blocks."""
 
 import json
 import os

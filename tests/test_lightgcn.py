@@ -1,4 +1,4 @@
-"""LightGCN: the propagation against a dense matrix, and who is placed by it without training."""
+"""LightGCN: propagation against a dense matrix, and vectors of new users and items."""
 
 import copy
 from dataclasses import replace
@@ -211,7 +211,7 @@ def test_what_is_learned_from_is_what_is_answered(config: LightGCNConfig) -> Non
     model = model_of(events, config).eval()
     vectors = model(all_queries(events), torch.arange(9))
     encoded = model.encode(all_queries(events))
-    # training has a vector for the isolated too, which no event teaches; answers have none
+    # in training, isolated nodes have an untrained vector too; answers have none
     torch.testing.assert_close(encoded[:11], vectors.query_BD[:11])
     torch.testing.assert_close(every_vector(model)[:8], vectors.item_VD[:8])
     assert not encoded[11].any()
@@ -261,7 +261,7 @@ def test_a_known_user_with_more_events_is_what_a_graph_with_them_would_give(
     short = replace(query, history_N=torch.tensor([0]), offsets_B1=torch.tensor([0, 1]))
     torch.testing.assert_close(
         model.encode(short), model.encode(Queries.of_histories([[0]]))
-    )  # of whom less is told is placed by that alone
+    )  # a user with fewer links is placed by these alone
 
 
 def test_a_run_by_the_reference_is_the_fast_run() -> None:
@@ -350,7 +350,7 @@ def test_cold_users_stand_by_their_group(config: LightGCNConfig) -> None:
 
 
 def with_friends_alone() -> tuple[Interactions, Interactions]:
-    """The first four users lose what they did: without, and with links to three of their group."""
+    """The first four users lose their events: without and with links to three of their group."""
     events = planted()
     cold = events.select(events.user_idx >= GROUPS)
     friends = np.array([[user, user + 4 * step] for user in range(4) for step in (1, 2, 3)])

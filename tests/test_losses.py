@@ -68,7 +68,7 @@ def bce_oracle(positive: Tensor, negative: Tensor) -> Tensor:
     ids=["softmax", "gbce"],
 )
 def test_chunks_give_the_loss_and_gradients_of_the_whole(loss_gradient, oracle) -> None:
-    # 200 rows of 40,000 candidates are several chunks. Row 0's positive stands at column 3.
+    # 200 rows of 40,000 candidates are several chunks. Row 0's positive is in column 3.
     generator = torch.Generator().manual_seed(0)
     tables = [
         torch.randn(n, 8, generator=generator, dtype=torch.float64, requires_grad=True)

@@ -1,4 +1,4 @@
-"""Parts of a split that come with different things: tables, links, contexts, ratings and times."""
+"""Parts of a split with different tables, links, contexts, ratings and times."""
 
 from dataclasses import replace
 from itertools import product
@@ -50,13 +50,13 @@ def part(number: int, has: set[str]) -> Interactions:
 
 
 def merged(has: list[set[str]]) -> Split:
-    """Return the split of three parts that have these pieces."""
+    """Return a split of three parts with these pieces."""
     train, validation, test = (part(number, pieces) for number, pieces in enumerate(has))
     return given_split(train, validation=validation, test=test)
 
 
 def check(split: Split, has: list[set[str]], folder: Path) -> None:
-    """Compare what the split has with what its parts had, and use it as a person would."""
+    """Compare the split with its parts, and train and evaluate on it."""
     events = split.events
     some, every = set.union(*has), set.intersection(*has)
     assert (events.user_table is not None) == ("users" in some)

@@ -43,7 +43,7 @@ def settled(score_BI: torch.Tensor, targets: list[list[int]], k: int) -> Hits:
 
 
 def ranked(num_items: int, places: list[int], k: int) -> Hits:
-    """One query whose targets stand at `places`, 1 the best."""
+    """One query with targets at `places`; place 1 is the best."""
     score_BI = -torch.arange(num_items, dtype=torch.float32).unsqueeze(0)
     return settled(score_BI, [[place - 1 for place in places]], k)
 
@@ -73,7 +73,7 @@ def test_a_list_longer_than_the_catalogue() -> None:
 
 
 def random_run() -> tuple[torch.Tensor, list[list[int]]]:
-    """60 queries over 80 items, no two scores alike, 1 to 25 targets each."""
+    """60 queries over 80 items, without equal scores, 1 to 25 targets each."""
     generator = np.random.default_rng(0)
     scores = generator.permuted(np.tile(np.arange(80.0), (60, 1)), axis=1)
     sizes = generator.integers(1, 26, size=60)
@@ -182,7 +182,7 @@ def test_ndcg_of_equal_scores_equals_that_of_scikit_learn(k: int) -> None:
 @pytest.mark.parametrize("num_items", [1, 2, 17, 101, 1000])
 @pytest.mark.parametrize("k", [1, 5, 20])
 def test_a_constant_scorer_gets_the_score_of_chance(num_items: int, k: int) -> None:
-    # One target, each place as likely: the mean over places of what the place is worth.
+    # One target at a uniformly random place: the mean value of a place.
     hits = settled(torch.zeros(1, num_items), [[num_items - 1]], k)
     width = min(k, num_items)
     place = np.arange(1, width + 1)
@@ -208,7 +208,7 @@ def test_moving_a_target_up_never_hurts(metric: Metric, data: st.DataObject) -> 
     before = metric(ranked(12, places, k), k).item()
     assert 0 <= before <= 1 + 1e-12
     if moved > 1:
-        other = {moved: moved - 1, moved - 1: moved}  # it changes places with the one above
+        other = {moved: moved - 1, moved - 1: moved}  # it is swapped with the item above
         after = metric(ranked(12, [other.get(place, place) for place in places], k), k).item()
         assert after >= before - 1e-12
 

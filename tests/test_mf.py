@@ -1,4 +1,4 @@
-"""MF and its answers to users whom training never saw."""
+"""MF and its vectors of new users."""
 
 from dataclasses import replace
 
@@ -192,7 +192,7 @@ NEWCOMERS: tuple[ModelConfig, ...] = (
 @pytest.mark.parametrize("ema_decay", [0.0, 0.5])
 def test_what_is_validated_is_what_will_answer(config: ModelConfig, ema_decay: float) -> None:
     # cut in time, so that half of the users come after training: before, they were validated by
-    # vectors that nobody taught
+    # untrained vectors
     at = np.repeat(np.arange(60), 8) * 10 + np.tile(np.arange(8), 60)
     item = np.concatenate([(u % 2 * 12 + (np.arange(8) * 5 + u) % 12) for u in range(60)])
     table = pl.DataFrame({"user": np.repeat(np.arange(60), 8), "item": item, "at": at})

@@ -1,4 +1,4 @@
-"""Hard negatives from the model's own index: whom it scores high, and the same after a break."""
+"""Hard negatives from the model's own index: they score high, and a resumed run has the same."""
 
 from dataclasses import replace
 from functools import partial

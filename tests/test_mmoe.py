@@ -1,4 +1,4 @@
-"""MMoE and Shared-Bottom: one expert is a shared bottom, gates sum to 1, tasks keep apart."""
+"""MMoE and Shared-Bottom: one expert is a shared bottom, gates sum to 1, tasks are separate."""
 
 from dataclasses import replace
 from typing import Literal
@@ -223,7 +223,7 @@ CLICK, LIKE = Task(name="click", column="click"), Task(name="like", column="like
         ((CLICK,), "none"),
         ((LIKE, CLICK), "none"),
         ((CLICK, Task(name="view")), "attention"),  # every event is a view
-        ((LIKE,), "attention"),  # a rating of 1 is an event that happened
+        ((LIKE,), "attention"),  # a rating of 1 is a positive event
         ((Task(name="minutes", kind="regression", column="click"),), "attention"),
     ],
 )

@@ -1,4 +1,4 @@
-"""NCF: the equations by hand, blocks against pairs, and what a pre-trained NeuMF starts with."""
+"""NCF: the equations by hand, blocks against pairs, and the start of a pre-trained NeuMF."""
 
 import numpy as np
 import polars as pl

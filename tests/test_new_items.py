@@ -1,4 +1,4 @@
-"""Items that no table has: told by their features, they are ranked as if the catalogue had them."""
+"""New items: given by their features, they are ranked as if the catalogue had them."""
 
 import math
 import re
@@ -262,7 +262,7 @@ def test_diversity_of_new_items_equals_the_slow_computation(
     by: Literal["vectors"] | tuple[str, ...],
 ) -> None:
     recommender = make(TOWERS)
-    new = {"o": OTHER, "p": NEW["p"]}  # a twin of item 11 would tie with it but for rounding
+    new = {"o": OTHER, "p": NEW["p"]}  # a copy of item 11 would tie with it but for rounding
     asked = {"history": [1, 4], "exclude_seen": False, "new_items": new}
     rows = recommender.recommend(**asked, k=30).rows
     score = np.array([row.score for row in rows])

@@ -1,4 +1,4 @@
-"""What retrievers offer for rows that they never learned from, and what a ranker adds to it."""
+"""Candidates that retrievers find for held-out rows, and a ranker trained on them."""
 
 from dataclasses import replace
 from math import log
@@ -63,7 +63,7 @@ def test_the_rows_own_item_is_distinguished_from_the_others() -> None:
 
 
 class Silent(Ranker):
-    """A ranker that says 0 of everything."""
+    """A ranker that scores everything 0."""
 
     tasks = (Task(name="click"),)
     heads = Heads((Task(name="click"),))
@@ -81,7 +81,7 @@ def test_the_retrievers_say_is_added_to_the_rankers_while_it_learns() -> None:
     )
     objective = LabelledRows(RowsConfig(), Silent.tasks, {})
     assert objective(Silent(), batch).item() == pytest.approx(log(4 / 3))
-    # without a say, each label by itself: ln 2
+    # without the retriever's score, each label by itself: ln 2
     assert objective(Silent(), replace(batch, first_BC=None)).item() == pytest.approx(log(2))
 
 

@@ -1,4 +1,4 @@
-"""Tables that learn by rows: what moves, what rests, and that a step costs what its rows cost."""
+"""Tables updated by rows: only the rows of a batch change, and only they cost time."""
 
 import pytest
 import torch
@@ -65,7 +65,7 @@ def test_where_every_batch_reads_every_row_it_is_adamw() -> None:
 
 def test_rows_are_those_of_a_table_each_and_rest_between() -> None:
     # the oracle: each row is a table of its own, which AdamW without decay moves when it is read,
-    # told the number of the step; decay multiplies it in every step
+    # given the number of the step; decay multiplies it in every step
     table, optimizer = table_of("lazy_adamw", weight_decay=DECAY, beta2=0.9)
     slow_RD = table.weight.detach().clone()
     mean_RD, square_RD = torch.zeros_like(slow_RD), torch.zeros_like(slow_RD)

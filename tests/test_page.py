@@ -1,4 +1,4 @@
-"""The page in a real browser: what a person sees, types and clicks, and what must not happen."""
+"""The page in a real browser: what a person sees, types and clicks, and its security."""
 
 import shutil
 import socket
@@ -44,7 +44,7 @@ TOKEN = "let me in"
 
 
 class Page:
-    """The page, as a person has it before them."""
+    """The page in the browser."""
 
     def __init__(self, driver: webdriver.Chrome, address: str, events: LiveEvents) -> None:
         self.driver, self.address, self.events = driver, address, events
@@ -55,7 +55,7 @@ class Page:
         self.wait(lambda: self.driver.execute_script("return document.body.dataset.ready"))
 
     def wait(self, until: Callable[[], object]) -> object:
-        """Wait for it; a row that the page has drawn anew in between is looked up again."""
+        """Wait for it; a row that the page has drawn again meanwhile is looked up again."""
         redrawn = [StaleElementReferenceException]
         waiting = WebDriverWait(self.driver, 60, 0.05, ignored_exceptions=redrawn)
         return waiting.until(lambda _: until())

@@ -1,4 +1,4 @@
-"""Layers over pairs: the same as over the two side by side, and activations by hand."""
+"""Layers over pairs: equal to layers over the concatenated vectors, and activations by hand."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Choosing a list from ranked candidates: by hand, against the slow obvious way, and by laws."""
+"""Choosing a list from ranked candidates: by hand, against a slow oracle, and by laws."""
 
 from itertools import pairwise
 
@@ -83,7 +83,7 @@ def test_two_caps_hold_each_for_itself() -> None:
 
 def test_diversity_puts_what_differs_before_what_is_like_the_first() -> None:
     # Scores 1, .9, .5, 0 over the pool. After 0: item 1 is its twin (likeness 1), 2 and 3 are
-    # unlike it (0). Gains at one half each: .45 - .5 < .25 - 0, so 2 is second; then item 1 gets
+    # different (0). Gains at one half each: .45 - .5 < .25 - 0, so 2 is second; then item 1 gets
     # -.05 and item 3 gets 0, so 3 is third.
     alike = np.eye(4)
     alike[0, 1] = alike[1, 0] = 1
@@ -94,7 +94,7 @@ def test_diversity_puts_what_differs_before_what_is_like_the_first() -> None:
 
 
 def test_what_stands_outside_the_pool_waits_for_it_to_be_used_up() -> None:
-    # All in the pool of two are alike; the third is unlike them, but outside.
+    # Both items in the pool are equal; the third differs from them, but is outside.
     alike = np.ones((3, 3))
     alike[2, :2] = alike[:2, 2] = -1
     score = np.array([3.0, 2, 1])

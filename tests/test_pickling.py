@@ -136,7 +136,7 @@ def test_an_object_survives_a_pickle(name: str) -> None:
 
 
 def says(thing: Any) -> object:
-    """What an object answers, as plain values."""
+    """Results of an object, as plain values."""
     match thing:
         case ft.Interactions():
             return thing.fingerprint()

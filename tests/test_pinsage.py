@@ -25,7 +25,7 @@ NUM_USERS, NUM_ITEMS = 12, 9
 
 
 def world(seed: int = 0) -> Interactions:
-    """Users of one to five items; user 11 has none, and nobody did item 8."""
+    """Users of one to five items; user 11 has no event, and neither has item 8."""
     rng = np.random.default_rng(seed)
     histories = [rng.permutation(8)[: rng.integers(1, 6)].tolist() for _ in range(11)]
     return events_of([*histories, []], num_items=NUM_ITEMS)
@@ -54,7 +54,7 @@ def queries_of(users: list[int], histories: list[list[int]] | None = None) -> Qu
 
 
 def ids(model: PinSage) -> Tensor:
-    """Return the vectors of users, of items, and the one for everybody."""
+    """Return the vectors of users, of items, and the one of unknown users."""
     users, items = model.inputs.user_table, model.inputs.item_table
     assert users is not None
     assert items is not None
@@ -116,7 +116,7 @@ def test_gradients_are_those_of_the_definition() -> None:
 def random_table(*, num_nodes: int, top: int, seed: int = 0) -> Neighbourhoods:
     rng = np.random.default_rng(seed)
     table = Neighbourhoods.empty(num_nodes, top)
-    for node in range(num_nodes - 1):  # the last one has nobody
+    for node in range(num_nodes - 1):  # the last one has no events
         others = rng.permutation(num_nodes)[: rng.integers(1, top + 1)]
         weight = np.sort(rng.random(len(others)))[::-1]
         table.neighbour_VT[node, : len(others)] = others
@@ -185,7 +185,7 @@ def test_uniform_neighbours_really_switch() -> None:
     assert by_walks.neighbourhoods is not None
     assert uniform.neighbourhoods is not None
     users = uniform.neighbourhoods.neighbour_VT[:NUM_USERS]
-    assert ((users == -1) | (users >= NUM_USERS)).all()  # only items are tied to users
+    assert ((users == -1) | (users >= NUM_USERS)).all()  # users have edges to items only
     weight_VT = uniform.neighbourhoods.weight_VT
     assert all(len(set(row[row > 0].tolist())) <= 1 for row in weight_VT)
     reached = by_walks.neighbourhoods.neighbour_VT[:NUM_USERS]
@@ -264,7 +264,7 @@ def test_what_was_worked_out_is_forgotten_when_weights_change() -> None:
 
 
 def two_groups(num_items: int = 40) -> Interactions:
-    """Users do five items of one of four groups; the last two items of a group nobody does."""
+    """Users do five items of one of four groups; the last two items of a group have no events."""
     rng = np.random.default_rng(0)
     group = [[4 * place + number for place in range(num_items // 4)] for number in range(4)]
     histories = [rng.permutation(group[user % 4][:-2])[:5].tolist() for user in range(160)]

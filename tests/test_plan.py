@@ -1,4 +1,4 @@
-"""What a recipe would need at another size: sizes by hand, and what is refused."""
+"""Plans of a recipe at another size: sizes by hand, and refused input."""
 
 import json
 from pathlib import Path

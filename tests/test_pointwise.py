@@ -1,4 +1,4 @@
-"""Pointwise metrics: by hand, against scikit-learn, by their laws, and at their doors."""
+"""Pointwise metrics: by hand, against scikit-learn, by their laws, and refused input."""
 
 import math
 
@@ -142,7 +142,7 @@ def test_a_logit_is_not_taken_for_a_probability(metric) -> None:
 
 def test_gauc_by_hand() -> None:
     # User 3: ones at .9, .2, zeros at .5, .1: 3 of 4 pairs, 4 rows. User 5: a tie, 2 rows.
-    # User 8 has ones alone, and is no part of the mean: (4 * .75 + 2 * .5) / 6.
+    # User 8 has only ones and is left out of the mean: (4 * .75 + 2 * .5) / 6.
     user = np.array([5, 3, 3, 8, 3, 3, 5, 8])
     label = np.array([1.0, 1, 0, 1, 1, 0, 0, 1])
     score = np.array([0.4, 0.9, 0.5, 0.9, 0.2, 0.1, 0.4, 0.1])

@@ -1,4 +1,4 @@
-"""Popularity: counts, the same for everybody, within a window of time."""
+"""Popularity: counts, the same for every user, within a window of time."""
 
 import numpy as np
 import polars as pl

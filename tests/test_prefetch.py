@@ -1,4 +1,4 @@
-"""Batches made ahead: the same run to the bit, in order, bounded, and errors where they belong."""
+"""Prefetched batches: equal bits, in order, of limited number, and with errors at their batch."""
 
 import threading
 import time
@@ -99,7 +99,7 @@ def test_producers_end_with_the_run_even_if_it_is_broken_off() -> None:
 
 
 class Clock:
-    """Time that passes only when somebody says so."""
+    """A clock that the test sets."""
 
     def __init__(self) -> None:
         self.now_s = 0.0
@@ -136,7 +136,7 @@ def test_a_trainer_waits_for_the_first_batch_only_if_others_are_made_while_it_st
         for _ in range(5):
             clock.now_s += 0.04
             may_make.release()
-            assert made.acquire(timeout=20)  # during the step, though nobody has asked for it yet
+            assert made.acquire(timeout=20)  # during the step, before it is asked for
             batches.next()
     assert batches.waited_s == pytest.approx(0.02)
 

@@ -1,4 +1,4 @@
-"""Several processes: the losses of one, and what happens when one of them ends.
+"""Several processes: they have the losses of a single one; what happens when one ends.
 
 Run by torchrun, this file trains the cases of `test_golden.py` in the processes that it is given.
 """
@@ -105,7 +105,7 @@ def torchrun(
 
 @pytest.fixture(scope="module")
 def of_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Everything that two processes are asked, in one start of both."""
+    """All results of two processes, from a single start."""
     folder = tmp_path_factory.mktemp("two")
     with in_64_bits():
         break_off(folder / "begun by one", stored(LOSSES)["mf, row_adagrad"], make_split())

@@ -1,4 +1,4 @@
-"""The quickstart on the real data set: all of it but most epochs, which CI's own run takes."""
+"""The quickstart on the real data set, with fewer epochs than in CI's own run."""
 
 import json
 import signal
@@ -49,7 +49,7 @@ def test_the_quickstart_trains_measures_and_serves_a_recommender(
     by_time, last = found["tables"]
     assert len(by_time["rows"]) == len(last["rows"]) == 6
     figures = {row["name"]: row["metrics"] for row in last["rows"]}
-    # By chance an item of 1,682 stands among ten with 0.006; popularity finds 0.085. After 5
+    # By chance an item of 1,682 is among ten with 0.006; popularity finds 0.085. After 5
     # epochs of 20, SASRec finds 0.17.
     assert figures["sasrec"]["hit_rate_at_10"] > 0.13
     assert figures["sasrec"]["ndcg_at_10"] > 1.5 * figures["popularity"]["ndcg_at_10"]

@@ -1,4 +1,4 @@
-"""Places in the list: equal scores by chance, exactly."""
+"""Places in a list: the exact expectation over random orders of equal scores."""
 
 import itertools
 import math
@@ -27,7 +27,7 @@ def settled(scores: list[list[float]], targets: list[list[int]], k: int) -> Hits
 
 
 def by_all_orders(scores: list[float], targets: list[int], k: int) -> np.ndarray:
-    """The oracle: walk every order of the items, sort stably, and average what stands where."""
+    """The oracle: try every order of the items, sort stably, and average the places."""
     width, total = min(k, len(scores)), []
     for order in itertools.permutations(range(len(scores))):
         ranked = sorted(order, key=lambda i: -scores[i])[:width]
@@ -82,7 +82,7 @@ def test_an_excluded_target_is_never_found() -> None:
 
 
 def test_the_last_group_reaches_beyond_the_list() -> None:
-    # 7 candidates score alike, the list has 2 places: a target is on each with 1/7.
+    # 7 candidates have equal scores, the list has 2 places: a target is on each with 1/7.
     hits = settled([[0.0] * 7], [[6]], k=2)
     np.testing.assert_allclose(hits.relevance_BK, [[1 / 7, 1 / 7]])
 

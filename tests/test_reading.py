@@ -1,4 +1,4 @@
-"""Any table gives the same events, and what is wrong with a table is said by name."""
+"""Reading: any library's table gives the same events, and errors name the column."""
 
 import datetime as dt
 import gzip
@@ -265,7 +265,7 @@ def test_ids_in_floats_are_refused_from_where_neighbours_become_one(
     assert (caught.value.column, caught.value.row, caught.value.value) == ("user_id", 2, limit)
 
 
-# What means a missing value
+# Missing values
 
 
 @pytest.mark.parametrize("marker", [*MISSING, " NA", "NULL ", "  "])
@@ -693,7 +693,7 @@ PANDAS = {
 
 
 def refused(source: object, **more: object) -> DataError | None:
-    """The error of reading, if there is one; any other than ours ends the test."""
+    """Return the error of reading, or None; an error that is not ours fails the test."""
     try:
         read_interactions(source, **more)  # type: ignore[arg-type]
     except DataError as error:
@@ -708,7 +708,7 @@ def test_a_column_of_any_type_is_read_or_refused_by_its_name(name: str, part: st
         source: object = pa.table({"user_id": ONE, "item_id": ONE, "odd": TYPES[name]})
     else:
         source = pd.DataFrame({"user_id": [1, 2], "item_id": [1, 2], "odd": PANDAS[name]})
-    assert len(read_interactions(source)) == 2  # nobody asked for it
+    assert len(read_interactions(source)) == 2  # it was not asked for
     listed = {"columns": ["odd"], "context": ["odd"], "items": source}
     more = {part: listed.get(part, "odd"), "drop_incomplete": True}
     error = refused(source, **more)
@@ -925,7 +925,7 @@ def test_movielens_layouts(shared_data: Path, tmp_path: Path) -> None:
     assert events.item_table["1"][events.items.find(1)] == "Toy Story (1995)"
 
 
-# What is no table
+# Values that are no table
 
 
 def test_a_misspelt_column_is_named_with_the_nearest() -> None:

@@ -1,4 +1,4 @@
-"""Recipes: what they say, what overrides change, and how a slip of the pen is named."""
+"""Recipes: their settings, overrides, and the message for a misspelt name."""
 
 import json
 import tomllib
@@ -303,11 +303,11 @@ def test_overrides_reach_sections_that_the_file_does_not_have() -> None:
 def test_every_recipe_of_the_repository_is_valid(path: Path) -> None:
     config = read_experiment(path)
     assert config.data.kind == "public"
-    assert config.published or config.notes  # what no paper has says what it is for
+    assert config.published or config.notes  # without published figures it says what it is for
 
 
 def test_recipes_resolve_to_the_settings_that_their_figures_were_measured_with() -> None:
-    """What a recipe leaves out has the default of then: where a default moves, the recipe says it.
+    """Settings that a recipe omits keep their defaults: if a default changes, the recipe states it.
 
     `recorded_defaults.json` holds the defaults of the day on which they began to be chosen.
     """

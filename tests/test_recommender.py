@@ -1,4 +1,4 @@
-"""One answer for everybody, whatever the model: ids in, ids out, and where each row came from."""
+"""The recommender: ids in, ids out, for every kind of user, and the source of each row."""
 
 import datetime as dt
 import inspect
@@ -64,7 +64,7 @@ def oracle(trained: Trained, user_idx: int, history: list[int], banned: set[int]
     ]
 
 
-# The five cases of "one answer for everybody"
+# The five kinds of users
 
 
 def test_a_known_user_is_answered_by_the_model(recommender: Recommender) -> None:

@@ -1,4 +1,4 @@
-"""What a ranker reads of a row, against the fields of each row by itself."""
+"""Input of a ranker, against the fields of each row by itself."""
 
 from dataclasses import replace
 
@@ -227,7 +227,7 @@ def test_a_context_without_values_is_unknown() -> None:
 def test_a_new_user_has_the_features_that_the_history_makes_likely() -> None:
     made = fields(reads_history=False, folds_in=True).eval()
     made.learn_new_users(EVENTS)
-    # users 0 and 2, whom the regression saw, did items 0 and 1, and 2 and 1
+    # users 0 and 2, on which the regression was fitted, did items 0 and 1, and 2 and 1
     likely = made.query(Queries.of_histories([[0, 1], [2, 1]]))
     known = replace(QUERIES, user_B=torch.tensor([0, 2]), profile=None, context=None)
     known_BQW = made.query(
@@ -276,7 +276,7 @@ def test_if_each_row_is_its_own_user_no_user_has_a_vector() -> None:
     assert not made.taught_U.any()
     assert made.user.id_table is not None
     assert not made.user.id_table.block(0, NUM_USERS).any()
-    # One event each of users who may come back is a history like any other.
+    # Users with one event each, who may return, have a history like any other.
     all_here = replace(EVENTS, offsets=np.array([0, 1, 2, 3]), item_idx=EVENTS.item_idx[:3])
     made.begin(all_here)
     assert made.taught_U.all()

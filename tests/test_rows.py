@@ -86,7 +86,7 @@ def test_a_history_ends_before_the_row_and_holds_every_event_by_default() -> Non
 
 
 def test_what_was_shown_at_one_second_does_not_tell_of_what_was_clicked_then() -> None:
-    # 13 and 14 were shown beside 12: its click is no history of theirs, but of 15 it is
+    # 13 and 14 were shown with 12: its click is not in their history, but in that of 15
     rows = training_rows(read(LOG), tasks=CLICK, positive="click")
     assert histories(rows) == [[], [11], [11], [11], [11, 12], []]
 
@@ -104,7 +104,7 @@ def test_a_missing_label_makes_no_history() -> None:
 def test_others_are_the_other_positives_of_the_user() -> None:
     rows = training_rows(read(LOG), tasks=CLICK, positive="click")
     found = histories(rows, reads="others")
-    # of the clicked rows all other clicks, of the rest all clicks; nobody's own
+    # clicked rows have all other clicks, the rest all clicks; no row has its own
     assert [sorted(h) for h in found] == [[12], [11], [11, 12], [11, 12], [11, 12], []]
     short = histories(rows, reads="others", max_len=1)
     assert [len(h) for h in short] == [1, 1, 1, 1, 1, 0]

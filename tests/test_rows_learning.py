@@ -1,4 +1,4 @@
-"""From labelled events to a measured ranker: planted tastes, what is drawn, how it is stopped."""
+"""From labelled events to a measured ranker: planted tastes, drawn items, early stopping."""
 
 import math
 from dataclasses import replace
@@ -90,7 +90,7 @@ def clicks() -> ft.Trained:
 
 
 def test_a_ranker_learns_from_labels_what_was_planted(clicks: ft.Trained) -> None:
-    # The best that can be known of a row is .8 or .1: its AUC is about .85.
+    # The best prediction of a row is .8 or .1: its AUC is about .85.
     report = evaluate_rows(clicks, SPLIT, resamples=100)
     assert report.metrics["auc"] > 0.75  # chance is .5
     assert report.intervals["auc"].low < report.metrics["auc"] < report.intervals["auc"].high
@@ -213,7 +213,7 @@ def test_where_only_what_happened_is_known_items_are_drawn_and_lists_decide() ->
     assert "zeros: 4 items drawn for each row, uniform" in str(report)
     lists = ft.evaluate(model, split.validation, k=(10,), resamples=0)
     best = max(epoch["validation"] for epoch in model.log["epochs"])
-    # Once training is over, users with a history are told by it: near, but not the same.
+    # After training, users are described by their history: similar scores, but not equal ones.
     assert lists.metrics["ndcg_at_10"] == pytest.approx(best, abs=0.03)
 
 

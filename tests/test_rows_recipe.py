@@ -1,4 +1,4 @@
-"""A recipe of a ranker: both kinds of report, calibration, and what is refused."""
+"""A recipe of a ranker: both kinds of report, calibration, and refused input."""
 
 import json
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Reports of labelled rows: masks, intervals, comparisons, calibration, and their doors."""
+"""Reports of labelled rows: masks, intervals, comparisons, calibration, and refused input."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Business rules in whole answers: the catalogue filtered, capped and reordered, whoever asks."""
+"""Business rules in complete answers: filters, caps and order, for every kind of user."""
 
 import numpy as np
 import polars as pl
@@ -244,7 +244,7 @@ def test_a_list_too_long_to_arrange_is_refused(recommender: Recommender) -> None
 
 
 def test_a_ranking_is_asked_for_more_only_as_long_as_the_list_is_short() -> None:
-    # 90 candidates of one shape stand before the others; a cap of 2 has to look past them.
+    # 90 candidates of one shape come before the others; a cap of 2 has to look past them.
     shapes = ["round"] * 90 + ["flat", "long"] * 5
     labels = ItemLabels(pl.DataFrame({"shape": shapes}), num_items=100)
     asked: list[int] = []
@@ -268,7 +268,7 @@ def test_a_ranking_is_asked_for_more_only_as_long_as_the_list_is_short() -> None
     asked.clear()
     assert choose(50).top.item_BK.tolist() == [[0, 1, 90, 91, 92, 93]]
     assert asked == [100]
-    asked.clear()  # what is found at once is looked at before more is asked for
+    asked.clear()  # the first candidates are used before more are searched
     assert choose(3, at_once=96).top.item_BK.tolist() == [[0, 1, 90]]
     assert asked == [96]
 

@@ -1,4 +1,4 @@
-"""Metrics over a few sampled items: named so, exact where the data list them, fair where drawn."""
+"""Metrics over a few sampled items: named so, exact for listed items, unbiased for drawn ones."""
 
 import math
 from dataclasses import replace
@@ -81,7 +81,7 @@ def kept(sampled: SampledNegatives, *, rows: int = 1, history: tuple[int, ...] =
 def test_drawn_items_are_as_many_as_asked_known_and_neither_seen_nor_targets() -> None:
     kept_BI = kept(SampledNegatives(num=3), rows=500, history=(1, 2))
     assert kept_BI[:, 0].all()  # the target
-    assert not kept_BI[:, [1, 2, 4]].any()  # the history, and the item that training never saw
+    assert not kept_BI[:, [1, 2, 4]].any()  # the history, and the item without training events
     assert (kept_BI.sum(dim=1) == 4).all()
     assert (kept(SampledNegatives(num=99), rows=2, history=(1,)).sum(dim=1) == 6).all()
 
@@ -220,6 +220,6 @@ def test_popularity_on_the_published_lists_is_what_was_published(shared_data: Pa
         resamples=0,
         sampled=SampledNegatives(by="listed"),
     )
-    # He et al., figure 4: ItemPop on MovieLens stands a little above .45 and .25.
+    # He et al., figure 4: ItemPop on MovieLens is slightly above .45 and .25.
     assert report.metrics["hit_rate_at_10_sampled_99"] == pytest.approx(0.4535, abs=1e-3)
     assert report.metrics["ndcg_at_10_sampled_99"] == pytest.approx(0.2543, abs=1e-3)

@@ -1,4 +1,4 @@
-"""Negative samplers: the stated frequencies, never what was not allowed, and fast."""
+"""Negative samplers: the stated frequencies, no excluded item, and fast."""
 
 import math
 import time
@@ -123,7 +123,7 @@ def test_who_has_all_that_is_ever_drawn_is_served_from_a_catalogue_of_any_size()
 
 
 def test_a_user_of_everything_is_named() -> None:
-    known = torch.tensor([True, True, False])  # the item that nobody did cannot be drawn
+    known = torch.tensor([True, True, False])  # the item without events cannot be drawn
     seen = Seen.of(events_of([[0], [1, 0]], num_items=3))
     users = torch.tensor([0, 1])
     with pytest.raises(DataError, match="the user in row 1 has had all 2 items"):
@@ -152,7 +152,7 @@ def test_a_sampler_without_items_is_refused() -> None:
 
 def test_drawing_costs_the_same_whatever_the_catalogue() -> None:
     # A table of 2^17 items takes 17/4 times as long as one of 2^4 if a draw searches (5.4 seen),
-    # up to 1.5 times if not. The thread's own time, in turns: a busy neighbour takes none of it.
+    # up to 1.5 times if not. The thread's own CPU time, in turns: other processes do not change it.
     samplers = {size: PopularitySampler(np.arange(size) + 1) for size in (2**4, 2**17)}
     best_s = dict.fromkeys(samplers, math.inf)
     for _ in range(7):

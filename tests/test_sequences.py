@@ -1,4 +1,4 @@
-"""Training windows: every event once, no more padding than must be, decided by the seed."""
+"""Training windows: every event once, little padding, and the seed decides the order."""
 
 import numpy as np
 import polars as pl

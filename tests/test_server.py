@@ -1,4 +1,4 @@
-"""The server as a process of its own: killed, drained, hung up on, and on a port already taken."""
+"""The server as a process: killed, drained, with lost clients, and on a port already in use."""
 
 import gc
 import json
@@ -150,7 +150,7 @@ def test_the_store_keeps_what_it_acknowledged_in_three_rounds_of_kill_9(state: s
             kept = [event.event_id for event in events.of_user("u", limit=10_000)]
         assert len(kept) == len(set(kept))
         assert set(acknowledged) <= set(kept)
-        assert len(kept) % 4 == 0  # what was sent together is there together
+        assert len(kept) % 4 == 0  # events that were sent together are stored together
     assert len(acknowledged) >= 4 * 63
 
 
@@ -171,7 +171,7 @@ def test_sigterm_ends_a_server_whose_store_hangs_within_its_time(
         began = time.monotonic()
         process.popen.send_signal(signal.SIGTERM)
         assert process.popen.wait(timeout=60) == 0
-        assert time.monotonic() - began < 20  # and not for ever: 10 s, and what the machine adds
+        assert time.monotonic() - began < 20  # 10 s and the machine's delays
         for writer in writers:
             writer.join()
 
@@ -314,7 +314,7 @@ def test_a_host_that_is_not_of_this_machine_is_no_matter_of_ports(host: str) -> 
 
 
 def test_the_body_of_an_answer_does_not_wait_for_its_head_to_be_acknowledged() -> None:
-    # Head and body are two writes; the second of two small ones waits, unless it is told not to.
+    # Head and body are two writes; the second of two small ones waits, unless this is switched off.
     with (
         _listen(ServerSettings(port=0)) as listener,
         socket.create_connection(listener.getsockname()),

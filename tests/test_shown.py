@@ -1,4 +1,4 @@
-"""What an object shows at the prompt and in a notebook: one short line, and a small table."""
+"""Display of objects: one short line at the prompt, a small table in a notebook."""
 
 import builtins
 import io

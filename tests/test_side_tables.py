@@ -1,4 +1,4 @@
-"""Tables about users and items: which column is the key, and what is said of the rest."""
+"""Tables of users and items: which column is the key, and messages about the rest."""
 
 from pathlib import Path
 

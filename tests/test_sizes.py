@@ -108,7 +108,7 @@ def use(config: Config) -> ft.Report:
 
 @pytest.fixture
 def little_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A GiB is free, and the system gives not much more."""
+    """One GiB is free, and the system gives little more."""
     monkeypatch.setattr(arrays, "available_bytes", lambda: GIB)
     limits = resource.getrlimit(resource.RLIMIT_AS)
     used = psutil.Process().memory_info().vms
@@ -118,7 +118,7 @@ def little_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def outcome(base: Config, name: str, value: float) -> str:
-    """What a value leads to: finite figures, or an error that names the setting."""
+    """Result of a value: finite figures, or an error that names the setting."""
     try:
         report = use(type(base)(**dict(base) | {name: filled(base, name, value)}))
     except ft.NonFiniteError:

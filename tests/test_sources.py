@@ -1,4 +1,4 @@
-"""Public data sets: fetched whole or not at all, and the same from wherever they come."""
+"""Public data sets: fetched completely or not at all, and equal from every source."""
 
 import gzip
 import io
@@ -55,7 +55,7 @@ def tables_sha256(tmp_path: Path) -> str:
 
 
 class Site(BaseHTTPRequestHandler):
-    """A public address: `served` says what stands under a path, and how much of it is sent."""
+    """A public address: `served` has the content of each path, and how much of it is sent."""
 
     served: ClassVar[dict[str, tuple[bytes, int]]] = {}
     asked: ClassVar[list[str]] = []
@@ -72,7 +72,7 @@ class Site(BaseHTTPRequestHandler):
         self.wfile.write(body[:sent])
 
     def log_message(self, *_: object) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
 
 @pytest.fixture

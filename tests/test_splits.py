@@ -1,4 +1,4 @@
-"""Splits: by hand, against a slow oracle, by law, and at the doors."""
+"""Splits: by hand, against a slow oracle, by laws, and refused input."""
 
 from collections.abc import Callable
 from dataclasses import replace

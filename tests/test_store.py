@@ -1,4 +1,4 @@
-"""The event store: what is written is what is opened, whole or not at all."""
+"""The event store: it opens exactly what was written, completely or not at all."""
 
 import errno
 import hashlib
@@ -193,7 +193,7 @@ def test_a_disk_that_fills_at_any_point_leaves_nothing_behind(
 
 
 def test_opening_does_not_grow_with_size(tmp_path: Path) -> None:
-    def seconds_to_open(size: int) -> float:  # of this process, whatever its neighbours do
+    def seconds_to_open(size: int) -> float:  # of this process alone
         rng = np.random.default_rng(0)
         ids = [f"user {n}" for n in rng.integers(0, size, size)]
         write_store(

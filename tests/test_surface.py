@@ -1,4 +1,4 @@
-"""The public names, imports without effects, and the few lines that show the whole."""
+"""The public names, imports without effects, and the first example of the README."""
 
 import ast
 import json
@@ -47,7 +47,7 @@ HEAVY = (
     *("pandas", "polars", "scipy", "sklearn", "sqlalchemy", "tensorboard", "torch", "uvicorn"),
     "torch._dynamo",
 )
-"""What takes a tenth of a second or more to load."""
+"""Packages that take a tenth of a second or more to load."""
 _LOOPS = {"numba", "llvmlite", "scipy"}
 """numba and what it loads itself."""
 LOADED_BY: dict[str, set[str]] = {
@@ -163,7 +163,7 @@ def test_the_first_snippet_of_the_readme_runs_on_a_small_table(
     Path("ratings.csv").write_text("userId,movieId,timestamp\n" + "\n".join(rows))
     readme = (PACKAGE.parent / "README.md").read_text()
     snippet = readme.split("```python\n")[1].split("```")[0]
-    # The snippet as it stands, but for the width of its model.
+    # The snippet, but for the width of its model.
     small = snippet.replace("embedding_dim=64", "embedding_dim=8, num_blocks=1")
     assert small.count("epochs=3") == small.count("embedding_dim=8") == 1
     scope: dict[str, object] = {}

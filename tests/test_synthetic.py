@@ -1,4 +1,4 @@
-"""Made-up tasks have the correlation that was asked for, and made-up logs the planted effect."""
+"""Synthetic tasks have the requested correlation, and synthetic logs the planted effect."""
 
 import numpy as np
 import polars as pl

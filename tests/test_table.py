@@ -1,4 +1,4 @@
-"""Tables of rows: what every kind owes, and what the dense one does."""
+"""Tables of rows: the contract of every kind, and the dense one."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Kinds of tables: what each owes, by hand; and every model with every kind that trains."""
+"""Kinds of tables: the contract of each, by hand; and every model with every trainable kind."""
 
 import math
 from typing import get_args

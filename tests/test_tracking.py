@@ -1,4 +1,4 @@
-"""The door to experiment trackers."""
+"""Logging to experiment trackers."""
 
 import sys
 from pathlib import Path

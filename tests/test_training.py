@@ -1,4 +1,4 @@
-"""The loop: steps by hand, exact resume, early stop, and what is not finite."""
+"""The training loop: steps by hand, exact resume, early stopping, and non-finite values."""
 
 import errno
 import json

@@ -1,4 +1,4 @@
-"""Joint models against single ones: gains, losses, gates, on tasks whose correlation is known."""
+"""Joint models against single-task ones: gains, losses and gates on tasks of known correlation."""
 
 import dataclasses
 
@@ -50,7 +50,7 @@ def measured(model: ft.Trained) -> RowsReport:
 
 
 def test_two_quantities_are_learned_together_in_their_own_units(mmoe: ft.Trained) -> None:
-    # Each label is a line through the input, of variance 1: knowing nothing costs 1.
+    # Each label is a linear function of the input, of variance 1: the mean alone costs 1.
     report = measured(mmoe)
     assert report.metrics["rmse_first"] < 0.4
     assert report.metrics["rmse_second"] < 0.4

@@ -1,4 +1,4 @@
-"""The search: what it draws, what it cuts short, and how it goes on after a kill."""
+"""The search of settings: its draws, pruning, and resuming after a kill."""
 
 import json
 import tomllib
@@ -110,7 +110,7 @@ TWO_STAGES = {
 @pytest.mark.parametrize(
     ("model", "name", "metric"),
     [
-        # without features it has nothing to tell an item by, and was refused
+        # without features it has no input about items, and was refused
         (MMOE, "training.learning_rate", "mean over tasks"),
         (TWO_STAGES, "first_stage.training.learning_rate", "ndcg_at_10"),
     ],
@@ -190,7 +190,7 @@ def test_a_trial_that_was_killed_is_run_again_with_its_settings(tmp_path: Path) 
     config = recipe(model={"kind": "ease"}, space=EASE)
     tune(config, split(), folder=tmp_path, trials=1)
     study = optuna.load_study(study_name="tune", storage=f"sqlite:///{tmp_path / 'study.db'}")
-    killed = study.ask(distributions(config)).params  # asked, and never told
+    killed = study.ask(distributions(config)).params  # asked for, and never reported
     found = tune(config, split(), folder=tmp_path, trials=2, resume=True)
     assert [trial.state for trial in found.trials] == ["complete", "complete"]
     assert found.trials[1].settings == killed

@@ -64,7 +64,7 @@ class Wanted(Ranker):
 
 
 class WantedAlone(Wanted, Scorer):
-    """One that can be asked about the whole catalogue, too."""
+    """A ranker that can score the whole catalogue, too."""
 
     def score(self, queries: Queries) -> Tensor:
         item_BI = torch.arange(self.raw_TI.shape[1]).expand(len(queries), -1)
@@ -72,7 +72,7 @@ class WantedAlone(Wanted, Scorer):
 
 
 class Fixed(Scorer):
-    """A catalogue scorer that says the same to everybody."""
+    """A catalogue scorer with the same scores for every user."""
 
     def __init__(self, score_I: list[float]) -> None:
         super().__init__()
@@ -210,14 +210,14 @@ def test_with_a_say_of_the_retriever_served_answers_are_the_offline_scores_too(k
     expected_I = offline(trained, 7, past)
     got = [row.score for row in recommender.recommend(107, k=k).rows]
     assert got == pytest.approx(expected_I.topk(k).values.tolist(), abs=1e-6)
-    # by hand: the ranker's word plus twice the retriever's
+    # by hand: the ranker's score plus twice the retriever's
     queries = replace(Queries.of_histories([past]), user_B=torch.tensor([7]))
     best = int(expected_I.argmax())
     with torch.inference_mode():
         first = trained.model.retriever.score(queries)[0, best]
         own = judge(trained.model.ranker, queries, torch.tensor([[best]])).score_BC[0, 0]
     assert float(expected_I[best]) == pytest.approx(float(own + 2 * first), abs=1e-6)
-    # where a request says what counts, nothing else does
+    # weights in a request replace the settings
     weighed = recommender.recommend(107, k=k, weights={"click": 3.0}).rows
     for row in weighed[:6]:
         assert row.score == pytest.approx(3 * row.predictions["click"], abs=1e-6)
@@ -241,7 +241,7 @@ def test_served_answers_are_the_offline_scores_of_the_same_bundle(
         assert [score for _, score in got] == pytest.approx(
             expected_I.topk(k).values.tolist(), abs=1e-6
         )
-    # somebody new, by what they do now
+    # a new user, by a given history
     expected_I = offline(recommender.trained, -1, [1, 4])
     answer = recommender.recommend("new", history=[501, 504], k=k)
     assert [row.score for row in answer.rows] == pytest.approx(
@@ -343,7 +343,7 @@ def test_the_reason_is_the_event_that_the_ranker_attends_to_most(
     assert isinstance(model, TwoStage)
     model.retriever.learn(events)
     recommender = ft.build_recommender(Trained(config=config, model=model, events=events, seed=0))
-    # 501 stands twice, so its weights are added; 509 and 510 are older than the four events read
+    # 501 is there twice, so its weights are added; 509 and 510 are older than the four events read
     history = [509, 510, 501, 502, 503, 501]
     item_ids = [501, 503, 505, 508, 511]
     item_1T = torch.tensor([[item - 500 for item in item_ids]])

@@ -1,4 +1,4 @@
-"""Two-Tower: its parts by hand, its histories against oracles, and items nobody has done."""
+"""Two-Tower: its parts by hand, its histories against oracles, and items without events."""
 
 import copy
 from dataclasses import replace
@@ -34,7 +34,7 @@ HISTORY_KINDS = ("none", "mean", "attention", "sasrec")
 
 
 def world(num_users: int = 120, per_user: int = 6, seed: int = 0) -> Interactions:
-    """Users do items of one group; what group an item is of stands in its features."""
+    """Users do items of one group; an item's group is in its features."""
     rng = np.random.default_rng(seed)
     done = [
         user % NUM_GROUPS * GROUP_SIZE + rng.permutation(GROUP_SIZE)[:per_user]
@@ -103,7 +103,7 @@ def test_without_hidden_layers_a_tower_is_the_sum_of_its_parts() -> None:
         model.item_table.weight[:3] = torch.tensor([[3.0, 0.0], [0.0, 6.0], [3.0, 0.0]])
         model.everybody.copy_(torch.tensor([0.5, -0.5]))
     query = replace(Queries.of_histories([[0, 1, 2]]), user_B=torch.tensor([5]))
-    # id (1, 2) + mean of (3, 0) (0, 6) (3, 0) = (2, 2) + everybody (.5, -.5)
+    # id (1, 2) + mean of (3, 0) (0, 6) (3, 0) = (2, 2) + the common vector (.5, -.5)
     assert model.eval().encode(query).tolist() == [[3.5, 3.5]]
     assert every_vector(model)[1].tolist() == [0, 6]
 
@@ -265,7 +265,7 @@ def test_blocks_of_items_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None
     torch.testing.assert_close(every_vector(towers(FEATURES, item_hidden=(8,)).eval()), whole)
 
 
-# --- who and what training never saw -----------------------------------------------------------
+# --- new users and items -----------------------------------------------------------
 
 
 def test_a_new_user_with_a_profile_is_represented_by_it() -> None:
@@ -277,7 +277,7 @@ def test_a_new_user_with_a_profile_is_represented_by_it() -> None:
     known = model.encode(replace(nobody, user_B=torch.tensor([1, 2, -1, -1])))
     torch.testing.assert_close(told[:3], known[:3])
     assert not torch.equal(told[0], told[1])
-    # a profile says nothing of a user whom the model knows
+    # a profile changes nothing for a known user
     both = replace(nobody, user_B=torch.tensor([3, 2, -1, -1]), profile=profile)
     torch.testing.assert_close(model.encode(both)[0], model.encode(both)[0])
     torch.testing.assert_close(model.encode(both)[1], known[1])

@@ -1,4 +1,4 @@
-"""What early stopping watches: which queries, how often, and that it is the reports' own figure."""
+"""Validation in early stopping: which queries, how often, and the same figure as the report."""
 
 from collections.abc import Mapping
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Versions of a bundle: private copies, trials in another process, swaps, roll backs, canaries."""
+"""Versions of a bundle: private copies, trials in another process, swaps, rollbacks, canaries."""
 
 import importlib
 import os
@@ -173,7 +173,7 @@ def test_a_key_that_is_missing_or_short_is_refused(bundle: Path, tmp_path: Path)
         assert caught.value.name == "signature_key"
 
 
-# ---- what a model answered when it was saved -------------------------------------------------
+# ---- answers stored with a bundle -------------------------------------------------
 
 
 def test_a_bundle_holds_answers_of_users_known_and_new_and_of_items(bundle: Path) -> None:
@@ -224,7 +224,7 @@ def test_a_slow_answer_is_one_that_computes_long_not_one_that_waits(
     find = self_test._find
 
     def waits(*asked: object, k: int) -> object:
-        time.sleep(0.3)  # as behind other work of a busy machine
+        time.sleep(0.3)  # as on a busy machine
         return find(*asked, k=k)
 
     def computes(*asked: object, k: int) -> object:
@@ -271,7 +271,7 @@ def test_compressed_arrow_is_refused_before_it_is_unpacked(bundle: Path) -> None
 
 
 class Tries:
-    """Stands for trials in another process: counts them, and refuses what it is told to."""
+    """Replaces trials in another process: counts them, and refuses the given versions."""
 
     def __init__(self) -> None:
         self.tried: list[str] = []

@@ -1,4 +1,4 @@
-"""Ids and rows, both ways."""
+"""Vocabularies: ids to rows and back."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""Random walks: whom they visit, how often, and what must not matter."""
+"""Random walks: which nodes they visit, how often, and what does not change them."""
 
 import numpy as np
 import pytest
@@ -74,8 +74,8 @@ def test_visits_are_those_of_the_dense_matrix(*, restart: float, weighted: bool)
 
 
 def test_visits_pass_a_chi_squared_test() -> None:
-    # from the hub of a star one hop goes to 20 leaves alike: chi-squared of 19 degrees of freedom
-    # is above 45 with chance .0007
+    # from the hub of a star one hop goes to 20 leaves uniformly: chi-squared of 19 degrees of
+    # freedom is above 45 with chance .0007
     star = graph_of_ties([(0, leaf) for leaf in range(1, 21)], num_nodes=21)
     found = most_visited(star, top=20, seed=3, walks=20_000, hops=1, nodes=np.array([0]))
     count = found.weight_VT[0] * 20_000

@@ -1,4 +1,4 @@
-"""Made-up worlds whose right answers are known, and models trained on them."""
+"""Synthetic data whose right answers are known, and models trained on them."""
 
 from pathlib import Path
 
@@ -95,7 +95,7 @@ CONFIGS: dict[str, ModelConfig] = {
 }
 NUM_USERS, NUM_ITEMS = 30, 20
 SILENT_USER, SILENT_ITEM = NUM_USERS, NUM_ITEMS
-"""Rows of a user and an item that the vocabularies hold and training never saw."""
+"""Rows of a user and an item that are in the vocabularies and have no training event."""
 
 
 def make_events(*, text_ids: bool = False, seed: int = 0) -> Interactions:

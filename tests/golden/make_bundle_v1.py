@@ -1,4 +1,4 @@
-"""Made `bundle-v1/`: bundles of the first format, and what they answered on the day.
+"""Made `bundle-v1/`: bundles of the first format, and their answers then.
 
 Run once, on the first format; kept to say how. Later formats get a script and a folder of their
 own, and this folder stays as it is.

@@ -1,6 +1,7 @@
-"""Made `bundle-without-history/`: rankers of several tasks of before they could read histories.
+"""Made `bundle-without-history/`: multi-task rankers from before they could read histories.
 
-Run once, before they could; kept to say how. Their manifests lack the settings of histories.
+Run once, before that change, and kept to show how they were made. Their manifests lack
+the settings of histories.
 """
 
 import json
