@@ -77,7 +77,7 @@ def test_every_result_says_what_it_may_be_compared_by(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", [p for p in RESULTS if p.stem != "times"], ids=lambda p: p.stem)
-def test_notes_are_the_recipe_s_and_say_above_and_below_print_of_figures_that_are(
+def test_notes_are_the_recipe_s_and_say_above_and_below_only_of_figures_that_are(
     path: Path,
 ) -> None:
     record = json.loads(path.read_text(encoding="utf-8"))
@@ -93,10 +93,10 @@ def test_notes_are_the_recipe_s_and_say_above_and_below_print_of_figures_that_ar
         )
         for name, value in record["published"].items()
     ]
-    if "bove print" in said:
+    if "bove the published figure" in said:
         assert ahead
         assert min(ahead) > 0
-    if "elow print" in said:
+    if "elow the published figure" in said:
         assert ahead
         assert min(ahead) < 0
 
