@@ -413,15 +413,8 @@ class Split(Shown):
             events_of_new_items=int((self.train.item_count[part.target_item] == 0).sum()),
         )
 
-    def _positives(self) -> "Split":
-        """Return the split of only the positive events, which lists are measured by."""
-        keep_E = self.events.positive_E | (self.part_E == NEGATIVE)
-        if keep_E.all():
-            return self
-        return replace(self, events=self.events.select(keep_E), part_E=self.part_E[keep_E])
-
     def _holdout(self, part: int, name: str) -> Holdout:
-        if (positives := self._positives()) is not self:
+        if (positives := happened_split(self)) is not self:
             return positives._holdout(part, name)
         if self.rolling:
             events = self.events.select(self.part_E <= part)
@@ -484,4 +477,6 @@ def happened_split(split: Split, positive: str = "") -> Split:
     if not (positive or split.events.positive):
         return split
     keep_E = is_positive(split.events, positive) | (split.part_E == NEGATIVE)
+    if keep_E.all():
+        return split
     return replace(split, events=split.events.select(keep_E), part_E=split.part_E[keep_E])

@@ -27,6 +27,7 @@ from foretaste.data.splits import (
     RatioSplitConfig,
     SharesConfig,
     Split,
+    SplitConfig,
     SplitKind,
     TemporalSplitConfig,
     find_leaks,
@@ -277,16 +278,7 @@ _CUTS: Mapping[str, Callable[..., Split]] = {
 
 
 @checked
-def make_split(
-    config: TemporalSplitConfig
-    | LeaveLastSplitConfig
-    | RatioSplitConfig
-    | RandomSplitConfig
-    | GivenSplitConfig
-    | ColdItemsSplitConfig
-    | ColdUsersSplitConfig,
-    events: Interactions,
-) -> Split:
+def make_split(config: SplitConfig, events: Interactions) -> Split:
     """Cut `events` as `config` describes.
 
     Raises:
