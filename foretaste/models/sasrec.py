@@ -12,7 +12,7 @@ history gets an answer.
 Shape legend: B rows, L positions (L1 = L + 1), D width, I items.
 """
 
-from typing import ClassVar, Literal, NamedTuple, final
+from typing import ClassVar, Literal, final
 
 import torch
 import torch.nn.functional as F
@@ -63,23 +63,63 @@ class SASRecConfig(IdConfig):
     """Width of the feed-forward layer divided by embedding_dim; 1 in the paper."""
 
 
+class CausalEncoder(nn.Module):
+    """The base of networks with SASRec's causal encoder of vectors."""
+
+    def make_encoder(self, config: SASRecConfig) -> None:
+        """Make the untrained parts."""
+        width = config.embedding_dim
+        self.max_len = config.max_len
+        self.positions = nn.Embedding(config.max_len + 1, width)
+        self.start = nn.Parameter(torch.zeros(width))
+        self.dropout = Dropout(config.dropout)
+        self.blocks = nn.ModuleList(_block(config) for _ in range(config.num_blocks))
+        self.norm = nn.LayerNorm(width)
+
+    def causal_states(
+        self, vector_BLD: Float[Tensor, "B L D"], valid_BL: Bool[Tensor, "B L"]
+    ) -> Float[Tensor, "B L1 D"]:
+        """Return the states before and after each vector; padding follows the vectors of a row."""
+        x_BLD = self._inputs(vector_BLD, valid_BL)
+        for block in self.blocks:
+            x_BLD = block(x_BLD)
+        state_BLD: Tensor = self.norm(x_BLD)
+        return state_BLD
+
+    def last_state(
+        self, vector_BLD: Float[Tensor, "B L D"], valid_BL: Bool[Tensor, "B L"]
+    ) -> Float[Tensor, "B D"]:
+        """Return the state after each row's last vector; the last block computes no other state."""
+        x_BLD = self._inputs(vector_BLD, valid_BL)
+        for block in self.blocks[:-1]:
+            x_BLD = block(x_BLD)
+        seen_BL = None if valid_BL.all() else F.pad(valid_BL, (1, 0), value=True)
+        place_B1 = valid_BL.sum(dim=1, keepdim=True)
+        state_B1D: Tensor = self.norm(self.blocks[-1](x_BLD, valid_BL=seen_BL, place_BT=place_B1))
+        return state_B1D.squeeze(1)
+
+    def _inputs(
+        self, vector_BLD: Float[Tensor, "B L D"], valid_BL: Bool[Tensor, "B L"]
+    ) -> Float[Tensor, "B L1 D"]:
+        rows, width, dim = vector_BLD.shape
+        step_L1 = torch.arange(width + 1, device=vector_BLD.device)
+        age_BL = valid_BL.sum(dim=1, keepdim=True) - step_L1
+        x_BLD = torch.cat([self.start.expand(rows, 1, -1), vector_BLD], dim=1) * dim**0.5
+        input_BLD: Tensor = self.dropout(x_BLD + self.positions(age_BL.clamp(min=0)))
+        return input_BLD
+
+
 @final
-class SASRec(Retriever):
+class SASRec(CausalEncoder, Retriever):
     """The network: `forward` returns a state per position, `items` the item vectors."""
 
     learns_by = "next_item"
 
     def __init__(self, config: SASRecConfig, *, num_items: int) -> None:
         super().__init__()
-        width = config.embedding_dim
-        self.max_len = config.max_len
         self.num_items = num_items
-        self.item_table = config.table.make(num_items, width)
-        self.positions = nn.Embedding(config.max_len + 1, width)
-        self.start = nn.Parameter(torch.zeros(width))
-        self.dropout = Dropout(config.dropout)
-        self.blocks = causal_blocks(config)
-        self.norm = nn.LayerNorm(width)
+        self.item_table = config.table.make(num_items, config.embedding_dim)
+        self.make_encoder(config)
         self.item_table.draw(std=0.02)
         nn.init.normal_(self.positions.weight, std=0.02)
 
@@ -89,12 +129,12 @@ class SASRec(Retriever):
         States at padding positions are undefined. The position counts back from the row's last
         event.
         """
-        return causal_states(self._parts(), self.item_table(batch.item_BL), batch.valid_BL)
+        return self.causal_states(self.item_table(batch.item_BL), batch.valid_BL)
 
     def encode(self, queries: Queries) -> Float[Tensor, "B D"]:
         """Return the state after the last event of each history."""
         batch = last_events(queries, self.max_len)
-        return last_state(self._parts(), self.item_table(batch.item_BL), batch.valid_BL)
+        return self.last_state(self.item_table(batch.item_BL), batch.valid_BL)
 
     def items(self, item_V: Int64[Tensor, " V"]) -> Float[Tensor, "V D"]:
         """Return some items' vectors, shared by input and output."""
@@ -105,58 +145,6 @@ class SASRec(Retriever):
     def item_rows(self) -> Table:
         """The table of items."""
         return self.item_table
-
-    def _parts(self) -> "CausalParts":
-        return CausalParts(self.start, self.positions, self.dropout, self.blocks, self.norm)
-
-
-class CausalParts(NamedTuple):
-    """The modules of a causal encoder of vectors."""
-
-    start: Tensor
-    positions: nn.Embedding
-    dropout: Dropout
-    blocks: nn.ModuleList
-    norm: nn.LayerNorm
-
-
-def causal_states(
-    parts: CausalParts, vector_BLD: Float[Tensor, "B L D"], valid_BL: Bool[Tensor, "B L"]
-) -> Float[Tensor, "B L1 D"]:
-    """Return the states before and after each vector; padding follows the vectors of a row."""
-    x_BLD = _inputs(parts, vector_BLD, valid_BL)
-    for block in parts.blocks:
-        x_BLD = block(x_BLD)
-    state_BLD: Tensor = parts.norm(x_BLD)
-    return state_BLD
-
-
-def last_state(
-    parts: CausalParts, vector_BLD: Float[Tensor, "B L D"], valid_BL: Bool[Tensor, "B L"]
-) -> Float[Tensor, "B D"]:
-    """Return the state after each row's last vector; the last block computes no other state."""
-    x_BLD = _inputs(parts, vector_BLD, valid_BL)
-    for block in parts.blocks[:-1]:
-        x_BLD = block(x_BLD)
-    seen_BL = None if valid_BL.all() else F.pad(valid_BL, (1, 0), value=True)
-    place_B1 = valid_BL.sum(dim=1, keepdim=True)
-    state_B1D: Tensor = parts.norm(parts.blocks[-1](x_BLD, valid_BL=seen_BL, place_BT=place_B1))
-    return state_B1D.squeeze(1)
-
-
-def _inputs(
-    parts: CausalParts, vector_BLD: Float[Tensor, "B L D"], valid_BL: Bool[Tensor, "B L"]
-) -> Float[Tensor, "B L1 D"]:
-    rows, width, dim = vector_BLD.shape
-    age_BL = valid_BL.sum(dim=1, keepdim=True) - torch.arange(width + 1, device=vector_BLD.device)
-    x_BLD = torch.cat([parts.start.expand(rows, 1, -1), vector_BLD], dim=1) * dim**0.5
-    input_BLD: Tensor = parts.dropout(x_BLD + parts.positions(age_BL.clamp(min=0)))
-    return input_BLD
-
-
-def causal_blocks(config: SASRecConfig) -> nn.ModuleList:
-    """Make the untrained blocks of a causal encoder."""
-    return nn.ModuleList(_block(config) for _ in range(config.num_blocks))
 
 
 def _block(config: SASRecConfig) -> nn.Module:

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from foretaste.data.arrays import user_blocks
 from foretaste.data.batch import Queries, SequenceBatch, last_events
 from foretaste.data.interactions import Interactions
-from foretaste.models.layers.dense import Activation, Dice, Dropout, MultiHeadAttention, activate
+from foretaste.models.layers.dense import Activation, Dice, MultiHeadAttention, activate
 from foretaste.models.layers.table import mean_bags
-from foretaste.models.sasrec import CausalParts, SASRecConfig, causal_blocks, last_state
+from foretaste.models.sasrec import CausalEncoder, SASRecConfig
 
 _GROUPS, _GROUP_ROWS = 8, 128
 
@@ -129,25 +129,17 @@ class AttentionHistory(nn.Module):
 
 
 @final
-class CausalHistory(nn.Module):
+class CausalHistory(CausalEncoder):
     """The state of SASRec's blocks after the last event, or of their start without events."""
 
     def __init__(self, config: SASRecConfig) -> None:
         super().__init__()
-        width = config.embedding_dim
-        self.max_len = config.max_len
-        self.positions = nn.Embedding(config.max_len + 1, width)
-        self.start = nn.Parameter(torch.zeros(width))
-        self.dropout = Dropout(config.dropout)
-        self.blocks = causal_blocks(config)
-        self.norm = nn.LayerNorm(width)
+        self.make_encoder(config)
         nn.init.normal_(self.positions.weight, std=0.02)
 
     def forward(self, queries: Queries, table_VD: Float[Tensor, "V D"]) -> Float[Tensor, "B D"]:
-        parts = CausalParts(self.start, self.positions, self.dropout, self.blocks, self.norm)
-
         def read(batch: SequenceBatch) -> Tensor:
-            return last_state(parts, F.embedding(batch.item_BL, table_VD), batch.valid_BL)
+            return self.last_state(F.embedding(batch.item_BL, table_VD), batch.valid_BL)
 
         return _by_length(queries, self.max_len, read)
 
