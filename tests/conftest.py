@@ -57,7 +57,9 @@ def _checked(function: Any = None, *, typechecker: Callable[[Any], Any]) -> Any:
 
 jaxtyping.jaxtyped = _checked
 
-from foretaste.training.fit import Fit  # noqa: E402  # its functions are checked from here on
+from foretaste.cli.main import run  # noqa: E402  # checked from here on
+from foretaste.experiment import compare_models  # noqa: E402
+from foretaste.training.fit import Fit  # noqa: E402
 
 torch.set_num_threads(1)  # on a busy machine, two threads stall at every parallel region
 
@@ -100,3 +102,25 @@ def shapes_of_the_first_epoch() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Fit, "_epoch", checked_at_first)
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def few_requests() -> Iterator[None]:
+    """Time a tenth of the usual requests: the tests need only that they are timed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compare_models, "ASKED", 20)
+        yield
+
+
+@pytest.fixture
+def foretaste(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Run a command line; return its exit code, answer and log."""
+
+    def call(*words: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as ended:
+            run([str(word) for word in words])
+        code = 0 if ended.value.code is None else ended.value.code
+        out, err = capsys.readouterr()
+        return int(code), out, err
+
+    return call

@@ -13,7 +13,6 @@ import polars as pl
 import pytest
 
 import foretaste as ft
-from foretaste.cli.main import run
 
 RECIPE = """
 [data]
@@ -58,20 +57,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     (folder / "run.toml").write_text(RECIPE)
     return folder
-
-
-@pytest.fixture
-def foretaste(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run a command line; return its exit code, answer and log."""
-
-    def call(*words: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as ended:
-            run([str(word) for word in words])
-        code = 0 if ended.value.code is None else ended.value.code
-        out, err = capsys.readouterr()
-        return int(code), out, err
-
-    return call
 
 
 @pytest.fixture(scope="module")

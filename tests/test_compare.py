@@ -1,12 +1,9 @@
 """Comparing models: one holdout for all, the budget, what fails, and which one to take."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 import xml.etree.ElementTree as ET
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -53,15 +50,7 @@ device = "cpu"
 [evaluation]
 k = [5, 3]
 """
-ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def few_questions() -> Iterator[None]:
-    """Time a tenth of the usual requests: the tests need only that they are timed."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compare_models, "ASKED", 20)
-        yield
+Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(scope="module")
@@ -822,49 +811,33 @@ def test_recipes_of_one_name_go_by_their_paths(world: Path, tmp_path: Path) -> N
     assert list(ft.read_recipes(paths)) == [str(paths[0]), str(paths[1]), "more"]
 
 
-def call(*words: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "foretaste.cli.main", "compare", *map(str, words)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+def test_the_command_line_answers_with_one_document(
+    foretaste: Run, world: Path, tmp_path: Path
+) -> None:
+    code, out, log = foretaste(
+        *("compare", world / "run.toml", "--families", "mf,sasrec", "--budget-seconds", 6),
+        *("--out", tmp_path / "out", "--data-dir", world, "--json"),
     )
-
-
-def test_the_command_line_answers_with_one_document(world: Path, tmp_path: Path) -> None:
-    done = call(
-        world / "run.toml",
-        "--families",
-        "mf,sasrec",
-        "--budget-seconds",
-        "60",
-        "--out",
-        tmp_path / "out",
-        "--data-dir",
-        world,
-        "--json",
-    )
-    assert done.returncode == 0, done.stderr
-    document = json.loads(done.stdout)
+    assert code == 0, log
+    document = json.loads(out)
     assert {row["name"] for row in document["rows"]} == {"mf", "sasrec", *BASELINES}
     assert document["pick"] in document["sentence"]
-    assert "training popularity" in done.stderr
+    assert "training popularity" in log
     assert (tmp_path / "out" / "comparison.svg").exists()
     assert len(ft.load(tmp_path / "out" / "bundle").recommend("u3", k=3).rows) == 3
 
 
 def test_the_command_line_ends_with_1_where_the_work_fails_and_2_where_the_call_is_wrong(
-    world: Path,
+    foretaste: Run, world: Path
 ) -> None:
     recipe = world / "run.toml"
-    failed = call(recipe, "--families", "sasrek", "--data-dir", world)
-    assert (failed.returncode, failed.stdout) == (1, "")
-    assert failed.stderr.startswith("foretaste: there is no family 'sasrek'; they are ")
-    assert failed.stderr.endswith("; did you mean 'sasrec'?\n")
-    wrong = call(recipe, recipe, "--families", "mf")
-    assert (wrong.returncode, wrong.stdout) == (2, "")
-    assert "one recipe" in wrong.stderr
+    code, out, log = foretaste("compare", recipe, "--families", "sasrek", "--data-dir", world)
+    assert (code, out) == (1, "")
+    assert log.startswith("foretaste: there is no family 'sasrek'; they are ")
+    assert log.endswith("; did you mean 'sasrec'?\n")
+    code, out, log = foretaste("compare", recipe, recipe, "--families", "mf")
+    assert (code, out) == (2, "")
+    assert "one recipe" in log
 
 
 def test_a_recipe_that_asks_for_a_search_has_it_within_its_share_of_a_budget(

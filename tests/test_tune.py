@@ -107,6 +107,9 @@ TWO_STAGES = {
 }
 
 
+FEW = ft.TrainingConfig(epochs=3, batch_events=32, warmup_steps=0)
+
+
 @pytest.mark.parametrize(
     ("model", "name", "metric"),
     [
@@ -123,7 +126,8 @@ def test_a_trial_is_trained_and_judged_as_its_recipe_says(
     config = config.model_copy(
         update={
             "features": ft.FeatureSchema(item={"colour": ft.CategoricalField()}),
-            "training": ft.TrainingConfig(epochs=3, batch_events=32, warmup_steps=0),
+            "training": FEW,
+            "first_stage": ft.FirstStage(training=FEW),
         }
     )
     tune(config, labelled_split(), folder=tmp_path)
@@ -216,7 +220,7 @@ def test_a_trial_far_below_the_others_is_cut_short(tmp_path: Path) -> None:
     config = recipe(
         model={"kind": "sasrec", "embedding_dim": 8, "num_blocks": 1, "num_heads": 1, "max_len": 8},
         space=space,
-    ).model_copy(update={"training": ft.TrainingConfig(epochs=6, warmup_steps=0, patience=None)})
+    ).model_copy(update={"training": ft.TrainingConfig(epochs=3, warmup_steps=0, patience=None)})
     tune(config, split(), folder=tmp_path, trials=1)
     study = optuna.load_study(study_name="tune", storage=f"sqlite:///{tmp_path / 'study.db'}")
     for rate in (0.03, 0.03, 0.03, 0.03, 1e-9):
@@ -383,9 +387,9 @@ def test_a_trial_that_cannot_be_is_one_failed_trial(
     config = recipe(
         model={"kind": "sasrec", "embedding_dim": 4, "max_len": 5},
         space={name: {"choices": choices}},
-        trials=8,
+        trials=5,
     )
     found = tune(config, split(), folder=tmp_path)
-    assert len(found.trials) == 8
+    assert len(found.trials) == 5
     states = {trial.settings[name]: trial.state for trial in found.trials}
     assert states == {choices[0]: "complete", choices[1]: "fail"}

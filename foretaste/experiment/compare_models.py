@@ -247,11 +247,11 @@ def _attempt(entry: Entry, seed: int, bundle: Path, share: float | None, *, show
     recommender.save(bundle)
     rows = None
     if isinstance(report, Report):
-        answer_ms = _answer_ms(recommender, k=max(config.evaluation.k))
+        answered_ms = answer_ms(recommender, k=max(config.evaluation.k))
     else:
         sampled = sampled_rows(run.trained, config.evaluation)
         rows, _, _ = rows_to_judge(run.trained, split, part="test", sampled=sampled)
-        answer_ms = _thousand_rows_ms(run.trained, rows)
+        answered_ms = _thousand_rows_ms(run.trained, rows)
     return Measured(
         name=entry.name,
         kind=config.model.kind,
@@ -262,7 +262,7 @@ def _attempt(entry: Entry, seed: int, bundle: Path, share: float | None, *, show
         seeds=(seed,),
         bundle=bundle,
         bundle_bytes=sum(file.stat().st_size for file in bundle.rglob("*") if file.is_file()),
-        answer_ms=answer_ms,
+        answer_ms=answered_ms,
         rows=rows,
     )
 
@@ -293,7 +293,7 @@ def _final(
     )
 
 
-def _answer_ms(recommender: Recommender, *, k: int) -> float:
+def answer_ms(recommender: Recommender, *, k: int) -> float:
     """Return the median time of a single request for a training user."""
     events, milliseconds = recommender.trained.events, []
     known_U = np.flatnonzero(np.diff(events.offsets))

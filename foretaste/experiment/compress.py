@@ -10,8 +10,6 @@ Shape legend: D width of a table.
 import copy
 import json
 import math
-import statistics
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -30,6 +28,7 @@ from foretaste.errors import ConfigError
 from foretaste.evaluation.chart import line, page, text
 from foretaste.evaluation.compare import Reports, compare, compare_rows
 from foretaste.evaluation.report import console_table, printed
+from foretaste.experiment.compare_models import answer_ms
 from foretaste.experiment.recipe import ExperimentConfig, recipe_of
 from foretaste.experiment.run import evaluate_split, read_split, run_experiment
 from foretaste.models.layers.table import Dense, DenseConfig, Links, Table
@@ -39,7 +38,6 @@ from foretaste.shown import Shown
 from foretaste.training.trained import Trained
 
 Settings = TableConfig | Mapping[str, object]
-_ASKED = 200
 _MOST_LOST = 1.0
 
 
@@ -321,7 +319,7 @@ class _Measure:
                 value=value,
                 loss_percent=loss,
                 interval=_difference(report, self.report, self.metric),
-                p50_ms=_p50_ms(model),
+                p50_ms=answer_ms(build_recommender(model), k=10),
             )
             self.found[table, trained] = point, report
         return self.found[table, trained]
@@ -375,17 +373,6 @@ def _difference(a: Reports, b: Reports, metric: str) -> tuple[float, float] | No
     else:
         return None
     return interval.low, interval.high
-
-
-def _p50_ms(trained: Trained) -> float:
-    recommender = build_recommender(trained)
-    ids = trained.events.users.ids.head(_ASKED).to_list()
-    took = []
-    for user in ids:
-        started = time.perf_counter()
-        recommender.recommend(user, k=10)
-        took.append(1e3 * (time.perf_counter() - started))
-    return statistics.median(took)
 
 
 def _bytes(model: nn.Module) -> int:
