@@ -18,13 +18,14 @@ import httpx
 import polars as pl
 import pytest
 
+from foretaste.config import findings
 from foretaste.data.features_schema import schema_from_toml
 from foretaste.data.reading import read_interactions
 from foretaste.data.splitting import leave_last_split
 from foretaste.errors import BundleError
 from foretaste.experiment.fit import fit
 from foretaste.models.two_tower import TwoTowerConfig
-from foretaste.serving.api import create_app
+from foretaste.serving.api import READ_PROBLEMS, create_app
 from foretaste.serving.messages import RecommendReply, SimilarReply
 from foretaste.serving.metrics import Admission, Metrics
 from foretaste.serving.recommender import build_recommender
@@ -1252,3 +1253,23 @@ def test_two_servers_in_one_process_do_not_mix(film_bundle: Path, tmp_path: Path
         one.http.post("/v1/events", json={"user_id": 1, "item_id": 120})
         assert two.recommend(user_id=1)["live_events"] == 0
         assert "foretaste_events_stored_total 0.0" in two.http.get("/metrics").text
+
+
+def test_of_an_invalid_body_no_more_errors_are_read_than_a_sentence_needs(
+    films: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A body of 1 MB may have 800,000 of them, and no other request is answered meanwhile.
+    read: list[int] = []
+
+    def count(problems: list, *more: object) -> list[tuple[str, str, object]]:
+        read.append(len(problems))
+        return findings(problems, *more)
+
+    monkeypatch.setattr("foretaste.serving.api.findings", count)
+    for body in (
+        dict.fromkeys(map(str, range(5_000)), 1),
+        {"rules": {"where": {"year": {"one_of": [{}] * 5_000}}}},
+        {"rules": {"where": {str(n): {"is": 1} for n in range(5_000)}}},
+    ):
+        assert films.http.post("/v1/recommend", json=body).status_code == 422
+    assert read == [READ_PROBLEMS, 5, READ_PROBLEMS]  # 5: of the first value, with four types

@@ -142,7 +142,19 @@ def test_a_head_beyond_its_bound_is_refused_and_one_at_it_is_not(
         assert server.refused(reason) == before + 1
 
 
-@pytest.mark.parametrize("start", [b"GET /", b"GET / HTTP/1.1\r\nX: ", b"GET / HTTP/1.1\r\nX"])
+CHUNKED = b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        b"GET /",
+        b"GET / HTTP/1.1\r\nX: ",
+        b"GET / HTTP/1.1\r\nX",
+        CHUNKED + b"5\r\nabcde\r\n0\r\nX: ",  # a header after the body
+        CHUNKED + b"5;",  # an extension of a chunk
+    ],
+)
 def test_a_head_that_never_ends_is_ended_after_little_of_it(server: Server, start: bytes) -> None:
     sent, is_open = 0, True
     with server.connect() as client:

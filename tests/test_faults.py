@@ -240,6 +240,7 @@ def test_costly_lists_leave_room_and_a_thread_to_the_others(
     bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("foretaste.serving.api.BURST", 4)
+    monkeypatch.setattr("foretaste.serving.api.SLOWED_S", 0.01)
     with served(bundle, str(tmp_path / "e.sqlite"), num_threads=2) as films:
         ended, recommend = threading.Event(), films.service.recommend
 

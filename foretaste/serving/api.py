@@ -22,6 +22,7 @@ from starlette.middleware.gzip import GZipMiddleware
 
 from foretaste.config import findings
 from foretaste.errors import DataError, ForetasteError, did_you_mean
+from foretaste.serving.connection import SLOWED_S
 from foretaste.serving.guard import Guard, refuse
 from foretaste.serving.messages import (
     CanaryRequest,
@@ -51,7 +52,9 @@ T = TypeVar("T")
 STORE_THREADS = 8
 """Maximum number of reads, and of writes, that wait for the store at one time."""
 COSTLY = 200
-"""A list of more rows than this is costly; every fourth id that a request gives counts as a row."""
+"""A list of more rows than this is costly; every fourth id in the request counts as a row."""
+READ_PROBLEMS = 100
+"""Number of errors of a request that are read at most: a body of 1 MB may have 800,000."""
 COMPRESSED_BYTES = 1_000
 """Shorter answers are not compressed, whatever a client accepts."""
 
@@ -187,6 +190,8 @@ class _Lists:
         if rows <= COSTLY:
             return await anyio.to_thread.run_sync(answer)
         if self._admission.costly > BURST:
+            with self._admission.set_aside(request.state.place):
+                await anyio.sleep(SLOWED_S)  # as other requests without room
             self._admission.metrics.shed.inc()
             request.state.log["cause"] = NO_ROOM
             raise HTTPException(503, NO_ROOM_SENTENCE, {"retry-after": "1"})
@@ -427,7 +432,7 @@ _SEND_JSON = "send a JSON object, with the header Content-Type: application/json
 
 def _sentence(error: RequestValidationError) -> str:
     """Describe what is wrong with a request, in the terms of the request."""
-    problems: list[ErrorDetails] = [*error.errors()]
+    problems: list[ErrorDetails] = [*error.errors()[:READ_PROBLEMS]]
     place, *path = problems[0]["loc"]
     if problems[0]["type"] == "json_invalid":
         return f"the body is not JSON: see character {path[-1]}"

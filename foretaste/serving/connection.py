@@ -73,12 +73,11 @@ class Connection(HttpToolsProtocol):
         super().__init__(config, server_state, app_state, _loop)
         self._is_between = True
         """Whether the parser has read the whole of each request so far."""
-        self._in_head, self._heads = False, 0
-        """Whether a head (request line and headers) is incomplete, and the number of heads so
-        far."""
+        self._in_head = False
+        """Whether a head (request line and headers) is incomplete."""
         self._waiting_bytes, self._header_bytes = 0, 0
-        """For an incomplete head: the bytes since its first part, and the size of its headers so
-        far."""
+        """The bytes since the parser's last result, and the size of the request's headers so far,
+        which may also follow a body in chunks."""
         self._is_read = True
         """Whether incoming bytes are processed."""
         self._why = (HTTPStatus.BAD_REQUEST, "this is not an HTTP request")
@@ -123,16 +122,14 @@ class Connection(HttpToolsProtocol):
             self._unset_keepalive_if_required()
             self._wait_for_turn(None, refusal)
             return
-        head = self._heads if self._in_head else 0
+        self._waiting_bytes += len(data)
         super().data_received(data)
         if self.transport.is_closing():
             return
-        if self._in_head and self._heads == head:  # the parser buffers an incomplete header
-            self._waiting_bytes += len(data)
-            if self._waiting_bytes > self.settings.max_header_bytes + self.settings.max_url_bytes:
-                said = "the headers are too long"
-                self._refuse("header", HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, said)
-                return
+        if self._waiting_bytes > self.settings.max_header_bytes + self.settings.max_url_bytes:
+            said = "the headers are too long"  # the parser buffers an incomplete one
+            self._refuse("header", HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, said)
+            return
         at_work = self.cycle is not None and not self.cycle.response_complete
         if self._timer is None and (self._in_head or not at_work):
             self._within(self.settings.header_timeout_s, self._too_slow)
@@ -141,12 +138,13 @@ class Connection(HttpToolsProtocol):
         """Start to measure a head."""
         super().on_message_begin()
         self._is_between = False
-        self._in_head, self._heads = True, self._heads + 1
+        self._in_head = True
         self._waiting_bytes = self._header_bytes = 0
 
     def on_url(self, url: bytes) -> None:
         """Receive a part of the URL."""
         super().on_url(url)
+        self._waiting_bytes = 0
         if len(self.url) > self.settings.max_url_bytes:
             self._why = HTTPStatus.REQUEST_URI_TOO_LONG, "the URL is too long"
             raise ValueError("url")  # the parser stops, and `send_400_response` replies
@@ -154,6 +152,7 @@ class Connection(HttpToolsProtocol):
     def on_header(self, name: bytes, value: bytes) -> None:
         """Receive a header."""
         super().on_header(name, value)
+        self._waiting_bytes = 0
         self._header_bytes += len(name) + len(value) + _HEADER_COST
         if self._header_bytes > self.settings.max_header_bytes:
             self._why = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, "the headers are too long"
@@ -165,10 +164,15 @@ class Connection(HttpToolsProtocol):
         self._stop_timer()
         super().on_headers_complete()
 
+    def on_body(self, body: bytes) -> None:
+        """Receive a part of the body."""
+        super().on_body(body)
+        self._waiting_bytes = 0
+
     def on_message_complete(self) -> None:
         """Note the end of a request and its body."""
         super().on_message_complete()
-        self._is_between = True
+        self._is_between, self._waiting_bytes = True, 0
 
     def shutdown(self) -> None:
         """Answer a refused request before the server closes the connection."""

@@ -40,7 +40,9 @@ def _as_many(values: object) -> object:
 
 
 Value = StrictBool | StrictInt | StrictFloat | StrictStr
-Values = Annotated[tuple[Value, ...], BeforeValidator(_as_many), Field(min_length=1)]
+Values = Annotated[
+    tuple[Value, ...], Field(min_length=1, fail_fast=True), BeforeValidator(_as_many)
+]
 Bound = StrictInt | StrictFloat | StrictStr
 
 
