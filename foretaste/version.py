@@ -1,3 +1,3 @@
-"""The version of foretaste: a leaf, so that every room may write it into what it keeps."""
+"""The version of foretaste, in a module without imports."""
 
 __version__ = "0.1.0"

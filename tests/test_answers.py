@@ -130,7 +130,7 @@ def test_an_unseen_user_with_a_history_is_folded_in(served: tuple[str, ft.Recomm
         assert share(answer, 2) >= 2 / 3
 
 
-def test_a_known_user_who_did_more_is_answered_otherwise(
+def test_a_known_user_with_new_events_gets_another_answer(
     served: tuple[str, ft.Recommender],
 ) -> None:
     name, recommender = served

@@ -80,7 +80,7 @@ def doubled(events: Interactions, rows: list[int], *, later_s: int) -> Interacti
     )
 
 
-def test_events_that_stand_twice_are_counted() -> None:
+def test_events_that_are_there_twice_are_counted() -> None:
     assert the(audit_events(doubled(clean(), [3, 50, 400], later_s=0)), "repeated_event").count == 3
 
 

@@ -67,7 +67,7 @@ def test_a_model_of_an_unknown_class_learns_by_what_it_says() -> None:
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
-def test_an_objective_that_a_model_does_not_learn_by_is_named_beside_the_one_that_it_does() -> None:
+def test_a_wrong_objective_is_named_with_the_one_of_the_model() -> None:
     with pytest.raises(ConfigError, match="'pairs', but LastItem learns by 'next_item'") as caught:
         make_learning(LastItem(), PairsConfig(), EVENTS, batch_events=100, seed=0)
     assert (caught.value.name, caught.value.value) == ("objective.kind", "pairs")
@@ -81,7 +81,7 @@ def test_the_usual_objective_is_the_one_that_the_settings_name() -> None:
         assert not closed_form.usual.objective
 
 
-def test_a_class_that_leaves_out_what_it_owes_cannot_be_made() -> None:
+def test_a_class_without_its_abstract_methods_cannot_be_made() -> None:
     class NoVectors(Retriever):
         pass
 

@@ -91,7 +91,7 @@ def test_what_is_hidden_does_not_leak(block: Block) -> None:
 
 
 @both_blocks
-def test_what_stands_under_padding_does_not_matter(block: Block) -> None:
+def test_the_content_of_padding_does_not_matter(block: Block) -> None:
     model, history = encoder(block), torch.randint(NUM_ITEMS, (B, L))
     valid = torch.arange(L) < torch.tensor([[1], [2], [5], [6]])
     other = torch.where(valid, history, torch.randint(NUM_ITEMS, (B, L)))

@@ -296,7 +296,7 @@ def test_a_folder_that_is_no_bundle_is_never_overwritten(tmp_path: Path) -> None
     assert load(tmp_path / "empty").recommend(k=1).rows
 
 
-def test_a_newer_bundle_replaces_an_older_one_and_leaves_nothing_beside(saved: Path) -> None:
+def test_a_newer_bundle_replaces_an_older_one_and_leaves_no_other_file(saved: Path) -> None:
     old = load(saved)
     expected = all_answers(old)
     build_recommender(make_trained("popularity")).save(saved, replace=True)

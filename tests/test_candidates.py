@@ -136,7 +136,7 @@ def test_hard_negatives_are_compared_in_full() -> None:
     assert (drawn.log_count_NH == 0).all()
 
 
-def test_a_user_who_has_done_everything_is_said() -> None:
+def test_a_user_with_every_item_is_noted() -> None:
     events = events_of([[0, 1, 2], [0]], num_items=3)
     config = CandidateConfig(loss="bpr", negatives=0, row_negatives=1, exclude_known=True)
     with pytest.raises(DataError, match="row 0 has had all 3 items"):

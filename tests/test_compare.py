@@ -101,7 +101,7 @@ def row_of(found: ModelComparison, name: str) -> ModelRow:
     return row
 
 
-def test_the_baselines_stand_beside_what_was_asked_for(
+def test_the_baselines_are_compared_with_the_given_models(
     found: tuple[ModelComparison, Path],
 ) -> None:
     names = {row.name for row in found[0].rows}
@@ -673,7 +673,7 @@ def test_figures_of_several_seeds_are_their_mean_and_spread(
         assert row_of(of_seeds, name).leading.spread is None
 
 
-def test_seeds_stand_in_the_recipe_too_and_each_once(
+def test_seeds_can_be_in_the_recipe_too_and_each_once(
     recipe: ft.ExperimentConfig, split: ft.Split
 ) -> None:
     told: list[str] = []

@@ -123,7 +123,7 @@ def test_all_kinds_but_narrow_and_int8_are_compared_with_both() -> None:
         assert beside == (set() if table.kind in ("narrow", "int8") else {"narrow", "int8"})
 
 
-def test_the_frontier_sets_narrow_and_int8_of_as_many_bytes_beside(bundle: Path) -> None:
+def test_the_frontier_has_narrow_and_int8_tables_of_as_many_bytes(bundle: Path) -> None:
     found = ft.compress(bundle, tables=[HalfConfig(), QuantisedConfig(sub_spaces=4)])
     kinds = [point.table["kind"] for point in found.points]
     assert sorted(set(kinds)) == ["half", "int8", "narrow", "quantised"]
@@ -205,7 +205,7 @@ def test_a_model_without_tables_and_a_metric_that_is_not_there_are_named(bundle:
     assert caught.value.name == "metric"
 
 
-def test_kinds_that_train_are_trained_again_and_stand_in_the_picture(
+def test_kinds_that_train_are_trained_again_and_are_in_the_picture(
     bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compressing, "trained_tables", lambda times, _: [HashConfig(times=times)])

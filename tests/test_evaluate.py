@@ -647,7 +647,7 @@ def test_cold_items_among_themselves_by_hand() -> None:
     assert (among.users, among.targets) == (2, 2)
 
 
-def test_cold_items_that_are_not_placed_stand_behind_as_equals() -> None:
+def test_cold_items_without_a_vector_come_last_as_equals() -> None:
     # only 7 is placed: user 0 has 7, then 3 4 5 6 as equals, the target 5 one of them, so at 3 the
     # chance is 2 / 4; user 1 has 7, then 3 5 6: 2 / 3
     model, asked = cold_case([7])

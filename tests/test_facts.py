@@ -25,7 +25,7 @@ def test_the_threads_are_those_of_torch_by_default() -> None:
     assert run_facts(threads=told)["threads"] == told
 
 
-def test_versions_of_further_packages_stand_beside_the_usual_ones() -> None:
+def test_versions_of_further_packages_are_added_to_the_usual_ones() -> None:
     usual, more = (run_facts(packages=names)["versions"] for names in ((), ("pandas",)))
     assert isinstance(usual, dict)
     assert "pandas" not in usual

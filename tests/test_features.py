@@ -309,7 +309,7 @@ def test_a_cross_is_the_category_of_both_values_together() -> None:
     assert side.encode(pl.DataFrame({"city": ["y"]})).code_RC.tolist() == [[0]]
 
 
-def test_a_cross_stands_beside_the_fields_it_crosses_and_changes_none_of_them() -> None:
+def test_a_cross_is_added_to_the_fields_it_crosses_and_changes_none_of_them() -> None:
     plain = {"city": CategoricalField(), "hour": NumericField(transform="bucketise")}
     alone, alone_table = side_and_table(fit_item(CROSSED, **plain))
     side, table = side_and_table(fit_item(CROSSED, both=CrossField(of=("city", "hour")), **plain))
@@ -435,7 +435,7 @@ def test_saved_and_loaded_features_encode_to_equal_bytes(tmp_path: Path, held_ou
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".safetensors"]
 
 
-def test_saved_features_are_replaced_only_where_that_is_asked_and_read_by_who_may(
+def test_saved_features_are_replaced_only_on_request_and_have_the_usual_permissions(
     tmp_path: Path,
 ) -> None:
     first, second = (fit_item(rows_of_all_kinds(30, seed=seed), **KINDS) for seed in (3, 4))

@@ -124,7 +124,7 @@ def test_one_known_field_has_all_the_weight_of_the_gate() -> None:
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)
-def test_what_stands_under_a_missing_value_does_not_matter(
+def test_the_content_of_a_missing_value_does_not_matter(
     fusion: Literal["concat", "gate"],
 ) -> None:
     model = with_every_weight(encoder(fusion))

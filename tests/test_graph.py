@@ -49,7 +49,7 @@ def test_events_tie_users_to_items_once_and_both_ways() -> None:
     assert graph.weight_E is None
 
 
-def test_double_ties_count_once_and_a_node_is_never_tied_to_itself() -> None:
+def test_double_edges_count_once_and_no_node_has_an_edge_to_itself() -> None:
     ties = np.array([[0, 1, 0, 2, 0], [1, 0, 1, 2, 3]])  # 0-1 thrice, 2-2, an event's edge again
     graph = make_graph(read(), ties=(ties,))
     assert edges(graph) == edges(make_graph(read())) | {(0, 1), (1, 0)}
@@ -76,7 +76,7 @@ def test_weights_that_are_no_weights_are_refused(weight: float) -> None:
         GraphConfig(attribute_weight=weight)
 
 
-def test_a_weight_holds_in_both_directions_and_the_heaviest_of_double_ties_counts() -> None:
+def test_a_weight_holds_in_both_directions_and_the_heaviest_of_double_edges_counts() -> None:
     links = (np.array([[0, 1], [1, 2]]), np.array([[1, 0], [0, 3]]))
     graph = make_graph(read(), ties=links, weights=(0.5, 2.0))
     assert graph.weight_E is not None
@@ -93,7 +93,7 @@ def test_a_weight_holds_in_both_directions_and_the_heaviest_of_double_ties_count
     assert weight[0, 4] == weight[4, 0] == 1.0
 
 
-def test_links_become_ties_of_the_weight_asked_for_or_none() -> None:
+def test_links_become_edges_of_the_given_weight_or_none() -> None:
     events = read(
         user_links=pl.DataFrame({"user": [1], "friend": [3]}),
         item_links=pl.DataFrame({"one": ["a"], "other": ["c"]}),
@@ -130,7 +130,7 @@ def test_a_column_that_cannot_be_nodes_is_refused() -> None:
         attribute_ties(read(), "genre")
 
 
-def test_a_graph_without_events_or_ties_is_isolated_nodes() -> None:
+def test_a_graph_without_events_or_links_is_isolated_nodes() -> None:
     events = read().select(np.zeros(5, bool))
     graph = graph_of(events)
     assert (graph.num_nodes, len(graph.neighbour_E)) == (6, 0)
@@ -164,7 +164,7 @@ def test_a_weight_of_a_link_is_not_read_and_a_note_says_so() -> None:
     assert "of the links of users 'trust' is not read" in " ".join(read(user_links=links).notes)
 
 
-def test_an_attribute_that_ties_nothing_is_refused() -> None:
+def test_an_attribute_without_edges_is_refused() -> None:
     items = pl.DataFrame({"item": ["a", "b"], "title": ["One", "Two"], "gone": [None, None]})
     for name in ("title", "gone"):
         with pytest.raises(DataError, match=f"no two items share a value of column '{name}'"):
@@ -271,5 +271,5 @@ def test_social_data_come_with_their_links_and_split(
     assert len(graph.neighbour_E) > len(make_graph(split.train).neighbour_E)
 
 
-def test_ties_weigh_one_unless_said() -> None:
+def test_edges_weigh_one_by_default() -> None:
     assert Ties(np.zeros((2, 0), np.int64)).weight == 1

@@ -126,7 +126,7 @@ def test_the_future_cannot_change_the_past() -> None:
         assert not torch.allclose(before[:, place + 1], after[:, place + 1])
 
 
-def test_what_stands_under_padding_does_not_matter() -> None:
+def test_the_content_of_padding_does_not_matter() -> None:
     model, batch = network(), batch_of()
     assert batch.times is not None
     item_BL = torch.where(batch.valid_BL, batch.item_BL, 7)

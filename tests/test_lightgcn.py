@@ -145,7 +145,7 @@ def test_the_order_of_nodes_inside_does_not_show() -> None:
     torch.testing.assert_close(other[12:][shuffle_I], one[12:])
 
 
-def test_dropped_ties_are_dropped_in_both_directions_and_the_rest_makes_up_for_them() -> None:
+def test_dropped_edges_are_dropped_in_both_directions_and_the_rest_is_scaled() -> None:
     torch.manual_seed(0)
     graph = make_graph(random_events())
     conv, every = GraphConv(graph), torch.arange(graph.num_nodes)
@@ -339,7 +339,7 @@ def groups_of(score_BI: Tensor, best: int = 4) -> Tensor:
 
 
 @BOTH
-def test_cold_users_stand_by_their_group(config: LightGCNConfig) -> None:
+def test_cold_users_are_near_their_group(config: LightGCNConfig) -> None:
     events = planted()
     model = trained(events, config)
     table_ID = every_vector(model)
@@ -379,7 +379,7 @@ def test_a_user_known_by_friends_alone_is_answered_by_the_model(
             ]
 
 
-def test_a_user_known_by_friends_alone_stands_by_their_group() -> None:
+def test_a_user_with_only_links_is_near_the_group_of_the_linked() -> None:
     cold, linked = with_friends_alone()
     model = trained(linked, LightGCNConfig(embedding_dim=8))
     query = Queries(
@@ -416,7 +416,7 @@ def test_an_item_known_by_attributes_or_links_alone_is_placed(kind: str) -> None
     assert torch.equal(fresh.known_items(), model.known_items())
 
 
-def test_noise_contrast_and_dropped_ties_leave_the_planted_world_to_be_found() -> None:
+def test_noise_contrast_and_dropped_edges_still_find_the_planted_groups() -> None:
     events = planted()
     config = LightGCNConfig(
         embedding_dim=8, noise=0.1, contrast_layer=1, contrast_rows=30, edge_dropout=0.2

@@ -81,7 +81,7 @@ def test_the_ranks_are_those_of_a_sort_over_what_the_user_has_not_done() -> None
         assert ranked_UT[NUM_USERS].tolist() == [-1] * 6
 
 
-def test_what_is_drawn_stands_in_the_window_of_the_user_s_ranks() -> None:
+def test_draws_are_in_the_window_of_the_user_s_ranks() -> None:
     source = mined(mf())
     drawn_EN, ranked_UT = draw(source, 3, (2, 5)), ranked(source)
     window_EW = ranked_UT[torch.from_numpy(EVENTS.user_idx).long(), 2:5]
@@ -96,7 +96,7 @@ def test_a_window_past_the_end_gives_the_last_ranks_there_are() -> None:
     assert torch.equal(last_EN, ranked(source)[EVENTS.user_idx, 22:23].long().expand(-1, 3))
 
 
-def test_who_has_everything_gets_the_pair_s_own_item() -> None:
+def test_a_user_with_every_item_gets_the_pair_s_own_item() -> None:
     events = events_of([[0, 1, 2], [0]], num_items=3)
     source = IndexNegatives(CONFIG, events, seed=0)
     source.refresh(mf(events=events), 1)
@@ -200,7 +200,7 @@ def test_a_run_broken_off_anywhere_mines_and_learns_the_same(tmp_path: Path, kin
         assert all(torch.equal(v, state[n]) for n, v in whole.model.state_dict().items())
 
 
-def test_a_search_beside_training_holds_for_the_stretch_after_it() -> None:
+def test_a_search_alongside_training_is_used_for_the_stretch_after_it() -> None:
     source = mined(mf(0), CONFIG.model_copy(update={"hard_refresh_steps": 4}))
     assert [source.is_due(1, batch) for batch in range(6)] == [True, *[False] * 3, True, False]
     source.start(mf(1), 0)
@@ -219,7 +219,7 @@ def test_a_search_that_fails_ends_the_run_with_its_error() -> None:
 
 
 @pytest.mark.parametrize("kind", ["mf", "lightgcn"])
-def test_a_run_that_searches_beside_training_is_the_same_after_a_break(
+def test_a_run_that_searches_alongside_training_is_the_same_after_a_break(
     tmp_path: Path, kind: str
 ) -> None:
     # 10 steps an epoch, searched every 4 from epoch 2 on; breaks in, at the end and at the start

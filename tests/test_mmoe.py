@@ -144,7 +144,7 @@ def test_one_task_is_enough_and_two_of_one_name_are_too_many() -> None:
 
 
 @pytest.mark.parametrize("kind", ["mmoe", "shared_bottom"])
-def test_a_history_is_what_it_comes_to_for_the_item_and_their_product_beside_the_item(
+def test_a_history_gives_its_vector_for_the_item_and_their_product(
     kind: str,
 ) -> None:
     model = mixture(pooling="mean") if kind == "mmoe" else bottom(pooling="mean")

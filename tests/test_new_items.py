@@ -188,7 +188,9 @@ def test_a_retriever_with_a_say_has_it_of_new_items_too(retriever: ModelConfig) 
     assert row.score == pytest.approx(own + 3 * float(first), abs=1e-5)
 
 
-def test_who_is_ranked_beside_what_is_allowed_and_what_the_catalogue_has_is_left_to_it() -> None:
+def test_new_items_are_ranked_with_the_allowed_ones_and_known_ones_as_the_catalogue_has_them() -> (
+    None
+):
     recommender = make(RANKERS["din"])
     new = {"a": COLD, "b": OTHER, 5: COLD, "c": {"genre": None}}
     answer = recommender.recommend(3, allow=[], new_items=new)

@@ -157,7 +157,7 @@ def page(driver: webdriver.Chrome, films: tuple[str, LiveEvents]) -> Iterator[Pa
         shown.events.forget(str(user))
 
 
-def test_at_first_everybody_sees_what_is_popular_and_how_good_the_model_is(page: Page) -> None:
+def test_at_first_every_visitor_sees_popular_items_and_the_figures_of_the_model(page: Page) -> None:
     page.open()
     assert page.heading() == "What most people choose"
     assert set(page.cards()[:2]) == {"101", "116"}

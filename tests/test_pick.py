@@ -93,7 +93,7 @@ def test_diversity_puts_what_differs_before_what_is_like_the_first() -> None:
     assert pick(score, 4, spread=spread(alike, 0.9)).tolist() == [0, 1, 2, 3]
 
 
-def test_what_stands_outside_the_pool_waits_for_it_to_be_used_up() -> None:
+def test_candidates_outside_the_pool_follow_when_it_is_used_up() -> None:
     # Both items in the pool are equal; the third differs from them, but is outside.
     alike = np.ones((3, 3))
     alike[2, :2] = alike[:2, 2] = -1

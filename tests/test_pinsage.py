@@ -328,7 +328,7 @@ def test_items_without_events_are_placed_by_shared_attributes() -> None:
     assert (best_B2 % 4 == torch.arange(4).unsqueeze(1)).float().mean() > 0.7
 
 
-def test_an_item_without_ties_and_features_is_not_placed() -> None:
+def test_an_item_without_edges_and_features_has_no_vector() -> None:
     model = model_of(world())
     assert model.known_items().tolist() == [True] * 8 + [False]
 

@@ -252,7 +252,7 @@ def test_near_ranks_are_visited_together_more_than_far_ones() -> None:
     assert (near.item(), far.item()) == (1, 2)
 
 
-def test_who_has_everything_gets_no_hard_negative() -> None:
+def test_a_user_with_every_item_gets_no_hard_negative() -> None:
     events = events_of([[0, 1, 2], [0, 1], [2]], num_items=4)
     user, item = torch.tensor([0, 2]), torch.tensor([1, 3])
     hard_BH = draw_nearby(events, user, item, 2, (0, 3))

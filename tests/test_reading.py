@@ -129,7 +129,7 @@ def test_several_files_are_one_table(tmp_path: Path) -> None:
     assert mixed.users.ids.to_list() == ["3", "7", "x"]
 
 
-def test_without_times_the_order_of_the_table_stands() -> None:
+def test_without_times_the_order_of_the_table_is_kept() -> None:
     events = read_interactions(EVENTS)
     assert events.timestamp_s is None
     assert as_rows(events) == [(3, "a"), (3, "c"), (7, "b"), (7, "a"), (7, "c")]
@@ -422,7 +422,7 @@ def test_fractions_of_a_second_decide_the_order() -> None:
     assert "fractions of a second" in " ".join(events.notes)
 
 
-def test_seconds_beside_milliseconds_are_refused_by_their_row() -> None:
+def test_seconds_mixed_with_milliseconds_are_refused_by_their_row() -> None:
     frame = pl.DataFrame({"user_id": [1, 1, 1], "item_id": [2, 3, 4], "time": [NOW * 1000, NOW, 0]})
     with pytest.raises(DataError, match=rf"'time', row 2: {NOW} lies before 1990 in ms, .* in s"):
         read_interactions(frame, timestamp="time", timestamp_unit="ms")
@@ -846,7 +846,7 @@ def test_a_separator_that_cannot_be_one_is_refused(separator: str, tmp_path: Pat
 @pytest.mark.parametrize(
     "text", ["user_id,item_id,item_id\n1,2,3\n", "item_id,user_id,user_id\n1,2,3\n"]
 )
-def test_a_column_that_stands_twice_is_refused_in_text_as_in_frames(
+def test_a_column_that_is_there_twice_is_refused_in_text_as_in_frames(
     text: str, tmp_path: Path
 ) -> None:
     path = written(tmp_path / "e.csv", text)

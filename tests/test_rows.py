@@ -140,7 +140,7 @@ def test_histories_are_those_of_a_loop(
         assert history == expected[-max_len:], row
 
 
-def test_later_events_do_not_change_what_stands_before_them() -> None:
+def test_later_events_do_not_change_the_states_before_them() -> None:
     later = pl.DataFrame(
         {"user_id": 1, "item_id": 12, "time": 40, "click": 1, "hour": 4, "place": "home"}
     )

@@ -411,7 +411,7 @@ def test_rows_are_judged_from_what_came_before_them(clicks: ft.Trained) -> None:
     assert not math.isnan(rows.label_ET.sum())
 
 
-def test_a_label_in_another_unit_gives_everybody_the_same_list() -> None:
+def test_a_label_in_another_unit_gives_every_user_the_same_list() -> None:
     rows: list[list[list[object]]] = []
     for unit in (1.0, 1 / 60, 60_000.0):  # minutes, hours, milliseconds
         events = shown_events(num_users=30)

@@ -315,7 +315,7 @@ def test_features_that_a_model_does_not_read_are_named(tmp_path: Path) -> None:
         assert trained.notes[-1 - len(told.notes) :] == (*told.notes, unread)
 
 
-def test_who_was_shown_things_and_clicked_none_is_served_as_measured(folder: Path) -> None:
+def test_a_user_without_clicks_is_served_as_measured(folder: Path) -> None:
     config = ft.read_experiment(folder / "run.toml")
     events = ft.read_split(config, data_dir=folder).events
     clicked_E = events.columns["clicked"].copy()

@@ -377,7 +377,7 @@ def test_a_calibration_needs_both_classes() -> None:
         fit_calibration("platt", np.ones(3), np.full(3, 0.5))
 
 
-def test_the_effect_of_a_calibration_stands_beside_the_figures() -> None:
+def test_the_effect_of_a_calibration_is_reported() -> None:
     label, probability = too_sure(seed=1)
     predicted = Predicted(
         name="test",

@@ -109,7 +109,7 @@ def test_the_unseen_follow_the_chances_that_are_left(sampler: Sampler) -> None:
             assert p_value(mine, left / left.sum()) > 1e-4
 
 
-def test_who_has_all_that_is_ever_drawn_is_served_from_a_catalogue_of_any_size() -> None:
+def test_a_user_with_every_drawn_item_is_served_from_a_catalogue_of_any_size() -> None:
     class OnlyTheFirst(Sampler):
         probability_I = torch.full((2**24 + 2,), 2.0**-24, dtype=torch.float64)
 

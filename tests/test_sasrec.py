@@ -46,7 +46,7 @@ def test_the_future_cannot_change_the_past(block: Block) -> None:
 
 
 @both_blocks
-def test_what_stands_under_padding_does_not_matter(block: Block) -> None:
+def test_the_content_of_padding_does_not_matter(block: Block) -> None:
     model, history = encoder(block), torch.randint(NUM_ITEMS, (B, L))
     valid = torch.arange(L) < torch.tensor([[0], [2], [5], [6]])
     other = torch.where(valid, history, torch.randint(NUM_ITEMS, (B, L)))

@@ -330,7 +330,7 @@ def test_a_missing_bundle_is_said_before_anything_is_opened(tmp_path: Path) -> N
     assert list(tmp_path.iterdir()) == []
 
 
-def test_live_events_stand_beside_the_bundle_by_default(tmp_path: Path) -> None:
+def test_live_events_are_next_to_the_bundle_by_default(tmp_path: Path) -> None:
     bundle = write_film_bundle(tmp_path / "films")
     with running(bundle, tmp_path) as process:
         process.http.post("/v1/events", json={"user_id": 1, "item_id": 101})

@@ -383,7 +383,7 @@ def test_test_events_of_the_second_before_them_are_counted() -> None:
     assert split.leaks[0].startswith("33.3% (1 of 3) of the test events share a second")
 
 
-def test_tables_without_times_say_that_order_stands_for_time() -> None:
+def test_tables_without_times_note_that_their_order_is_used() -> None:
     events = interactions(TEN, timed=False)
     assert "the order of rows is the order in time" in " ".join(leave_last_split(events).leaks)
     assert "came after a test event" in " ".join(random_split(events, test=0.3).leaks)

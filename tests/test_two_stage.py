@@ -94,7 +94,7 @@ CLICK = [-3.0, 0.0, 1.0, 2.0, 4.0]
 BUY = [3.0, 0.0, -1.0, 0.0, 5.0]
 
 
-def test_candidates_stand_in_the_rankers_order_and_the_others_below_in_the_retrievers() -> None:
+def test_candidates_have_the_rankers_order_and_the_others_below_the_retrievers() -> None:
     # sigmoid(click) + sigmoid(buy): .047 + .953 = 1 for item 0, .5 + .5 = 1 for item 1,
     # .731 + .269 = 1 for item 2; with item 3, .881 + .5, four candidates are enough to tell
     model = joined(FIRST, CLICK, BUY, 4)

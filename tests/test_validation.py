@@ -191,7 +191,7 @@ def test_two_runs_validate_the_same_epochs_on_the_same_queries_and_say_which() -
     assert list(validated(every_third)) == [3, 6, 7]
 
 
-def test_popularity_gives_the_level_and_item_knn_is_named_beside_it() -> None:
+def test_popularity_gives_the_level_and_item_knn_is_named_too() -> None:
     found = make_validation(untrained("mf"), SPLIT)
     assert found is not None
     reports = {
@@ -227,7 +227,7 @@ def test_a_run_below_counting_gets_advice(
     assert todo in advice
 
 
-def test_a_fit_logs_what_it_came_to_beside_models_that_only_count() -> None:
+def test_a_fit_logs_its_figure_and_those_of_models_that_only_count() -> None:
     log = untrained("mf").log
     beside, advice = log["beside"], log["advice"]
     assert isinstance(beside, dict)

@@ -243,8 +243,8 @@ def numbers_of(column: pl.Series, *, holds: Held | None = None) -> Float64[np.nd
     """
     if column.dtype == pl.Binary or column.dtype.is_nested():
         raise DataError(
-            f"column {column.name!r} holds {in_words(column)}, and a numeric field numbers, dates, "
-            "times or durations: give those, or leave it missing",
+            f"column {column.name!r} holds {in_words(column)}, and a numeric field reads numbers, "
+            "dates, times or durations: give those, or leave it missing",
             column=column.name,
         )
     column = single_of(column)

@@ -51,7 +51,7 @@ class Task(Config):
     """For a regression: whether the network learns the label or the logarithm of 1 plus it.
     Predictions are in the label's own unit either way."""
     loss: Literal["squared", "huber"] = "squared"
-    """For a regression: the squared error, or Huber's, which outliers move less."""
+    """For a regression: the squared error, or the Huber loss, which outliers change less."""
     weight: Weight = 1.0
     """Weight of the task in the sum of losses, and in the score that orders a list. In that score
     each task is between 0 and 1: a probability; the place of the expected level between the lowest
