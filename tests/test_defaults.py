@@ -101,6 +101,8 @@ def test_what_is_left_to_the_model_is_decided_and_what_is_asked_for_is_kept() ->
     assert asked.settled(usual, 10**6) == asked
     many = ft.TrainingConfig().settled(usual, 10**6, 2**17)  # an average would move every row
     assert (many.learning_rate, many.ema_decay) == (4e-3, 0.0)
+    fused = ft.TrainingConfig(engine="torchrec").settled(usual, 10**6)
+    assert fused.ema_decay == 0.0  # TorchRec keeps no average
     every = ft.TrainingConfig(tables="adamw").settled(usual, 10**6, 2**17)
     assert every.ema_decay == 0.999
     plain = ft.TrainingConfig().settled({}, 10**6)

@@ -44,11 +44,14 @@ class MFConfig(IdConfig):
             "log_q": False,
             "l2": 0.1,
         },
-        training={"learning_rate": 1e-2},
+        training={"learning_rate": 1e-2, "ema_decay": 0.99},
         l2_by_counts="always",
     )
     """Softmax over 2048 negatives, which covers a small catalogue at once; without correction, so
     that the products include popularity; l2 limits the vectors at the high learning rate of 1e-2.
+    The average of the last hundred steps is less noisy than a step at this rate. On validation:
+    Gowalla .052 (without .049), S3-Rec's Last.fm .051 (.050), MovieLens-100K .091 (.092), Beauty
+    .043 (.043).
     """
     embedding_dim: Count = 64
     """Width of the vectors."""

@@ -73,8 +73,8 @@ class TrainingConfig(Config):
     ema_decay: Annotated[float, Field(ge=0, lt=1)] | Literal["auto"] = "auto"
     """Decay of an exponential moving average of the weights, which is used for validation and as
     the result; 0: no average. "auto": the model's own, or else 0. With 131,072 items or more it is
-    0 unless `tables` is "adamw": an average is one more table, all of whose rows change in each
-    step."""
+    0 unless `tables` is "adamw", and with TorchRec it is 0: an average is one more table, all of
+    whose rows change in each step."""
     precision: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
     """Number format of the forward and backward pass; weights and updates stay fp32, and fp16 uses
     loss scaling. bf16 is faster if the processor supports it natively (avx512_bf16, amx, a GPU).
@@ -125,7 +125,8 @@ class TrainingConfig(Config):
         """
         own = TrainingConfig(**usual)
         own_average = own.average_decay
-        if num_items >= ROWS_FROM and self.tables != "adamw":
+        by_rows = num_items >= ROWS_FROM and self.tables != "adamw"
+        if by_rows or self.engine == "torchrec":
             own_average = 0.0
         batch = self.batch_of(num_events)
         if self.batch_events == "auto":
