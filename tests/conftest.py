@@ -28,12 +28,16 @@ def _checked(function: Any = None, *, typechecker: Callable[[Any], Any]) -> Any:
     """Check types and shapes as `jaxtyped` does, in a fraction of the time.
 
     A function without shapes needs no memory of sizes, and one with shapes is checked in one pass
-    instead of two. Classes, generators and functions with quoted annotations are left to
-    `jaxtyped`.
+    instead of two. Classes, nested functions (which wrap their constructors), generators and
+    functions with quoted annotations are left to `jaxtyped`.
     """
     if function is None:
         return lambda function: _checked(function, typechecker=typechecker)
-    is_plain = inspect.isfunction(function) and not function.__code__.co_flags & _RUNS_LATER
+    is_plain = (
+        inspect.isfunction(function)
+        and "<locals>" not in function.__qualname__
+        and not function.__code__.co_flags & _RUNS_LATER
+    )
     hints = getattr(function, "__annotations__", {}).values()
     parts = [part for hint in hints for part in _parts(hint)]
     if not is_plain or any(isinstance(part, str | ForwardRef) for part in parts):
