@@ -270,6 +270,35 @@ def test_costly_lists_leave_room_and_a_thread_to_the_others(
         assert "foretaste_shed_total 1.0" in films.http.get("/metrics").text
 
 
+def test_searches_leave_threads_to_lists(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with served(bundle, str(tmp_path / "e.sqlite"), num_threads=2) as films:
+        ended, statuses = threading.Event(), []
+        for name in ("find_items", "find_users", "columns"):  # slow, as with millions of items
+            look = getattr(films.service, name)
+            monkeypatch.setattr(
+                films.service, name, lambda *a, look=look, **k: (ended.wait(60), look(*a, **k))[1]
+            )
+
+        def ask(path: str) -> None:
+            statuses.append(films.http.get(path).status_code)
+
+        paths = ["/v1/items?query=a", "/v1/users?prefix=1", "/v1/columns"]
+        threads = [threading.Thread(target=ask, args=(path,)) for path in paths]
+        for thread in threads:
+            thread.start()
+        try:
+            eventually(lambda: "foretaste_in_flight 3.0" in films.http.get("/metrics").text)
+            assert films.recommend(k=5)["items"]
+            assert not statuses
+        finally:
+            ended.set()
+            for thread in threads:
+                thread.join()
+        assert statuses == [200] * 3
+
+
 def fill(path: Path) -> None:
     with path.open("wb", buffering=0) as file:
         while True:

@@ -143,7 +143,9 @@ def create_app(
     )
     _add_errors(app)
     read, write, switch = _Elsewhere(STORE_THREADS), _Elsewhere(STORE_THREADS), _Elsewhere(1)
+    look_up = _Elsewhere(max(1, settings.threads // 2))
     _add_answers(app, service, _Lists(service, admission, read))
+    _add_catalogue(app, service, look_up)
     _add_people(app, service, read, write)
     _add_models(app, service, switch)
     _add_operations(app, service, read, admission)
@@ -222,23 +224,25 @@ def _add_answers(app: FastAPI, service: Service, lists: _Lists) -> None:
         """Items similar to this one; none, with a note, if the model does not know the item."""
         return await lists.compute(lambda: _sent(service.similar(item_id, k=k)), request, k)
 
-    @app.get("/v1/items", tags=["catalogue"])
-    def find_items(query: Words = "", limit: Limit = 20) -> ItemsReply:
-        """Search items by words of their titles, the most popular first."""
-        return service.find_items(query, limit=limit)
 
-    @app.get("/v1/columns", tags=["catalogue"])
-    def columns() -> ColumnsReply:
+def _add_catalogue(app: FastAPI, service: Service, look_up: _Elsewhere) -> None:
+    @app.get("/v1/items", tags=["catalogue"], response_model=ItemsReply)
+    async def find_items(query: Words = "", limit: Limit = 20) -> Response:
+        """Search items by words of their titles, the most popular first."""
+        return await look_up(lambda: _sent(service.find_items(query, limit=limit)))
+
+    @app.get("/v1/columns", tags=["catalogue"], response_model=ColumnsReply)
+    async def columns() -> Response:
         """Columns of the item table that rules may name, and their values."""
-        return service.columns()
+        return await look_up(lambda: _sent(service.columns()))
+
+    @app.get("/v1/users", tags=["catalogue"], response_model=UsersReply)
+    async def find_users(prefix: Words = "", limit: Limit = 20) -> Response:
+        """Users of the training data, by the beginning of their id."""
+        return await look_up(lambda: _sent(service.find_users(prefix, limit=limit)))
 
 
 def _add_people(app: FastAPI, service: Service, read: _Elsewhere, write: _Elsewhere) -> None:
-    @app.get("/v1/users", tags=["catalogue"])
-    def find_users(prefix: Words = "", limit: Limit = 20) -> UsersReply:
-        """Users of the training data, by the beginning of their id."""
-        return service.find_users(prefix, limit=limit)
-
     @app.get("/v1/users/{user_id:id}/history", tags=["catalogue"])
     async def history(user_id: UserId, limit: Limit = 50) -> HistoryReply:
         """A user's events, in training and since, newest first."""
