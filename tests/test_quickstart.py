@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 PROGRAM = """
 from foretaste.cli.main import run
 from foretaste.experiment import quickstart
-quickstart.TRAINING = quickstart.TRAINING.model_copy(update={"epochs": 5})
+quickstart.TRAINING = quickstart.TRAINING.model_copy(update={"epochs": 3})
 run()
 """
 
@@ -49,10 +49,10 @@ def test_the_quickstart_trains_measures_and_serves_a_recommender(
     by_time, last = found["tables"]
     assert len(by_time["rows"]) == len(last["rows"]) == 6
     figures = {row["name"]: row["metrics"] for row in last["rows"]}
-    # By chance an item of 1,682 is among ten with 0.006; popularity finds 0.085. After 5
-    # epochs of 20, SASRec finds 0.17.
-    assert figures["sasrec"]["hit_rate_at_10"] > 0.13
-    assert figures["sasrec"]["ndcg_at_10"] > 1.5 * figures["popularity"]["ndcg_at_10"]
+    # By chance an item of 1,682 is among ten with 0.006; popularity finds 0.085. After 3
+    # epochs of 20, SASRec finds 0.145.
+    assert figures["sasrec"]["hit_rate_at_10"] > 0.12
+    assert figures["sasrec"]["ndcg_at_10"] > 1.3 * figures["popularity"]["ndcg_at_10"]
     bundle = ft.load(out).bundle
     assert bundle.trained.events.item_table is not None
     # The served model has every event, the measured one lacks each user's last two.
