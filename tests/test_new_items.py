@@ -228,10 +228,12 @@ def test_a_filter_treats_a_new_item_as_one_of_the_catalogue_that_says_the_same(
     assert answer.unknown_items == ()
 
 
+ITEMS = make_events().item_table
+assert ITEMS is not None
+
+
 def labels_by_hand(row: Recommendation, names: tuple[str, ...]) -> set[tuple[str, str]]:
-    table = make_events().item_table
-    assert table is not None
-    said = row.attributes if isinstance(row.item_id, str) else table.row(row.item_id, named=True)
+    said = row.attributes if isinstance(row.item_id, str) else ITEMS.row(row.item_id, named=True)
     return {(name, part) for name in names for part in str(said[name]).split("|")}
 
 
