@@ -74,12 +74,14 @@ class LightGCNConfig(IdConfig):
     }
     usual: ClassVar[Usual] = Usual(
         objective={**MFConfig.usual.objective, "l2": 0.01},
-        training={"learning_rate": 2e-2},
+        training={"learning_rate": 2e-2, "ema_decay": 0.99},
         l2_by_counts="always",
     )
     """As MF, with a tenth of its l2 and twice its learning rate: propagation averages vectors, so
     vectors of layer 0 must grow more until their products express more than popularity. On
-    MovieLens-100K, an l2 of .03 keeps the model at popularity's level.
+    MovieLens-100K, an l2 of .03 keeps the model at popularity's level. Without the average, test
+    NDCG@10 is .076 (.085) on Gowalla, .075 (.078) on MovieLens-100K and .053 (.054) on S3-Rec's
+    Last.fm.
     """
     embedding_dim: Count = 64
     """Width of the vectors."""
