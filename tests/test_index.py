@@ -24,8 +24,8 @@ from foretaste.models.base import top_k
 from foretaste.retrieval import changing, choose, faiss_index
 from foretaste.retrieval import index as index_module
 from foretaste.retrieval.changing import ChangingIndex
-from foretaste.retrieval.choose import build_index, load_index
-from foretaste.retrieval.faiss_index import FaissIndex, build_ivf, bytes_of_item
+from foretaste.retrieval.choose import build_index, build_ivf, bytes_of_item, load_index
+from foretaste.retrieval.faiss_index import FaissIndex
 from foretaste.retrieval.index import ExactIndex, IndexChoice, ItemIndex
 
 NUM_ITEMS, WIDTH = 4000, 16

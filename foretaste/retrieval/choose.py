@@ -1,4 +1,5 @@
-"""Building an index: the choice of its kind, and tuning of the search width for a target recall.
+"""Building an index: the choice of its kind, its build, and tuning of the search width for a target
+recall.
 
 Shape legend: I items of the catalogue, N items in the index, Q measured queries, D width.
 """
@@ -7,10 +8,11 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Float32, Int64
 from pydantic import ValidationError
 from safetensors import SafetensorError
 from torch import Tensor
@@ -18,12 +20,12 @@ from torch import Tensor
 from foretaste.config import Seed
 from foretaste.data.arrays import check_fits
 from foretaste.errors import BundleError, ConfigError, DataError, NonFiniteError
+from foretaste.later import later
 from foretaste.models.layers.codes import Codes, train_codes
 from foretaste.retrieval.faiss_index import (
+    BLOCK_ROWS,
+    NARROWEST,
     FaissIndex,
-    build_hnsw,
-    build_ivf,
-    bytes_of_item,
     load_faiss,
 )
 from foretaste.retrieval.index import (
@@ -31,12 +33,18 @@ from foretaste.retrieval.index import (
     ExactIndex,
     IndexChoice,
     IndexFacts,
+    IndexKind,
     ItemIndex,
     WholeIndex,
     load_codes,
     load_vectors,
     room_for,
 )
+
+if TYPE_CHECKING:
+    import faiss
+else:
+    faiss = later("faiss")
 
 EXACT_MS = 1.0
 """"auto" chooses the exact index if it answers one query within this many milliseconds."""
@@ -347,3 +355,130 @@ def load_index(folder: Path, *, is_verified: bool = False) -> ItemIndex:
         raise BundleError(
             f"{folder}: the index cannot be read: {error}: build it again", name=str(folder)
         ) from error
+
+
+SAMPLE = 2**16
+"""Number of vectors in the sample for the value range of HNSW's bytes."""
+NEIGHBOURS = 32
+"""Number of edges of a node (M in the paper)."""
+BUILD_WIDTH = 80
+"""Number of candidates while a node is inserted (efConstruction)."""
+
+
+def build_hnsw(exact: ExactIndex, *, levelled: bool) -> FaissIndex:
+    """Build an HNSW index: a navigable small-world graph of near items, with greedy search.
+
+    It is fast for single queries and slow to build, and items cannot be deleted from it. On some
+    vectors it may miss the target recall; the facts record the recall that it reached. Items are
+    inserted in their order.
+
+    Args:
+        exact: The exact index of the items.
+        levelled: False searches the graph by inner product, which suits spread vectors. True
+            adds a coordinate that gives all vectors the same norm and searches by distance,
+            which gives the same order; clusters stay connected that way.
+
+    References:
+        Malkov and Yashunin, "Efficient and Robust Approximate Nearest Neighbor Search Using
+        Hierarchical Navigable Small World Graphs", TPAMI 2020,
+        https://arxiv.org/abs/1603.09320
+        Bachrach et al., "Speeding Up the Xbox Recommender System Using a Euclidean
+        Transformation for Inner-Product Spaces", RecSys 2014.
+    """
+    width, metric, square = exact.facts.embedding_dim, faiss.METRIC_INNER_PRODUCT, None
+    if levelled:
+        width, metric = width + 1, faiss.METRIC_L2
+        square = max(float((block_nD**2).sum(dim=1).max()) for block_nD in exact.blocks())
+    graph = faiss.IndexHNSWSQ(width, faiss.ScalarQuantizer.QT_8bit, NEIGHBOURS, metric)
+    graph.hnsw.efConstruction = BUILD_WIDTH
+    graph.train(_wide(exact.vectors_ND.float()[_sample(exact, SAMPLE, seed=0)], width, square))
+    for block_nD in exact.vectors_ND.split(BLOCK_ROWS):
+        graph.add(_wide(block_nD.float(), width, square))
+    build = {"neighbours": NEIGHBOURS, "build_width": BUILD_WIDTH, "levelled": int(levelled)}
+    facts = exact.facts.model_copy(
+        update={"kind": "hnsw", "search_width": NARROWEST, "build": build}
+    )
+    return FaissIndex(graph, exact, facts)
+
+
+def _wide(
+    vectors_ND: Float[Tensor, "N D"], width: int, square: float | None = None
+) -> Float32[np.ndarray, "N W"]:
+    """Pad vectors with zeros; if a norm is given, the last column gives all vectors that norm."""
+    wide_ND = np.zeros((len(vectors_ND), width), np.float32)
+    wide_ND[:, : vectors_ND.shape[1]] = vectors_ND.numpy()
+    if square is not None:
+        wide_ND[:, -1] = np.sqrt(np.maximum(square - (wide_ND**2).sum(axis=1), 0.0))
+    return wide_ND
+
+
+def _sample(exact: ExactIndex, num: int, *, seed: int) -> Int64[Tensor, " S"]:
+    some = np.random.default_rng(seed).permutation(len(exact.item_N))[:num]
+    return torch.from_numpy(np.sort(some))
+
+
+POINTS_PER_LIST = 64
+"""Maximum number of training vectors per centroid."""
+VALUES_OF_A_CODE = 2
+"""Dimensions per byte of "ivf_pq"."""
+
+
+def bytes_of_item(kind: IndexKind, width: int) -> int:
+    """Return the memory of one item while its index is built, besides its vector.
+
+    A list doubles its room when it is full, so it may take twice the bytes of what it holds.
+    """
+    match kind:
+        case "ivf_flat":
+            return 2 * (4 * width + 8)
+        case "ivf_sq8":
+            return 2 * (width + 8)
+        case "ivf_pq":
+            return 2 * (-(-width // VALUES_OF_A_CODE) + 8)
+        case _:  # the codes, and the edges of HNSW
+            return 2 * width + 512
+
+
+def build_ivf(
+    exact: ExactIndex, *, kind: Literal["ivf_flat", "ivf_sq8", "ivf_pq"], seed: int
+) -> FaissIndex:
+    """Build an inverted file (IVF): items are in lists by centroid, and a query visits the nearest
+    lists.
+
+    There are about 2 √N lists, with centroids trained on a sample of the items. The lists of
+    "ivf_sq8" hold one byte per dimension, those of "ivf_pq" one byte per two dimensions; the
+    candidates found are ranked again by the full vectors, which stay on disk. "ivf_flat" stores the
+    full vectors twice.
+
+    References:
+        Jégou et al., "Product Quantization for Nearest Neighbor Search", TPAMI 2011, section IV;
+        Douze et al., "The Faiss library", 2024, https://arxiv.org/abs/2401.08281
+    """
+    num_items, width = exact.facts.num_items, exact.facts.embedding_dim
+    num_lists = max(1, min(int(2 * num_items**0.5), num_items // 39))
+    metric = faiss.METRIC_INNER_PRODUCT
+    if kind == "ivf_pq":
+        width += -width % VALUES_OF_A_CODE
+    centroids = faiss.IndexFlatIP(width)
+    lists: faiss.IndexIVF
+    match kind:
+        case "ivf_flat":
+            lists = faiss.IndexIVFFlat(centroids, width, num_lists, metric)
+        case "ivf_sq8":
+            byte = faiss.ScalarQuantizer.QT_8bit
+            lists = faiss.IndexIVFScalarQuantizer(centroids, width, num_lists, byte, metric)
+        case "ivf_pq":
+            codes, bits = width // VALUES_OF_A_CODE, min(8, num_items.bit_length() - 1)
+            lists = faiss.IndexIVFPQ(centroids, width, num_lists, codes, max(1, bits), metric)
+            lists.pq.cp.seed, lists.pq.cp.min_points_per_centroid = seed % 2**31, 1
+    lists.cp.seed = seed % 2**31
+    lists.cp.min_points_per_centroid = 1
+    sample = _sample(exact, num_lists * POINTS_PER_LIST, seed=seed)
+    sample = sample.repeat(2) if len(sample) == 1 else sample  # a code has at least two dimensions
+    lists.train(_wide(exact.vectors_ND[sample].float(), width))
+    for block_nD in exact.vectors_ND.split(BLOCK_ROWS):
+        lists.add(_wide(block_nD.float(), width))
+    facts = exact.facts.model_copy(
+        update={"kind": kind, "search_width": 1, "build": {"num_lists": num_lists}}
+    )
+    return FaissIndex(lists, exact, facts)
