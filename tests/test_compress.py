@@ -3,6 +3,7 @@
 import json
 import math
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from pathlib import Path
 
 import polars as pl
@@ -20,10 +21,12 @@ from foretaste.experiment.compress import (
     compress_tables,
     frontier_svg,
     recommended,
+    table_bytes,
     trained_tables,
     usual_tables,
 )
-from foretaste.models.layers.table_kinds import QuantisedConfig
+from foretaste.models.catalogue import build_model
+from foretaste.models.layers.table_kinds import QuantisedConfig, TableConfig
 from foretaste.models.layers.tables import HashConfig
 from foretaste.models.layers.tables_at_rest import HalfConfig, IntegerConfig, PrunedConfig
 from tests.worlds import make_events
@@ -115,6 +118,16 @@ def test_weights_take_as_many_bytes_as_is_said(bundle: Path, tmp_path: Path) -> 
         ft.build_recommender(smaller).save(tmp_path / table.kind)
         on_disk = (tmp_path / table.kind / "weights.safetensors").stat().st_size
         assert on_disk < (bundle / "weights.safetensors").stat().st_size
+
+
+@pytest.mark.parametrize(
+    "table", trained_tables(4.0, 16), ids=lambda table: table.model_dump_json()
+)
+def test_tables_inside_a_table_are_counted_once(mf: ft.Trained, table: TableConfig) -> None:
+    config = ft.MFConfig(embedding_dim=16, table=table.model_copy(update={"from_rows": 0}))
+    model = build_model(config, num_users=5000, num_items=4000)
+    weights = [value for name, value in model.state_dict().items() if "_table." in name]
+    assert table_bytes(replace(mf, model=model)) == sum(value.nbytes for value in weights)
 
 
 def test_all_kinds_but_narrow_and_int8_are_compared_with_both() -> None:

@@ -382,7 +382,7 @@ def _bytes(model: nn.Module) -> int:
 def table_bytes(trained: Trained) -> int:
     """Return the bytes of a model's tables."""
     tables = {module for module in trained.model.modules() if isinstance(module, Table)}
-    inside = {part for table in tables for part in table.children()}
+    inside = {part for table in tables for part in table.modules() if part is not table}
     return sum(_bytes(table) for table in tables - inside)
 
 
