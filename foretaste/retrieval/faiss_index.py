@@ -166,7 +166,7 @@ FAISS_FILE = "index.faiss"
 _TABLE = re.compile(rb"[0-9a-f]{64}")
 """Marks the SHA-256 of the file of vectors, which is stored at the end of the file, where FAISS
 does not read."""
-_REFINE = {"ivf_flat": 1, "ivf_sq8": 2, "ivf_pq": 8, "hnsw": 2}
+_REFINE = {"ivf_flat": 1, "ivf_sq8": 4, "ivf_pq": 8, "hnsw": 2}
 """Number of candidates per returned item, which are ranked again by their full vectors."""
 _WIDEST_WALK = 1024
 BLOCK_ROWS = 2**17
