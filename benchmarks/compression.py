@@ -277,7 +277,7 @@ def write(out: Path, point: dict[str, Any]) -> None:
         document = json.loads(out.read_text(encoding="utf-8"))
     same = ("data", "model", "settings", "trained")
     others = [p for p in document["points"] if any(p[key] != point[key] for key in same)]
-    document = {"points": [*others, point], **run_facts()}
+    document |= {"points": [*others, point], **run_facts()}
     out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     print(point, flush=True)
 
