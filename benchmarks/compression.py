@@ -35,6 +35,7 @@ from foretaste.experiment.compress import (
     trained_tables,
     usual_tables,
     width_of,
+    with_table,
 )
 from foretaste.experiment.record import run_facts
 from foretaste.models.layers.table import DenseConfig
@@ -150,8 +151,7 @@ class Bench:
         return self.models[seed]
 
     def _trained(self, table: TableConfig, seed: int) -> ft.Trained:
-        model = self.recipe.model.model_copy(update={"table": table})
-        recipe = self.recipe.model_copy(update={"model": model, "seed": seed})
+        recipe = with_table(self.recipe, table).model_copy(update={"seed": seed})
         return ft.run_experiment(recipe, self.split, show=False).trained
 
     def here(self, table: TableConfig) -> TableConfig:

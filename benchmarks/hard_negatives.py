@@ -2,10 +2,10 @@
 
     python benchmarks/hard_negatives.py --data-dir DATA --out benchmarks/results/hard-negatives.json
 
-MF is trained on one data set with three settings: without hard negatives, with hard negatives that
-are searched in its index at the start of each epoch, and with a search in a thread every `--steps`
-steps. The epoch is chosen on validation, and the figures are of validation too: the test is never
-read. Seconds are processor seconds of all threads.
+A retriever (`--model`) is trained on one data set with three settings: without hard negatives, with
+hard negatives that are searched in its index at the start of each epoch, and with a search in a
+thread every `--steps` steps. The epoch is chosen on validation, and the figures are of validation
+too: the test is never read. Seconds are processor seconds of all threads.
 """
 
 import argparse
@@ -25,11 +25,18 @@ WAYS: dict[str, dict[str, Any]] = {
     "between epochs": {"hard_negatives": 1, "hard_from": "index"},
     "beside training": {"hard_negatives": 1, "hard_from": "index"},
 }
+MODELS: dict[str, Any] = {
+    "mf": ft.MFConfig(embedding_dim=32),
+    "two_tower": ft.TwoTowerConfig(embedding_dim=32),
+    "lightgcn": ft.LightGCNConfig(embedding_dim=32),
+    "pinsage": ft.PinSageConfig(embedding_dim=32),
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", default="ml-100k")
+    parser.add_argument("--model", choices=MODELS, default="mf")
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--steps", type=int, default=50)
@@ -39,6 +46,7 @@ def main() -> None:
     asked = parser.parse_args()
     torch.set_num_threads(1)
     split = ft.leave_last_split(ft.get_dataset(asked.data, data_dir=asked.data_dir).events)
+    name = asked.data if asked.model == "mf" else f"{asked.data}, {asked.model}"
     rows, told_of_run = [], {"part": "validation", "epochs": asked.epochs, "batch": asked.batch}
     for seed in range(asked.seeds):
         for way, told in WAYS.items():
@@ -48,9 +56,9 @@ def main() -> None:
             )
             rows.append({"way": way, "seed": seed, **measured(split, objective, asked, seed)})
             document = json.loads(asked.out.read_text("utf-8")) if asked.out.exists() else {}
-            document[asked.data] = told_of_run | {"means": means(rows), "rows": rows, **run_facts()}
+            document[name] = told_of_run | {"means": means(rows), "rows": rows, **run_facts()}
             asked.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-            print(rows[-1], document[asked.data]["means"], flush=True)
+            print(rows[-1], document[name]["means"], flush=True)
 
 
 def means(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
@@ -70,7 +78,7 @@ def measured(
 ) -> dict[str, Any]:
     started = time.process_time()
     trained = ft.fit(
-        ft.MFConfig(embedding_dim=32),
+        MODELS[asked.model],
         split,
         seed=seed,
         objective=objective,

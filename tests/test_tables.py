@@ -13,9 +13,10 @@ from foretaste.config import Config
 from foretaste.data.interactions import Interactions
 from foretaste.data.vocabulary import Vocabulary
 from foretaste.errors import ConfigError, DataError
+from foretaste.experiment.learning import usual_objective
 from foretaste.models.catalogue import ModelConfig, TwoStageConfig
 from foretaste.models.layers.table import Dense, DenseConfig, Table, TableKind
-from foretaste.models.layers.table_kinds import Quantised, QuantisedConfig, code_by_events
+from foretaste.models.layers.table_kinds import Quantised, QuantisedConfig, start_from_events
 from foretaste.models.layers.tables import (
     CompositionalConfig,
     FilledConfig,
@@ -30,6 +31,7 @@ from foretaste.models.layers.tables_at_rest import (
     Pruned,
     PrunedConfig,
 )
+from foretaste.training.objectives import PairsConfig
 from tests.worlds import make_events
 
 NUM, WIDTH = 600, 16
@@ -129,6 +131,23 @@ def test_tables_are_as_many_times_smaller_as_is_asked(times: float) -> None:
         assert found == pytest.approx(100_000 * 64 / times, rel=0.1), kind
 
 
+@pytest.mark.parametrize("name", ["dense", *TRAINED])
+def test_only_kinds_whose_rows_share_weights_have_no_l2_by_default(name: str) -> None:
+    kind = {"dense": DenseConfig(), **TRAINED}[name]
+    table = kind.make(NUM, WIDTH)
+    before = whole(table).clone()
+    table(torch.tensor([0])).square().sum().backward()
+    with torch.no_grad():
+        for weight in table.parameters():
+            weight -= 0.0 if weight.grad is None else weight.grad
+    changed = (whole(table) != before).any(dim=1)
+    assert bool(changed[1:].any()) == kind.shares
+    for model in (ft.MFConfig(table=kind), ft.TwoTowerConfig(table=kind)):
+        learned = usual_objective(model, SPLIT.train)
+        assert isinstance(learned, PairsConfig)
+        assert (learned.l2 == 0) == kind.shares
+
+
 def test_small_tables_and_biases_stay_dense() -> None:
     for kind in [*TRAINED.values(), *AT_REST.values()]:
         usual = kind.model_copy(update={"from_rows": 256})
@@ -173,35 +192,45 @@ def test_rows_put_together_from_drawn_ones_differ(name: str) -> None:
     assert len(whole(made(name)).unique(dim=0)) == NUM
 
 
-@pytest.mark.parametrize(("rows", "columns"), [(3, 2), (1, 1), (40, 9)])
-def test_factors_are_cut_into_bins_of_as_many_rows(rows: int, columns: int) -> None:
-    table = Quantised(rows, 9, sub_spaces=9)
-    by_chance = table.code_RM.clone()
-    factor = torch.rand(rows, columns)
-    table.code_by(factor)
-    for column in range(columns):
-        code_R = table.code_RM[:, column].long()
-        ordered = code_R[factor[:, column].argsort()]
-        assert ordered.tolist() == [place * 256 // rows for place in range(rows)]
-    assert torch.equal(table.code_RM[:, columns:], by_chance[:, columns:])
-
-
-def test_items_that_go_together_get_codes_that_are_near() -> None:
-    # two groups of users who do things of two groups of items
+def grouped(num_users: int = 200, num_items: int = 80) -> Interactions:
+    """Two groups of users who do things of two groups of items, each of which some do more."""
     rng = np.random.default_rng(0)
-    histories = [(u % 2) * 40 + rng.permutation(40)[:12] for u in range(200)]
-    events = Interactions(
-        users=Vocabulary(pl.Series(range(200))),
-        items=Vocabulary(pl.Series(range(80))),
-        offsets=np.arange(201) * 12,
+    half = num_items // 2
+    histories = [(u % 2) * half + rng.permutation(half)[: half // 4 + 1] for u in range(num_users)]
+    return Interactions(
+        users=Vocabulary(pl.Series(range(num_users))),
+        items=Vocabulary(pl.Series(range(num_items))),
+        offsets=np.arange(num_users + 1) * len(histories[0]),
         item_idx=np.concatenate(histories).astype(np.int32),
-        timestamp_s=np.arange(2400),
+        timestamp_s=np.arange(num_users * len(histories[0])),
     )
-    items = Quantised(80, 8, sub_spaces=2)
-    code_by_events(events, items=items)
-    far = items.code_RM.float()
-    within, between = far[:40].std(dim=0), (far[:40].mean(dim=0) - far[40:].mean(dim=0)).abs()
-    assert (between > within).any()
+
+
+def test_quantised_tables_start_near_the_decomposition_of_the_events() -> None:
+    events = grouped()
+    users, items = (Quantised(num, 16, sub_spaces=8) for num in (200, 80))
+    for table in (users, items):
+        table.draw(std=0.1)
+    start_from_events(events, users=users, items=items)
+    done_UI = np.zeros((200, 80))
+    done_UI[events.user_idx, events.item_idx] = 1.0
+    done_UI /= np.sqrt(done_UI.sum(1, keepdims=True) * done_UI.sum(0))
+    user_UF, length_F, item_FI = np.linalg.svd(done_UI, full_matrices=False)
+    best_UI = (user_UF[:, :16] * length_F[:16]) @ item_FI[:16]
+    found_UI = (whole(users) @ whole(items).T).numpy()
+    assert np.corrcoef(found_UI.ravel(), best_UI.ravel())[0, 1] > 0.85
+    for table in (users, items):
+        assert whole(table).square().mean().sqrt() == pytest.approx(0.1, rel=0.1)
+
+
+@pytest.mark.parametrize(("num_users", "num_items"), [(1, 2), (3, 80), (300, 2), (300, 80)])
+def test_few_users_or_items_start_quantised_tables_with_finite_rows(
+    num_users: int, num_items: int
+) -> None:
+    tables = {"users": Quantised(num_users, 10, sub_spaces=3)}
+    tables["items"] = Quantised(num_items, 10, sub_spaces=3)
+    start_from_events(grouped(num_users, num_items), **tables)
+    assert all(whole(table).isfinite().all() for table in tables.values())
 
 
 def test_numbers_of_8_bits_are_within_half_a_step() -> None:

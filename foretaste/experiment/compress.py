@@ -29,6 +29,7 @@ from foretaste.evaluation.chart import line, page, text
 from foretaste.evaluation.compare import Reports, compare, compare_rows
 from foretaste.evaluation.report import console_table, printed
 from foretaste.experiment.compare_models import answer_ms
+from foretaste.experiment.learning import without_l2
 from foretaste.experiment.recipe import ExperimentConfig, recipe_of
 from foretaste.experiment.run import evaluate_split, read_split, run_experiment
 from foretaste.models.layers.table import Dense, DenseConfig, Links, Table
@@ -232,7 +233,8 @@ def compress(
     Args:
         bundle: The folder of a bundle with dense tables.
         tables: Settings to try; none: half, int8, int4, quantised and pruned at several sizes.
-        retrain: Also train the recipe again with each trainable kind, 4 and 8 times smaller.
+        retrain: Also train the recipe again with each trainable kind, 4 and 8 times smaller,
+            without an l2 of its objective, which is for separate rows.
         recipe: The recipe of the data and split to measure on; None: the bundle's own.
         data_dir: Folder of its public data.
         metric: A metric of the report; higher is better.
@@ -278,8 +280,7 @@ class _Measure:
         if not trained:
             return compress_tables(self.original, table)
         if table not in self._trained:
-            model = self.config.model.model_copy(update={"table": table})
-            recipe = self.config.model_copy(update={"model": model, "final": "none"})
+            recipe = with_table(self.config, table).model_copy(update={"final": "none"})
             self._trained[table] = run_experiment(recipe, self.split, show=False).trained
         return self._trained[table]
 
@@ -343,6 +344,13 @@ def recommended(points: Sequence[Point]) -> Point | None:
 
 def _settings(table: Settings) -> TableConfig:
     return IdConfig(table=table).table  # type: ignore[arg-type]  # settings are parsed there
+
+
+def with_table(recipe: ExperimentConfig, table: TableConfig) -> ExperimentConfig:
+    """Return a recipe with another kind of table, without its l2 if the rows share weights."""
+    model, objective = recipe.model.model_copy(update={"table": table}), recipe.objective
+    objective = None if objective is None else without_l2(model, objective)
+    return recipe.model_copy(update={"model": model, "objective": objective})
 
 
 def usual_tables(width: int) -> list[TableConfig]:

@@ -32,6 +32,7 @@ from foretaste.errors import ConfigError
 from foretaste.experiment.mining import IndexNegatives
 from foretaste.models.base import Model, Ranker, Retriever
 from foretaste.models.catalogue import ModelConfig
+from foretaste.models.layers.table_kinds import IdConfig
 from foretaste.sampling.negatives import (
     MixedNegatives,
     RankedNegatives,
@@ -90,12 +91,14 @@ def usual_objective(
 ) -> ObjectiveConfig:
     """Return the default objective of a model that is trained by gradient descent.
 
+    Without l2 if the rows of its tables share weights (`TableKind.shares`).
+
     Args:
         config: The model's settings.
         events: The training events, whose counts may raise the l2 of a model; None: no change.
         features: Features of users and items.
     """
-    objective = _OBJECTIVES.validate_python(config.usual.objective)
+    objective = without_l2(config, _OBJECTIVES.validate_python(config.usual.objective))
     when = config.usual.l2_by_counts
     if events is None or when == "never" or not isinstance(objective, PairsConfig):
         return objective
@@ -103,6 +106,13 @@ def usual_objective(
         return objective
     l2 = float(f"{objective.l2 * l2_factor(events):.2g}")
     return objective.model_copy(update={"l2": l2})
+
+
+def without_l2(config: ModelConfig, objective: ObjectiveConfig) -> ObjectiveConfig:
+    """Return an objective, without its l2 if the rows of the model's tables share weights."""
+    if isinstance(objective, PairsConfig) and isinstance(config, IdConfig) and config.table.shares:
+        return objective.model_copy(update={"l2": 0.0})
+    return objective
 
 
 def l2_factor(events: Interactions) -> float:

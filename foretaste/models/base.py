@@ -29,7 +29,7 @@ from foretaste.errors import ConfigError
 from foretaste.models.layers.codes import Codes
 from foretaste.models.layers.heads import Heads
 from foretaste.models.layers.table import BLOCK_ROWS, Table
-from foretaste.models.layers.table_kinds import Quantised, code_by_events
+from foretaste.models.layers.table_kinds import Quantised, start_from_events
 
 LearnsBy = Literal["pairs", "next_item", "masked_item", "rows", "events"]
 """The kind of training data, which determines the arguments and the result of `forward`.
@@ -120,7 +120,7 @@ class Model(nn.Module, ABC):
         tables = {side: getattr(self, f"{side[:-1]}_table", None) for side in ("users", "items")}
         coded = {side: table for side, table in tables.items() if isinstance(table, Quantised)}
         if coded:
-            code_by_events(events, **coded)
+            start_from_events(events, **coded)
 
     def learn_new_users(self, events: Interactions) -> None:
         """Compute from the weights how to represent users without a trained vector.

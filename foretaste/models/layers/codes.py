@@ -266,26 +266,30 @@ def train_codes(row_RD: Float[Tensor, "R D"], sub_spaces: int, *, turned: bool =
 
 
 def balanced_turn(row_RD: Float[Tensor, "R D"], sub_spaces: int) -> Float[Tensor, "D D"]:
-    """Return principal directions, distributed over sub-spaces so that variances are balanced.
+    """Return principal directions, distributed over sub-spaces so that variances are balanced."""
+    square_DD = torch.zeros(row_RD.shape[1], row_RD.shape[1], dtype=torch.float64)
+    for block_RD in row_RD.split(_BLOCK_ROWS):
+        square_DD += (block_RD.T @ block_RD).double()
+    length_D, direction_DD = torch.linalg.eigh(square_DD)
+    turn_DD: Tensor = direction_DD.T.float().index_select(0, balanced(length_D, sub_spaces))
+    return turn_DD
+
+
+def balanced(length_D: Float[Tensor, " D"], sub_spaces: int) -> Int64[Tensor, " D"]:
+    """Return an order of directions of these squared lengths that balances the sub-spaces.
 
     The loss of a sub-space of k directions depends on the product of their squared lengths to the
     power 1/k, so the longest remaining direction goes to the sub-space with the smallest product.
     """
-    square_DD = torch.zeros(row_RD.shape[1], row_RD.shape[1], dtype=torch.float64)
-    for block_RD in row_RD.split(_BLOCK_ROWS):
-        square_DD += (block_RD.T @ block_RD).double()
-    length_D, direction_DD = torch.linalg.eigh(square_DD)  # the longest last
-    least = float(length_D[-1]) * 1e-9 or 1.0
+    least = float(length_D.max()) * 1e-9 or 1.0
     log_D = (length_D.clamp(min=least) / least).log().tolist()
-    sizes = even(row_RD.shape[1], sub_spaces)
+    sizes = even(len(length_D), sub_spaces)
     dealt: list[list[int]] = [[] for _ in sizes]
-    for place in reversed(range(len(log_D))):
+    for place in sorted(range(len(log_D)), key=lambda d: -log_D[d]):
         open_parts = [m for m, size in enumerate(sizes) if len(dealt[m]) < size]
         part = min(open_parts, key=lambda m: sum(log_D[d] for d in dealt[m]))
         dealt[part].append(place)
-    order_D = torch.tensor([d for one in dealt for d in one])
-    turn_DD: Tensor = direction_DD.T.float().index_select(0, order_D)
-    return turn_DD
+    return torch.tensor([d for one in dealt for d in one])
 
 
 def _in_threads(num: int, work: Callable[[slice], None]) -> None:

@@ -2,8 +2,7 @@
 
 A model requests rows, a block of rows, or the mean of bags of rows, independent of their storage.
 Each side (users, items, the codes of features) has its own table, so that it can grow at its end.
-This file has the settings common to all kinds of tables, and the dense kind; the other kinds are in
-`tables.py`, `tables_at_rest.py` and `table_kinds.py`.
+Kinds other than the dense one are in `tables.py`, `tables_at_rest.py` and `table_kinds.py`.
 
 Shape legend: R rows of a table, X any shape of requested rows, D width, P bags, N codes of bags, B
 queries.
@@ -431,6 +430,13 @@ class TableKind(Config):
     def trains(self) -> bool:
         """Whether its tables can be trained."""
         return True
+
+    @property
+    def shares(self) -> bool:
+        """Whether rows share weights. The l2 of all rows of a step adds up in these weights, while
+        their other gradients cancel, so it would pull them to 0.
+        """
+        return False
 
     @abstractmethod
     def make(self, num_rows: int, width: int) -> Table:

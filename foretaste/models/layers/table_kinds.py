@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, final, get_args
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from pydantic import Field
 from torch import Tensor
@@ -19,7 +20,15 @@ from torch import Tensor
 from foretaste.config import Config, Count
 from foretaste.data.interactions import Interactions
 from foretaste.errors import ConfigError
-from foretaste.models.layers.codes import CODES, Codes, even, exact_damage, places, train_codes
+from foretaste.models.layers.codes import (
+    CODES,
+    Codes,
+    balanced,
+    even,
+    exact_damage,
+    places,
+    train_codes,
+)
 from foretaste.models.layers.table import Dense, DenseConfig, Table, TableKind
 from foretaste.models.layers.tables import (
     CompositionalConfig,
@@ -38,8 +47,8 @@ class QuantisedConfig(FilledConfig):
 
     kind: Literal["quantised"] = "quantised"
     """"quantised": a byte for each part of the width, which selects one of 256 learned vectors.
-    Bytes of users and items come from a singular value decomposition of the events before training,
-    or from k-means on a trained table."""
+    Bytes come from k-means on a trained table, or, for users and items, on a singular value
+    decomposition of the events before training."""
     sub_spaces: Count = 8
     """Number of parts of the width, and of bytes per row."""
     turned: bool = False
@@ -82,9 +91,9 @@ class Quantised(Filled):
 
     .. math:: e_r = [c^1_{b_{r1}}; \dots; c^M_{b_{rM}}] R, \quad b_{rm} \in \{0, \dots, 255\}
 
-    Codes are fixed while the vectors are trained; they are random until `code_by` is called. R is
-    the identity unless a trained table was rotated. The longest rows of a trained table may be
-    stored as they are; then it cannot be trained.
+    Codes are fixed while the vectors are trained; they are random unless `start_from_events` is
+    called. R is the identity unless a trained table was rotated. The longest rows of a trained
+    table may be stored as they are; then it cannot be trained.
 
     References:
         Petrov and Macdonald, "RecJPQ: Training Large-Catalogue Sequential Recommenders", WSDM 2024,
@@ -166,12 +175,6 @@ class Quantised(Filled):
         self.codebooks.draw(std=std)
 
     @torch.no_grad()
-    def code_by(self, factor_RM: Float[Tensor, "R M"]) -> None:
-        """Code each part by one factor, in 256 bins with equal numbers of rows."""
-        place_RM = factor_RM.argsort(dim=0, stable=True).argsort(dim=0, stable=True)
-        self.code_RM[:, : factor_RM.shape[1]] = place_RM * CODES // self.num_rows
-
-    @torch.no_grad()
     def fill(self, table: Table) -> None:
         """Take a trained table's rows, coded by k-means in each part (FAISS's trainer)."""
         rows_RD = torch.cat([block_RD for _, block_RD in finite_blocks(table)]).cpu()
@@ -195,26 +198,45 @@ class Quantised(Filled):
 
 
 @torch.no_grad()
-def code_by_events(
+def start_from_events(
     events: Interactions, *, users: Quantised | None = None, items: Quantised | None = None
 ) -> None:
-    """Code quantised tables by a truncated singular value decomposition of users × items.
+    r"""Fill quantised tables with vectors from a singular value decomposition of the events.
 
-    Parts beyond the decomposition's rank keep their random codes.
+    .. math:: D_U^{-1/2} A D_I^{-1/2} \approx U S V^\top, \quad E_U = a \, U S^{1/2} P, \quad
+        E_I = b \, V S^{1/2} P
+
+    with A of 1 for each pair of a user and an item with an event, and their counts D. P orders the
+    factors so that the parts of the width have similar variance; a and b scale the vectors to the
+    deviation of the drawn rows. So codes come from the events, and training begins where the
+    products already order the items.
+
+    References:
+        RecJPQ (see `Quantised`) for codes from a decomposition; Shen et al., "How Powerful is Graph
+        Convolution for Recommendation?", CIKM 2021, https://arxiv.org/abs/2108.07567, for its
+        normalisation. Departure from RecJPQ: there, a part is coded by the bins of one factor, and
+        codebooks are drawn.
     """
+    tables = [table for table in (users, items) if table is not None]
+    width, sub_spaces = tables[0].width, tables[0].sub_spaces
     shape = (events.num_users, events.num_items)
-    wanted = min(max(table.sub_spaces for table in (users, items) if table is not None), *shape)
     pair_2E = torch.from_numpy(np.stack([events.user_idx, events.item_idx]).astype(np.int64))
     done_UI = torch.sparse_coo_tensor(
         pair_2E, torch.ones(len(events)), shape, check_invariants=False
     ).coalesce()
-    done_UI.values().fill_(1.0)  # without repetition
+    user_P, item_P = done_UI.indices()
+    times_P = user_P.bincount()[user_P] * item_P.bincount()[item_P]
+    done_UI.values().copy_(times_P.float().rsqrt())  # without repetition
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        user_UM, _, item_IM = torch.svd_lowrank(done_UI, q=wanted, niter=4)
-    for table, factor_RM in ((users, user_UM), (items, item_IM)):
+        user_UF, length_F, item_IF = torch.svd_lowrank(done_UI, q=min(width, *shape), niter=4)
+    length_D = F.pad(length_F, (0, width - len(length_F)))
+    order_D = balanced(length_D, sub_spaces)
+    for table, factor_RF in ((users, user_UF), (items, item_IF)):
         if table is not None:
-            table.code_by(factor_RM[:, : table.sub_spaces])
+            rows_RD = F.pad(factor_RF * length_F.sqrt(), (0, width - len(length_F)))[:, order_D]
+            scale = table.codebooks.std / float(rows_RD.square().mean().sqrt())
+            table.fill(Dense.of_rows(rows_RD * scale, table.codebooks.std))
 
 
 def _codes_by_chance(first: int, last: int, sub_spaces: int) -> Tensor:

@@ -46,6 +46,11 @@ class SmallerConfig(TableKind):
     from_rows: CountOrZero = 256
     """Tables of fewer rows, and tables of biases, stay dense, because there is little to save."""
 
+    @property
+    def shares(self) -> bool:
+        """Whether rows share weights: all smaller kinds that can be trained do."""
+        return True
+
     def make(self, num_rows: int, width: int) -> Table:
         """Make an untrained table, or a dense one if it would be small anyway."""
         if num_rows < max(1, self.from_rows) or width == 1:
