@@ -7,8 +7,8 @@ Each set is a recipe with the changes listed in `SETS`, such as fewer epochs. A 
 mean over seeds, with an interval of the difference from the dense tables, paired by user; a point
 is above an anchor if the interval of their difference excludes 0. The figure is written after each
 point. Models and reports are kept in `--keep`, so that an interrupted run, or one with more seeds,
-continues from there. `--train` also measures kinds that are trained as such; with `--seeds 0` only
-these.
+continues from there. `--train` also measures kinds that are trained as such, `--times` smaller,
+without the l2 of dense tables if their rows share weights; with `--seeds 0` only these.
 
 `made-up` is a synthetic set of `--items` items (1,000,000) and a fifth as many users, written to
 `--keep`: popularity by Zipf's law, tastes in 8 dimensions, and a component of each item's vector
@@ -236,7 +236,8 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, required=True)
     parser.add_argument("--keep", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--train", type=int, default=0, help="How many of the kinds that train.")
+    parser.add_argument("--train", nargs="+", default=[], help="Kinds to train as such.")
+    parser.add_argument("--times", type=float, nargs="+", default=[8.0, 4.0])
     parser.add_argument("--out", type=Path, required=True)
     asked = parser.parse_args()
     torch.set_num_threads(1)
@@ -265,9 +266,9 @@ def main() -> None:
         beside = [anchor for found in both for anchor in found.values()]
         for table in dict.fromkeys([*at_rest, *beside]):
             write(asked.out, bench.point(table, range(seeds), trained=False))
-    both_sizes = [table for times in (8.0, 4.0) for table in trained_tables(times, width)]
-    for table in both_sizes[: asked.train]:
-        write(asked.out, bench.point(table, range(1), trained=True))
+    for table in (table for times in asked.times for table in trained_tables(times, width)):
+        if table.kind in asked.train:
+            write(asked.out, bench.point(table, range(1), trained=True))
 
 
 def write(out: Path, point: dict[str, Any]) -> None:

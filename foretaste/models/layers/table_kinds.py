@@ -209,7 +209,8 @@ def start_from_events(
     with A of 1 for each pair of a user and an item with an event, and their counts D. P orders the
     factors so that the parts of the width have similar variance; a and b scale the vectors to the
     deviation of the drawn rows. So codes come from the events, and training begins where the
-    products already order the items.
+    products already order the items. For a moment, the vectors take the memory of a few dense
+    tables.
 
     References:
         RecJPQ (see `Quantised`) for codes from a decomposition; Shen et al., "How Powerful is Graph
