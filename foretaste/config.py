@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
+from itertools import islice
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_origin
 
 from annotated_types import Ge, Le, Lt, MaxLen
@@ -100,8 +101,17 @@ class Config(BaseModel, metaclass=_SettingsClass):
         """Accept NumPy's values and paths as plain ones; refuse text or `true` for a number."""
         if not isinstance(settings, Mapping):
             return settings
+        settings = few_unknown(cls, settings)
         found = {name: plain(value) for name, value in settings.items()}
         wrong: list[InitErrorDetails] = []
+        for name, value in found.items():
+            most = _most_entries(cls, name)
+            if most is not None and isinstance(value, Mapping) and len(value) > most:
+                many = {"error": f"has {len(value)} entries, but may have {most}"}
+                problem = PydanticCustomError("value_error", "{error}", many)
+                wrong.append({"type": problem, "loc": (name,), "input": name})
+        if wrong:
+            raise ValidationError.from_exception_data(cls.__name__, wrong)
         for name, value in found.items():
             if said := _lookalike(value, _kinds(cls, name)):
                 problem = PydanticCustomError("value_error", "{error}", {"error": said})
@@ -109,6 +119,18 @@ class Config(BaseModel, metaclass=_SettingsClass):
         if wrong:
             raise ValidationError.from_exception_data(cls.__name__, wrong)
         return found
+
+
+def few_unknown(kind: type[BaseModel], settings: Mapping[str, object]) -> Mapping[str, object]:
+    """Return settings with at most ten of the names that their class does not know.
+
+    A request of 1 MB may have 80,000 of them, and a message about each would take a second.
+    """
+    if len(settings) <= len(kind.model_fields):
+        return settings
+    unknown = islice((name for name in settings if name not in kind.model_fields), 10)
+    known = (name for name in kind.model_fields if name in settings)
+    return {name: settings[name] for name in (*known, *unknown)}
 
 
 _LIKE_A_VALUE = re.compile(
@@ -148,6 +170,14 @@ def plain(value: object) -> object:
     if type(value).__module__ == "numpy" and hasattr(value, "tolist"):
         return value.tolist()
     return value
+
+
+@cache
+def _most_entries(owner: type[Config], field: str) -> int | None:
+    """Return how many entries a field may have; None: any number."""
+    known = owner.model_fields.get(field)
+    limits = [] if known is None else [one for one in known.metadata if isinstance(one, MaxLen)]
+    return limits[0].max_length if limits else None
 
 
 @cache

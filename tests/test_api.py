@@ -22,11 +22,11 @@ from foretaste.config import findings
 from foretaste.data.features_schema import schema_from_toml
 from foretaste.data.reading import read_interactions
 from foretaste.data.splitting import leave_last_split
-from foretaste.errors import BundleError
+from foretaste.errors import BundleError, DataError
 from foretaste.experiment.fit import fit
 from foretaste.models.two_tower import TwoTowerConfig
 from foretaste.serving.api import READ_PROBLEMS, create_app
-from foretaste.serving.messages import RecommendReply, SimilarReply
+from foretaste.serving.messages import EventRequest, RecommendReply, SimilarReply, seconds_of
 from foretaste.serving.metrics import Admission, Metrics
 from foretaste.serving.recommender import build_recommender
 from foretaste.serving.server import http_server
@@ -64,13 +64,13 @@ class Served:
 
 
 @contextmanager
-def served(bundle: Path, state: str, **settings: object) -> Iterator[Served]:
+def served(bundle: Path, state: str, *, now_s: int = NOW_S, **settings: object) -> Iterator[Served]:
     """Serve on a free port of this machine, from a thread of this process."""
     chosen, log = ServerSettings(**settings), []
     slot = ModelSlot(Versions(bundle))
     events = open_live_events(state, timeout_s=chosen.store_timeout_s)
     metrics = Metrics()
-    service = Service(slot, events, chosen, bundle=bundle, metrics=metrics, clock=lambda: NOW_S)
+    service = Service(slot, events, chosen, bundle=bundle, metrics=metrics, clock=lambda: now_s)
     admission = Admission(chosen, metrics, log.append)
     app = create_app(service, settings=chosen, access=access_of(chosen), admission=admission)
     listener = socket.create_server(("127.0.0.1", 0))
@@ -472,6 +472,70 @@ def test_a_wrong_event_stores_nothing_and_says_why(films: Served, event: object,
     assert reply.status_code == 422
     assert says in reply.json()["error"]
     assert films.service.events.count() == 0
+
+
+def test_a_clock_that_is_set_back_before_a_restart_refuses_no_right_time(
+    film_bundle: Path, tmp_path: Path
+) -> None:
+    state, event = str(tmp_path / "e.sqlite"), {"user_id": 1, "item_id": 101}
+    with served(film_bundle, state) as before:
+        assert before.http.post("/v1/events", json=event).status_code == 201
+    with served(film_bundle, state, now_s=NOW_S - 30 * 86_400) as after:
+        for ahead_s, status in ((60, 201), (100_000, 422)):
+            reply = after.http.post("/v1/events", json=event | {"timestamp": NOW_S + ahead_s})
+            assert reply.status_code == status, reply.text
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *(0, 5, 631_152_000, 1_700_000_000, 1_700_000_000.75, 7_258_118_400, 7_258_118_401),
+        *("2024-05-01T12:30:00Z", "1990-01-01T00:00:00Z", "2024-02-29T23:59:59Z", "1700000000"),
+        *("2024-05-01T12:30:00+02:00", "2024-05-01 12:30", "1969-12-31T00:00:00Z", "", "soon"),
+        *("2023-02-29T00:00:00Z", "2024-05-01T24:00:00Z", "2024-13-01T00:00:00Z"),
+    ],
+)
+def test_a_time_of_an_event_is_read_as_in_a_table(value: object) -> None:
+    try:
+        expected = seconds_of(value)
+    except DataError:
+        with pytest.raises(ValueError, match="Unix seconds"):
+            EventRequest(user_id=1, item_id=1, timestamp=value)
+        return
+    assert EventRequest(user_id=1, item_id=1, timestamp=value).timestamp == expected
+
+
+MANY = {f"f{number}": 1 for number in range(60_000)}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "says"),
+    [
+        ("/v1/recommend", MANY, "f0: there is no such field"),
+        ("/v1/recommend", {"rules": MANY}, "rules.f0: there is no such field"),
+        ("/v1/recommend", {"rules": {"where": MANY}}, "has 60000 entries, but may have 100"),
+        ("/v1/recommend", {"rules": {"caps": MANY}}, "has 60000 entries, but may have 100"),
+        ("/v1/recommend", {"context": MANY}, "has 60000 entries, but may have 100"),
+        ("/v1/recommend", {"new_items": MANY}, "has 60000 entries, but may have 100"),
+        ("/v1/recommend", {"weights": MANY}, "has 60000 entries, but may have 100"),
+        ("/v1/events", MANY, "f0: there is no such field"),
+        ("/v1/events", [{"user_id": 1, "item_id": 1} | MANY], "0.f0: there is no such field"),
+    ],
+)
+def test_many_names_in_one_body_are_refused_in_the_time_of_few(
+    films: Served, path: str, body: object, says: str
+) -> None:
+    content = json.dumps(body)
+    json.loads(content)
+    started = time.process_time()
+    json.loads(content)
+    parsing_s = time.process_time() - started
+    started = time.process_time()
+    reply = films.http.post(path, content=content, headers={"content-type": "application/json"})
+    took_s = time.process_time() - started
+    assert reply.status_code == 422
+    assert says in reply.json()["error"]
+    assert took_s < 6 * parsing_s + 0.05
 
 
 # ---- bounds ------------------------------------------------------------------------------

@@ -46,6 +46,7 @@ def test_a_copy_shares_nothing_with_what_was_delivered(bundle: Path) -> None:
     copy = versions.path(version)
     assert copy.parent == bundle.with_name("films.versions")
     assert copy.parent.stat().st_mode & 0o077 == 0
+    assert {path.stat().st_mode & 0o777 for path in copy.rglob("*") if path.is_file()} == {0o400}
     for path in (path for path in bundle.rglob("*") if path.is_file()):
         twin = copy / path.relative_to(bundle)
         assert twin.read_bytes() == path.read_bytes()

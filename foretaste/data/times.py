@@ -15,7 +15,7 @@ from foretaste.data.read_config import TimestampUnit
 from foretaste.errors import DataError
 
 _DAY_S = 86_400
-_YEAR_1971_S, _YEAR_1990_S, _YEAR_2200_S = 31_536_000, 631_152_000, 7_258_118_400
+_YEAR_1971_S, YEAR_1990_S, YEAR_2200_S = 31_536_000, 631_152_000, 7_258_118_400
 _PER_SECOND = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000, "order": 1}
 _LINEAR = {
     "minutes": (60, 0),
@@ -35,7 +35,7 @@ _SANE = {
     "hours": (175_320, 613_608),
     "minutes": (10_519_200, 36_816_480),
 } | {
-    unit: (_YEAR_1990_S * scale, _YEAR_2200_S * scale)
+    unit: (YEAR_1990_S * scale, YEAR_2200_S * scale)
     for unit, scale in _PER_SECOND.items()
     if unit != "order"
 }
@@ -213,9 +213,9 @@ def _limit(unit: TimestampUnit) -> int | float:
     """Return the number of the year 2200 in a unit."""
     if unit in _LINEAR:
         size, zero = _LINEAR[unit]
-        return (_YEAR_2200_S - zero) / size
+        return (YEAR_2200_S - zero) / size
     if unit in _PER_SECOND:
-        return _YEAR_2200_S * _PER_SECOND[unit]
+        return YEAR_2200_S * _PER_SECOND[unit]
     return 2200 if unit == "years" else int("22001231235959"[: len(unit)])
 
 
@@ -235,9 +235,9 @@ def _refuse_mixed(times: pl.Series, unit: TimestampUnit) -> None:
         if other == unit or unit not in _PER_SECOND:
             return
         own = _SANE[unit][0]
-        mixed = times.is_between(
-            _YEAR_1990_S * scale, min(_YEAR_2200_S * scale, own - 1)
-        ).fill_null(value=False)
+        mixed = times.is_between(YEAR_1990_S * scale, min(YEAR_2200_S * scale, own - 1)).fill_null(
+            value=False
+        )
         if mixed.any():
             raise refusal(
                 times,
@@ -334,20 +334,20 @@ def _zoned(shown: pl.Series, micros: pl.Series, naive: pl.Series | None) -> Time
 def _known(shown: pl.Series, times: Times, *, drop: bool) -> Times:
     """Raise an error for, or leave out, unknown times: 1970, or no year, among plausible times."""
     ticks, scale = times.ticks, times.per_second
-    if _bound(ticks.min()) >= _YEAR_1971_S * scale and _bound(ticks.max()) <= _YEAR_2200_S * scale:
+    if _bound(ticks.min()) >= _YEAR_1971_S * scale and _bound(ticks.max()) <= YEAR_2200_S * scale:
         return times
     seconds = ticks // scale
     unknown = seconds.is_in(list(_UNKNOWN_S))
-    newest = _bound(seconds.filter(~unknown & (seconds <= _YEAR_2200_S)).max())
-    if newest < _YEAR_1990_S:
+    newest = _bound(seconds.filter(~unknown & (seconds <= YEAR_2200_S)).max())
+    if newest < YEAR_1990_S:
         return times
-    between = seconds.is_between(_YEAR_1971_S, _YEAR_1990_S - 1)
+    between = seconds.is_between(_YEAR_1971_S, YEAR_1990_S - 1)
     unknown |= seconds.is_between(0, 0 if between.any() else _YEAR_1971_S - 1)
     return _without(shown, times, unknown.fill_null(value=False), drop=drop)
 
 
 def _bounded(shown: pl.Series, times: Times) -> Times:
-    ticks, last = times.ticks, _YEAR_2200_S * times.per_second
+    ticks, last = times.ticks, YEAR_2200_S * times.per_second
     outside = ((ticks < 0) | (ticks > last)).fill_null(value=False)
     if outside.any():
         why = "lies before 1970 or after 2200: fix the time, or leave out the row"
@@ -362,7 +362,7 @@ def _without(shown: pl.Series, times: Times, unknown: pl.Series, *, drop: bool) 
     count = int(unknown.sum())
     if not drop:
         more = f", and so would {count - 1:,} more" if count > 1 else ""
-        may_stay = 0 <= times.ticks.filter(unknown)[0] <= _YEAR_2200_S * times.per_second
+        may_stay = 0 <= times.ticks.filter(unknown)[0] <= YEAR_2200_S * times.per_second
         keep = '; to keep it as it is, set timestamp_unit="order"' if may_stay else ""
         raise refusal(
             shown,

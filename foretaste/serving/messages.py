@@ -1,6 +1,9 @@
 """The HTTP messages: bodies of requests and replies."""
 
+import re
+from collections.abc import Mapping
 from contextlib import suppress
+from datetime import datetime
 from typing import Annotated
 
 import polars as pl
@@ -13,10 +16,11 @@ from pydantic import (
     JsonValue,
     StrictStr,
     WithJsonSchema,
+    model_validator,
 )
 
-from foretaste.config import Config, shown
-from foretaste.data.times import canonical_times
+from foretaste.config import Config, few_unknown, shown
+from foretaste.data.times import YEAR_1990_S, YEAR_2200_S, canonical_times
 from foretaste.data.vocabulary import plain_id
 from foretaste.errors import DataError
 from foretaste.serving.rules import NO_RULES, Rules
@@ -24,6 +28,7 @@ from foretaste.serving.rules import NO_RULES, Rules
 MAX_ID_LENGTH = 512
 MAX_SECONDS = 10**11
 """Larger timestamps are taken for milliseconds."""
+_UTC = re.compile(r"(199|20[0-9])[0-9]-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z")
 
 
 def _id_text(value: object) -> str:
@@ -51,12 +56,32 @@ def _seconds(value: object) -> int | None:
             raise ValueError(f"timestamp {shown(value)} looks like milliseconds: give Unix seconds")
         case int() | float() | str():
             with suppress(DataError):
-                found = canonical_times(pl.Series("timestamp", [value]), "s")
-                if found.ticks[0] is not None:
-                    return int(found.ticks[0]) // found.per_second
+                found = _usual_seconds(value)
+                return seconds_of(value) if found is None else found
     raise ValueError(
         f"a time is Unix seconds or ISO 8601 text such as 2024-05-01T12:30:00Z, not {shown(value)}"
     )
+
+
+def seconds_of(value: int | float | str) -> int:
+    """Read a time in any format as tables do, in whole seconds.
+
+    Raises:
+        DataError: It cannot be read.
+    """
+    found = canonical_times(pl.Series("timestamp", [value]), "s")
+    if found.ticks[0] is None:
+        raise DataError("there is no time", name="timestamp", value=value)
+    return int(found.ticks[0]) // found.per_second
+
+
+def _usual_seconds(value: int | float | str) -> int | None:
+    """Return the same for the two usual formats, 500 times faster; None for others."""
+    if not isinstance(value, str):
+        return int(value) if YEAR_1990_S <= value <= YEAR_2200_S else None
+    with suppress(ValueError):  # such as the 30th of February
+        return int(datetime.fromisoformat(value).timestamp()) if _UTC.fullmatch(value) else None
+    return None
 
 
 _TEXT, _WHOLE, _NULL = ({"type": kind} for kind in ("string", "integer", "null"))
@@ -227,6 +252,11 @@ class EventRequest(BaseModel):
     clock."""
     event_id: Id | None = None
     """An id given by the sender: an event that is sent again with the same id is stored once."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_unknown(cls, event: object) -> object:
+        return few_unknown(cls, event) if isinstance(event, Mapping) else event
 
 
 class EventsReply(_Reply):

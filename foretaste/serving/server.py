@@ -5,6 +5,7 @@ import errno
 import gc
 import json
 import math
+import os
 import signal
 import socket
 import sys
@@ -41,6 +42,8 @@ RETIRE_S = 3600.0
 """Seconds between two deletions of old events."""
 TRIM_S = 60.0
 """Seconds between two returns of free memory to the system."""
+DRAINED = 0.9
+"""Share of `drain_s` that requests in progress may take; the rest is for closing."""
 
 
 @checked
@@ -130,7 +133,7 @@ def http_server(app: ASGIApp, settings: ServerSettings, admission: Admission) ->
         proxy_headers=False,
         backlog=ACCEPTED,
         timeout_keep_alive=settings.keep_alive_s,
-        timeout_graceful_shutdown=settings.drain_s,
+        timeout_graceful_shutdown=DRAINED * settings.drain_s,  # type: ignore[arg-type]  # seconds
     )
     return _Server(config, settings, admission)
 
@@ -144,6 +147,16 @@ class _Server(uvicorn.Server):
     ) -> None:
         super().__init__(config)
         self._settings, self._admission, self._leaves_at = settings, admission, math.inf
+        self._end = threading.Timer(0.0, os._exit)
+
+    def run(self, sockets: list[socket.socket] | None = None) -> None:
+        """Serve until the end, including that of the threads, which may wait for the store."""
+        before = threading.enumerate()
+        super().run(sockets)
+        for thread in threading.enumerate():
+            if thread not in before and not thread.daemon:
+                thread.join()
+        self._end.cancel()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen, with a longer queue of connections than are accepted in one turn."""
@@ -152,12 +165,21 @@ class _Server(uvicorn.Server):
             listener.listen(self._settings.max_connections)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Wait at the first SIGTERM; end immediately at any other signal."""
+        """Wait at the first SIGTERM; end immediately at any other signal.
+
+        The process ends in time even if a call to the store hangs, whose events are not
+        acknowledged.
+        """
+        wait_s = 0.0
         if sig == signal.SIGTERM and not self._admission.leaving:
-            self._admission.leaving = True
-            self._leaves_at = time.monotonic() + self._settings.unready_s
+            self._admission.leaving, wait_s = True, self._settings.unready_s
+            self._leaves_at = time.monotonic() + wait_s
         else:
             super().handle_exit(sig, frame)
+        self._end.cancel()
+        self._end = threading.Timer(wait_s + self._settings.drain_s, os._exit, (0,))
+        self._end.daemon = True
+        self._end.start()
 
     async def on_tick(self, counter: int) -> bool:
         """Return whether the server should end now."""

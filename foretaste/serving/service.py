@@ -78,7 +78,8 @@ class Service:
         self.metrics = metrics
         self._settings = settings
         self._bundle = bundle
-        self._clock, self._latest_s, self._report = clock, 0, report
+        self._clock, self._report = clock, report
+        self._latest_s: int | None = None
         self._reports = Bucket(60)
         self._explaining = threading.Semaphore(max(1, settings.threads // 2))
         metrics.model.info({"version": slot.current.version})
@@ -223,7 +224,7 @@ class Service:
                 name="events",
                 value=len(asked),
             )
-        now_s = self._latest_s = max(self._latest_s, int(self._clock()))  # it may be set back
+        now_s = self._now_s()
         loaded = self.slot.current
         catalogue, ranks = loaded.catalogue, loaded.recommender.ranks
         for position, event in enumerate(asked):
@@ -253,6 +254,14 @@ class Service:
             unknown_items=_distinct(r.item_id for r in rows if not ranks(r.item_id)),
             unknown_users=_distinct(r.user_id for r in rows if not catalogue.knows_user(r.user_id)),
         )
+
+    def _now_s(self) -> int:
+        """Return the time, or that of the latest stored event if the clock was set back."""
+        if self._latest_s is None:
+            with self.metrics.store("add"):
+                self._latest_s = self.events.newest_s()
+        self._latest_s = max(self._latest_s, int(self._clock()))
+        return self._latest_s
 
     def forget(self, user_id: str) -> ForgetReply:
         """Delete a user's live events; the training events stay in the model."""

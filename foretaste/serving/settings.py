@@ -126,7 +126,7 @@ class ServerSettings(Config):
     answered, so that a proxy stops sending them before the server stops listening; a second signal
     ends this time."""
     drain_s: Count = 30
-    """Seconds that requests in progress may take to end after that."""
+    """Seconds that requests in progress and the process may take to end after that."""
 
     @property
     def threads(self) -> int:

@@ -260,21 +260,22 @@ class LiveEvents:
         """Return the versions that the servers agreed on, None before the first choice."""
         asked = sa.select(*_CHOICES.c).where(_CHOICES.c.bundle == bundle)
         row = self._run(lambda connection: connection.execute(asked).first())
-        if row is None:
-            return None
-        return Choice(
-            version=row.version, previous=row.previous, canary=row.canary, share=row.share
-        )
+        names = ("version", "previous", "canary", "share")
+        return None if row is None else Choice(**{name: row._mapping[name] for name in names})
 
     def choose(self, bundle: str, choice: Choice) -> None:
         """Make all servers on this database switch; they check every few seconds."""
-        values = vars(choice) | {"bundle": bundle}
 
         def store(connection: sa.Connection) -> None:
             connection.execute(sa.delete(_CHOICES).where(_CHOICES.c.bundle == bundle))
-            connection.execute(sa.insert(_CHOICES).values(values))
+            connection.execute(sa.insert(_CHOICES).values(**vars(choice), bundle=bundle))
 
         self._run(store, writes=True)
+
+    def newest_s(self) -> int:
+        """Return the latest time of the thousand events stored last; 0 without an event."""
+        last = sa.select(_EVENTS.c.timestamp_s).order_by(_EVENTS.c.seq.desc()).limit(1000)
+        return self._run(lambda at: max(at.execute(last).scalars(), default=0))
 
     def check(self) -> None:
         """Test that the database answers, by reading one event.
@@ -307,9 +308,8 @@ def open_live_events(state: str, *, timeout_s: float = 1.0) -> LiveEvents:
     shown, is_sqlite = url.render_as_string(hide_password=True), url.get_backend_name() == "sqlite"
     try:
         if is_sqlite:
-            engine = sa.create_engine(
-                url, connect_args={"cached_statements": 8}
-            )  # up to 200 kB each
+            few = {"cached_statements": 8}  # up to 200 kB each
+            engine = sa.create_engine(url, connect_args=few)
         else:
             wait = {"connect_timeout": _connection_s(timeout_s)}
             more = {"pool_pre_ping": True, "pool_timeout": timeout_s, "connect_args": wait}

@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import stat
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import final
@@ -98,17 +99,8 @@ class Versions:
         self._check_signature(self.bundle)
         if not self.has(version):
             manifest = read_manifest(self.bundle, BundleManifest)
-            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            names = [MANIFEST_FILE, *manifest.files]
-            if (self.bundle / SIGNATURE_FILE).exists():
-                names.append(SIGNATURE_FILE)
             try:
-                with whole_folder(self.path(version), "bundle") as part:
-                    for name in names:
-                        entry = manifest.files.get(name)
-                        _copy(self.bundle, name, part, None if entry is None else entry.size)
-                    if _version_of(_manifest_bytes(part)) != version:
-                        raise _refused(self.bundle, "it changed while it was copied; try again")
+                self._copy(version, manifest)
             except BundleError:
                 if not self.has(version):  # otherwise another server was faster
                     raise
@@ -116,6 +108,21 @@ class Versions:
             with whole_file(self.path(version) / SIGNATURE_FILE, replace=True) as part:
                 part.write_bytes(_bounded(self.bundle / SIGNATURE_FILE))
         return version
+
+    def _copy(self, version: str, manifest: BundleManifest) -> None:
+        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        names = [MANIFEST_FILE, *manifest.files]
+        if (self.bundle / SIGNATURE_FILE).exists():
+            names.append(SIGNATURE_FILE)
+        with whole_folder(self.path(version), "bundle") as part:
+            for name in names:
+                entry = manifest.files.get(name)
+                _copy(self.bundle, name, part, None if entry is None else entry.size)
+            if _version_of(_manifest_bytes(part)) != version:
+                raise _refused(self.bundle, "it changed while it was copied; try again")
+        with suppress(FileNotFoundError):  # another server dropped it
+            for name in names:  # a write to a file that a server maps could end the server
+                (self.path(version) / name).chmod(0o400)
 
     def check_signature(self, version: str) -> None:
         """If there is a key, raise an error for a version that is not signed with it.
