@@ -453,7 +453,7 @@ def _sentence(error: RequestValidationError) -> str:
     said = "; ".join(f"{name}: {sentence}" for name, sentence, _ in found[:3])
     for words, ours in _AS_JSON:
         said = said.replace(words, ours)
-    return said
+    return said if len(said) <= 2_000 else f"{said[:2_000]}…"  # a name in it may be of a megabyte
 
 
 _TYPES = {

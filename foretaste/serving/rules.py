@@ -41,7 +41,9 @@ def _as_many(values: object) -> object:
 
 Value = StrictBool | StrictInt | StrictFloat | StrictStr
 Values = Annotated[
-    tuple[Value, ...], Field(min_length=1, fail_fast=True), BeforeValidator(_as_many)
+    tuple[Value, ...],
+    Field(min_length=1, max_length=1000, fail_fast=True),
+    BeforeValidator(_as_many),
 ]
 Bound = StrictInt | StrictFloat | StrictStr
 
@@ -88,7 +90,9 @@ class Diversity(Config):
     pool: PositiveInt = Field(default=100, le=10_000)
     """Number of best items that are considered; later ones are used only if these cannot fill the
     list."""
-    by: Literal["vectors"] | tuple[str, ...] = Field(default="vectors", min_length=1)
+    by: Literal["vectors"] | tuple[str, ...] = Field(
+        default="vectors", min_length=1, max_length=100
+    )
     """The similarity of two items: "vectors", the cosine of the model's item vectors; or columns of
     the item table, by the share of values that two items have in common."""
 
@@ -192,7 +196,10 @@ class Labels:
 
     def _spelled(self, value: Value) -> str:
         inner = self.dtype.inner if isinstance(self.dtype, pl.List | pl.Array) else self.dtype
-        text = str(texts_of(pl.Series([value])).fill_null("")[0])
+        if isinstance(value, float):
+            text = str(texts_of(pl.Series([value])).fill_null("")[0])
+        else:
+            text = str(value).lower() if isinstance(value, bool) else str(value)
         try:
             if inner == pl.Boolean and text not in ("true", "false"):
                 raise ValueError
