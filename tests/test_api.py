@@ -10,7 +10,8 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
+from http.client import HTTPConnection
 from pathlib import Path
 from urllib.parse import quote
 
@@ -897,6 +898,22 @@ def test_a_server_of_this_machine_alone_answers_by_no_other_name(films: Served, 
     assert films.http.get("/health", headers={"host": host}).status_code == 200
     for own in ("localhost", "LOCALHOST:8000", "127.0.0.1:80", "127.0.0.1", "[::1]:80", "[::1]"):
         assert films.http.get("/v1/model", headers={"host": own}).status_code == 200, own
+
+
+def test_a_second_host_is_another_name(films: Served) -> None:
+    with closing(HTTPConnection(films.http.base_url.host, films.http.base_url.port)) as client:
+        client.putrequest("GET", "/v1/model", skip_host=True)
+        for host in ("localhost", "evil.example"):
+            client.putheader("host", host)
+        client.endheaders()
+        assert client.getresponse().status == 421
+
+
+@pytest.mark.parametrize("text", ["%ff%fe", "%ed%a0%80", "%C3", "%f8%88%80%80%80"])
+def test_bytes_of_a_url_that_are_no_text_are_no_id(films: Served, text: str) -> None:
+    for path in (f"/v1/users/{text}/history", f"/v1/items?query={text}"):
+        assert films.http.get(path).status_code == 400
+    assert films.http.get("/v1/users/%C3%A9%EF%BF%BD/history").status_code == 200
 
 
 def test_a_server_answers_by_the_names_that_it_was_given(film_bundle: Path, tmp_path: Path) -> None:

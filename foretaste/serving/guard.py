@@ -11,6 +11,7 @@ import time
 import traceback
 from collections.abc import Mapping
 from typing import final
+from urllib.parse import unquote_to_bytes
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
@@ -96,6 +97,7 @@ class Guard:
             return
         taken = (
             self._misdirected(scope)
+            or _undecodable(scope)
             or self._without_token(scope)
             or self._without_room(scope)  # before the body is read, and again afterwards
             or await self._body(scope, receive)
@@ -111,7 +113,7 @@ class Guard:
     def _misdirected(self, scope: Scope) -> Response | None:
         """Refuse requests that a page of another site makes a browser send."""
         headers = Headers(scope=scope)
-        host = headers.get("host", "").lower()
+        host = ", ".join(headers.getlist("host")).lower()
         name = host.rpartition(":")[0] if host[-1:].isdigit() and ":" in host else host
         if self._hosts and name not in self._hosts:
             return refuse(
@@ -183,6 +185,17 @@ class Guard:
     def _too_large(self) -> Response:
         said = f"the body is larger than {self._settings.max_body_bytes} bytes: send it in parts"
         return refuse(413, said, {"connection": "close"})
+
+
+def _undecodable(scope: Scope) -> Response | None:
+    """Refuse a URL that is not UTF-8: with its bytes replaced, two ids would be one."""
+    url = bytes(scope.get("raw_path") or b"") + b"?" + scope["query_string"]
+    if b"%" in url:
+        try:
+            unquote_to_bytes(url).decode()
+        except UnicodeDecodeError:
+            return refuse(400, "the URL is not UTF-8")
+    return None
 
 
 def _is_cross_site(headers: Headers, host: str) -> bool:
