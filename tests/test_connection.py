@@ -119,6 +119,9 @@ def ask(server: Server, sent: bytes) -> bytes:
         return until_closed(client)
 
 
+LAST = b"GET / HTTP/1.1\r\nConnection: close\r\n\r\n"
+
+
 @pytest.mark.parametrize(
     ("head", "status", "reason"),
     [
@@ -127,6 +130,8 @@ def ask(server: Server, sent: bytes) -> bytes:
         (b"GET / HTTP/1.1\r\nConnection: close\r\nX: " + b"a" * 920 + b"\r\n\r\n", 200, None),
         (b"GET / HTTP/1.1\r\nConnection: close\r\nX: " + b"a" * 921 + b"\r\n\r\n", 431, "header"),
         (b"GET / HTTP/1.1\r\n" + b"X:\r\n" * 30 + b"Connection: close\r\n\r\n", 431, "header"),
+        (b"GET / HTTP/1.1\r\n\r\n" * 64 + LAST, 200, None),
+        (b"GET / HTTP/1.1\r\n\r\n" * 65 + LAST, 429, "pipeline"),
         (b"GET\r\n\r\n", 400, "malformed"),
         (b"\x16\x03\x01\x02\x00\x01", 400, "malformed"),  # as TLS begins
     ],

@@ -37,6 +37,8 @@ that have waited for so many seconds: a client that ignores Retry-After sends th
 then."""
 _HEADER_COST = 32
 """Bytes that a header counts beyond its name and value, so that empty ones are limited too."""
+PIPELINED = 64
+"""Maximum number of requests of a connection that wait for answers to earlier ones, 9 kB each."""
 _CLOSES = b"\r\nconnection: close\r\n"
 _PLAIN_BYTES = 4_096
 """Longer requests are parsed before they are refused."""
@@ -135,7 +137,11 @@ class Connection(HttpToolsProtocol):
             self._within(self.settings.header_timeout_s, self._too_slow)
 
     def on_message_begin(self) -> None:
-        """Start to measure a head."""
+        """Start to measure a head, unless too many requests of this connection wait."""
+        if len(self.pipeline) >= PIPELINED:
+            said = f"more than {PIPELINED} requests came before the first was answered"
+            self._why = HTTPStatus.TOO_MANY_REQUESTS, said
+            raise ValueError("pipeline")
         super().on_message_begin()
         self._is_between = False
         self._in_head = True
@@ -271,7 +277,11 @@ class Connection(HttpToolsProtocol):
     def send_400_response(self, msg: str) -> None:
         """Reply with the reason why the parser failed."""
         status, said = self._why
-        reason = {HTTPStatus.REQUEST_URI_TOO_LONG: "url", HTTPStatus.BAD_REQUEST: "malformed"}
+        reason = {
+            HTTPStatus.REQUEST_URI_TOO_LONG: "url",
+            HTTPStatus.BAD_REQUEST: "malformed",
+            HTTPStatus.TOO_MANY_REQUESTS: "pipeline",
+        }
         self._refuse(reason.get(status, "header"), status, said)
 
     @property
