@@ -154,11 +154,11 @@ def test_the_store_keeps_what_it_acknowledged_in_three_rounds_of_kill_9(state: s
     assert len(acknowledged) >= 4 * 63
 
 
-@pytest.mark.parametrize("drain_s", [1, 10])
 def test_sigterm_ends_a_server_whose_store_hangs_within_its_time(
-    bundle: Path, tmp_path: Path, postgres_database: str, drain_s: int
+    bundle: Path, tmp_path: Path, postgres_database: str
 ) -> None:
-    settings = {"state": postgres_database, "drain_s": drain_s, "unready_s": 0}
+    settings = {"drain_s": 2, "unready_s": 0, "store_timeout_s": 20}  # a call ends after a minute
+    settings["state"] = postgres_database
     with running(bundle, tmp_path, **settings) as process, ExitStack() as stack:
         event = {"user_id": 1, "item_id": 101}
         assert process.http.post("/v1/events", json=event).status_code == 201
@@ -172,7 +172,7 @@ def test_sigterm_ends_a_server_whose_store_hangs_within_its_time(
         began = time.monotonic()
         process.popen.send_signal(signal.SIGTERM)
         assert process.popen.wait(timeout=60) == 0
-        assert time.monotonic() - began < drain_s + 2  # for the machine's delays
+        assert time.monotonic() - began < 15  # 2 s and the machine's delays
         for writer in writers:
             writer.join()
 

@@ -150,10 +150,10 @@ class _Server(uvicorn.Server):
         self._end = threading.Timer(0.0, os._exit)
 
     def run(self, sockets: list[socket.socket] | None = None) -> None:
-        """Serve until the end, including that of the threads, which may wait for the store."""
+        """Serve until the end; after a signal, also wait for threads that wait for the store."""
         before = threading.enumerate()
         super().run(sockets)
-        for thread in threading.enumerate():
+        for thread in threading.enumerate() if self._end.is_alive() else ():
             if thread not in before and not thread.daemon:
                 thread.join()
         self._end.cancel()
