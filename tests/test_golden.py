@@ -30,7 +30,7 @@ from foretaste.data.features_schema import CategoricalField, MultiField, Numeric
 from foretaste.data.folder import read_manifest, seal
 from foretaste.errors import BundleError
 from foretaste.experiment.two_stage import FirstStage
-from foretaste.models.catalogue import ModelConfig
+from foretaste.models.catalogue import ModelConfig, as_written
 from foretaste.serving.bundle import BundleManifest
 from foretaste.training.objectives import ObjectiveConfig
 
@@ -134,7 +134,7 @@ def settings(
 
 def learn(case: Mapping[str, Any], split: ft.Split, folder: Path | None = None) -> ft.Trained:
     return ft.fit(
-        MODEL.validate_python(case["model"]),
+        MODEL.validate_python(as_written(case["model"])),
         split,
         training=ft.TrainingConfig(**case["training"]),
         objective=case["objective"] and OBJECTIVE.validate_python(case["objective"]),

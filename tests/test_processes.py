@@ -49,6 +49,7 @@ from foretaste.data.draws import (
 from foretaste.data.splits import TEST
 from foretaste.errors import ConfigError, ProcessError
 from foretaste.models.base import Ranker
+from foretaste.models.catalogue import as_written
 from foretaste.models.layers.pooling import generate
 from foretaste.models.layers.table import Dense
 from foretaste.training import processes
@@ -681,7 +682,7 @@ def resume(
 ) -> ft.Trained:
     """Train from a folder's checkpoint on, or from the start."""
     return ft.fit(
-        MODEL.validate_python(case["model"]),
+        MODEL.validate_python(as_written(case["model"])),
         split,
         training=ft.TrainingConfig(**case["training"] | {"sharded_from": sharded_from}),
         objective=OBJECTIVE.validate_python(case["objective"]),

@@ -1,6 +1,7 @@
 """Events of users and items, in order of time: the one data object of foretaste."""
 
 import hashlib
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -401,6 +402,13 @@ def no_column(events: Interactions, column: str, wanted: str) -> ConfigError:
         column=column,
         value=column,
     )
+
+
+def mean_count(events: Interactions) -> float:
+    """Return the geometric mean of the events per user and per item, of those with events."""
+    num_users = np.count_nonzero(np.diff(events.offsets))
+    num_items = np.count_nonzero(events.item_count)
+    return len(events) / math.sqrt(num_users * num_items) if num_users else 0.0
 
 
 def positives_of(events: Interactions, positive: str = "") -> Interactions:

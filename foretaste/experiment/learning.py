@@ -1,12 +1,10 @@
 """The objective and the batches of each kind of model."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from pydantic import TypeAdapter
 from torch import Generator, Tensor
@@ -15,7 +13,7 @@ from foretaste.data.batch import DrawItems, FieldTable
 from foretaste.data.draws import WHOLE, epoch_generator, step_seed
 from foretaste.data.features import Features
 from foretaste.data.graph import Graph, graph_of
-from foretaste.data.interactions import Interactions, positives_of
+from foretaste.data.interactions import Interactions, mean_count, positives_of
 from foretaste.data.plans import (
     FindHard,
     Offered,
@@ -125,9 +123,7 @@ def l2_factor(events: Interactions) -> float:
     social Last.fm .133 and .117), and worse at 25 and 78 (S3-Rec's Last.fm .046 and .051,
     MovieLens-100K .066 and .092); at 1 it stays at popularity's level.
     """
-    num_users = np.count_nonzero(np.diff(events.offsets))
-    num_items = np.count_nonzero(events.item_count)
-    return min(3.0, max(1.0, 40 * math.sqrt(num_users * num_items) / len(events)))
+    return min(3.0, max(1.0, 40 / mean_count(events)))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,7 +29,7 @@ from foretaste.errors import ConfigError
 from foretaste.models.layers.codes import Codes
 from foretaste.models.layers.heads import Heads
 from foretaste.models.layers.table import BLOCK_ROWS, Table
-from foretaste.models.layers.table_kinds import Quantised, start_from_events
+from foretaste.models.layers.table_kinds import Quantised, start_dense, start_from_events
 
 LearnsBy = Literal["pairs", "next_item", "masked_item", "rows", "events"]
 """The kind of training data, which determines the arguments and the result of `forward`.
@@ -76,6 +76,8 @@ class Model(nn.Module, ABC):
     """The part of a user's history that the model reads in training."""
     max_len: int = 0
     """Maximum number of events of a history."""
+    init: str = "random"
+    """"svd": `begin` sets the tables of users and items by the events (`FactorConfig`)."""
     note: str = ""
     """Events that training did not use, with the reason, for the log; empty if all were used."""
 
@@ -121,6 +123,8 @@ class Model(nn.Module, ABC):
         coded = {side: table for side, table in tables.items() if isinstance(table, Quantised)}
         if coded:
             start_from_events(events, **coded)
+        if self.init == "svd":
+            start_dense(events, *tables.values())
 
     def learn_new_users(self, events: Interactions) -> None:
         """Compute from the weights how to represent users without a trained vector.

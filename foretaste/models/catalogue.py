@@ -22,7 +22,7 @@ from foretaste.data import arrays
 from foretaste.data.batch import Queries
 from foretaste.data.features import Features, FieldTable
 from foretaste.data.graph import Graph, graph_of
-from foretaste.data.interactions import Interactions, positives_of
+from foretaste.data.interactions import Interactions, mean_count, positives_of
 from foretaste.data.tasks import Task, Weights, zeros_in_histories
 from foretaste.errors import ConfigError, NonFiniteError
 from foretaste.models.base import Model, Ranker, Retriever, Scorer, sizes_only, top_k
@@ -39,6 +39,7 @@ from foretaste.models.baselines import (
 from foretaste.models.bert4rec import BERT4Rec, BERT4RecConfig
 from foretaste.models.hstu import HSTU, HSTUConfig
 from foretaste.models.layers.field_ranker import HistoryConfig
+from foretaste.models.layers.table_kinds import FEW_EVENTS, FactorConfig
 from foretaste.models.lightgcn import LightGCN, LightGCNConfig
 from foretaste.models.mf import MF, MFConfig
 from foretaste.models.neumf import NCF, GMFConfig, MLPConfig, NeuMFConfig
@@ -143,8 +144,8 @@ def graph_for(config: ModelConfig, events: Interactions) -> Graph | None:
 
 
 _WHEN_ABSENT: Mapping[str, Mapping[str, object]] = {
-    "mmoe": {"pooling": "none"},
-    "shared_bottom": {"pooling": "none"},
+    **{kind: {"pooling": "none"} for kind in ("mmoe", "shared_bottom")},
+    **{kind: {"init": "random"} for kind in ("mf", "two_tower", "lightgcn")},
 }
 """By a model's kind, settings that older bundles lack, with their former values."""
 
@@ -152,8 +153,8 @@ _WHEN_ABSENT: Mapping[str, Mapping[str, object]] = {
 def as_written(model: Mapping[str, object]) -> dict[str, object]:
     """Return a model's settings from a bundle, with those that an earlier version lacked."""
     whole = {**_WHEN_ABSENT.get(str(model.get("kind")), {}), **model}
-    ranker = whole.get("ranker")
-    return whole | {"ranker": as_written(ranker)} if isinstance(ranker, Mapping) else whole
+    stages = {name: whole.get(name) for name in ("retriever", "ranker")}
+    return whole | {k: as_written(v) for k, v in stages.items() if isinstance(v, Mapping)}
 
 
 def settled(
@@ -167,6 +168,9 @@ def settled(
         positive: Column whose values above 0 mark histories' events; "": `Interactions.positive`.
         ordered: Whether the order of a user's events has a meaning.
     """
+    if isinstance(config, FactorConfig) and config.init == "auto":
+        few = mean_count(events) < FEW_EVENTS
+        config = config.model_copy(update={"init": "svd" if few else "random"})
     if isinstance(config, HistoryConfig) and config.reads == "auto":
         config = config.model_copy(update={"reads": "before" if ordered else "others"})
     if not (isinstance(config, HistoryConfig) and config.pooling == "auto"):
@@ -180,8 +184,7 @@ def settled(
     return config.model_copy(update={"pooling": "attention" if has_histories else "none"})
 
 
-LEARNING_COPIES = 5
-"""Copies in training: weights, gradient, two moments of the optimizer, and the best weights."""
+LEARNING_COPIES = 5  # weights, gradient, two moments of the optimizer, and the best weights
 
 
 def build_model(

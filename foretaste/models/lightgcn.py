@@ -59,11 +59,11 @@ from foretaste.models.layers.nodes import (
     place,
 )
 from foretaste.models.layers.table import Table
-from foretaste.models.layers.table_kinds import IdConfig
+from foretaste.models.layers.table_kinds import FactorConfig
 from foretaste.models.mf import MFConfig
 
 
-class LightGCNConfig(IdConfig):
+class LightGCNConfig(FactorConfig):
     """Settings of LightGCN."""
 
     kind: Literal["lightgcn"] = "lightgcn"
@@ -165,7 +165,8 @@ class LightGCN(Retriever):
                 training.
         """
         super().__init__()
-        self.config, self.num_users, self.num_items = config, num_users, num_items
+        self.config, self.init = config, config.init
+        self.num_users, self.num_items = num_users, num_items
         num_nodes = num_users + num_items if graph is None else graph.num_nodes
         width = config.embedding_dim
         num_others = num_nodes - num_users - num_items

@@ -25,10 +25,10 @@ from foretaste.data.interactions import Interactions
 from foretaste.models.base import PairVectors, Retriever, Similarity, as_item, as_query
 from foretaste.models.layers.history import FoldIn
 from foretaste.models.layers.table import Table
-from foretaste.models.layers.table_kinds import IdConfig
+from foretaste.models.layers.table_kinds import FactorConfig
 
 
-class MFConfig(IdConfig):
+class MFConfig(FactorConfig):
     """Settings of matrix factorisation."""
 
     kind: Literal["mf"] = "mf"
@@ -75,7 +75,7 @@ class MF(Retriever):
 
     def __init__(self, config: MFConfig, *, num_users: int, num_items: int) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.init = config, config.init
         self.num_items = num_items
         self.user_table = config.table.make(num_users, config.embedding_dim)
         self.item_table = config.table.make(num_items, config.embedding_dim)

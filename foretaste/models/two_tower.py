@@ -51,7 +51,7 @@ from foretaste.models.layers.dense import MLP
 from foretaste.models.layers.embedding import Fusion, fields_of_items, fields_of_users, known_fields
 from foretaste.models.layers.history import AttentionHistory, CausalHistory, FoldIn, MeanHistory
 from foretaste.models.layers.table import Table
-from foretaste.models.layers.table_kinds import IdConfig
+from foretaste.models.layers.table_kinds import FactorConfig
 from foretaste.models.mf import MFConfig
 from foretaste.models.sasrec import SASRecConfig
 
@@ -62,7 +62,7 @@ DrawFor = Callable[[Callable[[torch.Size], Tensor]], Tensor]
 """Draws random numbers for rows or keys, given a function that draws a shape."""
 
 
-class TwoTowerConfig(IdConfig):
+class TwoTowerConfig(FactorConfig):
     """Settings of Two-Tower."""
 
     kind: Literal["two_tower"] = "two_tower"
@@ -149,7 +149,7 @@ class TwoTower(Retriever):
         """
         super().__init__()
         width = config.embedding_dim
-        self.config, self.num_items = config, num_items
+        self.config, self.init, self.num_items = config, config.init, num_items
         self.reads: Reads = "nothing" if config.history == "none" else config.reads
         self.max_len = config.max_len
         self.user_table = _ids(num_users, config) if config.user_id else None

@@ -29,7 +29,7 @@ from foretaste.models.layers.codes import (
     places,
     train_codes,
 )
-from foretaste.models.layers.table import Dense, DenseConfig, Table, TableKind
+from foretaste.models.layers.table import Dense, DenseConfig, OwnRows, Table, TableKind
 from foretaste.models.layers.tables import (
     CompositionalConfig,
     Filled,
@@ -40,6 +40,10 @@ from foretaste.models.layers.tables import (
     hashed,
 )
 from foretaste.models.layers.tables_at_rest import HalfConfig, IntegerConfig, PrunedConfig
+
+FEW_EVENTS = 20
+"""With fewer events per user and item, vectors start from the events by default."""
+_MOST_ROWS = 2**20
 
 
 class QuantisedConfig(FilledConfig):
@@ -201,43 +205,88 @@ class Quantised(Filled):
 def start_from_events(
     events: Interactions, *, users: Quantised | None = None, items: Quantised | None = None
 ) -> None:
-    r"""Fill quantised tables with vectors from a singular value decomposition of the events.
+    r"""Fill quantised tables with vectors from the events, so that their codes come from there.
 
-    .. math:: D_U^{-1/2} A D_I^{-1/2} \approx U S V^\top, \quad E_U = a \, U S^{1/2} P, \quad
-        E_I = b \, V S^{1/2} P
+    .. math:: E_U = a \, X_U P, \quad E_I = b \, X_I P
 
-    with A of 1 for each pair of a user and an item with an event, and their counts D. P orders the
-    factors so that the parts of the width have similar variance; a and b scale the vectors to the
-    deviation of the drawn rows. So codes come from the events, and training begins where the
-    products already order the items. For a moment, the vectors take the memory of a few dense
-    tables.
+    with X of `spectral_vectors`. P orders the factors so that the parts of the width have similar
+    variance; a and b scale the vectors to the deviation of the drawn rows.
 
     References:
-        RecJPQ (see `Quantised`) for codes from a decomposition; Shen et al., "How Powerful is Graph
-        Convolution for Recommendation?", CIKM 2021, https://arxiv.org/abs/2108.07567, for its
-        normalisation. Departure from RecJPQ: there, a part is coded by the bins of one factor, and
-        codebooks are drawn.
+        RecJPQ (see `Quantised`) for codes from a decomposition. Departure: there, a part is coded
+        by the bins of one factor, and codebooks are drawn.
     """
     tables = [table for table in (users, items) if table is not None]
     width, sub_spaces = tables[0].width, tables[0].sub_spaces
+    sides = spectral_vectors(events, width)
+    order_D = balanced(F.pad(sides[0].square().sum(0), (0, width - sides[0].shape[1])), sub_spaces)
+    for table, vector_RF in zip((users, items), sides, strict=True):
+        if table is not None:
+            std = table.codebooks.std
+            rows_RD = F.pad(vector_RF, (0, width - vector_RF.shape[1]))[:, order_D]
+            table.fill(Dense.of_rows(rows_RD * (std / float(rows_RD.square().mean().sqrt())), std))
+
+
+@torch.no_grad()
+def start_dense(events: Interactions, *tables: Table | None) -> None:
+    r"""Set the rows of dense tables of users and of items to vectors from the events.
+
+    The vectors are those of `spectral_vectors`, with each count raised by the mean count. They are
+    scaled to the deviation of the drawn rows. Other kinds of tables keep their rows, and so do
+    tables of more than a million rows, whose decomposition would take longer than some epochs.
+
+    References:
+        Qin and Rohe, "Regularized Spectral Clustering under the Degree-Corrected Stochastic
+        Blockmodel", NeurIPS 2013, https://arxiv.org/abs/1309.4111, for the raised counts: without,
+        the first factors are small groups that few events connect with the others.
+    """
+    dense = [table for table in tables if isinstance(table, OwnRows)]
+    if not dense or max(events.num_users, events.num_items) > _MOST_ROWS:
+        return
+    for table, vector_RF in zip(
+        tables, spectral_vectors(events, dense[0].width, raised=1.0), strict=True
+    ):
+        if isinstance(table, OwnRows):
+            num_rows, rank = vector_RF.shape
+            scale = table.std / float(vector_RF.square().mean().sqrt().clamp(min=1e-12))
+            rest_RD = torch.randn(num_rows, table.width - rank) * table.std
+            table.take([Dense.of_rows(torch.cat([vector_RF * scale, rest_RD], dim=1), table.std)])
+
+
+def spectral_vectors(
+    events: Interactions, width: int, *, raised: float = 0.0
+) -> tuple[Float[Tensor, "U F"], Float[Tensor, "I F"]]:
+    r"""Return vectors of users and items from a singular value decomposition of the events.
+
+    .. math:: (D_U + \tau_U)^{-1/2} A (D_I + \tau_I)^{-1/2} \approx U S V^\top, \quad
+        X_U = U S^{1/2}, \quad X_I = V S^{1/2}
+
+    with A of 1 for each pair of a user and an item with an event, and their counts D. Their
+    products already order the items. For a moment, this takes the memory of a few dense tables.
+
+    Args:
+        events: The events.
+        width: The largest number of factors F; there are no more than users or items.
+        raised: What is added to each count, as a multiple of the mean count of a side.
+
+    References:
+        Shen et al., "How Powerful is Graph Convolution for Recommendation?", CIKM 2021,
+        https://arxiv.org/abs/2108.07567, for the normalisation.
+    """
     shape = (events.num_users, events.num_items)
     pair_2E = torch.from_numpy(np.stack([events.user_idx, events.item_idx]).astype(np.int64))
     done_UI = torch.sparse_coo_tensor(
         pair_2E, torch.ones(len(events)), shape, check_invariants=False
     ).coalesce()
-    user_P, item_P = done_UI.indices()
-    times_P = user_P.bincount()[user_P] * item_P.bincount()[item_P]
-    done_UI.values().copy_(times_P.float().rsqrt())  # without repetition
+    divisor_P = torch.ones(done_UI.values().shape)  # without repetition
+    for row_P, num_rows in zip(done_UI.indices(), shape, strict=True):
+        count_R = row_P.bincount(minlength=num_rows).float()
+        divisor_P *= (count_R + raised * count_R.mean())[row_P]
+    done_UI.values().copy_(divisor_P.rsqrt())
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         user_UF, length_F, item_IF = torch.svd_lowrank(done_UI, q=min(width, *shape), niter=4)
-    length_D = F.pad(length_F, (0, width - len(length_F)))
-    order_D = balanced(length_D, sub_spaces)
-    for table, factor_RF in ((users, user_UF), (items, item_IF)):
-        if table is not None:
-            rows_RD = F.pad(factor_RF * length_F.sqrt(), (0, width - len(length_F)))[:, order_D]
-            scale = table.codebooks.std / float(rows_RD.square().mean().sqrt())
-            table.fill(Dense.of_rows(rows_RD * scale, table.codebooks.std))
+    return user_UF * length_F.sqrt(), item_IF * length_F.sqrt()
 
 
 def _codes_by_chance(first: int, last: int, sub_spaces: int) -> Tensor:
@@ -268,3 +317,14 @@ class IdConfig(Config):
 
     table: TableConfig = DenseConfig()
     """The kind of table that stores the vectors of ids and of features' codes."""
+
+
+class FactorConfig(IdConfig):
+    """Settings of a model whose products of users' and items' vectors are its scores."""
+
+    init: Literal["random", "svd", "auto"] = "auto"
+    """The vectors before training. "random": drawn. "svd": from a singular value decomposition of
+    the events, in dense tables of at most a million rows, so that training begins where the
+    products already order the items. "auto": "svd" if users and items have few events, fewer than
+    20 by the geometric mean of both averages. On validation, MF has .048 for .043 with it on Beauty
+    and .085 for .091 on MovieLens-100K, whose users and items have 9 and 78."""
