@@ -145,7 +145,7 @@ def graph_for(config: ModelConfig, events: Interactions) -> Graph | None:
 
 _WHEN_ABSENT: Mapping[str, Mapping[str, object]] = {
     **{kind: {"pooling": "none"} for kind in ("mmoe", "shared_bottom")},
-    **{kind: {"init": "random"} for kind in ("mf", "two_tower", "lightgcn")},
+    **{kind: {"init": "random"} for kind in ("mf", "two_tower")},
 }
 """By a model's kind, settings that older bundles lack, with their former values."""
 

@@ -59,7 +59,7 @@ from foretaste.models.layers.nodes import (
     place,
 )
 from foretaste.models.layers.table import Table
-from foretaste.models.layers.table_kinds import FactorConfig
+from foretaste.models.layers.table_kinds import FactorConfig, Init
 from foretaste.models.mf import MFConfig
 
 
@@ -83,6 +83,9 @@ class LightGCNConfig(FactorConfig):
     NDCG@10 is .076 (.085) on Gowalla, .075 (.078) on MovieLens-100K and .053 (.054) on S3-Rec's
     Last.fm.
     """
+    init: Init = "random"
+    """The vectors of layer 0 before training, "random", "svd" or "auto" as for MF. They are drawn
+    by default, because propagation averages the vectors of neighbours from the first step on."""
     embedding_dim: Count = 64
     """Width of the vectors."""
     num_layers: Depth = 3

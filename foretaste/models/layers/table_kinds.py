@@ -319,10 +319,13 @@ class IdConfig(Config):
     """The kind of table that stores the vectors of ids and of features' codes."""
 
 
+Init = Literal["random", "svd", "auto"]
+
+
 class FactorConfig(IdConfig):
     """Settings of a model whose products of users' and items' vectors are its scores."""
 
-    init: Literal["random", "svd", "auto"] = "auto"
+    init: Init = "auto"
     """The vectors before training. "random": drawn. "svd": from a singular value decomposition of
     the events, in dense tables of at most a million rows, so that training begins where the
     products already order the items. "auto": "svd" if users and items have few events, fewer than
