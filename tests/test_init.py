@@ -3,15 +3,18 @@
 from dataclasses import replace
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 from torch import Tensor
 
 import foretaste as ft
 from foretaste.data.batch import Queries
+from foretaste.data.features_schema import NumericField
 from foretaste.data.interactions import Interactions
+from foretaste.experiment.learning import settled_init
 from foretaste.models.base import Retriever
-from foretaste.models.catalogue import build_model, graph_for, settled
+from foretaste.models.catalogue import build_model, graph_for
 from foretaste.models.layers.table import Dense
 from foretaste.models.layers.table_kinds import FactorConfig, spectral_vectors
 from foretaste.models.layers.tables import HashConfig
@@ -105,7 +108,17 @@ def test_few_events_decide_for_the_decomposition(each: int, repeat: int, init: s
     histories = [rng.permutation(8)[:each].tolist() * repeat for _ in range(8)]
     events = events_of(histories, num_items=8)
     for make in MODELS:
-        found = settled(make(init="auto"), events)
-        assert isinstance(found, FactorConfig)
+        found = settled_init(make(init="auto"), events, None)
         assert found.init == init
-        assert settled(make(init="random"), events) == make(init="random")
+        assert settled_init(make(init="random"), events, None) == make(init="random")
+
+
+def test_with_features_vectors_are_drawn_by_default() -> None:
+    rows = [(user, item, user + item) for user in range(8) for item in range(user % 3 + 2)]
+    events = ft.read_interactions(
+        pl.DataFrame(rows, schema=["user_id", "item_id", "timestamp"], orient="row"),
+        items=pl.DataFrame({"item_id": range(4), "length": [1.0, 2.0, 3.0, 4.0]}),
+    )
+    features = ft.fit_features(ft.FeatureSchema(item={"length": NumericField()}), events)
+    for given, init in ((None, "svd"), (features, "random")):
+        assert settled_init(ft.TwoTowerConfig(), events, given).init == init

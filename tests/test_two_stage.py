@@ -525,7 +525,9 @@ def planted_split() -> ft.Split:
 
 SPLIT = planted_split()
 PLANTED = TwoStageConfig(
-    retriever=ft.MFConfig(embedding_dim=8), ranker=NeuMFConfig(factors=4), candidates=10
+    retriever=ft.MFConfig(embedding_dim=8, init="random"),
+    ranker=NeuMFConfig(factors=4),
+    candidates=10,
 )
 SHORT = ft.TrainingConfig(
     epochs=15, batch_events=64, learning_rate=0.05, warmup_steps=5, device="cpu"

@@ -20,7 +20,8 @@ from foretaste.training.objectives import NextItemConfig, RowsConfig
 from foretaste.training.settings import TrainingConfig
 
 MODELS: dict[str, ModelConfig] = {
-    config.kind: config for config in (ft.MFConfig(), ft.SASRecConfig(), ft.GMFConfig())
+    config.kind: config
+    for config in (ft.MFConfig(init="random"), ft.SASRecConfig(), ft.GMFConfig())
 }
 
 

@@ -29,6 +29,7 @@ from foretaste.experiment.learning import (
     RunOptions,
     make_learning,
     needs_one_process,
+    settled_init,
     usual_objective,
 )
 from foretaste.experiment.mining import candidate_negatives
@@ -89,14 +90,12 @@ def fit(
         config: The settings of a model.
         split: A split, such as from `temporal_split` or `leave_last_split`.
         seed: Decides initial weights, order, dropout and negatives; equal seeds give equal results.
-        training: The settings of the training loop; "auto": the result of a short search, which
-            reports its cost before it starts.
+        training: The settings of the loop; "auto": those of a short search, which tells its cost.
         objective: The loss and the negatives.
         features: Fitted features, or a schema, which is fitted to the training part. Features that
             were fitted to other events are encoded for these.
         folder: Folder for checkpoints and the log of steps.
-        resume: Continue from the checkpoint in `folder`, with the same result as without the
-            interruption.
+        resume: Continue from the checkpoint in `folder`, with the result of an unbroken run.
         show: Report progress on standard error.
         on_epoch: Called with each epoch; an exception from it ends the run.
         on_cost: Called with the estimated cost of each training, after its first steps and again
@@ -149,6 +148,7 @@ def fit(
         )
     positive = objective.positive if isinstance(objective, RowsConfig) else ""
     config = settled(config, events, positive=positive, ordered=split.ordered)
+    config = settled_init(config, events, features)
     config, tried = _with_strengths(config, split, partial(fit_part, show=show), show=show)
     training = asked.settled(config.usual.training, len(events), events.num_items)
     pretraining = pretraining_of(config)

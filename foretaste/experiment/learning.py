@@ -3,12 +3,13 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from pydantic import TypeAdapter
 from torch import Generator, Tensor
 
+from foretaste.config import Config
 from foretaste.data.batch import DrawItems, FieldTable
 from foretaste.data.draws import WHOLE, epoch_generator, step_seed
 from foretaste.data.features import Features
@@ -30,7 +31,7 @@ from foretaste.errors import ConfigError
 from foretaste.experiment.mining import IndexNegatives
 from foretaste.models.base import Model, Ranker, Retriever
 from foretaste.models.catalogue import ModelConfig
-from foretaste.models.layers.table_kinds import IdConfig
+from foretaste.models.layers.table_kinds import FEW_EVENTS, FactorConfig, IdConfig
 from foretaste.sampling.negatives import (
     MixedNegatives,
     RankedNegatives,
@@ -58,6 +59,7 @@ from foretaste.training.objectives import (
 from foretaste.training.progress import Cost, WorkedPlan
 from foretaste.training.sharded import tables_of
 
+M = TypeVar("M", bound=Config)
 _OBJECTIVES: TypeAdapter[ObjectiveConfig] = TypeAdapter(ObjectiveConfig)
 
 
@@ -104,6 +106,15 @@ def usual_objective(
         return objective
     l2 = float(f"{objective.l2 * l2_factor(events):.2g}")
     return objective.model_copy(update={"l2": l2})
+
+
+def settled_init(config: M, events: Interactions, features: Features | None) -> M:
+    """Return settings with an `init` of "auto" replaced by a value that depends on the data."""
+    if not isinstance(config, FactorConfig) or config.init != "auto":
+        return config
+    by_ids = not (features and (features.user or features.item))
+    starts = by_ids and mean_count(events) < FEW_EVENTS
+    return config.model_copy(update={"init": "svd" if starts else "random"})
 
 
 def without_l2(config: ModelConfig, objective: ObjectiveConfig) -> ObjectiveConfig:

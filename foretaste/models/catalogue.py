@@ -22,7 +22,7 @@ from foretaste.data import arrays
 from foretaste.data.batch import Queries
 from foretaste.data.features import Features, FieldTable
 from foretaste.data.graph import Graph, graph_of
-from foretaste.data.interactions import Interactions, mean_count, positives_of
+from foretaste.data.interactions import Interactions, positives_of
 from foretaste.data.tasks import Task, Weights, zeros_in_histories
 from foretaste.errors import ConfigError, NonFiniteError
 from foretaste.models.base import Model, Ranker, Retriever, Scorer, sizes_only, top_k
@@ -39,7 +39,6 @@ from foretaste.models.baselines import (
 from foretaste.models.bert4rec import BERT4Rec, BERT4RecConfig
 from foretaste.models.hstu import HSTU, HSTUConfig
 from foretaste.models.layers.field_ranker import HistoryConfig
-from foretaste.models.layers.table_kinds import FEW_EVENTS, FactorConfig
 from foretaste.models.lightgcn import LightGCN, LightGCNConfig
 from foretaste.models.mf import MF, MFConfig
 from foretaste.models.neumf import NCF, GMFConfig, MLPConfig, NeuMFConfig
@@ -168,9 +167,6 @@ def settled(
         positive: Column whose values above 0 mark histories' events; "": `Interactions.positive`.
         ordered: Whether the order of a user's events has a meaning.
     """
-    if isinstance(config, FactorConfig) and config.init == "auto":
-        few = mean_count(events) < FEW_EVENTS
-        config = config.model_copy(update={"init": "svd" if few else "random"})
     if isinstance(config, HistoryConfig) and config.reads == "auto":
         config = config.model_copy(update={"reads": "before" if ordered else "others"})
     if not (isinstance(config, HistoryConfig) and config.pooling == "auto"):
