@@ -329,6 +329,5 @@ class FactorConfig(IdConfig):
     """The vectors before training. "random": drawn. "svd": from a singular value decomposition of
     the events, in dense tables of at most a million rows, so that training begins where the
     products already order the items. "auto": "svd" if users and items have few events, fewer than
-    20 by the geometric mean of both averages, and no features, which ids that begin so well would
-    keep from learning. On validation, MF has .048 for .043 with it on Beauty
-    and .085 for .091 on MovieLens-100K, whose users and items have 9 and 78."""
+    20 by the geometric mean of both averages, and no features. On validation, MF has .048 for .043
+    with it on Beauty and .085 for .091 on MovieLens-100K, whose users and items have 9 and 78."""
