@@ -73,8 +73,14 @@ def test_a_model_answers_though_its_bundle_is_cut_short_overwritten_and_deleted(
     assert slot.last_error
 
 
-@pytest.mark.parametrize("kind", ["link", "pipe", "linked folder", "long", "pipe for a manifest"])
+@pytest.mark.parametrize(
+    "kind",
+    ["link", "pipe", "folder", "missing", "linked folder", "long", "pipe for a manifest"],
+)
 def test_links_pipes_and_other_sizes_are_refused_at_once(bundle: Path, kind: str) -> None:
+    wrong = {"linked folder": r"events[^:]* cannot be copied"}.get(
+        kind, "weights.* cannot be copied"
+    )
     weights = next(bundle.glob("weights*"))
     aside = bundle.with_name("aside")
     match kind:
@@ -84,6 +90,10 @@ def test_links_pipes_and_other_sizes_are_refused_at_once(bundle: Path, kind: str
         case "pipe":
             weights.unlink()
             os.mkfifo(weights)
+        case "missing" | "folder":
+            weights.unlink()
+            if kind == "folder":
+                weights.mkdir()
         case "linked folder":
             (bundle / "events").rename(aside)
             (bundle / "events").symlink_to(aside)
@@ -92,7 +102,8 @@ def test_links_pipes_and_other_sizes_are_refused_at_once(bundle: Path, kind: str
         case _:
             (bundle / "manifest.json").unlink()
             os.mkfifo(bundle / "manifest.json")
-    with pytest.raises(BundleError):
+            wrong = r"no readable manifest\.json"
+    with pytest.raises(BundleError, match=wrong):
         Versions(bundle).take()
     with pytest.raises(BundleError):
         load(bundle)

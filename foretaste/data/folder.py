@@ -214,6 +214,8 @@ def check_regular(folder: Path, name: str) -> None:
         if part.is_symlink():
             raise OSError(errno.ELOOP, "it is a link; a folder of foretaste's holds files alone")
     if not (folder / name).is_file():
+        if (folder / name).exists():
+            raise OSError(errno.EINVAL, "it is not a regular file")
         raise FileNotFoundError(errno.ENOENT, "there is no such file")
 
 

@@ -272,7 +272,8 @@ def _copy(bundle: Path, name: str, into: Path, size: int | None) -> None:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
             raise
-        raise _refused(bundle, f"{name} cannot be copied: {error.strerror}") from error
+        # without a cause, or `whole_folder` would call it an error of writing
+        raise _refused(bundle, f"{name} cannot be copied: {error.strerror}") from None
 
 
 def _refused(bundle: Path, why: str) -> BundleError:
