@@ -24,11 +24,11 @@ def propagations(events: Interactions, dim: int, layers: int) -> None:
     graph = graph_of(events)
     conv = GraphConv(graph)
     x_VD = torch.randn(graph.num_nodes, dim, requires_grad=True)
-    gradient_VD = torch.randn(graph.num_nodes, dim)
+    gradient_VD, every_V = torch.randn(graph.num_nodes, dim), torch.arange(graph.num_nodes)
 
     def work() -> None:
         x_VD.grad = None
-        conv.mean(x_VD, num_layers=layers).backward(gradient_VD)
+        conv(x_VD, every_V, num_layers=layers)[0].backward(gradient_VD)
 
     work()
     say_ready(["torch"], nodes=graph.num_nodes, edges=len(graph.neighbour_E))
