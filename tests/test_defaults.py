@@ -184,7 +184,7 @@ def test_odd_data_are_learned_from_at_defaults(
     assert 0 <= report.metrics["ndcg_at_10"] <= 1
 
 
-SMALL = ft.MFConfig(embedding_dim=4, init="random")
+SMALL = ft.MFConfig(recency=1.0, embedding_dim=4, init="random")
 SEARCHED = ft.TrainingConfig(search=True, epochs=3)
 
 

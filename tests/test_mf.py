@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from foretaste.data.batch import Queries, Reads
+from foretaste.data.batch import Queries, Reads, newest_events
 from foretaste.data.draws import epoch_generator
 from foretaste.data.plans import plan_pairs
 from foretaste.data.reading import read_interactions
-from foretaste.data.splitting import temporal_split
+from foretaste.data.splitting import leave_last_split, random_split, temporal_split
 from foretaste.errors import ConfigError
 from foretaste.evaluation.protocol import evaluate
 from foretaste.experiment.fit import fit
@@ -204,6 +204,11 @@ def test_what_is_validated_is_what_will_answer(config: ModelConfig, ema_decay: f
     trained = fit(config, split, training=training, show=False)
     assert isinstance(trained.log["epochs"], list)
     logged = trained.log["epochs"][trained.log["best_epoch"] - 1]["validation"]
+    if recencies := trained.log.get("recency"):
+        assert recencies["1"] == logged
+        logged = recencies[f"{trained.model.recency:g}"]
+        assert logged == max(recencies.values())
+        assert trained.config.recency == trained.model.recency
     report = evaluate(trained, split.validation, k=(10,), resamples=0)
     assert logged == pytest.approx(report.metrics["ndcg_at_10"], abs=1e-9)
 
@@ -213,3 +218,67 @@ def test_blocks_of_items_are_the_items(settings: dict[str, object]) -> None:
     model = made(MFConfig(embedding_dim=3, **settings)).eval()
     (block,) = [item_VD for _, item_VD in model.item_blocks()]
     assert torch.equal(block, model.items(model.every_item))
+
+
+# ---- the newest events weigh more -------------------------------------------------------------
+
+
+def test_the_weight_of_the_newest_events_halves_with_each_newer_one() -> None:
+    queries = Queries.of_histories([[5, 6, 7], [], list(range(12))])
+    item_N, offsets_B1, weight_N = newest_events(queries, 5.0)
+    assert item_N.tolist() == [5, 6, 7, *range(4, 12)]
+    assert offsets_B1.tolist() == [0, 3, 3, 11]
+    assert weight_N.tolist() == [1, 2, 4, *(4 / 2**newer for newer in range(7, -1, -1))]
+
+
+def test_a_recency_adds_the_newest_events_to_any_answer() -> None:
+    model = made()
+    model.learn_new_users(EVENTS)
+    history = EVENTS.history(3).tolist()
+    queries = known([3, 3, -1, -1], [history, [*history, 30], [4, 9], []])
+    usual_BD, model.recency = model.encode(queries), 3.0
+    for query, more_D in enumerate(model.encode(queries) - usual_BD):
+        items = queries.history_N[queries.offsets_B1[query] : queries.offsets_B1[query + 1]]
+        newest = items.flip(0)[:8]
+        weight_N1 = 2 * 0.5 ** torch.arange(len(newest)).unsqueeze(1)
+        added_D = (weight_N1 * model.item_table.weight[newest]).sum(dim=0)
+        expected_D = added_D / max(1, len(items)) ** 0.5 @ model.fold_in.weight_DD
+        torch.testing.assert_close(more_D, expected_D, rtol=1e-4, atol=1e-5)
+
+
+def walks(*, num_users: int = 300, num_items: int = 60, length: int = 12) -> list[list[int]]:
+    """Return histories that walk on, one or two items at a time, from anywhere on a circle."""
+    draw = np.random.default_rng(0)
+    steps_UL = draw.integers(1, 3, (num_users, length)).cumsum(axis=1)
+    start_U1 = draw.integers(0, num_items, (num_users, 1))
+    return ((start_U1 + steps_UL) % num_items).tolist()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        MFConfig(embedding_dim=16),
+        TwoTowerConfig(embedding_dim=16),
+        LightGCNConfig(embedding_dim=16),
+    ],
+    ids=lambda config: config.kind,
+)
+def test_validation_chooses_a_recency_where_the_last_event_says_what_is_next(
+    config: MFConfig | TwoTowerConfig | LightGCNConfig,
+) -> None:
+    training = TrainingConfig(epochs=10, batch_events=500)
+    split = leave_last_split(events_of(walks(), num_items=60))
+    figures = {}
+    for recency in (1.0, "auto"):
+        asked = config.model_copy(update={"recency": recency})
+        trained = fit(asked, split, training=training, show=False)
+        figures[recency] = evaluate(trained, split.test, k=(10,)).metrics["ndcg_at_10"]
+    assert trained.config.recency in (4, 16, 64)
+    assert trained.log["recency"].keys() >= {"1", "4", "16"}
+    assert figures["auto"] > 1.2 * figures[1.0]
+
+    without_times = replace(split.events, timestamp_s=None)
+    unordered = random_split(without_times, validation=0.1, test=0.1)
+    trained = fit(config, unordered, training=training, show=False)
+    assert trained.config.recency == 1
+    assert "recency" not in trained.log

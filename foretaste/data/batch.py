@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float32, Int64
+from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 
 from foretaste.data.arrays import check_fits
@@ -305,6 +305,29 @@ def last_events(
         item_BL = queries.history_N[index_BL].where(valid_BL, 0)
         times = None if times_N is None else lambda: times_N()[index_BL]
     return SequenceBatch(user_B=user_B, item_BL=item_BL, valid_BL=valid_BL, times=times)
+
+
+_NEWEST = 8
+
+
+def newest_events(
+    queries: Queries, recency: float
+) -> tuple[Int64[Tensor, " N"], Int64[Tensor, " B1"], Float[Tensor, " N"]]:
+    r"""Return each history's 8 newest events, and weights to add to their usual weight of 1.
+
+    .. math:: (\text{recency} - 1)\, 2^{-r}
+
+    for the event with r newer ones.
+
+    Returns:
+        The items, the offsets of the queries, and the weights.
+    """
+    length_B = queries.offsets_B1.diff().clamp(max=_NEWEST)
+    offsets_B1 = torch.cat([length_B.new_zeros(1), length_B.cumsum(0)])
+    row_N = torch.repeat_interleave(length_B)
+    newer_N = offsets_B1[1:][row_N] - 1 - torch.arange(len(row_N), device=row_N.device)
+    item_N = queries.history_N[queries.offsets_B1[1:][row_N] - 1 - newer_N]
+    return item_N, offsets_B1, (recency - 1) * torch.exp2(-newer_N.float())
 
 
 def _on(device: torch.device, times: Times | None) -> Times | None:

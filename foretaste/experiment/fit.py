@@ -27,6 +27,7 @@ from foretaste.data.splits import Split, happened_split
 from foretaste.errors import ConfigError, DataError
 from foretaste.experiment.learning import (
     RunOptions,
+    decided,
     make_learning,
     needs_one_process,
     settled_init,
@@ -37,9 +38,11 @@ from foretaste.experiment.search_space import Learner, ShortSearch
 from foretaste.experiment.two_stage import Candidates, FirstStage, check_same, fit_two_stage
 from foretaste.experiment.validation import (
     Validation,
+    choose_recency,
     choose_strengths,
     make_validation,
     trained_rows,
+    with_recency,
 )
 from foretaste.models.base import Model
 from foretaste.models.catalogue import (
@@ -54,10 +57,9 @@ from foretaste.models.catalogue import (
     tasks_of,
 )
 from foretaste.training import processes
-from foretaste.training.candidates import CandidateConfig
 from foretaste.training.checkpoint import Epoch, Progress
 from foretaste.training.fit import Fit
-from foretaste.training.objectives import LabelledRows, ObjectiveConfig, PairsConfig, RowsConfig
+from foretaste.training.objectives import LabelledRows, ObjectiveConfig, RowsConfig
 from foretaste.training.progress import Cost, CostWatch, ShowProgress, say
 from foretaste.training.settings import TrainingConfig
 from foretaste.training.sharded import sharding
@@ -185,7 +187,6 @@ def fit(
         seed=seed,
         objective=objective,
         learned_from=split.learned_from,
-        settings=_settings_of(config, split, training, objective),
     )
     log: dict[str, object] = {name: part.log for name, part in parts.items()}
     log |= {"tried": tried} if tried else {}
@@ -214,7 +215,10 @@ def fit(
         model.learn_new_users(happened)
         model.finish()
     model.eval()
-    return make(log=log, epochs=(epochs,), train_seconds=time.perf_counter() - started)
+    config = with_recency(config, model)
+    settings = _settings_of(config, split, training, objective)
+    seconds = time.perf_counter() - started
+    return make(config=config, log=log, epochs=(epochs,), train_seconds=seconds, settings=settings)
 
 
 def _asked(training: TrainingConfig | Literal["auto"] | None) -> TrainingConfig:
@@ -399,7 +403,7 @@ def _learn(
         offered=None if candidates is None else candidates.offered,
     )
     if options.show:
-        say(_decided(training, objective))
+        say(decided(training, objective))
     validation = make_validation(
         untrained,
         split,
@@ -420,20 +424,13 @@ def _learn(
         refreshed=learning.refreshed,
         data=events.fingerprint() if options.folder or processes.share() != WHOLE else "",
     )
-    log, epochs = _run(run, training, validation, options, name=name)
+    choose = partial(choose_recency, untrained.config, model, split, validation)
+    log, epochs = _run(run, training, validation, options, choose, name=name)
+    if options.show and "recency" in log:
+        say(f"the newest event of a history counts {model.recency:g} times in answers")
     if isinstance(learning.objective, LabelledRows) and learning.objective.sigmas():
         log["sigma"] = learning.objective.sigmas()
     return log, epochs
-
-
-def _decided(training: TrainingConfig, objective: ObjectiveConfig) -> str:
-    """Return a line on training settings that depend on the data or the model."""
-    said = f"learning rate {training.rate:g}, {training.batch_events} events a step"
-    if training.average_decay:
-        said += f", average {training.average_decay:g}"
-    if isinstance(objective, CandidateConfig):
-        said += f", {objective.loss} with {objective.negatives} negatives"
-    return f"{said}, l2 {objective.l2:g}" if isinstance(objective, PairsConfig) else said
 
 
 def _mined(objective: ObjectiveConfig, candidates: Candidates | None) -> DrawItems | None:
@@ -449,6 +446,7 @@ def _run(
     training: TrainingConfig,
     validation: Validation | None,
     options: RunOptions,
+    choose: Callable[[], dict[str, float]],
     *,
     name: str,
 ) -> tuple[dict[str, object], int]:
@@ -473,7 +471,7 @@ def _run(
         progress = run.run(
             resume=options.resume, on_epoch=epoch, on_step=step, max_seconds=max_seconds
         )
-        judged = _judged(validation, progress)
+        judged = _judged(validation, progress, choose())
         if show and judged["advice"]:
             display.say(str(judged["advice"]))
     best_epoch = progress.best_epoch or progress.epoch
@@ -490,11 +488,13 @@ def _run(
     return log, max(1, best_epoch)
 
 
-def _judged(validation: Validation | None, progress: Progress) -> dict[str, object]:
-    """Return how a run was validated, and its result compared with baselines of counts."""
+def _judged(
+    validation: Validation | None, progress: Progress, tried: dict[str, float]
+) -> dict[str, object]:
+    """Return how a run was validated, and its best value compared with baselines of counts."""
     if validation is None or not processes.is_first():
         return {"validated": "", "beside": {}, "advice": ""}
-    beside, advice = validation.advice(
-        progress.best, best_epoch=progress.best_epoch, epochs=progress.epoch
-    )
-    return {"validated": str(validation), "beside": beside, "advice": advice}
+    best, at = max(progress.best, *tried.values(), -math.inf), progress.best_epoch
+    beside, advice = validation.advice(best, best_epoch=at, epochs=progress.epoch)
+    judged = {"validated": str(validation), "beside": beside, "advice": advice}
+    return {**judged, **({"recency": tried} if tried else {})}

@@ -41,6 +41,7 @@ from foretaste.sampling.negatives import (
 )
 from foretaste.sampling.samplers import PopularitySampler, UniformSampler
 from foretaste.training import processes
+from foretaste.training.candidates import CandidateConfig
 from foretaste.training.checkpoint import Epoch
 from foretaste.training.fit import Refreshed
 from foretaste.training.objectives import (
@@ -57,6 +58,7 @@ from foretaste.training.objectives import (
     hardness,
 )
 from foretaste.training.progress import Cost, WorkedPlan
+from foretaste.training.settings import TrainingConfig
 from foretaste.training.sharded import tables_of
 
 M = TypeVar("M", bound=Config)
@@ -135,6 +137,16 @@ def l2_factor(events: Interactions) -> float:
     MovieLens-100K .066 and .092); at 1 it stays at popularity's level.
     """
     return min(3.0, max(1.0, 40 / mean_count(events)))
+
+
+def decided(training: TrainingConfig, objective: ObjectiveConfig) -> str:
+    """Return a line on training settings that depend on the data or the model."""
+    said = f"learning rate {training.rate:g}, {training.batch_events} events a step"
+    if training.average_decay:
+        said += f", average {training.average_decay:g}"
+    if isinstance(objective, CandidateConfig):
+        said += f", {objective.loss} with {objective.negatives} negatives"
+    return f"{said}, l2 {objective.l2:g}" if isinstance(objective, PairsConfig) else said
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,7 +38,7 @@ from foretaste.experiment.recipe import (
 )
 from foretaste.experiment.tracking import Tracker, TrackerKind, check_tracker, followed
 from foretaste.experiment.two_stage import ranking_gain, retrieval_alone
-from foretaste.models.base import Ranker, StrengthConfig
+from foretaste.models.base import Ranker
 from foretaste.models.catalogue import TwoStage, tasks_of
 from foretaste.serving.recommender import Recommender, build_recommender
 from foretaste.shown import Shown
@@ -243,10 +243,13 @@ def fit_final(
         options: The options of this training.
     """
     config = _with_chosen_epochs(_with_found(config, trained.log), trained.epochs)
-    if isinstance(trained.config, StrengthConfig):
-        config = config.model_copy(update={"model": trained.config})
-    refitted = fit_recipe(config, _final_split(config, split), options)
-    return replace(refitted, calibration=trained.calibration)  # trained on validation
+    chosen = config.model_copy(update={"model": trained.config})  # by validation
+    refitted = fit_recipe(chosen, _final_split(config, split), options)
+    return replace(
+        refitted,
+        calibration=trained.calibration,  # trained on validation
+        settings={**refitted.settings, "model": config.model.model_dump(mode="json")},
+    )
 
 
 def _final_split(config: ExperimentConfig, split: Split) -> Split:

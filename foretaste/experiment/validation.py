@@ -9,10 +9,12 @@ Shape legend: E events, T tasks.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
+from typing import TypeVar
 
 import numpy as np
 
+from foretaste.config import Config
 from foretaste.data.interactions import Interactions
 from foretaste.data.splits import Holdout, Split, happened_split
 from foretaste.errors import DataError
@@ -36,6 +38,8 @@ from foretaste.models.baselines import (
     PopularityConfig,
 )
 from foretaste.models.catalogue import ModelConfig
+from foretaste.models.layers.table_kinds import FactorConfig
+from foretaste.training import processes
 from foretaste.training.objectives import (
     MaskedItemConfig,
     NextItemConfig,
@@ -44,6 +48,8 @@ from foretaste.training.objectives import (
 )
 from foretaste.training.settings import TrainingConfig
 from foretaste.training.trained import Trained
+
+M = TypeVar("M", bound=Config)
 
 STOP_METRIC = "ndcg_at_10"
 """The metric of lists over the full catalogue. If no user has a history, users without history are
@@ -63,6 +69,8 @@ vectors with a top-k check, as shares of a training step's work on one row, meas
 _ABOVE, _ABOVE_BASE = 1.1, 0.01
 """A model is above popularity's level at 1.1 times its NDCG, and above the base rate's level (.5
 for an AUC, 0 for a regression) at .01 more."""
+_RECENCIES = 4.0, 16.0, 64.0
+"""Weights of the newest event that are tried, until one is worse than the one before."""
 _MOST_PAIRS = 2**28
 """Maximum number of item pairs for which item-kNN is fitted as a baseline, in a few seconds."""
 
@@ -302,6 +310,43 @@ def _zeros(ranker: Ranker, learned: RowsConfig) -> SampledNegatives | None:
     """Return the drawn zeros of each validation row, as in training; None: only if necessary."""
     num = learned.num_negatives(ranker.tasks)
     return SampledNegatives(num=num) if learned.stop_by == "rows" and num else None
+
+
+def choose_recency(
+    config: Config, model: Model, split: Split, validation: Validation | None
+) -> dict[str, float]:
+    """Set the weight of a history's newest event in answers, if it is "auto", by validation.
+
+    Args:
+        config: The settings of any model.
+        model: The trained model, whose `recency` is set.
+        split: Its data; without validation events, or without an order of events, nothing is tried.
+        validation: The validation of the training.
+
+    Returns:
+        The validation figure of each value that was tried.
+    """
+    if not isinstance(config, FactorConfig) or config.recency != "auto" or model.recency is None:
+        return {}
+    if validation is None or not split.ordered:
+        return {}
+    tried = dict[float, float]()
+    for recency in (1.0, *_RECENCIES):
+        model.recency = recency
+        with processes.work_divided():
+            found = validation.value(model)
+        tried[recency] = processes.by_first(partial(float, found), at_once=True)
+        if tried[recency] < max(tried.values()):
+            break
+    model.recency = max(tried, key=lambda recency: tried[recency])
+    return {f"{recency:g}": value for recency, value in tried.items()}
+
+
+def with_recency(config: M, model: Model) -> M:
+    """Return a model's settings with the weight that was chosen for its newest events."""
+    if not isinstance(config, FactorConfig) or model.recency is None:
+        return config
+    return config.model_copy(update={"recency": model.recency})
 
 
 def choose_strengths(

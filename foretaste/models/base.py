@@ -78,6 +78,8 @@ class Model(nn.Module, ABC):
     """Maximum number of events of a history."""
     init: str = "random"
     """"svd": `begin` sets the tables of users and items by the events (`FactorConfig`)."""
+    recency: float | None = None
+    """Weight of a history's newest event in answers (`FactorConfig`); None: it has none."""
     note: str = ""
     """Events that training did not use, with the reason, for the log; empty if all were used."""
 

@@ -144,7 +144,8 @@ def graph_for(config: ModelConfig, events: Interactions) -> Graph | None:
 
 _WHEN_ABSENT: Mapping[str, Mapping[str, object]] = {
     **{kind: {"pooling": "none"} for kind in ("mmoe", "shared_bottom")},
-    **{kind: {"init": "random"} for kind in ("mf", "two_tower")},
+    **{kind: {"init": "random", "recency": 1.0} for kind in ("mf", "two_tower")},
+    "lightgcn": {"recency": 1.0},
 }
 """By a model's kind, settings that older bundles lack, with their former values."""
 

@@ -168,7 +168,7 @@ class LightGCN(Retriever):
                 training.
         """
         super().__init__()
-        self.config, self.init = config, config.init
+        self.config, self.init, self.recency = config, config.init, config.known_recency
         self.num_users, self.num_items = num_users, num_items
         num_nodes = num_users + num_items if graph is None else graph.num_nodes
         width = config.embedding_dim
@@ -227,7 +227,9 @@ class LightGCN(Retriever):
     def encode(self, queries: Queries) -> Float[Tensor, "B F"]:
         """Return each user's vector: from training, or from the history; 0 without a history."""
         tables = self._known()
-        return self._query(answer_users(queries, tables, self.user_table, self._combine))
+        return self._query(
+            answer_users(queries, tables, self.user_table, self._combine, self.recency)
+        )
 
     def known_users(self) -> Bool[Tensor, " U"]:
         """Return a mask of users with an edge: an event, or a link to another user."""

@@ -6,7 +6,7 @@ Koren, Bell and Volinsky, "Matrix Factorization Techniques for Recommender Syste
 https://doi.org/10.1109/MC.2009.263
 
 Departures: no bias of users, which would not change a ranking; a new user is represented by a
-regression on the history (`FoldIn`).
+regression on the history (`FoldIn`), and the newest events may weigh more in answers (`recency`).
 
 Shape legend: B users, V items, I items of the catalogue, D width.
 """
@@ -75,7 +75,7 @@ class MF(Retriever):
 
     def __init__(self, config: MFConfig, *, num_users: int, num_items: int) -> None:
         super().__init__()
-        self.config, self.init = config, config.init
+        self.config, self.init, self.recency = config, config.init, config.known_recency
         self.num_items = num_items
         self.user_table = config.table.make(num_users, config.embedding_dim)
         self.item_table = config.table.make(num_items, config.embedding_dim)
@@ -97,7 +97,8 @@ class MF(Retriever):
 
     def encode(self, queries: Queries) -> Float[Tensor, "B D"]:
         """Return each user's vector, by regression for users without training events."""
-        return self._query(self.fold_in(queries, self.user_table, self.item_table))
+        tables = self.user_table, self.item_table
+        return self._query(self.fold_in(queries, *tables, recency=self.recency))
 
     def items(self, item_V: Int64[Tensor, " V"]) -> Float[Tensor, "V D"]:
         """Return some items' vectors, the bias as a last column."""

@@ -176,6 +176,7 @@ class TwoTower(Retriever):
             if self.user_table is not None and self.history is None
             else None
         )
+        self.recency = None if self.fold_in is None else config.known_recency
         self._kept: list[tuple[int, Tensor]] | None = None
 
     def forward(self, queries: Queries, item_V: Int64[Tensor, " V"]) -> PairVectors:
@@ -205,7 +206,8 @@ class TwoTower(Retriever):
             return self._query(queries, None, needed)
         if self.fold_in is None:
             return self._query(queries, self.user_table(queries.user_B), needed)
-        folded_BD: Tensor = self.fold_in(queries, self.user_table, self._base_vectors)
+        tables = self.user_table, self._base_vectors
+        folded_BD: Tensor = self.fold_in(queries, *tables, recency=self.recency)
         return self._query(queries, folded_BD, needed)
 
     def items(self, item_V: Int64[Tensor, " V"]) -> Float[Tensor, "V D"]:

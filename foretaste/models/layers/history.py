@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from foretaste.data.arrays import user_blocks
-from foretaste.data.batch import Queries, SequenceBatch, last_events
+from foretaste.data.batch import Queries, SequenceBatch, last_events, newest_events
 from foretaste.data.interactions import Interactions
 from foretaste.models.layers.dense import Activation, Dice, MultiHeadAttention, activate
 from foretaste.models.layers.table import mean_bags
@@ -262,7 +262,8 @@ class FoldIn(nn.Module):
     represented by their learned vectors, new users by W and b.
 
     For a training user with new events, the learned vector is shifted by the change in the
-    regression's output.
+    regression's output. `recency` adds to every vector
+    :math:`W \frac{1}{\sqrt{n}} \sum_r (\text{recency} - 1) 2^{-r} q_{i_r}` over the newest events.
     """
 
     def __init__(self, *, num_users: int, embedding_dim: int, user_dim: int | None = None) -> None:
@@ -318,14 +319,26 @@ class FoldIn(nn.Module):
         self.weight_DD.copy_(weight_DD)
         self.bias_D.copy_(mean[dim:] - mean[:dim] @ weight_DD)
 
-    def forward(self, queries: Queries, users: Rows | None, items: Rows) -> Float[Tensor, "B E"]:
+    def forward(
+        self, queries: Queries, users: Rows | None, items: Rows, *, recency: float | None = None
+    ) -> Float[Tensor, "B E"]:
         """Return a vector for each query.
 
         Args:
             queries: Users and their histories.
             users: Returns users' vectors (B, E) by row; None: treat all as new users.
             items: Returns items' vectors (N, D).
+            recency: Weight of the newest event; None: 1.
         """
+        vector_BE = self._whole(queries, users, items)
+        if recency is None or recency == 1:
+            return vector_BE
+        item_N, offsets_B1, weight_N = newest_events(queries, recency)
+        length_B = queries.offsets_B1.diff()
+        return vector_BE + _bag(item_N, offsets_B1, items, weight_N, length_B) @ self.weight_DD
+
+    def _whole(self, queries: Queries, users: Rows | None, items: Rows) -> Float[Tensor, "B E"]:
+        """Return vectors in which all events count the same."""
         length_B = queries.offsets_B1.diff()
         is_user_B = queries.user_B >= 0
         if users is None or len(self.num_events_U) == 0:
@@ -349,14 +362,28 @@ class FoldIn(nn.Module):
         return _bag(item_N, offsets_B1, items) @ self.weight_DD + self.bias_D
 
 
-def _bag(item_N: Tensor, offsets_B1: Tensor, items: Rows) -> Float[Tensor, "B D"]:
-    """Return the sum of each history's item vectors over the root of its length."""
+def _bag(
+    item_N: Tensor,
+    offsets_B1: Tensor,
+    items: Rows,
+    weight_N: Tensor | None = None,
+    length_B: Tensor | None = None,
+) -> Float[Tensor, "B D"]:
+    """Return the weighted sum of each history's item vectors over the root of its length."""
+    length_B = offsets_B1.diff() if length_B is None else length_B
     vector_ND = items(item_N)
     if len(item_N) == 0:
         return vector_ND.new_zeros(len(offsets_B1) - 1, vector_ND.shape[1])
     place_N = torch.arange(len(item_N), device=item_N.device)
-    sum_BD = F.embedding_bag(place_N, vector_ND, offsets_B1, mode="sum", include_last_offset=True)
-    return sum_BD * offsets_B1.diff().clamp(min=1).rsqrt().unsqueeze(1)
+    sum_BD = F.embedding_bag(
+        place_N,
+        vector_ND,
+        offsets_B1,
+        mode="sum",
+        per_sample_weights=weight_N,
+        include_last_offset=True,
+    )
+    return sum_BD * length_B.clamp(min=1).rsqrt().unsqueeze(1)
 
 
 def _first_events(

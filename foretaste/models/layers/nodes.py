@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
-from foretaste.data.batch import Queries
+from foretaste.data.batch import Queries, newest_events
 from foretaste.data.features import Features, FieldTable
 from foretaste.errors import ConfigError
 from foretaste.models.layers.embedding import Fusion, fields_of_items, fields_of_users, known_fields
@@ -218,13 +218,18 @@ def take_shapes(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: ob
 
 
 def answer_users(
-    queries: Queries, tables: NodeTables, users: Table, combine: Combine
+    queries: Queries,
+    tables: NodeTables,
+    users: Table,
+    combine: Combine,
+    recency: float | None = None,
 ) -> Float[Tensor, "B F"]:
     """Return a vector for each query.
 
     A training user with the training history gets the row of the table; further items are added to
     the user's neighbours. A new user, or a training user with fewer items than in training, gets a
-    vector from the given items; without any, the vector is 0.
+    vector from the given items; without any, the vector is 0. A `recency` above 1 adds to what a
+    user receives the messages of the newest items, by their additional weights.
     """
     row_P, item_P, place_P = _distinct(queries, tables.tied_I)
     user_B, length_B = queries.user_B, torch.bincount(row_P, minlength=len(queries))
@@ -242,6 +247,17 @@ def answer_users(
     received_BW.index_add_(0, known_R, tables.received_UW[user_R])
     strength_B.index_add_(0, known_R, tables.strength_U[user_R])
     layer_0_BD.index_copy_(0, known_R, users(user_R))
+    if recency is not None and recency > 1 and len(queries.history_N):
+        item_N, offsets_B1, weight_N = newest_events(queries, recency)
+        received_BW += F.embedding_bag(
+            len(tables.user_UF) + item_N,
+            tables.sent_VW,
+            offsets_B1,
+            mode="sum",
+            per_sample_weights=(weight_N * tables.tied_I[item_N]).to(received_BW.dtype),
+            include_last_offset=True,
+        )
+        return place(layer_0_BD, received_BW, strength_B, combine)
     answer_BF = place(layer_0_BD, received_BW, strength_B, combine)
     same_R = new_B[known_R] == 0
     return answer_BF.index_copy_(0, known_R[same_R], tables.user_UF[user_R[same_R]])

@@ -331,3 +331,12 @@ class FactorConfig(IdConfig):
     products already order the items. "auto": "svd" if users and items have few events, fewer than
     20 by the geometric mean of both averages, and no features. On validation, MF has .048 for .043
     with it on Beauty and .085 for .091 on MovieLens-100K, whose users and items have 9 and 78."""
+    recency: Annotated[float, Field(ge=1, le=1000)] | Literal["auto"] = "auto"
+    """Weight of a history's newest event in an answer, w; each of the 8 newest weighs
+    1 + (w - 1) / 2^r, with r newer ones. 1: all events count the same. "auto": 1, 4, 16 or 64,
+    chosen by validation after training; 1 if the order of events has no meaning."""
+
+    @property
+    def known_recency(self) -> float:
+        """The weight, 1 until it is chosen."""
+        return 1.0 if self.recency == "auto" else self.recency
