@@ -25,6 +25,7 @@ from foretaste.serving.state import open_live_events
 from foretaste.serving.versions import Versions
 from foretaste.training.progress import Cost
 from foretaste.training.trained import Trained
+from tests.worlds import events_of, walks
 
 USERS, ITEMS, EACH = 60, 30, 10
 SASREC = {"kind": "sasrec", "embedding_dim": 8, "num_blocks": 1, "num_heads": 1, "max_len": 10}
@@ -111,6 +112,38 @@ def test_the_final_model_learns_from_as_much_as_is_asked(
         assert "and was not measured" in report.lists.notes[0]
         assert isinstance(again := record["refitted"], Mapping)
         assert (again["trained_on"], again["metrics"]) == (learned_from, {})
+
+
+@pytest.mark.parametrize("final", ["validation", "all"])
+@pytest.mark.parametrize("in_two_stages", [False, True])
+def test_the_final_model_and_its_bundle_keep_the_recency_that_validation_chose(
+    tmp_path: Path, final: str, *, in_two_stages: bool
+) -> None:
+    model: dict[str, object] = {"kind": "mf", "embedding_dim": 16}
+    if in_two_stages:
+        ranker = {"kind": "gmf", "factors": 4}
+        model = {"kind": "two_stage", "retriever": model, "ranker": ranker, "candidates": 20}
+    training = {"epochs": 10, "batch_events": 500}
+    config = recipe(
+        final=final,
+        model=model,
+        split={"kind": "leave_last"},
+        training={"epochs": 1} if in_two_stages else training,
+        **({"first_stage": {"training": training}} if in_two_stages else {}),
+    )
+    split = ft.make_split(config.split, events_of(walks(), num_items=60))
+    run = run_experiment(config, split, show=False)
+    to_recommender(*run.final).save(tmp_path / "bundle")
+    loaded = ft.load(tmp_path / "bundle").trained
+    chosen = run.trained.model.first_stage.recency
+    assert chosen in (4, 16, 64)
+    for trained in (run.refitted, loaded):
+        kept = trained.config.retriever if in_two_stages else trained.config
+        assert kept.recency == trained.model.first_stage.recency == chosen
+        assert recipe_of(trained).model == config.model
+    query = split.validation.queries(np.arange(20))
+    answers = [each.model.first_stage.encode(query) for each in (run.refitted, loaded)]
+    assert answers[0].equal(answers[1])
 
 
 def test_the_final_model_trains_for_the_epochs_that_were_chosen(tmp_path: Path) -> None:

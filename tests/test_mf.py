@@ -24,7 +24,7 @@ from foretaste.models.mf import MF, MFConfig
 from foretaste.models.pinsage import PinSageConfig
 from foretaste.models.two_tower import TwoTowerConfig
 from foretaste.training.settings import TrainingConfig
-from tests.worlds import events_of, every_vector, planted_histories
+from tests.worlds import events_of, every_vector, planted_histories, walks
 
 EVENTS = events_of(planted_histories(), num_items=40)
 
@@ -244,14 +244,6 @@ def test_a_recency_adds_the_newest_events_to_any_answer() -> None:
         added_D = (weight_N1 * model.item_table.weight[newest]).sum(dim=0)
         expected_D = added_D / max(1, len(items)) ** 0.5 @ model.fold_in.weight_DD
         torch.testing.assert_close(more_D, expected_D, rtol=1e-4, atol=1e-5)
-
-
-def walks(*, num_users: int = 300, num_items: int = 60, length: int = 12) -> list[list[int]]:
-    """Return histories that walk on, one or two items at a time, from anywhere on a circle."""
-    draw = np.random.default_rng(0)
-    steps_UL = draw.integers(1, 3, (num_users, length)).cumsum(axis=1)
-    start_U1 = draw.integers(0, num_items, (num_users, 1))
-    return ((start_U1 + steps_UL) % num_items).tolist()
 
 
 @pytest.mark.parametrize(

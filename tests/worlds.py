@@ -30,6 +30,14 @@ from foretaste.training.trained import Trained
 # --- histories -----------------------------------------------------------------------------------
 
 
+def walks(*, num_users: int = 300, num_items: int = 60, length: int = 12) -> list[list[int]]:
+    """Return histories that walk on, one or two items at a time, from anywhere on a circle."""
+    draw = np.random.default_rng(0)
+    steps_UL = draw.integers(1, 3, (num_users, length)).cumsum(axis=1)
+    start_U1 = draw.integers(0, num_items, (num_users, 1))
+    return ((start_U1 + steps_UL) % num_items).tolist()
+
+
 def events_of(histories: list[list[int]], *, num_items: int, **columns: np.ndarray) -> Interactions:
     """Return events of given histories, each a list of items, oldest first.
 
